@@ -1,0 +1,1 @@
+"""moss_train: trains MOSS-Video, a streaming video language model, on Megatron Core."""

@@ -1,0 +1,310 @@
+"""Typed configuration: the dataclasses behind conf/. Checks are in moss_train/validate.py.
+
+Sizes are in elements, rates per second, times in seconds. Names in comments such as `stage.lr` are
+the Hydra names, which a user overrides on the command line (`stage.lr=1e-4`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A wrong configuration. Each line names a field, its value and what is allowed."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+@dataclass
+class VisionConfig:
+    """Vision tower. `image_size` and `patch_size` are in pixels, `max_tiles` sizes the tile tables."""
+
+    hidden_size: int = 1280
+    num_layers: int = 32
+    num_global_layers: int = 8
+    num_heads: int = 16
+    mlp_size: int = 5120
+    image_size: int = 560
+    patch_size: int = 14
+    max_tiles: int = 4
+    intermediate_layers: list[int] = field(default_factory=lambda: [3, 7, 15, 23, 30])
+    norm_eps: float = 1e-5
+    full_attention: bool = True  # False: mask padding as Llama-3.2-Vision does
+    frames_per_chunk: int = 16  # frames encoded at once; bounds the tower's activation memory
+    recompute: bool = True  # run a training tower's forward pass again for its backward pass
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a tile and its class token."""
+        return self.grid**2 + 1
+
+    @property
+    def output_size(self) -> int:
+        """Width of the tower's output: the final state and every intermediate state."""
+        return self.hidden_size * (1 + len(self.intermediate_layers))
+
+    @property
+    def num_aspect_ratios(self) -> int:
+        """Ways to lay out at most `max_tiles` tiles as width x height (8 for 4 tiles)."""
+        return sum(self.max_tiles // width for width in range(1, self.max_tiles + 1))
+
+
+@dataclass
+class ProjectorConfig:
+    """2-D pooling of the patch grid, then the linear projector."""
+
+    pool: str = "average"  # none | average | max | bilinear | channel_fusion
+    stride: int = 4
+
+
+@dataclass
+class RopeScalingConfig:
+    """Llama-3's frequency scaling."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass
+class TextConfig:
+    """Decoder. `num_layers` counts self-attention and cross-attention layers."""
+
+    vocab_size: int = 128256  # rows of the output head
+    extra_embedding_rows: int = 8  # rows of the embedding beyond it: <|image|> is the first
+    hidden_size: int = 4096
+    num_layers: int = 40
+    cross_attention_layers: list[int] = field(
+        default_factory=lambda: [3, 8, 13, 18, 23, 28, 33, 38]
+    )
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    mlp_size: int = 14336
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclass
+class InitConfig:
+    """Random initialization, the same for every parallel layout."""
+
+    std: float = 0.02
+    gate: float = 0.0  # gates of cross-attention: 0 leaves a pretrained text model as it was
+
+
+@dataclass
+class ModelConfig:
+    """One model. `lr_scale` multiplies the stage's learning rate."""
+
+    name: str = "11b"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    attention: str = "sdpa"  # sdpa | flash | te | flex (flex: for the cross-attention only)
+    blind_rows: str = "zero"  # zero | attend_all: tokens that see no frame
+    cross_attention_rope: bool = True  # False: plain Llama-3.2-Vision
+    dtype: str = "bf16"  # bf16 | fp32
+    lr_scale: float = 1.0
+
+
+@dataclass
+class ParallelConfig:
+    """Layout. Data parallelism is what is left: world size / (tensor x pipeline)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1  # model chunks of each pipeline rank (interleaved schedule)
+    sequence: bool = False
+    vision_tensor: bool = False  # shard the vision tower over `tensor` ranks too
+    recompute: str = "none"  # none | selective | full
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+@dataclass
+class SourceConfig:
+    """One folder of shards, drawn with `weight` among the sources of its modality."""
+
+    name: str = "???"
+    path: str = "???"
+    modality: str = "???"  # text | image | video
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """Shards and batches. Batches count samples (conversations)."""
+
+    name: str = "shards"
+    tokenizer: str = "???"
+    sources: list[SourceConfig] = field(default_factory=list)
+    mixture: dict[str, float] | None = None  # modality -> share of samples; None: stage.mixture
+    samples: int | None = None  # samples of the run; None: stage.samples
+    global_batch: int = 256
+    micro_batch: int = 1
+    max_tiles: int = 1
+    sequence_length: int | None = None  # None: stage.sequence_length
+    workers: int = 2  # loader processes for each data-parallel rank; 0: in the training process
+    shuffle_buffer: int = 1000
+    pad_multiple: int = 64  # sequences of a step are padded to a multiple of this
+    max_bad_ratio: float = 0.01  # stop when more than this share of the samples cannot be read
+    audit: bool = False  # write the keys of every step to audit.jsonl
+
+
+@dataclass
+class StageConfig:
+    """One training stage. `train` and `also` are patterns of module names, as in `decoder.*`."""
+
+    name: str = "pt1"
+    train: list[str] = field(default_factory=lambda: ["projector.*"])
+    also: list[str] = field(default_factory=list)
+    mixture: dict[str, float] = field(
+        default_factory=lambda: {"text": 0.0, "image": 79.0, "video": 21.0}
+    )
+    prompt: str = "pretrain"  # pretrain | chat
+    samples: int = 15_100_000
+    sequence_length: int = 4096
+    video_fps: float = 2.0
+    video_min_frames: int = 8
+    video_max_frames: int = 64
+    lr: float = 2e-5
+    warmup_ratio: float = 0.1
+    schedule: str = "cosine"  # cosine | linear | constant
+    silence_weight: float = 1.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (megatron-core's distributed optimizer) and gradient clipping."""
+
+    lr: float | None = None  # None: stage.lr x model.lr_scale
+    min_lr_ratio: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0  # 0: no clipping
+
+
+@dataclass
+class TrainerConfig:
+    """The loop. Intervals are in steps."""
+
+    steps: int | None = None  # None: samples / global batch
+    seed: int = 1234
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    async_save: bool = False
+    resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
+    init_from: str | None = None  # run folder or checkpoint whose weights (only) are loaded
+    console_every: int = 1
+
+
+@dataclass
+class LoggerConfig:
+    """Sinks beside metrics.jsonl and the console."""
+
+    wandb: bool = False
+    tensorboard: bool = False
+    project: str = "moss-video"
+    wandb_mode: str = "online"  # online | offline
+
+
+@dataclass
+class HardwareConfig:
+    """Where it runs."""
+
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int | None = None  # CPU threads of each rank; None: cores / ranks of this machine
+    timeout_s: int = 600  # a collective that waits longer ends the job
+
+
+@dataclass
+class RunConfig:
+    """The run folder. Hydra fills in the default `runs/STAGE-TIMESTAMP`."""
+
+    dir: str = "???"
+
+
+@dataclass
+class Config:
+    """Everything of one run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        return self.stage.lr * self.model.lr_scale
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.trainer.steps is not None:
+            return self.trainer.steps
+        return max(1, (self.data.samples or self.stage.samples) // self.data.global_batch)
+
+    @property
+    def sequence_length(self) -> int:
+        """Longest sequence in tokens."""
+        return self.data.sequence_length or self.stage.sequence_length
+
+
+def from_hydra(raw: DictConfig) -> Config:
+    """The typed configuration of what Hydra composed.
+
+    Raises:
+        ConfigError: an unknown field, a missing value, or a value of the wrong type.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError([f"{key} is not set: give it a value, {key}=..." for key in missing])
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        line = str(error).splitlines()[0]
+        raise ConfigError([f"{error.full_key or 'configuration'}: {line}"]) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain containers, as saved in checkpoints and run folders."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def from_dict(plain: dict[str, Any]) -> Config:
+    """Inverse of `to_dict`."""
+    return from_hydra(OmegaConf.create(plain))

@@ -1,0 +1,1 @@
+"""Parameter names and shapes of Hugging Face's Mllama and ours."""

@@ -1,0 +1,113 @@
+"""Fills a model with weights and reads them back, through HF names: random, loaded, exported."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moss_train.config import ModelConfig
+from moss_train.convert.mapping import Rule, kv_heads, table, to_hf, to_ours
+from moss_train.model.moss_video import MossVideo
+
+Reader = Callable[[str, torch.Size], Tensor]
+
+
+def random_reader(model: ModelConfig, seed: int) -> Reader:
+    """Draws each HF tensor from a stream of its own, seeded by its name.
+
+    A rank draws the whole tensor and keeps its slice, so that the weights do not depend on the
+    parallel layout, nor on the order in which they are made.
+    """
+
+    def read(name: str, shape: torch.Size) -> Tensor:
+        constant = _constant(model, name)
+        if constant is not None:
+            return torch.full(shape, constant)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        std = model.vision.hidden_size**-0.5 if name.endswith("_embedding") else model.init.std
+        return torch.randn(shape, generator=generator) * std
+
+    return read
+
+
+def _constant(model: ModelConfig, name: str) -> float | None:
+    """Initial value of the parameters that are not drawn, as transformers' Mllama has them."""
+    if name.endswith("bias"):
+        return 0.0
+    if "norm" in name.split(".")[-2] or "layernorm" in name:
+        return 1.0
+    if "cross_attn_" in name and name.endswith("gate"):
+        return model.init.gate
+    if name.endswith(("gate_attn", "gate_ffn")):
+        return math.pi / 4
+    return 0.0 if name.endswith("gate") else None
+
+
+def fill(model: MossVideo, read: Reader) -> None:
+    """Sets every parameter of this rank from `read(hf name, shape)`.
+
+    Raises:
+        ValueError: a tensor has another shape than the model needs; names it, and both shapes.
+    """
+    with torch.no_grad():
+        for rule, parameter, group in _parameters(model):
+            size, rank = group.size(), group.rank()
+            tensors = []
+            for name, shape in _hf_shapes(model.config, rule, parameter, size).items():
+                tensor = read(name, shape)
+                if tensor.shape != shape:
+                    raise ValueError(
+                        f"{name} has shape {list(tensor.shape)}, the model needs {list(shape)}"
+                    )
+                tensors.append(tensor)
+            parameter.copy_(to_ours(model.config, rule, tensors, rank, size))
+
+
+def export(
+    model: MossVideo, value: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()
+) -> dict[str, Tensor]:
+    """HF tensors of the parameters on this pipeline stage, whole, on every tensor rank.
+
+    `value` says what of a parameter is wanted, e.g. its gradient. A collective: all ranks of a
+    tensor group call it together.
+    """
+    out: dict[str, Tensor] = {}
+    for rule, parameter, group in _parameters(model):
+        part = value(parameter).contiguous()
+        slices = [part]
+        if rule.split is not None and group.size() > 1:
+            slices = [torch.empty_like(part) for _ in range(group.size())]
+            dist.all_gather(slices, part, group=group)
+        out.update(to_hf(model.config, rule, slices))
+    return out
+
+
+def _parameters(model: MossVideo) -> Iterator[tuple[Rule, nn.Parameter, dist.ProcessGroup]]:
+    rules = {rule.ours: rule for rule in table(model.config)}
+    for name, parameter in model.named_parameters():
+        in_decoder = name.startswith("decoder.")
+        groups = model.groups.decoder if in_decoder else model.groups.vision
+        yield rules[name], parameter, groups.tp
+
+
+def _hf_shapes(
+    model: ModelConfig, rule: Rule, parameter: nn.Parameter, size: int
+) -> dict[str, torch.Size]:
+    shape = list(parameter.shape)
+    if rule.split is not None:
+        shape[rule.split] *= size
+    if rule.kind == "copy":
+        return {rule.hf[0]: torch.Size(shape)}
+    if rule.kind == "gated":
+        return {name: torch.Size([shape[0] // 2, *shape[1:]]) for name in rule.hf}
+    vision = rule.ours.startswith("vision.")
+    head_dim = model.vision.hidden_size // kv_heads(model, rule) if vision else model.text.head_dim
+    shared = kv_heads(model, rule) * head_dim
+    rows = [shape[0] - shared * (len(rule.hf) - 1)] + [shared] * (len(rule.hf) - 1)
+    return {n: torch.Size([r, *shape[1:]]) for n, r in zip(rule.hf, rows, strict=True)}

@@ -1,0 +1,163 @@
+"""The one place that knows which device this process runs on.
+
+Everything else asks here ("is there CUDA", which device, which backend). On a machine without CUDA,
+`activate_cpu` makes megatron-core run on the CPU over gloo. megatron-core names CUDA in its source
+(`torch.cuda.current_device()`, `device="cuda"`, `Tensor.cuda()`), and has no public switch for it,
+so the names are redirected here, once for the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_FACTORIES = (
+    "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
+    "rand", "randn", "tensor", "as_tensor", "zeros", "zeros_like",
+)  # fmt: skip
+_cpu_active = False
+
+
+def has_cuda() -> bool:
+    """True where a CUDA device can be used."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its CUDA device, or the CPU."""
+    if has_cuda() and not _cpu_active:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def backend(kind: str) -> str:
+    """torch.distributed backend for `hardware.device` `kind` ("cpu" or "cuda")."""
+    return "nccl" if kind == "cuda" else "gloo"
+
+
+def activate(kind: str) -> torch.device:
+    """Prepares this process for `kind`: "cpu", "cuda" or "auto".
+
+    Raises:
+        ValueError: "cuda" was asked for and there is none.
+    """
+    if kind == "auto":
+        kind = "cuda" if has_cuda() else "cpu"
+    if kind == "cuda":
+        if not has_cuda():
+            raise ValueError("hardware.device=cuda, but torch finds no CUDA device: use cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        activate_cpu()
+    return device()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch on this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries below still draw from the global state
+    torch.manual_seed(seed)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class _NoOp:
+    """Stands for CUDA streams and events: every method exists and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _NoOp:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
+def _nothing() -> Callable[..., None]:
+    """A new function that does nothing (dynamo wants each name of torch.cuda to be its own)."""
+    return lambda *args, **kwargs: None
+
+
+def activate_cpu() -> None:
+    """Redirects what megatron-core asks of CUDA to the CPU. Safe to call twice."""
+    global _cpu_active
+    if _cpu_active:
+        return
+    _cpu_active = True
+    _redirect_cuda_module()
+    _redirect_tensor_methods()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _redirect_megatron_rng()
+
+
+def _redirect_cuda_module() -> None:
+    cuda: Any = torch.cuda
+    cpu = torch.device("cpu")
+    cuda.current_device = lambda: cpu
+    cuda.device_count = lambda: 1
+    for name in ("synchronize", "set_device", "empty_cache", "ipc_collect", "_lazy_init"):
+        setattr(cuda, name, _nothing())
+    cuda.Stream = cuda.Event = _NoOp
+    cuda.stream = cuda.device = _NoOp
+    cuda.current_stream = lambda *args: _NoOp()
+    cuda.default_stream = lambda *args: _NoOp()
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _nothing(), _nothing()
+    cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.FloatTensor, cuda.HalfTensor = torch.FloatTensor, torch.HalfTensor
+    cuda.BFloat16Tensor, cuda.LongTensor = torch.BFloat16Tensor, torch.LongTensor
+    cuda.IntTensor, cuda.ByteTensor = torch.IntTensor, torch.ByteTensor
+    cuda.DoubleTensor = torch.DoubleTensor
+
+
+def _redirect_tensor_methods() -> None:
+    tensor: Any = torch.Tensor
+    plain_type = tensor.type
+    tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain_type(self, *args, **kwargs)
+        # The distributed optimizer compares these strings.
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    tensor.type = type_
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _redirect_megatron_rng() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    module: Any = megatron_random
+    module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

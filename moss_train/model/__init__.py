@@ -1,0 +1,1 @@
+"""The model: vision tower, projector, gated cross-attention decoder, loss."""

@@ -1,0 +1,52 @@
+"""The whole model as one rank holds it: the vision encoder and this rank's chunks of the decoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from moss_train.config import ModelConfig, ParallelConfig
+from moss_train.model.decoder import Chunk, Decoder
+from moss_train.model.projector import VisionEncoder
+from moss_train.model.transformer_config import decoder_config, vision_config
+
+if TYPE_CHECKING:
+    from moss_train.parallel.groups import Groups
+
+
+class MossVideo:
+    """Vision encoder (whole, on every rank) and decoder chunks (one, or `parallel.virtual`)."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelConfig, groups: Groups):
+        self.config, self.parallel, self.groups = config, parallel, groups
+        self.encoder = VisionEncoder(config, vision_config(config, parallel), groups.vision)
+        mcore = decoder_config(config, parallel)
+        self.chunks = [
+            # Each chunk has its own config: megatron hangs schedule hooks on it.
+            Decoder(
+                config, copy.copy(mcore), groups.decoder, chunk, parallel.recompute == "full"
+            )
+            for chunk in chunks_of_rank(config, parallel, groups.decoder.pp.rank())
+        ]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of this rank under their global names: vision.*, projector.*, decoder.*."""
+        yield from self.encoder.named_parameters()
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                yield f"decoder.{name}", parameter
+
+
+def chunks_of_rank(config: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Chunk]:
+    """The runs of layers on pipeline rank `stage`: chunk v of rank r is number v x pipeline + r."""
+    total = config.text.num_layers
+    size = total // (parallel.pipeline * parallel.virtual)
+    chunks = []
+    for virtual in range(parallel.virtual):
+        first = (virtual * parallel.pipeline + stage) * size
+        number = virtual if parallel.virtual > 1 else None
+        chunks.append(Chunk(first, first + size, total, number))
+    return chunks

@@ -1,0 +1,80 @@
+"""megatron-core configurations of the two transformers, made from ours."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch.nn.functional import gelu, silu
+
+from moss_train import hardware
+from moss_train.config import ModelConfig, ParallelConfig
+
+
+def _common(model: ModelConfig) -> dict:
+    dtype = hardware.DTYPES[model.dtype]
+    return {
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Weights are drawn by name, the same in every layout: see convert/init.py.
+        "perform_initialization": False,
+        # Without an explicit device, parameters can also be made on the meta device.
+        "use_cpu_initialization": hardware.device().type == "cpu",
+        # Fusions compile for tens of seconds; they pay on a GPU only.
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": hardware.device().type == "cuda",
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        # The loss is divided by the global count of labels in model/loss.py, not by megatron.
+        "calculate_per_token_loss": True,
+    }
+
+
+def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """TransformerConfig of the decoder."""
+    text = model.text
+    interleaved = parallel.virtual > 1
+    selective = parallel.recompute == "selective"
+    return TransformerConfig(
+        num_layers=text.num_layers,
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.num_heads,
+        num_query_groups=text.num_kv_heads,
+        ffn_hidden_size=text.mlp_size,
+        layernorm_epsilon=text.norm_eps,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=silu,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=hardware.DTYPES[model.dtype],
+        # With overlap_p2p_comm=False the interleaved schedule of two stages gives wrong gradients.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=parallel.pipeline > 1,
+        recompute_granularity="selective" if selective else None,
+        recompute_modules=["core_attn"] if selective else None,
+        **_common(model),
+    )
+
+
+def vision_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """TransformerConfig of the vision tower's layers. Its pipeline has one stage on every rank."""
+    vision = model.vision
+    return TransformerConfig(
+        num_layers=vision.num_layers + vision.num_global_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_heads,
+        ffn_hidden_size=vision.mlp_size,
+        layernorm_epsilon=vision.norm_eps,
+        normalization="LayerNorm",
+        add_bias_linear=True,
+        activation_func=gelu,
+        tensor_model_parallel_size=parallel.tensor if parallel.vision_tensor else 1,
+        **_common(model),
+    )

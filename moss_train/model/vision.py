@@ -1,0 +1,211 @@
+"""Vision tower of Llama-3.2-Vision: patches of tiles -> hidden states of a local, then a global
+transformer. No word of training or of frames' owners: see parallel/exchange.py for those.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from moss_train.config import ModelConfig, VisionConfig
+from moss_train.model.attention import core_attention
+
+PATCH_MULTIPLE = 8  # the patches of a tile are padded with zeros to a multiple of this
+
+
+def aspect_ratios(max_tiles: int) -> list[tuple[int, int]]:
+    """Tile layouts (tiles wide, tiles high); the id of a layout is its index + 1, 0 is padding."""
+    sides = range(1, max_tiles + 1)
+    return [(wide, high) for wide in sides for high in sides if wide * high <= max_tiles]
+
+
+class TileEmbedding(nn.Module):
+    """Adds tanh(gate) x an embedding of (aspect ratio, tile) to `[N, T, P, D]`."""
+
+    def __init__(self, vision: VisionConfig, dtype: torch.dtype):
+        super().__init__()
+        self.shape = (vision.max_tiles, 1, vision.hidden_size)
+        rows, width = vision.num_aspect_ratios + 1, vision.max_tiles * vision.hidden_size
+        self.embedding = nn.Embedding(rows, width, _weight=torch.empty(rows, width, dtype=dtype))
+        self.gate = nn.Parameter(torch.empty(1, dtype=dtype))
+
+    def forward(self, x: Tensor, ratio_ids: Tensor) -> Tensor:  # noqa: D102
+        tiles = self.embedding(ratio_ids).view(-1, *self.shape)[:, : x.shape[1]]
+        return x + self.gate.tanh() * tiles
+
+
+class PositionEmbedding(nn.Module):
+    """Adds the gated sum of a patch embedding and a (aspect ratio, tile, patch) embedding."""
+
+    def __init__(self, vision: VisionConfig, dtype: torch.dtype):
+        super().__init__()
+        self.shape = (vision.max_tiles, vision.num_patches, vision.hidden_size)
+        rows = vision.num_aspect_ratios + 1
+        width = vision.max_tiles * vision.num_patches * vision.hidden_size
+        self.gate = nn.Parameter(torch.empty(1, dtype=dtype))
+        self.embedding = nn.Parameter(torch.empty(self.shape[1:], dtype=dtype))
+        self.tile_embedding = nn.Embedding(
+            rows, width, _weight=torch.empty(rows, width, dtype=dtype)
+        )
+
+    def forward(self, x: Tensor, ratio_ids: Tensor) -> Tensor:  # noqa: D102
+        gate = self.gate.tanh()
+        tiles = self.tile_embedding(ratio_ids).view(-1, *self.shape)[:, : x.shape[1]]
+        return x + (1 - gate) * self.embedding + gate * tiles
+
+
+class VisionLayer(MegatronModule):
+    """Pre-norm transformer layer of megatron's parts; global layers gate both branches."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        backend: str,
+        gated: bool,
+        number: int,
+    ):
+        super().__init__(config)
+        self.tp_group = groups.tp
+        attention_config = _without_bias(config)
+        width, eps, dtype = config.hidden_size, config.layernorm_epsilon, config.params_dtype
+        self.input_norm = nn.LayerNorm(width, eps=eps, dtype=dtype)
+        self.attention = SelfAttention(
+            attention_config,
+            SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=core_attention(backend),
+                linear_proj=RowParallelLinear,
+            ),
+            layer_number=number,
+            attn_mask_type=AttnMaskType.no_mask,
+            pg_collection=groups,
+        )
+        self.mlp_norm = nn.LayerNorm(width, eps=eps, dtype=dtype)
+        self.mlp = MLP(
+            config,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=groups.tp,
+        )
+        self.gate_attn = nn.Parameter(torch.empty(1, dtype=dtype)) if gated else None
+        self.gate_ffn = nn.Parameter(torch.empty(1, dtype=dtype)) if gated else None
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """`x`: `[L, N, D]`; `mask`: None or `[N, 1, L, L]`, True where a query may see a key."""
+        branch, _ = self.attention(self.input_norm(x), mask)
+        x = x + (branch if self.gate_attn is None else self.gate_attn.tanh() * branch)
+        branch, bias = self.mlp(self.mlp_norm(x))
+        branch = branch + bias
+        return x + (branch if self.gate_ffn is None else self.gate_ffn.tanh() * branch)
+
+
+class VisionTower(MegatronModule):
+    """Frames -> the final hidden state and the intermediate ones."""
+
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
+    ):
+        super().__init__(config)
+        self.tp_group = groups.tp
+        self.vision = vision = model.vision
+        width, patch, dtype = vision.hidden_size, vision.patch_size, config.params_dtype
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False, dtype=dtype)
+        self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.pre_tile = TileEmbedding(vision, dtype)
+        self.position = PositionEmbedding(vision, dtype)
+        self.norm_pre = nn.LayerNorm(width, dtype=dtype)
+        self.norm_post = nn.LayerNorm(width, dtype=dtype)
+        self.post_tile = TileEmbedding(vision, dtype)
+
+        def layers(count: int, gated: bool) -> nn.ModuleList:
+            return nn.ModuleList(
+                VisionLayer(config, groups, model.attention, gated, number + 1)
+                for number in range(count)
+            )
+
+        self.local_layers = layers(vision.num_layers, gated=False)
+        self.global_layers = layers(vision.num_global_layers, gated=True)
+
+    def forward(self, pixels: Tensor, ratio_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Encodes frames.
+
+        Args:
+            pixels: normalized frames `[N, T, 3, h, w]`.
+            ratio_ids: aspect-ratio id of each frame `[N]`.
+
+        Returns:
+            The final state `[N, T, P, D]` and the states that enter each layer of
+            `intermediate_layers`, each `[N, T, P, D]`; P counts the class token first.
+        """
+        frames, tiles = pixels.shape[:2]
+        x = self._embed(pixels, ratio_ids)  # [N, T, P, D]
+        patches = x.shape[2]
+        x = pad(x, (0, 0, 0, -patches % PATCH_MULTIPLE))
+        padded = x.shape[2]
+        mask = self._mask(ratio_ids, tiles, padded)
+
+        x = x.reshape(frames, tiles * padded, -1).transpose(0, 1).contiguous()  # [L, N, D]
+        intermediate = []
+        for index, layer in enumerate(self.local_layers):
+            if index in self.vision.intermediate_layers:
+                intermediate.append(x)
+            x = layer(x, mask)
+        x = self.norm_post(x)
+        x = self.post_tile(_by_tile(x, tiles), ratio_ids)
+        x = x.reshape(frames, tiles * padded, -1).transpose(0, 1).contiguous()
+        for layer in self.global_layers:
+            x = layer(x, mask)
+
+        states = [_by_tile(state, tiles)[:, :, :patches] for state in (x, *intermediate)]
+        return states[0], states[1:]
+
+    def _embed(self, pixels: Tensor, ratio_ids: Tensor) -> Tensor:
+        frames, tiles = pixels.shape[:2]
+        x = self.patch_embedding(pixels.flatten(0, 1).to(self.class_embedding.dtype))
+        x = x.flatten(2).transpose(1, 2).unflatten(0, (frames, tiles))  # [N, T, grid^2, D]
+        x = self.pre_tile(x, ratio_ids)
+        x = torch.cat((self.class_embedding.expand(frames, tiles, 1, -1), x), dim=2)
+        return self.norm_pre(self.position(x, ratio_ids))
+
+    def _mask(self, ratio_ids: Tensor, tiles: int, padded: int) -> Tensor | None:
+        """Llama-3.2-Vision's mask: only a padding query may not see a padding key.
+
+        (transformers builds it as `padding @ padding.T x -inf`, in mllama's
+        _prepare_aspect_ratio_attention_mask.)
+        """
+        if self.vision.full_attention:
+            return None
+        counts = [0] + [wide * high for wide, high in aspect_ratios(self.vision.max_tiles)]
+        used = torch.tensor(counts, device=ratio_ids.device)[ratio_ids]  # [N]
+        tile = torch.arange(tiles, device=ratio_ids.device).repeat_interleave(padded)
+        patch = torch.arange(padded, device=ratio_ids.device).repeat(tiles)
+        padding = (tile >= used[:, None]) | (patch >= self.vision.num_patches)  # [N, L]
+        return ~(padding[:, None, :, None] & padding[:, None, None, :])
+
+
+def concatenate_states(final: Tensor, intermediate: list[Tensor]) -> Tensor:
+    """`[..., D]` each -> `[..., D x (1 + n)]`: final, then intermediates channel-major."""
+    if not intermediate:
+        return final
+    return torch.cat((final, torch.stack(intermediate, dim=-1).flatten(-2)), dim=-1)
+
+
+def _by_tile(x: Tensor, tiles: int) -> Tensor:
+    return x.transpose(0, 1).unflatten(1, (tiles, -1))  # [L, N, D] -> [N, T, L / T, D]
+
+
+def _without_bias(config: TransformerConfig) -> TransformerConfig:
+    """The tower's attention has no biases, its MLP has."""
+    import copy
+
+    changed = copy.copy(config)
+    changed.add_bias_linear = False
+    return changed

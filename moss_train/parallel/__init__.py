@@ -1,0 +1,1 @@
+"""Parallelism: process groups, the frame exchange, gradients that cross ranks."""

@@ -1,0 +1,88 @@
+"""Process groups of a run, passed around instead of looked up.
+
+The decoder is tensor x pipeline x data parallel. The vision encoder has a second view of the same
+ranks: it is replicated on all of them (or sharded over `tensor`, with `parallel.vision_tensor`) and
+each rank encodes its share of the frames, so its data-parallel group spans the whole world.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
+
+from moss_train.config import ParallelConfig
+
+
+@dataclass
+class Groups:
+    """The groups that this rank is in.
+
+    decoder, vision: megatron's collections for the two halves of the model.
+    replica: the tensor x pipeline ranks that work on one share of the global batch.
+    """
+
+    decoder: ProcessGroupCollection
+    vision: ProcessGroupCollection
+    replica: ProcessGroup
+    world: ProcessGroup
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's replica."""
+        return self.decoder.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        """Number of replicas."""
+        return self.decoder.dp.size()
+
+    @property
+    def is_leader(self) -> bool:
+        """True on the rank that reads its replica's data."""
+        return self.replica.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the loss is computed."""
+        return self.decoder.pp.rank() == self.decoder.pp.size() - 1
+
+
+def build_groups(parallel: ParallelConfig, seed: int) -> Groups:
+    """Creates all groups. torch.distributed must be initialized.
+
+    Raises:
+        RuntimeError: the world size is not a multiple of tensor x pipeline.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    world = dist.group.WORLD
+    assert world is not None
+    decoder = ProcessGroupCollection.use_mpu_process_groups()
+    decoder.intra_dist_opt = world  # gradient norms are summed over all ranks
+    return Groups(decoder, _vision_groups(parallel, decoder, world), decoder.mp, world)
+
+
+def _vision_groups(
+    parallel: ParallelConfig, decoder: ProcessGroupCollection, world: ProcessGroup
+) -> ProcessGroupCollection:
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.tp, groups.mp = alone, alone
+    groups.pp = groups.tp_ep_pp = groups.expt_dp = alone
+    groups.dp = groups.dp_cp = world
+    if parallel.vision_tensor and parallel.tensor > 1:
+        groups.tp = groups.mp = decoder.tp
+        ranks = range(decoder.tp.rank(), world.size(), parallel.tensor)
+        groups.dp = groups.dp_cp = dist.new_group(list(ranks), use_local_synchronization=True)
+    groups.intra_dist_opt = world
+    return groups
