@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -82,6 +83,7 @@ class Decoder(MegatronModule):
     ):
         super().__init__(config)
         self.text, self.chunk, self.recompute = model.text, chunk, recompute
+        self.model_type = ModelType.encoder_or_decoder  # megatron's schedules ask for it
         self.vp_stage = chunk.virtual
         self.tp_group = groups.tp
         self.received: Tensor | None = None

@@ -6,9 +6,11 @@ import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
 from moss_train.config import ModelConfig, ParallelConfig
+from moss_train.convert.mapping import table
 from moss_train.model.decoder import Chunk, Decoder
 from moss_train.model.projector import VisionEncoder
 from moss_train.model.transformer_config import decoder_config, vision_config
@@ -31,6 +33,19 @@ class MossVideo:
             )
             for chunk in chunks_of_rank(config, parallel, groups.decoder.pp.rank())
         ]
+        self._mark_sharded()
+
+    def _mark_sharded(self) -> None:
+        """Tells megatron which parameters are slices: its gradient norm counts the others once.
+
+        (Its layers mark them while they initialize weights, which we do not let them do.)
+        """
+        split = {rule.ours: rule.split for rule in table(self.config)}
+        for name, parameter in self.named_parameters():
+            sharded = split[name] is not None
+            dimension = split[name] if sharded else -1
+            if not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, sharded, dimension, 1)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of this rank under their global names: vision.*, projector.*, decoder.*."""

@@ -36,6 +36,7 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
     """TransformerConfig of the decoder."""
     text = model.text
     interleaved = parallel.virtual > 1
+    on_cpu = hardware.device().type == "cpu"
     selective = parallel.recompute == "selective"
     return TransformerConfig(
         num_layers=text.num_layers,
@@ -56,7 +57,8 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
         # With overlap_p2p_comm=False the interleaved schedule of two stages gives wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=parallel.pipeline > 1,
+        # Over gloo an overlapped send still reads the output when the schedule has freed it.
+        deallocate_pipeline_outputs=parallel.pipeline > 1 and not (interleaved and on_cpu),
         recompute_granularity="selective" if selective else None,
         recompute_modules=["core_attn"] if selective else None,
         **_common(model),

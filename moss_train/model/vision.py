@@ -26,6 +26,12 @@ def aspect_ratios(max_tiles: int) -> list[tuple[int, int]]:
     return [(wide, high) for wide in sides for high in sides if wide * high <= max_tiles]
 
 
+def tiles_used(ratio_ids: Tensor, vision: VisionConfig) -> Tensor:
+    """Real tiles of each frame `[N]`, from its aspect-ratio id."""
+    counts = [0] + [wide * high for wide, high in aspect_ratios(vision.max_tiles)]
+    return torch.tensor(counts, device=ratio_ids.device)[ratio_ids]
+
+
 class TileEmbedding(nn.Module):
     """Adds tanh(gate) x an embedding of (aspect ratio, tile) to `[N, T, P, D]`."""
 
@@ -183,8 +189,7 @@ class VisionTower(MegatronModule):
         """
         if self.vision.full_attention:
             return None
-        counts = [0] + [wide * high for wide, high in aspect_ratios(self.vision.max_tiles)]
-        used = torch.tensor(counts, device=ratio_ids.device)[ratio_ids]  # [N]
+        used = tiles_used(ratio_ids, self.vision).clamp(min=1)  # id 0 (no image): as one tile
         tile = torch.arange(tiles, device=ratio_ids.device).repeat_interleave(padded)
         patch = torch.arange(padded, device=ratio_ids.device).repeat(tiles)
         padding = (tile >= used[:, None]) | (patch >= self.vision.num_patches)  # [N, L]

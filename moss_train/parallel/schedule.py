@@ -1,0 +1,99 @@
+"""One pass of a step's microbatches through the decoder, by megatron's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from moss_train import hardware
+from moss_train.config import ModelConfig
+from moss_train.model.frames import FrameBatch, plan_frames
+from moss_train.model.loss import Targets, find_targets
+from moss_train.model.pixels import tiles_used
+from moss_train.parallel.distribute import TextBatch
+
+
+@dataclass
+class DecoderInput:
+    """One microbatch as the decoder takes it, on the device."""
+
+    tokens: Tensor
+    frames: FrameBatch
+    targets: Targets
+
+
+def prepare(
+    batches: list[TextBatch],
+    states: list[Tensor],
+    model: ModelConfig,
+    max_tiles: int,
+    silence: tuple[int, float],
+) -> list[DecoderInput]:
+    """Plans attention and loss of each microbatch on the host, then moves it to the device.
+
+    Args:
+        states: projected frames of each microbatch `[N, T x P, H]`.
+        max_tiles: T.
+        silence: token id of `<|silence|>` and the weight of its labels.
+    """
+    device = hardware.device()
+    inputs = []
+    for batch, own in zip(batches, states, strict=True):
+        frames = plan_frames(
+            batch.frame_rows,
+            batch.frame_positions,
+            batch.lengths.tolist(),
+            batch.tokens.shape[1],
+            tiles=tiles_used(batch.ratio_ids, model.vision).clamp(max=max_tiles),
+            max_tiles=max_tiles,
+            attend_all=model.blind_rows == "attend_all",
+        )
+        frames.positions, frames.sees = frames.positions.to(device), frames.sees.to(device)
+        frames.states = own
+        targets = find_targets(batch.labels, *silence)
+        for name in ("rows", "tokens", "weights"):
+            setattr(targets, name, getattr(targets, name).to(device))
+        inputs.append(DecoderInput(batch.tokens.to(device), frames, targets))
+    return inputs
+
+
+def run_schedule(
+    chunks: Sequence[nn.Module], inputs: list[DecoderInput], total: Tensor, forward_only: bool = False
+) -> Tensor:
+    """Forward and backward of all microbatches of a step.
+
+    Args:
+        chunks: this rank's decoder chunks, wrapped for data parallelism or bare.
+        total: labels in the global batch, fp32 scalar on the device.
+
+    Returns:
+        Sum of the microbatches' losses on the last stage, zero on the others. With
+        `forward_only`, nothing is differentiated.
+    """
+    rows, length = inputs[0].tokens.shape
+
+    def forward(iterator: Iterator[DecoderInput], chunk: nn.Module):
+        item = next(iterator)
+        return chunk(item.tokens, item.frames, item.targets, total), _report
+
+    losses = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(inputs) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(inputs),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    if not losses:
+        return torch.zeros((), device=hardware.device())
+    return torch.stack(losses).sum()
+
+
+def _report(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # megatron's triple: what to differentiate, a token count that we do not use, what to collect
+    return loss, torch.ones((), dtype=torch.int, device=loss.device), loss.detach()

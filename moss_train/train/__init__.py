@@ -1,0 +1,1 @@
+"""Training: one step, the loop, optimizer and schedule, checkpoints, metrics."""

@@ -1,0 +1,203 @@
+"""What trains, and how: freezing, data-parallel wrapping, AdamW, the learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    ParamKey,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from moss_train import hardware
+from moss_train.config import Config, ConfigError
+from moss_train.model.moss_video import MossVideo
+from moss_train.train import adam
+
+
+@dataclass
+class Trainable:
+    """The model as it trains on this rank.
+
+    chunks: decoder chunks, wrapped for data parallelism where any of the decoder trains.
+    encoder: the wrapped vision encoder, None where all of it is frozen.
+    """
+
+    chunks: list[nn.Module]
+    encoder: DistributedDataParallel | None
+    optimizer: ChainedOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def wrapped_chunks(self) -> list[DistributedDataParallel]:
+        """The chunks whose gradients must be reduced."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
+
+    def zero_gradients(self) -> None:
+        """Before a step."""
+        for wrapped in [*self.wrapped_chunks, *([self.encoder] if self.encoder else [])]:
+            wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+
+def freeze(model: MossVideo, patterns: list[str]) -> dict[str, int]:
+    """Leaves trainable only the parameters whose names match one of `patterns` (fnmatch).
+
+    Returns:
+        Trainable parameters of the whole model by their first name part, counted once. A collective.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    used: set[str] = set()
+    for name, parameter in model.named_parameters():
+        hits = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        used.update(hits)
+        parameter.requires_grad_(bool(hits))
+    everywhere: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, used)
+    unused = [pattern for pattern in patterns if pattern not in set().union(*everywhere)]
+    if unused:
+        raise ConfigError([f"stage.train={unused}: matches no parameter of the model"])
+    return _trainable_counts(model)
+
+
+def _trainable_counts(model: MossVideo) -> dict[str, int]:
+    names = ("vision", "projector", "decoder")
+    counts = dict.fromkeys(names, 0)
+    tensor = model.groups.decoder.tp
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        shared = part == "decoder" and not getattr(parameter, "tensor_model_parallel", False)
+        if parameter.requires_grad and not (shared and tensor.rank()):
+            counts[part] += parameter.numel()
+    decoder = torch.tensor([counts["decoder"]], device=hardware.device())
+    dist.all_reduce(decoder, group=model.groups.replica)
+    counts["decoder"] = int(decoder)
+    size = model.groups.vision.tp.size()
+    if size > 1:
+        shards = torch.tensor([counts["vision"]], device=hardware.device())
+        dist.all_reduce(shards, group=model.groups.vision.tp)
+        counts["vision"] = int(shards)
+    return counts
+
+
+def make_trainable(model: MossVideo, config: Config, counts: dict[str, int]) -> Trainable:
+    """Wraps what trains and builds its optimizer. A collective.
+
+    Raises:
+        ConfigError: nothing trains.
+    """
+    if not sum(counts.values()):
+        raise ConfigError([f"stage.train={config.stage.train}: nothing trains"])
+    adam.install()
+    groups = model.groups
+    chunks: list[nn.Module] = list(model.chunks)
+    optimizers = []
+    if counts["decoder"]:
+        ddp = _ddp_config(config, overlap=True)
+        wrapped = [
+            DistributedDataParallel(
+                chunk.config,
+                ddp,
+                chunk,
+                disable_bucketing=number > 0,
+                pg_collection=groups.decoder,
+            )
+            for number, chunk in enumerate(model.chunks)
+        ]
+        for chunk, whole in zip(model.chunks, wrapped, strict=True):
+            _hook_schedule(chunk.config, whole, wrapped, config)
+        chunks = list(wrapped)
+        optimizers.append(_optimizer(config, wrapped, groups.decoder))
+    encoder = None
+    if counts["vision"] or counts["projector"]:
+        encoder = DistributedDataParallel(
+            model.encoder.config,
+            _ddp_config(config, overlap=False),  # its backward runs once, after the schedule
+            model.encoder,
+            pg_collection=groups.vision,
+        )
+        optimizers.append(_optimizer(config, [encoder], groups.vision))
+    chained = ChainedOptimizer([part for o in optimizers for part in o.chained_optimizers])
+    return Trainable(chunks, encoder, chained, _scheduler(config, chained))
+
+
+def _ddp_config(config: Config, overlap: bool) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap and config.parallel.overlap_grad_reduce,
+        overlap_param_gather=overlap and config.parallel.overlap_param_gather,
+    )
+
+
+def _hook_schedule(mcore, whole, wrapped, config: Config) -> None:
+    """Tells megatron's schedules when gradients and parameters may travel."""
+    single = len(wrapped) == 1
+    if config.parallel.overlap_grad_reduce:
+        mcore.no_sync_func = whole.no_sync if single else [w.no_sync for w in wrapped]
+        if not single:
+            mcore.grad_sync_func = [w.start_grad_sync for w in wrapped]
+    if config.parallel.overlap_param_gather and not single:
+        mcore.param_sync_func = [w.start_param_sync for w in wrapped]
+
+
+def _optimizer(
+    config: Config, modules: list[DistributedDataParallel], groups: ProcessGroupCollection
+) -> ChainedOptimizer:
+    options = config.optimizer
+    bf16 = config.model.dtype == "bf16"
+    megatron = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.lr * options.min_lr_ratio,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=hardware.DTYPES[config.model.dtype],
+        use_distributed_optimizer=True,
+        overlap_param_gather=modules[0].ddp_config.overlap_param_gather,
+    )
+    no_decay = {ParamKey(name=("*norm*", "*gate*", "*.bias")): {"wd_mult": 0.0}}
+    optimizer = get_megatron_optimizer(
+        megatron,
+        modules,
+        config_overrides=no_decay,
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+    assert isinstance(optimizer, ChainedOptimizer)
+    return optimizer
+
+
+def _scheduler(config: Config, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
+    """Warm-up from 0 to the peak, then `stage.schedule` down to min_lr_ratio of it; in steps."""
+    steps = config.steps
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.lr * config.optimizer.min_lr_ratio,
+        lr_warmup_steps=min(round(steps * config.stage.warmup_ratio), steps - 1),
+        lr_decay_steps=steps,
+        lr_decay_style=config.stage.schedule,
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+    scheduler.step(1)  # the first step already has a learning rate, not 0
+    return scheduler
