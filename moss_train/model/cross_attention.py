@@ -93,9 +93,9 @@ class CrossAttentionLayer(MegatronModule):
         Args:
             x: hidden states `[S, B, H]` (`[S / tensor, B, H]` with sequence parallelism).
             angles: rotary angles of the S tokens `[S, 1, 1, D]`.
-            frames: the microbatch's frames with their states; with none, x is returned.
+            frames: the microbatch's frames with their states; x is returned where none is attended.
         """
-        if frames.count == 0:
+        if not any(frames.rows):  # no frames, or only padding that no token attends
             return _Touch.apply(x, *(p for p in self.parameters() if p.requires_grad))
         attended, _ = self.linear_proj(self._attention(self.input_norm(x), angles, frames))
         x = x + self.attn_gate.tanh() * attended

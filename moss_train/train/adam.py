@@ -26,9 +26,10 @@ class FusedShapeAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
-        if not adam_w_mode:
-            raise ValueError("FusedShapeAdam: only decoupled weight decay (AdamW) is implemented")
+        if capturable or not adam_w_mode:
+            raise ValueError("FusedShapeAdam is AdamW outside CUDA graphs, nothing else")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -238,17 +238,14 @@ def _decoder(model: ModelConfig, trains: Trains, rows: _Rows, recompute: str) ->
     text, inputs, sums = model.text, trains.decoder, StepFlops()
     for index in range(text.num_layers):
         if index not in text.cross_attention_layers:
-            layer, backward = _self_layer(model, trains, rows, inputs), inputs
+            layer = _self_layer(model, trains, rows, inputs)
         elif rows.vision_tokens:
-            layer, backward = (
-                _cross_layer(model, trains, rows, inputs),
-                trains.decoder or trains.states,
-            )
-            inputs = backward
+            layer = _cross_layer(model, trains, rows, inputs)
+            inputs = inputs or trains.states
         else:
             continue
         sums += layer
-        if backward:  # nothing is run again where no gradient passes
+        if inputs:  # nothing is run again where no gradient passes
             sums += StepFlops(recomputed=_recomputed(layer, recompute))
     head = 2 * rows.labels * text.hidden_size * text.vocab_size
     return sums + StepFlops(head=_linear(head, inputs, trains.decoder))

@@ -72,22 +72,19 @@ def freeze(model: MossVideo, patterns: list[str]) -> dict[str, int]:
 
 
 def _trainable_counts(model: MossVideo) -> dict[str, int]:
-    names = ("vision", "projector", "decoder")
-    counts = dict.fromkeys(names, 0)
-    tensor = model.groups.decoder.tp
+    counts = {"vision": 0, "projector": 0, "decoder": 0}
+    groups = model.groups
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
-        shared = part == "decoder" and not getattr(parameter, "tensor_model_parallel", False)
-        if parameter.requires_grad and not (shared and tensor.rank()):
+        tensor = groups.decoder.tp if part == "decoder" else groups.vision.tp
+        counted_elsewhere = tensor.rank() > 0 and not parameter.tensor_model_parallel
+        if parameter.requires_grad and not counted_elsewhere:
             counts[part] += parameter.numel()
-    decoder = torch.tensor([counts["decoder"]], device=hardware.device())
-    dist.all_reduce(decoder, group=model.groups.replica)
-    counts["decoder"] = int(decoder)
-    size = model.groups.vision.tp.size()
-    if size > 1:
-        shards = torch.tensor([counts["vision"]], device=hardware.device())
-        dist.all_reduce(shards, group=model.groups.vision.tp)
-        counts["vision"] = int(shards)
+    holders = {"vision": groups.vision.tp, "projector": groups.vision.tp, "decoder": groups.replica}
+    for part, group in holders.items():
+        total = torch.tensor([counts[part]], device=hardware.device())
+        dist.all_reduce(total, group=group)
+        counts[part] = int(total)
     return counts
 
 
@@ -169,7 +166,7 @@ def _optimizer(
         bf16=bf16,
         params_dtype=hardware.DTYPES[config.model.dtype],
         use_distributed_optimizer=True,
-        overlap_param_gather=modules[0].ddp_config.overlap_param_gather,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     no_decay = {ParamKey(name=("*norm*", "*gate*", "*.bias")): {"wd_mult": 0.0}}
     optimizer = get_megatron_optimizer(
