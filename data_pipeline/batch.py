@@ -1,0 +1,76 @@
+"""What travels from the data side to the training side: one encoded sample, one microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class EncodedSample:
+    """One conversation as tensors. S tokens, F frames, T tiles a frame of h x w pixels."""
+
+    key: str  # "<source name>/<webdataset key>"
+    tokens: Tensor  # int64 [S]
+    labels: Tensor  # int64 [S], not shifted, IGNORED_LABEL where there is no loss
+    frames: Tensor  # uint8 [F, T, 3, h, w], RGB, not normalized, unused tiles zero
+    frame_positions: Tensor  # int64 [F], index of each frame's <|image|> token in `tokens`
+    aspect_ratio_ids: Tensor  # int64 [F], 1-based index into supported_aspect_ratios(T)
+    truncated: bool = False  # the conversation was longer than sequence_length
+
+
+@dataclass
+class MicroBatch:
+    """B conversations, right padded to the longest; the frames of all rows, row after row."""
+
+    tokens: Tensor  # int64 [B, S], padded with the pad token
+    labels: Tensor  # int64 [B, S], padded with IGNORED_LABEL
+    lengths: Tensor  # int64 [B], tokens of each row without padding
+    frames: Tensor  # uint8 [N, T, 3, h, w]
+    frame_rows: Tensor  # int64 [N], the row of each frame
+    frame_positions: Tensor  # int64 [N], the index of its <|image|> token in that row
+    aspect_ratio_ids: Tensor  # int64 [N]
+    keys: list[str]  # B sample keys
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples skipped before this
+    truncated: int = 0  # rows cut at sequence_length
+
+    def pin_memory(self) -> MicroBatch:
+        """The same batch with its tensors in page-locked memory (torch's DataLoader calls it)."""
+        return replace(
+            self,
+            tokens=self.tokens.pin_memory(),
+            labels=self.labels.pin_memory(),
+            frames=self.frames.pin_memory(),
+            frame_rows=self.frame_rows.pin_memory(),
+            frame_positions=self.frame_positions.pin_memory(),
+            aspect_ratio_ids=self.aspect_ratio_ids.pin_memory(),
+        )
+
+
+def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> MicroBatch:
+    """Stacks samples into one microbatch; S becomes the longest row. Needs at least one sample."""
+    if not samples:
+        raise ValueError("collate: no samples")
+    longest = max(len(sample.tokens) for sample in samples)
+    tokens = torch.full((len(samples), longest), pad_token_id, dtype=torch.int64)
+    labels = torch.full((len(samples), longest), IGNORED_LABEL, dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        tokens[row, : len(sample.tokens)] = sample.tokens
+        labels[row, : len(sample.labels)] = sample.labels
+    counts = torch.tensor([len(sample.frames) for sample in samples])
+    return MicroBatch(
+        tokens=tokens,
+        labels=labels,
+        lengths=torch.tensor([len(sample.tokens) for sample in samples]),
+        frames=torch.cat([sample.frames for sample in samples]),
+        frame_rows=torch.repeat_interleave(torch.arange(len(samples)), counts),
+        frame_positions=torch.cat([sample.frame_positions for sample in samples]),
+        aspect_ratio_ids=torch.cat([sample.aspect_ratio_ids for sample in samples]),
+        keys=[sample.key for sample in samples],
+        truncated=sum(sample.truncated for sample in samples),
+    )

@@ -1,0 +1,85 @@
+"""Pictures to tiles, as Llama-3.2-Vision's image processor makes them (without normalizing).
+
+Sizes are (height, width) and tile grids (rows, columns) throughout.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from data_pipeline.schema import SampleError
+
+
+@lru_cache
+def supported_aspect_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All grids of at most `max_tiles` tiles; a ratio's id is its 1-based place in this list."""
+    sides = range(1, max_tiles + 1)
+    return tuple(
+        (rows, columns) for rows in sides for columns in sides if rows * columns <= max_tiles
+    )
+
+
+@lru_cache(maxsize=1024)
+def choose_grid(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, int]:
+    """The grid that enlarges the picture least, else shrinks it least, else has fewest tiles."""
+    grids = supported_aspect_ratios(max_tiles)
+    scales = [min(rows * tile / height, columns * tile / width) for rows, columns in grids]
+    enlarging = [scale for scale in scales if scale >= 1]
+    best = min(enlarging) if enlarging else max(scales)
+    candidates = [grid for grid, scale in zip(grids, scales, strict=True) if scale == best]
+    return min(candidates, key=lambda grid: grid[0] * grid[1])
+
+
+def fit_size(height: int, width: int, grid: tuple[int, int], tile: int) -> tuple[int, int]:
+    """The picture's size inside the canvas: aspect ratio kept, the longer limit touched."""
+    target_height = min(max(height, tile), grid[0] * tile)
+    target_width = min(max(width, tile), grid[1] * tile)
+    scale_height, scale_width = target_height / height, target_width / width
+    if scale_width < scale_height:
+        return min(int(height * scale_width) or 1, target_height), target_width
+    return target_height, min(int(width * scale_height) or 1, target_width)
+
+
+def tile_image(image: Tensor, tile: int, max_tiles: int) -> tuple[Tensor, int]:
+    """uint8 [3, H, W] -> (uint8 [max_tiles, 3, tile, tile], aspect ratio id).
+
+    Resized with antialiasing, padded right and below with zeros, cut into tiles row by row;
+    tiles beyond the grid are zero.
+    """
+    height, width = image.shape[-2:]
+    rows, columns = grid = choose_grid(height, width, tile, max_tiles)
+    size = fit_size(height, width, grid, tile)
+    if size != (height, width):
+        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)
+        image = resized[0]
+    canvas = image.new_zeros(3, rows * tile, columns * tile)
+    canvas[:, : size[0], : size[1]] = image
+    tiles = canvas.view(3, rows, tile, columns, tile).permute(1, 3, 0, 2, 4)
+    out = image.new_zeros(max_tiles, 3, tile, tile)
+    out[: rows * columns] = tiles.reshape(rows * columns, 3, tile, tile)
+    return out, supported_aspect_ratios(max_tiles).index(grid) + 1
+
+
+def decode_image(data: bytes) -> Tensor:
+    """JPEG, PNG, ... bytes -> uint8 [3, H, W], upright; transparency is put on white.
+
+    Raises SampleError(`undecodable_image`).
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                layer = upright.convert("RGBA")
+                white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+                upright = Image.alpha_composite(white, layer)
+            pixels = np.array(upright.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,0 +1,72 @@
+"""energon's index of a folder of shards: the Python twin of `energon prepare`.
+
+python -m data_pipeline.index FOLDER...
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from megatron.energon import CrudeWebdataset
+
+from data_pipeline.shards import (
+    INDEX_FOLDER,
+    INDEX_MARK,
+    ShardError,
+    SourceInfo,
+    check_source,
+    shard_files,
+)
+
+_DATASET = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+
+
+def prepare_index(path: str | Path, workers: int = 2) -> SourceInfo:
+    """(Re)builds the index of a folder; every shard goes to the `train` split.
+
+    `workers` processes read the shards. Raises ShardError for a missing folder, no shards, an
+    unreadable tar or a key that occurs twice.
+    """
+    folder = Path(path)
+    names = [shard.name for shard in shard_files(folder)]
+    shutil.rmtree(folder / INDEX_FOLDER, ignore_errors=True)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            CrudeWebdataset.prepare_dataset(
+                folder.absolute(),
+                names,
+                split_parts_ratio=[("train", 1.0), ("val", 0.0), ("test", 0.0)],
+                shuffle_seed=None,
+                workers=min(workers, len(names)),
+            )
+    except SystemExit:  # energon prints and exits where a key occurs twice
+        raise ShardError(f"{folder}: {said.getvalue().strip()[:300]}") from None
+    except Exception as error:
+        raise ShardError(f"{folder}: the shards cannot be indexed: {error}") from error
+    (folder / INDEX_FOLDER / INDEX_MARK).write_text(_DATASET)
+    return check_source(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="data_pipeline.index", description=prepare_index.__doc__)
+    parser.add_argument("folder", nargs="+", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(arguments)
+    try:
+        for folder in options.folder:
+            info = prepare_index(folder, options.workers)
+            print(f"{folder}: {info.samples} samples in {info.shards} shards")
+    except ShardError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""From a conversation to tokens, labels and the positions of its frames.
+
+Three forms. `pretrain`: the contents one after the other between begin and end of text, loss on
+the assistant's. `chat`: Llama-3 headers, loss on the assistant's content and its `<|eot_id|>`.
+`realtime`: as chat, one frame a mark, and `<|eot_id|>` is no label, for it is the user who ends
+the model's turn. A frame's `<|image|>` is never a label; a label of `<|silence|>` is an ordinary
+one here, the loss weighs it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from data_pipeline.batch import IGNORED_LABEL
+from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, SampleError
+from data_pipeline.tokens import SpecialTokens
+
+PromptForm = Literal["pretrain", "chat", "realtime"]
+
+# What a content may hold beside plain text; any other special token in it is an error.
+_CONTENT = re.compile(r"(<\|image\|>|<\|video\|>|<\|silence\|>|<\|\.\.\.\|>)")
+
+
+@dataclass
+class Prompt:
+    """S tokens and their labels (unshifted), and the index in them of each of the F frames."""
+
+    tokens: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    frame_positions: list[int] = field(default_factory=list)
+    truncated: bool = False
+
+    def add(self, tokens: Sequence[int], *, learn: bool) -> None:
+        self.tokens += tokens
+        self.labels += tokens if learn else [IGNORED_LABEL] * len(tokens)
+
+    def add_frames(self, count: int, image_token: int) -> None:
+        self.frame_positions += range(len(self.tokens), len(self.tokens) + count)
+        self.add([image_token] * count, learn=False)
+
+    def cut(self, length: int) -> None:
+        """Keeps the first `length` tokens and exactly the frames whose marks are among them."""
+        self.truncated = len(self.tokens) > length
+        del self.tokens[length:]
+        del self.labels[length:]
+        self.frame_positions = [p for p in self.frame_positions if p < length]
+
+
+class PromptBuilder:
+    """Holds a tokenizer and turns conversations into prompts."""
+
+    def __init__(self, tokenizer: Tokenizer, special: SpecialTokens) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        added = tokenizer.get_added_tokens_decoder()
+        self._control = {i for i, token in added.items() if token.special}
+        self._inline = {"<|silence|>": special.silence, "<|...|>": special.ellipsis}
+
+    def build(
+        self,
+        messages: Sequence[Message],
+        frames_per_mark: Sequence[int],
+        *,
+        form: PromptForm,
+        sequence_length: int,
+    ) -> Prompt:
+        """Builds the prompt, cut to `sequence_length` tokens.
+
+        `frames_per_mark` holds the number of frames of each media mark in reading order. After a
+        cut only the first `len(prompt.frame_positions)` frames are still in use. Raises
+        SampleError where nothing is left to learn or a content holds a control token.
+        """
+        prompt, counts = Prompt(), iter(frames_per_mark)
+        prompt.add([self._special.begin_of_text], learn=False)
+        for message in messages:
+            self._add_message(prompt, message, counts, form)
+        if form == "pretrain":
+            prompt.add([self._special.end_of_text], learn=False)
+        if next(counts, None) is not None:
+            raise SampleError("mark_media_mismatch", "more media than marks")
+        prompt.cut(sequence_length)
+        if all(label == IGNORED_LABEL for label in prompt.labels):
+            raise SampleError(
+                "no_labels", f"no assistant token within the first {sequence_length} tokens"
+            )
+        return prompt
+
+    def _add_message(
+        self, prompt: Prompt, message: Message, counts: Iterator[int], form: PromptForm
+    ) -> None:
+        learn = message.role == "assistant"
+        if form == "pretrain":
+            self._add_content(prompt, message.content, counts, learn)
+            return
+        special = self._special
+        role = self._encode(message.role)
+        header = [special.start_header_id, *role, special.end_header_id, *self._encode("\n\n")]
+        prompt.add(header, learn=False)
+        self._add_content(prompt, message.content, counts, learn)
+        prompt.add([special.eot_id], learn=learn and form == "chat")
+
+    def _add_content(
+        self, prompt: Prompt, content: str, counts: Iterator[int], learn: bool
+    ) -> None:
+        for piece in _CONTENT.split(content):
+            if piece in (IMAGE_MARK, VIDEO_MARK):
+                count = next(counts, None)
+                if count is None:
+                    raise SampleError("mark_media_mismatch", "more marks than media")
+                prompt.add_frames(count, self._special.image)
+            elif piece in self._inline:
+                prompt.add([self._inline[piece]], learn=learn)
+            elif piece:
+                prompt.add(self._encode(piece), learn=learn)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        control = self._control.intersection(ids)
+        if control:
+            # Left in, it would end a turn or forge a header in the middle of a content.
+            names = [self._tokenizer.id_to_token(i) for i in sorted(control)]
+            raise SampleError("control_token", f"the text contains {names}")
+        return ids

@@ -1,0 +1,1 @@
+"""The toy world: coloured shapes that move, whose story is known exactly."""
