@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -144,9 +144,9 @@ class ParallelConfig:
 class SourceConfig:
     """One folder of shards, drawn with `weight` among the sources of its modality."""
 
-    name: str = "???"
-    path: str = "???"
-    modality: str = "???"  # text | image | video
+    name: str = MISSING
+    path: str = MISSING
+    modality: str = MISSING  # text | image | video
     weight: float = 1.0
 
 
@@ -155,7 +155,8 @@ class DataConfig:
     """Shards and batches. Batches count samples (conversations)."""
 
     name: str = "shards"
-    tokenizer: str = "???"
+    root: str = ""  # a folder that the other paths of a preset refer to
+    tokenizer: str = MISSING
     sources: list[SourceConfig] = field(default_factory=list)
     mixture: dict[str, float] | None = None  # modality -> share of samples; None: stage.mixture
     samples: int | None = None  # samples of the run; None: stage.samples
@@ -242,7 +243,7 @@ class HardwareConfig:
 class RunConfig:
     """The run folder. Hydra fills in the default `runs/STAGE-TIMESTAMP`."""
 
-    dir: str = "???"
+    dir: str = MISSING
 
 
 @dataclass

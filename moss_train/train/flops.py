@@ -1,7 +1,7 @@
 """Model FLOPs of one optimizer step: the multiplications and additions that the step needs.
 
-What is counted. Matrix products only; norms, rotations, softmax and the optimizer are left out
-(under 1 % at 11B). With `[m, k] x [k, n]` = 2mkn:
+What is counted. Matrix products only; norms, rotations, softmax and the optimizer are left out.
+With `[m, k] x [k, n]` = 2mkn:
 
 - a linear layer of `w` weights costs 2w a token forward. Backward costs 2w for the gradient of its
   input, where anything before it trains, and 2w for the gradient of its weights, where they train;

@@ -6,7 +6,6 @@ Everything here runs on rank 0 only, with numbers that are already reduced over 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import secrets
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moss_train.config import LoggerConfig
-
-log = logging.getLogger(__name__)
+from moss_train.log import log
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"
@@ -107,7 +105,7 @@ class MetricsWriter:
         and shows repeated steps twice.
 
         Args:
-            config: the run's configuration as plain containers, shown by wandb and TensorBoard.
+            config: the run's configuration as plain containers, shown by wandb.
 
         Raises:
             ValueError: a chosen logger is not installed, or its mode is unknown.
@@ -118,7 +116,7 @@ class MetricsWriter:
         if logger.wandb:
             self._sinks.append(_Wandb(run_dir, logger, config))
         if logger.tensorboard:
-            self._sinks.append(_TensorBoard(run_dir, config, resume_step))
+            self._sinks.append(_TensorBoard(run_dir, resume_step))
         _truncate(run_dir / METRICS_FILE, resume_step)
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
 
@@ -146,8 +144,6 @@ class MetricsWriter:
 
 
 class _Wandb:
-    """A wandb run that is one run over all processes of the job."""
-
     def __init__(self, run_dir: Path, logger: LoggerConfig, config: dict[str, Any]):
         online = logger.wandb_mode == "online"
         if not online and logger.wandb_mode != "offline":
@@ -182,15 +178,12 @@ class _Wandb:
 
 
 class _TensorBoard:
-    def __init__(self, run_dir: Path, config: dict[str, Any], resume_step: int):
+    def __init__(self, run_dir: Path, resume_step: int):
         _require("tensorboard", "logger.tensorboard=true")
         from torch.utils.tensorboard import SummaryWriter
 
         folder = str(run_dir / TENSORBOARD_DIR)
         self._writer = SummaryWriter(folder, purge_step=resume_step + 1, flush_secs=10)
-        self._writer.add_text(
-            "config", f"```json\n{json.dumps(config, indent=2)}\n```", resume_step
-        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -216,12 +209,13 @@ class Progress:
         if self._warm:
             self._times.append(metrics.step_time_s)
         self._warm = True  # the first step of a process compiles and fills caches: no measure
+        eta = self.eta_s(metrics.step)
         if self._live:
             width = shutil.get_terminal_size().columns - 1
-            self._line = progress_line(metrics, self.total, self.eta_s(metrics.step), width)
+            self._line = progress_line(metrics, self.total, eta, width)
             self._show(f"\r{self._line}\x1b[K")
         elif metrics.step % self.every == 0 or metrics.step == self.total:
-            self._show(progress_line(metrics, self.total, self.eta_s(metrics.step)) + "\n")
+            self._show(progress_line(metrics, self.total, eta) + "\n")
 
     def eta_s(self, step: int) -> float | None:
         """Seconds that the steps after `step` will take; None before there is a measure."""
@@ -234,8 +228,7 @@ class Progress:
 
     def close(self) -> None:
         """Ends the line."""
-        if self._line:
-            self._show("\n")
+        self._show("\n" if self._line else "")
         self._line = ""
 
     def _show(self, text: str) -> None:
@@ -247,25 +240,28 @@ def progress_line(
     metrics: StepMetrics, total: int, eta_s: float | None, width: int | None = None
 ) -> str:
     """The console's line for a step; one that is wider than `width` drops what matters least."""
+    clock = "-" if eta_s is None else str(timedelta(seconds=round(eta_s))).removeprefix("0:")
     parts = {
         "step": f"step {metrics.step}/{total}",
         "loss": f"loss {metrics.loss:.4f}",
-        "lr": f"lr {metrics.lr:.2e}",
+        "lr": f"lr {metrics.lr:.1e}",
         "grad_norm": f"grad norm {metrics.grad_norm:.3g}",
         "samples": f"{_rate(metrics.samples_per_s)} samples/s",
         "frames": f"{_rate(metrics.frames_per_s)} frames/s",
         "tokens": f"{_rate(metrics.tokens_per_s)} tokens/s",
-        "eta": f"ETA {'-' if eta_s is None else timedelta(seconds=round(eta_s))}",
+        "eta": f"ETA {clock}",
     }
-    for least in ("grad_norm", "samples", "lr", "tokens", "frames", "eta", "loss"):
-        if width is None or len("  ".join(parts.values())) <= width:
+    line = "  ".join(parts.values())
+    for least in ("grad_norm", "samples", "lr", "tokens", "frames", "eta"):
+        if width is None or len(line) <= width:
             break
         del parts[least]
-    return "  ".join(parts.values())
+        line = " ".join(parts.values()).removeprefix("step ")
+    return line
 
 
 def _rate(value: float) -> str:
-    return f"{value / 1e3:.1f}k" if value >= 1e3 else f"{value:.1f}"
+    return f"{value / 1e3:.1f}k" if value >= 999.5 else f"{value:.3g}"
 
 
 def _require(package: str, option: str) -> None:

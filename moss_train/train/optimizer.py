@@ -42,6 +42,20 @@ class Trainable:
         """The chunks whose gradients must be reduced."""
         return [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
 
+    @property
+    def last_lr(self) -> float:
+        """Learning rate of the last update (the schedule already stands at the next)."""
+        before = self.scheduler.num_steps
+        self.scheduler.num_steps = before - 1
+        rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
+        self.scheduler.num_steps = before
+        return rate
+
+    def set_step(self, done: int) -> None:
+        """Puts the schedule where it stands after `done` updates."""
+        self.scheduler.num_steps = 0
+        self.scheduler.step(done + 1)
+
     def zero_gradients(self) -> None:
         """Before a step."""
         for wrapped in [*self.wrapped_chunks, *([self.encoder] if self.encoder else [])]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 from moss_train.train.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
@@ -35,7 +36,7 @@ def plot_losses(run_dir: Path) -> Path:
 
     steps = [row["step"] for row in rows]
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
-    window = max(1, len(steps) // 20)
+    window = len(steps) // 20 | 1  # odd: centred on a step
     marker = "o" if len(steps) < 3 else None  # a line needs two points
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -44,7 +45,7 @@ def plot_losses(run_dir: Path) -> Path:
     curves = left.plot(steps, losses, color="#9ecae1", lw=1, marker=marker, label="loss")
     if window > 1:
         smoothed = smooth(losses, window)
-        label = f"loss, mean of about {window} steps"
+        label = f"loss, mean of {window} steps"
         curves += left.plot(steps, smoothed, color="#08519c", lw=2, label=label)
     rates = [row["lr"] for row in rows]
     curves += right.plot(steps, rates, "--", color="#d95f0e", marker=marker, label="learning rate")
@@ -63,20 +64,19 @@ def plot_losses(run_dir: Path) -> Path:
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Exponential mean that forgets with a time constant of `window` steps.
-
-    s_t = sum_i a^(t - i) x_i / sum_i a^(t - i), a = 1 - 1 / window: without the start's pull to 0.
-    Values that are not finite are left out; NaN before the first finite one.
+    """Centred running mean of `window` values; towards both ends the window shrinks, so that the
+    curve neither lags nor bends. Values that are not finite are left out; NaN where none is left.
     """
-    keep = 1 - 1 / window
-    total = weight = 0.0
-    out = []
-    for value in values:
-        total, weight = total * keep, weight * keep
-        if math.isfinite(value):
-            total, weight = total + value, weight + 1
-        out.append(total / weight if weight else math.nan)
-    return out
+    finite = [value if math.isfinite(value) else 0.0 for value in values]
+    sums = [0.0, *accumulate(finite)]
+    counts = [0, *accumulate(map(math.isfinite, values))]
+    means = []
+    for index in range(len(values)):
+        half = min(window // 2, index, len(values) - 1 - index)
+        first, last = index - half, index + half + 1
+        count = counts[last] - counts[first]
+        means.append((sums[last] - sums[first]) / count if count else math.nan)
+    return means
 
 
 def summary_table(run_dir: Path, written: Mapping[str, str] | None = None) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from moss_train import hardware
 from moss_train.config import Config
+from moss_train.model.loss import IGNORED
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.gradients import reduce_gradients
 from moss_train.parallel.schedule import DecoderInput, prepare, run_schedule
+from moss_train.train.flops import StepCounts, count_microbatch
 from moss_train.train.optimizer import Trainable
 
 
@@ -22,23 +23,21 @@ from moss_train.train.optimizer import Trainable
 class StepResult:
     """What a step did, over the whole job.
 
-    tokens: without padding; padded_tokens: with it. attended: (token, frame) pairs of the
-    cross-attention. squares: sum over rows of padded length squared (self-attention).
+    loss: of the global batch, per label. padded_tokens: tokens with padding.
     stop: how many ranks asked to stop (a signal).
+    data_wait_s, memory_gb: of the rank that waited longest, used most.
     """
 
     loss: float
     grad_norm: float
-    labels: int
-    tokens: int
+    counts: StepCounts
     padded_tokens: int
-    squares: int
-    attended: int
-    frames: int
     skipped: int
     frames_per_rank_max: int
     frames_per_rank_mean: float
     stop: int
+    data_wait_s: float
+    memory_gb: float
 
 
 class TrainStep:
@@ -49,18 +48,37 @@ class TrainStep:
         self.exchange = FrameExchange(config.model, model.encoder, model.groups)
         self.silence = (silence_id, config.stage.silence_weight)
 
-    def __call__(self, batch: StepBatch, stop: bool = False) -> StepResult:
+    def __call__(self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False) -> StepResult:
         """Forward, backward and update on `batch`; `stop`: this rank wants the job to end."""
         self.trainable.zero_gradients()
         inputs = self.prepare(batch)
-        counts = self._count(batch, inputs)
-        loss = run_schedule(self.trainable.chunks, inputs, counts[0].float())
+        counts, padded = self._count(batch, inputs)
+        total = torch.tensor(float(counts.labels + counts.text_labels), device=hardware.device())
+        loss = run_schedule(self.trainable.chunks, inputs, total)
         self.exchange.return_gradient()
         groups = self.model.groups
         reduce_gradients(self.trainable.wrapped_chunks, self.trainable.encoder, groups)
         _, grad_norm, _ = self.trainable.optimizer.step()
         self.trainable.scheduler.step(1)
-        return self._result(batch, loss, float(grad_norm or 0.0), counts.tolist(), stop)
+
+        last = groups.is_last_stage and groups.decoder.tp.rank() == 0
+        own = len(batch.frames)
+        sums = (loss.item() if last else 0.0, sum(batch.skipped.values()), stop, own)
+        total_loss, skipped, stops, encoded = _reduce(sums, dist.ReduceOp.SUM)
+        peaks = (own, data_wait_s, hardware.peak_memory_gb())
+        most_frames, longest_wait, most_memory = _reduce(peaks, dist.ReduceOp.MAX)
+        return StepResult(
+            loss=total_loss,
+            grad_norm=float(grad_norm or 0.0),
+            counts=counts,
+            padded_tokens=padded,
+            skipped=int(skipped),
+            frames_per_rank_max=int(most_frames),
+            frames_per_rank_mean=encoded / dist.get_world_size(),
+            stop=int(stops),
+            data_wait_s=longest_wait,
+            memory_gb=most_memory,
+        )
 
     def prepare(self, batch: StepBatch) -> list[DecoderInput]:
         """Encodes the frames and plans each microbatch."""
@@ -69,48 +87,21 @@ class TrainStep:
             batch.microbatches, states, self.config.model, self.config.data.max_tiles, self.silence
         )
 
-    def _count(self, batch: StepBatch, inputs: list[DecoderInput]) -> Tensor:
-        """Labels, tokens, padded tokens, squares, attended pairs, frames: over all replicas."""
-        rows, length = inputs[0].tokens.shape
-        counts = [
-            sum(item.targets.count for item in inputs),
-            sum(int(text.lengths.sum()) for text in batch.microbatches),
-            rows * length * len(inputs),
-            rows * length**2 * len(inputs),
-            sum(item.frames.attended() for item in inputs),
-            sum(batch.counts),
-        ]
-        total = torch.tensor(counts, dtype=torch.int64, device=hardware.device())
-        dist.all_reduce(total, group=self.model.groups.decoder.dp)
-        return total
+    def _count(self, batch: StepBatch, inputs: list[DecoderInput]) -> tuple[StepCounts, int]:
+        """Counts of the step over all replicas, and its tokens with padding."""
+        counts = StepCounts()
+        for text, item in zip(batch.microbatches, inputs, strict=True):
+            judged = (text.labels[:, 1:] != IGNORED).sum(1)
+            counts += count_microbatch(text.lengths.tolist(), judged.tolist(), item.frames)
+        padded = sum(item.tokens.numel() for item in inputs)
+        sums = torch.tensor([*astuple(counts), padded], device=hardware.device())
+        dist.all_reduce(sums, group=self.model.groups.decoder.dp)
+        *totals, padded = sums.tolist()
+        return StepCounts(*totals), padded
 
-    def _result(
-        self, batch: StepBatch, loss: Tensor, grad_norm: float, counts: list[int], stop: bool
-    ) -> StepResult:
-        groups = self.model.groups
-        counted_here = groups.is_last_stage and groups.decoder.tp.rank() == 0
-        skipped = sum(batch.skipped.values()) if groups.is_leader else 0
-        own = len(batch.frames)
-        device = hardware.device()
-        sums = torch.tensor([0.0, skipped, stop, own], dtype=torch.float64, device=device)
-        if counted_here:
-            sums[0] = loss.double()
-        dist.all_reduce(sums)
-        most = torch.tensor([own], device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        total_loss, skipped_all, stops, encoded = sums.tolist()
-        labels, tokens, padded, squares, attended, frames = counts
-        return StepResult(
-            loss=total_loss,
-            grad_norm=grad_norm,
-            labels=labels,
-            tokens=tokens,
-            padded_tokens=padded,
-            squares=squares,
-            attended=attended,
-            frames=frames,
-            skipped=int(skipped_all),
-            frames_per_rank_max=int(most),
-            frames_per_rank_mean=encoded / dist.get_world_size(),
-            stop=int(stops),
-        )
+
+def _reduce(values: tuple[float, ...], op: dist.ReduceOp.RedOpType) -> list[float]:
+    """Reduces a few numbers over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=hardware.device())
+    dist.all_reduce(tensor, op)
+    return tensor.tolist()

@@ -1,0 +1,86 @@
+"""From what Hydra composed to a running job: types, checks, the run folder, then the loop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig
+
+from moss_train.config import Config, ConfigError, from_hydra, to_dict
+from moss_train.log import configure, log
+
+
+def main(raw: DictConfig) -> None:
+    """Runs a training job on this rank. A wrong configuration exits with 2 and a line for each."""
+    configure()
+    try:
+        config = from_hydra(raw)
+        resume_from = check(config)
+    except ConfigError as error:
+        _refuse(error)
+    # megatron is imported only now: a wrong configuration is refused in two seconds, not ten.
+    from moss_train.train.loop import run
+
+    try:
+        run(config, resume_from)
+    except ConfigError as error:
+        _refuse(error)
+
+
+def check(config: Config) -> Path | None:
+    """Validates `config`, writes config.yaml, and finds what to resume from.
+
+    Raises:
+        ConfigError: anything is wrong. No process group has been started.
+    """
+    from moss_train.validate import validate, world_size_from_environment
+
+    validate(config, world_size_from_environment())
+    resume_from = find_resume(config)
+    if os.environ.get("RANK", "0") == "0":
+        folder = Path(config.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    return resume_from
+
+
+def find_resume(config: Config) -> Path | None:
+    """The checkpoint that this run continues, None for a new one; checks `init_from` too.
+
+    Raises:
+        ConfigError: a named checkpoint is missing or damaged, or has another architecture.
+    """
+    from moss_train.train.saved import find, read_run
+    from moss_train.validate import same_architecture
+
+    resume, init_from = config.trainer.resume, config.trainer.init_from
+    found = None
+    if resume == "auto":
+        found = find(Path(config.run.dir))
+    elif resume != "none":
+        found = _must_find("trainer.resume", resume)
+    if found is not None:
+        same_architecture(config, read_run(found)["config"], found)
+    elif init_from is not None:
+        source = _must_find("trainer.init_from", init_from)
+        same_architecture(config, read_run(source)["config"], source)
+    return found
+
+
+def _must_find(field: str, value: str) -> Path:
+    from moss_train.train.saved import find
+
+    path = find(Path(value))
+    if path is None:
+        raise ConfigError([f"{field}={value}: no complete checkpoint there: give a run folder"])
+    return path
+
+
+def _refuse(error: ConfigError) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        for problem in error.problems:
+            log.error("%s", problem)
+    sys.exit(2)

@@ -1,0 +1,213 @@
+"""Checkpoints: written under a temporary name, renamed when complete, readable in any layout.
+
+What a checkpoint holds, and how one is found, is in saved.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+
+from moss_train.config import Config, to_dict
+from moss_train.log import log
+from moss_train.model.moss_video import MossVideo
+from moss_train.train.optimizer import Trainable
+from moss_train.train.saved import checkpoints_folder, read_run
+
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+    "non_homogeneous_layers": True,
+}
+
+
+class Checkpointer:
+    """Saves and loads the state of a run. Every method is a collective."""
+
+    def __init__(self, config: Config, model: MossVideo, trainable: Trainable):
+        self.config, self.model, self.trainable = config, model, trainable
+        self.folder = checkpoints_folder(Path(config.run.dir))
+        self.queue = AsyncCallsQueue() if config.trainer.async_save else None
+        if dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".*step_*"):
+                log.warning("removing %s: a save or a removal that was cut off", leftover)
+                shutil.rmtree(leftover)
+        dist.barrier()
+
+    def save(self, step: int, samples: int, streams: list[bytes] | None) -> None:
+        """Saves after `step`. `streams`: the data state of this rank's replica, on its leader."""
+        self.finish()
+        name = f"step_{step:08d}"
+        target, temporary = self.folder / name, self.folder / f".writing_{name}"
+        if target.exists():
+            return
+        gathered = self._gather_streams(streams)
+        if dist.get_rank() == 0:
+            temporary.mkdir()
+        dist.barrier()
+        request = dist_checkpointing.save(
+            self._sharded_state(loading=False),
+            str(temporary),
+            async_sharded_save=self.queue is not None,
+            content_metadata=_METADATA,
+        )
+
+        def finalize() -> None:
+            if dist.get_rank() == 0:
+                self._write_rest(temporary, step, samples, gathered)
+                self._publish(temporary, target)
+            dist.barrier()
+
+        if self.queue is None:
+            finalize()
+        else:
+            assert isinstance(request, AsyncRequest)
+            request.add_finalize_fn(finalize)
+            self.queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Completes an asynchronous save whose files are written."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Waits for an asynchronous save."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        """Ends the writer process."""
+        self.finish()
+        if self.queue is not None:
+            self.queue.close()
+
+    def load(self, path: Path, weights_only: bool = False) -> dict[str, Any]:
+        """Loads `path`, saved in any layout; returns its `run.json`.
+
+        `weights_only`: for a new stage; optimizer, random state and step start afresh.
+        """
+        if weights_only:
+            state = dist_checkpointing.load({"model": self._model_state()}, str(path))
+        else:
+            run = read_run(path)
+            state = dist_checkpointing.load(
+                self._sharded_state(loading=True, random_state=run["layout"] == self._layout()),
+                str(path),
+            )
+        parts = state["model"]
+        self.model.encoder.load_state_dict(parts["encoder"])
+        for number, chunk in enumerate(self.model.chunks):
+            chunk.load_state_dict(parts[f"chunk{number}"])
+        if weights_only:
+            self.trainable.optimizer.reload_model_params()
+        else:
+            self.trainable.optimizer.load_state_dict(state["optimizer"])
+            if "random" in state:
+                _set_random_state(state["random"])
+        return read_run(path)
+
+    def _sharded_state(self, loading: bool, random_state: bool = True) -> dict[str, Any]:
+        model = self._model_state()
+        flat = {key: value for part in model.values() for key, value in part.items()}
+        state: dict[str, Any] = {
+            "model": model,
+            "optimizer": self.trainable.optimizer.sharded_state_dict(
+                flat, is_loading=loading, metadata=_METADATA
+            ),
+        }
+        if random_state:
+            world, rank = dist.get_world_size(), dist.get_rank()
+            state["random"] = ShardedObject("random", _random_state(), (world,), (rank,))
+        return state
+
+    def _model_state(self) -> dict[str, dict[str, Any]]:
+        groups = self.model.groups
+        vision = _METADATA | {"dp_cp_group": groups.vision.dp_cp}
+        decoder = _METADATA | {"dp_cp_group": groups.decoder.dp_cp}
+        state = {"encoder": _strip(self.model.encoder.sharded_state_dict("", (), vision), "")}
+        for number, chunk in enumerate(self.model.chunks):
+            sharded = chunk.sharded_state_dict("decoder.", (), decoder)
+            state[f"chunk{number}"] = _strip(sharded, "decoder.")
+        return state
+
+    def _gather_streams(self, streams: list[bytes] | None) -> list[bytes]:
+        everywhere: list[tuple[int, list[bytes]] | None] = [None] * dist.get_world_size()
+        mine = None if streams is None else (self.model.groups.data_rank, streams)
+        dist.all_gather_object(everywhere, mine)
+        ordered = sorted(item for item in everywhere if item is not None)
+        return [stream for _, part in ordered for stream in part]
+
+    def _layout(self) -> dict[str, int]:
+        parallel = self.config.parallel
+        return {
+            "world": dist.get_world_size(),
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual": parallel.virtual,
+        }
+
+    def _write_rest(self, folder: Path, step: int, samples: int, streams: list[bytes]) -> None:
+        run = {
+            "step": step,
+            "samples": samples,
+            "layout": self._layout(),
+            "versions": {name: version(name) for name in ("torch", "megatron-core")},
+            "config": to_dict(self.config),
+        }
+        (folder / "run.json").write_text(json.dumps(run, indent=1))
+        encoded = [base64.b64encode(stream).decode() for stream in streams]
+        (folder / "streams.json").write_text(json.dumps(encoded))
+        files = {
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        with (folder / "complete.json").open("w") as out:
+            json.dump({"files": files}, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def _publish(self, temporary: Path, target: Path) -> None:
+        temporary.rename(target)
+        pointer = self.folder / "latest.new"
+        pointer.write_text(target.name + "\n")
+        pointer.replace(self.folder / "latest")
+        for old in sorted(self.folder.glob("step_*"))[: -self.config.trainer.keep_last]:
+            removing = old.rename(self.folder / f".removing_{old.name}")
+            shutil.rmtree(removing)
+        log.info("saved %s", target)
+
+
+def _strip(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])

@@ -1,0 +1,331 @@
+"""The training job on one rank: set up, resume, loop over steps, save, report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.batch import MicroBatch
+from data_pipeline.loader import EncodeConfig, Loader, Source, build_loader
+from data_pipeline.tokens import SpecialTokens, load_tokenizer
+from moss_train import hardware
+from moss_train.config import Config, ConfigError, to_dict
+from moss_train.convert.weights import fill, random_reader
+from moss_train.log import log
+from moss_train.model.moss_video import MossVideo
+from moss_train.parallel.distribute import StepBatch, read_step
+from moss_train.parallel.groups import Groups, build_groups
+from moss_train.train.checkpoint import Checkpointer
+from moss_train.train.flops import Trains, step_flops
+from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
+from moss_train.train.optimizer import freeze, make_trainable
+from moss_train.train.report import plot_losses, summary_table
+from moss_train.train.saved import find, read_streams
+from moss_train.train.step import StepResult, TrainStep
+from moss_train.validate import mixture
+
+
+def run(config: Config, resume_from: Path | None) -> None:
+    """Trains `config` on this rank, from `resume_from` (a complete checkpoint) if given."""
+    start_process_group(config)
+    try:
+        Job(config, resume_from).run()
+    finally:
+        dist.destroy_process_group()
+
+
+def start_process_group(config: Config) -> None:
+    """Joins the job. Works under torchrun, and without it as a job of one rank."""
+    device = hardware.activate(config.hardware.device)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    threads = config.hardware.threads or max(1, len(os.sched_getaffinity(0)) // local)
+    torch.set_num_threads(threads)
+    dist.init_process_group(
+        hardware.backend(device.type), timeout=timedelta(seconds=config.hardware.timeout_s)
+    )
+    hardware.seed_everything(config.trainer.seed)
+
+
+class Job:
+    """Everything that a rank holds while it trains."""
+
+    def __init__(self, config: Config, resume_from: Path | None):
+        self.config = config
+        self.folder = Path(config.run.dir)
+        self.first_rank = dist.get_rank() == 0
+        self.groups = build_groups(config.parallel, config.trainer.seed)
+        self.model = MossVideo(config.model, config.parallel, self.groups)
+        if resume_from is None:
+            fill(self.model, random_reader(config.model, config.trainer.seed))
+        self.counts = freeze(self.model, [*config.stage.train, *config.stage.also])
+        self.trainable = make_trainable(self.model, config, self.counts)
+        self.checkpointer = Checkpointer(config, self.model, self.trainable)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokens = SpecialTokens.from_tokenizer(tokenizer, config.data.tokenizer)
+        self.step = TrainStep(config, self.model, self.trainable, tokens.silence)
+        self.done = self.samples = self.skipped = 0
+        streams = self._restore(resume_from)
+        self.loader = self._loader(streams) if self.groups.is_leader else None
+        self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
+        vision = config.model.vision
+        self.frame_shape = (config.data.max_tiles, 3, vision.image_size, vision.image_size)
+        self.microbatches = config.data.global_batch // (
+            config.data.micro_batch * self.groups.data_size
+        )
+
+    def _restore(self, resume_from: Path | None) -> list[bytes] | None:
+        """Loads a checkpoint; returns where the data streams stood, None for a new run."""
+        init_from = self.config.trainer.init_from
+        if resume_from is not None:
+            run = self.checkpointer.load(resume_from)
+            self.done, self.samples = run["step"], run["samples"]
+            self.trainable.set_step(self.done)
+            log.info("resumed %s after step %d", resume_from, self.done)
+            return read_streams(resume_from)
+        if init_from is not None:
+            source = find(Path(init_from))
+            assert source is not None  # validated
+            self.checkpointer.load(source, weights_only=True)
+            log.info("weights from %s", source)
+        return None
+
+    def _loader(self, streams: list[bytes] | None) -> Loader:
+        data, stage = self.config.data, self.config.stage
+        shares = mixture(self.config)
+        weights = {
+            modality: sum(s.weight for s in data.sources if s.modality == modality)
+            for modality in shares
+        }
+        size, rank = self.groups.data_size, self.groups.data_rank
+        workers = data.workers
+        if streams is not None:  # the same streams, dealt to this job's ranks
+            workers = loader_workers(len(streams), size, data.workers)
+        loader = build_loader(
+            [
+                Source(s.name, s.path, s.modality, shares[s.modality] * s.weight / weights[s.modality])
+                for s in data.sources
+                if s.modality in shares
+            ],
+            EncodeConfig(
+                tokenizer=data.tokenizer,
+                sequence_length=self.config.sequence_length,
+                tile_size=self.config.model.vision.image_size,
+                max_tiles=data.max_tiles,
+                video_fps=stage.video_fps,
+                video_min_frames=stage.video_min_frames,
+                video_max_frames=stage.video_max_frames,
+                prompt=stage.prompt,
+            ),
+            micro_batch=data.micro_batch,
+            data_parallel_rank=rank,
+            data_parallel_size=size,
+            workers=workers,
+            seed=self.config.trainer.seed,
+            shuffle_buffer=data.shuffle_buffer,
+        )
+        if streams is not None:
+            each = len(streams) // size
+            loader.load_state(streams[rank * each : (rank + 1) * each])
+        return loader
+
+    def run(self) -> None:
+        """Steps until `config.steps`, or until a signal asks to stop; saves at the end."""
+        self._announce()
+        steps = self.config.steps
+        with self._sinks() as (writer, progress), _stop_signals() as asked:
+            stopped = False
+            while self.done < steps and not stopped:
+                started = time.perf_counter()
+                batch = self._read()
+                waited = time.perf_counter() - started
+                result = self.step(batch, waited, bool(asked))
+                self.done += 1
+                self.samples += self.config.data.global_batch
+                self._check(result)
+                self._report(result, time.perf_counter() - started, batch, writer, progress)
+                stopped = result.stop > 0
+                self.checkpointer.poll()
+                if stopped or self.done == steps or self._is_due():
+                    self._save()
+            self.checkpointer.close()
+        if self.loader is not None:
+            self.loader.close()
+        if self.first_rank:
+            self._finish(stopped)
+
+    def _is_due(self) -> bool:
+        return self.done % self.config.trainer.checkpoint_every == 0
+
+    def _read(self) -> StepBatch:
+        return read_step(
+            self.batches,
+            self.microbatches,
+            self.config.data.pad_multiple,
+            self.frame_shape,
+            self.groups,
+            self.step.exchange.shares,
+        )
+
+    def _save(self) -> None:
+        streams = self.loader.state() if self.loader else None
+        self.checkpointer.save(self.done, self.samples, streams)
+
+    def _check(self, result: StepResult) -> None:
+        """Ends the job on a loss that is no number, or on too many unreadable samples."""
+        if result.loss != result.loss or result.loss in (float("inf"), float("-inf")):
+            raise RuntimeError(
+                f"step {self.done}: the loss is {result.loss}. Lower optimizer.lr, or look at the "
+                "step's samples (data.audit=true writes their keys)"
+            )
+        self.skipped += result.skipped
+        ratio = self.skipped / (self.samples + self.skipped)
+        limit = self.config.data.max_bad_ratio
+        if self.skipped >= 10 and ratio > limit:
+            raise RuntimeError(
+                f"step {self.done}: {self.skipped} of {self.samples + self.skipped} samples could "
+                f"not be read ({ratio:.1%}, data.max_bad_ratio={limit:.1%}): see the warnings above"
+            )
+
+    @contextmanager
+    def _sinks(self) -> Iterator[tuple[MetricsWriter | None, Progress | None]]:
+        """Metrics and console, on rank 0 only."""
+        if not self.first_rank:
+            yield None, None
+            return
+        config = self.config
+        with MetricsWriter(self.folder, config.logger, to_dict(config), self.done) as writer:
+            progress = Progress(config.steps, config.trainer.console_every)
+            try:
+                yield writer, progress
+            finally:
+                progress.close()
+
+    def _report(
+        self,
+        result: StepResult,
+        seconds: float,
+        batch: StepBatch,
+        writer: MetricsWriter | None,
+        progress: Progress | None,
+    ) -> None:
+        if self.config.data.audit and self.groups.is_leader:
+            self._audit(batch)
+        if writer is None or progress is None:
+            return
+        metrics = self._metrics(result, seconds)
+        writer.write(metrics)
+        progress.update(metrics)
+
+    def _metrics(self, result: StepResult, seconds: float) -> StepMetrics:
+        counts, config = result.counts, self.config
+        trains = Trains(**{part: count > 0 for part, count in self.counts.items()})
+        flops = step_flops(
+            config.model, trains, counts, config.data.max_tiles, config.parallel.recompute
+        )
+        tokens = counts.tokens + counts.text_tokens
+        return StepMetrics(
+            step=self.done,
+            loss=result.loss,
+            lr=self.trainable.last_lr,
+            grad_norm=result.grad_norm,
+            samples=config.data.global_batch,
+            tokens=tokens,
+            frames=counts.frames,
+            step_time_s=seconds,
+            model_tflops_per_s_per_rank=flops.total / seconds / dist.get_world_size() / 1e12,
+            memory_gb=result.memory_gb,
+            data_wait_s=result.data_wait_s,
+            skipped_samples=result.skipped,
+            frames_per_rank_max=result.frames_per_rank_max,
+            frames_per_rank_mean=result.frames_per_rank_mean,
+            padding_ratio=1 - tokens / result.padded_tokens,
+        )
+
+    def _audit(self, batch: StepBatch) -> None:
+        """Appends this replica's keys of the step to audit.RANK.jsonl."""
+        import json
+
+        path = self.folder / f"audit.{self.groups.data_rank:05d}.jsonl"
+        with path.open("a") as out:
+            out.write(json.dumps({"step": self.done, "keys": batch.keys}) + "\n")
+
+    def _announce(self) -> None:
+        config, parallel = self.config, self.config.parallel
+        trained = ", ".join(f"{part} {count:,}" for part, count in self.counts.items() if count)
+        log.info(
+            "stage %s, model %s (%s), %d ranks = %d data x %d pipeline x %d tensor, %s",
+            config.stage.name,
+            config.model.name,
+            config.model.dtype,
+            dist.get_world_size(),
+            self.groups.data_size,
+            parallel.pipeline,
+            parallel.tensor,
+            hardware.device().type,
+        )
+        log.info("trains %s parameters", trained)
+        log.info("%d steps of %d samples -> %s", config.steps, config.data.global_batch, self.folder)
+
+    def _finish(self, stopped: bool) -> None:
+        if self.done == 0 or not (self.folder / "metrics.jsonl").exists():
+            return
+        plot_losses(self.folder)
+        table = summary_table(
+            self.folder,
+            {
+                "config.yaml": "configuration",
+                "checkpoints/step_*": "checkpoint",
+                "audit.*.jsonl": "sample keys of each step",
+            },
+        )
+        print(table, flush=True)
+        if stopped:
+            log.warning("stopped by a signal after step %d: start again to go on", self.done)
+
+
+def loader_workers(streams: int, replicas: int, wanted: int) -> int:
+    """Worker processes of each rank, so that all ranks together have `streams` streams.
+
+    Raises:
+        ConfigError: `streams` cannot be dealt evenly to `replicas` ranks.
+    """
+    if streams % replicas:
+        raise ConfigError(
+            [
+                f"data-parallel size {replicas}: the checkpoint has {streams} data streams, which "
+                f"cannot be dealt evenly: choose a layout whose data-parallel size divides {streams}"
+            ]
+        )
+    each = streams // replicas
+    return 0 if each == 1 and wanted == 0 else each
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second one has its usual effect."""
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

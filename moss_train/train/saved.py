@@ -1,0 +1,65 @@
+"""What is on disk of a run's checkpoints, read without megatron (so before the job starts).
+
+A checkpoint is a folder `checkpoints/step_00000100` of a run: megatron's distributed checkpoint
+(weights, optimizer, random state), `run.json` (configuration, step, layout, versions),
+`streams.json` (where each data stream stands) and, written last, `complete.json` (every file with
+its size). `checkpoints/latest` names the newest. What has no sound `complete.json` is not loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from moss_train.config import ConfigError
+from moss_train.log import log
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def is_complete(path: Path) -> bool:
+    """True where every file that `complete.json` lists is there with its size."""
+    manifest = path / "complete.json"
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def find(where: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder (or `where` itself, if it is one).
+
+    Damaged ones are passed over with a warning.
+    """
+    if (where / "run.json").exists():
+        return where if is_complete(where) else None
+    folder = checkpoints_folder(where)
+    candidates = sorted(folder.glob("step_*"), reverse=True) if folder.is_dir() else []
+    for path in candidates:
+        if is_complete(path):
+            return path
+        log.warning("checkpoint %s is damaged or half written: trying the one before", path)
+    return None
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """`run.json` of a checkpoint: config, step, samples, layout, versions.
+
+    Raises:
+        ConfigError: `path` holds no readable one.
+    """
+    try:
+        return json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"checkpoint {path}: cannot read run.json ({error})"]) from None
+
+
+def read_streams(path: Path) -> list[bytes]:
+    """State of every data stream of the job that saved `path`, in global order."""
+    return [base64.b64decode(text) for text in json.loads((path / "streams.json").read_text())]

@@ -1,0 +1,266 @@
+"""Checks of a configuration, before any process group starts.
+
+Every problem is one line: the field, its value, what is allowed. All are collected, then raised
+together as a ConfigError.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data_pipeline.loader import check_source
+from data_pipeline.tokens import SpecialTokens, load_tokenizer
+from moss_train.config import Config, ConfigError
+
+ATTENTION = ("sdpa", "flash", "te", "flex")
+POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
+MODALITIES = ("text", "image", "video")
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raises ConfigError with a line for everything that is wrong with `config`."""
+    problems = [
+        *_choices(config),
+        *_positive(config),
+        *_model(config),
+        *_layout(config, world_size),
+        *_batches(config, world_size),
+    ]
+    problems += _data(config) if not problems else []
+    if problems:
+        raise ConfigError(problems)
+
+
+def _choices(config: Config) -> Iterator[str]:
+    allowed: dict[str, tuple[object, tuple[str, ...]]] = {
+        "model.attention": (config.model.attention, ATTENTION),
+        "model.blind_rows": (config.model.blind_rows, ("zero", "attend_all")),
+        "model.dtype": (config.model.dtype, ("fp32", "bf16")),
+        "model.projector.pool": (config.model.projector.pool, POOLS),
+        "parallel.recompute": (config.parallel.recompute, ("none", "selective", "full")),
+        "stage.prompt": (config.stage.prompt, ("pretrain", "chat")),
+        "stage.schedule": (config.stage.schedule, ("cosine", "linear", "constant")),
+        "hardware.device": (config.hardware.device, ("auto", "cpu", "cuda")),
+        "logger.wandb_mode": (config.logger.wandb_mode, ("online", "offline")),
+    }
+    for name, (value, choices) in allowed.items():
+        if value not in choices:
+            yield f"{name}={value}: choose one of {', '.join(choices)}"
+
+
+def _positive(config: Config) -> Iterator[str]:
+    values = {
+        "parallel.tensor": config.parallel.tensor,
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.virtual": config.parallel.virtual,
+        "data.global_batch": config.data.global_batch,
+        "data.micro_batch": config.data.micro_batch,
+        "data.max_tiles": config.data.max_tiles,
+        "data.pad_multiple": config.data.pad_multiple,
+        "data.shuffle_buffer": config.data.shuffle_buffer,
+        "trainer.steps": config.steps,
+        "trainer.checkpoint_every": config.trainer.checkpoint_every,
+        "trainer.keep_last": config.trainer.keep_last,
+        "trainer.console_every": config.trainer.console_every,
+        "model.vision.frames_per_chunk": config.model.vision.frames_per_chunk,
+        "model.text.num_layers": config.model.text.num_layers,
+        "hardware.timeout_s": config.hardware.timeout_s,
+        "stage.video_fps": config.stage.video_fps,
+        "stage.video_min_frames": config.stage.video_min_frames,
+    }
+    for name, value in values.items():
+        if value <= 0:
+            yield f"{name}={value}: must be greater than 0"
+    if config.data.workers < 0:
+        yield f"data.workers={config.data.workers}: must be 0 (no worker processes) or more"
+    if config.lr <= 0:
+        yield f"optimizer.lr={config.lr}: must be greater than 0"
+    for name, share in (
+        ("stage.warmup_ratio", config.stage.warmup_ratio),
+        ("optimizer.min_lr_ratio", config.optimizer.min_lr_ratio),
+        ("data.max_bad_ratio", config.data.max_bad_ratio),
+        ("stage.silence_weight", config.stage.silence_weight),
+    ):
+        if not 0 <= share <= 1:
+            yield f"{name}={share}: must be between 0 and 1"
+    if config.stage.video_max_frames < config.stage.video_min_frames:
+        yield (
+            f"stage.video_max_frames={config.stage.video_max_frames}: must be at least "
+            f"stage.video_min_frames={config.stage.video_min_frames}"
+        )
+
+
+def _model(config: Config) -> Iterator[str]:
+    text, vision, projector = config.model.text, config.model.vision, config.model.projector
+    yield from _divides("model.text.hidden_size", text.hidden_size, "num_heads", text.num_heads)
+    yield from _divides("model.text.num_heads", text.num_heads, "num_kv_heads", text.num_kv_heads)
+    yield from _divides(
+        "model.vision.hidden_size", vision.hidden_size, "num_heads", vision.num_heads
+    )
+    yield from _divides(
+        "model.vision.image_size", vision.image_size, "patch_size", vision.patch_size
+    )
+    if projector.pool != "none":
+        yield from _divides("the patch grid", vision.grid, "projector.stride", projector.stride)
+    outside = [i for i in text.cross_attention_layers if not 0 <= i < text.num_layers]
+    if outside:
+        yield (
+            f"model.text.cross_attention_layers={outside}: layers are numbered "
+            f"0..{text.num_layers - 1} (model.text.num_layers={text.num_layers})"
+        )
+    outside = [i for i in vision.intermediate_layers if not 0 <= i < vision.num_layers]
+    if outside:
+        yield (
+            f"model.vision.intermediate_layers={outside}: layers are numbered "
+            f"0..{vision.num_layers - 1} (model.vision.num_layers={vision.num_layers})"
+        )
+    if config.data.max_tiles > vision.max_tiles:
+        yield (
+            f"data.max_tiles={config.data.max_tiles}: the vision tower has embeddings for "
+            f"{vision.max_tiles} tiles (model.vision.max_tiles)"
+        )
+    if config.model.attention == "flash" and not vision.full_attention:
+        yield "model.attention=flash: takes no mask, which model.vision.full_attention=false needs"
+
+
+def _divides(name: str, value: int, by: str, divisor: int) -> Iterator[str]:
+    if divisor <= 0 or value % divisor:
+        yield f"{name}={value}: must be a multiple of {by}={divisor}"
+
+
+def _layout(config: Config, world_size: int) -> Iterator[str]:
+    parallel, text = config.parallel, config.model.text
+    ranks = parallel.tensor * parallel.pipeline
+    if parallel.tensor < 1 or parallel.pipeline < 1 or parallel.virtual < 1:
+        return
+    if world_size % ranks:
+        yield (
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}: a replica "
+            f"takes {ranks} ranks, and the job has {world_size}: start a multiple of {ranks}"
+        )
+    tensor = "parallel.tensor"
+    for name, value in (
+        ("model.text.num_heads", text.num_heads),
+        ("model.text.num_kv_heads", text.num_kv_heads),
+        ("model.text.mlp_size", text.mlp_size),
+        ("model.text.vocab_size", text.vocab_size),
+        ("the embedding's rows", text.vocab_size + text.extra_embedding_rows),
+    ):
+        yield from _divides(name, value, tensor, parallel.tensor)
+    if parallel.vision_tensor:
+        yield from _divides(
+            "model.vision.num_heads", config.model.vision.num_heads, tensor, parallel.tensor
+        )
+    if parallel.sequence:
+        if parallel.tensor == 1:
+            yield "parallel.sequence=True: needs parallel.tensor of 2 or more"
+        yield from _divides("data.pad_multiple", config.data.pad_multiple, tensor, parallel.tensor)
+    stages = parallel.pipeline * parallel.virtual
+    if text.num_layers % stages:
+        yield (
+            f"model.text.num_layers={text.num_layers}: must be a multiple of parallel.pipeline="
+            f"{parallel.pipeline} x parallel.virtual={parallel.virtual}"
+        )
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        yield f"parallel.virtual={parallel.virtual}: needs parallel.pipeline of 2 or more"
+    if config.model.attention == "te" and config.hardware.device == "cpu":
+        yield "model.attention=te: Transformer Engine needs CUDA, hardware.device is cpu: use sdpa"
+
+
+def _batches(config: Config, world_size: int) -> Iterator[str]:
+    parallel, data = config.parallel, config.data
+    ranks = parallel.tensor * parallel.pipeline
+    if ranks < 1 or world_size % ranks or data.micro_batch < 1:
+        return
+    replicas = world_size // ranks
+    unit = data.micro_batch * replicas
+    if data.global_batch % unit:
+        yield (
+            f"data.global_batch={data.global_batch}: must be a multiple of data.micro_batch="
+            f"{data.micro_batch} x {replicas} data-parallel replicas"
+        )
+    elif parallel.virtual > 1 and (data.global_batch // unit) % parallel.pipeline:
+        yield (
+            f"data.global_batch={data.global_batch}: gives {data.global_batch // unit} microbatches "
+            f"a replica, which with parallel.virtual={parallel.virtual} must be a multiple of "
+            f"parallel.pipeline={parallel.pipeline}"
+        )
+
+
+def mixture(config: Config) -> dict[str, float]:
+    """Share of each modality, of those that are asked for."""
+    shares = config.data.mixture or config.stage.mixture
+    return {modality: share for modality, share in shares.items() if share > 0}
+
+
+def _data(config: Config) -> Iterator[str]:
+    shares = mixture(config)
+    field = "data.mixture" if config.data.mixture else "stage.mixture"
+    for modality in shares.keys() - set(MODALITIES):
+        yield f"{field}: {modality} is unknown: choose from {', '.join(MODALITIES)}"
+    if not shares:
+        yield f"{field}={config.stage.mixture}: no modality has a share"
+    present = {source.modality for source in config.data.sources}
+    for modality in sorted(shares.keys() & set(MODALITIES) - present):
+        yield (
+            f"{field}: asks for {modality} ({shares[modality]:g} %), but no data.sources has "
+            f"modality {modality}"
+        )
+    for source in config.data.sources:
+        if shares.get(source.modality):
+            yield from _complaints(check_source, source.path, f"data.sources[{source.name}].path")
+    yield from _tokenizer(config)
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokens = SpecialTokens.from_tokenizer(tokenizer, config.data.tokenizer)
+    except ValueError as error:
+        yield f"data.tokenizer={config.data.tokenizer}: {error}"
+        return
+    rows = config.model.text.vocab_size + config.model.text.extra_embedding_rows
+    if tokenizer.get_vocab_size() > rows or tokens.image >= rows:
+        yield (
+            f"data.tokenizer={config.data.tokenizer}: has {tokenizer.get_vocab_size()} tokens, the "
+            f"embedding has {rows} rows (model.text.vocab_size + extra_embedding_rows)"
+        )
+
+
+def _complaints(check, path: str, field: str) -> Iterator[str]:
+    try:
+        check(path)
+    except (ValueError, OSError) as error:
+        yield f"{field}={path}: {error}"
+
+
+def same_architecture(config: Config, saved: dict, where: Path) -> None:
+    """Raises ConfigError where `saved` (a checkpoint's configuration) has another architecture."""
+    from moss_train.config import to_dict
+
+    mine = to_dict(config)["model"]
+    theirs = saved["model"]
+    problems = []
+    for part, ignored in (
+        ("vision", ("frames_per_chunk", "recompute")),
+        ("projector", ()),
+        ("text", ()),
+    ):
+        problems += _differences(mine[part], theirs[part], f"model.{part}", ignored, where)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _differences(
+    mine: dict, theirs: dict, name: str, ignored: Iterable[str], where: Path
+) -> Iterator[str]:
+    for key, value in mine.items():
+        if key not in ignored and theirs.get(key) != value:
+            yield f"{name}.{key}={value}: the checkpoint {where} has {theirs.get(key)}"
+
+
+def world_size_from_environment() -> int:
+    """Ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
