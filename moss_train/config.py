@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 @dataclass
 class VisionConfig:
-    """Vision tower. `image_size` and `patch_size` are in pixels, `max_tiles` sizes the tile tables."""
+    """Vision tower. Image and patch sizes are in pixels; `max_tiles` sizes the tile tables."""
 
     hidden_size: int = 1280
     num_layers: int = 32

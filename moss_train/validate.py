@@ -183,9 +183,9 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
         )
     elif parallel.virtual > 1 and (data.global_batch // unit) % parallel.pipeline:
         yield (
-            f"data.global_batch={data.global_batch}: gives {data.global_batch // unit} microbatches "
-            f"a replica, which with parallel.virtual={parallel.virtual} must be a multiple of "
-            f"parallel.pipeline={parallel.pipeline}"
+            f"data.global_batch={data.global_batch}: gives {data.global_batch // unit} "
+            f"microbatches a replica, which with parallel.virtual={parallel.virtual} must be a "
+            f"multiple of parallel.pipeline={parallel.pipeline}"
         )
 
 
@@ -242,7 +242,7 @@ def same_architecture(config: Config, saved: dict, where: Path) -> None:
 
     mine = to_dict(config)["model"]
     theirs = saved["model"]
-    problems = []
+    problems: list[str] = []
     for part, ignored in (
         ("vision", ("frames_per_chunk", "recompute")),
         ("projector", ()),

@@ -10,6 +10,7 @@ grow with what is attended, never with (all tokens) x (all frames).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def _visible(start: Tensor, stop: Tensor, text: int) -> Tensor:
 
 
 def _plan_row(visible: Tensor, tile_real: Tensor, first: int, attend_all: bool) -> list[Block]:
-    """Blocks of one row: `visible` `[text, f]`, `tile_real` `[f, T]`; `first` offsets the frames."""
+    """Blocks of one row; `visible`: `[text, f]`, `tile_real`: `[f, T]`, `first`: frame offset."""
     count = visible.shape[1]
     if count == 0 or len(visible) == 0:
         return []
@@ -118,7 +119,7 @@ def _plan_row(visible: Tensor, tile_real: Tensor, first: int, attend_all: bool) 
     edges = [0, *changes.tolist(), len(visible)]
     blocks: list[Block] = []
     open_from = 0
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         if not sees[begin]:  # a blind run
             _close(blocks, visible, tile_real, open_from, begin, first)
             if attend_all:

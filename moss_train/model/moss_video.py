@@ -1,4 +1,4 @@
-"""The whole model as one rank holds it: the vision encoder and this rank's chunks of the decoder."""
+"""The whole model as one rank holds it: the vision encoder and its chunks of the decoder."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ class MossVideo:
         mcore = decoder_config(config, parallel)
         self.chunks = [
             # Each chunk has its own config: megatron hangs schedule hooks on it.
-            Decoder(
-                config, copy.copy(mcore), groups.decoder, chunk, parallel.recompute == "full"
-            )
+            Decoder(config, copy.copy(mcore), groups.decoder, chunk, parallel.recompute == "full")
             for chunk in chunks_of_rank(config, parallel, groups.decoder.pp.rank())
         ]
         self._mark_sharded()

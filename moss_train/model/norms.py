@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         if config.sequence_parallel:
             self.weight.partial_over_tensor = True  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         if x.dtype is torch.float32:
             return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         normed = nn.functional.rms_norm(x.float(), self.weight.shape, None, self.eps)

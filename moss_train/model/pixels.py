@@ -13,7 +13,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalize(frames: Tensor, ratio_ids: Tensor, vision: VisionConfig, dtype: torch.dtype) -> Tensor:
+def normalize(
+    frames: Tensor, ratio_ids: Tensor, vision: VisionConfig, dtype: torch.dtype
+) -> Tensor:
     """uint8 `[N, T, 3, h, w]` -> normalized `dtype`, the unused tiles of a frame exactly zero."""
     shape = (3, 1, 1)
     mean = torch.tensor(MEAN, device=frames.device).view(shape)

@@ -21,7 +21,9 @@ def inverse_frequencies(text: TextConfig) -> Tensor:
     scaling = text.rope_scaling
     wavelength = 2 * math.pi / inverse
     ratio = scaling.original_max_position / wavelength
-    smooth = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (ratio - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     smooth = smooth.clamp(0.0, 1.0)  # 0: long wavelength, fully scaled; 1: short, kept
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse
 

@@ -42,7 +42,7 @@ class TileEmbedding(nn.Module):
         self.embedding = nn.Embedding(rows, width, _weight=torch.empty(rows, width, dtype=dtype))
         self.gate = nn.Parameter(torch.empty(1, dtype=dtype))
 
-    def forward(self, x: Tensor, ratio_ids: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, ratio_ids: Tensor) -> Tensor:
         tiles = self.embedding(ratio_ids).view(-1, *self.shape)[:, : x.shape[1]]
         return x + self.gate.tanh() * tiles
 
@@ -61,7 +61,7 @@ class PositionEmbedding(nn.Module):
             rows, width, _weight=torch.empty(rows, width, dtype=dtype)
         )
 
-    def forward(self, x: Tensor, ratio_ids: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, ratio_ids: Tensor) -> Tensor:
         gate = self.gate.tanh()
         tiles = self.tile_embedding(ratio_ids).view(-1, *self.shape)[:, : x.shape[1]]
         return x + (1 - gate) * self.embedding + gate * tiles

@@ -43,7 +43,9 @@ def _sum_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         tensor.copy_(summed)
 
 
-def replicas_differ(parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup) -> list[str]:
+def replicas_differ(
+    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
+) -> list[str]:
     """Names of parameters that are not bit-equal over `group`. A collective."""
     differing = []
     for name, parameter in parameters:

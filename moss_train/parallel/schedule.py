@@ -62,7 +62,10 @@ def prepare(
 
 
 def run_schedule(
-    chunks: Sequence[nn.Module], inputs: list[DecoderInput], total: Tensor, forward_only: bool = False
+    chunks: Sequence[nn.Module],
+    inputs: list[DecoderInput],
+    total: Tensor,
+    forward_only: bool = False,
 ) -> Tensor:
     """Forward and backward of all microbatches of a step.
 

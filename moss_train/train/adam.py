@@ -30,7 +30,9 @@ class FusedShapeAdam(torch.optim.Optimizer):
     ):
         if capturable or not adam_w_mode:
             raise ValueError("FusedShapeAdam is AdamW outside CUDA graphs, nothing else")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -14,23 +14,22 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.batch import MicroBatch
-from data_pipeline.loader import EncodeConfig, Loader, Source, build_loader
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
-from moss_train.config import Config, ConfigError, to_dict
+from moss_train.config import Config, to_dict
 from moss_train.convert.weights import fill, random_reader
 from moss_train.log import log
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch, read_step
-from moss_train.parallel.groups import Groups, build_groups
+from moss_train.parallel.groups import build_groups
 from moss_train.train.checkpoint import Checkpointer
+from moss_train.train.data import open_loader
 from moss_train.train.flops import Trains, step_flops
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
 from moss_train.train.optimizer import freeze, make_trainable
 from moss_train.train.report import plot_losses, summary_table
 from moss_train.train.saved import find, read_streams
 from moss_train.train.step import StepResult, TrainStep
-from moss_train.validate import mixture
 
 
 def run(config: Config, resume_from: Path | None) -> None:
@@ -77,7 +76,7 @@ class Job:
         self.step = TrainStep(config, self.model, self.trainable, tokens.silence)
         self.done = self.samples = self.skipped = 0
         streams = self._restore(resume_from)
-        self.loader = self._loader(streams) if self.groups.is_leader else None
+        self.loader = open_loader(config, self.groups, streams) if self.groups.is_leader else None
         self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
         vision = config.model.vision
         self.frame_shape = (config.data.max_tiles, 3, vision.image_size, vision.image_size)
@@ -100,45 +99,6 @@ class Job:
             self.checkpointer.load(source, weights_only=True)
             log.info("weights from %s", source)
         return None
-
-    def _loader(self, streams: list[bytes] | None) -> Loader:
-        data, stage = self.config.data, self.config.stage
-        shares = mixture(self.config)
-        weights = {
-            modality: sum(s.weight for s in data.sources if s.modality == modality)
-            for modality in shares
-        }
-        size, rank = self.groups.data_size, self.groups.data_rank
-        workers = data.workers
-        if streams is not None:  # the same streams, dealt to this job's ranks
-            workers = loader_workers(len(streams), size, data.workers)
-        loader = build_loader(
-            [
-                Source(s.name, s.path, s.modality, shares[s.modality] * s.weight / weights[s.modality])
-                for s in data.sources
-                if s.modality in shares
-            ],
-            EncodeConfig(
-                tokenizer=data.tokenizer,
-                sequence_length=self.config.sequence_length,
-                tile_size=self.config.model.vision.image_size,
-                max_tiles=data.max_tiles,
-                video_fps=stage.video_fps,
-                video_min_frames=stage.video_min_frames,
-                video_max_frames=stage.video_max_frames,
-                prompt=stage.prompt,
-            ),
-            micro_batch=data.micro_batch,
-            data_parallel_rank=rank,
-            data_parallel_size=size,
-            workers=workers,
-            seed=self.config.trainer.seed,
-            shuffle_buffer=data.shuffle_buffer,
-        )
-        if streams is not None:
-            each = len(streams) // size
-            loader.load_state(streams[rank * each : (rank + 1) * each])
-        return loader
 
     def run(self) -> None:
         """Steps until `config.steps`, or until a signal asks to stop; saves at the end."""
@@ -276,7 +236,9 @@ class Job:
             hardware.device().type,
         )
         log.info("trains %s parameters", trained)
-        log.info("%d steps of %d samples -> %s", config.steps, config.data.global_batch, self.folder)
+        log.info(
+            "%d steps of %d samples -> %s", config.steps, config.data.global_batch, self.folder
+        )
 
     def _finish(self, stopped: bool) -> None:
         if self.done == 0 or not (self.folder / "metrics.jsonl").exists():
@@ -293,23 +255,6 @@ class Job:
         print(table, flush=True)
         if stopped:
             log.warning("stopped by a signal after step %d: start again to go on", self.done)
-
-
-def loader_workers(streams: int, replicas: int, wanted: int) -> int:
-    """Worker processes of each rank, so that all ranks together have `streams` streams.
-
-    Raises:
-        ConfigError: `streams` cannot be dealt evenly to `replicas` ranks.
-    """
-    if streams % replicas:
-        raise ConfigError(
-            [
-                f"data-parallel size {replicas}: the checkpoint has {streams} data streams, which "
-                f"cannot be dealt evenly: choose a layout whose data-parallel size divides {streams}"
-            ]
-        )
-    each = streams // replicas
-    return 0 if each == 1 and wanted == 0 else each
 
 
 @contextmanager

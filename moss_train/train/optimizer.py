@@ -67,7 +67,7 @@ def freeze(model: MossVideo, patterns: list[str]) -> dict[str, int]:
     """Leaves trainable only the parameters whose names match one of `patterns` (fnmatch).
 
     Returns:
-        Trainable parameters of the whole model by their first name part, counted once. A collective.
+        Trainable parameters of the whole model by first part of their name. A collective.
 
     Raises:
         ConfigError: a pattern matches no parameter.
@@ -91,7 +91,9 @@ def _trainable_counts(model: MossVideo) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         tensor = groups.decoder.tp if part == "decoder" else groups.vision.tp
-        counted_elsewhere = tensor.rank() > 0 and not parameter.tensor_model_parallel
+        counted_elsewhere = tensor.rank() > 0 and not getattr(
+            parameter, "tensor_model_parallel", False
+        )
         if parameter.requires_grad and not counted_elsewhere:
             counts[part] += parameter.numel()
     holders = {"vision": groups.vision.tp, "projector": groups.vision.tp, "decoder": groups.replica}

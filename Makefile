@@ -1,0 +1,42 @@
+# make demo | make test | make check: each sets up .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := 2.13.0
+
+.PHONY: demo test check setup clean
+
+setup: $(READY)
+
+# Dependencies are pinned in constraints.txt. Without an NVIDIA GPU torch's CPU build is taken,
+# which is 20 times smaller.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	  f"Python {sys.version.split()[0]} is too old: make PYTHON=python3.11 (or newer)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	@if command -v nvidia-smi >/dev/null; then \
+	  $(BIN)/pip install --quiet torch==$(TORCH); \
+	else \
+	  $(BIN)/pip install --quiet --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
+	    torch==$(TORCH)+cpu 2>/dev/null || $(BIN)/pip install --quiet torch==$(TORCH); \
+	fi
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python -m data_pipeline.toy toy_world
+	$(BIN)/torchrun --nproc-per-node 2 launch/train.py stage=pt1 model=toy data=toy parallel=tp2 hardware=cpu
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+clean:
+	rm -rf $(VENV) toy_world runs

@@ -1,0 +1,40 @@
+"""Fixtures of all tests: a process that runs megatron-core on the CPU, alone in its groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data and numbers beside the repository; tests that need it are skipped else."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def groups():
+    """Process groups of one process."""
+    import torch
+
+    from moss_train import hardware
+    from moss_train.config import ParallelConfig
+    from moss_train.parallel.groups import build_groups
+    from tests.torchrun import free_port
+
+    torch.set_num_threads(1)
+    # torch remembers its factory functions when it first needs them; let it see its own, not the
+    # redirected ones, or `with torch.device("meta")` allocates for real.
+    torch.utils._device._device_constructors()
+    hardware.activate("cpu")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
+    )
+    yield build_groups(ParallelConfig(), seed=1)
+    torch.distributed.destroy_process_group()

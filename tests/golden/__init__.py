@@ -1,0 +1,1 @@
+"""Golden numbers made with transformers, and the script that made them."""

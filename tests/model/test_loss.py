@@ -1,0 +1,66 @@
+"""The loss against transformers' and against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from moss_train.model.loss import find_targets, weighted_loss
+
+SILENCE, VOCAB = 11, 50
+pytestmark = pytest.mark.usefixtures("groups")
+
+
+def random_batch(seed: int) -> tuple[Tensor, Tensor]:
+    """Logits `[B, S, V]` and labels with ignored and silent positions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, VOCAB, (3, 20), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = SILENCE
+    return torch.randn(3, 20, VOCAB, generator=generator), labels
+
+
+def our_loss(logits: Tensor, labels: Tensor, weight: float, total: float | None = None) -> Tensor:
+    """As the decoder computes it: only the judged positions of `[S x B]`."""
+    targets = find_targets(labels, SILENCE, weight)
+    selected = logits.transpose(0, 1).flatten(0, 1)[targets.rows][:, None]
+    return weighted_loss(selected, targets, torch.tensor(total or float(targets.count)))
+
+
+def test_without_silence_weight_it_is_transformers_loss():
+    logits, labels = random_batch(1)
+    expected = ForCausalLMLoss(logits, labels, VOCAB)
+    torch.testing.assert_close(our_loss(logits, labels, 1.0), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_silence_weighs_less_and_counts_whole():
+    logits, labels = random_batch(2)
+    wanted = labels[:, 1:].flatten()
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].double().flatten(0, 1), wanted, ignore_index=-100, reduction="none"
+    )
+    weights = torch.where(wanted == SILENCE, 0.1, 1.0).double()
+    expected = (losses * weights).sum() / (wanted != -100).sum()
+    assert our_loss(logits, labels, 0.1).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_microbatches_add_up_to_the_loss_of_the_whole():
+    logits, labels = random_batch(3)
+    total = float((labels[:, 1:] != -100).sum())
+    parts = [our_loss(logits[n : n + 1], labels[n : n + 1], 0.1, total) for n in range(3)]
+    assert torch.stack(parts).sum().item() == pytest.approx(
+        our_loss(logits, labels, 0.1).item(), rel=1e-6
+    )
+
+
+def test_a_microbatch_without_labels_adds_nothing():
+    logits = torch.randn(2, 6, VOCAB, requires_grad=True)
+    labels = torch.full((2, 6), -100)
+    labels[:, 0] = 3  # never judged: nothing comes before it
+    loss = our_loss(logits, labels, 0.1, total=7.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()

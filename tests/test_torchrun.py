@@ -1,0 +1,51 @@
+"""The helper that starts multi-process tests."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.torchrun import RanksFailedError, run_ranks, start_ranks
+
+WORKER = "tests/workers/misbehave.py"
+
+
+def test_results_of_all_ranks_come_back(tmp_path):
+    result = run_ranks(WORKER, 2, "well", out=tmp_path, timeout=60)
+    assert result.load_all("rank") == [0, 1]
+    assert result.load("tensor", rank=1).tolist() == [1.0, 1.0]
+    assert result.stdout(1) == "rank 1 says hello\n"
+
+
+def test_failing_rank_ends_the_run_and_its_traceback_comes_first(tmp_path):
+    with pytest.raises(RanksFailedError) as caught:
+        run_ranks("tests.workers.misbehave", 2, "raise", out=tmp_path, timeout=50)
+    first = str(caught.value).partition("--- rank 0")[0]
+    assert "--- rank 1 failed first" in first
+    assert "ValueError: rank one had a bad day" in first
+
+
+def test_hanging_ranks_are_killed(tmp_path):
+    run = start_ranks(WORKER, 2, "hang", out=tmp_path)
+    began = time.monotonic()
+    while len(list(tmp_path.glob("tensor.rank*"))) < 2:
+        assert time.monotonic() - began < 50
+        time.sleep(0.1)
+    workers = run.rank_pids()
+    assert len(workers) == 2
+    with pytest.raises(RanksFailedError, match="longer than 1 s"):
+        run.wait(timeout=1)
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() - began < 55
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """True for a process that is neither gone nor only waits to be reaped."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

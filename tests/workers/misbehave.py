@@ -1,0 +1,27 @@
+"""A worker that does as it is told: misbehave.py well | raise | hang."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+
+from tests.torchrun import save_result
+
+
+def main(how: str) -> None:
+    """Rank 1 is the one that misbehaves; the others wait for it for a minute."""
+    rank = int(os.environ["RANK"])
+    save_result("rank", rank, as_json=True)
+    save_result("tensor", torch.full((2,), float(rank)))
+    print(f"rank {rank} says hello")
+    if how == "raise" and rank == 1:
+        raise ValueError("rank one had a bad day")
+    if how != "well":
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

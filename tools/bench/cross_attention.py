@@ -1,0 +1,174 @@
+"""Time and memory of one cross-attention core, forward and backward, on a long video.
+
+    python tools/bench/cross_attention.py [--heads 32 --kv-heads 8 --dtype fp32]
+
+Compares the blocks of moss_train.model.cross_attention with scaled_dot_product_attention over all
+keys under a dense float mask [tokens, frames x vision tokens], in two layouts: `realtime` (a frame
+every few tokens) and `question` (all frames, then the text).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from moss_train import hardware
+from moss_train.model.cross_attention import attend_blocks, attend_flex
+from moss_train.model.frames import FrameBatch, plan_frames
+
+
+def plan(layout: str, tokens: int, frames: int) -> FrameBatch:
+    """One row; every frame is seen from its mark on."""
+    step = tokens // frames if layout == "realtime" else 1
+    return plan_frames(
+        torch.zeros(frames, dtype=torch.long), torch.arange(frames) * step, [tokens], tokens
+    )
+
+
+def dense_mask(frames: FrameBatch, tokens: int, patches: int, dtype: torch.dtype) -> Tensor:
+    """0 where a token may see a key, else -inf: `[tokens, frames x patches]`."""
+    allowed = torch.arange(tokens)[:, None] >= frames.positions
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, float("-inf"))
+    return mask.repeat_interleave(patches, dim=1)
+
+
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """All keys for all tokens. KV heads are repeated, for SDPA's fused kernels."""
+    heads = query.shape[2] // key.shape[2]
+    key, value = (x.flatten(0, 1).repeat_interleave(heads, dim=1) for x in (key, value))
+    q, k, v = (x.movedim(0, -2) for x in (query, key, value))  # [B, heads, S, D], [heads, K, D]
+    out = scaled_dot_product_attention(q, k[None], v[None], attn_mask=mask)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class PeakMemory:
+    """Peak of this process's memory over its start, in GB."""
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        self.cuda = hardware.device().type == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken
+            self.start = self.peak = _resident()
+            self.running = True
+            self.thread = threading.Thread(target=self._sample)
+            self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while self.running:
+            self.peak = max(self.peak, _resident())
+            time.sleep(0.001)
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self.running = False
+            self.thread.join()
+
+    @property
+    def gigabytes(self) -> float:
+        """What came on top."""
+        return (self.peak - self.start) / 1e9
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def measure(attend: Callable[[], Tensor], leaves: list[Tensor], repeat: int) -> tuple[float, float]:
+    """Best seconds of a forward and backward pass, and the peak of memory (with gradients) in GB."""
+    seconds: list[float] = []
+    peaks: list[float] = []
+    for _ in range(repeat):
+        for leaf in leaves:
+            leaf.grad = None
+        with PeakMemory() as memory:
+            began = time.perf_counter()
+            attend().sum().backward()
+            if memory.cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        peaks.append(memory.gigabytes)
+    return min(seconds), max(peaks)
+
+
+def compare(layout: str, args: argparse.Namespace) -> None:
+    """Prints the lines of one layout."""
+    device, dtype = hardware.device(), hardware.DTYPES[args.dtype]
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        value = torch.randn(shape, generator=generator).to(device, dtype)
+        return value.requires_grad_()
+
+    query = leaf(args.tokens, 1, args.heads, args.head_dim)
+    key, value = (leaf(args.frames, args.patches, args.kv_heads, args.head_dim) for _ in range(2))
+    frames = plan(layout, args.tokens, args.frames)
+
+    def dense() -> Tensor:
+        # The mask is part of the cost: a training step builds it for every microbatch.
+        mask = dense_mask(frames, args.tokens, args.patches, dtype).to(device)
+        return attend_dense(query, key, value, mask)
+
+    rows: list[tuple[str, float, Callable[[], Tensor]]] = [
+        ("blocks", frames.attended(), lambda: attend_blocks(query, key, value, frames)),
+        ("dense mask", args.tokens * args.frames, dense),
+    ]
+    if device.type == "cuda":
+        rows.insert(1, ("flex", float("nan"), lambda: attend_flex(query, key, value, frames)))
+    best = {}
+    for name, pairs, attend in rows:
+        repeat = args.repeat + (device.type == "cuda")  # the first pass compiles
+        seconds, gigabytes = best[name] = measure(attend, [query, key, value], repeat)
+        share = pairs / (args.tokens * args.frames)
+        print(f"{layout:10} {name:11} {share:9.0%} {seconds:10.3f} {gigabytes:10.2f}", flush=True)
+    ratio = [a / b for a, b in zip(best["dense mask"], best["blocks"], strict=True)]
+    print(f"{layout:10} dense / blocks: time {ratio[0]:.2f}, memory {ratio[1]:.2f}")
+    with torch.no_grad():
+        off = (attend_blocks(query, key, value, frames) - dense()).abs().max().item()
+    print(f"{layout:10} largest difference {off:.1e}")
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--frames", type=int, default=256)
+    parser.add_argument("--patches", type=int, default=101, help="vision tokens of a frame")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=sorted(hardware.DTYPES), default="fp32")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    hardware.activate("auto")
+    print(f"{hardware.device()}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")
+    print(f"{args.tokens} tokens x {args.frames} frames x {args.patches} vision tokens", end="; ")
+    print(f"{args.heads} heads, {args.kv_heads} KV heads, {args.head_dim} wide")
+    print(f"{'layout':10} {'core':11} {'computed':>9} {'seconds':>10} {'extra GB':>10}")
+    for layout in ("realtime", "question"):
+        compare(layout, args)
+
+
+if __name__ == "__main__":
+    main()
