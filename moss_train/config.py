@@ -158,7 +158,6 @@ class DataConfig:
     root: str = ""  # a folder that the other paths of a preset refer to
     tokenizer: str = MISSING
     sources: list[SourceConfig] = field(default_factory=list)
-    mixture: dict[str, float] | None = None  # modality -> share of samples; None: stage.mixture
     samples: int | None = None  # samples of the run; None: stage.samples
     global_batch: int = 256
     micro_batch: int = 1
@@ -172,15 +171,22 @@ class DataConfig:
 
 
 @dataclass
+class MixtureConfig:
+    """Share of each modality among a run's samples, in any unit (percent, say)."""
+
+    text: float = 0.0
+    image: float = 79.0
+    video: float = 21.0
+
+
+@dataclass
 class StageConfig:
     """One training stage. `train` and `also` are patterns of module names, as in `decoder.*`."""
 
     name: str = "pt1"
     train: list[str] = field(default_factory=lambda: ["projector.*"])
     also: list[str] = field(default_factory=list)
-    mixture: dict[str, float] = field(
-        default_factory=lambda: {"text": 0.0, "image": 79.0, "video": 21.0}
-    )
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     prompt: str = "pretrain"  # pretrain | chat
     samples: int = 15_100_000
     sequence_length: int = 4096

@@ -13,7 +13,7 @@ from moss_train.config import Config, ConfigError, from_hydra, to_dict
 from moss_train.log import configure, log
 
 
-def main(raw: DictConfig) -> None:
+def train(raw: DictConfig) -> None:
     """Runs a training job on this rank. A wrong configuration exits with 2 and a line for each."""
     configure()
     try:

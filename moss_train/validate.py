@@ -6,8 +6,10 @@ together as a ConfigError.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.loader import check_source
@@ -16,7 +18,6 @@ from moss_train.config import Config, ConfigError
 
 ATTENTION = ("sdpa", "flash", "te", "flex")
 POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
-MODALITIES = ("text", "image", "video")
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -165,8 +166,20 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
         )
     if parallel.virtual > 1 and parallel.pipeline == 1:
         yield f"parallel.virtual={parallel.virtual}: needs parallel.pipeline of 2 or more"
+    yield from _optional_package(config)
     if config.model.attention == "te" and config.hardware.device == "cpu":
         yield "model.attention=te: Transformer Engine needs CUDA, hardware.device is cpu: use sdpa"
+
+
+def _optional_package(config: Config) -> Iterator[str]:
+    packages = {"flash": ("flash_attn", "flash"), "te": ("transformer_engine", "te")}
+    if config.model.attention in packages:
+        package, extra = packages[config.model.attention]
+        if importlib.util.find_spec(package) is None:
+            yield (
+                f"model.attention={config.model.attention}: the package {package} is not "
+                f"installed: pip install 'moss-train[{extra}]', or choose sdpa"
+            )
 
 
 def _batches(config: Config, world_size: int) -> Iterator[str]:
@@ -191,22 +204,18 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
 
 def mixture(config: Config) -> dict[str, float]:
     """Share of each modality, of those that are asked for."""
-    shares = config.data.mixture or config.stage.mixture
-    return {modality: share for modality, share in shares.items() if share > 0}
+    return {name: share for name, share in asdict(config.stage.mixture).items() if share > 0}
 
 
 def _data(config: Config) -> Iterator[str]:
     shares = mixture(config)
-    field = "data.mixture" if config.data.mixture else "stage.mixture"
-    for modality in shares.keys() - set(MODALITIES):
-        yield f"{field}: {modality} is unknown: choose from {', '.join(MODALITIES)}"
     if not shares:
-        yield f"{field}={config.stage.mixture}: no modality has a share"
+        yield f"stage.mixture={asdict(config.stage.mixture)}: no modality has a share"
     present = {source.modality for source in config.data.sources}
-    for modality in sorted(shares.keys() & set(MODALITIES) - present):
+    for modality in sorted(shares.keys() - present):
         yield (
-            f"{field}: asks for {modality} ({shares[modality]:g} %), but no data.sources has "
-            f"modality {modality}"
+            f"stage.mixture.{modality}={shares[modality]:g}: no data.sources has modality "
+            f"{modality}: add one, or set the share to 0"
         )
     for source in config.data.sources:
         if shares.get(source.modality):
