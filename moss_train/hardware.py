@@ -103,6 +103,9 @@ def activate_cpu() -> None:
     if _cpu_active:
         return
     _cpu_active = True
+    # torch keeps a list of its factory functions, made on first use, by which `torch.device(...)` as
+    # a context finds them: it must hold the real ones, or tensors on "meta" are allocated.
+    torch.utils._device._device_constructors()
     _redirect_cuda_module()
     _redirect_tensor_methods()
     for name in _FACTORIES:

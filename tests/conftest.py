@@ -29,9 +29,6 @@ def groups():
     from tests.torchrun import free_port
 
     torch.set_num_threads(1)
-    # torch remembers its factory functions when it first needs them; let it see its own, not the
-    # redirected ones, or `with torch.device("meta")` allocates for real.
-    torch.utils._device._device_constructors()
     hardware.activate("cpu")
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1

@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moss_train import hardware
 from moss_train.config import Config
@@ -48,21 +49,13 @@ class TrainStep:
         self.exchange = FrameExchange(config.model, model.encoder, model.groups)
         self.silence = (silence_id, config.stage.silence_weight)
 
-    def __call__(
-        self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False
-    ) -> StepResult:
+    def __call__(self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False) -> StepResult:
         """Forward, backward and update on `batch`; `stop`: this rank wants the job to end."""
-        self.trainable.zero_gradients()
-        inputs = self.prepare(batch)
-        counts, padded = self._count(batch, inputs)
-        total = torch.tensor(float(counts.labels + counts.text_labels), device=hardware.device())
-        loss = run_schedule(self.trainable.chunks, inputs, total)
-        self.exchange.return_gradient()
-        groups = self.model.groups
-        reduce_gradients(self.trainable.wrapped_chunks, self.trainable.encoder, groups)
+        loss, counts, padded = self.forward_backward(batch)
         _, grad_norm, _ = self.trainable.optimizer.step()
         self.trainable.scheduler.step(1)
 
+        groups = self.model.groups
         last = groups.is_last_stage and groups.decoder.tp.rank() == 0
         own = len(batch.frames)
         sums = (loss.item() if last else 0.0, sum(batch.skipped.values()), stop, own)
@@ -81,6 +74,18 @@ class TrainStep:
             data_wait_s=longest_wait,
             memory_gb=most_memory,
         )
+
+    def forward_backward(self, batch: StepBatch) -> tuple[Tensor, StepCounts, int]:
+        """Reduced gradients of `batch`; its loss on this rank, counts and padded tokens."""
+        self.trainable.zero_gradients()
+        inputs = self.prepare(batch)
+        counts, padded = self._count(batch, inputs)
+        total = torch.tensor(float(counts.labels + counts.text_labels), device=hardware.device())
+        loss = run_schedule(self.trainable.chunks, inputs, total)
+        self.exchange.return_gradient()
+        trainable = self.trainable
+        reduce_gradients(trainable.wrapped_chunks, trainable.encoder, self.model.groups)
+        return loss, counts, padded
 
     def prepare(self, batch: StepBatch) -> list[DecoderInput]:
         """Encodes the frames and plans each microbatch."""

@@ -91,21 +91,26 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def measure(attend: Callable[[], Tensor], leaves: list[Tensor], repeat: int) -> tuple[float, float]:
-    """Best seconds of a forward and backward pass, and the peak of memory (with gradients) in GB."""
-    seconds: list[float] = []
-    peaks: list[float] = []
+def measure(
+    attend: Callable[[], Tensor], leaves: list[Tensor], repeat: int
+) -> tuple[float, float, float]:
+    """Of a forward and backward pass: best seconds, best CPU seconds, peak of memory in GB.
+
+    CPU seconds (of all threads) say more than seconds where other processes share the cores.
+    """
+    seconds, cpu, peaks = [], [], []
     for _ in range(repeat):
         for leaf in leaves:
             leaf.grad = None
         with PeakMemory() as memory:
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             attend().sum().backward()
             if memory.cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
+            cpu.append(time.process_time() - began_cpu)
         peaks.append(memory.gigabytes)
-    return min(seconds), max(peaks)
+    return min(seconds), min(cpu), max(peaks)
 
 
 def compare(layout: str, args: argparse.Namespace) -> None:
@@ -135,11 +140,13 @@ def compare(layout: str, args: argparse.Namespace) -> None:
     best = {}
     for name, pairs, attend in rows:
         repeat = args.repeat + (device.type == "cuda")  # the first pass compiles
-        seconds, gigabytes = best[name] = measure(attend, [query, key, value], repeat)
+        best[name] = measure(attend, [query, key, value], repeat)
         share = pairs / (args.tokens * args.frames)
-        print(f"{layout:10} {name:11} {share:9.0%} {seconds:10.3f} {gigabytes:10.2f}", flush=True)
+        numbers = " ".join(f"{number:10.3f}" for number in best[name])
+        print(f"{layout:10} {name:11} {share:9.0%} {numbers}", flush=True)
     ratio = [a / b for a, b in zip(best["dense mask"], best["blocks"], strict=True)]
-    print(f"{layout:10} dense / blocks: time {ratio[0]:.2f}, memory {ratio[1]:.2f}")
+    print(f"{layout:10} dense / blocks: time {ratio[0]:.2f}, CPU {ratio[1]:.2f}", end=", ")
+    print(f"memory {ratio[2]:.2f}")
     with torch.no_grad():
         off = (attend_blocks(query, key, value, frames) - dense()).abs().max().item()
     print(f"{layout:10} largest difference {off:.1e}")
@@ -165,7 +172,8 @@ def main() -> None:
     print(f"{hardware.device()}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")
     print(f"{args.tokens} tokens x {args.frames} frames x {args.patches} vision tokens", end="; ")
     print(f"{args.heads} heads, {args.kv_heads} KV heads, {args.head_dim} wide")
-    print(f"{'layout':10} {'core':11} {'computed':>9} {'seconds':>10} {'extra GB':>10}")
+    print(f"{'layout':10} {'core':11} {'computed':>9} {'seconds':>10} ", end="")
+    print(f"{'CPU s':>10} {'extra GB':>10}")
     for layout in ("realtime", "question"):
         compare(layout, args)
 

@@ -1,0 +1,199 @@
+"""Trains the same small model in several layouts: matrix.py '{"tp2": {"tensor": 2}, ...}'.
+
+For each layout and case, rank 0 saves losses, first-step gradients and final weights under their
+HF names, what differs between replicas, and how many frames each rank encoded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.batch import EncodedSample, MicroBatch, collate
+from moss_train import hardware
+
+CASES = [
+    (train, kind)
+    for train in ("all", "frozen_vision")
+    for kind in ("text", "image", "video", "mixed")
+]
+STEPS, GLOBAL, MICRO = 20, 8, 2
+PATTERNS = {"all": ["*"], "frozen_vision": ["projector.*", "decoder.*"], "pt1": ["projector.*"]}
+FRAMES = {"text": [0], "image": [1], "video": [5], "mixed": [0, 1, 5, 3]}
+
+
+def main(layouts: dict[str, dict], cases: list[tuple[str, str]]) -> None:
+    hardware.activate("cpu")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    from megatron.core import parallel_state
+
+    from tests.torchrun import save_result
+
+    for name, layout in layouts.items():
+        for train, kind in cases:
+            result = train_case(layout, PATTERNS[train], kind)
+            if dist.get_rank() == 0:
+                save_result(f"{name}-{train}-{kind}", result)
+            parallel_state.destroy_model_parallel()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_case(layout: dict, patterns: list[str], kind: str) -> dict:
+    """Twenty steps in one layout."""
+    from moss_train.config import Config, OptimizerConfig, ParallelConfig, TrainerConfig
+    from moss_train.convert.weights import export, fill, random_reader
+    from moss_train.model.moss_video import MossVideo
+    from moss_train.parallel.distribute import read_step
+    from moss_train.parallel.groups import build_groups
+    from moss_train.train.optimizer import freeze, make_trainable
+    from moss_train.train.step import TrainStep
+
+    dtype = layout.get("dtype", "fp32")
+    parallel = ParallelConfig(**{k: v for k, v in layout.items() if k != "dtype"})
+    groups = build_groups(parallel, seed=1)
+    config = Config(
+        model=small_model(dtype),
+        parallel=parallel,
+        optimizer=OptimizerConfig(lr=1e-3),
+        trainer=TrainerConfig(steps=STEPS),
+    )
+    config.stage.silence_weight = 0.1
+    model = MossVideo(config.model, parallel, groups)
+    fill(model, random_reader(config.model, seed=7))
+    trainable = make_trainable(model, config, freeze(model, patterns))
+    step = TrainStep(config, model, trainable, silence_id=11)
+    per_replica = GLOBAL // MICRO // groups.data_size
+    batches = microbatches(kind, groups.data_rank, per_replica) if groups.is_leader else None
+
+    losses, norms, encoded, gradients = [], [], [], {}
+    for number in range(STEPS):
+        batch = read_step(batches, per_replica, 8, (1, 3, 56, 56), groups, step.exchange.shares)
+        encoded.append(_gather(len(batch.frames)))
+        if number == 0:
+            step.forward_backward(batch)
+            _whole_gradients(trainable, groups)
+            gradients = _merge(export(model, _gradient))
+        result = step(batch)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": gradients,
+        "weights": _merge(export(model)),
+        "differing": _differing(model, groups),
+        "encoded": encoded,
+        "shares": step.exchange.shares,
+    }
+
+
+def small_model(dtype: str):
+    """0.4 M parameters, 8 layers: enough for 4 stages, or 2 with 2 chunks each."""
+    from moss_train.config import InitConfig, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
+
+    return ModelConfig(
+        name="small",
+        vision=VisionConfig(
+            hidden_size=32,
+            num_layers=2,
+            num_global_layers=1,
+            num_heads=4,
+            mlp_size=64,
+            image_size=56,
+            patch_size=14,
+            intermediate_layers=[0, 1],
+            frames_per_chunk=3,
+        ),
+        projector=ProjectorConfig("average", 2),
+        text=TextConfig(
+            vocab_size=512,
+            hidden_size=64,
+            num_layers=8,
+            cross_attention_layers=[1, 4, 6],
+            num_heads=8,
+            num_kv_heads=4,
+            mlp_size=128,
+        ),
+        init=InitConfig(std=0.1, gate=0.5),
+        dtype=dtype,
+    )
+
+
+def microbatches(kind: str, replica: int, count: int) -> Iterator[MicroBatch]:
+    """This replica's share of an endless seeded stream: the same global batches in any layout."""
+    step = 0
+    while True:
+        for number in range(replica * count, (replica + 1) * count):
+            first = step * GLOBAL + number * MICRO
+            yield collate([_sample(first + row, kind) for row in range(MICRO)], pad_token_id=4)
+        step += 1
+
+
+def _sample(index: int, kind: str) -> EncodedSample:
+    generator = torch.Generator().manual_seed(index)
+    frames = FRAMES[kind][index % len(FRAMES[kind])]
+    length = int(torch.randint(20, 60, (1,), generator=generator))
+    tokens = torch.randint(20, 512, (length,), generator=generator)
+    marks = torch.randperm(length - 8, generator=generator)[:frames].sort().values + 1
+    tokens[marks] = 512
+    labels = tokens.clone()
+    labels[marks], labels[:5], labels[length - 3] = -100, -100, 11
+    pixels = torch.randint(0, 255, (frames, 1, 3, 56, 56), dtype=torch.uint8, generator=generator)
+    ones = torch.ones(frames, dtype=torch.long)
+    return EncodedSample(f"{kind}/{index}", tokens, labels, pixels, marks, ones)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    main = getattr(parameter, "main_grad", None)
+    return torch.zeros_like(parameter, dtype=torch.float32) if main is None else main
+
+
+def _whole_gradients(trainable, groups) -> None:
+    """Gathers the shards that the distributed optimizer's reduce-scatter leaves on each rank."""
+    modules = [(chunk, groups.decoder.dp) for chunk in trainable.wrapped_chunks]
+    if trainable.encoder is not None:
+        modules.append((trainable.encoder, groups.vision.dp))
+    for module, group in modules:
+        for bucket_group in module.bucket_groups:
+            for bucket in bucket_group.buckets:
+                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def _merge(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All ranks' tensors in one dict (the stages of a pipeline have different ones)."""
+    everywhere: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, {name: tensor.clone() for name, tensor in tensors.items()})
+    return {name: tensor for part in everywhere for name, tensor in part.items()}
+
+
+def _gather(value: int) -> list[int]:
+    everywhere = [0] * dist.get_world_size()
+    dist.all_gather_object(everywhere, value)
+    return everywhere
+
+
+def _differing(model, groups) -> list[str]:
+    """Parameters that are replicated, and differ between the ranks that hold them."""
+    from moss_train.parallel.gradients import replicas_differ
+
+    parameters = list(model.named_parameters())
+    decoder = [(n, p) for n, p in parameters if n.startswith("decoder.")]
+    whole = [(n, p) for n, p in decoder if not p.tensor_model_parallel]
+    encoder = [(n, p) for n, p in parameters if not n.startswith("decoder.")]
+    return [
+        *replicas_differ(decoder, groups.decoder.dp),
+        *replicas_differ(whole, groups.decoder.tp),
+        *replicas_differ(encoder, groups.vision.dp),
+    ]
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else CASES)
