@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -105,7 +106,7 @@ def activate_cpu() -> None:
     _cpu_active = True
     # torch keeps a list of its factory functions, made on first use, by which `torch.device(...)` as
     # a context finds them: it must hold the real ones, or tensors on "meta" are allocated.
-    torch.utils._device._device_constructors()
+    _device._device_constructors()
     _redirect_cuda_module()
     _redirect_tensor_methods()
     for name in _FACTORIES:

@@ -28,6 +28,7 @@ from megatron.core.transformer import (
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -158,7 +159,8 @@ class Decoder(MegatronModule):
         for layer in self.layers.values():
             x = self._run(layer, x, angles, frames)
         if not self.chunk.predicts:
-            return x
+            # The schedule frees what it has sent, which it cannot do with a view.
+            return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
         x = self.final_norm(x)
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)

@@ -1,0 +1,131 @@
+"""Every layout trains like one process: real processes over gloo, 20 steps, 8 kinds of runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.torchrun import run_ranks
+from tests.workers.matrix import CASES
+
+LAYOUTS: dict[int, dict[str, dict]] = {
+    1: {"single": {}},
+    2: {
+        "tp2": {"tensor": 2},
+        "pp2": {"pipeline": 2},
+        "dp2": {},
+        "tp2_sp": {"tensor": 2, "sequence": True},
+        "pp2_vp2": {"pipeline": 2, "virtual": 2},
+    },
+    4: {"tp2_pp2": {"tensor": 2, "pipeline": 2}},
+}
+# Options that change how a layout computes, not what: one kind of run is enough.
+VARIANTS: dict[int, dict[str, dict]] = {
+    1: {"full_recompute": {"recompute": "full"}, "selective": {"recompute": "selective"}},
+    2: {
+        "tp2_vision": {"tensor": 2, "vision_tensor": True},
+        "pp2_full_recompute": {"pipeline": 2, "recompute": "full"},
+        "dp2_overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    },
+    4: {
+        "dp2_pp2_vp2_overlap": {
+            "pipeline": 2,
+            "virtual": 2,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+        },
+        "dp2_tp2_sp": {"tensor": 2, "sequence": True},
+        "pp4": {"pipeline": 4},
+    },
+}
+SMALL_RUNS = [("all", "mixed"), ("pt1", "mixed"), ("pt1", "text")]
+REPLICATED = ("q_norm", "k_norm", "gate", "norm", "projector", "vision_model")
+
+Load = Callable[[str, str, str], dict]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory) -> Load:
+    """Runs everything once: three starts of torchrun, then results by layout and case."""
+    out = tmp_path_factory.mktemp("matrix")
+    for world, layouts in LAYOUTS.items():
+        run_ranks("tests/workers/matrix.py", world, json.dumps(layouts), out=out, timeout=600)
+        variants = dict(VARIANTS[world])
+        if world == 1:
+            variants["single"] = {}
+        cases = json.dumps(SMALL_RUNS)
+        args = (json.dumps(variants), cases)
+        result = run_ranks("tests/workers/matrix.py", world, *args, out=out, timeout=600)
+
+    def read(layout: str, train: str, kind: str) -> dict:
+        return result.load(f"{layout}-{train}-{kind}")
+
+    return read
+
+
+def names(table: dict[int, dict[str, dict]]) -> list[str]:
+    return [name for layouts in table.values() for name in layouts if name != "single"]
+
+
+ALL = [(layout, *case) for layout in names(LAYOUTS) for case in CASES]
+ALL += [(layout, *case) for layout in names(VARIANTS) for case in SMALL_RUNS]
+
+
+@pytest.mark.parametrize(("layout", "train", "kind"), ALL)
+def test_layout_trains_like_a_single_process(
+    load: Load, layout: str, train: str, kind: str
+) -> None:
+    ours, single = load(layout, train, kind), load("single", train, kind)
+    assert ours["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    assert ours["norms"] == pytest.approx(single["norms"], rel=1e-3)
+    assert ours["gradients"].keys() == single["gradients"].keys()
+    assert _worst(ours["gradients"], single["gradients"]) < 1e-4
+    assert _worst(ours["weights"], single["weights"]) < 1e-4
+    assert ours["differing"] == []
+    _check_shares(ours["encoded"], ours["shares"])
+
+
+def test_single_process_learns_and_moves_only_what_trains(load: Load) -> None:
+    for train, kind in CASES:
+        run = load("single", train, kind)
+        assert len(run["losses"]) == 20
+        assert run["losses"][-1] != run["losses"][0]
+        moved = {n for n, g in run["gradients"].items() if g.abs().sum() > 0}
+        assert any("lm_head" in n for n in moved)
+        sees = kind != "text"
+        assert any(n.startswith("vision_model") for n in moved) == (sees and train == "all")
+        assert any("multi_modal_projector" in n for n in moved) == sees
+        assert any("k_norm" in n for n in moved) == sees
+        for part in REPLICATED if sees and train == "all" else ():
+            assert any(part in n or "multi_modal" in n for n in moved)
+
+
+def test_each_rank_encodes_its_share(load: Load) -> None:
+    encoded = load("tp2_pp2", "all", "video")["encoded"]
+    assert {tuple(step) for step in encoded} == {(5, 5, 5, 5)}
+    encoded = load("tp2_pp2", "all", "mixed")["encoded"]
+    assert {tuple(step) for step in encoded} == {(2, 2, 2, 2)}
+    encoded = load("dp2", "all", "mixed")["encoded"]  # [0, 1] and [5, 2] frames
+    assert {tuple(step) for step in encoded} == {(1, 7)}
+
+
+def _worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Largest relative difference of a tensor, by norm; tensors that are zero must be equal."""
+    worst = 0.0
+    scale = max(float(t.norm()) for t in theirs.values())
+    for name, expected in theirs.items():
+        difference = float((ours[name] - expected).norm())
+        # A tensor whose numbers vanish beside all others is compared to 1e-6 of the largest.
+        worst = max(worst, difference / max(float(expected.norm()), 1e-6 * scale))
+    return worst
+
+
+def _check_shares(encoded: list[list[int]], shares: int) -> None:
+    """Within one of even, among the ranks of each replica."""
+    for step in encoded:
+        ranks = len(step)
+        if shares == ranks:
+            assert max(step) - min(step) <= 1
