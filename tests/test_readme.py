@@ -1,0 +1,91 @@
+"""Every command of the README runs, in order, as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The README's commands, continued lines joined."""
+    text = "\n".join(BLOCK.findall((REPO / "README.md").read_text()))
+    return [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def runnable() -> list[str]:
+    """Those that need neither a cluster nor another set-up."""
+    return [c for c in commands() if not c.startswith("make") and "$HOST" not in c]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder that looks like a checkout, with a user's records in it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("launch", "conf", "moss_train", "data_pipeline", "tools"):
+        (folder / name).symlink_to(REPO / name)
+    records = folder / "my_records"
+    records.mkdir()
+    _write_records(records)
+    return folder
+
+
+def _write_records(folder: Path) -> None:
+    import json
+
+    import av
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    messages = [
+        {"role": "user", "content": "<|video|>What is this?"},
+        {"role": "assistant", "content": "Noise."},
+    ]
+    records = []
+    for number in range(4):
+        name = f"clip{number}.mp4"
+        with av.open(str(folder / name), "w") as out:
+            stream = out.add_stream("libx264", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for _ in range(24):
+                picture = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            out.mux(stream.encode())
+        records.append({"messages": messages, "videos": [name]})
+    (folder / "records.json").write_text(json.dumps(records))
+
+
+def test_make_has_the_two_commands() -> None:
+    wanted = [c.split("#")[0].split() for c in commands() if c.startswith("make")]
+    assert [w[1] for w in wanted] == ["demo", "test"]
+    for target in ("demo", "test", "check"):
+        subprocess.run(["make", "-n", target], cwd=REPO, check=True, capture_output=True)
+
+
+def test_readme_commands_run(checkout: Path) -> None:
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(checkout),
+        "OMP_NUM_THREADS": "1",
+    }
+    assert len(runnable()) >= 6
+    for command in runnable():
+        small = command
+        if "parallel=tp2 " in command and "stage=pt1" in command:
+            small += " trainer.steps=5"  # the demo itself takes minutes
+        done = subprocess.run(
+            small, shell=True, cwd=checkout, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{small}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert (checkout / "toy_world/toy.json").exists()
+    lines = (checkout / "runs/first/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 30  # 20 steps, then 10 more in another layout
+    assert shutil.which("torchrun", path=env["PATH"])
