@@ -55,6 +55,7 @@ def activate(kind: str) -> torch.device:
     if kind == "cuda":
         if not has_cuda():
             raise ValueError("hardware.device=cuda, but torch finds no CUDA device: use cpu")
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron's overlap wants it
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         activate_cpu()
@@ -104,8 +105,8 @@ def activate_cpu() -> None:
     if _cpu_active:
         return
     _cpu_active = True
-    # torch keeps a list of its factory functions, made on first use, by which `torch.device(...)` as
-    # a context finds them: it must hold the real ones, or tensors on "meta" are allocated.
+    # torch keeps a list of its factory functions, made on first use, by which a `torch.device`
+    # context finds them: it must hold the real ones, or tensors on "meta" are allocated.
     _device._device_constructors()
     _redirect_cuda_module()
     _redirect_tensor_methods()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from moss_train.parallel.groups import Groups
@@ -41,19 +40,3 @@ def _sum_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     dist.all_reduce(flat, group=group)
     for tensor, summed in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
         tensor.copy_(summed)
-
-
-def replicas_differ(
-    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
-) -> list[str]:
-    """Names of parameters that are not bit-equal over `group`. A collective."""
-    differing = []
-    for name, parameter in parameters:
-        first = parameter.detach().clone()
-        dist.broadcast(first, dist.get_global_rank(group, 0), group=group)
-        same = torch.tensor([torch.equal(first, parameter.detach())], dtype=torch.int32)
-        same = same.to(parameter.device)
-        dist.all_reduce(same, dist.ReduceOp.MIN, group=group)
-        if not same.item():
-            differing.append(name)
-    return differing

@@ -22,6 +22,7 @@ from moss_train.log import log
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.groups import build_groups
+from moss_train.parallel.replicas import differing_replicas
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import open_loader
 from moss_train.train.flops import Trains, step_flops
@@ -139,6 +140,13 @@ class Job:
         )
 
     def _save(self) -> None:
+        self.trainable.gather_parameters()
+        differing = differing_replicas(self.model)
+        if differing:
+            raise RuntimeError(
+                f"step {self.done}: ranks that should hold the same weights differ in {differing}: "
+                "go on from the last checkpoint, and report this as a bug"
+            )
         streams = self.loader.state() if self.loader else None
         self.checkpointer.save(self.done, self.samples, streams)
 

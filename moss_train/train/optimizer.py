@@ -56,6 +56,13 @@ class Trainable:
         self.scheduler.num_steps = 0
         self.scheduler.step(done + 1)
 
+    def gather_parameters(self) -> None:
+        """Makes every rank's weights current, where their gathering overlaps the next step."""
+        for chunk in self.wrapped_chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
+
     def zero_gradients(self) -> None:
         """Before a step."""
         for wrapped in [*self.wrapped_chunks, *([self.encoder] if self.encoder else [])]:

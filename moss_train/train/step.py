@@ -49,7 +49,9 @@ class TrainStep:
         self.exchange = FrameExchange(config.model, model.encoder, model.groups)
         self.silence = (silence_id, config.stage.silence_weight)
 
-    def __call__(self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False) -> StepResult:
+    def __call__(
+        self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False
+    ) -> StepResult:
         """Forward, backward and update on `batch`; `stop`: this rank wants the job to end."""
         loss, counts, padded = self.forward_backward(batch)
         _, grad_norm, _ = self.trainable.optimizer.step()

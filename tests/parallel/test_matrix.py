@@ -24,7 +24,11 @@ LAYOUTS: dict[int, dict[str, dict]] = {
 }
 # Options that change how a layout computes, not what: one kind of run is enough.
 VARIANTS: dict[int, dict[str, dict]] = {
-    1: {"full_recompute": {"recompute": "full"}, "selective": {"recompute": "selective"}},
+    1: {
+        "full_recompute": {"recompute": "full"},
+        "selective": {"recompute": "selective"},
+        "micro_batch_of_4": {"micro": 4},  # one microbatch instead of four accumulated ones
+    },
     2: {
         "tp2_vision": {"tensor": 2, "vision_tensor": True},
         "pp2_full_recompute": {"pipeline": 2, "recompute": "full"},
@@ -41,6 +45,10 @@ VARIANTS: dict[int, dict[str, dict]] = {
         "pp4": {"pipeline": 4},
     },
 }
+BF16: dict[int, dict[str, dict]] = {
+    1: {"bf16": {"dtype": "bf16"}},
+    4: {"bf16_tp2_pp2": {"dtype": "bf16", "tensor": 2, "pipeline": 2}},
+}
 SMALL_RUNS = [("all", "mixed"), ("pt1", "mixed"), ("pt1", "text")]
 REPLICATED = ("q_norm", "k_norm", "gate", "norm", "projector", "vision_model")
 
@@ -56,6 +64,7 @@ def load(tmp_path_factory) -> Load:
         variants = dict(VARIANTS[world])
         if world == 1:
             variants["single"] = {}
+        variants |= BF16.get(world, {})
         cases = json.dumps(SMALL_RUNS)
         args = (json.dumps(variants), cases)
         result = run_ranks("tests/workers/matrix.py", world, *args, out=out, timeout=600)
@@ -86,6 +95,19 @@ def test_layout_trains_like_a_single_process(
     assert _worst(ours["weights"], single["weights"]) < 1e-4
     assert ours["differing"] == []
     _check_shares(ours["encoded"], ours["shares"])
+
+
+def test_bf16_follows_fp32(load: Load) -> None:
+    """Half-precision weights and activations, fp32 main weights and gradients."""
+    exact = load("single", "all", "mixed")
+    for layout in ("bf16", "bf16_tp2_pp2"):
+        ours = load(layout, "all", "mixed")
+        assert ours["losses"] == pytest.approx(exact["losses"], rel=1e-2)
+        assert ours["losses"] != exact["losses"]
+        assert ours["norms"] == pytest.approx(exact["norms"], rel=0.1)
+        assert {gradient.dtype for gradient in ours["gradients"].values()} == {torch.float32}
+        assert {weight.dtype for weight in ours["weights"].values()} == {torch.bfloat16}
+        assert ours["differing"] == []
 
 
 def test_single_process_learns_and_moves_only_what_trains(load: Load) -> None:

@@ -49,11 +49,13 @@ def train_case(layout: dict, patterns: list[str], kind: str) -> dict:
     from moss_train.model.moss_video import MossVideo
     from moss_train.parallel.distribute import read_step
     from moss_train.parallel.groups import build_groups
+    from moss_train.parallel.replicas import differing_replicas
     from moss_train.train.optimizer import freeze, make_trainable
     from moss_train.train.step import TrainStep
 
-    dtype = layout.get("dtype", "fp32")
-    parallel = ParallelConfig(**{k: v for k, v in layout.items() if k != "dtype"})
+    layout = dict(layout)
+    dtype, micro = layout.pop("dtype", "fp32"), layout.pop("micro", MICRO)
+    parallel = ParallelConfig(**layout)
     groups = build_groups(parallel, seed=1)
     config = Config(
         model=small_model(dtype),
@@ -66,8 +68,10 @@ def train_case(layout: dict, patterns: list[str], kind: str) -> dict:
     fill(model, random_reader(config.model, seed=7))
     trainable = make_trainable(model, config, freeze(model, patterns))
     step = TrainStep(config, model, trainable, silence_id=11)
-    per_replica = GLOBAL // MICRO // groups.data_size
-    batches = microbatches(kind, groups.data_rank, per_replica) if groups.is_leader else None
+    per_replica = GLOBAL // micro // groups.data_size
+    batches = None
+    if groups.is_leader:
+        batches = microbatches(kind, groups.data_rank, per_replica, micro)
 
     losses, norms, encoded, gradients = [], [], [], {}
     for number in range(STEPS):
@@ -80,12 +84,13 @@ def train_case(layout: dict, patterns: list[str], kind: str) -> dict:
         result = step(batch)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+    trainable.gather_parameters()
     return {
         "losses": losses,
         "norms": norms,
         "gradients": gradients,
         "weights": _merge(export(model)),
-        "differing": _differing(model, groups),
+        "differing": differing_replicas(model),
         "encoded": encoded,
         "shares": step.exchange.shares,
     }
@@ -123,13 +128,13 @@ def small_model(dtype: str):
     )
 
 
-def microbatches(kind: str, replica: int, count: int) -> Iterator[MicroBatch]:
+def microbatches(kind: str, replica: int, count: int, micro: int) -> Iterator[MicroBatch]:
     """This replica's share of an endless seeded stream: the same global batches in any layout."""
     step = 0
     while True:
         for number in range(replica * count, (replica + 1) * count):
-            first = step * GLOBAL + number * MICRO
-            yield collate([_sample(first + row, kind) for row in range(MICRO)], pad_token_id=4)
+            first = step * GLOBAL + number * micro
+            yield collate([_sample(first + row, kind) for row in range(micro)], pad_token_id=4)
         step += 1
 
 
@@ -175,21 +180,6 @@ def _gather(value: int) -> list[int]:
     everywhere = [0] * dist.get_world_size()
     dist.all_gather_object(everywhere, value)
     return everywhere
-
-
-def _differing(model, groups) -> list[str]:
-    """Parameters that are replicated, and differ between the ranks that hold them."""
-    from moss_train.parallel.gradients import replicas_differ
-
-    parameters = list(model.named_parameters())
-    decoder = [(n, p) for n, p in parameters if n.startswith("decoder.")]
-    whole = [(n, p) for n, p in decoder if not p.tensor_model_parallel]
-    encoder = [(n, p) for n, p in parameters if not n.startswith("decoder.")]
-    return [
-        *replicas_differ(decoder, groups.decoder.dp),
-        *replicas_differ(whole, groups.decoder.tp),
-        *replicas_differ(encoder, groups.vision.dp),
-    ]
 
 
 if __name__ == "__main__":

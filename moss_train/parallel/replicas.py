@@ -1,0 +1,48 @@
+"""Parameters that several ranks hold must stay bit-equal: a forgotten sum drifts silently."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moss_train import hardware
+from moss_train.model.moss_video import MossVideo
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def differing_replicas(model: MossVideo) -> list[str]:
+    """Names of parameters whose replicas are not the same to the bit. A collective.
+
+    Compared are the decoder's over data-parallel ranks, its unsharded ones over tensor ranks too,
+    and the encoder's over all ranks that hold the same part: by checksums, in one reduction each.
+    """
+    groups = model.groups
+    parameters = list(model.named_parameters())
+    decoder = [(name, p) for name, p in parameters if name.startswith("decoder.")]
+    whole = [(name, p) for name, p in decoder if not getattr(p, "tensor_model_parallel", False)]
+    encoder = [(name, p) for name, p in parameters if not name.startswith("decoder.")]
+    found = [
+        *_differing(decoder, groups.decoder.dp),
+        *_differing(whole, groups.decoder.tp),
+        *_differing(encoder, groups.vision.dp),
+    ]
+    return sorted(set(found))
+
+
+def _differing(parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup) -> list[str]:
+    if group.size() == 1 or not parameters:
+        return []
+    sums = torch.stack([_checksum(parameter.detach()) for _, parameter in parameters])
+    lowest, highest = sums.to(hardware.device()), sums.to(hardware.device()).clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    same = (lowest == highest).all(1).tolist()
+    return [name for (name, _), equal in zip(parameters, same, strict=True) if not equal]
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Two int64 sums over the tensor's bits: of its words, and of their squares (both wrap)."""
+    words = tensor.contiguous().view(_WORDS[tensor.element_size()]).long()
+    return torch.stack((words.sum(), (words * words).sum()))
