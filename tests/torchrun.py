@@ -167,7 +167,7 @@ def start_ranks(
     command = [
         sys.executable, "-m", "torch.distributed.run",
         "--nproc-per-node", str(world_size),
-        "--master-addr", "127.0.0.1", "--master-port", str(free_port()),
+        "--standalone",  # a port that is free when it is bound, not a moment before
         "--log-dir", str(out / "logs"), "--redirects", "3",
         *target, *args,
     ]  # fmt: skip

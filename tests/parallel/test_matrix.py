@@ -27,7 +27,8 @@ VARIANTS: dict[int, dict[str, dict]] = {
     1: {
         "full_recompute": {"recompute": "full"},
         "selective": {"recompute": "selective"},
-        "micro_batch_of_4": {"micro": 4},  # one microbatch instead of four accumulated ones
+        "micro_batch_of_1": {"micro": 1},  # other accumulation, and microbatches without a frame
+        "micro_batch_of_4": {"micro": 4},
     },
     2: {
         "tp2_vision": {"tensor": 2, "vision_tensor": True},
@@ -38,6 +39,7 @@ VARIANTS: dict[int, dict[str, dict]] = {
         "dp2_pp2_vp2_overlap": {
             "pipeline": 2,
             "virtual": 2,
+            "micro": 1,
             "overlap_grad_reduce": True,
             "overlap_param_gather": True,
         },
@@ -49,6 +51,7 @@ BF16: dict[int, dict[str, dict]] = {
     1: {"bf16": {"dtype": "bf16"}},
     4: {"bf16_tp2_pp2": {"dtype": "bf16", "tensor": 2, "pipeline": 2}},
 }
+FEWER = 6  # steps of variants
 SMALL_RUNS = [("all", "mixed"), ("pt1", "mixed"), ("pt1", "text")]
 REPLICATED = ("q_norm", "k_norm", "gate", "norm", "projector", "vision_model")
 
@@ -60,14 +63,13 @@ def load(tmp_path_factory) -> Load:
     """Runs everything once: three starts of torchrun, then results by layout and case."""
     out = tmp_path_factory.mktemp("matrix")
     for world, layouts in LAYOUTS.items():
-        run_ranks("tests/workers/matrix.py", world, json.dumps(layouts), out=out, timeout=600)
-        variants = dict(VARIANTS[world])
+        small = VARIANTS[world] | BF16.get(world, {})
+        runs = [(name, layout, CASES) for name, layout in layouts.items()]
+        runs += [(name, layout | {"steps": FEWER}, SMALL_RUNS) for name, layout in small.items()]
         if world == 1:
-            variants["single"] = {}
-        variants |= BF16.get(world, {})
-        cases = json.dumps(SMALL_RUNS)
-        args = (json.dumps(variants), cases)
-        result = run_ranks("tests/workers/matrix.py", world, *args, out=out, timeout=600)
+            runs.append(("fewer", {"steps": FEWER}, SMALL_RUNS))
+        arguments = json.dumps(runs)
+        result = run_ranks("tests/workers/matrix.py", world, arguments, out=out, timeout=600)
 
     def read(layout: str, train: str, kind: str) -> dict:
         return result.load(f"{layout}-{train}-{kind}")
@@ -87,7 +89,8 @@ ALL += [(layout, *case) for layout in names(VARIANTS) for case in SMALL_RUNS]
 def test_layout_trains_like_a_single_process(
     load: Load, layout: str, train: str, kind: str
 ) -> None:
-    ours, single = load(layout, train, kind), load("single", train, kind)
+    reference = "single" if layout in names(LAYOUTS) else "fewer"
+    ours, single = load(layout, train, kind), load(reference, train, kind)
     assert ours["losses"] == pytest.approx(single["losses"], rel=1e-4)
     assert ours["norms"] == pytest.approx(single["norms"], rel=1e-3)
     assert ours["gradients"].keys() == single["gradients"].keys()
@@ -99,7 +102,7 @@ def test_layout_trains_like_a_single_process(
 
 def test_bf16_follows_fp32(load: Load) -> None:
     """Half-precision weights and activations, fp32 main weights and gradients."""
-    exact = load("single", "all", "mixed")
+    exact = load("fewer", "all", "mixed")
     for layout in ("bf16", "bf16_tp2_pp2"):
         ours = load(layout, "all", "mixed")
         assert ours["losses"] == pytest.approx(exact["losses"], rel=1e-2)
@@ -138,6 +141,8 @@ def _worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> fl
     """Largest relative difference of a tensor, by norm; tensors that are zero must be equal."""
     worst = 0.0
     scale = max(float(t.norm()) for t in theirs.values())
+    if scale == 0:  # nothing has a gradient: pt1 on text alone
+        return float(any(t.any() for t in ours.values()))
     for name, expected in theirs.items():
         difference = float((ours[name] - expected).norm())
         # A tensor whose numbers vanish beside all others is compared to 1e-6 of the largest.
