@@ -197,7 +197,9 @@ def test_an_unknown_wandb_mode_is_refused(tmp_path):
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
 def test_a_chosen_logger_that_is_not_installed_is_named(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # python's way to say: cannot be imported
-    logger = LoggerConfig(wandb_mode="offline", **{package: True})
+    logger = LoggerConfig(
+        wandb=package == "wandb", tensorboard=package == "tensorboard", wandb_mode="offline"
+    )
     with pytest.raises(ValueError, match=f"logger.{package}=true needs the package {package}"):
         MetricsWriter(tmp_path, logger, CONFIG)
 
