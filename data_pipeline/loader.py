@@ -12,6 +12,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,7 @@ from data_pipeline.shards import check_source
 from data_pipeline.state import StreamState
 from data_pipeline.task import ShardTask
 from data_pipeline.tokens import load_tokenizer
+from data_pipeline.worker import init_worker
 
 __all__ = ["EncodeConfig", "Loader", "Source", "build_loader"]
 
@@ -72,6 +74,7 @@ class Loader:
         )
         # energon always asks for pinned memory, which warns where there is no accelerator.
         self._inner.pin_memory = torch.accelerator.is_available()
+        self._inner.worker_init_fn = partial(init_worker, self._inner.worker_init_fn)
         self._iterator: Iterator[MicroBatch] | None = None
 
     def __iter__(self) -> Iterator[MicroBatch]:

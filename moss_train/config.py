@@ -293,7 +293,9 @@ def from_hydra(raw: DictConfig) -> Config:
         ConfigError: an unknown field, a missing value, or a value of the wrong type.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        # Plain first: fields that Hydra's `+` added to the typed nodes are unknown ones, too.
+        plain = OmegaConf.to_container(raw)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError([f"{key} is not set: give it a value, {key}=..." for key in missing])

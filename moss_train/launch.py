@@ -53,17 +53,21 @@ def find_resume(config: Config) -> Path | None:
     Raises:
         ConfigError: a named checkpoint is missing or damaged, or has another architecture.
     """
-    from moss_train.train.saved import find, read_run
-    from moss_train.validate import same_architecture
+    from moss_train.train.saved import find, read_run, read_streams
+    from moss_train.validate import same_architecture, same_streams
 
     resume, init_from = config.trainer.resume, config.trainer.init_from
-    found = None
-    if resume == "auto":
-        found = find(Path(config.run.dir))
-    elif resume != "none":
-        found = _must_find("trainer.resume", resume)
+    own = found = find(Path(config.run.dir))
+    if resume != "auto":
+        found = None if resume == "none" else _must_find("trainer.resume", resume)
+    if own is not None and (found is None or read_run(own)["step"] > read_run(found)["step"]):
+        # Later steps of another course of training would be taken for this one's.
+        raise ConfigError(
+            [f"trainer.resume={resume}: {own} is ahead of that: choose another run.dir"]
+        )
     if found is not None:
         same_architecture(config, read_run(found)["config"], found)
+        same_streams(config, len(read_streams(found)), found)
     elif init_from is not None:
         source = _must_find("trainer.init_from", init_from)
         same_architecture(config, read_run(source)["config"], source)

@@ -15,6 +15,7 @@ from pathlib import Path
 from data_pipeline.loader import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train.config import Config, ConfigError
+from moss_train.hardware import has_cuda
 
 ATTENTION = ("sdpa", "flash", "te", "flex")
 POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
@@ -167,6 +168,8 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
     if parallel.virtual > 1 and parallel.pipeline == 1:
         yield f"parallel.virtual={parallel.virtual}: needs parallel.pipeline of 2 or more"
     yield from _optional_package(config)
+    if config.hardware.device == "cuda" and not has_cuda():
+        yield "hardware.device=cuda: torch finds no CUDA device: use cpu"
     if config.model.attention == "te" and config.hardware.device == "cpu":
         yield "model.attention=te: Transformer Engine needs CUDA, hardware.device is cpu: use sdpa"
 
@@ -260,6 +263,19 @@ def same_architecture(config: Config, saved: dict, where: Path) -> None:
         problems += _differences(mine[part], theirs[part], f"model.{part}", ignored, where)
     if problems:
         raise ConfigError(problems)
+
+
+def same_streams(config: Config, streams: int, where: Path) -> None:
+    """Raises ConfigError where the `streams` of a checkpoint cannot be dealt to the replicas."""
+    parallel = config.parallel
+    replicas = world_size_from_environment() // (parallel.tensor * parallel.pipeline)
+    if streams % replicas:
+        raise ConfigError(
+            [
+                f"data-parallel size {replicas}: the {streams} data streams of the checkpoint "
+                f"{where} cannot be dealt evenly: choose one that divides {streams}"
+            ]
+        )
 
 
 def _differences(

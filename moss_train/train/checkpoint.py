@@ -10,6 +10,8 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moss_train.config import Config, to_dict
 from moss_train.log import log
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import Trainable
-from moss_train.train.saved import checkpoints_folder, read_run
+from moss_train.train.saved import checkpoints_folder, is_complete, read_run
 
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -41,6 +44,7 @@ class Checkpointer:
     def __init__(self, config: Config, model: MossVideo, trainable: Trainable):
         self.config, self.model, self.trainable = config, model, trainable
         self.folder = checkpoints_folder(Path(config.run.dir))
+        self.writing: Path | None = None
         self.queue = AsyncCallsQueue() if config.trainer.async_save else None
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,18 +58,18 @@ class Checkpointer:
         self.finish()
         name = f"step_{step:08d}"
         target, temporary = self.folder / name, self.folder / f".writing_{name}"
-        if target.exists():
-            return
         gathered = self._gather_streams(streams)
+        self.writing = temporary
         if dist.get_rank() == 0:
             temporary.mkdir()
         dist.barrier()
-        request = dist_checkpointing.save(
-            self._sharded_state(loading=False),
-            str(temporary),
-            async_sharded_save=self.queue is not None,
-            content_metadata=_METADATA,
-        )
+        with self._named_errors():
+            request = dist_checkpointing.save(
+                self._sharded_state(loading=False),
+                str(temporary),
+                async_sharded_save=self.queue is not None,
+                content_metadata=_METADATA,
+            )
 
         def finalize() -> None:
             if dist.get_rank() == 0:
@@ -74,7 +78,8 @@ class Checkpointer:
             dist.barrier()
 
         if self.queue is None:
-            finalize()
+            with self._named_errors():
+                finalize()
         else:
             assert isinstance(request, AsyncRequest)
             request.add_finalize_fn(finalize)
@@ -83,12 +88,26 @@ class Checkpointer:
     def poll(self) -> None:
         """Completes an asynchronous save whose files are written."""
         if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=False)
+            with self._named_errors():
+                self.queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Waits for an asynchronous save."""
         if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
+            with self._named_errors():
+                self.queue.maybe_finalize_async_calls(blocking=True)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Says which checkpoint could not be written; torch's own errors name no path."""
+        try:
+            yield
+        except (CheckpointException, OSError) as error:
+            free = shutil.disk_usage(self.folder).free / 1e9
+            cause = str(error).strip().splitlines()[-1]
+            raise RuntimeError(
+                f"{self.writing} could not be written ({free:.1f} GB are free there): {cause}"
+            ) from error
 
     def close(self) -> None:
         """Ends the writer process."""
@@ -183,14 +202,22 @@ class Checkpointer:
             os.fsync(out.fileno())
 
     def _publish(self, temporary: Path, target: Path) -> None:
+        """Gives the checkpoint its name; removes old ones, and those that are damaged."""
+        if target.exists():  # damaged, or the run would have gone on after it
+            self._remove(target)
         temporary.rename(target)
         pointer = self.folder / "latest.new"
         pointer.write_text(target.name + "\n")
         pointer.replace(self.folder / "latest")
-        for old in sorted(self.folder.glob("step_*"))[: -self.config.trainer.keep_last]:
-            removing = old.rename(self.folder / f".removing_{old.name}")
-            shutil.rmtree(removing)
+        everything = sorted(self.folder.glob("step_*"))
+        kept = [path for path in everything if is_complete(path)][-self.config.trainer.keep_last :]
+        for path in everything:
+            if path not in kept:
+                self._remove(path)
         log.info("saved %s", target)
+
+    def _remove(self, path: Path) -> None:
+        shutil.rmtree(path.rename(self.folder / f".removing_{path.name}"))
 
 
 def _strip(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""The data loader of a replica, as the configuration wants it, where a checkpoint left it."""
+"""The data loader of a replica, where a checkpoint left it, and the record of what it gave."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 from data_pipeline.loader import EncodeConfig, Loader, Source, build_loader
-from moss_train.config import Config, ConfigError
+from moss_train.config import Config
+from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.groups import Groups
 from moss_train.validate import mixture
 
@@ -15,15 +18,14 @@ def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> 
 
     Args:
         streams: state of all streams of the job that saved a checkpoint; they are dealt to this
-            job's replicas, whatever their number was then. None for a new run.
-
-    Raises:
-        ConfigError: the streams cannot be dealt evenly.
+            job's replicas, whatever their number was then (moss_train/validate.py has checked
+            that it comes out even). None for a new run.
     """
     size, rank = groups.data_size, groups.data_rank
     workers = config.data.workers
     if streams is not None:
-        workers = loader_workers(len(streams), size, workers)
+        each = len(streams) // size
+        workers = 0 if each == 1 and workers == 0 else each
     loader = build_loader(
         mixed_sources(config),
         encode_config(config),
@@ -35,7 +37,6 @@ def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> 
         shuffle_buffer=config.data.shuffle_buffer,
     )
     if streams is not None:
-        each = len(streams) // size
         loader.load_state(streams[rank * each : (rank + 1) * each])
     return loader
 
@@ -73,18 +74,42 @@ def encode_config(config: Config) -> EncodeConfig:
     )
 
 
-def loader_workers(streams: int, replicas: int, wanted: int) -> int:
-    """Worker processes of each rank, so that all ranks together have `streams` streams.
-
-    Raises:
-        ConfigError: `streams` cannot be dealt evenly to `replicas` ranks.
+def check_tokens(batch: StepBatch, config: Config, step: int) -> None:
+    """Refuses tokens that the embedding or the head has no row for: where these are sharded over
+    tensor ranks, nothing else would notice. Every rank of a replica has the same tokens.
     """
-    if streams % replicas:
-        raise ConfigError(
-            [
-                f"data-parallel size {replicas}: the checkpoint's {streams} data streams cannot be "
-                f"dealt evenly: choose a layout whose data-parallel size divides {streams}"
-            ]
-        )
-    each = streams // replicas
-    return 0 if each == 1 and wanted == 0 else each
+    text = config.model.text
+    embedded = text.vocab_size + text.extra_embedding_rows
+    for part in batch.microbatches:
+        for name, values, rows in (
+            ("token", part.tokens, embedded),
+            ("label", part.labels, text.vocab_size),
+        ):
+            most = int(values.max())
+            if most >= rows:
+                raise ValueError(
+                    f"step {step}: {name} {most}: the vocabulary has {rows}; samples of the step: "
+                    f"{', '.join(batch.keys)}"
+                )
+
+
+class Audit:
+    """The sample keys of each step of a replica, in its audit.RANK.jsonl (on its leader)."""
+
+    def __init__(self, run: Path, data_rank: int):
+        self.path = run / f"audit.{data_rank:05d}.jsonl"
+
+    @staticmethod
+    def cut(run: Path, last: int) -> None:
+        """Removes the steps after `last`, which the job goes on from, from all replicas' files."""
+        for path in run.glob("audit.*.jsonl"):
+            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= last)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(kept)
+            temporary.replace(path)
+
+    def write(self, step: int, keys: list[str]) -> None:
+        """Appends a step."""
+        with self.path.open("a") as out:
+            out.write(json.dumps({"step": step, "keys": keys}) + "\n")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.train.checkpoint import Checkpointer
-from moss_train.train.data import open_loader
+from moss_train.train.data import Audit, check_tokens, open_loader
 from moss_train.train.flops import Trains, step_flops
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
 from moss_train.train.optimizer import freeze, make_trainable
@@ -36,10 +37,13 @@ from moss_train.train.step import StepResult, TrainStep
 def run(config: Config, resume_from: Path | None) -> None:
     """Trains `config` on this rank, from `resume_from` (a complete checkpoint) if given."""
     start_process_group(config)
-    try:
-        Job(config, resume_from).run()
-    finally:
-        dist.destroy_process_group()
+    # Ranks that started in different seconds may name different folders: rank 0's is everyone's.
+    decided: list[Any] = [config.run.dir, resume_from]
+    dist.broadcast_object_list(decided, src=0)
+    config.run.dir, resume_from = decided
+    Job(config, resume_from).run()
+    # Not after an error: the other ranks would notice, and report that before this rank's error.
+    dist.destroy_process_group()
 
 
 def start_process_group(config: Config) -> None:
@@ -79,6 +83,9 @@ class Job:
         streams = self._restore(resume_from)
         self.loader = open_loader(config, self.groups, streams) if self.groups.is_leader else None
         self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
+        self.audit = Audit(self.folder, self.groups.data_rank)
+        if self.first_rank:
+            self.audit.cut(self.folder, self.done)
         vision = config.model.vision
         self.frame_shape = (config.data.max_tiles, 3, vision.image_size, vision.image_size)
         self.microbatches = config.data.global_batch // (
@@ -130,7 +137,7 @@ class Job:
         return self.done % self.config.trainer.checkpoint_every == 0
 
     def _read(self) -> StepBatch:
-        return read_step(
+        batch = read_step(
             self.batches,
             self.microbatches,
             self.config.data.pad_multiple,
@@ -138,6 +145,8 @@ class Job:
             self.groups,
             self.step.exchange.shares,
         )
+        check_tokens(batch, self.config, self.done + 1)
+        return batch
 
     def _save(self) -> None:
         self.trainable.gather_parameters()
@@ -189,7 +198,7 @@ class Job:
         progress: Progress | None,
     ) -> None:
         if self.config.data.audit and self.groups.is_leader:
-            self._audit(batch)
+            self.audit.write(self.done, batch.keys)
         if writer is None or progress is None:
             return
         metrics = self._metrics(result, seconds)
@@ -220,14 +229,6 @@ class Job:
             frames_per_rank_mean=result.frames_per_rank_mean,
             padding_ratio=1 - tokens / result.padded_tokens,
         )
-
-    def _audit(self, batch: StepBatch) -> None:
-        """Appends this replica's keys of the step to audit.RANK.jsonl."""
-        import json
-
-        path = self.folder / f"audit.{self.groups.data_rank:05d}.jsonl"
-        with path.open("a") as out:
-            out.write(json.dumps({"step": self.done, "keys": batch.keys}) + "\n")
 
     def _announce(self) -> None:
         config, parallel = self.config, self.config.parallel
@@ -266,14 +267,19 @@ class Job:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second one has its usual effect."""
-    caught: list[int] = []
+def _stop_signals() -> Iterator[list[float]]:
+    """Collects SIGTERM and SIGINT instead of dying of them.
+
+    The same request may come twice, from a batch system and from torchrun. A second Ctrl-C of an
+    impatient user (after a second or more) has its usual effect.
+    """
+    caught: list[float] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, _frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        caught.append(time.monotonic())
+        if number == signal.SIGINT and caught[-1] - caught[0] > 1:
+            raise KeyboardInterrupt
 
     for number in before:
         signal.signal(number, note)

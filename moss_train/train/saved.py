@@ -23,12 +23,13 @@ def checkpoints_folder(run: Path) -> Path:
 
 
 def is_complete(path: Path) -> bool:
-    """True where every file that `complete.json` lists is there with its size."""
-    manifest = path / "complete.json"
+    """True where every file that `complete.json` lists is there with its size, and readable."""
     try:
-        files = json.loads(manifest.read_text())["files"]
+        files = json.loads((path / "complete.json").read_text())["files"]
+        read_run(path)
+        read_streams(path)
         return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -55,8 +56,11 @@ def read_run(path: Path) -> dict[str, Any]:
         ConfigError: `path` holds no readable one.
     """
     try:
-        return json.loads((path / "run.json").read_text())
-    except (OSError, ValueError) as error:
+        run = json.loads((path / "run.json").read_text())
+        if not {"step", "samples", "layout", "config"} <= run.keys():
+            raise ValueError("it is not a run's")
+        return run
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError([f"checkpoint {path}: cannot read run.json ({error})"]) from None
 
 

@@ -1,0 +1,91 @@
+"""Jobs without torchrun, and what the tests of jobs read of a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.torchrun import REPO
+
+ENTRY = "launch/train.py"
+
+
+class Process:
+    """`python launch/train.py` without torchrun, leader of a process group as in a terminal."""
+
+    def __init__(self, overrides: list[str], folder: Path):
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, ENTRY, *overrides],
+                cwd=REPO,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout: float = 60) -> int:
+        """The exit code."""
+        try:
+            return self.process.wait(timeout)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def metrics(run: Path, whole: bool = True) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. `whole`: every one must be; else the last may be cut off."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if not whole and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def steps(run: Path, whole: bool = True) -> list[int]:
+    """The numbers of the steps in metrics.jsonl."""
+    return [row["step"] for row in metrics(run, whole)]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step."""
+    return [row["loss"] for row in metrics(run)]
+
+
+def audit(run: Path) -> dict[int, list[str]]:
+    """The sample keys of each step, all replicas together."""
+    keys: dict[int, list[str]] = {}
+    for path in sorted(run.glob("audit.*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            keys.setdefault(row["step"], []).extend(row["keys"])
+    return {step: sorted(found) for step, found in sorted(keys.items())}
+
+
+def saved_steps(run: Path) -> list[int]:
+    """The steps whose checkpoints have a finished one's name."""
+    return sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = 60) -> None:
+    """Waits until `condition()` is true."""
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """True for a process that is neither gone nor only waits to be reaped."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

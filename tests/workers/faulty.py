@@ -1,0 +1,59 @@
+"""A job in which a rank meets an error in its third step: faulty.py raise|tokens RANK OVERRIDE...
+
+raise: the rank raises. tokens: the rank, which leads a replica, reads a token that the vocabulary
+does not have.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from hydra.core.config_store import ConfigStore
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from data_pipeline.batch import MicroBatch
+from moss_train.config import Config
+from moss_train.launch import check
+from moss_train.log import configure
+from tests.workers.job import configuration
+
+STEP = 3
+
+
+@record
+def main() -> None:
+    how, rank, *overrides = sys.argv[1:]
+    ConfigStore.instance().store(name="schema", node=Config)
+    configure()
+    config = configuration(overrides)
+    resume_from = check(config)
+    from moss_train.parallel.distribute import StepBatch
+    from moss_train.train.loop import Job, start_process_group
+
+    class Faulty(Job):
+        """A job with a bad day."""
+
+        def _read(self) -> StepBatch:
+            unlucky = dist.get_rank() == int(rank) and self.done == STEP - 1
+            if unlucky and how == "raise":
+                raise ValueError(f"rank {rank} has a bad day")
+            if unlucky and how == "tokens":
+                assert self.batches is not None
+                self.batches = spoiled(self.batches)
+            return super()._read()
+
+    start_process_group(config)
+    Faulty(config, resume_from).run()
+
+
+def spoiled(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same batches, with a token in each that the vocabulary does not have."""
+    for batch in batches:
+        batch.tokens[0, -1] = 70_000
+        yield batch
+
+
+if __name__ == "__main__":
+    main()

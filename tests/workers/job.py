@@ -1,0 +1,123 @@
+"""Runs training jobs one after another, in one start: job.py '[{"name": ..., "overrides": [...]}]'.
+
+Each does what launch/train.py does, but the process group is started once. Rank 0 saves what a
+job came to under its name: its error (None: it ended well), its final weights under their HF
+names, and the steps that its optimizer has counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from moss_train.config import Config, from_hydra
+from moss_train.launch import check
+from moss_train.log import configure
+from tests.torchrun import REPO, save_result
+
+
+@dataclass
+class Task:
+    """stop_after: this step is the last one, for rank 0 sends itself a SIGTERM in it.
+
+    file_limit: (step, bytes): from this step on no file can grow beyond `bytes`, as on a full disk.
+    """
+
+    name: str
+    overrides: list[str]
+    stop_after: int | None = None
+    file_limit: tuple[int, int] | None = None
+    seen: dict[str, Any] = field(default_factory=dict)
+
+
+def main(tasks: list[Task]) -> None:
+    ConfigStore.instance().store(name="schema", node=Config)
+    configure()
+    for number, task in enumerate(tasks):
+        config = configuration(task.overrides)
+        if number == 0:
+            from moss_train.train.loop import start_process_group
+
+            start_process_group(config)
+        print(f"--- {task.name}", file=sys.stderr)
+        run(task, config)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def configuration(overrides: list[str]) -> Config:
+    """What Hydra makes of the command line."""
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        raw = compose("config", overrides)
+    OmegaConf.resolve(raw)
+    return from_hydra(raw)
+
+
+def run(task: Task, config: Config) -> None:
+    """One job; an error that all ranks meet ends it, not the process."""
+    from megatron.core import parallel_state
+
+    from moss_train import hardware
+
+    hardware.seed_everything(config.trainer.seed)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    error = None
+    try:
+        run_checked(task, config)
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    if dist.get_rank() == 0:
+        save_result(task.name, {"error": error, **task.seen})
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+
+
+def run_checked(task: Task, config: Config) -> None:
+    from moss_train.train.loop import Job
+    from moss_train.train.step import StepResult
+
+    class Watched(Job):
+        """A job that things happen to."""
+
+        def _check(self, result: StepResult) -> None:
+            super()._check(result)
+            first = dist.get_rank() == 0
+            if task.stop_after is not None and self.done == task.stop_after - 1 and first:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if task.file_limit is not None and self.done == task.file_limit[0]:
+                self.checkpointer.finish()  # what is being written fits
+                _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (task.file_limit[1], hard))
+
+    job = Watched(config, check(config))
+    job.run()
+    task.seen["weights"] = whole_weights(job.model)
+    task.seen["adam_steps"] = [g["step"] for g in job.trainable.optimizer.param_groups]
+
+
+def whole_weights(model: Any) -> dict[str, torch.Tensor]:
+    """All ranks' weights in one dict (the stages of a pipeline have different ones)."""
+    from moss_train.convert.weights import export
+
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {name: w.clone() for name, w in export(model).items()})
+    return {name: tensor for part in everywhere for name, tensor in part.items()}
+
+
+if __name__ == "__main__":
+    main([Task(**task) for task in json.loads(Path(sys.argv[1]).read_text())])
