@@ -31,7 +31,7 @@ class Process:
                 start_new_session=True,
             )
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 120) -> int:
         """The exit code."""
         try:
             return self.process.wait(timeout)
@@ -74,7 +74,7 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
 
 
-def wait_for(condition: Callable[[], Any], timeout: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], timeout: float = 240) -> None:
     """Waits until `condition()` is true."""
     until = time.monotonic() + timeout
     while not condition():

@@ -26,7 +26,7 @@ from tests.train.runs import (
 )
 
 EVERY, STEPS = 2, 14
-SOON = 20.0  # seconds in which a job must end after a rank has died
+SOON = 25.0  # seconds in which a job must end after a rank has died; torchrun kills after 30
 Overrides = list[str]
 
 
@@ -71,7 +71,7 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
         ranks = running.rank_pids()
         os.kill(chance.choice(ranks), signal.SIGKILL)
         killed = time.monotonic()
-        assert running.wait(timeout=60, check=False).returncode == 1
+        assert running.wait(timeout=120, check=False).returncode == 1
         assert time.monotonic() - killed < SOON
         assert not any(is_running(pid) for pid in ranks)
         lost = steps(folder, whole=False)[-1] - saved_steps(folder)[-1]
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
     wait_for_step(folder, 1)
     for pid in running.rank_pids():
         os.kill(pid, signal.SIGTERM)
-    result = running.wait(timeout=60)
+    result = running.wait(timeout=120)
     assert result.returncode == 0
     first = steps(folder)[-1]
     assert first < STEPS
@@ -122,7 +122,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
     wait_for_step(folder, first + 1)
     ranks = running.rank_pids()
     running.signal(signal.SIGTERM)
-    result = running.wait(timeout=60, check=False)
+    result = running.wait(timeout=120, check=False)
     assert result.returncode != 0  # torchrun's own word for a signal
     assert not any(is_running(pid) for pid in ranks)
     second = steps(folder)[-1]
@@ -154,11 +154,11 @@ def test_a_signal_to_all_processes_stops_a_single_one_cleanly(small, tmp_path, n
 def test_an_error_on_one_rank_ends_the_job(small, tmp_path, how, rank, layout, error):
     options = [*small, f"parallel={layout}", f"run.dir={tmp_path}/run"]
     running = start_ranks("tests/workers/faulty.py", 2, how, str(rank), *options, out=tmp_path)
-    wait_for_step(tmp_path / "run", 2)
+    wait_for(lambda: len(running.rank_pids()) == 2)
     ranks = running.rank_pids()
     wait_for(lambda: not all(is_running(pid) for pid in ranks))
     began = time.monotonic()
-    result = running.wait(timeout=60, check=False)
+    result = running.wait(timeout=120, check=False)
     assert time.monotonic() - began < SOON
     assert result.returncode == 1
     assert error in result.stderr(rank)

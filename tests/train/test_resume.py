@@ -38,6 +38,8 @@ def alone(runs, small, run_jobs):
         task("async", runs / "async", small, *saving, "trainer.async_save=true"),
         task("weights", runs / "weights", small, "trainer.steps=2", "optimizer.lr=1e-12",
              f"trainer.init_from={whole}"),
+        task("ahead", whole, small, "trainer.resume=none"),
+        task("back", whole, small, f"trainer.resume={whole}/checkpoints/step_00000004"),
         task("wider", runs / "wider", small, "model.text.mlp_size=256",
              f"trainer.init_from={whole}"),
     )  # fmt: skip
@@ -118,8 +120,9 @@ def test_pt1_resumes_bit_for_bit_where_rank_0_of_the_pipeline_has_a_frozen_decod
 
 def test_streams_that_cannot_be_dealt_evenly_are_refused(two_ranks, runs):
     assert two_ranks.load("uneven")["error"] == (
-        "ConfigError: data-parallel size 2: the checkpoint's 1 data streams cannot be dealt "
-        "evenly: choose a layout whose data-parallel size divides 1"
+        "ConfigError: data-parallel size 2: the 1 data streams of the checkpoint "
+        f"{runs}/pt1_again/checkpoints/step_00000008 cannot be dealt evenly: choose one that "
+        "divides 1"
     )
     assert steps(runs / "pt1_again") == ALL
 
@@ -153,3 +156,16 @@ def test_init_from_refuses_another_architecture(alone, runs):
         f"ConfigError: model.text.mlp_size=256: the checkpoint {checkpoint} has 384"
     )
     assert not (runs / "wider").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "resume"), [("ahead", "none"), ("back", "WHOLE/checkpoints/step_00000004")]
+)
+def test_a_run_folder_that_is_ahead_is_not_mixed_with_an_earlier_course(alone, runs, name, resume):
+    resume = resume.replace("WHOLE", str(runs / "whole"))
+    assert alone.load(name)["error"] == (
+        f"ConfigError: trainer.resume={resume}: {runs}/whole/checkpoints/step_00000008 is ahead of "
+        "that: choose another run.dir"
+    )
+    assert saved_steps(runs / "whole") == [2, 4, 6, 8]
+    assert steps(runs / "whole") == ALL

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -210,6 +211,13 @@ def hf_inputs(batch: MicroBatch) -> dict[str, Tensor]:
         "aspect_ratio_mask": torch.ones(rows, count, tiles, dtype=torch.long),
         "cross_attention_mask": sees[..., None].expand(-1, -1, -1, tiles).long(),
     }
+
+
+def join(config: Config) -> tuple[int, int]:
+    """Joins the process group, as torchrun's environment says; returns rank and count of ranks."""
+    torch.set_num_threads(config.hardware.threads or 1)
+    dist.init_process_group("gloo", timeout=timedelta(hours=1))
+    return dist.get_rank(), dist.get_world_size()
 
 
 def make_step(

@@ -3,9 +3,8 @@
     python -m tools.bench.train --data toy_world [--stage pt1 pt2] [--layouts single tp2 pp2 dp2]
 
 Every contestant is a group of processes that sets up once and then waits; they take turns of a few
-steps each on the same microbatches, so that the noise of the machine hits all of them. Speeds are
-medians over the turns, ratios medians of the ratios within a round. Both sides do the same
-arithmetic (_hf_train.comparable_config): the losses of the warm-up steps are compared.
+steps on the same microbatches, so that the machine's noise hits all. Speeds are medians over turns,
+ratios medians of the ratios within a round. Both sides compute the same: losses are compared.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -22,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import timedelta
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -37,9 +35,6 @@ REPO = Path(__file__).resolve().parents[2]
 LAYOUTS = {"single": 1, "tp2": 2, "pp2": 2, "dp2": 2}
 BASELINES = {1: "HF", 2: "HF DDP"}
 AGREE = 1e-4  # relative difference of losses that is taken for the same arithmetic
-
-
-# ---- in the processes of the contestants
 
 
 def serve(job: dict[str, Any]) -> None:
@@ -60,7 +55,7 @@ def serve(job: dict[str, Any]) -> None:
         torch.distributed.barrier()
         seconds = time.perf_counter() - began
         reply = {"seconds": seconds, "losses": losses, "start_gb": job["start_gb"]}
-        replies.write(json.dumps({**reply, "peak_gb": hardware.peak_memory_gb()}) + "\n")
+        replies.write(json.dumps(reply | {"peak_gb": hardware.peak_memory_gb()}) + "\n")
     torch.distributed.destroy_process_group()
 
 
@@ -84,14 +79,12 @@ def _our_step(config: Config, job: dict[str, Any]) -> Callable[[], float]:
 
 
 def _hf_step(config: Config, job: dict[str, Any]) -> Callable[[], float]:
-    from tools.bench._hf_train import make_step
+    from tools.bench._hf_train import join, make_step
 
     job["start_gb"] = hardware.peak_memory_gb()
-    torch.set_num_threads(config.hardware.threads or 1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    batches = _microbatches(job, *join(config))
     weights = torch.load(Path(job["folder"]) / "weights.pt")
-    return make_step(config, _microbatches(job, rank, ranks), weights, job["warmup"])
+    return make_step(config, batches, weights, job["warmup"])
 
 
 def prepare(config: Config, job: dict[str, Any]) -> dict[str, float]:
@@ -101,20 +94,16 @@ def prepare(config: Config, job: dict[str, Any]) -> dict[str, float]:
 
     start_process_group(config)
     training = Job(config, None)
-    assert training.batches is not None
-    assert training.loader is not None
-    batches = [next(training.batches)]  # the first waits for the loader's processes to start
+    reads, loader = cast(Any, training.batches), cast(Any, training.loader)
+    batches = [next(reads)]  # the first waits for the loader's processes to start
     began = time.perf_counter()
-    batches += [next(training.batches) for _ in range(max(job["microbatches"] - 1, 50))]
+    batches += [next(reads) for _ in range(max(job["microbatches"] - 1, 50))]
     rate = (len(batches) - 1) * config.data.micro_batch / (time.perf_counter() - began)
-    training.loader.close()
+    loader.close()
     torch.save(batches[: job["microbatches"]], Path(job["folder"]) / "batches.pt")
     torch.save(export(training.model), Path(job["folder"]) / "weights.pt")
     torch.distributed.destroy_process_group()
     return {"samples_per_s": rate}
-
-
-# ---- in the process that runs the benchmark
 
 
 class Contestant:
@@ -130,13 +119,13 @@ class Contestant:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
-        shared = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         self.logs = [stem.with_suffix(f".{rank}.log") for rank in range(ranks)]
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "tools.bench.train", "--worker", str(spec)],
+                cwd=REPO,
                 env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -149,9 +138,9 @@ class Contestant:
     def answers(self) -> list[dict[str, Any]]:
         """The next line of every rank."""
         lines = [cast(Any, process.stdout).readline() for process in self.processes]
-        for line, log in zip(lines, self.logs, strict=True):
-            if not line:
-                raise RuntimeError(f"{self.name} failed:\n{log.read_text()[-4000:]}")
+        if not all(lines):
+            logs = "\n".join(log.read_text()[-4000:] for log in self.logs)
+            raise RuntimeError(f"{self.name} failed:\n{logs}")
         return [json.loads(line) for line in lines]
 
     def turn(self, steps: int) -> dict[str, Any]:
@@ -160,9 +149,8 @@ class Contestant:
             cast(Any, process.stdin).write(f"{steps}\n")
             cast(Any, process.stdin).flush()
         answers = self.answers()
-        most = max(answers, key=lambda answer: answer["peak_gb"])
         self.losses += answers[0]["losses"]
-        return {**answers[0], "peak_gb": most["peak_gb"], "start_gb": most["start_gb"]}
+        return max(answers, key=lambda answer: answer["peak_gb"])
 
     def close(self) -> None:
         """Lets the processes end, or ends them."""
@@ -190,11 +178,8 @@ def run_stage(args: argparse.Namespace, stage: str) -> dict[str, Any]:
             validate(config, LAYOUTS[layout])
         data = configs["single"].data
         per_step = data.global_batch // data.micro_batch
-        job = {
-            "folder": name,
-            "warmup": args.warmup,
-            "microbatches": (args.warmup + args.rounds * args.steps) * per_step,
-        }
+        count = (args.warmup + args.rounds * args.steps) * per_step
+        job = {"folder": name, "warmup": args.warmup, "microbatches": count}
 
         def start(who: str, ranks: int, side: str, layout: str) -> Contestant:
             own = {**job, "side": side, "config": to_dict(configs[layout])}
@@ -209,7 +194,6 @@ def run_stage(args: argparse.Namespace, stage: str) -> dict[str, Any]:
             teams += [start(x, ranks, "ours", x) for x in args.layouts if LAYOUTS[x] == ranks]
         for team in teams:
             team.answers()
-        for team in teams:
             team.turn(args.warmup)
         for number in range(args.rounds):
             for team in teams if number % 2 == 0 else teams[::-1]:
@@ -222,11 +206,9 @@ def run_stage(args: argparse.Namespace, stage: str) -> dict[str, Any]:
 def summarize(
     teams: list[Contestant], batches: list[MicroBatch], args: argparse.Namespace, samples: int
 ) -> list[dict[str, Any]]:
-    """One row for each contestant: medians over its turns, and ratios to the baseline's turns.
+    """One row for each contestant: medians over its turns, ratios to the baseline's turns.
 
-    Args:
-        batches: the microbatches of the measured steps.
-        samples: of one step.
+    `batches` are the microbatches of the measured steps, each of `samples` samples.
     """
     size = len(batches) // args.rounds
     turns = [batches[i : i + size] for i in range(0, len(batches), size)]
@@ -246,8 +228,8 @@ def summarize(
                 "ranks": team.ranks,
                 "steps_per_s": args.steps / median(seconds),
                 "samples_per_s": args.steps * samples / median(seconds),
-                "tokens_per_s": median(n / s for n, s in zip(tokens, seconds, strict=True)),
-                "frames_per_s": median(n / s for n, s in zip(frames, seconds, strict=True)),
+                "tokens_per_s": median(map(truediv, tokens, seconds)),
+                "frames_per_s": median(map(truediv, frames, seconds)),
                 "peak_gb": last["peak_gb"],
                 "built_gb": last["peak_gb"] - last["start_gb"],
                 "ratio": None if team is base else median(ratios),
@@ -261,9 +243,9 @@ def summarize(
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
+    rate = result["loader_samples_per_s"]
     lines = [
-        f"stage {result['stage']} (the loader alone reads "
-        f"{result['loader_samples_per_s']:.0f} samples/s)",
+        f"stage {result['stage']} (the loader alone reads {rate:.0f} samples/s)",
         "layout  ranks  steps/s  samples/s  tokens/s  frames/s  peak GB (over imports)"
         "  ours/HF (range)    first loss",
     ]
@@ -284,11 +266,11 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> int:
     """Prints a table for each stage; 1 if the two sides do not compute the same."""
-    parser = argparse.ArgumentParser(description="Speed of the training job against transformers.")
+    parser = argparse.ArgumentParser(description="Training speed against transformers.")
     parser.add_argument("--stage", nargs="+", default=["pt1", "pt2"], choices=["pt1", "pt2"])
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--model", default="toy", help="a preset of conf/model")
-    parser.add_argument("--data", default="toy_world", help="folder of the toy world")
+    parser.add_argument("--data", default="toy_world", type=os.path.abspath, help="the toy world")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first turn")
@@ -301,12 +283,8 @@ def main() -> int:
     if args.worker:
         serve(json.loads(args.worker.read_text()))
         return 0
-    about = {
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load_before": round(os.getloadavg()[0], 2),
-    }
+    about = {"cpus": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    about["load_before"] = round(os.getloadavg()[0], 2)
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     results = []
     for stage in args.stage:
