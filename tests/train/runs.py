@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.torchrun import REPO
+from tests.torchrun import OUT, REPO
 
 ENTRY = "launch/train.py"
 
@@ -80,6 +81,19 @@ def wait_for(condition: Callable[[], Any], timeout: float = 240) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not happen"
         time.sleep(0.02)
+
+
+def end_orphans(folder: Path) -> None:
+    """Ends what a killed rank leaves of runs in `folder`: megatron's checkpoint writer has a
+    manager process, which outlives it.
+    """
+    mark = f"{OUT}={folder}/".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(
+                entry.startswith(mark) for entry in (process / "environ").read_bytes().split(b"\0")
+            ):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from tests.train.runs import (
     ENTRY,
     Process,
     audit,
+    end_orphans,
     is_running,
     losses,
     saved_steps,
@@ -45,7 +46,7 @@ def uninterrupted(job, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(job, tmp_path) -> Callable[..., Run]:
+def start(job, tmp_path) -> Iterator[Callable[..., Run]]:
     """Starts the job, again and again, in one run folder."""
     number = iter(range(100))
 
@@ -53,7 +54,8 @@ def start(job, tmp_path) -> Callable[..., Run]:
         out = tmp_path / f"start{next(number)}"
         return start_ranks(ENTRY, 2, *job, *more, f"run.dir={tmp_path}/run", out=out)
 
-    return again
+    yield again
+    end_orphans(tmp_path)
 
 
 def wait_for_step(run: Path, step: int) -> None:
