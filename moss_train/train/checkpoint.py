@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ _METADATA = {
     "singleton_local_shards": False,
     "non_homogeneous_layers": True,
 }
+# megatron-core 0.19's own default for asynchronous saving is another package.
+_HAS_STRATEGIES = "async_strategy" in signature(dist_checkpointing.save).parameters
+_STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
 
 
 class Checkpointer:
@@ -69,6 +73,7 @@ class Checkpointer:
                 str(temporary),
                 async_sharded_save=self.queue is not None,
                 content_metadata=_METADATA,
+                **_STRATEGY,
             )
 
         def finalize() -> None:

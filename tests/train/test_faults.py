@@ -91,7 +91,7 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
 
     last = folder / "checkpoints" / f"step_{saved_steps(folder)[-1]:08d}"
     before = folder / "checkpoints" / f"step_{saved_steps(folder)[-2]:08d}"
-    weights = max(last.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    weights = weights_file(last)
     os.truncate(weights, weights.stat().st_size // 2)
     (folder / "checkpoints" / "latest").unlink()
     said = start().wait(timeout=300).stderr()
@@ -177,8 +177,12 @@ def checkpoints(uninterrupted, tmp_path) -> Path:
     return tmp_path / "run" / "checkpoints"
 
 
+def weights_file(folder: Path) -> Path:
+    return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
 def truncate(folder: Path) -> None:
-    os.truncate(folder / "common.pt", 100)
+    os.truncate(weights_file(folder), 100)
 
 
 def change_size(folder: Path) -> None:
@@ -199,7 +203,7 @@ def empty_run(folder: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a truncated file": truncate,
     "a grown file": change_size,
-    "a missing file": lambda folder: (folder / "common.pt").unlink(),
+    "a missing file": lambda folder: weights_file(folder).unlink(),
     "no complete.json": lambda folder: (folder / "complete.json").unlink(),
     "half a complete.json": lambda folder: os.truncate(folder / "complete.json", 40),
     "another complete.json": lambda folder: (folder / "complete.json").write_text("[1, 2]"),
