@@ -39,6 +39,18 @@ class MicroBatch:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples skipped before this
     truncated: int = 0  # rows cut at sequence_length
 
+    def samples(self) -> list[EncodedSample]:
+        """The conversations, each by itself, without padding (views of this batch)."""
+        counts = torch.bincount(self.frame_rows, minlength=len(self.lengths)).tolist()
+        frames = (
+            x.split(counts) for x in (self.frames, self.frame_positions, self.aspect_ratio_ids)
+        )
+        rows = zip(self.keys, self.tokens, self.labels, self.lengths.tolist(), *frames, strict=True)
+        return [
+            EncodedSample(key, tokens[:length], labels[:length], pixels, positions, ratios)
+            for key, tokens, labels, length, pixels, positions, ratios in rows
+        ]
+
     def pin_memory(self) -> MicroBatch:
         """The same batch with its tensors in page-locked memory (torch's DataLoader calls it)."""
         return replace(

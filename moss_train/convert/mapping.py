@@ -47,12 +47,12 @@ def _projections(prefix: str, letters: str) -> tuple[str, ...]:
 
 def _self_attention_rules() -> list[Rule]:
     hf, ours = TEXT_LAYER, "decoder.layers.{i}."
-    attention = f"{ours}self_attention."
+    attention = f"{ours}attention."
     return [
-        Rule(f"{ours}input_layernorm.weight", (f"{hf}input_layernorm.weight",)),
+        Rule(f"{ours}input_norm.weight", (f"{hf}input_layernorm.weight",)),
         Rule(f"{attention}linear_qkv.weight", _projections(f"{hf}self_attn.", "qkv"), "heads", 0),
         Rule(f"{attention}linear_proj.weight", (f"{hf}self_attn.o_proj.weight",), split=1),
-        Rule(f"{ours}pre_mlp_layernorm.weight", (f"{hf}post_attention_layernorm.weight",)),
+        Rule(f"{ours}mlp_norm.weight", (f"{hf}post_attention_layernorm.weight",)),
         *_mlp(hf, ours),
     ]
 

@@ -14,19 +14,19 @@ import copy
 from collections.abc import Callable
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from moss_train.config import ModelConfig
 from moss_train.model.frames import FrameBatch
+from moss_train.model.linear import ColumnLinear, RowLinear, unset
+from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm
-from moss_train.model.rope import rotary_angles
+from moss_train.model.rope import Rotation
+from moss_train.model.rows import Rows
 
 
 class CrossAttentionLayer(MegatronModule):
@@ -36,24 +36,23 @@ class CrossAttentionLayer(MegatronModule):
         self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
     ):
         super().__init__(config)
-        self.text, self.rotate = model.text, model.cross_attention_rope
-        self.backend = model.attention
-        self.cp_group, self.tp_group = groups.cp, groups.tp
+        self.rotate, self.backend = model.cross_attention_rope, model.attention
+        self.tp_group = groups.tp
         self.recompute_core = config.recompute_granularity == "selective"
         width, eps = config.hidden_size, config.layernorm_epsilon
         head_dim = config.kv_channels
         assert head_dim is not None
         self.head_dim = head_dim
         self.input_norm = RMSNorm(config, width, eps)
-        linear = {"bias": False, "skip_bias_add": True, "init_method": _unset}
-        self.linear_q = ColumnParallelLinear(
+        linear = {"bias": False, "skip_bias_add": True, "init_method": unset}
+        self.linear_q = ColumnLinear(
             width, width, config=config, tp_group=groups.tp, gather_output=False, **linear
         )
         # Vision states are whole on every tensor rank (no sequence shards), and the gradient that
         # each rank's heads leave on them is summed once, in parallel/exchange.py.
         whole = copy.copy(config)
         whole.sequence_parallel = False
-        self.linear_kv = ColumnParallelLinear(
+        self.linear_kv = ColumnLinear(
             width,
             2 * head_dim * model.text.num_kv_heads,
             config=whole,
@@ -64,16 +63,11 @@ class CrossAttentionLayer(MegatronModule):
         )
         self.q_norm = RMSNorm(config, head_dim, eps)
         self.k_norm = RMSNorm(config, head_dim, eps)
-        self.linear_proj = RowParallelLinear(
+        self.linear_proj = RowLinear(
             width, width, config=config, tp_group=groups.tp, input_is_parallel=True, **linear
         )
         self.mlp_norm = RMSNorm(config, width, eps)
-        self.mlp = MLP(
-            config,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=groups.tp,
-        )
+        self.mlp = FeedForward(config, groups)
         self.attn_gate = nn.Parameter(torch.empty(1, dtype=config.params_dtype))
         self.mlp_gate = nn.Parameter(torch.empty(1, dtype=config.params_dtype))
         self._mark_partial_gradients(config)
@@ -87,85 +81,94 @@ class CrossAttentionLayer(MegatronModule):
             for gate in (self.attn_gate, self.mlp_gate):
                 gate.partial_over_tensor = True  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor, angles: Tensor, frames: FrameBatch) -> Tensor:
+    def forward(
+        self, x: Tensor, frames: FrameBatch, text: Rotation, marks: Rotation | None
+    ) -> Tensor:
         """One layer.
 
         Args:
-            x: hidden states `[S, B, H]` (`[S / tensor, B, H]` with sequence parallelism).
-            angles: rotary angles of the S tokens `[S, 1, 1, D]`.
+            x: hidden states `[T, 1, H]` (`[T / tensor, 1, H]` with sequence parallelism).
             frames: the microbatch's frames with their states; x is returned where none is attended.
+            text, marks: rotations of the T tokens and of the frames' positions.
         """
-        if not any(frames.rows):  # no frames, or only padding that no token attends
+        if not frames.blocks:  # no frames, or only padding that no token attends
             return _Touch.apply(x, *(p for p in self.parameters() if p.requires_grad))
-        attended, _ = self.linear_proj(self._attention(self.input_norm(x), angles, frames))
+        attended, _ = self.linear_proj(self._attention(self.input_norm(x), frames, text, marks))
         x = x + self.attn_gate.tanh() * attended
-        branch, _ = self.mlp(self.mlp_norm(x))
-        return x + self.mlp_gate.tanh() * branch * self._rows(frames.sees, x)
+        branch = self.mlp(self.mlp_norm(x))
+        return x + self.mlp_gate.tanh() * branch * self._own(frames.sees, x)
 
-    def _rows(self, sees: Tensor, x: Tensor) -> Tensor:
-        """This rank's tokens of `sees` `[S, B]` as factors `[s, B, 1]`."""
-        if x.shape[0] != sees.shape[0]:
-            sees = sees.narrow(0, self.tp_group.rank() * x.shape[0], x.shape[0])
-        return sees[..., None].to(x.dtype)
+    def _own(self, sees: Tensor, x: Tensor) -> Tensor:
+        """This rank's tokens of `sees` `[T]` as factors `[t, 1, 1]`."""
+        if len(x) != len(sees):
+            sees = sees.narrow(0, self.tp_group.rank() * len(x), len(x))
+        return sees[:, None, None].to(x.dtype)
 
-    def _attention(self, x: Tensor, angles: Tensor, frames: FrameBatch) -> Tensor:
+    def _attention(
+        self, x: Tensor, frames: FrameBatch, text: Rotation, marks: Rotation | None
+    ) -> Tensor:
         query, _ = self.linear_q(x)
-        query = self.q_norm(query.unflatten(-1, (-1, self.head_dim)))  # [S, B, heads, D]
+        query = self.q_norm(query.squeeze(1).unflatten(-1, (-1, self.head_dim)))  # [T, heads, D]
         assert frames.states is not None
         kv, _ = self.linear_kv(frames.states)
-        key, value = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)  # [F, T * P, kv heads, D]
+        key, value = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)  # [F, P, kv heads, D]
         if self.rotate:
-            query = self._rotate(query, angles)
-            key = self._rotate(key, rotary_angles(self.text, frames.positions))
+            assert marks is not None
+            query, key = text(query), marks(key)
         key = self.k_norm(key)
         attend = attend_flex if self.backend == "flex" else attend_blocks
         if self.recompute_core and torch.is_grad_enabled():
-            return checkpoint(attend, query, key, value, frames, use_reentrant=False)
-        return attend(query, key, value, frames)
-
-    def _rotate(self, x: Tensor, angles: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(x, angles, self.config, cp_group=self.cp_group)
+            out = checkpoint(attend, query, key, value, frames, use_reentrant=False)
+        else:
+            out = attend(query, key, value, frames)
+        return out.flatten(1)[:, None]  # [T, 1, heads x D]
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
-    """Softmax attention, block by block of `frames.rows`.
+    """Softmax attention, block by block of `frames.blocks`.
 
     Args:
-        query: `[S, B, heads, D]`.
+        query: `[S, heads, D]`.
         key, value: `[F, T x P, kv heads, D]`.
 
     Returns:
-        `[S, B, heads x D]`, zero for tokens in no block.
+        `[S, heads, D]`, zero for tokens that attend nothing.
     """
-    length, patches = query.shape[0], key.shape[1]
-    query = query.permute(1, 2, 0, 3)  # [B, heads, S, D]
-    key, value = (x.flatten(0, 1).transpose(0, 1) for x in (key, value))  # [kv heads, F * T * P, D]
-    rows = []
-    for row, blocks in enumerate(frames.rows):
-        pieces, done = [], 0
-        for block in blocks:
-            pieces.append(_zeros(query, block.start - done))
-            keys = slice(block.first * patches, block.last * patches)
-            mask = block.mask
-            if mask is not None:  # [tokens, frames x T] -> [tokens, frames x T x P]
-                per_tile = patches * (block.last - block.first) // mask.shape[1]
-                mask = mask.to(query.device).repeat_interleave(per_tile, dim=1)
-            out = scaled_dot_product_attention(
-                query[row, None, :, block.start : block.stop],
-                key[None, :, keys],
-                value[None, :, keys],
-                attn_mask=mask,
-                enable_gqa=True,
-            )
-            pieces.append(out[0])
-            done = block.stop
-        pieces.append(_zeros(query, length - done))
-        rows.append(torch.cat(pieces, dim=1))  # [heads, S, D]
-    return torch.stack(rows).permute(2, 0, 1, 3).flatten(2)
+    blocks, patches = frames.blocks, key.shape[1]
+    attending = Rows(frames.tokens, len(query))
+    queries = attending.take(query).split([block.stop - block.start for block in blocks])
+    windows = [(b.first * patches, b.last * patches) for b in blocks]
+    keys, values = (_Windows.apply(x.flatten(0, 1), windows) for x in (key, value))
+    out = []
+    for block, *heads in zip(blocks, queries, keys, values, strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in heads)  # [1, heads, tokens, D]
+        mask = block.mask
+        if mask is not None:  # [tokens, frames x T] -> [tokens, frames x T x P]
+            per_tile = k.shape[2] // mask.shape[1]
+            mask = mask.to(query.device).repeat_interleave(per_tile, dim=1)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        out.append(attended[0].transpose(0, 1))
+    return attending.put(torch.cat(out))
 
 
-def _zeros(query: Tensor, tokens: int) -> Tensor:
-    return query.new_zeros(query.shape[1], tokens, query.shape[3])
+class _Windows(torch.autograd.Function):
+    """Slices `x[start:stop]`, which may overlap.
+
+    Autograd's own slices would each make a gradient of the whole x: for many blocks over a long
+    video far more memory traffic than the attention itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, windows: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.windows, ctx.length = windows, len(x)
+        return tuple(x[start:stop] for start, stop in windows)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        total = grads[0].new_zeros(ctx.length, *grads[0].shape[1:])
+        for (start, stop), grad in zip(ctx.windows, grads, strict=True):
+            total[start:stop] += grad
+        return total, None
 
 
 _flex: Callable | None = None
@@ -174,38 +177,26 @@ _flex: Callable | None = None
 def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
     """As `attend_blocks`, as one FlexAttention call with a block mask: for CUDA.
 
-    Pays where a row has many blocks (a long video): one kernel in place of one a block.
+    Pays where there are many blocks (a long video): one kernel in place of one a block.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     global _flex
     if _flex is None:
         _flex = torch.compile(flex_attention) if query.is_cuda else flex_attention
-    length, patches = query.shape[0], key.shape[1]
-    allowed = _token_sees_tile(frames, length, query.device)  # [B, S, F * T]
-    per_tile = patches * key.shape[0] // allowed.shape[2]
+    device, patches, tiles = query.device, key.shape[1], frames.tiles.shape[1]
+    first, last, sees = (x.to(device) for x in (frames.first, frames.last, frames.sees))
+    real = frames.tiles.flatten().to(device)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return allowed[b, q, kv // per_tile]
+        frame = kv // patches
+        attended = (frame >= first[q]) & (frame < last[q])
+        return attended & (real[kv // (patches // tiles)] | ~sees[q])
 
-    rows, keys = query.shape[1], key.shape[0] * patches
-    mask = create_block_mask(mask_mod, rows, None, length, keys, device=str(query.device))
-    key, value = (x.flatten(0, 1).transpose(0, 1) for x in (key, value))
-    key, value = (x.expand(rows, -1, -1, -1) for x in (key, value))
-    out = _flex(query.permute(1, 2, 0, 3), key, value, block_mask=mask, enable_gqa=True)
-    return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def _token_sees_tile(frames: FrameBatch, length: int, device: torch.device) -> Tensor:
-    tiles = 1
-    for block in (block for row in frames.rows for block in row if block.mask is not None):
-        tiles = block.mask.shape[1] // (block.last - block.first)  # type: ignore[union-attr]
-    allowed = torch.zeros(len(frames.rows), length, frames.count * tiles, dtype=torch.bool)
-    for row, blocks in enumerate(frames.rows):
-        for block in blocks:
-            seen = allowed[row, block.start : block.stop, block.first * tiles : block.last * tiles]
-            seen.copy_(torch.ones_like(seen) if block.mask is None else block.mask)
-    return allowed.to(device)
+    keys = key.shape[0] * patches
+    mask = create_block_mask(mask_mod, None, None, len(query), keys, device=str(device))
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key.flatten(0, 1), value.flatten(0, 1)))
+    return _flex(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
 class _Touch(torch.autograd.Function):
@@ -223,8 +214,3 @@ class _Touch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad, *(p.new_zeros(()).expand_as(p) for p in ctx.saved_tensors)
-
-
-def _unset(weight: Tensor) -> Tensor:
-    """Weights are drawn by name later (convert/init.py), not by the layer."""
-    return weight

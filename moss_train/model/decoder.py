@@ -1,44 +1,39 @@
 """The decoder, or the part of it that one pipeline chunk holds.
 
 Layers keep their global index as their name (`layers.7`), so parameter names do not depend on the
-pipeline layout. Hidden states are `[S, B, H]`; with sequence parallelism `[S / tensor, B, H]`.
+pipeline layout. Hidden states are `[T, 1, H]`: the T tokens of a microbatch (model/text.py), and
+megatron's batch dimension; with sequence parallelism `[T / tensor, 1, H]`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer import (
-    MegatronModule,
-    ModuleSpec,
-    TransformerConfig,
-    TransformerLayer,
-    build_module,
-)
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moss_train.config import ModelConfig
-from moss_train.model.attention import core_attention
 from moss_train.model.cross_attention import CrossAttentionLayer
 from moss_train.model.frames import FrameBatch
+from moss_train.model.linear import ColumnLinear, unset
 from moss_train.model.loss import Targets, weighted_loss
 from moss_train.model.norms import RMSNorm
-from moss_train.model.rope import rotary_angles
+from moss_train.model.rope import Rotation
+from moss_train.model.self_attention import SelfAttentionLayer
+from moss_train.model.text import PackedText
 
 
 @dataclass(frozen=True)
@@ -59,16 +54,6 @@ class Chunk:
     def predicts(self) -> bool:
         """Holds the final norm and the output head."""
         return self.last == self.total
-
-
-def self_attention_spec(backend: str) -> ModuleSpec:
-    """megatron's GPT layer with our norm and the chosen attention."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = core_attention(backend)
-    spec.submodules.sharded_state_dict_keys_map = {}
-    return spec
 
 
 class Decoder(MegatronModule):
@@ -93,7 +78,7 @@ class Decoder(MegatronModule):
             self.embedding = VocabParallelEmbedding(
                 text.vocab_size + text.extra_embedding_rows,
                 text.hidden_size,
-                init_method=_unset,
+                init_method=unset,
                 reduce_scatter_embeddings=config.sequence_parallel,
                 config=config,
                 tp_group=groups.tp,
@@ -105,11 +90,11 @@ class Decoder(MegatronModule):
             self.final_norm = RMSNorm(config, text.hidden_size, text.norm_eps)
             whole = copy.copy(config)  # the head gets selected tokens, gathered below
             whole.sequence_parallel = False
-            self.output = ColumnParallelLinear(
+            self.output = ColumnLinear(
                 text.hidden_size,
                 text.vocab_size,
                 config=whole,
-                init_method=_unset,
+                init_method=unset,
                 bias=False,
                 gather_output=False,
                 # Sequence shards: the gather's backward already sums over the tensor ranks.
@@ -120,14 +105,7 @@ class Decoder(MegatronModule):
     def _layer(self, index: int, model: ModelConfig, groups: ProcessGroupCollection) -> nn.Module:
         if index in model.text.cross_attention_layers:
             return CrossAttentionLayer(model, self.config, groups)
-        offset = get_transformer_layer_offset(self.config, self.chunk.virtual, groups.pp.rank())
-        return build_module(
-            self_attention_spec(model.attention),
-            config=self.config,
-            layer_number=index + 1 - offset,
-            pg_collection=groups,
-            vp_stage=self.chunk.virtual,
-        )
+        return SelfAttentionLayer(self.config, groups, model.attention, index + 1)
 
     def set_input_tensor(self, received: list[Tensor] | Tensor | None) -> None:
         """Called by megatron's schedules with what the previous stage sent."""
@@ -135,7 +113,7 @@ class Decoder(MegatronModule):
 
     def forward(
         self,
-        tokens: Tensor,
+        text: PackedText,
         frames: FrameBatch,
         targets: Targets | None = None,
         total: Tensor | None = None,
@@ -143,21 +121,24 @@ class Decoder(MegatronModule):
         """Runs this chunk.
 
         Args:
-            tokens: `[B, S]`.
-            frames: the microbatch's frames, with their projected states.
+            text: the microbatch's T tokens.
+            frames: its frames, with their projected states.
             targets: what to predict; None asks for logits.
             total: labels in the global batch (with targets).
 
         Returns:
-            Hidden states `[S, B, H]` for the next stage; on the last stage the loss (a scalar),
-            or logits `[B, S, V]`.
+            Hidden states `[T, 1, H]` for the next stage; on the last stage the loss (a scalar),
+            or logits `[T, V]`.
         """
-        length = tokens.shape[1]
-        x = self._embed(tokens) if self.chunk.embeds else self.received
+        x = self._embed(text.tokens) if self.chunk.embeds else self.received
         assert x is not None
-        angles = rotary_angles(self.text, torch.arange(length, device=tokens.device))
+        tokens = Rotation.of(self.text, text.positions, x.dtype)
+        marks = Rotation.of(self.text, frames.positions, x.dtype) if frames.blocks else None
         for layer in self.layers.values():
-            x = self._run(layer, x, angles, frames)
+            if isinstance(layer, CrossAttentionLayer):
+                x = self._run(layer, x, frames, tokens, marks)
+            else:
+                x = self._run(layer, x, text, tokens)
         if not self.chunk.predicts:
             # The schedule frees what it has sent, which it cannot do with a view.
             return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
@@ -166,32 +147,21 @@ class Decoder(MegatronModule):
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         if targets is None or total is None:
             return self._logits(x)
-        selected = x.flatten(0, 1)[targets.rows][:, None]  # [n, 1, H]
-        logits, _ = self.output(selected)
-        return weighted_loss(logits, targets, total)
+        logits, _ = self.output(x.index_select(0, targets.rows))  # [n, 1, V / tensor]
+        return weighted_loss(logits, targets, total, self.tp_group)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        return x if self.config.sequence_parallel else x.transpose(0, 1).contiguous()
+        x = self.embedding(tokens[None])  # [1, T, H], or [T / tensor, 1, H]
+        return x if self.config.sequence_parallel else x.view(len(tokens), 1, -1)
 
-    def _run(self, layer: nn.Module, x: Tensor, angles: Tensor, frames: FrameBatch) -> Tensor:
-        call: Callable[[Tensor], Tensor]
-        if isinstance(layer, TransformerLayer):
-
-            def call(x: Tensor) -> Tensor:
-                return layer(x, attention_mask=None, rotary_pos_emb=angles)[0]
-        else:
-
-            def call(x: Tensor) -> Tensor:
-                return layer(x, angles, frames)
-
+    def _run(self, layer: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(call, x, use_reentrant=False, preserve_rng_state=False)
-        return call(x)
+            return checkpoint(layer, x, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(x, *inputs)
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits, _ = self.output(x, runtime_gather_output=True)
-        return logits.transpose(0, 1)
+        logits, _ = self.output(x[:, 0])
+        return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
 
     def sharded_state_dict(
         self,
@@ -209,8 +179,3 @@ class Decoder(MegatronModule):
                     sharded_state_dict_default(part, path, (), metadata, tp_group=self.tp_group)
                 )
         return state
-
-
-def _unset(weight: Tensor) -> Tensor:
-    """Weights are drawn by name later (convert/init.py), not by the layer."""
-    return weight

@@ -1,10 +1,10 @@
 """Which text token sees which frame: planned on the host, once for a microbatch.
 
-Frames become visible in the order of their `<|image|>` tokens, so what a run of tokens may see is
-a contiguous run of frames. `plan_row` cuts a row of text into blocks of at least MIN_BLOCK tokens,
-each with just the frames that some token of it may see; a mask is made only for blocks whose tokens
-see different frames, and only of the block's own size. Cost and memory of the cross-attention so
-grow with what is attended, never with (all tokens) x (all frames).
+Frames become visible in the order of their `<|image|>` tokens, so what a token may see is a run of
+frames [first, last): two numbers a token. Tokens are cut into blocks of at least MIN_BLOCK, each
+with just the frames that some token of it may see; a mask is made only for blocks whose tokens see
+different frames, and only of the block's own size. Cost and memory of the cross-attention so grow
+with what is attended, never with (all tokens) x (all frames).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-MIN_BLOCK = 128
+MIN_BLOCK = 128  # tokens
+SMALL_BLOCK = 128 * 128  # (token, frame) pairs that a block may have, however few are needed
 NEVER = 2**40  # `visible_from` of a padding frame
 
 
 @dataclass
 class Block:
-    """Tokens [start, stop) of a row attend frames [first, last) of the microbatch.
+    """Tokens [start, stop) of `FrameBatch.tokens` attend frames [first, last) of the microbatch.
 
     `mask` is None where all of them see all of it, else True where a token sees a tile:
     `[stop - start, (last - first) x T]`.
@@ -33,19 +34,32 @@ class Block:
     last: int
     mask: Tensor | None = None
 
+    @property
+    def pairs(self) -> int:
+        """(Token, frame) pairs that are computed."""
+        return (self.stop - self.start) * (self.last - self.first)
+
 
 @dataclass
 class FrameBatch:
-    """The frames of a microbatch of B rows, sorted by row, then by `visible_from`.
+    """The F frames of a microbatch of S packed tokens, sorted by sequence, then by visibility.
 
-    positions: token index of each frame's `<|image|>` mark `[F]`, the angle it is rotated by.
-    rows: the blocks of each row (B lists). Tokens in no block see nothing.
-    sees: True where a token sees a frame `[S, B]`.
+    positions: token index of each frame's `<|image|>` mark in its sequence, the angle it is rotated
+        by `[F]`.
+    first, last: the frames that each token attends `[S]`, none where they are equal.
+    sees: True where a token sees a frame `[S]`; a token without may still attend (`attend_all`).
+    tiles: True for the real tiles of each frame `[F, T]`.
+    tokens: those that attend a frame at all `[n]`, ascending.
+    blocks: what the attention computes, of all of `tokens`.
     """
 
     positions: Tensor
-    rows: list[list[Block]]
+    first: Tensor
+    last: Tensor
     sees: Tensor
+    tiles: Tensor
+    tokens: Tensor
+    blocks: list[Block]
     states: Tensor | None = field(default=None)  # projected frames [F, T x P, H]
 
     @property
@@ -54,8 +68,14 @@ class FrameBatch:
         return len(self.positions)
 
     def attended(self) -> int:
-        """(Token, frame) pairs that the blocks compute, for the FLOP count."""
-        return sum((b.stop - b.start) * (b.last - b.first) for row in self.rows for b in row)
+        """(Token, frame) pairs that are needed, for the FLOP count."""
+        return int((self.last - self.first).sum())
+
+    def to(self, device: torch.device) -> FrameBatch:
+        """Moves what every layer needs; the plan stays on the host."""
+        for name in ("positions", "sees", "tokens"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
 
 
 def plan_frames(
@@ -70,80 +90,103 @@ def plan_frames(
     max_tiles: int = 1,
     attend_all: bool = False,
 ) -> FrameBatch:
-    """Plans the cross-attention of a microbatch.
+    """Plans the cross-attention of a microbatch of packed sequences.
 
     Args:
-        frame_rows: row of each frame `[F]`, ascending.
-        positions: token index of each frame's mark `[F]`.
-        lengths: tokens of each row without padding; padding attends nothing.
-        length: padded length S of the rows.
-        visible_from: first token that sees a frame `[F]`; None: its mark. NEVER for padding.
+        frame_rows: sequence of each frame `[F]`, ascending.
+        positions: index of each frame's mark in its sequence `[F]`.
+        lengths: tokens of each sequence.
+        length: S, their sum and what padding follows; padding attends nothing.
+        visible_from: first token of the sequence that sees a frame `[F]`; None: its mark. NEVER
+            for padding.
         visible_until: first token that no longer sees it `[F]`; None: all later tokens see it.
         tiles: real tiles of each frame `[F]`, of `max_tiles`; None: all are real.
-        attend_all: tokens that see no frame attend every frame slot of their row, unmasked.
+        attend_all: tokens that see no frame attend every frame slot of their sequence, unmasked.
 
     Raises:
-        ValueError: frames are not sorted by row and visibility.
+        ValueError: the frames of a sequence are not sorted by visibility.
     """
     start = positions if visible_from is None else visible_from
     stop = torch.full_like(start, NEVER) if visible_until is None else visible_until
-    tiles = torch.full_like(start, max_tiles) if tiles is None else tiles
-    tile_real = torch.arange(max_tiles) < tiles[:, None]  # [F, T]
-    counts = torch.bincount(frame_rows, minlength=len(lengths)).tolist()
-    rows, sees = [], torch.zeros(length, len(lengths), dtype=torch.bool)
-    first = 0
-    for row, (text, count) in enumerate(zip(lengths, counts, strict=True)):
-        last = first + count
-        spans = (start[first:last], stop[first:last])
-        if any((span.diff() < 0).any() for span in spans):
+    _check_order(frame_rows, start, stop)
+    sizes = torch.tensor(lengths)
+    ends = sizes.cumsum(0)
+    # In the packed sequence, nothing is seen beyond the frame's own sequence.
+    start, stop = (
+        torch.minimum((ends - sizes)[frame_rows] + x, ends[frame_rows]) for x in (start, stop)
+    )
+    token = torch.arange(length)
+    first = torch.searchsorted(stop, token, right=True)
+    last = torch.searchsorted(start, token, right=True)
+    sees = last > first
+    unmasked = torch.zeros_like(sees)
+    if attend_all:
+        row = torch.searchsorted(ends, token, right=True)  # len(lengths) for padding
+        bounds = torch.searchsorted(frame_rows, torch.arange(len(lengths) + 2))
+        unmasked = ~sees
+        first = torch.where(unmasked, bounds[row], first)
+        last = torch.where(unmasked, bounds[row + 1], last)
+    count = torch.full_like(start, max_tiles) if tiles is None else tiles
+    real = torch.arange(max_tiles) < count[:, None]
+    tokens = (last > first).nonzero()[:, 0]
+    blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real).blocks
+    return FrameBatch(positions, first, last, sees, real, tokens, blocks)
+
+
+def _check_order(frame_rows: Tensor, start: Tensor, stop: Tensor) -> None:
+    same = frame_rows.diff() == 0
+    for times in (start, stop):
+        wrong = (same & (times.diff() < 0)).nonzero()
+        if len(wrong):
+            row = int(frame_rows[wrong[0, 0]])
             raise ValueError(f"the frames of row {row} are not in the order of their tokens")
-        visible = _visible(*spans, text)  # [text, f]
-        sees[:text, row] = visible.any(1)
-        rows.append(_plan_row(visible, tile_real[first:last], first, attend_all))
-        first = last
-    return FrameBatch(positions, rows, sees)
 
 
-def _visible(start: Tensor, stop: Tensor, text: int) -> Tensor:
-    token = torch.arange(text)[:, None]
-    return (token >= start) & (token < stop)
+class _Blocks:
+    """Cuts the tokens that attend a frame into blocks, from left to right."""
 
+    def __init__(self, first: Tensor, last: Tensor, unmasked: Tensor, real: Tensor):
+        self.first, self.last, self.unmasked, self.real = first, last, unmasked, real
+        self.blocks: list[Block] = []
+        self._open(0)
+        changes = (first.diff() != 0) | (last.diff() != 0) | (unmasked.diff() != 0)
+        edges = [0, *(changes.nonzero()[:, 0] + 1).tolist(), len(first)] if len(first) else []
+        for begin, end in pairwise(edges):
+            self._run(begin, end)
+        self._close()
 
-def _plan_row(visible: Tensor, tile_real: Tensor, first: int, attend_all: bool) -> list[Block]:
-    """Blocks of one row; `visible`: `[text, f]`, `tile_real`: `[f, T]`, `first`: frame offset."""
-    count = visible.shape[1]
-    if count == 0 or len(visible) == 0:
-        return []
-    sees = visible.any(1)
-    changes = (visible[1:] != visible[:-1]).any(1).nonzero()[:, 0] + 1
-    edges = [0, *changes.tolist(), len(visible)]
-    blocks: list[Block] = []
-    open_from = 0
-    for begin, end in pairwise(edges):
-        if not sees[begin]:  # a blind run
-            _close(blocks, visible, tile_real, open_from, begin, first)
-            if attend_all:
-                blocks.append(Block(begin, end, first, first + count))
-            open_from = end
-        elif end - open_from >= MIN_BLOCK:
-            # A long run of tokens that see the same needs no mask: keep it apart.
-            if end - begin >= MIN_BLOCK:
-                _close(blocks, visible, tile_real, open_from, begin, first)
-                open_from = begin
-            _close(blocks, visible, tile_real, open_from, end, first)
-            open_from = end
-    _close(blocks, visible, tile_real, open_from, len(visible), first)
-    return blocks
+    def _open(self, start: int) -> None:
+        self.start = self.stop = start
+        self.lowest, self.highest = NEVER, 0  # frames of the open block
+        self.needed = 0  # pairs that its tokens attend
 
+    def _run(self, begin: int, end: int) -> None:
+        """Tokens [begin, end), which all attend the same."""
+        first, last = int(self.first[begin]), int(self.last[begin])
+        # A long run needs no mask: keep it apart.
+        if end - begin >= MIN_BLOCK or self._wasteful(end, first, last):
+            self._close()
+        self.stop = end
+        self.lowest, self.highest = min(self.lowest, first), max(self.highest, last)
+        self.needed += (end - begin) * (last - first)
+        if self.stop - self.start >= MIN_BLOCK:
+            self._close()
 
-def _close(
-    blocks: list[Block], visible: Tensor, tile_real: Tensor, start: int, stop: int, offset: int
-) -> None:
-    if start == stop:
-        return
-    part = visible[start:stop]
-    seen = part.any(0).nonzero()[:, 0]
-    first, last = int(seen[0]), int(seen[-1]) + 1
-    mask = (part[:, first:last, None] & tile_real[first:last]).flatten(1)
-    whole = bool(mask.all())
-    blocks.append(Block(start, stop, offset + first, offset + last, None if whole else mask))
+    def _wasteful(self, end: int, first: int, last: int) -> bool:
+        """Whether the open block, with this run, would compute much more than is needed."""
+        pairs = (end - self.start) * (max(self.highest, last) - min(self.lowest, first))
+        needed = self.needed + (end - self.stop) * (last - first)
+        return pairs > max(1.5 * needed, SMALL_BLOCK)
+
+    def _close(self) -> None:
+        if self.start == self.stop:
+            return
+        tokens = slice(self.start, self.stop)
+        first, last = self.first[tokens, None], self.last[tokens, None]
+        frame = torch.arange(self.lowest, self.highest)
+        seen = ((frame >= first) & (frame < last))[..., None]  # [tokens, frames, 1]
+        real = self.real[self.lowest : self.highest] | self.unmasked[tokens, None, None]
+        mask = (seen & real).flatten(1)
+        mask_or_none = None if bool(mask.all()) else mask
+        self.blocks.append(Block(self.start, self.stop, self.lowest, self.highest, mask_or_none))
+        self._open(self.stop)

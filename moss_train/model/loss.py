@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 IGNORED = -100
 
@@ -15,7 +18,7 @@ IGNORED = -100
 class Targets:
     """Where a microbatch is judged: only these positions go through the output head.
 
-    rows: index into the flattened `[S x B]` hidden states, `[n]`.
+    rows: index into the microbatch's T tokens, `[n]`.
     tokens: the token to predict there `[n]`.
     weights: factor on each position's cross entropy, fp32 `[n]`: `silence_weight` where it is
         silence, 0 for the one dummy of a microbatch without labels.
@@ -28,11 +31,18 @@ class Targets:
     count: int
 
 
-def find_targets(labels: Tensor, silence_id: int, silence_weight: float) -> Targets:
-    """Targets of `labels` `[B, S]`, which are not shifted: position t predicts label t + 1."""
-    following = labels[:, 1:].t()  # [S - 1, B]
+def find_targets(
+    labels: Tensor, lengths: list[int], silence_id: int, silence_weight: float
+) -> Targets:
+    """Targets of packed sequences of `lengths`, padding behind them.
+
+    `labels` `[T]` are not shifted: position t predicts label t + 1 of its own sequence.
+    """
+    following = labels.roll(-1)
+    # Nothing follows the end of a sequence.
+    following[[-1, *(end - 1 for end in accumulate(lengths))]] = IGNORED
     judged = following != IGNORED
-    rows = judged.flatten().nonzero()[:, 0]
+    rows = judged.nonzero()[:, 0]
     tokens = following[judged]
     count = len(rows)
     if count == 0:  # the head must still take part in its collectives
@@ -41,13 +51,20 @@ def find_targets(labels: Tensor, silence_id: int, silence_weight: float) -> Targ
     return Targets(rows, tokens, weights * (count > 0), count)
 
 
-def weighted_loss(logits: Tensor, targets: Targets, total: Tensor) -> Tensor:
+def weighted_loss(
+    logits: Tensor, targets: Targets, total: Tensor, tensor_group: dist.ProcessGroup
+) -> Tensor:
     """Sum of weight x cross entropy over the microbatch, divided by `total` labels.
 
     Args:
         logits: `[n, 1, V / tensor]`, this rank's columns.
         total: count of labels in the global batch, so that the sum over microbatches and ranks is
             the global loss whatever the layout.
+        tensor_group: ranks over which the vocabulary is split.
     """
-    losses = vocab_parallel_cross_entropy(logits.float(), targets.tokens[:, None])
-    return (losses[:, 0] * targets.weights).sum() / total
+    logits = logits.float()
+    if tensor_group.size() == 1:
+        losses = cross_entropy(logits[:, 0], targets.tokens, reduction="none")
+    else:
+        losses = vocab_parallel_cross_entropy(logits, targets.tokens[:, None])[:, 0]
+    return (losses * targets.weights).sum() / total

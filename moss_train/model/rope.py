@@ -1,8 +1,9 @@
-"""Rotary position frequencies with Llama-3's scaling."""
+"""Rotary position embedding with Llama-3's scaling."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +29,23 @@ def inverse_frequencies(text: TextConfig) -> Tensor:
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse
 
 
-def rotary_angles(text: TextConfig, positions: Tensor) -> Tensor:
-    """Angles of `positions` `[N]` (integers), fp32 `[N, 1, 1, head_dim]` as megatron wants them."""
-    angles = positions.float()[:, None] * inverse_frequencies(text).to(positions.device)
-    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+@dataclass
+class Rotation:
+    """Cosines and sines of N positions, `[N, 1, head_dim]`: made once for all layers."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, text: TextConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """Angles are computed in fp32, whatever `dtype` the cosines are kept in."""
+        angles = positions.float()[:, None] * inverse_frequencies(text).to(positions.device)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotates `[N, ..., heads, head_dim]`: halves of a head are the pairs, as in Llama."""
+        shape = (len(x), *[1] * (x.dim() - 2), x.shape[-1])
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return x * self.cos.view(shape) + turned * self.sin.view(shape)

@@ -6,16 +6,13 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from moss_train.config import ModelConfig, VisionConfig
-from moss_train.model.attention import core_attention
+from moss_train.model.mlp import FeedForward
+from moss_train.model.self_attention import SelfAttention
 
 PATCH_MULTIPLE = 8  # the patches of a tile are padded with zeros to a multiple of this
 
@@ -80,36 +77,19 @@ class VisionLayer(MegatronModule):
     ):
         super().__init__(config)
         self.tp_group = groups.tp
-        attention_config = _without_bias(config)
         width, eps, dtype = config.hidden_size, config.layernorm_epsilon, config.params_dtype
         self.input_norm = nn.LayerNorm(width, eps=eps, dtype=dtype)
-        self.attention = SelfAttention(
-            attention_config,
-            SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear,
-                core_attention=core_attention(backend),
-                linear_proj=RowParallelLinear,
-            ),
-            layer_number=number,
-            attn_mask_type=AttnMaskType.no_mask,
-            pg_collection=groups,
-        )
+        self.attention = SelfAttention(config, groups, backend, number, text=False)
         self.mlp_norm = nn.LayerNorm(width, eps=eps, dtype=dtype)
-        self.mlp = MLP(
-            config,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=groups.tp,
-        )
+        self.mlp = FeedForward(config, groups)
         self.gate_attn = nn.Parameter(torch.empty(1, dtype=dtype)) if gated else None
         self.gate_ffn = nn.Parameter(torch.empty(1, dtype=dtype)) if gated else None
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """`x`: `[L, N, D]`; `mask`: None or `[N, 1, L, L]`, True where a query may see a key."""
-        branch, _ = self.attention(self.input_norm(x), mask)
+        """`x`: `[N, L, D]`; `mask`: None or `[N, 1, L, L]`, True where a query may see a key."""
+        branch = self.attention(self.input_norm(x), mask)
         x = x + (branch if self.gate_attn is None else self.gate_attn.tanh() * branch)
-        branch, bias = self.mlp(self.mlp_norm(x))
-        branch = branch + bias
+        branch = self.mlp(self.mlp_norm(x))
         return x + (branch if self.gate_ffn is None else self.gate_ffn.tanh() * branch)
 
 
@@ -151,26 +131,25 @@ class VisionTower(MegatronModule):
             The final state `[N, T, P, D]` and the states that enter each layer of
             `intermediate_layers`, each `[N, T, P, D]`; P counts the class token first.
         """
-        frames, tiles = pixels.shape[:2]
+        tiles = pixels.shape[1]
         x = self._embed(pixels, ratio_ids)  # [N, T, P, D]
         patches = x.shape[2]
         x = pad(x, (0, 0, 0, -patches % PATCH_MULTIPLE))
         padded = x.shape[2]
         mask = self._mask(ratio_ids, tiles, padded)
 
-        x = x.reshape(frames, tiles * padded, -1).transpose(0, 1).contiguous()  # [L, N, D]
+        x = x.flatten(1, 2)  # [N, L, D]
         intermediate = []
         for index, layer in enumerate(self.local_layers):
             if index in self.vision.intermediate_layers:
                 intermediate.append(x)
             x = layer(x, mask)
         x = self.norm_post(x)
-        x = self.post_tile(_by_tile(x, tiles), ratio_ids)
-        x = x.reshape(frames, tiles * padded, -1).transpose(0, 1).contiguous()
+        x = self.post_tile(x.unflatten(1, (tiles, padded)), ratio_ids).flatten(1, 2)
         for layer in self.global_layers:
             x = layer(x, mask)
 
-        states = [_by_tile(state, tiles)[:, :, :patches] for state in (x, *intermediate)]
+        states = [x.unflatten(1, (tiles, padded))[:, :, :patches] for x in (x, *intermediate)]
         return states[0], states[1:]
 
     def _embed(self, pixels: Tensor, ratio_ids: Tensor) -> Tensor:
@@ -201,16 +180,3 @@ def concatenate_states(final: Tensor, intermediate: list[Tensor]) -> Tensor:
     if not intermediate:
         return final
     return torch.cat((final, torch.stack(intermediate, dim=-1).flatten(-2)), dim=-1)
-
-
-def _by_tile(x: Tensor, tiles: int) -> Tensor:
-    return x.transpose(0, 1).unflatten(1, (tiles, -1))  # [L, N, D] -> [N, T, L / T, D]
-
-
-def _without_bias(config: TransformerConfig) -> TransformerConfig:
-    """The tower's attention has no biases, its MLP has."""
-    import copy
-
-    changed = copy.copy(config)
-    changed.add_bias_linear = False
-    return changed

@@ -6,6 +6,7 @@ frames (they are large), as bytes; see exchange.py for what happens to them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -13,20 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.batch import IGNORED_LABEL, MicroBatch
+from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch
 from moss_train import hardware
 from moss_train.parallel.groups import Groups
 
 
 @dataclass
 class TextBatch:
-    """A microbatch without its pixels, on the host. Rows are padded to one length in a step."""
+    """A microbatch without its pixels, on the host: B sequences one after the other.
 
-    tokens: Tensor  # int64 [B, S]
-    labels: Tensor  # int64 [B, S], not shifted
-    lengths: Tensor  # int64 [B], tokens without padding
-    frame_rows: Tensor  # int64 [N]
-    frame_positions: Tensor  # int64 [N]
+    Padding follows the last one where the T of all microbatches must be equal (pipelines), or a
+    multiple of `data.pad_multiple`.
+    """
+
+    tokens: Tensor  # int64 [T]
+    labels: Tensor  # int64 [T], not shifted
+    lengths: list[int]  # tokens of each sequence
+    frame_rows: Tensor  # int64 [N], the sequence of each frame
+    frame_positions: Tensor  # int64 [N], in its sequence
     ratio_ids: Tensor  # int64 [N]
 
 
@@ -63,74 +68,95 @@ def read_step(
 ) -> StepBatch:
     """Reads (on the leader) and distributes the next step of this replica. A collective.
 
+    The loader's samples are dealt anew to as many microbatches, so that these are about as long.
+
     Args:
         loader: of this replica; None on all ranks but the leader.
+        pad_multiple: microbatches are padded to a multiple of this, in tokens.
         frame_shape: `(T, 3, h, w)`.
         shares: ranks among which the frames are split: all of the replica, or its pipeline ranks
             where the tower is sharded over tensor ranks.
     """
-    batches = []
+    samples: list[EncodedSample] = []
+    keys: list[str] = []
+    skipped: Counter[str] = Counter()
+    dealt: list[list[EncodedSample]] = []
     if groups.is_leader:
         assert loader is not None
-        batches = [next(loader) for _ in range(microbatches)]
-    text = _broadcast(_pack(batches, pad_multiple) if batches else None, groups)
-    step = _unpack(text, microbatches)
+        for batch in (next(loader) for _ in range(microbatches)):
+            keys += batch.keys
+            skipped.update(batch.skipped)
+            samples += batch.samples()
+        dealt = deal(samples, microbatches)
+    equal = groups.decoder.pp.size() > 1
+    text = _broadcast(_pack(dealt, pad_multiple, equal) if dealt else None, groups)
+    step = _unpack(text)
     ratio_ids = torch.cat([batch.ratio_ids for batch in step])
     counts = even_shares(len(ratio_ids), shares)
     share = groups.replica.rank() * shares // groups.replica.size()
-    frames = _scatter(batches, counts, frame_shape, groups)
+    pixels = [sample.frames for samples in dealt for sample in samples]
+    frames = _scatter(pixels, counts, frame_shape, groups)
     first = sum(counts[:share])
     own = ratio_ids[first : first + counts[share]].to(hardware.device())
-    keys = [key for batch in batches for key in batch.keys]
-    return StepBatch(step, frames, own, counts, keys, _sum_skipped(batches))
+    return StepBatch(step, frames, own, counts, keys, dict(skipped))
 
 
-def _sum_skipped(batches: list[MicroBatch]) -> dict[str, int]:
-    skipped: dict[str, int] = {}
-    for batch in batches:
-        for reason, count in batch.skipped.items():
-            skipped[reason] = skipped.get(reason, 0) + count
-    return skipped
+def deal(samples: list[EncodedSample], microbatches: int) -> list[list[EncodedSample]]:
+    """Deals samples to microbatches of equal count and about equal tokens, longest first."""
+    dealt: list[list[EncodedSample]] = [[] for _ in range(microbatches)]
+    tokens = [0] * microbatches
+    most = len(samples) // microbatches
+    for sample in sorted(samples, key=lambda sample: len(sample.tokens), reverse=True):
+        open_ones = (number for number in range(microbatches) if len(dealt[number]) < most)
+        number = min(open_ones, key=lambda number: tokens[number])
+        dealt[number].append(sample)
+        tokens[number] += len(sample.tokens)
+    return dealt
 
 
-def _pack(batches: list[MicroBatch], pad_multiple: int) -> Tensor:
-    """All text of a step as one int64 vector: header, then the microbatches."""
-    rows = batches[0].tokens.shape[0]
-    longest = max(batch.tokens.shape[1] for batch in batches)
-    length = -(-longest // pad_multiple) * pad_multiple
-    parts = [torch.tensor([rows, length, *(len(b.frame_rows) for b in batches)])]
-    for batch in batches:
-        pad = (0, length - batch.tokens.shape[1])
+def _pack(dealt: list[list[EncodedSample]], pad_multiple: int, equal: bool) -> Tensor:
+    """All text of a step as one int64 vector: sizes, then the microbatches (see `_unpack`)."""
+    sizes = [sum(len(sample.tokens) for sample in samples) for samples in dealt]
+    padded = [-(-size // pad_multiple) * pad_multiple for size in sizes]
+    if equal:
+        padded = [max(padded)] * len(padded)
+    parts = [torch.tensor([len(dealt), len(dealt[0])])]
+    for samples, size, whole in zip(dealt, sizes, padded, strict=True):
+        pad = torch.zeros(whole - size, dtype=torch.int64)
+        frames = [len(sample.frame_positions) for sample in samples]
         parts += [
-            torch.nn.functional.pad(batch.tokens, pad).flatten(),
-            torch.nn.functional.pad(batch.labels, pad, value=IGNORED_LABEL).flatten(),
-            batch.lengths,
-            batch.frame_rows,
-            batch.frame_positions,
-            batch.aspect_ratio_ids,
+            torch.tensor([whole, *(len(sample.tokens) for sample in samples), *frames]),
+            *(sample.tokens for sample in samples),
+            pad,
+            *(sample.labels for sample in samples),
+            pad + IGNORED_LABEL,
+            *(sample.frame_positions for sample in samples),
+            *(sample.aspect_ratio_ids for sample in samples),
         ]
     return torch.cat(parts)
 
 
-def _unpack(text: Tensor, microbatches: int) -> list[TextBatch]:
-    rows, length, *counts = text[: 2 + microbatches].tolist()
-    offset = 2 + microbatches
-    batches = []
+def _unpack(text: Tensor) -> list[TextBatch]:
+    offset = 0
 
     def take(size: int) -> Tensor:
         nonlocal offset
         offset += size
         return text[offset - size : offset]
 
-    for count in counts:
+    microbatches, rows = take(2).tolist()
+    batches = []
+    for _ in range(microbatches):
+        whole, *sizes = take(1 + 2 * rows).tolist()
+        lengths, frames = sizes[:rows], sizes[rows:]
         batches.append(
             TextBatch(
-                tokens=take(rows * length).view(rows, length),
-                labels=take(rows * length).view(rows, length),
-                lengths=take(rows),
-                frame_rows=take(count),
-                frame_positions=take(count),
-                ratio_ids=take(count),
+                tokens=take(whole),
+                labels=take(whole),
+                lengths=lengths,
+                frame_rows=torch.arange(rows).repeat_interleave(torch.tensor(frames)),
+                frame_positions=take(sum(frames)),
+                ratio_ids=take(sum(frames)),
             )
         )
     return batches
@@ -150,11 +176,11 @@ def _broadcast(text: Tensor | None, groups: Groups) -> Tensor:
 
 
 def _scatter(
-    batches: list[MicroBatch], counts: list[int], frame_shape: tuple[int, ...], groups: Groups
+    pixels: list[Tensor], counts: list[int], frame_shape: tuple[int, ...], groups: Groups
 ) -> Tensor:
-    """Sends each rank its share, the microbatches' frames in order."""
+    """Sends each rank its share of the frames; `pixels`: the samples' (on the leader), in order."""
     device, size = hardware.device(), groups.replica.size()
-    frames = torch.cat([batch.frames for batch in batches]).to(device) if batches else None
+    frames = torch.cat(pixels).to(device) if pixels else None
     if size == 1 or sum(counts) == 0:
         return torch.empty(0, *frame_shape, dtype=torch.uint8) if frames is None else frames
     out = torch.empty(max(counts), *frame_shape, dtype=torch.uint8, device=device)

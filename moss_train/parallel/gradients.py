@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from moss_train.parallel.data_parallel import DataParallel
 from moss_train.parallel.groups import Groups
 
 
 def reduce_gradients(
-    chunks: list[DistributedDataParallel], encoder: DistributedDataParallel | None, groups: Groups
+    chunks: list[DataParallel], encoder: DataParallel | None, groups: Groups
 ) -> None:
     """Sums gradients over the replicas (decoder) and over all ranks (vision encoder).
 

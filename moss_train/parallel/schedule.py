@@ -14,6 +14,7 @@ from moss_train.config import ModelConfig
 from moss_train.model.frames import FrameBatch, plan_frames
 from moss_train.model.loss import Targets, find_targets
 from moss_train.model.pixels import tiles_used
+from moss_train.model.text import PackedText
 from moss_train.parallel.distribute import TextBatch
 
 
@@ -21,7 +22,7 @@ from moss_train.parallel.distribute import TextBatch
 class DecoderInput:
     """One microbatch as the decoder takes it, on the device."""
 
-    tokens: Tensor
+    text: PackedText
     frames: FrameBatch
     targets: Targets
 
@@ -46,18 +47,19 @@ def prepare(
         frames = plan_frames(
             batch.frame_rows,
             batch.frame_positions,
-            batch.lengths.tolist(),
-            batch.tokens.shape[1],
+            batch.lengths,
+            len(batch.tokens),
             tiles=tiles_used(batch.ratio_ids, model.vision).clamp(max=max_tiles),
             max_tiles=max_tiles,
             attend_all=model.blind_rows == "attend_all",
-        )
-        frames.positions, frames.sees = frames.positions.to(device), frames.sees.to(device)
+        ).to(device)
         frames.states = own
-        targets = find_targets(batch.labels, *silence)
+        targets = find_targets(batch.labels, batch.lengths, *silence)
         for name in ("rows", "tokens", "weights"):
             setattr(targets, name, getattr(targets, name).to(device))
-        inputs.append(DecoderInput(batch.tokens.to(device), frames, targets))
+        inputs.append(
+            DecoderInput(PackedText(batch.tokens.to(device), batch.lengths), frames, targets)
+        )
     return inputs
 
 
@@ -77,19 +79,18 @@ def run_schedule(
         Sum of the microbatches' losses on the last stage, zero on the others. With
         `forward_only`, nothing is differentiated.
     """
-    rows, length = inputs[0].tokens.shape
 
     def forward(iterator: Iterator[DecoderInput], chunk: nn.Module):
         item = next(iterator)
-        return chunk(item.tokens, item.frames, item.targets, total), _report
+        return chunk(item.text, item.frames, item.targets, total), _report
 
     losses = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(inputs) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(inputs),
-        seq_length=length,
-        micro_batch_size=rows,
+        seq_length=len(inputs[0].text.tokens),
+        micro_batch_size=1,  # the sequences of a microbatch are one packed sequence to megatron
         forward_only=forward_only,
     )
     if not losses:

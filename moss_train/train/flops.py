@@ -24,8 +24,10 @@ The counts are totals over all ranks, whatever the layout. FLOP/s of a rank are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
 
 from moss_train.config import ModelConfig
 from moss_train.model.frames import FrameBatch
@@ -125,23 +127,23 @@ class StepFlops:
         return StepFlops(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
-def count_microbatch(
-    lengths: Sequence[int], labels: Sequence[int], frames: FrameBatch
-) -> StepCounts:
-    """The counts of a microbatch of B rows.
+def count_microbatch(lengths: list[int], judged: Tensor, frames: FrameBatch) -> StepCounts:
+    """The counts of a microbatch of packed sequences.
 
     Args:
-        lengths: tokens of each row without padding, B numbers.
-        labels: positions of each row with a label, B numbers.
+        lengths: tokens of each sequence without padding.
+        judged: index in the microbatch of each position with a label.
         frames: the microbatch's frames.
-
-    Raises:
-        ValueError: `lengths`, `labels` and `frames.rows` differ in length.
     """
     seeing, text = [0, 0, 0], [0, 0, 0]
-    for length, judged, blocks in zip(lengths, labels, frames.rows, strict=True):
-        row = (length, length * (length + 1) // 2, judged)
-        sums = seeing if blocks else text
+    ends = torch.tensor(lengths).cumsum(0)
+    labels = torch.bincount(
+        torch.searchsorted(ends, judged.cpu(), right=True), minlength=len(lengths)
+    )
+    attends = (frames.last > frames.first)[: sum(lengths)].split(lengths)
+    for length, count, attending in zip(lengths, labels.tolist(), attends, strict=True):
+        row = (length, length * (length + 1) // 2, count)
+        sums = seeing if attending.any() else text
         sums[:] = [a + b for a, b in zip(sums, row, strict=True)]
     return StepCounts(frames.count, frames.attended(), *seeing, *text)
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import (
     ChainedOptimizer,
     ParamKey,
@@ -21,6 +21,7 @@ from torch import nn
 from moss_train import hardware
 from moss_train.config import Config, ConfigError
 from moss_train.model.moss_video import MossVideo
+from moss_train.parallel.data_parallel import DataParallel
 from moss_train.train import adam
 
 
@@ -33,14 +34,14 @@ class Trainable:
     """
 
     chunks: list[nn.Module]
-    encoder: DistributedDataParallel | None
+    encoder: DataParallel | None
     optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
 
     @property
-    def wrapped_chunks(self) -> list[DistributedDataParallel]:
+    def wrapped_chunks(self) -> list[DataParallel]:
         """The chunks whose gradients must be reduced."""
-        return [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
+        return [chunk for chunk in self.chunks if isinstance(chunk, DataParallel)]
 
     @property
     def last_lr(self) -> float:
@@ -126,7 +127,7 @@ def make_trainable(model: MossVideo, config: Config, counts: dict[str, int]) -> 
     if counts["decoder"]:
         ddp = _ddp_config(config, overlap=True)
         wrapped = [
-            DistributedDataParallel(
+            DataParallel(
                 chunk.config,
                 ddp,
                 chunk,
@@ -141,7 +142,7 @@ def make_trainable(model: MossVideo, config: Config, counts: dict[str, int]) -> 
         optimizers.append(_optimizer(config, wrapped, groups.decoder))
     encoder = None
     if counts["vision"] or counts["projector"]:
-        encoder = DistributedDataParallel(
+        encoder = DataParallel(
             model.encoder.config,
             _ddp_config(config, overlap=False),  # its backward runs once, after the schedule
             model.encoder,
@@ -173,7 +174,7 @@ def _hook_schedule(mcore, whole, wrapped, config: Config) -> None:
 
 
 def _optimizer(
-    config: Config, modules: list[DistributedDataParallel], groups: ProcessGroupCollection
+    config: Config, modules: list[DataParallel], groups: ProcessGroupCollection
 ) -> ChainedOptimizer:
     options = config.optimizer
     bf16 = config.model.dtype == "bf16"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moss_train import hardware
 from moss_train.config import Config
-from moss_train.model.loss import IGNORED
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
@@ -100,9 +99,10 @@ class TrainStep:
         """Counts of the step over all replicas, and its tokens with padding."""
         counts = StepCounts()
         for text, item in zip(batch.microbatches, inputs, strict=True):
-            judged = (text.labels[:, 1:] != IGNORED).sum(1)
-            counts += count_microbatch(text.lengths.tolist(), judged.tolist(), item.frames)
-        padded = sum(item.tokens.numel() for item in inputs)
+            counts += count_microbatch(
+                text.lengths, item.targets.rows[: item.targets.count], item.frames
+            )
+        padded = sum(len(item.text.tokens) for item in inputs)
         sums = torch.tensor([*astuple(counts), padded], device=hardware.device())
         dist.all_reduce(sums, group=self.model.groups.decoder.dp)
         *totals, padded = sums.tolist()

@@ -48,18 +48,18 @@ def random_model(model: ModelConfig, groups: Groups, **parallel: Any) -> MossVid
 
 
 def frames_of_batch(
-    positions: Tensor, mask: Tensor, lengths: list[int], attend_all: bool, rows: slice = slice(None)
+    positions: Tensor, mask: Tensor, lengths: list[int], attend_all: bool, total: int | None = None
 ) -> FrameBatch:
-    """FrameBatch of a batch in HF's form.
+    """FrameBatch of a batch in HF's form, its rows packed one after the other.
 
     Args:
         positions: token index of each frame's mark `[B, F]`.
         mask: cross_attention_mask `[B, S, F, T]`; a frame that no token sees is padding.
         lengths: tokens of each row without padding.
         attend_all: as in plan_frames.
-        rows: the part of the batch that is wanted.
+        total: length of the packed rows with padding; None: there is none.
     """
-    positions, mask, lengths = positions[rows], mask[rows].bool(), lengths[rows]
+    mask = mask.bool()
     batch, length, count, max_tiles = mask.shape
     sees = mask.any(3)  # [B, S, F]
     padding = ~sees.any(1)  # [B, F]
@@ -69,7 +69,7 @@ def frames_of_batch(
         torch.arange(batch).repeat_interleave(count),
         positions.flatten(),
         lengths,
-        length,
+        sum(lengths) if total is None else total,
         visible_from=first.flatten(),
         visible_until=last.masked_fill(padding, NEVER).flatten(),
         tiles=mask.any(1).sum(2).flatten(),

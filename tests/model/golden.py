@@ -20,6 +20,7 @@ from moss_train.convert.hf_config import model_config_from_hf
 from moss_train.convert.weights import export, fill
 from moss_train.model.loss import find_targets
 from moss_train.model.moss_video import MossVideo
+from moss_train.model.text import PackedText
 from moss_train.model.vision import concatenate_states
 from moss_train.parallel.groups import Groups
 from moss_train.parallel.schedule import DecoderInput, run_schedule
@@ -128,7 +129,7 @@ def run_case(model: MossVideo, case: Case) -> dict[str, Tensor]:
         **{f"grad.{name}": value for name, value in gradients(model).items()},
     }
     if groups.is_last_stage:
-        out |= {"logits": torch.cat(logits), "loss": loss[None]}
+        out |= {"logits": torch.stack(logits), "loss": loss[None]}
     if "greedy" in case.expected:
         out["greedy"] = _greedy(model, case, leaf.detach())
     return {name: value.detach() for name, value in out.items()}
@@ -151,28 +152,30 @@ def gradients(model: MossVideo) -> dict[str, Tensor]:
 
 def _input(model: MossVideo, case: Case, row: int, states: Tensor) -> DecoderInput:
     """One row of the batch; `states` are of the whole batch `[B x F, T x P, H]`."""
-    rows = slice(row, row + 1)
+    rows, lengths = slice(row, row + 1), case.lengths[row : row + 1]
     attend_all = model.config.blind_rows == "attend_all"
-    frames = frames_of_batch(case.positions, case.mask, case.lengths, attend_all, rows)
+    frames = frames_of_batch(
+        case.positions[rows], case.mask[rows], lengths, attend_all, case.tokens.shape[1]
+    )
     frames.states = states.unflatten(0, case.ratio_ids.shape)[row]
-    targets = find_targets(case.labels[rows], SILENCE, case.silence_weight)
-    return DecoderInput(case.tokens[rows], frames, targets)
+    targets = find_targets(case.labels[row], lengths, SILENCE, case.silence_weight)
+    return DecoderInput(PackedText(case.tokens[row], lengths), frames, targets)
 
 
 def _logits(model: MossVideo, items: list[DecoderInput]) -> list[Tensor]:
-    """Logits of each microbatch, on the last stage."""
+    """Logits of each microbatch `[T, V]`, on the last stage."""
     iterator = iter(items)
 
     def forward(_: object, chunk: torch.nn.Module):
         item = next(iterator)
-        return chunk(item.tokens, item.frames), lambda logits, non_loss_data: logits
+        return chunk(item.text, item.frames), lambda logits, non_loss_data: logits
 
     return get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=None,
         model=list(model.chunks),
         num_microbatches=len(items),
-        seq_length=items[0].tokens.shape[1],
+        seq_length=len(items[0].text.tokens),
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
@@ -182,20 +185,21 @@ def _logits(model: MossVideo, items: list[DecoderInput]) -> list[Tensor]:
 def _greedy(model: MossVideo, case: Case, states: Tensor) -> Tensor:
     """Greedy tokens that follow the first row, each from a full forward pass."""
     length = case.lengths[0]
-    tokens, mask = case.tokens[:1, :length], case.mask[:1, :length]
+    tokens, mask = case.tokens[0, :length], case.mask[:1, :length]
     new: list[Tensor] = []
     count = case.ratio_ids.shape[1]
     attend_all = model.config.blind_rows == "attend_all"
     while len(new) < len(case.expected["greedy"]):
-        frames = frames_of_batch(case.positions[:1], mask, [tokens.shape[1]], attend_all)
+        frames = frames_of_batch(case.positions[:1], mask, [len(tokens)], attend_all)
         frames.states = states[:count]
-        item = DecoderInput(tokens, frames, find_targets(tokens, SILENCE, 1.0))
+        text = PackedText(tokens, [len(tokens)])
+        item = DecoderInput(text, frames, find_targets(tokens, text.lengths, SILENCE, 1.0))
         with torch.no_grad():
             logits = _logits(model, [item])
-        best = logits[0][0, -1].argmax() if logits else torch.zeros((), dtype=torch.long)
+        best = logits[0][-1].argmax() if logits else torch.zeros((), dtype=torch.long)
         dist.broadcast(best, dist.get_world_size() - 1)  # the last rank is on the last stage
         new.append(best)
-        tokens = torch.cat((tokens, best.view(1, 1)), dim=1)
+        tokens = torch.cat((tokens, best[None]))
         mask = torch.cat((mask, mask[:, -1:]), dim=1)
     return torch.stack(new)
 

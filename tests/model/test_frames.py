@@ -30,13 +30,13 @@ def random_layout(rng: random.Random, longest: int, most: int, max_tiles: int) -
 
 
 def plan(layout: dict, max_tiles: int, attend_all: bool) -> FrameBatch:
-    """plan_frames of a layout, the rows padded by five tokens."""
+    """plan_frames of a layout, five tokens of padding behind its packed rows."""
     start = torch.tensor(layout["start"], dtype=torch.long)
     return plan_frames(
         torch.tensor(layout["rows"], dtype=torch.long),
         start.clamp(max=0),
         layout["lengths"],
-        max(layout["lengths"]) + 5,
+        sum(layout["lengths"]) + 5,
         visible_from=start,
         visible_until=torch.tensor(layout["stop"], dtype=torch.long),
         tiles=torch.tensor(layout["tiles"], dtype=torch.long),
@@ -46,35 +46,38 @@ def plan(layout: dict, max_tiles: int, attend_all: bool) -> FrameBatch:
 
 
 def dense(layout: dict, max_tiles: int, attend_all: bool) -> tuple[Tensor, Tensor]:
-    """What each token may see `[B, S, F, T]`, and whether it sees a frame `[S, B]`."""
-    length, batch = max(layout["lengths"]) + 5, len(layout["lengths"])
-    allowed = torch.zeros(batch, length, len(layout["rows"]), max_tiles, dtype=torch.bool)
-    sees = torch.zeros(length, batch, dtype=torch.bool)
-    for row in range(batch):
+    """What each packed token may see `[S, F, T]`, and whether it sees a frame `[S]`."""
+    total = sum(layout["lengths"]) + 5
+    allowed = torch.zeros(total, len(layout["rows"]), max_tiles, dtype=torch.bool)
+    sees = torch.zeros(total, dtype=torch.bool)
+    place = 0
+    for row, length in enumerate(layout["lengths"]):
         mine = [f for f, of_row in enumerate(layout["rows"]) if of_row == row]
-        for token in range(layout["lengths"][row]):
+        for token in range(length):
             seen = [f for f in mine if layout["start"][f] <= token < layout["stop"][f]]
             for f in seen:
-                allowed[row, token, f, : layout["tiles"][f]] = True
+                allowed[place, f, : layout["tiles"][f]] = True
             if not seen and attend_all:
-                allowed[row, token, mine] = True
-            sees[token, row] = bool(seen)
+                allowed[place, mine] = True
+            sees[place] = bool(seen)
+            place += 1
     return allowed, sees
 
 
-def spread(frames: FrameBatch, length: int, max_tiles: int) -> Tensor:
-    """The plan's blocks as a dense mask `[B, S, F, T]`."""
-    out = torch.zeros(len(frames.rows), length, frames.count * max_tiles, dtype=torch.bool)
-    for row, blocks in enumerate(frames.rows):
-        done = 0
-        for block in blocks:
-            assert done <= block.start < block.stop, "blocks overlap"
-            assert block.first < block.last, "a block without frames"
-            done = block.stop
-            part = out[row, block.start : block.stop]
-            part = part[:, block.first * max_tiles : block.last * max_tiles]
-            part.copy_(torch.ones_like(part) if block.mask is None else block.mask)
-    return out.unflatten(2, (frames.count, max_tiles))
+def spread(frames: FrameBatch, max_tiles: int) -> Tensor:
+    """The plan's blocks as a dense mask `[S, F, T]`."""
+    out = torch.zeros(len(frames.sees), frames.count * max_tiles, dtype=torch.bool)
+    done = 0
+    for block in frames.blocks:
+        assert block.start == done < block.stop, "blocks overlap or leave a token out"
+        assert block.first < block.last, "a block without frames"
+        done = block.stop
+        part = torch.zeros(block.stop - block.start, out.shape[1], dtype=torch.bool)
+        shown = part[:, block.first * max_tiles : block.last * max_tiles]
+        shown.copy_(torch.ones_like(shown) if block.mask is None else block.mask)
+        out[frames.tokens[block.start : block.stop]] = part
+    assert done == len(frames.tokens)
+    return out.unflatten(1, (frames.count, max_tiles))
 
 
 @pytest.mark.parametrize("attend_all", [False, True])
@@ -91,7 +94,7 @@ def test_blocks_allow_exactly_what_the_dense_mask_allows(
             continue
         frames = plan(layout, max_tiles, attend_all)
         allowed, sees = dense(layout, max_tiles, attend_all)
-        assert torch.equal(spread(frames, allowed.shape[1], max_tiles), allowed), layout
+        assert torch.equal(spread(frames, max_tiles), allowed), layout
         assert torch.equal(frames.sees, sees), layout
 
 
@@ -106,8 +109,9 @@ def test_many_frames_in_a_long_row_make_several_blocks_that_are_still_exact():
     }
     frames = plan(layout, 1, attend_all=False)
     # Whole spans of 15 tokens, until a block has MIN_BLOCK: nine of them.
-    assert [block.start for block in frames.rows[0]] == [10, 145, 280, 415, 550]
-    assert torch.equal(spread(frames, 615, 1), dense(layout, 1, False)[0])
+    starts = [int(frames.tokens[block.start]) for block in frames.blocks]
+    assert starts == [10, 145, 280, 415, 550]
+    assert torch.equal(spread(frames, 1), dense(layout, 1, False)[0])
 
 
 def realtime(tokens: int, frames: int) -> FrameBatch:
@@ -118,20 +122,37 @@ def realtime(tokens: int, frames: int) -> FrameBatch:
 
 def test_a_block_computes_little_more_than_what_is_seen():
     seen = sum(token // 8 + 1 for token in range(2048))
-    assert realtime(2048, 256).attended() < 1.08 * seen
+    frames = realtime(2048, 256)
+    assert frames.attended() == seen
+    assert sum(block.pairs for block in frames.blocks) < 1.08 * seen
 
 
 def test_tokens_after_the_last_frame_need_no_mask():
     marks = torch.arange(256)
     frames = plan_frames(torch.zeros(256, dtype=torch.long), marks, [2048], 2048)
-    last = frames.rows[0][-1]
+    last = frames.blocks[-1]
     assert (last.start, last.stop, last.mask) == (255, 2048, None)
 
 
-def test_rows_without_frames_have_no_blocks():
-    frames = plan_frames(torch.tensor([1, 1]), torch.tensor([0, 2]), [4, 4], 4, attend_all=True)
-    assert frames.rows[0] == []
-    assert not frames.sees[:, 0].any()
+def test_short_rows_share_a_block():
+    marks = torch.tensor([1, 1, 1, 1])
+    frames = plan_frames(torch.arange(4), marks, [20, 20, 20, 20], 80)
+    assert [(b.start, b.stop, b.first, b.last) for b in frames.blocks] == [(0, 76, 0, 4)]
+
+
+def test_a_row_of_many_frames_shares_no_block_with_another():
+    rows = torch.tensor([0] * 200 + [1] * 200)
+    frames = plan_frames(rows, torch.zeros(400, dtype=torch.long), [100, 100], 200)
+    assert [(b.start, b.stop, b.first, b.last) for b in frames.blocks] == [
+        (0, 100, 0, 200),
+        (100, 200, 200, 400),
+    ]
+
+
+def test_rows_without_frames_attend_none():
+    frames = plan_frames(torch.tensor([1, 1]), torch.tensor([0, 2]), [4, 4], 8, attend_all=True)
+    assert frames.tokens.tolist() == [4, 5, 6, 7]
+    assert frames.sees.tolist() == [False] * 4 + [True] * 4
 
 
 def test_frames_out_of_order_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -23,10 +24,12 @@ def random_batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def our_loss(logits: Tensor, labels: Tensor, weight: float, total: float | None = None) -> Tensor:
-    """As the decoder computes it: only the judged positions of `[S x B]`."""
-    targets = find_targets(labels, SILENCE, weight)
-    selected = logits.transpose(0, 1).flatten(0, 1)[targets.rows][:, None]
-    return weighted_loss(selected, targets, torch.tensor(total or float(targets.count)))
+    """As the decoder computes it: the rows packed, only the judged positions."""
+    targets = find_targets(labels.flatten(), [labels.shape[1]] * len(labels), SILENCE, weight)
+    selected = logits.flatten(0, 1)[targets.rows][:, None]
+    total = total or float(targets.count)
+    assert dist.group.WORLD is not None
+    return weighted_loss(selected, targets, torch.tensor(total), dist.group.WORLD)
 
 
 def test_without_silence_weight_it_is_transformers_loss():

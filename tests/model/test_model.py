@@ -14,6 +14,7 @@ from moss_train.convert.weights import fill, random_reader
 from moss_train.model.frames import NEVER, FrameBatch, plan_frames
 from moss_train.model.loss import find_targets
 from moss_train.model.moss_video import MossVideo
+from moss_train.model.text import PackedText
 from tests.model.build import preset, random_model
 
 LENGTH = 24
@@ -46,7 +47,7 @@ def no_frames() -> FrameBatch:
 def predict(model: MossVideo, tokens: Tensor, frames: FrameBatch) -> Tensor:
     """Logits `[S, V]`."""
     with torch.no_grad():
-        return model.chunks[0](tokens, frames)[0]
+        return model.chunks[0](PackedText(tokens[0], [LENGTH]), frames)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +110,11 @@ def test_positions_turn_the_cross_attention_only_where_the_model_has_them(groups
 def loss_gradients(model: MossVideo, frames: FrameBatch) -> dict[str, Tensor | None]:
     """Gradients of the loss over all tokens of the row."""
     tokens, _ = batch()
-    targets = find_targets(tokens.masked_fill(tokens == 320, -100), 11, 0.1)
+    text = PackedText(tokens[0], [LENGTH])
+    targets = find_targets(tokens[0].masked_fill(tokens[0] == 320, -100), [LENGTH], 11, 0.1)
     for _, parameter in model.named_parameters():
         parameter.grad = None
-    model.chunks[0](tokens, frames, targets, torch.tensor(float(targets.count))).backward()
+    model.chunks[0](text, frames, targets, torch.tensor(float(targets.count))).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

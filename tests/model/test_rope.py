@@ -1,14 +1,14 @@
-"""Rotary frequencies against transformers' llama3 rope."""
+"""Rotary embedding against transformers' llama3 rope."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
-from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
+from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding, apply_rotary_pos_emb
 
 from moss_train.config import RopeScalingConfig, TextConfig
-from moss_train.model.rope import inverse_frequencies, rotary_angles
+from moss_train.model.rope import Rotation, inverse_frequencies
 
 
 def reference(text: TextConfig) -> MllamaRotaryEmbedding:
@@ -44,7 +44,20 @@ def test_angles_are_those_of_transformers_at_far_positions():
     text = TextConfig()
     positions = torch.tensor([0, 1, 8191, 131071])
     cos, sin = reference(text)(torch.zeros(1), positions[None])
-    angles = rotary_angles(text, positions)[:, 0, 0]
-    torch.testing.assert_close(angles.cos(), cos[0], rtol=0, atol=2e-2)  # 1 ulp of 131071 rad
-    torch.testing.assert_close(angles[:3].cos(), cos[0, :3], rtol=0, atol=1e-3)
-    torch.testing.assert_close(angles[:3].sin(), sin[0, :3], rtol=0, atol=1e-3)
+    rotation = Rotation.of(text, positions, torch.float32)
+    ours_cos, ours_sin = rotation.cos[:, 0], rotation.sin[:, 0]
+    torch.testing.assert_close(ours_cos, cos[0], rtol=0, atol=2e-2)  # 1 ulp of 131071 rad
+    torch.testing.assert_close(ours_cos[:3], cos[0, :3], rtol=0, atol=1e-3)
+    torch.testing.assert_close(ours_sin[:3], sin[0, :3], rtol=0, atol=1e-3)
+
+
+def test_heads_turn_as_in_transformers():
+    text = TextConfig()
+    positions = torch.tensor([0, 3, 1000])
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 4, 3, text.head_dim, generator=generator)  # [1, heads, S, D]
+    expected = apply_rotary_pos_emb(query, key, *reference(text)(query, positions[None]))
+    rotation = Rotation.of(text, positions, torch.float32)
+    for x, turned in zip((query, key), expected, strict=True):
+        got = rotation(x[0].transpose(0, 1))  # [S, heads, D]
+        torch.testing.assert_close(got.transpose(0, 1), turned[0], rtol=0, atol=1e-5)

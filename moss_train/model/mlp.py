@@ -1,0 +1,33 @@
+"""The feed-forward half of a layer: SwiGLU in the decoder, GELU with biases in the tower."""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from moss_train.model.linear import ColumnLinear, RowLinear
+
+
+class FeedForward(MLP):
+    """megatron's MLP (parameters, checkpoint form) with a forward pass of fewer steps."""
+
+    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection):
+        submodules = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+        super().__init__(
+            config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """`[..., H]` -> `[..., H]`."""
+        hidden, bias = self.linear_fc1(x)
+        hidden = hidden if bias is None else hidden + bias
+        if self.config.gated_linear_unit:
+            gate, up = hidden.unflatten(-1, (2, -1)).unbind(-2)
+            hidden = silu(gate) * up
+        else:
+            hidden = gelu(hidden)
+        out, bias = self.linear_fc2(hidden)
+        return out if bias is None else out + bias
