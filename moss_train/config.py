@@ -160,12 +160,15 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     samples: int | None = None  # samples of the run; None: stage.samples
     global_batch: int = 256
-    micro_batch: int = 1
+    micro_batch: int = 1  # at most so many share a microbatch, packed into one sequence
+    # A microbatch with more tokens or frames is divided, down to single samples; null: no bound.
+    max_tokens_per_batch: int | None = None
+    max_frames_per_batch: int | None = None
     max_tiles: int = 1
     sequence_length: int | None = None  # None: stage.sequence_length
     workers: int = 2  # loader processes for each data-parallel rank; 0: in the training process
     shuffle_buffer: int = 1000
-    pad_multiple: int = 64  # sequences of a step are padded to a multiple of this
+    pad_multiple: int = 64  # microbatches are padded to a multiple of this, in tokens
     max_bad_ratio: float = 0.01  # stop when more than this share of the samples cannot be read
     audit: bool = False  # write the keys of every step to audit.jsonl
 

@@ -72,6 +72,11 @@ def _positive(config: Config) -> Iterator[str]:
         "stage.video_fps": config.stage.video_fps,
         "stage.video_min_frames": config.stage.video_min_frames,
     }
+    bounds = {
+        "data.max_tokens_per_batch": config.data.max_tokens_per_batch,
+        "data.max_frames_per_batch": config.data.max_frames_per_batch,
+    }
+    values |= {name: bound for name, bound in bounds.items() if bound is not None}
     for name, value in values.items():
         if value <= 0:
             yield f"{name}={value}: must be greater than 0"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch
 from moss_train import hardware
+from moss_train.parallel.deal import Bounds, deal
 from moss_train.parallel.groups import Groups
 
 
@@ -60,7 +61,8 @@ def even_shares(total: int, ranks: int) -> list[int]:
 
 def read_step(
     loader: Iterator[MicroBatch] | None,
-    microbatches: int,
+    reads: int,
+    bounds: Bounds,
     pad_multiple: int,
     frame_shape: tuple[int, ...],
     groups: Groups,
@@ -68,10 +70,11 @@ def read_step(
 ) -> StepBatch:
     """Reads (on the leader) and distributes the next step of this replica. A collective.
 
-    The loader's samples are dealt anew to as many microbatches, so that these are about as long.
+    The samples read are dealt anew to microbatches, so that these are about equally long.
 
     Args:
         loader: of this replica; None on all ranks but the leader.
+        reads: batches of the loader that make up this replica's share of the global batch.
         pad_multiple: microbatches are padded to a multiple of this, in tokens.
         frame_shape: `(T, 3, h, w)`.
         shares: ranks among which the frames are split: all of the replica, or its pipeline ranks
@@ -83,11 +86,11 @@ def read_step(
     dealt: list[list[EncodedSample]] = []
     if groups.is_leader:
         assert loader is not None
-        for batch in (next(loader) for _ in range(microbatches)):
+        for batch in (next(loader) for _ in range(reads)):
             keys += batch.keys
             skipped.update(batch.skipped)
             samples += batch.samples()
-        dealt = deal(samples, microbatches)
+        dealt = deal(samples, bounds)
     equal = groups.decoder.pp.size() > 1
     text = _broadcast(_pack(dealt, pad_multiple, equal) if dealt else None, groups)
     step = _unpack(text)
@@ -101,31 +104,19 @@ def read_step(
     return StepBatch(step, frames, own, counts, keys, dict(skipped))
 
 
-def deal(samples: list[EncodedSample], microbatches: int) -> list[list[EncodedSample]]:
-    """Deals samples to microbatches of equal count and about equal tokens, longest first."""
-    dealt: list[list[EncodedSample]] = [[] for _ in range(microbatches)]
-    tokens = [0] * microbatches
-    most = len(samples) // microbatches
-    for sample in sorted(samples, key=lambda sample: len(sample.tokens), reverse=True):
-        open_ones = (number for number in range(microbatches) if len(dealt[number]) < most)
-        number = min(open_ones, key=lambda number: tokens[number])
-        dealt[number].append(sample)
-        tokens[number] += len(sample.tokens)
-    return dealt
-
-
 def _pack(dealt: list[list[EncodedSample]], pad_multiple: int, equal: bool) -> Tensor:
     """All text of a step as one int64 vector: sizes, then the microbatches (see `_unpack`)."""
     sizes = [sum(len(sample.tokens) for sample in samples) for samples in dealt]
     padded = [-(-size // pad_multiple) * pad_multiple for size in sizes]
     if equal:
         padded = [max(padded)] * len(padded)
-    parts = [torch.tensor([len(dealt), len(dealt[0])])]
+    parts = [torch.tensor([len(dealt)])]
     for samples, size, whole in zip(dealt, sizes, padded, strict=True):
         pad = torch.zeros(whole - size, dtype=torch.int64)
         frames = [len(sample.frame_positions) for sample in samples]
         parts += [
-            torch.tensor([whole, *(len(sample.tokens) for sample in samples), *frames]),
+            torch.tensor([whole, len(samples)]),
+            torch.tensor([*(len(sample.tokens) for sample in samples), *frames]),
             *(sample.tokens for sample in samples),
             pad,
             *(sample.labels for sample in samples),
@@ -144,19 +135,18 @@ def _unpack(text: Tensor) -> list[TextBatch]:
         offset += size
         return text[offset - size : offset]
 
-    microbatches, rows = take(2).tolist()
     batches = []
-    for _ in range(microbatches):
-        whole, *sizes = take(1 + 2 * rows).tolist()
-        lengths, frames = sizes[:rows], sizes[rows:]
+    for _ in range(int(take(1))):
+        whole, rows = take(2).tolist()
+        lengths, frames = take(rows).tolist(), take(rows)
         batches.append(
             TextBatch(
                 tokens=take(whole),
                 labels=take(whole),
                 lengths=lengths,
-                frame_rows=torch.arange(rows).repeat_interleave(torch.tensor(frames)),
-                frame_positions=take(sum(frames)),
-                ratio_ids=take(sum(frames)),
+                frame_rows=torch.arange(rows).repeat_interleave(frames),
+                frame_positions=take(int(frames.sum())),
+                ratio_ids=take(int(frames.sum())),
             )
         )
     return batches

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from data_pipeline.loader import EncodeConfig, Loader, Source, build_loader
+from data_pipeline.shards import check_source
 from moss_train.config import Config
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.groups import Groups
+from moss_train.train.metrics import read_metrics
 from moss_train.validate import mixture
 
 
@@ -91,6 +93,27 @@ def check_tokens(batch: StepBatch, config: Config, step: int) -> None:
                     f"step {step}: {name} {most}: the vocabulary has {rows}; samples of the step: "
                     f"{', '.join(batch.keys)}"
                 )
+
+
+class Epochs:
+    """How often each source that is used has been read in this run."""
+
+    def __init__(self, config: Config, done: int):
+        """Goes on after step `done`, as metrics.jsonl of the run folder says."""
+        self.sizes = {s.name: check_source(s.path).samples for s in mixed_sources(config)}
+        rows = read_metrics(Path(config.run.dir))
+        before: dict[str, float] = next(
+            (row["epochs"] for row in reversed(rows) if row["step"] == done), {}
+        )
+        self.samples = {
+            name: round(before.get(name, 0.0) * size) for name, size in self.sizes.items()
+        }
+
+    def add(self, samples: dict[str, int]) -> dict[str, float]:
+        """Counts a step's samples by source; returns the epochs so far."""
+        for name in self.sizes:
+            self.samples[name] += samples[name]
+        return {name: self.samples[name] / size for name, size in self.sizes.items()}
 
 
 class Audit:

@@ -21,11 +21,12 @@ from moss_train.config import Config, to_dict
 from moss_train.convert.weights import fill, random_reader
 from moss_train.log import log
 from moss_train.model.moss_video import MossVideo
+from moss_train.parallel.deal import Bounds
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.train.checkpoint import Checkpointer
-from moss_train.train.data import Audit, check_tokens, open_loader
+from moss_train.train.data import Audit, Epochs, check_tokens, open_loader
 from moss_train.train.flops import Trains, step_flops
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
 from moss_train.train.optimizer import freeze, make_trainable
@@ -85,11 +86,18 @@ class Job:
         self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
+            self.epochs = Epochs(config, self.done)
             self.audit.cut(self.folder, self.done)
         vision = config.model.vision
         self.frame_shape = (config.data.max_tiles, 3, vision.image_size, vision.image_size)
-        self.microbatches = config.data.global_batch // (
-            config.data.micro_batch * self.groups.data_size
+        data, parallel = config.data, config.parallel
+        self.reads = data.global_batch // (data.micro_batch * self.groups.data_size)
+        self.bounds = Bounds(
+            data.micro_batch,
+            data.max_tokens_per_batch,
+            data.max_frames_per_batch,
+            # What megatron's interleaved schedule asks for.
+            multiple=parallel.pipeline if parallel.virtual > 1 else 1,
         )
 
     def _restore(self, resume_from: Path | None) -> list[bytes] | None:
@@ -139,7 +147,8 @@ class Job:
     def _read(self) -> StepBatch:
         batch = read_step(
             self.batches,
-            self.microbatches,
+            self.reads,
+            self.bounds,
             self.config.data.pad_multiple,
             self.frame_shape,
             self.groups,
@@ -228,6 +237,7 @@ class Job:
             frames_per_rank_max=result.frames_per_rank_max,
             frames_per_rank_mean=result.frames_per_rank_mean,
             padding_ratio=1 - tokens / result.padded_tokens,
+            epochs=self.epochs.add(result.sources),
         )
 
     def _announce(self) -> None:

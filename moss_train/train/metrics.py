@@ -55,6 +55,7 @@ class StepMetrics:
     skipped_samples: samples left out on the way to this step, as they could not be read.
     frames_per_rank_max, frames_per_rank_mean: frames encoded by a rank in this step; the busiest
         rank sets the pace, not the mean.
+    epochs: how often each source has been read so far, in the whole run; 1.5: half of it twice.
     padding_ratio: padding tokens / all tokens that the decoder computed, 0 to 1.
     samples_per_s, tokens_per_s, frames_per_s: all ranks together; made from the numbers above.
     """
@@ -74,6 +75,7 @@ class StepMetrics:
     frames_per_rank_max: int
     frames_per_rank_mean: float
     padding_ratio: float
+    epochs: dict[str, float]
     samples_per_s: float = field(init=False)
     tokens_per_s: float = field(init=False)
     frames_per_s: float = field(init=False)
@@ -123,10 +125,14 @@ class MetricsWriter:
     def write(self, metrics: StepMetrics) -> None:
         """Appends the step's line and flushes it; a value that is not finite becomes null."""
         values = asdict(metrics)
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         grouped = {f"{group}/{k}": values[k] for group, names in GROUPS.items() for k in names}
+        grouped |= {f"data/epochs/{source}": epochs for source, epochs in metrics.epochs.items()}
         for sink in self._sinks:
             sink.write(metrics.step, grouped)
 

@@ -111,6 +111,7 @@ def _totals(run_dir: Path) -> list[str]:
         f"samples  {sums['samples']:,} ({sums['skipped_samples']:,} skipped)",
         f"frames   {sums['frames']:,}",
         f"time     {timedelta(seconds=round(sums['step_time_s']))}",
+        *(f"epochs   {epochs:.2f} of {source}" for source, epochs in last["epochs"].items()),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import astuple, dataclass
 
 import torch
@@ -24,6 +25,7 @@ class StepResult:
     """What a step did, over the whole job.
 
     loss: of the global batch, per label. padded_tokens: tokens with padding.
+    sources: samples by source.
     stop: how many ranks asked to stop (a signal).
     data_wait_s, memory_gb: of the rank that waited longest, used most.
     """
@@ -33,6 +35,7 @@ class StepResult:
     counts: StepCounts
     padded_tokens: int
     skipped: int
+    sources: dict[str, int]
     frames_per_rank_max: int
     frames_per_rank_mean: float
     stop: int
@@ -59,8 +62,12 @@ class TrainStep:
         groups = self.model.groups
         last = groups.is_last_stage and groups.decoder.tp.rank() == 0
         own = len(batch.frames)
+        names = [source.name for source in self.config.data.sources]
+        read = Counter(key.partition("/")[0] for key in batch.keys)
         sums = (loss.item() if last else 0.0, sum(batch.skipped.values()), stop, own)
-        total_loss, skipped, stops, encoded = _reduce(sums, dist.ReduceOp.SUM)
+        total_loss, skipped, stops, encoded, *samples = _reduce(
+            (*sums, *(read[name] for name in names)), dist.ReduceOp.SUM
+        )
         peaks = (own, data_wait_s, hardware.peak_memory_gb())
         most_frames, longest_wait, most_memory = _reduce(peaks, dist.ReduceOp.MAX)
         return StepResult(
@@ -69,6 +76,7 @@ class TrainStep:
             counts=counts,
             padded_tokens=padded,
             skipped=int(skipped),
+            sources=dict(zip(names, map(int, samples), strict=True)),
             frames_per_rank_max=int(most_frames),
             frames_per_rank_mean=encoded / dist.get_world_size(),
             stop=int(stops),

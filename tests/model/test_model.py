@@ -90,6 +90,23 @@ def test_a_token_changes_nothing_before_itself(model, position):
     assert not torch.isclose(before[position:], after[position:]).all(-1).any()
 
 
+def test_packed_neighbours_see_nothing_of_each_other(model):
+    (first, pixels), (second, others) = batch(0), batch(1)
+    lengths = [LENGTH, LENGTH - 5]
+    text = PackedText(torch.cat((first[0], second[0, :-5], torch.zeros(3).long())), lengths)
+    frames = plan_frames(
+        torch.arange(2).repeat_interleave(len(MARKS)), MARKS.repeat(2), lengths, sum(lengths) + 3
+    )
+    frames.states = model.encoder(torch.cat((pixels, others)), torch.ones(2 * len(MARKS)).long())
+    with torch.no_grad():
+        packed = model.chunks[0](text, frames)[: sum(lengths)].split(lengths)
+    alone = [
+        predict(model, tokens, see(model, p)) for tokens, p in ((first, pixels), (second, others))
+    ]
+    torch.testing.assert_close(packed[0], alone[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[1], alone[1][:-5], rtol=0, atol=1e-5)
+
+
 def test_frames_that_no_token_sees_change_nothing(model):
     tokens, pixels = batch()
     hidden = see(model, pixels, visible_from=torch.full_like(MARKS, NEVER))

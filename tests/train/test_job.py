@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,12 @@ def test_all_ranks_write_into_one_run_folder(small, tmp_path):
         assert row["skipped_samples"] == 0
         assert min(row[key] for key in PROMISED - {"lr", "skipped_samples"}) > 0
         assert row["data_wait_s"] < row["step_time_s"]
+        assert sum(row["epochs"].values()) > 0
         assert row["tokens_per_s"] * row["step_time_s"] == pytest.approx(row["tokens"])
     assert audit(run).keys() == {1, 2, 3}
+    read = Counter(key.split("/")[0] for keys in audit(run).values() for key in keys)
+    expected = {source: pytest.approx(read[source] / 24) for source in rows[-1]["epochs"]}
+    assert rows[-1]["epochs"] == expected  # 24 samples in each source
     assert all(len(keys) == 4 for keys in audit(run).values())
 
     config = yaml.safe_load((run / "config.yaml").read_text())

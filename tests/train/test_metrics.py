@@ -47,6 +47,7 @@ def step_metrics(step: int = 1, loss: float = 2.5, step_time_s: float = 2.0) -> 
         frames_per_rank_max=40,
         frames_per_rank_mean=32.0,
         padding_ratio=0.1,
+        epochs={"toy": 0.5},
     )
 
 
@@ -127,7 +128,7 @@ def test_no_file_means_no_steps(tmp_path):
 
 def test_every_metric_has_a_group():
     grouped = {name for names in GROUPS.values() for name in names}
-    assert grouped == set(asdict(step_metrics())) - {"step"}
+    assert grouped == set(asdict(step_metrics())) - {"step", "epochs"}  # epochs: one a source
 
 
 def test_tensorboard_holds_grouped_values_and_a_resumed_run_hides_what_came_later(tmp_path):
@@ -139,6 +140,7 @@ def test_tensorboard_holds_grouped_values_and_a_resumed_run_hides_what_came_late
                 writer.write(step_metrics(step, loss))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
+    tags.add("data/epochs/toy")
     assert set(events.Tags()["scalars"]) == tags
     losses = [(event.step, event.value) for event in events.Scalars("loss/loss")]
     assert losses == [(1, 2.5), (2, 2.5), (3, 1.0), (4, 1.0), (5, 1.0)]

@@ -30,6 +30,7 @@ def write(folder: Path, losses: list[float]) -> None:
                     model_tflops_per_s_per_rank=0.1, memory_gb=1.0, data_wait_s=0.0,
                     skipped_samples=step % 2, frames_per_rank_max=8, frames_per_rank_mean=8.0,
                     padding_ratio=0.2,
+                    epochs={"toy": 0.25 * step},
                 )
             )  # fmt: skip
 
@@ -72,22 +73,23 @@ def test_the_summary_lists_what_was_written_where_and_how_much(tmp_path):
         (tmp_path / "checkpoints" / f"step_{step}" / "deep").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"step_{step}" / "deep" / "weights").write_bytes(bytes(size))
     lines = summary_table(tmp_path, {"checkpoints/step_*": "checkpoint"}).splitlines()
-    assert lines[:6] == [
+    assert lines[:7] == [
         "steps    1 to 3",
         "loss     3.0000 -> 1.5000",
         "samples  24 (2 skipped)",
         "frames   48",
         "time     0:00:02",
+        "epochs   0.75 of toy",
         "",
     ]
-    assert lines[6].split() == ["path", "what", "size"]
-    rows = [line.split() for line in lines[8:]]
+    assert lines[7].split() == ["path", "what", "size"]
+    rows = [line.split() for line in lines[9:]]
     assert [row[0] for row in rows] == [
         str(tmp_path / name)
         for name in ("metrics.jsonl", "loss.png", "checkpoints/step_2", "checkpoints/step_3")
     ]
     assert [row[-2:] for row in rows[2:]] == [["1.5", "kB"], ["2.5", "MB"]]
-    assert len({len(line) for line in lines[6:]}) == 1  # columns are aligned
+    assert len({len(line) for line in lines[7:]}) == 1  # columns are aligned
 
 
 def test_the_summary_of_a_run_that_stopped_early(tmp_path):

@@ -51,7 +51,7 @@ def main() -> None:
 def spoiled(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     """The same batches, with a token in each that the vocabulary does not have."""
     for batch in batches:
-        batch.tokens[0, -1] = 70_000
+        batch.tokens[0, 0] = 70_000
         yield batch
 
 

@@ -56,6 +56,7 @@ def train_case(
     from moss_train.config import Config, OptimizerConfig, TrainerConfig
     from moss_train.convert.weights import export, fill, random_reader
     from moss_train.model.moss_video import MossVideo
+    from moss_train.parallel.deal import Bounds
     from moss_train.parallel.distribute import read_step
     from moss_train.parallel.replicas import differing_replicas
     from moss_train.train.optimizer import freeze, make_trainable
@@ -78,9 +79,12 @@ def train_case(
     if groups.is_leader:
         batches = microbatches(kind, groups.data_rank, per_replica, micro)
 
+    bounds = Bounds(micro, multiple=parallel.pipeline if parallel.virtual > 1 else 1)
     losses, norms, encoded, gradients = [], [], [], {}
     for number in range(steps):
-        batch = read_step(batches, per_replica, 8, (1, 3, 56, 56), groups, step.exchange.shares)
+        batch = read_step(
+            batches, per_replica, bounds, 8, (1, 3, 56, 56), groups, step.exchange.shares
+        )
         encoded.append(_gather(len(batch.frames)))
         if number == 0:
             step.forward_backward(batch)
