@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -32,12 +33,18 @@ class EncodeConfig:
     video_min_frames: int
     video_max_frames: int
     prompt: Literal["pretrain", "chat"]
+    swap_probability: float = 0.0  # of a real-time frame and the word before it, see prompts.py
+    video_threads: int = 1  # of each decoder
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("tokenizer", "prompt") and not value > 0:
+            if field.name not in ("tokenizer", "prompt", "swap_probability") and not value > 0:
                 raise ValueError(f"{field.name}: {value!r}: must be greater than 0")
+        if not 0 <= self.swap_probability <= 1:
+            raise ValueError(
+                f"swap_probability: {self.swap_probability!r}: must be between 0 and 1"
+            )
         if self.prompt not in ("pretrain", "chat"):
             raise ValueError(f"prompt: {self.prompt!r}, allowed: pretrain, chat")
         if self.video_min_frames > self.video_max_frames:
@@ -48,27 +55,31 @@ class EncodeConfig:
 
 
 class SampleEncoder:
-    """Turns the members of one sample into tensors; deterministic, keeps no state."""
+    """Turns the members of one sample into tensors; keeps no state."""
 
     def __init__(self, config: EncodeConfig, tokenizer: Tokenizer) -> None:
         self.config = config
         self.special = SpecialTokens.from_tokenizer(tokenizer, config.tokenizer)
         self._prompts = PromptBuilder(tokenizer, self.special)
 
-    def encode(self, key: str, parts: Mapping[str, bytes]) -> EncodedSample:
+    def encode(
+        self, key: str, parts: Mapping[str, bytes], draws: random.Random | None = None
+    ) -> EncodedSample:
         """`parts` maps member names without the key (`json`, `0.jpg`, ...) to their bytes.
 
-        Raises SampleError with the key and the reason for anything wrong with the data.
+        `draws` decides what augmentation does; None: there is none, as in evaluation. Raises SampleError with the key and the reason for anything wrong with the data.
         """
         if "json" not in parts:
             raise SampleError("missing_json", f"members: {', '.join(sorted(parts))}", key)
         sample = parse_sample(key, parts["json"])
         try:
-            return self._encode(sample, parts)
+            return self._encode(sample, parts, draws)
         except SampleError as error:
             raise SampleError(error.reason, error.detail, key) from None
 
-    def _encode(self, sample: Sample, parts: Mapping[str, bytes]) -> EncodedSample:
+    def _encode(
+        self, sample: Sample, parts: Mapping[str, bytes], draws: random.Random | None
+    ) -> EncodedSample:
         form = self._form(sample)
         marks = self._frames_of_marks(sample, parts)
         prompt = self._prompts.build(
@@ -76,6 +87,8 @@ class SampleEncoder:
             [len(frames) for frames in marks],
             form=form,
             sequence_length=self.config.sequence_length,
+            swap_probability=self.config.swap_probability,
+            draws=draws,
         )
         frames = [frame for shown in marks for frame in shown][: len(prompt.frame_positions)]
         tile = self.config.tile_size

@@ -215,7 +215,7 @@ def build_loader(
     )
     streams = data_parallel_size * max(1, workers)
     counts = {source.name: check_source(source.path).samples for source in used}
-    task = ShardTask(SampleEncoder(encode, load_tokenizer(encode.tokenizer)))
+    task = ShardTask(SampleEncoder(encode, load_tokenizer(encode.tokenizer)), seed)
     dataset = task.build_train_datasets(
         datasets=[_load(source, config, streams, shuffle_buffer) for source in used],
         worker_config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.energon import (
     Sample,
     SkipSample,
     TaskEncoder,
+    WorkerConfig,
     basic_sample_keys,
     edataclass,
     stateless,
@@ -54,8 +56,9 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
     cookers = (Cooker(cook),)
     decoder = None  # members stay bytes until encode_sample
 
-    def __init__(self, encoder: SampleEncoder) -> None:
+    def __init__(self, encoder: SampleEncoder, seed: int) -> None:
         self._encoder = encoder
+        self._seed = seed
         self._skipped: Counter[str] = Counter()
         self._bad_in_a_row = 0
         self._logged: set[str] = set()
@@ -64,8 +67,9 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
     def encode_sample(self, sample: RawSample) -> EncodedSample:
         """Encodes, or counts the sample, logs it once and skips it."""
         key = f"{sample.source}/{sample.__key__}"
+        draws = self._draws(key)
         try:
-            encoded = self._encoder.encode(key, sample.parts)
+            encoded = self._encoder.encode(key, sample.parts, draws)
         except SampleError as error:
             self._count(key, sample.shard, error.reason, error.detail)
         except MemoryError:
@@ -76,6 +80,23 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
             self._bad_in_a_row = 0
             return encoded
         raise SkipSample
+
+    def _draws(self, key: str) -> random.Random:
+        """The augmentation's random numbers, for this sample at this place of this stream.
+
+        From the run's seed, the key, and how many samples the stream has encoded before, which its
+        state holds: other numbers in each epoch, and the same ones after a resume, whatever number
+        of ranks and workers the streams are dealt to.
+        """
+        streams = max(1, self._worker_config().num_workers)
+        place = self.current_sample_index // streams  # energon counts over a rank's workers
+        return random.Random(f"{self._seed} {key} {place}")
+
+    @staticmethod
+    def _worker_config() -> WorkerConfig:
+        config = WorkerConfig.active_worker_config
+        assert config is not None  # energon sets it before it calls encode_sample
+        return config
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> MicroBatch:

@@ -71,6 +71,8 @@ def encode_config(config: Config) -> EncodeConfig:
         video_min_frames=stage.video_min_frames,
         video_max_frames=stage.video_max_frames,
         prompt=cast(Any, stage.prompt),  # validated
+        swap_probability=stage.swap_probability,
+        video_threads=data.video_threads,
     )
 
 
