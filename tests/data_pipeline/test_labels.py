@@ -16,14 +16,14 @@ from data_pipeline.prompts import Prompt, PromptBuilder, PromptForm
 from data_pipeline.schema import Message
 from data_pipeline.tokens import SpecialTokens, token_text
 
-WORDS = "A man walks in and sits down . Who is it He Be brief system user assistant NL".split()
+TEXT = "A man walks in and sits down . Who is it He Be brief system user assistant"
 MARKED = [token_text(name) for name in SpecialTokens.__dataclass_fields__]
 
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
     """A tokenizer in which every word and every blank line is one token."""
-    vocabulary = {word: i for i, word in enumerate(["?", "\n\n", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["?", "\n\n", *TEXT.split()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in MARKED])
