@@ -22,7 +22,7 @@ from megatron.energon import (
     WorkerConfig,
     get_savable_loader,
 )
-from megatron.energon.dataset_config import get_dataset_from_config
+from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from megatron.energon.savable_loader import (
     SavableDataLoaderState,
@@ -32,6 +32,7 @@ from megatron.energon.savable_loader import (
 
 from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig, SampleEncoder
+from data_pipeline.reader import ShardSource
 from data_pipeline.shards import check_source
 from data_pipeline.state import StreamState
 from data_pipeline.task import ShardTask
@@ -235,9 +236,10 @@ def _load(source: Source, config: WorkerConfig, streams: int, shuffle_buffer: in
             "parallel_shard_iters": _OPEN_PIECES,
             "max_samples_per_sequence": _PIECE_SAMPLES,
         }
-    factory: Any = get_dataset_from_config(
-        os.path.abspath(source.path),
+    factory = ShardSource(
+        EPath(os.path.abspath(source.path)),
         split_part="train",
+        training=True,
         worker_config=config,
         subflavors={"source": source.name},
         decoder=None,

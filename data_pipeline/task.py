@@ -21,6 +21,7 @@ from megatron.energon.errors import FatalSampleError
 
 from data_pipeline.batch import EncodedSample, MicroBatch, collate
 from data_pipeline.encode import SampleEncoder
+from data_pipeline.reader import UNREADABLE
 from data_pipeline.schema import SampleError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class RawSample(Sample):
     source: str
     shard: str
     parts: dict[str, bytes]
+    unreadable: str  # why the shard did not give the parts; empty: it did
 
 
 @stateless
@@ -47,6 +49,7 @@ def cook(crude: dict[str, Any]) -> RawSample:
         source=crude["__subflavors__"]["source"],
         shard=crude["__shard__"],
         parts={name: data for name, data in crude.items() if not name.startswith("__")},
+        unreadable=crude.get(UNREADABLE, ""),
     )
 
 
@@ -69,6 +72,8 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
         key = f"{sample.source}/{sample.__key__}"
         draws = self._draws(key)
         try:
+            if sample.unreadable:
+                raise SampleError("unreadable_shard", sample.unreadable)
             encoded = self._encoder.encode(key, sample.parts, draws)
         except SampleError as error:
             self._count(key, sample.shard, error.reason, error.detail)
