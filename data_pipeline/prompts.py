@@ -156,7 +156,10 @@ class PromptBuilder:
                 prompt.add(self._encode(piece), learn=learn)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
+            raise SampleError("bad_text", f"{text!r:.80} holds half a character") from None
         control = self._control.intersection(ids)
         if control:
             # Left in, it would end a turn or forge a header in the middle of a content.

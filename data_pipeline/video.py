@@ -119,7 +119,7 @@ def _info(packets: Packets) -> VideoInfo:
 
 
 def _pixels(frame: VideoFrame) -> Tensor:
-    array = frame.to_ndarray(format="rgb24")  # [H, W, 3]
+    array: np.ndarray = frame.to_ndarray(format="rgb24")  # [H, W, 3]
     turns = round(frame.rotation / 90) % 4  # phones store the picture lying and a matrix beside it
     if turns:
         array = np.ascontiguousarray(np.rot90(array, turns))

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from megatron.energon import WorkerConfig
 from megatron.energon.epathlib import EPath
@@ -220,6 +220,7 @@ RECORD = st.fixed_dictionaries(
 )
 
 
+@example(raw=b'{"messages": [{"role": "assistant", "content": "\\ud800"}], "media": []}')
 @given(raw=st.binary(max_size=60) | (JSON | RECORD).map(lambda value: json.dumps(value).encode()))
 def test_any_json_is_refused_or_encoded(encoder: SampleEncoder, raw: bytes) -> None:
     picture = io.BytesIO()
