@@ -28,10 +28,12 @@ class Packets:
     """All packets of a stream in decoding order; holds the whole encoded stream in memory.
 
     times: seconds from the first frame at which each frame starts, rising. rate: frames a second
-    (25 where unknown). stated: the length in the file's header in seconds (0 where unknown).
+    (25 where unknown). stated: the length in the file's header in seconds (0 where unknown). Raises ValueError for a codec that nothing decodes.
     """
 
     def __init__(self, container: InputContainer, stream: VideoStream, threads: int) -> None:
+        if stream.codec_context is None:
+            raise ValueError("there is no decoder for its codec")
         self._codec = stream.codec_context
         self._codec.thread_count = threads
         self._codec.thread_type = ThreadType.AUTO if threads > 1 else ThreadType.NONE
