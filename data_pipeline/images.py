@@ -80,12 +80,14 @@ def decode_image(data: bytes) -> Tensor:
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            upright = ImageOps.exif_transpose(opened)
+            ImageOps.exif_transpose(opened, in_place=True)
+            upright: Image.Image = opened
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                 layer = upright.convert("RGBA")
                 white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
                 upright = Image.alpha_composite(white, layer)
-            pixels = np.array(upright.convert("RGB"))
+            # convert() copies the pixels even where there is nothing to convert.
+            pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -28,8 +28,8 @@ class Packets:
     """All packets of a stream in decoding order; holds the whole encoded stream in memory.
 
     times: seconds from the first frame at which each frame starts, rising. rate: frames a second
-    (25 where unknown). stated: the length in the file's header in seconds (0 where unknown). Raises ValueError
-    for a codec that nothing decodes.
+    (25 where unknown). stated: the length in the file's header in seconds (0 where unknown).
+    Raises ValueError for a codec that nothing decodes.
     """
 
     def __init__(self, container: InputContainer, stream: VideoStream, threads: int) -> None:
