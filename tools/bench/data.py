@@ -43,11 +43,11 @@ TILE, FPS, FEWEST, MOST = 560, 2.0, 8, 64  # as in the first stage
 
 
 def picture(seed: int) -> bytes:
-    """A JPEG of 640 x 480 with soft structures, about 60 kB."""
+    """A JPEG of 1280 x 960 with soft structures."""
     random = np.random.default_rng(seed)
-    coarse = Image.fromarray(random.integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    coarse = Image.fromarray(random.integers(0, 256, (120, 160, 3), dtype=np.uint8))
     out = io.BytesIO()
-    coarse.resize((640, 480), Image.Resampling.BICUBIC).save(out, "JPEG", quality=88)
+    coarse.resize((1280, 960), Image.Resampling.BICUBIC).save(out, "JPEG", quality=88)
     return out.getvalue()
 
 
@@ -109,7 +109,10 @@ def open_loader(folder: Path, tokenizer: Path, workers: int = 0) -> Loader:
 
 
 def compare(kind: str, folder: Path, tokenizer: Path, count: int, rounds: int) -> None:
-    """Whole epochs of each in turns, so that both see each sample equally often."""
+    """Whole epochs of each in turns, so that both see each sample equally often.
+
+    Other jobs on the machine only ever slow a round down: the best rounds say most.
+    """
     names = ("loader", "bare")
     cost: dict[str, list[float]] = {name: [] for name in names}
     frames = 0
@@ -126,15 +129,16 @@ def compare(kind: str, folder: Path, tokenizer: Path, count: int, rounds: int) -
                 cost[name].append(time.process_time() - began)
     ratios = [theirs / ours for theirs, ours in zip(cost["bare"], cost["loader"], strict=True)]
     for name in names:
-        seconds = statistics.median(cost[name])
+        seconds = min(cost[name])
         print(
             f"{kind:6} {name:7} {count / seconds:7.1f} samples/s {frames / seconds:7.1f} frames/s"
         )
+    best = min(cost["bare"]) / min(cost["loader"])
     print(
-        f"{kind:6} loader / bare: {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f}-{max(ratios):.3f})",
-        flush=True,
+        f"{kind:6} loader / bare: best rounds {best:.3f}, rounds {statistics.median(ratios):.3f}",
+        end="",
     )
+    print(f" ({min(ratios):.3f}-{max(ratios):.3f})", flush=True)
 
 
 def many_shards(folder: Path, shards: int) -> None:
@@ -179,7 +183,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--videos", type=int, default=20)
     parser.add_argument("--shards", type=int, default=10_000)
     options = parser.parse_args()
