@@ -88,10 +88,12 @@ def file_size(path: str) -> int:
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
     """A file of records, opened for reading; ShardError where that fails."""
-    with _explained(path):
-        # Not through fsspec where it need not be: it reads meaning into names with `::`.
-        with fsspec.open(path, "rb") if is_url(path) else Path(path).open("rb") as file:
-            yield cast(BinaryIO, file)
+    # Local ones not through fsspec, which reads a meaning into names with `::`.
+    with (
+        _explained(path),
+        fsspec.open(path, "rb") if is_url(path) else Path(path).open("rb") as file,
+    ):
+        yield cast(BinaryIO, file)
 
 
 def read_bytes(path: str) -> bytes:

@@ -56,7 +56,7 @@ def with_media(
     """Gives a conversation the media that its record names."""
     images, videos = _media(row, dialect.images), _media(row, dialect.videos)
     messages = [
-        message | {"content": _our_marks(message["content"], bool(images), bool(videos))}
+        message | {"content": _our_marks(message["content"], bool(images or videos))}
         for message in messages
     ]
     pictures = [medium("image", image, base) for image in images]
@@ -104,11 +104,11 @@ def _media(row: dict[str, Any], column: str | None) -> list[Any]:
     return value
 
 
-def _our_marks(text: str, images: bool, videos: bool) -> str:
+def _our_marks(text: str, media: bool) -> str:
     """LLaMA-Factory writes `<image>`; without media the same letters are just HTML."""
-    if images:
-        text = text.replace("<image>", IMAGE_MARK)
-    return text.replace("<video>", VIDEO_MARK) if videos else text
+    if not media:
+        return text
+    return text.replace("<image>", IMAGE_MARK).replace("<video>", VIDEO_MARK)
 
 
 def looks_like_one(row: dict[str, Any]) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -23,6 +24,8 @@ from data_pipeline.importers.draft import (
 )
 from data_pipeline.schema import SampleError, parse_sample
 
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
+
 
 def shard_entries(paths: list[str]) -> Iterator[Entry]:
     """The samples of all shards; a damaged shard is rejected from where its damage starts."""
@@ -34,18 +37,46 @@ def shard_entries(paths: list[str]) -> Iterator[Entry]:
             for number, parts in enumerate(_samples(path)):
                 place = f"{files.name(path)}/{parts.pop('__key__')}"
                 yield Entry(f"{stem}-{number:06d}", place, share, _draft_or_reason(parts))
-        except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        except _DAMAGE as error:
             damage = SampleError("damaged_shard", f"after {number + 1} samples: {error}")
             yield Entry(f"{stem}-{number + 1:06d}", files.name(path), share, damage)
 
 
 def _samples(path: str) -> Iterator[dict[str, Any]]:
     """Members by suffix (`jpg`, `0.jpg`) and the `__key__` of each sample, in stored order."""
-    with files.open_file(path) as file:
-        for sample in group_by_keys(tar_file_iterator(file), lcase=True):
-            sample.pop("__local_path__", None)
-            sample.pop("__url__", None)
-            yield sample
+    damage: list[Exception] = []
+
+    def members() -> Iterator[dict[str, Any]]:
+        try:
+            with files.open_file(path) as file:
+                watched = _Watched(file)
+                for member in tar_file_iterator(watched):
+                    yield {**member, "__url__": path}
+                watched.check_end(files.suffix(path) == ".tar")
+        except _DAMAGE as error:
+            damage.append(error)  # after the sample that was complete before it
+
+    for sample in group_by_keys(members(), lcase=True):
+        yield {k: v for k, v in sample.items() if k == "__key__" or not k.startswith("__")}
+    if damage:
+        raise damage[0]
+
+
+class _Watched:
+    """A file that knows what was read of it last: tarfile takes a torn header for the end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._tail = file, b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._tail = (self._tail + data)[-512:]
+        return data
+
+    def check_end(self, plain: bool) -> None:
+        """An archive that is not compressed ends with zeros."""
+        if plain and any(self._tail):
+            raise tarfile.ReadError("the end of the archive is missing")
 
 
 def _draft_or_reason(parts: dict[str, Any]) -> Draft | SampleError:
