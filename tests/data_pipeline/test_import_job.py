@@ -19,6 +19,7 @@ from typing import Any
 
 import av
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -121,12 +122,18 @@ def test_a_killed_import_goes_on_and_ends_as_if_nothing_had_happened(
 
 def wait_for_the_end_of(group: int) -> None:
     """Workers of a killed import end by themselves."""
-    for _ in range(100):
+
+    def running(process: psutil.Process) -> bool:
         try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
+            return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
+
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not any(running(process) for process in psutil.process_iter()):
             return
-        time.sleep(0.1)
+        time.sleep(0.05)
     raise AssertionError("the workers of the killed import are still there")
 
 
