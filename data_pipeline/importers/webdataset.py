@@ -24,7 +24,7 @@ from data_pipeline.importers.draft import (
 )
 from data_pipeline.schema import SampleError, parse_sample
 
-_DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
+DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
 
 
 def shard_entries(paths: list[str]) -> Iterator[Entry]:
@@ -34,16 +34,19 @@ def shard_entries(paths: list[str]) -> Iterator[Entry]:
         number = -1
         share = (at + 1) / len(paths)
         try:
-            for number, parts in enumerate(_samples(path)):
+            for number, parts in enumerate(read_samples(path)):
                 place = f"{files.name(path)}/{parts.pop('__key__')}"
                 yield Entry(f"{stem}-{number:06d}", place, share, _draft_or_reason(parts))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             damage = SampleError("damaged_shard", f"after {number + 1} samples: {error}")
             yield Entry(f"{stem}-{number + 1:06d}", files.name(path), share, damage)
 
 
-def _samples(path: str) -> Iterator[dict[str, Any]]:
-    """Members by suffix (`jpg`, `0.jpg`) and the `__key__` of each sample, in stored order."""
+def read_samples(path: str) -> Iterator[dict[str, Any]]:
+    """Members by suffix (`jpg`, `0.jpg`) and the `__key__` of each sample, in stored order.
+
+    Raises one of DAMAGE where a shard is damaged, after all samples before the damage.
+    """
     damage: list[Exception] = []
 
     def members() -> Iterator[dict[str, Any]]:
@@ -53,7 +56,7 @@ def _samples(path: str) -> Iterator[dict[str, Any]]:
                 for member in tar_file_iterator(watched):
                     yield {**member, "__url__": path}
                 watched.check_end(files.suffix(path) == ".tar")
-        except _DAMAGE as error:
+        except DAMAGE as error:
             damage.append(error)  # after the sample that was complete before it
 
     for sample in group_by_keys(members(), lcase=True):
