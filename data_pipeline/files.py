@@ -109,7 +109,7 @@ def read_bytes(path: str) -> bytes:
         except ImportError:
             raise
         except Exception as error:  # every protocol has errors of its own
-            if is_url(path) and pause is not None:
+            if is_url(path) and pause is not None and not isinstance(error, PermissionError):
                 time.sleep(pause)
                 continue
             raise SampleError("unreadable_file", f"{name(path)}: {error}") from None
@@ -139,5 +139,8 @@ def _explained(path: str) -> Iterator[None]:
         raise ShardError(f"{path}: its protocol needs another package: {advice}") from None
     except ShardError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Every protocol has errors of its own; of a local file's, others are the reader's.
+        if not is_url(path) and not isinstance(error, OSError | ValueError):
+            raise
         raise ShardError(f"{path} cannot be read: {error}") from None

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,7 @@ def test_records_and_media_come_from_a_web_server(tmp_path: Path, server: str) -
         build_shards(f"{server}/nothing.jsonl", tmp_path / "no")
 
 
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_a_store_without_its_package_says_which_to_install(tmp_path: Path) -> None:
     with pytest.raises(
         ShardError, match=r"gs://bucket/a.jsonl: .* pip install 'moss-train\[gcs\]'"
