@@ -67,6 +67,8 @@ def build_shards(
     Raises ShardError for a source or target that cannot be used, TooManyRejectedError.
     """
     options = options or BuildOptions()
+    if files.is_url(str(out_dir)):
+        raise ShardError(f"{out_dir}: shards are written to a local folder: copy them from there")
     out = Path(out_dir)
     pool = Pool(options.workers)
     try:

@@ -97,7 +97,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: str) -> bytes:
-    """A whole file; SampleError `missing_file`, `empty_file` or `unreadable_file`.
+    """A whole file; SampleError `missing_file`, `empty_file` or `unreadable_file`, ShardError.
 
     What fails on its way over a network is asked for again before it is given up.
     """
@@ -106,8 +106,8 @@ def read_bytes(path: str) -> bytes:
             data = _read(path)
         except FileNotFoundError:
             raise SampleError("missing_file", f"{name(path)}: No such file or directory") from None
-        except ImportError:
-            raise
+        except ImportError as error:
+            raise _missing_package(path, error) from None
         except Exception as error:  # every protocol has errors of its own
             if is_url(path) and pause is not None and not isinstance(error, PermissionError):
                 time.sleep(pause)
@@ -134,9 +134,7 @@ def _explained(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist: correct the path") from None
     except ImportError as error:
-        extra = _EXTRAS.get(path.partition("://")[0])
-        advice = f"pip install 'moss-train[{extra}]'" if extra else str(error)
-        raise ShardError(f"{path}: its protocol needs another package: {advice}") from None
+        raise _missing_package(path, error) from None
     except ShardError:
         raise
     except Exception as error:
@@ -144,3 +142,9 @@ def _explained(path: str) -> Iterator[None]:
         if not is_url(path) and not isinstance(error, OSError | ValueError):
             raise
         raise ShardError(f"{path} cannot be read: {error}") from None
+
+
+def _missing_package(path: str, error: ImportError) -> ShardError:
+    extra = _EXTRAS.get(path.partition("://")[0])
+    advice = f"pip install 'moss-train[{extra}]'" if extra else str(error)
+    return ShardError(f"{path}: its protocol needs another package: {advice}")

@@ -121,7 +121,8 @@ def distinct_stems(names: list[str]) -> list[str]:
     stems: list[str] = []
     taken: set[str] = set()
     for name in names:
-        plain = re.sub(r"[^\w-]", "_", name).lstrip("_") or "records"
+        # Plain and short, so that every tar has it in its plain header.
+        plain = re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("_")[:64] or "records"
         numbered = (f"{plain}_{number}" for number in itertools.count(2))
         stems.append(plain if plain not in taken else next(s for s in numbered if s not in taken))
         taken.add(stems[-1])

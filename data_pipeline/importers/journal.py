@@ -21,6 +21,8 @@ from data_pipeline.importers.media import Outcome
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, remove_partial
 
+# What UTF-8 has no bytes for becomes an escape that JSON knows.
+_TEXT: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
 _MANIFEST, _SHARDS, REJECTED = "build.json", "shards.jsonl", "rejected.jsonl"
 
 
@@ -56,7 +58,7 @@ class Journal:
         self._read_shards()
         self._read_rejected()
         self._finished_shards: TextIO = (out / _SHARDS).open("a")
-        self._rejected: TextIO = (out / REJECTED).open("a")
+        self._rejected: TextIO = (out / REJECTED).open("a", **_TEXT)
 
     def handled(self, group: str, index: int) -> bool:
         return index <= self.last.get(group, -1)
@@ -147,8 +149,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects."""
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(**_TEXT).split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # the last is empty, or was cut off
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -157,7 +159,7 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, **_TEXT)
     partial.replace(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -16,6 +17,7 @@ from data_pipeline import files
 from data_pipeline.images import decode_image
 from data_pipeline.importers.draft import Draft, Entry, Group, Medium
 from data_pipeline.schema import Sample, SampleError, parse_sample
+from data_pipeline.shards import ShardError
 from data_pipeline.video import VideoInfo, frames_at, probe_video
 
 _JPEG_QUALITY = 92
@@ -61,7 +63,7 @@ def _made(entry: Entry, options: MediaOptions) -> dict[str, Any] | SampleError:
         return _members(entry, entry.draft, options)
     except SampleError as error:
         return error
-    except (MemoryError, ImportError):
+    except (MemoryError, ShardError):
         raise
     except Exception as error:  # whatever a decoder thinks of: one record ends no import
         return SampleError(f"unexpected_{type(error).__name__}", str(error))
@@ -82,9 +84,14 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions) -> dict[str, Any
         members[name] = fitted
         times = {} if medium.times is None else {"times": list(medium.times)}
         media.append({"type": medium.type, "file": name, **times})
-    data = {"messages": messages, "media": media, "kind": draft.kind, "origin": entry.file}
+    origin = entry.file.encode(errors="backslashreplace").decode()  # of names that are no UTF-8
+    data = {"messages": messages, "media": media, "kind": draft.kind, "origin": origin}
     _check_clip(parse_sample(entry.key, data), members)
-    return {"__key__": entry.key, "json": data, **members}
+    try:
+        encoded = json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
+        raise SampleError("bad_text", str(error)) from None
+    return {"__key__": entry.key, "json": encoded, **members}
 
 
 def _fitted(medium: Medium, options: MediaOptions) -> tuple[bytes, str]:

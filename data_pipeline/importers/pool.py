@@ -1,15 +1,19 @@
-"""Workers that finish entries side by side and hand them over in their order."""
+"""Workers that finish entries side by side and hand them over in their order.
+
+Each has a pipe of its own: whatever kills a worker, also in the middle of a result, closes it, and
+its parent knows. (ProcessPoolExecutor waits for the rest of such a result for ever.)
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 
 import torch
 
@@ -20,40 +24,81 @@ from data_pipeline.shards import ShardError
 # Entries travel in chunks of about so much work; a video is a chunk of its own.
 _WORK = {"text": 1, "image": 4, "video": 64, "realtime": 64}
 _CHUNK = 64
+_AHEAD = 3  # chunks for each worker that may wait for one before them
 
 
 class Pool:
-    """`workers` processes; 0: everything happens in this one."""
+    """`workers` processes; 0: everything happens in this one.
+
+    They start at once, before this one has connections that they must not share.
+    """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._executor = ProcessPoolExecutor(workers, initializer=_init) if workers else None
-        if self._executor is not None:
-            # All processes start now, before this one has connections that they must not share.
-            self._executor.submit(int).result()
+        self._processes = []
+        self._pipes: list[Connection] = []
+        for _ in range(workers):
+            ours, theirs = multiprocessing.Pipe()
+            process = multiprocessing.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()  # so that the pipe closes with the worker
+            self._processes.append(process)
+            self._pipes.append(ours)
 
     def finish(self, entries: Iterable[Entry], options: MediaOptions) -> Iterator[Outcome]:
         """The outcomes, in the order of the entries. ShardError where a worker dies."""
-        if self._executor is None:
+        if not self._pipes:
             yield from (finish(entry, options) for entry in entries)
             return
-        running: deque[Future[list[Outcome]]] = deque()
-        try:
-            for chunk in _chunks(entries):
-                running.append(self._executor.submit(_finish_all, chunk, options))
-                if len(running) > 2 * self._workers:
-                    yield from running.popleft().result()
-            while running:
-                yield from running.popleft().result()
-        except BrokenProcessPool:
-            raise ShardError(
-                "a worker was killed (out of memory?): the same command goes on, with fewer "
-                "--workers if need be"
-            ) from None
+        chunks = enumerate(_chunks(entries))
+        idle, busy = list(self._pipes), dict[Connection, int]()
+        done: dict[int, list[Outcome]] = {}
+        following, exhausted = 0, False
+        while busy or done or not exhausted:
+            while idle and not exhausted and len(busy) + len(done) < _AHEAD * len(self._pipes):
+                number, chunk = next(chunks, (0, None))
+                exhausted = chunk is None
+                if chunk is not None:
+                    pipe = idle.pop()
+                    _send(pipe, (chunk, options))
+                    busy[pipe] = number
+            for ready in wait(list(busy)) if following not in done and busy else ():
+                assert isinstance(ready, Connection)
+                done[busy.pop(ready)] = _receive(ready)
+                idle.append(ready)
+            if following in done:
+                yield from done.pop(following)
+                following += 1
 
     def close(self) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+
+def _send(pipe: Connection, task: tuple[list[Entry], MediaOptions]) -> None:
+    try:
+        pipe.send(task)
+    except OSError:
+        raise _killed() from None
+
+
+def _receive(pipe: Connection) -> list[Outcome]:
+    try:
+        result: list[Outcome] | ShardError = pipe.recv()
+    except (EOFError, OSError):
+        raise _killed() from None
+    if isinstance(result, ShardError):
+        raise result
+    return result
+
+
+def _killed() -> ShardError:
+    return ShardError(
+        "a worker was killed (out of memory?): the same command goes on, with fewer --workers if "
+        "need be"
+    )
 
 
 def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -69,15 +114,24 @@ def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _finish_all(chunk: list[Entry], options: MediaOptions) -> list[Outcome]:
-    return [finish(entry, options) for entry in chunk]
-
-
-def _init() -> None:
-    """Runs first in a worker: it leaves Ctrl-C to its parent and ends when that is killed."""
+def _work(pipe: Connection) -> None:
+    """A worker's life. It leaves Ctrl-C to its parent, and ends when that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with suppress(EOFError, OSError):  # the parent has no more work
+        while True:
+            chunk, options = pipe.recv()
+            pipe.send(_finish_all(chunk, options))
+
+
+def _finish_all(chunk: list[Entry], options: MediaOptions) -> list[Outcome] | ShardError:
+    try:
+        return [finish(entry, options) for entry in chunk]
+    except ShardError as error:
+        return error
+    except MemoryError:
+        return ShardError(f"{chunk[0].key}: not enough memory: use fewer --workers")
 
 
 def _end_with(parent: int) -> None:

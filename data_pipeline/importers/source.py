@@ -62,7 +62,7 @@ class OpenSource:
         for path in self.files:
             # A folder of media has too many files to ask for the size of each.
             size = files.file_size(path) if self.form not in ("captions", "webdataset") else 0
-            known.update(f"{files.name(path)} {size}\n".encode())
+            known.update(f"{files.name(path)} {size}\n".encode(errors="backslashreplace"))
         return f"{len(self.files)} files, {known.hexdigest()[:16]}"
 
 
@@ -88,7 +88,7 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
     if form == "llamafactory":
         return _llama_factory(source, folder, options)
     chosen = _row_files(source, folder, paths)
-    stems = distinct_stems([files.name(path).rpartition(".")[0] for path in chosen])
+    stems = distinct_stems([_stem(path) for path in chosen])
     rows = [_row_file(path, stem, form, options) for path, stem in zip(chosen, stems, strict=True)]
     return OpenSource(form, [row.path for row in rows], partial(_row_entries, rows))
 
@@ -146,6 +146,12 @@ def _row_file(path: str, stem: str, form: str, options: SourceOptions) -> RowFil
             caption_column=options.caption_column,
         )
     return RowFile(path, stem, base, convert)
+
+
+def _stem(path: str) -> str:
+    """An image folder's metadata.jsonl says nothing, its folder's name does."""
+    name = files.name(path)
+    return files.name(files.parent(path)) if name in _METADATA else name.rpartition(".")[0]
 
 
 def _row_form(path: str, options: SourceOptions) -> str:

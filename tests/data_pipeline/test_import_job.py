@@ -152,6 +152,36 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
         build_shards(source, tmp_path / "out")
 
 
+def test_a_worker_that_is_killed_ends_the_import_which_then_goes_on(tmp_path: Path) -> None:
+    source = make_records(tmp_path / "in", 1500)
+    arguments = command(source, tmp_path / "out", "--workers", 1, "--samples-per-shard", 20)
+    job = subprocess.Popen(arguments, cwd=REPO, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/*/*.tar")):
+        assert job.poll() is None
+        time.sleep(0.002)
+    (worker,) = psutil.Process(job.pid).children()
+    worker.kill()
+    said = job.communicate()[1]
+    assert job.returncode == 1
+    assert "a worker was killed (out of memory?): the same command goes on" in said
+    options = BuildOptions(samples_per_shard=20)
+    assert build_shards(source, tmp_path / "out", options).records == 1500
+
+
+def test_text_that_no_file_can_hold_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "odd \udcff.jsonl").write_text(
+        '{"text": "\\ud800 half"}\n{"text": "whole \u00e9"}\n'
+    )
+    (path,) = tmp_path.glob("*.jsonl")
+    assert build_shards(path, tmp_path / "out").imported == {"text": 1}
+    ((key, sample),) = imported(tmp_path / "out").items()
+    assert key == "odd__-000001"
+    assert sample["origin"] == "odd \\udcff.jsonl"
+    assert sample["messages"][1]["content"] == "whole é"
+    (line,) = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "bad_text"
+
+
 def test_two_imports_into_one_folder_do_not_run_at_once(tmp_path: Path) -> None:
     source = make_records(tmp_path / "in", 2000)
     first = subprocess.Popen(

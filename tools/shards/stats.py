@@ -94,6 +94,8 @@ def shard_stats(shard: Path, config: EncodeConfig) -> Stats:
             encoded = encoder.encode(stored.key, stored.parts)
         except SampleError as error:
             stats.errors[error.reason] += 1
+        except Exception as error:  # whatever a decoder thinks of
+            stats.errors[f"unexpected_{type(error).__name__}"] += 1
         else:
             sample = parse_sample(stored.key, stored.parts["json"])
             stats.add(sample_stats(sample, encoded, encoder.special.silence))
