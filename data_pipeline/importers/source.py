@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -88,9 +89,14 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
     if form == "llamafactory":
         return _llama_factory(source, folder, options)
     chosen = _row_files(source, folder, paths)
-    stems = distinct_stems([_stem(path) for path in chosen])
+    *stems, other = distinct_stems([*map(_stem, chosen), "unnamed"])
     rows = [_row_file(path, stem, form, options) for path, stem in zip(chosen, stems, strict=True)]
-    return OpenSource(form, [row.path for row in rows], partial(_row_entries, rows))
+    media = [path for path in paths if captions.media_type(path)]
+    if media and files.name(chosen[0]) in _METADATA:
+        entries = partial(_folder_entries, rows, media, other)
+    else:
+        entries = partial(_row_entries, rows)
+    return OpenSource(form, [row.path for row in rows], entries)
 
 
 def _form(source: str, folder: bool, paths: list[str]) -> str:
@@ -210,6 +216,20 @@ def _row_entries(rows: list[RowFile]) -> Iterator[Entry]:
                 share=(at + row.share) / len(rows),
                 draft=_draft_or_reason(row.value, row_file),
             )
+
+
+def _folder_entries(rows: list[RowFile], media: list[str], stem: str) -> Iterator[Entry]:
+    """The rows of an image folder's metadata, then the media that none of them names."""
+    named: set[str] = set()
+    for entry in _row_entries(rows):
+        if isinstance(entry.draft, Draft):
+            paths = [medium.content for medium in entry.draft.media]
+            named.update(os.path.normpath(path) for path in paths if isinstance(path, str))
+        yield entry
+    left = [path for path in media if os.path.normpath(path) not in named]
+    for number, path in enumerate(left):
+        nothing = SampleError("missing_caption", "no row of the metadata names it")
+        yield Entry(f"{stem}-{number:06d}", files.name(path), 1.0, nothing)
 
 
 def _draft_or_reason(value: dict[str, Any] | SampleError, row_file: RowFile) -> Draft | SampleError:

@@ -265,9 +265,11 @@ def test_tables_and_image_folders_with_metadata(tmp_path: Path) -> None:
 
     folder = tmp_path / "hf"
     picture(folder / "train/a.png")
-    write_jsonl(folder / "train/metadata.jsonl", [{"file_name": "a.png", "text": "An a"}])
+    picture(folder / "train/b.png")
+    write_jsonl(folder / "train/metadata.jsonl", [{"file_name": "./a.png", "text": "An a"}])
     assert run(folder, tmp_path / "hf_out").imported == {"image": 1}
     assert said(imported(tmp_path / "hf_out")["train-000000"])[1][1] == "An a"
+    assert rejected(tmp_path / "hf_out") == {"unnamed-000000": "missing_caption"}  # b.png
     assert clip
 
 
