@@ -76,8 +76,10 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
         raise ShardError(f"--form {options.form}: choose one of {', '.join(FORMS)}")
     folder = files.is_folder(source)
     paths = files.list_files(source) if folder else [source]
-    if folder and not files.is_url(source):
-        paths = [path for path in paths if not Path(path).resolve().is_relative_to(out.resolve())]
+    around = Path(source).resolve()
+    if folder and not files.is_url(source) and out.resolve().is_relative_to(around):
+        ours = os.path.join(source, out.resolve().relative_to(around), "")
+        paths = [path for path in paths if not path.startswith(ours)]
     form = options.form or _form(source, folder, paths)
     if form == "captions":
         if not folder or not any(captions.media_type(path) for path in paths):

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -30,7 +29,7 @@ from data_pipeline.build import BuildOptions, TooManyRejectedError, build_shards
 from data_pipeline.importers.media import MediaOptions
 from data_pipeline.shards import ShardError, check_source
 from data_pipeline.video import frames_at, probe_video
-from tests.data_pipeline.test_importers import imported
+from tests.samples import graded_video, imported
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -276,20 +275,6 @@ def test_a_store_without_its_package_says_which_to_install(tmp_path: Path) -> No
         ShardError, match=r"gs://bucket/a.jsonl: .* pip install 'moss-train\[gcs\]'"
     ):
         build_shards("gs://bucket/a.jsonl", tmp_path / "out")
-
-
-def graded_video(path: Path, stamps: list[float], size: tuple[int, int] = (96, 64)) -> None:
-    """Frame i has brightness 8 i and is shown from stamps[i] seconds."""
-    with av.open(str(path), "w") as out:
-        stream: Any = out.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for i, stamp in enumerate(stamps):
-            pixels = np.full((size[1], size[0], 3), 8 * i, np.uint8)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = round(stamp * 1000), Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
 
 
 def test_larger_media_are_shrunk_and_the_others_kept(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from data_pipeline.build import BuildOptions, Summary, build_shards
 from data_pipeline.importers.source import SourceOptions
 from data_pipeline.shards import ShardError
+from tests.samples import imported
 
 
 def picture(path: Path, color: str = "red", size: tuple[int, int] = (12, 8)) -> bytes:
@@ -41,22 +42,6 @@ def video(path: Path, seconds: int = 3) -> bytes:
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def imported(out: Path) -> dict[str, dict[str, Any]]:
-    """Every sample under a folder: its JSON, and its media as bytes under `members`."""
-    samples: dict[str, dict[str, Any]] = {}
-    for shard in sorted(out.glob("*/*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                sample = samples.setdefault(key, {"members": {}})
-                data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                if suffix == "json":
-                    sample |= json.loads(data)
-                else:
-                    sample["members"][suffix] = data
-    return samples
 
 
 def rejected(out: Path) -> dict[str, str]:

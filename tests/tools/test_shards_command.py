@@ -16,7 +16,7 @@ from data_pipeline.importers.webdataset import read_samples
 from data_pipeline.index import prepare_index
 from data_pipeline.shards import write_shards
 from data_pipeline.toy.build import ToyConfig, build_toy
-from tests.data_pipeline.test_import_job import graded_video
+from tests.samples import graded_video
 from tools.shards.__main__ import main
 from tools.shards.find import find_sample
 
