@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from data_pipeline.shards import ShardError
-from data_pipeline.toy.build import ToyConfig, build_toy
+from data_pipeline.toy.build import STAGES, ToyConfig, build_toy
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,10 +18,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     for option in fields(ToyConfig):
         flag = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, default=option.default)
+        if option.name == "stages":
+            parser.add_argument(flag, nargs="+", default=STAGES, metavar="STAGE")
+        else:
+            parser.add_argument(flag, type=int, default=option.default)
     parser.add_argument("--workers", type=int, default=2, help="processes that render")
     options = vars(parser.parse_args(arguments))
     out, workers = options.pop("out"), options.pop("workers")
+    options["stages"] = tuple(options["stages"])
     try:
         manifest = build_toy(out, ToyConfig(**options), workers)
     except (ShardError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Builds the toy data set: shards of text, pictures and videos, and a tokenizer for them.
 
-OUT/train/{text,image,video}/  OUT/heldout/{text,image,video}/  OUT/tokenizer/  OUT/toy.json
+OUT/STAGE/{train,heldout}/{text,image,video}/ for each stage of training, OUT/tokenizer/, OUT/toy.json
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK
 from data_pipeline.shards import ShardError, check_source, write_shards
 from data_pipeline.tokens import build_toy_tokenizer
-from data_pipeline.toy import captions, render, world
+from data_pipeline.toy import captions, render, stream, world
 
+STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
-_VERSION = 1  # of what is drawn and said; a change makes existing folders stale
+_VERSION = 2  # of what is drawn and said; a change makes existing folders stale
 
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """`train` and `heldout` count samples of each of the three sources; `size` is in pixels."""
+    """`train` and `heldout` count samples of each modality of each stage; `size` is in pixels."""
 
-    train: int = 512
-    heldout: int = 64
+    train: int = 2000
+    heldout: int = 100
     seed: int = 0
-    size: int = 64
-    fps: int = 8
-    min_seconds: int = 4
-    max_seconds: int = 6
-    samples_per_shard: int = 128
+    size: int = 56
+    fps: int = 4
+    samples_per_shard: int = 500
     vocab_size: int = 512
+    stages: tuple[str, ...] = STAGES
 
     def __post_init__(self) -> None:
-        for name, least in (("train", 1), ("heldout", 1), ("size", 32), ("fps", 1)):
+        for name, least in (("train", 1), ("heldout", 1), ("size", 32), ("fps", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)}: must be at least {least}")
         if self.size % 2:
             raise ValueError(f"size: {self.size}: must be even, H.264 needs it")
+        if not self.stages or not set(self.stages) <= set(STAGES):
+            raise ValueError(f"stages: {self.stages}: choose of {', '.join(STAGES)}")
 
 
 def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
     ShardError: it is somebody's data, not ours to delete.
     """
     out = Path(out_dir)
-    wanted = {"version": _VERSION, **asdict(config)}
+    wanted = {"version": _VERSION, **asdict(config), "stages": list(config.stages)}
     existing = _finished(out, wanted)
     if existing is not None:
         return existing
@@ -64,22 +66,27 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
     counts = {"train": config.train, "heldout": config.heldout}
     texts: list[str] = []
     sizes: dict[str, Any] = {}
-    progress = Progress("toy data", sum(counts.values()) * len(MODALITIES))
+    sources = [
+        f"{stage}/{split}/{modality}"
+        for stage in config.stages
+        for split in counts
+        for modality in MODALITIES
+    ]
+    progress = Progress("toy data", sum(counts[source.split("/")[1]] for source in sources))
     with ProcessPoolExecutor(workers) as pool:
-        for split, count in counts.items():
-            for modality in MODALITIES:
-                folder = out / split / modality
-                shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed
-                make = partial(make_sample, modality, split, config)
-                samples = pool.map(make, range(count), chunksize=16)
-                seen = _watched(samples, progress, texts if split == "train" else None)
-                shards = write_shards(seen, folder, config.samples_per_shard)
-                prepare_index(folder, workers)
-                sizes[f"{split}/{modality}"] = {
-                    "samples": count,
-                    "shards": len(shards),
-                    "bytes": sum(shard.stat().st_size for shard in shards),
-                }
+        for source in sources:
+            folder, split = out / source, source.split("/")[1]
+            shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed
+            make = partial(make_sample, source, config)
+            samples = pool.map(make, range(counts[split]), chunksize=16)
+            seen = _watched(samples, progress, texts if split == "train" else None)
+            shards = write_shards(seen, folder, config.samples_per_shard)
+            prepare_index(folder, workers)
+            sizes[source] = {
+                "samples": counts[split],
+                "shards": len(shards),
+                "bytes": sum(shard.stat().st_size for shard in shards),
+            }
     progress.end()
     build_toy_tokenizer(out / "tokenizer", texts, config.vocab_size)
     manifest = {
@@ -108,34 +115,74 @@ def _finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return manifest
 
 
-def make_sample(modality: str, split: str, config: ToyConfig, index: int) -> dict[str, Any]:
-    """Sample `index` of a source, for write_shards; depends on its arguments alone."""
+def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
+    """Sample `index` of a source (`sft/heldout/video`); depends on its arguments alone."""
     # String seeds are hashed by `random` the same way everywhere; the split is part of it, so
     # held-out worlds are other worlds.
-    rng = random.Random(f"{config.seed}/{split}/{modality}/{index}")
+    rng = random.Random(f"{config.seed}/{source}/{index}")
+    stage, _, modality = source.split("/")
+    pretrain = stage.startswith("pt")
     seed = rng.getrandbits(48)
-    key = f"{modality}-{index:06d}"
+    key = {"__key__": f"{modality}-{index:06d}"}
     if modality == "text":
-        question, answer = captions.ask_text(world.still(seed, config.size), rng)
-        return {"__key__": key, "json": _talk(question, answer, "chat", [])}
+        story = world.simulate(seed, seconds=8, events=2)
+        if pretrain:
+            return key | {"json": _caption("", captions.narrate_order(story))}
+        return key | {"json": _answer("", captions.ask_text(world.still(seed), story, rng))}
     if modality == "image":
-        things = world.still(seed, config.size)
-        talk = ("", captions.describe_still(things))
-        if index % 2:
-            talk = captions.ask_still(things, rng)
-        kind = "chat" if index % 2 else "caption"
-        media = [{"type": "image", "file": "0.jpg"}]
-        data = _talk(IMAGE_MARK + talk[0], talk[1], kind, media)
-        return {"__key__": key, "json": data, "0.jpg": render.jpeg(things, config.size)}
-    frames = rng.randint(config.min_seconds, config.max_seconds) * config.fps
-    story = world.simulate(seed, config.size, config.fps, frames)
-    talk = captions.ask_story(story, rng) if index % 2 else ("", captions.describe_story(story))
-    kind = "chat" if index % 2 else "caption"
-    data = _talk(VIDEO_MARK + talk[0], talk[1], kind, [{"type": "video", "file": "0.mp4"}])
-    return {"__key__": key, "json": data, "0.mp4": render.mp4(story)}
+        state = world.still(seed)
+        data = (
+            _caption(IMAGE_MARK, captions.describe(state))
+            if pretrain
+            else _answer(IMAGE_MARK, captions.ask_still(state, rng))
+        )
+        return key | {"json": data, "0.jpg": render.jpeg(state, config.size)}
+    story = make_story(stage, seed, rng)
+    video = render.mp4(story, config.size, config.fps)
+    return key | {"json": _about(stage, story, rng), "0.mp4": video}
 
 
-def _talk(question: str, answer: str, kind: str, media: list[dict[str, str]]) -> dict[str, Any]:
+def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
+    """Short clips of one event, long clips of several, and streams that are often quiet."""
+    if stage == "pt1":
+        return world.simulate(seed, seconds=4, events=1)
+    if stage == "realtime_sft":
+        return world.simulate(seed, rng.randint(9, 12), rng.randint(2, 3), gap=2)
+    return world.simulate(seed, seconds=8, events=rng.randint(2, 3))
+
+
+def _about(stage: str, story: world.Story, rng: random.Random) -> dict[str, Any]:
+    """The JSON of a clip."""
+    if stage == "pt1":
+        return _caption(VIDEO_MARK, captions.narrate(story))
+    if stage == "pt2":
+        return _caption(VIDEO_MARK, captions.narrate_order(story))
+    if stage == "sft":
+        return _answer(VIDEO_MARK, captions.ask_story(story, rng))
+    live = stream.question(story, rng) if rng.random() < 0.5 else stream.narration(story)
+    data = {
+        "messages": live.messages,
+        "media": [{"type": "video", "file": "0.mp4"}],
+        "kind": "realtime",
+        "task": live.qa.task if live.qa else "narrate",
+        # What evaluation compares with: [second, sentence], answers to questions not among them.
+        "speech": [[second, said] for second, said in sorted(live.speech.items())],
+    }
+    return data | ({"options": list(live.qa.options)} if live.qa else {})
+
+
+def _caption(mark: str, text: str) -> dict[str, Any]:
+    return _talk(mark, text, "caption") | {"task": "caption"}
+
+
+def _answer(mark: str, qa: captions.QA) -> dict[str, Any]:
+    data = _talk(mark + qa.question, qa.answer, "chat") | {"task": qa.task}
+    return data | ({"options": list(qa.options)} if qa.options else {})
+
+
+def _talk(question: str, answer: str, kind: str) -> dict[str, Any]:
+    files = {IMAGE_MARK: ("image", "0.jpg"), VIDEO_MARK: ("video", "0.mp4")}
+    media = [{"type": of, "file": name} for mark, (of, name) in files.items() if mark in question]
     messages = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},

@@ -1,96 +1,167 @@
-"""Words for the toy world: captions, questions and answers, second-by-second comments."""
+"""Words for the toy world: captions, and questions with their answers."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from data_pipeline.toy.world import Event, Story, Thing
+from data_pipeline.toy.world import (
+    COLOURS,
+    DIRECTIONS,
+    PLACES,
+    SHAPES,
+    Event,
+    State,
+    Story,
+)
 
-QA = tuple[str, str]
-_NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_PRESENT = {"come": "comes", "leave": "leaves", "move": "moves", "turn": "turns"}
+_PAST = {"come": "came", "leave": "left", "move": "moved", "turn": "turned"}
 
 
-def _article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+@dataclass(frozen=True)
+class QA:
+    """A question; `options` are all its possible answers, none where it asks for a sentence."""
+
+    task: str
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
 
 
-def _listing(names: Sequence[str]) -> str:
-    listed = [_article(name) for name in names]
-    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
-
-
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _present(things: Sequence[Thing]) -> list[Thing]:
-    return [thing for thing in things if thing.present]
+def describe(state: State) -> str:
+    """`A red circle and a blue square.`, in order of place."""
+    names = [f"a {thing.name}" for thing in state]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return sentence(listed)
 
 
-def describe_still(things: Sequence[Thing]) -> str:
-    """`A red circle and a blue square.`, from left to right."""
-    ordered = sorted(_present(things), key=lambda thing: thing.x)
-    return _sentence(_listing([thing.name for thing in ordered]))
+def tell(event: Event) -> str:
+    """`The red circle turns blue.`"""
+    return sentence(_clause(event, _PRESENT))
 
 
-def describe_event(event: Event) -> str:
-    if event.kind == "appear":
-        return _sentence(f"{_article(event.who)} appears")
-    if event.kind == "leave":
-        return f"The {event.who} leaves."
-    if event.kind == "change":
-        return f"The {event.who} turns {event.other}."
-    return f"The {event.who} and the {event.other} collide."
+def _clause(event: Event, tense: dict[str, str]) -> str:
+    article = "a" if event.kind == "come" else "the"
+    return f"{article} {event.who} {tense[event.kind]} {event.to}".rstrip()
 
 
-def describe_story(story: Story) -> str:
-    """Who is there at the start, then every event in order; the same collision only once."""
-    start = [thing.name for thing in _present(story.frames[0])]
-    verb = "moves" if len(start) == 1 else "move"
-    told = dict.fromkeys(describe_event(event) for event in story.events)
-    return " ".join([_sentence(f"{_listing(start)} {verb}"), *told])
+def narrate(story: Story) -> str:
+    """The first state, then every event in order."""
+    return " ".join([describe(story.states[0]), *map(tell, story.events)])
 
 
-def ask_still(things: Sequence[Thing], rng: random.Random) -> QA:
-    present = _present(things)
-    thing = rng.choice(present)
-    return rng.choice(
-        [
-            ("How many shapes are there?", _sentence(_NUMBERS[len(present)])),
-            (f"What colour is the {thing.shape}?", _sentence(thing.colour)),
-            (f"Which shape is {thing.colour}?", f"The {thing.shape}."),
-            ("What do you see?", describe_still(things)),
-        ]
-    )
+def narrate_order(story: Story) -> str:
+    """As `narrate`, and which of the first and the last event came before the other."""
+    first, last = story.events[0], story.events[-1]
+    order = sentence(f"{_clause(first, _PAST)} before {_clause(last, _PAST)}")
+    return f"{narrate(story)} {order}"
+
+
+def _closed(task: str, question: str, answer: str, options: Sequence[str]) -> QA:
+    return QA(task, question, sentence(answer), tuple(map(sentence, options)))
+
+
+def colour(state: State, rng: random.Random, when: str = "") -> QA:
+    thing = rng.choice(state)
+    return _closed("colour", f"What colour is the {thing.shape}{when}?", thing.colour, [*COLOURS])
+
+
+def shape(state: State, rng: random.Random, when: str = "") -> QA:
+    thing = rng.choice(state)
+    return _closed("shape", f"Which shape is {thing.colour}{when}?", thing.shape, SHAPES)
+
+
+def count(state: State, rng: random.Random, when: str = "") -> QA:
+    return _closed("count", f"How many shapes are there{when}?", NUMBERS[len(state)], NUMBERS[1:4])
+
+
+def place(state: State, rng: random.Random, when: str = "") -> QA:
+    thing = rng.choice(state)
+    return _closed("place", f"Where is the {thing.shape}{when}?", PLACES[thing.place], PLACES)
+
+
+def exists(state: State, rng: random.Random, when: str = "") -> QA:
+    """Yes or no, equally often; of a no, one of colour and shape is there or neither."""
+    thing, names = rng.choice(state), {thing.name for thing in state}
+    name, yes = thing.name, rng.random() < 0.5
+    while not yes and name in names:
+        name = rng.choice(
+            [f"{rng.choice([*COLOURS])} {thing.shape}", f"{thing.colour} {rng.choice(SHAPES)}"]
+        )
+    return _closed("exists", f"Is there a {name}{when}?", "yes" if yes else "no", ("yes", "no"))
+
+
+OF_A_STATE = (colour, shape, count, place, exists)
+
+
+def first_or_last(story: Story, rng: random.Random) -> QA:
+    word, event = rng.choice([("first", story.events[0]), ("last", story.events[-1])])
+    return QA("order", f"What happens {word}?", tell(event))
+
+
+def _single(story: Story) -> list[Event]:
+    """The events that are alone in what they say: a shape may move right, left and right."""
+    told = [_clause(event, _PAST) for event in story.events]
+    return [event for event in story.events if told.count(_clause(event, _PAST)) == 1]
+
+
+def before(story: Story, rng: random.Random) -> QA | None:
+    """Did one event come before another? Yes or no, equally often; None with too few events."""
+    if len(_single(story)) < 2:
+        return None
+    one, two = rng.sample(_single(story), 2)
+    told = f"{_clause(one, _PAST)} before {_clause(two, _PAST)}"
+    answer = "yes" if one.second < two.second else "no"
+    return _closed("before", f"Is it true that {told}?", answer, ("yes", "no"))
+
+
+def when(story: Story, rng: random.Random) -> QA | None:
+    """The second of an event; None where every event has a double."""
+    if not _single(story):
+        return None
+    event = rng.choice(_single(story))
+    options = [f"at second {NUMBERS[second]}" for second in range(1, len(story.states))]
+    question = f"When was it that {_clause(event, _PAST)}?"
+    return _closed("when", question, options[event.second - 1], options)
+
+
+def direction(story: Story, rng: random.Random) -> QA | None:
+    """Which way a shape that moves exactly once does so; None where there is none."""
+    moves = [event for event in story.events if event.kind == "move"]
+    shapes = [event.shape for event in moves]
+    once = [event for event in moves if shapes.count(event.shape) == 1]
+    if not once:
+        return None
+    event = rng.choice(once)
+    return _closed("direction", f"Which way does the {event.shape} move?", event.to, [*DIRECTIONS])
+
+
+def ask_still(state: State, rng: random.Random) -> QA:
+    return rng.choice(OF_A_STATE)(state, rng)
 
 
 def ask_story(story: Story, rng: random.Random) -> QA:
-    """A question about the clip whose answer follows from the simulation."""
-    start, end = _present(story.frames[0]), _present(story.frames[-1])
-    options: list[QA] = [
-        ("How many shapes are there at the start?", _sentence(_NUMBERS[len(start)])),
-        ("How many shapes are there at the end?", _sentence(_NUMBERS[len(end)])),
-        ("What happens?", describe_story(story)),
-    ]
-    for thing in end:
-        options.append((f"What colour is the {thing.shape} at the end?", _sentence(thing.colour)))
-    by_kind = {kind: [e for e in story.events if e.kind == kind] for kind in _QUESTIONS}
-    for kind, question in _QUESTIONS.items():
-        told = dict.fromkeys(describe_event(event) for event in by_kind[kind])
-        options.append((question, " ".join(told) or "Nothing."))
-    return rng.choice(options)
+    """A question about the clip whose answer follows from its states and events."""
+    if rng.random() < 0.2:
+        return rng.choice(OF_A_STATE)(story.states[-1], rng, " at the end")
+    ask = rng.choice((first_or_last, before, when, direction))
+    return ask(story, rng) or first_or_last(story, rng)
 
 
-_QUESTIONS = {
-    "appear": "What appears?",
-    "leave": "What leaves?",
-    "change": "What changes colour?",
-    "collide": "Which shapes collide?",
-}
-
-
-def ask_text(things: Sequence[Thing], rng: random.Random) -> QA:
-    """A question that needs no picture: the scene is told in words."""
-    question, answer = ask_still(things, rng)
-    return f"{describe_still(things)} {question}", answer
+def ask_text(state: State, story: Story, rng: random.Random) -> QA:
+    """A question that needs no picture: the scene, or the story, is told in words."""
+    if rng.random() < 0.5:
+        qa = rng.choice((colour, shape, count, exists))(state, rng)
+        told = describe(state)
+    else:
+        ask = rng.choice((first_or_last, before))
+        qa = ask(story, rng) or first_or_last(story, rng)
+        told = narrate(story)
+    return QA(qa.task, f"{told} {qa.question}", qa.answer, qa.options)

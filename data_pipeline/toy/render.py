@@ -1,63 +1,89 @@
-"""The toy world to real files: PNG-like arrays, JPEG pictures, H.264 videos."""
+"""The toy world to real files: JPEG pictures, H.264 videos."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from dataclasses import replace
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_pipeline.toy.world import COLOURS, Story, Thing
+from data_pipeline.toy.world import COLOURS, State, Story, Thing
 
 _BACKGROUND = (20, 20, 24)
 _SCALE = 2  # drawn larger and reduced, for smooth edges
+_START, _END = 0.25, 0.75  # of a second: when a change begins to show, and when it is done
 
 
-def draw(things: Sequence[Thing], size: int) -> Image.Image:
-    """An RGB picture of size x size pixels of the things that are present."""
+def draw(state: State, size: int) -> Image.Image:
+    """An RGB picture of size x size pixels."""
     picture = Image.new("RGB", (size * _SCALE, size * _SCALE), _BACKGROUND)
     pen = ImageDraw.Draw(picture)
-    for thing in things:
-        if thing.present:
-            _draw_thing(pen, thing)
+    for thing in state:
+        _draw_thing(pen, thing, size * _SCALE)
     return picture.reduce(_SCALE)
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
-    x, y, r = thing.x * _SCALE, thing.y * _SCALE, thing.radius * _SCALE
-    fill = COLOURS[thing.colour]
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
+    x, y = (side * part for part in thing.centre)
+    r, fill = side * thing.radius, COLOURS[thing.colour]
     if thing.shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif thing.shape == "square":
         pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=fill)
     elif thing.shape == "triangle":
         pen.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=fill)
-    elif thing.shape == "diamond":
-        pen.polygon([(x, y - r), (x + 0.7 * r, y), (x, y + r), (x - 0.7 * r, y)], fill=fill)
     else:
         pen.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill=fill)
         pen.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill=fill)
 
 
-def jpeg(things: Sequence[Thing], size: int) -> bytes:
+def jpeg(state: State, size: int) -> bytes:
     out = io.BytesIO()
-    draw(things, size).save(out, "JPEG", quality=92)
+    draw(state, size).save(out, "JPEG", quality=92)
     return out.getvalue()
 
 
-def mp4(story: Story) -> bytes:
-    """The story as H.264 in an MP4, `story.fps` frames a second, a frame a state."""
+def mp4(story: Story, size: int, fps: int) -> bytes:
+    """The story as H.264 in an MP4 with `fps` frames a second, `len(story.states)` seconds long."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=story.fps)
-        stream.width = stream.height = story.size
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "20", "preset": "ultrafast"}
         stream.codec_context.thread_count = 1  # the same bytes on every machine
-        for things in story.frames:
-            pixels = np.asarray(draw(things, story.size))
+        shown: State | None = None
+        for frame in range(len(story.states) * fps):
+            now = between(story, frame / fps)
+            if now != shown:
+                shown, pixels = now, np.asarray(draw(now, size))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return out.getvalue()
+
+
+def between(story: Story, time: float) -> State:
+    """What is seen at `time` seconds: after the last state's second nothing changes any more."""
+    second = min(int(time), len(story.states) - 1)
+    done = min(max((time - second - _START) / (_END - _START), 0.0), 1.0)
+    before, after = story.states[second], story.states[min(second + 1, len(story.states) - 1)]
+    if done in (0.0, 1.0) or before == after:
+        return after if done == 1.0 else before
+    old, new = ({thing.shape: thing for thing in state} for state in (before, after))
+    return tuple(
+        _half_done(old.get(shape), new.get(shape), done) for shape in sorted({*old, *new})
+    )
+
+
+def _half_done(old: Thing | None, new: Thing | None, done: float) -> Thing:
+    if old is None or new is None:  # grows or shrinks
+        thing = new or old
+        assert thing is not None
+        return replace(thing, radius=thing.radius * (done if old is None else 1 - done))
+    (x0, y0), (x1, y1) = old.centre, new.centre
+    shown = old if done < 0.5 else new
+    x, y = shown.centre
+    dx, dy = x0 + (x1 - x0) * done - x, y0 + (y1 - y0) * done - y
+    return replace(shown, dx=shown.dx + dx, dy=shown.dy + dy)

@@ -1,196 +1,159 @@
-"""A small exact world: shapes move in a box, appear, leave, change colour and collide.
+"""A small exact world: coloured shapes on four places that come, leave, move and change colour.
 
-Positions are pixels (x right, y down), times are frame numbers. The simulation is the ground
-truth: captions and answers are read from its events, never from pictures.
+Its truth is one state a second and the events between them; captions, questions and answers are
+read from these, never from pictures. Between two seconds a picture shows the change half done.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
-SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 180, 70),
     "blue": (50, 90, 230),
     "yellow": (240, 220, 50),
-    "purple": (150, 60, 190),
-    "orange": (250, 140, 30),
+    "pink": (240, 120, 200),
     "white": (245, 245, 245),
 }
-EventKind = Literal["appear", "leave", "change", "collide"]
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+DIRECTIONS = {"right": 1, "left": -1, "down": 2, "up": -2}  # what a move adds to a place
+EventKind = Literal["come", "leave", "move", "turn"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Thing:
     """One shape. Shapes within a world differ, so `the circle` is never ambiguous."""
 
     shape: str
     colour: str
-    x: float
-    y: float
-    vx: float  # pixels a frame
-    vy: float
-    radius: float
-    present: bool = True
-    leaving: bool = False  # walks out: walls no longer hold it
+    place: int  # index into PLACES
+    radius: float  # as a share of the picture's side, as are dx and dy
+    dx: float  # from the middle of its place
+    dy: float
 
     @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    @property
+    def centre(self) -> tuple[float, float]:
+        """x (right) and y (down), as shares of the picture's side."""
+        return 0.25 + 0.5 * (self.place % 2) + self.dx, 0.25 + 0.5 * (self.place // 2) + self.dy
+
+
+State = tuple[Thing, ...]  # in order of place
+
 
 @dataclass(frozen=True)
 class Event:
-    """What happened at a frame; the names are those before the event."""
+    """What is new at a second; `who` is the name before it."""
 
-    frame: int
+    second: int
     kind: EventKind
     who: str  # "red circle"
-    other: str = ""  # collide: the second thing; change: the new colour
+    to: str = ""  # move: the direction; turn: the new colour
 
-
-@dataclass
-class Story:
-    """The states of all things at every frame, and the events between them in order."""
-
-    size: int
-    fps: int
-    frames: list[list[Thing]] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    @property
+    def shape(self) -> str:
+        return self.who.split()[1]
 
 
 @dataclass(frozen=True)
-class _Cue:
-    frame: int
-    kind: EventKind
-    index: int
+class Story:
+    """`states[t]` is the world at second t, `events` what happened since the second before."""
+
+    states: tuple[State, ...]
+    events: tuple[Event, ...]
+
+    def at(self, second: int) -> list[Event]:
+        """The events of a second."""
+        return [event for event in self.events if event.second == second]
 
 
-def simulate(seed: int, size: int = 64, fps: int = 8, frames: int = 40) -> Story:
-    """Plays one world; the same arguments give the same story."""
+def still(seed: int) -> State:
+    """One to three things."""
     rng = random.Random(seed)
-    things = _cast(rng, size, rng.randint(2, 3))
-    cues = _cues(rng, things, frames)
-    story = Story(size=size, fps=fps)
-    touching: set[tuple[int, int]] = set()
-    for frame in range(frames):
-        for cue in cues:
-            if cue.frame == frame:
-                _play(cue, things, story, rng)
-        if frame:
-            _move(things, story, frame)
-        _collide(things, story, frame, touching)
-        story.frames.append([replace(thing) for thing in things])
-    return story
+    return _cast(rng, rng.randint(1, 3))
 
 
-def still(seed: int, size: int = 64) -> list[Thing]:
-    """One to four things that do not overlap, for a picture."""
+def simulate(seed: int, seconds: int, events: int, gap: int = 1) -> Story:
+    """Plays one world with `events` events, at least `gap` seconds apart; exact for its arguments.
+
+    Raises ValueError where so many events do not fit.
+    """
+    free = seconds - 1 - (events - 1) * (gap - 1)
+    if events > free:
+        raise ValueError(f"{events} events, {gap} s apart, do not fit into {seconds} seconds")
     rng = random.Random(seed)
-    return _cast(rng, size, rng.randint(1, 4))
+    chosen = sorted(rng.sample(range(1, free + 1), events))
+    times = [second + i * (gap - 1) for i, second in enumerate(chosen)]
+    state = _cast(rng, rng.randint(1, 2))
+    shapes = [shape for shape in SHAPES if shape not in {thing.shape for thing in state}]
+    rng.shuffle(shapes)
+    states, happened = [state], []
+    for second in range(1, seconds):
+        if second in times:
+            state, event = _happen(rng, state, shapes, second)
+            happened.append(event)
+        states.append(state)
+    return Story(tuple(states), tuple(happened))
 
 
-def _cast(rng: random.Random, size: int, count: int) -> list[Thing]:
-    things: list[Thing] = []
-    shapes = rng.sample(SHAPES, count)
-    colours = rng.sample(sorted(COLOURS), count)
-    for shape, colour in zip(shapes, colours, strict=True):
-        radius = rng.uniform(0.1, 0.14) * size
-        x, y = _free_place(rng, things, size, radius)
-        angle, speed = rng.uniform(0, 2 * math.pi), rng.uniform(0.012, 0.03) * size
-        velocity = speed * math.cos(angle), speed * math.sin(angle)
-        things.append(Thing(shape, colour, x, y, *velocity, radius))
-    return things
+def _cast(rng: random.Random, count: int) -> State:
+    shapes, colours = rng.sample(SHAPES, count), rng.sample(sorted(COLOURS), count)
+    places = sorted(rng.sample(range(len(PLACES)), count))
+    return tuple(map(lambda *which: _thing(rng, *which), shapes, colours, places))
 
 
-def _free_place(
-    rng: random.Random, things: list[Thing], size: int, radius: float
-) -> tuple[float, float]:
-    """A place that overlaps nothing; the least bad of 50 where the box is crowded."""
-    places = []
-    for _ in range(50):
-        x, y = (rng.uniform(radius, size - radius) for _ in range(2))
-        gaps = [math.hypot(x - t.x, y - t.y) - t.radius - radius for t in things if t.present]
-        places.append((min(gaps, default=size), x, y))
-        if places[-1][0] > 1:
-            break
-    _, x, y = max(places)
-    return x, y
+def _thing(rng: random.Random, shape: str, colour: str, place: int) -> Thing:
+    shift = 0.03
+    dx, dy = rng.uniform(-shift, shift), rng.uniform(-shift, shift)
+    return Thing(shape, colour, place, rng.uniform(0.15, 0.19), dx, dy)
 
 
-def _cues(rng: random.Random, things: list[Thing], frames: int) -> list[_Cue]:
-    """At most one scripted event a thing: it appears late, changes colour, or walks out."""
-    cues = []
-    for index in range(len(things)):
-        kind: EventKind | None = rng.choice(("appear", "change", "leave", None))
-        if kind is None or (kind == "appear" and index == 0):
-            continue
-        cues.append(_Cue(rng.randrange(frames // 6, frames // 2), kind, index))
-        things[index].present = kind != "appear"
-    return cues
+def _happen(
+    rng: random.Random, state: State, shapes: list[str], second: int
+) -> tuple[State, Event]:
+    """One event; `shapes` are those that have not been seen yet, and are used up."""
+    kinds: list[EventKind] = ["move", "turn"]
+    kinds += ["come"] if shapes and len(state) < 3 else []
+    kinds += ["leave"] if len(state) > 1 else []
+    kind = rng.choice(kinds)
+    colours = sorted(set(COLOURS) - {thing.colour for thing in state})
+    if kind == "come":
+        place = rng.choice([p for p in range(4) if p not in {thing.place for thing in state}])
+        new = _thing(rng, shapes.pop(), rng.choice(colours), place)
+        return _ordered([*state, new]), Event(second, "come", new.name)
+    if kind == "move":
+        thing, direction, place = rng.choice(_moves(state))
+        rest = [other for other in state if other != thing]
+        moved = _ordered([*rest, replace(thing, place=place)])
+        return moved, Event(second, "move", thing.name, direction)
+    thing = rng.choice(state)
+    rest = [other for other in state if other != thing]
+    if kind == "leave":
+        return _ordered(rest), Event(second, "leave", thing.name)
+    colour = rng.choice(colours)
+    turned = _ordered([*rest, replace(thing, colour=colour)])
+    return turned, Event(second, "turn", thing.name, colour)
 
 
-def _play(cue: _Cue, things: list[Thing], story: Story, rng: random.Random) -> None:
-    thing = things[cue.index]
-    if cue.kind == "appear":
-        thing.x, thing.y = _free_place(rng, things, story.size, thing.radius)
-        thing.present = True
-        story.events.append(Event(cue.frame, "appear", thing.name))
-    elif cue.kind == "change":
-        colours = sorted(set(COLOURS) - {other.colour for other in things})
-        colour = rng.choice(colours)
-        story.events.append(Event(cue.frame, "change", thing.name, colour))
-        thing.colour = colour
-    else:  # "leave": heads for the nearest wall; the event comes when it is out of sight
-        thing.leaving = True
-        speed = 0.05 * story.size
-        left, top = thing.x < story.size / 2, thing.y < story.size / 2
-        if abs(thing.x - story.size / 2) > abs(thing.y - story.size / 2):
-            thing.vx, thing.vy = (-speed if left else speed), 0.0
-        else:
-            thing.vx, thing.vy = 0.0, (-speed if top else speed)
+def _ordered(things: list[Thing]) -> State:
+    return tuple(sorted(things, key=lambda thing: thing.place))
 
 
-def _move(things: list[Thing], story: Story, frame: int) -> None:
-    for thing in things:
-        if not thing.present:
-            continue
-        thing.x += thing.vx
-        thing.y += thing.vy
-        if thing.leaving:
-            inside = all(-thing.radius < p < story.size + thing.radius for p in (thing.x, thing.y))
-            if not inside:
-                thing.present = False
-                story.events.append(Event(frame, "leave", thing.name))
-            continue
-        low, high = thing.radius, story.size - thing.radius
-        if not low <= thing.x <= high:
-            thing.vx = math.copysign(thing.vx, low - thing.x if thing.x < low else high - thing.x)
-            thing.x = min(max(thing.x, low), high)
-        if not low <= thing.y <= high:
-            thing.vy = math.copysign(thing.vy, low - thing.y if thing.y < low else high - thing.y)
-            thing.y = min(max(thing.y, low), high)
-
-
-def _collide(things: list[Thing], story: Story, frame: int, touching: set[tuple[int, int]]) -> None:
-    """Equal masses exchange their speeds along the line between them. Things walking out pass."""
-    for i, a in enumerate(things):
-        for j in range(i + 1, len(things)):
-            b = things[j]
-            distance = math.hypot(b.x - a.x, b.y - a.y)
-            solid = a.present and b.present and not a.leaving and not b.leaving
-            if not solid or distance >= a.radius + b.radius:
-                touching.discard((i, j))
-                continue
-            nx, ny = (b.x - a.x) / (distance or 1), (b.y - a.y) / (distance or 1)
-            closing = (a.vx - b.vx) * nx + (a.vy - b.vy) * ny
-            if closing > 0:
-                a.vx, a.vy = a.vx - closing * nx, a.vy - closing * ny
-                b.vx, b.vy = b.vx + closing * nx, b.vy + closing * ny
-                if (i, j) not in touching:
-                    story.events.append(Event(frame, "collide", a.name, b.name))
-            touching.add((i, j))
+def _moves(state: State) -> list[tuple[Thing, str, int]]:
+    """Every thing with each direction in which the next place exists and is free."""
+    taken = {thing.place for thing in state}
+    moves = []
+    for thing in state:
+        for direction, step in DIRECTIONS.items():
+            place = thing.place + step
+            same_row = abs(step) == 2 or place // 2 == thing.place // 2
+            if 0 <= place < 4 and same_row and place not in taken:
+                moves.append((thing, direction, place))
+    return moves

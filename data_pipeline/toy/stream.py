@@ -1,0 +1,101 @@
+"""Real-time conversations about the toy world: one frame a second, words or silence after each.
+
+As much is said in a second as `WORDS` allow; a longer sentence goes on after the next frame. The
+second in which a sentence ends is closed by `<|silence|>`, as is one without a word.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from data_pipeline.schema import VIDEO_MARK
+from data_pipeline.toy.captions import NUMBERS, QA, colour, count, describe, place, sentence, tell
+from data_pipeline.toy.world import PLACES, State, Story
+
+SILENCE = "<|silence|>"
+NARRATE = "Tell me what happens."
+WORDS = 5  # a second
+_TRIES = 3  # at questions whose answer changes later; what changes nothing is worth watching too
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A conversation, and what is to be said in which second (in addition to answers)."""
+
+    messages: list[dict[str, str]]
+    speech: dict[int, str]
+    qa: QA | None = None
+
+
+def narration(story: Story) -> Stream:
+    """The model tells the first state and every event."""
+    speech = {event.second: tell(event) for event in story.events}
+    speech[0] = describe(story.states[0])
+    content = _watch(speech, range(len(story.states)))
+    return Stream([_user(NARRATE), _assistant(content)], dict(sorted(speech.items())))
+
+
+def question(story: Story, rng: random.Random) -> Stream:
+    """The model watches, is asked in the middle, answers, and says when the answer changes."""
+    asked = rng.randrange(1, len(story.states) // 2)
+    for _ in range(_TRIES):
+        qa = rng.choice((colour, count, place))(story.states[asked], rng)
+        speech = _corrections(story, asked, qa)
+        if speech:
+            break
+    messages = [
+        _user(""),
+        _assistant(_watch({}, range(asked + 1))),
+        _user(qa.question),
+        _assistant(qa.answer + SILENCE + _watch(speech, range(asked + 1, len(story.states)))),
+    ]
+    return Stream(messages, speech, qa)
+
+
+def _corrections(story: Story, asked: int, qa: QA) -> dict[int, str]:
+    subject = qa.question.rstrip("?").split()[-1]  # the shape, for colour and place
+    speech, said = {}, _fact(story.states[asked], qa.task, subject)
+    for second in range(asked + 1, len(story.states)):
+        fact = _fact(story.states[second], qa.task, subject)
+        if fact != said:
+            speech[second], said = fact, fact
+    return speech
+
+
+def _fact(state: State, task: str, subject: str) -> str:
+    """What corrects an answer that has become wrong."""
+    if task == "count":
+        return sentence(f"now there are {NUMBERS[len(state)]}")
+    thing = next((thing for thing in state if thing.shape == subject), None)
+    if thing is None:
+        return "Now it is gone."
+    return sentence(f"now it is {thing.colour if task == 'colour' else PLACES[thing.place]}")
+
+
+def _watch(speech: dict[int, str], seconds: range) -> str:
+    """Frames, each followed by the words of its second."""
+    content, waiting = "", []
+    for second in seconds:
+        content += VIDEO_MARK
+        if second in speech:
+            waiting += [speech[second].split()]
+        if not waiting:
+            content += SILENCE
+            continue
+        words = waiting[0]
+        begun = content.removesuffix(VIDEO_MARK)[-1:] not in (">", "")
+        content += (" " if begun else "") + " ".join(words[:WORDS])
+        del words[:WORDS]
+        if not words:
+            waiting.pop(0)
+            content += SILENCE
+    return content
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
