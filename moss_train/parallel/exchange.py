@@ -41,6 +41,13 @@ class FrameExchange:
 
     def encode(self, step: StepBatch) -> list[Tensor]:
         """States of each microbatch's frames `[N, T x P, H]`, leaves. A collective."""
+        parts = self.states(step).split([len(batch.ratio_ids) for batch in step.microbatches])
+        wanted = self.trains and torch.is_grad_enabled()
+        self._leaves = [part.detach().requires_grad_(wanted) for part in parts]
+        return self._leaves
+
+    def states(self, step: StepBatch) -> Tensor:
+        """States of all frames of a step, in order. A collective."""
         chunks = [
             self._encode_chunk(frames, ratio_ids)
             for frames, ratio_ids in zip(
@@ -52,11 +59,7 @@ class FrameExchange:
         ]
         self._own = torch.cat(chunks) if chunks else None
         self._counts = step.counts
-        states = self._gather(step.frames.shape[1])
-        parts = states.split([len(batch.ratio_ids) for batch in step.microbatches])
-        wanted = self.trains and torch.is_grad_enabled()
-        self._leaves = [part.detach().requires_grad_(wanted) for part in parts]
-        return self._leaves
+        return self._gather(step.frames.shape[1])
 
     def _encode_chunk(self, frames: Tensor, ratio_ids: Tensor) -> Tensor:
         encoder, vision = self.encoder, self.model.vision

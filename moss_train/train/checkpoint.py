@@ -125,28 +125,23 @@ class Checkpointer:
 
         `weights_only`: for a new stage; optimizer, random state and step start afresh.
         """
+        run = read_run(path)
         if weights_only:
-            state = dist_checkpointing.load({"model": self._model_state()}, str(path))
-        else:
-            run = read_run(path)
-            state = dist_checkpointing.load(
-                self._sharded_state(loading=True, random_state=run["layout"] == self._layout()),
-                str(path),
-            )
-        parts = state["model"]
-        self.model.encoder.load_state_dict(parts["encoder"])
-        for number, chunk in enumerate(self.model.chunks):
-            chunk.load_state_dict(parts[f"chunk{number}"])
-        if weights_only:
+            load_weights(self.model, path)
             self.trainable.optimizer.reload_model_params()
-        else:
-            self.trainable.optimizer.load_state_dict(state["optimizer"])
-            if "random" in state:
-                _set_random_state(state["random"])
-        return read_run(path)
+            return run
+        state = dist_checkpointing.load(
+            self._sharded_state(loading=True, random_state=run["layout"] == self._layout()),
+            str(path),
+        )
+        _set_weights(self.model, state["model"])
+        self.trainable.optimizer.load_state_dict(state["optimizer"])
+        if "random" in state:
+            _set_random_state(state["random"])
+        return run
 
     def _sharded_state(self, loading: bool, random_state: bool = True) -> dict[str, Any]:
-        model = self._model_state()
+        model = _model_state(self.model)
         flat = {key: value for part in model.values() for key, value in part.items()}
         state: dict[str, Any] = {
             "model": model,
@@ -157,16 +152,6 @@ class Checkpointer:
         if random_state:
             world, rank = dist.get_world_size(), dist.get_rank()
             state["random"] = ShardedObject("random", _random_state(), (world,), (rank,))
-        return state
-
-    def _model_state(self) -> dict[str, dict[str, Any]]:
-        groups = self.model.groups
-        vision = _METADATA | {"dp_cp_group": groups.vision.dp_cp}
-        decoder = _METADATA | {"dp_cp_group": groups.decoder.dp_cp}
-        state = {"encoder": _strip(self.model.encoder.sharded_state_dict("", (), vision), "")}
-        for number, chunk in enumerate(self.model.chunks):
-            sharded = chunk.sharded_state_dict("decoder.", (), decoder)
-            state[f"chunk{number}"] = _strip(sharded, "decoder.")
         return state
 
     def _gather_streams(self, streams: list[bytes] | None) -> list[bytes]:
@@ -223,6 +208,27 @@ class Checkpointer:
 
     def _remove(self, path: Path) -> None:
         shutil.rmtree(path.rename(self.folder / f".removing_{path.name}"))
+
+
+def load_weights(model: MossVideo, path: Path) -> None:
+    """Fills `model` with the weights of checkpoint `path`, saved in any layout. A collective."""
+    _set_weights(model, dist_checkpointing.load({"model": _model_state(model)}, str(path))["model"])
+
+
+def _set_weights(model: MossVideo, parts: dict[str, dict[str, Any]]) -> None:
+    model.encoder.load_state_dict(parts["encoder"])
+    for number, chunk in enumerate(model.chunks):
+        chunk.load_state_dict(parts[f"chunk{number}"])
+
+
+def _model_state(model: MossVideo) -> dict[str, dict[str, Any]]:
+    vision = _METADATA | {"dp_cp_group": model.groups.vision.dp_cp}
+    decoder = _METADATA | {"dp_cp_group": model.groups.decoder.dp_cp}
+    state = {"encoder": _strip(model.encoder.sharded_state_dict("", (), vision), "")}
+    for number, chunk in enumerate(model.chunks):
+        sharded = chunk.sharded_state_dict("decoder.", (), decoder)
+        state[f"chunk{number}"] = _strip(sharded, "decoder.")
+    return state
 
 
 def _strip(state: dict[str, Any], prefix: str) -> dict[str, Any]:

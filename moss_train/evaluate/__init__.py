@@ -1,0 +1,1 @@
+"""What a trained model says and when: generation, scores, baselines. In one process."""

@@ -1,0 +1,209 @@
+"""Greedy generation for many conversations at once, each at its own pace.
+
+A conversation is a script: text that is given, frames that arrive, and places where the model
+speaks. At toy size every token is a new pass over the whole conversations, without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from data_pipeline.schema import VIDEO_MARK, Sample
+from moss_train.evaluate.items import Item
+from moss_train.evaluate.model import TrainedModel
+
+SPEAK = "speak"  # the model's turn, until it ends it or has said enough
+Step = str | list[int] | int  # SPEAK, tokens that are given, or the number of a frame's mark token
+
+
+@dataclass
+class Talk:
+    """A conversation while it is generated; `said` are the tokens of each SPEAK."""
+
+    script: list[Step]
+    states: Tensor
+    ratios: Tensor
+    ends: set[int]  # tokens that end a SPEAK
+    most: int  # tokens of a SPEAK
+    blind: bool = False
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    said: list[list[int]] = field(default_factory=list)
+
+    def advance(self) -> bool:
+        """Plays the script up to a token that the model has to say; False: it is over."""
+        while self.script:
+            step = self.script[0]
+            if step == SPEAK:
+                return True
+            self.script.pop(0)
+            if isinstance(step, int):
+                if not self.blind:
+                    self.positions.append(len(self.tokens))
+                self.tokens.append(step)
+            else:
+                assert isinstance(step, list)
+                self.tokens += step
+            if self.script and self.script[0] == SPEAK:
+                self.said.append([])
+        return False
+
+    def say(self, token: int) -> None:
+        """Takes the model's next token."""
+        self.tokens.append(token)
+        self.said[-1].append(token)
+        if token in self.ends or len(self.said[-1]) >= self.most:
+            self.script.pop(0)
+
+
+def generate(model: TrainedModel, talks: Sequence[Talk]) -> None:
+    """Plays all talks to their end, the most likely token at a time."""
+    running = [talk for talk in talks if talk.advance()]
+    while running:
+        logits = model.logits(
+            [talk.tokens for talk in running],
+            [talk.positions for talk in running],
+            [talk.states for talk in running],
+            [talk.ratios for talk in running],
+        )
+        for talk, scores in zip(running, logits, strict=True):
+            talk.say(int(scores[-1].argmax()))
+        running = [talk for talk in running if talk.advance()]
+
+
+def answers(
+    model: TrainedModel, items: Sequence[Item], most: int = 64, blind: bool = False
+) -> list[str]:
+    """What the model says in the last turn of each conversation, in place of its answer."""
+    special, states = model.encoder.special, model.encode([item.encoded for item in items])
+    talks = []
+    for item, state in zip(items, states, strict=True):
+        start = answer_start(item)
+        script = _given(item, start, special.image)
+        ends = {special.eot_id, special.end_of_text}
+        talks.append(Talk([*script, SPEAK], state, item.encoded.aspect_ratio_ids, ends, most, blind))
+    generate(model, talks)
+    return [model.tokenizer.decode(talk.said[-1]) for talk in talks]
+
+
+def answer_start(item: Item) -> int:
+    """Index of the first token of the last turn's answer."""
+    labels = item.encoded.labels != -100
+    after = (~labels).nonzero()[:, 0]
+    last = int(labels.nonzero()[-1])
+    return int(after[after < last].max()) + 1
+
+
+def _given(item: Item, start: int, image: int) -> list[Step]:
+    """The first `start` tokens as a script, frame by frame."""
+    script: list[Step] = [[]]
+    for token in item.encoded.tokens[:start].tolist():
+        if token == image:
+            script += [image, []]
+        else:
+            assert isinstance(script[-1], list)
+            script[-1].append(token)
+    return script
+
+
+def streams(
+    model: TrainedModel, items: Sequence[Item], most: int = 10, blind: bool = False
+) -> list[list[tuple[int, str]]]:
+    """Plays real-time conversations live; what was said in which second, -1 before any frame.
+
+    A sentence that goes on after a frame counts for the second in which it began. `most` tokens
+    fit in a second. An answer to a question belongs to the second of the frame before it.
+    """
+    special, states = model.encoder.special, model.encode([item.encoded for item in items])
+    talks = [
+        Talk(
+            stream_script(model, item.sample),
+            state,
+            item.encoded.aspect_ratio_ids,
+            {special.silence},
+            most,
+            blind,
+        )
+        for item, state in zip(items, states, strict=True)
+    ]
+    seconds = [_seconds(talk.script) for talk in talks]
+    generate(model, talks)
+    return [
+        _utterances(model, talk.said, second) for talk, second in zip(talks, seconds, strict=True)
+    ]
+
+
+def stream_script(model: TrainedModel, sample: Sample) -> list[Step]:
+    """The user's turns and the frames of a real-time sample; the model speaks after each frame,
+    and where the sample answers before one.
+    """
+    special, tokenizer = model.encoder.special, model.tokenizer
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    script: list[Step] = [[special.begin_of_text]]
+    for message in sample.messages:
+        header = [special.start_header_id, *encode(message.role), special.end_header_id]
+        script.append([*header, *encode("\n\n")])
+        if message.role != "assistant":
+            script.append([*encode(message.content), special.eot_id])
+            continue
+        before, *frames = message.content.split(VIDEO_MARK)
+        script += [SPEAK] if before else []
+        for _ in frames:
+            script += [special.image, SPEAK]
+        script.append([special.eot_id])
+    return script
+
+
+def _seconds(script: Sequence[Step]) -> list[int]:
+    """The second of each SPEAK of a script."""
+    second, found = -1, []
+    for step in script:
+        if isinstance(step, int):
+            second += 1
+        elif step == SPEAK:
+            found.append(second)
+    return found
+
+
+def _utterances(
+    model: TrainedModel, said: Sequence[list[int]], seconds: Sequence[int]
+) -> list[tuple[int, str]]:
+    silence = model.encoder.special.silence
+    spoken: list[tuple[int, list[int]]] = []
+    goes_on = False
+    for tokens, second in zip(said, seconds, strict=True):
+        words = [token for token in tokens if token != silence]
+        if words and goes_on:
+            spoken[-1][1].extend(words)
+        elif words:
+            spoken.append((second, words))
+        goes_on = bool(words) and tokens[-1] != silence
+    return [(second, model.tokenizer.decode(words)) for second, words in spoken]
+
+
+def predictions(
+    model: TrainedModel, items: Sequence[Item], blind: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Teacher-forced: for each item the most likely token `[S]` after each of its tokens, and the
+    log probability of each of its tokens `[S]` (that of the first is 0)."""
+    states = model.encode([item.encoded for item in items])
+    nothing: list[int] = []
+    logits = model.logits(
+        [item.encoded.tokens.tolist() for item in items],
+        [nothing if blind else item.encoded.frame_positions.tolist() for item in items],
+        states,
+        [item.encoded.aspect_ratio_ids for item in items],
+    )
+    found = []
+    for item, scores in zip(items, logits, strict=True):
+        tokens = item.encoded.tokens.to(scores.device).clamp(max=scores.shape[1] - 1)
+        chances = scores.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+        found.append((scores.argmax(-1).cpu(), torch.cat([chances.new_zeros(1), chances]).cpu()))
+    return found

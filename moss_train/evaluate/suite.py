@@ -1,0 +1,108 @@
+"""All scores of a set of items, batch by batch, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.shards import ShardError
+from data_pipeline.toy.build import MODALITIES
+from moss_train.evaluate.items import EvaluationError, Item, read_shards, sources_of
+from moss_train.evaluate.model import TrainedModel
+from moss_train.evaluate.score import (
+    Score,
+    Timeline,
+    caption_scores,
+    decision_scores,
+    live_scores,
+    question_scores,
+)
+
+
+@dataclass
+class Evaluation:
+    """Scores of a checkpoint, and its streams second by second."""
+
+    checkpoint: str
+    step: int
+    scores: list[Score] = field(default_factory=list)
+    timelines: list[Timeline] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written to JSON."""
+        return asdict(self)
+
+    def value(self, source: str, metric: str) -> float:
+        """One score. KeyError where it was not measured."""
+        for score in self.scores:
+            if (score.source, score.metric.strip()) == (source, metric):
+                return score.value
+        raise KeyError(f"{source}: {metric}")
+
+
+def evaluate(
+    model: TrainedModel, items: Sequence[Item], say: Callable[[str], None] = lambda _: None
+) -> Evaluation:
+    """Scores all items, each by what it is; `say` is told about the progress."""
+    result = Evaluation(str(model.path), model.step)
+    for source in sources_of(list(items)):
+        own = [item for item in items if item.source == source]
+        say(f"{source}: {len(own)} samples")
+        captions = [item for item in own if item.sample.kind == "caption"]
+        questions = [item for item in own if item.sample.kind == "chat"]
+        live = [item for item in own if item.sample.kind == "realtime"]
+        result.scores += caption_scores(model, captions) if captions else []
+        result.scores += question_scores(model, questions) if questions else []
+        if live:
+            scores, timelines = live_scores(model, live)
+            result.scores += decision_scores(model, live) + scores
+            result.timelines += timelines
+    return result
+
+
+def toy_items(
+    model: TrainedModel, limit: int | None, stages: Sequence[str], root: Path | None = None
+) -> list[Item]:
+    """Held-out samples of the toy world; without `stages` of the checkpoint's own stage.
+
+    Raises EvaluationError where the toy world is not there.
+    """
+    root = root or Path(model.config.data.root)
+    pretrains = model.config.stage.prompt == "pretrain"
+
+    def found() -> Iterator[Item]:
+        for stage in stages or [model.config.stage.name]:
+            for modality in MODALITIES:
+                if pretrains and modality == "text":
+                    continue  # not among what these stages train
+                folder = root / stage / "heldout" / modality
+                yield from read_shards(folder, f"{stage}/{modality}", model.encoder, limit)
+
+    try:
+        return list(found())
+    except ShardError as error:
+        raise EvaluationError(f"{error} (python -m data_pipeline.toy {root} renders it)") from None
+
+
+def table(scores: Sequence[Score]) -> str:
+    """The scores as text."""
+    rows = [("source", "score", "model", "blind", "chance", "of")]
+    rows += [
+        (s.source, s.metric, *(_number(x) for x in (s.value, s.blind, s.chance)), str(s.count))
+        for s in scores
+    ]
+    wide = [max(len(row[column]) for row in rows) for column in range(6)]
+    lines = [
+        "  ".join(
+            cell.ljust(size) if column < 2 else cell.rjust(size)
+            for column, (cell, size) in enumerate(zip(row, wide, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
