@@ -24,7 +24,7 @@ settings.load_profile("busy")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 training and 8 held-out samples a source, in shards of 10."""
     out = tmp_path_factory.mktemp("toy")
-    build_toy(out, ToyConfig(train=48, heldout=8, seed=1, samples_per_shard=10), workers=2)
+    build_toy(out, ToyConfig(train=48, heldout=8, seed=1, samples_per_shard=10, stages=("sft",)))
     return out
 
 

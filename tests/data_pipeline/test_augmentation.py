@@ -22,7 +22,7 @@ Found = tuple[str, tuple[int, ...]]  # a key, and where its frames stand
 def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve clips of nine seconds with a word before each frame but the first."""
     out = tmp_path_factory.mktemp("talks")
-    clip = mp4(simulate(seed=1, fps=4, frames=36))
+    clip = mp4(simulate(seed=1, seconds=9, events=2), size=56, fps=4)
     content = "<|silence|><|video|>" + "".join(f"word {i}<|video|>" for i in range(SPOTS))
     turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": content}]
     media = [{"type": "video", "file": "0.mp4"}]

@@ -38,7 +38,7 @@ SECONDS = 20.0  # no single sample takes longer, on a busy machine
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three indexed shards of ten pictures."""
     out = tmp_path_factory.mktemp("pristine")
-    samples = [make_sample("image", "train", ToyConfig(), i) for i in range(30)]
+    samples = [make_sample("sft/train/image", ToyConfig(), i) for i in range(30)]
     write_shards(samples, out, samples_per_shard=10)
     prepare_index(out)
     return out
@@ -242,7 +242,7 @@ def test_json_that_is_deep_or_long_or_none(raw: bytes) -> None:
 def test_any_damage_to_media_is_refused_or_encoded(
     encoder: SampleEncoder, kind: str, data: st.DataObject
 ) -> None:
-    sample = make_sample(kind, "train", ToyConfig(), 0)
+    sample = make_sample(f"sft/train/{kind}", ToyConfig(), 0)
     name = next(name for name in sample if name.startswith("0."))
     content = bytearray(sample[name])
     for _ in range(data.draw(st.integers(1, 5))):

@@ -32,7 +32,7 @@ def encode_config(toy: Path, **changes: Any) -> EncodeConfig:
 
 
 def open_loader(toy: Path, rank: int, size: int, workers: int, **changes: Any) -> Loader:
-    sources = [Source(m, str(toy / "train" / m), m, w) for m, w in WEIGHTS.items()]  # type: ignore[arg-type]
+    sources = [Source(m, str(toy / "sft/train" / m), m, w) for m, w in WEIGHTS.items()]  # type: ignore[arg-type]
     options: dict[str, Any] = {
         "sources": sources, "encode": encode_config(toy), "micro_batch": 2, "seed": 5,
         "shuffle_buffer": 12, **changes,
@@ -142,7 +142,7 @@ def test_a_state_before_the_first_batch_starts_anew(toy: Path) -> None:
 
 
 def test_one_epoch_shows_every_sample_once(toy: Path) -> None:
-    sources = [Source("text", str(toy / "train" / "text"), "text", 1)]
+    sources = [Source("text", str(toy / "sft/train" / "text"), "text", 1)]
     seen: Counter[str] = Counter()
     for rank in range(2):
         with open_loader(toy, rank, 2, 0, sources=sources, shuffle_buffer=0) as loader:
@@ -151,7 +151,7 @@ def test_one_epoch_shows_every_sample_once(toy: Path) -> None:
 
 
 def test_the_mixture_is_the_weights(toy: Path) -> None:
-    weights = {"train/text": 14.0, "train/image": 44.0, "heldout/image": 42.0}
+    weights = {"sft/train/text": 14.0, "sft/train/image": 44.0, "sft/heldout/image": 42.0}
     sources = [Source(n, str(toy / n), "image", weight) for n, weight in weights.items()]
     with open_loader(toy, 0, 1, 0, sources=sources, micro_batch=10) as loader:
         keys = [key.rsplit("/", 1)[0] for batch in take(loader, 100) for key in batch]
@@ -168,12 +168,12 @@ def test_seeds_give_other_orders(toy: Path) -> None:
 
 
 def test_a_source_smaller_than_the_streams_keeps_its_share(toy: Path, tmp_path: Path) -> None:
-    few = [make_sample("image", "train", ToyConfig(), i) for i in range(2)]
+    few = [make_sample("sft/train/image", ToyConfig(), i) for i in range(2)]
     write_shards(few, tmp_path)
     prepare_index(tmp_path)
     sources = [
         Source("few", str(tmp_path), "image", 50),
-        Source("text", str(toy / "train" / "text"), "text", 50),
+        Source("text", str(toy / "sft/train" / "text"), "text", 50),
     ]
     for rank in range(5):
         with open_loader(toy, rank, 5, 0, sources=sources, micro_batch=1) as loader:
@@ -184,9 +184,9 @@ def test_a_source_smaller_than_the_streams_keeps_its_share(toy: Path, tmp_path: 
 def broken_samples() -> list[dict[str, Any]]:
     """Twelve good samples, and one of each kind of damage."""
     config = ToyConfig()
-    good = [make_sample("image", "train", config, i) for i in range(12)]
-    video = make_sample("video", "train", config, 0)
-    image = make_sample("image", "train", config, 50)
+    good = [make_sample("sft/train/image", config, i) for i in range(12)]
+    video = make_sample("sft/train/video", config, 0)
+    image = make_sample("sft/train/image", config, 50)
     mismatch = json.loads(json.dumps(image["json"]))
     mismatch["messages"][0]["content"] = "no mark"
     return [
@@ -312,7 +312,7 @@ def test_a_state_of_other_data_or_streams_is_refused(toy: Path) -> None:
 )
 def test_a_wrong_argument_is_named(toy: Path, changes: dict[str, Any], said: str) -> None:
     options: dict[str, Any] = {
-        "sources": [Source("text", str(toy / "train" / "text"), "text", 1)],
+        "sources": [Source("text", str(toy / "sft/train" / "text"), "text", 1)],
         "encode": encode_config(toy), "micro_batch": 1, "data_parallel_rank": 0,
         "data_parallel_size": 2, "workers": 0, "seed": 0, "shuffle_buffer": 0, **changes,
     }  # fmt: skip

@@ -1,11 +1,14 @@
+"""The toy world: what is said and asked is what is there, by a reckoning of the tests' own."""
+
 from __future__ import annotations
 
 import io
 import json
-import math
 import random
+import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,121 +18,276 @@ from data_pipeline.schema import parse_sample
 from data_pipeline.shards import ShardError, check_source
 from data_pipeline.toy import captions, render
 from data_pipeline.toy.__main__ import main
-from data_pipeline.toy.build import MODALITIES, ToyConfig, build_toy, make_sample
-from data_pipeline.toy.world import COLOURS, Event, Story, Thing, simulate
+from data_pipeline.toy.build import (
+    MODALITIES,
+    STAGES,
+    ToyConfig,
+    build_toy,
+    make_sample,
+    make_story,
+)
+from data_pipeline.toy.stream import narration, question
+from data_pipeline.toy.world import COLOURS, PLACES, Event, Story, Thing, simulate, still
 from data_pipeline.video import frames_at, probe_video
 
-STORIES = [simulate(seed) for seed in range(150)]
+STORIES = [simulate(seed, seconds=8, events=3) for seed in range(150)]
+NUMBERS = "zero one two three four five six seven eight nine".split()
+Seen = dict[str, tuple[str, str]]  # shape -> colour and place
 
 
-def _thing(story: Story, frame: int, name: str) -> Thing:
-    return next(t for t in story.frames[frame] if t.name == name)
+def seen(state: tuple[Thing, ...]) -> Seen:
+    return {thing.shape: (thing.colour, PLACES[thing.place]) for thing in state}
+
+
+def what_differs(before: Seen, after: Seen) -> list[str]:
+    """The sentences about two states, found by comparing them."""
+    told = []
+    for shape in sorted(before.keys() | after.keys()):
+        if shape not in after:
+            told.append(f"The {before[shape][0]} {shape} leaves.")
+        elif shape not in before:
+            told.append(f"A {after[shape][0]} {shape} comes.")
+        elif before[shape][0] != after[shape][0]:
+            told.append(f"The {before[shape][0]} {shape} turns {after[shape][0]}.")
+        elif before[shape] != after[shape]:
+            (row0, column0), (row1, column1) = (x[shape][1].split() for x in (before, after))
+            way = {"bottom": "down", "top": "up"}[row1] if row0 != row1 else column1
+            assert (row0 != row1) != (column0 != column1)
+            told.append(f"The {before[shape][0]} {shape} moves {way}.")
+    return told
+
+
+def history(story: Story) -> list[tuple[int, str]]:
+    """Every second with its sentence."""
+    states = [seen(state) for state in story.states]
+    return [
+        (second, told)
+        for second in range(1, len(states))
+        for told in what_differs(states[second - 1], states[second])
+    ]
+
+
+def past(told: str) -> str:
+    for now, then in (("comes", "came"), ("leaves", "left"), ("moves", "moved"), ("turns", "turned")):
+        told = told.replace(now, then)
+    return told[0].lower() + told[1:].rstrip(".")
+
+
+def test_events_are_what_the_states_show() -> None:
+    for story in STORIES:
+        told = [(event.second, captions.tell(event)) for event in story.events]
+        assert told == history(story)
+        assert len(told) == 3
 
 
 def test_every_kind_of_event_happens() -> None:
     kinds = [event.kind for story in STORIES for event in story.events]
-    assert {kind: kinds.count(kind) > 10 for kind in set(kinds)} == dict.fromkeys(
-        ("appear", "leave", "change", "collide"), True
+    assert {kind: kinds.count(kind) > 40 for kind in set(kinds)} == dict.fromkeys(
+        ("come", "leave", "move", "turn"), True
     )
 
 
-def test_events_are_what_the_frames_show() -> None:
+def test_things_never_share_a_place_a_shape_or_a_colour() -> None:
     for story in STORIES:
-        for event in story.events:
-            now, before = event.frame, event.frame - 1
-            if event.kind == "appear":
-                assert _thing(story, now, event.who).present
-                assert not _thing(story, before, event.who).present
-            elif event.kind == "leave":
-                assert not _thing(story, now, event.who).present
-                assert _thing(story, before, event.who).present
-            elif event.kind == "change":
-                shape = event.who.split()[1]
-                assert _thing(story, before, event.who).shape == shape
-                assert _thing(story, now, f"{event.other} {shape}").present
-            else:
-                a, b = (_thing(story, now, name) for name in (event.who, event.other))
-                assert math.hypot(a.x - b.x, a.y - b.y) < a.radius + b.radius
+        for state in story.states:
+            for part in ("place", "shape", "colour"):
+                assert len({getattr(thing, part) for thing in state}) == len(state)
+            assert 1 <= len(state) <= 3
 
 
-def test_nothing_changes_without_an_event() -> None:
-    for story in STORIES:
-        told = {(e.frame, e.who) for e in story.events if e.kind != "collide"}
-        for frame in range(1, len(story.frames)):
-            for old, new in zip(story.frames[frame - 1], story.frames[frame], strict=True):
-                changed = old.name != new.name or old.present != new.present
-                assert changed == ((frame, old.name) in told)
-
-
-def test_things_stay_in_the_box_unless_they_leave() -> None:
-    for story in STORIES:
-        for things in story.frames:
-            for thing in things:
-                if thing.present and not thing.leaving:
-                    assert thing.radius - 1e-9 <= thing.x <= story.size - thing.radius + 1e-9
-                    assert thing.radius - 1e-9 <= thing.y <= story.size - thing.radius + 1e-9
+def test_events_keep_their_distance_and_must_fit() -> None:
+    for seed in range(50):
+        times = [event.second for event in simulate(seed, seconds=9, events=3, gap=3).events]
+        assert all(later - sooner >= 3 for sooner, later in zip(times, times[1:], strict=False))
+        assert times[-1] < 9
+    with pytest.raises(ValueError, match="5 events, 3 s apart, do not fit into 9 seconds"):
+        simulate(0, seconds=9, events=5, gap=3)
 
 
 def test_the_same_seed_gives_the_same_story() -> None:
-    assert simulate(5) == STORIES[5]
-    assert simulate(5) != simulate(6)
+    assert simulate(5, 8, 3) == STORIES[5]
+    assert simulate(5, 8, 3) != simulate(6, 8, 3)
 
 
 def test_captions_say_what_happened() -> None:
-    circle = Thing("circle", "red", 10, 10, 0, 0, 5)
-    square = Thing("square", "orange", 50, 10, 0, 0, 5)
-    story = Story(64, 8, [[circle, square]])
-    story.events = [
-        Event(3, "change", "red circle", "blue"),
-        Event(5, "collide", "blue circle", "orange square"),
-        Event(9, "collide", "blue circle", "orange square"),
-        Event(12, "leave", "orange square"),
-    ]
-    assert captions.describe_still([square, circle]) == "A red circle and an orange square."
-    assert captions.describe_story(story) == (
-        "A red circle and an orange square move. The red circle turns blue. "
-        "The blue circle and the orange square collide. The orange square leaves."
+    circle, square = Thing("circle", "red", 0, 0.1, 0, 0), Thing("square", "blue", 3, 0.1, 0, 0)
+    events = (Event(2, "leave", "red circle"), Event(4, "turn", "blue square", "green"))
+    story = Story(((circle, square),) * 2, events)
+    assert captions.describe((circle,)) == "A red circle."
+    assert captions.narrate(story) == (
+        "A red circle and a blue square. The red circle leaves. The blue square turns green."
     )
-    answers = dict(captions.ask_story(story, random.Random(i)) for i in range(200))
-    assert answers["Which shapes collide?"] == "The blue circle and the orange square collide."
-    assert answers["What appears?"] == "Nothing."
-    assert answers["How many shapes are there at the start?"] == "Two."
+    assert captions.narrate_order(story) == (
+        captions.narrate(story) + " The red circle left before the blue square turned green."
+    )
+
+
+def expected(question: str, task: str, now: Seen, told: list[tuple[int, str]]) -> str:
+    """The answer to a question, found in what is seen now and what was told."""
+    words = question.rstrip("?").replace(" at the end", "").split()
+    if task == "colour":
+        return now[words[-1]][0]
+    if task == "shape":
+        return next(shape for shape, (colour, _) in now.items() if colour == words[-1])
+    if task == "count":
+        return NUMBERS[len(now)]
+    if task == "place":
+        return now[words[-1]][1]
+    if task == "exists":
+        return "yes" if now.get(words[-1], ("",))[0] == words[-2] else "no"
+    if task == "order":
+        return (told[0] if "first" in question else told[-1])[1].rstrip(".")
+    if task == "direction":
+        shape = words[-2]
+        (way,) = [t.rstrip(".").split()[-1] for _, t in told if f"{shape} moves" in t]
+        return way
+    clauses = {past(t): second for second, t in told}
+    if task == "when":
+        return f"at second {NUMBERS[clauses[question.split('that ')[1].rstrip('?')]]}"
+    one, two = question.removeprefix("Is it true that ").rstrip("?").split(" before ")
+    return "yes" if clauses[one] < clauses[two] else "no"
+
+
+def check(qa: captions.QA, now: Seen, told: list[tuple[int, str]]) -> None:
+    assert qa.answer.lower().rstrip(".") == expected(qa.question, qa.task, now, told).lower()
+    if qa.options:
+        assert qa.answer in qa.options
+        assert len(set(qa.options)) == len(qa.options)
+
+
+def test_answers_about_clips_follow_from_their_states() -> None:
+    rng, tasks = random.Random(0), set()
+    for story in STORIES * 6:
+        qa = captions.ask_story(story, rng)
+        check(qa, seen(story.states[-1]), history(story))
+        tasks.add(qa.task)
+    assert tasks == {
+        "colour", "shape", "count", "place", "exists", "order", "direction", "when", "before",
+    }  # fmt: skip
+
+
+def test_answers_about_pictures_follow_from_them() -> None:
+    rng, answers = random.Random(0), []
+    for seed in range(600):
+        state = still(seed)
+        qa = captions.ask_still(state, rng)
+        check(qa, seen(state), [])
+        answers += [qa.answer] if qa.task == "exists" else []
+    assert 0.3 < answers.count("Yes.") / len(answers) < 0.7
+
+
+def test_texts_tell_all_that_their_questions_need() -> None:
+    rng = random.Random(0)
+    for seed, story in enumerate(STORIES):
+        qa = captions.ask_text(still(seed), story, rng)
+        told, asked = re.fullmatch(r"(.*\.) ([^.]*\?)", qa.question).groups()  # type: ignore[union-attr]
+        first, *later = re.findall(r"[^.]+\.", told)
+        things = {shape: (colour, "") for colour, shape in re.findall(r"a (\w+) (\w+)", first.lower())}
+        check(
+            captions.QA(qa.task, asked, qa.answer, qa.options),
+            things,
+            list(enumerate(sentence.strip() for sentence in later)),
+        )
+
+
+def spoken(messages: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """The sentences of all assistant turns with the second in which each begins."""
+    second, found, goes_on = -1, [], False
+    for message in messages:
+        if message["role"] == "user":
+            continue
+        for i, part in enumerate(message["content"].split("<|video|>")):
+            second += i > 0
+            words = part.replace("<|silence|>", "").strip()
+            if words and goes_on:
+                found[-1] = (found[-1][0], f"{found[-1][1]} {words}")
+            elif words:
+                found.append((second, words))
+            assert len(words.split()) <= 5
+            assert part == "" or part.endswith("<|silence|>") or words
+            goes_on = bool(words) and not part.endswith("<|silence|>")
+    return found
+
+
+def streams(count: int) -> list[Story]:
+    return [make_story("realtime_sft", seed, random.Random(seed)) for seed in range(count)]
+
+
+def test_narration_tells_each_event_within_a_second_of_it() -> None:
+    for story in streams(100):
+        live = narration(story)
+        told = [(0, captions.describe(story.states[0])), *history(story)]
+        assert list(live.speech.items()) == told
+        for (said_at, said), (second, sentence) in zip(spoken(live.messages), told, strict=True):
+            assert said == sentence
+            assert second <= said_at <= second + 1
+
+
+def test_a_question_is_answered_and_the_answer_kept_right() -> None:
+    corrected = 0
+    for seed, story in enumerate(streams(200)):
+        live = question(story, random.Random(seed))
+        watched = live.messages[1]["content"].count("<|video|>")
+        assert live.messages[1]["content"] == "<|video|><|silence|>" * watched
+        assert live.qa is not None
+        subject = live.messages[2]["content"].rstrip("?").split()[-1]
+        said = spoken(live.messages)
+        states = [seen(state) for state in story.states]
+
+        def fact(state: Seen, task: str = live.qa.task, subject: str = subject) -> str:
+            if task == "count":
+                return NUMBERS[len(state)]
+            return state[subject][task == "place"] if subject in state else "gone"
+
+        facts = [fact(state) for state in states[watched - 1 :]]
+        changes = [
+            (second, new)
+            for second, (old, new) in enumerate(zip(facts, facts[1:], strict=False), watched)
+            if old != new
+        ]
+        assert said[0] == (watched - 1, facts[0].capitalize() + ".")
+        assert [(at, text.rstrip(".").split(maxsplit=3)[-1]) for at, text in said[1:]] == changes
+        corrected += bool(changes)
+    assert corrected > 60
 
 
 def test_pictures_show_the_colours() -> None:
-    thing = Thing("square", "green", 32, 32, 0, 0, 10)
-    pixels = np.asarray(Image.open(io.BytesIO(render.jpeg([thing], 64))))
-    assert np.abs(pixels[32, 32].astype(int) - COLOURS["green"]).max() < 12
-    assert pixels[2, 2].max() < 40
-    assert np.asarray(render.draw([thing], 64)).shape == (64, 64, 3)
+    thing = Thing("square", "green", 3, 0.15, 0, 0)
+    pixels = np.asarray(Image.open(io.BytesIO(render.jpeg((thing,), 64))))
+    assert pixels.shape == (64, 64, 3)
+    assert np.abs(pixels[48, 48].astype(int) - COLOURS["green"]).max() < 12
+    assert pixels[16, 16].max() < 40
 
 
-def test_a_video_is_h264_with_a_frame_a_state() -> None:
+def test_a_video_is_h264_and_shows_each_state_at_its_second() -> None:
     story = STORIES[0]
-    data = render.mp4(story)
+    data = render.mp4(story, size=56, fps=4)
     info = probe_video(data)
-    assert info.frames == len(story.frames) == 40
-    assert info.duration == pytest.approx(5.0)
-    frames = list(frames_at(data, [i / 8 for i in range(40)]))
-    for shown, things in zip(frames, story.frames, strict=True):
-        drawn = np.asarray(render.draw(things, 64)).transpose(2, 0, 1)
-        assert np.abs(shown.numpy().astype(int) - drawn).mean() < 12
-    assert render.mp4(story) == data
+    assert info.frames == 32
+    assert info.duration == pytest.approx(8.0)
+    frames = list(frames_at(data, list(range(8))))
+    for shown, state in zip(frames, story.states, strict=True):
+        drawn = np.asarray(render.draw(state, 56)).transpose(2, 0, 1)
+        assert np.abs(shown.numpy().astype(int) - drawn).mean() < 8
+        for thing in state:
+            x, y = (round(56 * part) for part in thing.centre)
+            assert np.abs(shown[:, y, x].numpy() - COLOURS[thing.colour]).max() < 60
+    assert render.mp4(story, size=56, fps=4) == data
 
 
 def test_a_set_has_every_source_split_and_count(toy: Path) -> None:
     for split, count in (("train", 48), ("heldout", 8)):
         for modality in MODALITIES:
-            assert check_source(toy / split / modality).samples == count
+            assert check_source(toy / "sft" / split / modality).samples == count
     manifest = json.loads((toy / "toy.json").read_text())
     assert manifest["config"]["seed"] == 1
-    assert manifest["sources"]["train/video"]["shards"] == 5
+    assert manifest["sources"]["sft/train/video"]["shards"] == 5
 
 
 def test_all_samples_are_valid_and_splits_differ(toy: Path) -> None:
     videos: dict[str, set[bytes]] = {}
     for split in ("train", "heldout"):
-        for shard in sorted((toy / split).glob("*/*.tar")):
+        for shard in sorted((toy / "sft" / split).glob("*/*.tar")):
             with tarfile.open(shard) as tar:
                 for member in tar:
                     data = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -141,15 +299,29 @@ def test_all_samples_are_valid_and_splits_differ(toy: Path) -> None:
     assert not videos["train"] & videos["heldout"]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_has_its_samples(stage: str) -> None:
+    kinds: dict[str, set[Any]] = {}
+    for modality in MODALITIES:
+        for index in range(20):
+            data = make_sample(f"{stage}/train/{modality}", ToyConfig(), index)["json"]
+            kinds.setdefault(modality, set()).add(parse_sample("key", data).kind)
+    of_text, of_video = ("caption", "caption") if stage[:2] == "pt" else ("chat", "chat")
+    of_video = "realtime" if stage == "realtime_sft" else of_video
+    assert kinds == {"text": {of_text}, "image": {of_text}, "video": {of_video}}
+
+
 def test_a_sample_depends_on_its_number_alone() -> None:
     config = ToyConfig(seed=7)
-    assert make_sample("video", "train", config, 3) == make_sample("video", "train", config, 3)
-    assert make_sample("video", "train", config, 3) != make_sample("video", "heldout", config, 3)
+    first = make_sample("sft/train/video", config, 3)
+    assert make_sample("sft/train/video", config, 3) == first
+    for other in ("sft/heldout/video", "pt2/train/video"):
+        assert make_sample(other, config, 3)["0.mp4"] != first["0.mp4"]
 
 
 def test_building_again_does_nothing_and_other_arguments_are_refused(toy: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in toy.rglob("*")}
-    config = ToyConfig(train=48, heldout=8, seed=1, samples_per_shard=10)
+    config = ToyConfig(train=48, heldout=8, seed=1, samples_per_shard=10, stages=("sft",))
     build_toy(toy, config)
     assert {path: path.stat().st_mtime_ns for path in toy.rglob("*")} == before
     with pytest.raises(ShardError, match="other arguments"):
@@ -158,8 +330,9 @@ def test_building_again_does_nothing_and_other_arguments_are_refused(toy: Path) 
 
 def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
     arguments = [str(tmp_path), "--train", "4", "--heldout", "2", "--workers", "1"]
+    arguments += ["--stages", "pt1"]
     assert main(arguments) == 0
-    shard = tmp_path / "train" / "video" / "shard-000000.tar"
+    shard = tmp_path / "pt1" / "train" / "video" / "shard-000000.tar"
     whole = shard.read_bytes()
     (tmp_path / "toy.json").unlink()
     shard.rename(shard.with_name(shard.name + ".partial"))
@@ -167,6 +340,8 @@ def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
     assert shard.read_bytes() == whole
 
 
-def test_a_wrong_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--size", "51"]) == 1
     assert "size: 51" in capsys.readouterr().err
+    assert main([str(tmp_path), "--stages", "pt3"]) == 1
+    assert "choose of pt1, pt2, sft, realtime_sft" in capsys.readouterr().err

@@ -26,7 +26,7 @@ TILE = ["--tile-size", "56"]
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("toy")
-    build_toy(out, ToyConfig(train=12, heldout=4, samples_per_shard=5), workers=2)
+    build_toy(out, ToyConfig(train=12, heldout=4, samples_per_shard=5, stages=("sft",)))
     return out
 
 
@@ -62,7 +62,7 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ls_counts_and_sees_a_stale_index(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(toy / "train", tmp_path / "train")
+    shutil.copytree(toy / "sft/train", tmp_path / "train")
     (tmp_path / "train/text/shard-000002.tar").unlink()
     shutil.rmtree(tmp_path / "train/video/.nv-meta")
     assert main(["ls", str(tmp_path)]) == 0
@@ -114,7 +114,7 @@ def test_show_finds_by_number_and_says_what_is_not_there(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = toy / "train/image"
+    source = toy / "sft/train/image"
     stored = [s["__key__"] for shard in sorted(source.glob("*.tar")) for s in
               read_samples(str(shard))]  # fmt: skip
     assert len(stored) == 12
@@ -142,7 +142,7 @@ def test_stats_count_what_is_trained_on(
     assert row["words_per_second"] == round((3 + 2 + 3000) / 6, 4)
     assert row["silence_ratio"] == round(4 / row["labels"], 4)
 
-    assert main(["stats", str(toy / "train"), "--stage", "pt2", "--json", *tokenizer]) == 0
+    assert main(["stats", str(toy / "sft/train"), "--stage", "pt2", "--json", *tokenizer]) == 0
     rows = {Path(k).name: v for k, v in json.loads(capsys.readouterr().out).items()}
     assert {name: row["samples"] for name, row in rows.items()} == {
         "image": 12, "text": 12, "video": 12,

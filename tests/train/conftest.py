@@ -17,7 +17,7 @@ from tests.torchrun import Result, run_ranks
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 samples a source, in shards of 8: a run of ten steps passes over it more than once."""
     out = tmp_path_factory.mktemp("toy")
-    build_toy(out, ToyConfig(train=24, heldout=1, seed=3, samples_per_shard=8), workers=2)
+    build_toy(out, ToyConfig(train=24, heldout=1, seed=3, samples_per_shard=8))
     return out
 
 

@@ -19,7 +19,7 @@ def broken(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("broken")
     config = ToyConfig(train=40, heldout=1)
     for name, every in (("few", 20), ("many", 2)):
-        samples = [make_sample("image", "train", config, number) for number in range(40)]
+        samples = [make_sample("sft/train/image", config, number) for number in range(40)]
         for sample in samples[::every]:
             (picture,) = [member for member in sample if member.endswith(".jpg")]
             sample[picture] = b"no picture at all"

@@ -103,8 +103,8 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "no shards": (
         1, ["data.root=TMP", "stage.mixture={text: 0, image: 1, video: 0}",
             "data.tokenizer=TOY/tokenizer"],
-        ["data.sources[toy-image].path=TMP/train/image: TMP/train/image does not exist: build the "
-         "shards or correct the path"],
+        ["data.sources[toy-image].path=TMP/pt1/train/image: TMP/pt1/train/image does not exist: "
+         "build the shards or correct the path"],
     ),
     "tokenizer": (
         1, ["data.tokenizer=TMP"],
