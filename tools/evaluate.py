@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; all")
     options = parser.parse_args(arguments)
     try:
-        model = TrainedModel(options.checkpoint, options.device, options.threads)
+        model = TrainedModel.open(options.checkpoint, options.device, options.threads)
         if options.suite == "toy":
             items = toy_items(model, options.limit, options.stages, options.data)
         else:

@@ -28,26 +28,34 @@ from moss_train.train.saved import find, read_run
 
 
 class TrainedModel:
-    """The weights of a checkpoint, its tokenizer and its way to encode samples."""
+    """A model's weights, its tokenizer and its way to encode samples."""
 
-    def __init__(self, checkpoint: Path, device: str = "auto", threads: int | None = None):
-        """Opens a run folder or checkpoint. Raises EvaluationError where there is none."""
+    def __init__(self, config: Config, model: MossVideo, path: Path, step: int):
+        """Takes a model that is alone in its groups. `path`, `step`: where its weights are from."""
+        self.config, self.model, self.path, self.step = config, model, path, step
+        self.exchange = FrameExchange(config.model, model.encoder, model.groups)
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.encoder = SampleEncoder(encode_config(config), self.tokenizer)
+
+    @classmethod
+    def open(
+        cls, checkpoint: Path, device: str = "auto", threads: int | None = None
+    ) -> TrainedModel:
+        """Opens a run folder or checkpoint of any layout, once in a process.
+
+        Raises EvaluationError where there is none.
+        """
         found = find(checkpoint)
         if found is None:
             raise EvaluationError(f"{checkpoint}: no complete checkpoint there: give a run folder")
-        self.path, saved = found, read_run(found)
-        self.step: int = saved["step"]
-        self.config: Config = from_dict(saved["config"])
-        self.config.parallel = ParallelConfig()
-        self.config.hardware = HardwareConfig(device=device, threads=threads)
-        if not torch.distributed.is_initialized():
-            start_process_group(self.config)
-        groups = build_groups(self.config.parallel, seed=0)
-        self.model = MossVideo(self.config.model, self.config.parallel, groups)
-        load_weights(self.model, found)
-        self.exchange = FrameExchange(self.config.model, self.model.encoder, groups)
-        self.tokenizer = load_tokenizer(self.config.data.tokenizer)
-        self.encoder = SampleEncoder(encode_config(self.config), self.tokenizer)
+        saved = read_run(found)
+        config = from_dict(saved["config"])
+        config.parallel = ParallelConfig()
+        config.hardware = HardwareConfig(device=device, threads=threads)
+        start_process_group(config)
+        model = MossVideo(config.model, config.parallel, build_groups(config.parallel, seed=0))
+        load_weights(model, found)
+        return cls(config, model, found, saved["step"])
 
     @torch.no_grad()
     def encode(self, samples: Sequence[EncodedSample]) -> list[Tensor]:

@@ -1,0 +1,100 @@
+"""Generation, held to passes over the finished conversations."""
+
+from __future__ import annotations
+
+from data_pipeline.schema import parse_sample
+from moss_train.evaluate.generate import (
+    SPEAK,
+    Talk,
+    answer_start,
+    answers,
+    generate,
+    predictions,
+    stream_script,
+    streams,
+)
+from moss_train.evaluate.items import Item
+from moss_train.evaluate.model import TrainedModel
+
+
+def talk(model: TrainedModel, item: Item, script: list, most: int, blind: bool = False) -> Talk:
+    (states,) = model.encode([item.encoded])
+    special = model.encoder.special
+    ends = {special.eot_id, special.silence}
+    return Talk(script, states, item.encoded.aspect_ratio_ids, ends, most, blind)
+
+
+def test_every_word_is_the_likeliest_after_all_before_it(model, live) -> None:
+    """The tokens said are the argmax of one pass over the finished conversation."""
+    talks = [talk(model, item, stream_script(model, item.sample), 4) for item in live]
+    talks += [talk(model, live[0], stream_script(model, live[0].sample), 4, blind=True)]
+    generate(model, talks)
+    spoken = 0
+    for done in talks:
+        (logits,) = model.logits([done.tokens], [done.positions], [done.states], [done.ratios])
+        likely = logits.argmax(-1).tolist()
+        at = 0
+        for said in done.said:
+            while done.tokens[at : at + len(said)] != said or likely[at - 1] != said[0]:
+                at += 1
+            assert likely[at - 1 : at - 1 + len(said)] == said
+            assert len(said) == 4 or said[-1] in done.ends
+            at += len(said)
+            spoken += len(said)
+    assert spoken > 200
+
+
+def test_answers_do_not_depend_on_the_neighbours(model, questions) -> None:
+    together = answers(model, questions, most=5)
+    assert together == [answers(model, [item], most=5)[0] for item in questions]
+    assert len(set(together)) > 3
+
+
+def test_frames_change_answers_and_blind_ones_do_not_see_them(model, questions) -> None:
+    clips, texts = questions[:6], questions[8:]
+    assert answers(model, clips, most=5) != answers(model, clips, most=5, blind=True)
+    assert answers(model, texts, most=5) == answers(model, texts, most=5, blind=True)
+
+
+def test_the_answer_starts_behind_its_header(model, questions) -> None:
+    for item in questions:
+        start, tokens = answer_start(item), item.encoded.tokens.tolist()
+        end = tokens.index(model.encoder.special.eot_id, start)
+        assert model.tokenizer.decode(tokens[start:end]) == item.sample.messages[1].content
+        assert end == len(tokens) - 1
+
+
+def test_probabilities_are_those_of_the_tokens(model, questions) -> None:
+    item = questions[0]
+    tokens, places = item.encoded.tokens.tolist(), item.encoded.frame_positions.tolist()
+    (state,), ratios = model.encode([item.encoded]), item.encoded.aspect_ratio_ids
+    (logits,) = model.logits([tokens], [places], [state], [ratios])
+    likely, chances = predictions(model, questions)[0]
+    assert likely.tolist() == logits.argmax(-1).tolist()
+    last = logits[-2].double().softmax(-1)[tokens[-1]].log().item()
+    assert abs(chances[-1].item() - last) < 1e-4
+
+
+def test_a_stream_is_its_sample_with_the_model_s_words(model) -> None:
+    messages = [
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "<|video|><|silence|><|video|>A dog.<|silence|>"},
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "There.<|silence|><|video|><|silence|>"},
+    ]
+    media = [{"type": "video", "file": "0.mp4"}]
+    sample = parse_sample("k", {"messages": messages, "media": media, "kind": "realtime"})
+    script, image = stream_script(model, sample), model.encoder.special.image
+    turns = [step if step in (SPEAK, image) else "text" for step in script if step != []]
+    watch, answer = [image, SPEAK], [SPEAK]
+    assert turns[4:] == [*watch, *watch, *["text"] * 4, *answer, *watch, "text"]
+    given = [token for step in script if isinstance(step, list) for token in step]
+    decoded = model.tokenizer.decode(given, skip_special_tokens=False)
+    assert "user<|end_header_id|>\n\nWhere?<|eot_id|>" in decoded
+
+
+def test_streams_say_in_which_second(model, live) -> None:
+    for item, said in zip(live, streams(model, live, most=3), strict=True):
+        seconds = [second for second, _ in said]
+        assert seconds == sorted(set(seconds))
+        assert all(0 <= second < len(item.encoded.frames) for second in seconds)

@@ -1,0 +1,98 @@
+"""python -m tools.demo [--out runs/demo] [--data toy_world]
+
+Renders the toy world, trains pt1, pt2, sft and realtime_sft one after the other, evaluates each on
+held-out worlds, and writes OUT/report.html. What is finished already is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from data_pipeline.toy.build import STAGES
+from tools.demo.report import write_report
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the demo. The exit code is that of the first command that fails."""
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="tools.demo", usage=first, description=rest)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--data", type=Path, default=Path("toy_world"))
+    parser.add_argument("--train", type=int, default=4000, help="samples of each source")
+    parser.add_argument("--heldout", type=int, default=100, help="samples of each source")
+    parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("overrides", nargs="*", help="of all stages: data.samples=1000")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    times = _Times(options.out / "times.json")
+    try:
+        world = ["--train", str(options.train), "--heldout", str(options.heldout)]
+        times.run("world", "data_pipeline.toy", str(options.data), *world)
+        before: Path | None = None
+        for stage in STAGES:
+            run = options.out / stage
+            times.run(f"train {stage}", *_training(stage, run, before, options))
+            scores = ["--checkpoint", str(run), "--suite", "toy", "--threads", str(options.ranks)]
+            times.run(f"evaluate {stage}", "tools.evaluate", *scores)
+            before = run
+    except subprocess.CalledProcessError as error:
+        print(f"{' '.join(map(str, error.cmd))} failed ({error.returncode})", file=sys.stderr)
+        return error.returncode or 1
+    report = write_report(options.out, [*STAGES], times.seconds)
+    print(f"{report} ({sum(times.seconds.values()) / 60:.1f} minutes in all)")
+    return 0
+
+
+def _training(
+    stage: str, run: Path, before: Path | None, options: argparse.Namespace
+) -> list[str]:
+    """torchrun's arguments for a stage that starts from the run before it."""
+    return [
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(options.ranks),
+        str(REPO / "launch/train.py"),
+        f"stage={stage}",
+        "model=toy",
+        "data=toy",
+        "hardware=cpu",
+        "hardware.threads=1",
+        f"data.root={options.data}",
+        f"run.dir={run}",
+        "trainer.console_every=50",
+        *([f"trainer.init_from={before}"] if before else []),
+        *options.overrides,
+    ]
+
+
+class _Times:
+    """Runs the parts of the demo and keeps how long each took, over interruptions too."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def run(self, name: str, module: str, *arguments: str) -> None:
+        if name in self.seconds:
+            return
+        print(f"--- {name}", flush=True)
+        started = time.perf_counter()
+        environment = os.environ | {
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
+        }
+        subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=environment)
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+        self.path.write_text(json.dumps(self.seconds, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
