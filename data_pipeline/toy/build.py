@@ -1,6 +1,6 @@
 """Builds the toy data set: shards of text, pictures and videos, and a tokenizer for them.
 
-OUT/STAGE/{train,heldout}/{text,image,video}/ for each stage of training, OUT/tokenizer/, OUT/toy.json
+OUT/STAGE/{train,heldout}/{text,image,video}/ for each stage, OUT/tokenizer/, OUT/toy.json
 """
 
 from __future__ import annotations

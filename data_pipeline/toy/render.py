@@ -72,9 +72,7 @@ def between(story: Story, time: float) -> State:
     if done in (0.0, 1.0) or before == after:
         return after if done == 1.0 else before
     old, new = ({thing.shape: thing for thing in state} for state in (before, after))
-    return tuple(
-        _half_done(old.get(shape), new.get(shape), done) for shape in sorted({*old, *new})
-    )
+    return tuple(_half_done(old.get(shape), new.get(shape), done) for shape in sorted({*old, *new}))
 
 
 def _half_done(old: Thing | None, new: Thing | None, done: float) -> Thing:

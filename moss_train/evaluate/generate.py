@@ -85,7 +85,9 @@ def answers(
         start = answer_start(item)
         script = _given(item, start, special.image)
         ends = {special.eot_id, special.end_of_text}
-        talks.append(Talk([*script, SPEAK], state, item.encoded.aspect_ratio_ids, ends, most, blind))
+        talks.append(
+            Talk([*script, SPEAK], state, item.encoded.aspect_ratio_ids, ends, most, blind)
+        )
     generate(model, talks)
     return [model.tokenizer.decode(talk.said[-1]) for talk in talks]
 

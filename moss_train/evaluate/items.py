@@ -57,7 +57,7 @@ def read_shards(
 
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Keys and members; those of a sample stand together in a shard."""
-    key, parts = "", {}
+    key, parts = "", dict[str, bytes]()
     with tarfile.open(shard) as tar:
         for member in tar:
             name, _, suffix = member.name.partition(".")

@@ -44,7 +44,9 @@ class Timeline:
 
 def caption_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
     """Teacher-forced token accuracy of captions; chance says the most frequent token always."""
-    labels = torch.cat([item.encoded.labels[item.encoded.labels != IGNORED_LABEL] for item in items])
+    labels = torch.cat(
+        [item.encoded.labels[item.encoded.labels != IGNORED_LABEL] for item in items]
+    )
     frequent = labels.bincount().max().item() / len(labels)
     value, blind = (_token_accuracy(model, items, blind) for blind in (False, True))
     return [Score(items[0].source, "caption token accuracy", value, blind, frequent, len(items))]
@@ -170,9 +172,7 @@ def _f1(spoken: Tensor, truth: Tensor) -> float:
     return 2 * both / (2 * both + wrong) if both or wrong else 1.0
 
 
-def live_scores(
-    model: TrainedModel, items: Sequence[Item]
-) -> tuple[list[Score], list[Timeline]]:
+def live_scores(model: TrainedModel, items: Sequence[Item]) -> tuple[list[Score], list[Timeline]]:
     """Streams played live: events told in time, answers, false alarms."""
     played = [_timelines(items, streams(model, items, blind=blind)) for blind in (False, True)]
     counts = [_count(items, timelines) for timelines in played]
@@ -191,9 +191,7 @@ def live_scores(
     return scores, played[0]
 
 
-def _timelines(
-    items: Sequence[Item], spoken: Sequence[list[tuple[int, str]]]
-) -> list[Timeline]:
+def _timelines(items: Sequence[Item], spoken: Sequence[list[tuple[int, str]]]) -> list[Timeline]:
     return [
         Timeline(item.encoded.key, len(item.encoded.frames), list(item.speech), said)
         for item, said in zip(items, spoken, strict=True)

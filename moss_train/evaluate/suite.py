@@ -88,11 +88,7 @@ def toy_items(
 
 def table(scores: Sequence[Score]) -> str:
     """The scores as text."""
-    rows = [("source", "score", "model", "blind", "chance", "of")]
-    rows += [
-        (s.source, s.metric, *(_number(x) for x in (s.value, s.blind, s.chance)), str(s.count))
-        for s in scores
-    ]
+    rows = [["source", "score", "model", "blind", "chance", "of"], *map(cells, scores)]
     wide = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = [
         "  ".join(
@@ -102,6 +98,12 @@ def table(scores: Sequence[Score]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def cells(score: Score) -> list[str]:
+    """A line of the table."""
+    numbers = map(_number, (score.value, score.blind, score.chance))
+    return [score.source, score.metric, *numbers, str(score.count)]
 
 
 def _number(value: float | None) -> str:

@@ -295,7 +295,11 @@ def test_shards_of_others(tmp_path: Path, toy: Path) -> None:
     assert samples["00000-000000"]["origin"] == "00000.tar/000"
 
     # Our own shards come back as they were.
-    assert run(toy / "sft/heldout", tmp_path / "again").imported == {"text": 8, "image": 8, "video": 8}
+    assert run(toy / "sft/heldout", tmp_path / "again").imported == {
+        "text": 8,
+        "image": 8,
+        "video": 8,
+    }
     ours = {(str(said(s)), str(s["media"]), s["kind"], str(s["members"])) for s in
             imported(toy / "sft/heldout").values()}  # fmt: skip
     back = {(str(said(s)), str(s["media"]), s["kind"], str(s["members"])) for s in

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from data_pipeline.toy.world import COLOURS, PLACES, Event, Story, Thing, simula
 from data_pipeline.video import frames_at, probe_video
 
 STORIES = [simulate(seed, seconds=8, events=3) for seed in range(150)]
-NUMBERS = "zero one two three four five six seven eight nine".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 Seen = dict[str, tuple[str, str]]  # shape -> colour and place
 
 
@@ -68,7 +69,12 @@ def history(story: Story) -> list[tuple[int, str]]:
 
 
 def past(told: str) -> str:
-    for now, then in (("comes", "came"), ("leaves", "left"), ("moves", "moved"), ("turns", "turned")):
+    for now, then in (
+        ("comes", "came"),
+        ("leaves", "left"),
+        ("moves", "moved"),
+        ("turns", "turned"),
+    ):
         told = told.replace(now, then)
     return told[0].lower() + told[1:].rstrip(".")
 
@@ -98,7 +104,7 @@ def test_things_never_share_a_place_a_shape_or_a_colour() -> None:
 def test_events_keep_their_distance_and_must_fit() -> None:
     for seed in range(50):
         times = [event.second for event in simulate(seed, seconds=9, events=3, gap=3).events]
-        assert all(later - sooner >= 3 for sooner, later in zip(times, times[1:], strict=False))
+        assert all(later - sooner >= 3 for sooner, later in pairwise(times))
         assert times[-1] < 9
     with pytest.raises(ValueError, match="5 events, 3 s apart, do not fit into 9 seconds"):
         simulate(0, seconds=9, events=5, gap=3)
@@ -182,7 +188,9 @@ def test_texts_tell_all_that_their_questions_need() -> None:
         qa = captions.ask_text(still(seed), story, rng)
         told, asked = re.fullmatch(r"(.*\.) ([^.]*\?)", qa.question).groups()  # type: ignore[union-attr]
         first, *later = re.findall(r"[^.]+\.", told)
-        things = {shape: (colour, "") for colour, shape in re.findall(r"a (\w+) (\w+)", first.lower())}
+        things = {
+            shape: (colour, "") for colour, shape in re.findall(r"a (\w+) (\w+)", first.lower())
+        }
         check(
             captions.QA(qa.task, asked, qa.answer, qa.options),
             things,
@@ -192,7 +200,8 @@ def test_texts_tell_all_that_their_questions_need() -> None:
 
 def spoken(messages: list[dict[str, str]]) -> list[tuple[int, str]]:
     """The sentences of all assistant turns with the second in which each begins."""
-    second, found, goes_on = -1, [], False
+    found: list[tuple[int, str]] = []
+    second, goes_on = -1, False
     for message in messages:
         if message["role"] == "user":
             continue
@@ -242,7 +251,7 @@ def test_a_question_is_answered_and_the_answer_kept_right() -> None:
         facts = [fact(state) for state in states[watched - 1 :]]
         changes = [
             (second, new)
-            for second, (old, new) in enumerate(zip(facts, facts[1:], strict=False), watched)
+            for second, (old, new) in enumerate(pairwise(facts), watched)
             if old != new
         ]
         assert said[0] == (watched - 1, facts[0].capitalize() + ".")

@@ -18,7 +18,8 @@ from tests.model.build import preset, random_model
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("toy")
     stages = ("pt2", "sft", "realtime_sft")
-    return Path(build_toy(out, ToyConfig(train=40, heldout=10, stages=stages)) and out)
+    build_toy(out, ToyConfig(train=40, heldout=10, stages=stages))
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -103,7 +103,12 @@ def test_lines_of_json_with_files_beside_them(model, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(line) + "\n\n")
     (item,) = read_lines(path, model.encoder)
-    assert (item.source, item.task, item.options, item.answer) == ("mine", "chat", ("Yes.",), "Yes.")
+    assert (item.source, item.task, item.options, item.answer) == (
+        "mine",
+        "chat",
+        ("Yes.",),
+        "Yes.",
+    )
     assert len(item.encoded.frames) == 1
     path.write_text(json.dumps(line) + "\n" + json.dumps(line).replace("a.jpg", "b.jpg"))
     with pytest.raises(EvaluationError, match=r"mine.jsonl:2: .*b.jpg"):

@@ -51,9 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _training(
-    stage: str, run: Path, before: Path | None, options: argparse.Namespace
-) -> list[str]:
+def _training(stage: str, run: Path, before: Path | None, options: argparse.Namespace) -> list[str]:
     """torchrun's arguments for a stage that starts from the run before it."""
     return [
         "torch.distributed.run",

@@ -18,7 +18,7 @@ from data_pipeline.tokens import load_tokenizer
 from moss_train.config import from_dict
 from moss_train.evaluate.items import Item, read_shards
 from moss_train.evaluate.score import Score, Timeline
-from moss_train.evaluate.suite import table
+from moss_train.evaluate.suite import cells, table
 from moss_train.train.data import encode_config
 from moss_train.train.metrics import read_metrics
 
@@ -28,7 +28,8 @@ from matplotlib import pyplot as plt
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse } td, th { padding: .15em .8em; text-align: right }
-td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } tr:nth-child(even) { background: #f3f3f3 }
+td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+tr:nth-child(even) { background: #f3f3f3 }
 img { max-width: 100% }
 """
 
@@ -63,19 +64,11 @@ def write_report(out: Path, stages: Sequence[str], seconds: Mapping[str, float])
 
 
 def _html_table(scores: Sequence[Score]) -> str:
-    lines = [
-        [s.source, s.metric.strip(), *map(_cell, (s.value, s.blind, s.chance)), str(s.count)]
-        for s in scores
-    ]
     head = "".join(f"<th>{name}" for name in ("source", "score", "model", "blind", "chance", "of"))
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in line) for line in lines
+        "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells(score)) for score in scores
     )
     return f"<table><tr>{head}{rows}</table>"
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def plot_losses(out: Path, stages: Sequence[str], path: Path) -> Path:
@@ -132,7 +125,9 @@ def plot_timeline(item: Item, timeline: Timeline, path: Path) -> Path:
     lanes = (("to be said", timeline.wanted, "0.5"), ("said", timeline.spoken, "C0"))
     for lane, (name, sentences, colour) in enumerate(lanes):
         for number, (second, text) in enumerate(sentences):
-            axes[1].axvspan(second, second + 1, 1 - (lane + 1) / 2, 1 - lane / 2, color=colour, alpha=0.35)
+            axes[1].axvspan(
+                second, second + 1, 1 - (lane + 1) / 2, 1 - lane / 2, color=colour, alpha=0.35
+            )
             height = 1.85 - lane - 0.28 * (number % 3)
             axes[1].text(second + 0.05, height, text, va="top", fontsize=8)
         axes[1].text(-0.1, 1.5 - lane, name, ha="right", va="center")
