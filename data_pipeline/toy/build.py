@@ -32,8 +32,8 @@ _VERSION = 2  # of what is drawn and said; a change makes existing folders stale
 class ToyConfig:
     """`train` and `heldout` count samples of each modality of each stage; `size` is in pixels."""
 
-    train: int = 2000
-    heldout: int = 100
+    train: int = 500
+    heldout: int = 50
     seed: int = 0
     size: int = 56
     fps: int = 4

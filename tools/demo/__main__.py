@@ -1,4 +1,4 @@
-"""python -m tools.demo [--out runs/demo] [--data toy_world]
+"""python -m tools.demo [--out runs/demo]
 
 Renders the toy world, trains pt1, pt2, sft and realtime_sft one after the other, evaluates each on
 held-out worlds, and writes OUT/report.html. What is finished already is not done again.
@@ -25,7 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
     first, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="tools.demo", usage=first, description=rest)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--data", type=Path, default=Path("toy_world"))
     parser.add_argument("--train", type=int, default=4000, help="samples of each source")
     parser.add_argument("--heldout", type=int, default=100, help="samples of each source")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1))
@@ -35,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     times = _Times(options.out / "times.json")
     try:
         world = ["--train", str(options.train), "--heldout", str(options.heldout)]
-        times.run("world", "data_pipeline.toy", str(options.data), *world)
+        times.run("world", "data_pipeline.toy", str(options.out / "world"), *world)
         before: Path | None = None
         for stage in STAGES:
             run = options.out / stage
@@ -63,7 +62,7 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
         "data=toy",
         "hardware=cpu",
         "hardware.threads=1",
-        f"data.root={options.data}",
+        f"data.root={options.out / 'world'}",
         f"run.dir={run}",
         "trainer.console_every=50",
         *([f"trainer.init_from={before}"] if before else []),
