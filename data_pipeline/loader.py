@@ -32,6 +32,7 @@ from megatron.energon.savable_loader import (
 
 from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig, SampleEncoder
+from data_pipeline.mixture import mix_evenly
 from data_pipeline.shards import check_source
 from data_pipeline.state import StreamState
 from data_pipeline.task import ShardTask
@@ -223,6 +224,7 @@ def build_loader(
         shuffle_buffer_size=shuffle_buffer or None,
         blend_mode=DatasetBlendMode.DATASET_WEIGHT,
     )
+    mix_evenly(dataset)
     identity = f"{streams} streams, shuffle_buffer {shuffle_buffer}, samples {counts}"
     return Loader(dataset, config, identity)
 

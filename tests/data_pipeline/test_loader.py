@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.energon import WorkerConfig
 
 from data_pipeline.index import prepare_index
 from data_pipeline.loader import EncodeConfig, Loader, Source, build_loader
+from data_pipeline.mixture import EvenRng
 from data_pipeline.shards import ShardError, write_shards
 from data_pipeline.toy.build import ToyConfig, make_sample
 
@@ -151,12 +153,28 @@ def test_one_epoch_shows_every_sample_once(toy: Path) -> None:
 
 
 def test_the_mixture_is_the_weights(toy: Path) -> None:
+    """Over 1,000 samples of four streams; their shuffle buffers hold some of each source back."""
     weights = {"train/text": 14.0, "train/image": 44.0, "heldout/image": 42.0}
     sources = [Source(n, str(toy / n), "image", weight) for n, weight in weights.items()]
-    with open_loader(toy, 0, 1, 0, sources=sources, micro_batch=10) as loader:
-        keys = [key.rsplit("/", 1)[0] for batch in take(loader, 100) for key in batch]
+    keys = []
+    for rank in range(2):
+        with open_loader(toy, rank, 2, 2, sources=sources, micro_batch=10) as loader:
+            keys += [key.rsplit("/", 1)[0] for batch in take(loader, 50) for key in batch]
     for name, weight in weights.items():
-        assert keys.count(name) / 10 == pytest.approx(weight, abs=4)
+        assert keys.count(name) / 10 == pytest.approx(weight, abs=1.5)
+
+
+def test_ten_thousand_draws_keep_the_mixture_to_a_thousandth() -> None:
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0, seed_offset=3)
+    shares = torch.tensor([79.0, 21.0, 0.0, 300.0])
+    config.worker_activate(0)
+    try:
+        even = EvenRng(config)
+        drawn = [even.choice_idx(shares) for _ in range(10_000)]
+    finally:
+        config.worker_deactivate()
+    counts = torch.tensor([drawn.count(index) for index in range(4)])
+    torch.testing.assert_close(counts / 10_000, shares / 400, rtol=0, atol=1e-3)
 
 
 def test_seeds_give_other_orders(toy: Path) -> None:

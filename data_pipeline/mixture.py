@@ -1,0 +1,63 @@
+"""The order in which a stream takes samples from its sources: the asked mixture, closely kept.
+
+energon draws the source of each sample at random, which leaves shares that are off by half a percent
+over 10,000 samples in one run of five. Here the draws of a stream are the fractional parts of
+`start + n x golden ratio`, the sequence that fills [0, 1) most evenly: after n draws every share is
+within about log(n) / n of what was asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.energon import SavableDataset
+from megatron.energon.rng import WorkerRng
+from megatron.energon.state import FlexState
+from megatron.energon.wrappers import BlendDataset
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+class EvenRng(WorkerRng):
+    """A random generator whose choices are evenly spread; it starts at a random point."""
+
+    drawn = 0
+    start: float | None = None  # known in the worker, whose stream it depends on
+
+    def choice_idx(self, probs: torch.Tensor) -> int:
+        """An index, each as often as `probs` (relative) say."""
+        if self.start is None:
+            self.worker_config.assert_worker()
+            generator = torch.Generator().manual_seed(self.worker_config.worker_seed())
+            self.start = torch.rand((), dtype=torch.float64, generator=generator).item()
+        place = (self.start + self.drawn * _GOLDEN) % 1.0
+        self.drawn += 1
+        shares = probs.double().cumsum(0)
+        return int(torch.searchsorted(shares, place * shares[-1], right=True))
+
+    def save_state(self) -> FlexState:
+        return FlexState(drawn=self.drawn)
+
+    def restore_state(self, state: FlexState) -> None:
+        self.drawn = state["drawn"]
+
+
+class _EvenBlend(BlendDataset):
+    def reset_state_own(self) -> None:
+        super().reset_state_own()
+        self._worker_rng = EvenRng(self.worker_config)
+
+
+def mix_evenly(dataset: SavableDataset[Any]) -> None:
+    """Makes the blend inside a training dataset of energon an even one.
+
+    energon builds its own blend, deep inside a chain of wrappers, and takes no other.
+    """
+    inner: Any = dataset
+    while not isinstance(inner, BlendDataset):
+        if not hasattr(inner, "dataset"):
+            return  # one source: nothing to mix
+        inner = inner.dataset
+    inner.__class__ = _EvenBlend
+    inner.reset_state_own()
