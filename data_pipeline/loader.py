@@ -32,7 +32,7 @@ from megatron.energon.savable_loader import (
 
 from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig, SampleEncoder
-from data_pipeline.mixture import mix_evenly
+from data_pipeline.mixture import shuffle_and_mix
 from data_pipeline.shards import check_source
 from data_pipeline.state import StreamState
 from data_pipeline.task import ShardTask
@@ -221,10 +221,9 @@ def build_loader(
         datasets=[_load(source, config, streams, shuffle_buffer) for source in used],
         worker_config=config,
         batch_size=micro_batch,
-        shuffle_buffer_size=shuffle_buffer or None,
         blend_mode=DatasetBlendMode.DATASET_WEIGHT,
     )
-    mix_evenly(dataset)
+    shuffle_and_mix(dataset, shuffle_buffer)
     identity = f"{streams} streams, shuffle_buffer {shuffle_buffer}, samples {counts}"
     return Loader(dataset, config, identity)
 
