@@ -79,7 +79,8 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> MicroBatch:
         tokens=tokens,
         labels=labels,
         lengths=torch.tensor([len(sample.tokens) for sample in samples]),
-        frames=torch.cat([sample.frames for sample in samples]),
+        # One sample's frames, often hundreds of megabytes, need no copy.
+        frames=torch.cat([s.frames for s in samples]) if len(samples) > 1 else samples[0].frames,
         frame_rows=torch.repeat_interleave(torch.arange(len(samples)), counts),
         frame_positions=torch.cat([sample.frame_positions for sample in samples]),
         aspect_ratio_ids=torch.cat([sample.aspect_ratio_ids for sample in samples]),

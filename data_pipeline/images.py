@@ -48,38 +48,46 @@ def fit_size(height: int, width: int, grid: tuple[int, int], tile: int) -> tuple
 
 
 def tile_image(image: Tensor, tile: int, max_tiles: int) -> tuple[Tensor, int]:
-    """uint8 [3, H, W] -> (uint8 [max_tiles, 3, tile, tile], aspect ratio id).
+    """uint8 [3, H, W] -> (uint8 [max_tiles, 3, tile, tile], aspect ratio id)."""
+    out = torch.zeros(max_tiles, 3, tile, tile, dtype=torch.uint8)
+    return out, tile_into(out, image)
 
-    Resized with antialiasing, padded right and below with zeros, cut into tiles row by row;
-    tiles beyond the grid are zero.
+
+def tile_into(out: Tensor, image: Tensor) -> int:
+    """Resizes a picture, cuts it into tiles and returns the aspect ratio id.
+
+    out: uint8 zeros [max_tiles, 3, tile, tile]; the tiles go there row by row. What the picture
+    does not fill, right and below and in the tiles beyond the grid, stays zero. image: uint8
+    [3, H, W]; fastest with the strides of [H, W, 3].
     """
+    max_tiles, tile = out.shape[0], out.shape[-1]
     height, width = image.shape[-2:]
     rows, columns = grid = choose_grid(height, width, tile, max_tiles)
     size = fit_size(height, width, grid, tile)
     if size != (height, width):
-        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)
-        image = resized[0]
-    canvas = image.new_zeros(3, rows * tile, columns * tile)
-    canvas[:, : size[0], : size[1]] = image
-    tiles = canvas.view(3, rows, tile, columns, tile).permute(1, 3, 0, 2, 4)
-    out = image.new_zeros(max_tiles, 3, tile, tile)
-    out[: rows * columns] = tiles.reshape(rows * columns, 3, tile, tile)
-    return out, supported_aspect_ratios(max_tiles).index(grid) + 1
+        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    for row in range(rows):
+        for column in range(columns):
+            piece = image[:, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+            out[row * columns + column, :, : piece.shape[1], : piece.shape[2]] = piece
+    return supported_aspect_ratios(max_tiles).index(grid) + 1
 
 
 def decode_image(data: bytes) -> Tensor:
     """JPEG, PNG, ... bytes -> uint8 [3, H, W], upright; transparency is put on white.
 
-    Raises SampleError(`undecodable_image`).
+    Strides are those of [H, W, 3]. Raises SampleError(`undecodable_image`).
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            upright = ImageOps.exif_transpose(opened)
+            ImageOps.exif_transpose(opened, in_place=True)
+            upright: Image.Image = opened
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                 layer = upright.convert("RGBA")
                 white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
                 upright = Image.alpha_composite(white, layer)
-            pixels = np.array(upright.convert("RGB"))
+            # convert() copies the pixels even where there is nothing to convert.
+            pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -5,10 +5,14 @@ the assistant's. `chat`: Llama-3 headers, loss on the assistant's content and it
 `realtime`: as chat, one frame a mark, and `<|eot_id|>` is no label, for it is the user who ends
 the model's turn. A frame's `<|image|>` is never a label; a label of `<|silence|>` is an ordinary
 one here, the loss weighs it.
+
+In training, a real-time frame that arrives while the model speaks may swap places with the token
+before it (`Prompt.swap_frames`), for a camera does not wait for the end of a word.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +37,7 @@ class Prompt:
     tokens: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     frame_positions: list[int] = field(default_factory=list)
+    swappable: list[int] = field(default_factory=list)  # of the F: numbers of those that may swap
     truncated: bool = False
 
     def add(self, tokens: Sequence[int], *, learn: bool) -> None:
@@ -43,12 +48,25 @@ class Prompt:
         self.frame_positions += range(len(self.tokens), len(self.tokens) + count)
         self.add([image_token] * count, learn=False)
 
+    def swap_frames(self, probability: float, draws: random.Random) -> None:
+        """Each swappable frame changes places with the token before it with `probability`.
+
+        No two swaps touch the same token: the one before a swappable frame is never a frame.
+        """
+        for number in self.swappable:
+            if draws.random() < probability:
+                position = self.frame_positions[number]
+                for row in (self.tokens, self.labels):
+                    row[position - 1], row[position] = row[position], row[position - 1]
+                self.frame_positions[number] -= 1
+
     def cut(self, length: int) -> None:
         """Keeps the first `length` tokens and exactly the frames whose marks are among them."""
         self.truncated = len(self.tokens) > length
         del self.tokens[length:]
         del self.labels[length:]
         self.frame_positions = [p for p in self.frame_positions if p < length]
+        self.swappable = [number for number in self.swappable if number < len(self.frame_positions)]
 
 
 class PromptBuilder:
@@ -68,11 +86,14 @@ class PromptBuilder:
         *,
         form: PromptForm,
         sequence_length: int,
+        swap_probability: float = 0.0,
+        draws: random.Random | None = None,
     ) -> Prompt:
         """Builds the prompt, cut to `sequence_length` tokens.
 
         `frames_per_mark` holds the number of frames of each media mark in reading order. After a
-        cut only the first `len(prompt.frame_positions)` frames are still in use. Raises
+        cut only the first `len(prompt.frame_positions)` frames are still in use. Swappable frames
+        swap with `swap_probability`, decided by `draws` (None: no swaps, as in evaluation). Raises
         SampleError where nothing is left to learn or a content holds a control token.
         """
         prompt, counts = Prompt(), iter(frames_per_mark)
@@ -83,6 +104,8 @@ class PromptBuilder:
             prompt.add([self._special.end_of_text], learn=False)
         if next(counts, None) is not None:
             raise SampleError("mark_media_mismatch", "more media than marks")
+        if draws is not None:
+            prompt.swap_frames(swap_probability, draws)
         prompt.cut(sequence_length)
         if all(label == IGNORED_LABEL for label in prompt.labels):
             raise SampleError(
@@ -101,8 +124,22 @@ class PromptBuilder:
         role = self._encode(message.role)
         header = [special.start_header_id, *role, special.end_header_id, *self._encode("\n\n")]
         prompt.add(header, learn=False)
+        start, frames = len(prompt.tokens), len(prompt.frame_positions)
         self._add_content(prompt, message.content, counts, learn)
+        if learn and form == "realtime":
+            prompt.swappable += self._swappable(prompt, start, frames)
         prompt.add([special.eot_id], learn=learn and form == "chat")
+
+    def _swappable(self, prompt: Prompt, start: int, first: int) -> list[int]:
+        """Frames from number `first` on, of a turn whose content starts at `start`, that arrive
+        while the model speaks: a word stands before them, and they not in the first two places.
+        """
+        unmoved = (self._special.image, self._special.silence)
+        return [
+            number
+            for number, position in enumerate(prompt.frame_positions[first:], first)
+            if position >= start + 2 and prompt.tokens[position - 1] not in unmoved
+        ]
 
     def _add_content(
         self, prompt: Prompt, content: str, counts: Iterator[int], learn: bool
@@ -119,7 +156,10 @@ class PromptBuilder:
                 prompt.add(self._encode(piece), learn=learn)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
+            raise SampleError("bad_text", f"{text!r:.80} holds half a character") from None
         control = self._control.intersection(ids)
         if control:
             # Left in, it would end a turn or forge a header in the middle of a content.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.energon import (
     Sample,
     SkipSample,
     TaskEncoder,
+    WorkerConfig,
     basic_sample_keys,
     edataclass,
     stateless,
@@ -19,6 +21,7 @@ from megatron.energon.errors import FatalSampleError
 
 from data_pipeline.batch import EncodedSample, MicroBatch, collate
 from data_pipeline.encode import SampleEncoder
+from data_pipeline.reader import UNREADABLE
 from data_pipeline.schema import SampleError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ class RawSample(Sample):
     source: str
     shard: str
     parts: dict[str, bytes]
+    unreadable: str  # why the shard did not give the parts; empty: it did
 
 
 @stateless
@@ -45,6 +49,7 @@ def cook(crude: dict[str, Any]) -> RawSample:
         source=crude["__subflavors__"]["source"],
         shard=crude["__shard__"],
         parts={name: data for name, data in crude.items() if not name.startswith("__")},
+        unreadable=crude.get(UNREADABLE, ""),
     )
 
 
@@ -54,8 +59,9 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
     cookers = (Cooker(cook),)
     decoder = None  # members stay bytes until encode_sample
 
-    def __init__(self, encoder: SampleEncoder) -> None:
+    def __init__(self, encoder: SampleEncoder, seed: int) -> None:
         self._encoder = encoder
+        self._seed = seed
         self._skipped: Counter[str] = Counter()
         self._bad_in_a_row = 0
         self._logged: set[str] = set()
@@ -64,8 +70,11 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
     def encode_sample(self, sample: RawSample) -> EncodedSample:
         """Encodes, or counts the sample, logs it once and skips it."""
         key = f"{sample.source}/{sample.__key__}"
+        draws = self._draws(key)
         try:
-            encoded = self._encoder.encode(key, sample.parts)
+            if sample.unreadable:
+                raise SampleError("unreadable_shard", sample.unreadable)
+            encoded = self._encoder.encode(key, sample.parts, draws)
         except SampleError as error:
             self._count(key, sample.shard, error.reason, error.detail)
         except MemoryError:
@@ -76,6 +85,23 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
             self._bad_in_a_row = 0
             return encoded
         raise SkipSample
+
+    def _draws(self, key: str) -> random.Random:
+        """The augmentation's random numbers, for this sample at this place of this stream.
+
+        From the run's seed, the key, and how many samples the stream has encoded before, which its
+        state holds: other numbers in each epoch, and the same ones after a resume, whatever number
+        of ranks and workers the streams are dealt to.
+        """
+        streams = max(1, self._worker_config().num_workers)
+        place = self.current_sample_index // streams  # energon counts over a rank's workers
+        return random.Random(f"{self._seed} {key} {place}")
+
+    @staticmethod
+    def _worker_config() -> WorkerConfig:
+        config = WorkerConfig.active_worker_config
+        assert config is not None  # energon sets it before it calls encode_sample
+        return config
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> MicroBatch:

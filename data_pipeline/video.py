@@ -12,14 +12,14 @@ from statistics import median
 import av
 import numpy as np
 import torch
-from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 from torch import Tensor
 
+from data_pipeline.packets import Packets
 from data_pipeline.schema import SampleError
 
 _EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
+_LATE = 1.0  # seconds after the last frame's start at which there is nothing to show any more
 
 
 @dataclass(frozen=True)
@@ -46,83 +46,81 @@ def sample_times(info: VideoInfo, fps: float, min_frames: int, max_frames: int) 
     return [info.last * i / (count - 1) for i in range(count)]
 
 
-def probe_video(data: bytes) -> VideoInfo:
-    """Reads the time stamps of all packets, decoding nothing.
+class Video:
+    """A video whose time stamps are known and whose pictures are decoded on demand."""
 
-    Raises SampleError: `undecodable_video`, `empty_video`, or `truncated_video` where the file
-    ends well before the length that its header states.
-    """
-    with _open(data) as (container, stream):
-        rate = float(stream.average_rate or 0)
-        stated = float((stream.duration or 0) * (stream.time_base or 0))
-        stamps = []
-        for packet in container.demux(stream):
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            if packet.size and stamp is not None and packet.time_base is not None:
-                stamps.append(float(stamp * packet.time_base))
-    if not stamps:
-        raise SampleError("empty_video", f"{len(data)} bytes hold no frame")
-    stamps.sort()
-    gaps = [b - a for a, b in pairwise(stamps) if b > a]
-    gap = median(gaps) if gaps else (1 / rate if rate else 0.0)
-    last = stamps[-1] - stamps[0]
-    if stated - (last + gap) > max(0.5, 0.1 * stated):
-        raise SampleError(
-            "truncated_video", f"the header says {stated:.2f} s, the data end at {last + gap:.2f} s"
-        )
-    return VideoInfo(last=last, duration=last + gap, frames=len(stamps))
+    def __init__(self, packets: Packets, info: VideoInfo) -> None:
+        self.info = info
+        self._packets = packets
 
+    def frames(self, times: Sequence[float]) -> Iterator[Tensor]:
+        """Yields uint8 [3, H, W], upright, the frame on screen at each of the rising `times`.
 
-def frames_at(data: bytes, times: Sequence[float]) -> Iterator[Tensor]:
-    """Yields uint8 [3, H, W], upright, the frame shown at each of the rising `times` (seconds).
-
-    Decodes up to the last moment asked for and no further. A moment after the last frame gets
-    the last frame if it is less than a second late, else SampleError(`frame_after_end`).
-    """
-    due = list(times)
-    previous: VideoFrame | None = None
-    seen = 0.0
-    with _open(data) as (container, stream):
-        for now, frame in _clock(container, stream):
-            while due and due[0] < now - _EPSILON:
-                yield _pixels(previous or frame)
-                due.pop(0)
-            previous, seen = frame, now
-            if not due:
-                return
-        for moment in due:
-            if previous is None:
-                raise SampleError("empty_video", f"{len(data)} bytes hold no frame")
-            if moment >= seen + 1.0:
-                raise SampleError(
-                    "frame_after_end", f"no frame at {moment:.2f} s, the last is at {seen:.2f} s"
-                )
-            yield _pixels(previous)
-
-
-def _clock(container: InputContainer, stream: VideoStream) -> Iterator[tuple[float, VideoFrame]]:
-    """Decoded frames with their seconds since the first; counts where no time stamps exist."""
-    rate = float(stream.average_rate or 25)
-    first: float | None = None
-    for index, frame in enumerate(container.decode(stream)):
-        stamp = frame.time if frame.time is not None else index / rate
-        first = stamp if first is None else first
-        yield stamp - first, frame
+        Times are seconds from the first frame. No more is decoded than they need. A moment after
+        the last frame gets that frame if it is less than a second late, else there is a
+        SampleError(`frame_after_end`) before any frame. Strides are those of [H, W, 3].
+        """
+        info = self.info
+        if times and times[-1] >= info.last + _LATE:
+            late = next(moment for moment in times if moment >= info.last + _LATE)
+            raise SampleError(
+                "frame_after_end", f"no frame at {late:.2f} s, the last is at {info.last:.2f} s"
+            )
+        shown, pixels = None, None
+        for frame in self._packets.shown_at([moment + _EPSILON for moment in times]):
+            if pixels is None or frame is not shown:
+                shown, pixels = frame, _pixels(frame)
+            yield pixels
 
 
 @contextmanager
-def _open(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(data: bytes, threads: int = 1) -> Iterator[Video]:
+    """Opens a video file's bytes and reads all its packets, decoding nothing.
+
+    `threads` decode it. Raises SampleError, from inside the context too: `undecodable_video`,
+    `empty_video`, or `truncated_video` where the file ends well before the length that its header
+    states.
+    """
     try:
         with av.open(io.BytesIO(data), "r") as container:
             if not container.streams.video:
                 raise SampleError("empty_video", "the file has no video stream")
-            yield container, container.streams.video[0]
+            packets = Packets(container, container.streams.video[0], threads)
+            if not packets.times:
+                raise SampleError("empty_video", f"{len(data)} bytes hold no frame")
+            yield Video(packets, _info(packets))
     except (av.FFmpegError, ValueError) as error:
         raise SampleError("undecodable_video", f"{len(data)} bytes: {error}") from None
 
 
+def probe_video(data: bytes) -> VideoInfo:
+    """The time stamps of a video file's bytes; the errors are those of open_video."""
+    with open_video(data) as video:
+        return video.info
+
+
+def frames_at(data: bytes, times: Sequence[float], threads: int = 1) -> Iterator[Tensor]:
+    """`Video.frames` of a video file's bytes."""
+    with open_video(data, threads) as video:
+        yield from video.frames(times)
+
+
+def _info(packets: Packets) -> VideoInfo:
+    times = packets.times
+    gaps = [b - a for a, b in pairwise(times) if b > a]
+    gap = median(gaps) if gaps else 1 / packets.rate
+    last = times[-1]
+    if packets.stated - (last + gap) > max(0.5, 0.1 * packets.stated):
+        raise SampleError(
+            "truncated_video",
+            f"the header says {packets.stated:.2f} s, the data end at {last + gap:.2f} s",
+        )
+    return VideoInfo(last=last, duration=last + gap, frames=len(times))
+
+
 def _pixels(frame: VideoFrame) -> Tensor:
-    array = frame.to_ndarray(format="rgb24")  # [H, W, 3]
+    array: np.ndarray = frame.to_ndarray(format="rgb24")  # [H, W, 3]
     turns = round(frame.rotation / 90) % 4  # phones store the picture lying and a matrix beside it
-    array = np.rot90(array, turns)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    if turns:
+        array = np.ascontiguousarray(np.rot90(array, turns))
+    return torch.from_numpy(array).permute(2, 0, 1)

@@ -166,6 +166,7 @@ class DataConfig:
     max_frames_per_batch: int | None = None
     max_tiles: int = 1
     sequence_length: int | None = None  # None: stage.sequence_length
+    video_threads: int = 1  # of each decoder; more help where there are more cores than workers
     workers: int = 2  # loader processes for each data-parallel rank; 0: in the training process
     shuffle_buffer: int = 1000
     pad_multiple: int = 64  # microbatches are padded to a multiple of this, in tokens
@@ -200,6 +201,7 @@ class StageConfig:
     warmup_ratio: float = 0.1
     schedule: str = "cosine"  # cosine | linear | constant
     silence_weight: float = 1.0
+    swap_probability: float = 0.0  # of a real-time frame and the word before it, in training
 
 
 @dataclass

@@ -60,6 +60,7 @@ def _positive(config: Config) -> Iterator[str]:
         "data.global_batch": config.data.global_batch,
         "data.micro_batch": config.data.micro_batch,
         "data.max_tiles": config.data.max_tiles,
+        "data.video_threads": config.data.video_threads,
         "data.pad_multiple": config.data.pad_multiple,
         "data.shuffle_buffer": config.data.shuffle_buffer,
         "trainer.steps": config.steps,
@@ -89,6 +90,7 @@ def _positive(config: Config) -> Iterator[str]:
         ("optimizer.min_lr_ratio", config.optimizer.min_lr_ratio),
         ("data.max_bad_ratio", config.data.max_bad_ratio),
         ("stage.silence_weight", config.stage.silence_weight),
+        ("stage.swap_probability", config.stage.swap_probability),
     ):
         if not 0 <= share <= 1:
             yield f"{name}={share}: must be between 0 and 1"

@@ -20,9 +20,9 @@ def normalize(
     shape = (3, 1, 1)
     mean = torch.tensor(MEAN, device=frames.device).view(shape)
     std = torch.tensor(STD, device=frames.device).view(shape)
-    pixels = (frames.float() / 255 - mean) / std
+    pixels = frames.float().div_(255).sub_(mean).div_(std)
     tiles = frames.shape[1]
     if tiles > 1:
         used = torch.arange(tiles, device=frames.device) < tiles_used(ratio_ids, vision)[:, None]
-        pixels = pixels * used[:, :, None, None, None]
+        pixels.mul_(used[:, :, None, None, None])
     return pixels.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,6 +74,8 @@ def encode_config(config: Config) -> EncodeConfig:
         video_min_frames=stage.video_min_frames,
         video_max_frames=stage.video_max_frames,
         prompt=cast(Any, stage.prompt),  # validated
+        swap_probability=stage.swap_probability,
+        video_threads=data.video_threads,
     )
 
 
@@ -114,6 +117,35 @@ class Epochs:
         for name in self.sizes:
             self.samples[name] += samples[name]
         return {name: self.samples[name] / size for name, size in self.sizes.items()}
+
+
+class BadSamples:
+    """The share of unreadable samples among the last `WINDOW` that the job has tried.
+
+    A window, for a long run would not notice for days that its storage has gone.
+    """
+
+    WINDOW = 10_000  # samples, or one step's where these are more
+    LEAST = 10  # unreadable ones, before their share means anything
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self._steps: deque[tuple[int, int]] = deque()  # samples tried and unreadable
+        self._tried = self._bad = 0
+
+    def add(self, step: int, good: int, bad: int) -> None:
+        """Counts a step's samples. Raises RuntimeError where more than the limit is unreadable."""
+        self._steps.append((good + bad, bad))
+        self._tried, self._bad = self._tried + good + bad, self._bad + bad
+        while self._tried - self._steps[0][0] >= self.WINDOW:
+            tried, of_them = self._steps.popleft()
+            self._tried, self._bad = self._tried - tried, self._bad - of_them
+        ratio = self._bad / self._tried
+        if self._bad >= self.LEAST and ratio > self.limit:
+            raise RuntimeError(
+                f"step {step}: {self._bad} of the last {self._tried} samples could not be read "
+                f"({ratio:.1%}, data.max_bad_ratio={self.limit:.1%}): see the warnings above"
+            )
 
 
 class Audit:

@@ -26,7 +26,7 @@ from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.train.checkpoint import Checkpointer
-from moss_train.train.data import Audit, Epochs, check_tokens, open_loader
+from moss_train.train.data import Audit, BadSamples, Epochs, check_tokens, open_loader
 from moss_train.train.flops import Trains, step_flops
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
 from moss_train.train.optimizer import freeze, make_trainable
@@ -80,7 +80,8 @@ class Job:
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokens = SpecialTokens.from_tokenizer(tokenizer, config.data.tokenizer)
         self.step = TrainStep(config, self.model, self.trainable, tokens.silence)
-        self.done = self.samples = self.skipped = 0
+        self.done = self.samples = 0
+        self.bad_samples = BadSamples(config.data.max_bad_ratio)
         streams = self._restore(resume_from)
         self.loader = open_loader(config, self.groups, streams) if self.groups.is_leader else None
         self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
@@ -175,14 +176,7 @@ class Job:
                 f"step {self.done}: the loss is {result.loss}. Lower optimizer.lr, or look at the "
                 "step's samples (data.audit=true writes their keys)"
             )
-        self.skipped += result.skipped
-        ratio = self.skipped / (self.samples + self.skipped)
-        limit = self.config.data.max_bad_ratio
-        if self.skipped >= 10 and ratio > limit:
-            raise RuntimeError(
-                f"step {self.done}: {self.skipped} of {self.samples + self.skipped} samples could "
-                f"not be read ({ratio:.1%}, data.max_bad_ratio={limit:.1%}): see the warnings above"
-            )
+        self.bad_samples.add(self.done, self.config.data.global_batch, result.skipped)
 
     @contextmanager
     def _sinks(self) -> Iterator[tuple[MetricsWriter | None, Progress | None]]:

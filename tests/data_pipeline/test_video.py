@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import random
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ import av
 import numpy as np
 import pytest
 
+from data_pipeline.packets import Packets
 from data_pipeline.schema import SampleError
-from data_pipeline.video import VideoInfo, frames_at, probe_video, sample_times
+from data_pipeline.video import VideoInfo, frames_at, open_video, probe_video, sample_times
 
 
 def make_video(
@@ -18,17 +21,23 @@ def make_video(
     container: str = "mp4",
     codec: str = "libx264",
     file: Path | None = None,
+    coding: dict[str, str] | None = None,
+    step: int = 8,
     **options: str,
 ) -> bytes:
-    """Frame i is a 32 x 48 picture of brightness 8 i, shown from stamps[i] seconds."""
+    """Frame i is a 32 x 48 picture of brightness `step` i, shown from stamps[i] seconds.
+
+    `coding` are the encoder's options, `options` the container's.
+    """
     out = io.BytesIO()
     target = str(file) if file else out  # some options need a file to go back in
     with av.open(target, "w", format=container, options=options) as video:
         stream: Any = video.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
+        stream.options = coding or {}
         for i, stamp in enumerate(stamps):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 8 * i, np.uint8), "rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), step * i, np.uint8), "rgb24")
             frame.pts, frame.time_base = round(stamp * 1000), Fraction(1, 1000)
             video.mux(stream.encode(frame))
         video.mux(stream.encode())
@@ -70,6 +79,137 @@ def test_other_containers(container: str, codec: str) -> None:
     data = make_video([i / 25 for i in range(25)], container, codec)
     assert probe_video(data).last == pytest.approx(24 / 25, abs=0.01)
     assert shown(data, [0.0, 0.4, 0.8]) == [0, 10, 20]
+
+
+def test_avi_without_time_stamps_on_its_packets() -> None:
+    """B frames in AVI: it stores no presentation times, so that frames must be counted."""
+    data = make_video([i / 25 for i in range(25)], "avi", coding={"bf": "2"})
+    assert shown(data, [0.0, 0.2, 0.4, 0.8]) == [0, 5, 10, 20]
+
+
+def test_a_bare_stream_has_its_rate_only() -> None:
+    data = make_video([i / 25 for i in range(30)], "h264")
+    info = probe_video(data)
+    assert (info.frames, round(info.duration, 2)) == (30, 1.2)
+    assert shown(data, [0.0, 0.4, 1.0]) == [0, 10, 25]
+
+
+@pytest.mark.parametrize("container", ["matroska", "mpegts"])
+def test_a_live_stream_states_no_duration(container: str) -> None:
+    """Nor does it start at zero: the first frame is second 0."""
+    stamps = [7.0 + i / 10 for i in range(20)]
+    if container == "matroska":
+        data = make_video(stamps, container, live="1")
+    else:
+        data = make_video(stamps, container)
+    with av.open(io.BytesIO(data)) as opened:
+        assert opened.streams.video[0].duration is None or container == "mpegts"
+    assert probe_video(data).last == pytest.approx(1.9, abs=0.01)
+    assert shown(data, [0.0, 1.0, 1.9, 2.5]) == [0, 10, 19, 19]
+
+
+def test_pictures_that_end_before_the_sound(tmp_path: Path) -> None:
+    """Two seconds of pictures in five of sound: the pictures' length counts."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as file:
+        video: Any = file.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
+        sound: Any = file.add_stream("aac", rate=8000, layout="mono")
+        for i in range(20):
+            pixels = np.full((32, 48, 3), 8 * i, np.uint8)
+            file.mux(video.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(video.encode())
+        for i in range(40):
+            noise = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            noise.rate, noise.pts = 8000, 1024 * i
+            file.mux(sound.encode(noise))
+        file.mux(sound.encode())
+    data = path.read_bytes()
+    assert probe_video(data).duration == pytest.approx(2.0, abs=0.01)
+    assert shown(data, [0.0, 1.0, 2.5]) == [0, 10, 19]
+    with pytest.raises(SampleError, match=r"no frame at 3.00 s, the last is at 1.90 s"):
+        shown(data, [0.0, 3.0])
+
+
+# What the ISO file format calls the matrix of a track: a, b, u, c, d, v, x, y, w.
+TURNS = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+
+
+@pytest.mark.parametrize("degrees", TURNS)
+def test_a_phones_video_comes_out_upright(tmp_path: Path, degrees: int) -> None:
+    """The file asks to be shown turned by so many degrees clockwise, as a phone's does."""
+    path = tmp_path / "a.mp4"
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:16, :32] = 255  # the corner at the top left
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for _ in range(3):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    a, b, c, d = (value << 16 for value in TURNS[degrees])
+    place = data.index(b"tkhd") + 4 + 40  # behind version, times, id, duration, layer, volume
+    assert data[place : place + 4] == struct.pack(">i", 1 << 16)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (frame,) = frames_at(bytes(data), [0.0])
+    assert frame.shape == ((3, 32, 64) if degrees == 180 else (3, 64, 32))
+    height, width = frame.shape[1] // 2, frame.shape[2] // 2
+    corners = {  # clockwise from the top left
+        0: frame[:, :height, :width], 90: frame[:, :height, width:],
+        180: frame[:, height:, width:], 270: frame[:, height:, :width],
+    }  # fmt: skip
+    bright = {turn: corner.float().mean().item() > 128 for turn, corner in corners.items()}
+    assert bright == {turn: turn == degrees for turn in corners}
+
+
+def every_frame(data: bytes) -> list[tuple[float, int]]:
+    """Seconds and sum of the values of all frames, by the decoder alone."""
+    with av.open(io.BytesIO(data), "r") as file:
+        return [
+            (float(frame.time or 0), int(frame.to_ndarray(format="rgb24").sum()))
+            for frame in file.decode(video=0)
+        ]
+
+
+CODINGS = {
+    "short groups": ("libx264", {"g": "10", "bf": "3", "sc_threshold": "0"}),
+    "open groups": ("libx264", {"x264-params": "keyint=12:bframes=3:open-gop=1:scenecut=0"}),
+    "one group": ("libx264", {"g": "1000", "bf": "2", "sc_threshold": "0"}),
+    "vp9": ("libvpx-vp9", {"g": "10", "lag-in-frames": "8", "auto-alt-ref": "1"}),
+    "mpeg4": ("mpeg4", {"g": "10", "bf": "2"}),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CODINGS)
+def test_what_is_left_out_changes_no_picture(name: str, threads: int) -> None:
+    codec, coding = CODINGS[name]
+    container = "webm" if name == "vp9" else "mp4"
+    data = make_video([i / 10 for i in range(60)], container, codec, coding=coding, step=4)
+    clock = every_frame(data)
+    chance = random.Random(name)
+    for count in (1, 2, 5, 30):
+        times = sorted(chance.uniform(0, 6.2) for _ in range(count))
+        expected = [max(f for f in clock if f[0] <= moment + 1e-4)[1] for moment in times]
+        found = [int(frame.sum()) for frame in frames_at(data, times, threads)]
+        assert found == expected
+
+
+def test_only_the_groups_that_are_needed_are_decoded() -> None:
+    coding = {"g": "10", "bf": "0", "sc_threshold": "0"}
+    data = make_video([i / 10 for i in range(60)], coding=coding, step=4)
+    with av.open(io.BytesIO(data), "r") as file:
+        packets = Packets(file, file.streams.video[0], threads=1)
+    unit = packets._stamps[1] - packets._stamps[0]
+    assert packets._runs({3 * unit, 7 * unit, 35 * unit}) == [(0, 7), (30, 35)]
+
+
+def test_a_video_can_be_asked_twice() -> None:
+    with open_video(make_video([i / 10 for i in range(30)])) as video:
+        for times in ([0.5, 1.5], [2.0], [0.0, 0.1]):
+            found = [round(frame.float().mean().item() / 8) for frame in video.frames(times)]
+            assert found == [round(moment * 10) for moment in times]
 
 
 def test_a_moment_after_the_end_is_refused() -> None:

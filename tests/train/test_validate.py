@@ -126,9 +126,10 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
          "optimizer.lr=0.0: must be greater than 0"],
     ),
     "shares": (
-        1, ["stage.warmup_ratio=2", "data.max_bad_ratio=-0.5"],
+        1, ["stage.warmup_ratio=2", "data.max_bad_ratio=-0.5", "stage.swap_probability=1.5"],
         ["stage.warmup_ratio=2.0: must be between 0 and 1",
-         "data.max_bad_ratio=-0.5: must be between 0 and 1"],
+         "data.max_bad_ratio=-0.5: must be between 0 and 1",
+         "stage.swap_probability=1.5: must be between 0 and 1"],
     ),
     "choices": (
         1, ["model.attention=fast", "model.dtype=fp16", "parallel.recompute=some",

@@ -1,0 +1,178 @@
+"""Frames a second out of a video, and pictures a second through the image transform.
+
+    python -m tools.bench.video [--seconds 60 --height 1080 --rounds 3 --threads 1]
+
+Video: one frame a second of an H.264 file at 30 frames a second, as RGB, against decord2, OpenCV
+and torchcodec, of which those take part that can be imported. Pictures: resize and tile against
+transformers' MllamaImageProcessor (its PIL form), with and without normalizing. Contestants take
+turns; CPU seconds are those of all threads of this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from data_pipeline.images import tile_image
+from data_pipeline.video import frames_at
+from moss_train.config import VisionConfig
+from moss_train.model.pixels import MEAN, STD, normalize
+
+RATE = 30  # frames a second of the file
+Contestant = Callable[[], int]  # returns the number of frames it has made
+
+
+def write_video(path: Path, seconds: int, height: int) -> None:
+    """A textured picture that sways, and a square that crosses it; x264's own key frames."""
+    width = height * 16 // 9
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (height // 8 + 20, width // 8 + 60, 3), dtype=np.uint8)
+    size = (8 * coarse.shape[1], 8 * coarse.shape[0])
+    scene = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"preset": "veryfast", "crf": "23"}
+        for i in range(seconds * RATE):
+            top, left = int(60 + 50 * np.sin(i / 40)), int(240 + 200 * np.sin(i / 70))
+            picture = scene[top : top + height, left : left + width].copy()
+            at = 7 * i % (width - 200)
+            picture[300:500, at : at + 200] = 255 - picture[300:500, at : at + 200]
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        file.mux(stream.encode())
+
+
+def decoders(path: Path, seconds: int, threads: int) -> dict[str, Contestant]:
+    """Ours first. Each makes the frames of all seconds, in memory, from opening the file on."""
+    data, times = path.read_bytes(), [float(i) for i in range(seconds)]
+    frames = [i * RATE for i in range(seconds)]
+
+    def ours() -> int:
+        return sum(1 for _ in frames_at(data, times, threads))
+
+    found: dict[str, Contestant] = {"ours": ours}
+    try:
+        import decord
+
+        def with_decord() -> int:
+            reader = decord.VideoReader(str(path), num_threads=threads)
+            return len(reader.get_batch(frames).asnumpy())
+
+        found["decord2"] = with_decord
+    except (ImportError, OSError) as error:
+        print(f"decord2 takes no part: {str(error).splitlines()[0]}")
+    try:
+        import cv2
+
+        def with_opencv() -> int:
+            options = [cv2.CAP_PROP_N_THREADS, threads]
+            video, count = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, options), 0
+            for i in range(frames[-1] + 1):
+                video.grab()
+                if i % RATE == 0:
+                    count += cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB).shape[2] == 3
+            return count
+
+        found["OpenCV"] = with_opencv
+    except (ImportError, OSError) as error:
+        print(f"OpenCV takes no part: {str(error).splitlines()[0]}")
+    try:
+        from torchcodec.decoders import VideoDecoder
+
+        def with_torchcodec() -> int:
+            decoder = VideoDecoder(str(path), num_ffmpeg_threads=threads)
+            return len(decoder.get_frames_at(frames).data)
+
+        found["torchcodec"] = with_torchcodec
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"torchcodec takes no part: {str(error).strip().splitlines()[0]}")
+    return found
+
+
+def compare(contestants: dict[str, Contestant], rounds: int) -> None:
+    """Prints each one's frames a second, and its CPU time over that of the first."""
+    rate: dict[str, list[float]] = {name: [] for name in contestants}
+    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            began, began_cpu = time.perf_counter(), time.process_time()
+            frames = work()
+            rate[name].append(frames / (time.perf_counter() - began))
+            cpu[name].append((time.process_time() - began_cpu) / frames)
+    first = next(iter(contestants))
+    for name in contestants:
+        slower = [mine / base for mine, base in zip(cpu[name], cpu[first], strict=True)]
+        print(
+            f"  {name:30} {statistics.median(rate[name]):8.1f} /s  "
+            f"{1e3 * statistics.median(cpu[name]):8.2f} ms CPU each  "
+            f"{statistics.median(slower):5.2f}x ({min(slower):.2f}-{max(slower):.2f})"
+        )
+
+
+def transforms(picture: np.ndarray, max_tiles: int, repeat: int = 8) -> dict[str, Contestant]:
+    """Ours and transformers', as bytes and normalized, at the size of Llama-3.2-Vision's tiles."""
+    vision = VisionConfig(max_tiles=max_tiles)
+    image, pixels = Image.fromarray(picture), torch.from_numpy(picture).permute(2, 0, 1)
+    size = {"height": vision.image_size, "width": vision.image_size}
+    processor = MllamaImageProcessorPil(
+        size=size, max_image_tiles=max_tiles, image_mean=MEAN, image_std=STD
+    )
+
+    def ours() -> object:
+        return tile_image(pixels, vision.image_size, max_tiles)
+
+    def ours_normalized() -> object:
+        tiles, ratio = tile_image(pixels, vision.image_size, max_tiles)
+        return normalize(tiles[None], torch.tensor([ratio]), vision, torch.float32)
+
+    def theirs(**options: bool) -> object:
+        return processor.preprocess(image, return_tensors="pt", **options)
+
+    def repeated(work: Callable[[], object]) -> Contestant:
+        return lambda: sum(work() is not None for _ in range(repeat))
+
+    return {
+        "ours": repeated(ours),
+        "transformers": repeated(lambda: theirs(do_rescale=False, do_normalize=False)),
+        "ours, normalized": repeated(ours_normalized),
+        "transformers, normalized": repeated(theirs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--height", type=int, default=1080)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of each decoder")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.mp4"
+        print(f"writing {options.seconds} s of {options.height}p ...", flush=True)
+        write_video(path, options.seconds, options.height)
+        print(f"video, {path.stat().st_size / 1e6:.1f} MB, {options.threads} threads:")
+        compare(decoders(path, options.seconds, options.threads), options.rounds)
+    random = np.random.default_rng(0)
+    for height, width in ((480, 640), (1080, 1920), (3000, 4000)):
+        picture = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for max_tiles in (1, 4):
+            print(f"picture of {width} x {height}, {max_tiles} tiles at most:")
+            compare(transforms(picture, max_tiles), options.rounds)
+
+
+if __name__ == "__main__":
+    main()
