@@ -134,7 +134,21 @@ def test_stats_count_what_is_trained_on(
     toy: Path, streams: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = ["--tokenizer", str(toy / "tokenizer"), *TILE]
-    assert main(["stats", str(streams), "--stage", "realtime_sft", "--json", *tokenizer]) == 0
+    assert (
+        main(
+            [
+                "stats",
+                str(streams),
+                "--workers",
+                "0",
+                "--stage",
+                "realtime_sft",
+                "--json",
+                *tokenizer,
+            ]
+        )
+        == 0
+    )
     (row,) = json.loads(capsys.readouterr().out).values()
     assert (row["samples"], row["frames"], row["errors"]) == (3, 6, {})
     assert row["truncated_ratio"] == 0.3333
@@ -142,7 +156,12 @@ def test_stats_count_what_is_trained_on(
     assert row["words_per_second"] == round((3 + 2 + 3000) / 6, 4)
     assert row["silence_ratio"] == round(4 / row["labels"], 4)
 
-    assert main(["stats", str(toy / "train"), "--stage", "pt2", "--json", *tokenizer]) == 0
+    assert (
+        main(
+            ["stats", str(toy / "train"), "--workers", "0", "--stage", "pt2", "--json", *tokenizer]
+        )
+        == 0
+    )
     rows = {Path(k).name: v for k, v in json.loads(capsys.readouterr().out).items()}
     assert {name: row["samples"] for name, row in rows.items()} == {
         "image": 12, "text": 12, "video": 12,
@@ -157,7 +176,7 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = ["--tokenizer", str(toy / "tokenizer"), *TILE]
-    assert main(["validate", str(toy), *tokenizer]) == 0
+    assert main(["validate", str(toy), "--workers", "0", *tokenizer]) == 0
     assert f"{toy}: 48 samples, no problems" in capsys.readouterr().out
 
     picture = (tmp_path / "p.png", Image.new("RGB", (9, 9)))
@@ -190,7 +209,7 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
     (tree / "b/shard-000002.tar").write_bytes((tree / "b/shard-000000.tar").read_bytes())
     (tree / "b/shard-000003.tar.partial").touch()
 
-    assert main(["validate", str(tree), *tokenizer]) == 1
+    assert main(["validate", str(tree), "--workers", "0", *tokenizer]) == 1
     lines = [line.removeprefix(f"{tree}/") for line in capsys.readouterr().out.splitlines()]
     a, b = "a/shard-000000.tar ", "b/shard-00000"
     expected = [
