@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from data_pipeline.build import build_shards
 from data_pipeline.importers.webdataset import read_samples
 from data_pipeline.index import prepare_index
 from data_pipeline.shards import write_shards
-from data_pipeline.toy.build import ToyConfig, build_toy
+from tests.conftest import REPO
 from tests.samples import graded_video
 from tools.shards.__main__ import main
 from tools.shards.find import find_sample
@@ -26,7 +28,9 @@ TILE = ["--tile-size", "56"]
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("toy")
-    build_toy(out, ToyConfig(train=12, heldout=4, samples_per_shard=5), workers=2)
+    # In a process of its own: a fork of this one, with the threads of other tests, may hang.
+    command = [sys.executable, "-m", "data_pipeline.toy", str(out), "--samples-per-shard", "5"]
+    subprocess.run([*command, "--train", "12", "--heldout", "4"], cwd=REPO, check=True)
     return out
 
 
