@@ -1,121 +1,246 @@
-"""Imports ShareGPT JSON files with their media into shards.
+"""Imports what users have into shards.
 
     python -m data_pipeline.build SOURCE OUT
 
-SOURCE is a JSON file with a list of records, or a folder of such files; media paths are relative
-to the JSON file. OUT gets a folder of indexed shards for each of `text`, `image`, `video` and
-`realtime` that occurs, and `rejected.jsonl`.
+SOURCE is a file or folder, a path or URL (s3://, gs://, https://): records in ShareGPT or alpaca
+form, a LLaMA-Factory dataset_info.json, plain text, tables of captions, folders of pictures or
+videos with captions, or shards of others. OUT gets a folder of indexed shards for each of `text`,
+`image`, `video` and `realtime` that occurs, and `rejected.jsonl`. Killed, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
+import os
 import sys
-from collections import Counter
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain, groupby
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from data_pipeline import files
+from data_pipeline.importers.draft import Entry
+from data_pipeline.importers.journal import REJECTED, Journal, Summary
+from data_pipeline.importers.media import MediaOptions, Outcome
+from data_pipeline.importers.pool import Pool
+from data_pipeline.importers.source import FORMS, OpenSource, SourceOptions, open_source
 from data_pipeline.index import prepare_index
+from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
-from data_pipeline.shards import ShardError, write_shards
-from data_pipeline.sharegpt import convert_record, is_realtime
+from data_pipeline.shards import ShardError, ShardWriter, check_source
+
+_VERSION = 1  # of what an import makes of the same source
+_RATIO_FROM = 1000  # records, before which a ratio says little
 
 
-@dataclass
-class Summary:
-    """Counts of what was imported, by group, and of what was rejected, by reason."""
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a source becomes shards; wrong values raise ValueError that names the field."""
 
-    imported: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
+    source: SourceOptions = field(default_factory=SourceOptions)
+    media: MediaOptions = field(default_factory=MediaOptions)
+    samples_per_shard: int = 1000
+    shard_size: float = 512.0  # MB (10^6 bytes) that a shard is complete with
+    max_rejected: float | None = None  # a number of records, or below 1 a share of them
+    workers: int = 0  # processes beside this one
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples_per_shard", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}: must be at least {least}")
+        if not self.shard_size > 0:
+            raise ValueError(f"shard_size: {self.shard_size}: must be greater than 0")
+        if self.max_rejected is not None and self.max_rejected < 0:
+            raise ValueError(f"max_rejected: {self.max_rejected}: must be at least 0")
 
 
-def build_shards(source: str | Path, out_dir: str | Path, samples_per_shard: int = 1000) -> Summary:
-    """Imports everything under `source`; ShardError for a source or target that cannot be used.
+class TooManyRejectedError(ShardError):
+    """More records were rejected than --max-rejected allows."""
+
+
+def build_shards(
+    source: str | Path, out_dir: str | Path, options: BuildOptions | None = None
+) -> Summary:
+    """Imports everything under `source`, or goes on with an import that was stopped.
 
     A record that cannot be used is written to `rejected.jsonl` with its key and the reason.
+    Raises ShardError for a source or target that cannot be used, TooManyRejectedError.
     """
-    files = _json_files(Path(source))
+    options = options or BuildOptions()
+    if files.is_url(str(out_dir)):
+        raise ShardError(f"{out_dir}: shards are written to a local folder: copy them from there")
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    summary = Summary()
-    groups = _grouped(files)
-    with (out / "rejected.jsonl").open("w") as rejected:
-        for group, records in groups.items():
-            samples = _converted(records, rejected, summary, group)
-            first = next(samples, None)
-            if first is not None:
-                write_shards(chain([first], samples), out / group, samples_per_shard)
-                prepare_index(out / group)
-    return summary
-
-
-def _json_files(source: Path) -> list[Path]:
-    files = sorted(source.glob("*.json")) if source.is_dir() else [source]
-    if not files or not all(file.is_file() for file in files):
-        raise ShardError(f"{source}: no JSON file there")
-    return files
-
-
-def _grouped(files: list[Path]) -> dict[str, list[tuple[str, Path, Any]]]:
-    """All records, with their keys and files, by the group of shards they belong to."""
-    entries = []
-    for file in files:
+    pool = Pool(options.workers)
+    try:
+        opened = open_source(str(source), options.source, out)
+        journal = Journal(out, _arguments(str(source), opened, options))
         try:
-            records = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{file} cannot be read: {error}") from None
-        if not isinstance(records, list):
-            raise ShardError(f"{file}: expected a list of records")
-        stem = re.sub(r"[^\w-]", "_", file.stem)
-        entries += [(f"{stem}-{i:06d}", file, record) for i, record in enumerate(records)]
-    entries.sort(key=lambda entry: _group(entry[2]))
-    return {group: list(found) for group, found in groupby(entries, lambda e: _group(e[2]))}
+            if journal.finished:
+                print(f"{out}: finished already, nothing to do", file=sys.stderr)
+            else:
+                _import(opened, journal, pool, options)
+                _index(out, journal, max(1, options.workers))
+                journal.finish()
+        finally:
+            journal.close()
+    finally:
+        pool.close()
+    return journal.summary
 
 
-def _group(record: Any) -> str:
-    if not isinstance(record, dict):
-        return "text"
-    videos, images = record.get("videos"), record.get("images")
-    if videos:
-        return "realtime" if is_realtime(videos) else "video"
-    return "image" if images else "text"
+def _arguments(source: str, opened: OpenSource, options: BuildOptions) -> dict[str, object]:
+    """Everything that decides what the shards hold."""
+    return {
+        "version": _VERSION,
+        "source": source if files.is_url(source) else os.path.abspath(source),
+        "source_files": opened.fingerprint(),
+        **asdict(options.source),
+        "form": opened.form,
+        **asdict(options.media),
+        "samples_per_shard": options.samples_per_shard,
+        "shard_size": options.shard_size,
+    }
 
 
-def _converted(
-    records: list[tuple[str, Path, Any]], rejected: Any, summary: Summary, group: str
-) -> Iterator[dict[str, Any]]:
-    for key, file, record in records:
-        try:
-            members = convert_record(key, record, file.parent)
-        except SampleError as error:
-            summary.rejected[error.reason] += 1
-            line = {"key": key, "file": file.name, "reason": error.reason, "detail": error.detail}
-            rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _import(opened: OpenSource, journal: Journal, pool: Pool, options: BuildOptions) -> None:
+    progress = Progress("import", unit="records")
+    groups: dict[str, _Group] = {}
+    seen = 0
+    for outcome in pool.finish(_unhandled(opened, journal), options.media):
+        seen = outcome.index + 1
+        if isinstance(outcome.made, SampleError):
+            journal.reject(outcome, outcome.made)
+            _check_rejected(journal.summary, options.max_rejected, seen)
         else:
-            summary.imported[group] += 1
-            yield members
+            if outcome.group not in groups:
+                groups[outcome.group] = _Group(outcome.group, journal, options)
+            groups[outcome.group].write(outcome)
+        rejected = journal.summary.rejected.total()
+        progress.step(share=outcome.share, note=f"{rejected} rejected" if rejected else "")
+    for group in groups.values():
+        group.finish()
+    progress.end(f"{journal.summary.rejected.total()} rejected")
+    _check_rejected(journal.summary, options.max_rejected, journal.summary.records, last=True)
+
+
+def _unhandled(opened: OpenSource, journal: Journal) -> Iterator[Entry]:
+    """The entries, numbered, that no finished shard accounts for."""
+    for index, entry in enumerate(opened.entries()):
+        if not journal.handled(entry.group, index):
+            yield Entry(entry.key, entry.file, entry.share, entry.draft, index)
+
+
+class _Group:
+    """The shards of one group while they are written."""
+
+    def __init__(self, name: str, journal: Journal, options: BuildOptions) -> None:
+        self._name, self._journal = name, journal
+        self._writer = ShardWriter(
+            journal.out / name,
+            options.samples_per_shard,
+            int(options.shard_size * 1e6),
+            first=journal.shards[name],
+        )
+        self._samples, self._last = 0, -1
+
+    def write(self, outcome: Outcome) -> None:
+        assert isinstance(outcome.made, dict)
+        self._samples, self._last = self._samples + 1, outcome.index
+        self._note(self._writer.write(outcome.made))
+
+    def finish(self) -> None:
+        self._note(self._writer.finish())
+
+    def _note(self, shard: Path | None) -> None:
+        if shard is not None:
+            self._journal.shard_done(self._name, shard, self._samples, self._last)
+            self._samples = 0
+
+
+def _check_rejected(
+    summary: Summary, limit: float | None, records: int, last: bool = False
+) -> None:
+    """A number of records stops the import at once, a share as soon as it means something."""
+    if limit is None:
+        return
+    rejected = summary.rejected.total()
+    share = 0 < limit < 1
+    judged = last or not share or records >= _RATIO_FROM
+    if judged and rejected > (limit * records if share else limit):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in summary.rejected.items())
+        raise TooManyRejectedError(
+            f"{rejected} of {records} records rejected ({reasons}), more than --max-rejected "
+            f"{limit:g} allows: see {REJECTED}. Correct the source and import it into a new "
+            "folder, or allow more and run the same command again to go on"
+        )
+
+
+def _index(out: Path, journal: Journal, workers: int) -> None:
+    for group in journal.shards:
+        started = time.perf_counter()
+        try:
+            check_source(out / group)
+        except ShardError:
+            prepare_index(out / group, workers)
+        seconds = time.perf_counter() - started
+        if seconds > 1:
+            print(f"{out / group}: indexed in {seconds:.0f} s", file=sys.stderr)
+
+
+def _options(given: argparse.Namespace) -> BuildOptions:
+    return BuildOptions(
+        source=SourceOptions(
+            form=given.form,
+            media_dir=given.media_dir,
+            datasets=tuple(given.dataset.split(",")) if given.dataset else (),
+            media_column=given.media_column,
+            caption_column=given.caption_column,
+        ),
+        media=MediaOptions(max_side=given.max_side, video_fps=given.video_fps),
+        samples_per_shard=given.samples_per_shard,
+        shard_size=given.shard_size,
+        max_rejected=given.max_rejected,
+        workers=given.workers,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.build", description="Imports SOURCE into shards under OUT."
+    )
+    add = parser.add_argument
+    add("source", help="file or folder, path or URL")
+    add("out", type=Path)
+    add("--form", help=f"what SOURCE is, where it is not found out: {', '.join(FORMS)}")
+    add("--media-dir", help="what media paths are relative to (default: the records' folder)")
+    add("--dataset", help="NAME[,NAME...] of a dataset_info.json (default: all)")
+    add("--media-column", help="column of a table with the media paths")
+    add("--caption-column", help="column of a table with the captions")
+    add("--samples-per-shard", type=int, default=1000)
+    add("--shard-size", type=float, default=512, help="MB, default 512")
+    add("--max-side", type=int, help="shrink larger pictures (JPEG) and videos (H.264) to this")
+    add("--video-fps", type=float, help="thin out faster videos to this rate (H.264)")
+    add("--max-rejected", type=float, help="records (1, 2, ...) or their share (0.01): exit code 1")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes, default: all cores")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_pipeline.build", description=build_shards.__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
-    options = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
     try:
-        summary = build_shards(options.source, options.out, options.samples_per_shard)
-    except ShardError as error:
+        summary = build_shards(given.source, given.out, _options(given))
+    except (ShardError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
     for group, count in summary.imported.items():
-        print(f"{options.out / group}: {count} samples")
+        print(f"{given.out / group}: {count} samples")
     for reason, count in summary.rejected.items():
-        print(f"rejected, {reason}: {count} (see {options.out / 'rejected.jsonl'})")
+        print(f"rejected, {reason}: {count} (see {given.out / REJECTED})")
+    print(f"{summary.records} records: {summary.imported.total()} imported, "
+          f"{summary.rejected.total()} rejected")  # fmt: skip
     return 0 if summary.imported else 1
 
 

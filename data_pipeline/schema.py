@@ -30,6 +30,10 @@ class SampleError(Exception):
         self.detail = detail
         self.key = key
 
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str]]:
+        """It travels between processes."""
+        return SampleError, (self.reason, self.detail, self.key)
+
 
 @dataclass(frozen=True)
 class Message:

@@ -27,6 +27,54 @@ class SourceInfo:
     samples: int
 
 
+class ShardWriter:
+    """Writes samples into `PREFIX-000000.tar`, ..., the first with number `first`.
+
+    A shard carries the name `*.tar.partial` until it is complete and synced: whatever kills the
+    writer leaves whole shards or partial names, never a short shard that looks whole. A shard is
+    complete with `samples_per_shard` samples, or as soon as it holds `max_bytes` of data.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        samples_per_shard: int = 1000,
+        max_bytes: int = 1 << 30,
+        prefix: str = "shard",
+        first: int = 0,
+    ) -> None:
+        self._folder, self._prefix, self._number = Path(folder), prefix, first
+        self._samples_per_shard, self._max_bytes = samples_per_shard, max_bytes
+        self._tar: webdataset.TarWriter | None = None
+        self._samples = self._bytes = 0
+
+    def write(self, sample: Mapping[str, Any]) -> Path | None:
+        """Adds a sample; the shard that it completed, if it did. ShardError for a bad key."""
+        members = _checked(sample)
+        if self._tar is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # mtime: the same samples make the same bytes
+            self._tar = webdataset.TarWriter(str(self._partial()), mtime=0)
+        self._bytes += self._tar.write(members)
+        self._samples += 1
+        full = self._samples >= self._samples_per_shard or self._bytes >= self._max_bytes
+        return self.finish() if full else None
+
+    def finish(self) -> Path | None:
+        """Completes the open shard, if there is one. Not for a `finally` or `with`: an exception
+        must not turn the open shard into a finished one."""
+        if self._tar is None:
+            return None
+        self._tar.close()
+        finished = _finish(self._partial())
+        self._tar, self._samples, self._bytes = None, 0, 0
+        self._number += 1
+        return finished
+
+    def _partial(self) -> Path:
+        return self._folder / f"{self._prefix}-{self._number:06d}.tar{PARTIAL_SUFFIX}"
+
+
 def write_shards(
     samples: Iterable[Mapping[str, Any]],
     out_dir: str | Path,
@@ -34,36 +82,33 @@ def write_shards(
     max_bytes: int = 1 << 30,
     prefix: str = "shard",
 ) -> list[Path]:
-    """Writes samples into `PREFIX-000000.tar`, ... and returns the paths.
+    """Writes all samples into a folder without shards, by a ShardWriter, and returns the shards.
 
     A sample is a mapping with `__key__`, `json` (an object) and its media as bytes (`0.jpg`).
-    A shard carries the name `*.tar.partial` until it is complete and synced: whatever kills the
-    writer leaves whole shards or partial names, never a short shard that looks whole. Raises
-    ShardError for a folder that has shards, no samples, a bad key or a key used twice.
+    Raises ShardError for a folder that has shards, no samples, a bad key or a key used twice.
     """
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     if any(out.glob("*.tar")):
         raise ShardError(f"{out} already holds shards: remove it or choose another folder")
-    for leftover in out.glob(f"*.tar{PARTIAL_SUFFIX}"):
-        leftover.unlink()
-    finished: list[Path] = []
-    writer = webdataset.ShardWriter(
-        str(out / f"{prefix}-%06d.tar{PARTIAL_SUFFIX}"),
-        maxcount=samples_per_shard,
-        maxsize=max_bytes,
-        post=lambda name: finished.append(_finish(Path(name))),
-        verbose=0,
-        mtime=0,  # the same samples make the same bytes
-    )
+    remove_partial(out)
+    writer = ShardWriter(out, samples_per_shard, max_bytes, prefix)
     keys: set[str] = set()
+    finished: list[Path | None] = []
     for sample in samples:
-        writer.write(_checked(sample, keys))
+        finished.append(writer.write(sample))
+        if sample["__key__"] in keys:
+            raise ShardError(f"__key__: {sample['__key__']!r} is used twice")
+        keys.add(sample["__key__"])
     if not keys:
         raise ShardError(f"{out}: there were no samples to write")
-    # Not in a `finally` or `with`: an exception must not turn the open shard into a finished one.
-    writer.close()
-    return finished
+    finished.append(writer.finish())
+    return [shard for shard in finished if shard is not None]
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Removes what a killed writer left unfinished."""
+    for leftover in Path(folder).glob(f"*.tar{PARTIAL_SUFFIX}"):
+        leftover.unlink()
 
 
 def _finish(partial: Path) -> Path:
@@ -72,13 +117,10 @@ def _finish(partial: Path) -> Path:
     return partial.replace(partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX)))
 
 
-def _checked(sample: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+def _checked(sample: Mapping[str, Any]) -> dict[str, Any]:
     key = sample.get("__key__")
     if not isinstance(key, str) or not key or "." in key or key.startswith("__"):
         raise ShardError(f"__key__: {key!r}: must be a text without dots, not starting with __")
-    if key in keys:
-        raise ShardError(f"__key__: {key!r} is used twice")
-    keys.add(key)
     members = dict(sample)
     if not isinstance(members.get("json"), bytes):
         members["json"] = json.dumps(members.get("json"), ensure_ascii=False).encode()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.index import prepare_index
+from data_pipeline.progress import Progress
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK
 from data_pipeline.shards import ShardError, check_source, write_shards
 from data_pipeline.tokens import build_toy_tokenizer
@@ -64,7 +64,7 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
     counts = {"train": config.train, "heldout": config.heldout}
     texts: list[str] = []
     sizes: dict[str, Any] = {}
-    progress = _Progress(sum(counts.values()) * len(MODALITIES))
+    progress = Progress("toy data", sum(counts.values()) * len(MODALITIES))
     with ProcessPoolExecutor(workers) as pool:
         for split, count in counts.items():
             for modality in MODALITIES:
@@ -80,6 +80,7 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
                     "shards": len(shards),
                     "bytes": sum(shard.stat().st_size for shard in shards),
                 }
+    progress.end()
     build_toy_tokenizer(out / "tokenizer", texts, config.vocab_size)
     manifest = {
         "config": wanted,
@@ -143,32 +144,10 @@ def _talk(question: str, answer: str, kind: str, media: list[dict[str, str]]) ->
 
 
 def _watched(
-    samples: Iterator[dict[str, Any]], progress: _Progress, texts: list[str] | None
+    samples: Iterator[dict[str, Any]], progress: Progress, texts: list[str] | None
 ) -> Iterator[dict[str, Any]]:
     for sample in samples:
         if texts is not None:
             texts += [message["content"] for message in sample["json"]["messages"]]
         progress.step()
         yield sample
-
-
-class _Progress:
-    """A line on stderr that is rewritten, or now and then a new one where that is a file."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._start = self._said = time.perf_counter()
-
-    def step(self) -> None:
-        self._done += 1
-        now = time.perf_counter()
-        terminal = sys.stderr.isatty()
-        last = self._done == self._total
-        if not last and now - self._said < (0.2 if terminal else 5):
-            return
-        self._said = now
-        rate = self._done / max(now - self._start, 1e-9)
-        line = f"toy data: {self._done}/{self._total} samples, {rate:.0f}/s"
-        line += f", {(self._total - self._done) / rate:.0f} s left" if not last else ""
-        sys.stderr.write(f"\r{line}  " if terminal and not last else f"\r{line}\n")
-        sys.stderr.flush()

@@ -74,7 +74,7 @@ def test_media_that_do_not_fit_are_rejected_with_the_reason(tmp_path: Path) -> N
         "my_data-000003": "mark_media_mismatch",
         "my_data-000004": "undecodable_image",
         "my_data-000005": "mark_media_mismatch",
-        "my_data-000006": "unsupported_form",
+        "my_data-000006": "bad_schema",
         "my_data-000007": "bad_schema",
         "my_data-000008": "bad_schema",
     }

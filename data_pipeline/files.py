@@ -1,0 +1,150 @@
+"""Files by path or URL: local ones directly, `s3://`, `gs://`, `https://`, ... through fsspec.
+
+A folder's URL is one whose name has no suffix of a file that we read; nothing is asked for that.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+from urllib.parse import urlsplit
+
+import fsspec
+
+from data_pipeline.schema import SampleError
+from data_pipeline.shards import ShardError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
+)
+ROW_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
+TAR_SUFFIXES = frozenset({".tar", ".tgz"})
+
+_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the extra of ours that brings it
+_RETRY_AFTER = (1.0, 4.0)  # seconds
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def join(folder: str, path: str) -> str:
+    """`path` seen from `folder`; a URL or an absolute path stands for itself."""
+    if is_url(path) or path.startswith("/"):
+        return path
+    return f"{folder.rstrip('/')}/{path}"
+
+
+def parent(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+
+
+def name(path: str) -> str:
+    """The last part, without a URL's query."""
+    return PurePosixPath(urlsplit(path).path if is_url(path) else path).name
+
+
+def suffix(path: str) -> str:
+    """`.jpg`, lower case."""
+    return PurePosixPath(name(path)).suffix.lower()
+
+
+def is_folder(path: str) -> bool:
+    if not is_url(path):
+        return Path(path).is_dir()
+    return suffix(path) not in ROW_SUFFIXES | TAR_SUFFIXES | {".gz"}
+
+
+def list_files(folder: str) -> list[str]:
+    """All files below a folder, sorted, hidden ones left out; ShardError where it is not there."""
+    if is_url(folder):
+        with _explained(folder):
+            system, inside = fsspec.core.url_to_fs(folder)
+            found = [system.unstrip_protocol(path) for path in system.find(inside)]
+        return sorted(path for path in found if not name(path).startswith(".") and "?" not in path)
+    if not Path(folder).is_dir():
+        raise ShardError(f"{folder} is no folder: correct the path")
+    paths = []
+    for base, folders, names in os.walk(folder):
+        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+        paths += [os.path.join(base, name) for name in names if not name.startswith(".")]
+    return sorted(paths)
+
+
+def file_size(path: str) -> int:
+    """Bytes, 0 where a server does not say; ShardError where the file is not there."""
+    with _explained(path):
+        if not is_url(path):
+            return os.path.getsize(path)
+        system, inside = fsspec.core.url_to_fs(path)
+        return int(system.size(inside) or 0)
+
+
+@contextmanager
+def open_file(path: str) -> Iterator[BinaryIO]:
+    """A file of records, opened for reading; ShardError where that fails."""
+    # Local ones not through fsspec, which reads a meaning into names with `::`.
+    with (
+        _explained(path),
+        fsspec.open(path, "rb") if is_url(path) else Path(path).open("rb") as file,
+    ):
+        yield cast(BinaryIO, file)
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file; SampleError `missing_file`, `empty_file` or `unreadable_file`, ShardError.
+
+    What fails on its way over a network is asked for again before it is given up.
+    """
+    for pause in (*_RETRY_AFTER, None):
+        try:
+            data = _read(path)
+        except FileNotFoundError:
+            raise SampleError("missing_file", f"{name(path)}: No such file or directory") from None
+        except ImportError as error:
+            raise _missing_package(path, error) from None
+        except Exception as error:  # every protocol has errors of its own
+            if is_url(path) and pause is not None and not isinstance(error, PermissionError):
+                time.sleep(pause)
+                continue
+            raise SampleError("unreadable_file", f"{name(path)}: {error}") from None
+        if not data:
+            raise SampleError("empty_file", f"{name(path)} has 0 bytes")
+        return data
+    raise AssertionError("unreachable")
+
+
+def _read(path: str) -> bytes:
+    if not is_url(path):
+        return Path(path).read_bytes()
+    with fsspec.open(path, "rb") as file:
+        return cast(bytes, file.read())
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turns what opening a source can raise into ShardError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ShardError(f"{path} does not exist: correct the path") from None
+    except ImportError as error:
+        raise _missing_package(path, error) from None
+    except ShardError:
+        raise
+    except Exception as error:
+        # Every protocol has errors of its own; of a local file's, others are the reader's.
+        if not is_url(path) and not isinstance(error, OSError | ValueError):
+            raise
+        raise ShardError(f"{path} cannot be read: {error}") from None
+
+
+def _missing_package(path: str, error: ImportError) -> ShardError:
+    extra = _EXTRAS.get(path.partition("://")[0])
+    advice = f"pip install 'moss-train[{extra}]'" if extra else str(error)
+    return ShardError(f"{path}: its protocol needs another package: {advice}")

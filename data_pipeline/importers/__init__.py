@@ -1,0 +1,1 @@
+"""What users bring, in its many forms, to samples of our shards."""

@@ -1,0 +1,129 @@
+"""What every importer makes of a record: a conversation and where its media are."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from data_pipeline import files
+from data_pipeline.schema import (
+    IMAGE_MARK,
+    MARK,
+    VIDEO_MARK,
+    Kind,
+    MediaType,
+    SampleError,
+)
+
+Group = Literal["text", "image", "video", "realtime"]
+_PLAIN_SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture or video: its path or URL, or its bytes."""
+
+    type: MediaType
+    content: str | bytes
+    suffix: str = ""
+    times: tuple[float, ...] | None = None  # seconds of a real-time clip's frames
+
+    def member(self, index: int) -> str:
+        """Its name in the shard: `0.jpg`."""
+        return f"{index}{self.suffix if _PLAIN_SUFFIX.fullmatch(self.suffix) else '.bin'}"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A record whose media have not been read yet, in the order of their marks."""
+
+    messages: list[dict[str, str]]
+    media: list[Medium] = field(default_factory=list)
+    kind: Kind = "chat"
+    caption_file: str | None = None  # a text file: the content of the last message
+
+    @property
+    def group(self) -> Group:
+        """The folder of shards that it belongs to."""
+        if self.kind == "realtime":
+            return "realtime"
+        types = {medium.type for medium in self.media}
+        return "video" if "video" in types else "image" if "image" in types else "text"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record of a source; `draft` is the reason where it cannot be used."""
+
+    key: str
+    file: str  # for people: where the record stands
+    share: float  # of the source read so far, 0..1
+    draft: Draft | SampleError
+    index: int = -1  # its place among all records of the source
+
+    @property
+    def group(self) -> Group:
+        return self.draft.group if isinstance(self.draft, Draft) else "text"
+
+
+def medium(kind: MediaType, value: Any, base: str) -> Medium:
+    """A record's mention of a picture or video: a path, a URL, or `{"bytes": ..., "path": ...}`."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return Medium(kind, value["bytes"], files.suffix(value.get("path") or ""))
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or not path:
+        raise SampleError("bad_schema", f"{kind}: {value!r:.80} is no path")
+    return Medium(kind, files.join(base, path), files.suffix(path))
+
+
+def media_type(path: str) -> MediaType | None:
+    """By the suffix."""
+    suffix = files.suffix(path)
+    if suffix in files.IMAGE_SUFFIXES:
+        return "image"
+    return "video" if suffix in files.VIDEO_SUFFIXES else None
+
+
+def in_order(messages: list[dict[str, str]], given: dict[MediaType, list[Medium]]) -> list[Medium]:
+    """The media in the order of their marks; SampleError where counts do not agree."""
+    left = {kind: list(media) for kind, media in given.items()}
+    media: list[Medium] = []
+    for mark in MARK.findall("".join(message["content"] for message in messages)):
+        kind: MediaType = "image" if mark == IMAGE_MARK else "video"
+        if not left.get(kind):
+            raise SampleError("mark_media_mismatch", f"more {mark} marks than {kind}s")
+        media.append(left[kind].pop(0))
+    extra = sum(len(rest) for rest in left.values())
+    if extra:
+        raise SampleError("mark_media_mismatch", f"no mark for {extra} of the media")
+    return media
+
+
+def caption_draft(shown: Medium, caption: str = "", caption_file: str | None = None) -> Draft:
+    """A picture or video and its caption, for the pretraining stages."""
+    mark = IMAGE_MARK if shown.type == "image" else VIDEO_MARK
+    messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": caption}]
+    return Draft(messages, [shown], "caption", caption_file)
+
+
+def text_draft(text: Any) -> Draft:
+    """Plain text, learned from its first word to its last."""
+    if not isinstance(text, str) or not text.strip():
+        raise SampleError("missing_text", f"text: {text!r:.80} is no text")
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
+    return Draft(messages, kind="caption")
+
+
+def distinct_stems(names: list[str]) -> list[str]:
+    """What keys of each file's records start with: no two alike, no dots."""
+    stems: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        # Plain and short, so that every tar has it in its plain header.
+        plain = re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("_")[:64] or "records"
+        numbered = (f"{plain}_{number}" for number in itertools.count(2))
+        stems.append(plain if plain not in taken else next(s for s in numbered if s not in taken))
+        taken.add(stems[-1])
+    return stems

@@ -1,0 +1,168 @@
+"""What an import has finished, kept on disk so that a killed one goes on where it stood.
+
+    OUT/build.json      the arguments, and the result once it is there
+    OUT/shards.jsonl    a line for each finished shard, written after it
+    OUT/rejected.jsonl  a line for each rejected record
+
+A record counts as handled when a finished shard of its group reaches as far as it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from data_pipeline.importers.media import Outcome
+from data_pipeline.schema import SampleError
+from data_pipeline.shards import ShardError, remove_partial
+
+# What UTF-8 has no bytes for becomes an escape that JSON knows.
+_TEXT: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
+_MANIFEST, _SHARDS, REJECTED = "build.json", "shards.jsonl", "rejected.jsonl"
+
+
+@dataclass
+class Summary:
+    """Counts of what was imported, by group, and of what was rejected, by reason."""
+
+    imported: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def records(self) -> int:
+        return self.imported.total() + self.rejected.total()
+
+
+class Journal:
+    """The state of the import into one folder. ShardError where that folder holds another one."""
+
+    def __init__(self, out: Path, arguments: dict[str, Any]) -> None:
+        self.out = out
+        out.mkdir(parents=True, exist_ok=True)
+        self._lock = (out / ".build.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ShardError(f"{out}: another import into it is running") from None
+        # As JSON gives them back, so that they compare equal.
+        self._arguments: dict[str, Any] = json.loads(json.dumps(arguments))
+        self.summary = Summary()
+        self.last: dict[str, int] = {}  # group -> the record that its finished shards reach
+        self.shards: Counter[str] = Counter()
+        self.finished = self._read_manifest()
+        self._read_shards()
+        self._read_rejected()
+        self._finished_shards: TextIO = (out / _SHARDS).open("a")
+        self._rejected: TextIO = (out / REJECTED).open("a", **_TEXT)
+
+    def handled(self, group: str, index: int) -> bool:
+        return index <= self.last.get(group, -1)
+
+    def reject(self, outcome: Outcome, reason: SampleError) -> None:
+        self.summary.rejected[reason.reason] += 1
+        line = {
+            "key": outcome.key,
+            "file": outcome.file,
+            "reason": reason.reason,
+            "detail": reason.detail,
+            "group": outcome.group,
+            "record": outcome.index,
+        }
+        self._rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def shard_done(self, group: str, shard: Path, samples: int, last: int) -> None:
+        """A shard has its name: what was rejected before its last record is known by now."""
+        line = {"group": group, "shard": shard.name, "samples": samples, "last": last}
+        _sync(self._rejected)
+        self._finished_shards.write(json.dumps(line) + "\n")
+        _sync(self._finished_shards)
+        self.last[group] = last
+        self.shards[group] += 1
+        self.summary.imported[group] += samples
+
+    def finish(self) -> None:
+        """Everything is done: the result is written, the rejected records in their order."""
+        self._rejected.flush()
+        lines = sorted(_lines(self.out / REJECTED), key=lambda line: line["record"])
+        _write_lines(self.out / REJECTED, lines)
+        result = {"imported": self.summary.imported, "rejected": self.summary.rejected}
+        self._write_manifest(result)
+        self.finished = True
+
+    def close(self) -> None:
+        for file in (self._rejected, self._finished_shards, self._lock):
+            file.close()
+
+    def _read_manifest(self) -> bool:
+        path = self.out / _MANIFEST
+        if not path.is_file():
+            if any(self.out.glob("*/*.tar")):
+                raise ShardError(f"{self.out} already holds shards: choose another folder")
+            self._write_manifest(None)
+            return False
+        known = json.loads(path.read_text())
+        if known["arguments"] != self._arguments:
+            raise ShardError(f"{self.out} holds an import with other arguments: "
+                             f"{_differences(known['arguments'], self._arguments)}: "
+                             "give the same ones, or choose another folder")  # fmt: skip
+        return known["result"] is not None
+
+    def _write_manifest(self, result: dict[str, Any] | None) -> None:
+        text = json.dumps({"arguments": self._arguments, "result": result}, indent=2)
+        _replace(self.out / _MANIFEST, text + "\n")
+
+    def _read_shards(self) -> None:
+        lines = _lines(self.out / _SHARDS)
+        for line in lines:
+            group = line["group"]
+            self.last[group] = line["last"]
+            self.shards[group] += 1
+            self.summary.imported[group] += line["samples"]
+        _write_lines(self.out / _SHARDS, lines)  # without a last line that was cut off
+        known = {(line["group"], line["shard"]) for line in lines}
+        for path in self.out.glob("*/*.tar"):
+            if (path.parent.name, path.name) not in known:
+                path.unlink()  # named, but killed before it was written down: it is made again
+        for folder in self.out.iterdir():
+            remove_partial(folder)
+
+    def _read_rejected(self) -> None:
+        lines = _lines(self.out / REJECTED)
+        kept = [
+            line for line in lines if self.finished or self.handled(line["group"], line["record"])
+        ]
+        _write_lines(self.out / REJECTED, kept)
+        self.summary.rejected.update(line["reason"] for line in kept)
+
+
+def _sync(file: TextIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(**_TEXT).split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # the last is empty, or was cut off
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    _replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, **_TEXT)
+    partial.replace(path)
+
+
+def _differences(known: dict[str, Any], given: dict[str, Any]) -> str:
+    names = [name for name in given if known.get(name) != given[name]]
+    return ", ".join(f"{name} {known.get(name)!r}, now {given[name]!r}" for name in names)

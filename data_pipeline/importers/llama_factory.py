@@ -1,0 +1,176 @@
+"""LLaMA-Factory's `dataset_info.json`: data sets with their own columns and tags.
+
+Names and defaults of columns and tags are LLaMA-Factory's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from data_pipeline import files
+from data_pipeline.importers.conversation import Dialect, conversation_draft, with_media
+from data_pipeline.importers.draft import Draft, text_draft
+from data_pipeline.schema import Role, SampleError
+from data_pipeline.shards import ShardError
+
+_Part = TypeVar("_Part", "Columns", "Tags")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a record holds what; None: it has no such column."""
+
+    prompt: str | None = "instruction"
+    query: str | None = "input"
+    response: str | None = "output"
+    history: str | None = None
+    messages: str = "conversations"
+    system: str | None = None
+    tools: str | None = None
+    images: str | None = None
+    videos: str | None = None
+
+
+@dataclass(frozen=True)
+class Tags:
+    """How messages name their parts and their roles."""
+
+    role_tag: str = "from"
+    content_tag: str = "value"
+    user_tag: str = "human"
+    assistant_tag: str = "gpt"
+    observation_tag: str = "observation"
+    function_tag: str = "function_call"
+    system_tag: str = "system"
+
+    def roles(self) -> dict[str, Role]:
+        return {
+            self.user_tag: "user",
+            self.observation_tag: "user",
+            self.assistant_tag: "assistant",
+            self.function_tag: "assistant",
+            self.system_tag: "system",
+        }
+
+
+# A record on its own, without a dataset_info.json, says by its keys what it has.
+ALPACA = Columns(
+    history="history", system="system", tools="tools", images="images", videos="videos"
+)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One entry of a dataset_info.json."""
+
+    name: str
+    file: str  # path or URL of its file, or folder of files
+    sharegpt: bool
+    columns: Columns = field(default_factory=Columns)
+    tags: Tags = field(default_factory=Tags)
+    first: int | None = None  # take only so many records
+
+    def draft(self, row: dict[str, Any], base: str) -> Draft:
+        """A record of this data set; SampleError where it does not fit."""
+        columns, tags = self.columns, self.tags
+        if not self.sharegpt:
+            return alpaca_draft(row, base, columns)
+        dialect = Dialect(
+            messages=columns.messages,
+            role=tags.role_tag,
+            content=tags.content_tag,
+            roles=tags.roles(),
+            system=columns.system,
+            tools=columns.tools,
+            images=columns.images,
+            videos=columns.videos,
+        )
+        return conversation_draft(row, base, dialect)
+
+
+def read_info(path: str, wanted: tuple[str, ...]) -> list[DataSet | tuple[str, SampleError]]:
+    """The data sets of a dataset_info.json: those `wanted`, or all.
+
+    One that cannot be imported (it lies on a hub, or has preferences) stands there with its
+    reason. Raises ShardError for a wrong file or name.
+    """
+    with files.open_file(path) as file:
+        try:
+            info = json.loads(file.read())
+        except ValueError as error:
+            raise ShardError(f"{path} cannot be read: {error}") from None
+    if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
+        raise ShardError(f"{path}: expected an object with a data set, an object, under each name")
+    unknown = sorted(set(wanted) - set(info))
+    if unknown:
+        raise ShardError(f"{path}: no data set {', '.join(unknown)}; it has {', '.join(info)}")
+    folder = files.parent(path)
+    return [_data_set(folder, name, info[name]) for name in wanted or info]
+
+
+def _data_set(folder: str, name: str, entry: dict[str, Any]) -> DataSet | tuple[str, SampleError]:
+    file = entry.get("cloud_file_name") or entry.get("file_name")
+    formatting = entry.get("formatting", "alpaca")
+    elsewhere = [key for key in ("hf_hub_url", "ms_hub_url", "script_url") if entry.get(key)]
+    if elsewhere or not file:
+        detail = f"it has {elsewhere[0]}" if elsewhere else "it has no file_name"
+        return name, SampleError("unsupported_data_set", f"{detail}: download it, name its file")
+    if entry.get("ranking"):
+        return name, SampleError("unsupported_data_set", "ranking: preferences are no samples")
+    given = entry.get("columns") or {}
+    try:
+        if formatting not in ("alpaca", "sharegpt"):
+            raise ValueError(f"formatting: {formatting!r}, allowed: alpaca, sharegpt")
+        columns = _part(Columns(), given, "columns")
+        tags = _part(Tags(), entry.get("tags") or {}, "tags")
+    except ValueError as error:
+        return name, SampleError("unsupported_data_set", str(error))
+    if {"prompt", "query", "response"}.intersection(given) == {"prompt"}:
+        columns = replace(columns, response=None)  # plain text for pretraining
+    first = entry.get("num_samples")
+    return DataSet(name, files.join(folder, file), formatting == "sharegpt", columns, tags, first)
+
+
+def _part(default: _Part, given: dict[str, Any], where: str) -> _Part:
+    """The defaults with what is given; names that we have no use for are refused."""
+    known = {part.name for part in fields(default)}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{where}.{name}: unknown, allowed: {', '.join(sorted(known))}")
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{where}.{name}: {value!r} is no name")
+    return replace(default, **given)
+
+
+def alpaca_draft(row: dict[str, Any], base: str, columns: Columns = ALPACA) -> Draft:
+    """A record with instruction, input and output; `history` holds the turns before."""
+    if columns.response is None:
+        return text_draft(row.get(columns.prompt or ""))
+    messages: list[dict[str, str]] = []
+    system = [_text(row, column) for column in (columns.system, columns.tools)]
+    if any(system):
+        messages.append({"role": "system", "content": "\n\n".join(filter(None, system))})
+    for turn in (row.get(columns.history) or []) if columns.history else []:
+        if not isinstance(turn, list) or not len(turn) == 2:
+            raise SampleError("bad_schema", f"history: {turn!r:.80}: expected [question, answer]")
+        messages += _turn(*turn)
+    question = [_text(row, column) for column in (columns.prompt, columns.query)]
+    answer = row.get(columns.response)
+    messages += _turn("\n".join(filter(None, question)), answer)
+    dialect = Dialect(images=columns.images, videos=columns.videos)
+    return with_media(messages, row, base, dialect)
+
+
+def _turn(question: Any, answer: Any) -> list[dict[str, str]]:
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise SampleError("bad_schema", f"{question!r:.40}, {answer!r:.40}: a turn is two texts")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _text(row: dict[str, Any], column: str | None) -> str:
+    value = row.get(column) if column else None
+    if value is not None and not isinstance(value, str):
+        raise SampleError("bad_schema", f"{column}: {value!r:.80} is no text")
+    return value or ""

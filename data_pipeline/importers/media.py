@@ -1,0 +1,167 @@
+"""Reads, tries and, on demand, shrinks the media of a draft: what the workers of an import do."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline import files
+from data_pipeline.images import decode_image
+from data_pipeline.importers.draft import Draft, Entry, Group, Medium
+from data_pipeline.schema import Sample, SampleError, parse_sample
+from data_pipeline.shards import ShardError
+from data_pipeline.video import VideoInfo, frames_at, probe_video
+
+_JPEG_QUALITY = 92
+_H264 = {"crf": "20", "preset": "medium", "g": "250"}
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """Limits beyond which media are encoded anew; None: they are kept as they are."""
+
+    max_side: int | None = None  # pixels of the longer side
+    video_fps: float | None = None  # frames a second
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None and self.max_side < 16:
+            raise ValueError(f"max_side: {self.max_side}: must be at least 16")
+        if self.video_fps is not None and not self.video_fps > 0:
+            raise ValueError(f"video_fps: {self.video_fps}: must be greater than 0")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A record after its import: the members of its sample, or the reason why it has none."""
+
+    index: int
+    key: str
+    file: str
+    group: Group
+    share: float
+    made: dict[str, Any] | SampleError
+
+
+def finish(entry: Entry, options: MediaOptions) -> Outcome:
+    """Makes a sample, as ShardWriter takes it, of an entry."""
+    made = _made(entry, options)
+    return Outcome(entry.index, entry.key, entry.file, entry.group, entry.share, made)
+
+
+def _made(entry: Entry, options: MediaOptions) -> dict[str, Any] | SampleError:
+    if isinstance(entry.draft, SampleError):
+        return entry.draft
+    try:
+        return _members(entry, entry.draft, options)
+    except SampleError as error:
+        return error
+    except (MemoryError, ShardError):
+        raise
+    except Exception as error:  # whatever a decoder thinks of: one record ends no import
+        return SampleError(f"unexpected_{type(error).__name__}", str(error))
+
+
+def _members(entry: Entry, draft: Draft, options: MediaOptions) -> dict[str, Any]:
+    messages = draft.messages
+    if draft.caption_file is not None:
+        caption = files.read_bytes(draft.caption_file).decode(errors="replace").strip()
+        if not caption:
+            raise SampleError("missing_caption", f"{files.name(draft.caption_file)} has no text")
+        messages = [*messages[:-1], messages[-1] | {"content": caption}]
+    media: list[dict[str, Any]] = []
+    members: dict[str, bytes] = {}
+    for index, medium in enumerate(draft.media):
+        fitted, suffix = _fitted(medium, options)
+        name = Medium(medium.type, b"", suffix).member(index)
+        members[name] = fitted
+        times = {} if medium.times is None else {"times": list(medium.times)}
+        media.append({"type": medium.type, "file": name, **times})
+    origin = entry.file.encode(errors="backslashreplace").decode()  # of names that are no UTF-8
+    data = {"messages": messages, "media": media, "kind": draft.kind, "origin": origin}
+    _check_clip(parse_sample(entry.key, data), members)
+    try:
+        encoded = json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
+        raise SampleError("bad_text", str(error)) from None
+    return {"__key__": entry.key, "json": encoded, **members}
+
+
+def _fitted(medium: Medium, options: MediaOptions) -> tuple[bytes, str]:
+    """The bytes and suffix of a medium that has been decoded, and shrunk where it must be."""
+    content = medium.content
+    data = files.read_bytes(content) if isinstance(content, str) else content
+    if medium.type == "image":
+        picture = decode_image(data)
+        if options.max_side is None or max(picture.shape[-2:]) <= options.max_side:
+            return data, medium.suffix
+        return shrink_image(picture, options.max_side), ".jpg"
+    info = probe_video(data)
+    frame = next(frames_at(data, [0.0]))
+    rate = info.frames / info.duration if info.duration else 0.0
+    slower = options.video_fps is not None and rate > options.video_fps * 1.01
+    smaller = options.max_side is not None and max(frame.shape[-2:]) > options.max_side
+    if not slower and not smaller:
+        return data, medium.suffix
+    return shrink_video(data, info, options.max_side, options.video_fps if slower else None), ".mp4"
+
+
+def shrink_image(picture: Tensor, max_side: int) -> bytes:
+    """uint8 [3, H, W] -> JPEG whose longer side has `max_side` pixels."""
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=_JPEG_QUALITY)
+    return out.getvalue()
+
+
+def shrink_video(data: bytes, info: VideoInfo, max_side: int | None, fps: float | None) -> bytes:
+    """An upright H.264 MP4 without sound; time stamps stay where they were.
+
+    `fps`: one frame each 1/fps s from 0; None keeps the mean rate of the original.
+    """
+    rate = fps or info.frames / info.duration
+    # Stamps are rounded: asked for a little after its stamp, each frame is found once.
+    late = 0.0 if fps else 0.25 / rate
+    times = [i / rate + late for i in range(int(info.last * rate + 1e-3) + 1)]
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = None
+        for frame in frames_at(data, times):
+            height, width = frame.shape[-2:]
+            scale = min(1.0, (max_side or max(height, width)) / max(height, width))
+            if stream is None:
+                exact = Fraction(rate).limit_denominator(1001)
+                stream = container.add_stream("libx264", rate=exact, options=_H264)
+                stream.width, stream.height = (_even(side * scale) for side in (width, height))
+                stream.pix_fmt = "yuv420p"
+            pixels = np.ascontiguousarray(frame.permute(1, 2, 0).numpy())
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            small = picture.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")
+            container.mux(stream.encode(small))
+        if stream is not None:
+            container.mux(stream.encode())
+    return out.getvalue()
+
+
+def _even(side: float) -> int:
+    return max(2, round(side / 2) * 2)
+
+
+def _check_clip(sample: Sample, members: dict[str, bytes]) -> None:
+    """A real-time clip must be as long as its conversation."""
+    for medium in sample.media:
+        if medium.times:
+            last = probe_video(members[medium.file]).last
+            if medium.times[-1] >= last + 1.0:
+                raise SampleError(
+                    "frame_after_end",
+                    f"a frame at {medium.times[-1]:.2f} s, the last is at {last:.2f} s",
+                )

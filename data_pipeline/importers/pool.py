@@ -1,0 +1,140 @@
+"""Workers that finish entries side by side and hand them over in their order.
+
+Each has a pipe of its own: whatever kills a worker, also in the middle of a result, closes it, and
+its parent knows. (ProcessPoolExecutor waits for the rest of such a result for ever.)
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+
+import torch
+
+from data_pipeline.importers.draft import Entry
+from data_pipeline.importers.media import MediaOptions, Outcome, finish
+from data_pipeline.shards import ShardError
+
+# Entries travel in chunks of about so much work; a video is a chunk of its own.
+_WORK = {"text": 1, "image": 4, "video": 64, "realtime": 64}
+_CHUNK = 64
+_AHEAD = 3  # chunks for each worker that may wait for one before them
+
+
+class Pool:
+    """`workers` processes; 0: everything happens in this one.
+
+    They start at once, before this one has connections that they must not share.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._processes = []
+        self._pipes: list[Connection] = []
+        for _ in range(workers):
+            ours, theirs = multiprocessing.Pipe()
+            process = multiprocessing.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()  # so that the pipe closes with the worker
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def finish(self, entries: Iterable[Entry], options: MediaOptions) -> Iterator[Outcome]:
+        """The outcomes, in the order of the entries. ShardError where a worker dies."""
+        if not self._pipes:
+            yield from (finish(entry, options) for entry in entries)
+            return
+        chunks = enumerate(_chunks(entries))
+        idle, busy = list(self._pipes), dict[Connection, int]()
+        done: dict[int, list[Outcome]] = {}
+        following, exhausted = 0, False
+        while busy or done or not exhausted:
+            while idle and not exhausted and len(busy) + len(done) < _AHEAD * len(self._pipes):
+                number, chunk = next(chunks, (0, None))
+                exhausted = chunk is None
+                if chunk is not None:
+                    pipe = idle.pop()
+                    _send(pipe, (chunk, options))
+                    busy[pipe] = number
+            for ready in wait(list(busy)) if following not in done and busy else ():
+                assert isinstance(ready, Connection)
+                done[busy.pop(ready)] = _receive(ready)
+                idle.append(ready)
+            if following in done:
+                yield from done.pop(following)
+                following += 1
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+
+def _send(pipe: Connection, task: tuple[list[Entry], MediaOptions]) -> None:
+    try:
+        pipe.send(task)
+    except OSError:
+        raise _killed() from None
+
+
+def _receive(pipe: Connection) -> list[Outcome]:
+    try:
+        result: list[Outcome] | ShardError = pipe.recv()
+    except (EOFError, OSError):
+        raise _killed() from None
+    if isinstance(result, ShardError):
+        raise result
+    return result
+
+
+def _killed() -> ShardError:
+    return ShardError(
+        "a worker was killed (out of memory?): the same command goes on, with fewer --workers if "
+        "need be"
+    )
+
+
+def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    chunk: list[Entry] = []
+    work = 0
+    for entry in entries:
+        chunk.append(entry)
+        work += _WORK[entry.group]
+        if work >= _CHUNK:
+            yield chunk
+            chunk, work = [], 0
+    if chunk:
+        yield chunk
+
+
+def _work(pipe: Connection) -> None:
+    """A worker's life. It leaves Ctrl-C to its parent, and ends when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with suppress(EOFError, OSError):  # the parent has no more work
+        while True:
+            chunk, options = pipe.recv()
+            pipe.send(_finish_all(chunk, options))
+
+
+def _finish_all(chunk: list[Entry], options: MediaOptions) -> list[Outcome] | ShardError:
+    try:
+        return [finish(entry, options) for entry in chunk]
+    except ShardError as error:
+        return error
+    except MemoryError:
+        return ShardError(f"{chunk[0].key}: not enough memory: use fewer --workers")
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,102 @@
+"""`[RealTime QA]` and `[Streaming Event Caption]` records: one clip that follows the clock.
+
+The first of a record's `videos` is the mode, `[INFO]` and a JSON object with `video_path` and
+`time_info`; one `[PLACEHOLDER]` more stands for each further mark. In real-time records
+`time_info` has the second of each mark's one frame. In event captions it has the events: each
+mark stands for the frames, one a second, that end with the event whose caption follows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from data_pipeline import files
+from data_pipeline.importers.draft import Draft, Medium
+from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
+
+_REALTIME = "[RealTime QA]"
+_EVENTS = "[Streaming Event Caption]"
+
+
+def is_realtime(videos: Any) -> bool:
+    """Whether a record's `videos` entry is that of a conversation that follows the clock."""
+    first = videos[0] if isinstance(videos, list) and videos else None
+    return isinstance(first, str) and first.startswith((_REALTIME, _EVENTS))
+
+
+def realtime_draft(
+    messages: list[dict[str, str]], pictures: list[Medium], videos: list[Any], base: str
+) -> Draft:
+    """The draft of such a record; SampleError says what does not fit."""
+    mode = _REALTIME if videos[0].startswith(_REALTIME) else _EVENTS
+    if any(entry != f"{mode}[PLACEHOLDER]" for entry in videos[1:]):
+        raise SampleError(
+            "bad_schema", f"videos: expected one {mode}[INFO] entry, then only {mode}[PLACEHOLDER]"
+        )
+    path, stamps = _info(videos[0], mode)
+    marks = sum(message["content"].count(VIDEO_MARK) for message in messages)
+    if not len(videos) == len(stamps) == marks:
+        raise SampleError(
+            "mark_media_mismatch",
+            f"{marks} {VIDEO_MARK} marks, {len(videos)} entries in videos, {len(stamps)} times",
+        )
+    if mode == _EVENTS:
+        messages, stamps = _spread(messages, stamps)
+    shown = sum(message["content"].count(IMAGE_MARK) for message in messages)
+    if shown != len(pictures):
+        raise SampleError("mark_media_mismatch", f"{shown} {IMAGE_MARK}, {len(pictures)} images")
+    clip = Medium("video", files.join(base, path), files.suffix(path), tuple(stamps))
+    return Draft(messages, [clip, *pictures], "realtime")
+
+
+def _info(entry: str, mode: str) -> tuple[str, list[float]]:
+    """The clip's path and the second of each mark: its frame's, or its event's end."""
+    try:
+        if not entry.startswith(f"{mode}[INFO]"):
+            raise ValueError(f"it does not start with {mode}[INFO]")
+        info = json.loads(entry.removeprefix(f"{mode}[INFO]"))
+        path, times = info["video_path"], info["time_info"]
+        stamps = [_seconds(time["end"] if mode == _EVENTS else time) for time in times]
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"video_path: {path!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SampleError("bad_schema", f"videos[0]: {error!r}") from None
+    return path, stamps
+
+
+def _spread(
+    messages: list[dict[str, str]], ends: list[float]
+) -> tuple[list[dict[str, str]], list[float]]:
+    """A mark for each frame: the whole seconds after the last event's end, up to this one's."""
+    counts, shown = [], 0
+    for end in ends:
+        # An event that ends within the second of the one before still gets a frame of its own.
+        last = max(math.floor(end), shown)
+        counts.append(last + 1 - shown)
+        shown = last + 1
+    left = iter(counts)
+    spread = [
+        message
+        | {
+            "content": re.sub(
+                re.escape(VIDEO_MARK), lambda _: VIDEO_MARK * next(left), message["content"]
+            )
+        }
+        for message in messages
+    ]
+    return spread, [float(second) for second in range(shown)]
+
+
+def _seconds(stamp: Any) -> float:
+    """`01:05` -> 65.0; hours may stand before, fractions of a second behind."""
+    if isinstance(stamp, int | float) and not isinstance(stamp, bool):
+        return float(stamp)
+    total = 0.0
+    for part in stamp.split(":"):
+        total = total * 60 + float(part)
+    if not math.isfinite(total) or total < 0:
+        raise ValueError(f"time {stamp!r}")
+    return total

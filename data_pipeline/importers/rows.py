@@ -1,0 +1,117 @@
+"""Files of records - JSON, JSONL, CSV, TSV, parquet - to rows, one at a time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from data_pipeline import files
+from data_pipeline.schema import SampleError
+from data_pipeline.shards import ShardError
+
+csv.field_size_limit(2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record by its place in the file; `value` is the reason where it cannot be read."""
+
+    number: int
+    value: dict[str, Any] | SampleError
+    share: float  # of the file read so far, 0..1
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """The rows of a file, by its suffix; ShardError where the file as a whole cannot be read."""
+    readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    read = readers.get(files.suffix(path), _json)
+    size = files.file_size(path)
+    with files.open_file(path) as file:
+        for number, (value, share) in enumerate(read(file, path, size)):
+            if not isinstance(value, dict | SampleError):
+                found = type(value).__name__
+                value = SampleError("bad_schema", f"a record must be an object, not a {found}")
+            yield Row(number, value, share)
+
+
+def first_row(path: str) -> dict[str, Any]:
+    """The first record that can be read, empty where there is none."""
+    rows = itertools.islice(read_rows(path), 100)
+    return next((row.value for row in rows if isinstance(row.value, dict)), {})
+
+
+def _json(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
+    start = file.readline()
+    while start and not start.strip():
+        start = file.readline()
+    if start.lstrip().startswith(b"[") or not _is_json(start):
+        yield from _json_list(start + file.read(), path)
+        return
+    at = 0
+    for line in itertools.chain([start], file):
+        at += len(line)
+        if line.strip():
+            yield _line(line), min(1.0, at / size) if size else 0.0
+
+
+def _is_json(line: bytes) -> bool:
+    return not isinstance(_line(line), SampleError)
+
+
+def _line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return SampleError("bad_json", str(error))
+
+
+def _json_list(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
+    try:
+        records = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        if files.suffix(path) == ".jsonl":  # one bad line, the first, does not spoil the others
+            yield from ((_line(line), 0.0) for line in data.splitlines() if line.strip())
+            return
+        raise ShardError(f"{path} cannot be read: {error}") from None
+    if not isinstance(records, list):
+        raise ShardError(f"{path}: expected a list of records")
+    for number, record in enumerate(records):
+        yield record, (number + 1) / len(records)
+
+
+def _csv(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    delimiter = "\t" if files.suffix(path) == ".tsv" else ","
+    reader = csv.DictReader(text, delimiter=delimiter)
+    width = len(reader.fieldnames or ())
+    try:
+        for row in reader:
+            share = min(1.0, file.tell() / size) if size else 0.0
+            if None in row or None in row.values():
+                yield SampleError("bad_csv", f"line {reader.line_num}: not {width} fields"), share
+            else:
+                yield dict(row), share
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ShardError(f"{path}: line {reader.line_num + 1}: {error}") from None
+    finally:
+        text.detach()  # the file is not ours to close
+
+
+def _parquet(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        total, at = table.metadata.num_rows, 0
+        for batch in table.iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                at += 1
+                yield row, at / total
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ShardError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,63 @@
+"""The encoder of a training stage, for looking at samples as they are trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.encode import EncodeConfig, SampleEncoder
+from data_pipeline.schema import Sample
+from data_pipeline.tokens import load_tokenizer
+from data_pipeline.video import probe_video, sample_times
+
+_STAGES = Path(__file__).resolve().parents[2] / "conf" / "stage"
+
+
+def stage_names() -> list[str]:
+    return sorted(path.stem for path in _STAGES.glob("*.yaml"))
+
+
+def stage_encoding(tokenizer: str, stage: str, tile_size: int, max_tiles: int) -> EncodeConfig:
+    """What conf/stage/STAGE.yaml says of samples; ValueError for a stage that is not there."""
+    path = _STAGES / f"{stage}.yaml"
+    if not path.is_file():
+        raise ValueError(f"--stage {stage}: choose one of {', '.join(stage_names())}")
+    known: dict[str, Any] = yaml.safe_load(path.read_text())
+    return EncodeConfig(
+        tokenizer=tokenizer,
+        sequence_length=known["sequence_length"],
+        tile_size=tile_size,
+        max_tiles=max_tiles,
+        video_fps=known["video_fps"],
+        video_min_frames=known["video_min_frames"],
+        video_max_frames=known["video_max_frames"],
+        prompt=known["prompt"],
+    )
+
+
+def open_encoder(config: EncodeConfig) -> SampleEncoder:
+    return SampleEncoder(config, load_tokenizer(config.tokenizer))
+
+
+def frame_times(
+    sample: Sample, parts: dict[str, bytes], config: EncodeConfig
+) -> list[float | None]:
+    """Seconds of each frame in reading order, None for a picture."""
+    owners = sample.mark_media()
+    times: list[float | None] = []
+    seen = [0] * len(sample.media)
+    for owner in owners:
+        medium = sample.media[owner]
+        if medium.type == "image":
+            times.append(None)
+        elif sample.kind == "realtime":
+            times.append(medium.times[seen[owner]] if medium.times else float(seen[owner]))
+        else:
+            info = probe_video(parts[medium.file])
+            times += sample_times(
+                info, config.video_fps, config.video_min_frames, config.video_max_frames
+            )
+        seen[owner] += 1
+    return times

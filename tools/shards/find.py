@@ -1,0 +1,77 @@
+"""Sources below a folder, and single samples in them."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.importers.webdataset import read_samples
+from data_pipeline.shards import INDEX_FOLDER, ShardError, shard_files
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as its shard holds it: members by name without the key."""
+
+    key: str
+    shard: Path
+    parts: dict[str, bytes]
+
+
+def find_sources(root: str | Path) -> list[Path]:
+    """All folders with shards at or below `root`; ShardError where there is none."""
+    top = Path(root)
+    if not top.is_dir():
+        raise ShardError(f"{top} is no folder: correct the path")
+    found = sorted({shard.parent for shard in top.rglob("*.tar")})
+    if not found:
+        raise ShardError(f"{top}: no .tar shards there or below: build them or correct the path")
+    return found
+
+
+def stored_samples(shard: Path) -> Iterator[StoredSample]:
+    """The samples of a shard; DAMAGE of data_pipeline.importers.webdataset where it is torn."""
+    for parts in read_samples(str(shard)):
+        key = parts.pop("__key__")
+        yield StoredSample(key, shard, parts)
+
+
+def indexed_counts(source: Path) -> dict[str, int]:
+    """Samples of each shard as the index says, empty without a readable one."""
+    try:
+        info = json.loads((source / INDEX_FOLDER / ".info.json").read_text())
+        return {str(name): int(count) for name, count in info["shard_counts"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def find_sample(source: Path, wanted: str) -> StoredSample:
+    """A sample by its key, or by its number from 0; ShardError where there is none such."""
+    shards = shard_files(source)
+    return _by_number(shards, int(wanted)) if wanted.isdigit() else _by_key(shards, wanted)
+
+
+def _by_number(shards: list[Path], number: int) -> StoredSample:
+    counts = indexed_counts(shards[0].parent)
+    seen = 0
+    for shard in shards:
+        if seen + counts.get(shard.name, number + 1) <= number:  # unknown: it must be read
+            seen += counts[shard.name]
+            continue
+        for sample in stored_samples(shard):
+            if seen == number:
+                return sample
+            seen += 1
+    raise ShardError(f"{shards[0].parent}: no sample {number}: it has {seen}, the first is 0")
+
+
+def _by_key(shards: list[Path], key: str) -> StoredSample:
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            held = any(name.startswith(f"{key}.") for name in tar.getnames())
+        if held:
+            return next(sample for sample in stored_samples(shard) if sample.key == key)
+    raise ShardError(f"{shards[0].parent}: no sample with the key {key}")
