@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.energon import WorkerConfig
+from megatron.energon.savable_loader import SavableDatasetCheckpoint
 
 from data_pipeline.index import prepare_index
 from data_pipeline.loader import EncodeConfig, Loader, Source, build_loader
@@ -132,6 +133,21 @@ def test_the_turn_of_the_workers_survives(toy: Path, taken: int) -> None:
     with open_loader(toy, 0, 1, 3) as loader:
         loader.load_state(again)
         assert take(loader, 11) == whole[taken + 1 :]
+
+
+def test_a_worker_that_is_only_starting_keeps_its_place(toy: Path, monkeypatch) -> None:
+    """On a busy machine a state may be asked for while a worker has not begun to iterate."""
+    with open_loader(toy, 0, 1, 3) as loader:
+        take(loader, 7)
+        states = loader.state()
+    with open_loader(toy, 0, 1, 3) as resumed:
+        resumed.load_state(states)
+        take(resumed, 1)
+        saved = resumed._inner.save_state_rank()
+        assert saved is not None
+        saved.worker_states[2] = SavableDatasetCheckpoint(state=None, offset=1)  # as energon says
+        monkeypatch.setattr(resumed._inner, "save_state_rank", lambda: saved)
+        assert resumed.state()[2] == states[2]
 
 
 def test_a_state_before_the_first_batch_starts_anew(toy: Path) -> None:
