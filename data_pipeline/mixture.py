@@ -15,6 +15,7 @@ from megatron.energon import SavableDataset
 from megatron.energon.rng import WorkerRng
 from megatron.energon.state import FlexState
 from megatron.energon.wrappers import BlendDataset, RepeatDataset, ShuffleBufferDataset
+from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -49,6 +50,30 @@ class _EvenBlend(BlendDataset):
         self._worker_rng = EvenRng(self.worker_config)
 
 
+class _Rng(WorkerRng):
+    def save_state(self) -> FlexState:
+        return FlexState(rng=self.rng.get_state().numpy().tobytes())
+
+
+class _Buffer(SavableSampleBuffer):
+    def save_state(self) -> FlexState:
+        state = FlexState(__class__=type(self).__name__)
+        state["_restore_keys"] = list(self._restore_keys)
+        return state
+
+
+class _ShuffleBuffer(ShuffleBufferDataset):
+    """energon's, saved in a fraction of the time: the loader saves its state with every batch.
+
+    A buffer's state are the restore keys of what it holds, tuples of words and numbers; energon
+    copies them deeply, 8 ms for 1,000 samples.
+    """
+
+    def reset_state_own(self) -> None:
+        self._worker_rng = _Rng(self.worker_config)
+        self._active_buffer = _Buffer(self.dataset, worker_config=self.worker_config)
+
+
 def shuffle_and_mix(dataset: SavableDataset[Any], buffer: int) -> None:
     """Puts shuffle buffers and an even blend into a training dataset of energon.
 
@@ -65,9 +90,7 @@ def shuffle_and_mix(dataset: SavableDataset[Any], buffer: int) -> None:
     if buffer:
         weighted = [
             (
-                ShuffleBufferDataset(
-                    source, max(1, round(buffer * w / total)), worker_config=config
-                ),
+                _ShuffleBuffer(source, max(1, round(buffer * w / total)), worker_config=config),
                 w,
             )
             for source, w in weighted
