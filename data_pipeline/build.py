@@ -43,13 +43,15 @@ class BuildOptions:
     shard_size: float = 512.0  # MB (10^6 bytes) that a shard is complete with
     max_rejected: float | None = None  # a number of records, or below 1 a share of them
     workers: int = 0  # processes beside this one
+    timeout: float = 60.0  # seconds that a server may be silent
 
     def __post_init__(self) -> None:
         for name, least in (("samples_per_shard", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)}: must be at least {least}")
-        if not self.shard_size > 0:
-            raise ValueError(f"shard_size: {self.shard_size}: must be greater than 0")
+        for name in ("shard_size", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)}: must be greater than 0")
         if self.max_rejected is not None and self.max_rejected < 0:
             raise ValueError(f"max_rejected: {self.max_rejected}: must be at least 0")
 
@@ -70,6 +72,7 @@ def build_shards(
     if files.is_url(str(out_dir)):
         raise ShardError(f"{out_dir}: shards are written to a local folder: copy them from there")
     out = Path(out_dir)
+    files.set_timeout(options.timeout)
     pool = Pool(options.workers)
     try:
         opened = open_source(str(source), options.source, out)
@@ -201,6 +204,7 @@ def _options(given: argparse.Namespace) -> BuildOptions:
         shard_size=given.shard_size,
         max_rejected=given.max_rejected,
         workers=given.workers,
+        timeout=given.timeout,
     )
 
 
@@ -222,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--video-fps", type=float, help="thin out faster videos to this rate (H.264)")
     add("--max-rejected", type=float, help="records (1, 2, ...) or their share (0.01): exit code 1")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes, default: all cores")
+    add("--timeout", type=float, default=60, help="seconds a server may be silent, default 60")
     return parser
 
 

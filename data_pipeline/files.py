@@ -29,6 +29,16 @@ _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the extra of ou
 _RETRY_AFTER = (1.0, 4.0)  # seconds
 
 
+def set_timeout(seconds: float) -> None:
+    """How long a server may be silent before a request fails; for processes started later, too."""
+    import aiohttp
+
+    silence = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+    web = {"client_kwargs": {"timeout": silence}}
+    store = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}}
+    fsspec.config.conf.update({"http": web, "https": web, "s3": store})
+
+
 def is_url(path: str) -> bool:
     return "://" in path
 
@@ -104,15 +114,19 @@ def read_bytes(path: str) -> bytes:
     for pause in (*_RETRY_AFTER, None):
         try:
             data = _read(path)
-        except FileNotFoundError:
-            raise SampleError("missing_file", f"{name(path)}: No such file or directory") from None
         except ImportError as error:
             raise _missing_package(path, error) from None
         except Exception as error:  # every protocol has errors of its own
+            # fsspec says of a web server that has fallen silent, too, that the file is not there.
+            silent = isinstance(error.__cause__, TimeoutError)
+            if isinstance(error, FileNotFoundError) and not silent:
+                detail = f"{name(path)}: No such file or directory"
+                raise SampleError("missing_file", detail) from None
             if is_url(path) and pause is not None and not isinstance(error, PermissionError):
                 time.sleep(pause)
                 continue
-            raise SampleError("unreadable_file", f"{name(path)}: {error}") from None
+            detail = f"{name(path)}: {'the server is silent' if silent else error}"
+            raise SampleError("unreadable_file", detail) from None
         if not data:
             raise SampleError("empty_file", f"{name(path)} has 0 bytes")
         return data

@@ -32,6 +32,7 @@ from megatron.energon.savable_loader import (
 
 from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig, SampleEncoder
+from data_pipeline.mixture import shuffle_and_mix
 from data_pipeline.reader import ShardSource
 from data_pipeline.shards import check_source
 from data_pipeline.state import StreamState
@@ -66,6 +67,10 @@ class Loader:
         self._config = config
         self._identity = identity
         self._streams = max(1, config.num_workers)
+        self._begun = [
+            StreamState(identity, config.rank * self._streams + k, 0, None)
+            for k in range(self._streams)
+        ]  # where each stream starts
         self._inner: SavableDataLoader[MicroBatch] = get_savable_loader(
             dataset,
             # A checkpoint after every batch: the state of a stream then never needs batches
@@ -122,6 +127,7 @@ class Loader:
             entry.check(self._identity, self._config.rank * self._streams + k)
         if all(entry.batches == 0 for entry in entries):
             return
+        self._begun = entries
         self._restore(entries)
 
     def close(self) -> None:
@@ -143,12 +149,14 @@ class Loader:
     def _entry(self, k: int, saved: SavableDataLoaderState | None) -> StreamState:
         stream = self._config.rank * self._streams + k
         if saved is None:
-            return StreamState(self._identity, stream, 0, None)
+            return self._begun[k]
         worker = saved.worker_states[k]
         if self._config.num_workers == 0:
             return StreamState(
                 self._identity, stream, worker["_sample_index"], worker["datasets"][0]
             )
+        if worker.state is None:  # a worker that is only starting: none of its batches was taken
+            return self._begun[k]
         if worker.offset:
             raise RuntimeError(f"stream {stream}: energon kept no state for the last batch taken")
         return StreamState(
@@ -223,9 +231,9 @@ def build_loader(
         datasets=[_load(source, config, streams, shuffle_buffer) for source in used],
         worker_config=config,
         batch_size=micro_batch,
-        shuffle_buffer_size=shuffle_buffer or None,
         blend_mode=DatasetBlendMode.DATASET_WEIGHT,
     )
+    shuffle_and_mix(dataset, shuffle_buffer)
     identity = f"{streams} streams, shuffle_buffer {shuffle_buffer}, samples {counts}"
     return Loader(dataset, config, identity)
 

@@ -269,6 +269,47 @@ def test_records_and_media_come_from_a_web_server(tmp_path: Path, server: str) -
         build_shards(f"{server}/nothing.jsonl", tmp_path / "no")
 
 
+def test_a_server_that_falls_silent_costs_one_record(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("data_pipeline.files._RETRY_AFTER", (0.1,))
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("good", "silent"):
+        Image.new("RGB", (8, 8), "red").save(source / f"{name}.png")
+    released = threading.Event()
+
+    class Silent(_Quiet):
+        def do_GET(self) -> None:
+            if self.path == "/silent.png":
+                released.wait(30)
+            else:
+                super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(source))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name in ("silent", "good"):
+            record = {
+                "messages": [
+                    {"role": "user", "content": "<image>What?"},
+                    {"role": "assistant", "content": "Red."},
+                ],
+                "images": [f"{url}/{name}.png"],
+            }
+            with (tmp_path / "records.jsonl").open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
+        began = time.monotonic()
+        summary = build_shards(
+            tmp_path / "records.jsonl", tmp_path / "out", BuildOptions(timeout=0.5)
+        )
+        assert time.monotonic() - began < 10
+        released.set()
+        server.shutdown()
+    assert summary.imported == {"image": 1}
+    assert summary.rejected == {"unreadable_file": 1}
+    (line,) = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["detail"] == "silent.png: the server is silent"
+
+
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_a_store_without_its_package_says_which_to_install(tmp_path: Path) -> None:
     with pytest.raises(

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.energon import WorkerConfig
+from megatron.energon.savable_loader import SavableDatasetCheckpoint
 
 from data_pipeline.index import prepare_index
 from data_pipeline.loader import EncodeConfig, Loader, Source, build_loader
+from data_pipeline.mixture import EvenRng
 from data_pipeline.shards import ShardError, write_shards
 from data_pipeline.toy.build import ToyConfig, make_sample
 
@@ -132,6 +135,21 @@ def test_the_turn_of_the_workers_survives(toy: Path, taken: int) -> None:
         assert take(loader, 11) == whole[taken + 1 :]
 
 
+def test_a_worker_that_is_only_starting_keeps_its_place(toy: Path, monkeypatch) -> None:
+    """On a busy machine a state may be asked for while a worker has not begun to iterate."""
+    with open_loader(toy, 0, 1, 3) as loader:
+        take(loader, 7)
+        states = loader.state()
+    with open_loader(toy, 0, 1, 3) as resumed:
+        resumed.load_state(states)
+        take(resumed, 1)
+        saved = resumed._inner.save_state_rank()
+        assert saved is not None
+        saved.worker_states[2] = SavableDatasetCheckpoint(state=None, offset=1)  # as energon says
+        monkeypatch.setattr(resumed._inner, "save_state_rank", lambda: saved)
+        assert resumed.state()[2] == states[2]
+
+
 def test_a_state_before_the_first_batch_starts_anew(toy: Path) -> None:
     with open_loader(toy, 0, 1, 2) as loader:
         states = loader.state()
@@ -151,12 +169,28 @@ def test_one_epoch_shows_every_sample_once(toy: Path) -> None:
 
 
 def test_the_mixture_is_the_weights(toy: Path) -> None:
+    """Over 1,000 samples of four streams; their shuffle buffers hold some of each source back."""
     weights = {"sft/train/text": 14.0, "sft/train/image": 44.0, "sft/heldout/image": 42.0}
     sources = [Source(n, str(toy / n), "image", weight) for n, weight in weights.items()]
-    with open_loader(toy, 0, 1, 0, sources=sources, micro_batch=10) as loader:
-        keys = [key.rsplit("/", 1)[0] for batch in take(loader, 100) for key in batch]
+    keys = []
+    for rank in range(2):
+        with open_loader(toy, rank, 2, 2, sources=sources, micro_batch=10) as loader:
+            keys += [key.rsplit("/", 1)[0] for batch in take(loader, 50) for key in batch]
     for name, weight in weights.items():
-        assert keys.count(name) / 10 == pytest.approx(weight, abs=4)
+        assert keys.count(name) / 10 == pytest.approx(weight, abs=1.5)
+
+
+def test_ten_thousand_draws_keep_the_mixture_to_a_thousandth() -> None:
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0, seed_offset=3)
+    shares = torch.tensor([79.0, 21.0, 0.0, 300.0])
+    config.worker_activate(0)
+    try:
+        even = EvenRng(config)
+        drawn = [even.choice_idx(shares) for _ in range(10_000)]
+    finally:
+        config.worker_deactivate()
+    counts = torch.tensor([drawn.count(index) for index in range(4)])
+    torch.testing.assert_close(counts / 10_000, shares / 400, rtol=0, atol=1e-3)
 
 
 def test_seeds_give_other_orders(toy: Path) -> None:

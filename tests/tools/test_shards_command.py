@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from data_pipeline.build import build_shards
 from data_pipeline.importers.webdataset import read_samples
 from data_pipeline.index import prepare_index
 from data_pipeline.shards import write_shards
-from data_pipeline.toy.build import ToyConfig, build_toy
+from tests.conftest import REPO
 from tests.samples import graded_video
 from tools.shards.__main__ import main
 from tools.shards.find import find_sample
@@ -26,7 +28,11 @@ TILE = ["--tile-size", "56"]
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("toy")
-    build_toy(out, ToyConfig(train=12, heldout=4, samples_per_shard=5, stages=("sft",)))
+    # In a process of its own: a fork of this one, with the threads of other tests, may hang.
+    command = [sys.executable, "-m", "data_pipeline.toy", str(out), "--samples-per-shard", "5"]
+    subprocess.run(
+        [*command, "--train", "12", "--heldout", "4", "--stages", "sft"], cwd=REPO, check=True
+    )
     return out
 
 
@@ -134,7 +140,21 @@ def test_stats_count_what_is_trained_on(
     toy: Path, streams: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = ["--tokenizer", str(toy / "tokenizer"), *TILE]
-    assert main(["stats", str(streams), "--stage", "realtime_sft", "--json", *tokenizer]) == 0
+    assert (
+        main(
+            [
+                "stats",
+                str(streams),
+                "--workers",
+                "0",
+                "--stage",
+                "realtime_sft",
+                "--json",
+                *tokenizer,
+            ]
+        )
+        == 0
+    )
     (row,) = json.loads(capsys.readouterr().out).values()
     assert (row["samples"], row["frames"], row["errors"]) == (3, 6, {})
     assert row["truncated_ratio"] == 0.3333
@@ -142,7 +162,21 @@ def test_stats_count_what_is_trained_on(
     assert row["words_per_second"] == round((3 + 2 + 3000) / 6, 4)
     assert row["silence_ratio"] == round(4 / row["labels"], 4)
 
-    assert main(["stats", str(toy / "sft/train"), "--stage", "pt2", "--json", *tokenizer]) == 0
+    assert (
+        main(
+            [
+                "stats",
+                str(toy / "sft/train"),
+                "--workers",
+                "0",
+                "--stage",
+                "pt2",
+                "--json",
+                *tokenizer,
+            ]
+        )
+        == 0
+    )
     rows = {Path(k).name: v for k, v in json.loads(capsys.readouterr().out).items()}
     assert {name: row["samples"] for name, row in rows.items()} == {
         "image": 12, "text": 12, "video": 12,
@@ -157,7 +191,7 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = ["--tokenizer", str(toy / "tokenizer"), *TILE]
-    assert main(["validate", str(toy), *tokenizer]) == 0
+    assert main(["validate", str(toy), "--workers", "0", *tokenizer]) == 0
     assert f"{toy}: 48 samples, no problems" in capsys.readouterr().out
 
     picture = (tmp_path / "p.png", Image.new("RGB", (9, 9)))
@@ -190,7 +224,7 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
     (tree / "b/shard-000002.tar").write_bytes((tree / "b/shard-000000.tar").read_bytes())
     (tree / "b/shard-000003.tar.partial").touch()
 
-    assert main(["validate", str(tree), *tokenizer]) == 1
+    assert main(["validate", str(tree), "--workers", "0", *tokenizer]) == 1
     lines = [line.removeprefix(f"{tree}/") for line in capsys.readouterr().out.splitlines()]
     a, b = "a/shard-000000.tar ", "b/shard-00000"
     expected = [

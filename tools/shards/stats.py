@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from data_pipeline.batch import IGNORED_LABEL, EncodedSample
 from data_pipeline.encode import EncodeConfig
@@ -20,6 +17,7 @@ from data_pipeline.schema import MARK, Sample, SampleError, parse_sample
 from data_pipeline.shards import shard_files
 from tools.shards.encoding import open_encoder
 from tools.shards.find import indexed_counts, stored_samples
+from tools.shards.workers import each_shard
 
 _SPECIAL = "<|silence|>", "<|...|>"
 
@@ -68,11 +66,10 @@ def source_stats(sources: list[Path], config: EncodeConfig, workers: int) -> dic
     total = sum(counts[source].get(shard.name, 0) for source, shard in shards)
     progress = Progress("stats", total or None)
     found = {source: Stats() for source in sources}
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        each = pool.map(partial(shard_stats, config=config), [shard for _, shard in shards])
-        for (source, _), stats in zip(shards, each, strict=True):
-            found[source].add(stats)
-            progress.step(stats.samples + stats.errors.total())
+    each = each_shard(partial(shard_stats, config=config), [shard for _, shard in shards], workers)
+    for (source, _), stats in zip(shards, each, strict=True):
+        found[source].add(stats)
+        progress.step(stats.samples + stats.errors.total())
     progress.end()
     return found
 

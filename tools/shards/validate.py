@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.images import decode_image
@@ -19,6 +16,7 @@ from data_pipeline.shards import PARTIAL_SUFFIX, ShardError, check_source, shard
 from data_pipeline.video import frames_at, probe_video
 from tools.shards.encoding import open_encoder
 from tools.shards.find import StoredSample, find_sources, indexed_counts, stored_samples
+from tools.shards.workers import each_shard
 
 
 @dataclass(frozen=True)
@@ -50,20 +48,19 @@ def validate_tree(
     """
     total = 0
     problems: list[Problem] = []
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for source in find_sources(root):
-            counts = indexed_counts(source)
-            progress = Progress(str(source), sum(counts.values()) or None)
-            problems += _folder_problems(source)
-            shards = shard_files(source)
-            reports = pool.map(partial(check_shard, config=config), shards)
-            seen: dict[str, Path] = {}
-            for shard, report in zip(shards, reports, strict=True):
-                problems += report.problems
-                problems += _key_problems(shard, report.keys, counts, seen)
-                total += len(report.keys)
-                progress.step(len(report.keys))
-            progress.end()
+    for source in find_sources(root):
+        counts = indexed_counts(source)
+        progress = Progress(str(source), sum(counts.values()) or None)
+        problems += _folder_problems(source)
+        shards = shard_files(source)
+        reports = each_shard(partial(check_shard, config=config), shards, workers)
+        seen: dict[str, Path] = {}
+        for shard, report in zip(shards, reports, strict=True):
+            problems += report.problems
+            problems += _key_problems(shard, report.keys, counts, seen)
+            total += len(report.keys)
+            progress.step(len(report.keys))
+        progress.end()
     return total, problems
 
 
