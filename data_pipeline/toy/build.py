@@ -25,6 +25,7 @@ from data_pipeline.toy import captions, render, stream, world
 
 STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
+QUESTIONS = 4  # about each thing in training; one in held-out samples
 _VERSION = 2  # of what is drawn and said; a change makes existing folders stale
 
 
@@ -120,26 +121,31 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     # String seeds are hashed by `random` the same way everywhere; the split is part of it, so
     # held-out worlds are other worlds.
     rng = random.Random(f"{config.seed}/{source}/{index}")
-    stage, _, modality = source.split("/")
+    stage, split, modality = source.split("/")
     pretrain = stage.startswith("pt")
+    questions = QUESTIONS if split == "train" else 1
     seed = rng.getrandbits(48)
     key = {"__key__": f"{modality}-{index:06d}"}
     if modality == "text":
-        story = world.simulate(seed, seconds=8, events=2)
+        state, story = world.still(seed), world.simulate(seed, seconds=8, events=2)
         if pretrain:
             return key | {"json": _caption("", captions.narrate_order(story))}
-        return key | {"json": _answer("", captions.ask_text(world.still(seed), story, rng))}
+        told, asked = captions.ask_text(state, story, rng, questions)
+        return key | {"json": _answer(f"{told} ", asked)}
     if modality == "image":
         state = world.still(seed)
         data = (
-            _caption(IMAGE_MARK, captions.describe(state))
+            _caption(IMAGE_MARK, captions.describe_places(state))
             if pretrain
-            else _answer(IMAGE_MARK, captions.ask_still(state, rng))
+            else _answer(IMAGE_MARK, [captions.ask_still(state, rng) for _ in range(questions)])
         )
         return key | {"json": data, "0.jpg": render.jpeg(state, config.size)}
     story = make_story(stage, seed, rng)
-    video = render.mp4(story, config.size, config.fps)
-    return key | {"json": _about(stage, story, rng), "0.mp4": video}
+    if stage == "sft":
+        data = _answer(VIDEO_MARK, [captions.ask_story(story, rng) for _ in range(questions)])
+    else:
+        data = _about(stage, story, rng)
+    return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
 
 
 def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
@@ -152,13 +158,11 @@ def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
 
 
 def _about(stage: str, story: world.Story, rng: random.Random) -> dict[str, Any]:
-    """The JSON of a clip."""
+    """The JSON of a clip that is captioned or watched live."""
     if stage == "pt1":
         return _caption(VIDEO_MARK, captions.narrate(story))
     if stage == "pt2":
         return _caption(VIDEO_MARK, captions.narrate_order(story))
-    if stage == "sft":
-        return _answer(VIDEO_MARK, captions.ask_story(story, rng))
     live = stream.question(story, rng) if rng.random() < 0.5 else stream.narration(story)
     data = {
         "messages": live.messages,
@@ -172,20 +176,26 @@ def _about(stage: str, story: world.Story, rng: random.Random) -> dict[str, Any]
 
 
 def _caption(mark: str, text: str) -> dict[str, Any]:
-    return _talk(mark, text, "caption") | {"task": "caption"}
+    return _talk([(mark, text)], "caption") | {"task": "caption"}
 
 
-def _answer(mark: str, qa: captions.QA) -> dict[str, Any]:
-    data = _talk(mark + qa.question, qa.answer, "chat") | {"task": qa.task}
-    return data | ({"options": list(qa.options)} if qa.options else {})
+def _answer(shown: str, asked: list[captions.QA]) -> dict[str, Any]:
+    """Questions one after the other; `shown` stands before the first. Evaluation asks the last."""
+    turns = [(qa.question, qa.answer) for qa in asked]
+    turns[0] = (shown + turns[0][0], turns[0][1])
+    data = _talk(turns, "chat") | {"task": asked[-1].task}
+    return data | ({"options": list(asked[-1].options)} if asked[-1].options else {})
 
 
-def _talk(question: str, answer: str, kind: str) -> dict[str, Any]:
+def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
     files = {IMAGE_MARK: ("image", "0.jpg"), VIDEO_MARK: ("video", "0.mp4")}
-    media = [{"type": of, "file": name} for mark, (of, name) in files.items() if mark in question]
+    media = [
+        {"type": of, "file": name} for mark, (of, name) in files.items() if mark in turns[0][0]
+    ]
     messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
     return {"messages": messages, "media": media, "kind": kind}
 

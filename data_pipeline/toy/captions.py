@@ -37,9 +37,17 @@ def sentence(text: str) -> str:
 
 def describe(state: State) -> str:
     """`A red circle and a blue square.`, in order of place."""
-    names = [f"a {thing.name}" for thing in state]
-    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return sentence(listed)
+    return _listed([f"a {thing.name}" for thing in state])
+
+
+def describe_places(state: State) -> str:
+    """`A red circle top left and a blue square bottom right.`"""
+    return _listed([f"a {thing.name} {PLACES[thing.place]}" for thing in state])
+
+
+def _listed(names: list[str]) -> str:
+    last = names[-1] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return sentence(last)
 
 
 def tell(event: Event) -> str:
@@ -155,13 +163,12 @@ def ask_story(story: Story, rng: random.Random) -> QA:
     return ask(story, rng) or first_or_last(story, rng)
 
 
-def ask_text(state: State, story: Story, rng: random.Random) -> QA:
-    """A question that needs no picture: the scene, or the story, is told in words."""
+def ask_text(
+    state: State, story: Story, rng: random.Random, questions: int
+) -> tuple[str, list[QA]]:
+    """Words that tell the scene, or the story, and questions that need no picture."""
     if rng.random() < 0.5:
-        qa = rng.choice((colour, shape, count, exists))(state, rng)
-        told = describe(state)
-    else:
-        ask = rng.choice((first_or_last, before))
-        qa = ask(story, rng) or first_or_last(story, rng)
-        told = narrate(story)
-    return QA(qa.task, f"{told} {qa.question}", qa.answer, qa.options)
+        asks = rng.choices((colour, shape, count, exists), k=questions)
+        return describe(state), [ask(state, rng) for ask in asks]
+    told = rng.choices((first_or_last, before), k=questions)
+    return narrate(story), [ask(story, rng) or first_or_last(story, rng) for ask in told]
