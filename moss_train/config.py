@@ -197,8 +197,10 @@ class StageConfig:
     video_min_frames: int = 8
     video_max_frames: int = 64
     lr: float = 2e-5
-    warmup_ratio: float = 0.1
-    schedule: str = "cosine"  # cosine | linear | constant
+    warmup_ratio: float = 0.1  # of the steps
+    warmup_steps: int | None = None  # in place of the ratio
+    schedule: str = "cosine"  # cosine | linear | wsd (warm-up, stable, decay) | constant
+    decay_ratio: float = 0.1  # wsd: share of the steps, the last ones, in which the rate falls
     silence_weight: float = 1.0
 
 
@@ -211,8 +213,17 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # not of norms, gates and biases
+    decay_embeddings: bool = True
+    # {pattern of parameter names: factor on the learning rate}; the last match counts. Not typed
+    # as a dict: Hydra lets nobody add a key to one on the command line.
+    lr_multipliers: Any = None
     clip_grad: float = 1.0  # 0: no clipping
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """`lr_multipliers` (validated)."""
+        return dict(self.lr_multipliers or {})
 
 
 @dataclass
@@ -225,7 +236,6 @@ class TrainerConfig:
     keep_last: int = 2
     async_save: bool = False
     resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
-    init_from: str | None = None  # run folder or checkpoint whose weights (only) are loaded
     console_every: int = 1
 
 
@@ -259,6 +269,7 @@ class RunConfig:
 class Config:
     """Everything of one run."""
 
+    init_from: str | None = None  # run folder or checkpoint whose weights (only) are loaded
     run: RunConfig = field(default_factory=RunConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -282,6 +293,13 @@ class Config:
         if self.trainer.steps is not None:
             return self.trainer.steps
         return max(1, (self.data.samples or self.stage.samples) // self.data.global_batch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        if self.stage.warmup_steps is not None:
+            return self.stage.warmup_steps
+        return round(self.steps * self.stage.warmup_ratio)
 
     @property
     def sequence_length(self) -> int:

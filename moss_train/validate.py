@@ -43,7 +43,7 @@ def _choices(config: Config) -> Iterator[str]:
         "model.projector.pool": (config.model.projector.pool, POOLS),
         "parallel.recompute": (config.parallel.recompute, ("none", "selective", "full")),
         "stage.prompt": (config.stage.prompt, ("pretrain", "chat")),
-        "stage.schedule": (config.stage.schedule, ("cosine", "linear", "constant")),
+        "stage.schedule": (config.stage.schedule, ("cosine", "linear", "wsd", "constant")),
         "hardware.device": (config.hardware.device, ("auto", "cpu", "cuda")),
         "logger.wandb_mode": (config.logger.wandb_mode, ("online", "offline")),
     }
@@ -84,7 +84,11 @@ def _positive(config: Config) -> Iterator[str]:
         yield f"data.workers={config.data.workers}: must be 0 (no worker processes) or more"
     if config.lr <= 0:
         yield f"optimizer.lr={config.lr}: must be greater than 0"
+    yield from _multipliers(config.optimizer.lr_multipliers)
+    if config.stage.warmup_steps is not None and config.stage.warmup_steps < 0:
+        yield f"stage.warmup_steps={config.stage.warmup_steps}: must be 0 or more"
     for name, share in (
+        ("stage.decay_ratio", config.stage.decay_ratio),
         ("stage.warmup_ratio", config.stage.warmup_ratio),
         ("optimizer.min_lr_ratio", config.optimizer.min_lr_ratio),
         ("data.max_bad_ratio", config.data.max_bad_ratio),
@@ -97,6 +101,21 @@ def _positive(config: Config) -> Iterator[str]:
             f"stage.video_max_frames={config.stage.video_max_frames}: must be at least "
             f"stage.video_min_frames={config.stage.video_min_frames}"
         )
+
+
+def _multipliers(value: object) -> Iterator[str]:
+    field = "optimizer.lr_multipliers"
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        yield f"{field}={value}: must map patterns to factors, as in {{vision.*: 0.1}}"
+        return
+    for pattern, factor in value.items():
+        if not isinstance(factor, int | float) or factor <= 0:
+            yield (
+                f"{field}[{pattern}]={factor}: must be a number greater than 0 "
+                "(stage.train says what is frozen)"
+            )
 
 
 def _model(config: Config) -> Iterator[str]:

@@ -29,10 +29,11 @@ from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, Epochs, check_tokens, open_loader
 from moss_train.train.flops import Trains, step_flops
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
-from moss_train.train.optimizer import freeze, make_trainable
+from moss_train.train.optimizer import make_trainable
 from moss_train.train.report import plot_losses, summary_table
 from moss_train.train.saved import find, read_streams
 from moss_train.train.step import StepResult, TrainStep
+from moss_train.train.trained import freeze
 
 
 def run(config: Config, resume_from: Path | None) -> None:
@@ -102,7 +103,7 @@ class Job:
 
     def _restore(self, resume_from: Path | None) -> list[bytes] | None:
         """Loads a checkpoint; returns where the data streams stood, None for a new run."""
-        init_from = self.config.trainer.init_from
+        init_from = self.config.init_from
         if resume_from is not None:
             run = self.checkpointer.load(resume_from)
             self.done, self.samples = run["step"], run["samples"]
@@ -216,7 +217,7 @@ class Job:
 
     def _metrics(self, result: StepResult, seconds: float) -> StepMetrics:
         counts, config = result.counts, self.config
-        trains = Trains(**{part: count > 0 for part, count in self.counts.items()})
+        trains = Trains(**{part: count > 0 for part, count in self.counts.trained.items()})
         flops = step_flops(
             config.model, trains, counts, config.data.max_tiles, config.parallel.recompute
         )
@@ -242,7 +243,6 @@ class Job:
 
     def _announce(self) -> None:
         config, parallel = self.config, self.config.parallel
-        trained = ", ".join(f"{part} {count:,}" for part, count in self.counts.items() if count)
         log.info(
             "stage %s, model %s (%s), %d ranks = %d data x %d pipeline x %d tensor, %s",
             config.stage.name,
@@ -254,7 +254,8 @@ class Job:
             parallel.tensor,
             hardware.device().type,
         )
-        log.info("trains %s parameters", trained)
+        for line in self.counts.lines():
+            log.info("%s", line)
         log.info(
             "%d steps of %d samples -> %s", config.steps, config.data.global_batch, self.folder
         )

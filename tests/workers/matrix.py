@@ -59,8 +59,9 @@ def train_case(
     from moss_train.parallel.deal import Bounds
     from moss_train.parallel.distribute import read_step
     from moss_train.parallel.replicas import differing_replicas
-    from moss_train.train.optimizer import freeze, make_trainable
+    from moss_train.train.optimizer import make_trainable
     from moss_train.train.step import TrainStep
+    from moss_train.train.trained import freeze
 
     config = Config(
         model=small_model(dtype),
