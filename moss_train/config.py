@@ -201,7 +201,9 @@ class StageConfig:
     warmup_steps: int | None = None  # in place of the ratio
     schedule: str = "cosine"  # cosine | linear | wsd (warm-up, stable, decay) | constant
     decay_ratio: float = 0.1  # wsd: share of the steps, the last ones, in which the rate falls
-    silence_weight: float = 1.0
+    silence_weight: float = 1.0  # of the labels <|silence|>
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # a usual one: 1e-4
 
 
 @dataclass

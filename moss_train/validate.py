@@ -93,6 +93,8 @@ def _positive(config: Config) -> Iterator[str]:
         ("optimizer.min_lr_ratio", config.optimizer.min_lr_ratio),
         ("data.max_bad_ratio", config.data.max_bad_ratio),
         ("stage.silence_weight", config.stage.silence_weight),
+        ("stage.label_smoothing", config.stage.label_smoothing),
+        ("stage.z_loss", config.stage.z_loss),
     ):
         if not 0 <= share <= 1:
             yield f"{name}={share}: must be between 0 and 1"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moss_train import hardware
 from moss_train.config import Config
+from moss_train.model.loss import LossOptions
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
@@ -49,7 +50,10 @@ class TrainStep:
     def __init__(self, config: Config, model: MossVideo, trainable: Trainable, silence_id: int):
         self.config, self.model, self.trainable = config, model, trainable
         self.exchange = FrameExchange(config.model, model.encoder, model.groups)
-        self.silence = (silence_id, config.stage.silence_weight)
+        stage = config.stage
+        self.loss = LossOptions(
+            silence_id, stage.silence_weight, stage.label_smoothing, stage.z_loss
+        )
 
     def __call__(
         self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False
@@ -100,7 +104,7 @@ class TrainStep:
         """Encodes the frames and plans each microbatch."""
         states = self.exchange.encode(batch)
         return prepare(
-            batch.microbatches, states, self.config.model, self.config.data.max_tiles, self.silence
+            batch.microbatches, states, self.config.model, self.config.data.max_tiles, self.loss
         )
 
     def _count(self, batch: StepBatch, inputs: list[DecoderInput]) -> tuple[StepCounts, int]:

@@ -172,10 +172,6 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["optimizer.lr_multipliers[vision.*]=0: must be a number greater than 0 (stage.train says "
          "what is frozen)", "stage.warmup_steps=-1: must be 0 or more"],
     ),
-    "multiplier's pattern": (
-        1, ["optimizer.lr_multipliers={tower.*: 0.5}"],
-        ["optimizer.lr_multipliers=['tower.*']: matches no parameter of the model"],
-    ),
     "no cuda": (
         1, ["hardware.device=cuda"],
         ["hardware.device=cuda: torch finds no CUDA device: use cpu"],
@@ -190,7 +186,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     ),
 }  # fmt: skip
 # Refused by what the model has, so after the process group has started.
-LATE = ("patterns", "multiplier's pattern")
+LATE = ("patterns",)
 
 
 @pytest.fixture(scope="module")
