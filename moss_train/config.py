@@ -104,10 +104,13 @@ class TextConfig:
 
 @dataclass
 class InitConfig:
-    """Random initialization, the same for every parallel layout."""
+    """Random initialization, the same for every parallel layout; or a text model's weights."""
 
     std: float = 0.02
     gate: float = 0.0  # gates of cross-attention: 0 leaves a pretrained text model as it was
+    # Folder of a text-only Llama (config.json, safetensors) whose layers become the self-attention
+    # layers in their order; gates are 0 then. Everything else is drawn.
+    from_llama: str | None = None
 
 
 @dataclass
@@ -207,6 +210,17 @@ class StageConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """LoRA on the decoder, whose own weights are frozen then."""
+
+    name: str = "none"  # none | lora
+    rank: int = 16
+    alpha: float = 32.0  # the update is alpha / rank x B A
+    # Patterns of names of linear layers, such as decoder.layers.*.linear_qkv.
+    target: list[str] = field(default_factory=lambda: ["decoder.layers.*"])
+
+
+@dataclass
 class OptimizerConfig:
     """AdamW (megatron-core's distributed optimizer) and gradient clipping."""
 
@@ -234,11 +248,16 @@ class TrainerConfig:
 
     steps: int | None = None  # None: samples / global batch
     seed: int = 1234
+    deterministic: bool = False  # the same numbers from the same run, to the bit; slower on CUDA
     checkpoint_every: int = 1000
     keep_last: int = 2
     async_save: bool = False
     resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
     console_every: int = 1
+    # A step is left out where loss or gradient is not finite, or the loss exceeds the median of the
+    # last 100 by this factor; null: whatever it is.
+    spike_factor: float | None = None
+    max_skipped_steps: int = 5  # in a row; then back to the last checkpoint, on with other data
 
 
 @dataclass
@@ -277,6 +296,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

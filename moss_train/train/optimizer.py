@@ -22,6 +22,7 @@ from moss_train.config import Config, ConfigError
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.data_parallel import DataParallel
 from moss_train.train import adam
+from moss_train.train.guard import GuardedOptimizer
 from moss_train.train.trained import Counts, group_overrides
 
 
@@ -35,7 +36,7 @@ class Trainable:
 
     chunks: list[nn.Module]
     encoder: DataParallel | None
-    optimizer: ChainedOptimizer
+    optimizer: GuardedOptimizer
     scheduler: OptimizerParamScheduler
 
     @property
@@ -63,6 +64,13 @@ class Trainable:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
+
+    def update(self, allows: Callable[[float], bool]) -> float:
+        """Clips and updates, if `allows` says so of the gradient norm, which is returned."""
+        self.optimizer.allows = allows
+        _, norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        return float(norm or 0.0)
 
     def zero_gradients(self) -> None:
         """Before a step."""
@@ -110,7 +118,7 @@ def make_trainable(model: MossVideo, config: Config, counts: Counts) -> Trainabl
             pg_collection=groups.vision,
         )
         optimizers.append(_optimizer(config, [encoder], groups.vision, overrides))
-    chained = ChainedOptimizer([part for o in optimizers for part in o.chained_optimizers])
+    chained = GuardedOptimizer([part for o in optimizers for part in o.chained_optimizers])
     return Trainable(chunks, encoder, chained, _scheduler(config, chained))
 
 

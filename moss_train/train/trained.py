@@ -12,6 +12,7 @@ from torch import nn
 
 from moss_train import hardware
 from moss_train.config import Config, ConfigError
+from moss_train.model.lora import PARAMETERS, is_adapter
 from moss_train.model.moss_video import MossVideo
 
 PARTS = ("vision", "projector", "decoder")
@@ -44,11 +45,15 @@ class Counts:
 def freeze(model: MossVideo, patterns: list[str]) -> Counts:
     """Leaves trainable only the parameters whose names match one of `patterns` (fnmatch).
 
+    Of an adapted decoder the adapters train, whatever the patterns say, and nothing else.
     A collective. Raises ConfigError where a pattern matches no parameter.
     """
+    if model.adapted:
+        patterns = [*patterns, PARAMETERS]
     hits = match(model, "stage.train", patterns)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bool(hits[name]))
+        beside = model.adapted and name.startswith("decoder.") and not is_adapter(name)
+        parameter.requires_grad_(bool(hits[name]) and not beside)
     return _count(model, patterns, hits)
 
 

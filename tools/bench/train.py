@@ -71,10 +71,10 @@ def _our_step(config: Config, job: dict[str, Any]) -> Callable[[], float]:
     job["start_gb"] = hardware.peak_memory_gb()  # imports only: nothing has been built yet
     start_process_group(config)
     training = Job(config, None)
-    if training.loader is not None:  # it has not begun to read
-        training.loader.close()
+    if training.reader.loader is not None:  # it has not begun to read
+        training.reader.loader.close()
         groups = training.groups
-        training.batches = _microbatches(job, groups.data_rank, groups.data_size)
+        training.reader.batches = _microbatches(job, groups.data_rank, groups.data_size)
     return lambda: training.step(training._read()).loss
 
 
@@ -94,7 +94,7 @@ def prepare(config: Config, job: dict[str, Any]) -> dict[str, float]:
 
     start_process_group(config)
     training = Job(config, None)
-    reads, loader = cast(Any, training.batches), cast(Any, training.loader)
+    reads, loader = cast(Any, training.reader.batches), cast(Any, training.reader.loader)
     batches = [next(reads)]  # the first waits for the loader's processes to start
     began = time.perf_counter()
     batches += [next(reads) for _ in range(max(job["microbatches"] - 1, 50))]
