@@ -23,10 +23,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moss_train.config import Config, to_dict
+from moss_train.config import AdapterConfig, Config, to_dict
 from moss_train.log import log
+from moss_train.model.lora import adapt, is_adapter, merge
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import Trainable
 from moss_train.train.saved import checkpoints_folder, is_complete, read_run
@@ -120,30 +122,49 @@ class Checkpointer:
         if self.queue is not None:
             self.queue.close()
 
-    def load(self, path: Path, weights_only: bool = False) -> dict[str, Any]:
-        """Loads `path`, saved in any layout; returns its `run.json`.
+    def load(self, path: Path) -> dict[str, Any]:
+        """Loads `path`, saved in any layout; returns its `run.json`."""
+        run = read_run(path)
+        state = dist_checkpointing.load(
+            self._sharded_state(loading=True, random_state=run["layout"] == self._layout()),
+            str(path),
+        )
+        self._set_model(state["model"])
+        self.trainable.optimizer.load_state_dict(state["optimizer"])
+        if "random" in state:
+            _set_random_state(state["random"])
+        return run
 
-        `weights_only`: for a new stage; optimizer, random state and step start afresh.
+    def load_weights(self, path: Path) -> None:
+        """Loads the weights alone, for a new stage: its optimizer, random state and step are new.
+
+        Adapters that this run does not have are merged; those that only this run has are left as
+        they are.
         """
-        if weights_only:
-            state = dist_checkpointing.load({"model": self._model_state()}, str(path))
-        else:
-            run = read_run(path)
-            state = dist_checkpointing.load(
-                self._sharded_state(loading=True, random_state=run["layout"] == self._layout()),
-                str(path),
-            )
-        parts = state["model"]
-        self.model.encoder.load_state_dict(parts["encoder"])
-        for number, chunk in enumerate(self.model.chunks):
-            chunk.load_state_dict(parts[f"chunk{number}"])
-        if weights_only:
-            self.trainable.optimizer.reload_model_params()
-        else:
-            self.trainable.optimizer.load_state_dict(state["optimizer"])
-            if "random" in state:
-                _set_random_state(state["random"])
-        return read_run(path)
+        adapter = read_run(path)["config"].get("adapter", {"name": "none"})
+        merging = adapter["name"] != "none" and not self.model.adapted
+        if merging:
+            adapt(self.model, AdapterConfig(**adapter))
+        state = self._model_state()
+        if adapter["name"] == "none":
+            state = {
+                part: {name: value for name, value in tensors.items() if not is_adapter(name)}
+                for part, tensors in state.items()
+            }
+        loaded = dist_checkpointing.load({"model": state}, str(path))
+        self._set_model(loaded["model"])
+        if merging:
+            merge(self.model)
+        self.trainable.optimizer.reload_model_params()
+
+    def _set_model(self, parts: dict[str, dict[str, Any]]) -> None:
+        modules: dict[str, nn.Module] = {"encoder": self.model.encoder}
+        modules |= {f"chunk{number}": chunk for number, chunk in enumerate(self.model.chunks)}
+        for name, module in modules.items():
+            answer = module.load_state_dict(parts[name], strict=False)
+            missing = [key for key in answer.missing_keys if not is_adapter(key)]
+            if missing or answer.unexpected_keys:
+                raise RuntimeError(f"{name}: missing {missing}, unknown {answer.unexpected_keys}")
 
     def _sharded_state(self, loading: bool, random_state: bool = True) -> dict[str, Any]:
         model = self._model_state()

@@ -81,12 +81,12 @@ def _our_step(config: Config, job: dict[str, Any]) -> Step:
     job["start_gb"] = hardware.peak_memory_gb()  # imports only: nothing has been built yet
     start_process_group(config)
     training = Job(config, None)
-    if training.loader is not None:  # it has not begun to read
-        training.loader.close()
+    if training.reader.loader is not None:  # it has not begun to read
+        training.reader.loader.close()
         groups = training.groups
-        training.batches = _microbatches(job, groups.data_rank, groups.data_size)
+        training.reader.batches = _microbatches(job, groups.data_rank, groups.data_size)
     if config.parallel.pipeline > 1:
-        training.bounds = replace(training.bounds, samples=PIPELINE_SAMPLES)
+        training.reader.bounds = replace(training.reader.bounds, samples=PIPELINE_SAMPLES)
 
     def step() -> tuple[float, float]:
         result = training.step(training._read())
@@ -111,7 +111,7 @@ def prepare(config: Config, job: dict[str, Any]) -> dict[str, float]:
 
     start_process_group(config)
     training = Job(config, None)
-    reads, loader = cast(Any, training.batches), cast(Any, training.loader)
+    reads, loader = cast(Any, training.reader.batches), cast(Any, training.reader.loader)
     batches = [next(reads)]  # the first waits for the loader's processes to start
     began = time.perf_counter()
     batches += [next(reads) for _ in range(max(job["microbatches"] - 1, 50))]
