@@ -104,10 +104,13 @@ class TextConfig:
 
 @dataclass
 class InitConfig:
-    """Random initialization, the same for every parallel layout."""
+    """Random initialization, the same for every parallel layout; or a text model's weights."""
 
     std: float = 0.02
     gate: float = 0.0  # gates of cross-attention: 0 leaves a pretrained text model as it was
+    # Folder of a text-only Llama (config.json, safetensors) whose layers become the self-attention
+    # layers in their order; gates are 0 then. Everything else is drawn.
+    from_llama: str | None = None
 
 
 @dataclass
@@ -198,10 +201,25 @@ class StageConfig:
     video_min_frames: int = 8
     video_max_frames: int = 64
     lr: float = 2e-5
-    warmup_ratio: float = 0.1
-    schedule: str = "cosine"  # cosine | linear | constant
-    silence_weight: float = 1.0
+    warmup_ratio: float = 0.1  # of the steps
+    warmup_steps: int | None = None  # in place of the ratio
+    schedule: str = "cosine"  # cosine | linear | wsd (warm-up, stable, decay) | constant
+    decay_ratio: float = 0.1  # wsd: share of the steps, the last ones, in which the rate falls
+    silence_weight: float = 1.0  # of the labels <|silence|>
     swap_probability: float = 0.0  # of a real-time frame and the word before it, in training
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # a usual one: 1e-4
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA on the decoder, whose own weights are frozen then."""
+
+    name: str = "none"  # none | lora
+    rank: int = 16
+    alpha: float = 32.0  # the update is alpha / rank x B A
+    # Patterns of names of linear layers, such as decoder.layers.*.linear_qkv.
+    target: list[str] = field(default_factory=lambda: ["decoder.layers.*"])
 
 
 @dataclass
@@ -213,8 +231,17 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # not of norms, gates and biases
+    decay_embeddings: bool = True
+    # {pattern of parameter names: factor on the learning rate}; the last match counts. Not typed
+    # as a dict: Hydra lets nobody add a key to one on the command line.
+    lr_multipliers: Any = None
     clip_grad: float = 1.0  # 0: no clipping
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """`lr_multipliers` (validated)."""
+        return dict(self.lr_multipliers or {})
 
 
 @dataclass
@@ -223,12 +250,16 @@ class TrainerConfig:
 
     steps: int | None = None  # None: samples / global batch
     seed: int = 1234
+    deterministic: bool = False  # the same numbers from the same run, to the bit; slower on CUDA
     checkpoint_every: int = 1000
     keep_last: int = 2
     async_save: bool = False
     resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
-    init_from: str | None = None  # run folder or checkpoint whose weights (only) are loaded
     console_every: int = 1
+    # A step is left out where loss or gradient is not finite, or the loss exceeds the median of the
+    # last 100 by this factor; null: whatever it is.
+    spike_factor: float | None = None
+    max_skipped_steps: int = 5  # in a row; then back to the last checkpoint, on with other data
 
 
 @dataclass
@@ -261,11 +292,13 @@ class RunConfig:
 class Config:
     """Everything of one run."""
 
+    init_from: str | None = None  # run folder or checkpoint whose weights (only) are loaded
     run: RunConfig = field(default_factory=RunConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -284,6 +317,13 @@ class Config:
         if self.trainer.steps is not None:
             return self.trainer.steps
         return max(1, (self.data.samples or self.stage.samples) // self.data.global_batch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        if self.stage.warmup_steps is not None:
+            return self.stage.warmup_steps
+        return round(self.steps * self.stage.warmup_ratio)
 
     @property
     def sequence_length(self) -> int:

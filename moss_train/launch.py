@@ -54,9 +54,9 @@ def find_resume(config: Config) -> Path | None:
         ConfigError: a named checkpoint is missing or damaged, or has another architecture.
     """
     from moss_train.train.saved import find, read_run, read_streams
-    from moss_train.validate import same_architecture, same_streams
+    from moss_train.validate import fitting_adapter, same_architecture, same_streams
 
-    resume, init_from = config.trainer.resume, config.trainer.init_from
+    resume, init_from = config.trainer.resume, config.init_from
     own = found = find(Path(config.run.dir))
     if resume != "auto":
         found = None if resume == "none" else _must_find("trainer.resume", resume)
@@ -67,10 +67,12 @@ def find_resume(config: Config) -> Path | None:
         )
     if found is not None:
         same_architecture(config, read_run(found)["config"], found)
+        fitting_adapter(config, read_run(found)["config"], found, resume=True)
         same_streams(config, len(read_streams(found)), found)
     elif init_from is not None:
-        source = _must_find("trainer.init_from", init_from)
+        source = _must_find("init_from", init_from)
         same_architecture(config, read_run(source)["config"], source)
+        fitting_adapter(config, read_run(source)["config"], source, resume=False)
     return found
 
 

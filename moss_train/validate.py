@@ -14,7 +14,8 @@ from pathlib import Path
 
 from data_pipeline.loader import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
-from moss_train.config import Config, ConfigError
+from moss_train.config import AdapterConfig, Config, ConfigError
+from moss_train.convert.mapping import unmatched_targets
 from moss_train.hardware import has_cuda
 
 ATTENTION = ("sdpa", "flash", "te", "flex")
@@ -43,7 +44,8 @@ def _choices(config: Config) -> Iterator[str]:
         "model.projector.pool": (config.model.projector.pool, POOLS),
         "parallel.recompute": (config.parallel.recompute, ("none", "selective", "full")),
         "stage.prompt": (config.stage.prompt, ("pretrain", "chat")),
-        "stage.schedule": (config.stage.schedule, ("cosine", "linear", "constant")),
+        "stage.schedule": (config.stage.schedule, ("cosine", "linear", "wsd", "constant")),
+        "adapter.name": (config.adapter.name, ("none", "lora")),
         "hardware.device": (config.hardware.device, ("auto", "cpu", "cuda")),
         "logger.wandb_mode": (config.logger.wandb_mode, ("online", "offline")),
     }
@@ -66,9 +68,12 @@ def _positive(config: Config) -> Iterator[str]:
         "trainer.steps": config.steps,
         "trainer.checkpoint_every": config.trainer.checkpoint_every,
         "trainer.keep_last": config.trainer.keep_last,
+        "trainer.max_skipped_steps": config.trainer.max_skipped_steps,
         "trainer.console_every": config.trainer.console_every,
         "model.vision.frames_per_chunk": config.model.vision.frames_per_chunk,
         "model.text.num_layers": config.model.text.num_layers,
+        "adapter.rank": config.adapter.rank,
+        "adapter.alpha": config.adapter.alpha,
         "hardware.timeout_s": config.hardware.timeout_s,
         "stage.video_fps": config.stage.video_fps,
         "stage.video_min_frames": config.stage.video_min_frames,
@@ -81,16 +86,25 @@ def _positive(config: Config) -> Iterator[str]:
     for name, value in values.items():
         if value <= 0:
             yield f"{name}={value}: must be greater than 0"
+    spike = config.trainer.spike_factor
+    if spike is not None and spike <= 1:
+        yield f"trainer.spike_factor={spike}: must be greater than 1"
     if config.data.workers < 0:
         yield f"data.workers={config.data.workers}: must be 0 (no worker processes) or more"
     if config.lr <= 0:
         yield f"optimizer.lr={config.lr}: must be greater than 0"
+    yield from _multipliers(config.optimizer.lr_multipliers)
+    if config.stage.warmup_steps is not None and config.stage.warmup_steps < 0:
+        yield f"stage.warmup_steps={config.stage.warmup_steps}: must be 0 or more"
     for name, share in (
+        ("stage.decay_ratio", config.stage.decay_ratio),
         ("stage.warmup_ratio", config.stage.warmup_ratio),
         ("optimizer.min_lr_ratio", config.optimizer.min_lr_ratio),
         ("data.max_bad_ratio", config.data.max_bad_ratio),
         ("stage.silence_weight", config.stage.silence_weight),
         ("stage.swap_probability", config.stage.swap_probability),
+        ("stage.label_smoothing", config.stage.label_smoothing),
+        ("stage.z_loss", config.stage.z_loss),
     ):
         if not 0 <= share <= 1:
             yield f"{name}={share}: must be between 0 and 1"
@@ -99,6 +113,21 @@ def _positive(config: Config) -> Iterator[str]:
             f"stage.video_max_frames={config.stage.video_max_frames}: must be at least "
             f"stage.video_min_frames={config.stage.video_min_frames}"
         )
+
+
+def _multipliers(value: object) -> Iterator[str]:
+    field = "optimizer.lr_multipliers"
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        yield f"{field}={value}: must map patterns to factors, as in {{vision.*: 0.1}}"
+        return
+    for pattern, factor in value.items():
+        if not isinstance(factor, int | float) or factor <= 0:
+            yield (
+                f"{field}[{pattern}]={factor}: must be a number greater than 0 "
+                "(stage.train says what is frozen)"
+            )
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -130,8 +159,27 @@ def _model(config: Config) -> Iterator[str]:
             f"data.max_tiles={config.data.max_tiles}: the vision tower has embeddings for "
             f"{vision.max_tiles} tiles (model.vision.max_tiles)"
         )
+    if config.adapter.name == "lora":
+        unmatched = unmatched_targets(config.model, config.adapter.target)
+        if unmatched or not config.adapter.target:
+            wrong = unmatched or config.adapter.target
+            yield f"adapter.target={wrong}: matches no linear layer of the decoder"
+    if config.model.init.from_llama is not None:
+        yield from _llama(config)
     if config.model.attention == "flash" and not vision.full_attention:
         yield "model.attention=flash: takes no mask, which model.vision.full_attention=false needs"
+
+
+def _llama(config: Config) -> Iterator[str]:
+    from moss_train.convert.llama import check_llama
+
+    assert config.model.init.from_llama is not None
+    if config.init_from is not None:
+        yield f"init_from={config.init_from}: model.init.from_llama names other weights: drop one"
+    try:
+        yield from check_llama(Path(config.model.init.from_llama), config.model)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _divides(name: str, value: int, by: str, divisor: int) -> Iterator[str]:
@@ -270,6 +318,22 @@ def same_architecture(config: Config, saved: dict, where: Path) -> None:
         problems += _differences(mine[part], theirs[part], f"model.{part}", ignored, where)
     if problems:
         raise ConfigError(problems)
+
+
+def fitting_adapter(config: Config, saved: dict, where: Path, resume: bool) -> None:
+    """Raises ConfigError where the adapters of a checkpoint and of this run cannot go together.
+
+    A resumed run keeps its adapters. A new one may take the same, add some to a checkpoint without
+    any, or have none: then those of the checkpoint are merged.
+    """
+    mine, theirs = asdict(config.adapter), saved.get("adapter", asdict(AdapterConfig()))
+    none = [a["name"] for a in (mine, theirs)].count("none")
+    if none == 2 or mine == theirs or (none == 1 and not resume):
+        return
+    different = [f"{key}={value}" for key, value in mine.items() if theirs[key] != value]
+    raise ConfigError(
+        [f"adapter ({', '.join(different)}): the checkpoint {where} has another one: {theirs}"]
+    )
 
 
 def same_streams(config: Config, streams: int, where: Path) -> None:

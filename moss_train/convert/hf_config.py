@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,34 @@ def model_config_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
         blind_rows="attend_all",
         cross_attention_rope=moss,
         dtype=_dtype(root, text),
+    )
+
+
+def text_config_from_llama(source: str | Path | Mapping[str, Any], into: TextConfig) -> TextConfig:
+    """`into`, with all that a text-only Llama's config.json says: its layers are counted without
+    the cross-attention layers of `into`.
+
+    Raises:
+        ConfigError: as `model_config_from_hf`.
+    """
+    root = _read(source)
+    root.expect("hidden_act", "silu")
+    for key in ("attention_bias", "mlp_bias"):
+        root.expect(key, False)
+    heads, hidden = root.integer("num_attention_heads"), root.integer("hidden_size")
+    root.expect("head_dim", hidden // heads)
+    theta, scaling = _rope(root)
+    return replace(
+        into,
+        vocab_size=root.integer("vocab_size"),
+        hidden_size=hidden,
+        num_layers=root.integer("num_hidden_layers") + len(into.cross_attention_layers),
+        num_heads=heads,
+        num_kv_heads=root.integer("num_key_value_heads"),
+        mlp_size=root.integer("intermediate_size"),
+        norm_eps=root.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
     )
 
 

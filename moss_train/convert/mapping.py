@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -140,6 +141,41 @@ def table(model: ModelConfig) -> list[Rule]:
         for index in range(count):
             rules += _numbered(template, index)
     return rules
+
+
+def rules(model: ModelConfig) -> dict[str, Rule]:
+    """The rule of every parameter that `model` can have, by our name: its own and adapters'."""
+    own = table(model)
+    pairs = [pair for rule in own if adaptable(rule) for pair in _adapter_rules(rule)]
+    return {rule.ours: rule for rule in (*own, *pairs)}
+
+
+def adaptable(rule: Rule) -> bool:
+    """True for the weight of a linear layer of the decoder's layers, which LoRA can adapt."""
+    return re.fullmatch(r"decoder\.layers\..*linear_\w+\.weight", rule.ours) is not None
+
+
+def unmatched_targets(model: ModelConfig, patterns: list[str]) -> list[str]:
+    """Patterns (of `adapter.target`) that match no linear layer of the decoder."""
+    layers = [rule.ours.removesuffix(".weight") for rule in table(model) if adaptable(rule)]
+    return [p for p in patterns if not any(fnmatchcase(name, p) for name in layers)]
+
+
+def _adapter_rules(rule: Rule) -> tuple[Rule, Rule]:
+    """A and B of a linear layer: the side that the layer splits over tensor ranks is split."""
+    ours = rule.ours.removesuffix("weight")
+    hf = tuple(name.removesuffix("weight") for name in rule.hf)
+    if rule.split == 1:
+        return (
+            Rule(f"{ours}lora_a", (f"{hf[0]}lora_a",), split=1),
+            Rule(f"{ours}lora_b", (f"{hf[0]}lora_b",)),
+        )
+    # Fused projections share one A; B has the rows of each, in the weight's order.
+    names = tuple(f"{name}lora_b" for name in hf)
+    return (
+        Rule(f"{ours}lora_a", (f"{hf[0]}lora_a",)),
+        Rule(f"{ours}lora_b", names, rule.kind, rule.split),
+    )
 
 
 def _numbered(rules: list[Rule], index: int) -> Iterator[Rule]:

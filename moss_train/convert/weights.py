@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moss_train.config import ModelConfig
-from moss_train.convert.mapping import Rule, kv_heads, table, to_hf, to_ours
+from moss_train.convert.mapping import Rule, kv_heads, rules, to_hf, to_ours
+from moss_train.model.lora import is_adapter, low_rank_updates
 from moss_train.model.moss_video import MossVideo
 
 Reader = Callable[[str, torch.Size], Tensor]
@@ -30,6 +31,8 @@ def random_reader(model: ModelConfig, seed: int) -> Reader:
             return torch.full(shape, constant)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if name.endswith("lora_a"):
+            return torch.randn(shape, generator=generator) * shape[1] ** -0.5
         std = model.vision.hidden_size**-0.5 if name.endswith("_embedding") else model.init.std
         return torch.randn(shape, generator=generator) * std
 
@@ -38,7 +41,7 @@ def random_reader(model: ModelConfig, seed: int) -> Reader:
 
 def _constant(model: ModelConfig, name: str) -> float | None:
     """Initial value of the parameters that are not drawn, as transformers' Mllama has them."""
-    if name.endswith("bias"):
+    if name.endswith(("bias", "lora_b")):
         return 0.0
     if "norm" in name.split(".")[-2] or "layernorm" in name:
         return 1.0
@@ -70,16 +73,27 @@ def fill(model: MossVideo, read: Reader) -> None:
 
 
 def export(
-    model: MossVideo, value: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()
+    model: MossVideo, value: Callable[[nn.Parameter], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """HF tensors of the parameters on this pipeline stage, whole, on every tensor rank.
+    """HF tensors of the weights on this pipeline stage, whole, on every tensor rank.
 
-    `value` says what of a parameter is wanted, e.g. its gradient. A collective: all ranks of a
-    tensor group call it together.
+    Adapters are merged into the weights. A collective: all ranks of a tensor group call it
+    together.
+
+    Args:
+        value: what of each parameter is wanted instead of its weights, e.g. its gradient; then
+            adapters are parameters of their own.
     """
     out: dict[str, Tensor] = {}
+    updates = low_rank_updates(model) if value is None else {}
     for rule, parameter, group in _parameters(model):
-        part = value(parameter).contiguous()
+        if value is not None:
+            part = value(parameter).contiguous()
+        elif is_adapter(rule.ours):
+            continue
+        else:
+            part = parameter.detach().contiguous()
+            part = part + updates[rule.ours] if rule.ours in updates else part
         slices = [part]
         if rule.split is not None and group.size() > 1:
             slices = [torch.empty_like(part) for _ in range(group.size())]
@@ -89,11 +103,11 @@ def export(
 
 
 def _parameters(model: MossVideo) -> Iterator[tuple[Rule, nn.Parameter, dist.ProcessGroup]]:
-    rules = {rule.ours: rule for rule in table(model.config)}
+    by_name = rules(model.config)
     for name, parameter in model.named_parameters():
         in_decoder = name.startswith("decoder.")
         groups = model.groups.decoder if in_decoder else model.groups.vision
-        yield rules[name], parameter, groups.tp
+        yield by_name[name], parameter, groups.tp
 
 
 def _hf_shapes(

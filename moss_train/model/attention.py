@@ -85,7 +85,8 @@ def _flash_whole() -> Core:
     def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
             raise ValueError("model.attention=flash takes no mask: use sdpa")
-        return attend(query, key, value)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return attend(query, key, value, deterministic=deterministic)
 
     return core
 
@@ -95,7 +96,10 @@ def _flash_packed() -> Core:
 
     def core(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -> Tensor:
         bounds, longest = text.bounds, max(text.spans)
-        return attend(query, key, value, bounds, bounds, longest, longest, causal=True)
+        return attend(
+            query, key, value, bounds, bounds, longest, longest, causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
 
     return core
 

@@ -1,4 +1,4 @@
-"""Next-token cross entropy with silence weight, for logits whose vocabulary is sharded."""
+"""Next-token cross entropy for logits whose vocabulary is sharded: silence weight, smoothing, z."""
 
 from __future__ import annotations
 
@@ -7,11 +7,29 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    reduce_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How predictions are judged.
+
+    silence_id, silence_weight: token id of `<|silence|>`, and the weight of its labels.
+    label_smoothing: probability spread evenly over the vocabulary, 0 to 1.
+    z_loss: factor on the squared logarithm of the softmax's denominator, which keeps it near 1.
+    """
+
+    silence_id: int
+    silence_weight: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
 
 @dataclass
@@ -29,11 +47,10 @@ class Targets:
     tokens: Tensor
     weights: Tensor
     count: int
+    options: LossOptions
 
 
-def find_targets(
-    labels: Tensor, lengths: list[int], silence_id: int, silence_weight: float
-) -> Targets:
+def find_targets(labels: Tensor, lengths: list[int], options: LossOptions) -> Targets:
     """Targets of packed sequences of `lengths`, padding behind them.
 
     `labels` `[T]` are not shifted: position t predicts label t + 1 of its own sequence.
@@ -47,14 +64,18 @@ def find_targets(
     count = len(rows)
     if count == 0:  # the head must still take part in its collectives
         rows, tokens = rows.new_zeros(1), tokens.new_zeros(1)
-    weights = torch.ones(len(rows)).masked_fill(tokens == silence_id, silence_weight)
-    return Targets(rows, tokens, weights * (count > 0), count)
+    weights = torch.ones(len(rows))
+    weights = weights.masked_fill(tokens == options.silence_id, options.silence_weight)
+    return Targets(rows, tokens, weights * (count > 0), count, options)
 
 
 def weighted_loss(
-    logits: Tensor, targets: Targets, total: Tensor, tensor_group: dist.ProcessGroup
+    logits: Tensor,
+    targets: Targets,
+    total: Tensor,
+    tensor_group: dist.ProcessGroup,
 ) -> Tensor:
-    """Sum of weight x cross entropy over the microbatch, divided by `total` labels.
+    """Sum of weight x loss over the microbatch, divided by `total` labels.
 
     Args:
         logits: `[n, 1, V / tensor]`, this rank's columns.
@@ -63,8 +84,40 @@ def weighted_loss(
         tensor_group: ranks over which the vocabulary is split.
     """
     logits = logits.float()
-    if tensor_group.size() == 1:
+    options = targets.options
+    if options.label_smoothing or options.z_loss:
+        losses = _regularized(logits[:, 0], targets.tokens, tensor_group, options)
+    elif tensor_group.size() == 1:
         losses = cross_entropy(logits[:, 0], targets.tokens, reduction="none")
     else:
         losses = vocab_parallel_cross_entropy(logits, targets.tokens[:, None])[:, 0]
     return (losses * targets.weights).sum() / total
+
+
+def _regularized(
+    logits: Tensor, tokens: Tensor, group: dist.ProcessGroup, options: LossOptions
+) -> Tensor:
+    """Label smoothing and z-loss, whose sums run over the whole vocabulary (megatron's own
+    smoothing takes means over a rank's part of it). `[n, V / tensor]`, `[n]` -> `[n]`.
+    """
+    size = logits.shape[1]
+    peak = logits.detach().amax(1)
+    if group.size() > 1:
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    own = tokens - group.rank() * size
+    elsewhere = (own < 0) | (own >= size)
+    picked = logits.gather(1, own.masked_fill(elsewhere, 0)[:, None])[:, 0]
+    sums = torch.stack(
+        (
+            (logits - peak[:, None]).exp().sum(1),
+            picked.masked_fill(elsewhere, 0.0),
+            logits.sum(1) / (size * group.size()),
+        )
+    )
+    if group.size() > 1:
+        sums = reduce_from_tensor_model_parallel_region(sums, group=group)
+    exponentials, target, mean = sums
+    log_total = peak + exponentials.log()
+    smoothing = options.label_smoothing
+    expected = (1 - smoothing) * target + smoothing * mean
+    return log_total - expected + options.z_loss * log_total.square()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_sharded_factory
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
@@ -19,6 +19,16 @@ class FeedForward(MLP):
         super().__init__(
             config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp
         )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """megatron's; B of an adapter has the rows of gate and up as the weight does."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        rows = f"{prefix}linear_fc1.lora_b"
+        if rows in state:
+            state[rows] = apply_swiglu_sharded_factory(state[rows], sharded_offsets)
+        return state
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """`[..., H]` -> `[..., H]`."""

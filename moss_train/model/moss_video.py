@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
-from moss_train.config import ModelConfig, ParallelConfig
-from moss_train.convert.mapping import table
+from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
+from moss_train.convert.mapping import rules
 from moss_train.model.decoder import Chunk, Decoder
+from moss_train.model.lora import adapt
 from moss_train.model.projector import VisionEncoder
 from moss_train.model.transformer_config import decoder_config, vision_config
 
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 class MossVideo:
     """Vision encoder (whole, on every rank) and decoder chunks (one, or `parallel.virtual`)."""
 
-    def __init__(self, config: ModelConfig, parallel: ParallelConfig, groups: Groups):
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        groups: Groups,
+        adapter: AdapterConfig | None = None,
+    ):
         self.config, self.parallel, self.groups = config, parallel, groups
         self.encoder = VisionEncoder(config, vision_config(config, parallel), groups.vision)
         mcore = decoder_config(config, parallel)
@@ -31,6 +38,9 @@ class MossVideo:
             Decoder(config, copy.copy(mcore), groups.decoder, chunk, parallel.recompute == "full")
             for chunk in chunks_of_rank(config, parallel, groups.decoder.pp.rank())
         ]
+        self.adapted = adapter is not None and adapter.name == "lora"
+        if adapter is not None and self.adapted:
+            adapt(self, adapter)
         self._mark_sharded()
 
     def _mark_sharded(self) -> None:
@@ -38,7 +48,7 @@ class MossVideo:
 
         (Its layers mark them while they initialize weights, which we do not let them do.)
         """
-        split = {rule.ours: rule.split for rule in table(self.config)}
+        split = {name: rule.split for name, rule in rules(self.config).items()}
         for name, parameter in self.named_parameters():
             sharded = split[name] is not None
             dimension = split[name] if sharded else -1

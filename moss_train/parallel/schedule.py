@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moss_train import hardware
 from moss_train.config import ModelConfig
 from moss_train.model.frames import FrameBatch, plan_frames
-from moss_train.model.loss import Targets, find_targets
+from moss_train.model.loss import LossOptions, Targets, find_targets
 from moss_train.model.pixels import tiles_used
 from moss_train.model.text import PackedText
 from moss_train.parallel.distribute import TextBatch
@@ -32,14 +32,14 @@ def prepare(
     states: list[Tensor],
     model: ModelConfig,
     max_tiles: int,
-    silence: tuple[int, float],
+    options: LossOptions,
 ) -> list[DecoderInput]:
     """Plans attention and loss of each microbatch on the host, then moves it to the device.
 
     Args:
         states: projected frames of each microbatch `[N, T x P, H]`.
         max_tiles: T.
-        silence: token id of `<|silence|>` and the weight of its labels.
+        options: of the loss.
     """
     device = hardware.device()
     inputs = []
@@ -54,7 +54,7 @@ def prepare(
             attend_all=model.blind_rows == "attend_all",
         ).to(device)
         frames.states = own
-        targets = find_targets(batch.labels, batch.lengths, *silence)
+        targets = find_targets(batch.labels, batch.lengths, options)
         for name in ("rows", "tokens", "weights"):
             setattr(targets, name, getattr(targets, name).to(device))
         inputs.append(

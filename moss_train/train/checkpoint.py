@@ -23,10 +23,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moss_train.config import Config, to_dict
+from moss_train.config import AdapterConfig, Config, to_dict
 from moss_train.log import log
+from moss_train.model.lora import adapt, is_adapter, merge
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import Trainable
 from moss_train.train.saved import checkpoints_folder, is_complete, read_run
@@ -120,25 +122,23 @@ class Checkpointer:
         if self.queue is not None:
             self.queue.close()
 
-    def load(self, path: Path, weights_only: bool = False) -> dict[str, Any]:
-        """Loads `path`, saved in any layout; returns its `run.json`.
-
-        `weights_only`: for a new stage; optimizer, random state and step start afresh.
-        """
+    def load(self, path: Path) -> dict[str, Any]:
+        """Loads `path`, saved in any layout; returns its `run.json`."""
         run = read_run(path)
-        if weights_only:
-            load_weights(self.model, path)
-            self.trainable.optimizer.reload_model_params()
-            return run
         state = dist_checkpointing.load(
             self._sharded_state(loading=True, random_state=run["layout"] == self._layout()),
             str(path),
         )
-        _set_weights(self.model, state["model"])
+        _set_model(self.model, state["model"])
         self.trainable.optimizer.load_state_dict(state["optimizer"])
         if "random" in state:
             _set_random_state(state["random"])
         return run
+
+    def load_weights(self, path: Path) -> None:
+        """Loads the weights alone, for a new stage: its optimizer, random state and step are new."""
+        load_weights(self.model, path)
+        self.trainable.optimizer.reload_model_params()
 
     def _sharded_state(self, loading: bool, random_state: bool = True) -> dict[str, Any]:
         model = _model_state(self.model)
@@ -211,14 +211,34 @@ class Checkpointer:
 
 
 def load_weights(model: MossVideo, path: Path) -> None:
-    """Fills `model` with the weights of checkpoint `path`, saved in any layout. A collective."""
-    _set_weights(model, dist_checkpointing.load({"model": _model_state(model)}, str(path))["model"])
+    """Fills `model` with the weights of checkpoint `path`, saved in any layout. A collective.
+
+    Adapters that the model does not have are merged; those that only the model has are left as
+    they are.
+    """
+    adapter = read_run(path)["config"].get("adapter", {"name": "none"})
+    merging = adapter["name"] != "none" and not model.adapted
+    if merging:
+        adapt(model, AdapterConfig(**adapter))
+    state = _model_state(model)
+    if adapter["name"] == "none":
+        state = {
+            part: {name: value for name, value in tensors.items() if not is_adapter(name)}
+            for part, tensors in state.items()
+        }
+    _set_model(model, dist_checkpointing.load({"model": state}, str(path))["model"])
+    if merging:
+        merge(model)
 
 
-def _set_weights(model: MossVideo, parts: dict[str, dict[str, Any]]) -> None:
-    model.encoder.load_state_dict(parts["encoder"])
-    for number, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(parts[f"chunk{number}"])
+def _set_model(model: MossVideo, parts: dict[str, dict[str, Any]]) -> None:
+    modules: dict[str, nn.Module] = {"encoder": model.encoder}
+    modules |= {f"chunk{number}": chunk for number, chunk in enumerate(model.chunks)}
+    for name, module in modules.items():
+        answer = module.load_state_dict(parts[name], strict=False)
+        missing = [key for key in answer.missing_keys if not is_adapter(key)]
+        if missing or answer.unexpected_keys:
+            raise RuntimeError(f"{name}: missing {missing}, unknown {answer.unexpected_keys}")
 
 
 def _model_state(model: MossVideo) -> dict[str, dict[str, Any]]:

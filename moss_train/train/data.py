@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from data_pipeline.batch import MicroBatch
 from data_pipeline.loader import EncodeConfig, Loader, Source, build_loader
 from data_pipeline.shards import check_source
 from moss_train.config import Config
-from moss_train.parallel.distribute import StepBatch
+from moss_train.parallel.deal import Bounds
+from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.groups import Groups
 from moss_train.train.metrics import read_metrics
 from moss_train.validate import mixture
@@ -42,6 +45,48 @@ def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> 
     if streams is not None:
         loader.load_state(streams[rank * each : (rank + 1) * each])
     return loader
+
+
+class StepReader:
+    """Reads the steps of this replica, and deals each to its ranks."""
+
+    def __init__(self, config: Config, groups: Groups, shares: int, streams: list[bytes] | None):
+        """`shares`: as in `read_step`; `streams`: as in `open_loader`."""
+        data, parallel, vision = config.data, config.parallel, config.model.vision
+        self.config, self.groups, self.shares = config, groups, shares
+        self.loader = open_loader(config, groups, streams) if groups.is_leader else None
+        self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
+        self.frame_shape = (data.max_tiles, 3, vision.image_size, vision.image_size)
+        self.reads = data.global_batch // (data.micro_batch * groups.data_size)
+        self.bounds = Bounds(
+            data.micro_batch,
+            data.max_tokens_per_batch,
+            data.max_frames_per_batch,
+            # What megatron's interleaved schedule asks for.
+            multiple=parallel.pipeline if parallel.virtual > 1 else 1,
+        )
+
+    def read(self, step: int) -> StepBatch:
+        """What this rank works on in `step`. A collective of the replica."""
+        batch = self.deal(self.batches, self.reads)
+        check_tokens(batch, self.config, step)
+        return batch
+
+    def deal(self, batches: Iterator[MicroBatch] | None, reads: int) -> StepBatch:
+        """The next `reads` of `batches` (of the leader), dealt to the replica's ranks."""
+        multiple = self.config.data.pad_multiple
+        return read_step(
+            batches, reads, self.bounds, multiple, self.frame_shape, self.groups, self.shares
+        )
+
+    def state(self) -> list[bytes] | None:
+        """Where this replica's streams stand (on its leader)."""
+        return self.loader.state() if self.loader else None
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self.loader is not None:
+            self.loader.close()
 
 
 def mixed_sources(config: Config) -> list[Source]:

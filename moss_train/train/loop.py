@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from data_pipeline.batch import MicroBatch
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
 from moss_train.config import Config, to_dict
-from moss_train.convert.weights import fill, random_reader
+from moss_train.convert.llama import initial_reader
+from moss_train.convert.weights import fill
 from moss_train.log import log
 from moss_train.model.moss_video import MossVideo
-from moss_train.parallel.deal import Bounds
-from moss_train.parallel.distribute import StepBatch, read_step
+from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.train.checkpoint import Checkpointer
-from moss_train.train.data import Audit, BadSamples, Epochs, check_tokens, open_loader
+from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.flops import Trains, step_flops
+from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
-from moss_train.train.optimizer import freeze, make_trainable
+from moss_train.train.optimizer import make_trainable
+from moss_train.train.process import start_process_group, stop_signals
 from moss_train.train.report import plot_losses, summary_table
 from moss_train.train.saved import find, read_streams
 from moss_train.train.step import StepResult, TrainStep
+from moss_train.train.trained import freeze
 
 
 def run(config: Config, resume_from: Path | None) -> None:
@@ -47,22 +45,6 @@ def run(config: Config, resume_from: Path | None) -> None:
     dist.destroy_process_group()
 
 
-def start_process_group(config: Config) -> None:
-    """Joins the job. Works under torchrun, and without it as a job of one rank."""
-    device = hardware.activate(config.hardware.device)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    threads = config.hardware.threads or max(1, len(os.sched_getaffinity(0)) // local)
-    torch.set_num_threads(threads)
-    dist.init_process_group(
-        hardware.backend(device.type), timeout=timedelta(seconds=config.hardware.timeout_s)
-    )
-    hardware.seed_everything(config.trainer.seed)
-
-
 class Job:
     """Everything that a rank holds while it trains."""
 
@@ -71,57 +53,50 @@ class Job:
         self.folder = Path(config.run.dir)
         self.first_rank = dist.get_rank() == 0
         self.groups = build_groups(config.parallel, config.trainer.seed)
-        self.model = MossVideo(config.model, config.parallel, self.groups)
+        self.model = MossVideo(config.model, config.parallel, self.groups, config.adapter)
         if resume_from is None:
-            fill(self.model, random_reader(config.model, config.trainer.seed))
+            fill(self.model, initial_reader(config.model, config.trainer.seed))
         self.counts = freeze(self.model, [*config.stage.train, *config.stage.also])
         self.trainable = make_trainable(self.model, config, self.counts)
         self.checkpointer = Checkpointer(config, self.model, self.trainable)
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokens = SpecialTokens.from_tokenizer(tokenizer, config.data.tokenizer)
-        self.step = TrainStep(config, self.model, self.trainable, tokens.silence)
         self.done = self.samples = 0
         self.bad_samples = BadSamples(config.data.max_bad_ratio)
         streams = self._restore(resume_from)
-        self.loader = open_loader(config, self.groups, streams) if self.groups.is_leader else None
-        self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
+        self.guard = Guard.resume(config.trainer.spike_factor, self.folder, self.done)
+        self.step = TrainStep(config, self.model, self.trainable, tokens.silence, self.guard)
+        self.reader = StepReader(config, self.groups, self.step.exchange.shares, streams)
+        self.due, self.recovered = False, -1
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
             self.epochs = Epochs(config, self.done)
             self.audit.cut(self.folder, self.done)
-        vision = config.model.vision
-        self.frame_shape = (config.data.max_tiles, 3, vision.image_size, vision.image_size)
-        data, parallel = config.data, config.parallel
-        self.reads = data.global_batch // (data.micro_batch * self.groups.data_size)
-        self.bounds = Bounds(
-            data.micro_batch,
-            data.max_tokens_per_batch,
-            data.max_frames_per_batch,
-            # What megatron's interleaved schedule asks for.
-            multiple=parallel.pipeline if parallel.virtual > 1 else 1,
-        )
 
     def _restore(self, resume_from: Path | None) -> list[bytes] | None:
         """Loads a checkpoint; returns where the data streams stood, None for a new run."""
-        init_from = self.config.trainer.init_from
+        init_from = self.config.init_from
         if resume_from is not None:
-            run = self.checkpointer.load(resume_from)
-            self.done, self.samples = run["step"], run["samples"]
-            self.trainable.set_step(self.done)
+            self._load(resume_from)
             log.info("resumed %s after step %d", resume_from, self.done)
             return read_streams(resume_from)
         if init_from is not None:
             source = find(Path(init_from))
             assert source is not None  # validated
-            self.checkpointer.load(source, weights_only=True)
+            self.checkpointer.load_weights(source)
             log.info("weights from %s", source)
         return None
+
+    def _load(self, checkpoint: Path) -> None:
+        run = self.checkpointer.load(checkpoint)
+        self.done, self.samples = run["step"], run["samples"]
+        self.trainable.set_step(self.done)
 
     def run(self) -> None:
         """Steps until `config.steps`, or until a signal asks to stop; saves at the end."""
         self._announce()
         steps = self.config.steps
-        with self._sinks() as (writer, progress), _stop_signals() as asked:
+        with self._sinks() as (writer, progress), stop_signals() as asked:
             stopped = False
             while self.done < steps and not stopped:
                 started = time.perf_counter()
@@ -132,31 +107,49 @@ class Job:
                 self.samples += self.config.data.global_batch
                 self._check(result)
                 self._report(result, time.perf_counter() - started, batch, writer, progress)
+                if result.refused is not None:
+                    self._skip(result, batch, writer)
                 stopped = result.stop > 0
                 self.checkpointer.poll()
-                if stopped or self.done == steps or self._is_due():
+                self.due |= self.done % self.config.trainer.checkpoint_every == 0
+                # Weights that steps fail with are not worth a checkpoint.
+                if stopped or self.done == steps or (self.due and not self.guard.in_a_row):
                     self._save()
             self.checkpointer.close()
-        if self.loader is not None:
-            self.loader.close()
+        self.reader.close()
         if self.first_rank:
             self._finish(stopped)
 
-    def _is_due(self) -> bool:
-        return self.done % self.config.trainer.checkpoint_every == 0
-
     def _read(self) -> StepBatch:
-        batch = read_step(
-            self.batches,
-            self.reads,
-            self.bounds,
-            self.config.data.pad_multiple,
-            self.frame_shape,
-            self.groups,
-            self.step.exchange.shares,
+        return self.reader.read(self.done + 1)
+
+    def _skip(self, result: StepResult, batch: StepBatch, writer: MetricsWriter | None) -> None:
+        """After a step that was left out: writes it down; after several, goes back."""
+        assert result.refused is not None
+        log.warning("step %d left out: %s (%g)", self.done, result.refused, result.loss)
+        write_bad_step(
+            self.folder, self.done, result.refused, result.loss, result.grad_norm, batch.keys
         )
-        check_tokens(batch, self.config, self.done + 1)
-        return batch
+        row, limit = self.guard.in_a_row, self.config.trainer.max_skipped_steps
+        if row < limit:
+            return
+        self.checkpointer.finish()
+        found = [find(self.folder) if self.first_rank else None]
+        dist.broadcast_object_list(found, src=0)
+        source = found[0]
+        if source is None or self.guard.accepted == self.recovered:
+            why = "there is no checkpoint" if source is None else f"{source} did not help"
+            raise RuntimeError(
+                f"step {self.done}: {row} steps in a row were left out, the last since "
+                f"{result.refused}, and {why}: lower optimizer.lr, or look at the samples that "
+                f"{self.folder / BAD_STEPS_FILE} names"
+            )
+        self._load(source)
+        self.guard.in_a_row, self.recovered = 0, self.guard.accepted
+        log.warning("back to %s after %d steps left out; on with other data", source, row)
+        if writer is not None:
+            writer.rewind(self.done)
+            self.audit.cut(self.folder, self.done)
 
     def _save(self) -> None:
         self.trainable.gather_parameters()
@@ -166,16 +159,11 @@ class Job:
                 f"step {self.done}: ranks that should hold the same weights differ in {differing}: "
                 "go on from the last checkpoint, and report this as a bug"
             )
-        streams = self.loader.state() if self.loader else None
-        self.checkpointer.save(self.done, self.samples, streams)
+        self.checkpointer.save(self.done, self.samples, self.reader.state())
+        self.due = False
 
     def _check(self, result: StepResult) -> None:
-        """Ends the job on a loss that is no number, or on too many unreadable samples."""
-        if result.loss != result.loss or result.loss in (float("inf"), float("-inf")):
-            raise RuntimeError(
-                f"step {self.done}: the loss is {result.loss}. Lower optimizer.lr, or look at the "
-                "step's samples (data.audit=true writes their keys)"
-            )
+        """Ends the job on too many unreadable samples."""
         self.bad_samples.add(self.done, self.config.data.global_batch, result.skipped)
 
     @contextmanager
@@ -210,7 +198,11 @@ class Job:
 
     def _metrics(self, result: StepResult, seconds: float) -> StepMetrics:
         counts, config = result.counts, self.config
-        trains = Trains(**{part: count > 0 for part, count in self.counts.items()})
+        trained = self.counts.trained
+        # Adapters are small: their share, and what runs through frozen weights to reach them, is
+        # not counted.
+        decoder = trained["decoder"] > 0 and not self.model.adapted
+        trains = Trains(trained["vision"] > 0, trained["projector"] > 0, decoder)
         flops = step_flops(
             config.model, trains, counts, config.data.max_tiles, config.parallel.recompute
         )
@@ -228,6 +220,7 @@ class Job:
             memory_gb=result.memory_gb,
             data_wait_s=result.data_wait_s,
             skipped_samples=result.skipped,
+            skipped_steps=self.guard.skipped,
             frames_per_rank_max=result.frames_per_rank_max,
             frames_per_rank_mean=result.frames_per_rank_mean,
             padding_ratio=1 - tokens / result.padded_tokens,
@@ -236,7 +229,6 @@ class Job:
 
     def _announce(self) -> None:
         config, parallel = self.config, self.config.parallel
-        trained = ", ".join(f"{part} {count:,}" for part, count in self.counts.items() if count)
         log.info(
             "stage %s, model %s (%s), %d ranks = %d data x %d pipeline x %d tensor, %s",
             config.stage.name,
@@ -248,7 +240,8 @@ class Job:
             parallel.tensor,
             hardware.device().type,
         )
-        log.info("trains %s parameters", trained)
+        for line in self.counts.lines():
+            log.info("%s", line)
         log.info(
             "%d steps of %d samples -> %s", config.steps, config.data.global_batch, self.folder
         )
@@ -263,32 +256,9 @@ class Job:
                 "config.yaml": "configuration",
                 "checkpoints/step_*": "checkpoint",
                 "audit.*.jsonl": "sample keys of each step",
+                BAD_STEPS_FILE: "steps left out, with their sample keys",
             },
         )
         print(table, flush=True)
         if stopped:
             log.warning("stopped by a signal after step %d: start again to go on", self.done)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[float]]:
-    """Collects SIGTERM and SIGINT instead of dying of them.
-
-    The same request may come twice, from a batch system and from torchrun. A second Ctrl-C of an
-    impatient user (after a second or more) has its usual effect.
-    """
-    caught: list[float] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number: int, _frame: object) -> None:
-        caught.append(time.monotonic())
-        if number == signal.SIGINT and caught[-1] - caught[0] > 1:
-            raise KeyboardInterrupt
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

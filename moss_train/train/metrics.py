@@ -26,7 +26,7 @@ WANDB_ID_FILE = "wandb_id"
 TENSORBOARD_DIR = "tensorboard"
 
 GROUPS = {
-    "loss": ("loss", "lr", "grad_norm"),
+    "loss": ("loss", "lr", "grad_norm", "skipped_steps"),
     "data": (
         "samples", "tokens", "frames", "skipped_samples",
         "frames_per_rank_max", "frames_per_rank_mean", "padding_ratio",
@@ -53,6 +53,7 @@ class StepMetrics:
     memory_gb: peak memory of the rank that used most, 1e9 bytes.
     data_wait_s: of step_time_s, the time the slowest rank waited for data, seconds.
     skipped_samples: samples left out on the way to this step, as they could not be read.
+    skipped_steps: steps so far whose update was left out (guard.py), this one included.
     frames_per_rank_max, frames_per_rank_mean: frames encoded by a rank in this step; the busiest
         rank sets the pace, not the mean.
     epochs: how often each source has been read so far, in the whole run; 1.5: half of it twice.
@@ -72,6 +73,7 @@ class StepMetrics:
     memory_gb: float
     data_wait_s: float
     skipped_samples: int
+    skipped_steps: int
     frames_per_rank_max: int
     frames_per_rank_mean: float
     padding_ratio: float
@@ -119,8 +121,15 @@ class MetricsWriter:
             self._sinks.append(_Wandb(run_dir, logger, config))
         if logger.tensorboard:
             self._sinks.append(_TensorBoard(run_dir, resume_step))
-        _truncate(run_dir / METRICS_FILE, resume_step)
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._path = run_dir / METRICS_FILE
+        _truncate(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Removes the steps after `step`, from which the run goes on, from metrics.jsonl."""
+        self._file.close()
+        _truncate(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
         """Appends the step's line and flushes it; a value that is not finite becomes null."""

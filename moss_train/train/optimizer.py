@@ -1,16 +1,15 @@
-"""What trains, and how: freezing, data-parallel wrapping, AdamW, the learning-rate schedule."""
+"""How it trains: data-parallel wrapping, AdamW, the learning-rate schedule."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import (
     ChainedOptimizer,
     ParamKey,
+    ParamPredicate,
     get_megatron_optimizer,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -23,6 +22,8 @@ from moss_train.config import Config, ConfigError
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.data_parallel import DataParallel
 from moss_train.train import adam
+from moss_train.train.guard import GuardedOptimizer
+from moss_train.train.trained import Counts, group_overrides
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Trainable:
 
     chunks: list[nn.Module]
     encoder: DataParallel | None
-    optimizer: ChainedOptimizer
+    optimizer: GuardedOptimizer
     scheduler: OptimizerParamScheduler
 
     @property
@@ -48,7 +49,7 @@ class Trainable:
         """Learning rate of the last update (the schedule already stands at the next)."""
         before = self.scheduler.num_steps
         self.scheduler.num_steps = before - 1
-        rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
+        rate = self.scheduler.get_lr({})  # of parameters without a multiplier
         self.scheduler.num_steps = before
         return rate
 
@@ -64,6 +65,13 @@ class Trainable:
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
 
+    def update(self, allows: Callable[[float], bool]) -> float:
+        """Clips and updates, if `allows` says so of the gradient norm, which is returned."""
+        self.optimizer.allows = allows
+        _, norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        return float(norm or 0.0)
+
     def zero_gradients(self) -> None:
         """Before a step."""
         for wrapped in [*self.wrapped_chunks, *([self.encoder] if self.encoder else [])]:
@@ -71,60 +79,21 @@ class Trainable:
         self.optimizer.zero_grad()
 
 
-def freeze(model: MossVideo, patterns: list[str]) -> dict[str, int]:
-    """Leaves trainable only the parameters whose names match one of `patterns` (fnmatch).
-
-    Returns:
-        Trainable parameters of the whole model by first part of their name. A collective.
-
-    Raises:
-        ConfigError: a pattern matches no parameter.
-    """
-    used: set[str] = set()
-    for name, parameter in model.named_parameters():
-        hits = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
-        used.update(hits)
-        parameter.requires_grad_(bool(hits))
-    everywhere: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everywhere, used)
-    unused = [pattern for pattern in patterns if pattern not in set().union(*everywhere)]
-    if unused:
-        raise ConfigError([f"stage.train={unused}: matches no parameter of the model"])
-    return _trainable_counts(model)
-
-
-def _trainable_counts(model: MossVideo) -> dict[str, int]:
-    counts = {"vision": 0, "projector": 0, "decoder": 0}
-    groups = model.groups
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        tensor = groups.decoder.tp if part == "decoder" else groups.vision.tp
-        counted_elsewhere = tensor.rank() > 0 and not getattr(
-            parameter, "tensor_model_parallel", False
-        )
-        if parameter.requires_grad and not counted_elsewhere:
-            counts[part] += parameter.numel()
-    holders = {"vision": groups.vision.tp, "projector": groups.vision.tp, "decoder": groups.replica}
-    for part, group in holders.items():
-        total = torch.tensor([counts[part]], device=hardware.device())
-        dist.all_reduce(total, group=group)
-        counts[part] = int(total)
-    return counts
-
-
-def make_trainable(model: MossVideo, config: Config, counts: dict[str, int]) -> Trainable:
+def make_trainable(model: MossVideo, config: Config, counts: Counts) -> Trainable:
     """Wraps what trains and builds its optimizer. A collective.
 
     Raises:
-        ConfigError: nothing trains.
+        ConfigError: nothing trains, or a pattern of `optimizer.lr_multipliers` matches nothing.
     """
-    if not sum(counts.values()):
+    trained = counts.trained
+    if not sum(trained.values()):
         raise ConfigError([f"stage.train={config.stage.train}: nothing trains"])
     adam.install()
     groups = model.groups
+    overrides = _overrides(group_overrides(model, config))
     chunks: list[nn.Module] = list(model.chunks)
     optimizers = []
-    if counts["decoder"]:
+    if trained["decoder"]:
         ddp = _ddp_config(config, overlap=True)
         wrapped = [
             DataParallel(
@@ -139,17 +108,17 @@ def make_trainable(model: MossVideo, config: Config, counts: dict[str, int]) -> 
         for chunk, whole in zip(model.chunks, wrapped, strict=True):
             _hook_schedule(chunk.config, whole, wrapped, config)
         chunks = list(wrapped)
-        optimizers.append(_optimizer(config, wrapped, groups.decoder))
+        optimizers.append(_optimizer(config, wrapped, groups.decoder, overrides))
     encoder = None
-    if counts["vision"] or counts["projector"]:
+    if trained["vision"] or trained["projector"]:
         encoder = DataParallel(
             model.encoder.config,
             _ddp_config(config, overlap=False),  # its backward runs once, after the schedule
             model.encoder,
             pg_collection=groups.vision,
         )
-        optimizers.append(_optimizer(config, [encoder], groups.vision))
-    chained = ChainedOptimizer([part for o in optimizers for part in o.chained_optimizers])
+        optimizers.append(_optimizer(config, [encoder], groups.vision, overrides))
+    chained = GuardedOptimizer([part for o in optimizers for part in o.chained_optimizers])
     return Trainable(chunks, encoder, chained, _scheduler(config, chained))
 
 
@@ -173,8 +142,29 @@ def _hook_schedule(mcore, whole, wrapped, config: Config) -> None:
         mcore.param_sync_func = [w.start_param_sync for w in wrapped]
 
 
+def _overrides(
+    by_parameter: dict[nn.Parameter, dict[str, float]],
+) -> dict[ParamKey, dict[str, float]]:
+    """In megatron's form: a predicate for each set of changes."""
+    sets: dict[tuple[tuple[str, float], ...], set[int]] = {}
+    for parameter, changes in by_parameter.items():
+        if changes:
+            sets.setdefault(tuple(sorted(changes.items())), set()).add(id(parameter))
+
+    def among(members: set[int]) -> Callable[[nn.Parameter], bool]:
+        return lambda parameter: id(parameter) in members
+
+    return {
+        ParamKey(predicate=ParamPredicate(name=str(changes), fn=among(members))): dict(changes)
+        for changes, members in sets.items()
+    }
+
+
 def _optimizer(
-    config: Config, modules: list[DataParallel], groups: ProcessGroupCollection
+    config: Config,
+    modules: list[DataParallel],
+    groups: ProcessGroupCollection,
+    overrides: dict[ParamKey, dict[str, float]],
 ) -> ChainedOptimizer:
     options = config.optimizer
     bf16 = config.model.dtype == "bf16"
@@ -192,11 +182,10 @@ def _optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    no_decay = {ParamKey(name=("*norm*", "*gate*", "*.bias")): {"wd_mult": 0.0}}
     optimizer = get_megatron_optimizer(
         megatron,
         modules,
-        config_overrides=no_decay,
+        config_overrides=overrides,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
@@ -206,15 +195,17 @@ def _optimizer(
 
 def _scheduler(config: Config, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
     """Warm-up from 0 to the peak, then `stage.schedule` down to min_lr_ratio of it; in steps."""
-    steps = config.steps
+    steps, stage = config.steps, config.stage
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.lr * config.optimizer.min_lr_ratio,
-        lr_warmup_steps=min(round(steps * config.stage.warmup_ratio), steps - 1),
+        lr_warmup_steps=min(config.warmup_steps, steps - 1),
         lr_decay_steps=steps,
-        lr_decay_style=config.stage.schedule,
+        lr_decay_style="WSD" if stage.schedule == "wsd" else stage.schedule,
+        wsd_decay_steps=max(1, round(steps * stage.decay_ratio)),
+        lr_wsd_decay_style="linear",
         start_wd=config.optimizer.weight_decay,
         end_wd=config.optimizer.weight_decay,
         wd_incr_steps=steps,

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from moss_train import hardware
 from moss_train.config import Config
+from moss_train.model.loss import LossOptions
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.gradients import reduce_gradients
 from moss_train.parallel.schedule import DecoderInput, prepare, run_schedule
 from moss_train.train.flops import StepCounts, count_microbatch
+from moss_train.train.guard import Guard
 from moss_train.train.optimizer import Trainable
 
 
@@ -26,12 +28,14 @@ class StepResult:
 
     loss: of the global batch, per label. padded_tokens: tokens with padding.
     sources: samples by source.
+    refused: why the weights were not updated; None: they were.
     stop: how many ranks asked to stop (a signal).
     data_wait_s, memory_gb: of the rank that waited longest, used most.
     """
 
     loss: float
     grad_norm: float
+    refused: str | None
     counts: StepCounts
     padded_tokens: int
     skipped: int
@@ -46,19 +50,26 @@ class StepResult:
 class TrainStep:
     """Runs steps on this rank; every rank calls it together."""
 
-    def __init__(self, config: Config, model: MossVideo, trainable: Trainable, silence_id: int):
-        self.config, self.model, self.trainable = config, model, trainable
+    def __init__(
+        self,
+        config: Config,
+        model: MossVideo,
+        trainable: Trainable,
+        silence_id: int,
+        guard: Guard,
+    ):
+        self.config, self.model, self.trainable, self.guard = config, model, trainable, guard
         self.exchange = FrameExchange(config.model, model.encoder, model.groups)
-        self.silence = (silence_id, config.stage.silence_weight)
+        stage = config.stage
+        self.loss = LossOptions(
+            silence_id, stage.silence_weight, stage.label_smoothing, stage.z_loss
+        )
 
     def __call__(
         self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False
     ) -> StepResult:
         """Forward, backward and update on `batch`; `stop`: this rank wants the job to end."""
         loss, counts, padded = self.forward_backward(batch)
-        _, grad_norm, _ = self.trainable.optimizer.step()
-        self.trainable.scheduler.step(1)
-
         groups = self.model.groups
         last = groups.is_last_stage and groups.decoder.tp.rank() == 0
         own = len(batch.frames)
@@ -68,11 +79,19 @@ class TrainStep:
         total_loss, skipped, stops, encoded, *samples = _reduce(
             (*sums, *(read[name] for name in names)), dist.ReduceOp.SUM
         )
+        refused: list[str | None] = []
+
+        def allows(norm: float) -> bool:
+            refused.append(self.guard.judge(total_loss, norm))
+            return refused[0] is None
+
+        grad_norm = self.trainable.update(allows)
         peaks = (own, data_wait_s, hardware.peak_memory_gb())
         most_frames, longest_wait, most_memory = _reduce(peaks, dist.ReduceOp.MAX)
         return StepResult(
             loss=total_loss,
-            grad_norm=float(grad_norm or 0.0),
+            grad_norm=grad_norm,
+            refused=refused[0],
             counts=counts,
             padded_tokens=padded,
             skipped=int(skipped),
@@ -100,7 +119,7 @@ class TrainStep:
         """Encodes the frames and plans each microbatch."""
         states = self.exchange.encode(batch)
         return prepare(
-            batch.microbatches, states, self.config.model, self.config.data.max_tiles, self.silence
+            batch.microbatches, states, self.config.model, self.config.data.max_tiles, self.loss
         )
 
     def _count(self, batch: StepBatch, inputs: list[DecoderInput]) -> tuple[StepCounts, int]:

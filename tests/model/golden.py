@@ -18,7 +18,7 @@ from torch import Tensor
 from moss_train.config import ModelConfig, ParallelConfig
 from moss_train.convert.hf_config import model_config_from_hf
 from moss_train.convert.weights import export, fill
-from moss_train.model.loss import find_targets
+from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.text import PackedText
 from moss_train.model.vision import concatenate_states
@@ -158,7 +158,7 @@ def _input(model: MossVideo, case: Case, row: int, states: Tensor) -> DecoderInp
         case.positions[rows], case.mask[rows], lengths, attend_all, case.tokens.shape[1]
     )
     frames.states = states.unflatten(0, case.ratio_ids.shape)[row]
-    targets = find_targets(case.labels[row], lengths, SILENCE, case.silence_weight)
+    targets = find_targets(case.labels[row], lengths, LossOptions(SILENCE, case.silence_weight))
     return DecoderInput(PackedText(case.tokens[row], lengths), frames, targets)
 
 
@@ -193,7 +193,7 @@ def _greedy(model: MossVideo, case: Case, states: Tensor) -> Tensor:
         frames = frames_of_batch(case.positions[:1], mask, [len(tokens)], attend_all)
         frames.states = states[:count]
         text = PackedText(tokens, [len(tokens)])
-        item = DecoderInput(text, frames, find_targets(tokens, text.lengths, SILENCE, 1.0))
+        item = DecoderInput(text, frames, find_targets(tokens, text.lengths, LossOptions(SILENCE)))
         with torch.no_grad():
             logits = _logits(model, [item])
         best = logits[0][-1].argmax() if logits else torch.zeros((), dtype=torch.long)

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from moss_train.model.loss import find_targets, weighted_loss
+from moss_train.model.loss import LossOptions, find_targets, weighted_loss
+from tests.torchrun import run_ranks
+from tests.workers.loss import OPTIONS, batch, gradient
 
 SILENCE, VOCAB = 11, 50
 pytestmark = pytest.mark.usefixtures("groups")
@@ -25,7 +27,9 @@ def random_batch(seed: int) -> tuple[Tensor, Tensor]:
 
 def our_loss(logits: Tensor, labels: Tensor, weight: float, total: float | None = None) -> Tensor:
     """As the decoder computes it: the rows packed, only the judged positions."""
-    targets = find_targets(labels.flatten(), [labels.shape[1]] * len(labels), SILENCE, weight)
+    targets = find_targets(
+        labels.flatten(), [labels.shape[1]] * len(labels), LossOptions(SILENCE, weight)
+    )
     selected = logits.flatten(0, 1)[targets.rows][:, None]
     total = total or float(targets.count)
     assert dist.group.WORLD is not None
@@ -67,3 +71,33 @@ def test_a_microbatch_without_labels_adds_nothing():
     assert loss.item() == 0
     assert logits.grad is not None
     assert not logits.grad.any()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """What two tensor ranks make of the batch."""
+    return run_ranks("tests/workers/loss.py", 2, out=tmp_path_factory.mktemp("loss"))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_smoothing_and_z_loss_are_those_of_fp64(name: str, ranks: int, request):
+    options = OPTIONS[name]
+    logits, tokens = batch()
+    exact = logits.double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(
+        exact, tokens, reduction="none", label_smoothing=options.label_smoothing
+    )
+    losses = losses + options.z_loss * exact.exp().sum(1).log() ** 2
+    expected = (losses * torch.where(tokens == options.silence_id, 0.1, 1.0)).sum() / 7
+    expected.backward()
+    if ranks == 1:
+        assert dist.group.WORLD is not None
+        loss, grad = gradient(logits, tokens, options, dist.group.WORLD)
+    else:
+        found = [request.getfixturevalue("sharded").load(name, rank) for rank in range(2)]
+        assert found[0][0] == found[1][0]
+        loss, grad = found[0][0], torch.cat([part for _, part in found], dim=1)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert exact.grad is not None
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-7)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moss_train.config import ModelConfig, ParallelConfig
 from moss_train.convert.weights import fill, random_reader
 from moss_train.model.frames import NEVER, FrameBatch, plan_frames
-from moss_train.model.loss import find_targets
+from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.text import PackedText
 from tests.model.build import preset, random_model
@@ -128,7 +128,9 @@ def loss_gradients(model: MossVideo, frames: FrameBatch) -> dict[str, Tensor | N
     """Gradients of the loss over all tokens of the row."""
     tokens, _ = batch()
     text = PackedText(tokens[0], [LENGTH])
-    targets = find_targets(tokens[0].masked_fill(tokens[0] == 320, -100), [LENGTH], 11, 0.1)
+    targets = find_targets(
+        tokens[0].masked_fill(tokens[0] == 320, -100), [LENGTH], LossOptions(11, 0.1)
+    )
     for _, parameter in model.named_parameters():
         parameter.grad = None
     model.chunks[0](text, frames, targets, torch.tensor(float(targets.count))).backward()

@@ -51,6 +51,8 @@ BF16: dict[int, dict[str, dict]] = {
     1: {"bf16": {"dtype": "bf16"}},
     4: {"bf16_tp2_pp2": {"dtype": "bf16", "tensor": 2, "pipeline": 2}},
 }
+# Each linear layer has two parameters more then: one of them sliced, the other whole.
+LORA = {1: ["fewer"], 2: ["tp2", "tp2_sp", "pp2", "dp2"]}
 FEWER = 6  # steps of variants
 SMALL_RUNS = [("all", "mixed"), ("pt1", "mixed"), ("pt1", "text")]
 REPLICATED = ("q_norm", "k_norm", "gate", "norm", "projector", "vision_model")
@@ -68,6 +70,10 @@ def load(tmp_path_factory) -> Load:
         runs += [(name, layout | {"steps": FEWER}, SMALL_RUNS) for name, layout in small.items()]
         if world == 1:
             runs.append(("fewer", {"steps": FEWER}, SMALL_RUNS))
+        runs += [
+            (name, layouts.get(name, {}) | {"steps": FEWER}, [("lora", "mixed")])
+            for name in LORA.get(world, [])
+        ]
         arguments = json.dumps(runs)
         result = run_ranks("tests/workers/matrix.py", world, arguments, out=out, timeout=600)
 
@@ -81,21 +87,23 @@ def names(table: dict[int, dict[str, dict]]) -> list[str]:
     return [name for layouts in table.values() for name in layouts if name != "single"]
 
 
+WITH_LORA = [(layout, "lora", "mixed") for layout in LORA[2]]
 ALL = [(layout, *case) for layout in names(LAYOUTS) for case in CASES]
 ALL += [(layout, *case) for layout in names(VARIANTS) for case in SMALL_RUNS]
 
 
-@pytest.mark.parametrize(("layout", "train", "kind"), ALL)
+@pytest.mark.parametrize(("layout", "train", "kind"), ALL + WITH_LORA)
 def test_layout_trains_like_a_single_process(
     load: Load, layout: str, train: str, kind: str
 ) -> None:
-    reference = "single" if layout in names(LAYOUTS) else "fewer"
+    reference = "single" if layout in names(LAYOUTS) and train != "lora" else "fewer"
     ours, single = load(layout, train, kind), load(reference, train, kind)
     assert ours["losses"] == pytest.approx(single["losses"], rel=1e-4)
     assert ours["norms"] == pytest.approx(single["norms"], rel=1e-3)
     assert ours["gradients"].keys() == single["gradients"].keys()
     assert _worst(ours["gradients"], single["gradients"]) < 1e-4
     assert _worst(ours["weights"], single["weights"]) < 1e-4
+    assert _worst(ours["adapters"], single["adapters"]) < 1e-4
     assert ours["differing"] == []
     _check_shares(ours["encoded"], ours["shares"])
 
@@ -128,6 +136,17 @@ def test_single_process_learns_and_moves_only_what_trains(load: Load) -> None:
             assert any(part in n or "multi_modal" in n for n in moved)
 
 
+def test_adapters_train_and_the_decoder_s_weights_do_not(load: Load) -> None:
+    run = load("fewer", "lora", "mixed")
+    assert len(run["adapters"]) > 30
+    moved = {name for name, gradient in run["gradients"].items() if gradient.any()}
+    assert {name for name in moved if "lora_" not in name} == {
+        "multi_modal_projector.weight",
+        "multi_modal_projector.bias",
+    }
+    assert moved >= run["adapters"].keys()
+
+
 def test_each_rank_encodes_its_share(load: Load) -> None:
     encoded = load("tp2_pp2", "all", "video")["encoded"]
     assert {tuple(step) for step in encoded} == {(5, 5, 5, 5)}
@@ -140,7 +159,7 @@ def test_each_rank_encodes_its_share(load: Load) -> None:
 def _worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Largest relative difference of a tensor, by norm; tensors that are zero must be equal."""
     worst = 0.0
-    scale = max(float(t.norm()) for t in theirs.values())
+    scale = max((float(t.norm()) for t in theirs.values()), default=0.0)
     if scale == 0:  # nothing has a gradient: pt1 on text alone
         return float(any(t.any() for t in ours.values()))
     for name, expected in theirs.items():

@@ -19,7 +19,7 @@ from moss_train.config import (
 )
 from moss_train.convert.weights import fill, random_reader
 from moss_train.model.frames import FrameBatch, plan_frames
-from moss_train.model.loss import find_targets
+from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.text import PackedText
 from moss_train.parallel.groups import Groups
@@ -98,7 +98,7 @@ class Measured:
         tokens, labels = torch.randint(0, 320, (2 * LENGTH,)), torch.full((2, LENGTH), -100)
         labels[0, 12:], labels[1, 15:20] = 7, 8
         text = PackedText(tokens, [LENGTH, LENGTH])
-        targets = find_targets(labels.flatten(), text.lengths, silence_id=11, silence_weight=0.1)
+        targets = find_targets(labels.flatten(), text.lengths, LossOptions(11, 0.1))
         with self._phase("decoder forward"):
             loss = self.model.chunks[0](text, self.frames, targets, torch.tensor(LABELS))
         with self._phase("decoder backward"):

@@ -47,7 +47,7 @@ def outcomes(small, broken, run_jobs, tmp_path_factory):
         1,
         task("few", *pictures("few")),
         task("many", *pictures("many")),
-        task("nan", "optimizer.lr=1e38", "stage.warmup_ratio=0"),
+        task("nan", "optimizer.lr=1e38", "stage.warmup_ratio=0", "trainer.steps=20"),
         task("full", *full, file_limit=(3, 200_000)),
         task("full_async", *full, "trainer.async_save=true", file_limit=(3, 200_000)),
         task("full_again", *full, f"trainer.resume={runs / 'full'}"),
@@ -109,14 +109,17 @@ def test_the_share_of_bad_samples_is_that_of_the_last_ones():
         few.add(2, good=1, bad=1)
 
 
-def test_a_loss_that_is_no_number_ends_the_job(outcomes):
+def test_losses_that_are_no_numbers_end_the_job(outcomes):
     result, runs = outcomes
     error = result.load("nan")["error"]
-    step = len(steps(runs / "nan")) + 1
+    step = len(steps(runs / "nan"))
     assert re.match(
-        rf"RuntimeError: step {step}: the loss is (nan|inf)\. Lower optimizer.lr", error
+        rf"RuntimeError: step {step}: 5 steps in a row were left out, the last since the loss is "
+        r"not finite, and there is no checkpoint: lower optimizer.lr, or look at the samples that",
+        error,
     )
     assert saved_steps(runs / "nan") == []
+    assert metrics(runs / "nan")[-1]["skipped_steps"] == 5
 
 
 @pytest.mark.parametrize("name", ["full", "full_async"])

@@ -44,6 +44,7 @@ def step_metrics(step: int = 1, loss: float = 2.5, step_time_s: float = 2.0) -> 
         memory_gb=1.5,
         data_wait_s=0.25,
         skipped_samples=1,
+        skipped_steps=2,
         frames_per_rank_max=40,
         frames_per_rank_mean=32.0,
         padding_ratio=0.1,

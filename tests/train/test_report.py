@@ -28,8 +28,8 @@ def write(folder: Path, losses: list[float]) -> None:
                     step=step, loss=loss, lr=2e-5 * min(1.0, step / 20), grad_norm=1.0,
                     samples=8, tokens=500, frames=16, step_time_s=0.5,
                     model_tflops_per_s_per_rank=0.1, memory_gb=1.0, data_wait_s=0.0,
-                    skipped_samples=step % 2, frames_per_rank_max=8, frames_per_rank_mean=8.0,
-                    padding_ratio=0.2,
+                    skipped_samples=step % 2, skipped_steps=0, frames_per_rank_max=8,
+                    frames_per_rank_mean=8.0, padding_ratio=0.2,
                     epochs={"toy": 0.25 * step},
                 )
             )  # fmt: skip

@@ -37,11 +37,11 @@ def alone(runs, small, run_jobs):
         task("chain_single", runs / "chain", small, stop_after=2),
         task("async", runs / "async", small, *saving, "trainer.async_save=true"),
         task("weights", runs / "weights", small, "trainer.steps=2", "optimizer.lr=1e-12",
-             f"trainer.init_from={whole}"),
+             f"init_from={whole}"),
         task("ahead", whole, small, "trainer.resume=none"),
         task("back", whole, small, f"trainer.resume={whole}/checkpoints/step_00000004"),
         task("wider", runs / "wider", small, "model.text.mlp_size=256",
-             f"trainer.init_from={whole}"),
+             f"init_from={whole}"),
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
          "model.dtype=fp16: choose one of fp32, bf16",
          "model.projector.pool=sum: choose one of none, average, max, bilinear, channel_fusion",
          "parallel.recompute=some: choose one of none, selective, full",
-         "stage.schedule=step: choose one of cosine, linear, constant",
+         "stage.schedule=step: choose one of cosine, linear, wsd, constant",
          "hardware.device=tpu: choose one of auto, cpu, cuda"],
     ),
     "layer numbers": (
@@ -165,8 +165,13 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["trainer.resume=TMP: no complete checkpoint there: give a run folder"],
     ),
     "init_from": (
-        1, ["trainer.init_from=TMP"],
-        ["trainer.init_from=TMP: no complete checkpoint there: give a run folder"],
+        1, ["init_from=TMP"],
+        ["init_from=TMP: no complete checkpoint there: give a run folder"],
+    ),
+    "multiplier": (
+        1, ["optimizer.lr_multipliers={vision.*: 0}", "stage.warmup_steps=-1"],
+        ["optimizer.lr_multipliers[vision.*]=0: must be a number greater than 0 (stage.train says "
+         "what is frozen)", "stage.warmup_steps=-1: must be 0 or more"],
     ),
     "no cuda": (
         1, ["hardware.device=cuda"],

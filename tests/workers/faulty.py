@@ -40,8 +40,8 @@ def main() -> None:
             if unlucky and how == "raise":
                 raise ValueError(f"rank {rank} has a bad day")
             if unlucky and how == "tokens":
-                assert self.batches is not None
-                self.batches = spoiled(self.batches)
+                assert self.reader.batches is not None
+                self.reader.batches = spoiled(self.reader.batches)
             return super()._read()
 
     start_process_group(config)

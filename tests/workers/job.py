@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import resource
 import signal
@@ -34,12 +35,15 @@ class Task:
     """stop_after: this step is the last one, for rank 0 sends itself a SIGTERM in it.
 
     file_limit: (step, bytes): from this step on no file can grow beyond `bytes`, as on a full disk.
+    poison: for each batch (the first is 1) what is wrong with it, on the last rank alone: "loss"
+        (no number) or "gradient" (infinite).
     """
 
     name: str
     overrides: list[str]
     stop_after: int | None = None
     file_limit: tuple[int, int] | None = None
+    poison: dict[str, str] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,11 +92,18 @@ def run(task: Task, config: Config) -> None:
 
 
 def run_checked(task: Task, config: Config) -> None:
+    from moss_train.parallel.distribute import StepBatch
     from moss_train.train.loop import Job
     from moss_train.train.step import StepResult
 
     class Watched(Job):
         """A job that things happen to."""
+
+        batch = 0
+
+        def _read(self) -> StepBatch:
+            self.batch += 1
+            return super()._read()
 
         def _check(self, result: StepResult) -> None:
             super()._check(result)
@@ -105,9 +116,28 @@ def run_checked(task: Task, config: Config) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (task.file_limit[1], hard))
 
     job = Watched(config, check(config))
+    if task.poison and dist.get_rank() == dist.get_world_size() - 1:
+        poison(job, task.poison)
     job.run()
     task.seen["weights"] = whole_weights(job.model)
+    task.seen["deterministic"] = torch.are_deterministic_algorithms_enabled()
     task.seen["adam_steps"] = [g["step"] for g in job.trainable.optimizer.param_groups]
+
+
+def poison(job: Any, batches: dict[str, str]) -> None:
+    """Spoils the loss (of the last rank, which has the last stage) or the projector's gradient."""
+
+    def ills() -> str | None:
+        return batches.get(str(job.batch))
+
+    def spoil(module: torch.nn.Module, inputs: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss * (math.nan if ills() == "loss" else 1.0)
+
+    def blow_up(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (math.inf if ills() == "gradient" else 1.0)
+
+    job.model.chunks[-1].register_forward_hook(spoil)
+    job.model.encoder.projector.linear.weight.register_hook(blow_up)
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -22,7 +22,12 @@ from moss_train import hardware
 KINDS = ("text", "image", "video", "mixed")
 CASES = [(train, kind) for train in ("all", "frozen_vision") for kind in KINDS]
 STEPS, GLOBAL, MICRO = 20, 4, 2
-PATTERNS = {"all": ["*"], "frozen_vision": ["projector.*", "decoder.*"], "pt1": ["projector.*"]}
+PATTERNS = {
+    "all": ["*"],
+    "frozen_vision": ["projector.*", "decoder.*"],
+    "pt1": ["projector.*"],
+    "lora": ["projector.*"],
+}
 FRAMES = {"text": [0], "image": [1], "video": [5], "mixed": [0, 1, 5, 2]}
 
 
@@ -41,7 +46,7 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
         parallel = ParallelConfig(**layout)
         groups = build_groups(parallel, seed=1)  # once a layout: gloo's threads stay when they go
         for train, kind in cases:
-            result = train_case(parallel, groups, PATTERNS[train], kind, **options)
+            result = train_case(parallel, groups, train, kind, **options)
             if dist.get_rank() == 0:
                 save_result(f"{name}-{train}-{kind}", result)
         parallel_state.destroy_model_parallel()
@@ -50,17 +55,19 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
 
 
 def train_case(
-    parallel, groups, patterns: list[str], kind: str, dtype="fp32", micro=MICRO, steps=STEPS
+    parallel, groups, train: str, kind: str, dtype="fp32", micro=MICRO, steps=STEPS
 ) -> dict:
     """Trains in one layout; what came of it."""
-    from moss_train.config import Config, OptimizerConfig, TrainerConfig
+    from moss_train.config import AdapterConfig, Config, OptimizerConfig, TrainerConfig
     from moss_train.convert.weights import export, fill, random_reader
     from moss_train.model.moss_video import MossVideo
     from moss_train.parallel.deal import Bounds
     from moss_train.parallel.distribute import read_step
     from moss_train.parallel.replicas import differing_replicas
-    from moss_train.train.optimizer import freeze, make_trainable
+    from moss_train.train.guard import Guard
+    from moss_train.train.optimizer import make_trainable
     from moss_train.train.step import TrainStep
+    from moss_train.train.trained import freeze
 
     config = Config(
         model=small_model(dtype),
@@ -70,10 +77,11 @@ def train_case(
         trainer=TrainerConfig(steps=STEPS),
     )
     config.stage.silence_weight = 0.1
-    model = MossVideo(config.model, parallel, groups)
-    fill(model, random_reader(config.model, seed=8))
-    trainable = make_trainable(model, config, freeze(model, patterns))
-    step = TrainStep(config, model, trainable, silence_id=11)
+    adapter = AdapterConfig("lora", rank=4, alpha=8.0) if train == "lora" else None
+    model = MossVideo(config.model, parallel, groups, adapter)
+    fill(model, uneven(random_reader(config.model, seed=8)))
+    trainable = make_trainable(model, config, freeze(model, PATTERNS[train]))
+    step = TrainStep(config, model, trainable, silence_id=11, guard=Guard(None, [], 0))
     per_replica = GLOBAL // micro // groups.data_size
     batches = None
     if groups.is_leader:
@@ -99,10 +107,24 @@ def train_case(
         "norms": norms,
         "gradients": gradients,
         "weights": _merge(export(model)),
+        "adapters": _merge(
+            {n: t for n, t in export(model, torch.Tensor.detach).items() if "lora_" in n}
+        ),
         "differing": differing_replicas(model),
         "encoded": encoded,
         "shares": step.exchange.shares,
     }
+
+
+def uneven(read):
+    """As `read`, with a B of adapters that is not zero: else A would have no gradient."""
+
+    def reader(name: str, shape: torch.Size) -> Tensor:
+        if name.endswith("lora_b"):
+            return 0.3 * read(name.replace("lora_b", "lora_a"), shape)
+        return read(name, shape)
+
+    return reader
 
 
 def small_model(dtype: str):

@@ -222,11 +222,12 @@ def join(config: Config) -> tuple[int, int]:
 
 def make_step(
     config: Config, batches: Iterator[MicroBatch], weights: dict[str, Tensor], warmup: int
-) -> Callable[[], float]:
+) -> Callable[[], tuple[float, float]]:
     """A function that does one optimizer step on this rank's next microbatches.
 
     Gradients are accumulated over the microbatches without communication, then reduced once. It
-    returns the loss of the global batch per label. torch.distributed must be initialized.
+    returns the loss of the global batch per label, and this rank's tokens with padding.
+    torch.distributed must be initialized.
     `blind_slots` works during the first `warmup` steps.
     """
     ranks = dist.get_world_size()
@@ -240,7 +241,7 @@ def make_step(
 
     done = itertools.count()
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
         if next(done) == warmup:
             masked.remove()
         own = [next(batches) for _ in range(count)]
@@ -258,7 +259,7 @@ def make_step(
         optimizer.step()
         if ranks > 1:
             dist.all_reduce(total)
-        return total.item()
+        return total.item(), sum(batch.tokens.numel() for batch in own)
 
     return step
 

@@ -2,9 +2,11 @@
 
     python -m tools.bench.train --data toy_world [--stage pt1 pt2] [--layouts single tp2 pp2 dp2]
 
-Every contestant is a group of processes that sets up once and then waits; they take turns of a few
-steps on the same microbatches, so that the machine's noise hits all. Speeds are medians over turns,
-ratios medians of the ratios within a round. Both sides compute the same: losses are compared.
+Both sides get --micro-batch samples in a microbatch (transformers is fastest with 8), but for our
+pipelines, which need several. Every contestant is a group of processes that sets up once and then
+waits; they take turns of a few steps on the same samples, so that the machine's noise hits all.
+Speeds are medians over turns, ratios medians of the ratios within a round. Both sides compute the
+same: losses are compared.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from operator import truediv
 from pathlib import Path
 from statistics import median
@@ -33,6 +36,9 @@ from moss_train.config import Config, from_dict, to_dict
 
 REPO = Path(__file__).resolve().parents[2]
 LAYOUTS = {"single": 1, "tp2": 2, "pp2": 2, "dp2": 2}
+PIPELINE_SAMPLES = (
+    4  # at most so many share a microbatch in a pipeline, which needs several of them
+)
 BASELINES = {1: "HF", 2: "HF DDP"}
 AGREE = 1e-4  # relative difference of losses that is taken for the same arithmetic
 
@@ -51,10 +57,11 @@ def serve(job: dict[str, Any]) -> None:
     for line in sys.stdin:
         torch.distributed.barrier()
         began = time.perf_counter()
-        losses = [step() for _ in range(int(line))]
+        losses, padded = zip(*(step() for _ in range(int(line))), strict=True)
         torch.distributed.barrier()
         seconds = time.perf_counter() - began
-        reply = {"seconds": seconds, "losses": losses, "start_gb": job["start_gb"]}
+        reply = {"seconds": seconds, "losses": losses, "padded": sum(padded)}
+        reply["start_gb"] = job["start_gb"]
         replies.write(json.dumps(reply | {"peak_gb": hardware.peak_memory_gb()}) + "\n")
     torch.distributed.destroy_process_group()
 
@@ -65,20 +72,30 @@ def _microbatches(job: dict[str, Any], replica: int, replicas: int) -> Iterator[
     return itertools.cycle(batches[replica::replicas])
 
 
-def _our_step(config: Config, job: dict[str, Any]) -> Callable[[], float]:
+Step = Callable[[], tuple[float, float]]  # loss, and this rank's part of all tokens with padding
+
+
+def _our_step(config: Config, job: dict[str, Any]) -> Step:
     from moss_train.train.loop import Job, start_process_group
 
     job["start_gb"] = hardware.peak_memory_gb()  # imports only: nothing has been built yet
     start_process_group(config)
     training = Job(config, None)
-    if training.loader is not None:  # it has not begun to read
-        training.loader.close()
+    if training.reader.loader is not None:  # it has not begun to read
+        training.reader.loader.close()
         groups = training.groups
-        training.batches = _microbatches(job, groups.data_rank, groups.data_size)
-    return lambda: training.step(training._read()).loss
+        training.reader.batches = _microbatches(job, groups.data_rank, groups.data_size)
+    if config.parallel.pipeline > 1:
+        training.reader.bounds = replace(training.reader.bounds, samples=PIPELINE_SAMPLES)
+
+    def step() -> tuple[float, float]:
+        result = training.step(training._read())
+        return result.loss, result.padded_tokens / torch.distributed.get_world_size()
+
+    return step
 
 
-def _hf_step(config: Config, job: dict[str, Any]) -> Callable[[], float]:
+def _hf_step(config: Config, job: dict[str, Any]) -> Step:
     from tools.bench._hf_train import join, make_step
 
     job["start_gb"] = hardware.peak_memory_gb()
@@ -94,7 +111,7 @@ def prepare(config: Config, job: dict[str, Any]) -> dict[str, float]:
 
     start_process_group(config)
     training = Job(config, None)
-    reads, loader = cast(Any, training.batches), cast(Any, training.loader)
+    reads, loader = cast(Any, training.reader.batches), cast(Any, training.reader.loader)
     batches = [next(reads)]  # the first waits for the loader's processes to start
     began = time.perf_counter()
     batches += [next(reads) for _ in range(max(job["microbatches"] - 1, 50))]
@@ -112,6 +129,7 @@ class Contestant:
     def __init__(self, name: str, ranks: int, job: dict[str, Any]):
         self.name, self.ranks = name, ranks
         self.losses: list[float] = []
+        self.padded = 0.0  # tokens of all steps, with padding
         self.turns: list[dict[str, Any]] = []
         stem = Path(job["folder"]) / name.replace(" ", "-")
         spec = stem.with_suffix(".json")
@@ -150,6 +168,7 @@ class Contestant:
             cast(Any, process.stdin).flush()
         answers = self.answers()
         self.losses += answers[0]["losses"]
+        self.padded += sum(answer["padded"] for answer in answers)
         return max(answers, key=lambda answer: answer["peak_gb"])
 
     def close(self) -> None:
@@ -171,7 +190,14 @@ def run_stage(args: argparse.Namespace, stage: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         run = Path(name) / "run"
         configs = {
-            layout: comparable_config(stage, args.model, layout, args.data, run, args.set)
+            layout: comparable_config(
+                stage,
+                args.model,
+                layout,
+                args.data,
+                run,
+                [f"data.micro_batch={args.micro_batch}", *args.set],
+            )
             for layout in dict.fromkeys(["single", *args.layouts])
         }
         for layout, config in configs.items():
@@ -199,16 +225,22 @@ def run_stage(args: argparse.Namespace, stage: str) -> dict[str, Any]:
             for team in teams if number % 2 == 0 else teams[::-1]:
                 team.turns.append(team.turn(args.steps))
         batches = torch.load(Path(name) / "batches.pt", weights_only=False)
-    rows = summarize(teams, batches[args.warmup * per_step :], args, data.global_batch)
+    real = sum(int(batch.lengths.sum()) for batch in batches)
+    rows = summarize(teams, batches[args.warmup * per_step :], args, data.global_batch, real)
     return {"stage": stage, "loader_samples_per_s": loader["samples_per_s"], "rows": rows}
 
 
 def summarize(
-    teams: list[Contestant], batches: list[MicroBatch], args: argparse.Namespace, samples: int
+    teams: list[Contestant],
+    batches: list[MicroBatch],
+    args: argparse.Namespace,
+    samples: int,
+    real: int,
 ) -> list[dict[str, Any]]:
     """One row for each contestant: medians over its turns, ratios to the baseline's turns.
 
-    `batches` are the microbatches of the measured steps, each of `samples` samples.
+    `batches` are the microbatches of the measured steps, each of `samples` samples; `real` counts
+    the tokens of all steps, without padding.
     """
     size = len(batches) // args.rounds
     turns = [batches[i : i + size] for i in range(0, len(batches), size)]
@@ -231,6 +263,7 @@ def summarize(
                 "tokens_per_s": median(map(truediv, tokens, seconds)),
                 "frames_per_s": median(map(truediv, frames, seconds)),
                 "peak_gb": last["peak_gb"],
+                "padding": 1 - real / team.padded,
                 "built_gb": last["peak_gb"] - last["start_gb"],
                 "ratio": None if team is base else median(ratios),
                 "ratio_range": [min(ratios), max(ratios)],
@@ -246,7 +279,7 @@ def table(result: dict[str, Any]) -> str:
     rate = result["loader_samples_per_s"]
     lines = [
         f"stage {result['stage']} (the loader alone reads {rate:.0f} samples/s)",
-        "layout  ranks  steps/s  samples/s  tokens/s  frames/s  peak GB (over imports)"
+        "layout  ranks  steps/s  samples/s  tokens/s  padding  frames/s  peak GB (over imports)"
         "  ours/HF (range)    first loss",
     ]
     for row in result["rows"]:
@@ -255,7 +288,7 @@ def table(result: dict[str, Any]) -> str:
         memory = f"{row['peak_gb']:.2f} ({row['built_gb']:.2f})"
         lines.append(
             f"{row['name']:8}{row['ranks']:5}  {row['steps_per_s']:7.2f}  "
-            f"{row['samples_per_s']:9.1f}  {row['tokens_per_s']:8.0f}  "
+            f"{row['samples_per_s']:9.1f}  {row['tokens_per_s']:8.0f}  {row['padding']:7.0%}  "
             f"{row['frames_per_s']:8.0f}  {memory:22}  {ratio:17}  {row['losses'][0]:.6f}"
         )
     apart = max(row["apart"] for row in result["rows"])
@@ -270,6 +303,7 @@ def main() -> int:
     parser.add_argument("--stage", nargs="+", default=["pt1", "pt2"], choices=["pt1", "pt2"])
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--model", default="toy", help="a preset of conf/model")
+    parser.add_argument("--micro-batch", type=int, default=8, help="samples of a microbatch")
     parser.add_argument("--data", default="toy_world", type=os.path.abspath, help="the toy world")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")

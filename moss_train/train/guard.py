@@ -1,0 +1,123 @@
+"""Steps that would harm the weights: found, left out, written down."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer
+
+from moss_train import hardware
+from moss_train.train.metrics import read_metrics
+
+WINDOW = 100  # accepted losses whose median a spike is measured against
+ENOUGH = 10  # before that many there is no median to speak of
+BAD_STEPS_FILE = "bad_steps.jsonl"
+
+REASONS = (
+    None,
+    "the loss is a spike",
+    "the gradient is not finite",
+    "the loss is not finite",
+)
+
+
+class GuardedOptimizer(ChainedOptimizer):
+    """megatron's optimizer, which asks between the gradient norm and the update."""
+
+    allows: Callable[[float], bool]
+
+    def get_grad_norm(self) -> float:
+        """Norm of all gradients before clipping; decides about the update."""
+        norm = super().get_grad_norm()
+        self.allowed = self.allows(float(norm or 0.0))
+        return norm
+
+    def step_with_ready_grads(self) -> bool:
+        """Updates the weights where that was allowed."""
+        return super().step_with_ready_grads() if self.allowed else False
+
+
+class Guard:
+    """Judges each step; every rank holds one and comes to the same verdict.
+
+    skipped: steps left out, of the whole run. accepted: steps done, by this process.
+    in_a_row: steps left out since the last one that was done.
+    """
+
+    def __init__(self, spike_factor: float | None, recent: list[float], skipped: int):
+        """Goes on from the `recent` losses of accepted steps and the count of `skipped` ones."""
+        self.spike_factor = spike_factor
+        self.losses = deque(recent, maxlen=WINDOW)
+        self.skipped, self.accepted, self.in_a_row = skipped, 0, 0
+
+    @staticmethod
+    def resume(spike_factor: float | None, run: Path, done: int) -> Guard:
+        """As the metrics of `run` up to step `done` have it. A collective: rank 0 reads."""
+        read = [_history(run, done) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(read, src=0)
+        assert read[0] is not None
+        return Guard(spike_factor, *read[0])
+
+    def judge(self, loss: float, grad_norm: float) -> str | None:
+        """Why the step must be left out, None where it may be done. A collective.
+
+        Args:
+            loss: of the global batch. grad_norm: of all parameters. Both are the same on all
+                ranks but for rounding, by which the verdicts of ranks must not differ.
+        """
+        code = torch.tensor([self._code(loss, grad_norm)], device=hardware.device())
+        dist.all_reduce(code, dist.ReduceOp.MAX)
+        reason = REASONS[int(code)]
+        if reason is None:
+            self.losses.append(loss)
+            self.accepted += 1
+            self.in_a_row = 0
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+        return reason
+
+    def _code(self, loss: float, grad_norm: float) -> int:
+        if not math.isfinite(loss):
+            return 3
+        if not math.isfinite(grad_norm):
+            return 2
+        if self.spike_factor is None or len(self.losses) < ENOUGH:
+            return 0
+        return int(loss > self.spike_factor * median(self.losses))
+
+
+def _history(run: Path, done: int) -> tuple[list[float], int]:
+    """Losses of accepted steps up to `done`, and how many steps had been skipped by then."""
+    losses, skipped = [], 0
+    for row in read_metrics(run):
+        if row["step"] <= done:
+            before, skipped = skipped, row.get("skipped_steps", 0)
+            if skipped == before:
+                losses.append(row["loss"])
+    return losses[-WINDOW:], skipped
+
+
+def write_bad_step(
+    run: Path, step: int, reason: str, loss: float, grad_norm: float, keys: list[str]
+) -> None:
+    """Appends a step and the keys of its samples on all ranks to bad_steps.jsonl. A collective."""
+    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, keys)
+    if dist.get_rank() == 0:
+        row = {
+            "step": step,
+            "reason": reason,
+            "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "keys": [key for part in everywhere for key in part],
+        }
+        with (run / BAD_STEPS_FILE).open("a") as out:
+            out.write(json.dumps(row) + "\n")

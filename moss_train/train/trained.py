@@ -1,0 +1,140 @@
+"""Which parameters train, at which rate and decay: patterns of names, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moss_train import hardware
+from moss_train.config import Config, ConfigError
+from moss_train.model.lora import PARAMETERS, is_adapter
+from moss_train.model.moss_video import MossVideo
+
+PARTS = ("vision", "projector", "decoder")
+NO_DECAY = ("*norm*", "*gate*", "*.bias")
+EMBEDDINGS = ("*class_embedding", "*position.embedding", "*embedding.weight")
+# A convolution, whatever its name says.
+NOT_EMBEDDINGS = ("*patch_embedding.*",)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of the whole model, each counted once whatever the layout.
+
+    trained, total: by first part of their name. patterns: trained by each pattern (a parameter
+    that two patterns match counts for both).
+    """
+
+    trained: dict[str, int]
+    total: dict[str, int]
+    patterns: dict[str, int]
+
+    def lines(self) -> Iterator[str]:
+        """What a log says of them."""
+        for pattern, count in self.patterns.items():
+            yield f"trains {pattern}: {count:,} parameters"
+        parts = (f"{part} {self.trained[part]:,} of {self.total[part]:,}" for part in PARTS)
+        yield f"trains {', '.join(parts)} parameters"
+
+
+def freeze(model: MossVideo, patterns: list[str]) -> Counts:
+    """Leaves trainable only the parameters whose names match one of `patterns` (fnmatch).
+
+    Of an adapted decoder the adapters train, whatever the patterns say, and nothing else.
+    A collective. Raises ConfigError where a pattern matches no parameter.
+    """
+    if model.adapted:
+        patterns = [*patterns, PARAMETERS]
+    hits = match(model, "stage.train", patterns)
+    for name, parameter in model.named_parameters():
+        beside = model.adapted and name.startswith("decoder.") and not is_adapter(name)
+        parameter.requires_grad_(bool(hits[name]) and not beside)
+    return _count(model, patterns, hits)
+
+
+def match(model: MossVideo, field: str, patterns: list[str]) -> dict[str, list[str]]:
+    """The patterns that match each parameter of this rank, by name. A collective.
+
+    Raises:
+        ConfigError: a pattern of `field` matches no parameter of any rank.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    hits = {name: [p for p in patterns if fnmatchcase(name, p)] for name in names}
+    everywhere: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {p for matched in hits.values() for p in matched})
+    found = set().union(*everywhere)
+    unused = [pattern for pattern in patterns if pattern not in found]
+    if unused:
+        raise ConfigError([f"{field}={unused}: matches no parameter of the model"])
+    return hits
+
+
+def _count(model: MossVideo, patterns: list[str], hits: dict[str, list[str]]) -> Counts:
+    groups = model.groups
+    keys = [("trained", part) for part in PARTS] + [("total", part) for part in PARTS]
+    keys += [("patterns", pattern) for pattern in patterns]
+    place = {key: index for index, key in enumerate(keys)}
+    # The decoder is spread over a replica; the encoder at most over the tensor ranks.
+    halves = torch.zeros(2, len(keys), dtype=torch.int64)
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        tensor = groups.decoder.tp if part == "decoder" else groups.vision.tp
+        if tensor.rank() > 0 and not getattr(parameter, "tensor_model_parallel", False):
+            continue  # counted elsewhere
+        counted: list[tuple[str, str]] = [("total", part)]
+        if parameter.requires_grad:
+            counted += [("trained", part), *(("patterns", hit) for hit in set(hits[name]))]
+        for key in counted:
+            halves[int(part == "decoder"), place[key]] += parameter.numel()
+    halves = halves.to(hardware.device())
+    for half, group in zip(halves, (groups.vision.tp, groups.replica), strict=True):
+        dist.all_reduce(half, group=group)
+    sums = halves.sum(0).tolist()
+    tables: dict[str, dict[str, int]] = {"trained": {}, "total": {}, "patterns": {}}
+    for (kind, name), value in zip(keys, sums, strict=True):
+        tables[kind][name] = value
+    return Counts(**tables)
+
+
+def group_overrides(model: MossVideo, config: Config) -> dict[nn.Parameter, dict[str, float]]:
+    """What differs from the optimizer's defaults, by parameter. A collective.
+
+    Norms, gates and biases do not decay, nor do embeddings with `optimizer.decay_embeddings=false`.
+    Of several `optimizer.lr_multipliers` that match a parameter the last one counts.
+
+    Raises:
+        ConfigError: a pattern of `optimizer.lr_multipliers` matches no parameter.
+    """
+    options = config.optimizer
+    factors = options.multipliers
+    hits = match(model, "optimizer.lr_multipliers", list(factors))
+    overrides = {}
+    for name, parameter in model.named_parameters():
+        changes: dict[str, float] = {}
+        if not _decays(name, options.decay_embeddings):
+            changes["wd_mult"] = 0.0
+        factor = factors[hits[name][-1]] if hits[name] else 1.0
+        if factor != 1.0:
+            peak = config.lr * factor
+            # megatron's schedule reads the rates; its checkpoints tell groups by the multiplier.
+            changes |= {
+                "max_lr": peak,
+                "min_lr": peak * options.min_lr_ratio,
+                "lr_mult": factor,
+            }
+        overrides[parameter] = changes
+    return overrides
+
+
+def _decays(name: str, embeddings: bool) -> bool:
+    def among(patterns: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    if among(NO_DECAY):
+        return False
+    return embeddings or not among(EMBEDDINGS) or among(NOT_EMBEDDINGS)

@@ -1,0 +1,58 @@
+"""The loss and its gradient where two tensor ranks share the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moss_train import hardware
+from moss_train.model.loss import LossOptions, find_targets, weighted_loss
+
+VOCAB, LENGTH = 48, 12
+OPTIONS = {
+    "plain": LossOptions(11, 0.1),
+    "smooth": LossOptions(11, 0.1, label_smoothing=0.2),
+    "z": LossOptions(11, 0.1, z_loss=0.01),
+    "both": LossOptions(11, 0.1, label_smoothing=0.1, z_loss=0.1),
+}
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Logits `[n, V]` of some size, and the tokens to predict `[n]`, in both halves of V."""
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, VOCAB, (LENGTH,), generator=generator)
+    tokens[[2, 5]] = 11
+    return 5 * torch.randn(LENGTH, VOCAB, generator=generator) + 3, tokens
+
+
+def gradient(
+    logits: Tensor, tokens: Tensor, options: LossOptions, group: dist.ProcessGroup
+) -> tuple[float, Tensor]:
+    """Loss per 7 labels, and the gradient of this rank's columns."""
+    own = logits.chunk(group.size(), 1)[group.rank()].clone().requires_grad_()
+    labels = torch.cat((tokens[:1], tokens))  # the first is not judged
+    targets = find_targets(labels, [len(labels)], options)
+    # A copy: megatron's cross entropy works in place.
+    loss = weighted_loss((own * 1)[:, None], targets, torch.tensor(7.0), group)
+    loss.backward()
+    assert own.grad is not None
+    return loss.item(), own.grad
+
+
+def main() -> None:
+    hardware.activate("cpu")
+    dist.init_process_group("gloo")
+    from moss_train.config import ParallelConfig
+    from moss_train.parallel.groups import build_groups
+    from tests.torchrun import save_result
+
+    groups = build_groups(ParallelConfig(tensor=2), seed=1)
+    for name, options in OPTIONS.items():
+        save_result(name, gradient(*batch(), options, groups.decoder.tp))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
