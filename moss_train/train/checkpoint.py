@@ -136,7 +136,7 @@ class Checkpointer:
         return run
 
     def load_weights(self, path: Path) -> None:
-        """Loads the weights alone, for a new stage: its optimizer, random state and step are new."""
+        """Loads weights alone, for a new stage: its optimizer, random state and step are new."""
         load_weights(self.model, path)
         self.trainable.optimizer.reload_model_params()
 

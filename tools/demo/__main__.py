@@ -65,7 +65,7 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
         f"data.root={options.out / 'world'}",
         f"run.dir={run}",
         "trainer.console_every=50",
-        *([f"trainer.init_from={before}"] if before else []),
+        *([f"init_from={before}"] if before else []),
         *options.overrides,
     ]
 
