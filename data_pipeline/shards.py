@@ -99,7 +99,8 @@ def shard_files(path: str | Path) -> list[Path]:
 def read_samples(path: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and undecoded members (`json`, `0.jpg`, ...) of each sample of a folder, in order."""
     shards = [str(shard) for shard in shard_files(path)]
-    for raw in webdataset.WebDataset(shards, shardshuffle=False):
+    # All shards on whatever rank asks: webdataset would refuse to guess in a job of several.
+    for raw in webdataset.WebDataset(shards, shardshuffle=False, nodesplitter=lambda urls: urls):
         yield raw["__key__"], {n: data for n, data in raw.items() if not n.startswith("__")}
 
 
