@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,14 @@ def shard_files(path: str | Path) -> list[Path]:
     if not shards:
         raise ShardError(f"{folder} holds no .tar shards: build them or correct the path")
     return shards
+
+
+def read_samples(path: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and undecoded members (`json`, `0.jpg`, ...) of each sample of a folder, in order."""
+    shards = [str(shard) for shard in shard_files(path)]
+    # All shards on whatever rank asks: webdataset would refuse to guess in a job of several.
+    for raw in webdataset.WebDataset(shards, shardshuffle=False, nodesplitter=lambda urls: urls):
+        yield raw["__key__"], {n: data for n, data in raw.items() if not n.startswith("__")}
 
 
 def check_source(path: str | Path) -> SourceInfo:

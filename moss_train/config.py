@@ -161,6 +161,8 @@ class DataConfig:
     root: str = ""  # a folder that the other paths of a preset refer to
     tokenizer: str = MISSING
     sources: list[SourceConfig] = field(default_factory=list)
+    eval_sources: list[SourceConfig] = field(default_factory=list)  # held out, for validation
+    eval_samples: int = 256  # of each, its first ones
     samples: int | None = None  # samples of the run; None: stage.samples
     global_batch: int = 256
     micro_batch: int = 1  # at most so many share a microbatch, packed into one sequence
@@ -253,6 +255,7 @@ class TrainerConfig:
     deterministic: bool = False  # the same numbers from the same run, to the bit; slower on CUDA
     checkpoint_every: int = 1000
     keep_last: int = 2
+    eval_every: int | None = None  # steps between validations on data.eval_sources; None: none
     async_save: bool = False
     resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
     console_every: int = 1

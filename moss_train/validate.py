@@ -61,6 +61,7 @@ def _positive(config: Config) -> Iterator[str]:
         "parallel.virtual": config.parallel.virtual,
         "data.global_batch": config.data.global_batch,
         "data.micro_batch": config.data.micro_batch,
+        "data.eval_samples": config.data.eval_samples,
         "data.max_tiles": config.data.max_tiles,
         "data.video_threads": config.data.video_threads,
         "data.pad_multiple": config.data.pad_multiple,
@@ -82,6 +83,7 @@ def _positive(config: Config) -> Iterator[str]:
         "data.max_tokens_per_batch": config.data.max_tokens_per_batch,
         "data.max_frames_per_batch": config.data.max_frames_per_batch,
     }
+    bounds["trainer.eval_every"] = config.trainer.eval_every
     values |= {name: bound for name, bound in bounds.items() if bound is not None}
     for name, value in values.items():
         if value <= 0:
@@ -278,6 +280,12 @@ def _data(config: Config) -> Iterator[str]:
     for source in config.data.sources:
         if shares.get(source.modality):
             yield from _complaints(check_source, source.path, f"data.sources[{source.name}].path")
+    if config.trainer.eval_every is not None:
+        if not config.data.eval_sources:
+            yield f"trainer.eval_every={config.trainer.eval_every}: data.eval_sources is empty"
+        for source in config.data.eval_sources:
+            field = f"data.eval_sources[{source.name}].path"
+            yield from _complaints(check_source, source.path, field)
     yield from _tokenizer(config)
 
 

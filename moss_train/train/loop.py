@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moss_train.parallel.groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
+from moss_train.train.description import write_description
 from moss_train.train.flops import Trains, step_flops
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
@@ -31,6 +33,7 @@ from moss_train.train.report import plot_losses, summary_table
 from moss_train.train.saved import find, read_streams
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.trained import freeze
+from moss_train.train.validation import Validator
 
 
 def run(config: Config, resume_from: Path | None) -> None:
@@ -67,11 +70,16 @@ class Job:
         self.guard = Guard.resume(config.trainer.spike_factor, self.folder, self.done)
         self.step = TrainStep(config, self.model, self.trainable, tokens.silence, self.guard)
         self.reader = StepReader(config, self.groups, self.step.exchange.shares, streams)
+        self.validator = Validator(self.step, self.reader)
         self.due, self.recovered = False, -1
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
             self.epochs = Epochs(config, self.done)
             self.audit.cut(self.folder, self.done)
+            layout = {"world": dist.get_world_size(), "data": self.groups.data_size}
+            layout |= {"pipeline": config.parallel.pipeline, "tensor": config.parallel.tensor}
+            kind = hardware.device().type
+            write_description(self.folder, config, layout, asdict(self.counts), kind)
 
     def _restore(self, resume_from: Path | None) -> list[bytes] | None:
         """Loads a checkpoint; returns where the data streams stood, None for a new run."""
@@ -106,7 +114,9 @@ class Job:
                 self.done += 1
                 self.samples += self.config.data.global_batch
                 self._check(result)
-                self._report(result, time.perf_counter() - started, batch, writer, progress)
+                seconds = time.perf_counter() - started
+                measured = self._validate(result)
+                self._report(result, seconds, measured, batch, writer, progress)
                 if result.refused is not None:
                     self._skip(result, batch, writer)
                 stopped = result.stop > 0
@@ -122,6 +132,21 @@ class Job:
 
     def _read(self) -> StepBatch:
         return self.reader.read(self.done + 1)
+
+    def _validate(self, result: StepResult) -> dict[str, Any] | None:
+        """Losses on held-out data, where they are due after this step."""
+        every = self.config.trainer.eval_every
+        due = every is not None and (self.done % every == 0 or self.done == self.config.steps)
+        if not due or result.refused is not None:
+            return None
+        started = time.perf_counter()
+        measured = self.validator()
+        each = ", ".join(f"{name} {loss}" for name, loss in measured["modality"].items())
+        took = time.perf_counter() - started
+        log.info(
+            "step %d: validation loss %s (%s), %.1f s", self.done, measured["loss"], each, took
+        )
+        return measured
 
     def _skip(self, result: StepResult, batch: StepBatch, writer: MetricsWriter | None) -> None:
         """After a step that was left out: writes it down; after several, goes back."""
@@ -184,6 +209,7 @@ class Job:
         self,
         result: StepResult,
         seconds: float,
+        measured: dict[str, Any] | None,
         batch: StepBatch,
         writer: MetricsWriter | None,
         progress: Progress | None,
@@ -192,11 +218,13 @@ class Job:
             self.audit.write(self.done, batch.keys)
         if writer is None or progress is None:
             return
-        metrics = self._metrics(result, seconds)
+        metrics = self._metrics(result, seconds, measured)
         writer.write(metrics)
         progress.update(metrics)
 
-    def _metrics(self, result: StepResult, seconds: float) -> StepMetrics:
+    def _metrics(
+        self, result: StepResult, seconds: float, measured: dict[str, Any] | None
+    ) -> StepMetrics:
         counts, config = result.counts, self.config
         trained = self.counts.trained
         # Adapters are small: their share, and what runs through frozen weights to reach them, is
@@ -225,6 +253,7 @@ class Job:
             frames_per_rank_mean=result.frames_per_rank_mean,
             padding_ratio=1 - tokens / result.padded_tokens,
             epochs=self.epochs.add(result.sources),
+            validation=measured,
         )
 
     def _announce(self) -> None:
@@ -254,6 +283,7 @@ class Job:
             self.folder,
             {
                 "config.yaml": "configuration",
+                "run.json": "configuration, versions, commit, layout, parameters",
                 "checkpoints/step_*": "checkpoint",
                 "audit.*.jsonl": "sample keys of each step",
                 BAD_STEPS_FILE: "steps left out, with their sample keys",

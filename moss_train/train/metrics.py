@@ -57,6 +57,8 @@ class StepMetrics:
     frames_per_rank_max, frames_per_rank_mean: frames encoded by a rank in this step; the busiest
         rank sets the pace, not the mean.
     epochs: how often each source has been read so far, in the whole run; 1.5: half of it twice.
+    validation: losses after this step on held-out sources (validation.py); None: not measured,
+        and not written.
     padding_ratio: padding tokens / all tokens that the decoder computed, 0 to 1.
     samples_per_s, tokens_per_s, frames_per_s: all ranks together; made from the numbers above.
     """
@@ -78,6 +80,7 @@ class StepMetrics:
     frames_per_rank_mean: float
     padding_ratio: float
     epochs: dict[str, float]
+    validation: dict[str, Any] | None = None
     samples_per_s: float = field(init=False)
     tokens_per_s: float = field(init=False)
     frames_per_s: float = field(init=False)
@@ -134,6 +137,9 @@ class MetricsWriter:
     def write(self, metrics: StepMetrics) -> None:
         """Appends the step's line and flushes it; a value that is not finite becomes null."""
         values = asdict(metrics)
+        measured = values["validation"]
+        if measured is None:
+            del values["validation"]
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
@@ -142,6 +148,11 @@ class MetricsWriter:
         self._file.flush()
         grouped = {f"{group}/{k}": values[k] for group, names in GROUPS.items() for k in names}
         grouped |= {f"data/epochs/{source}": epochs for source, epochs in metrics.epochs.items()}
+        if measured is not None:
+            losses = {"validation/loss": measured["loss"]}
+            for kind in ("source", "modality"):
+                losses |= {f"validation/{kind}/{n}": v for n, v in measured[kind].items()}
+            grouped |= {name: loss for name, loss in losses.items() if loss is not None}
         for sink in self._sinks:
             sink.write(metrics.step, grouped)
 

@@ -38,10 +38,10 @@ def find(where: Path) -> Path | None:
 
     Damaged ones are passed over with a warning.
     """
-    if (where / "run.json").exists():
-        return where if is_complete(where) else None
     folder = checkpoints_folder(where)
-    candidates = sorted(folder.glob("step_*"), reverse=True) if folder.is_dir() else []
+    if not folder.is_dir():
+        return where if is_complete(where) else None
+    candidates = sorted(folder.glob("step_*"), reverse=True)
     for path in candidates:
         if is_complete(path):
             return path

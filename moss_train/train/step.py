@@ -115,11 +115,15 @@ class TrainStep:
         reduce_gradients(trainable.wrapped_chunks, trainable.encoder, self.model.groups)
         return loss, counts, padded
 
-    def prepare(self, batch: StepBatch) -> list[DecoderInput]:
-        """Encodes the frames and plans each microbatch."""
+    def prepare(self, batch: StepBatch, loss: LossOptions | None = None) -> list[DecoderInput]:
+        """Encodes the frames and plans each microbatch; `loss`: None for that of training."""
         states = self.exchange.encode(batch)
         return prepare(
-            batch.microbatches, states, self.config.model, self.config.data.max_tiles, self.loss
+            batch.microbatches,
+            states,
+            self.config.model,
+            self.config.data.max_tiles,
+            loss or self.loss,
         )
 
     def _count(self, batch: StepBatch, inputs: list[DecoderInput]) -> tuple[StepCounts, int]:

@@ -66,8 +66,27 @@ def test_a_line_holds_every_number_and_the_rates_made_from_them(tmp_path):
     write_steps(tmp_path, 1, 1)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line)
-    assert row == asdict(step_metrics())
+    expected = asdict(step_metrics())
+    assert expected.pop("validation") is None  # of steps that measured it only
+    assert row == expected
     assert (row["samples_per_s"], row["tokens_per_s"], row["frames_per_s"]) == (4.0, 1500.0, 32.0)
+
+
+def test_validation_is_in_the_row_of_its_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = {"loss": 1.5, "source": {"a": 1.5, "b": None}, "modality": {"text": 1.5}}
+    with MetricsWriter(tmp_path, LoggerConfig(tensorboard=True), CONFIG) as writer:
+        writer.write(step_metrics(1))
+        writer.write(replace(step_metrics(2), validation=losses))
+        writer.rewind(1)
+        writer.write(replace(step_metrics(2), validation=losses | {"loss": 1.25}))
+    first, second = read_metrics(tmp_path)
+    assert "validation" not in first
+    assert second["validation"] == losses | {"loss": 1.25}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {tag for tag in events.Tags()["scalars"] if tag.startswith("validation/")}
+    assert found == {"validation/loss", "validation/source/a", "validation/modality/text"}
 
 
 def test_each_step_can_be_read_before_the_next(tmp_path):
@@ -129,7 +148,8 @@ def test_no_file_means_no_steps(tmp_path):
 
 def test_every_metric_has_a_group():
     grouped = {name for names in GROUPS.values() for name in names}
-    assert grouped == set(asdict(step_metrics())) - {"step", "epochs"}  # epochs: one a source
+    # One a source: these have panels of their own.
+    assert grouped == set(asdict(step_metrics())) - {"step", "epochs", "validation"}
 
 
 def test_tensorboard_holds_grouped_values_and_a_resumed_run_hides_what_came_later(tmp_path):

@@ -1,0 +1,68 @@
+"""run.json: what a run was, for whoever finds its folder later."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moss_train.config import Config, to_dict
+
+RUN_FILE = "run.json"
+PACKAGES = (
+    "torch", "megatron-core", "megatron-energon", "numpy", "av", "tokenizers", "hydra-core",
+    "transformer-engine", "flash-attn",
+)  # fmt: skip
+REPO = Path(__file__).resolve().parents[2]
+
+
+def write_description(
+    run: Path, config: Config, layout: dict[str, int], parameters: dict[str, Any], device: str
+) -> None:
+    """Writes `run`/run.json.
+
+    Args:
+        layout: ranks in all, and in each direction.
+        parameters: counts of the model's parameters.
+    """
+    found = {
+        "config": to_dict(config),
+        "versions": {"python": sys.version.split()[0], **_versions(PACKAGES)},
+        "git": git_commit(REPO),
+        "layout": layout,
+        "device": device,
+        "parameters": parameters,
+    }
+    temporary = run / f".{RUN_FILE}.tmp"
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.replace(run / RUN_FILE)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # an optional one
+    return found
+
+
+def git_commit(folder: Path) -> dict[str, Any] | None:
+    """Commit of a checkout and whether files were changed since; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != folder:
+            return None
+        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "changed": changed}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,138 @@
+"""Runs side by side: `python -m tools.runs compare runs/A runs/B [--out compare.png]`.
+
+Draws the losses (validation losses too, where there are some) over each other, and prints what
+differs in their configurations, and their last values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moss_train.train.metrics import read_metrics
+from moss_train.train.report import smooth
+
+ABSENT = "-"
+LAST = ("step", "loss", "validation.loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s",
+        "skipped_steps", "memory_gb")  # fmt: skip
+
+
+class Run:
+    """A run folder: its configuration and its steps."""
+
+    def __init__(self, folder: Path):
+        """Raises ValueError where the folder is not a run's."""
+        self.folder, self.name = folder, folder.resolve().name
+        self.rows = read_metrics(folder)
+        if not self.rows:
+            raise ValueError(f"{folder}: no steps in metrics.jsonl: give a run folder")
+        config = folder / "config.yaml"
+        if not config.is_file():
+            raise ValueError(f"{folder}: no config.yaml: give a run folder")
+        self.config = dict(flatten(yaml.safe_load(config.read_text())))
+        description = folder / "run.json"
+        if description.is_file():
+            described = json.loads(description.read_text())
+            described.pop("config", None)
+            self.config |= dict(flatten(described))
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a key (`validation.loss` is nested), where it has one."""
+        found = [(row["step"], dict(flatten(row)).get(key)) for row in self.rows]
+        points = [(step, value) for step, value in found if value is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def last(self, key: str) -> str:
+        """The last value of a key."""
+        _, values = self.curve(key)
+        return f"{values[-1]:.6g}" if values else ABSENT
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> `("a.b", 1)`."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(runs: list[Run]) -> list[list[str]]:
+    """Rows of (field, value in each run) for the fields that are not the same in all."""
+    keys = sorted({key for run in runs for key in run.config})
+    rows = [[key, *(str(run.config.get(key, ABSENT)) for run in runs)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def table(title: str, runs: list[Run], rows: list[list[str]], width: int = 40) -> str:
+    """Aligned columns: a name, then a value for each run."""
+    cut = [
+        [cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell in row] for row in rows
+    ]
+    lines = [[title, *(run.name for run in runs)], *cut]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def plot(runs: list[Run], out: Path) -> None:
+    """Losses over steps, smoothed; validation losses as dots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        color = f"C{number % 10}"
+        steps, losses = run.curve("loss")
+        axes.plot(steps, losses, color=color, alpha=0.25, lw=1)
+        axes.plot(steps, smooth(losses, len(steps) // 20 | 1), color=color, lw=2, label=run.name)
+        steps, losses = run.curve("validation.loss")
+        if steps:
+            axes.plot(steps, losses, "o--", color=color, label=f"{run.name}, validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per label")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=150)
+
+
+def compare(folders: list[Path], out: Path) -> str:
+    """The tables of runs; writes the plot to `out`."""
+    runs = [Run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:  # of different folders
+            run.name = str(run.folder)
+    plot(runs, out)
+    last = [[key, *(run.last(key) for run in runs)] for key in LAST]
+    best = [min(v for v in run.curve("loss")[1] if math.isfinite(v)) for run in runs]
+    last.insert(2, ["lowest loss", *(f"{value:.6g}" for value in best)])
+    parts = [table("differs", runs, differences(runs)), table("last value", runs, last)]
+    return "\n\n".join([*parts, f"plot: {out}"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.runs", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("compare", help="plots runs over each other, prints differences")
+    command.add_argument("runs", nargs="+", type=Path, help="run folders")
+    command.add_argument("--out", type=Path, default=Path("compare.png"), help="the plot")
+    options = parser.parse_args(arguments)
+    try:
+        print(compare(options.runs, options.out))
+    except (ValueError, OSError) as error:
+        print(f"ERROR {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
