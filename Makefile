@@ -25,9 +25,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-# Four stages from random weights to a real-time model; runs/demo/report.html says what they learned.
+# The first stage with two ranks. All four stages, evaluated: `python -m tools.demo`.
 demo: $(READY)
-	$(BIN)/python -m tools.demo
+	@$(BIN)/python -m data_pipeline.toy toy_world
+	$(BIN)/torchrun --nproc-per-node 2 launch/train.py stage=pt1 model=toy data=toy parallel=tp2 hardware=cpu
 
 test: $(READY)
 	$(BIN)/python -m pytest
