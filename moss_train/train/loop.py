@@ -141,11 +141,9 @@ class Job:
             return None
         started = time.perf_counter()
         measured = self.validator()
-        each = ", ".join(f"{name} {loss}" for name, loss in measured["modality"].items())
-        took = time.perf_counter() - started
-        log.info(
-            "step %d: validation loss %s (%s), %.1f s", self.done, measured["loss"], each, took
-        )
+        losses = {"loss": measured["loss"], **measured["modality"]}
+        said = ", ".join(f"{k} {'-' if v is None else f'{v:.4f}'}" for k, v in losses.items())
+        log.info("step %d: validation %s, %.1f s", self.done, said, time.perf_counter() - started)
         return measured
 
     def _skip(self, result: StepResult, batch: StepBatch, writer: MetricsWriter | None) -> None:

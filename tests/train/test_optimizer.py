@@ -104,9 +104,10 @@ def test_an_update_is_that_of_adamw_with_the_same_groups(build, embeddings):
             gradient = torch.randn(parameter.shape, generator=generator)
             parameter.main_grad.copy_(gradient)
             exact[name].grad = gradient.double()
-        trainable.optimizer.step()
-        trainable.scheduler.step(1)
+        assert trainable.update(lambda norm: True) > 0
         reference.step()
+    parameter.main_grad.fill_(torch.inf)
+    assert trainable.update(lambda norm: norm < torch.inf) == torch.inf  # refused: nothing changes
     for name, parameter in named.items():
         torch.testing.assert_close(
             parameter.detach().double(), exact[name].detach(), rtol=1e-5, atol=1e-7, msg=name
