@@ -48,7 +48,12 @@ def alone(runs, small, run_jobs):
 @pytest.fixture(scope="module")
 def two_ranks(alone, runs, small, run_jobs):
     """The chain that `alone` began, in three layouts; stage pt1 on pipeline stages."""
-    pt1 = ["stage=pt1", "stage.mixture={text: 0, image: 60, video: 40}", "data.workers=1"]
+    pt1 = [
+        "stage=pt1",
+        "stage.also=[]",
+        "stage.mixture={text: 0, image: 60, video: 40}",
+        "data.workers=1",
+    ]
     return run_jobs(
         2,
         task("chain_tp2", runs / "chain", small, "parallel=tp2", stop_after=4),
