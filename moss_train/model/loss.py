@@ -24,12 +24,14 @@ class LossOptions:
     silence_id, silence_weight: token id of `<|silence|>`, and the weight of its labels.
     label_smoothing: probability spread evenly over the vocabulary, 0 to 1.
     z_loss: factor on the squared logarithm of the softmax's denominator, which keeps it near 1.
+    count_hits: also count the labels that are the likeliest token (`Targets.hits`).
     """
 
     silence_id: int
     silence_weight: float = 1.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    count_hits: bool = False
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Targets:
     weights: factor on each position's cross entropy, fp32 `[n]`: `silence_weight` where it is
         silence, 0 for the one dummy of a microbatch without labels.
     count: labels, unweighted.
+    hits: how many of them the model holds for the likeliest token, where `options.count_hits` asks
+        for it and the last stage has run.
     """
 
     rows: Tensor
@@ -48,6 +52,7 @@ class Targets:
     weights: Tensor
     count: int
     options: LossOptions
+    hits: Tensor | None = None
 
 
 def find_targets(labels: Tensor, lengths: list[int], options: LossOptions) -> Targets:
@@ -85,6 +90,8 @@ def weighted_loss(
     """
     logits = logits.float()
     options = targets.options
+    if options.count_hits:
+        targets.hits = _hits(logits.detach()[:, 0], targets, tensor_group)
     if options.label_smoothing or options.z_loss:
         losses = _regularized(logits[:, 0], targets.tokens, tensor_group, options)
     elif tensor_group.size() == 1:
@@ -92,6 +99,23 @@ def weighted_loss(
     else:
         losses = vocab_parallel_cross_entropy(logits, targets.tokens[:, None])[:, 0]
     return (losses * targets.weights).sum() / total
+
+
+def _hits(logits: Tensor, targets: Targets, group: dist.ProcessGroup) -> Tensor:
+    """Labels whose logit is the highest of the whole vocabulary: `[n, V / tensor]` -> scalar."""
+    own, elsewhere = _own_columns(targets.tokens, logits.shape[1], group)
+    picked = logits.gather(1, own[:, None])[:, 0].masked_fill(elsewhere, -torch.inf)
+    best = torch.stack((picked, logits.amax(1)))
+    if group.size() > 1:
+        dist.all_reduce(best, dist.ReduceOp.MAX, group=group)
+    return (best[0] == best[1])[: targets.count].sum()
+
+
+def _own_columns(tokens: Tensor, size: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Columns of `tokens` on this rank, which holds `size` of them; and which are elsewhere."""
+    own = tokens - group.rank() * size
+    elsewhere = (own < 0) | (own >= size)
+    return own.masked_fill(elsewhere, 0), elsewhere
 
 
 def _regularized(
@@ -104,9 +128,8 @@ def _regularized(
     peak = logits.detach().amax(1)
     if group.size() > 1:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    own = tokens - group.rank() * size
-    elsewhere = (own < 0) | (own >= size)
-    picked = logits.gather(1, own.masked_fill(elsewhere, 0)[:, None])[:, 0]
+    own, elsewhere = _own_columns(tokens, size, group)
+    picked = logits.gather(1, own[:, None])[:, 0]
     sums = torch.stack(
         (
             (logits - peak[:, None]).exp().sum(1),

@@ -33,7 +33,7 @@ from moss_train.train.report import plot_losses, summary_table
 from moss_train.train.saved import find, read_streams
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.trained import freeze
-from moss_train.train.validation import Validator
+from moss_train.train.validation import Validator, describe
 
 
 def run(config: Config, resume_from: Path | None) -> None:
@@ -134,16 +134,15 @@ class Job:
         return self.reader.read(self.done + 1)
 
     def _validate(self, result: StepResult) -> dict[str, Any] | None:
-        """Losses on held-out data, where they are due after this step."""
+        """Losses and accuracies on held-out data, where they are due after this step."""
         every = self.config.trainer.eval_every
         due = every is not None and (self.done % every == 0 or self.done == self.config.steps)
         if not due or result.refused is not None:
             return None
         started = time.perf_counter()
         measured = self.validator()
-        losses = {"loss": measured["loss"], **measured["modality"]}
-        said = ", ".join(f"{k} {'-' if v is None else f'{v:.4f}'}" for k, v in losses.items())
-        log.info("step %d: validation %s, %.1f s", self.done, said, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        log.info("step %d: validation %s, %.1f s", self.done, describe(measured), seconds)
         return measured
 
     def _skip(self, result: StepResult, batch: StepBatch, writer: MetricsWriter | None) -> None:

@@ -57,8 +57,8 @@ class StepMetrics:
     frames_per_rank_max, frames_per_rank_mean: frames encoded by a rank in this step; the busiest
         rank sets the pace, not the mean.
     epochs: how often each source has been read so far, in the whole run; 1.5: half of it twice.
-    validation: losses after this step on held-out sources (validation.py); None: not measured,
-        and not written.
+    validation: losses and accuracies after this step on held-out sources (validation.py); None:
+        not measured, and not written.
     padding_ratio: padding tokens / all tokens that the decoder computed, 0 to 1.
     samples_per_s, tokens_per_s, frames_per_s: all ranks together; made from the numbers above.
     """
@@ -149,10 +149,7 @@ class MetricsWriter:
         grouped = {f"{group}/{k}": values[k] for group, names in GROUPS.items() for k in names}
         grouped |= {f"data/epochs/{source}": epochs for source, epochs in metrics.epochs.items()}
         if measured is not None:
-            losses = {"validation/loss": measured["loss"]}
-            for kind in ("source", "modality"):
-                losses |= {f"validation/{kind}/{n}": v for n, v in measured[kind].items()}
-            grouped |= {name: loss for name, loss in losses.items() if loss is not None}
+            grouped |= {k: v for k, v in _flat("validation", measured).items() if v is not None}
         for sink in self._sinks:
             sink.write(metrics.step, grouped)
 
@@ -284,6 +281,13 @@ def progress_line(
         del parts[least]
         line = " ".join(parts.values()).removeprefix("step ")
     return line
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """`{name/key/...: number}` of nested dictionaries."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, own in value.items() for k, v in _flat(f"{name}/{key}", own).items()}
 
 
 def _rate(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Validation loss during training, per source and modality, on the same samples each time."""
+"""Validation during training, per source and modality, on the same samples each time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from moss_train.train.step import TrainStep
 
 
 class Validator:
-    """Measures the loss on `data.eval_sources`: without smoothing and z-loss, per label.
+    """Measures `data.eval_sources` per label: the loss, without smoothing and z-loss, and the
+    accuracy: the share of labels that are the likeliest token after what stands before them.
 
     The first `data.eval_samples` of each source are shared out to the replicas, whatever the
     layout, so that the result does not depend on it.
@@ -34,13 +35,13 @@ class Validator:
     def __init__(self, step: TrainStep, reader: StepReader):
         self.step, self.reader, self.config = step, reader, step.config
         self.groups = step.model.groups
-        self.options = LossOptions(step.loss.silence_id, step.loss.silence_weight)
+        self.options = LossOptions(step.loss.silence_id, step.loss.silence_weight, count_hits=True)
         encode = encode_config(self.config)
         self.encoder = SampleEncoder(encode, load_tokenizer(encode.tokenizer))
         self.unreadable = 0  # samples of this validation that this rank had to leave out
 
     def __call__(self) -> dict[str, Any]:
-        """`loss`, `source`, `modality`: losses per label; `skipped_samples`. A collective."""
+        """`loss`, `accuracy`, each by `source` and `modality`; `skipped_samples`. A collective."""
         self.unreadable = 0
         self.step.trainable.gather_parameters()
         sources = self.config.data.eval_sources
@@ -52,10 +53,10 @@ class Validator:
         return validation(sources, sums.tolist(), int(skipped))
 
     def _sums(self, source: SourceConfig) -> torch.Tensor:
-        """This rank's part of (sum of losses, labels) over the samples of `source`, fp64 `[2]`."""
+        """This rank's part of (losses, labels, hits), summed over `source`, fp64 `[3]`."""
         samples = self._samples(source) if self.groups.is_leader else iter(())
         judges = self.groups.is_last_stage and self.groups.decoder.tp.rank() == 0
-        sums = torch.zeros(2, dtype=torch.float64, device=hardware.device())
+        sums = torch.zeros(3, dtype=torch.float64, device=hardware.device())
         while reads := self._agree(batches := self._next(samples)):
             batch = self.reader.deal(iter(batches) if self.groups.is_leader else None, reads)
             inputs = self.step.prepare(batch, self.options)
@@ -64,6 +65,7 @@ class Validator:
             if judges:
                 sums[0] += loss
                 sums[1] += sum(item.targets.count for item in inputs)
+                sums[2] += sum(item.targets.hits for item in inputs)
         return sums
 
     def _agree(self, batches: list[MicroBatch]) -> int:
@@ -99,17 +101,43 @@ class Validator:
 def validation(
     sources: list[SourceConfig], sums: list[list[float]], skipped: int
 ) -> dict[str, Any]:
-    """Means over labels of (sum of losses, labels) of each source; None where there is no label."""
+    """Means over labels of (losses, labels, hits) of each source; None where there is no label.
 
-    def mean(wanted: list[list[float]]) -> float | None:
-        labels = sum(count for _, count in wanted)
-        return sum(loss for loss, _ in wanted) / labels if labels else None
-
-    pairs = list(zip(sources, sums, strict=True))
+    `{loss, source: {name: loss}, modality: {name: loss}, accuracy: {all, source, modality},
+    skipped_samples}`
+    """
     modalities = sorted({source.modality for source in sources})
+    pairs = list(zip(sources, sums, strict=True))
+
+    def means(column: int) -> tuple[float | None, dict[str, Any]]:
+        def mean(rows: list[list[float]]) -> float | None:
+            labels = sum(row[1] for row in rows)
+            return sum(row[column] for row in rows) / labels if labels else None
+
+        return mean(sums), {
+            "source": {source.name: mean([own]) for source, own in pairs},
+            "modality": {m: mean([own for s, own in pairs if s.modality == m]) for m in modalities},
+        }
+
+    loss, losses = means(0)
+    accuracy, accuracies = means(2)
     return {
-        "loss": mean(sums),
-        "source": {source.name: mean([own]) for source, own in pairs},
-        "modality": {m: mean([own for s, own in pairs if s.modality == m]) for m in modalities},
+        "loss": loss,
+        **losses,
+        "accuracy": {"all": accuracy, **accuracies},
         "skipped_samples": skipped,
     }
+
+
+def describe(measured: dict[str, Any]) -> str:
+    """`loss 0.5 accuracy 0.8 (image 0.4 0.9, text 0.6 0.7)`"""
+
+    def pair(loss: float | None, accuracy: float | None, words: tuple[str, str] = ("", "")) -> str:
+        if loss is None or accuracy is None:
+            return "without labels"
+        return f"{words[0]}{loss:.4f} {words[1]}{accuracy:.3f}"
+
+    accuracy = measured["accuracy"]
+    parts = [f"{m} {pair(v, accuracy['modality'][m])}" for m, v in measured["modality"].items()]
+    whole = pair(measured["loss"], accuracy["all"], ("loss ", "accuracy "))
+    return f"{whole} ({', '.join(parts)})"

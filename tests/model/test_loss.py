@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moss_train.model.loss import LossOptions, find_targets, weighted_loss
 from tests.torchrun import run_ranks
-from tests.workers.loss import OPTIONS, batch, gradient
+from tests.workers.loss import OPTIONS, batch, gradient, hits
 
 SILENCE, VOCAB = 11, 50
 pytestmark = pytest.mark.usefixtures("groups")
@@ -101,3 +101,13 @@ def test_smoothing_and_z_loss_are_those_of_fp64(name: str, ranks: int, request):
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert exact.grad is not None
     torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_hits_are_the_labels_that_are_the_likeliest_of_the_whole_vocabulary(sharded):
+    logits, tokens = batch()
+    logits[::2].scatter_(1, tokens[::2, None], 100.0)
+    expected = int((logits.argmax(1) == tokens).sum())
+    assert 0 < expected < len(tokens)
+    assert dist.group.WORLD is not None
+    assert hits(*batch(), dist.group.WORLD) == expected
+    assert [sharded.load("hits", rank) for rank in range(2)] == [expected] * 2

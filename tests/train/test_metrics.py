@@ -75,7 +75,7 @@ def test_a_line_holds_every_number_and_the_rates_made_from_them(tmp_path):
 def test_validation_is_in_the_row_of_its_step(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    losses = {"loss": 1.5, "source": {"a": 1.5, "b": None}, "modality": {"text": 1.5}}
+    losses = {"loss": 1.5, "source": {"a": 1.5, "b": None}, "accuracy": {"source": {"a": 0.5}}}
     with MetricsWriter(tmp_path, LoggerConfig(tensorboard=True), CONFIG) as writer:
         writer.write(step_metrics(1))
         writer.write(replace(step_metrics(2), validation=losses))
@@ -86,7 +86,7 @@ def test_validation_is_in_the_row_of_its_step(tmp_path):
     assert second["validation"] == losses | {"loss": 1.25}
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = {tag for tag in events.Tags()["scalars"] if tag.startswith("validation/")}
-    assert found == {"validation/loss", "validation/source/a", "validation/modality/text"}
+    assert found == {"validation/loss", "validation/source/a", "validation/accuracy/source/a"}
 
 
 def test_each_step_can_be_read_before_the_next(tmp_path):

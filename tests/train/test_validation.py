@@ -10,7 +10,7 @@ import pytest
 from moss_train.config import SourceConfig
 from moss_train.train.metrics import read_metrics
 from moss_train.train.report import plot_losses
-from moss_train.train.validation import validation
+from moss_train.train.validation import describe, validation
 from tests.train.runs import metrics
 
 
@@ -20,7 +20,9 @@ def test_validation_is_the_same_in_every_layout_and_falls(small, toy, run_jobs, 
         for m in ("text", "image", "video")
     ]
     options = [*small, "data.eval_samples=7", f"data.eval_sources=[{', '.join(held)}]"]
+    # Small weights, so that the untrained model holds all 512 tokens for about equally likely.
     still = [*options, "trainer.steps=1", "trainer.eval_every=1", "optimizer.lr=1e-12"]
+    still += ["model.init.std=0.02"]
 
     def task(name: str, overrides: list[str], *more: str):
         run = f"run.dir={tmp_path / name}"
@@ -39,12 +41,13 @@ def test_validation_is_the_same_in_every_layout_and_falls(small, toy, run_jobs, 
     assert expected["skipped_samples"] == 0
     assert expected["source"].keys() == {"seen-text", "seen-image", "seen-video"}
     assert expected["modality"]["video"] == expected["source"]["seen-video"]
-    # Random weights: hardly better or worse than any of the 512 tokens.
-    assert expected["loss"] == pytest.approx(math.log(512), abs=1.0)
+    assert expected["loss"] == pytest.approx(math.log(512), abs=0.5)
+    assert expected["accuracy"]["all"] < 0.1
     for name in layouts:
         (row,) = metrics(tmp_path / name)
         assert row["validation"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert row["validation"]["source"] == pytest.approx(expected["source"], rel=1e-5)
+        assert row["validation"]["accuracy"] == expected["accuracy"]
 
     rows = read_metrics(tmp_path / "learns")
     assert ["validation" in row for row in rows] == [False, False, True, True]
@@ -62,10 +65,19 @@ def test_validation_is_the_same_in_every_layout_and_falls(small, toy, run_jobs, 
 
 def test_means_are_over_labels():
     sources = [SourceConfig(n, "", m) for n, m in (("a", "text"), ("b", "video"), ("c", "video"))]
-    sums = [[2.0, 4.0], [6.0, 2.0], [0.0, 0.0]]
-    assert validation(sources, sums, skipped=1) == {
+    sums = [[2.0, 4.0, 3.0], [6.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    measured = validation(sources, sums, skipped=1)
+    assert measured == {
         "loss": 8 / 6,
         "source": {"a": 0.5, "b": 3.0, "c": None},
         "modality": {"text": 0.5, "video": 3.0},
+        "accuracy": {
+            "all": 3 / 6,
+            "source": {"a": 0.75, "b": 0.0, "c": None},
+            "modality": {"text": 0.75, "video": 0.0},
+        },
         "skipped_samples": 1,
     }
+    assert describe(measured) == (
+        "loss 1.3333 accuracy 0.500 (text 0.5000 0.750, video 3.0000 0.000)"
+    )

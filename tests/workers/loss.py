@@ -40,6 +40,18 @@ def gradient(
     return loss.item(), own.grad
 
 
+def hits(logits: Tensor, tokens: Tensor, group: dist.ProcessGroup) -> int:
+    """Labels that are the likeliest token; half of them are made so."""
+    logits = logits.clone()
+    logits[::2].scatter_(1, tokens[::2, None], 100.0)
+    labels = torch.cat((tokens[:1], tokens))
+    targets = find_targets(labels, [len(labels)], LossOptions(11, count_hits=True))
+    own = logits.chunk(group.size(), 1)[group.rank()].clone()
+    weighted_loss(own[:, None], targets, torch.tensor(7.0), group)
+    assert targets.hits is not None
+    return int(targets.hits)
+
+
 def main() -> None:
     hardware.activate("cpu")
     dist.init_process_group("gloo")
@@ -50,6 +62,7 @@ def main() -> None:
     groups = build_groups(ParallelConfig(tensor=2), seed=1)
     for name, options in OPTIONS.items():
         save_result(name, gradient(*batch(), options, groups.decoder.tp))
+    save_result("hits", hits(*batch(), groups.decoder.tp))
     dist.barrier()
     dist.destroy_process_group()
 
