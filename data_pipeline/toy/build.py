@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,12 +21,13 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK
 from data_pipeline.shards import ShardError, check_source, write_shards
 from data_pipeline.tokens import build_toy_tokenizer
-from data_pipeline.toy import captions, render, stream, world
+from data_pipeline.toy import captions, facts, render, stream, world
 
 STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
 QUESTIONS = 4  # about each thing in training; one in held-out samples
-_VERSION = 2  # of what is drawn and said; a change makes existing folders stale
+FACTS = 6  # about each thing in pretraining; half as many after a caption
+_VERSION = 3  # of what is drawn and said; a change makes existing folders stale
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,22 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
         return key | {"json": _answer(f"{told} ", asked)}
     if modality == "image":
         state = world.still(seed)
-        data = (
-            _caption(IMAGE_MARK, captions.describe_places(state))
-            if pretrain
-            else _answer(IMAGE_MARK, [captions.ask_still(state, rng) for _ in range(questions)])
-        )
+        if pretrain:
+            said = partial(facts.still_facts, state, rng)
+            data = _caption(IMAGE_MARK, _said(captions.describe_places(state), said, split, rng))
+        else:
+            asked = [captions.ask_still(state, rng) for _ in range(questions)]
+            data = _answer(IMAGE_MARK, asked)
         return key | {"json": data, "0.jpg": render.jpeg(state, config.size)}
     story = make_story(stage, seed, rng)
     if stage == "sft":
         data = _answer(VIDEO_MARK, [captions.ask_story(story, rng) for _ in range(questions)])
+    elif stage == "realtime_sft":
+        data = _live(story, rng)
     else:
-        data = _about(stage, story, rng)
+        tell = captions.narrate if stage == "pt1" else captions.narrate_order
+        said = partial(facts.story_facts, story, rng)
+        data = _caption(VIDEO_MARK, _said(tell(story), said, split, rng))
     return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
 
 
@@ -157,12 +163,16 @@ def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
     return world.simulate(seed, seconds=8, events=rng.randint(2, 3))
 
 
-def _about(stage: str, story: world.Story, rng: random.Random) -> dict[str, Any]:
-    """The JSON of a clip that is captioned or watched live."""
-    if stage == "pt1":
-        return _caption(VIDEO_MARK, captions.narrate(story))
-    if stage == "pt2":
-        return _caption(VIDEO_MARK, captions.narrate_order(story))
+def _said(caption: str, facts: Callable[[int], str], split: str, rng: random.Random) -> str:
+    """The caption; in training also facts, or facts instead of it."""
+    draw = rng.random() if split == "train" else 0.0
+    if draw < 0.3:
+        return caption
+    return f"{caption} {facts(FACTS // 2)}" if draw < 0.6 else facts(FACTS)
+
+
+def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
+    """The JSON of a clip that is watched live."""
     live = stream.question(story, rng) if rng.random() < 0.5 else stream.narration(story)
     data = {
         "messages": live.messages,

@@ -55,6 +55,11 @@ def tell(event: Event) -> str:
     return sentence(_clause(event, _PRESENT))
 
 
+def past(event: Event) -> str:
+    """`the red circle turned blue`"""
+    return _clause(event, _PAST)
+
+
 def _clause(event: Event, tense: dict[str, str]) -> str:
     article = "a" if event.kind == "come" else "the"
     return f"{article} {event.who} {tense[event.kind]} {event.to}".rstrip()
@@ -68,7 +73,7 @@ def narrate(story: Story) -> str:
 def narrate_order(story: Story) -> str:
     """As `narrate`, and which of the first and the last event came before the other."""
     first, last = story.events[0], story.events[-1]
-    order = sentence(f"{_clause(first, _PAST)} before {_clause(last, _PAST)}")
+    order = sentence(f"{past(first)} before {past(last)}")
     return f"{narrate(story)} {order}"
 
 
@@ -97,13 +102,18 @@ def place(state: State, rng: random.Random, when: str = "") -> QA:
 
 def exists(state: State, rng: random.Random, when: str = "") -> QA:
     """Yes or no, equally often; of a no, one of colour and shape is there or neither."""
-    thing, names = rng.choice(state), {thing.name for thing in state}
-    name, yes = thing.name, rng.random() < 0.5
-    while not yes and name in names:
-        name = rng.choice(
-            [f"{rng.choice([*COLOURS])} {thing.shape}", f"{thing.colour} {rng.choice(SHAPES)}"]
-        )
+    yes = rng.random() < 0.5
+    name = rng.choice(state).name if yes else absent(state, rng)
     return _closed("exists", f"Is there a {name}{when}?", "yes" if yes else "no", ("yes", "no"))
+
+
+def absent(state: State, rng: random.Random) -> str:
+    """The name of what is not there, though its colour or its shape may be."""
+    thing = rng.choice(state)
+    names = [f"{colour} {thing.shape}" for colour in COLOURS]
+    names += [f"{thing.colour} {shape}" for shape in SHAPES]
+    there = {thing.name for thing in state}
+    return rng.choice([name for name in names if name not in there])
 
 
 OF_A_STATE = (colour, shape, count, place, exists)
@@ -114,29 +124,29 @@ def first_or_last(story: Story, rng: random.Random) -> QA:
     return QA("order", f"What happens {word}?", tell(event))
 
 
-def _single(story: Story) -> list[Event]:
+def single(story: Story) -> list[Event]:
     """The events that are alone in what they say: a shape may move right, left and right."""
-    told = [_clause(event, _PAST) for event in story.events]
-    return [event for event in story.events if told.count(_clause(event, _PAST)) == 1]
+    told = [past(event) for event in story.events]
+    return [event for event in story.events if told.count(past(event)) == 1]
 
 
 def before(story: Story, rng: random.Random) -> QA | None:
     """Did one event come before another? Yes or no, equally often; None with too few events."""
-    if len(_single(story)) < 2:
+    if len(single(story)) < 2:
         return None
-    one, two = rng.sample(_single(story), 2)
-    told = f"{_clause(one, _PAST)} before {_clause(two, _PAST)}"
+    one, two = rng.sample(single(story), 2)
+    told = f"{past(one)} before {past(two)}"
     answer = "yes" if one.second < two.second else "no"
     return _closed("before", f"Is it true that {told}?", answer, ("yes", "no"))
 
 
 def when(story: Story, rng: random.Random) -> QA | None:
     """The second of an event; None where every event has a double."""
-    if not _single(story):
+    if not single(story):
         return None
-    event = rng.choice(_single(story))
+    event = rng.choice(single(story))
     options = [f"at second {NUMBERS[second]}" for second in range(1, len(story.states))]
-    question = f"When was it that {_clause(event, _PAST)}?"
+    question = f"When was it that {past(event)}?"
     return _closed("when", question, options[event.second - 1], options)
 
 
