@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,9 +25,7 @@ from data_pipeline.toy import captions, facts, render, stream, world
 
 STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
-QUESTIONS = 4  # about each thing in training; one in held-out samples
-FACTS = 6  # about each thing in pretraining; half as many after a caption
-_VERSION = 3  # of what is drawn and said; a change makes existing folders stale
+_VERSION = 4  # of what is drawn and said; a change makes existing folders stale
 
 
 @dataclass(frozen=True)
@@ -124,33 +122,31 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     rng = random.Random(f"{config.seed}/{source}/{index}")
     stage, split, modality = source.split("/")
     pretrain = stage.startswith("pt")
-    questions = QUESTIONS if split == "train" else 1
     seed = rng.getrandbits(48)
     key = {"__key__": f"{modality}-{index:06d}"}
     if modality == "text":
         state, story = world.still(seed), world.simulate(seed, seconds=8, events=2)
         if pretrain:
             return key | {"json": _caption("", captions.narrate_order(story))}
-        told, asked = captions.ask_text(state, story, rng, questions)
+        told, asked = captions.ask_text(state, story, rng)
         return key | {"json": _answer(f"{told} ", asked)}
     if modality == "image":
         state = world.still(seed)
         if pretrain:
-            said = partial(facts.still_facts, state, rng)
-            data = _caption(IMAGE_MARK, _said(captions.describe_places(state), said, split, rng))
+            fact = facts.still_facts(state, rng)
+            data = _caption(IMAGE_MARK, _said(captions.describe_places(state), fact, split, rng))
         else:
-            asked = [captions.ask_still(state, rng) for _ in range(questions)]
-            data = _answer(IMAGE_MARK, asked)
+            data = _answer(IMAGE_MARK, captions.ask_still(state, rng))
         return key | {"json": data, "0.jpg": render.jpeg(state, config.size)}
     story = make_story(stage, seed, rng)
     if stage == "sft":
-        data = _answer(VIDEO_MARK, [captions.ask_story(story, rng) for _ in range(questions)])
+        data = _answer(VIDEO_MARK, captions.ask_story(story, rng))
     elif stage == "realtime_sft":
         data = _live(story, rng)
     else:
         tell = captions.narrate if stage == "pt1" else captions.narrate_order
-        said = partial(facts.story_facts, story, rng)
-        data = _caption(VIDEO_MARK, _said(tell(story), said, split, rng))
+        fact = facts.story_fact(story, rng)
+        data = _caption(VIDEO_MARK, _said(tell(story), fact, split, rng))
     return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
 
 
@@ -163,12 +159,10 @@ def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
     return world.simulate(seed, seconds=8, events=rng.randint(2, 3))
 
 
-def _said(caption: str, facts: Callable[[int], str], split: str, rng: random.Random) -> str:
-    """The caption; in training also facts, or facts instead of it."""
-    draw = rng.random() if split == "train" else 0.0
-    if draw < 0.3:
-        return caption
-    return f"{caption} {facts(FACTS // 2)}" if draw < 0.6 else facts(FACTS)
+def _said(caption: str, fact: str, split: str, rng: random.Random) -> str:
+    """The caption, or in half of the samples of training a fact; never both: the caption would
+    give the fact away."""
+    return fact if split == "train" and rng.random() < 0.5 else caption
 
 
 def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
@@ -189,12 +183,10 @@ def _caption(mark: str, text: str) -> dict[str, Any]:
     return _talk([(mark, text)], "caption") | {"task": "caption"}
 
 
-def _answer(shown: str, asked: list[captions.QA]) -> dict[str, Any]:
-    """Questions one after the other; `shown` stands before the first. Evaluation asks the last."""
-    turns = [(qa.question, qa.answer) for qa in asked]
-    turns[0] = (shown + turns[0][0], turns[0][1])
-    data = _talk(turns, "chat") | {"task": asked[-1].task}
-    return data | ({"options": list(asked[-1].options)} if asked[-1].options else {})
+def _answer(shown: str, asked: captions.QA) -> dict[str, Any]:
+    """One question: of several about one thing the first answers would give later ones away."""
+    data = _talk([(shown + asked.question, asked.answer)], "chat") | {"task": asked.task}
+    return data | ({"options": list(asked.options)} if asked.options else {})
 
 
 def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:

@@ -173,12 +173,9 @@ def ask_story(story: Story, rng: random.Random) -> QA:
     return ask(story, rng) or first_or_last(story, rng)
 
 
-def ask_text(
-    state: State, story: Story, rng: random.Random, questions: int
-) -> tuple[str, list[QA]]:
-    """Words that tell the scene, or the story, and questions that need no picture."""
+def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, QA]:
+    """Words that tell the scene, or the story, and a question that needs no picture."""
     if rng.random() < 0.5:
-        asks = rng.choices((colour, shape, count, exists), k=questions)
-        return describe(state), [ask(state, rng) for ask in asks]
-    told = rng.choices((first_or_last, before), k=questions)
-    return narrate(story), [ask(story, rng) or first_or_last(story, rng) for ask in told]
+        return describe(state), rng.choice((colour, shape, count, exists))(state, rng)
+    asked = rng.choice((first_or_last, before))(story, rng)
+    return narrate(story), asked or first_or_last(story, rng)

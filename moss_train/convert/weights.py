@@ -33,10 +33,26 @@ def random_reader(model: ModelConfig, seed: int) -> Reader:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         if name.endswith("lora_a"):
             return torch.randn(shape, generator=generator) * shape[1] ** -0.5
-        std = model.vision.hidden_size**-0.5 if name.endswith("_embedding") else model.init.std
-        return torch.randn(shape, generator=generator) * std
+        return torch.randn(shape, generator=generator) * _std(model, name)
 
     return read
+
+
+def _std(model: ModelConfig, name: str) -> float:
+    """Standard deviation of a parameter that is drawn.
+
+    What adds to the residual stream is drawn smaller, so that the sum over the layers is not (as in
+    GPT-2: std / sqrt(2 x layers)).
+    """
+    if name.endswith(("embed_tokens.weight", "gated_positional_embedding.embedding")):
+        return model.init.embedding or model.init.std
+    if name.endswith("class_embedding"):
+        return model.vision.hidden_size**-0.5
+    if name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight")):
+        vision = name.startswith("vision_model.")
+        layers = model.vision.num_layers if vision else model.text.num_layers
+        return model.init.std / math.sqrt(2 * layers)
+    return model.init.std
 
 
 def _constant(model: ModelConfig, name: str) -> float | None:

@@ -65,7 +65,7 @@ class Validator:
             if judges:
                 sums[0] += loss
                 sums[1] += sum(item.targets.count for item in inputs)
-                sums[2] += sum(item.targets.hits for item in inputs)
+                sums[2] += sum(int(item.targets.hits or 0) for item in inputs)
         return sums
 
     def _agree(self, batches: list[MicroBatch]) -> int:

@@ -54,6 +54,11 @@ def test_random_weights_follow_the_seed_and_the_preset(groups):
     drawn = "language_model.model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(first[drawn], other[drawn])
     assert first[drawn].std().item() == pytest.approx(toy.init.std, rel=0.02)
+    # What adds to the residual stream: smaller, by the square root of twice the layers.
+    added = first["language_model.model.layers.0.mlp.down_proj.weight"]
+    assert added.std().item() == pytest.approx(toy.init.std / 4, rel=0.02)
+    names = first["language_model.model.embed_tokens.weight"]
+    assert names.std().item() == pytest.approx(1.0, rel=0.02)
     assert first["language_model.model.layers.1.cross_attn_attn_gate"].item() == 0.5
     assert (first["language_model.model.norm.weight"] == 1).all()
     assert (first["multi_modal_projector.bias"] == 0).all()

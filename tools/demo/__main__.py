@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     first, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="tools.demo", usage=first, description=rest)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--train", type=int, default=4000, help="samples of each source")
+    parser.add_argument("--train", type=int, default=10_000, help="samples of each source")
     parser.add_argument("--heldout", type=int, default=100, help="samples of each source")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("overrides", nargs="*", help="of all stages: data.samples=1000")
@@ -65,6 +65,8 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
         f"data.root={options.out / 'world'}",
         f"run.dir={run}",
         "trainer.console_every=50",
+        "data.global_batch=32",
+        f"data.micro_batch={32 // options.ranks}",
         *([f"init_from={before}"] if before else []),
         *options.overrides,
     ]
