@@ -90,4 +90,6 @@ def _part(value: Any, kind: type[PretrainedConfig]) -> PretrainedConfig:
     return value if isinstance(value, PretrainedConfig) else kind(**(value or {}))
 
 
+MossVideoConfig.register_for_auto_class()
+
 __all__ = ["MossVideoConfig"]

@@ -16,8 +16,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_moss_video import MossVideoConfig
-from .decoder_moss_video import CrossLayer, Decoder, RMSNorm, attend
-from .vision_moss_video import PositionEmbedding, VisionTower, join_states
+from .decoder_moss_video import Decoder, RMSNorm, attend
+from .vision_moss_video import VisionTower, join_states
 
 OLD_NAMES = {
     r"^language_model\.model\.": "model.language_model.",
@@ -122,7 +122,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.language_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.model.language_model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
@@ -136,11 +136,9 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 continue
             if isinstance(module, RMSNorm | nn.LayerNorm) and name == "weight":
                 parameter.fill_(1.0)
-            elif name == "bias" or (isinstance(module, CrossLayer) and name.endswith("gate")):
+            elif name == "bias" or name.endswith("gate"):
                 parameter.zero_()
-            elif isinstance(module, PositionEmbedding) and name == "gate":
-                parameter.zero_()
-            elif not name.startswith("gate"):  # other gates keep what they are made with
+            elif not name.startswith("gate_"):  # gates of vision keep what they are made with
                 parameter.normal_(std=std)
 
     def get_image_features(
@@ -205,9 +203,9 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cross_attention_states: `get_image_features`, in place of `pixel_values`.
             position_ids: `[B, S]`; None: the index among the tokens that are not padding.
             past_key_values: a DynamicCache. Frames in it stay visible; new frames join them.
-            inputs_embeds: in place of `input_ids`; frames then need `cross_attention_mask`.
+            inputs_embeds: in place of embedded `input_ids`; frames need both.
             labels: `[B, S]`, not shifted; -100 and `<|image|>` are ignored, silence weighs
-                `silence_weight`. The sum is divided by `num_items_in_batch`, or the count of labels.
+                `silence_weight`. The sum is divided by `num_items_in_batch`, or their count.
             logits_to_keep: logits of so many last positions only, or of these positions.
         """
         decoder = self.model.language_model
@@ -225,15 +223,16 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cross_attention_states = self.get_image_features(
                 pixel_values, aspect_ratio_ids, aspect_ratio_mask
             )
+        positions, seen = None, None
+        if cross_attention_states is not None:
+            positions, seen = self._marks(input_ids, position_ids, cross_attention_states.shape[1])
+            if cross_attention_mask is None:
+                count = cross_attention_states.shape[2] // self.config.tokens_per_frame
+                ids = torch.ones_like(positions) if aspect_ratio_ids is None else aspect_ratio_ids
+                tiles = self._tiles(ids, aspect_ratio_mask, count)  # [B, F, T]
+                seen = seen[..., None] & tiles[:, None]
         frames = self._frames(
-            x,
-            input_ids,
-            position_ids,
-            cross_attention_states,
-            cross_attention_mask,
-            aspect_ratio_ids,
-            aspect_ratio_mask,
-            past_key_values,
+            x, cross_attention_states, positions, seen, cross_attention_mask, past_key_values
         )
         tokens = CachedTokens(past_key_values, _token_mask(attention_mask, past, x.shape[1]))
         x = decoder(x, position_ids, tokens, frames)
@@ -253,66 +252,50 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _frames(
         self,
         x: Tensor,
-        input_ids: Tensor | None,
-        position_ids: Tensor,
         states: Tensor | None,
+        positions: Tensor | None,
+        seen: Tensor | None,
         mask: Tensor | None,
-        ratio_ids: Tensor | None,
-        ratio_mask: Tensor | None,
         cache: Any,
     ) -> AttendedFrames | None:
-        """The frames of this pass: those in the cache, and new `states` `[B, F, T x P, H]`."""
-        # [B, F, T]: what the last token so far sees.
+        """The frames of a pass over `x` `[B, S, H]`: those in the cache, and new `states`
+        `[B, F, T x P, H]` at `positions`, of which tokens see `seen` `[B, S, F, T]`, if `mask`
+        does not say it of all of them."""
+        # What the last token so far saw of the frames in the cache: [B, F, T].
         old = getattr(cache, "seen_tiles", None)
         if states is None and old is None:
             return None
-        batch, length = x.shape[:2]
-        if states is not None:
-            positions, new_mask = self._marks(x, input_ids, position_ids, states.shape[1])
-            if mask is None and new_mask is None:
-                raise ValueError("inputs_embeds with frames needs cross_attention_mask")
-            if mask is None:
-                tile_count = 1 if ratio_mask is None else ratio_mask.shape[-1]
-                if ratio_mask is None and ratio_ids is not None:
-                    grids = states.shape[2] // self.config.tokens_per_frame
-                    tile_count = grids
-                ids = positions.new_ones(states.shape[:2]) if ratio_ids is None else ratio_ids
-                tiles = self._tiles(ids, ratio_mask, tile_count)  # [B, F, T]
-                mask = new_mask[..., None] & tiles[:, None]
-                if old is not None:
-                    mask = torch.cat((old[:, None].expand(-1, length, -1, -1), mask), dim=2)
-        elif mask is None or mask.shape[1] != length:
-            assert old is not None
-            mask = old[:, None].expand(-1, length, -1, -1)
-        mask = mask.bool()
-        if mask.shape[:2] != (batch, length):
+        shape = tuple(x.shape[:2])
+        if mask is None:
+            parts = [] if old is None else [old[:, None].expand(-1, shape[1], -1, -1)]
+            mask = torch.cat(parts if seen is None else [*parts, seen], dim=2)
+        elif tuple(mask.shape[:2]) != shape:
             raise ValueError(
                 f"cross_attention_mask is of {tuple(mask.shape[:2])} rows and tokens, "
-                f"the input of {(batch, length)}"
+                f"the input of {shape}"
             )
-        keys_values = self._keys_values(states, positions if states is not None else None, cache)
+        mask = mask.bool()
+        keys_values = self._keys_values(states, positions, cache)
         if cache is not None:
             cache.seen_tiles = mask[:, -1]
         attend_all = self.config.blind_rows == "attend_all"
         return AttendedFrames(keys_values, mask, attend_all, x.dtype)
 
     def _marks(
-        self, x: Tensor, input_ids: Tensor | None, position_ids: Tensor, count: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Positions of the frames `[B, F]` (padding frames: 0), and True where a token comes at or
-        after a frame's `<|image|>` `[B, S, F]`."""
+        self, input_ids: Tensor | None, position_ids: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Positions of `count` frames `[B, F]` (padding frames: 0), and True where a token is or
+        comes after a frame's `<|image|>` `[B, S, F]`."""
         if input_ids is None:
-            return position_ids.new_zeros(len(x), count), None
+            raise ValueError("frames need input_ids: their <|image|> tokens say where they stand")
         marks = input_ids == self.config.image_token_index  # [B, S]
         most = int(marks.sum(1).max())
         if most > count:
             raise ValueError(f"a row has {most} <|image|> tokens, but {count} frames are given")
-        number = marks.cumsum(1)  # frames up to each token [B, S]
-        frames = torch.arange(1, count + 1, device=x.device)
-        seen = number[:, :, None] >= frames  # [B, S, F]
-        is_mark = marks[:, :, None] & (number[:, :, None] == frames)
-        positions = (is_mark * position_ids[:, :, None]).sum(1)
-        return positions, seen
+        number = marks.cumsum(1)[:, :, None]  # frames up to each token
+        frames = torch.arange(1, count + 1, device=marks.device)
+        own = marks[:, :, None] & (number == frames)  # [B, S, F]
+        return (own * position_ids[:, :, None]).sum(1), number >= frames
 
     def _keys_values(
         self, states: Tensor | None, positions: Tensor | None, cache: Any
@@ -387,5 +370,8 @@ def _causal(past: int, length: int, device: torch.device | None) -> Tensor:
     key = torch.arange(past + length, device=device)
     return key <= torch.arange(past, past + length, device=device)[:, None]
 
+
+# What save_pretrained writes can be opened by itself: it copies these files and names the class.
+MossVideoForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["MossVideoForConditionalGeneration"]
