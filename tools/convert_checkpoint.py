@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Converts. 1 with a message where that cannot be done; nothing is left then."""
     options = _parse(arguments)
     if options.list:
-        print(listing(_model(options.model)))
+        print(listing(read_model(options.model)))
         return 0
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
                     arch=options.arch,
                     dtype=options.dtype,
                     stage=options.stage,
-                    grow_into=_model(options.model) if options.model else None,
+                    grow_into=read_model(options.model) if options.model else None,
                     seed=options.seed,
                     check_finite=options.check_finite,
                     allow_pickle=options.allow_pickle,
@@ -149,7 +149,7 @@ def _layers(found: list[Pattern]) -> str:
     return "; ".join(f"{kind} {', '.join(map(str, layers))}" for kind, layers in kinds.items())
 
 
-def _model(path: Path | None) -> ModelConfig:
+def read_model(path: Path | None) -> ModelConfig:
     """A file as in conf/model; without one, that of 11b."""
     if path is None:
         return ModelConfig()

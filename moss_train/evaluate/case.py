@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -42,6 +43,22 @@ class Case:
     def lengths(self) -> list[int]:
         """Tokens of each row without padding."""
         return self.attention_mask.sum(1).tolist()
+
+
+@dataclass
+class ForwardJob:
+    """What ranks of evaluate/forward.py need to know. `greedy`: tokens that follow the first row."""
+
+    checkpoint: str
+    case: str
+    out: str
+    parallel: dict[str, Any]
+    dtype: str  # fp32 | bf16
+    device: str
+    image_id: int
+    silence_id: int
+    silence_weight: float
+    greedy: int
 
 
 def read_case(path: Path, image_id: int, silence_id: int, silence_weight: float) -> Case:

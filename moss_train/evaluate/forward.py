@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from moss_train import hardware
 from moss_train.config import HardwareConfig, ParallelConfig, from_dict
-from moss_train.evaluate.case import Case, read_case
+from moss_train.evaluate.case import Case, ForwardJob, read_case
 from moss_train.model.frames import NEVER, FrameBatch, plan_frames
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
@@ -30,22 +28,6 @@ from moss_train.parallel.schedule import DecoderInput, run_schedule
 from moss_train.train.checkpoint import load_weights
 from moss_train.train.process import start_process_group
 from moss_train.train.saved import read_run
-
-
-@dataclass
-class ForwardJob:
-    """What the ranks need to know. `greedy`: how many tokens follow the first row."""
-
-    checkpoint: str
-    case: str
-    out: str
-    parallel: dict[str, Any]
-    dtype: str  # fp32 | bf16
-    device: str
-    image_id: int
-    silence_id: int
-    silence_weight: float
-    greedy: int
 
 
 def main(job: ForwardJob) -> None:
