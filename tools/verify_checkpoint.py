@@ -215,15 +215,15 @@ def check_parallel(checkpoint: Path, layout: str) -> None:
 
 
 def parallel_of(layout: str) -> ParallelConfig:
-    """`tp2_pp2` and the like: tp, pp, vp with a number, sp; `single`.
+    """`tp2_pp2` and the like: tp and pp with a number, sp; `single`.
 
     Raises:
         EvaluationError: it is none of these.
     """
-    fields = {"tp": "tensor", "pp": "pipeline", "vp": "virtual"}
+    fields = {"tp": "tensor", "pp": "pipeline"}
     values: dict[str, Any] = {}
     for word in [] if layout == "single" else layout.split("_"):
-        found = re.fullmatch(r"(tp|pp|vp)([1-9]\d*)|sp", word)
+        found = re.fullmatch(r"(tp|pp)([1-9]\d*)|sp", word)
         if found is None:
             raise EvaluationError(f"--layout {layout}: must be single, or such as tp2, tp2_pp2")
         values |= {"sequence": True} if word == "sp" else {fields[found[1]]: int(found[2])}

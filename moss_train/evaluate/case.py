@@ -47,7 +47,7 @@ class Case:
 
 @dataclass
 class ForwardJob:
-    """What ranks of evaluate/forward.py need to know. `greedy`: tokens that follow the first row."""
+    """What the ranks of forward.py need to know. `greedy`: tokens that follow the first row."""
 
     checkpoint: str
     case: str

@@ -50,7 +50,10 @@ def main(job: ForwardJob) -> None:
 
 @torch.no_grad()
 def run_forward(model: MossVideo, case: Case, greedy: int) -> dict[str, Tensor]:
-    """`logits` `[B, S, V]` and `loss` `[1]` (of the last stage), `greedy` tokens. A collective."""
+    """`logits` `[B, S, V]` and `loss` `[1]` (of the last stage), `greedy` tokens. A collective.
+
+    Not for interleaved chunks (`parallel.virtual`), whose schedule wants more than one microbatch.
+    """
     device = hardware.device()
     dtype = model.encoder.vision.class_embedding.dtype
     pixels = case.pixels.flatten(0, 1).to(device, dtype)
@@ -63,7 +66,7 @@ def run_forward(model: MossVideo, case: Case, greedy: int) -> dict[str, Tensor]:
     if greedy:
         out["greedy"] = greedy_tokens(model, case, states, greedy)
     if logits:
-        out["logits"] = torch.stack(logits).float()
+        out["logits"] = torch.stack(logits)[:, : case.tokens.shape[1]].float()
     return out
 
 
@@ -103,15 +106,21 @@ def decoder_input(model: MossVideo, case: Case, row: int, states: Tensor) -> Dec
     device = hardware.device()
     rows, lengths = slice(row, row + 1), case.lengths[row : row + 1]
     attend_all = model.config.blind_rows == "attend_all"
+    tokens = _padded(model, case.tokens[row])
     frames = frames_of_batch(
-        case.positions[rows], case.mask[rows], lengths, attend_all, case.tokens.shape[1]
+        case.positions[rows], case.mask[rows], lengths, attend_all, len(tokens)
     ).to(device)
     frames.states = states.unflatten(0, case.ratio_ids.shape)[row]
     options = LossOptions(case.silence_id, case.silence_weight)
-    targets = find_targets(case.labels[row], lengths, options)
+    targets = find_targets(_padded(model, case.labels[row], -100), lengths, options)
     for name in ("rows", "tokens", "weights"):
         setattr(targets, name, getattr(targets, name).to(device))
-    return DecoderInput(PackedText(case.tokens[row].to(device), lengths), frames, targets)
+    return DecoderInput(PackedText(tokens.to(device), lengths), frames, targets)
+
+
+def _padded(model: MossVideo, row: Tensor, value: int = 0) -> Tensor:
+    """A row that sequence-parallel ranks can share evenly."""
+    return torch.nn.functional.pad(row, (0, -len(row) % model.parallel.tensor), value=value)
 
 
 def step_logits(chunks: Sequence[nn.Module], items: list[DecoderInput]) -> list[Tensor]:
@@ -135,19 +144,21 @@ def step_logits(chunks: Sequence[nn.Module], items: list[DecoderInput]) -> list[
 
 def greedy_tokens(model: MossVideo, case: Case, states: Tensor, count: int) -> Tensor:
     """Greedy tokens that follow the first row, each from a full forward pass. A collective."""
-    length, device = case.lengths[0], hardware.device()
-    tokens, mask = case.tokens[0, :length], case.mask[:1, :length]
+    device, own = hardware.device(), case.lengths[0]
+    tokens, mask = case.tokens[0, :own], case.mask[:1, :own]
     attend_all = model.config.blind_rows == "attend_all"
     new: list[Tensor] = []
     while len(new) < count:
-        frames = frames_of_batch(case.positions[:1], mask, [len(tokens)], attend_all).to(device)
+        row, length = _padded(model, tokens), len(tokens)
+        frames = frames_of_batch(case.positions[:1], mask, [length], attend_all, len(row))
         frames.states = states[: case.ratio_ids.shape[1]]
-        text = PackedText(tokens.to(device), [len(tokens)])
-        item = DecoderInput(text, frames, find_targets(tokens, text.lengths, LossOptions(-1)))
+        text = PackedText(row.to(device), [length])
+        nothing = find_targets(torch.full_like(row, -100), [length], LossOptions(-1))
+        item = DecoderInput(text, frames.to(device), nothing)
         with torch.no_grad():
             logits = step_logits(model.chunks, [item])
         best = torch.zeros((), dtype=torch.long, device=device)
-        best = logits[0][-1].argmax() if logits else best
+        best = logits[0][length - 1].argmax() if logits else best
         dist.broadcast(best, dist.get_world_size() - 1)  # the last rank is on the last stage
         new.append(best.cpu())
         tokens = torch.cat((tokens, best.cpu()[None]))

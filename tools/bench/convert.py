@@ -1,7 +1,7 @@
 """python -m tools.bench.convert FOLDER [--model conf/model/11b.yaml] [--workers 2]
 
-Random weights of a model's size, bf16, as a published checkpoint: to megatron, back, compared. Prints
-time, rate and peak memory of each way. FOLDER must have room for three times the model.
+Random weights of a model's size, bf16, as a published checkpoint: to megatron, back, compared.
+Prints time, rate and peak memory of each way. FOLDER must have room for three times the model.
 """
 
 from __future__ import annotations
@@ -106,13 +106,13 @@ def write_source(folder: Path, preset: Path | None, workers: int) -> int:
 
 
 def _numbers(shape: torch.Size) -> Tensor:
-    """Random signs and fractions between 0.5 and 2: a tenth of the time of a normal distribution."""
+    """Random signs and fractions, 0.5 to 1: a tenth of the time of a normal distribution."""
     bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
     return ((bits & -32641) | 0x3F00).view(torch.bfloat16)  # -32641: sign and fraction
 
 
 def measured(*arguments: str) -> None:
-    """Runs tools.convert_checkpoint; prints its peak memory, of anything but mapped files too."""
+    """Runs tools.convert_checkpoint; prints its peak memory, mapped files included."""
     command = [sys.executable, "-m", "tools.convert_checkpoint", *arguments]
     began, peak = time.monotonic(), 0
     process = psutil.Popen(command)
