@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from moss_train.convert.source import ConversionError
-from moss_train.convert.work import HashedFile
+from moss_train.convert.work import HashedFile, Memory
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -144,14 +144,15 @@ class Box:
 
 
 def write_boxes(
-    path: Path, boxes: list[Box], say: Callable[[int], None]
+    path: Path, boxes: list[Box], memory: Memory, say: Callable[[int], None]
 ) -> tuple[dict[MetadataIndex, _StorageInfo], str]:
     """Writes a `.distcp` file; returns where each box is, and the file's SHA-256."""
     places = {}
     file = HashedFile(path)
     for box in boxes:
         start = file.tell()
-        torch.save(box.make().contiguous(), file)
+        with memory.lend(3 * box.bytes):  # as stored, mapped and cast
+            torch.save(box.make().contiguous(), file)
         index = MetadataIndex(box.name, box.offsets)
         places[index] = _StorageInfo(path.name, start, file.tell() - start)
         say(box.bytes)

@@ -230,19 +230,13 @@ def _write(
     parts: list[list[Box]] = [[] for _ in range(workers)]
     for box in sorted(boxes, key=lambda box: -box.bytes):  # even: the largest first
         min(parts, key=lambda part: sum(other.bytes for other in part)).append(box)
-    largest = max(box.bytes for box in boxes)
-    memory = Memory(max(3 * largest, 2**30))
+    whole: dict[str, int] = {}
+    for box in boxes:
+        whole[box.name] = whole.get(box.name, 0) + box.bytes
+    memory = Memory(3 * max(whole.values()))
 
     def write(number: int) -> tuple[dict, str]:
-        def lent(box: Box) -> Box:
-            def make() -> Tensor:
-                with memory.lend(3 * box.bytes):
-                    return box.make()
-
-            return replace(box, make=make)
-
-        part = [lent(box) for box in parts[number]]
-        return write_boxes(folder / f"__0_{number}.distcp", part, say)
+        return write_boxes(folder / f"__0_{number}.distcp", parts[number], memory, say)
 
     written = run_workers(range(workers), write, workers)
     layers = list(_linear_layers(model))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
@@ -66,5 +67,5 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
         for name in one.keys() & other.keys()
         if one[name].dtype != other[name].dtype
         or one[name].shape != other[name].shape
-        or one[name].numpy(force=True).tobytes() != other[name].numpy(force=True).tobytes()
+        or not torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))
     ]

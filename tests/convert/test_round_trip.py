@@ -23,10 +23,11 @@ from tests.model.golden import LIMITS, mllama_case
 from tests.torchrun import REPO, Result, run_ranks
 
 LAYOUTS = {
+    # First: after other layouts, its groups of the same ranks have names that are taken.
+    "tp2_sp_vision": {"tensor": 2, "sequence": True, "vision_tensor": True},
     "tp2": {"tensor": 2},
     "pp2": {"pipeline": 2},
     "tp2_pp2": {"tensor": 2, "pipeline": 2},
-    "tp2_sp_vision": {"tensor": 2, "sequence": True, "vision_tensor": True},
     "pp2_vp2": {"pipeline": 2, "virtual": 2},
     "lora": {"tensor": 2, "lora": True},
 }
