@@ -30,10 +30,10 @@ class QuantizedLinear(nn.Module):
         assert linear.bias is None
         dtype, largest = KINDS[kind]
         full = linear.weight.detach().float()
-        scale = full.abs().amax(1).clamp(min=1e-12) / largest
-        scaled = full / scale[:, None]
+        scale = (full.abs().amax(1).clamp(min=1e-12) / largest).to(linear.weight.dtype)
+        scaled = (full / scale.float()[:, None]).clamp(-largest, largest)
         self.register_buffer("weight", (scaled.round() if kind == "int8" else scaled).to(dtype))
-        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
