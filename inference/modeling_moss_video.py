@@ -105,12 +105,13 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _no_split_modules = ("VisionLayer", "SelfLayer", "CrossLayer")
     _supports_sdpa = True
     _tied_weights_keys = None
+    tokens_type = CachedTokens
 
     def __init__(self, config: MossVideoConfig):
         super().__init__(config)
         text = config.text_config
         self.model = MossVideoModel(config)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
@@ -234,7 +235,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         frames = self._frames(
             x, cross_attention_states, positions, seen, cross_attention_mask, past_key_values
         )
-        tokens = CachedTokens(past_key_values, _token_mask(attention_mask, past, x.shape[1]))
+        tokens = self.tokens_type(past_key_values, _token_mask(attention_mask, past, x.shape[1]))
         x = decoder(x, position_ids, tokens, frames)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])
@@ -323,7 +324,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.silence_token_id is not None:
             silent = targets == config.silence_token_id
             losses = torch.where(silent, losses * config.silence_weight, losses)
-        return losses.sum() / ((targets != -100).sum() if count is None else count)
+        labelled = (targets != -100).sum().clamp(min=1)
+        return losses.sum() / (labelled if count is None else count)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = None, **kwargs: Any
