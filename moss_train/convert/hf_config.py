@@ -26,7 +26,7 @@ ARCHITECTURES = ("moss", "mllama")
 
 
 def model_config_from_hf(
-    source: str | Path | Mapping[str, Any], arch: str | None = None
+    source: str | Path | Mapping[str, Any], arch: str | None = None, dtype: str | None = None
 ) -> ModelConfig:
     """The model that a checkpoint was made with.
 
@@ -40,6 +40,7 @@ def model_config_from_hf(
         source: config.json, the folder that holds it, or what was read from it.
         arch: `moss` also where no key says so (pooling is then what ProjectorConfig has), `mllama`
             to insist on plain Llama; None: as the keys say.
+        dtype: fp32 | bf16 in place of what the file says.
 
     Raises:
         ConfigError: a key is missing, of a wrong type, or asks for what the model cannot do; each
@@ -66,7 +67,7 @@ def model_config_from_hf(
         text=_text(text),
         blind_rows=root.choice("blind_rows", ("attend_all", "zero")),
         cross_attention_rope=root.flag("cross_attention_rope", moss),
-        dtype=_dtype(root, text),
+        dtype=dtype or _dtype(root, text),
     )
 
 

@@ -61,7 +61,7 @@ class Quantizer:
             "strategy": "channel",
             "dynamic": False,
         }
-        group = {"targets": ["Linear"], "weights": weights}
+        group = {"targets": ["Linear"], "weights": weights, "format": self.form}
         return {
             "quant_method": "compressed-tensors",
             "format": self.form,

@@ -96,7 +96,7 @@ def convert_hf(options: FromHf) -> list[str]:
         dtypes = folder.dtypes
     else:
         folder = HfFolder(source, normalize_name, options.allow_pickle)
-        model = _fitted(model_config_from_hf(source, options.arch), folder)
+        model = _fitted(model_config_from_hf(source, options.arch, options.dtype), folder)
         _check_tensors(model, folder)
         dtypes = folder.dtypes
 
