@@ -96,6 +96,7 @@ def convert_hf(options: FromHf) -> list[str]:
         dtypes = folder.dtypes
     else:
         folder = HfFolder(source, normalize_name, options.allow_pickle)
+        _check_dtypes(folder, options)
         model = _fitted(model_config_from_hf(source, options.arch, options.dtype), folder)
         _check_tensors(model, folder)
         dtypes = folder.dtypes
@@ -103,7 +104,6 @@ def convert_hf(options: FromHf) -> list[str]:
         def read(name: str, shape: torch.Size, rows: slice) -> Tensor:
             return folder.read(name, rows)
 
-    _check_dtypes(folder, options)
     dtype = TORCH[options.dtype] if options.dtype else None
     if options.dtype or len(dtypes) == 1:
         model = replace(model, dtype=options.dtype or NAMES[next(iter(dtypes))])
@@ -135,6 +135,7 @@ def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
     into = options.grow_into or ModelConfig(blind_rows="zero")
     model = replace(into, text=text_config_from_llama(options.source, into.text))
     folder = HfFolder(options.source, allow_pickle=options.allow_pickle)
+    _check_dtypes(folder, options)
     wanted = text_shapes(model)
     tied(folder)
     _compare(folder, wanted)
