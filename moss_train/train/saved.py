@@ -3,8 +3,8 @@
 A checkpoint is a folder `checkpoints/step_00000100` of a run: megatron's distributed checkpoint
 (weights, optimizer, random state), `run.json` (configuration, step, layout, versions),
 `streams.json` (where each data stream stands) and, written last, `complete.json` (every file with
-its size). `checkpoints/latest` names the newest. Imported ones (tools.convert_checkpoint) have the
-same form, `weights_only` in run.json, and stand alone. What has no sound `complete.json` is not loaded.
+its size). `checkpoints/latest` names the newest. What has no sound `complete.json` is not loaded.
+An imported one (tools.convert_checkpoint) has the same form, and `weights_only` in its run.json.
 """
 
 from __future__ import annotations

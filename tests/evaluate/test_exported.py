@@ -38,7 +38,8 @@ def test_it_encodes_and_predicts_the_same(model, exported, questions):
         if places:
             torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
         ratios = item.encoded.aspect_ratio_ids
-        for seen in (places, []):
+        nothing: list[int] = []
+        for seen in (places, nothing):
             (one,) = model.logits([tokens], [seen], [mine], [ratios])
             (other,) = exported.logits([tokens], [seen], [theirs], [ratios])
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)

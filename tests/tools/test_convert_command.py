@@ -11,12 +11,15 @@ from moss_train.convert.mapping import table
 from moss_train.train.saved import find, read_run
 from tests.convert.sources import mllama_weights, save_folder
 from tests.model.build import preset
+from tests.torchrun import REPO
 from tools import convert_checkpoint, verify_checkpoint
 
 
 def test_the_list_names_every_parameter(capsys):
     assert convert_checkpoint.main(["--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out
+    assert said in (REPO / "docs" / "conversion.md").read_text()
+    lines = said.splitlines()
     cells = {cell for line in lines for cell in line.split()}
     for rule in table(preset("11b")):
         numbered = {part for name in (rule.ours, *rule.hf) for part in name.split(".")}
