@@ -100,7 +100,9 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The model with its output head."""
 
     config_class = MossVideoConfig
-    base_model_prefix = "model"
+    base_model_prefix = (
+        ""  # transformers 4 would take a file of old names for one of the base model
+    )
     main_input_name = "input_ids"
     _no_split_modules = ("VisionLayer", "SelfLayer", "CrossLayer")
     _supports_sdpa = True
