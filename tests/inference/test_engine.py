@@ -125,6 +125,25 @@ def test_slots_side_by_side_stream_as_alone(model, fixed: bool) -> None:
             torch.testing.assert_close(player.logits[i], logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_p=0.9, seed=2)])
+def test_graphs_equal_eager(sampling: Sampling) -> None:
+    model = tiny_model(silence_token_id=SILENCE).cuda()
+    found = []
+    for graphs in (True, False):
+        engine = Engine(model, max_tokens=128, window=3, max_sessions=2, graphs=graphs)
+        assert (engine.fixed is not None) is graphs
+        player, tokens = Player(engine, make_stream(2, frames=9)), []
+        while step := player.step():
+            tokens += engine.step([step])
+        slot = engine.open(sampling)
+        tokens += engine.step([Step(slot, [5, 6, 7])])
+        for _ in range(20):
+            tokens += engine.step([Step(slot)])
+        found.append(tokens)
+    assert found[0] == found[1]
+
+
 def test_an_interruption_equals_its_transcript(model) -> None:
     """What was sampled and not yet cached stays in the context before the user's turn."""
     engine = engine_of(model, False, window=8)
