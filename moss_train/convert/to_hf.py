@@ -128,7 +128,13 @@ def convert_megatron(options: ToHf) -> list[str]:
         lines = write_files(partial, files, dtypes, quantizer)
         facts = {"source": str(checkpoint), "stage": files.stage, "bytes": size}
         write_manifest(partial, hashes, facts)
-    return [progress.finish(), *lines]
+    return [progress.finish(), *_dropped(config.model), *lines]
+
+
+def _dropped(model: ModelConfig) -> Iterator[str]:
+    extra = model.text.extra_embedding_rows - EXTRA_EMBEDDING_ROWS
+    if extra > 0:
+        yield f"embedding: without its last {extra} rows, for which transformers has no place"
 
 
 class Source:
