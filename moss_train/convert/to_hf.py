@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moss_train.config import AdapterConfig, Config, from_dict
+from moss_train.config import AdapterConfig, Config, ModelConfig, from_dict
 from moss_train.convert.finite import Finite
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.hf_files import HfFiles, check_plain, write_files
