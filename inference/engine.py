@@ -192,6 +192,14 @@ class Engine:
         self.sampler.open(slot.index, slot.sampling)
         return slot
 
+    def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
+        """Samples the slot's next tokens otherwise."""
+        slot.sampling = sampling
+        self.sampler.set(slot.index, sampling)
+        if sampling.repetition_penalty != 1:
+            pending = [] if slot.pending is None else [slot.pending]
+            self.sampler.note(slot.index, [*slot.tokens, *pending])
+
     def close(self, slot: Slot) -> None:
         """Gives the slot back; closing twice is no error."""
         if not slot.closed:
