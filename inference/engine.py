@@ -82,6 +82,8 @@ class Engine:
         tensor_parallel: int = 1,
     ):
         _check_sizes(window=window, sinks=sinks, max_tokens=max_tokens, max_sessions=max_sessions)
+        if blind_rows not in ("zero", "attend_all"):
+            raise ValueError(f"blind_rows={blind_rows}: allowed: zero, attend_all")
         self.model, self.config, self.processor = model.eval(), model.config, processor
         self.tokenizer: Any = None if processor is None else processor.tokenizer
         weight = model.model.language_model.embed_tokens.weight

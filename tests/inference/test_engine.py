@@ -276,7 +276,11 @@ def test_an_impossible_step_is_refused_before_anything_changes(model) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"window": 0}, "window=0"), ({"window": 4, "sinks": 4}, "sinks=4: must be less")],
+    [
+        ({"window": 0}, "window=0"),
+        ({"window": 4, "sinks": 4}, "sinks=4: must be less"),
+        ({"blind_rows": "none"}, "blind_rows=none: allowed: zero, attend_all"),
+    ],
 )
 def test_wrong_sizes_are_named(model, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
