@@ -82,6 +82,8 @@ class Engine:
         tensor_parallel: int = 1,
     ):
         _check_sizes(window=window, sinks=sinks, max_tokens=max_tokens, max_sessions=max_sessions)
+        if blind_rows not in ("zero", "attend_all"):
+            raise ValueError(f"blind_rows={blind_rows}: allowed: zero, attend_all")
         self.model, self.config, self.processor = model.eval(), model.config, processor
         self.tokenizer: Any = None if processor is None else processor.tokenizer
         weight = model.model.language_model.embed_tokens.weight
@@ -191,6 +193,14 @@ class Engine:
         self.cache.reset(slot)
         self.sampler.open(slot.index, slot.sampling)
         return slot
+
+    def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
+        """Samples the slot's next tokens otherwise."""
+        slot.sampling = sampling
+        self.sampler.set(slot.index, sampling)
+        if sampling.repetition_penalty != 1:
+            pending = [] if slot.pending is None else [slot.pending]
+            self.sampler.note(slot.index, [*slot.tokens, *pending])
 
     def close(self, slot: Slot) -> None:
         """Gives the slot back; closing twice is no error."""

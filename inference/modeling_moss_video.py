@@ -100,9 +100,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The model with its output head."""
 
     config_class = MossVideoConfig
-    base_model_prefix = (
-        ""  # transformers 4 would take a file of old names for one of the base model
-    )
+    # None, for transformers 4 would take a file of old names for one of the base model.
+    base_model_prefix = ""
     main_input_name = "input_ids"
     _no_split_modules = ("VisionLayer", "SelfLayer", "CrossLayer")
     _supports_sdpa = True

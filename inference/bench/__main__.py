@@ -32,8 +32,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     model = open_model(arguments)
     clock = measure.Clock(next(model.parameters()).device, arguments.clock)
+    facts = describe(model, arguments)  # before quantization hides parameters
     rows, extra = (offline if arguments.mode == "offline" else stream)(model, arguments, clock)
-    facts = describe(model, arguments)
     print_table(arguments.mode, rows, facts)
     write_report(Path(arguments.out), arguments.mode, rows, facts | extra)
 

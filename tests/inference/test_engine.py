@@ -211,6 +211,22 @@ def test_a_free_slot_has_no_memory(model) -> None:
     assert largest_error(second, offline(model, second.stream)) < 1e-4
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_sampling_can_change_on_the_way(model, fixed: bool) -> None:
+    engine = engine_of(model, fixed)
+    slot = engine.open()
+    [token] = engine.step([Step(slot, [5, 6, 7])])
+    assert token != SILENCE
+    engine.set_sampling(slot, Sampling(silence_bias=1000.0))
+    assert engine.step([Step(slot)]) == [SILENCE]
+    engine.set_sampling(slot, Sampling(repetition_penalty=1e6, silence_bias=-1000.0))
+    said = {*slot.tokens, token}
+    for _ in range(5):  # what was said before the penalty came counts too
+        [token] = engine.step([Step(slot)])
+        assert token not in said
+        said.add(token)
+
+
 @pytest.mark.parametrize("name", ["image", "video", "realtime"])
 def test_streams_the_published_greedy_tokens(name: str, shared: Path) -> None:
     case = load_file(shared / "golden" / f"{name}.safetensors")
@@ -260,7 +276,11 @@ def test_an_impossible_step_is_refused_before_anything_changes(model) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"window": 0}, "window=0"), ({"window": 4, "sinks": 4}, "sinks=4: must be less")],
+    [
+        ({"window": 0}, "window=0"),
+        ({"window": 4, "sinks": 4}, "sinks=4: must be less"),
+        ({"blind_rows": "none"}, "blind_rows=none: allowed: zero, attend_all"),
+    ],
 )
 def test_wrong_sizes_are_named(model, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
