@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.schema import SampleError
+from inference.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import ConfigError
 from moss_train.evaluate.exported import ExportedModel
 from moss_train.evaluate.items import EvaluationError, read_lines
@@ -36,10 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; all")
     options = parser.parse_args(arguments)
     try:
-        # An export has a config.json at its top; a run and a checkpoint have none.
-        exported = (options.checkpoint / "config.json").is_file()
-        kind = ExportedModel if exported else TrainedModel
-        model = kind.open(options.checkpoint, options.device, options.threads)
+        model = open_model(options.checkpoint, options.device, options.threads)
         if options.suite == "toy":
             items = toy_items(model, options.limit, options.stages, options.data)
         else:
@@ -53,6 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     out.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     print(out)
     return 0
+
+
+def open_model(checkpoint: Path, device: str, threads: int | None) -> TrainedModel:
+    """A run, a checkpoint, or an export, which alone has a config.json at its top."""
+    if not (checkpoint / "config.json").is_file():
+        return TrainedModel.open(checkpoint, device, threads)
+    load = MossVideoForConditionalGeneration.from_pretrained
+    return ExportedModel.open_with(load, checkpoint, device, threads)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,20 @@ class ExportedModel(TrainedModel):
         self.encoder = SampleEncoder(encode_config(config), self.tokenizer)
 
     @classmethod
-    def open(
-        cls, checkpoint: Path, device: str = "auto", threads: int | None = None
+    def open_with(
+        cls,
+        load: Callable[[Path], Any],
+        checkpoint: Path,
+        device: str = "auto",
+        threads: int | None = None,
     ) -> ExportedModel:
-        """Opens an exported folder, whose code is run.
+        """Opens an exported folder.
+
+        `load`: opens its model: `from_pretrained` of the class in `inference`, which runs no code
+        of the folder.
 
         Raises EvaluationError where it does not say how samples were encoded, or cannot be opened.
         """
-        from transformers import AutoModelForImageTextToText
-
         try:
             training = json.loads((checkpoint / "training.json").read_text())
             config = from_dict(training["config"])
@@ -54,7 +59,7 @@ class ExportedModel(TrainedModel):
         if threads is not None:
             torch.set_num_threads(threads)
         try:
-            model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
+            model = load(checkpoint)
         except (OSError, ValueError, RuntimeError) as error:
             raise EvaluationError(f"{checkpoint}: transformers cannot open it: {error}") from None
         return cls(config, model.eval().to(where), checkpoint, training["step"])

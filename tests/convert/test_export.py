@@ -80,7 +80,9 @@ def test_moss_video_through_a_checkpoint(shared, tmp_path, capsys):
     assert (config["silence_token_id"], config["silence_weight"]) == (11, 0.1)
     assert config["blind_rows"] == "attend_all"
     assert "equal within" in capsys.readouterr().out
-    args = ["--hf", str(folder), "--inputs", str(path), "--tolerance", "1e-9"]
+    args = ["--hf", str(folder), "--inputs", str(path), "--trust-remote-code"]
+    assert main(args) == 0
+    args += ["--tolerance", "1e-9"]
     assert main(args) == 1
     assert "logits differ by" in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from inference.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import to_dict
 from moss_train.convert.hf_files import HfFiles, write_files
 from moss_train.convert.weights import export
@@ -16,6 +17,8 @@ from moss_train.evaluate.generate import answers, streams
 from moss_train.evaluate.items import EvaluationError
 from moss_train.evaluate.model import TrainedModel
 from tests.torchrun import REPO
+
+LOAD = MossVideoForConditionalGeneration.from_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def exported(model: TrainedModel, toy: Path, tmp_path_factory) -> ExportedModel:
     write_files(folder, files, {torch.float32}, None)
     weights = {name: tensor.clone() for name, tensor in export(model.model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return ExportedModel.open(folder, "cpu")
+    return ExportedModel.open_with(LOAD, folder, "cpu")
 
 
 def test_it_encodes_and_predicts_the_same(model, exported, questions):
@@ -52,4 +55,4 @@ def test_it_answers_and_comments_the_same(model, exported, questions, live):
 
 def test_a_folder_that_is_no_export_of_a_run_is_named(tmp_path):
     with pytest.raises(EvaluationError, match=r"training\.json .*: give the export of a run"):
-        ExportedModel.open(tmp_path, "cpu")
+        ExportedModel.open_with(LOAD, tmp_path, "cpu")
