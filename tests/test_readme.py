@@ -30,7 +30,7 @@ def runnable() -> list[str]:
 def checkout(tmp_path_factory) -> Path:
     """A folder that looks like a checkout, with a user's records in it."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("launch", "conf", "moss_train", "data_pipeline", "tools"):
+    for name in ("launch", "conf", "moss_train", "data_pipeline", "inference", "tools"):
         (folder / name).symlink_to(REPO / name)
     records = folder / "my_records"
     records.mkdir()
