@@ -1,0 +1,1 @@
+"""MOSS-Video without megatron: the model as transformers loads it, and the streaming engine."""

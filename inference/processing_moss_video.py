@@ -1,0 +1,290 @@
+"""Text with marks, images and videos -> what the model takes: `AutoProcessor`.
+
+A copy of this file is in every exported folder. `<|image|>` in a text stands for an image,
+`<|video|>` for a video, which becomes one `<|image|>` for each of its frames. Tiles are cut and
+normalized by transformers' Mllama image processor (`max_image_tiles: 1` for MOSS-Video).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+IMAGE, VIDEO, HEADER_END = "<|image|>", "<|video|>", "<|end_header_id|>"
+INLINE = {IMAGE, VIDEO, "<|silence|>", "<|...|>"}  # special tokens that a content may hold
+EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
+
+
+class MossVideoProcessor(ProcessorMixin):
+    """Tokenizer, image processor, and how many frames of a video are shown.
+
+    A video shows a frame every 1 / `video_fps` s from its start; where these would be fewer than
+    `video_min_frames` or more than `video_max_frames`, so many, spread evenly.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        video_fps: float = 1.0,
+        video_min_frames: int = 8,
+        video_max_frames: int = 256,
+    ):
+        self.video_fps = video_fps
+        self.video_min_frames, self.video_max_frames = video_min_frames, video_max_frames
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """A text, or a batch of them, with their media.
+
+        Args:
+            images: of one text: a list; of a batch: a list for each text, or one list that the
+                marks of all texts go through.
+            videos: likewise; each a path, a list of pictures (all are shown), or an array
+                `[F, H, W, 3]`.
+            return_tensors: "pt" or None (lists).
+            padding: False, True or "longest", "max_length" (with `max_length`).
+            padding_side: "left" (default: what generation wants) or "right".
+            video_fps, video_min_frames, video_max_frames: in place of the processor's own.
+
+        Returns:
+            `input_ids`, `attention_mask` `[B, S]`; with media `pixel_values` `[B, F, T, 3, h, w]`,
+            `aspect_ratio_ids` `[B, F]`, `aspect_ratio_mask` `[B, F, T]`.
+
+        Raises:
+            ValueError: marks and media do not agree, a video cannot be read.
+        """
+        if audio is not None:
+            raise ValueError("audio: the model takes images and videos")
+        if text is None:
+            raise ValueError("text: needed, with a mark for each medium")
+        options = _flat(kwargs)
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = _share(images, [t.count(IMAGE) for t in texts], "images")
+        clips = _share(videos, [t.count(VIDEO) for t in texts], "videos")
+        tokens, frames = [], []
+        for one, shown, clip in zip(texts, pictures, clips, strict=True):
+            expanded, media = self._expand(one, iter(shown), iter(clip), options)
+            tokens.append(self._encode(expanded))
+            frames.append(media)
+        data = self._pad(tokens, options)
+        tensors = options.get("return_tensors")
+        if any(frames):
+            data |= self._pixels(frames)
+            if tensors is None:
+                data = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in data.items()}
+        return BatchFeature(data=data, tensor_type=tensors)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, with contents checked: a content that holds a control token could end
+        its turn and forge another's.
+
+        Raises:
+            ValueError: a content holds a special token that is no mark.
+        """
+        one = conversation and isinstance(conversation[0], dict)
+        for turns in [conversation] if one else conversation:
+            for number, message in enumerate(turns):
+                self._check(message["content"], f"messages[{number}].content")
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def _check(self, content: Any, name: str) -> None:
+        parts = [content] if isinstance(content, str) else [p.get("text") or "" for p in content]
+        special = set(self.tokenizer.all_special_tokens) | {
+            str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        }
+        for part in parts:
+            for found in re.findall(r"<\|.*?\|>", part):
+                if found in special - INLINE:
+                    raise ValueError(f"{name} contains {found}, which only a template may write")
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [
+            "input_ids",
+            "attention_mask",
+            "pixel_values",
+            "aspect_ratio_ids",
+            "aspect_ratio_mask",
+        ]
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def _expand(
+        self, text: str, images: Iterator[Any], videos: Iterator[Any], options: dict[str, Any]
+    ) -> tuple[str, list[Any]]:
+        """The text with an `<|image|>` for each frame, and the frames in that order."""
+        pieces, frames = [], []
+        for piece in re.split(r"(<\|image\|>|<\|video\|>)", text):
+            if piece == IMAGE:
+                frames.append(next(images))
+            elif piece == VIDEO:
+                shown = self._video(next(videos), options)
+                frames += shown
+                piece = IMAGE * len(shown)
+            pieces.append(piece)
+        return "".join(pieces), frames
+
+    def _video(self, video: Any, options: dict[str, Any]) -> list[Any]:
+        if not isinstance(video, str | Path):
+            return [video] if isinstance(video, Image.Image) else list(video)
+        names = ("video_fps", "video_min_frames", "video_max_frames")
+        return read_video(video, *(options.get(name, getattr(self, name)) for name in names))
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens as in training: a header's line ends never merge with what follows."""
+        bos = self.tokenizer.bos_token
+        if bos and bos not in text:
+            text = bos + text
+        tokens: list[int] = []
+        for piece in re.split(r"(?<=<\|end_header_id\|>)(\n\n)", text):
+            if piece:
+                tokens += self.tokenizer.encode(piece, add_special_tokens=False)
+        return tokens
+
+    def _pad(self, tokens: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+        wanted = options.get("padding", False)
+        ragged = len({len(row) for row in tokens}) > 1
+        if not wanted and ragged and options.get("return_tensors"):
+            raise ValueError("texts of unequal length need padding=True")
+        length = max(map(len, tokens))
+        if wanted == "max_length":
+            length = max(length, options["max_length"])
+        elif not wanted:
+            length = 0
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = 0  # masked, so of no meaning
+        left = options.get("padding_side", "left") == "left"
+        ids, masks = [], []
+        for row in tokens:
+            extra, ones = max(0, length - len(row)), [1] * len(row)
+            ids.append([pad] * extra + row if left else row + [pad] * extra)
+            masks.append([0] * extra + ones if left else ones + [0] * extra)
+        return {"input_ids": ids, "attention_mask": masks}
+
+    def _pixels(self, frames: list[list[Any]]) -> dict[str, Tensor]:
+        """All frames of the batch; rows with fewer end in zeros (one empty tile, ratio id 0)."""
+        flat = [_picture(frame) for row in frames for frame in row]
+        made = self.image_processor([flat], return_tensors="pt")
+        counts, most = [len(row) for row in frames], max(map(len, frames))
+        out = {}
+        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+            rows = made[name][0].split(counts)
+            out[name] = made[name].new_zeros(len(rows), most, *made[name].shape[2:])
+            for n, row in enumerate(rows):
+                out[name][n, : len(row)] = row
+        for n, count in enumerate(counts):
+            out["aspect_ratio_mask"][n, count:, 0] = 1  # as transformers has it
+        return out
+
+
+def read_video(path: str | Path, fps: float, min_frames: int, max_frames: int) -> list[Image.Image]:
+    """The frames on screen at the moments that `MossVideoProcessor` describes, upright.
+
+    Raises:
+        ValueError: the file cannot be read as a video.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as file:
+            stream = file.streams.video[0]
+            stamps = sorted(
+                float(packet.pts * packet.time_base)
+                for packet in file.demux(stream)
+                if packet.pts is not None
+            )
+        gap = median([b - a for a, b in pairwise(stamps) if b > a] or [1.0 / fps])
+        first, last = stamps[0], stamps[-1] - stamps[0]
+        moments = [first + t for t in _moments(last, last + gap, fps, min_frames, max_frames)]
+        with av.open(str(path)) as file:
+            return list(_shown(file, moments))
+    except (OSError, IndexError) as error:  # no such file, no video stream, no frame
+        raise ValueError(f"{path}: cannot be read as a video: {error}") from None
+
+
+def _moments(last: float, duration: float, fps: float, least: int, most: int) -> list[float]:
+    natural = max(1, int(duration * fps + EPSILON))
+    count = min(max(natural, least), most)
+    if count == natural:
+        return [min(i / fps, last) for i in range(count)]
+    return [last * i / max(count - 1, 1) for i in range(count)]
+
+
+def _shown(file: Any, moments: list[float]) -> Iterator[Image.Image]:
+    waiting, frame = list(moments), None
+    for following in file.decode(video=0):
+        while frame is not None and waiting and following.time > waiting[0] + EPSILON:
+            waiting.pop(0)
+            yield _upright(frame)
+        if not waiting:
+            return
+        frame = following
+    if frame is not None:
+        yield from [_upright(frame)] * len(waiting)
+
+
+def _upright(frame: Any) -> Image.Image:
+    turns = round(frame.rotation / 90) % 4
+    return Image.fromarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
+
+
+def _picture(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return Image.open(image)
+    return Image.fromarray(np.asarray(image, dtype=np.uint8))
+
+
+def _share(media: Any, counts: list[int], name: str) -> list[list[Any]]:
+    """Media of each text, as its marks count them."""
+    given = [] if media is None else media if isinstance(media, list | tuple) else [media]
+    if [len(row) if isinstance(row, list | tuple) else None for row in given] == counts:
+        return [list(row) for row in given]
+    if len(given) != sum(counts):
+        raise ValueError(
+            f"{name}: the texts have {counts} marks, but {len(given)} of it are given: one list, "
+            "or a list for each text"
+        )
+    rest = iter(given)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def _flat(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """transformers groups some options by modality; here their names alone say enough."""
+    groups = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs")
+    grouped = [kwargs.get(group) or {} for group in groups]
+    flat = {k: v for k, v in kwargs.items() if k not in groups}
+    for group in grouped:
+        flat |= group
+    return flat
+
+
+MossVideoProcessor.register_for_auto_class()
+
+__all__ = ["MossVideoProcessor"]
