@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-import torch
-
 from data_pipeline.schema import SampleError
 from inference.engine import Engine, EngineFull, Sampling
 from inference.events import Event
@@ -21,7 +19,6 @@ from inference.sources import SourceError
 
 STAGE_KEY = "moss_stage"
 REALTIME = "realtime_sft"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class CommandError(Exception):
@@ -62,7 +59,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flag(parser, "checkpoint", default=os.environ.get("CHECKPOINT"),
          help="folder of the model in Hugging Face's format (or $CHECKPOINT)")  # fmt: skip
     flag(parser, "device", default="auto", help="auto, cpu, cuda, cuda:1")
-    flag(parser, "dtype", choices=sorted(_DTYPES), help="default: the checkpoint's")
+    flag(parser, "dtype", choices=["fp32", "bf16"], help="default: the checkpoint's")
     flag(parser, "window", type=int, default=256, help="frames in the ring (256)")
     flag(parser, "sinks", type=int, default=0, help="first frames that never leave it (0)")
     flag(parser, "max_context", type=int, default=8192, help="text tokens kept (8192)")
@@ -125,7 +122,7 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
     engine = Engine.load(
         args.checkpoint,
         device=args.device,
-        dtype=_DTYPES.get(args.dtype),
+        dtype=args.dtype,
         window=args.window,
         sinks=args.sinks,
         max_tokens=args.max_context,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.images import decode_image
+from data_pipeline.images import decode_image, tile_into
 from data_pipeline.schema import SampleError
 
 Picture = Tensor | np.ndarray | Image.Image | bytes
@@ -35,6 +36,15 @@ def as_picture(image: Picture) -> Tensor:
     raise TypeError(f"a picture is a uint8 [3, H, W], [H, W, 3], a PIL image or bytes: {found}")
 
 
+def fit(picture: Tensor, tile: int) -> Tensor:
+    """The picture as one tile, uint8 [3, tile, tile]: all that the model sees of it."""
+    if picture.shape == (3, tile, tile):
+        return picture
+    out = torch.zeros(1, 3, tile, tile, dtype=torch.uint8)
+    tile_into(out, picture)
+    return out[0]
+
+
 def check_header(data: bytes, max_pixels: int) -> None:
     """Refuses a picture by its header, before anything is decoded.
 
@@ -45,6 +55,20 @@ def check_header(data: bytes, max_pixels: int) -> None:
             width, height = opened.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
-    if width * height > max_pixels:
-        detail = f"{width} x {height} pixels are more than {max_pixels}"
-        raise SampleError("too_many_pixels", detail)
+    _check_pixels(width, height, max_pixels)
+
+
+def check_video(data: bytes, max_pixels: int) -> None:
+    """Refuses a video by its header, before a frame is decoded; SampleError as `check_header`."""
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            found = [(s.codec_context.width, s.codec_context.height) for s in container.streams.video]
+    except (av.FFmpegError, ValueError, AttributeError) as error:
+        raise SampleError("undecodable_video", f"{len(data)} bytes: {error}") from None
+    for width, height in found:
+        _check_pixels(width, height, max_pixels)
+
+
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise SampleError("too_many_pixels", f"{width} x {height} pixels are more than {most}")

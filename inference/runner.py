@@ -24,7 +24,7 @@ from torch import Tensor
 from inference.answer import Answer
 from inference.engine import Engine, EngineFull, Sampling, Slot, Step
 from inference.events import Event
-from inference.pictures import Picture, as_picture
+from inference.pictures import Picture, as_picture, fit
 from inference.session import Frame, Plan, Prompt, Session, SessionConfig
 from inference.speech import Vocabulary
 from inference.stats import Measure, Stats
@@ -52,7 +52,8 @@ class Runner:
     """Owns an engine from its making to `close`. Every method may be called from any thread."""
 
     def __init__(self, engine: Engine, measured: Measure | None = None) -> None:
-        self.engine, self.words = engine, Vocabulary.of(engine.tokenizer)
+        self.engine, self.words = engine, Vocabulary.of(engine.tokenizer.backend_tokenizer)
+        self.tile: int = engine.config.vision_config.image_size  # pixels of a frame's side
         self._measured = measured
         self._seats: list[_Seat] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -62,11 +63,15 @@ class Runner:
         self._thread = threading.Thread(target=self._run, name="moss-engine", daemon=True)
         self._thread.start()
 
-    def session(self, config: SessionConfig | None = None, **fields: Any) -> SessionHandle:
-        """Opens a session; `fields` are SessionConfig's. EngineFull where no slot is free."""
+    def session(
+        self, config: SessionConfig | None = None, *, log_limit: int = 65536, **fields: Any
+    ) -> SessionHandle:
+        """Opens a session; `fields` are SessionConfig's; `log_limit`: events that are kept for
+        readers. EngineFull where no slot is free, SampleError for texts with control tokens.
+        """
         config = config or SessionConfig(**fields)
         name = f"session{next(self._numbers)}"
-        return self._seat(Session(name, config, self.words, self._stats()))
+        return self._seat(Session(name, config, self.words, self._stats(), log_limit))
 
     def answer(
         self,
@@ -106,7 +111,7 @@ class Runner:
     @property
     def cached_frames(self) -> int:
         """Frames in the rings of all sessions."""
-        return sum(seat.slot.frames for seat in list(self._seats) if seat.slot)
+        return sum(len(seat.slot.frames) for seat in list(self._seats) if seat.slot)
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Runs a function in the engine's thread, between two steps."""
@@ -198,12 +203,16 @@ class Runner:
                 frames = list(itertools.islice(features, len(plan.images)))
                 steps.append(Step(seat.slot, plan.tokens, frames, plan.sample))
             tokens = self.engine.step(steps)
+        except ValueError as error:  # nothing has changed: the others of the batch may go on
+            if len(batch) > 1:
+                for one in batch:
+                    self._step([one])
+            else:
+                self._fail(batch, error)
+            return
         except Exception as error:
             log.exception("a step of %s failed", ", ".join(seat.task.name for seat, _ in batch))
-            with self._changed:
-                for seat, _ in batch:
-                    seat.task.tell("error", code="engine_error", message=str(error))
-                    seat.closing = f"the engine failed: {error}"
+            self._fail(batch, error)
             return
         now = time.monotonic()
         with self._changed:
@@ -211,16 +220,24 @@ class Runner:
                 seat.task.took(plan, token, now)
                 self._report(seat, now)
 
+    def _fail(self, batch: Sequence[tuple[_Seat, Plan]], error: Exception) -> None:
+        with self._changed:
+            for seat, _ in batch:
+                seat.task.tell("error", code="engine_error", message=str(error))
+                seat.closing = f"the engine failed: {error}"
+
     def _report(self, seat: _Seat, now: float) -> None:
         assert seat.slot is not None
         task = seat.task
         for eviction in seat.slot.evictions:
-            task.stats.evicted += eviction.get("frames", 0)
-            task.tell("session.evicted", **eviction)
+            count = len(eviction.positions)
+            task.stats.count(f"evicted_{eviction.kind}", count)
+            at = list(eviction.positions)
+            task.tell("session.evicted", kind=eviction.kind, count=count, positions=at)
         seat.slot.evictions.clear()
         if now - seat.told_at >= METRICS_EVERY:
             seat.told_at = now
-            task.tell("session.metrics", cached_frames=seat.slot.frames, **task.stats.summary())
+            task.tell("session.metrics", cached_frames=len(seat.slot.frames), **task.stats.summary())
 
     def _leaving(self) -> list[_Seat]:
         return [seat for seat in self._seats if seat.closing or seat.task.over]
@@ -229,7 +246,7 @@ class Runner:
         with self._changed:
             for seat in self._leaving():
                 self._seats.remove(seat)
-                cached = seat.slot.frames if seat.slot else 0
+                cached = len(seat.slot.frames) if seat.slot else 0
                 if seat.slot is not None:
                     self.engine.close(seat.slot)
                 task = seat.task
@@ -247,6 +264,10 @@ class SessionHandle:
         self.name, self.log = seat.task.name, seat.task.log
         self._count = 0
 
+    @property
+    def config(self) -> SessionConfig:
+        return self._open()[1].config
+
     def push_frame(
         self, image: Picture, at: float | None = None, prompt: str | None = None
     ) -> None:
@@ -254,7 +275,8 @@ class SessionHandle:
         be asked right before it. Never waits: a live session drops its oldest waiting frame and
         says so, another one raises QueueFull. Raises SessionClosed, and as_picture's errors.
         """
-        picture, (changed, task) = as_picture(image), self._open()
+        picture = fit(as_picture(image), self._runner.tile)
+        changed, task = self._open()
         with changed:
             self._refuse_if_closed()
             at = self._count * task.config.frame_interval if at is None else at
@@ -280,6 +302,12 @@ class SessionHandle:
             await self.log.wait(seen)
             seen = self.log.last_seq
         self.push_frame(image, at, prompt)
+
+    def configure(self, **changes: Any) -> None:
+        """Changes fields of the session's config: see Session.configure."""
+        changed, task = self._open()
+        with changed:
+            task.configure(**changes)
 
     def prompt(self, text: str) -> None:
         """Asks; what is being said stops at the next token. QueueFull, SampleError."""
@@ -340,7 +368,7 @@ class SessionHandle:
         with self._runner._changed:
             slot = self._seat.slot
             summary = self._seat.task.stats.summary()
-        return {"cached_frames": slot.frames if slot else 0, **summary}
+        return {"cached_frames": len(slot.frames) if slot else 0, **summary}
 
     def events(self, after: int = 0) -> Events:
         """The events after number `after`, as they come, for `for` and for `async for`."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -87,14 +87,22 @@ class Plan:
 
 
 
+_ANY_TIME = ("pace", "max_new_tokens")  # what can be changed in the middle of a stream
 _FLAGS = ("media", "_started", "_turn_over", "_said", "_cancelled", "_no_more")
 
 
 class Session(Speaker):
     """Not thread-safe: the runner calls every method under its lock."""
 
-    def __init__(self, name: str, config: SessionConfig, words: Vocabulary, stats: Stats) -> None:
-        super().__init__(name, words, stats)
+    def __init__(
+        self,
+        name: str,
+        config: SessionConfig,
+        words: Vocabulary,
+        stats: Stats,
+        log_limit: int = 65536,
+    ) -> None:
+        super().__init__(name, words, stats, log_limit)
         self.config = config
         self.frames: deque[Frame] = deque()
         self.prompts: deque[Prompt] = deque()
@@ -111,6 +119,15 @@ class Session(Speaker):
         self._cancelled = False
         self._no_more = False
         self._check(config.system_prompt, config.prompt)
+
+    def configure(self, **changes: Any) -> None:
+        """Changes fields of the config; most only before the first input. ValueError."""
+        fixed = [name for name in changes if name not in _ANY_TIME]
+        if fixed and (self._started or self.frames or self.prompts):
+            raise ValueError(f"{fixed[0]}: can be set before the first input only")
+        config = replace(self.config, **changes)
+        self._check(config.system_prompt, config.prompt)
+        self.config = config
 
     # Input
 
@@ -138,7 +155,7 @@ class Session(Speaker):
         self.prompts.append(prompt)
 
     def drop(self, reason: str, at: float, count: int = 1) -> None:
-        self.stats.drops[reason] += count
+        self.stats.count(f"drop:{reason}", count)
         self.tell("input_frame.dropped", reason=reason, frame_at=at, count=count)
 
     def cancel(self) -> bool:
@@ -164,7 +181,7 @@ class Session(Speaker):
             "flags": {name: getattr(self, name) for name in _FLAGS},
             "ahead": list(self._ahead),
             "speech": self.speech and (self.speech.name, list(self.speech.tokens)),
-            "responses": self.stats.responses,
+            "responses": self.stats.counts["responses"],
             "frames": [(frame.image, frame.at, frame.prompt) for frame in self.frames],
             "prompts": [prompt.text for prompt in self.prompts],
         }
@@ -268,7 +285,7 @@ class Session(Speaker):
         plan.tokens.append(self._words.special.image)
         plan.images.append(frame.image)
         plan.frame, self.media, self._said = frame, frame.at, 0
-        self.stats.frames += 1
+        self.stats.count("frames")
         self.stats.add("frame_lag", plan.began - frame.arrived)
 
     def _start(self, prompt: str) -> list[int]:
@@ -302,8 +319,7 @@ class Session(Speaker):
     def _decided(self, plan: Plan, silent: bool, now: float) -> None:
         frame = plan.frame
         assert frame is not None
-        self.stats.decisions += 1
-        self.stats.silences += silent
+        self.stats.count("silence" if silent else "speech")
         self.stats.add("frame_decision", now - plan.began)
         self.tell(
             "input_frame.processed",

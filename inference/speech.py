@@ -57,9 +57,11 @@ class Speech:
 class Speaker:
     """Tells in events what the model says, and measures it."""
 
-    def __init__(self, name: str, words: Vocabulary, stats: Stats) -> None:
+    def __init__(
+        self, name: str, words: Vocabulary, stats: Stats, log_limit: int = 65536
+    ) -> None:
         self.name, self.stats = name, stats
-        self.log = EventLog()
+        self.log = EventLog(log_limit)
         self.media = 0.0  # seconds of the newest frame that the model has seen
         self.speech: Speech | None = None
         self._words = words
@@ -74,13 +76,13 @@ class Speaker:
         if self.speech is None:
             self.speech = Speech(self._words.tokenizer, name)
             self._began_at = now
-            self.stats.responses += 1
+            self.stats.count("responses")
             first = {} if ttft is None else {"ttft_ms": round(1000 * ttft, 3)}
             self.tell("response.created", response_id=name, **first)
         else:
             self.stats.add("inter_token", now - self._spoke_at)
         self._spoke_at = now
-        self.stats.tokens += 1
+        self.stats.count("tokens")
         self._tell_text(self.speech, self.speech.say(token))
         return self.speech
 
