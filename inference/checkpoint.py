@@ -1,0 +1,75 @@
+"""Opening an exported folder: the model with this package's code, never with the folder's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference.configuration_moss_video import MossVideoConfig
+from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.processing_moss_video import MossVideoProcessor
+
+DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
+DTYPES["bfloat16"] = torch.bfloat16
+
+
+def load_model(
+    checkpoint: str | Path,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+) -> MossVideoForConditionalGeneration:
+    """The model of a folder, on `device`.
+
+    Raises:
+        ValueError: names the folder and what is wrong with it.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json: give a folder of tools.convert_checkpoint")
+    where = torch.device(find_device(device))
+    kind = find_dtype(dtype, where)
+    try:
+        config = MossVideoConfig.from_pretrained(folder)
+        model, info = MossVideoForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=kind or "auto", output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder}: cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    if quantize is not None:
+        from inference.quantize import quantize_decoder
+
+        quantize_decoder(model, quantize)
+    return model.to(where).eval()
+
+
+def load_processor(checkpoint: str | Path) -> Any:
+    """The folder's processor; None where it has no tokenizer."""
+    if not (Path(checkpoint) / "tokenizer.json").is_file():
+        return None
+    return MossVideoProcessor.from_pretrained(checkpoint)
+
+
+def find_device(device: str) -> str:
+    """ "auto" is CUDA where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: this machine has no CUDA")
+    return device
+
+
+def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """None: the checkpoint's own, which a CPU computes slowly unless it is fp32."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: allowed: {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,127 @@
+"""How a slot's next token is chosen from logits, on the device and the same in any batch.
+
+Randomness is a hash of (seed, position, token): a slot draws the same whatever runs beside it, a
+saved session goes on as it would have, and a CUDA graph needs no generator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sampling:
+    """How one slot samples.
+
+    temperature: 0 takes the most likely token.
+    top_k: only the k most likely tokens (0: all).
+    top_p: only the most likely tokens that together have this probability.
+    repetition_penalty: logits of tokens in the context are divided (if positive) or multiplied by
+        it, as in transformers; `<|silence|>` is exempt, which a stream repeats all the time.
+    silence_bias: added to the logit of `<|silence|>`: above 0 the model speaks less.
+    seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    silence_bias: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+            "silence_bias": abs(self.silence_bias) < float("inf"),
+            "seed": self.seed >= 0,
+        }
+        for name, right in limits.items():
+            if not right:
+                raise ValueError(f"sampling: {name} {getattr(self, name)} is out of range")
+
+    @property
+    def plain(self) -> bool:
+        """The most likely token of the logits as they are."""
+        return (self.temperature, self.repetition_penalty, self.silence_bias) == (0.0, 1.0, 0.0)
+
+
+class Sampler:
+    """Settings of all slots in device tensors, and the tokens of each slot's context."""
+
+    def __init__(self, slots: int, vocabulary: int, silence: int | None, device: torch.device):
+        self.silence = silence
+        self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
+        # Columns in the order of Sampling's fields; fp64 holds a seed exactly up to 2^53.
+        self.settings = torch.zeros(slots, 6, dtype=torch.float64, device=device)
+
+    def open(self, slot: int, sampling: Sampling) -> None:
+        """A new context with these settings."""
+        row = [float(getattr(sampling, field.name)) for field in fields(Sampling)]
+        self.settings[slot] = torch.tensor(row, dtype=torch.float64)
+        self.seen[slot] = False
+
+    def note(self, slot: int, tokens: list[int]) -> None:
+        """Tokens of the context count for the repetition penalty."""
+        known = [t for t in tokens if t < self.seen.shape[1] and t != self.silence]
+        self.seen[slot, torch.tensor(known, dtype=torch.long, device=self.seen.device)] = True
+
+    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, plain: bool) -> Tensor:
+        """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`.
+
+        plain: all of them take the most likely token.
+        """
+        if plain:
+            return logits.argmax(-1)
+        settings = self.settings[slots][..., None]  # [n, 6, 1]
+        temperature, top_k, top_p, penalty, bias, seed = settings.unbind(1)
+        scores = logits.float()
+        penalty = penalty.float()
+        penalized = torch.where(scores > 0, scores / penalty, scores * penalty)
+        scores = torch.where(self.seen[slots], penalized, scores)
+        if self.silence is not None:
+            scores[:, self.silence] += bias[:, 0].float()
+        drawn = _draw(scores, temperature, top_k, top_p, seed.long(), positions)
+        return torch.where(temperature[:, 0] > 0, drawn, scores.argmax(-1))
+
+
+def _draw(
+    scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, at: Tensor
+) -> Tensor:
+    """Samples from softmax(scores / temperature) cut to top_k and top_p, by Gumbel's maximum."""
+    scaled = scores / torch.where(temperature > 0, temperature, 1.0).float()
+    ordered, tokens = scaled.sort(-1, descending=True)
+    rank = torch.arange(scores.shape[1], device=scores.device)
+    chances = ordered.softmax(-1)
+    before = chances.cumsum(-1) - chances  # probability of all that are likelier
+    out = ((top_k > 0) & (rank >= top_k)) | (before >= top_p)
+    out[:, 0] = False
+    noise = -torch.log(-torch.log(uniform(seed, at[:, None], tokens))).float()
+    best = (ordered.masked_fill(out, -torch.inf) + noise).argmax(-1, keepdim=True)
+    return tokens.gather(1, best)[:, 0]
+
+
+def uniform(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+    """Numbers in (0, 1), fp64, that depend on three int64 tensors alone.
+
+    The mixing is splitmix64's (Steele, Lea, Flood 2014); int64 products wrap as unsigned ones do.
+    """
+    x = seed * _signed(0x9E3779B97F4A7C15) + position * _signed(0xD1B54A32D192ED03) + token
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    x = x ^ _shifted(x, 31)
+    return (_shifted(x, 12).double() + 0.5) / 2.0**52
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Unsigned shift to the right."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
