@@ -134,8 +134,12 @@ class PromptBuilder:
         return [special.start_header_id, *name, special.end_header_id, *self._encode("\n\n")]
 
     def turn(self, role: Role, text: str) -> list[int]:
-        """A whole turn of plain text with its `<|eot_id|>`; SampleError for a control token."""
-        return [*self.header(role), *self._encode(text), self._special.eot_id]
+        """A whole turn without media, and its `<|eot_id|>`; SampleError for a control token."""
+        if IMAGE_MARK in text or VIDEO_MARK in text:
+            raise SampleError("control_token", "the text contains a mark of a picture")
+        prompt = Prompt()
+        self._add_content(prompt, text, iter(()), learn=False)
+        return [*self.header(role), *prompt.tokens, self._special.eot_id]
 
     def _add_message(
         self, prompt: Prompt, message: Message, counts: Iterator[int], form: PromptForm

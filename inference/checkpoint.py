@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from inference.configuration_moss_video import MossVideoConfig
 from inference.modeling_moss_video import MossVideoForConditionalGeneration
@@ -13,6 +14,9 @@ from inference.processing_moss_video import MossVideoProcessor
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
 DTYPES["bfloat16"] = torch.bfloat16
+
+# Else transformers asks at the terminal whether to run the folder's code.
+AutoConfig.register("moss_video", MossVideoConfig, exist_ok=True)
 
 
 def load_model(
