@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ def load_model(
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> MossVideoForConditionalGeneration:
-    """The model of a folder, on `device`.
+    """The model of a folder, on `device`, or the slice of it that is `rank`'s.
 
     Raises:
         ValueError: names the folder and what is wrong with it.
@@ -45,6 +48,13 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{folder}: lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    if ranks > 1:
+        from inference.parallel import shard
+
+        shard(model, rank, ranks)
+        if where.type == "cuda":
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+            torch.cuda.set_device(where)
     if quantize is not None:
         from inference.quantize import quantize_decoder
 

@@ -65,6 +65,7 @@ class Engine:
             `<|silence|>` and `<|image|>` go, then other old text; positions of the rest stay.
         graphs: fixed passes (one token, or a frame) run as CUDA graphs, on CUDA.
         compile: fixed passes are compiled with torch.compile.
+        tensor_parallel: ranks that share the model, which is a slice then.
         blind_rows: "zero", or "attend_all": tokens before the first frame attend all frames that
             come in the same step (what checkpoints of the published code do offline).
     """
@@ -109,7 +110,7 @@ class Engine:
         if compile or (graphs and self.device.type == "cuda"):
             self.fixed = FixedPasses(self, graphs and self.device.type == "cuda", compile)
         self.slots: dict[int, Slot] = {}
-        self._pixels = _Pixels(self.config, processor, self.device)
+        self.pixels = _Pixels(self.config, processor, self.device)
 
     @classmethod
     def load(
@@ -129,16 +130,24 @@ class Engine:
     ) -> Engine:
         """Opens an exported folder.
 
+        Under torchrun each process holds a slice (tensor parallelism): `load` returns on rank 0
+        alone; on the others it serves rank 0 until that ends, then exits the process.
+
         Args:
             device: "auto" is CUDA where there is one.
             dtype: "fp32", "bf16"; None: the checkpoint's on CUDA, fp32 on a CPU.
             quantize: "int8" or "fp8": weights of the decoder's linear layers.
 
         Raises:
-            ValueError: the folder is not a checkpoint of this model, or an argument is wrong.
+            ValueError: the folder is not a checkpoint of this model, an argument is wrong, or the
+                ranks cannot share the model's heads.
         """
-        model = load_model(checkpoint, device, dtype, quantize)
-        return cls(
+        from inference.parallel import ShardedEngine, join  # which is made of this class
+
+        rank, ranks = join()
+        model = load_model(checkpoint, device, dtype, quantize, rank, ranks)
+        kind = cls if ranks == 1 else ShardedEngine
+        engine = kind(
             model,
             load_processor(checkpoint),
             window=window,
@@ -148,7 +157,15 @@ class Engine:
             compile=compile,
             graphs=graphs,
             blind_rows=blind_rows,
+            tensor_parallel=ranks,
         )
+        if isinstance(engine, ShardedEngine) and not engine.leads:
+            engine.follow()
+            raise SystemExit(0)
+        return engine
+
+    def shutdown(self) -> None:
+        """Ends what the engine has started: other ranks under torchrun. Calling it is optional."""
 
     @property
     def realtime(self) -> bool | None:
@@ -162,9 +179,16 @@ class Engine:
         Raises:
             EngineFull: there is none.
         """
-        free = set(range(self.max_sessions)) - set(self.slots)
-        if not free:
+        self.check_free()
+        return self._take(sampling)
+
+    def check_free(self) -> None:
+        """Raises EngineFull if no slot is free."""
+        if len(self.slots) == self.max_sessions:
             raise EngineFull(f"all {self.max_sessions} sessions are in use")
+
+    def _take(self, sampling: Sampling | None) -> Slot:
+        free = set(range(self.max_sessions)) - set(self.slots)
         slot = Slot(min(free), sampling or Sampling(), FrameRing(self.window, self.sinks))
         self.slots[slot.index] = slot
         self.cache.reset(slot)
@@ -186,11 +210,14 @@ class Engine:
         """
         features: list[Tensor] = []
         for start in range(0, len(images), VISION_BATCH):
-            pixels = self._pixels(images[start : start + VISION_BATCH])  # [n, 1, 3, h, w]
-            ones = torch.ones(len(pixels), dtype=torch.long, device=self.device)
-            states = self.model.model.encode(pixels, ones, ones[:, None].bool())
-            features += states.unbind()
+            features += self.encode_pixels(self.pixels(images[start : start + VISION_BATCH]))
         return features
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor) -> list[Tensor]:
+        """Features of one batch of normalized pictures `[n, 1, 3, h, w]`."""
+        ones = torch.ones(len(pixels), dtype=torch.long, device=self.device)
+        return list(self.model.model.encode(pixels, ones, ones[:, None].bool()).unbind())
 
     @torch.inference_mode()
     def step(self, steps: Sequence[Step]) -> list[int | None]:
@@ -205,7 +232,7 @@ class Engine:
         Raises:
             ValueError: before anything has changed, if a step is not possible.
         """
-        self._check(steps)
+        self.check(steps)
         if not steps:
             return []
         if self.fixed is not None and self.fixed.fits(steps):
@@ -249,8 +276,9 @@ class Engine:
             EngineFull: no slot is free.
             ValueError: the state is of another model or other sizes.
         """
-        self._check_state(state)
-        slot = self.open(Sampling(**state["sampling"]))
+        self.check_state(state)
+        self.check_free()
+        slot = self._take(Sampling(**state["sampling"]))
         saved = dict(state["slot"])
         evictions = [Eviction(kind, tuple(at)) for kind, at in saved.pop("evictions")]
         for name, value in saved.items():
@@ -267,7 +295,8 @@ class Engine:
         found = self.tokenizer.convert_tokens_to_ids(text)
         return fallback if found is None else found
 
-    def _check(self, steps: Sequence[Step]) -> None:
+    def check(self, steps: Sequence[Step]) -> None:
+        """Raises ValueError for steps that are not possible."""
         rows = self.model.model.language_model.embed_tokens.weight.shape[0]
         taken: set[int] = set()
         for step in steps:
@@ -297,7 +326,8 @@ class Engine:
                 if tuple(frame.shape) != shape:
                     raise ValueError(f"a frame of {tuple(frame.shape)}, expected {shape}")
 
-    def _check_state(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a state of another model or other sizes."""
         text, frames = state["text"], state["frames"]
         layout = self.cache.text.shape
         wrong = {

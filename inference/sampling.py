@@ -18,7 +18,7 @@ class Sampling:
 
     temperature: 0 takes the most likely token.
     top_k: only the k most likely tokens (0: all).
-    top_p: only the most likely tokens that together have this probability.
+    top_p: only the most likely of those that together have this probability.
     repetition_penalty: logits of tokens in the context are divided (if positive) or multiplied by
         it, as in transformers; `<|silence|>` is exempt, which a stream repeats all the time.
     silence_bias: added to the logit of `<|silence|>`: above 0 the model speaks less.
@@ -97,12 +97,12 @@ def _draw(
     scaled = scores / torch.where(temperature > 0, temperature, 1.0).float()
     ordered, tokens = scaled.sort(-1, descending=True)
     rank = torch.arange(scores.shape[1], device=scores.device)
+    ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
     chances = ordered.softmax(-1)
     before = chances.cumsum(-1) - chances  # probability of all that are likelier
-    out = ((top_k > 0) & (rank >= top_k)) | (before >= top_p)
-    out[:, 0] = False
+    ordered = ordered.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
     noise = -torch.log(-torch.log(uniform(seed, at[:, None], tokens))).float()
-    best = (ordered.masked_fill(out, -torch.inf) + noise).argmax(-1, keepdim=True)
+    best = (ordered + noise).argmax(-1, keepdim=True)
     return tokens.gather(1, best)[:, 0]
 
 
