@@ -21,6 +21,7 @@ from typing import Any
 from inference.engine import Engine, Sampling
 from inference.events import Event
 from inference.runner import Runner, SessionClosed, SessionHandle
+from inference.session import QueueFull
 
 ROUND_START, ROUND_END, SILENCE = "<|round_start|>", "<|round_end|>", "<|silence|>"
 DONE, ERROR = "[DONE]", "[ERROR]"
@@ -111,11 +112,16 @@ def _pump(
     failed: list[BaseException],
 ) -> None:
     """Moves what comes into the session until that is over."""
+    waiting: list[Any] = []  # what the session had no room for
     while not handle.log.closed:
         try:
-            give(source.get(timeout=_POLL))
+            waiting = waiting or [source.get(timeout=_POLL)]
+            give(waiting[0])
+            waiting = []
         except queue.Empty:
             continue
+        except QueueFull:
+            handle.log.wait_closed(_POLL)
         except SessionClosed:
             return
         except Exception as error:  # raised again in real_time_generate
