@@ -11,6 +11,7 @@ import socket
 from collections.abc import Sequence
 
 import uvicorn
+from fastapi import FastAPI
 
 from inference import cli
 from inference.runner import Runner
@@ -67,6 +68,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def server_config(app: FastAPI, host: str, port: int, limits: Limits) -> uvicorn.Config:
+    """How uvicorn runs the routes."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        ws_max_size=2 * limits.frame_bytes,  # base64 in JSON is a third larger
+        ws_per_message_deflate=False,
+        ws_ping_interval=20,
+        ws_ping_timeout=20,
+        timeout_graceful_shutdown=5,
+    )
+
+
 def limits(args: argparse.Namespace) -> Limits:
     """The limits that the flags say."""
     given = {
@@ -90,19 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = Metrics()
         with Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, given, metrics, stage)
-            config = uvicorn.Config(
-                make_app(hub, args.api_key, args.allow_origin),
-                host=args.host,
-                port=args.port,
-                log_level="warning",
-                ws_max_size=2 * given.frame_bytes,  # base64 in JSON is a third larger
-                ws_per_message_deflate=False,
-                ws_ping_interval=20,
-                ws_ping_timeout=20,
-                timeout_graceful_shutdown=5,
-            )
+            app = make_app(hub, args.api_key, args.allow_origin)
             cli.note(f"http://{args.host}:{args.port}/")
-            Server(config, hub).run()
+            Server(server_config(app, args.host, args.port, given), hub).run()
     return 0
 
 

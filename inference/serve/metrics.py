@@ -48,6 +48,8 @@ class Metrics:
         self._decided = Counter(
             "moss_decisions", "decisions on frames", ["decision"], registry=self._registry
         )
+        for decision in self._decisions:
+            self._decided.labels(decision)
         self._refused = Counter(
             "moss_refused", "sessions and requests refused", ["reason"], registry=self._registry
         )
