@@ -108,6 +108,11 @@ class Hub:
 
         return await asyncio.get_running_loop().run_in_executor(self.decoders, make)
 
+    def forget(self, live: LiveSession) -> None:
+        """Nobody will come back to it, unless somebody is there."""
+        if live.socket is None:
+            self.sessions.pop(live.id, None)
+
     def find(self, name: str) -> LiveSession | None:
         return self.sessions.get(name)
 
@@ -138,7 +143,7 @@ class Hub:
         limits = self.limits
         if live.socket is None and now - live.detached_at > limits.grace:
             live.close(f"nobody came back within {limits.grace:g} s")
-            del self.sessions[live.id]
+            self.forget(live)
         elif live.socket is not None and live.handle.log.closed:
             return  # its socket is about to hear of it
         elif now - live.last_input > limits.idle:

@@ -27,6 +27,7 @@ class Connection:
         self._bucket = Bucket(hub.limits.fps)
         self._skipped = 0  # frames over the rate that nobody has been told of
         self._errors = 0
+        self._told_all = False  # up to the end of the session
         self._first_at: float | None = None
 
     async def run(self) -> None:
@@ -46,6 +47,8 @@ class Connection:
             self._live.detach(self)
             if self._live.untouched:
                 self._live.close("its client left before it gave anything")
+            if self._live.untouched or self._told_all:
+                self._hub.forget(self._live)
 
     async def _write(self) -> None:
         """Sends events until the log ends. A client that does not read loses its socket."""
@@ -57,6 +60,7 @@ class Connection:
         except TimeoutError:
             self._hub.metrics.refused("slow_client")
             return  # what is in its way would also be in that of a close message
+        self._told_all = True
         await self._close(self._live.close_code, "the session is over")
 
     async def _read(self) -> None:
@@ -100,6 +104,8 @@ class Connection:
     async def _command(self, text: str) -> None:
         message, session, limits = parse(text), self._session, self._hub.limits
         kind = message["type"]
+        if kind in ("session.close", "input_image_buffer.end"):
+            self._tell_skipped(0.0)
         if self._announced and kind == "input_image_buffer.append":
             self._announced = None
             raise Refused("wrong_order", "the picture of the append before has not come")
