@@ -27,7 +27,7 @@ class Connection:
         self._bucket = Bucket(hub.limits.fps)
         self._skipped = 0  # frames over the rate that nobody has been told of
         self._errors = 0
-        self._told_all = False  # up to the end of the session
+        self._done = False  # its client has heard the session's end, or asked for it
         self._first_at: float | None = None
 
     async def run(self) -> None:
@@ -47,7 +47,7 @@ class Connection:
             self._live.detach(self)
             if self._live.untouched:
                 self._live.close("its client left before it gave anything")
-            if self._live.untouched or self._told_all:
+            if self._live.untouched or self._done:
                 self._hub.forget(self._live)
 
     async def _write(self) -> None:
@@ -60,7 +60,7 @@ class Connection:
         except TimeoutError:
             self._hub.metrics.refused("slow_client")
             return  # what is in its way would also be in that of a close message
-        self._told_all = True
+        self._done = True
         await self._close(self._live.close_code, "the session is over")
 
     async def _read(self) -> None:
@@ -131,6 +131,7 @@ class Connection:
         elif kind == "input_image_buffer.end":
             session.end()
         else:
+            self._done = True
             session.close("closed by the client")
 
     async def _frame(self, data: bytes, image: ImageMessage) -> None:
