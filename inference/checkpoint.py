@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from inference.configuration_moss_video import MossVideoConfig
-from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
 from inference.processing_moss_video import MossVideoProcessor
+from inference.quantize import quantize_decoder, take_scales
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
 DTYPES["bfloat16"] = torch.bfloat16
@@ -40,10 +43,13 @@ def load_model(
     kind = find_dtype(dtype, where)
     try:
         config = MossVideoConfig.from_pretrained(folder)
+        packed = config.__dict__.pop("quantization_config", None)
         model, info = MossVideoForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=kind or "auto", output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
+        if packed is not None:
+            _unpack(model, folder, packed, quantize, ranks)
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -55,11 +61,42 @@ def load_model(
         if where.type == "cuda":
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
             torch.cuda.set_device(where)
-    if quantize is not None:
-        from inference.quantize import quantize_decoder
-
+    if quantize is not None and packed is None:
         quantize_decoder(model, quantize)
     return model.to(where).eval()
+
+
+def _unpack(
+    model: MossVideoForConditionalGeneration,
+    folder: Path,
+    packed: Any,
+    quantize: str | None,
+    ranks: int,
+) -> None:
+    """Layers of an export that is quantized (compressed-tensors, one scale a row)."""
+    kind = {"int-quantized": "int8", "float-quantized": "fp8"}.get(dict(packed).get("format", ""))
+    if kind is None:
+        raise ValueError(
+            f"{folder}: config.json: quantization_config is none of tools.convert_checkpoint's"
+        )
+    if quantize not in (None, kind):
+        raise ValueError(f"{folder}: quantize={quantize}: the checkpoint is quantized as {kind}")
+    if ranks > 1:
+        raise ValueError(f"{folder}: is quantized; several ranks need full weights (--quantize)")
+    scales = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                if name.endswith(".weight_scale"):
+                    scales[_layer(name)] = opened.get_tensor(name).flatten()
+    take_scales(model, scales, kind)
+
+
+def _layer(name: str) -> str:
+    """The module of a tensor of either layout of names."""
+    for old, new in OLD_NAMES.items():
+        name = re.sub(old, new, name)
+    return name.removesuffix(".weight_scale")
 
 
 def load_processor(checkpoint: str | Path) -> Any:

@@ -36,7 +36,7 @@ class Sink:
         self.terminal = name == "-"
         self._out: TextIO | None = None
         if name:
-            self._out = sys.stdout if self.terminal else open(name, "w")
+            self._out = sys.stdout if self.terminal else open(name, "w")  # noqa: SIM115
 
     def show(self, event: Event) -> None:
         """Writes an event as a line of JSON."""

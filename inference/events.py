@@ -82,7 +82,8 @@ class EventLog:
         """Waits for events after number `seq` and yields them until the log is closed."""
         while not (self.closed and self.last_seq <= seq):
             with self._changed:
-                self._changed.wait_for(lambda seen=seq: self.last_seq > seen or self.closed)
+                while self.last_seq <= seq and not self.closed:
+                    self._changed.wait()
             for event in self.after(seq):
                 seq = event.seq
                 yield event

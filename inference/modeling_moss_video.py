@@ -105,6 +105,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _no_split_modules = ("VisionLayer", "SelfLayer", "CrossLayer")
     _supports_sdpa = True
     _tied_weights_keys = None
+    tokens_type = CachedTokens
 
     def __init__(self, config: MossVideoConfig):
         super().__init__(config)
@@ -234,7 +235,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         frames = self._frames(
             x, cross_attention_states, positions, seen, cross_attention_mask, past_key_values
         )
-        tokens = CachedTokens(past_key_values, _token_mask(attention_mask, past, x.shape[1]))
+        tokens = self.tokens_type(past_key_values, _token_mask(attention_mask, past, x.shape[1]))
         x = decoder(x, position_ids, tokens, frames)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])

@@ -1,6 +1,6 @@
 """Answers a question about a whole video or a picture, or one without either.
 
-    python -m inference.offline_infer --checkpoint DIR --video_path clip.mp4 --prompt ...
+python -m inference.offline_infer --checkpoint DIR --video_path clip.mp4 --prompt ...
 """
 
 from __future__ import annotations

@@ -29,9 +29,8 @@ def as_picture(image: Picture) -> Tensor:
     kind: Any = image
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3:
-        if image.shape[0] == 3:
-            return image
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape[:-2] == (3,):
+        return image
     found = f"{type(kind).__name__} {getattr(kind, 'dtype', '')} {getattr(kind, 'shape', '')}"
     raise TypeError(f"a picture is a uint8 [3, H, W], [H, W, 3], a PIL image or bytes: {found}")
 
@@ -62,7 +61,9 @@ def check_video(data: bytes, max_pixels: int) -> None:
     """Refuses a video by its header, before a frame is decoded; SampleError as `check_header`."""
     try:
         with av.open(io.BytesIO(data), "r") as container:
-            found = [(s.codec_context.width, s.codec_context.height) for s in container.streams.video]
+            found = [
+                (s.codec_context.width, s.codec_context.height) for s in container.streams.video
+            ]
     except (av.FFmpegError, ValueError, AttributeError) as error:
         raise SampleError("undecodable_video", f"{len(data)} bytes: {error}") from None
     for width, height in found:

@@ -25,15 +25,20 @@ class QuantizedLinear(nn.Module):
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear, kind: str):
+    def __init__(self, weight: Tensor, scale: Tensor):
         super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, kind: str) -> QuantizedLinear:
+        """Quantizes a layer."""
         assert linear.bias is None
         dtype, largest = KINDS[kind]
         full = linear.weight.detach().float()
         scale = (full.abs().amax(1).clamp(min=1e-12) / largest).to(linear.weight.dtype)
         scaled = (full / scale.float()[:, None]).clamp(-largest, largest)
-        self.register_buffer("weight", (scaled.round() if kind == "int8" else scaled).to(dtype))
-        self.register_buffer("scale", scale)
+        return cls((scaled.round() if kind == "int8" else scaled).to(dtype), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
@@ -55,15 +60,42 @@ def quantize_decoder(model: MossVideoForConditionalGeneration, kind: str) -> Non
     if kind not in KINDS:
         raise ValueError(f"quantize={kind}: allowed: {', '.join(KINDS)}")
     decoder = model.model.language_model
-    frames = {
-        id(linear)
-        for layer in decoder.cross
-        for attention in (decoder.cross_attention(layer),)
-        for linear in (attention.k_proj, attention.v_proj)
-    }
+    frames = _of_frames(model)
     # A tensor-parallel head holds its linear layer.
     parents: list[nn.Module] = [model, *decoder.modules(), *model.lm_head.modules()]
     for parent in parents:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and id(child) not in frames:
-                setattr(parent, name, QuantizedLinear(child, kind))
+                setattr(parent, name, QuantizedLinear.of(child, kind))
+
+
+def take_scales(
+    model: MossVideoForConditionalGeneration, scales: dict[str, Tensor], kind: str
+) -> None:
+    """Makes quantized layers of a checkpoint that is quantized already: its numbers have been
+    loaded as if they were weights (which any float holds exactly), its scales were not.
+
+    scales: by name of the layer, `[out]`.
+    """
+    frames = _of_frames(model)
+    for name, scale in scales.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        scale = scale.to(linear.weight.dtype)
+        if id(linear) in frames:
+            linear.weight.data *= scale[:, None]
+            continue
+        parent, _, last = name.rpartition(".")
+        numbers = linear.weight.detach().to(KINDS[kind][0])
+        setattr(model.get_submodule(parent), last, QuantizedLinear(numbers, scale))
+
+
+def _of_frames(model: MossVideoForConditionalGeneration) -> set[int]:
+    """Layers that make keys and values of frames."""
+    decoder = model.model.language_model
+    return {
+        id(linear)
+        for layer in decoder.cross
+        for attention in (decoder.cross_attention(layer),)
+        for linear in (attention.k_proj, attention.v_proj)
+    }

@@ -1,7 +1,7 @@
 """Watches a file, a camera or a stream live, and says what the model says, when it says it.
 
-    python -m inference.realtime_streaming_infer --checkpoint DIR --video_path clip.mp4 --prompt ...
-    torchrun --nproc-per-node 2 inference/realtime_streaming_infer.py ...   (tensor parallel)
+python -m inference.realtime_streaming_infer --checkpoint DIR --video_path clip.mp4 --prompt ...
+torchrun --nproc-per-node 2 inference/realtime_streaming_infer.py ...   (tensor parallel)
 """
 
 from __future__ import annotations

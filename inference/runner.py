@@ -1,11 +1,11 @@
 """Many sessions on one engine: a thread that owns the engine and batches their steps.
 
-    runner = Runner(engine)
-    async with runner.session(pace=None) as session:     # or: with runner.session(...)
-        session.push_frame(image, at=0.0)
-        session.prompt("What is it?")
-        async for event in session.events():             # or: for event in session.events()
-            ...
+runner = Runner(engine)
+async with runner.session(pace=None) as session:     # or: with runner.session(...)
+    session.push_frame(image, at=0.0)
+    session.prompt("What is it?")
+    async for event in session.events():             # or: for event in session.events()
+        ...
 """
 
 from __future__ import annotations
@@ -237,7 +237,9 @@ class Runner:
         seat.slot.evictions.clear()
         if now - seat.told_at >= METRICS_EVERY:
             seat.told_at = now
-            task.tell("session.metrics", cached_frames=len(seat.slot.frames), **task.stats.summary())
+            task.tell(
+                "session.metrics", cached_frames=len(seat.slot.frames), **task.stats.summary()
+            )
 
     def _leaving(self) -> list[_Seat]:
         return [seat for seat in self._seats if seat.closing or seat.task.over]
@@ -284,9 +286,7 @@ class SessionHandle:
             self._count += 1
             changed.notify_all()
 
-    def put_frame(
-        self, image: Picture, at: float | None = None, prompt: str | None = None
-    ) -> None:
+    def put_frame(self, image: Picture, at: float | None = None, prompt: str | None = None) -> None:
         """As `push_frame`, after waiting for room in the queue."""
         changed, _ = self._open()
         with changed:

@@ -86,7 +86,6 @@ class Plan:
     frame: Frame | None = None
 
 
-
 _ANY_TIME = ("pace", "max_new_tokens")  # what can be changed in the middle of a stream
 _FLAGS = ("media", "_started", "_turn_over", "_said", "_cancelled", "_no_more")
 

@@ -57,9 +57,7 @@ class Speech:
 class Speaker:
     """Tells in events what the model says, and measures it."""
 
-    def __init__(
-        self, name: str, words: Vocabulary, stats: Stats, log_limit: int = 65536
-    ) -> None:
+    def __init__(self, name: str, words: Vocabulary, stats: Stats, log_limit: int = 65536) -> None:
         self.name, self.stats = name, stats
         self.log = EventLog(log_limit)
         self.media = 0.0  # seconds of the newest frame that the model has seen

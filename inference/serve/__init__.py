@@ -1,1 +1,1 @@
-"""The server: sessions over WebSockets, OpenAI's chat completions, a page. See docs/streaming.md."""
+"""The server: sessions over WebSockets, OpenAI's chat completions, a page."""

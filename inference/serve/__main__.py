@@ -1,6 +1,6 @@
 """Serves a model: sessions over WebSockets, OpenAI's chat completions, a page, metrics.
 
-    python -m inference.serve --checkpoint DIR
+python -m inference.serve --checkpoint DIR
 """
 
 from __future__ import annotations

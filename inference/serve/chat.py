@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`, as OpenAI's clients call it: offline questions about pictures and videos."""
+"""`/v1/chat/completions`, as OpenAI's clients call it: offline questions about media."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import Tensor
 
 from data_pipeline.images import decode_image
+from data_pipeline.prompts import PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, SampleError
 from inference.engine import EngineFull, Sampling
 from inference.pictures import check_header, check_video, fit
@@ -133,7 +134,7 @@ def read_question(body: Any, limits: Limits) -> Question:
 
 
 def _message(turn: Any, field: str, media: list[tuple[str, bytes]], limits: Limits) -> Message:
-    role = turn.get("role") if isinstance(turn, dict) else None
+    role: Any = turn.get("role") if isinstance(turn, dict) else None
     role = "system" if role == "developer" else role
     if role not in ("system", "user", "assistant"):
         raise Refused("invalid_value", f"{field}.role: system, user or assistant", f"{field}.role")
@@ -189,7 +190,7 @@ def prepare(question: Question, hub: Hub) -> tuple[list[int], list[Tensor]]:
             found = clip_frames(data, _FPS, min(_LEAST_FRAMES, left), left)
         counts.append(len(found))
         frames += found
-    form = "pretrain" if hub.stage in ("pt1", "pt2") else "chat"
+    form: PromptForm = "pretrain" if hub.stage in ("pt1", "pt2") else "chat"
     prompt = hub.runner.words.prompts.question(question.messages, counts, form)
     return prompt.tokens, frames
 

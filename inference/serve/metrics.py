@@ -43,7 +43,10 @@ class Metrics:
             for name in names
         }
         self._drops = Counter(
-            "moss_dropped_frames", "frames that were not taken in", ["reason"], registry=self._registry
+            "moss_dropped_frames",
+            "frames that were not taken in",
+            ["reason"],
+            registry=self._registry,
         )
         self._decided = Counter(
             "moss_decisions", "decisions on frames", ["decision"], registry=self._registry

@@ -88,7 +88,9 @@ class Connection:
         except SampleError as error:
             self._tell(error.reason, error.detail)
         except (QueueFull, ValueError) as error:
-            self._tell("queue_full" if isinstance(error, QueueFull) else "invalid_value", str(error))
+            self._tell(
+                "queue_full" if isinstance(error, QueueFull) else "invalid_value", str(error)
+            )
         except SessionClosed:
             return True  # the writer tells
         if self._errors > self._hub.limits.errors:

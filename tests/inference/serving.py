@@ -145,4 +145,3 @@ def jpeg(seed: int = 0, size: tuple[int, int] = (60, 40)) -> bytes:
 
 def data_url(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-

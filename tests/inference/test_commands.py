@@ -71,7 +71,9 @@ def test_a_stream_is_watched_second_by_second(run: Run, tiny: Path, clip: Path) 
     after = told[told.index(asked) + 1 :]
     assert next(e for e in after if e["type"] == "input_frame.processed")["frame_at"] == 2.0
     again, same, _ = run(realtime_streaming_infer, *args, "--ask", "2:Who is it?")
-    texts = [[e["text"] for e in lines if e["type"] == "response.done"] for lines in (told, events(same))]
+    texts = [
+        [e["text"] for e in lines if e["type"] == "response.done"] for lines in (told, events(same))
+    ]
     assert again == 0
     assert texts[0] == texts[1] != []
 

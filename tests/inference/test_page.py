@@ -16,13 +16,17 @@ from tests.inference.serving import Running, serving
 from tests.samples import graded_video
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Running]:
-    with serving(Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)) as made:
+    with serving(
+        Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)
+    ) as made:
         yield made
 
 

@@ -32,7 +32,7 @@ def test_each_weight_is_off_by_half_a_step(rows: int, dtype, kind: str, step: fl
     """int8: half of 1/127 of the row's largest weight; fp8 e4m3: half of its last of three bits."""
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=False, dtype=dtype)
-    quantized = QuantizedLinear(linear, kind)
+    quantized = QuantizedLinear.of(linear, kind)
     full = linear.weight.float()
     restored = quantized.weight.float() * quantized.scale.float()[:, None]
     size = full.abs() if kind == "fp8" else full.abs().amax(1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Demo:
 
     def read(self, *ends: str) -> list[str]:
         """Tokens up to one of `ends`."""
-        found = []
+        found: list[str] = []
         while not found or found[-1] not in ends:
             found.append(self.tokens.get(timeout=30))
         return found
@@ -85,10 +86,7 @@ def test_each_decision_to_be_silent_is_told_once(model: QueueModel) -> None:
         silent = [e for e in events if e.get("decision") == "silence"]
         ends = [e for e in events if e.get("reason") == "silence"]
         # A silence that both decides on a frame and ends a speech is one silence.
-        both = sum(
-            a.get("decision") == b.get("reason") == "silence"
-            for a, b in zip(events, events[1:], strict=False)
-        )
+        both = sum(a.get("decision") == b.get("reason") == "silence" for a, b in pairwise(events))
         assert heard.count(SILENCE) == len(silent) + len(ends) - both
         assert task.stats.counts["responses"] > 0
 

@@ -274,7 +274,12 @@ def test_pictures_come_in_many_forms_and_wrong_ones_are_refused(runner: Runner) 
     array = np.asarray(PICTURES[0])
     jpeg = io.BytesIO()
     PICTURES[0].save(jpeg, "PNG")
-    forms = [PICTURES[0], array, torch.from_numpy(array.copy()).permute(2, 0, 1), jpeg.getvalue()]
+    forms: list[Any] = [
+        PICTURES[0],
+        array,
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+        jpeg.getvalue(),
+    ]
     contexts = []
     for form in forms:
         with runner.session(**options()) as session:
@@ -287,6 +292,10 @@ def test_pictures_come_in_many_forms_and_wrong_ones_are_refused(runner: Runner) 
             session.push_frame(b"no picture")
         with pytest.raises(TypeError, match=r"float32 torch.Size\(\[3, 4, 4\]\)"):
             session.push_frame(torch.zeros(3, 4, 4))
-        with pytest.raises(QueueFull):
+
+        def push_many() -> None:
             for _ in range(50):
                 session.push_frame(PICTURES[0])
+
+        with pytest.raises(QueueFull):
+            push_many()

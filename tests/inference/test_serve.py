@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from inference.engine import Engine, Sampling
 from inference.serve.limits import Limits
 from tests.inference.serving import Client, Running, data_url, jpeg, serving
@@ -26,7 +27,9 @@ def engine(tiny: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Running]:
-    limits = Limits(grace=0.6, replay=200, pixels=10**6, frame_bytes=10**5, prompt_chars=200, fps=60)
+    limits = Limits(
+        grace=1.5, replay=200, pixels=10**6, frame_bytes=10**5, prompt_chars=200, fps=60
+    )
     with serving(engine, limits) as running:
         yield running
 
@@ -321,7 +324,11 @@ def test_pages_of_other_sites_open_no_sessions(engine: Engine) -> None:
             (server.http, True),
         ):
             with server.open(origin=origin) as client:
-                assert (client.next()["type"] == "session.created") if opens else client.close_code == 1008
+                assert (
+                    (client.next()["type"] == "session.created")
+                    if opens
+                    else client.close_code == 1008
+                )
 
 
 def test_a_model_that_cannot_watch_opens_no_session(engine: Engine) -> None:

@@ -175,5 +175,3 @@ def until(condition: Any, seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
-
-

@@ -201,7 +201,9 @@ def test_a_turn_that_the_model_has_ended_is_not_ended_twice(
     model.frame()
     model.say([words[0], model.special.eot_id])
     model.ask("Who is it?")
-    assert text(tokenizer, model.step(model.special.eot_id).tokens).startswith("<|start_header_id|>")
+    assert text(tokenizer, model.step(model.special.eot_id).tokens).startswith(
+        "<|start_header_id|>"
+    )
     model.frame(1.0)
     plan = model.step(model.special.silence)
     assert text(tokenizer, plan.tokens) == (

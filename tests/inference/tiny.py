@@ -65,6 +65,18 @@ def tiny_model(**changes: Any) -> MossVideoForConditionalGeneration:
     return model
 
 
+def generated_logits(model: MossVideoForConditionalGeneration, **inputs: Any) -> torch.Tensor:
+    """Logits from which `generate` takes 8 tokens `[8, B, V]`."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=8,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(out.logits)
+
+
 def save_tiny(folder: Path, **changes: Any) -> Path:
     """Writes the folder that AutoModel, AutoProcessor and the engine open."""
     build_toy_tokenizer(folder, ["A man walks in and sits down."])

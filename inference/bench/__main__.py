@@ -1,0 +1,182 @@
+"""How fast the engine is on this machine.
+
+    python -m inference.bench offline --model mid --random-weights --baseline hf
+    python -m inference.bench stream --checkpoint DIR
+    python -m inference.bench stream --model small --random-weights --endless 10000
+
+`offline`: a question about a whole video. `stream`: the same frames one by one, a question when
+they have been seen. With `--baseline hf` the same model is run the published way too (see
+published.py). Prints a table; writes bench-MODE.json and bench-MODE.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from inference.bench import measure
+from inference.bench.models import MODELS, random_model
+from inference.bench.published import PublishedModel
+from inference.bench.report import Row, describe, print_table, write_report
+from inference.checkpoint import DTYPES, find_device, load_model
+from inference.engine import Engine
+from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.quantize import quantize_decoder
+
+
+def main() -> None:
+    """Entry."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    model = open_model(arguments)
+    clock = measure.Clock(next(model.parameters()).device, arguments.clock)
+    rows, extra = (offline if arguments.mode == "offline" else stream)(model, arguments, clock)
+    facts = describe(model, arguments)
+    print_table(arguments.mode, rows, facts)
+    write_report(Path(arguments.out), arguments.mode, rows, facts | extra)
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m inference.bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("mode", choices=("offline", "stream"))
+    parser.add_argument("--model", choices=tuple(MODELS), default="mid")
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--checkpoint", help="an exported folder, in place of random weights")
+    parser.add_argument("--baseline", choices=("hf",))
+    parser.add_argument("--frames", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16 on CUDA, else fp32")
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the engine's weights only")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--endless", type=int, default=0, help="frames of a memory test (stream)")
+    parser.add_argument("--window", type=int, help="default: the frames of the test")
+    parser.add_argument("--out", default=".")
+    arguments = parser.parse_args()
+    if not arguments.checkpoint and not arguments.random_weights:
+        parser.error("give --checkpoint DIR, or --model with --random-weights")
+    if arguments.frames < 1 or arguments.new_tokens < 3:
+        parser.error("--frames must be at least 1, --new-tokens at least 3")
+    return arguments
+
+
+def open_model(arguments: argparse.Namespace) -> MossVideoForConditionalGeneration:
+    """The model in full weights, on its device."""
+    device = torch.device(find_device(arguments.device))
+    if arguments.checkpoint:
+        return load_model(arguments.checkpoint, str(device), arguments.dtype)
+    name = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return random_model(arguments.model, device, DTYPES[name])
+
+
+def make_engine(
+    model: MossVideoForConditionalGeneration, arguments: argparse.Namespace, window: int
+) -> Engine:
+    """The engine, quantized if asked: which changes the model's layers, so the baseline ran."""
+    if arguments.quantize:
+        quantize_decoder(model, arguments.quantize)
+    tokens = 2 * arguments.frames + 1024
+    return Engine(model, window=window, max_tokens=tokens, compile=arguments.compile)
+
+
+Result = tuple[list[Row], dict[str, object]]
+
+
+def offline(
+    model: MossVideoForConditionalGeneration,
+    arguments: argparse.Namespace,
+    clock: measure.Clock,
+) -> Result:
+    """A question about a whole video."""
+    pixels = measure.random_frames(model, arguments.frames)
+    theirs = baseline(model, arguments, pixels, clock)
+    engine = make_engine(model, arguments, arguments.frames)
+    measure.offline(engine, pixels[:2], 4, clock)  # warms up, captures graphs
+    ours = measure.offline(engine, pixels, arguments.new_tokens, clock)
+    rows = [
+        _row("vision, all frames", "s", "vision", ours, theirs),
+        _row("time to first token", "s", "first_token", ours, theirs),
+        _row("decode", "tokens/s", "tokens_per_second", ours, theirs, True),
+        _row("published total", "s", "published_total", ours, theirs),
+        memory_row(engine, theirs is not None),
+    ]
+    return rows, {}
+
+
+def stream(
+    model: MossVideoForConditionalGeneration,
+    arguments: argparse.Namespace,
+    clock: measure.Clock,
+) -> Result:
+    """Frames one by one, then questions; the published way has only the whole again."""
+    if arguments.endless:
+        engine = make_engine(model, arguments, arguments.window or 256)
+        found = measure.endless(engine, arguments.endless, clock)
+        first, last = found.megabytes[0], found.megabytes[-1]
+        rows = [
+            Row(f"memory after {found.frames // 10} frames", "MB", first, None),
+            Row(f"memory after {found.frames} frames", "MB", last, None),
+            Row("rate", "frames/s", found.rate, None, True),
+        ]
+        return rows, {"endless": vars(found)}
+    pixels = measure.random_frames(model, arguments.frames)
+    theirs = baseline(model, arguments, pixels, clock)
+    engine = make_engine(model, arguments, arguments.window or arguments.frames)
+    measure.stream(engine, pixels[:2], 4, clock)
+    ours = measure.stream(engine, pixels, arguments.new_tokens, clock)
+    question, frame = measure.median_ms(ours.question), measure.median_ms(ours.frames)
+    whole = None if theirs is None else 1e3 * theirs.first_token
+    rows = [
+        Row("question -> first token", "ms", question, whole),
+        Row("frame -> decision", "ms", frame, None),
+        Row("frame -> decision, p99", "ms", measure.p99_ms(ours.frames), None),
+        _row("decode", "tokens/s", "tokens_per_second", ours, theirs, True),
+        memory_row(engine, theirs is not None),
+    ]
+    return rows, {}
+
+
+def baseline(
+    model: MossVideoForConditionalGeneration,
+    arguments: argparse.Namespace,
+    pixels: torch.Tensor,
+    clock: measure.Clock,
+) -> measure.Timings | None:
+    """The same model run the published way."""
+    if arguments.baseline is None:
+        return None
+    print("running the published way ...", flush=True)
+    published = PublishedModel(model)
+    measure.published(published, pixels[:2], 3, clock)
+    return measure.published(published, pixels, arguments.new_tokens, clock)
+
+
+def _row(
+    name: str,
+    unit: str,
+    field: str,
+    ours: measure.Timings,
+    theirs: measure.Timings | None,
+    more_is_better: bool = False,
+) -> Row:
+    other = None if theirs is None else getattr(theirs, field)
+    return Row(name, unit, getattr(ours, field), other, more_is_better)
+
+
+def memory_row(engine: Engine, compared: bool) -> Row:
+    """Keys and values of a frame: theirs are repeated to all heads."""
+    frame = engine.cache.frames.numel() * engine.cache.frames.element_size()
+    megabytes = frame / (engine.window + 1) / engine.max_sessions / 1e6
+    text = engine.config.text_config
+    repeated = megabytes * text.num_attention_heads / text.num_key_value_heads
+    return Row("keys and values of a frame", "MB", megabytes, repeated if compared else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What is measured, of the engine and of the published way. Inputs are ready on the device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from data_pipeline.progress import Progress
+from inference.bench.published import PublishedModel
+from inference.engine import Engine, Step
+from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.slots import Slot
+
+QUESTION = [3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]  # a turn of twelve tokens
+PROMPT = [1, 3, 4, 5]
+
+
+class Clock:
+    """Seconds of wall time, or of this process's CPU time (what a busy machine leaves alone)."""
+
+    def __init__(self, device: torch.device, kind: str):
+        self.device, self.kind = device, kind
+
+    def __call__(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.process_time() if self.kind == "cpu" else time.perf_counter()
+
+
+@dataclass
+class Timings:
+    """Seconds; lists hold one entry a token or a frame."""
+
+    vision: float = 0.0  # all frames
+    first_token: float = 0.0  # vision, prefill and one token
+    tokens: list[float] = field(default_factory=list)
+    frames: list[float] = field(default_factory=list)  # frame -> decision, one by one
+    question: list[float] = field(default_factory=list)  # question -> first token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """(n - 1) / (t_end - t_first)."""
+        return len(self.tokens) / sum(self.tokens)
+
+    @property
+    def published_total(self) -> float:
+        """2 x TTFT + (n - 1) / TPS, as the published script counts it."""
+        return 2 * self.first_token + sum(self.tokens)
+
+
+def random_frames(model: MossVideoForConditionalGeneration, count: int) -> Tensor:
+    """Normalized frames `[count, 3, h, w]` on the model's device."""
+    weight = next(model.parameters())
+    size = model.config.vision_config.image_size
+    return torch.randn(count, 3, size, size, device=weight.device, dtype=weight.dtype)
+
+
+def offline(engine: Engine, pixels: Tensor, new: int, clock: Clock) -> Timings:
+    """All frames and a question at once, then `new` tokens."""
+    out = Timings()
+    tokens = [*PROMPT, *[engine.image_token] * len(pixels), *QUESTION]
+    slot = engine.open()
+    start = clock()
+    features = engine.encode(list(pixels))
+    out.vision = clock() - start
+    engine.step([Step(slot, tokens, features)])
+    out.first_token = clock() - start
+    out.tokens = _decode(engine, slot, new, clock)
+    engine.close(slot)
+    return out
+
+
+def stream(engine: Engine, pixels: Tensor, new: int, clock: Clock, questions: int = 3) -> Timings:
+    """A frame at a time, the model staying silent; then questions, and `new` tokens."""
+    out, silence = Timings(), engine.silence_token
+    slot = engine.open()
+    engine.step([Step(slot, PROMPT)])
+    progress = Progress("streaming", len(pixels), "frames")
+    for frame in pixels:
+        slot.pending = silence
+        start = clock()
+        engine.step([Step(slot, [engine.image_token], engine.encode([frame]))])
+        out.frames.append(clock() - start)
+        progress.step()
+    progress.end()
+    for _ in range(questions):
+        start = clock()
+        engine.step([Step(slot, QUESTION)])
+        out.question.append(clock() - start)
+    out.tokens = _decode(engine, slot, new, clock)
+    engine.close(slot)
+    return out
+
+
+def _decode(engine: Engine, slot: Slot, new: int, clock: Clock) -> list[float]:
+    seconds = []
+    for _ in range(new - 1):
+        start = clock()
+        engine.step([Step(slot)])
+        seconds.append(clock() - start)
+    return seconds
+
+
+def published(model: PublishedModel, pixels: Tensor, new: int, clock: Clock) -> Timings:
+    """The same question through `generate`."""
+    out, times = Timings(), []
+    image = model.config.image_token_index
+    tokens = torch.tensor([[*PROMPT, *[image] * len(pixels), *QUESTION]], device=pixels.device)
+
+    def note(ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        times.append(clock())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    with torch.inference_mode():
+        start = clock()
+        states = model.get_image_features(pixels[None, :, None])
+        out.vision = clock() - start
+        model.generate(
+            input_ids=tokens,
+            cross_attention_states=states,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([note]),
+        )
+    out.first_token = times[0] - start
+    out.tokens = [after - before for before, after in pairwise(times)]
+    return out
+
+
+@dataclass
+class Endless:
+    """A long stream: megabytes of this process at each tenth of it, and frames a second."""
+
+    frames: int
+    megabytes: list[float]
+    rate: float
+    text_tokens: int
+    cached_frames: int
+
+
+def endless(engine: Engine, frames: int, clock: Clock) -> Endless:
+    """Streams `frames` frames through one slot, all but every tenth second silent."""
+    pixels = random_frames(engine.model, 8)
+    slot = engine.open()
+    engine.step([Step(slot, PROMPT)])
+    process, megabytes = psutil.Process(), []
+    progress, start = Progress("endless", frames, "frames"), clock()
+    for number in range(frames):
+        slot.pending = 20 if number % 10 == 5 else engine.silence_token
+        feature = engine.encode([pixels[number % 8]])
+        engine.step([Step(slot, [engine.image_token], feature)])
+        slot.evictions.clear()
+        if number % (frames // 10) == frames // 10 - 1:
+            megabytes.append(process.memory_info().rss / 1e6)
+        progress.step()
+    progress.end()
+    rate = frames / (clock() - start)
+    result = Endless(frames, megabytes, rate, slot.length, len(slot.frames))
+    engine.close(slot)
+    return result
+
+
+def median_ms(seconds: list[float]) -> float:
+    """Median in milliseconds, without the first quarter, in which things warm up."""
+    return 1e3 * statistics.median(seconds[len(seconds) // 4 :])
+
+
+def p99_ms(seconds: list[float]) -> float:
+    """The value that 99 of 100 stay below, in milliseconds."""
+    return 1e3 * sorted(seconds)[int(0.99 * (len(seconds) - 1))]

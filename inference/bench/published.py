@@ -1,0 +1,115 @@
+"""The same model run the way the published code runs it (transformers 4.46.3), to compare with.
+
+What differs from modeling_moss_video.py: keys and values are repeated to all heads (those of frames
+before they are cached), the mask of frames is made anew for the whole text at each token, patches
+are pooled after all states are joined, all frames are one batch, and the cache is transformers'
+DynamicCache, which copies itself for each token. The numbers are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.modeling_moss_video import (
+    CachedTokens,
+    MossVideoForConditionalGeneration,
+    MossVideoModel,
+)
+from inference.vision_moss_video import pool_grid
+
+
+class RepeatedTokens(CachedTokens):
+    """Repeats what the cache holds at each token."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.cache is not None:
+            k, v = self.cache.update(k, v, layer)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        causal = self.mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=causal)
+
+
+class RepeatedFrames:
+    """Frames with all heads, and a mask of numbers."""
+
+    def __init__(self, keys_values: dict[int, tuple[Tensor, Tensor]], mask: Tensor, sees: Tensor):
+        self.keys_values, self.mask, self.sees = keys_values, mask, sees
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        k, v = self.keys_values[layer]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+
+class PublishedModel(MossVideoForConditionalGeneration):
+    """Takes over another model's parameters; `generate` is transformers' own."""
+
+    tokens_type = RepeatedTokens
+
+    def __init__(self, other: MossVideoForConditionalGeneration):
+        with torch.device("meta"):
+            super().__init__(other.config)
+        self.model, self.lm_head = other.model, other.lm_head
+        self.generation_config = other.generation_config
+
+    def _frames(
+        self,
+        x: Tensor,
+        states: Tensor | None,
+        positions: Tensor | None,
+        seen: Tensor | None,
+        mask: Tensor | None,
+        cache: Any,
+    ) -> Any:
+        if seen is not None:
+            cache.whole_mask = seen.long()  # [B, S, F, T]
+        elif getattr(cache, "whole_mask", None) is None:
+            return None
+        else:
+            cache.whole_mask = torch.cat((cache.whole_mask, cache.whole_mask[:, -1:]), dim=1)
+        tokens = self.config.tokens_per_frame
+        # The whole text's mask at each step, of which the last rows are taken.
+        hidden = 1.0 - cache.whole_mask.repeat_interleave(tokens, dim=3).flatten(2)[:, None]
+        lowest = torch.finfo(x.dtype).min
+        hidden = hidden.to(x.dtype)
+        hidden = hidden.masked_fill(hidden.to(torch.bool), lowest)
+        sees = (hidden != lowest).any(dim=-1).to(x.dtype)[..., None]
+        hidden = hidden * sees
+        rows = slice(-x.shape[1], None)
+        keys_values = self._keys_values(states, positions, cache)
+        return RepeatedFrames(keys_values, hidden[:, :, rows], sees[:, 0, rows])
+
+    def _keys_values(
+        self, states: Tensor | None, positions: Tensor | None, cache: Any
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        decoder = self.model.language_model
+        if states is None:
+            return {i: (cache.layers[i].keys, cache.layers[i].values) for i in decoder.cross}
+        assert positions is not None
+        marks = decoder.rotation(positions.repeat_interleave(states.shape[2], dim=1), states.dtype)
+        heads = self.config.text_config.num_attention_heads
+        found = {}
+        for layer in decoder.cross:
+            pair = decoder.cross_attention(layer).project(states.flatten(1, 2), marks)
+            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in pair)
+            found[layer] = cache.update(k, v, layer)
+        return found
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        aspect_ratio_ids: Tensor | None = None,
+        aspect_ratio_mask: Tensor | None = None,
+    ) -> Tensor:
+        """All frames in one batch; patches are pooled after all states are joined."""
+        batch, frames = pixel_values.shape[:2]
+        model: MossVideoModel = self.model
+        ones = torch.ones(batch * frames, dtype=torch.long, device=pixel_values.device)
+        states = model.vision_model(pixel_values.flatten(0, 1), ones, ones[:, None].bool())
+        joined = torch.cat((states[0], torch.stack(states[1:], -1).flatten(-2)), -1)
+        config = self.config
+        joined = pool_grid(joined, config.pool_mode, config.pool_stride, model.patch_merger)
+        return model.multi_modal_projector(joined).flatten(1, 2).unflatten(0, (batch, frames))

@@ -1,0 +1,52 @@
+"""The benchmark runs, and what it compares with computes the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference.bench import __main__ as bench
+from inference.bench.published import PublishedModel
+from tests.inference.tiny import generated_logits, tiny_model
+
+
+def test_the_published_way_gives_the_same_tokens() -> None:
+    model = tiny_model(blind_rows="attend_all")
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(10, 250, (1, 12), generator=generator)
+    tokens[0, [2, 3, 7]] = 512
+    pixels = torch.randn(1, 3, 1, 3, 56, 56, generator=generator)
+    wanted = generated_logits(model, input_ids=tokens, pixel_values=pixels)
+    got = generated_logits(PublishedModel(model), input_ids=tokens, pixel_values=pixels)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["offline", "stream"])
+def test_prints_a_table_and_writes_json_and_png(mode, tmp_path: Path, monkeypatch, capsys) -> None:
+    options = "--model small --random-weights --baseline hf --frames 6 --new-tokens 4 --device cpu"
+    command = ["bench", mode, *options.split(), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    found = json.loads((tmp_path / f"bench-{mode}.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    decode, memory = rows["decode"], rows["keys and values of a frame"]
+    assert decode["gain"] == pytest.approx(decode["ours"] / decode["published"])
+    # Keys and values x 5 vision tokens x 32 numbers of one KV head x 4 bytes; 4 heads.
+    assert memory["ours"] == pytest.approx(2 * 5 * 32 * 4 / 1e6)
+    assert memory["gain"] == pytest.approx(4)
+    assert (tmp_path / f"bench-{mode}.png").stat().st_size > 5000
+    assert "published" in capsys.readouterr().out
+
+
+def test_memory_of_an_endless_stream_is_flat(tmp_path: Path, monkeypatch) -> None:
+    options = "--model small --random-weights --endless 600 --window 16 --frames 10 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["bench", "stream", *options.split(), "--out", str(tmp_path)])
+    bench.main()
+    found = json.loads((tmp_path / "bench-stream.json").read_text())["endless"]
+    assert found["cached_frames"] == 16
+    assert found["text_tokens"] <= 1044
+    assert found["megabytes"][-1] - found["megabytes"][1] < 5
