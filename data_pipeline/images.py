@@ -16,6 +16,10 @@ from torch import Tensor
 
 from data_pipeline.schema import SampleError
 
+# Means and deviations of Llama-3.2-Vision's image processor (CLIP's), for RGB in 0..1.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @lru_cache
 def supported_aspect_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:

@@ -390,12 +390,14 @@ class Engine:
     def _fitting(self, slot: Slot, tokens: list[int]) -> tuple[int, int]:
         """Tokens and frames of the next pass: no more frames than the ring can take at once."""
         room, marks = slot.ring.room, 0
-        for count, token in enumerate(tokens[:LONGEST_PASS]):
+        # Blind tokens attend frames that come after them: those must be in the same pass.
+        longest = len(tokens) if self.attend_all else min(len(tokens), LONGEST_PASS)
+        for count, token in enumerate(tokens[:longest]):
             if token == self.image_token:
                 if marks == room:
                     return count, marks
                 marks += 1
-        return min(len(tokens), LONGEST_PASS), marks
+        return longest, marks
 
     def _pass(self, parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]]) -> dict[int, Tensor]:
         """One forward pass; the last hidden state of each slot `[H]`."""

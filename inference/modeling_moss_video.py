@@ -324,7 +324,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.silence_token_id is not None:
             silent = targets == config.silence_token_id
             losses = torch.where(silent, losses * config.silence_weight, losses)
-        return losses.sum() / ((targets != -100).sum() if count is None else count)
+        labelled = (targets != -100).sum().clamp(min=1)
+        return losses.sum() / (labelled if count is None else count)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = None, **kwargs: Any

@@ -28,7 +28,7 @@ def validate(config: Config, world_size: int) -> None:
         *_choices(config),
         *_positive(config),
         *_model(config),
-        *_layout(config, world_size),
+        *check_layout(config, world_size),
         *_batches(config, world_size),
     ]
     problems += _data(config) if not problems else []
@@ -189,7 +189,8 @@ def _divides(name: str, value: int, by: str, divisor: int) -> Iterator[str]:
         yield f"{name}={value}: must be a multiple of {by}={divisor}"
 
 
-def _layout(config: Config, world_size: int) -> Iterator[str]:
+def check_layout(config: Config, world_size: int) -> Iterator[str]:
+    """A line for everything in which model, layout and ranks do not fit together."""
     parallel, text = config.parallel, config.model.text
     ranks = parallel.tensor * parallel.pipeline
     if parallel.tensor < 1 or parallel.pipeline < 1 or parallel.virtual < 1:

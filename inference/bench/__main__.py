@@ -23,7 +23,6 @@ from inference.bench.report import Row, describe, print_table, write_report
 from inference.checkpoint import DTYPES, find_device, load_model
 from inference.engine import Engine
 from inference.modeling_moss_video import MossVideoForConditionalGeneration
-from inference.quantize import quantize_decoder
 
 
 def main() -> None:
@@ -77,12 +76,15 @@ def open_model(arguments: argparse.Namespace) -> MossVideoForConditionalGenerati
 
 def make_engine(
     model: MossVideoForConditionalGeneration, arguments: argparse.Namespace, window: int
-) -> Engine:
-    """The engine, quantized if asked: which changes the model's layers, so the baseline ran."""
+) -> tuple[Engine, list[Row]]:
+    """The engine, quantized if asked (after the baseline has run, for the layers change), and by
+    how much that moved the logits."""
+    rows = []
     if arguments.quantize:
-        quantize_decoder(model, arguments.quantize)
+        moved = measure.quantize(model, arguments.quantize)
+        rows = [Row("logits moved (relative norm)", "", moved, None)]
     tokens = 2 * arguments.frames + 1024
-    return Engine(model, window=window, max_tokens=tokens, compile=arguments.compile)
+    return Engine(model, window=window, max_tokens=tokens, compile=arguments.compile), rows
 
 
 Result = tuple[list[Row], dict[str, object]]
@@ -96,7 +98,7 @@ def offline(
     """A question about a whole video."""
     pixels = measure.random_frames(model, arguments.frames)
     theirs = baseline(model, arguments, pixels, clock)
-    engine = make_engine(model, arguments, arguments.frames)
+    engine, moved = make_engine(model, arguments, arguments.frames)
     measure.offline(engine, pixels[:2], 4, clock)  # warms up, captures graphs
     ours = measure.offline(engine, pixels, arguments.new_tokens, clock)
     rows = [
@@ -105,6 +107,7 @@ def offline(
         _row("decode", "tokens/s", "tokens_per_second", ours, theirs, True),
         _row("published total", "s", "published_total", ours, theirs),
         memory_row(engine, theirs is not None),
+        *moved,
     ]
     return rows, {}
 
@@ -116,7 +119,7 @@ def stream(
 ) -> Result:
     """Frames one by one, then questions; the published way has only the whole again."""
     if arguments.endless:
-        engine = make_engine(model, arguments, arguments.window or 256)
+        engine, _ = make_engine(model, arguments, arguments.window or 256)
         found = measure.endless(engine, arguments.endless, clock)
         first, last = found.megabytes[0], found.megabytes[-1]
         rows = [
@@ -127,7 +130,7 @@ def stream(
         return rows, {"endless": vars(found)}
     pixels = measure.random_frames(model, arguments.frames)
     theirs = baseline(model, arguments, pixels, clock)
-    engine = make_engine(model, arguments, arguments.window or arguments.frames)
+    engine, moved = make_engine(model, arguments, arguments.window or arguments.frames)
     measure.stream(engine, pixels[:2], 4, clock)
     ours = measure.stream(engine, pixels, arguments.new_tokens, clock)
     question, frame = measure.median_ms(ours.question), measure.median_ms(ours.frames)
@@ -138,6 +141,7 @@ def stream(
         Row("frame -> decision, p99", "ms", measure.p99_ms(ours.frames), None),
         _row("decode", "tokens/s", "tokens_per_second", ours, theirs, True),
         memory_row(engine, theirs is not None),
+        *moved,
     ]
     return rows, {}
 

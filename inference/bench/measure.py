@@ -16,6 +16,7 @@ from data_pipeline.progress import Progress
 from inference.bench.published import PublishedModel
 from inference.engine import Engine, Step
 from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.quantize import quantize_decoder
 from inference.slots import Slot
 
 QUESTION = [3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]  # a turn of twelve tokens
@@ -133,6 +134,20 @@ def published(model: PublishedModel, pixels: Tensor, new: int, clock: Clock) -> 
     out.first_token = times[0] - start
     out.tokens = [after - before for before, after in pairwise(times)]
     return out
+
+
+def quantize(model: MossVideoForConditionalGeneration, kind: str) -> float:
+    """Quantizes the model; norm of the logits' change over their norm, on random text and frames
+    (4, and 64 tokens)."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(20, model.config.image_token_index, (64,), generator=generator)
+    words[[4, 20, 21, 40]] = model.config.image_token_index
+    pixels = random_frames(model, 4)
+    inputs = {"input_ids": words[None].to(pixels.device), "pixel_values": pixels[None, :, None]}
+    with torch.inference_mode():
+        before = model(**inputs).logits.float()
+        quantize_decoder(model, kind)
+        return ((model(**inputs).logits.float() - before).norm() / before.norm()).item()
 
 
 @dataclass

@@ -22,24 +22,39 @@ POOLS = ("average", "max", "bilinear", "channel_fusion")
 DTYPES = {None: "fp32", "float32": "fp32", "bfloat16": "bf16"}
 
 
-def model_config_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
-    """The model that a checkpoint was made with, with `attend_all` as the published code has it.
+ARCHITECTURES = ("moss", "mllama")
+
+
+def model_config_from_hf(
+    source: str | Path | Mapping[str, Any], arch: str | None = None, dtype: str | None = None
+) -> ModelConfig:
+    """The model that a checkpoint was made with.
 
     With pooling keys (`pool_mode` and `pool_stride`, or `pool: {mode, stride}`) it is MOSS-Video:
     unmasked vision attention and rotary positions in the cross-attention. Without, it is plain
-    Llama-3.2-Vision.
+    Llama-3.2-Vision. Keys of our own exports (`blind_rows`, `full_attention`,
+    `cross_attention_rope`) say it exactly; without them tokens that see no frame attend all, as in
+    the published code.
 
     Args:
         source: config.json, the folder that holds it, or what was read from it.
+        arch: `moss` also where no key says so (pooling is then what ProjectorConfig has), `mllama`
+            to insist on plain Llama; None: as the keys say.
+        dtype: fp32 | bf16 in place of what the file says.
 
     Raises:
         ConfigError: a key is missing, of a wrong type, or asks for what the model cannot do; each
             line names the file and the key.
     """
     root = _read(source)
+    _check_kind(root)
     vision = root.section("vision_config", "vision")
     text = root.section("text_config", "text")
     pool = _pool(root, vision)
+    if arch == "mllama" and pool.pool != "none":
+        raise root.error("pool_mode", pool.pool, "absent: with pooling it is not plain Llama")
+    if arch == "moss" and pool.pool == "none" and not root.has("pool_mode"):
+        pool = ProjectorConfig()
     moss = pool.pool != "none"
     image_token = root.integer("image_token_index", "image_token_id")
     rows = text.integer("vocab_size") + EXTRA_EMBEDDING_ROWS
@@ -47,12 +62,38 @@ def model_config_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
         raise root.error("image_token_index", image_token, f"below the embedding's {rows} rows")
     return ModelConfig(
         name=root.name,
-        vision=_vision(vision, full_attention=moss),
+        vision=_vision(vision, full_attention=root.flag("full_attention", moss)),
         projector=pool,
         text=_text(text),
-        blind_rows="attend_all",
-        cross_attention_rope=moss,
-        dtype=_dtype(root, text),
+        blind_rows=root.choice("blind_rows", ("attend_all", "zero")),
+        cross_attention_rope=root.flag("cross_attention_rope", moss),
+        dtype=dtype or _dtype(root, text),
+    )
+
+
+def kind_of(source: str | Path | Mapping[str, Any]) -> str:
+    """What a config.json describes: `vision` (Mllama, MOSS-Video) or `text` (a text-only Llama).
+
+    Raises:
+        ConfigError: it describes something else.
+    """
+    return _check_kind(_read(source))
+
+
+def _check_kind(root: _Section) -> str:
+    kind = root.values.get("model_type")
+    if kind == "llama":
+        return "text"
+    if kind in ("mllama", "moss_video") or (
+        kind is None and any(root.has(key) for key in ("vision_config", "vision"))
+    ):
+        return "vision"
+    made = root.values.get("architectures") or kind
+    raise ConfigError(
+        [
+            f"{root.file}: is of {made}: only Llama-3.2-Vision (mllama), MOSS-Video (moss_video) "
+            "and text-only Llama (llama) can be converted"
+        ]
     )
 
 
@@ -125,6 +166,20 @@ class _Section:
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise self.error(key, value, "a list of whole numbers")
         return list(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false, `default` where nothing is said."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, value, "true or false")
+        return default if value is None else value
+
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        """One of `allowed`, the first where nothing is said."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise self.error(key, value, f"one of {', '.join(allowed)}")
+        return allowed[0] if value is None else value
 
     def section(self, *keys: str) -> _Section:
         """A mapping inside this one."""
@@ -233,6 +288,8 @@ def _pool(root: _Section, vision: _Section) -> ProjectorConfig:
 
 def _pool_of(section: _Section, mode_key: str, stride_key: str) -> ProjectorConfig:
     _, mode = section.find(mode_key)
+    if mode == "none":
+        return ProjectorConfig(pool="none", stride=1)
     if mode not in POOLS:
         raise section.error(mode_key, mode, f"one of {', '.join(POOLS)}")
     return ProjectorConfig(pool=mode, stride=section.integer(stride_key))

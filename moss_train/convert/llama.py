@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moss_train.config import ConfigError, ModelConfig
+from moss_train.convert.drawn import Reader, random_reader
 from moss_train.convert.hf_config import text_config_from_llama
-from moss_train.convert.mapping import TEXT
-from moss_train.convert.weights import Reader, random_reader
-from moss_train.model.lora import is_adapter
+from moss_train.convert.mapping import TEXT, hf_shapes, table
+from moss_train.convert.source import ConversionError, HfFolder
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"  # of a text model
 
 
 def check_llama(folder: Path, model: ModelConfig) -> Iterator[str]:
@@ -30,7 +28,7 @@ def check_llama(folder: Path, model: ModelConfig) -> Iterator[str]:
         plain = key == "rope_scaling" and value["factor"] == mine[key]["factor"] == 1
         if mine[key] != value and not plain:
             yield f"model.text.{key}={mine[key]}: the text model {folder} needs {value}"
-    _files(folder)
+    _open(folder)
 
 
 def initial_reader(model: ModelConfig, seed: int) -> Reader:
@@ -47,31 +45,65 @@ def llama_reader(folder: Path, model: ModelConfig, others: Reader) -> Reader:
     The rows of the embedding beyond the vocabulary are `others`', and gates are 0, so that the
     model predicts for any text, with frames or without, what the text model does.
     """
-    files, text = _files(folder), model.text
-    inserted = sorted(text.cross_attention_layers)
+    source = _open(folder)
 
-    def read(name: str, shape: torch.Size) -> Tensor:
+    def read_theirs(name: str, rows: slice) -> Tensor:
+        if name not in source.tensors:
+            raise ConfigError([f"model.init.from_llama={folder}: has no tensor {name}"])
+        return source.read(name, rows)
+
+    tied(source)
+    read = grown_reader(read_theirs, model, others)
+    return lambda name, shape: read(name, shape, slice(None))
+
+
+def tied(source: HfFolder) -> None:
+    """A text model without an output head has that of its embedding."""
+    if EMBEDDING in source.tensors:
+        source.tensors.setdefault("lm_head.weight", source.tensors[EMBEDDING])
+
+
+def grown_reader(
+    theirs: Callable[[str, slice], Tensor], model: ModelConfig, others: Reader
+) -> Callable[[str, torch.Size, slice], Tensor]:
+    """As `llama_reader`, for some rows of a tensor; `theirs` reads those of the text model."""
+    inserted = sorted(model.text.cross_attention_layers)
+
+    def read(name: str, shape: torch.Size, rows: slice) -> Tensor:
         if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
-            return torch.zeros(shape)
-        theirs = _their_name(name, inserted)
-        if theirs is None:
-            return others(name, shape)
-        if theirs == "lm_head.weight" and theirs not in files:
-            theirs = "model.embed_tokens.weight"  # tied
-        tensor = _load(files, theirs, folder)
-        extra = shape[0] - len(tensor)
-        if theirs == "model.embed_tokens.weight" and extra > 0:
-            tensor = torch.cat((tensor, others(name, shape)[-extra:].to(tensor.dtype)))
+            return torch.zeros(shape)[rows]
+        their_name = _their_name(name, inserted)
+        if their_name is None:
+            return others(name, shape)[rows]
+        tensor = theirs(their_name, rows)
+        extra = len(range(*rows.indices(shape[0]))) - len(tensor)
+        if their_name == EMBEDDING and extra > 0:
+            new = others(name, shape)[rows][-extra:]
+            tensor = torch.cat((tensor, new.to(tensor.dtype)))
         return tensor
 
     return read
+
+
+def text_shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the text-only Llama's tensors that `model` grows from."""
+    inserted = sorted(model.text.cross_attention_layers)
+    wanted = {}
+    for rule in table(model):
+        for name, shape in hf_shapes(model, rule).items():
+            theirs = _their_name(name, inserted)
+            if theirs is not None:
+                wanted[theirs] = shape
+    hidden = model.text.hidden_size
+    wanted[EMBEDDING] = torch.Size([model.text.vocab_size, hidden])
+    return wanted
 
 
 def _their_name(name: str, inserted: list[int]) -> str | None:
     """A text model's name of one of ours, None for what it does not have."""
     if name == "language_model.lm_head.weight":
         return "lm_head.weight"
-    if not name.startswith(TEXT) or is_adapter(name):
+    if not name.startswith(TEXT) or name.endswith(("lora_a", "lora_b")):
         return None
     name = name.removeprefix(TEXT)
     layer = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
@@ -83,22 +115,10 @@ def _their_name(name: str, inserted: list[int]) -> str | None:
     return f"model.layers.{index - sum(i < index for i in inserted)}.{layer[2]}"
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor."""
+def _open(folder: Path) -> HfFolder:
     try:
-        if (folder / INDEX).is_file():
-            places = json.loads((folder / INDEX).read_text())["weight_map"]
-            return {name: folder / file for name, file in places.items()}
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / SINGLE)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return HfFolder(folder)
+    except ConversionError as error:
         raise ConfigError(
             [f"model.init.from_llama={folder}: cannot read its safetensors files: {error}"]
         ) from None
-
-
-def _load(files: dict[str, Path], name: str, folder: Path) -> Tensor:
-    if name not in files:
-        raise ConfigError([f"model.init.from_llama={folder}: has no tensor {name}"])
-    with safe_open(files[name], framework="pt") as file:
-        return file.get_tensor(name)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from data_pipeline.images import MEAN, STD
 from moss_train.config import VisionConfig
 from moss_train.model.vision import tiles_used
-
-# Means and deviations of Llama-3.2-Vision's image processor (CLIP's), for RGB in 0..1.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -151,6 +152,19 @@ class VisionTower(MegatronModule):
 
         states = [x.unflatten(1, (tiles, padded))[:, :, :patches] for x in (x, *intermediate)]
         return states[0], states[1:]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """megatron's checkpoint form; it would take what is in a plain list for replicated."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, layers in (("local", self.local_layers), ("global", self.global_layers)):
+            for number, layer in enumerate(layers):
+                path = f"{prefix}{name}_layers.{number}."
+                state |= sharded_state_dict_default(
+                    layer, path, sharded_offsets, metadata, tp_group=self.tp_group
+                )
+        return state
 
     def _embed(self, pixels: Tensor, ratio_ids: Tensor) -> Tensor:
         frames, tiles = pixels.shape[:2]

@@ -1,4 +1,4 @@
-"""What tests of the model build from: presets, models, and the frames of a batch in HF's form."""
+"""What tests of the model build from: presets and models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moss_train.config import ModelConfig, ParallelConfig
 from moss_train.convert.weights import fill, random_reader
-from moss_train.model.frames import NEVER, FrameBatch, plan_frames
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.groups import Groups
 
@@ -45,34 +44,3 @@ def random_model(model: ModelConfig, groups: Groups, **parallel: Any) -> MossVid
 
     fill(built, uneven)
     return built
-
-
-def frames_of_batch(
-    positions: Tensor, mask: Tensor, lengths: list[int], attend_all: bool, total: int | None = None
-) -> FrameBatch:
-    """FrameBatch of a batch in HF's form, its rows packed one after the other.
-
-    Args:
-        positions: token index of each frame's mark `[B, F]`.
-        mask: cross_attention_mask `[B, S, F, T]`; a frame that no token sees is padding.
-        lengths: tokens of each row without padding.
-        attend_all: as in plan_frames.
-        total: length of the packed rows with padding; None: there is none.
-    """
-    mask = mask.bool()
-    batch, length, count, max_tiles = mask.shape
-    sees = mask.any(3)  # [B, S, F]
-    padding = ~sees.any(1)  # [B, F]
-    first = sees.int().argmax(1).masked_fill(padding, NEVER)
-    last = length - sees.flip(1).int().argmax(1)
-    return plan_frames(
-        torch.arange(batch).repeat_interleave(count),
-        positions.flatten(),
-        lengths,
-        sum(lengths) if total is None else total,
-        visible_from=first.flatten(),
-        visible_until=last.masked_fill(padding, NEVER).flatten(),
-        tiles=mask.any(1).sum(2).flatten(),
-        max_tiles=max_tiles,
-        attend_all=attend_all,
-    )

@@ -6,49 +6,26 @@ all frames here; the frame exchange has its own tests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from torch import Tensor
 
 from moss_train.config import ModelConfig, ParallelConfig
 from moss_train.convert.hf_config import model_config_from_hf
 from moss_train.convert.weights import export, fill
-from moss_train.model.loss import LossOptions, find_targets
+from moss_train.evaluate.case import Case
+from moss_train.evaluate.forward import decoder_input, greedy_tokens, step_logits
 from moss_train.model.moss_video import MossVideo
-from moss_train.model.text import PackedText
 from moss_train.model.vision import concatenate_states
 from moss_train.parallel.groups import Groups
-from moss_train.parallel.schedule import DecoderInput, run_schedule
-from tests.model.build import frames_of_batch
+from moss_train.parallel.schedule import run_schedule
 
 CASES = ("image", "video", "video_padded", "realtime")
 MLLAMA = Path(__file__).resolve().parents[1] / "golden" / "mllama.safetensors"
 SILENCE = 11
-
-
-@dataclass
-class Case:
-    """A batch in HF's form, and what the reference made of it."""
-
-    tokens: Tensor  # [B, S]
-    labels: Tensor  # [B, S]
-    attention_mask: Tensor  # [B, S]
-    pixels: Tensor  # [B, F, T, 3, h, w]
-    ratio_ids: Tensor  # [B, F]
-    positions: Tensor  # [B, F]
-    mask: Tensor  # [B, S, F, T]
-    silence_weight: float
-    expected: dict[str, Tensor]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row without padding."""
-        return self.attention_mask.sum(1).tolist()
 
 
 def golden_model(folder: Path, parallel: ParallelConfig, groups: Groups) -> MossVideo:
@@ -96,6 +73,7 @@ def _case(tensors: dict[str, Tensor], positions: Tensor, silence_weight: float) 
         mask=tensors["cross_attention_mask"],
         silence_weight=silence_weight,
         expected=tensors,
+        silence_id=SILENCE,
     )
 
 
@@ -113,9 +91,9 @@ def run_case(model: MossVideo, case: Case) -> dict[str, Tensor]:
     projected = model.encoder.projector(pooled)
     leaf = projected.detach().requires_grad_()
 
-    items = [_input(model, case, row, leaf) for row in range(batch)]
+    items = [decoder_input(model, case, row, leaf) for row in range(batch)]
     total = torch.tensor(float(sum(item.targets.count for item in items)))
-    logits = _logits(model, items)
+    logits = step_logits(model.chunks, items)
     loss = run_schedule(model.chunks, items, total)
     assert leaf.grad is not None
     dist.all_reduce(leaf.grad, group=groups.replica)
@@ -131,7 +109,7 @@ def run_case(model: MossVideo, case: Case) -> dict[str, Tensor]:
     if groups.is_last_stage:
         out |= {"logits": torch.stack(logits), "loss": loss[None]}
     if "greedy" in case.expected:
-        out["greedy"] = _greedy(model, case, leaf.detach())
+        out["greedy"] = greedy_tokens(model, case, leaf.detach(), len(case.expected["greedy"]))
     return {name: value.detach() for name, value in out.items()}
 
 
@@ -148,60 +126,6 @@ def gradients(model: MossVideo) -> dict[str, Tensor]:
         return parameter.grad
 
     return export(model, gradient)
-
-
-def _input(model: MossVideo, case: Case, row: int, states: Tensor) -> DecoderInput:
-    """One row of the batch; `states` are of the whole batch `[B x F, T x P, H]`."""
-    rows, lengths = slice(row, row + 1), case.lengths[row : row + 1]
-    attend_all = model.config.blind_rows == "attend_all"
-    frames = frames_of_batch(
-        case.positions[rows], case.mask[rows], lengths, attend_all, case.tokens.shape[1]
-    )
-    frames.states = states.unflatten(0, case.ratio_ids.shape)[row]
-    targets = find_targets(case.labels[row], lengths, LossOptions(SILENCE, case.silence_weight))
-    return DecoderInput(PackedText(case.tokens[row], lengths), frames, targets)
-
-
-def _logits(model: MossVideo, items: list[DecoderInput]) -> list[Tensor]:
-    """Logits of each microbatch `[T, V]`, on the last stage."""
-    iterator = iter(items)
-
-    def forward(_: object, chunk: torch.nn.Module):
-        item = next(iterator)
-        return chunk(item.text, item.frames), lambda logits, non_loss_data: logits
-
-    return get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=None,
-        model=list(model.chunks),
-        num_microbatches=len(items),
-        seq_length=len(items[0].text.tokens),
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-
-
-def _greedy(model: MossVideo, case: Case, states: Tensor) -> Tensor:
-    """Greedy tokens that follow the first row, each from a full forward pass."""
-    length = case.lengths[0]
-    tokens, mask = case.tokens[0, :length], case.mask[:1, :length]
-    new: list[Tensor] = []
-    count = case.ratio_ids.shape[1]
-    attend_all = model.config.blind_rows == "attend_all"
-    while len(new) < len(case.expected["greedy"]):
-        frames = frames_of_batch(case.positions[:1], mask, [len(tokens)], attend_all)
-        frames.states = states[:count]
-        text = PackedText(tokens, [len(tokens)])
-        item = DecoderInput(text, frames, find_targets(tokens, text.lengths, LossOptions(SILENCE)))
-        with torch.no_grad():
-            logits = _logits(model, [item])
-        best = logits[0][-1].argmax() if logits else torch.zeros((), dtype=torch.long)
-        dist.broadcast(best, dist.get_world_size() - 1)  # the last rank is on the last stage
-        new.append(best)
-        tokens = torch.cat((tokens, best[None]))
-        mask = torch.cat((mask, mask[:, -1:]), dim=1)
-    return torch.stack(new)
 
 
 def differences(case: Case, got: dict[str, Tensor]) -> dict[str, float]:

@@ -7,13 +7,13 @@ import torch
 
 from moss_train.config import ParallelConfig
 from moss_train.convert.weights import export
+from moss_train.evaluate.case import Case
+from moss_train.evaluate.forward import frames_of_batch
 from moss_train.model.text import PackedText
 from tests.conftest import SHARED
-from tests.model.build import frames_of_batch
 from tests.model.golden import (
     CASES,
     LIMITS,
-    Case,
     differences,
     golden_case,
     golden_model,

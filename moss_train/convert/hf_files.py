@@ -1,0 +1,305 @@
+"""Everything in an export that is no weight: configs, tokenizer, code, and where it came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from data_pipeline.images import MEAN, STD
+from data_pipeline.tokens import load_tokenizer, token_text
+from moss_train.config import Config, ModelConfig
+from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
+from moss_train.convert.quantize import Quantizer
+from moss_train.convert.source import ConversionError, read_json
+from moss_train.train.saved import read_run
+
+TRAINING = "training.json"  # the run that made the weights
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SOURCE = "source"  # folder of an imported checkpoint: small files of where it came from
+SOURCE_FILES = ("config.json", "generation_config.json", "chat_template.jinja")
+IMPORTED = "imported"  # stage of weights of which nobody says what they were trained for
+MOSS_CLASS, PLAIN_CLASS = "MossVideoForConditionalGeneration", "MllamaForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_moss_video.MossVideoConfig",
+    "AutoModelForImageTextToText": f"modeling_moss_video.{MOSS_CLASS}",
+}
+
+
+def check_plain(model: ModelConfig, checkpoint: Path) -> None:
+    """Raises ConversionError with everything in which a model is not plain Llama-3.2-Vision."""
+    wanted = {
+        "projector.pool": (model.projector.pool, "none"),
+        "vision.full_attention": (model.vision.full_attention, False),
+        "cross_attention_rope": (model.cross_attention_rope, False),
+        "blind_rows": (model.blind_rows, "attend_all"),
+    }
+    uses = [
+        f"model.{name}={have} ({want})" for name, (have, want) in wanted.items() if have != want
+    ]
+    if uses:
+        raise ConversionError(
+            f"{checkpoint}: cannot be a plain Mllama (--target mllama), for it uses what only "
+            f"MOSS-Video has: {', '.join(uses)}; in brackets what Mllama has. Export it as moss"
+        )
+
+
+@dataclass
+class HfFiles:
+    """What the files of an export are made from."""
+
+    config: Config
+    run: dict[str, Any]  # the checkpoint's run.json
+    target: str  # moss | mllama
+    stage: str | None
+    tokenizer: Path | None  # folder
+    source: Path  # folder of `SOURCE_FILES`, which need not exist
+    code: Path  # folder of the model's files
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Path,
+        config: Config,
+        target: str,
+        stage: str | None,
+        tokenizer: Path | None,
+        code: Path,
+    ) -> HfFiles:
+        """Raises ConversionError: there is no tokenizer where one is named, or it is too large."""
+        own = None if config.stage.name == IMPORTED else config.stage.name
+        folder = _tokenizer_folder(checkpoint, config, tokenizer)
+        source = checkpoint / SOURCE
+        files = cls(config, read_run(checkpoint), target, stage or own, folder, source, code)
+        files.check_tokenizer()
+        return files
+
+    def check_tokenizer(self) -> None:
+        """Every token must have a row in the embedding."""
+        if self.tokenizer is None:
+            return
+        count = load_tokenizer(self.tokenizer).get_vocab_size()
+        rows = self.config.model.text.vocab_size + EXTRA_EMBEDDING_ROWS
+        if count > rows:
+            raise ConversionError(
+                f"{self.tokenizer}: has {count} tokens, transformers gives the embedding {rows} "
+                f"rows (model.text.vocab_size + {EXTRA_EMBEDDING_ROWS}): give the tokenizer that "
+                "the model was trained with (--tokenizer)"
+            )
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """config.json of where the weights first came from; empty for our own."""
+        path = self.source / "config.json"
+        return read_json(path) if path.is_file() else {}
+
+
+def write_files(
+    folder: Path, files: HfFiles, dtypes: set[torch.dtype], quantizer: Quantizer | None
+) -> list[str]:
+    """Writes all that is no weight; returns lines that say what a reader should know."""
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]
+    dtype = min(floats, key=lambda kind: kind.itemsize)
+    tokenizer = load_tokenizer(files.tokenizer) if files.tokenizer is not None else None
+    config = hf_config(files, tokenizer, str(dtype).removeprefix("torch."))
+    if quantizer is not None:
+        config["quantization_config"] = quantizer.config()
+    _write(folder / "config.json", config)
+    _write(folder / "generation_config.json", _generation(files, config["text_config"], tokenizer))
+    _write(folder / "preprocessor_config.json", _image_processor(files))
+    _write(folder / "processor_config.json", _processor(files))
+    _write(folder / TRAINING, _training(files))
+    template = files.source / "chat_template.jinja"
+    template = template if template.is_file() else files.code / "chat_template.jinja"
+    shutil.copyfile(template, folder / "chat_template.jinja")
+    if files.target == "moss":
+        for path in files.code.glob("*_moss_video.py"):
+            shutil.copyfile(path, folder / path.name)
+    if files.tokenizer is None:
+        return ["tokenizer: none is known: put one into the folder, or give --tokenizer"]
+    for name in TOKENIZER_FILES:
+        if (files.tokenizer / name).is_file():
+            shutil.copyfile(files.tokenizer / name, folder / name)
+    return [f"tokenizer: {files.tokenizer}", f"stage: {files.stage or 'unknown'}"]
+
+
+def hf_config(files: HfFiles, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
+    """config.json. Its keys are Mllama's, and for MOSS-Video those of MossVideoConfig."""
+    model, base = files.config.model, files.base
+    plain = files.target == "mllama"
+    config: dict[str, Any] = {
+        "architectures": [PLAIN_CLASS if plain else MOSS_CLASS],
+        "model_type": "mllama" if plain else "moss_video",
+        "dtype": dtype,
+        "image_token_index": _token(tokenizer, "image", base, model.text.vocab_size),
+        "tie_word_embeddings": False,
+        "vision_config": _vision(model),
+        "text_config": _text(model, base, tokenizer),
+    }
+    if not plain:
+        config |= {
+            "auto_map": AUTO_MAP,
+            "moss_stage": files.stage,
+            "pool_mode": model.projector.pool,
+            "pool_stride": model.projector.stride,
+            "full_attention": model.vision.full_attention,
+            "cross_attention_rope": model.cross_attention_rope,
+            "blind_rows": model.blind_rows,
+            "silence_token_id": _token(tokenizer, "silence", base),
+            "silence_weight": files.config.stage.silence_weight,
+            "video_token_id": _token(tokenizer, "video", base),
+        }
+    return config
+
+
+def _token(
+    tokenizer: Tokenizer | None, name: str, base: dict[str, Any], default: int | None = None
+) -> int | None:
+    """Id of a special token: the tokenizer's, else what the source says, else `default`."""
+    found = None if tokenizer is None else tokenizer.token_to_id(token_text(name))
+    for key in (f"{name}_token_id", f"{name}_token_index"):
+        found = base.get(key) if found is None else found
+    return default if found is None else found
+
+
+def _vision(model: ModelConfig) -> dict[str, Any]:
+    vision = model.vision
+    sides = range(1, vision.max_tiles + 1)
+    return {
+        "model_type": "mllama_vision_model",
+        "hidden_size": vision.hidden_size,
+        "hidden_act": "gelu",
+        "num_hidden_layers": vision.num_layers,
+        "num_global_layers": vision.num_global_layers,
+        "attention_heads": vision.num_heads,
+        "num_channels": 3,
+        "intermediate_size": vision.mlp_size,
+        "vision_output_dim": vision.output_size,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "norm_eps": vision.norm_eps,
+        "max_num_tiles": vision.max_tiles,
+        "intermediate_layers_indices": list(vision.intermediate_layers),
+        "supported_aspect_ratios": [
+            [a, b] for a in sides for b in sides if a * b <= vision.max_tiles
+        ],
+    }
+
+
+def _text(model: ModelConfig, base: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    text, theirs = model.text, base.get("text_config") or base.get("text") or base
+    scaling = text.rope_scaling
+    config = {
+        "model_type": "mllama_text_model",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "hidden_act": "silu",
+        "num_hidden_layers": text.num_layers,
+        "cross_attention_layers": list(text.cross_attention_layers),
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "intermediate_size": text.mlp_size,
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "max_position_embeddings": theirs.get("max_position_embeddings", 131072),
+        "tie_word_embeddings": False,
+    }
+    if scaling.factor != 1.0:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    for key, name in (
+        ("bos_token_id", "begin_of_text"),
+        ("eos_token_id", "end_of_text"),
+        ("pad_token_id", "finetune_right_pad_id"),
+    ):
+        found = None if tokenizer is None else tokenizer.token_to_id(token_text(name))
+        found = theirs.get(key, base.get(key)) if found is None else found
+        if isinstance(found, list):  # Instruct models end with any of several
+            found = found[0]
+        rows = text.vocab_size + EXTRA_EMBEDDING_ROWS
+        config[key] = found if found is not None and found < rows else None
+    return config
+
+
+def _generation(
+    files: HfFiles, text: dict[str, Any], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """A chat ends with `<|eot_id|>`, a text with `<|end_of_text|>`."""
+    path = files.source / "generation_config.json"
+    if path.is_file():
+        return read_json(path)
+    turn = None if tokenizer is None else tokenizer.token_to_id(token_text("eot_id"))
+    ends = [token for token in (text["eos_token_id"], turn) if token is not None]
+    wanted = {
+        "bos_token_id": text["bos_token_id"],
+        "eos_token_id": ends or None,
+        "pad_token_id": text["pad_token_id"],
+    }
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _image_processor(files: HfFiles) -> dict[str, Any]:
+    """Tiles as training cuts them (data_pipeline/images.py)."""
+    side, plain = files.config.model.vision.image_size, files.target == "mllama"
+    tiles = files.config.model.vision.max_tiles if plain else files.config.data.max_tiles
+    return {
+        "image_processor_type": "MllamaImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "do_pad": True,
+        "max_image_tiles": tiles,
+    }
+
+
+def _processor(files: HfFiles) -> dict[str, Any]:
+    if files.target == "mllama":
+        return {"processor_class": "MllamaProcessor"}
+    stage = files.config.stage
+    return {
+        "processor_class": "MossVideoProcessor",
+        "auto_map": {"AutoProcessor": "processing_moss_video.MossVideoProcessor"},
+        "video_fps": stage.video_fps,
+        "video_min_frames": stage.video_min_frames,
+        "video_max_frames": stage.video_max_frames,
+    }
+
+
+def _training(files: HfFiles) -> dict[str, Any]:
+    """The run, without what is of its machine alone."""
+    config = json.loads(json.dumps(files.run["config"]))
+    config["run"]["dir"] = config["data"]["tokenizer"] = ""
+    config["data"]["sources"] = config["data"]["eval_sources"] = []
+    config["init_from"] = None
+    kept = {key: files.run.get(key) for key in ("step", "samples", "layout", "versions")}
+    return {**kept, "config": config}
+
+
+def _tokenizer_folder(checkpoint: Path, config: Config, given: Path | None) -> Path | None:
+    named = Path(config.data.tokenizer) if config.data.tokenizer else None
+    for folder in (given, checkpoint / "tokenizer", named):
+        if folder is not None and (folder / "tokenizer.json").is_file():
+            return folder
+    if given is not None:
+        raise ConversionError(f"{given}: has no tokenizer.json")
+    return None
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")

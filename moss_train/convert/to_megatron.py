@@ -1,0 +1,318 @@
+"""Hugging Face -> megatron: a folder of safetensors becomes a checkpoint that `init_from` takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moss_train.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    from_dict,
+    to_dict,
+)
+from moss_train.convert.drawn import random_reader
+from moss_train.convert.finite import Finite
+from moss_train.convert.hf_config import kind_of, model_config_from_hf, text_config_from_llama
+from moss_train.convert.hf_files import (
+    IMPORTED,
+    SOURCE,
+    SOURCE_FILES,
+    TOKENIZER_FILES,
+    TRAINING,
+)
+from moss_train.convert.llama import grown_reader, text_shapes, tied
+from moss_train.convert.mapping import (
+    TEXT,
+    Rule,
+    hf_shapes,
+    normalize_name,
+    our_shape,
+    table,
+    to_ours,
+)
+from moss_train.convert.megatron_files import (
+    Box,
+    boxes_of_rows,
+    write_boxes,
+    write_extra_states,
+    write_metadata,
+)
+from moss_train.convert.source import ConversionError, HfFolder, read_json
+from moss_train.convert.work import (
+    Memory,
+    Progress,
+    new_folder,
+    run_workers,
+    write_manifest,
+)
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LARGEST_BOX = 256 * 2**20  # bytes: what a rank must read at once to get a part of it
+EMBEDDING = f"{TEXT}embed_tokens.weight"
+
+
+@dataclass
+class FromHf:
+    """What `convert_hf` was asked for; see tools/convert_checkpoint.py."""
+
+    source: Path
+    out: Path
+    arch: str | None = None
+    dtype: str | None = None  # fp32 | bf16; None: as stored
+    stage: str | None = None
+    grow_into: ModelConfig | None = None  # of a text-only Llama: all but the text model's sizes
+    seed: int = 1234
+    check_finite: bool = False
+    allow_pickle: bool = False
+    workers: int = 2
+
+
+Read = Callable[[str, torch.Size, slice], Tensor]
+
+
+def convert_hf(options: FromHf) -> list[str]:
+    """Writes the checkpoint `options.out`; returns lines that say what was made.
+
+    Raises:
+        ConversionError, ConfigError: the source is not sound, or not what can be converted. Nothing
+            is left at `out`.
+    """
+    source = options.source
+    if kind_of(source) == "text":
+        model, folder, read = _text_source(options)
+        dtypes = folder.dtypes
+    else:
+        folder = HfFolder(source, normalize_name, options.allow_pickle)
+        model = _fitted(model_config_from_hf(source, options.arch, options.dtype), folder)
+        _check_tensors(model, folder)
+        dtypes = folder.dtypes
+
+        def read(name: str, shape: torch.Size, rows: slice) -> Tensor:
+            return folder.read(name, rows)
+
+    _check_dtypes(folder, options)
+    dtype = TORCH[options.dtype] if options.dtype else None
+    if options.dtype or len(dtypes) == 1:
+        model = replace(model, dtype=options.dtype or NAMES[next(iter(dtypes))])
+    finite = Finite(options.check_finite)
+    stored = {name: dtype or tensor.dtype for name, tensor in folder.tensors.items()}
+    default = TORCH[model.dtype]
+
+    def cast(name: str, shape: torch.Size, rows: slice) -> Tensor:
+        tensor = read(name, shape, rows).to(stored.get(name, default))
+        finite.look(name, tensor)
+        return tensor
+
+    boxes = [box for rule in table(model) for box in _boxes(model, rule, cast, stored, default)]
+    size = sum(box.bytes for box in boxes)
+    with new_folder(options.out, size) as partial:
+        progress = Progress(f"{source} -> {options.out}", size)
+        hashes = _write(partial, model, boxes, options.workers, progress.add)
+        finite.conclude(source)
+        lines = _describe(partial, options, model)
+        facts = {"source": str(source), "tensors": len(folder.tensors), "bytes": size}
+        write_manifest(partial, hashes, facts)
+        _complete(partial)
+    return [progress.finish(), *lines]
+
+
+def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
+    if options.arch == "mllama":
+        raise ConversionError(f"{options.source}: is a text-only Llama, not mllama")
+    into = options.grow_into or ModelConfig(blind_rows="zero")
+    model = replace(into, text=text_config_from_llama(options.source, into.text))
+    folder = HfFolder(options.source, allow_pickle=options.allow_pickle)
+    wanted = text_shapes(model)
+    tied(folder)
+    _compare(folder, wanted)
+    return model, folder, grown_reader(folder.read, model, random_reader(model, options.seed))
+
+
+def _fitted(model: ModelConfig, folder: HfFolder) -> ModelConfig:
+    """`model`, with what only the tensors say: rows of the embedding, the merger's stride."""
+    embedding, merger = folder.tensors.get(EMBEDDING), folder.tensors.get("patch_merger.weight")
+    if embedding is not None and embedding.shape and embedding.shape[0] > model.text.vocab_size:
+        extra = embedding.shape[0] - model.text.vocab_size
+        model = replace(model, text=replace(model.text, extra_embedding_rows=extra))
+    if merger is not None and len(merger.shape) == 4:
+        projector = replace(model.projector, pool="channel_fusion", stride=merger.shape[2])
+        model = replace(model, projector=projector)
+    return model
+
+
+def _check_tensors(model: ModelConfig, folder: HfFolder) -> None:
+    wanted: dict[str, torch.Size] = {}
+    for rule in table(model):
+        wanted |= hf_shapes(model, rule)
+    _compare(folder, wanted)
+
+
+def _compare(folder: HfFolder, wanted: dict[str, torch.Size]) -> None:
+    """Raises ConversionError with a line for every tensor that is missing, surplus or misshapen."""
+    found = folder.tensors
+    problems = [f"missing: {n} {list(shape)}" for n, shape in wanted.items() if n not in found]
+    for name, stored in found.items():
+        if name not in wanted:
+            problems.append(
+                f"surplus: {stored.name} {list(stored.shape)}, which the model does not have"
+            )
+        elif stored.shape != wanted[name]:
+            problems.append(
+                f"misshapen: {stored.name} {list(stored.shape)}, must be {list(wanted[name])}"
+            )
+    if problems:
+        raise ConversionError(
+            "\n".join([f"{folder.folder}: its tensors are not those of its config.json", *problems])
+        )
+
+
+def _check_dtypes(folder: HfFolder, options: FromHf) -> None:
+    odd = {
+        stored.dtype: stored.name for stored in folder.tensors.values() if stored.dtype not in NAMES
+    }
+    whole = [dtype for dtype in odd if not dtype.is_floating_point or dtype.itemsize == 1]
+    if whole:
+        raise ConversionError(
+            f"{options.source}: {odd[whole[0]]} is {whole[0]}: quantized weights cannot be "
+            "trained: convert what they were made of"
+        )
+    if odd and options.dtype is None:
+        dtype, name = next(iter(odd.items()))
+        raise ConversionError(f"{options.source}: {name} is {dtype}: give --dtype bf16 or fp32")
+
+
+def _boxes(
+    model: ModelConfig, rule: Rule, read: Read, stored: dict[str, torch.dtype], default: torch.dtype
+) -> Iterator[Box]:
+    """Our parameter in boxes, each made of the rows of HF tensors that it needs."""
+    shapes = hf_shapes(model, rule)
+    dtypes = [stored.get(name, default) for name in shapes]
+    if rule.kind == "heads":
+        dtype = dtypes[0]
+        for other in dtypes:
+            dtype = torch.promote_types(dtype, other)
+
+        def fused() -> Tensor:
+            tensors = [read(name, shape, slice(None)) for name, shape in shapes.items()]
+            return to_ours(model, rule, tensors, 0, 1)
+
+        shape = our_shape(model, rule)
+        yield Box(rule.ours, (0,) * len(shape), tuple(shape), dtype, fused)
+        return
+    first = 0
+    for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True):
+
+        def rows(part: slice, name: str = name, shape: torch.Size = shape) -> Tensor:
+            return read(name, shape, part)
+
+        yield from boxes_of_rows(rule.ours, shape, dtype, rows, LARGEST_BOX, first)
+        first += shape[0] if shape else 0
+
+
+def _write(
+    folder: Path, model: ModelConfig, boxes: list[Box], workers: int, say: Callable[[int], None]
+) -> dict[str, str]:
+    """Writes all boxes, a file for each worker; returns the files' hashes."""
+    workers = max(1, min(workers, len(boxes)))
+    parts: list[list[Box]] = [[] for _ in range(workers)]
+    for box in sorted(boxes, key=lambda box: -box.bytes):  # even: the largest first
+        min(parts, key=lambda part: sum(other.bytes for other in part)).append(box)
+    whole: dict[str, int] = {}
+    for box in boxes:
+        whole[box.name] = whole.get(box.name, 0) + box.bytes
+    memory = Memory(3 * max(whole.values()))
+
+    def write(number: int) -> tuple[dict, str]:
+        return write_boxes(folder / f"__0_{number}.distcp", parts[number], memory, say)
+
+    written = run_workers(range(workers), write, workers)
+    layers = list(_linear_layers(model))
+    written.append(write_extra_states(folder / f"__0_{workers}.distcp", layers))
+    places = {index: place for part, _ in written for index, place in part.items()}
+    shapes = {rule.ours: our_shape(model, rule) for rule in table(model)}
+    write_metadata(folder, shapes, boxes, layers, places)
+    return {f"__0_{number}.distcp": digest for number, (_, digest) in enumerate(written)}
+
+
+def _linear_layers(model: ModelConfig) -> Iterator[str]:
+    """The layers that are megatron's linear ones."""
+    for rule in table(model):
+        name = rule.ours.removesuffix(".weight")
+        linear = "linear_" in name.rpartition(".")[2] or name == "decoder.output"
+        if rule.ours.endswith(".weight") and linear:
+            yield name
+
+
+def _describe(folder: Path, options: FromHf, model: ModelConfig) -> list[str]:
+    """run.json, streams.json, tokenizer/ and what an export needs from the source."""
+    lines = []
+    tokenizer = [name for name in TOKENIZER_FILES if (options.source / name).is_file()]
+    if "tokenizer.json" in tokenizer:
+        _copy(options.source, folder / "tokenizer", tokenizer)
+        lines.append(f"tokenizer: {options.out / 'tokenizer'}")
+    else:
+        lines.append(
+            f"tokenizer: none, for {options.source} has no tokenizer.json: give data.tokenizer to "
+            "training, and --tokenizer to an export"
+        )
+    _copy(options.source, folder / SOURCE, SOURCE_FILES)
+    config = _run_config(options, model)
+    if "tokenizer.json" in tokenizer:
+        config.data.tokenizer = str((options.out / "tokenizer").absolute())
+    run = {
+        "step": 0,
+        "samples": 0,
+        "layout": {"world": 1, "tensor": 1, "pipeline": 1, "virtual": 1},
+        "versions": {"torch": version("torch")},
+        "weights_only": True,
+        "config": to_dict(config),
+    }
+    (folder / "run.json").write_text(json.dumps(run, indent=1))
+    (folder / "streams.json").write_text("[]")
+    return lines
+
+
+def _run_config(options: FromHf, model: ModelConfig) -> Config:
+    """As if a run had made these weights: that of our own export, or one with few facts."""
+    training, hf = options.source / TRAINING, read_json(options.source / "config.json")
+    if training.is_file():
+        config = from_dict(read_json(training)["config"])
+    else:
+        config = Config(run=RunConfig(dir=""), data=DataConfig(tokenizer=""), stage=StageConfig())
+        config.stage.name = IMPORTED
+    config.stage.name = options.stage or hf.get("moss_stage") or config.stage.name
+    config.stage.silence_weight = float(hf.get("silence_weight") or 1.0)
+    config.model, config.init_from = model, None
+    config.adapter = Config().adapter
+    config.data.tokenizer = ""
+    return config
+
+
+def _copy(source: Path, out: Path, names: tuple[str, ...] | list[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            out.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, out / name)
+
+
+def _complete(folder: Path) -> None:
+    """What makes a checkpoint a complete one: see train/saved.py."""
+    files: dict[str, Any] = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / "complete.json").write_text(json.dumps({"files": files}, indent=1))

@@ -1,0 +1,216 @@
+"""How a conversion runs: a folder that appears when it is complete, workers, memory, progress."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from moss_train.convert.source import ConversionError
+
+MANIFEST = "manifest.json"
+SPARE = 64 * 2**20  # bytes on disk beyond the weights: tokenizer, headers, metadata
+PIECE = 16 * 2**20  # bytes hashed or written at once
+Job = TypeVar("Job")
+
+
+@contextmanager
+def new_folder(out: Path, size: int) -> Iterator[Path]:
+    """A folder to write `size` bytes of weights into, which becomes `out` when all went well.
+
+    Until then it is `.OUT.partial` beside it. It is removed after an error; what a killed process
+    left there is removed by the next.
+
+    Raises:
+        ConversionError: `out` exists, someone else writes it, or the disk has too little room.
+    """
+    if out.exists():
+        raise ConversionError(f"{out}: exists: choose another folder, or remove it")
+    parent = out.absolute().parent
+    partial = parent / f".{out.name}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ConversionError(f"{out}: another conversion is writing it") from None
+    try:
+        _empty(partial)
+        check_disk(parent, size)
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _empty(partial: Path) -> None:
+    left = list(partial.iterdir())
+    if left:
+        print(f"removing {partial}: a conversion that was cut off", file=sys.stderr)
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_disk(folder: Path, size: int) -> None:
+    """Raises ConversionError where `size` bytes, and a little, do not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < size + SPARE:
+        raise ConversionError(
+            f"{folder}: has {free / 1e9:.1f} GB free, the conversion needs "
+            f"{(size + SPARE) / 1e9:.1f} GB: make room, or write to another disk"
+        )
+
+
+class Memory:
+    """Lends bytes to workers, at most `limit` at once; one job alone may have more."""
+
+    def __init__(self, limit: int):
+        self.limit, self.used = limit, 0
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def lend(self, size: int) -> Iterator[None]:
+        """Waits until `size` bytes are free."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.used == 0 or self.used + size <= self.limit)
+            self.used += size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= size
+                self.changed.notify_all()
+
+
+def run_workers(jobs: Sequence[Job], work: Callable[[Job], Any], workers: int) -> list[Any]:
+    """`work` on every job, on threads (reading, copying, hashing and writing leave Python free).
+
+    After the first error the jobs that have not begun are dropped, and the error is raised.
+    """
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        _, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        if waiting:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [future.result() for future in futures if not future.cancelled()]
+
+
+class Progress:
+    """A line now and then: bytes, rate, time left."""
+
+    def __init__(self, what: str, total: int, every: float = 2.0):
+        self.what, self.total, self.every = what, total, every
+        self.done, self.began = 0, time.monotonic()
+        self.said = self.began
+        self.lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        """`size` bytes more are done."""
+        with self.lock:
+            self.done += size
+            now = time.monotonic()
+            if now - self.said >= self.every:
+                self.said = now
+                self._say(now)
+
+    def _say(self, now: float) -> None:
+        rate = self.done / (now - self.began)
+        left = (self.total - self.done) / rate
+        print(
+            f"{self.what}: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, "
+            f"{rate / 1e6:.0f} MB/s, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def finish(self) -> str:
+        """The whole, in a line."""
+        seconds = time.monotonic() - self.began
+        rate = self.done / seconds / 1e6
+        return f"{self.what}: {self.done / 1e9:.2f} GB in {seconds:.1f} s ({rate:.0f} MB/s)"
+
+
+class HashedFile:
+    """A new file whose SHA-256 is known when it is closed: written once, in order."""
+
+    def __init__(self, path: Path):
+        self.file: BinaryIO = path.open("wb", buffering=0)
+        self.hash, self.position = hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        """Appends bytes."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            self.hash.update(piece)
+            while piece:
+                piece = piece[self.file.write(piece) :]
+        self.position += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self.position
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> str:
+        """Brings it to the disk; the hash, in hex."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return self.hash.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, known: dict[str, str], facts: dict[str, Any]) -> None:
+    """Writes manifest.json: size and SHA-256 of every file, and `facts` about the conversion.
+
+    `known`: hashes that need not be computed again.
+    """
+    files = {
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "sha256": known.get(str(path.relative_to(folder))) or sha256(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1) + "\n")
+
+
+def check_manifest(folder: Path) -> list[str]:
+    """A line for every file that is not what manifest.json says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{folder / MANIFEST}: cannot be read: {error}"]
+    problems = []
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path}: is missing")
+        elif path.stat().st_size != wanted["bytes"]:
+            problems.append(f"{path}: has {path.stat().st_size} bytes, not {wanted['bytes']}")
+        elif sha256(path) != wanted["sha256"]:
+            problems.append(f"{path}: its SHA-256 is not {wanted['sha256']}")
+    return problems

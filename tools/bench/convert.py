@@ -1,0 +1,146 @@
+"""python -m tools.bench.convert FOLDER [--model conf/model/11b.yaml] [--workers 2]
+
+Random weights of a model's size, bf16, as a published checkpoint: to megatron, back, compared.
+Prints time, rate and peak memory of each way. FOLDER must have room for three times the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from math import prod
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
+from moss_train.convert.mapping import hf_shapes, normalize_name, table
+from moss_train.convert.source import HfFolder
+from moss_train.convert.to_hf import Tensors, plan_shards, write_shards
+from moss_train.convert.work import run_workers
+from tools.convert_checkpoint import read_model
+
+
+def main() -> int:
+    """Measures. 1 where the way back does not give the same bits."""
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="tools.bench.convert", usage=first, description=rest)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--model", type=Path, help="as in conf/model; 11b's")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    hf, megatron, back = (options.folder / name for name in ("hf", "megatron", "back"))
+    began = time.monotonic()
+    largest = write_source(hf, options.model, options.workers)
+    print(f"random weights: {time.monotonic() - began:.0f} s", flush=True)
+    print(f"bound of memory: {(3 * largest + 2 * 2**30) / 2**30:.2f} GiB", flush=True)
+    workers = ["--workers", str(options.workers)]
+    measured("hf-to-megatron", str(hf), str(megatron), *workers)
+    measured("megatron-to-hf", str(megatron), str(back), *workers)
+    shutil.rmtree(megatron)
+    differing = compare(hf, back, options.workers)
+    print(f"{len(differing)} tensors differ {differing[:5]}")
+    return 1 if differing else 0
+
+
+def write_source(folder: Path, preset: Path | None, workers: int) -> int:
+    """A published checkpoint's files; the bytes of the largest tensor."""
+    folder.mkdir(parents=True)
+    model = read_model(preset)
+    groups = [
+        Tensors(rule, {n: (shape, torch.bfloat16) for n, shape in hf_shapes(model, rule).items()})
+        for rule in table(model)
+    ]
+
+    def parts(group: Tensors) -> dict[str, Tensor]:
+        return {name: _numbers(shape) for name, (shape, _) in group.parts.items()}
+
+    write_shards(folder, plan_shards(groups, 5 * 10**9), parts, workers, lambda size: None)
+    text, vision = model.text, model.vision
+    scaling = text.rope_scaling
+    config = {
+        "model_type": "mllama",
+        "dtype": "bfloat16",
+        "image_token_index": text.vocab_size,
+        "pool_mode": model.projector.pool,
+        "pool_stride": model.projector.stride,
+        "text_config": {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "num_hidden_layers": text.num_layers,
+            "cross_attention_layers": list(text.cross_attention_layers),
+            "num_attention_heads": text.num_heads,
+            "num_key_value_heads": text.num_kv_heads,
+            "intermediate_size": text.mlp_size,
+            "rms_norm_eps": text.norm_eps,
+            "rope_theta": text.rope_theta,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position,
+            },
+        },
+        "vision_config": {
+            "hidden_size": vision.hidden_size,
+            "num_hidden_layers": vision.num_layers,
+            "num_global_layers": vision.num_global_layers,
+            "attention_heads": vision.num_heads,
+            "intermediate_size": vision.mlp_size,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "max_num_tiles": vision.max_tiles,
+            "intermediate_layers_indices": list(vision.intermediate_layers),
+            "norm_eps": vision.norm_eps,
+        },
+    }
+    assert text.extra_embedding_rows == EXTRA_EMBEDDING_ROWS
+    (folder / "config.json").write_text(json.dumps(config))
+    return max(prod(s) * 2 for group in groups for s, _ in group.parts.values())
+
+
+def _numbers(shape: torch.Size) -> Tensor:
+    """Random signs and fractions, 0.5 to 1: a tenth of the time of a normal distribution."""
+    bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
+    return ((bits & -32641) | 0x3F00).view(torch.bfloat16)  # -32641: sign and fraction
+
+
+def measured(*arguments: str) -> None:
+    """Runs tools.convert_checkpoint; prints its peak memory, mapped files included."""
+    command = [sys.executable, "-m", "tools.convert_checkpoint", *arguments]
+    began, peak = time.monotonic(), 0
+    process = psutil.Popen(command)
+    while process.poll() is None:
+        try:
+            peak = max(peak, process.memory_info().rss)
+        except psutil.Error:
+            break
+        time.sleep(0.02)
+    if process.wait():
+        raise SystemExit(f"{' '.join(command)} failed")
+    seconds = time.monotonic() - began
+    print(f"{arguments[0]}: {seconds:.0f} s, peak {peak / 2**30:.2f} GiB", flush=True)
+
+
+def compare(one: Path, other: Path, workers: int) -> list[str]:
+    """Names of the tensors that are not the same bits in both folders."""
+    a, b = HfFolder(one, normalize_name), HfFolder(other, normalize_name)
+    names = sorted(a.tensors.keys() | b.tensors.keys())
+
+    def same(name: str) -> bool:
+        if name not in a.tensors or name not in b.tensors:
+            return False
+        return torch.equal(a.read(name).view(torch.int16), b.read(name).view(torch.int16))
+
+    equal = run_workers(names, same, workers)
+    return [name for name, ok in zip(names, equal, strict=True) if not ok]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

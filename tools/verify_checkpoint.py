@@ -1,0 +1,294 @@
+"""python -m tools.verify_checkpoint --hf DIR [--megatron DIR] [--layout tp2_pp2] [--inputs FILE]
+
+Runs an export and a checkpoint on the same inputs and prints how far they are apart: logits, loss,
+greedy tokens. With --inputs alone the export is compared with the `logits` of that file, a case in
+Hugging Face's form (input_ids, attention_mask, labels, pixel_values, aspect_ratio_ids,
+cross_attention_mask). 1 where a difference is over the tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from inference.configuration_moss_video import MossVideoConfig
+from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from moss_train.config import Config, ConfigError, HardwareConfig, ParallelConfig, from_dict
+from moss_train.convert.hf_config import kind_of
+from moss_train.convert.source import ConversionError, read_json
+from moss_train.convert.work import check_manifest
+from moss_train.evaluate.case import Case, ForwardJob, make_case, read_case
+from moss_train.evaluate.items import EvaluationError
+from moss_train.train.saved import find, read_run
+from moss_train.validate import check_layout
+
+TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of logits; the loss has a tenth
+
+
+@dataclass
+class Difference:
+    """What two models, or a model and a file, made of a case."""
+
+    logits_max: float
+    logits_mean: float
+    losses: tuple[float, float] | None
+    greedy: tuple[list[int], list[int]] | None
+
+    def problems(self, tolerance: float) -> list[str]:
+        """What is over the tolerance."""
+        found = []
+        if not self.logits_max <= tolerance:  # NaN is
+            found.append(f"logits differ by {self.logits_max:.2e}, allowed is {tolerance:.0e}")
+        if self.losses and not abs(self.losses[0] - self.losses[1]) <= tolerance / 10:
+            found.append(f"losses differ by {abs(self.losses[0] - self.losses[1]):.2e}")
+        if self.greedy and self.greedy[0] != self.greedy[1]:
+            found.append("greedy tokens differ")
+        return found
+
+    def table(self, names: tuple[str, str]) -> str:
+        """As people read it."""
+        lines = [f"logits  max {self.logits_max:.2e}  mean {self.logits_mean:.2e}"]
+        if self.losses:
+            off = abs(self.losses[0] - self.losses[1])
+            pair = ", ".join(f"{n} {v:.6f}" for n, v in zip(names, self.losses, strict=True))
+            lines.append(f"loss    {pair}, difference {off:.2e}")
+        if self.greedy:
+            lines += [
+                f"greedy  {name}: {' '.join(map(str, tokens))}"
+                for name, tokens in zip(names, self.greedy, strict=True)
+            ]
+        return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compares. 1 where something is over the tolerance, or cannot be compared."""
+    options = _parse(arguments)
+    try:
+        if options.hashes:
+            problems = check_manifest(options.hf)
+            if problems:
+                raise ConversionError("\n".join(problems))
+        difference, names = compare(options)
+    except (ConversionError, ConfigError, EvaluationError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(difference.table(names))
+    tolerance = options.tolerance or TOLERANCE[options.dtype]
+    problems = difference.problems(tolerance)
+    print("\n".join(problems) if problems else f"equal within {tolerance:.0e}")
+    return 1 if problems else 0
+
+
+def compare(options: argparse.Namespace) -> tuple[Difference, tuple[str, str]]:
+    """Runs what is to be compared; the difference, and the names of the two sides."""
+    checkpoint = None
+    if options.megatron is not None:
+        checkpoint = find(options.megatron)
+        if checkpoint is None:
+            raise EvaluationError(f"{options.megatron}: no complete checkpoint there")
+        check_parallel(checkpoint, options.layout)
+    model = load_hf(options.hf, TORCH[options.dtype])
+    case = the_case(model.config, options.inputs)
+    if checkpoint is None and "logits" not in case.expected:
+        raise EvaluationError(f"{options.inputs}: has no logits to compare with: give --megatron")
+    greedy = len(case.expected["greedy"]) if "greedy" in case.expected else options.greedy
+    mine = run_hf(model, case, greedy if checkpoint or "greedy" in case.expected else 0)
+    if checkpoint is None:
+        return difference(case, mine, case.expected), ("hf", "file")
+    del model
+    other = run_megatron(checkpoint, case, options, greedy)
+    return difference(case, mine, other), ("hf", "megatron")
+
+
+def difference(case: Case, mine: dict[str, Tensor], other: dict[str, Tensor]) -> Difference:
+    """Logits are compared where there is no padding."""
+    kept = case.attention_mask.bool()
+    off = (mine["logits"][kept] - other["logits"][kept].float()).abs()
+    losses = greedy = None
+    if "loss" in mine and "loss" in other and bool((case.labels != -100).any()):
+        losses = (float(mine["loss"]), float(other["loss"]))
+    if "greedy" in mine and "greedy" in other:
+        greedy = (mine["greedy"].tolist(), other["greedy"].tolist())
+    return Difference(float(off.max()), float(off.mean()), losses, greedy)
+
+
+def load_hf(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of an export, of a published Llama-3.2-Vision, or of a folder in their form."""
+    if kind_of(folder) != "vision":
+        raise ConversionError(f"{folder}: is a text-only Llama: it sees no frames")
+    plain = read_json(folder / "config.json")
+    if plain.get("model_type") == "mllama":
+        config = transformers.AutoConfig.from_pretrained(folder)
+        _shift_intermediate_layers(config)
+        kind: Any = transformers.MllamaForConditionalGeneration
+    elif "auto_map" in plain:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        kind = transformers.AutoModelForImageTextToText
+    else:
+        config = MossVideoConfig(**plain)
+        kind = MossVideoForConditionalGeneration
+    try:
+        model = kind.from_pretrained(folder, config=config, trust_remote_code=True, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConversionError(f"{folder}: transformers cannot open it: {error}") from None
+    return model.eval()
+
+
+def _shift_intermediate_layers(config: Any) -> None:
+    """transformers 5 keeps the states that leave the named layers; Llama-3.2-Vision's, as in its
+    own code and in transformers up to 4.46, are those that enter them.
+    """
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return
+    layers = config.vision_config.intermediate_layers_indices
+    if 0 in layers:
+        raise ConversionError(
+            "vision_config.intermediate_layers_indices has layer 0: transformers 5 cannot give the "
+            "state that enters it"
+        )
+    config.vision_config.intermediate_layers_indices = [layer - 1 for layer in layers]
+
+
+def the_case(config: Any, path: Path | None) -> Case:
+    """The case of a file, or one of our own."""
+    image = config.image_token_index
+    silence = getattr(config, "silence_token_id", None)
+    weight = getattr(config, "silence_weight", None)
+    judged = (-1 if silence is None else silence, 1.0 if weight is None else float(weight))
+    if path is not None:
+        return read_case(path, image, *judged)
+    vision, text = config.vision_config, config.text_config
+    tiles = vision.max_num_tiles
+    return make_case(image, text.vocab_size, vision.image_size, tiles, *judged)
+
+
+@torch.no_grad()
+def run_hf(model: Any, case: Case, greedy: int) -> dict[str, Tensor]:
+    """`logits`, `loss` and `greedy` tokens after the first row, each from a full forward pass."""
+    tiles = case.mask.any(1).long()  # [B, F, T]
+    tiles[..., 0] = 1  # no image counts as one tile, as in transformers' processor
+    inputs = {
+        "input_ids": case.tokens,
+        "attention_mask": case.attention_mask,
+        "pixel_values": case.pixels,
+        "aspect_ratio_ids": case.ratio_ids,
+        "aspect_ratio_mask": tiles,
+        "cross_attention_mask": case.mask,
+    }
+    out = model(**inputs, labels=case.labels, use_cache=False)
+    found = {"logits": out.logits.float(), "loss": out.loss.float().view(1)}
+    length = case.lengths[0]
+    row = {name: tensor[:1] for name, tensor in inputs.items()}
+    for name in ("input_ids", "attention_mask", "cross_attention_mask"):
+        row[name] = row[name][:, :length]
+    new = []
+    for _ in range(greedy):
+        best = model(**row, use_cache=False).logits[0, -1].argmax()
+        new.append(best)
+        row["input_ids"] = torch.cat((row["input_ids"], best[None, None]), 1)
+        for name in ("attention_mask", "cross_attention_mask"):
+            row[name] = torch.cat((row[name], row[name][:, -1:]), 1)
+    return {**found, "greedy": torch.stack(new)} if new else found
+
+
+def check_parallel(checkpoint: Path, layout: str) -> None:
+    """Raises ConfigError where the checkpoint's model cannot be laid out so."""
+    config = from_dict(read_run(checkpoint)["config"])
+    checked = Config(model=config.model, parallel=parallel_of(layout))
+    checked.hardware = HardwareConfig()
+    problems = list(check_layout(checked, ranks_of(layout)))
+    if problems:
+        raise ConfigError(problems)
+
+
+def parallel_of(layout: str) -> ParallelConfig:
+    """`tp2_pp2` and the like: tp and pp with a number, sp; `single`.
+
+    Raises:
+        EvaluationError: it is none of these.
+    """
+    fields = {"tp": "tensor", "pp": "pipeline"}
+    values: dict[str, Any] = {}
+    for word in [] if layout == "single" else layout.split("_"):
+        found = re.fullmatch(r"(tp|pp)([1-9]\d*)|sp", word)
+        if found is None:
+            raise EvaluationError(f"--layout {layout}: must be single, or such as tp2, tp2_pp2")
+        values |= {"sequence": True} if word == "sp" else {fields[found[1]]: int(found[2])}
+    return ParallelConfig(**values)
+
+
+def ranks_of(layout: str) -> int:
+    """Processes that a layout takes."""
+    parallel = parallel_of(layout)
+    return parallel.tensor * parallel.pipeline
+
+
+def run_megatron(
+    checkpoint: Path, case: Case, options: argparse.Namespace, greedy: int
+) -> dict[str, Tensor]:
+    """`run_hf` for a checkpoint, on the ranks of a layout, started with torchrun."""
+    with tempfile.TemporaryDirectory(prefix="moss-verify-") as folder:
+        inputs, out = Path(folder) / "case.safetensors", Path(folder) / "out.safetensors"
+        save_file(_tensors(case), inputs)
+        job = ForwardJob(
+            str(checkpoint.absolute()), str(inputs), str(out), asdict(parallel_of(options.layout)),
+            options.dtype, options.device, -1, case.silence_id, case.silence_weight, greedy,
+        )  # fmt: skip
+        (Path(folder) / "job.json").write_text(json.dumps(asdict(job)))
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(ranks_of(options.layout)),
+            "-m", "moss_train.evaluate.forward", str(Path(folder) / "job.json"),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise EvaluationError(f"{checkpoint}: the ranks failed\n{done.stderr[-4000:]}")
+        return load_file(out)
+
+
+def _tensors(case: Case) -> dict[str, Tensor]:
+    found = {
+        "input_ids": case.tokens,
+        "labels": case.labels,
+        "attention_mask": case.attention_mask,
+        "pixel_values": case.pixels,
+        "aspect_ratio_ids": case.ratio_ids,
+        "vision_position_ids": case.positions,
+        "cross_attention_mask": case.mask,
+    }
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="tools.verify_checkpoint", usage=first, description=rest)
+    parser.add_argument("--hf", type=Path, required=True, help="folder in Hugging Face's form")
+    parser.add_argument("--megatron", type=Path, help="run folder or checkpoint")
+    parser.add_argument("--layout", default="single", help="of the ranks, such as tp2_pp2; single")
+    parser.add_argument("--inputs", type=Path, help="a case; one of our own")
+    parser.add_argument("--dtype", default="fp32", choices=tuple(TORCH), help="of both; fp32")
+    parser.add_argument("--greedy", type=int, default=8, help="tokens; 8, or as in --inputs")
+    parser.add_argument("--tolerance", type=float, help="of logits; 1e-4, bf16 0.25")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the ranks")
+    parser.add_argument("--hashes", action="store_true", help="first check DIR/manifest.json")
+    options = parser.parse_args(arguments)
+    if options.megatron is None and options.inputs is None:
+        parser.error("give --megatron, or --inputs with logits")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
