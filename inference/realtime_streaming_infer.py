@@ -7,9 +7,11 @@ torchrun --nproc-per-node 2 inference/realtime_streaming_infer.py ...   (tensor 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.flag(parser, "max_new_tokens", type=int, default=86400, help="of a response (86400)")
     cli.flag(parser, "fps", type=float, default=1.0, help="frames a second of the video (1)")
     cli.flag(parser, "speed", type=float, default=1.0,
-             help="times wall-clock pace, of a file; 0: as fast as possible (1)")  # fmt: skip
+             help="times wall-clock pace; 0: a file as fast as possible (1)")  # fmt: skip
     cli.flag(parser, "pace", type=pace, default=40,
              help="most tokens between two frames, or none (40)")  # fmt: skip
     cli.flag(parser, "jsonl", help="write every event to this file; -: to the terminal instead")
@@ -56,41 +58,52 @@ def pace(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
+def pace_of(args: argparse.Namespace, live: bool) -> float:
+    """Seconds of the source in a second; 0: as fast as possible, which nothing live can be."""
+    return float(args.speed or live)
+
+
 def session_config(args: argparse.Namespace, live: bool) -> SessionConfig:
     """A live source drops what it cannot wait for. At speed 0 the video's clock is the only one."""
     if args.fps <= 0 or args.speed < 0:
         raise cli.CommandError("--fps must be more than 0, and --speed not less")
+    speed = pace_of(args, live)
     return SessionConfig(
         system_prompt=args.system_prompt,
         prompt=args.prompt,
         sampling=cli.sampling(args),
         live=live,
-        clock="media" if args.speed == 0 and not live else "wall",
+        clock="wall" if speed else "media",
         pace=args.pace,
-        frame_interval=1 / (args.fps * (args.speed if args.speed and not live else 1)),
+        frame_interval=1 / (args.fps * (speed or 1)),
         max_new_tokens=args.max_new_tokens,
     )
 
 
 def feed(session: SessionHandle, source: Source, args: argparse.Namespace) -> None:
     """Gives the session its frames and questions, at the pace of the clock, then ends it."""
-    questions = sorted(args.ask)
-    speed = 0.0 if source.live else args.speed  # a live source brings its own pace
+    questions = deque(sorted(args.ask))
+    speed = pace_of(args, source.live)
     began = time.monotonic()
+    give = session.push_frame if source.live else session.put_frame
+    ask = session.prompt if speed else session.put_prompt
+
+    def wait(second: float) -> None:
+        due = began + second / speed if speed else 0.0
+        session.log.wait_closed(due - time.monotonic())
+
+    def ask_until(second: float) -> None:
+        while questions and questions[0][0] < second:
+            wait(questions[0][0])
+            ask(questions.popleft()[1])
+
     try:
         for second, picture in source.frames(args.fps):
-            due = began + second / speed if speed else 0.0
-            if session.log.wait_closed(due - time.monotonic()):
-                return
-            question = None
-            while questions and questions[0][0] <= second:
-                if question:
-                    session.prompt(question)
-                question = questions.pop(0)[1]
-            give = session.push_frame if source.live else session.put_frame
-            give(picture, second, question)
-        for _, question in questions:
-            session.prompt(question)
+            ask_until(second)
+            wait(second)
+            together = questions and questions[0][0] == second
+            give(picture, second, questions.popleft()[1] if together else None)
+        ask_until(math.inf)
         session.end()
     except SessionClosed:
         return

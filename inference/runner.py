@@ -293,6 +293,16 @@ class SessionHandle:
             changed.wait_for(lambda: self._room() or self.log.closed)
             self.push_frame(image, at, prompt)
 
+    def put_prompt(self, text: str) -> None:
+        """As `prompt`, but the frames that were given before it are taken in first; waits for room
+        in their queue."""
+        changed, task = self._open()
+        with changed:
+            changed.wait_for(lambda: self._room() or self.log.closed)
+            self._refuse_if_closed()
+            task.push(Frame(None, 0.0, time.monotonic(), text))
+            changed.notify_all()
+
     async def aput_frame(
         self, image: Picture, at: float | None = None, prompt: str | None = None
     ) -> None:

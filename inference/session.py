@@ -61,9 +61,10 @@ class SessionConfig:
 
 @dataclass(eq=False)
 class Frame:
-    """A picture on its way. image: uint8 [3, H, W]; at: its second; arrived: when, on the clock."""
+    """A picture on its way: uint8 [3, H, W], its second, when it arrived on the clock. Without a
+    picture: a prompt that waits for the frames before it."""
 
-    image: Tensor
+    image: Tensor | None
     at: float
     arrived: float
     prompt: str | None = None
@@ -281,9 +282,12 @@ class Session(Speaker):
             # No frame stands outside of the assistant's turn.
             plan.tokens += self._words.prompts.turn("user", "")
             plan.tokens += self._words.prompts.header("assistant")
+        self._said = 0
+        if frame.image is None:
+            return
         plan.tokens.append(self._words.special.image)
         plan.images.append(frame.image)
-        plan.frame, self.media, self._said = frame, frame.at, 0
+        plan.frame, self.media = frame, frame.at
         self.stats.count("frames")
         self.stats.add("frame_lag", plan.began - frame.arrived)
 

@@ -70,6 +70,9 @@ def test_a_stream_is_watched_second_by_second(run: Run, tiny: Path, clip: Path) 
     assert (asked["text"], asked["t_media"]) == ("Who is it?", 1.0)
     after = told[told.index(asked) + 1 :]
     assert next(e for e in after if e["type"] == "input_frame.processed")["frame_at"] == 2.0
+    between, other, _ = run(realtime_streaming_infer, *args, "--ask", "1.5:Who is it?")
+    order = [e["type"] for e in events(other) if e["type"].startswith(("input_frame", "conv"))]
+    assert (between, order.index("conversation.item.created")) == (0, 2)
     again, same, _ = run(realtime_streaming_infer, *args, "--ask", "2:Who is it?")
     texts = [
         [e["text"] for e in lines if e["type"] == "response.done"] for lines in (told, events(same))
@@ -122,7 +125,7 @@ def site(clip: Path) -> Iterator[str]:
 
 
 def test_a_stream_on_the_network(run: Run, tiny: Path, site: str) -> None:
-    args = stream(tiny, f"{site}/clip.mp4", "--jsonl", "-", "--max_new_tokens", 3)
+    args = stream(tiny, f"{site}/clip.mp4", "--jsonl", "-", "--max_new_tokens", 3, "--speed", 20)
     code, out, _ = run(realtime_streaming_infer, *args)
     assert code == 0
     told = events(out)

@@ -312,3 +312,15 @@ def test_text_comes_in_whole_characters(tokenizer: Tokenizer) -> None:
     assert model.told("response.done")[1]["text"] == "ä\ufffd"
     pieces = [d["delta"] for d in model.told("response.output_text.delta")][3:]
     assert "".join(pieces) == "ä\ufffd"
+
+
+def test_a_prompt_may_wait_for_the_frames_before_it(tokenizer: Tokenizer, words: list[int]) -> None:
+    model = started(tokenizer, pace=2, clock="media", live=False)
+    model.frame(0.0)
+    model.frame(1.0)
+    model.session.push(Frame(None, 0.0, 0.0, "Who is it?"))
+    model.frame(2.0)
+    silence = model.special.silence
+    shapes = [len(model.step(token).images) for token in (silence, silence, words[0], words[1])]
+    assert shapes == [1, 1, 0, 0]
+    assert len(model.step(silence).images) == 1  # after the words that fit between
