@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.flag(parser, "ask", action="append", default=[], metavar="SECOND:TEXT", type=asked,
              help="ask in this second of the video; again for more")  # fmt: skip
     cli.flag(parser, "system_prompt", default="")
-    cli.flag(parser, "max_new_tokens", type=int, default=86400, help="of a response (86400)")
+    cli.flag(parser, "max_new_tokens", type=int, default=512, help="of a response (512)")
     cli.flag(parser, "fps", type=float, default=1.0, help="frames a second of the video (1)")
     cli.flag(parser, "speed", type=float, default=1.0,
              help="times wall-clock pace; 0: a file as fast as possible (1)")  # fmt: skip

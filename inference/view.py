@@ -49,7 +49,8 @@ class View:
             reason = f"{data['count']} dropped: {data['reason']}"
             self._line(self._aside(f"{clock(data['frame_at'])}  frame {reason}"))
         elif kind == "session.evicted":
-            self._line(self._aside(f"{clock(event.t_media)}  evicted {_short(data)}"))
+            forgot = f"{clock(event.t_media)}  forgot {data['count']} of {data['kind']}"
+            self._line(self._aside(forgot))
         elif kind == "error":
             self._line(f"error: {data['message']}")
         elif kind == "session.closed":
@@ -96,7 +97,3 @@ def summary(event: Event) -> str:
             parts.append(f"{words} {data[f'{name}_ms']['p50']:.1f} ms")
     parts += [f"{count} dropped: {reason}" for reason, count in data["drops"].items()]
     return ", ".join(parts)
-
-
-def _short(data: dict[str, object]) -> str:
-    return ", ".join(f"{value} {name}" for name, value in data.items())
