@@ -76,14 +76,14 @@ def _serve(command: str, folder: Path, env: dict[str, str]) -> None:
     try:
         until = time.monotonic() + 60
         while not _healthy(health):
-            assert server.poll() is None, server.communicate()[1]
+            assert server.poll() is None, server.stderr.read()  # type: ignore[union-attr]
             assert time.monotonic() < until
             time.sleep(0.2)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=20) == 0, server.communicate()[1]
+        assert server.wait(timeout=20) == 0
     finally:
         server.kill()
-        server.communicate()
+        server.wait()
 
 
 def _healthy(url: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 from collections.abc import Sequence
 
@@ -107,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, given, metrics, stage)
             app = make_app(hub, args.api_key, args.allow_origin)
+            # uvicorn raises the signal again when all is closed: it has done its work by then.
+            signal.signal(signal.SIGTERM, lambda *_: None)
             cli.note(f"http://{args.host}:{args.port}/")
             Server(server_config(app, args.host, args.port, given), hub).run()
     return 0
