@@ -18,21 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.images import tile_into
 from inference.cache import Cache, Packed, Segment
 from inference.checkpoint import load_model, load_processor
 from inference.fixed import FixedPasses
 from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.pixels import Pixels
 from inference.sampling import Sampler, Sampling
 from inference.slots import Eviction, FrameRing, Slot, survivors
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of Llama-3.2-Vision's image processor (CLIP's)
-STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_BATCH = 16  # frames
 LONGEST_PASS = 1024  # tokens of a slot: bounds the mask of a long prompt over many frames
 
@@ -85,6 +82,8 @@ class Engine:
         tensor_parallel: int = 1,
     ):
         _check_sizes(window=window, sinks=sinks, max_tokens=max_tokens, max_sessions=max_sessions)
+        if blind_rows not in ("zero", "attend_all"):
+            raise ValueError(f"blind_rows={blind_rows}: allowed: zero, attend_all")
         self.model, self.config, self.processor = model.eval(), model.config, processor
         self.tokenizer: Any = None if processor is None else processor.tokenizer
         weight = model.model.language_model.embed_tokens.weight
@@ -110,7 +109,7 @@ class Engine:
         if compile or (graphs and self.device.type == "cuda"):
             self.fixed = FixedPasses(self, graphs and self.device.type == "cuda", compile)
         self.slots: dict[int, Slot] = {}
-        self.pixels = _Pixels(self.config, processor, self.device)
+        self.pixels = Pixels(self.config, processor, self.device)
 
     @classmethod
     def load(
@@ -194,6 +193,14 @@ class Engine:
         self.cache.reset(slot)
         self.sampler.open(slot.index, slot.sampling)
         return slot
+
+    def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
+        """Samples the slot's next tokens otherwise."""
+        slot.sampling = sampling
+        self.sampler.set(slot.index, sampling)
+        if sampling.repetition_penalty != 1:
+            pending = [] if slot.pending is None else [slot.pending]
+            self.sampler.note(slot.index, [*slot.tokens, *pending])
 
     def close(self, slot: Slot) -> None:
         """Gives the slot back; closing twice is no error."""
@@ -432,31 +439,6 @@ class Engine:
         gone = self.cache.put_frames(slot, frames, marks)
         if gone:
             slot.evictions.append(Eviction("frame", tuple(gone)))
-
-
-class _Pixels:
-    """Pictures -> normalized pixels `[n, 1, 3, h, w]`, as in training."""
-
-    def __init__(self, config: Any, processor: Any, device: torch.device):
-        self.size, self.device = config.vision_config.image_size, device
-        image = getattr(processor, "image_processor", None)
-        mean, std = getattr(image, "image_mean", MEAN), getattr(image, "image_std", STD)
-        self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
-
-    def __call__(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
-        return torch.stack([self._one(image) for image in images])
-
-    def _one(self, image: Image.Image | Tensor) -> Tensor:
-        if isinstance(image, Tensor) and image.is_floating_point():
-            if image.shape != (3, self.size, self.size):
-                wanted = (3, self.size, self.size)
-                raise ValueError(f"normalized pixels of {tuple(image.shape)}, expected {wanted}")
-            return image[None].to(self.device)
-        if isinstance(image, Image.Image):
-            image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        tile = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8)
-        tile_into(tile, image.cpu())
-        return tile.to(self.device).float().div_(255).sub_(self.mean).div_(self.std)
 
 
 def _tokens(step: Step) -> tuple[list[int], Sequence[Tensor]]:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_moss_video import MossVideoConfig
-from .decoder_moss_video import Decoder, RMSNorm, attend
+from .decoder_moss_video import Decoder, RMSNorm, Rotation, attend
 from .vision_moss_video import VisionTower, join_states
 
 OLD_NAMES = {
@@ -100,7 +100,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The model with its output head."""
 
     config_class = MossVideoConfig
-    base_model_prefix = "model"
+    # None, for transformers 4 would take a file of old names for one of the base model.
+    base_model_prefix = ""
     main_input_name = "input_ids"
     _no_split_modules = ("VisionLayer", "SelfLayer", "CrossLayer")
     _supports_sdpa = True
@@ -310,9 +311,12 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         marks = decoder.rotation(each, states.dtype)
         found = {}
         for layer in decoder.cross:
-            k, v = decoder.cross_attention(layer).project(states.flatten(1, 2), marks)
+            k, v = self._project(layer, states.flatten(1, 2), marks)
             found[layer] = (k, v) if cache is None else cache.update(k, v, layer)
         return found
+
+    def _project(self, layer: int, states: Tensor, marks: Rotation) -> tuple[Tensor, Tensor]:
+        return self.model.language_model.cross_attention(layer).project(states, marks)
 
     def _loss(self, logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
         config = self.config

@@ -146,6 +146,10 @@ class ShardedEngine(Engine):
         self._tell("open", sampling)
         return super().open(sampling)
 
+    def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
+        self._tell("set_sampling", slot.index, sampling)
+        super().set_sampling(slot, sampling)
+
     def close(self, slot: Slot) -> None:
         if not slot.closed:
             self._tell("close", slot.index)
@@ -184,6 +188,9 @@ class ShardedEngine(Engine):
 
     def _follow_open(self, sampling: Sampling | None) -> None:
         Engine.open(self, sampling)
+
+    def _follow_set_sampling(self, index: int, sampling: Sampling) -> None:
+        Engine.set_sampling(self, self.slots[index], sampling)
 
     def _follow_close(self, index: int) -> None:
         Engine.close(self, self.slots[index])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin, __version__
 
 IMAGE, VIDEO, HEADER_END = "<|image|>", "<|video|>", "<|end_header_id|>"
 INLINE = {IMAGE, VIDEO, "<|silence|>", "<|...|>"}  # special tokens that a content may hold
@@ -284,6 +284,11 @@ def _flat(kwargs: dict[str, Any]) -> dict[str, Any]:
         flat |= group
     return flat
 
+
+if __version__.startswith("4."):  # which asks the class for its parts; 5 asks the constructor
+    MossVideoProcessor.attributes = ["image_processor", "tokenizer"]
+    MossVideoProcessor.image_processor_class = "AutoImageProcessor"
+    MossVideoProcessor.tokenizer_class = "AutoTokenizer"
 
 MossVideoProcessor.register_for_auto_class()
 

@@ -62,9 +62,13 @@ class Sampler:
 
     def open(self, slot: int, sampling: Sampling) -> None:
         """A new context with these settings."""
+        self.set(slot, sampling)
+        self.seen[slot] = False
+
+    def set(self, slot: int, sampling: Sampling) -> None:
+        """Other settings for the same context."""
         row = [float(getattr(sampling, field.name)) for field in fields(Sampling)]
         self.settings[slot] = torch.tensor(row, dtype=torch.float64)
-        self.seen[slot] = False
 
     def note(self, slot: int, tokens: list[int]) -> None:
         """Tokens of the context count for the repetition penalty."""

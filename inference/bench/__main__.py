@@ -12,6 +12,7 @@ published.py). Prints a table; writes bench-MODE.json and bench-MODE.png.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     model = open_model(arguments)
     clock = measure.Clock(next(model.parameters()).device, arguments.clock)
+    facts = describe(model, arguments)  # before quantization hides parameters
     rows, extra = (offline if arguments.mode == "offline" else stream)(model, arguments, clock)
-    facts = describe(model, arguments)
     print_table(arguments.mode, rows, facts)
     write_report(Path(arguments.out), arguments.mode, rows, facts | extra)
 
@@ -96,20 +97,13 @@ def offline(
     clock: measure.Clock,
 ) -> Result:
     """A question about a whole video."""
-    pixels = measure.random_frames(model, arguments.frames)
-    theirs = baseline(model, arguments, pixels, clock)
-    engine, moved = make_engine(model, arguments, arguments.frames)
-    measure.offline(engine, pixels[:2], 4, clock)  # warms up, captures graphs
-    ours = measure.offline(engine, pixels, arguments.new_tokens, clock)
+    ours, theirs, common = compare(model, arguments, clock, arguments.frames, measure.offline)
     rows = [
         _row("vision, all frames", "s", "vision", ours, theirs),
         _row("time to first token", "s", "first_token", ours, theirs),
-        _row("decode", "tokens/s", "tokens_per_second", ours, theirs, True),
         _row("published total", "s", "published_total", ours, theirs),
-        memory_row(engine, theirs is not None),
-        *moved,
     ]
-    return rows, {}
+    return [*rows, *common], {}
 
 
 def stream(
@@ -119,31 +113,50 @@ def stream(
 ) -> Result:
     """Frames one by one, then questions; the published way has only the whole again."""
     if arguments.endless:
-        engine, _ = make_engine(model, arguments, arguments.window or 256)
-        found = measure.endless(engine, arguments.endless, clock)
-        first, last = found.megabytes[0], found.megabytes[-1]
-        rows = [
-            Row(f"memory after {found.frames // 10} frames", "MB", first, None),
-            Row(f"memory after {found.frames} frames", "MB", last, None),
-            Row("rate", "frames/s", found.rate, None, True),
-        ]
-        return rows, {"endless": vars(found)}
-    pixels = measure.random_frames(model, arguments.frames)
-    theirs = baseline(model, arguments, pixels, clock)
-    engine, moved = make_engine(model, arguments, arguments.window or arguments.frames)
-    measure.stream(engine, pixels[:2], 4, clock)
-    ours = measure.stream(engine, pixels, arguments.new_tokens, clock)
+        return endless(model, arguments, clock)
+    window = arguments.window or arguments.frames
+    ours, theirs, common = compare(model, arguments, clock, window, measure.stream)
     question, frame = measure.median_ms(ours.question), measure.median_ms(ours.frames)
     whole = None if theirs is None else 1e3 * theirs.first_token
     rows = [
         Row("question -> first token", "ms", question, whole),
         Row("frame -> decision", "ms", frame, None),
         Row("frame -> decision, p99", "ms", measure.p99_ms(ours.frames), None),
-        _row("decode", "tokens/s", "tokens_per_second", ours, theirs, True),
-        memory_row(engine, theirs is not None),
-        *moved,
     ]
-    return rows, {}
+    return [*rows, *common], {}
+
+
+def endless(
+    model: MossVideoForConditionalGeneration,
+    arguments: argparse.Namespace,
+    clock: measure.Clock,
+) -> Result:
+    """Whether memory stays flat."""
+    engine, _ = make_engine(model, arguments, arguments.window or 256)
+    found = measure.endless(engine, arguments.endless, clock)
+    rows = [
+        Row(f"memory after {found.frames // 10} frames", "MB", found.megabytes[0], None),
+        Row(f"memory after {found.frames} frames", "MB", found.megabytes[-1], None),
+        Row("rate", "frames/s", found.rate, None, True),
+    ]
+    return rows, {"endless": vars(found)}
+
+
+def compare(
+    model: MossVideoForConditionalGeneration,
+    arguments: argparse.Namespace,
+    clock: measure.Clock,
+    window: int,
+    run: Callable[[Engine, torch.Tensor, int, measure.Clock], measure.Timings],
+) -> tuple[measure.Timings, measure.Timings | None, list[Row]]:
+    """The engine's timings, the published way's, and the rows that every mode has."""
+    pixels = measure.random_frames(model, arguments.frames)
+    theirs = baseline(model, arguments, pixels, clock)
+    engine, moved = make_engine(model, arguments, window)
+    run(engine, pixels[:2], 4, clock)  # warms up, captures graphs
+    ours = run(engine, pixels, arguments.new_tokens, clock)
+    decode = _row("decode", "tokens/s", "tokens_per_second", ours, theirs, True)
+    return ours, theirs, [decode, memory_row(engine, theirs is not None), *moved]
 
 
 def baseline(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inference.decoder_moss_video import Rotation
 from inference.modeling_moss_video import (
     CachedTokens,
     MossVideoForConditionalGeneration,
@@ -82,21 +83,10 @@ class PublishedModel(MossVideoForConditionalGeneration):
         keys_values = self._keys_values(states, positions, cache)
         return RepeatedFrames(keys_values, hidden[:, :, rows], sees[:, 0, rows])
 
-    def _keys_values(
-        self, states: Tensor | None, positions: Tensor | None, cache: Any
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        decoder = self.model.language_model
-        if states is None:
-            return {i: (cache.layers[i].keys, cache.layers[i].values) for i in decoder.cross}
-        assert positions is not None
-        marks = decoder.rotation(positions.repeat_interleave(states.shape[2], dim=1), states.dtype)
-        heads = self.config.text_config.num_attention_heads
-        found = {}
-        for layer in decoder.cross:
-            pair = decoder.cross_attention(layer).project(states.flatten(1, 2), marks)
-            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in pair)
-            found[layer] = cache.update(k, v, layer)
-        return found
+    def _project(self, layer: int, states: Tensor, marks: Rotation) -> tuple[Tensor, Tensor]:
+        k, v = super()._project(layer, states, marks)
+        groups = self.config.text_config.num_attention_heads // k.shape[1]
+        return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
     def get_image_features(
         self,

@@ -125,6 +125,25 @@ def test_slots_side_by_side_stream_as_alone(model, fixed: bool) -> None:
             torch.testing.assert_close(player.logits[i], logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_p=0.9, seed=2)])
+def test_graphs_equal_eager(sampling: Sampling) -> None:
+    model = tiny_model(silence_token_id=SILENCE).cuda()
+    found = []
+    for graphs in (True, False):
+        engine = Engine(model, max_tokens=128, window=3, max_sessions=2, graphs=graphs)
+        assert (engine.fixed is not None) is graphs
+        player, tokens = Player(engine, make_stream(2, frames=9)), []
+        while step := player.step():
+            tokens += engine.step([step])
+        slot = engine.open(sampling)
+        tokens += engine.step([Step(slot, [5, 6, 7])])
+        for _ in range(20):
+            tokens += engine.step([Step(slot)])
+        found.append(tokens)
+    assert found[0] == found[1]
+
+
 def test_an_interruption_equals_its_transcript(model) -> None:
     """What was sampled and not yet cached stays in the context before the user's turn."""
     engine = engine_of(model, False, window=8)
@@ -192,6 +211,22 @@ def test_a_free_slot_has_no_memory(model) -> None:
     assert largest_error(second, offline(model, second.stream)) < 1e-4
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_sampling_can_change_on_the_way(model, fixed: bool) -> None:
+    engine = engine_of(model, fixed)
+    slot = engine.open()
+    [token] = engine.step([Step(slot, [5, 6, 7])])
+    assert token != SILENCE
+    engine.set_sampling(slot, Sampling(silence_bias=1000.0))
+    assert engine.step([Step(slot)]) == [SILENCE]
+    engine.set_sampling(slot, Sampling(repetition_penalty=1e6, silence_bias=-1000.0))
+    said = {*slot.tokens, token}
+    for _ in range(5):  # what was said before the penalty came counts too
+        [token] = engine.step([Step(slot)])
+        assert token not in said
+        said.add(token)
+
+
 @pytest.mark.parametrize("name", ["image", "video", "realtime"])
 def test_streams_the_published_greedy_tokens(name: str, shared: Path) -> None:
     case = load_file(shared / "golden" / f"{name}.safetensors")
@@ -241,7 +276,11 @@ def test_an_impossible_step_is_refused_before_anything_changes(model) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"window": 0}, "window=0"), ({"window": 4, "sinks": 4}, "sinks=4: must be less")],
+    [
+        ({"window": 0}, "window=0"),
+        ({"window": 4, "sinks": 4}, "sinks=4: must be less"),
+        ({"blind_rows": "none"}, "blind_rows=none: allowed: zero, attend_all"),
+    ],
 )
 def test_wrong_sizes_are_named(model, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -164,3 +164,19 @@ def test_an_export_opens_by_itself_and_generates(tiny: Path, processor) -> None:
     # Greedy with the cache is greedy without.
     again = model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
     assert torch.equal(again, greedy)
+
+
+def test_a_video_in_a_chat_is_read_from_its_path(processor, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    graded_video(path, [i / 10 for i in range(28)])
+    parts = [{"type": "video", "path": str(path)}, {"type": "text", "text": "What?"}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    got = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], return_tensors="pt", **options
+    )
+    mark = processor.tokenizer.convert_tokens_to_ids("<|image|>")
+    assert int((got["input_ids"] == mark).sum()) == 8  # video_min_frames
+    assert got["pixel_values"].shape[1] == 8
+    brightness = got["pixel_values"][0, :, 0, 0, :20].mean((-1, -2)) * STD[0] + MEAN[0]
+    shown = [8 * int(27 * i / 7 + 0.001) / 255 for i in range(8)]  # spread over 28 frames
+    assert brightness.tolist() == pytest.approx(shown, abs=0.02)

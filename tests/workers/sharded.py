@@ -32,6 +32,8 @@ def scenario(checkpoint: str) -> dict[str, Any]:
     sampled = engine.step([Step(slot, [1, 40, 50])])
     for _ in range(3):
         sampled += engine.step([Step(slot)])
+    engine.set_sampling(slot, Sampling(temperature=2.0, seed=3))
+    sampled += engine.step([Step(slot)])
     engine.shutdown()
     tensors = {name: state[name] for name in ("text", "frames")}
     return {"logits": [player.logits for player in players], "sampled": sampled, "state": tensors}

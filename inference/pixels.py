@@ -1,0 +1,41 @@
+"""Pictures -> what the vision tower takes, as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline.images import tile_into
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of Llama-3.2-Vision's image processor (CLIP's)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Pixels:
+    """Pictures -> normalized pixels `[n, 1, 3, h, w]`, as in training."""
+
+    def __init__(self, config: Any, processor: Any, device: torch.device):
+        self.size, self.device = config.vision_config.image_size, device
+        image = getattr(processor, "image_processor", None)
+        mean, std = getattr(image, "image_mean", MEAN), getattr(image, "image_std", STD)
+        self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
+
+    def __call__(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
+        return torch.stack([self._one(image) for image in images])
+
+    def _one(self, image: Image.Image | Tensor) -> Tensor:
+        if isinstance(image, Tensor) and image.is_floating_point():
+            if image.shape != (3, self.size, self.size):
+                wanted = (3, self.size, self.size)
+                raise ValueError(f"normalized pixels of {tuple(image.shape)}, expected {wanted}")
+            return image[None].to(self.device)
+        if isinstance(image, Image.Image):
+            image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        tile = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8)
+        tile_into(tile, image.cpu())
+        return tile.to(self.device).float().div_(255).sub_(self.mean).div_(self.std)
