@@ -200,6 +200,8 @@ class Runner:
             for seat, plan in batch:
                 if seat.slot is None:
                     seat.slot = self.engine.open(_sampling(seat.task))
+                elif seat.slot.sampling != _sampling(seat.task):
+                    self.engine.set_sampling(seat.slot, _sampling(seat.task))
                 frames = list(itertools.islice(features, len(plan.images)))
                 steps.append(Step(seat.slot, plan.tokens, frames, plan.sample))
             tokens = self.engine.step(steps)

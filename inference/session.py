@@ -87,7 +87,7 @@ class Plan:
     frame: Frame | None = None
 
 
-_ANY_TIME = ("pace", "max_new_tokens")  # what can be changed in the middle of a stream
+_ANY_TIME = ("pace", "max_new_tokens", "sampling")  # what can be changed in the middle of a stream
 _FLAGS = ("media", "_started", "_turn_over", "_said", "_cancelled", "_no_more")
 
 

@@ -66,6 +66,10 @@ def find_resume(config: Config) -> Path | None:
             [f"trainer.resume={resume}: {own} is ahead of that: choose another run.dir"]
         )
     if found is not None:
+        if read_run(found).get("weights_only"):
+            raise ConfigError(
+                [f"trainer.resume={found}: holds weights alone: start from it with init_from"]
+            )
         same_architecture(config, read_run(found)["config"], found)
         fitting_adapter(config, read_run(found)["config"], found, resume=True)
         same_streams(config, len(read_streams(found)), found)

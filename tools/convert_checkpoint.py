@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
                     dtype=options.dtype,
                     stage=options.stage,
                     grow_into=read_model(options.model) if options.model else None,
+                    tensor_parallel=options.tensor_parallel,
                     seed=options.seed,
                     check_finite=options.check_finite,
                     allow_pickle=options.allow_pickle,
@@ -97,6 +98,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="text-only SRC: tower, projector and places of the cross-attention, as conf/model has "
         "them; 11b's",
     )
+    theirs.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="give the embedding rows until N tensor ranks share them evenly; an export drops them",
+    )
     theirs.add_argument("--seed", type=int, default=1234, help="text-only SRC: of what is drawn")
     theirs.add_argument(
         "--allow-pickle", action="store_true", help="also read *.bin, as weights alone"
@@ -140,7 +148,7 @@ def listing(model: ModelConfig) -> str:
 
 
 def _layers(found: list[Pattern]) -> str:
-    kinds = {}
+    kinds: dict[str, tuple[int, ...]] = {}
     for pattern in found:
         if pattern.layers is not None:
             kind = pattern.rule.ours.partition(".{i}")[0]

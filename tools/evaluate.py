@@ -1,4 +1,4 @@
-"""python -m tools.evaluate --checkpoint RUN --suite toy|FILE.jsonl [--out scores.json]
+"""python -m tools.evaluate --checkpoint RUN|EXPORT --suite toy|FILE.jsonl [--out scores.json]
 
 What a trained model answers, captions and says in time, against itself without its frames (blind)
 and against chance. FILE.jsonl holds a sample a line, as in shards, with `options` where a question
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 from data_pipeline.schema import SampleError
+from inference.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import ConfigError
+from moss_train.evaluate.exported import ExportedModel
 from moss_train.evaluate.items import EvaluationError, read_lines
 from moss_train.evaluate.model import TrainedModel
 from moss_train.evaluate.suite import evaluate, table, toy_items
@@ -23,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Evaluates, prints the table, writes the JSON. 1 where that cannot be done."""
     first, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="tools.evaluate", usage=first, description=rest)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="run folder, checkpoint or export"
+    )
     parser.add_argument("--suite", default="toy", help="toy, or a JSONL file")
     parser.add_argument("--stages", nargs="*", default=[], help="toy: of which stages; its own")
     parser.add_argument("--data", type=Path, help="toy: the folder; as in training")
@@ -33,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; all")
     options = parser.parse_args(arguments)
     try:
-        model = TrainedModel.open(options.checkpoint, options.device, options.threads)
+        model = open_model(options.checkpoint, options.device, options.threads)
         if options.suite == "toy":
             items = toy_items(model, options.limit, options.stages, options.data)
         else:
@@ -47,6 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     out.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     print(out)
     return 0
+
+
+def open_model(checkpoint: Path, device: str, threads: int | None) -> TrainedModel:
+    """A run, a checkpoint, or an export, which alone has a config.json at its top."""
+    if not (checkpoint / "config.json").is_file():
+        return TrainedModel.open(checkpoint, device, threads)
+    load = MossVideoForConditionalGeneration.from_pretrained
+    return ExportedModel.open_with(load, checkpoint, device, threads)
 
 
 if __name__ == "__main__":

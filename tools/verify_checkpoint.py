@@ -100,7 +100,7 @@ def compare(options: argparse.Namespace) -> tuple[Difference, tuple[str, str]]:
         if checkpoint is None:
             raise EvaluationError(f"{options.megatron}: no complete checkpoint there")
         check_parallel(checkpoint, options.layout)
-    model = load_hf(options.hf, TORCH[options.dtype])
+    model = load_hf(options.hf, TORCH[options.dtype], options.trust_remote_code)
     case = the_case(model.config, options.inputs)
     if checkpoint is None and "logits" not in case.expected:
         raise EvaluationError(f"{options.inputs}: has no logits to compare with: give --megatron")
@@ -125,23 +125,26 @@ def difference(case: Case, mine: dict[str, Tensor], other: dict[str, Tensor]) ->
     return Difference(float(off.max()), float(off.mean()), losses, greedy)
 
 
-def load_hf(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of an export, of a published Llama-3.2-Vision, or of a folder in their form."""
+def load_hf(folder: Path, dtype: torch.dtype, trusted: bool = False) -> Any:
+    """The model of an export, of a published Llama-3.2-Vision, or of a folder in their form.
+
+    `trusted`: with the code in the folder; else with that of `inference`, of which it is a copy.
+    """
     if kind_of(folder) != "vision":
         raise ConversionError(f"{folder}: is a text-only Llama: it sees no frames")
-    plain = read_json(folder / "config.json")
+    plain, options = read_json(folder / "config.json"), {}
     if plain.get("model_type") == "mllama":
         config = transformers.AutoConfig.from_pretrained(folder)
         _shift_intermediate_layers(config)
         kind: Any = transformers.MllamaForConditionalGeneration
-    elif "auto_map" in plain:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    elif trusted and "auto_map" in plain:
+        options = {"trust_remote_code": True}
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
         kind = transformers.AutoModelForImageTextToText
     else:
-        config = MossVideoConfig(**plain)
-        kind = MossVideoForConditionalGeneration
+        config, kind = MossVideoConfig(**plain), MossVideoForConditionalGeneration
     try:
-        model = kind.from_pretrained(folder, config=config, trust_remote_code=True, dtype=dtype)
+        model = kind.from_pretrained(folder, config=config, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConversionError(f"{folder}: transformers cannot open it: {error}") from None
     return model.eval()
@@ -283,6 +286,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--greedy", type=int, default=8, help="tokens; 8, or as in --inputs")
     parser.add_argument("--tolerance", type=float, help="of logits; 1e-4, bf16 0.25")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the ranks")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code in DIR, not our own"
+    )
     parser.add_argument("--hashes", action="store_true", help="first check DIR/manifest.json")
     options = parser.parse_args(arguments)
     if options.megatron is None and options.inputs is None:

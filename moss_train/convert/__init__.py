@@ -1,1 +1,1 @@
-"""Parameter names and shapes of Hugging Face's Mllama and ours."""
+"""Hugging Face's form <-> ours: mapping.py is the table, to_megatron.py and to_hf.py the ways."""

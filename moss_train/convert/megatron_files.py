@@ -15,7 +15,7 @@ from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ def write_boxes(
     for box in boxes:
         start = file.tell()
         with memory.lend(3 * box.bytes):  # as stored, mapped and cast
-            torch.save(box.make().contiguous(), file)
+            torch.save(box.make().contiguous(), cast(Any, file))
         index = MetadataIndex(box.name, box.offsets)
         places[index] = _StorageInfo(path.name, start, file.tell() - start)
         say(box.bytes)

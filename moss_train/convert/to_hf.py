@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moss_train.config import AdapterConfig, Config, from_dict
+from moss_train.config import AdapterConfig, Config, ModelConfig, from_dict
 from moss_train.convert.finite import Finite
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.hf_files import HfFiles, check_plain, write_files
@@ -128,7 +128,13 @@ def convert_megatron(options: ToHf) -> list[str]:
         lines = write_files(partial, files, dtypes, quantizer)
         facts = {"source": str(checkpoint), "stage": files.stage, "bytes": size}
         write_manifest(partial, hashes, facts)
-    return [progress.finish(), *lines]
+    return [progress.finish(), *_dropped(config.model), *lines]
+
+
+def _dropped(model: ModelConfig) -> Iterator[str]:
+    extra = model.text.extra_embedding_rows - EXTRA_EMBEDDING_ROWS
+    if extra > 0:
+        yield f"embedding: without its last {extra} rows, for which transformers has no place"
 
 
 class Source:

@@ -74,6 +74,7 @@ class FromHf:
     dtype: str | None = None  # fp32 | bf16; None: as stored
     stage: str | None = None
     grow_into: ModelConfig | None = None  # of a text-only Llama: all but the text model's sizes
+    tensor_parallel: int = 1  # ranks that are to share the embedding's rows evenly
     seed: int = 1234
     check_finite: bool = False
     allow_pickle: bool = False
@@ -96,14 +97,16 @@ def convert_hf(options: FromHf) -> list[str]:
         dtypes = folder.dtypes
     else:
         folder = HfFolder(source, normalize_name, options.allow_pickle)
+        _check_dtypes(folder, options)
         model = _fitted(model_config_from_hf(source, options.arch, options.dtype), folder)
         _check_tensors(model, folder)
         dtypes = folder.dtypes
 
-        def read(name: str, shape: torch.Size, rows: slice) -> Tensor:
-            return folder.read(name, rows)
+        model = _divisible(model, options.tensor_parallel)
 
-    _check_dtypes(folder, options)
+        def read(name: str, shape: torch.Size, rows: slice) -> Tensor:
+            return _read_rows(folder, name, shape, rows)
+
     dtype = TORCH[options.dtype] if options.dtype else None
     if options.dtype or len(dtypes) == 1:
         model = replace(model, dtype=options.dtype or NAMES[next(iter(dtypes))])
@@ -134,7 +137,9 @@ def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
         raise ConversionError(f"{options.source}: is a text-only Llama, not mllama")
     into = options.grow_into or ModelConfig(blind_rows="zero")
     model = replace(into, text=text_config_from_llama(options.source, into.text))
+    model = _divisible(model, options.tensor_parallel)
     folder = HfFolder(options.source, allow_pickle=options.allow_pickle)
+    _check_dtypes(folder, options)
     wanted = text_shapes(model)
     tied(folder)
     _compare(folder, wanted)
@@ -151,6 +156,27 @@ def _fitted(model: ModelConfig, folder: HfFolder) -> ModelConfig:
         projector = replace(model.projector, pool="channel_fusion", stride=merger.shape[2])
         model = replace(model, projector=projector)
     return model
+
+
+def _divisible(model: ModelConfig, ranks: int) -> ModelConfig:
+    """With as many rows more in the embedding as `ranks` tensor ranks need to share them evenly."""
+    text = model.text
+    missing = -(text.vocab_size + text.extra_embedding_rows) % ranks
+    rows = text.extra_embedding_rows + missing
+    return replace(model, text=replace(text, extra_embedding_rows=rows))
+
+
+def _read_rows(folder: HfFolder, name: str, shape: torch.Size, rows: slice) -> Tensor:
+    """Rows of a tensor; those that the folder does not have are zero."""
+    stored = folder.tensors[name]
+    if stored.shape == shape:
+        return folder.read(name, rows)
+    start, stop, _ = rows.indices(shape[0])
+    out = torch.zeros(stop - start, *shape[1:], dtype=stored.dtype)
+    if start < stored.shape[0]:
+        there = folder.read(name, slice(start, min(stop, stored.shape[0])))
+        out[: len(there)] = there
+    return out
 
 
 def _check_tensors(model: ModelConfig, folder: HfFolder) -> None:

@@ -96,17 +96,26 @@ class Memory:
                 self.changed.notify_all()
 
 
+_stopping = threading.Event()  # set: files that are being written go no further
+
+
 def run_workers(jobs: Sequence[Job], work: Callable[[Job], Any], workers: int) -> list[Any]:
     """`work` on every job, on threads (reading, copying, hashing and writing leave Python free).
 
-    After the first error the jobs that have not begun are dropped, and the error is raised.
+    After the first error, or an interrupt, what is being written stops, and the error is raised.
     """
+    _stopping.clear()
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         futures = [pool.submit(work, job) for job in jobs]
-        _, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        if waiting:
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            _stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-        return [future.result() for future in futures if not future.cancelled()]
+            raise
 
 
 class Progress:
@@ -155,6 +164,8 @@ class HashedFile:
         """Appends bytes."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), PIECE):
+            if _stopping.is_set():
+                raise ConversionError("stopped")
             piece = view[start : start + PIECE]
             self.hash.update(piece)
             while piece:

@@ -4,6 +4,7 @@ A checkpoint is a folder `checkpoints/step_00000100` of a run: megatron's distri
 (weights, optimizer, random state), `run.json` (configuration, step, layout, versions),
 `streams.json` (where each data stream stands) and, written last, `complete.json` (every file with
 its size). `checkpoints/latest` names the newest. What has no sound `complete.json` is not loaded.
+An imported one (tools.convert_checkpoint) has the same form, and `weights_only` in its run.json.
 """
 
 from __future__ import annotations

@@ -244,15 +244,28 @@ class Peak(threading.Thread):
             self.peak = max(self.peak, self.process.memory_info().rss)
 
 
+def begun(source: Path, out: Path) -> subprocess.Popen:
+    """A conversion in another process, which has begun to write."""
+    command = [sys.executable, "-m", "tools.convert_checkpoint", "hf-to-megatron"]
+    process = subprocess.Popen([*command, str(source), str(out)], cwd=REPO)
+    while not list(out.parent.glob(f".{out.name}.partial/*.distcp")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    return process
+
+
+def test_an_interrupted_conversion_clears_up(large):
+    process = begun(large / "hf", large / "other")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in large.iterdir()) == ["hf"]
+
+
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(large, capsys):
     """And the next one clears up behind it, in bounded memory."""
     source, out = large / "hf", large / "out"
     partial = large / ".out.partial"
-    command = [sys.executable, "-m", "tools.convert_checkpoint", "hf-to-megatron"]
-    process = subprocess.Popen([*command, str(source), str(out)], cwd=REPO)
-    while not list(partial.glob("*.distcp")):
-        assert process.poll() is None
-        time.sleep(0.001)
+    process = begun(source, out)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert partial.is_dir()

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from moss_train.config import from_dict
+from moss_train.convert.megatron_files import WeightFiles
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
+from moss_train.train.saved import read_run
 from tests.convert.sources import (
     as_transformers_5,
     differing,
@@ -33,8 +36,8 @@ LAYOUTS = {
 }
 
 
-def export(source: Path, out: Path, **options) -> dict[str, torch.Tensor]:
-    convert_megatron(ToHf(source, out, REPO / "inference", **options))
+def export(source: Path, out: Path, said: str = "", **options) -> dict[str, torch.Tensor]:
+    assert said in "\n".join(convert_megatron(ToHf(source, out, REPO / "inference", **options)))
     return load_folder(out)
 
 
@@ -108,3 +111,22 @@ def test_dtypes_are_kept_or_cast(tmp_path):
     convert_hf(FromHf(source, tmp_path / "cast", dtype="bf16"))
     narrow = export(tmp_path / "cast", tmp_path / "narrow")
     assert differing(narrow, {name: tensor.bfloat16() for name, tensor in half.items()}) == []
+
+
+@pytest.mark.parametrize("rows", [72, 75])
+def test_rows_for_tensor_ranks_are_added_and_dropped(rows, tmp_path):
+    """The embedding has 72 rows, or some more that someone has added."""
+    weights = mllama_weights()
+    embedding = weights["language_model.model.embed_tokens.weight"]
+    more = torch.cat((embedding, torch.ones(rows - 72, 32)))
+    source = {**weights, "language_model.model.embed_tokens.weight": more}
+    folder = save_folder(tmp_path / "hf", source)
+    convert_hf(FromHf(folder, tmp_path / "megatron", tensor_parallel=16))
+    found = WeightFiles(tmp_path / "megatron").read("decoder.embedding.weight")
+    assert found.shape == (80, 32)
+    assert torch.equal(found[:rows], more)
+    assert not found[rows:].any()
+    text = from_dict(read_run(tmp_path / "megatron")["config"]).model.text
+    assert text.vocab_size + text.extra_embedding_rows == 80
+    said = "embedding: without its last 8 rows"
+    assert differing(export(tmp_path / "megatron", tmp_path / "back", said), weights) == []

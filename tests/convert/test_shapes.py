@@ -59,7 +59,7 @@ def test_files_of_90b_hold_every_byte_once():
     assert 36 <= len(shards) <= 40
     assert max(sizes) <= 5 * GB
     assert sum(sizes) == 2 * sum(prod(s) for s in by_transformers(model).values())
-    names = set()
+    names: set[str] = set()
     for shard in shards:
         raw = header(shard)
         length = int.from_bytes(raw[:8], "little")

@@ -157,6 +157,13 @@ def test_speech_is_interrupted_and_cancelled(server: Running) -> None:
         assert client.until("session.state")["state"] == "silent"
         client.send("response.cancel")
         assert client.until("error")["code"] == "nothing_to_cancel"
+        client.update(silence_bias=1000)
+        assert "from -100 to 100" in client.until("error")["message"]
+        client.update(silence_bias=100, temperature=0)  # from now on it keeps silent
+        client.until("session.updated")
+        for second in range(3):
+            client.frame(jpeg(second), ts=float(second))
+            assert client.until("input_frame.processed")["decision"] == "silence"
         client.send("session.close")
         client.rest()
 
