@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -93,7 +94,7 @@ class EventLog:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
         def waker() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits
                 loop.call_soon_threadsafe(ready.set)
 
         with self._changed:
