@@ -21,7 +21,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from data_pipeline.batch import IGNORED_LABEL
-from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, SampleError
+from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, Role, SampleError
 from data_pipeline.tokens import SpecialTokens
 
 PromptForm = Literal["pretrain", "chat", "realtime"]
@@ -113,6 +113,34 @@ class PromptBuilder:
             )
         return prompt
 
+    def question(
+        self, messages: Sequence[Message], frames_per_mark: Sequence[int], form: PromptForm
+    ) -> Prompt:
+        """As `build`, without labels, up to the place where the assistant is to go on."""
+        prompt, counts = Prompt(), iter(frames_per_mark)
+        prompt.add([self._special.begin_of_text], learn=False)
+        for message in messages:
+            self._add_message(prompt, message, counts, form)
+        if next(counts, None) is not None:
+            raise SampleError("mark_media_mismatch", "more media than marks")
+        if form != "pretrain":
+            prompt.add(self.header("assistant"), learn=False)
+        return prompt
+
+    def header(self, role: Role) -> list[int]:
+        """The tokens before a turn's content."""
+        special = self._special
+        name = self._encode(role)
+        return [special.start_header_id, *name, special.end_header_id, *self._encode("\n\n")]
+
+    def turn(self, role: Role, text: str) -> list[int]:
+        """A whole turn without media, and its `<|eot_id|>`; SampleError for a control token."""
+        if IMAGE_MARK in text or VIDEO_MARK in text:
+            raise SampleError("control_token", "the text contains a mark of a picture")
+        prompt = Prompt()
+        self._add_content(prompt, text, iter(()), learn=False)
+        return [*self.header(role), *prompt.tokens, self._special.eot_id]
+
     def _add_message(
         self, prompt: Prompt, message: Message, counts: Iterator[int], form: PromptForm
     ) -> None:
@@ -121,9 +149,7 @@ class PromptBuilder:
             self._add_content(prompt, message.content, counts, learn)
             return
         special = self._special
-        role = self._encode(message.role)
-        header = [special.start_header_id, *role, special.end_header_id, *self._encode("\n\n")]
-        prompt.add(header, learn=False)
+        prompt.add(self.header(message.role), learn=False)
         start, frames = len(prompt.tokens), len(prompt.frame_positions)
         self._add_content(prompt, message.content, counts, learn)
         if learn and form == "realtime":

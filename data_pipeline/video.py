@@ -69,7 +69,7 @@ class Video:
         shown, pixels = None, None
         for frame in self._packets.shown_at([moment + _EPSILON for moment in times]):
             if pixels is None or frame is not shown:
-                shown, pixels = frame, _pixels(frame)
+                shown, pixels = frame, upright_pixels(frame)
             yield pixels
 
 
@@ -118,7 +118,8 @@ def _info(packets: Packets) -> VideoInfo:
     return VideoInfo(last=last, duration=last + gap, frames=len(times))
 
 
-def _pixels(frame: VideoFrame) -> Tensor:
+def upright_pixels(frame: VideoFrame) -> Tensor:
+    """uint8 [3, H, W], turned as its rotation says; strides are those of [H, W, 3]."""
     array: np.ndarray = frame.to_ndarray(format="rgb24")  # [H, W, 3]
     turns = round(frame.rotation / 90) % 4  # phones store the picture lying and a matrix beside it
     if turns:

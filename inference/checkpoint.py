@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from inference.configuration_moss_video import MossVideoConfig
 from inference.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
@@ -17,6 +18,9 @@ from inference.quantize import quantize_decoder, take_scales
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
 DTYPES["bfloat16"] = torch.bfloat16
+
+# Else transformers asks at the terminal whether to run the folder's code.
+AutoConfig.register("moss_video", MossVideoConfig, exist_ok=True)
 
 
 def load_model(

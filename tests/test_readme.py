@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -39,8 +45,6 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def _write_records(folder: Path) -> None:
-    import json
-
     import av
     import numpy as np
 
@@ -63,6 +67,33 @@ def _write_records(folder: Path) -> None:
     (folder / "records.json").write_text(json.dumps(records))
 
 
+def _serve(command: str, folder: Path, env: dict[str, str]) -> None:
+    """A server starts, is healthy, and ends when it is asked to."""
+    health = f"http://127.0.0.1:{command.split('--port ')[1].split()[0]}/health"
+    server = subprocess.Popen(
+        shlex.split(command), cwd=folder, env=env, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until = time.monotonic() + 60
+        while not _healthy(health):
+            assert server.poll() is None, server.stderr.read()  # type: ignore[union-attr]
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=20) == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url) as answer:
+            return json.load(answer)["status"] == "ok"
+    except urllib.error.URLError:
+        return False
+
+
 def test_make_has_the_two_commands() -> None:
     wanted = [c.split("#")[0].split() for c in commands() if c.startswith("make")]
     assert [w[1] for w in wanted] == ["demo", "test"]
@@ -81,6 +112,9 @@ def test_readme_commands_run(checkout: Path) -> None:
         small = command
         if "parallel=tp2 " in command and "stage=pt1" in command:
             small += " trainer.steps=5"  # the demo itself takes minutes
+        if "inference.serve" in command:
+            _serve(command, checkout, env)
+            continue
         done = subprocess.run(
             small, shell=True, cwd=checkout, env=env, capture_output=True, text=True, timeout=300
         )

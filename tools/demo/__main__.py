@@ -1,7 +1,8 @@
 """python -m tools.demo [--out runs/demo]
 
 Renders the toy world, trains pt1, pt2, sft and realtime_sft one after the other, evaluates each on
-held-out worlds, and writes OUT/report.html. What is finished already is not done again.
+held-out worlds, and writes OUT/report.html. At last the real-time model is exported, and tells a
+clip that it has not seen. What is finished already is not done again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import time
 from pathlib import Path
 
 from data_pipeline.toy.build import STAGES
+from data_pipeline.toy.stream import NARRATE
+from inference.view import clock
+from tools.demo.narrate import held_out_clip, told
 from tools.demo.report import write_report
 
 REPO = Path(__file__).resolve().parents[2]
@@ -42,12 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
             scores = ["--checkpoint", str(run), "--suite", "toy", "--threads", str(options.ranks)]
             times.run(f"evaluate {stage}", "tools.evaluate", *scores)
             before = run
+        report = write_report(options.out, [*STAGES], times.seconds)
+        print(f"{report} ({sum(times.seconds.values()) / 60:.1f} minutes in all)")
+        _narrate(options.out, times)
     except subprocess.CalledProcessError as error:
         print(f"{' '.join(map(str, error.cmd))} failed ({error.returncode})", file=sys.stderr)
         return error.returncode or 1
-    report = write_report(options.out, [*STAGES], times.seconds)
-    print(f"{report} ({sum(times.seconds.values()) / 60:.1f} minutes in all)")
     return 0
+
+
+def _narrate(out: Path, times: _Times) -> None:
+    """What happens in a held-out clip, then what the model says to it through the real command."""
+    run, export, clip = out / "realtime_sft", out / "export", out / "clip.mp4"
+    times.run("export", "tools.convert_checkpoint", "megatron-to-hf", str(run), str(export))
+    truth = told(held_out_clip(out / "world", clip))
+    print(f"--- what happens in {clip}, which no training has seen")
+    print("\n".join(f"{clock(second)}  {words}" for second, words in truth))
+    print("--- what the model says, frame by frame", flush=True)
+    watch = ["--checkpoint", str(export), "--video_path", str(clip), "--prompt", NARRATE]
+    start("inference.realtime_streaming_infer", *watch, "--speed", "0")
 
 
 def _training(stage: str, run: Path, before: Path | None, options: argparse.Namespace) -> list[str]:
@@ -72,6 +89,15 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
     ]
 
 
+def start(module: str, *arguments: str) -> None:
+    """Runs a command of ours; CalledProcessError where it fails."""
+    environment = os.environ | {
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
+    }
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=environment)
+
+
 class _Times:
     """Runs the parts of the demo and keeps how long each took, over interruptions too."""
 
@@ -84,11 +110,7 @@ class _Times:
             return
         print(f"--- {name}", flush=True)
         started = time.perf_counter()
-        environment = os.environ | {
-            "PYTHONWARNINGS": "ignore",
-            "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
-        }
-        subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=environment)
+        start(module, *arguments)
         self.seconds[name] = round(time.perf_counter() - started, 1)
         self.path.write_text(json.dumps(self.seconds, indent=1) + "\n")
 

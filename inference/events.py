@@ -1,0 +1,121 @@
+"""What a session tells: numbered events in a bounded log that any number of readers follow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event. `t_server`: seconds since the epoch; `t_media`: seconds of the newest frame that
+    the model has seen. `type` is a name of OpenAI's Realtime API where there is one.
+    """
+
+    type: str
+    seq: int
+    t_server: float
+    t_media: float
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, for JSON."""
+        head = {"type": self.type, "seq": self.seq}
+        return {**head, "t_server": self.t_server, "t_media": self.t_media, **self.data}
+
+
+class EventLog:
+    """The last `limit` events of a session, numbered from 1; ends with `close`.
+
+    One thread appends, others read. A reader that falls further behind than the log is long gets
+    an `error` event with the code `events_lost` and the numbers of what it missed.
+    """
+
+    def __init__(self, limit: int = 65536) -> None:
+        self._events: deque[Event] = deque(maxlen=limit)
+        self._changed = threading.Condition()
+        self._wakers: set[Callable[[], None]] = set()
+        self.last_seq = 0
+        self.closed = False
+
+    def append(self, type: str, t_media: float, data: dict[str, Any]) -> Event:
+        with self._changed:
+            self.last_seq += 1
+            event = Event(type, self.last_seq, time.time(), t_media, data)
+            self._events.append(event)
+            self._wake()
+        return event
+
+    def close(self) -> None:
+        """Nothing more will come: readers end after the last event."""
+        with self._changed:
+            self.closed = True
+            self._wake()
+
+    def after(self, seq: int, limit: int = 256) -> list[Event]:
+        """Up to `limit` events that follow number `seq`, a loss reported before them."""
+        with self._changed:
+            missing = self.last_seq - seq
+            if missing <= 0:
+                return []
+            kept = len(self._events)
+            first = max(0, kept - missing)
+            found = [self._events[i] for i in range(first, min(kept, first + limit))]
+            if missing > kept:
+                lost = {"code": "events_lost", "from_seq": seq + 1, "to_seq": found[0].seq - 1}
+                lost["message"] = f"events {seq + 1} to {found[0].seq - 1} are no longer kept"
+                now = found[0]
+                found.insert(0, Event("error", now.seq - 1, now.t_server, now.t_media, lost))
+            return found
+
+    def wait_closed(self, seconds: float) -> bool:
+        """Waits so long, or until the log is closed: then True."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.closed, max(0.0, seconds))
+
+    def follow(self, seq: int = 0) -> Iterator[Event]:
+        """Waits for events after number `seq` and yields them until the log is closed."""
+        while not (self.closed and self.last_seq <= seq):
+            with self._changed:
+                while self.last_seq <= seq and not self.closed:
+                    self._changed.wait()
+            for event in self.after(seq):
+                seq = event.seq
+                yield event
+
+    async def wait(self, seq: int) -> None:
+        """Waits in an event loop until there is an event after number `seq`, or the end."""
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+
+        def waker() -> None:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits
+                loop.call_soon_threadsafe(ready.set)
+
+        with self._changed:
+            if self.last_seq > seq or self.closed:
+                return
+            self._wakers.add(waker)
+        try:
+            await ready.wait()
+        finally:
+            with self._changed:
+                self._wakers.discard(waker)
+
+    async def afollow(self, seq: int = 0) -> AsyncIterator[Event]:
+        """As `follow`, in an event loop."""
+        while not (self.closed and self.last_seq <= seq):
+            await self.wait(seq)
+            for event in self.after(seq):
+                seq = event.seq
+                yield event
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        for waker in self._wakers:
+            waker()

@@ -1,0 +1,53 @@
+"""Asks a real-time model about a whole video or a picture, without a clock.
+
+A video is watched the way the model has learned to watch, in silence, one frame a second, and as
+fast as the machine goes; then it is asked. A picture stands in the question, as in its training.
+
+    python -m inference.realtime_offline_infer --checkpoint DIR --video_path clip.mp4 --prompt ...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # as a file: the folder of the package, not this one
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from inference import cli
+from inference.offline_infer import media, parser, question, show
+from inference.runner import Runner
+from inference.speech import Vocabulary
+
+
+def watched(words: Vocabulary, system_prompt: str, frames: int, prompt: str) -> list[int]:
+    """The transcript of a stream on which nothing was said before the prompt."""
+    prompts, special = words.prompts, words.special
+    tokens = [special.begin_of_text]
+    if system_prompt:
+        tokens += prompts.turn("system", system_prompt)
+    tokens += prompts.turn("user", "") + prompts.header("assistant")
+    tokens += [special.image, special.silence] * frames
+    return [*tokens, special.eot_id, *prompts.turn("user", prompt), *prompts.header("assistant")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser(__doc__, most=256).parse_args(argv)
+    with cli.one_line_errors():
+        cli.check_stage(args.checkpoint, realtime=True)
+        kind, frames = media(args)
+        engine = cli.load(args)
+        with Runner(engine) as runner:
+            if kind == "video":
+                asked = args.prompt or "Describe the video."
+                tokens = watched(runner.words, args.system_prompt, len(frames), asked)
+            else:
+                tokens = question(runner.words, args, kind, len(frames), "chat").tokens
+            options = {"sampling": cli.sampling(args), "max_new_tokens": args.max_new_tokens}
+            with runner.answer(tokens, frames, chunk=32, **options) as answer:
+                return show(answer, args.jsonl)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

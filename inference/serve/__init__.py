@@ -1,0 +1,1 @@
+"""The server: sessions over WebSockets, OpenAI's chat completions, a page."""

@@ -1,0 +1,119 @@
+"""Serves a model: sessions over WebSockets, OpenAI's chat completions, a page, metrics.
+
+python -m inference.serve --checkpoint DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+from collections.abc import Sequence
+
+import uvicorn
+from fastapi import FastAPI
+
+from inference import cli
+from inference.runner import Runner
+from inference.serve.app import make_app
+from inference.serve.hub import Hub
+from inference.serve.limits import Limits
+from inference.serve.metrics import Metrics
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which tells the sessions before it closes their sockets."""
+
+    def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
+        super().__init__(config)
+        self._hub = hub
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._hub.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        await self._hub.close()
+        await super().shutdown(sockets)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=cli.Help, prog="python -m inference.serve"
+    )
+    cli.add_engine_flags(parser)
+    cli.flag(parser, "host", default="127.0.0.1", help="127.0.0.1: this machine only")
+    cli.flag(parser, "port", type=int, default=8000)
+    cli.flag(parser, "max_sessions", type=int, default=4, help="sessions and answers at once (4)")
+    cli.flag(parser, "api_key", default=os.environ.get("MOSS_API_KEY"),
+             help="what clients must show (or $MOSS_API_KEY)")  # fmt: skip
+    cli.flag(parser, "allow_origin", action="append", default=[], metavar="URL",
+             help="a page elsewhere that may open sessions; again for more")  # fmt: skip
+    defaults = Limits()
+    for name, words in (
+        ("frame_bytes", "bytes of a frame"),
+        ("pixels", "of a picture"),
+        ("prompt_chars", "characters of a prompt"),
+        ("fps", "frames a second of a session"),
+        ("grace", "seconds that a session waits for its client to come back"),
+        ("idle", "seconds without input that end a session"),
+        ("send", "seconds that a client may take to read"),
+        ("replay", "events kept for a client that comes back"),
+    ):
+        default = getattr(defaults, name)
+        cli.flag(parser, f"limit_{name}", type=type(default), default=default, metavar="N",
+                 help=f"{words} ({default})")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def server_config(app: FastAPI, host: str, port: int, limits: Limits) -> uvicorn.Config:
+    """How uvicorn runs the routes."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        ws_max_size=2 * limits.frame_bytes,  # base64 in JSON is a third larger
+        ws_per_message_deflate=False,
+        ws_ping_interval=20,
+        ws_ping_timeout=20,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def limits(args: argparse.Namespace) -> Limits:
+    """The limits that the flags say."""
+    given = {
+        name.removeprefix("limit_"): value
+        for name, value in vars(args).items()
+        if name.startswith("limit_")
+    }
+    for name, value in given.items():
+        if value <= 0:
+            raise cli.CommandError(f"--limit_{name}: must be more than 0")
+    return Limits(**given)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    with cli.one_line_errors():
+        given = limits(args)
+        stage = cli.stage(args.checkpoint)
+        if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
+            cli.note(f"warning: {args.host} is open to the network, and there is no --api_key")
+        metrics = Metrics()
+        with Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
+            hub = Hub(runner, given, metrics, stage)
+            app = make_app(hub, args.api_key, args.allow_origin)
+            # uvicorn raises the signal again when all is closed: it has done its work by then.
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            cli.note(f"http://{args.host}:{args.port}/")
+            Server(server_config(app, args.host, args.port, given), hub).run()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""Messages of a client, read and checked: text is JSON with a `type`, binary is a JPEG."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from inference.engine import Sampling
+from inference.serve.limits import Limits, Refused
+
+TYPES = (
+    "session.update",
+    "input_image_buffer.append",
+    "input_image_buffer.end",
+    "conversation.item.create",
+    "response.cancel",
+    "session.close",
+)
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "silence_bias", "seed")
+_NUMBERS = {  # name in session.update -> (name in SessionConfig, least, most)
+    "pace": ("pace", 1, 1000),
+    "frame_interval": ("frame_interval", 0.01, 3600),
+    "max_output_tokens": ("max_new_tokens", 1, 10**6),
+    "temperature": ("temperature", 0, 10),
+    "top_k": ("top_k", 0, 10**6),
+    "top_p": ("top_p", 1e-6, 1),
+    "repetition_penalty": ("repetition_penalty", 0.1, 10),
+    "silence_bias": ("silence_bias", -100, 100),
+    "seed": ("seed", 0, 2**53),
+}
+_WHOLE = ("pace", "max_output_tokens", "top_k", "seed")
+
+
+@dataclass
+class ImageMessage:
+    """A frame, or (without data) what is to be said of the binary message that follows."""
+
+    data: bytes | None
+    at: float | None
+    prompt: str | None
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A text message; Refused where it is no object with a known type."""
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused("invalid_json", f"the message is no JSON: {error}") from None
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise Refused("invalid_message", "a message is an object with a `type`", "type")
+    if message["type"] not in TYPES:
+        known = ", ".join(TYPES)
+        raise Refused("unknown_type", f"type {message['type']:.60}: known are {known}", "type")
+    return message
+
+
+def read_update(message: dict[str, Any], now: Sampling, limits: Limits) -> dict[str, Any]:
+    """The fields of SessionConfig that a `session.update` changes."""
+    update = message.get("session")
+    if not isinstance(update, dict):
+        raise Refused("invalid_message", "session: expected an object", "session")
+    changes: dict[str, Any] = {}
+    drawn = {name: getattr(now, name) for name in _SAMPLING}
+    for key, value in update.items():
+        field = f"session.{key}"
+        if key in ("instructions", "prompt"):
+            name = "system_prompt" if key == "instructions" else key
+            changes[name] = _text(value, field, limits)
+        elif key == "source":
+            if value not in ("live", "file"):
+                raise Refused("invalid_value", f"{field}: live or file, not {value!r:.60}", field)
+            changes |= {"live": value == "live", "clock": "wall" if value == "live" else "media"}
+        elif key == "pace" and value is None:
+            changes["pace"] = None
+        elif key in _NUMBERS:
+            name, least, most = _NUMBERS[key]
+            number = _number(value, field, least, most, whole=key in _WHOLE)
+            if key in _SAMPLING:
+                drawn[key] = number
+                changes["sampling"] = Sampling(**drawn)
+            else:
+                changes[name] = number
+        else:
+            known = ", ".join(("instructions", "prompt", "source", *_NUMBERS))
+            raise Refused("unknown_field", f"{field:.80}: known are {known}", field[:80])
+    return changes
+
+
+def read_image(message: dict[str, Any], limits: Limits) -> ImageMessage:
+    """An `input_image_buffer.append`."""
+    data, at, prompt = (message.get(key) for key in ("image", "ts", "prompt"))
+    if at is not None:
+        at = _number(at, "ts", 0, 1e9, whole=False)
+    if prompt is not None:
+        prompt = _text(prompt, "prompt", limits)
+    if data is not None:
+        data = decode_base64(data, "image", limits.frame_bytes)
+    return ImageMessage(data, at, prompt or None)
+
+
+def read_item(message: dict[str, Any], limits: Limits) -> tuple[str, bytes | None]:
+    """A `conversation.item.create`: the user's text and, if there is one, a picture."""
+    item = message.get("item")
+    if not isinstance(item, dict) or item.get("type", "message") != "message":
+        raise Refused("invalid_message", "item: expected an object of type `message`", "item")
+    if item.get("role", "user") != "user":
+        raise Refused("invalid_value", "item.role: only `user` may write items", "item.role")
+    content = item.get("content")
+    if isinstance(content, str):
+        content = [{"type": "input_text", "text": content}]
+    if not isinstance(content, list) or not content:
+        raise Refused("invalid_message", "item.content: expected a list of parts", "item.content")
+    texts, pictures = [], []
+    for number, part in enumerate(content):
+        field = f"item.content[{number}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "input_text":
+            texts.append(_text(part.get("text"), f"{field}.text", limits))
+        elif kind == "input_image":
+            url = part.get("image_url")
+            pictures.append(data_url(url, f"{field}.image_url", "image/", limits.frame_bytes))
+        else:
+            raise Refused("invalid_value", f"{field}.type: input_text or input_image", field)
+    if len(pictures) > 1 or not "".join(texts).strip():
+        raise Refused("invalid_value", "an item is a text with at most one picture", "item.content")
+    return _text("\n".join(texts), "item.content", limits), pictures[0] if pictures else None
+
+
+def data_url(url: object, field: str, kind: str, most: int) -> bytes:
+    """The bytes of a `data:` URL; anything else, file paths above all, is refused."""
+    head, comma, body = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if not comma or not head.startswith(f"data:{kind}") or not head.endswith(";base64"):
+        raise Refused("invalid_url", f"{field}: only data:{kind}...;base64 URLs are taken", field)
+    return decode_base64(body, field, most)
+
+
+def decode_base64(text: object, field: str, most: int) -> bytes:
+    """Refused where it is none, or longer than `most` bytes."""
+    if not isinstance(text, str):
+        raise Refused("invalid_value", f"{field}: expected base64", field)
+    if len(text) * 3 // 4 > most + 2:
+        raise Refused("too_large", f"{field}: more than {most} bytes", field)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refused("invalid_value", f"{field}: is no base64", field) from None
+
+
+def _text(value: object, field: str, limits: Limits) -> str:
+    if not isinstance(value, str):
+        raise Refused("invalid_value", f"{field}: expected a text", field)
+    if len(value) > limits.prompt_chars:
+        detail = f"{field}: {len(value)} characters are more than {limits.prompt_chars}"
+        raise Refused("too_large", detail, field)
+    return value
+
+
+def _number(value: object, field: str, least: float, most: float, *, whole: bool) -> Any:
+    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not right or not math.isfinite(value) or not least <= value <= most:  # type: ignore[arg-type,operator]
+        kind = "a whole number" if whole else "a number"
+        detail = f"{field}: {value!r:.60}: expected {kind} from {least:g} to {most:g}"
+        raise Refused("invalid_value", detail, field)
+    return value

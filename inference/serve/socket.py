@@ -1,0 +1,176 @@
+"""One WebSocket: a reader that feeds the session, a writer that follows its log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from data_pipeline.schema import SampleError
+from inference.pictures import check_header
+from inference.runner import SessionClosed
+from inference.serve.hub import POLICY, REPLACED, Hub, LiveSession
+from inference.serve.limits import Bucket, Refused
+from inference.serve.protocol import ImageMessage, parse, read_image, read_item, read_update
+from inference.session import QueueFull
+
+
+class Connection:
+    """A socket on a session until either goes."""
+
+    def __init__(self, hub: Hub, live: LiveSession, socket: WebSocket, last_seq: int) -> None:
+        self._hub, self._live, self._socket, self._seq = hub, live, socket, last_seq
+        self._session = live.handle
+        self._announced: ImageMessage | None = None  # what the next binary message is
+        self._bucket = Bucket(hub.limits.fps)
+        self._skipped = 0  # frames over the rate that nobody has been told of
+        self._errors = 0
+        self._done = False  # its client has heard the session's end, or asked for it
+        self._first_at: float | None = None
+
+    async def run(self) -> None:
+        """Serves the socket to its end; the session may live on."""
+        replaced = self._live.attach(self)
+        tasks = [asyncio.create_task(work) for work in (self._read(), self._write())]
+        gone = asyncio.create_task(replaced.wait())
+        try:
+            await asyncio.wait([*tasks, gone], return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not any(task.done() for task in tasks):
+                await self._close(REPLACED, "another connection has taken the session")
+        finally:
+            for task in (*tasks, gone):
+                task.cancel()
+            await asyncio.gather(*tasks, gone, return_exceptions=True)
+            self._tell_skipped(0.0)
+            self._live.detach(self)
+            if self._live.untouched:
+                self._live.close("its client left before it gave anything")
+            if self._live.untouched or self._done:
+                self._hub.forget(self._live)
+
+    async def _write(self) -> None:
+        """Sends events until the log ends. A client that does not read loses its socket."""
+        limits = self._hub.limits
+        try:
+            async for event in self._session.log.afollow(self._seq):
+                text = json.dumps(event.as_dict(), ensure_ascii=False)
+                await asyncio.wait_for(self._socket.send_text(text), limits.send)
+        except TimeoutError:
+            self._hub.metrics.refused("slow_client")
+            return  # what is in its way would also be in that of a close message
+        self._done = True
+        await self._close(self._live.close_code, "the session is over")
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message = await self._socket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                if not await self._take(message.get("text"), message.get("bytes")):
+                    return
+        except (WebSocketDisconnect, RuntimeError):  # starlette's for a socket that is closed
+            return
+
+    async def _take(self, text: str | None, data: bytes | None) -> bool:
+        """One message; False: no more after it."""
+        self._live.last_input = time.monotonic()
+        try:
+            if data is not None:
+                announced, self._announced = self._announced, None
+                await self._frame(data, announced or ImageMessage(None, None, None))
+            else:
+                await self._command(text or "")
+        except Refused as error:
+            self._tell(error.code, str(error), error.field)
+        except SampleError as error:
+            self._tell(error.reason, error.detail)
+        except (QueueFull, ValueError) as error:
+            self._tell(
+                "queue_full" if isinstance(error, QueueFull) else "invalid_value", str(error)
+            )
+        except SessionClosed:
+            return True  # the writer tells
+        if self._errors > self._hub.limits.errors:
+            self._hub.metrics.refused("protocol_errors")
+            await self._close(POLICY, "too many wrong messages")
+            return False
+        return True
+
+    def _tell(self, code: str, message: str, field: str | None = None) -> None:
+        self._errors += 1
+        self._session.tell("error", code=code, message=message, field=field)
+
+    async def _command(self, text: str) -> None:
+        message, session, limits = parse(text), self._session, self._hub.limits
+        kind = message["type"]
+        if kind in ("session.close", "input_image_buffer.end"):
+            self._tell_skipped(0.0)
+        if self._announced and kind == "input_image_buffer.append":
+            self._announced = None
+            raise Refused("wrong_order", "the picture of the append before has not come")
+        if kind == "session.update":
+            session.configure(**read_update(message, session.config.sampling, limits))
+            session.tell("session.updated", session=self._hub.describe(self._live))
+        elif kind == "input_image_buffer.append":
+            image = read_image(message, limits)
+            if image.data is None:
+                self._announced = image
+            else:
+                await self._frame(image.data, image)
+        elif kind == "conversation.item.create":
+            words, picture = read_item(message, limits)
+            if picture is None:
+                session.prompt(words)
+                self._live.untouched = False
+            else:
+                await self._frame(picture, ImageMessage(picture, None, words))
+        elif kind == "response.cancel":
+            if not session.cancel():
+                raise Refused("nothing_to_cancel", "no response is being said")
+        elif kind == "input_image_buffer.end":
+            session.end()
+        else:
+            self._done = True
+            session.close("closed by the client")
+
+    async def _frame(self, data: bytes, image: ImageMessage) -> None:
+        """Checks a picture, decodes it outside of the event loop, queues it."""
+        limits, session = self._hub.limits, self._session
+        at = self._second(image)
+        while not self._bucket.take(time.monotonic()):
+            if session.config.live and not image.prompt:
+                self._skipped += 1
+                return
+            await asyncio.sleep(1 / limits.fps)
+        self._tell_skipped(at or 0.0)
+        if len(data) > limits.frame_bytes:
+            raise Refused("too_large", f"{len(data)} bytes are more than {limits.frame_bytes}")
+        check_header(data, limits.pixels)
+        picture = await self._hub.decode(data)
+        self._live.untouched = False
+        if session.config.live:
+            session.push_frame(picture, at, image.prompt)
+        else:
+            await session.aput_frame(picture, at, image.prompt)
+
+    def _tell_skipped(self, at: float) -> None:
+        if self._skipped and not self._session.log.closed:
+            self._session.drop("rate_limited", at, self._skipped)
+            self._skipped = 0
+
+    def _second(self, image: ImageMessage) -> float | None:
+        """The frame's second: the client's word, or for a live source the time of its arrival."""
+        if image.at is not None or not self._session.config.live:
+            return image.at
+        now = time.monotonic()
+        self._first_at = now if self._first_at is None else self._first_at
+        return round(now - self._first_at, 3)
+
+    async def _close(self, code: int, reason: str) -> None:
+        try:
+            await asyncio.wait_for(self._socket.close(code, reason), 1.0)
+        except (RuntimeError, TimeoutError, WebSocketDisconnect):
+            return  # it is closed already, or its client reads nothing

@@ -1,0 +1,62 @@
+"""What a session measures: counts, and durations kept over their last thousand values."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+# Seconds each: of a prompt until the first token after it, between two tokens of a speech, of a
+# frame from being taken in to its decision, of a frame from its arrival to being taken in, of a
+# prompt until it stands in the context.
+DURATIONS = ("ttft", "inter_token", "frame_decision", "frame_lag", "interruption")
+# `silence` and `speech` are decisions on frames; dropped frames are counted as `drop:REASON`.
+COUNTS = ("frames", "tokens", "responses", "evicted_frame", "evicted_text", "silence", "speech")
+Measure = Callable[[str, float], None]
+
+_KEPT = 1024
+
+
+class Stats:
+    """Of one session. `measured(name, value)` is told every count and every duration."""
+
+    def __init__(self, measured: Measure | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self._kept = {name: deque[float](maxlen=_KEPT) for name in DURATIONS}
+        self._measured = measured
+
+    def count(self, name: str, number: int = 1) -> None:
+        self.counts[name] += number
+        if self._measured:
+            self._measured(name, number)
+
+    def add(self, name: str, seconds: float) -> None:
+        """One more duration."""
+        self._kept[name].append(seconds)
+        if self._measured:
+            self._measured(name, seconds)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, the share of silent decisions, and p50 and p99 in milliseconds."""
+        counts = self.counts
+        drops = {name[5:]: n for name, n in counts.items() if name.startswith("drop:")}
+        decisions = counts["silence"] + counts["speech"]
+        found: dict[str, Any] = {
+            **{name: counts[name] for name in COUNTS[:5]},
+            "drops": drops,
+            "silence_ratio": round(counts["silence"] / decisions, 4) if decisions else None,
+        }
+        for name, values in self._kept.items():
+            if values:
+                found[f"{name}_ms"] = {
+                    f"p{share}": round(1000 * quantile(values, share), 3) for share in (50, 99)
+                }
+        gaps = self._kept["inter_token"]
+        found["tokens_per_second"] = round(len(gaps) / sum(gaps), 2) if sum(gaps) else None
+        return found
+
+
+def quantile(values: deque[float], percent: int) -> float:
+    """The value that so many percent of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]

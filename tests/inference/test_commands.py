@@ -1,0 +1,196 @@
+"""The three commands, on a real video file: what they say, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference import offline_infer, realtime_offline_infer, realtime_streaming_infer
+from tests.inference.tiny import save_tiny
+from tests.samples import graded_video
+from tests.torchrun import run_ranks
+
+SECONDS = 6
+QUIET = "--silence_bias=4"
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("sft"), moss_stage="sft")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six seconds, a frame every tenth of a second, brighter and brighter."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    graded_video(path, [i / 5 for i in range(SECONDS * 5)])
+    return path
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def command(module: Any, *args: object) -> tuple[int, str, str]:
+        try:
+            code = module.main([str(arg) for arg in args])
+        except SystemExit as stopped:
+            code = stopped.code  # type: ignore[assignment]
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def events(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def stream(tiny: Path, clip: Path | str, *more: object) -> list[object]:
+    return ["--checkpoint", tiny, "--video_path", clip, "--device", "cpu", QUIET, *more]
+
+
+def test_a_stream_is_watched_second_by_second(run: Run, tiny: Path, clip: Path) -> None:
+    args = stream(tiny, clip, "--speed", 0, "--jsonl", "-", "--pace", 5, "--max_new_tokens", 9)
+    code, out, _ = run(realtime_streaming_infer, *args, "--ask", "2:Who is it?")
+    assert code == 0
+    told = events(out)
+    frames = [e for e in told if e["type"] == "input_frame.processed"]
+    assert [e["frame_at"] for e in frames] == list(range(SECONDS))
+    asked = next(e for e in told if e["type"] == "conversation.item.created")
+    assert (asked["text"], asked["t_media"]) == ("Who is it?", 1.0)
+    after = told[told.index(asked) + 1 :]
+    assert next(e for e in after if e["type"] == "input_frame.processed")["frame_at"] == 2.0
+    between, other, _ = run(realtime_streaming_infer, *args, "--ask", "1.5:Who is it?")
+    order = [e["type"] for e in events(other) if e["type"].startswith(("input_frame", "conv"))]
+    assert (between, order.index("conversation.item.created")) == (0, 2)
+    again, same, _ = run(realtime_streaming_infer, *args, "--ask", "2:Who is it?")
+    texts = [
+        [e["text"] for e in lines if e["type"] == "response.done"] for lines in (told, events(same))
+    ]
+    assert again == 0
+    assert texts[0] == texts[1] != []
+
+
+def test_the_view_shows_silence_quietly_and_speech_with_its_time(
+    run: Run, tiny: Path, clip: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "events.jsonl"
+    code, out, err = run(
+        realtime_streaming_infer,
+        *stream(tiny, clip, "--speed", 0, "--pace", 5, "--max_new_tokens", 9, "--jsonl", log),
+        "--prompt", "Tell me.", "--ask", "3:Who is it?",
+    )  # fmt: skip
+    assert code == 0
+    told = events(log.read_text())
+    assert "00:02  > Who is it?" in out
+    for event in told:
+        if event["type"] == "response.created":
+            assert f"{int(event['t_media']) // 60:02d}:{int(event['t_media']):02d}  " in out
+    silent = [int(e["t_media"]) for e in told if e.get("decision") == "silence"]
+    assert silent
+    assert "·  lag" in out
+    assert "tokens/s" in out
+    assert f"{SECONDS} frames" in err
+    assert "frame to decision" in err
+
+
+def test_wall_clock_pace(run: Run, tiny: Path, clip: Path) -> None:
+    """Twenty times as fast as the clock: six frames, the last after 5 / 20 s."""
+    args = stream(tiny, clip, "--speed", 20, "--jsonl", "-", "--max_new_tokens", 3)
+    code, out, _ = run(realtime_streaming_infer, *args)
+    assert code == 0
+    frames = [e for e in events(out) if e["type"] == "input_frame.processed"]
+    starts = [e["t_server"] - (e["lag_ms"] + e["decision_ms"]) / 1000 for e in frames]
+    assert len(frames) == SECONDS
+    assert starts[-1] - starts[0] == pytest.approx(5 / 20, abs=0.1)
+
+
+@pytest.fixture(scope="module")
+def site(clip: Path) -> Iterator[str]:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(clip.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_stream_on_the_network(run: Run, tiny: Path, site: str) -> None:
+    args = stream(tiny, f"{site}/clip.mp4", "--jsonl", "-", "--max_new_tokens", 3, "--speed", 20)
+    code, out, _ = run(realtime_streaming_infer, *args)
+    assert code == 0
+    told = events(out)
+    seen = [e["frame_at"] for e in told if e["type"].startswith("input_frame")]
+    assert sorted(seen) == pytest.approx(range(SECONDS), abs=0.01)
+    code, out, _ = run(realtime_streaming_infer, *stream(tiny, f"{site}/none.mp4", "--jsonl", "-"))
+    assert code == 1
+    (error,) = [e for e in events(out) if e["type"] == "error"]
+    assert "none.mp4: cannot be read" in error["message"]
+
+
+def test_offline_questions(run: Run, sft: Path, tiny: Path, clip: Path) -> None:
+    common = ["--video_path", clip, "--prompt", "What is it?", "--max_new_tokens", 5]
+    for module, checkpoint in ((offline_infer, sft), (realtime_offline_infer, tiny)):
+        code, out, err = run(module, "--checkpoint", checkpoint, *common, "--jsonl", "-")
+        assert code == 0
+        done = next(e for e in events(out) if e["type"] == "response.done")
+        code, plain, _ = run(module, "--checkpoint", checkpoint, *common)
+        assert (code, plain) == (0, done["text"] + "\n")
+        assert f"{done['usage']['output_tokens']} tokens, the first after" in err
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "words"),
+    [
+        (realtime_streaming_infer, "--checkpoint {sft} --video_path {clip}", "is of the stage sft"),
+        (realtime_offline_infer, "--checkpoint {sft} --video_path {clip}", "is of the stage sft"),
+        (offline_infer, "--checkpoint {tiny} --video_path {clip}", "is of the stage realtime_sft"),
+        (offline_infer, "--checkpoint none --video_path {clip}", "there is no none/config.json"),
+        (offline_infer, "--video_path {clip}", "--checkpoint: give the folder"),
+        (offline_infer, "--checkpoint {sft} --video_path no.mp4", "no.mp4: there is no such file"),
+        (offline_infer, "--checkpoint {sft} --video_path {broken}", "undecodable_video"),
+        (offline_infer, "--checkpoint {sft} --image_path {broken}", "undecodable_image"),
+        (offline_infer, "--checkpoint {sft}", "give --video_path, --image_path or --prompt"),
+        (offline_infer, "--checkpoint {sft} --image_path a --video_path b", "give one of them"),
+        (realtime_streaming_infer, "--checkpoint {tiny} --video_path no.mp4", "no such file"),
+        (realtime_streaming_infer, "--checkpoint {tiny} --video_path {clip} --fps 0", "--fps"),
+        (realtime_streaming_infer, "--checkpoint {tiny} --video_path {clip} --pace 0", "pace"),
+        (realtime_streaming_infer, "--checkpoint {tiny} --video_path 7 --speed 0", "error"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    run: Run, sft: Path, tiny: Path, clip: Path, tmp_path: Path, module: Any, args: str, words: str
+) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    given = args.format(sft=sft, tiny=tiny, clip=clip, broken=broken)
+    code, out, err = run(module, *given.split())
+    assert code in (1, 2)
+    lines = [line for line in (out + err).splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in out + err
+
+
+def test_two_ranks_say_what_one_process_says(run: Run, tiny: Path, clip: Path) -> None:
+    """They share the model under torchrun; rank 0 alone speaks."""
+    args = stream(tiny, clip, "--speed", 0, "--jsonl", "-", "--pace", 5)
+    _, alone, _ = run(realtime_streaming_infer, *args)
+    ranks = run_ranks("inference/realtime_streaming_infer.py", 2, *map(str, args))
+    lines = [line for line in ranks.stdout(0).splitlines() if line.startswith("{")]
+    said = [
+        [e.get("text") for e in told if e["type"] in ("response.done", "input_frame.processed")]
+        for told in (events(alone), events("\n".join(lines)))
+    ]
+    assert said[0] == said[1]
+    assert "{" not in ranks.stdout(1)
+    shutil.rmtree(ranks.out)
