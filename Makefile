@@ -31,7 +31,7 @@ demo: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 launch/train.py stage=pt1 model=toy data=toy parallel=tp2 hardware=cpu data.samples=8000
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

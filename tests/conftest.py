@@ -8,6 +8,20 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
+# Files that take longest, first: the last one to begin would keep one core waiting.
+LONG = (
+    "tests/test_readme.py",
+    "tests/parallel/test_matrix.py",
+    "tests/convert/test_round_trip.py",
+    "tests/train/test_resume.py",
+    "tests/train/test_learning.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts whole files; `--no-loadscope-reorder` keeps pytest-xdist from sorting them again."""
+    order = {str(REPO / name): place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(str(item.path), len(LONG)))
 
 
 @pytest.fixture(scope="session")
