@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 from data_pipeline.schema import SampleError
 from inference.engine import Engine, EngineFull, Sampling
 from inference.events import Event
-from inference.runner import SessionClosed
+from inference.handle import SessionClosed
 from inference.sources import SourceError
 
 STAGE_KEY = "moss_stage"

@@ -18,9 +18,10 @@ from PIL import Image
 
 from data_pipeline.schema import SampleError
 from inference.engine import Engine, EngineFull, Sampling
+from inference.handle import SessionClosed, SessionHandle
 from inference.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.processing_moss_video import MossVideoProcessor
-from inference.runner import Runner, SessionClosed, SessionHandle
+from inference.runner import Runner
 from inference.session import QueueFull
 
 BIAS = 4.0  # at which the random model is silent about as often as not
