@@ -167,7 +167,7 @@ def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) ->
     file.seek(0)
     other = Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=1)
     with Runner(other) as second_runner:
-        state = torch.load(file, weights_only=False)
+        state = torch.load(file, weights_only=True)
         done = state["session"]["flags"]["media"]
         with second_runner.restore(state) as resumed:
             waiting = len(state["session"]["frames"])
