@@ -152,7 +152,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         _end(f"{error} (MOSS_TRACEBACK=1 shows where)", 2)
     except KeyboardInterrupt:
-        _end("interrupted", 130)
+        note("\ninterrupted")
+        raise SystemExit(130) from None
 
 
 def _end(line: str, code: int) -> NoReturn:
