@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 from data_pipeline.schema import SampleError
 from inference.engine import Engine, EngineFull, Sampling
 from inference.events import Event
-from inference.runner import SessionClosed
+from inference.handle import SessionClosed
 from inference.sources import SourceError
 
 STAGE_KEY = "moss_stage"
@@ -152,7 +152,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         _end(f"{error} (MOSS_TRACEBACK=1 shows where)", 2)
     except KeyboardInterrupt:
-        _end("interrupted", 130)
+        note("\ninterrupted")
+        raise SystemExit(130) from None
 
 
 def _end(line: str, code: int) -> NoReturn:

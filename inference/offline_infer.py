@@ -19,7 +19,8 @@ from torch import Tensor
 from data_pipeline.prompts import Prompt, PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
-from inference.runner import Runner, SessionHandle
+from inference.handle import SessionHandle
+from inference.runner import Runner
 from inference.sources import clip, picture
 from inference.speech import Vocabulary
 

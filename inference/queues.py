@@ -20,7 +20,8 @@ from typing import Any
 
 from inference.engine import Engine, Sampling
 from inference.events import Event
-from inference.runner import Runner, SessionClosed, SessionHandle
+from inference.handle import SessionClosed, SessionHandle
+from inference.runner import Runner
 from inference.session import QueueFull
 
 ROUND_START, ROUND_END, SILENCE = "<|round_start|>", "<|round_end|>", "<|silence|>"

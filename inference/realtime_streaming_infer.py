@@ -19,7 +19,8 @@ if __name__ == "__main__":  # as a file: the folder of the package, not this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from inference import cli
-from inference.runner import Runner, SessionClosed, SessionHandle
+from inference.handle import SessionClosed, SessionHandle
+from inference.runner import Runner
 from inference.session import SessionConfig
 from inference.sources import Source, SourceError
 from inference.view import View, summary

@@ -14,38 +14,22 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from inference.answer import Answer
 from inference.engine import Engine, EngineFull, Sampling, Slot, Step
-from inference.events import Event
-from inference.pictures import Picture, as_picture, fit
-from inference.session import Frame, Plan, Prompt, Session, SessionConfig
+from inference.handle import Seat, SessionClosed, SessionHandle
+from inference.session import Plan, Session, SessionConfig
 from inference.speech import Vocabulary
 from inference.stats import Measure, Stats
 
 log = logging.getLogger(__name__)
 
 METRICS_EVERY = 10.0  # seconds between a session's `session.metrics`
-
-
-class SessionClosed(Exception):
-    """The session takes nothing any more; the message says why."""
-
-
-@dataclass(eq=False)
-class _Seat:
-    """A session's place in the engine; its slot is opened with its first step."""
-
-    task: Session | Answer
-    slot: Slot | None = None
-    closing: str = ""  # why it is to be closed
-    told_at: float = 0.0
 
 
 class Runner:
@@ -55,10 +39,10 @@ class Runner:
         self.engine, self.words = engine, Vocabulary.of(engine.tokenizer.backend_tokenizer)
         self.tile: int = engine.config.vision_config.image_size  # pixels of a frame's side
         self._measured = measured
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._numbers = itertools.count(1)
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._stopping = ""
         self._thread = threading.Thread(target=self._run, name="moss-engine", daemon=True)
         self._thread.start()
@@ -94,14 +78,17 @@ class Runner:
     def restore(self, state: Mapping[str, Any]) -> SessionHandle:
         """The session that `SessionHandle.save` gave, to be gone on with, here or elsewhere."""
         task = Session.resume(state["session"], self.words, self._stats(), time.monotonic())
-        handle = self._seat(task)
-        if state["slot"] is not None:
 
-            def put() -> None:
-                handle._seat.slot = self.engine.restore(state["slot"])
+        def put() -> SessionHandle:  # between two steps: none may find the session without its slot
+            slot = None if state["slot"] is None else self.engine.restore(state["slot"])
+            try:
+                return self._seat(task, slot)
+            except Exception:
+                if slot is not None:
+                    self.engine.close(slot)
+                raise
 
-            self.call(put).result()
-        return handle
+        return self.call(put).result()
 
     @property
     def sessions(self) -> int:
@@ -116,17 +103,17 @@ class Runner:
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Runs a function in the engine's thread, between two steps."""
         future: Future[Any] = Future()
-        with self._changed:
+        with self.changed:
             self._refuse_if_stopped()
             self._calls.append((function, future))
-            self._changed.notify_all()
+            self.changed.notify_all()
         return future
 
     def close(self, reason: str = "the runner was closed") -> None:
         """Closes all sessions, then the thread. Again: nothing happens."""
-        with self._changed:
+        with self.changed:
             self._stopping = self._stopping or reason
-            self._changed.notify_all()
+            self.changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -139,14 +126,14 @@ class Runner:
     def _stats(self) -> Stats:
         return Stats(self._measured)
 
-    def _seat(self, task: Session | Answer) -> SessionHandle:
-        seat = _Seat(task, told_at=time.monotonic())
-        with self._changed:
+    def _seat(self, task: Session | Answer, slot: Slot | None = None) -> SessionHandle:
+        seat = Seat(task, slot, told_at=time.monotonic())
+        with self.changed:
             self._refuse_if_stopped()
             if len(self._seats) >= self.engine.max_sessions:
                 raise EngineFull(f"all {self.engine.max_sessions} sessions are taken")
             self._seats.append(seat)
-            self._changed.notify_all()
+            self.changed.notify_all()
         return SessionHandle(self, seat)
 
     def _refuse_if_stopped(self) -> None:
@@ -165,7 +152,7 @@ class Runner:
         except BaseException as error:  # told to every session: nobody else would hear of it
             log.exception("the engine's thread ended")
             self._stopping = f"the engine failed: {error}"
-        with self._changed:
+        with self.changed:
             for seat in self._seats:
                 seat.closing = seat.closing or self._stopping
             for _, future in self._calls:
@@ -173,9 +160,9 @@ class Runner:
             self._calls.clear()
         self._close_seats()
 
-    def _wait(self) -> list[tuple[_Seat, Plan]]:
+    def _wait(self) -> list[tuple[Seat, Plan]]:
         """The next batch of steps; none where there was something else to do."""
-        with self._changed:
+        with self.changed:
             calls, self._calls = self._calls, []
             now = time.monotonic()
             batch = []
@@ -184,15 +171,15 @@ class Runner:
                 if plan:
                     batch.append((seat, plan))
             if batch:
-                self._changed.notify_all()  # frames were taken: there is room
+                self.changed.notify_all()  # frames were taken: there is room
             elif not calls and not self._leaving() and not self._stopping:
                 wakes = [seat.task.wake for seat in self._seats if seat.task.wake is not None]
-                self._changed.wait(max(0.0, min(wakes) - now) if wakes else None)
+                self.changed.wait(max(0.0, min(wakes) - now) if wakes else None)
         for function, future in calls:
             _settle(function, future)
         return batch
 
-    def _step(self, batch: Sequence[tuple[_Seat, Plan]]) -> None:
+    def _step(self, batch: Sequence[tuple[Seat, Plan]]) -> None:
         try:
             images = [image for _, plan in batch for image in plan.images]
             features = iter(self.engine.encode(images) if images else [])
@@ -217,18 +204,18 @@ class Runner:
             self._fail(batch, error)
             return
         now = time.monotonic()
-        with self._changed:
+        with self.changed:
             for (seat, plan), token in zip(batch, tokens, strict=True):
                 seat.task.took(plan, token, now)
                 self._report(seat, now)
 
-    def _fail(self, batch: Sequence[tuple[_Seat, Plan]], error: Exception) -> None:
-        with self._changed:
+    def _fail(self, batch: Sequence[tuple[Seat, Plan]], error: Exception) -> None:
+        with self.changed:
             for seat, _ in batch:
                 seat.task.tell("error", code="engine_error", message=str(error))
                 seat.closing = f"the engine failed: {error}"
 
-    def _report(self, seat: _Seat, now: float) -> None:
+    def _report(self, seat: Seat, now: float) -> None:
         assert seat.slot is not None
         task = seat.task
         for eviction in seat.slot.evictions:
@@ -243,11 +230,11 @@ class Runner:
                 "session.metrics", cached_frames=len(seat.slot.frames), **task.stats.summary()
             )
 
-    def _leaving(self) -> list[_Seat]:
+    def _leaving(self) -> list[Seat]:
         return [seat for seat in self._seats if seat.closing or seat.task.over]
 
     def _close_seats(self) -> None:
-        with self._changed:
+        with self.changed:
             for seat in self._leaving():
                 self._seats.remove(seat)
                 cached = len(seat.slot.frames) if seat.slot else 0
@@ -257,176 +244,7 @@ class Runner:
                 task.tell("session.metrics", cached_frames=cached, **task.stats.summary())
                 task.tell("session.closed", reason=seat.closing or "the input has ended")
                 task.log.close()
-            self._changed.notify_all()
-
-
-class SessionHandle:
-    """A session as its user holds it, in a thread or in an event loop."""
-
-    def __init__(self, runner: Runner, seat: _Seat) -> None:
-        self._runner, self._seat = runner, seat
-        self.name, self.log = seat.task.name, seat.task.log
-        self._count = 0
-
-    @property
-    def config(self) -> SessionConfig:
-        return self._open()[1].config
-
-    def push_frame(
-        self, image: Picture, at: float | None = None, prompt: str | None = None
-    ) -> None:
-        """Gives a frame of second `at` (by default one interval after the last), and a prompt to
-        be asked right before it. Never waits: a live session drops its oldest waiting frame and
-        says so, another one raises QueueFull. Raises SessionClosed, and as_picture's errors.
-        """
-        picture = fit(as_picture(image), self._runner.tile)
-        changed, task = self._open()
-        with changed:
-            self._refuse_if_closed()
-            at = self._count * task.config.frame_interval if at is None else at
-            task.push(Frame(picture, at, time.monotonic(), prompt))
-            self._count += 1
-            changed.notify_all()
-
-    def put_frame(self, image: Picture, at: float | None = None, prompt: str | None = None) -> None:
-        """As `push_frame`, after waiting for room in the queue."""
-        changed, _ = self._open()
-        with changed:
-            changed.wait_for(lambda: self._room() or self.log.closed)
-            self.push_frame(image, at, prompt)
-
-    def put_prompt(self, text: str) -> None:
-        """As `prompt`, but the frames that were given before it are taken in first; waits for room
-        in their queue."""
-        changed, task = self._open()
-        with changed:
-            changed.wait_for(lambda: self._room() or self.log.closed)
-            self._refuse_if_closed()
-            task.push(Frame(None, 0.0, time.monotonic(), text))
-            changed.notify_all()
-
-    async def aput_frame(
-        self, image: Picture, at: float | None = None, prompt: str | None = None
-    ) -> None:
-        """As `put_frame`, in an event loop. For one task at a time."""
-        seen = self.log.last_seq
-        while not (self._room() or self.log.closed):
-            await self.log.wait(seen)
-            seen = self.log.last_seq
-        self.push_frame(image, at, prompt)
-
-    def configure(self, **changes: Any) -> None:
-        """Changes fields of the session's config: see Session.configure."""
-        changed, task = self._open()
-        with changed:
-            task.configure(**changes)
-
-    def prompt(self, text: str) -> None:
-        """Asks; what is being said stops at the next token. QueueFull, SampleError."""
-        changed, task = self._open()
-        with changed:
-            self._refuse_if_closed()
-            task.ask(Prompt(text, time.monotonic()))
-            changed.notify_all()
-
-    def cancel(self) -> bool:
-        """Ends what is being said; False: nothing is."""
-        changed, task = self._open()
-        with changed:
-            cancelled = task.cancel()
-            changed.notify_all()
-        return cancelled
-
-    def drop(self, reason: str, at: float, count: int = 1) -> None:
-        """Reports frames that never reached the session."""
-        changed, task = self._open()
-        with changed:
-            task.drop(reason, at, count)
-
-    def tell(self, type: str, **data: Any) -> None:
-        """Writes an event of the caller's into the session's log."""
-        with self._runner._changed:
-            if not self.log.closed:
-                self._seat.task.tell(type, **data)
-
-    def end(self) -> None:
-        """No more input: what is there is taken in and said, then the session closes itself."""
-        changed, task = self._open()
-        with changed:
-            task.end()
-            changed.notify_all()
-
-    def close(self, reason: str = "closed by its owner") -> None:
-        """Ends it now, at the next token boundary. Again: nothing happens."""
-        with self._runner._changed:
-            self._seat.closing = self._seat.closing or reason
-            self._runner._changed.notify_all()
-
-    def save(self) -> dict[str, Any]:
-        """The state between two steps, for `Runner.restore`; the session goes on."""
-        seat, engine = self._seat, self._runner.engine
-        _, task = self._open()
-
-        def state() -> dict[str, Any]:
-            self._refuse_if_closed()
-            slot = None if seat.slot is None else engine.save(seat.slot)
-            with self._runner._changed:
-                return {"session": task.state(), "slot": slot}
-
-        return self._runner.call(state).result()
-
-    def stats(self) -> dict[str, Any]:
-        """Counts and durations so far: see Stats.summary."""
-        with self._runner._changed:
-            slot = self._seat.slot
-            summary = self._seat.task.stats.summary()
-        return {"cached_frames": len(slot.frames) if slot else 0, **summary}
-
-    def events(self, after: int = 0) -> Events:
-        """The events after number `after`, as they come, for `for` and for `async for`."""
-        return Events(self, after)
-
-    def __enter__(self) -> SessionHandle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-        with self._runner._changed:
-            self._runner._changed.wait_for(lambda: self.log.closed)
-
-    async def __aenter__(self) -> SessionHandle:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
-        while not self.log.closed:
-            await self.log.wait(self.log.last_seq)
-
-    def _open(self) -> tuple[threading.Condition, Session]:
-        task = self._seat.task
-        assert isinstance(task, Session), "an answer takes no input"
-        return self._runner._changed, task
-
-    def _room(self) -> bool:
-        _, task = self._open()
-        return len(task.frames) < task.config.max_waiting_frames
-
-    def _refuse_if_closed(self) -> None:
-        if self._seat.closing or self.log.closed:
-            raise SessionClosed(f"{self.name}: {self._seat.closing or 'its input has ended'}")
-
-
-class Events:
-    """A session's events, for `for` and for `async for`."""
-
-    def __init__(self, handle: SessionHandle, after: int) -> None:
-        self._handle, self._after = handle, after
-
-    def __iter__(self) -> Iterator[Event]:
-        return self._handle.log.follow(self._after)
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self._handle.log.afollow(self._after)
+            self.changed.notify_all()
 
 
 def _sampling(task: Session | Answer) -> Sampling:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -174,10 +174,10 @@ class Session(Speaker):
     # Saving
 
     def state(self) -> dict[str, Any]:
-        """All that `resume` needs, between two steps; plain values and tensors."""
+        """All that `resume` needs, between two steps: plain values and tensors."""
         return {
             "name": self.name,
-            "config": self.config,
+            "config": asdict(self.config),
             "flags": {name: getattr(self, name) for name in _FLAGS},
             "ahead": list(self._ahead),
             "speech": self.speech and (self.speech.name, list(self.speech.tokens)),
@@ -191,7 +191,8 @@ class Session(Speaker):
         cls, state: Mapping[str, Any], words: Vocabulary, stats: Stats, now: float
     ) -> Session:
         """The session that `state()` describes; its log and its measurements begin anew."""
-        session = cls(state["name"], state["config"], words, stats)
+        given = {**state["config"], "sampling": Sampling(**state["config"]["sampling"])}
+        session = cls(state["name"], SessionConfig(**given), words, stats)
         for name, value in state["flags"].items():
             setattr(session, name, value)
         session._ahead = list(state["ahead"])

@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with cli.one_line_errors():
         given = limits(args)
         stage = cli.stage(args.checkpoint)
+        if stage is None:
+            cli.note(f"{args.checkpoint} does not say its stage: it may not have learned to watch")
         if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
             cli.note(f"warning: {args.host} is open to the network, and there is no --api_key")
         metrics = Metrics()

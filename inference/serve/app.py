@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket
 
 from inference.cli import REALTIME
 from inference.engine import EngineFull
-from inference.runner import SessionClosed
+from inference.handle import SessionClosed
 from inference.serve.chat import MODEL, complete, refusal
 from inference.serve.hub import GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, Hub
 from inference.serve.limits import Refused

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor
 
 from data_pipeline.images import decode_image
+from inference.handle import SessionHandle
 from inference.pictures import fit
-from inference.runner import Runner, SessionHandle
+from inference.runner import Runner
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
 from inference.session import SessionConfig

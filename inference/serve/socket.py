@@ -9,8 +9,8 @@ import time
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from data_pipeline.schema import SampleError
+from inference.handle import SessionClosed
 from inference.pictures import check_header
-from inference.runner import SessionClosed
 from inference.serve.hub import POLICY, REPLACED, Hub, LiveSession
 from inference.serve.limits import Bucket, Refused
 from inference.serve.protocol import ImageMessage, parse, read_image, read_item, read_update

@@ -18,9 +18,10 @@ from PIL import Image
 
 from data_pipeline.schema import SampleError
 from inference.engine import Engine, EngineFull, Sampling
+from inference.handle import SessionClosed, SessionHandle
 from inference.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.processing_moss_video import MossVideoProcessor
-from inference.runner import Runner, SessionClosed, SessionHandle
+from inference.runner import Runner
 from inference.session import QueueFull
 
 BIAS = 4.0  # at which the random model is silent about as often as not
@@ -72,6 +73,13 @@ def quiet(session: SessionHandle, frames: int) -> bool:
     task: Any = session._seat.task
     decided = task.stats.counts["silence"] + task.stats.counts["speech"]
     return decided == frames and (not task.speech or task._said >= task.config.pace)
+
+
+def answering(session: SessionHandle) -> bool:
+    """A prompt is in the context, and its answer has filled its second."""
+    task: Any = session._seat.task
+    asked = any(e.type == "conversation.item.created" for e in session.log.after(0, 10**6))
+    return asked and bool(task.speech) and task._said >= task.config.pace
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +152,14 @@ def test_sessions_together_say_what_each_says_alone(runner: Runner) -> None:
 
 def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) -> None:
     """In the middle of a speech, through a file, in another engine."""
-    fields = options(2, pace=6)
+    talk = Sampling(silence_bias=-100.0, temperature=0.7, seed=2)
+    fields = options(pace=6, sampling=talk, max_new_tokens=1000)
     with runner.session(**fields) as session:
         for second, picture in enumerate(PICTURES):
             session.put_frame(picture, float(second))
             if second == 4:
-                session.prompt("Who is it?")
-                wait_for(lambda: session._seat.task.speech)
+                session.put_prompt("Who is it?")
+                wait_for(lambda: answering(session))
                 file = io.BytesIO()
                 torch.save(session.save(), file)
         wait_for(lambda: quiet(session, 8))
@@ -158,7 +167,7 @@ def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) ->
     file.seek(0)
     other = Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=1)
     with Runner(other) as second_runner:
-        state = torch.load(file, weights_only=False)
+        state = torch.load(file, weights_only=True)
         done = state["session"]["flags"]["media"]
         with second_runner.restore(state) as resumed:
             waiting = len(state["session"]["frames"])
@@ -218,7 +227,8 @@ def test_events_are_numbered_and_readers_come_when_they_like(runner: Runner) -> 
 @pytest.mark.parametrize("order", ["session", "runner", "twice", "in_the_middle", "by_its_end"])
 def test_it_ends_cleanly_in_every_order(engine: Engine, order: str) -> None:
     runner = Runner(engine)
-    session = runner.session(**options(pace=None))
+    talk = options(pace=None, sampling=Sampling(silence_bias=-100.0), max_new_tokens=10**6)
+    session = runner.session(**options() if order == "by_its_end" else talk)
     session.push_frame(PICTURES[0])
     session.prompt("Who is it?")
     if order == "in_the_middle":

@@ -3,6 +3,7 @@ model, and held to what training would have made of the same conversation."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -11,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data_pipeline.prompts import PromptBuilder
 from data_pipeline.schema import Message, SampleError
 from data_pipeline.tokens import SpecialTokens, build_toy_tokenizer, load_tokenizer
 from inference.session import Frame, Plan, Prompt, QueueFull, Session, SessionConfig
-from inference.speech import Vocabulary
+from inference.speech import Speech, Vocabulary
 from inference.stats import Stats
+from inference.view import View
 
 BLACK = torch.zeros(3, 8, 8, dtype=torch.uint8)
 
@@ -312,6 +316,40 @@ def test_text_comes_in_whole_characters(tokenizer: Tokenizer) -> None:
     assert model.told("response.done")[1]["text"] == "ä\ufffd"
     pieces = [d["delta"] for d in model.told("response.output_text.delta")][3:]
     assert "".join(pieces) == "ä\ufffd"
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 511), max_size=40))
+def test_the_pieces_of_a_speech_are_its_text(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    """Whatever the tokens: halves of characters, special ones."""
+    speech = Speech(tokenizer, "s")
+    pieces = [speech.say(token) for token in tokens]
+    assert "".join(pieces) + speech.rest() == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_a_silence_is_one_line_that_grows(
+    tokenizer: Tokenizer, words: list[int]
+) -> None:
+    model, out = started(tokenizer), Terminal()
+    for second in range(3):
+        model.frame(float(second))
+        model.step(model.special.silence)
+    model.frame(3.0)
+    model.say([*words, model.special.silence])
+    view = View(out)
+    for event in model.session.log.after(0):
+        view.show(event)
+    shown = re.sub(r"\x1b\[2m|\x1b\[0m", "", out.getvalue())
+    silence, speech = shown.split("\n")[:2]
+    assert [part[:11] for part in silence.split("\r\x1b[K")[1:]] == [
+        "00:00  ·  l", "00:00-00:01", "00:00-00:02",
+    ]  # fmt: skip
+    assert speech.startswith(f"00:03  {tokenizer.decode(words)}  (4 tokens/s")
 
 
 def test_a_prompt_may_wait_for_the_frames_before_it(tokenizer: Tokenizer, words: list[int]) -> None:
