@@ -13,18 +13,16 @@ from moss_train.model.vision import tiles_used
 def normalize(
     frames: Tensor, ratio_ids: Tensor, vision: VisionConfig, dtype: torch.dtype
 ) -> Tensor:
-    """uint8 `[N, T, 3, h, w]` -> normalized `dtype`, the unused tiles of a frame exactly zero."""
-    if frames.shape[1] == 1:
-        return _normalize(frames).to(dtype)
-    used = torch.arange(frames.shape[1], device=frames.device)
-    used = used < tiles_used(ratio_ids, vision)[:, None]  # [N, T]
+    """uint8 `[N, T, 3, h, w]` -> normalized `dtype`, the unused tiles of a frame exactly zero.
+
+    (byte / 255 - mean) / std in two passes, tile by tile: a third of the time on a CPU.
+    """
+    scale = 1 / (255 * torch.tensor(STD, device=frames.device).view(3, 1, 1))
+    shift = torch.tensor(MEAN, device=frames.device).view(3, 1, 1) * 255 * scale
+    tiles = frames.shape[1]
+    used = tiles_used(ratio_ids, vision) if tiles > 1 else torch.ones_like(ratio_ids)
     pixels = torch.zeros(frames.shape, dtype=dtype, device=frames.device)
-    pixels[used] = _normalize(frames[used]).to(dtype)
+    for tile in range(min(tiles, int(used.max())) if len(used) else 0):
+        torch.sub(frames[:, tile].float().mul_(scale), shift, out=pixels[:, tile])
+        pixels[used <= tile, tile] = 0
     return pixels
-
-
-def _normalize(images: Tensor) -> Tensor:
-    """uint8 `[..., 3, h, w]` -> fp32. In place: a fifth of the time on a CPU."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return images.float().div_(255).sub_(mean).div_(std)
