@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 # The first stage with two ranks. All four stages, evaluated: `python -m tools.demo`.
 demo: $(READY)
 	@$(BIN)/python -m data_pipeline.toy toy_world
-	$(BIN)/torchrun --nproc-per-node 2 launch/train.py stage=pt1 model=toy data=toy parallel=tp2 hardware=cpu data.samples=8000
+	$(BIN)/torchrun --nproc-per-node 2 launch/train.py stage=pt1 model=toy data=toy parallel=tp2 hardware=cpu data.samples=6400
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
