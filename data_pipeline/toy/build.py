@@ -180,25 +180,19 @@ def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
 
 
 def _caption(mark: str, text: str) -> dict[str, Any]:
-    return _talk([(mark, text)], "caption") | {"task": "caption"}
+    return _talk(mark, text, "caption") | {"task": "caption"}
 
 
 def _answer(shown: str, asked: captions.QA) -> dict[str, Any]:
     """One question: of several about one thing the first answers would give later ones away."""
-    data = _talk([(shown + asked.question, asked.answer)], "chat") | {"task": asked.task}
+    data = _talk(shown + asked.question, asked.answer, "chat") | {"task": asked.task}
     return data | ({"options": list(asked.options)} if asked.options else {})
 
 
-def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
+def _talk(asked: str, answer: str, kind: str) -> dict[str, Any]:
     files = {IMAGE_MARK: ("image", "0.jpg"), VIDEO_MARK: ("video", "0.mp4")}
-    media = [
-        {"type": of, "file": name} for mark, (of, name) in files.items() if mark in turns[0][0]
-    ]
-    messages = [
-        {"role": role, "content": content}
-        for turn in turns
-        for role, content in zip(("user", "assistant"), turn, strict=True)
-    ]
+    media = [{"type": of, "file": name} for mark, (of, name) in files.items() if mark in asked]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "media": media, "kind": kind}
 
 

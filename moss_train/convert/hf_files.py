@@ -138,8 +138,8 @@ def hf_config(files: HfFiles, tokenizer: Tokenizer | None, dtype: str) -> dict[s
         "dtype": dtype,
         "image_token_index": _token(tokenizer, "image", base, model.text.vocab_size),
         "tie_word_embeddings": False,
-        "vision_config": _vision(model),
-        "text_config": _text(model, base, tokenizer),
+        "vision_config": vision_section(model),
+        "text_config": text_section(model, base, tokenizer),
     }
     if not plain:
         config |= {
@@ -167,7 +167,8 @@ def _token(
     return default if found is None else found
 
 
-def _vision(model: ModelConfig) -> dict[str, Any]:
+def vision_section(model: ModelConfig) -> dict[str, Any]:
+    """`vision_config` of config.json."""
     vision = model.vision
     sides = range(1, vision.max_tiles + 1)
     return {
@@ -191,7 +192,10 @@ def _vision(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _text(model: ModelConfig, base: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def text_section(
+    model: ModelConfig, base: dict[str, Any], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """`text_config` of config.json. `base`: that of the weights' first source, or empty."""
     text, theirs = model.text, base.get("text_config") or base.get("text") or base
     scaling = text.rope_scaling
     config = {

@@ -9,12 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moss_train.config import ModelConfig
-from moss_train.convert.drawn import Reader, random_reader
-from moss_train.convert.mapping import Rule, kv_heads, rules, to_hf, to_ours
+from moss_train.convert.drawn import Reader
+from moss_train.convert.mapping import Rule, hf_shapes, rules, to_hf, to_ours
 from moss_train.model.lora import is_adapter, low_rank_updates
 from moss_train.model.moss_video import MossVideo
-
-__all__ = ["Reader", "export", "fill", "random_reader"]
 
 
 def fill(model: MossVideo, read: Reader) -> None:
@@ -78,15 +76,9 @@ def _parameters(model: MossVideo) -> Iterator[tuple[Rule, nn.Parameter, dist.Pro
 def _hf_shapes(
     model: ModelConfig, rule: Rule, parameter: nn.Parameter, size: int
 ) -> dict[str, torch.Size]:
+    if not is_adapter(rule.ours):
+        return hf_shapes(model, rule)
     shape = list(parameter.shape)
     if rule.split is not None:
         shape[rule.split] *= size
-    if rule.kind == "copy":
-        return {rule.hf[0]: torch.Size(shape)}
-    if rule.kind == "gated":
-        return {name: torch.Size([shape[0] // 2, *shape[1:]]) for name in rule.hf}
-    vision = rule.ours.startswith("vision.")
-    head_dim = model.vision.hidden_size // kv_heads(model, rule) if vision else model.text.head_dim
-    shared = kv_heads(model, rule) * head_dim
-    rows = [shape[0] - shared * (len(rule.hf) - 1)] + [shared] * (len(rule.hf) - 1)
-    return {n: torch.Size([r, *shape[1:]]) for n, r in zip(rule.hf, rows, strict=True)}
+    return {rule.hf[0]: torch.Size(shape)}

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from moss_train.config import ModelConfig, ParallelConfig
-from moss_train.convert.weights import fill, random_reader
+from moss_train.convert.drawn import random_reader
+from moss_train.convert.weights import fill
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.groups import Groups
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
+from moss_train.convert.drawn import random_reader
 from moss_train.convert.mapping import unmatched_targets
-from moss_train.convert.weights import export, fill, random_reader
+from moss_train.convert.weights import export, fill
 from moss_train.model.frames import plan_frames
 from moss_train.model.lora import is_adapter, merge
 from moss_train.model.moss_video import MossVideo

@@ -7,7 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from moss_train.config import ModelConfig, ParallelConfig
-from moss_train.convert.weights import export, fill, random_reader
+from moss_train.convert.drawn import random_reader
+from moss_train.convert.weights import export, fill
 from moss_train.model.moss_video import MossVideo
 from tests.model.build import PRESETS, preset
 

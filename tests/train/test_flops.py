@@ -17,7 +17,8 @@ from moss_train.config import (
     TextConfig,
     VisionConfig,
 )
-from moss_train.convert.weights import fill, random_reader
+from moss_train.convert.drawn import random_reader
+from moss_train.convert.weights import fill
 from moss_train.model.frames import FrameBatch, plan_frames
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo

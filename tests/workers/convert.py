@@ -39,7 +39,8 @@ def main(checkpoint: Path, out: Path, layouts: dict) -> None:
 
 
 def save(name: str, config, checkpoint: Path) -> None:
-    from moss_train.convert.weights import fill, random_reader
+    from moss_train.convert.drawn import random_reader
+    from moss_train.convert.weights import fill
     from moss_train.evaluate.forward import run_forward
     from moss_train.model.moss_video import MossVideo
     from moss_train.parallel.groups import build_groups

@@ -59,7 +59,8 @@ def train_case(
 ) -> dict:
     """Trains in one layout; what came of it."""
     from moss_train.config import AdapterConfig, Config, OptimizerConfig, TrainerConfig
-    from moss_train.convert.weights import export, fill, random_reader
+    from moss_train.convert.drawn import random_reader
+    from moss_train.convert.weights import export, fill
     from moss_train.model.moss_video import MossVideo
     from moss_train.parallel.deal import Bounds
     from moss_train.parallel.distribute import read_step

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from data_pipeline.batch import MicroBatch
 from moss_train.config import Config, ModelConfig, from_hydra
+from moss_train.convert.hf_files import vision_section
 from moss_train.convert.mapping import normalize_name
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -89,26 +90,11 @@ def comparable_config(
 
 def mllama_config(model: ModelConfig) -> MllamaConfig:
     """transformers' configuration of `model` (average pooling comes on top, see PooledVision)."""
-    vision, text, scaling = model.vision, model.text, model.text.rope_scaling
-    sides = range(1, vision.max_tiles + 1)
+    text, scaling = model.text, model.text.rope_scaling
+    # Ours enter the named layers, those of transformers 5 leave them.
+    left = [index - 1 for index in model.vision.intermediate_layers]
     return MllamaConfig(
-        vision_config={
-            "hidden_size": vision.hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_global_layers": vision.num_global_layers,
-            "attention_heads": vision.num_heads,
-            "intermediate_size": vision.mlp_size,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "max_num_tiles": vision.max_tiles,
-            # Ours enter the named layers, those of transformers 5 leave them.
-            "intermediate_layers_indices": [index - 1 for index in vision.intermediate_layers],
-            "vision_output_dim": vision.output_size,
-            "supported_aspect_ratios": [
-                [w, h] for w in sides for h in sides if w * h <= vision.max_tiles
-            ],
-            "norm_eps": vision.norm_eps,
-        },
+        vision_config=vision_section(model) | {"intermediate_layers_indices": left},
         text_config={
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
+from moss_train.convert.hf_files import text_section, vision_section
 from moss_train.convert.mapping import hf_shapes, normalize_name, table
 from moss_train.convert.source import HfFolder
 from moss_train.convert.to_hf import Tensors, plan_shards, write_shards
@@ -61,46 +62,16 @@ def write_source(folder: Path, preset: Path | None, workers: int) -> int:
         return {name: _numbers(shape) for name, (shape, _) in group.parts.items()}
 
     write_shards(folder, plan_shards(groups, 5 * 10**9), parts, workers, lambda size: None)
-    text, vision = model.text, model.vision
-    scaling = text.rope_scaling
     config = {
         "model_type": "mllama",
         "dtype": "bfloat16",
-        "image_token_index": text.vocab_size,
+        "image_token_index": model.text.vocab_size,
         "pool_mode": model.projector.pool,
         "pool_stride": model.projector.stride,
-        "text_config": {
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
-            "num_hidden_layers": text.num_layers,
-            "cross_attention_layers": list(text.cross_attention_layers),
-            "num_attention_heads": text.num_heads,
-            "num_key_value_heads": text.num_kv_heads,
-            "intermediate_size": text.mlp_size,
-            "rms_norm_eps": text.norm_eps,
-            "rope_theta": text.rope_theta,
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position,
-            },
-        },
-        "vision_config": {
-            "hidden_size": vision.hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_global_layers": vision.num_global_layers,
-            "attention_heads": vision.num_heads,
-            "intermediate_size": vision.mlp_size,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "max_num_tiles": vision.max_tiles,
-            "intermediate_layers_indices": list(vision.intermediate_layers),
-            "norm_eps": vision.norm_eps,
-        },
+        "text_config": text_section(model, {}, None),
+        "vision_config": vision_section(model),
     }
-    assert text.extra_embedding_rows == EXTRA_EMBEDDING_ROWS
+    assert model.text.extra_embedding_rows == EXTRA_EMBEDDING_ROWS
     (folder / "config.json").write_text(json.dumps(config))
     return max(prod(s) * 2 for group in groups for s, _ in group.parts.values())
 
