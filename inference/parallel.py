@@ -113,6 +113,11 @@ def join() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), size
 
 
+def leave() -> None:
+    """Ends this process's part in the groups: their threads, left running, may abort its exit."""
+    dist.destroy_process_group()
+
+
 class ShardedEngine(Engine):
     """An engine whose model is a slice: rank 0 leads, others `follow`."""
 
@@ -130,6 +135,7 @@ class ShardedEngine(Engine):
         if self.leads and self.running:
             self.running = False
             self._tell("stop")
+            leave()
 
     def follow(self) -> None:
         """What other ranks do: the calls of rank 0, until it shuts down."""
@@ -138,7 +144,7 @@ class ShardedEngine(Engine):
             dist.broadcast_object_list(message, src=0, group=self.control)
             name, arguments = message[0]
             if name == "stop":
-                return
+                return leave()
             getattr(self, f"_follow_{name}")(*arguments)
 
     def open(self, sampling: Sampling | None = None) -> Slot:
