@@ -9,6 +9,7 @@ import io
 from functools import lru_cache
 
 import numpy as np
+import pyarrow
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -62,14 +63,14 @@ def tile_into(out: Tensor, image: Tensor) -> int:
 
     out: uint8 zeros [max_tiles, 3, tile, tile]; the tiles go there row by row. What the picture
     does not fill, right and below and in the tiles beyond the grid, stays zero. image: uint8
-    [3, H, W]; fastest with the strides of [H, W, 3].
+    [3, H, W]; fastest with the strides that `decode_image` gives.
     """
     max_tiles, tile = out.shape[0], out.shape[-1]
     height, width = image.shape[-2:]
     rows, columns = grid = choose_grid(height, width, tile, max_tiles)
     size = fit_size(height, width, grid, tile)
     if size != (height, width):
-        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        image = _resize(image, size)
     for row in range(rows):
         for column in range(columns):
             piece = image[:, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
@@ -77,10 +78,17 @@ def tile_into(out: Tensor, image: Tensor) -> int:
     return supported_aspect_ratios(max_tiles).index(grid) + 1
 
 
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if image.stride(2) == 4 and not image.storage_offset():
+        # The fourth byte of PIL's pixels: with it torch resizes without copying them first.
+        image = image.as_strided((4, *image.shape[1:]), image.stride())
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0, :3]
+
+
 def decode_image(data: bytes) -> Tensor:
     """JPEG, PNG, ... bytes -> uint8 [3, H, W], upright; transparency is put on white.
 
-    Strides are those of [H, W, 3]. Raises SampleError(`undecodable_image`).
+    Strides are those of [H, W, 3] or [H, W, 4]. Raises SampleError(`undecodable_image`).
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
@@ -91,7 +99,16 @@ def decode_image(data: bytes) -> Tensor:
                 white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
                 upright = Image.alpha_composite(white, layer)
             # convert() copies the pixels even where there is nothing to convert.
-            pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
+            pixels = _pixels(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return pixels.permute(2, 0, 1)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """[H, W, 3] of an RGB image: its own memory, of four bytes a pixel, or a copy."""
+    try:
+        stored = pyarrow.array(image).flatten()
+    except ValueError:  # the rows of a large picture lie in several blocks
+        return torch.from_numpy(np.array(image))
+    return torch.from_dlpack(stored).view(image.height, image.width, 4)[..., :3]

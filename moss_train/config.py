@@ -107,7 +107,8 @@ class InitConfig:
     """Random initialization, the same for every parallel layout; or a text model's weights."""
 
     std: float = 0.02
-    embedding: float | None = None  # of tokens, and of positions in the tower; None: std
+    embedding: float | None = None  # of tokens; None: std
+    position: float | None = None  # of positions in the tower; None: std
     gate: float = 0.0  # gates of cross-attention: 0 leaves a pretrained text model as it was
     # Folder of a text-only Llama (config.json, safetensors) whose layers become the self-attention
     # layers in their order; gates are 0 then. Everything else is drawn.

@@ -25,7 +25,7 @@ from data_pipeline.toy import captions, facts, render, stream, world
 
 STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
-_VERSION = 4  # of what is drawn and said; a change makes existing folders stale
+_VERSION = 5  # of what is drawn and said; a change makes existing folders stale
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ToyConfig:
     heldout: int = 50
     seed: int = 0
     size: int = 56
-    fps: int = 4
+    fps: int = 2
     samples_per_shard: int = 500
     vocab_size: int = 512
     stages: tuple[str, ...] = STAGES
@@ -125,28 +125,30 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     seed = rng.getrandbits(48)
     key = {"__key__": f"{modality}-{index:06d}"}
     if modality == "text":
-        state, story = world.still(seed), world.simulate(seed, seconds=8, events=2)
+        state, story = world.still(seed), world.simulate(seed, seconds=6, events=2)
         if pretrain:
-            return key | {"json": _caption("", captions.narrate_order(story))}
+            return key | {"json": _caption("", captions.narrate_order(story), [], split, rng)}
         told, asked = captions.ask_text(state, story, rng)
-        return key | {"json": _answer(f"{told} ", asked)}
+        return key | {"json": _answers(f"{told} ", asked, split)}
     if modality == "image":
         state = world.still(seed)
+        if pretrain and split == "train" and rng.random() < 0.4:
+            return key | _interleaved(seed, rng, config)
         if pretrain:
-            fact = facts.still_facts(state, rng)
-            data = _caption(IMAGE_MARK, _said(captions.describe_places(state), fact, split, rng))
+            told = captions.describe_places(state)
+            data = _caption(IMAGE_MARK, told, [facts.still_facts(state, rng)] * 2, split, rng)
         else:
-            data = _answer(IMAGE_MARK, captions.ask_still(state, rng))
+            data = _answers(IMAGE_MARK, captions.ask_still(state, rng), split)
         return key | {"json": data, "0.jpg": render.jpeg(state, config.size)}
     story = make_story(stage, seed, rng)
     if stage == "sft":
-        data = _answer(VIDEO_MARK, captions.ask_story(story, rng))
+        data = _answers(VIDEO_MARK, captions.ask_story(story, rng), split)
     elif stage == "realtime_sft":
         data = _live(story, rng)
     else:
         tell = captions.narrate if stage == "pt1" else captions.narrate_order
-        fact = facts.story_fact(story, rng)
-        data = _caption(VIDEO_MARK, _said(tell(story), fact, split, rng))
+        also = [facts.story_facts(story, rng), facts.timeline(story)]
+        data = _caption(VIDEO_MARK, tell(story), also, split, rng)
     return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
 
 
@@ -156,13 +158,7 @@ def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
         return world.simulate(seed, seconds=4, events=1)
     if stage == "realtime_sft":
         return world.simulate(seed, rng.randint(9, 12), rng.randint(2, 3), gap=2)
-    return world.simulate(seed, seconds=8, events=rng.randint(2, 3))
-
-
-def _said(caption: str, fact: str, split: str, rng: random.Random) -> str:
-    """The caption, or in half of the samples of training a fact; never both: the caption would
-    give the fact away."""
-    return fact if split == "train" and rng.random() < 0.5 else caption
+    return world.simulate(seed, seconds=6, events=2)
 
 
 def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
@@ -179,20 +175,42 @@ def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
     return data | ({"options": list(live.qa.options)} if live.qa else {})
 
 
-def _caption(mark: str, text: str) -> dict[str, Any]:
-    return _talk(mark, text, "caption") | {"task": "caption"}
+def _interleaved(seed: int, rng: random.Random, config: ToyConfig) -> dict[str, Any]:
+    """Pictures of a story, each followed by what is new in it."""
+    story = world.simulate(seed, seconds=4, events=rng.randint(2, 3))
+    said = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
+    data = _talk("", [("", "".join(f"{IMAGE_MARK}{words}" for words in said))], "caption")
+    files = [f"{second}.jpg" for second in range(len(said))]
+    data |= {"media": [{"type": "image", "file": file} for file in files], "task": "caption"}
+    pictures = (render.jpeg(state, config.size) for state in story.states)
+    return {"json": data, **dict(zip(files, pictures, strict=True))}
 
 
-def _answer(shown: str, asked: captions.QA) -> dict[str, Any]:
-    """One question: of several about one thing the first answers would give later ones away."""
-    data = _talk(shown + asked.question, asked.answer, "chat") | {"task": asked.task}
-    return data | ({"options": list(asked.options)} if asked.options else {})
+def _caption(
+    mark: str, told: str, facts: list[str], split: str, rng: random.Random
+) -> dict[str, Any]:
+    """The caption, or as often in training one of the facts; never two, they give each other
+    away."""
+    said = rng.choice([told, *facts]) if split == "train" else told
+    return _talk(mark, [("", said)], "caption") | {"task": "caption"}
 
 
-def _talk(asked: str, answer: str, kind: str) -> dict[str, Any]:
+def _answers(shown: str, asked: list[captions.QA], split: str) -> dict[str, Any]:
+    """All questions, in training; the first one, where answers are judged."""
+    first = asked[0]
+    turns = [(qa.question, qa.answer) for qa in (asked if split == "train" else [first])]
+    data = _talk(shown, turns, "chat") | {"task": first.task}
+    return data | ({"options": list(first.options)} if first.options else {})
+
+
+def _talk(shown: str, turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
     files = {IMAGE_MARK: ("image", "0.jpg"), VIDEO_MARK: ("video", "0.mp4")}
-    media = [{"type": of, "file": name} for mark, (of, name) in files.items() if mark in asked]
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    media = [{"type": of, "file": name} for mark, (of, name) in files.items() if mark in shown]
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": shown + question})
+        messages.append({"role": "assistant", "content": answer})
+        shown = ""
     return {"messages": messages, "media": media, "kind": kind}
 
 

@@ -14,6 +14,7 @@ from data_pipeline.toy.world import (
     Event,
     State,
     Story,
+    Thing,
 )
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -70,6 +71,12 @@ def narrate(story: Story) -> str:
     return " ".join([describe(story.states[0]), *map(tell, story.events)])
 
 
+def narrate_changes(story: Story) -> list[str]:
+    """What is new in each second after the first: an event, or nothing."""
+    seconds = range(1, len(story.states))
+    return [" ".join(map(tell, story.at(second))) or "Nothing new." for second in seconds]
+
+
 def narrate_order(story: Story) -> str:
     """As `narrate`, and which of the first and the last event came before the other."""
     first, last = story.events[0], story.events[-1]
@@ -81,47 +88,45 @@ def _closed(task: str, question: str, answer: str, options: Sequence[str]) -> QA
     return QA(task, question, sentence(answer), tuple(map(sentence, options)))
 
 
-def colour(state: State, rng: random.Random, when: str = "") -> QA:
-    thing = rng.choice(state)
+def colour(thing: Thing, when: str = "") -> QA:
     return _closed("colour", f"What colour is the {thing.shape}{when}?", thing.colour, [*COLOURS])
 
 
-def shape(state: State, rng: random.Random, when: str = "") -> QA:
-    thing = rng.choice(state)
+def shape(thing: Thing, when: str = "") -> QA:
     return _closed("shape", f"Which shape is {thing.colour}{when}?", thing.shape, SHAPES)
 
 
-def count(state: State, rng: random.Random, when: str = "") -> QA:
+def place(thing: Thing, when: str = "") -> QA:
+    return _closed("place", f"Where is the {thing.name}{when}?", PLACES[thing.place], PLACES)
+
+
+def count(state: State, when: str = "") -> QA:
     return _closed("count", f"How many shapes are there{when}?", NUMBERS[len(state)], NUMBERS[1:4])
 
 
-def place(state: State, rng: random.Random, when: str = "") -> QA:
-    thing = rng.choice(state)
-    return _closed("place", f"Where is the {thing.shape}{when}?", PLACES[thing.place], PLACES)
-
-
-def exists(state: State, rng: random.Random, when: str = "") -> QA:
-    """Yes or no, equally often; of a no, one of colour and shape is there or neither."""
+def exists(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:
+    """Yes, of `thing`, or no, equally often: is there a circle, or a red shape?"""
     yes = rng.random() < 0.5
-    name = rng.choice(state).name if yes else absent(state, rng)
+    name = by_one(thing, rng) if yes else absent(state, rng)
     return _closed("exists", f"Is there a {name}{when}?", "yes" if yes else "no", ("yes", "no"))
 
 
+def by_one(thing: Thing, rng: random.Random) -> str:
+    """A thing by its shape or by its colour."""
+    return rng.choice((thing.shape, f"{thing.colour} shape"))
+
+
 def absent(state: State, rng: random.Random) -> str:
-    """The name of what is not there, though its colour or its shape may be."""
-    thing = rng.choice(state)
-    names = [f"{colour} {thing.shape}" for colour in COLOURS]
-    names += [f"{thing.colour} {shape}" for shape in SHAPES]
-    there = {thing.name for thing in state}
-    return rng.choice([name for name in names if name not in there])
+    """A shape or a colour that is not there."""
+    shapes = [shape for shape in SHAPES if shape not in {thing.shape for thing in state}]
+    colours = [colour for colour in COLOURS if colour not in {thing.colour for thing in state}]
+    return rng.choice((rng.choice(shapes), f"{rng.choice(colours)} shape"))
 
 
-OF_A_STATE = (colour, shape, count, place, exists)
-
-
-def first_or_last(story: Story, rng: random.Random) -> QA:
-    word, event = rng.choice([("first", story.events[0]), ("last", story.events[-1])])
-    return QA("order", f"What happens {word}?", tell(event))
+def about(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:
+    """A question about one thing of a state."""
+    ask = rng.choice((colour, shape, place, None))
+    return ask(thing, when) if ask else exists(thing, state, rng, when)
 
 
 def single(story: Story) -> list[Event]:
@@ -130,52 +135,55 @@ def single(story: Story) -> list[Event]:
     return [event for event in story.events if told.count(past(event)) == 1]
 
 
-def before(story: Story, rng: random.Random) -> QA | None:
-    """Did one event come before another? Yes or no, equally often; None with too few events."""
-    if len(single(story)) < 2:
-        return None
-    one, two = rng.sample(single(story), 2)
-    told = f"{past(one)} before {past(two)}"
-    answer = "yes" if one.second < two.second else "no"
-    return _closed("before", f"Is it true that {told}?", answer, ("yes", "no"))
+def order(word: str, event: Event) -> QA:
+    """`word`: whether the event is the first or the last."""
+    return QA("order", f"What happens {word}?", tell(event))
 
 
-def when(story: Story, rng: random.Random) -> QA | None:
-    """The second of an event; None where every event has a double."""
-    if not single(story):
-        return None
-    event = rng.choice(single(story))
+def when(event: Event, story: Story) -> QA:
     options = [f"at second {NUMBERS[second]}" for second in range(1, len(story.states))]
     question = f"When was it that {past(event)}?"
     return _closed("when", question, options[event.second - 1], options)
 
 
-def direction(story: Story, rng: random.Random) -> QA | None:
-    """Which way a shape that moves exactly once does so; None where there is none."""
-    moves = [event for event in story.events if event.kind == "move"]
-    shapes = [event.shape for event in moves]
-    once = [event for event in moves if shapes.count(event.shape) == 1]
-    if not once:
-        return None
-    event = rng.choice(once)
-    return _closed("direction", f"Which way does the {event.shape} move?", event.to, [*DIRECTIONS])
+def direction(event: Event) -> QA:
+    return _closed("direction", f"Which way does the {event.who} move?", event.to, [*DIRECTIONS])
 
 
-def ask_still(state: State, rng: random.Random) -> QA:
-    return rng.choice(OF_A_STATE)(state, rng)
+def of_event(event: Event, story: Story, rng: random.Random) -> QA | None:
+    """A question that this event answers; None: it is neither first, last nor alone."""
+    moved = [other.who for other in story.events if other.kind == "move"]
+    asked = [direction(event)] if event.kind == "move" and moved.count(event.who) == 1 else []
+    asked += [when(event, story)] if event in single(story) else []
+    ends = (("first", story.events[0]), ("last", story.events[-1]))
+    asked += [order(word, end) for word, end in ends if end == event]
+    return rng.choice(asked) if asked else None
 
 
-def ask_story(story: Story, rng: random.Random) -> QA:
-    """A question about the clip whose answer follows from its states and events."""
-    if rng.random() < 0.2:
-        return rng.choice(OF_A_STATE)(story.states[-1], rng, " at the end")
-    ask = rng.choice((first_or_last, before, when, direction))
-    return ask(story, rng) or first_or_last(story, rng)
+def ask_still(state: State, rng: random.Random) -> list[QA]:
+    """A question about each thing, so that no answer gives another one away."""
+    asked = [about(thing, state, rng) for thing in rng.sample(state, len(state))]
+    return [count(state), *asked] if rng.random() < 0.25 else asked
 
 
-def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, QA]:
-    """Words that tell the scene, or the story, and a question that needs no picture."""
+def ask_story(story: Story, rng: random.Random) -> list[QA]:
+    """Questions about the events of a clip or its end, each about another shape."""
+    state, asked, spoken = story.states[-1], [], set()
+    if rng.random() < 0.25:
+        thing = rng.choice(state)
+        spoken.add(thing.shape)
+        asked.append(about(thing, state, rng, " at the end"))
+    for event in rng.sample(story.events, len(story.events)):
+        qa = of_event(event, story, rng) if event.shape not in spoken else None
+        if qa:
+            spoken.add(event.shape)
+            asked.append(qa)
+    return asked or [order("first", story.events[0])]
+
+
+def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[QA]]:
+    """Words that tell the scene, or the story, and questions that need no picture."""
     if rng.random() < 0.5:
-        return describe(state), rng.choice((colour, shape, count, exists))(state, rng)
-    asked = rng.choice((first_or_last, before))(story, rng)
-    return narrate(story), asked or first_or_last(story, rng)
+        return describe_places(state), ask_still(state, rng)
+    events = [("first", story.events[0]), ("last", story.events[-1])]
+    return narrate(story), [order(*end) for end in rng.sample(events, 2)]

@@ -8,42 +8,59 @@ from __future__ import annotations
 
 import random
 
-from data_pipeline.toy.captions import NUMBERS, absent, past, sentence, single, tell
-from data_pipeline.toy.world import PLACES, State, Story, Thing
+from data_pipeline.toy.captions import NUMBERS, absent, by_one, past, sentence, single, tell
+from data_pipeline.toy.world import PLACES, Event, State, Story, Thing
 
 
 def still_facts(state: State, rng: random.Random) -> str:
-    """One fact about each thing, and none that another one gives away."""
+    """A fact about each thing, in any order; what one says gives no other away."""
     return " ".join(_about(thing, state, rng) for thing in rng.sample(state, len(state)))
 
 
 def _about(thing: Thing, state: State, rng: random.Random) -> str:
-    kind = rng.choice(("colour", "shape", "place", "exists"))
-    if kind == "colour":
-        return f"The {thing.shape} is {thing.colour}."
+    """What a thing is, told from its shape, its colour or its place; or that something is there."""
+    kind = rng.choice(("shape", "shape", "colour", "place", "exists"))
     if kind == "shape":
-        return f"The {thing.colour} one is a {thing.shape}."
+        return f"The {thing.shape} is {thing.colour}, {PLACES[thing.place]}."
+    if kind == "colour":
+        return f"The {thing.colour} one is a {thing.shape}, {PLACES[thing.place]}."
     if kind == "place":
-        return f"The {thing.shape} is placed {PLACES[thing.place]}."
+        return f"{sentence(PLACES[thing.place])[:-1]} is a {thing.name}."
     if rng.random() < 0.5:
-        return f"A {thing.name} is there."
+        return f"A {by_one(thing, rng)} is there."
     return f"A {absent(state, rng)} is not there."
 
 
-def story_fact(story: Story, rng: random.Random) -> str:
-    """A fact about the events of a clip, or its end."""
-    kind = rng.choice(("end", "order", "order", "when", "when", "before", "before"))
-    alone = single(story)
-    if kind == "end":
-        fact = _about(rng.choice(story.states[-1]), story.states[-1], rng)
-        return f"At the end {fact[0].lower()}{fact[1:]}"
-    if kind == "when" and alone:
-        event = rng.choice(alone)
-        return sentence(f"{past(event)} at second {NUMBERS[event.second]}")
-    if kind == "before" and len(alone) > 1:
-        one, two = rng.sample(alone, 2)
-        word = "before" if one.second < two.second else "after"
-        return sentence(f"{past(one)} {word} {past(two)}")
-    word, event = rng.choice([("First", story.events[0]), ("Last", story.events[-1])])
-    told = tell(event)
-    return f"{word} {told[0].lower()}{told[1:]}"
+def timeline(story: Story) -> str:
+    """`At second two the red circle moves right. At second five ...`"""
+    return " ".join(f"At second {NUMBERS[e.second]} {_inner(tell(e))}" for e in story.events)
+
+
+def story_facts(story: Story, rng: random.Random) -> str:
+    """Facts about the events of a clip or its end, each about another shape."""
+    state, said, spoken = story.states[-1], [], set()
+    if rng.random() < 0.25:
+        thing = rng.choice(state)
+        spoken.add(thing.shape)
+        said.append(f"At the end {_inner(_about(thing, state, rng))}")
+    for event in rng.sample(story.events, len(story.events)):
+        if event.shape not in spoken:
+            spoken.add(event.shape)
+            said += _of_event(event, story, rng)
+    return " ".join(said) or _ordered("First", story.events[0])
+
+
+def _of_event(event: Event, story: Story, rng: random.Random) -> list[str]:
+    ends = (("First", story.events[0]), ("Last", story.events[-1]))
+    facts = [_ordered(word, end) for word, end in ends if end == event]
+    if event in single(story) and (not facts or rng.random() < 0.7):
+        return [sentence(f"{past(event)} at second {NUMBERS[event.second]}")]
+    return [rng.choice(facts)] if facts else []
+
+
+def _ordered(word: str, event: Event) -> str:
+    return f"{word} {_inner(tell(event))}"
+
+
+def _inner(told: str) -> str:
+    return told[0].lower() + told[1:]

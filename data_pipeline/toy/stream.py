@@ -10,7 +10,16 @@ import random
 from dataclasses import dataclass
 
 from data_pipeline.schema import VIDEO_MARK
-from data_pipeline.toy.captions import NUMBERS, QA, colour, count, describe, place, sentence, tell
+from data_pipeline.toy.captions import (
+    NUMBERS,
+    QA,
+    colour,
+    count,
+    describe,
+    place,
+    sentence,
+    tell,
+)
 from data_pipeline.toy.world import PLACES, State, Story
 
 SILENCE = "<|silence|>"
@@ -40,7 +49,7 @@ def question(story: Story, rng: random.Random) -> Stream:
     """The model watches, is asked in the middle, answers, and says when the answer changes."""
     asked = rng.randrange(1, len(story.states) // 2)
     for _ in range(_TRIES):
-        qa = rng.choice((colour, count, place))(story.states[asked], rng)
+        qa = _ask(story.states[asked], rng)
         speech = _corrections(story, asked, qa)
         if speech:
             break
@@ -51,6 +60,11 @@ def question(story: Story, rng: random.Random) -> Stream:
         _assistant(qa.answer + SILENCE + _watch(speech, range(asked + 1, len(story.states)))),
     ]
     return Stream(messages, speech, qa)
+
+
+def _ask(state: State, rng: random.Random) -> QA:
+    ask = rng.choice((colour, place, None))
+    return ask(rng.choice(state)) if ask else count(state)
 
 
 def _corrections(story: Story, asked: int, qa: QA) -> dict[int, str]:

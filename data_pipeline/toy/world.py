@@ -112,7 +112,7 @@ def _cast(rng: random.Random, count: int) -> State:
 def _thing(rng: random.Random, shape: str, colour: str, place: int) -> Thing:
     shift = 0.03
     dx, dy = rng.uniform(-shift, shift), rng.uniform(-shift, shift)
-    return Thing(shape, colour, place, rng.uniform(0.15, 0.19), dx, dy)
+    return Thing(shape, colour, place, rng.uniform(0.19, 0.22), dx, dy)
 
 
 def _happen(

@@ -40,8 +40,10 @@ def _std(model: ModelConfig, name: str) -> float:
     What adds to the residual stream is drawn smaller, so that the sum over the layers is not (as in
     GPT-2: std / sqrt(2 x layers)).
     """
-    if name.endswith(("embed_tokens.weight", "gated_positional_embedding.embedding")):
+    if name.endswith("embed_tokens.weight"):
         return model.init.embedding or model.init.std
+    if name.endswith("gated_positional_embedding.embedding"):
+        return model.init.position or model.init.std
     if name.endswith("class_embedding"):
         return model.vision.hidden_size**-0.5
     if name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight")):

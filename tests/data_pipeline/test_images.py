@@ -124,6 +124,20 @@ def test_pictures_come_out_upright_and_on_white() -> None:
     assert decode_image(out.getvalue()).unique().tolist() == [255]
 
 
+@pytest.mark.parametrize(("width", "height"), [(61, 47), (2600, 2000)])
+def test_pixels_are_pil_s_in_its_own_memory_and_in_a_copy(width: int, height: int) -> None:
+    """The larger picture does not lie in one piece."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    decoded = decode_image(out.getvalue())
+    assert decoded.stride(2) == (3 if width == 2600 else 4)
+    wanted = torch.tensor(pixels).permute(2, 0, 1)
+    assert torch.equal(decoded, wanted)
+    got, _ = tile_image(decoded, 56, 1)
+    assert torch.equal(got, tile_image(wanted.contiguous(), 56, 1)[0])
+
+
 @pytest.mark.parametrize("cut", [0, 10, 300])
 def test_a_broken_picture_is_a_sample_error(cut: int) -> None:
     out = io.BytesIO()

@@ -27,9 +27,9 @@ from data_pipeline.toy.build import (
     make_sample,
     make_story,
 )
-from data_pipeline.toy.facts import still_facts, story_fact
+from data_pipeline.toy.facts import still_facts, story_facts, timeline
 from data_pipeline.toy.stream import narration, question
-from data_pipeline.toy.world import COLOURS, PLACES, Event, Story, Thing, simulate, still
+from data_pipeline.toy.world import COLOURS, PLACES, SHAPES, Event, Story, Thing, simulate, still
 from data_pipeline.video import frames_at, probe_video
 
 STORIES = [simulate(seed, seconds=8, events=3) for seed in range(150)]
@@ -143,18 +143,22 @@ def expected(question: str, task: str, now: Seen, told: list[tuple[int, str]]) -
     if task == "place":
         return now[words[-1]][1]
     if task == "exists":
-        return "yes" if now.get(words[-1], ("",))[0] == words[-2] else "no"
+        return "yes" if there(words[3:], now) else "no"
     if task == "order":
         return (told[0] if "first" in question else told[-1])[1].rstrip(".")
     if task == "direction":
-        shape = words[-2]
-        (way,) = [t.rstrip(".").split()[-1] for _, t in told if f"{shape} moves" in t]
+        name = " ".join(words[-3:-1])
+        (way,) = [t.rstrip(".").split()[-1] for _, t in told if f"{name} moves" in t]
         return way
-    clauses = {past(t): second for second, t in told}
     if task == "when":
+        clauses = {past(t): second for second, t in told}
         return f"at second {NUMBERS[clauses[question.split('that ')[1].rstrip('?')]]}"
-    one, two = question.removeprefix("Is it true that ").rstrip("?").split(" before ")
-    return "yes" if clauses[one] < clauses[two] else "no"
+    raise AssertionError(task)
+
+
+def there(name: list[str], now: Seen) -> bool:
+    """Whether `circle`, or `red shape`, is in a state."""
+    return name[0] in now if len(name) == 1 else name[0] in {colour for colour, _ in now.values()}
 
 
 def check(qa: captions.QA, now: Seen, told: list[tuple[int, str]]) -> None:
@@ -167,21 +171,27 @@ def check(qa: captions.QA, now: Seen, told: list[tuple[int, str]]) -> None:
 def test_answers_about_clips_follow_from_their_states() -> None:
     rng, tasks = random.Random(0), set()
     for story in STORIES * 6:
-        qa = captions.ask_story(story, rng)
-        check(qa, seen(story.states[-1]), history(story))
-        tasks.add(qa.task)
-    assert tasks == {
-        "colour", "shape", "count", "place", "exists", "order", "direction", "when", "before",
-    }  # fmt: skip
+        asked = captions.ask_story(story, rng)
+        for qa in asked:
+            check(qa, seen(story.states[-1]), history(story))
+        tasks |= {qa.task for qa in asked}
+        about = [shape for qa in asked if qa.task not in ("order", "exists") for shape in SHAPES
+                 if shape in qa.question]  # fmt: skip
+        assert len(set(about)) == len(about)
+    assert tasks == {"colour", "shape", "place", "exists", "order", "direction", "when"}
 
 
 def test_answers_about_pictures_follow_from_them() -> None:
-    rng, answers = random.Random(0), []
+    rng, answers, tasks = random.Random(0), [], set()
     for seed in range(600):
         state = still(seed)
-        qa = captions.ask_still(state, rng)
-        check(qa, seen(state), [])
-        answers += [qa.answer] if qa.task == "exists" else []
+        asked = captions.ask_still(state, rng)
+        assert len(asked) - (asked[0].task == "count") == len(state)
+        for qa in asked:
+            check(qa, seen(state), [])
+            tasks.add(qa.task)
+            answers += [qa.answer] if qa.task == "exists" else []
+    assert tasks == {"colour", "shape", "count", "place", "exists"}
     assert 0.3 < answers.count("Yes.") / len(answers) < 0.7
 
 
@@ -190,32 +200,34 @@ def test_texts_tell_all_that_their_questions_need() -> None:
     for seed, story in enumerate(STORIES):
         told, asked = captions.ask_text(still(seed), story, rng)
         first, *later = re.findall(r"[^.]+\.", told)
-        names = re.findall(r"a (\w+) (\w+)", first.lower())
-        things = {shape: (colour, "") for colour, shape in names}
+        names = re.findall(r"a (\w+) (\w+)(?: (\w+ (?:left|right)))?", first.lower())
+        things = {shape: (colour, place) for colour, shape, place in names}
         events = list(enumerate(sentence.strip() for sentence in later))
-        check(asked, things, events)
+        for qa in asked:
+            check(qa, things, events)
 
 
 def test_facts_about_pictures_name_each_thing_once_and_are_true() -> None:
     rng = random.Random(0)
     for seed in range(300):
         now = seen(still(seed))
-        colours = {colour: shape for shape, (colour, _) in now.items()}
         told = [
             fact.strip(".").split()
             for fact in re.findall(r"[^.]+\.", still_facts(still(seed), rng))
         ]
         assert len(told) == len(now)
         for words in told:
+            where = " ".join(words[-2:])
             if words[-1] == "there":
-                there = now.get(words[2], ("",))[0] == words[1]
-                assert there == ("not" not in words)
+                name = words[1 : words.index("is")]
+                assert there(name, now) == ("not" not in words)
+            elif words[1] in ("left", "right"):
+                colour, shape = words[-2:]
+                assert now[shape] == (colour, " ".join(words[:2]).lower())
             elif "one" in words:
-                assert colours[words[1]] == words[-1]
-            elif "placed" in words:
-                assert now[words[1]][1] == " ".join(words[-2:])
+                assert now[words[-3].strip(",")] == (words[1], where)
             else:
-                assert now[words[1]][0] == words[-1]
+                assert now[words[1]] == (words[-3].strip(","), where)
 
 
 def test_facts_about_clips_are_true() -> None:
@@ -223,24 +235,87 @@ def test_facts_about_clips_are_true() -> None:
     for story in STORIES * 4:
         told = history(story)
         clauses = {past(sentence): second for second, sentence in told}
-        fact = story_fact(story, rng).rstrip(".")
-        lowered = fact[0].lower() + fact[1:]
-        words = re.split(r" (before|after|at second) ", lowered)
-        if fact.startswith("At the end"):
-            kinds.add("end")
-        elif len(words) == 1:
-            kinds.add("order")
+        facts = re.findall(r"[^ .][^.]*", story_facts(story, rng))
+        assert facts
+        for fact in facts:
+            what, _, when = fact.rpartition(" at second ")
             word, _, event = fact.partition(" ")
-            assert event == told[0 if word == "First" else -1][1].rstrip(".").replace(
-                "A ", "a "
-            ).replace("The ", "the ")
-        elif words[1] == "at second":
-            kinds.add("when")
-            assert clauses[words[0]] == NUMBERS.index(words[2])
-        else:
-            kinds.add("before")
-            assert (clauses[words[0]] < clauses[words[2]]) == (words[1] == "before")
-    assert kinds == {"end", "order", "when", "before"}
+            if fact.startswith("At the end"):
+                kinds.add("end")
+            elif what:
+                kinds.add("when")
+                assert clauses[what[0].lower() + what[1:]] == NUMBERS.index(when)
+            else:
+                kinds.add(word)
+                assert lowered(told[0 if word == "First" else -1][1]) == f"{event}."
+    assert kinds == {"end", "First", "Last", "when"}
+
+
+def test_timelines_tell_each_event_with_its_second() -> None:
+    for story in STORIES:
+        told = " ".join(
+            f"At second {NUMBERS[second]} {lowered(event)}" for second, event in history(story)
+        )
+        assert timeline(story) == told
+
+
+def lowered(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
+def test_pictures_of_a_story_are_told_one_by_one() -> None:
+    """What is said after each picture is what its pixels show."""
+    told: list[str] = []
+    for index in range(60):
+        sample = make_sample("pt1/train/image", ToyConfig(), index)
+        first, *later = sample["json"]["messages"][1]["content"].split("<|image|>")[1:] or [""]
+        if not later:
+            continue
+        shown = [places(sample[media["file"]]) for media in sample["json"]["media"]]
+        things = re.findall(r"The \w+ is (\w+), (\w+ \w+)\.", first)
+        assert {PLACES.index(place): colour for colour, place in things}.items() <= shown[0].items()
+        for words, (before, after) in zip(later, pairwise(shown), strict=True):
+            assert is_told(words.rstrip(".").split(), before, after), words
+        told += [words.split()[-1] if "new" in words else words.split()[3] for words in later]
+    assert len(told) > 50
+    assert set(told) >= {"new.", "turns", "moves"}
+
+
+def places(picture: bytes) -> dict[int, str]:
+    """The colours in a picture by the place where they are."""
+    pixels = np.asarray(Image.open(io.BytesIO(picture)), dtype=float)
+    found = {}
+    for place in range(4):
+        seen = pixels[14 + 28 * (place // 2), 14 + 28 * (place % 2)]
+        if seen.max() > 100:
+            found[place] = min(COLOURS, key=lambda name: float(np.abs(seen - COLOURS[name]).sum()))
+    return found
+
+
+def is_told(words: list[str], before: dict[int, str], after: dict[int, str]) -> bool:
+    """Whether the words say how one picture became the next."""
+    if words == ["Nothing", "new"]:
+        return before == after
+    _, colour, _, verb, *to = words
+    place = {colour: place for place, colour in {**after, **before}.items()}[colour]
+    if verb == "comes":
+        return {**before, place: colour} == after and place not in before
+    rest = {at: other for at, other in before.items() if at != place}
+    if verb == "turns":
+        return {**rest, place: to[0]} == after
+    step = {"right": 1, "left": -1, "down": 2, "up": -2, "": 0}["".join(to)]
+    return rest == after if verb == "leaves" else {**rest, place + step: colour} == after
+
+
+def test_only_training_asks_several_questions() -> None:
+    for modality in MODALITIES:
+        made = [
+            make_sample(f"sft/{split}/{modality}", ToyConfig(), index)["json"]
+            for split in ("train", "heldout") for index in range(40)
+        ]  # fmt: skip
+        turns = [len(data["messages"]) // 2 for data in made]
+        assert max(turns[:40]) >= 3
+        assert set(turns[40:]) == {1}
 
 
 def spoken(messages: list[dict[str, str]]) -> list[tuple[int, str]]:

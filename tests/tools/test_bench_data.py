@@ -6,7 +6,16 @@ import re
 import subprocess
 import sys
 
+import torch
+
+from data_pipeline.images import decode_image, tile_image
 from tests.conftest import REPO
+from tools.bench.data import TILE, picture, plain_tile
+
+
+def test_the_baseline_makes_the_same_pictures() -> None:
+    data = picture(3)
+    assert torch.equal(plain_tile(data), tile_image(decode_image(data), TILE, 1)[0][0])
 
 
 def test_it_prints_what_it_promises() -> None:

@@ -13,7 +13,7 @@ from tests.conftest import REPO
 TOY_WORLD = REPO / "toy_world"
 
 
-@pytest.mark.skipif(not TOY_WORLD.is_dir(), reason="make demo renders toy_world")
+@pytest.mark.skipif(not TOY_WORLD.is_dir(), reason="data_pipeline.toy renders it")
 def test_three_steps_at_one_process_agree_with_transformers(tmp_path):
     pytest.importorskip("transformers")
     out = tmp_path / "bench.json"

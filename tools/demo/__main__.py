@@ -1,4 +1,4 @@
-"""python -m tools.demo [--out runs/demo]
+"""python -m tools.demo [--out runs/demo] [--scale 1]
 
 Renders the toy world, trains pt1, pt2, sft and realtime_sft one after the other, evaluates each on
 held-out worlds, and writes OUT/report.html. At last the real-time model is exported, and tells a
@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
 from inference.view import clock
@@ -29,10 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     first, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="tools.demo", usage=first, description=rest)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--train", type=int, default=10_000, help="samples of each source")
+    parser.add_argument("--train", type=int, default=6_000, help="samples of each source")
     parser.add_argument("--heldout", type=int, default=100, help="samples of each source")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("overrides", nargs="*", help="of all stages: data.samples=1000")
+    parser.add_argument("--scale", type=float, default=1, help="of each stage's samples: 0.1, 3")
+    parser.add_argument("overrides", nargs="*", help="of all stages: model.dtype=bf16")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     times = _Times(options.out / "times.json")
@@ -84,9 +87,16 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
         "trainer.console_every=50",
         "data.global_batch=32",
         f"data.micro_batch={32 // options.ranks}",
+        f"data.samples={_samples(stage, options.scale)}",
         *([f"init_from={before}"] if before else []),
         *options.overrides,
     ]
+
+
+def _samples(stage: str, scale: float) -> int:
+    """`scale` times what the stage's recipe trains on, 32 at least."""
+    recipe = yaml.safe_load((REPO / f"conf/recipe/toy_{stage}.yaml").read_text())
+    return max(32, round(recipe["data"]["samples"] * scale))
 
 
 def start(module: str, *arguments: str) -> None:
