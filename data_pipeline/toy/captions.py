@@ -182,8 +182,11 @@ def ask_story(story: Story, rng: random.Random) -> list[QA]:
 
 
 def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[QA]]:
-    """Words that tell the scene, or the story, and questions that need no picture."""
+    """Words that tell the scene, or the story, and questions that need no picture.
+
+    All answers are in the text, so that none can be given away.
+    """
     if rng.random() < 0.5:
-        return describe_places(state), ask_still(state, rng)
+        return describe_places(state), [*ask_still(state, rng), *ask_still(state, rng)]
     events = [("first", story.events[0]), ("last", story.events[-1])]
     return narrate(story), [order(*end) for end in rng.sample(events, 2)]

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import random
 
-from data_pipeline.toy.captions import NUMBERS, absent, by_one, past, sentence, single, tell
+from data_pipeline.toy.captions import (
+    NUMBERS,
+    absent,
+    by_one,
+    narrate_changes,
+    past,
+    sentence,
+    single,
+    tell,
+)
 from data_pipeline.toy.world import PLACES, Event, State, Story, Thing
 
 
@@ -32,8 +41,9 @@ def _about(thing: Thing, state: State, rng: random.Random) -> str:
 
 
 def timeline(story: Story) -> str:
-    """`At second two the red circle moves right. At second five ...`"""
-    return " ".join(f"At second {NUMBERS[e.second]} {_inner(tell(e))}" for e in story.events)
+    """`Second one: nothing new. Second two: the red circle moves right. ...`, every second."""
+    changes = enumerate(narrate_changes(story), 1)
+    return " ".join(f"Second {NUMBERS[second]}: {_inner(told)}" for second, told in changes)
 
 
 def story_facts(story: Story, rng: random.Random) -> str:
