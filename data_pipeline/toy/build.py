@@ -147,7 +147,8 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
         data = _live(story, rng)
     else:
         tell = captions.narrate if stage == "pt1" else captions.narrate_order
-        also = [facts.story_facts(story, rng), facts.timeline(story)]
+        fact = facts.story_facts(story, rng)
+        also = [fact, fact, facts.timeline(story)]
         data = _caption(VIDEO_MARK, tell(story), also, split, rng)
     return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
 
@@ -189,8 +190,7 @@ def _interleaved(seed: int, rng: random.Random, config: ToyConfig) -> dict[str, 
 def _caption(
     mark: str, told: str, facts: list[str], split: str, rng: random.Random
 ) -> dict[str, Any]:
-    """The caption, or as often in training one of the facts; never two, they give each other
-    away."""
+    """The caption, or in training one of the facts; never two, they give each other away."""
     said = rng.choice([told, *facts]) if split == "train" else told
     return _talk(mark, [("", said)], "caption") | {"task": "caption"}
 

@@ -150,14 +150,19 @@ def direction(event: Event) -> QA:
     return _closed("direction", f"Which way does the {event.who} move?", event.to, [*DIRECTIONS])
 
 
-def of_event(event: Event, story: Story, rng: random.Random) -> QA | None:
-    """A question that this event answers; None: it is neither first, last nor alone."""
+def at(event: Event) -> QA:
+    return QA("at", f"What happens at second {NUMBERS[event.second]}?", tell(event))
+
+
+def of_event(event: Event, story: Story, rng: random.Random) -> QA:
+    """A question that this event answers."""
     moved = [other.who for other in story.events if other.kind == "move"]
-    asked = [direction(event)] if event.kind == "move" and moved.count(event.who) == 1 else []
+    asked = [at(event)]
+    asked += [direction(event)] if event.kind == "move" and moved.count(event.who) == 1 else []
     asked += [when(event, story)] if event in single(story) else []
     ends = (("first", story.events[0]), ("last", story.events[-1]))
     asked += [order(word, end) for word, end in ends if end == event]
-    return rng.choice(asked) if asked else None
+    return rng.choice(asked)
 
 
 def ask_still(state: State, rng: random.Random) -> list[QA]:
@@ -174,11 +179,10 @@ def ask_story(story: Story, rng: random.Random) -> list[QA]:
         spoken.add(thing.shape)
         asked.append(about(thing, state, rng, " at the end"))
     for event in rng.sample(story.events, len(story.events)):
-        qa = of_event(event, story, rng) if event.shape not in spoken else None
-        if qa:
+        if event.shape not in spoken:
             spoken.add(event.shape)
-            asked.append(qa)
-    return asked or [order("first", story.events[0])]
+            asked.append(of_event(event, story, rng))
+    return asked
 
 
 def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[QA]]:

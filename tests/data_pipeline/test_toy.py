@@ -146,6 +146,8 @@ def expected(question: str, task: str, now: Seen, told: list[tuple[int, str]]) -
         return "yes" if there(words[3:], now) else "no"
     if task == "order":
         return (told[0] if "first" in question else told[-1])[1].rstrip(".")
+    if task == "at":
+        return dict(told)[NUMBERS.index(words[-1])].rstrip(".")
     if task == "direction":
         name = " ".join(words[-3:-1])
         (way,) = [t.rstrip(".").split()[-1] for _, t in told if f"{name} moves" in t]
@@ -175,10 +177,10 @@ def test_answers_about_clips_follow_from_their_states() -> None:
         for qa in asked:
             check(qa, seen(story.states[-1]), history(story))
         tasks |= {qa.task for qa in asked}
-        about = [shape for qa in asked if qa.task not in ("order", "exists") for shape in SHAPES
-                 if shape in qa.question]  # fmt: skip
+        named = [qa.question for qa in asked if qa.task not in ("order", "at", "exists")]
+        about = [shape for question in named for shape in SHAPES if shape in question]
         assert len(set(about)) == len(about)
-    assert tasks == {"colour", "shape", "place", "exists", "order", "direction", "when"}
+    assert tasks == {"colour", "shape", "place", "exists", "order", "at", "direction", "when"}
 
 
 def test_answers_about_pictures_follow_from_them() -> None:
