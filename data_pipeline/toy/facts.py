@@ -1,7 +1,7 @@
 """Statements about the toy world, in any order: what pretraining says besides captions.
 
 A caption's words follow from the words before them more often than from the picture. Of a fact
-(`The circle is top left.`) the end can only be known by looking up what its beginning names.
+(`The circle is red, top left.`) the end can only be known by looking up what its beginning names.
 """
 
 from __future__ import annotations
