@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moss_train.config import ModelConfig
 from moss_train.convert.drawn import Reader
-from moss_train.convert.mapping import Rule, hf_shapes, rules, to_hf, to_ours
+from moss_train.convert.mapping import Rule, hf_shapes, kv_heads, rules, to_hf, to_ours
 from moss_train.model.lora import is_adapter, low_rank_updates
 from moss_train.model.moss_video import MossVideo
 
@@ -81,4 +81,10 @@ def _hf_shapes(
     shape = list(parameter.shape)
     if rule.split is not None:
         shape[rule.split] *= size
-    return {rule.hf[0]: torch.Size(shape)}
+    if rule.kind == "copy":
+        return {rule.hf[0]: torch.Size(shape)}
+    if rule.kind == "gated":
+        return {name: torch.Size([shape[0] // 2, *shape[1:]]) for name in rule.hf}
+    shared = kv_heads(model, rule) * model.text.head_dim  # only the decoder has adapters
+    rows = [shape[0] - shared * (len(rule.hf) - 1)] + [shared] * (len(rule.hf) - 1)
+    return {n: torch.Size([r, *shape[1:]]) for n, r in zip(rule.hf, rows, strict=True)}

@@ -61,7 +61,7 @@ def test_all_ranks_write_into_one_run_folder(small, tmp_path):
 
 def test_overrides_hold_in_every_preset_and_four_ranks_may_share_one_frame(toy, tmp_path):
     options = [
-        "stage=pt1", "model=tiny", "data=toy", "parallel=tp2_pp2", "hardware=cpu",
+        "stage=sft", "model=tiny", "data=toy", "parallel=tp2_pp2", "hardware=cpu",
         "model.text.vocab_size=512", "model.dtype=bf16", "hardware.threads=1",
         "stage.mixture={text: 0, image: 1, video: 0}", f"data.root={toy}", "data.audit=true",
         "data.global_batch=1", "data.micro_batch=1", "trainer.steps=2", "trainer.seed=7",
