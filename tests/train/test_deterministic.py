@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.train.runs import audit, metrics
 
 
-def test_two_runs_are_equal_to_the_bit(small, run_jobs, tmp_path):
-    options = [*small, "parallel=tp2", "trainer.deterministic=true", "trainer.steps=3"]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_runs_are_equal_to_the_bit(small, run_jobs, tmp_path, ranks):
+    layout = "tp2" if ranks == 2 else "single"
+    options = [*small, f"parallel={layout}", "trainer.deterministic=true", "trainer.steps=3"]
     runs = [tmp_path / "one", tmp_path / "two"]
-    result = run_jobs(2, *({"name": r.name, "overrides": [*options, f"run.dir={r}"]} for r in runs))
+    result = run_jobs(
+        ranks, *({"name": r.name, "overrides": [*options, f"run.dir={r}"]} for r in runs)
+    )
     one, two = (result.load(run.name) for run in runs)
     assert one["error"] is None
     assert one["deterministic"]
