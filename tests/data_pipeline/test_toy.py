@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import json
 import random
 import re
-import tarfile
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from data_pipeline.schema import parse_sample
-from data_pipeline.shards import ShardError, check_source
-from data_pipeline.toy import captions, render
-from data_pipeline.toy.__main__ import main
+from data_pipeline.toy import captions
 from data_pipeline.toy.build import (
-    MODALITIES,
-    STAGES,
-    ToyConfig,
-    build_toy,
-    make_sample,
     make_story,
 )
 from data_pipeline.toy.facts import still_facts, story_facts, timeline
 from data_pipeline.toy.stream import narration, question
-from data_pipeline.toy.world import COLOURS, PLACES, SHAPES, Event, Story, Thing, simulate, still
-from data_pipeline.video import frames_at, probe_video
+from data_pipeline.toy.world import PLACES, SHAPES, Event, Story, Thing, simulate, still
 
 STORIES = [simulate(seed, seconds=8, events=3) for seed in range(150)]
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
@@ -267,61 +251,6 @@ def lowered(sentence: str) -> str:
     return sentence[0].lower() + sentence[1:]
 
 
-def test_pictures_of_a_story_are_told_one_by_one() -> None:
-    """What is said after each picture is what its pixels show."""
-    told: list[str] = []
-    for index in range(60):
-        sample = make_sample("pt1/train/image", ToyConfig(), index)
-        first, *later = sample["json"]["messages"][1]["content"].split("<|image|>")[1:] or [""]
-        if not later:
-            continue
-        shown = [places(sample[media["file"]]) for media in sample["json"]["media"]]
-        things = re.findall(r"The \w+ is (\w+), (\w+ \w+)\.", first)
-        assert {PLACES.index(place): colour for colour, place in things}.items() <= shown[0].items()
-        for words, (before, after) in zip(later, pairwise(shown), strict=True):
-            assert is_told(words.rstrip(".").split(), before, after), words
-        told += [words.split()[-1] if "new" in words else words.split()[3] for words in later]
-    assert len(told) > 50
-    assert set(told) >= {"new.", "turns", "moves"}
-
-
-def places(picture: bytes) -> dict[int, str]:
-    """The colours in a picture by the place where they are."""
-    pixels = np.asarray(Image.open(io.BytesIO(picture)), dtype=float)
-    found = {}
-    for place in range(4):
-        seen = pixels[14 + 28 * (place // 2), 14 + 28 * (place % 2)]
-        if seen.max() > 100:
-            found[place] = min(COLOURS, key=lambda name: float(np.abs(seen - COLOURS[name]).sum()))
-    return found
-
-
-def is_told(words: list[str], before: dict[int, str], after: dict[int, str]) -> bool:
-    """Whether the words say how one picture became the next."""
-    if words == ["Nothing", "new"]:
-        return before == after
-    _, colour, _, verb, *to = words
-    place = {colour: place for place, colour in {**after, **before}.items()}[colour]
-    if verb == "comes":
-        return {**before, place: colour} == after and place not in before
-    rest = {at: other for at, other in before.items() if at != place}
-    if verb == "turns":
-        return {**rest, place: to[0]} == after
-    step = {"right": 1, "left": -1, "down": 2, "up": -2, "": 0}["".join(to)]
-    return rest == after if verb == "leaves" else {**rest, place + step: colour} == after
-
-
-def test_only_training_asks_several_questions() -> None:
-    for modality in MODALITIES:
-        made = [
-            make_sample(f"sft/{split}/{modality}", ToyConfig(), index)["json"]
-            for split in ("train", "heldout") for index in range(40)
-        ]  # fmt: skip
-        turns = [len(data["messages"]) // 2 for data in made]
-        assert max(turns[:40]) >= 3
-        assert set(turns[40:]) == {1}
-
-
 def spoken(messages: list[dict[str, str]]) -> list[tuple[int, str]]:
     """The sentences of all assistant turns with the second in which each begins."""
     found: list[tuple[int, str]] = []
@@ -382,99 +311,3 @@ def test_a_question_is_answered_and_the_answer_kept_right() -> None:
         assert [(at, text.rstrip(".").split(maxsplit=3)[-1]) for at, text in said[1:]] == changes
         corrected += bool(changes)
     assert corrected > 60
-
-
-def test_pictures_show_the_colours() -> None:
-    thing = Thing("square", "green", 3, 0.15, 0, 0)
-    pixels = np.asarray(Image.open(io.BytesIO(render.jpeg((thing,), 64))))
-    assert pixels.shape == (64, 64, 3)
-    assert np.abs(pixels[48, 48].astype(int) - COLOURS["green"]).max() < 12
-    assert pixels[16, 16].max() < 40
-
-
-def test_a_video_is_h264_and_shows_each_state_at_its_second() -> None:
-    story = STORIES[0]
-    data = render.mp4(story, size=56, fps=4)
-    info = probe_video(data)
-    assert info.frames == 32
-    assert info.duration == pytest.approx(8.0)
-    frames = list(frames_at(data, list(range(8))))
-    for shown, state in zip(frames, story.states, strict=True):
-        drawn = np.asarray(render.draw(state, 56)).transpose(2, 0, 1)
-        assert np.abs(shown.numpy().astype(int) - drawn).mean() < 8
-        for thing in state:
-            x, y = (round(56 * part) for part in thing.centre)
-            assert np.abs(shown[:, y, x].numpy() - COLOURS[thing.colour]).max() < 60
-    assert render.mp4(story, size=56, fps=4) == data
-
-
-def test_a_set_has_every_source_split_and_count(toy: Path) -> None:
-    for split, count in (("train", 48), ("heldout", 8)):
-        for modality in MODALITIES:
-            assert check_source(toy / "sft" / split / modality).samples == count
-    manifest = json.loads((toy / "toy.json").read_text())
-    assert manifest["config"]["seed"] == 1
-    assert manifest["sources"]["sft/train/video"]["shards"] == 5
-
-
-def test_all_samples_are_valid_and_splits_differ(toy: Path) -> None:
-    videos: dict[str, set[bytes]] = {}
-    for split in ("train", "heldout"):
-        for shard in sorted((toy / "sft" / split).glob("*/*.tar")):
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    if member.name.endswith(".json"):
-                        parse_sample(member.name, data)
-                    elif member.name.endswith(".mp4"):
-                        videos.setdefault(split, set()).add(data)
-    assert len(videos["train"]) == 48
-    assert not videos["train"] & videos["heldout"]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_has_its_samples(stage: str) -> None:
-    kinds: dict[str, set[Any]] = {}
-    for modality in MODALITIES:
-        for index in range(20):
-            data = make_sample(f"{stage}/train/{modality}", ToyConfig(), index)["json"]
-            kinds.setdefault(modality, set()).add(parse_sample("key", data).kind)
-    of_text, of_video = ("caption", "caption") if stage[:2] == "pt" else ("chat", "chat")
-    of_video = "realtime" if stage == "realtime_sft" else of_video
-    assert kinds == {"text": {of_text}, "image": {of_text}, "video": {of_video}}
-
-
-def test_a_sample_depends_on_its_number_alone() -> None:
-    config = ToyConfig(seed=7)
-    first = make_sample("sft/train/video", config, 3)
-    assert make_sample("sft/train/video", config, 3) == first
-    for other in ("sft/heldout/video", "pt2/train/video"):
-        assert make_sample(other, config, 3)["0.mp4"] != first["0.mp4"]
-
-
-def test_building_again_does_nothing_and_other_arguments_are_refused(toy: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in toy.rglob("*")}
-    config = ToyConfig(train=48, heldout=8, seed=1, samples_per_shard=10, stages=("sft",))
-    build_toy(toy, config)
-    assert {path: path.stat().st_mtime_ns for path in toy.rglob("*")} == before
-    with pytest.raises(ShardError, match="other arguments"):
-        build_toy(toy, ToyConfig(train=49, heldout=8, seed=1, samples_per_shard=10))
-
-
-def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
-    arguments = [str(tmp_path), "--train", "4", "--heldout", "2", "--workers", "1"]
-    arguments += ["--stages", "pt1"]
-    assert main(arguments) == 0
-    shard = tmp_path / "pt1" / "train" / "video" / "shard-000000.tar"
-    whole = shard.read_bytes()
-    (tmp_path / "toy.json").unlink()
-    shard.rename(shard.with_name(shard.name + ".partial"))
-    assert main(arguments) == 0
-    assert shard.read_bytes() == whole
-
-
-def test_a_wrong_argument_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), "--size", "51"]) == 1
-    assert "size: 51" in capsys.readouterr().err
-    assert main([str(tmp_path), "--stages", "pt3"]) == 1
-    assert "choose of pt1, pt2, sft, realtime_sft" in capsys.readouterr().err
