@@ -18,7 +18,7 @@ from typing import Any
 
 from data_pipeline.index import prepare_index
 from data_pipeline.progress import Progress
-from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK
+from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK
 from data_pipeline.shards import ShardError, check_source, write_shards
 from data_pipeline.tokens import build_toy_tokenizer
 from data_pipeline.toy import captions, facts, render, stream, world
@@ -180,37 +180,38 @@ def _interleaved(seed: int, rng: random.Random, config: ToyConfig) -> dict[str, 
     """Pictures of a story, each followed by what is new in it."""
     story = world.simulate(seed, seconds=4, events=rng.randint(2, 3))
     said = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
-    data = _talk("", [("", "".join(f"{IMAGE_MARK}{words}" for words in said))], "caption")
-    files = [f"{second}.jpg" for second in range(len(said))]
-    data |= {"media": [{"type": "image", "file": file} for file in files], "task": "caption"}
-    pictures = (render.jpeg(state, config.size) for state in story.states)
-    return {"json": data, **dict(zip(files, pictures, strict=True))}
+    data = _talk([("", "".join(f"{IMAGE_MARK}{words}" for words in said))], "caption")
+    pictures = {f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)}
+    return {"json": data | {"task": "caption"}, **pictures}
 
 
 def _caption(
-    mark: str, told: str, facts: list[str], split: str, rng: random.Random
+    mark: str, told: str, also: list[str], split: str, rng: random.Random
 ) -> dict[str, Any]:
-    """The caption, or in training one of the facts; never two, they give each other away."""
-    said = rng.choice([told, *facts]) if split == "train" else told
-    return _talk(mark, [("", said)], "caption") | {"task": "caption"}
+    """The caption, or in training one of `also`; never two, they give each other away."""
+    said = rng.choice([told, *also]) if split == "train" else told
+    return _talk([(mark, said)], "caption") | {"task": "caption"}
 
 
 def _answers(shown: str, asked: list[captions.QA], split: str) -> dict[str, Any]:
     """All questions, in training; the first one, where answers are judged."""
-    first = asked[0]
-    turns = [(qa.question, qa.answer) for qa in (asked if split == "train" else [first])]
-    data = _talk(shown, turns, "chat") | {"task": first.task}
+    first, *others = asked
+    turns = [(shown + first.question, first.answer)]
+    turns += [(qa.question, qa.answer) for qa in others if split == "train"]
+    data = _talk(turns, "chat") | {"task": first.task}
     return data | ({"options": list(first.options)} if first.options else {})
 
 
-def _talk(shown: str, turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
-    files = {IMAGE_MARK: ("image", "0.jpg"), VIDEO_MARK: ("video", "0.mp4")}
-    media = [{"type": of, "file": name} for mark, (of, name) in files.items() if mark in shown]
-    messages = []
-    for question, answer in turns:
-        messages.append({"role": "user", "content": shown + question})
-        messages.append({"role": "assistant", "content": answer})
-        shown = ""
+def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
+    """A conversation; its n-th mark is that of `n.jpg` or `n.mp4`."""
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    shown = [mark[2:-2] for message in messages for mark in MARK.findall(message["content"])]
+    suffixes = {"image": "jpg", "video": "mp4"}
+    media = [{"type": of, "file": f"{i}.{suffixes[of]}"} for i, of in enumerate(shown)]
     return {"messages": messages, "media": media, "kind": kind}
 
 

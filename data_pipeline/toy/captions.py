@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.toy.world import (
@@ -135,6 +135,10 @@ def single(story: Story) -> list[Event]:
     return [event for event in story.events if told.count(past(event)) == 1]
 
 
+def ends(story: Story) -> list[tuple[str, Event]]:
+    return [("first", story.events[0]), ("last", story.events[-1])]
+
+
 def order(word: str, event: Event) -> QA:
     """`word`: whether the event is the first or the last."""
     return QA("order", f"What happens {word}?", tell(event))
@@ -160,8 +164,7 @@ def of_event(event: Event, story: Story, rng: random.Random) -> QA:
     asked = [at(event)]
     asked += [direction(event)] if event.kind == "move" and moved.count(event.who) == 1 else []
     asked += [when(event, story)] if event in single(story) else []
-    ends = (("first", story.events[0]), ("last", story.events[-1]))
-    asked += [order(word, end) for word, end in ends if end == event]
+    asked += [order(word, end) for word, end in ends(story) if end == event]
     return rng.choice(asked)
 
 
@@ -171,18 +174,27 @@ def ask_still(state: State, rng: random.Random) -> list[QA]:
     return [count(state), *asked] if rng.random() < 0.25 else asked
 
 
-def ask_story(story: Story, rng: random.Random) -> list[QA]:
-    """Questions about the events of a clip or its end, each about another shape."""
-    state, asked, spoken = story.states[-1], [], set()
+def topics(story: Story, rng: random.Random) -> Iterator[Thing | Event]:
+    """What to speak of: a thing at the end (of each fourth clip); events, each of another shape."""
+    spoken = set()
     if rng.random() < 0.25:
-        thing = rng.choice(state)
+        thing = rng.choice(story.states[-1])
         spoken.add(thing.shape)
-        asked.append(about(thing, state, rng, " at the end"))
+        yield thing
     for event in rng.sample(story.events, len(story.events)):
         if event.shape not in spoken:
             spoken.add(event.shape)
-            asked.append(of_event(event, story, rng))
-    return asked
+            yield event
+
+
+def ask_story(story: Story, rng: random.Random) -> list[QA]:
+    """Questions about the events of a clip or its end, each about another shape."""
+    return [
+        about(topic, story.states[-1], rng, " at the end")
+        if isinstance(topic, Thing)
+        else of_event(topic, story, rng)
+        for topic in topics(story, rng)
+    ]
 
 
 def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[QA]]:
@@ -192,5 +204,4 @@ def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[
     """
     if rng.random() < 0.5:
         return describe_places(state), [*ask_still(state, rng), *ask_still(state, rng)]
-    events = [("first", story.events[0]), ("last", story.events[-1])]
-    return narrate(story), [order(*end) for end in rng.sample(events, 2)]
+    return narrate(story), [order(*end) for end in rng.sample(ends(story), 2)]

@@ -12,11 +12,13 @@ from data_pipeline.toy.captions import (
     NUMBERS,
     absent,
     by_one,
+    ends,
     narrate_changes,
     past,
     sentence,
     single,
     tell,
+    topics,
 )
 from data_pipeline.toy.world import PLACES, Event, State, Story, Thing
 
@@ -48,28 +50,24 @@ def timeline(story: Story) -> str:
 
 def story_facts(story: Story, rng: random.Random) -> str:
     """Facts about the events of a clip or its end, each about another shape."""
-    state, said, spoken = story.states[-1], [], set()
-    if rng.random() < 0.25:
-        thing = rng.choice(state)
-        spoken.add(thing.shape)
-        said.append(f"At the end {_inner(_about(thing, state, rng))}")
-    for event in rng.sample(story.events, len(story.events)):
-        if event.shape not in spoken:
-            spoken.add(event.shape)
-            said += _of_event(event, story, rng)
-    return " ".join(said) or _ordered("First", story.events[0])
+    said = []
+    for topic in topics(story, rng):
+        if isinstance(topic, Thing):
+            said.append(f"At the end {_inner(_about(topic, story.states[-1], rng))}")
+        else:
+            said += _of_event(topic, story, rng)
+    return " ".join(said) or _ordered("first", story.events[0])
 
 
 def _of_event(event: Event, story: Story, rng: random.Random) -> list[str]:
-    ends = (("First", story.events[0]), ("Last", story.events[-1]))
-    facts = [_ordered(word, end) for word, end in ends if end == event]
+    facts = [_ordered(word, end) for word, end in ends(story) if end == event]
     if event in single(story) and (not facts or rng.random() < 0.7):
         return [sentence(f"{past(event)} at second {NUMBERS[event.second]}")]
     return [rng.choice(facts)] if facts else []
 
 
 def _ordered(word: str, event: Event) -> str:
-    return f"{word} {_inner(tell(event))}"
+    return f"{word.capitalize()} {_inner(tell(event))}"
 
 
 def _inner(told: str) -> str:
