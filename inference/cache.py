@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.decoder_moss_video import Decoder, attend
+from inference.decoder_moss_video import Decoder, attend, attend_few
 from inference.slots import NEVER, Slot
 
 # Rows behind `max_tokens` where a slot that rests in a fixed pass leaves what it makes: 2, and what
@@ -256,17 +256,3 @@ class Fixed:
         for buffer, x in ((keys, new[0]), (values, new[1])):
             buffer[self.rows, :, self.where] = x.transpose(1, 2)
         return attend_few(q, keys, values, self.mask)
-
-
-def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """As `decoder_moss_video.attend`, in plain products, for few queries over many keys.
-
-    A fused CUDA kernel gives one block of threads to a KV head and a tile of queries; with one or
-    two tokens that is a handful of blocks for a whole GPU. Products are cut along the keys too.
-    """
-    groups, length = q.shape[1] // k.shape[1], q.shape[2]
-    folded = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, KV heads, groups x S, D]
-    scores = (folded @ k.mT).float() * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~mask.repeat(1, 1, groups, 1), -torch.inf)
-    out = scores.softmax(-1).to(v.dtype) @ v
-    return out.unflatten(2, (groups, length)).flatten(1, 2)

