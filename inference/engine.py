@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from inference import saved
 from inference.cache import Cache, Packed, Segment
 from inference.checkpoint import load_model, load_processor
 from inference.fixed import FixedPasses
@@ -259,22 +260,7 @@ class Engine:
     def save(self, slot: Slot) -> dict[str, Any]:
         """All of a slot, on the CPU, for `restore` in this engine or another of the same model,
         window and sinks. torch.save can write it."""
-        return {
-            "version": 1,
-            "window": self.window,
-            "sinks": self.sinks,
-            "slot": {
-                "tokens": list(slot.tokens),
-                "positions": list(slot.positions),
-                "position": slot.position,
-                "pending": slot.pending,
-                "evictions": [(e.kind, e.positions) for e in slot.evictions],
-            },
-            "ring": {"first": list(slot.ring.first), "count": slot.ring.count},
-            "sampling": dict(vars(slot.sampling)),
-            "seen": self.sampler.seen[slot.index].cpu().clone(),
-            **self.cache.save(slot),
-        }
+        return saved.state_of(slot, self.sampler, self.cache)
 
     def restore(self, state: dict[str, Any]) -> Slot:
         """A new slot that goes on where `save` was called.
@@ -286,14 +272,7 @@ class Engine:
         self.check_state(state)
         self.check_free()
         slot = self._take(Sampling(**state["sampling"]))
-        saved = dict(state["slot"])
-        evictions = [Eviction(kind, tuple(at)) for kind, at in saved.pop("evictions")]
-        for name, value in saved.items():
-            setattr(slot, name, list(value) if isinstance(value, list) else value)
-        slot.evictions = evictions
-        slot.ring.first, slot.ring.count = list(state["ring"]["first"]), state["ring"]["count"]
-        self.cache.restore(slot, state)
-        self.sampler.seen[slot.index] = state["seen"].to(self.device)
+        saved.fill(slot, state, self.sampler, self.cache)
         return slot
 
     def _token(self, text: str, fallback: int | None) -> int | None:
@@ -335,19 +314,7 @@ class Engine:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state of another model or other sizes."""
-        text, frames = state["text"], state["frames"]
-        layout = self.cache.text.shape
-        wrong = {
-            "window": state["window"] != self.window,
-            "sinks": state["sinks"] != self.sinks,
-            "max_tokens": text.shape[-2] > self.max_tokens,
-            "model": text.shape[:2] != layout[:2]
-            or text.shape[2] != layout[3]
-            or frames.shape[0] != self.cache.frames.shape[0],
-        }
-        found = [name for name, value in wrong.items() if value]
-        if found:
-            raise ValueError(f"the saved session does not fit this engine: other {found[0]}")
+        saved.check(state, self.cache, self.sinks)
 
     def _make_room(self, wanted: Sequence[tuple[Slot, int]]) -> None:
         """Forgets old text of slots that would grow beyond `max_tokens`."""
