@@ -120,7 +120,8 @@ def _info(packets: Packets) -> VideoInfo:
 
 def upright_pixels(frame: VideoFrame) -> Tensor:
     """uint8 [3, H, W], turned as its rotation says; strides are those of [H, W, 3]."""
-    array: np.ndarray = frame.to_ndarray(format="rgb24")  # [H, W, 3]
+    # One thread: starting one for each core and frame costs more than converting a small picture.
+    array: np.ndarray = frame.to_ndarray(format="rgb24", threads=1)  # [H, W, 3]
     turns = round(frame.rotation / 90) % 4  # phones store the picture lying and a matrix beside it
     if turns:
         array = np.ascontiguousarray(np.rot90(array, turns))

@@ -25,7 +25,9 @@ from data_pipeline.toy import captions, facts, render, stream, world
 
 STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
-_VERSION = 5  # of what is drawn and said; a change makes existing folders stale
+# Of pretraining's picture samples, how many are stories in pictures, and with how many pictures.
+_STORIES = {"pt1": (0.4, 4), "pt2": (0.7, 5)}
+_VERSION = 6  # of what is drawn and said; a change makes existing folders stale
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
         return key | {"json": _answers(f"{told} ", asked, split)}
     if modality == "image":
         state = world.still(seed)
-        if pretrain and split == "train" and rng.random() < 0.4:
-            return key | _interleaved(seed, rng, config)
+        if pretrain and split == "train" and rng.random() < _STORIES[stage][0]:
+            return key | _interleaved(_STORIES[stage][1], seed, rng, config)
         if pretrain:
             told = captions.describe_places(state)
             data = _caption(IMAGE_MARK, told, [facts.still_facts(state, rng)] * 2, split, rng)
@@ -146,10 +148,12 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     elif stage == "realtime_sft":
         data = _live(story, rng)
     else:
-        tell = captions.narrate if stage == "pt1" else captions.narrate_order
-        fact = facts.story_facts(story, rng)
-        also = [fact, fact, facts.timeline(story)]
-        data = _caption(VIDEO_MARK, tell(story), also, split, rng)
+        fact, seconds = facts.story_facts(story, rng), facts.timeline(story)
+        if stage == "pt1":
+            told, also = captions.narrate(story), [fact, fact, seconds]
+        else:
+            told, also = captions.narrate_order(story), [fact, seconds, seconds]
+        data = _caption(VIDEO_MARK, told, also, split, rng)
     return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
 
 
@@ -159,7 +163,7 @@ def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
         return world.simulate(seed, seconds=4, events=1)
     if stage == "realtime_sft":
         return world.simulate(seed, rng.randint(9, 12), rng.randint(2, 3), gap=2)
-    return world.simulate(seed, seconds=6, events=2)
+    return world.simulate(seed, seconds=6, events=rng.randint(2, 4 if stage == "pt2" else 3))
 
 
 def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
@@ -176,13 +180,13 @@ def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
     return data | ({"options": list(live.qa.options)} if live.qa else {})
 
 
-def _interleaved(seed: int, rng: random.Random, config: ToyConfig) -> dict[str, Any]:
+def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig) -> dict[str, Any]:
     """Pictures of a story, each followed by what is new in it."""
-    story = world.simulate(seed, seconds=4, events=rng.randint(2, 3))
+    story = world.simulate(seed, pictures, events=rng.randint(2, pictures - 1))
     said = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
     data = _talk([("", "".join(f"{IMAGE_MARK}{words}" for words in said))], "caption")
-    pictures = {f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)}
-    return {"json": data | {"task": "caption"}, **pictures}
+    shown = {f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)}
+    return {"json": data | {"task": "caption"}, **shown}
 
 
 def _caption(

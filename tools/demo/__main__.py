@@ -85,8 +85,8 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
         f"data.root={options.out / 'world'}",
         f"run.dir={run}",
         "trainer.console_every=50",
-        "data.global_batch=32",
-        f"data.micro_batch={32 // options.ranks}",
+        "data.global_batch=16",
+        f"data.micro_batch={16 // options.ranks}",
         f"data.samples={_samples(stage, options.scale)}",
         *([f"init_from={before}"] if before else []),
         *options.overrides,
@@ -94,9 +94,9 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
 
 
 def _samples(stage: str, scale: float) -> int:
-    """`scale` times what the stage's recipe trains on, 32 at least."""
+    """`scale` times what the stage's recipe trains on, 16 at least."""
     recipe = yaml.safe_load((REPO / f"conf/recipe/toy_{stage}.yaml").read_text())
-    return max(32, round(recipe["data"]["samples"] * scale))
+    return max(16, round(recipe["data"]["samples"] * scale))
 
 
 def start(module: str, *arguments: str) -> None:
