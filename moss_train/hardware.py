@@ -130,8 +130,8 @@ def activate_cpu() -> None:
 def keep_freed_memory() -> None:
     """Lets the allocator keep what a step frees, for the next step allocates the same.
 
-    glibc returns large blocks to the system, which clears them when they are taken again: 5,000 page
-    faults a step of the toy model, 600 with this. Elsewhere nothing happens.
+    glibc returns large blocks to the system, which clears them when they are taken again: 5,000
+    page faults a step of the toy model, 600 with this. Elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
