@@ -185,8 +185,11 @@ def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig
     story = world.simulate(seed, pictures, events=rng.randint(2, pictures - 1))
     said = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
     data = _talk([("", "".join(f"{IMAGE_MARK}{words}" for words in said))], "caption")
-    shown = {f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)}
-    return {"json": data | {"task": "caption"}, **shown}
+    data |= {"task": "caption"}
+    return {"json": data} | {
+        f"{second}.jpg": render.jpeg(state, config.size, second)
+        for second, state in enumerate(story.states)
+    }
 
 
 def _caption(
