@@ -42,7 +42,9 @@ def test_pictures_of_a_story_are_told_one_by_one() -> None:
         assert {PLACES.index(place): colour for colour, place in things}.items() <= shown[0].items()
         for words, (before, after) in zip(later, pairwise(shown), strict=True):
             assert is_told(words.rstrip(".").split(), before, after), words
-        told += [words.split()[-1] if "new" in words else words.split()[3] for words in later]
+        told += [
+            words.split()[-1] if "new" in words else words.split()[2].rstrip(".") for words in later
+        ]
     assert len(told) > 50
     assert set(told) >= {"new.", "turns", "moves"}
 
@@ -62,7 +64,8 @@ def is_told(words: list[str], before: dict[int, str], after: dict[int, str]) -> 
     """Whether the words say how one picture became the next."""
     if words == ["Nothing", "new"]:
         return before == after
-    _, colour, _, verb, *to = words
+    colour, _, verb, *to = words
+    colour = colour.lower()
     place = {colour: place for place, colour in {**after, **before}.items()}[colour]
     if verb == "comes":
         return {**before, place: colour} == after and place not in before
@@ -105,7 +108,7 @@ def test_the_clock_runs_around_the_edge_in_twelve_seconds() -> None:
         np.hypot(*np.subtract(a, b)) for a, b in zip(marks, marks[1:] + marks[:1], strict=True)
     ]
     assert min(steps) > 0.1
-    assert max(steps) < 0.27
+    assert max(steps) < 0.35
     assert (np.asarray(render.draw((), 80, 12)) == np.asarray(render.draw((), 80, 0))).all()
 
 
