@@ -127,7 +127,7 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     seed = rng.getrandbits(48)
     key = {"__key__": f"{modality}-{index:06d}"}
     if modality == "text":
-        state, story = world.still(seed), world.simulate(seed, seconds=6, events=2)
+        state, story = world.still(seed), world.simulate(seed, seconds=4, events=2)
         if pretrain:
             return key | {"json": _caption("", captions.narrate_order(story), [], split, rng)}
         told, asked = captions.ask_text(state, story, rng)
@@ -160,10 +160,10 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
 def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
     """Short clips of one event, long clips of several, and streams that are often quiet."""
     if stage == "pt1":
-        return world.simulate(seed, seconds=4, events=1)
+        return world.simulate(seed, seconds=3, events=1)
     if stage == "realtime_sft":
         return world.simulate(seed, rng.randint(9, 12), rng.randint(2, 3), gap=2)
-    return world.simulate(seed, seconds=6, events=rng.randint(2, 4 if stage == "pt2" else 3))
+    return world.simulate(seed, seconds=4, events=2)
 
 
 def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
@@ -185,11 +185,8 @@ def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig
     story = world.simulate(seed, pictures, events=rng.randint(2, pictures - 1))
     said = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
     data = _talk([("", "".join(f"{IMAGE_MARK}{words}" for words in said))], "caption")
-    data |= {"task": "caption"}
-    return {"json": data} | {
-        f"{second}.jpg": render.jpeg(state, config.size, second)
-        for second, state in enumerate(story.states)
-    }
+    shown = {f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)}
+    return {"json": data | {"task": "caption"}, **shown}
 
 
 def _caption(

@@ -63,11 +63,7 @@ def past(event: Event) -> str:
 
 def _clause(event: Event, tense: dict[str, str]) -> str:
     article = "a" if event.kind == "come" else "the"
-    return f"{article} {_bare(event, tense)}"
-
-
-def _bare(event: Event, tense: dict[str, str]) -> str:
-    return f"{event.who} {tense[event.kind]} {event.to}".rstrip()
+    return f"{article} {event.who} {tense[event.kind]} {event.to}".rstrip()
 
 
 def narrate(story: Story) -> str:
@@ -76,16 +72,9 @@ def narrate(story: Story) -> str:
 
 
 def narrate_changes(story: Story) -> list[str]:
-    """What is new in each second after the first: an event, or nothing.
-
-    `Red circle turns blue.`: its first word names what changes, for that word is what a frame's own
-    token must know.
-    """
-    seconds = [story.at(second) for second in range(1, len(story.states))]
-    return [
-        " ".join(sentence(_bare(event, _PRESENT)) for event in events) or "Nothing new."
-        for events in seconds
-    ]
+    """What is new in each second after the first: an event, or nothing."""
+    seconds = range(1, len(story.states))
+    return [" ".join(map(tell, story.at(second))) or "Nothing new." for second in seconds]
 
 
 def narrate_order(story: Story) -> str:

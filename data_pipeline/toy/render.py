@@ -13,22 +13,15 @@ from data_pipeline.toy.world import COLOURS, State, Story, Thing
 
 _BACKGROUND = (20, 20, 24)
 _SCALE = 2  # drawn larger and reduced, for smooth edges
-_CLOCK = (0, 220, 220)  # no thing's colour
-# Around the edge, clockwise, in fourths of the side.
-_HOURS = [(x, 0) for x in range(4)] + [(3, 1), (3, 2)] + [(x, 3) for x in (3, 2, 1, 0)]
-_HOURS += [(0, 2), (0, 1)]
 _START, _END = 0.25, 0.75  # of a second: when a change begins to show, and when it is done
 
 
-def draw(state: State, size: int, second: int | None = None) -> Image.Image:
-    """An RGB picture of size x size pixels, with the clock at `second`: a mark that runs around the
-    edge in twelve seconds."""
+def draw(state: State, size: int) -> Image.Image:
+    """An RGB picture of size x size pixels."""
     picture = Image.new("RGB", (size * _SCALE, size * _SCALE), _BACKGROUND)
     pen = ImageDraw.Draw(picture)
     for thing in state:
         _draw_thing(pen, thing, size * _SCALE)
-    if second is not None:
-        _draw_clock(pen, second, size * _SCALE)
     return picture.reduce(_SCALE)
 
 
@@ -46,18 +39,9 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
         pen.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill=fill)
 
 
-def _draw_clock(pen: ImageDraw.ImageDraw, second: int, side: int) -> None:
-    x, y = _HOURS[second % len(_HOURS)]
-    level = y in (0, 3)
-    across, down = ((x + 0.5) / 4, y / 3) if level else (x / 3, (y + 0.5) / 4)
-    r = 0.09  # half of it is outside
-    pen.rectangle([side * (at + by) for by in (-r, r) for at in (across, down)], fill=_CLOCK)
-
-
-def jpeg(state: State, size: int, second: int | None = None) -> bytes:
-    """As `draw`, as a file."""
+def jpeg(state: State, size: int) -> bytes:
     out = io.BytesIO()
-    draw(state, size, second).save(out, "JPEG", quality=92)
+    draw(state, size).save(out, "JPEG", quality=92)
     return out.getvalue()
 
 
@@ -70,11 +54,11 @@ def mp4(story: Story, size: int, fps: int) -> bytes:
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "20", "preset": "ultrafast"}
         stream.codec_context.thread_count = 1  # the same bytes on every machine
-        shown: tuple[State, int] | None = None
+        shown: State | None = None
         for frame in range(len(story.states) * fps):
-            now = between(story, frame / fps), frame // fps
+            now = between(story, frame / fps)
             if now != shown:
-                shown, pixels = now, np.asarray(draw(now[0], size, now[1]))
+                shown, pixels = now, np.asarray(draw(now, size))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return out.getvalue()

@@ -119,7 +119,7 @@ def _happen(
     rng: random.Random, state: State, shapes: list[str], second: int
 ) -> tuple[State, Event]:
     """One event; `shapes` are those that have not been seen yet, and are used up."""
-    kinds: list[EventKind] = ["move", "turn"]
+    kinds: list[EventKind] = ["move", "move", "turn"]  # a place is seen less easily than a colour
     kinds += ["come"] if shapes and len(state) < 3 else []
     kinds += ["leave"] if len(state) > 1 else []
     kind = rng.choice(kinds)

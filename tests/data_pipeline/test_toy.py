@@ -241,15 +241,10 @@ def test_timelines_tell_every_second() -> None:
     for story in STORIES:
         events = dict(history(story))
         told = [
-            f"Second {NUMBERS[second]}: {bare(events.get(second, 'Nothing new.'))}"
+            f"Second {NUMBERS[second]}: {lowered(events.get(second, 'Nothing new.'))}"
             for second in range(1, 8)
         ]
         assert timeline(story) == " ".join(told)
-
-
-def bare(sentence: str) -> str:
-    """Without its article."""
-    return lowered(sentence).removeprefix("the ").removeprefix("a ")
 
 
 def lowered(sentence: str) -> str:
