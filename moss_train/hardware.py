@@ -8,7 +8,6 @@ so the names are redirected here, once for the process.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import random
@@ -25,7 +24,6 @@ _FACTORIES = (
     "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
     "rand", "randn", "tensor", "as_tensor", "zeros", "zeros_like",
 )  # fmt: skip
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 _cpu_active = False
 
 
@@ -61,7 +59,6 @@ def activate(kind: str) -> torch.device:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         activate_cpu()
-        keep_freed_memory()
     return device()
 
 
@@ -125,19 +122,6 @@ def activate_cpu() -> None:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _redirect_megatron_rng()
-
-
-def keep_freed_memory() -> None:
-    """Lets the allocator keep what a step frees, for the next step allocates the same.
-
-    glibc returns large blocks to the system, which clears them when they are taken again: 5,000
-    page faults a step of the toy model, 600 with this. Elsewhere nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TOP_PAD, 64 << 20)
 
 
 def _redirect_cuda_module() -> None:
