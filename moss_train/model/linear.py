@@ -25,8 +25,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
-
-from moss_train.model.products import linear
+from torch.nn.functional import linear
 
 
 class _Adaptable(nn.Module):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from moss_train.config import ModelConfig
-from moss_train.model.products import linear
 from moss_train.model.vision import VisionTower, concatenate_states
 
 POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
@@ -39,7 +38,7 @@ class Projector(nn.Module):
         """Pooled features `[N, T, P, D]` (see `pool_states`) -> `[N, T x P, H]`."""
         if self.merge is not None:
             features = self._pool(features)
-        return linear(features, self.linear.weight, self.linear.bias).flatten(1, 2)
+        return self.linear(features).flatten(1, 2)
 
     def pool_states(self, final: Tensor, intermediate: list[Tensor]) -> Tensor:
         """Pools each state, then concatenates them: `[N, T, P, D x (1 + n)]`.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import set_checkpoint_early_stop
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from moss_train.config import (
     ModelConfig,
@@ -19,7 +19,6 @@ from moss_train.config import (
 )
 from moss_train.convert.drawn import random_reader
 from moss_train.convert.weights import fill
-from moss_train.model import products
 from moss_train.model.frames import FrameBatch, plan_frames
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
@@ -37,13 +36,6 @@ from moss_train.train.flops import (
 TILES, LENGTH, LABELS, MARKS = 2, 24, 17, ([2, 9, 10], [5])
 PT1 = Trains(vision=False, projector=True, decoder=False)
 ALL = Trains(vision=True, projector=True, decoder=True)
-if products.onednn_is_faster():  # torch has no formula for the operator then
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _product_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-        return 2 * x.numel() * weight[0]
-
-
 ATTENTION = {torch.ops.aten.bmm}  # all others are linear layers and convolutions
 
 
