@@ -183,7 +183,7 @@ def test_stats_count_what_is_trained_on(
     }  # fmt: skip
     assert rows["image"]["frames"] == 12
     assert rows["text"]["frames"] == 0
-    assert rows["video"]["frames"] == 12 * 12  # 6 s at 2 fps
+    assert rows["video"]["frames"] == 12 * 8  # 4 s at 2 fps
     assert rows["video"]["silence_ratio"] is None
 
 

@@ -48,18 +48,22 @@ def scores(demo: Path, stage: str) -> dict[tuple[str, str], dict[str, float]]:
 
 def test_held_out_pictures_and_clips_are_described(demo: Path) -> None:
     """A model that has learned the language of captions, but sees nothing, gets the blind share;
-    random weights get less than chance, the most frequent token's share."""
-    for source, margin in (("pt1/image", 0.06), ("pt1/video", 0.04), ("pt2/image", 0.06)):
+    random weights get less than chance, the most frequent token's share. After pt1 a model of so few
+    samples has learned little but the language."""
+    for source, margin in (("pt1/image", None), ("pt2/image", 0.04), ("pt2/video", 0.04)):
         found = scores(demo, source[:3])[source, "caption token accuracy"]
         assert found["count"] == 40
         assert found["chance"] < 0.25
-        assert found["value"] > found["blind"] + margin, source
+        least = found["chance"] + 0.2 if margin is None else found["blind"] + margin
+        assert found["value"] > least, source
 
 
 def test_questions_are_answered(demo: Path) -> None:
-    """At this size as often as by chance; random weights say nothing that is an answer."""
-    for source in ("sft/text", "sft/image"):
-        assert scores(demo, "sft")[source, "answers exact"]["value"] > 0.15, source
+    """Of pictures, more than without seeing them; random weights say nothing that is an answer."""
+    found = scores(demo, "sft")
+    assert found["sft/text", "answers exact"]["value"] > 0.15
+    pictures = found["sft/image", "answers exact"]
+    assert pictures["value"] > pictures["blind"] + 0.08
 
 
 def test_held_out_streams_are_watched_and_asked_about(demo: Path) -> None:

@@ -154,7 +154,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "frames": (
         1, ["stage.video_max_frames=2"],
-        ["stage.video_max_frames=2: must be at least stage.video_min_frames=4"],
+        ["stage.video_max_frames=2: must be at least stage.video_min_frames=3"],
     ),
     "pool": (
         1, ["model.projector.stride=3"],
