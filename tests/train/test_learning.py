@@ -48,8 +48,8 @@ def scores(demo: Path, stage: str) -> dict[tuple[str, str], dict[str, float]]:
 
 def test_held_out_pictures_and_clips_are_described(demo: Path) -> None:
     """A model that has learned the language of captions, but sees nothing, gets the blind share;
-    random weights get less than chance, the most frequent token's share. After pt1 a model of so few
-    samples has learned little but the language."""
+    random weights get less than chance, the most frequent token's share. After pt1, so few samples
+    have taught little but the language."""
     for source, margin in (("pt1/image", None), ("pt2/image", 0.04), ("pt2/video", 0.04)):
         found = scores(demo, source[:3])[source, "caption token accuracy"]
         assert found["count"] == 40
