@@ -27,7 +27,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the demo's runs, and what it printed in `printed`."""
     folder: Path = tmp_path_factory.mktemp("demo")
     sizes = ["--train", "1200", "--heldout", "40", "--scale", SCALE, "--ranks", "1"]
-    sizes += ["data.global_batch=16", "data.micro_batch=16"]  # few samples want many steps
     done = subprocess.run(
         [sys.executable, "-m", "tools.demo", "--out", str(folder), *sizes],
         cwd=REPO,
@@ -50,12 +49,14 @@ def test_held_out_pictures_and_clips_are_described(demo: Path) -> None:
     """A model that has learned the language of captions, but sees nothing, gets the blind share;
     random weights get less than chance, the most frequent token's share. After pt1, so few samples
     have taught little but the language."""
-    for source, margin in (("pt1/image", None), ("pt2/image", 0.04), ("pt2/video", 0.04)):
+    for source in ("pt1/image", "pt1/video", "pt2/image", "pt2/video"):
         found = scores(demo, source[:3])[source, "caption token accuracy"]
         assert found["count"] == 40
         assert found["chance"] < 0.25
-        least = found["chance"] + 0.2 if margin is None else found["blind"] + margin
-        assert found["value"] > least, source
+        assert found["value"] > found["chance"] + 0.2, source
+    for source, margin in (("pt2/image", 0.06), ("pt2/video", 0.04)):
+        found = scores(demo, "pt2")[source, "caption token accuracy"]
+        assert found["value"] > found["blind"] + margin, source
 
 
 def test_questions_are_answered(demo: Path) -> None:

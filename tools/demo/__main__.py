@@ -24,6 +24,7 @@ from tools.demo.narrate import held_out_clip, told
 from tools.demo.report import write_report
 
 REPO = Path(__file__).resolve().parents[2]
+BATCH = 16  # samples a step, over all ranks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,8 +86,8 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
         f"data.root={options.out / 'world'}",
         f"run.dir={run}",
         "trainer.console_every=50",
-        "data.global_batch=16",
-        f"data.micro_batch={16 // options.ranks}",
+        f"data.global_batch={BATCH}",
+        f"data.micro_batch={BATCH // options.ranks}",
         f"data.samples={_samples(stage, options.scale)}",
         *([f"init_from={before}"] if before else []),
         *options.overrides,
@@ -94,9 +95,9 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
 
 
 def _samples(stage: str, scale: float) -> int:
-    """`scale` times what the stage's recipe trains on, 16 at least."""
+    """`scale` times what the stage's recipe trains on, a step's at least."""
     recipe = yaml.safe_load((REPO / f"conf/recipe/toy_{stage}.yaml").read_text())
-    return max(16, round(recipe["data"]["samples"] * scale))
+    return max(BATCH, round(recipe["data"]["samples"] * scale))
 
 
 def start(module: str, *arguments: str) -> None:
