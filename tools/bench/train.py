@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -123,6 +124,16 @@ def prepare(config: Config, job: dict[str, Any]) -> dict[str, float]:
     return {"samples_per_s": rate}
 
 
+def _free_port() -> int:
+    """A port that nobody listens on, below those that outgoing connections take: contestants that
+    start at once would otherwise now and then take each other's."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("no free port between 20000 and 30000")
+
+
 class Contestant:
     """The processes of one side in one layout."""
 
@@ -134,10 +145,7 @@ class Contestant:
         stem = Path(job["folder"]) / name.replace(" ", "-")
         spec = stem.with_suffix(".json")
         spec.write_text(json.dumps(job))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         self.logs = [stem.with_suffix(f".{rank}.log") for rank in range(ranks)]
         self.processes = [
