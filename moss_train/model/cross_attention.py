@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from moss_train.config import ModelConfig
+from moss_train.model.attention import attend
 from moss_train.model.frames import FrameBatch
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
@@ -116,11 +117,14 @@ class CrossAttentionLayer(MegatronModule):
             assert marks is not None
             query, key = text(query), marks(key)
         key = self.k_norm(key)
-        attend = attend_flex if self.backend == "flex" else attend_blocks
-        if self.recompute_core and torch.is_grad_enabled():
-            out = checkpoint(attend, query, key, value, frames, use_reentrant=False)
+        if frames.padded is not None:
+            core = attend_padded
         else:
-            out = attend(query, key, value, frames)
+            core = attend_flex if self.backend == "flex" else attend_blocks
+        if self.recompute_core and torch.is_grad_enabled():
+            out = checkpoint(core, query, key, value, frames, use_reentrant=False)
+        else:
+            out = core(query, key, value, frames)
         return out.flatten(1)[:, None]  # [T, 1, heads x D]
 
 
@@ -149,6 +153,21 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         out.append(attended[0].transpose(0, 1))
     return attending.put(torch.cat(out))
+
+
+def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
+    """As `attend_blocks`, for many short sequences: all of them at once."""
+    padded = frames.padded
+    assert padded is not None
+    batch = padded.shape[0]
+    q = padded.tokens.put(query).unflatten(0, (batch, -1)).transpose(1, 2)  # [B, heads, S, D]
+    k, v = (
+        padded.frames.put(x).unflatten(0, (batch, -1)).flatten(1, 2).transpose(1, 2)
+        for x in (key, value)
+    )  # [B, kv heads, F x T x P, D]
+    mask = padded.mask.repeat_interleave(k.shape[2] // padded.mask.shape[2], dim=2)[:, None]
+    attended = attend(q, k, v, mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
+    return padded.tokens.take(attended)
 
 
 class _Windows(torch.autograd.Function):

@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moss_train.model.padded import PaddedFrames, pad_frames
+
 MIN_BLOCK = 128  # tokens
 SMALL_BLOCK = 128 * 128  # (token, frame) pairs that a block may have, however few are needed
 NEVER = 2**40  # `visible_from` of a padding frame
@@ -51,6 +53,7 @@ class FrameBatch:
     tiles: True for the real tiles of each frame `[F, T]`.
     tokens: those that attend a frame at all `[n]`, ascending.
     blocks: what the attention computes, of all of `tokens`.
+    padded: the same as a padded batch, where that computes no more pairs.
     """
 
     positions: Tensor
@@ -60,12 +63,18 @@ class FrameBatch:
     tiles: Tensor
     tokens: Tensor
     blocks: list[Block]
+    padded: PaddedFrames | None = None
     states: Tensor | None = field(default=None)  # projected frames [F, T x P, H]
 
     @property
     def count(self) -> int:
         """Frames in the microbatch."""
         return len(self.positions)
+
+    @property
+    def pairs(self) -> int:
+        """(Token, frame) pairs that are computed."""
+        return self.padded.pairs if self.padded else sum(block.pairs for block in self.blocks)
 
     def attended(self) -> int:
         """(Token, frame) pairs that are needed, for the FLOP count."""
@@ -75,6 +84,8 @@ class FrameBatch:
         """Moves what every layer needs; the plan stays on the host."""
         for name in ("positions", "sees", "tokens"):
             setattr(self, name, getattr(self, name).to(device))
+        if self.padded is not None:
+            self.padded = self.padded.to(device)
         return self
 
 
@@ -120,8 +131,8 @@ def plan_frames(
     last = torch.searchsorted(start, token, right=True)
     sees = last > first
     unmasked = torch.zeros_like(sees)
+    row = torch.searchsorted(ends, token, right=True)  # len(lengths) for padding
     if attend_all:
-        row = torch.searchsorted(ends, token, right=True)  # len(lengths) for padding
         bounds = torch.searchsorted(frame_rows, torch.arange(len(lengths) + 2))
         unmasked = ~sees
         first = torch.where(unmasked, bounds[row], first)
@@ -130,7 +141,11 @@ def plan_frames(
     real = torch.arange(max_tiles) < count[:, None]
     tokens = (last > first).nonzero()[:, 0]
     blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real).blocks
-    return FrameBatch(positions, first, last, sees, real, tokens, blocks)
+    plan = FrameBatch(positions, first, last, sees, real, tokens, blocks)
+    if blocks:
+        padded = pad_frames(tokens, row, (first, last), unmasked, real, frame_rows)
+        plan.padded = padded if padded.pairs <= plan.pairs else None
+    return plan
 
 
 def _check_order(frame_rows: Tensor, start: Tensor, stop: Tensor) -> None:

@@ -6,43 +6,73 @@ import torch
 from torch import Tensor
 
 
-class Rows:
+class Move:
+    """Row `source[i]` of n belongs at place `places[i]` of m; each occurs once at most."""
+
+    def __init__(self, source: Tensor, places: Tensor, sizes: tuple[int, int]):
+        """`source`, `places`: `[k]`; `sizes`: n, m."""
+        n, m = sizes
+        # Where each row comes from; one beyond the last, a row of zeros, for the others.
+        self.source = torch.full((m,), n, device=source.device)
+        self.source[places] = source
+        self.places = torch.full((n,), m, device=source.device)
+        self.places[source] = places
+        self.fills, self.empties = len(places) == m, len(source) == n  # no zeros there, back
+
+    def put(self, x: Tensor) -> Tensor:
+        """`[n, ...]` -> `[m, ...]`, zeros where no row belongs."""
+        return _Move.apply(x, (self.source, self.fills), (self.places, self.empties))
+
+    def take(self, x: Tensor) -> Tensor:
+        """`[m, ...]` -> `[n, ...]`, zeros for rows that belong nowhere."""
+        return _Move.apply(x, (self.places, self.empties), (self.source, self.fills))
+
+    def to(self, device: torch.device) -> Move:
+        """In place."""
+        self.source, self.places = self.source.to(device), self.places.to(device)
+        return self
+
+
+class Rows(Move):
     """Some of N rows: `take` picks them, `put` returns them to their places among zeros."""
 
     def __init__(self, index: Tensor, total: int):
         """`index`: the rows `[n]`, each at most once."""
-        self.index, self.all = index, len(index) == total
-        if not self.all:  # where each row comes from; n, a row of zeros, for the others
-            self.inverse = torch.full((total,), len(index), device=index.device)
-            self.inverse[index] = torch.arange(len(index), device=index.device)
+        self.all = len(index) == total
+        if not self.all:
+            rows = torch.arange(len(index), device=index.device)
+            super().__init__(rows, index, (len(index), total))
 
     def take(self, x: Tensor) -> Tensor:
         """`[N, ...]` -> `[n, ...]`."""
-        return x if self.all else _Move.apply(x, self.index, self.inverse)
+        return x if self.all else super().take(x)
 
     def put(self, x: Tensor) -> Tensor:
         """`[n, ...]` -> `[N, ...]`."""
-        return x if self.all else _Move.apply(x, self.inverse, self.index)
+        return x if self.all else super().put(x)
+
+
+Index = tuple[Tensor, bool]  # rows to pick; False: len(x) among them stands for a row of zeros
 
 
 class _Move(torch.autograd.Function):
-    """`x[index]`, a row of zeros where the index is len(x); `inverse` undoes it.
+    """Picks rows of x; `inverse` undoes it.
 
     Autograd's own indexing adds up gradients, which is slow and on a GPU not deterministic.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(ctx, x: Tensor, index: Index, inverse: Index) -> Tensor:
+        ctx.inverse = inverse
         return _select(x, index)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (inverse,) = ctx.saved_tensors
-        return _select(grad, inverse), None, None
+        return _select(grad, ctx.inverse), None, None
 
 
-def _select(x: Tensor, index: Tensor) -> Tensor:
-    if len(index) > len(x):
+def _select(x: Tensor, index: Index) -> Tensor:
+    rows, all_real = index
+    if not all_real:
         x = torch.cat((x, x.new_zeros(1, *x.shape[1:])))
-    return x.index_select(0, index)
+    return x.index_select(0, rows)

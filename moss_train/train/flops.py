@@ -32,7 +32,7 @@ from torch import Tensor
 from moss_train.config import ModelConfig
 from moss_train.model.frames import FrameBatch
 from moss_train.model.projector import pooled_tokens
-from moss_train.model.vision import PATCH_MULTIPLE
+from moss_train.model.vision import rows_of_tile
 
 
 @dataclass(frozen=True)
@@ -205,10 +205,9 @@ def _attention(pairs: int, width: int, products: int) -> Part:
 
 
 def _vision(model: ModelConfig, trains: Trains, frames: int, tiles: int) -> Part:
-    """The tower over `frames` of T tiles: L = T x padded patches attend each other, L^2 pairs."""
-    vision, train = model.vision, trains.vision
-    width, padded = vision.hidden_size, -(-vision.num_patches // PATCH_MULTIPLE) * PATCH_MULTIPLE
-    length = tiles * padded
+    """The tower over `frames` of T tiles: L = T x rows attend each other, L^2 pairs."""
+    vision, train, width = model.vision, trains.vision, model.vision.hidden_size
+    length = tiles * rows_of_tile(vision, model.attention)[0]
     patches = 2 * frames * tiles * vision.grid**2 * 3 * vision.patch_size**2 * width
     weights = 4 * width**2 + 2 * width * vision.mlp_size  # q, k, v, o; fc1, fc2
     layers = frames * (vision.num_layers + vision.num_global_layers)

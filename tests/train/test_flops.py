@@ -114,8 +114,7 @@ class Measured:
     def counts(self) -> StepCounts:
         """What is computed: masked pairs of both attentions included."""
         tokens, pairs = 2 * LENGTH, 2 * LENGTH**2
-        attended = sum(block.pairs for block in self.frames.blocks)
-        return StepCounts(self.frames.count, attended, tokens, pairs, LABELS)
+        return StepCounts(self.frames.count, self.frames.pairs, tokens, pairs, LABELS)
 
     def check(self, name: str, part: Part) -> None:
         for phase in ("forward", "backward"):
