@@ -27,7 +27,7 @@ STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
 # Of pretraining's picture samples, how many are stories in pictures, and with how many pictures.
 _STORIES = {"pt1": (0.4, 4), "pt2": (0.7, 5)}
-_VERSION = 6  # of what is drawn and said; a change makes existing folders stale
+_VERSION = 7  # of what is drawn and said; a change makes existing folders stale
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
             return key | _interleaved(_STORIES[stage][1], seed, rng, config)
         if pretrain:
             told = captions.describe_places(state)
-            data = _caption(IMAGE_MARK, told, [facts.still_facts(state, rng)] * 2, split, rng)
+            also = [facts.still_facts(state, rng), facts.checklist(state, rng)]
+            data = _caption(IMAGE_MARK, told, also, split, rng)
         else:
             data = _answers(IMAGE_MARK, captions.ask_still(state, rng), split)
         return key | {"json": data, "0.jpg": render.jpeg(state, config.size)}
@@ -148,11 +149,9 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     elif stage == "realtime_sft":
         data = _live(story, rng)
     else:
-        fact, seconds = facts.story_facts(story, rng), facts.timeline(story)
-        if stage == "pt1":
-            told, also = captions.narrate(story), [fact, fact, seconds]
-        else:
-            told, also = captions.narrate_order(story), [fact, seconds, seconds]
+        also = [facts.story_facts(story, rng), facts.timeline(story)]
+        also += [facts.flags(story, rng), facts.track(story, rng)]
+        told = captions.narrate(story) if stage == "pt1" else captions.narrate_order(story)
         data = _caption(VIDEO_MARK, told, also, split, rng)
     return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
 

@@ -107,8 +107,25 @@ def count(state: State, when: str = "") -> QA:
 def exists(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:
     """Yes, of `thing`, or no, equally often: is there a circle, or a red shape?"""
     yes = rng.random() < 0.5
-    name = by_one(thing, rng) if yes else absent(state, rng)
+    return _exists(by_one(thing, rng) if yes else absent(state, rng), yes, when)
+
+
+def _exists(name: str, yes: bool, when: str) -> QA:
     return _closed("exists", f"Is there a {name}{when}?", "yes" if yes else "no", ("yes", "no"))
+
+
+def checks(state: State, rng: random.Random, when: str = "") -> list[QA]:
+    """Four times whether something is there, as often as not, never the same."""
+    things = iter(rng.sample([*state, *state], 2 * len(state)))
+    asked: dict[str, QA] = {}
+    while len(asked) < 4:
+        thing = next(things, None)
+        if thing is None:
+            qa = _exists(absent(state, rng), False, when)
+        else:
+            qa = exists(thing, state, rng, when)
+        asked[qa.question] = qa
+    return list(asked.values())
 
 
 def by_one(thing: Thing, rng: random.Random) -> str:
@@ -169,7 +186,9 @@ def of_event(event: Event, story: Story, rng: random.Random) -> QA:
 
 
 def ask_still(state: State, rng: random.Random) -> list[QA]:
-    """A question about each thing, so that no answer gives another one away."""
+    """A question about each thing, so that no answer gives another one away; or what is there."""
+    if rng.random() < 0.15:
+        return checks(state, rng)
     asked = [about(thing, state, rng) for thing in rng.sample(state, len(state))]
     return [count(state), *asked] if rng.random() < 0.25 else asked
 
@@ -202,6 +221,6 @@ def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[
 
     All answers are in the text, so that none can be given away.
     """
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         return describe_places(state), [*ask_still(state, rng), *ask_still(state, rng)]
     return narrate(story), [order(*end) for end in rng.sample(ends(story), 2)]

@@ -20,7 +20,7 @@ from data_pipeline.toy.captions import (
     tell,
     topics,
 )
-from data_pipeline.toy.world import PLACES, Event, State, Story, Thing
+from data_pipeline.toy.world import COLOURS, PLACES, SHAPES, Event, State, Story, Thing
 
 
 def still_facts(state: State, rng: random.Random) -> str:
@@ -40,6 +40,40 @@ def _about(thing: Thing, state: State, rng: random.Random) -> str:
     if rng.random() < 0.5:
         return f"A {by_one(thing, rng)} is there."
     return f"A {absent(state, rng)} is not there."
+
+
+def checklist(state: State, rng: random.Random) -> str:
+    """`Circle: yes. Red: no. ...`: six of all shapes and colours, there or not.
+
+    Whether something is there is learned last: of a question a sample shows one word.
+    """
+    there = {thing.shape for thing in state} | {thing.colour for thing in state}
+    names = rng.sample([*SHAPES, *COLOURS], 6)
+    return " ".join(f"{name.capitalize()}: {_yes(name in there)}." for name in names)
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+def flags(story: Story, rng: random.Random) -> str:
+    """`The red circle moved right: no, yes, no. ...`: whether an event fell on each second."""
+    said = []
+    for event in rng.sample(story.events, len(story.events)):
+        same = [other.second for other in story.events if past(other) == past(event)]
+        told = ", ".join(_yes(second in same) for second in range(1, len(story.states)))
+        said.append(f"{sentence(past(event))[:-1]}: {told}.")
+    return " ".join(dict.fromkeys(said))
+
+
+def track(story: Story, rng: random.Random) -> str:
+    """`Circle: red top left, red top left, red top right, gone.`: one thing in every second."""
+    shape = rng.choice(story.events).shape
+    shown = []
+    for state in story.states:
+        thing = next((thing for thing in state if thing.shape == shape), None)
+        shown.append(f"{thing.colour} {PLACES[thing.place]}" if thing else "gone")
+    return f"{shape.capitalize()}: {', '.join(shown)}."
 
 
 def timeline(story: Story) -> str:

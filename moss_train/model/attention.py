@@ -26,7 +26,7 @@ BACKENDS = ("sdpa", "flash", "te", "flex")
 Core = Callable[..., Tensor]  # (query, key, value, mask or text) -> as query
 
 
-SHORT = 64  # positions
+SHORT = 128  # positions
 
 
 def attend_whole(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -27,7 +27,6 @@ from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm
 from moss_train.model.rope import Rotation
-from moss_train.model.rows import Rows
 
 
 class CrossAttentionLayer(MegatronModule):
@@ -90,26 +89,34 @@ class CrossAttentionLayer(MegatronModule):
         Args:
             x: hidden states `[T, 1, H]` (`[T / tensor, 1, H]` with sequence parallelism).
             frames: the microbatch's frames with their states; x is returned where none is attended.
-            text, marks: rotations of the T tokens and of the frames' positions.
+            text, marks: rotations of the attending tokens and of the frames' positions.
         """
         if not frames.blocks:  # no frames, or only padding that no token attends
             return _Touch.apply(x, *(p for p in self.parameters() if p.requires_grad))
-        attended, _ = self.linear_proj(self._attention(self.input_norm(x), frames, text, marks))
-        x = x + self.attn_gate.tanh() * attended
-        branch = self.mlp(self.mlp_norm(x))
-        return x + self.mlp_gate.tanh() * branch * self._own(frames.sees, x)
+        # Tokens that attend nothing pass by. Of sequence shards each rank would have another count
+        # of them: these go through whole.
+        own = x if self.config.sequence_parallel else frames.attending.take(x)
+        attended, _ = self.linear_proj(self._attention(self.input_norm(own), frames, text, marks))
+        attended = self.attn_gate.tanh() * attended
+        branch = self.mlp(self.mlp_norm(own + attended))
+        added = attended + self.mlp_gate.tanh() * self._sees(frames, len(own), x.dtype) * branch
+        return x + (added if self.config.sequence_parallel else frames.attending.put(added))
 
-    def _own(self, sees: Tensor, x: Tensor) -> Tensor:
-        """This rank's tokens of `sees` `[T]` as factors `[t, 1, 1]`."""
-        if len(x) != len(sees):
-            sees = sees.narrow(0, self.tp_group.rank() * len(x), len(x))
-        return sees[:, None, None].to(x.dtype)
+    def _sees(self, frames: FrameBatch, count: int, dtype: torch.dtype) -> Tensor:
+        """Whether this rank's tokens see a frame, as factors `[count, 1, 1]`."""
+        if self.config.sequence_parallel:
+            sees = frames.sees.narrow(0, self.tp_group.rank() * count, count)
+        else:
+            sees = frames.sees[frames.tokens]
+        return sees[:, None, None].to(dtype)
 
     def _attention(
         self, x: Tensor, frames: FrameBatch, text: Rotation, marks: Rotation | None
     ) -> Tensor:
         query, _ = self.linear_q(x)
-        query = self.q_norm(query.squeeze(1).unflatten(-1, (-1, self.head_dim)))  # [T, heads, D]
+        if self.config.sequence_parallel:  # now of all T tokens
+            query = frames.attending.take(query)
+        query = self.q_norm(query.squeeze(1).unflatten(-1, (-1, self.head_dim)))  # [n, heads, D]
         assert frames.states is not None
         kv, _ = self.linear_kv(frames.states)
         key, value = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)  # [F, P, kv heads, D]
@@ -125,22 +132,23 @@ class CrossAttentionLayer(MegatronModule):
             out = checkpoint(core, query, key, value, frames, use_reentrant=False)
         else:
             out = core(query, key, value, frames)
-        return out.flatten(1)[:, None]  # [T, 1, heads x D]
+        if self.config.sequence_parallel:
+            out = frames.attending.put(out)
+        return out.flatten(1)[:, None]  # [n or T, 1, heads x D]
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
     """Softmax attention, block by block of `frames.blocks`.
 
     Args:
-        query: `[S, heads, D]`.
+        query: of the tokens that attend a frame, `frames.tokens`: `[n, heads, D]`.
         key, value: `[F, T x P, kv heads, D]`.
 
     Returns:
-        `[S, heads, D]`, zero for tokens that attend nothing.
+        `[n, heads, D]`.
     """
     blocks, patches = frames.blocks, key.shape[1]
-    attending = Rows(frames.tokens, len(query))
-    queries = attending.take(query).split([block.stop - block.start for block in blocks])
+    queries = query.split([block.stop - block.start for block in blocks])
     windows = [(b.first * patches, b.last * patches) for b in blocks]
     keys, values = (_Windows.apply(x.flatten(0, 1), windows) for x in (key, value))
     out = []
@@ -152,7 +160,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch)
             mask = mask.to(query.device).repeat_interleave(per_tile, dim=1)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         out.append(attended[0].transpose(0, 1))
-    return attending.put(torch.cat(out))
+    return torch.cat(out)
 
 
 def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
@@ -203,6 +211,7 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -
     global _flex
     if _flex is None:
         _flex = torch.compile(flex_attention) if query.is_cuda else flex_attention
+    query = frames.attending.put(query)
     device, patches, tiles = query.device, key.shape[1], frames.tiles.shape[1]
     first, last, sees = (x.to(device) for x in (frames.first, frames.last, frames.sees))
     real = frames.tiles.flatten().to(device)
@@ -215,7 +224,8 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -
     keys = key.shape[0] * patches
     mask = create_block_mask(mask_mod, None, None, len(query), keys, device=str(device))
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key.flatten(0, 1), value.flatten(0, 1)))
-    return _flex(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    out = _flex(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    return frames.attending.take(out)
 
 
 class _Touch(torch.autograd.Function):

@@ -32,6 +32,7 @@ from moss_train.model.linear import ColumnLinear, unset
 from moss_train.model.loss import Targets, weighted_loss
 from moss_train.model.norms import RMSNorm
 from moss_train.model.rope import Rotation
+from moss_train.model.rows import Rows
 from moss_train.model.self_attention import SelfAttentionLayer
 from moss_train.model.text import PackedText
 
@@ -133,12 +134,15 @@ class Decoder(MegatronModule):
         x = self._embed(text.tokens) if self.chunk.embeds else self.received
         assert x is not None
         tokens = Rotation.of(self.text, text.positions, x.dtype)
+        seeing = Rotation.of(self.text, text.positions[frames.tokens], x.dtype)
         marks = Rotation.of(self.text, frames.positions, x.dtype) if frames.blocks else None
-        for layer in self.layers.values():
+        judged = self._judged(targets, len(text.tokens))
+        for index, layer in self.layers.items():
             if isinstance(layer, CrossAttentionLayer):
-                x = self._run(layer, x, frames, tokens, marks)
+                x = self._run(layer, x, frames, seeing, marks)
             else:
-                x = self._run(layer, x, text, tokens)
+                only = judged if int(index) == self.chunk.total - 1 else None
+                x = self._run(layer, x, text, tokens, only)
         if not self.chunk.predicts:
             # The schedule frees what it has sent, which it cannot do with a view.
             return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
@@ -147,8 +151,18 @@ class Decoder(MegatronModule):
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         if targets is None or total is None:
             return self._logits(x)
-        logits, _ = self.output(x.index_select(0, targets.rows))  # [n, 1, V / tensor]
+        if judged is None:
+            x = x.index_select(0, targets.rows)
+        logits, _ = self.output(x)  # [n, 1, V / tensor]
         return weighted_loss(logits, targets, total, self.tp_group)
+
+    def _judged(self, targets: Targets | None, total: int) -> Rows | None:
+        """The only rows that the last layer must give, where it can give them alone."""
+        name = str(self.chunk.total - 1)
+        last = self.layers[name] if name in self.layers else None
+        if targets is None or self.config.sequence_parallel:
+            return None
+        return Rows(targets.rows, total) if isinstance(last, SelfAttentionLayer) else None
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens[None])  # [1, T, H], or [T / tensor, 1, H]

@@ -10,12 +10,14 @@ with what is attended, never with (all tokens) x (all frames).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from moss_train.model.padded import PaddedFrames, pad_frames
+from moss_train.model.rows import Rows
 
 MIN_BLOCK = 128  # tokens
 SMALL_BLOCK = 128 * 128  # (token, frame) pairs that a block may have, however few are needed
@@ -35,6 +37,11 @@ class Block:
     first: int
     last: int
     mask: Tensor | None = None
+
+    @cached_property
+    def attending(self) -> Rows:
+        """`tokens` among all S."""
+        return Rows(self.tokens, len(self.sees))
 
     @property
     def pairs(self) -> int:
@@ -70,6 +77,11 @@ class FrameBatch:
     def count(self) -> int:
         """Frames in the microbatch."""
         return len(self.positions)
+
+    @cached_property
+    def attending(self) -> Rows:
+        """`tokens` among all S."""
+        return Rows(self.tokens, len(self.sees))
 
     @property
     def pairs(self) -> int:

@@ -25,6 +25,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype is torch.float32:
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return _RMSNorm.apply(x, self.weight, self.eps)
         normed = nn.functional.rms_norm(x.float(), self.weight.shape, None, self.eps)
         return self.weight * normed.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019).
+
+    Autograd takes torch's own apart into some twenty operations; on a CPU a small model's norms
+    took half as long again.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        normed, to_x, to_weight = x * scale, None, None
+        if ctx.needs_input_grad[1]:
+            to_weight = (grad * normed).flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[0]:
+            grad = grad * weight
+            along = (grad * normed).mean(-1, keepdim=True)
+            to_x = grad.addcmul_(normed, along, value=-1).mul_(scale)
+        return to_x, to_weight, None

@@ -18,7 +18,7 @@ from moss_train.model.rows import Move
 class PaddedFrames:
     """B sequences that attend frames, padded to S tokens and F frames.
 
-    tokens, frames: moves of a microbatch's tokens into `[B x S]` places, of its frames into
+    tokens, frames: moves of the attending tokens into `[B x S]` places, of its frames into
         `[B x F]`; zeros where there is none.
     mask: what is added to scores `[B, S, F x tiles]`: 0 where a token sees a tile, else the lowest
         number. (Not infinity: a padding token sees nothing, and its output is dropped.)
@@ -67,7 +67,7 @@ def pad_frames(
     until = torch.searchsorted(frame_rows, attending, right=True)
     batch, most, width = len(attending), int(counts.max()), int((until - begin).max())
     places = own * most + torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[own]
-    moved_tokens = Move(tokens, places, (len(rows), batch * most))
+    moved_tokens = Move(torch.arange(len(tokens)), places, (len(tokens), batch * most))
 
     frame = begin[:, None] + torch.arange(width)  # [B, F]
     there = frame < until[:, None]

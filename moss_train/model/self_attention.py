@@ -13,6 +13,7 @@ from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm
 from moss_train.model.rope import Rotation
+from moss_train.model.rows import Rows
 from moss_train.model.text import PackedText
 
 
@@ -53,7 +54,11 @@ class SelfAttention(MegatronModule):
         self.core = attention_core(backend, config, groups, number, text)
 
     def forward(
-        self, x: Tensor, layout: PackedText | Tensor | None, rotation: Rotation | None = None
+        self,
+        x: Tensor,
+        layout: PackedText | Tensor | None,
+        rotation: Rotation | None = None,
+        only: Rows | None = None,
     ) -> Tensor:
         """Attends.
 
@@ -61,6 +66,7 @@ class SelfAttention(MegatronModule):
             x: `[T, 1, H]` of packed text, or `[N, L, H]` of frames.
             layout: the text's, or the frames' mask `[N, 1, L, L]`, None for none.
             rotation: of the text's positions.
+            only: rows of x that the caller wants; None for all.
         """
         mixed, _ = self.linear_qkv(x)  # all tokens, also where x is a sequence shard
         whole = mixed.shape[:2]
@@ -77,7 +83,8 @@ class SelfAttention(MegatronModule):
             out = checkpoint(self.core, *heads, layout, use_reentrant=False)
         else:
             out = self.core(*heads, layout)
-        return self.linear_proj(out.reshape(*whole, -1))[0]
+        out = out.reshape(*whole, -1)
+        return self.linear_proj(out if only is None else only.take(out))[0]
 
 
 class SelfAttentionLayer(MegatronModule):
@@ -94,7 +101,12 @@ class SelfAttentionLayer(MegatronModule):
         self.mlp_norm = RMSNorm(config, width, eps)
         self.mlp = FeedForward(config, groups)
 
-    def forward(self, x: Tensor, text: PackedText, rotation: Rotation) -> Tensor:
-        """`[T, 1, H]` -> `[T, 1, H]` (`T / tensor` with sequence parallelism)."""
-        x = x + self.attention(self.input_norm(x), text, rotation)
+    def forward(
+        self, x: Tensor, text: PackedText, rotation: Rotation, only: Rows | None = None
+    ) -> Tensor:
+        """`[T, 1, H]` -> `[T, 1, H]` (`T / tensor` with sequence parallelism), or of the rows
+        `only` alone, of which all others are keys and values.
+        """
+        attended = self.attention(self.input_norm(x), text, rotation, only)
+        x = (x if only is None else only.take(x)) + attended
         return x + self.mlp(self.mlp_norm(x))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moss_train.model.rows import Rows
 
-SMALL = 128 * 128  # (token, token) pairs below which attention costs its call, not its pairs
+SMALL = 64 * 64  # (token, token) pairs below which attention costs its call, not its pairs
 
 
 @dataclass
@@ -54,7 +54,7 @@ class PackedText:
         for span in self.spans:
             spans = [*groups[-1], span]
             padded, needed = len(spans) * max(spans) ** 2, sum(s * s for s in spans)
-            if padded <= max(2 * needed, SMALL):
+            if padded <= max(1.3 * needed, SMALL):
                 groups[-1] = spans
             else:
                 groups.append([span])

@@ -12,7 +12,8 @@ With `[m, k] x [k, n]` = 2mkn:
 What is needed, as opposed to what is computed:
 
 - text: S (S + 1) / 2 pairs a row, the causal half; tokens without padding; no cross-attention
-  layers for rows without a frame. Cross-attention: the pairs of `FrameBatch.attended()`;
+  layers for tokens that attend no frame. Cross-attention: the pairs of `FrameBatch.attended()`.
+  Behind the last self-attention, tokens without a label are not needed any more;
 - a frozen tower runs forward only. With a frozen decoder the gradient runs from the loss down to
   the K and V of the first cross-attention layer, and stops there: no weights, no queries of that
   layer, no layer below it, and no backward pass for rows without a frame;
@@ -55,6 +56,7 @@ class StepCounts:
 
     frames: frames encoded.
     attended: (token, frame) pairs of the cross-attention (one layer).
+    attending: text tokens that attend a frame.
     tokens, pairs, labels: of rows with a frame: text tokens, (token, token) pairs of the
         self-attention (one layer), positions that go through the output head.
     text_tokens, text_pairs, text_labels: the same of rows without any frame.
@@ -62,6 +64,7 @@ class StepCounts:
 
     frames: int = 0
     attended: int = 0
+    attending: int = 0
     tokens: int = 0
     pairs: int = 0
     labels: int = 0
@@ -145,7 +148,7 @@ def count_microbatch(lengths: list[int], judged: Tensor, frames: FrameBatch) -> 
         row = (length, length * (length + 1) // 2, count)
         sums = seeing if attending.any() else text
         sums[:] = [a + b for a, b in zip(sums, row, strict=True)]
-    return StepCounts(frames.count, frames.attended(), *seeing, *text)
+    return StepCounts(frames.count, frames.attended(), len(frames.tokens), *seeing, *text)
 
 
 def step_flops(
@@ -169,10 +172,11 @@ def step_flops(
         counts.tokens,
         counts.pairs,
         counts.labels,
+        counts.attending,
         counts.frames * vision_tokens,
         counts.attended * vision_tokens,
     )
-    text = _Rows(counts.text_tokens, counts.text_pairs, counts.text_labels, 0, 0)
+    text = _Rows(counts.text_tokens, counts.text_pairs, counts.text_labels, 0, 0, 0)
     vision = _vision(model, trains, counts.frames, tiles)
     encoder = StepFlops(
         vision=vision,
@@ -190,6 +194,7 @@ class _Rows:
     tokens: int
     pairs: int
     labels: int
+    attending: int  # tokens
     vision_tokens: int  # that K and V are made of
     vision_pairs: int  # (token, vision token)
 
@@ -239,7 +244,8 @@ def _decoder(model: ModelConfig, trains: Trains, rows: _Rows, recompute: str) ->
     text, inputs, sums = model.text, trains.decoder, StepFlops()
     for index in range(text.num_layers):
         if index not in text.cross_attention_layers:
-            layer = _self_layer(model, trains, rows, inputs)
+            last = index == text.num_layers - 1
+            layer = _self_layer(model, trains, rows, inputs, rows.labels if last else rows.tokens)
         elif rows.vision_tokens:
             layer = _cross_layer(model, trains, rows, inputs)
             inputs = inputs or trains.states
@@ -260,11 +266,15 @@ def _kv_weights(model: ModelConfig) -> int:
     return 2 * model.text.hidden_size * model.text.num_kv_heads * model.text.head_dim
 
 
-def _self_layer(model: ModelConfig, trains: Trains, rows: _Rows, inputs: bool) -> StepFlops:
+def _self_layer(
+    model: ModelConfig, trains: Trains, rows: _Rows, inputs: bool, wanted: int
+) -> StepFlops:
+    """`wanted`: tokens whose output is; the others are keys and values only."""
     width = model.text.hidden_size
-    weights = 2 * width**2 + _kv_weights(model) + _mlp_weights(model)  # q, o; k, v; MLP
+    first = 2 * rows.tokens * (width**2 + _kv_weights(model))  # q, k, v
+    rest = 2 * wanted * (width**2 + _mlp_weights(model))  # o, MLP
     return StepFlops(
-        decoder_linear=_linear(2 * rows.tokens * weights, inputs, trains.decoder),
+        decoder_linear=_linear(first + rest, inputs, trains.decoder),
         self_attention=_attention(rows.pairs, width, 4 * inputs),
     )
 
@@ -272,8 +282,8 @@ def _self_layer(model: ModelConfig, trains: Trains, rows: _Rows, inputs: bool) -
 def _cross_layer(model: ModelConfig, trains: Trains, rows: _Rows, inputs: bool) -> StepFlops:
     width, train = model.text.hidden_size, trains.decoder
     outputs = train or trains.states
-    query = _linear(2 * rows.tokens * width**2, inputs, train)
-    rest = _linear(2 * rows.tokens * (width**2 + _mlp_weights(model)), outputs, train)
+    query = _linear(2 * rows.attending * width**2, inputs, train)
+    rest = _linear(2 * rows.attending * (width**2 + _mlp_weights(model)), outputs, train)
     kv = _linear(2 * rows.vision_tokens * _kv_weights(model), trains.states, train)
     products = 3 * outputs + inputs  # values, probabilities, keys; queries
     return StepFlops(

@@ -9,10 +9,8 @@ from itertools import pairwise
 import pytest
 
 from data_pipeline.toy import captions
-from data_pipeline.toy.build import (
-    make_story,
-)
-from data_pipeline.toy.facts import still_facts, story_facts, timeline
+from data_pipeline.toy.build import make_story
+from data_pipeline.toy.facts import checklist, flags, still_facts, story_facts, timeline, track
 from data_pipeline.toy.stream import narration, question
 from data_pipeline.toy.world import PLACES, SHAPES, Event, Story, Thing, simulate, still
 
@@ -168,17 +166,23 @@ def test_answers_about_clips_follow_from_their_states() -> None:
 
 
 def test_answers_about_pictures_follow_from_them() -> None:
-    rng, answers, tasks = random.Random(0), [], set()
-    for seed in range(600):
+    rng, answers, first, tasks = random.Random(0), [], [], set()
+    for seed in range(1000):
         state = still(seed)
         asked = captions.ask_still(state, rng)
-        assert len(asked) - (asked[0].task == "count") == len(state)
+        if len(asked) == 4 and {qa.task for qa in asked} == {"exists"}:
+            assert len({qa.question for qa in asked}) == 4
+            first.append(asked[0].answer)
+        else:
+            assert len(asked) - (asked[0].task == "count") == len(state)
         for qa in asked:
             check(qa, seen(state), [])
             tasks.add(qa.task)
             answers += [qa.answer] if qa.task == "exists" else []
     assert tasks == {"colour", "shape", "count", "place", "exists"}
     assert 0.3 < answers.count("Yes.") / len(answers) < 0.7
+    assert len(first) > 100
+    assert 0.4 < first.count("Yes.") / len(first) < 0.6  # what is judged
 
 
 def test_texts_tell_all_that_their_questions_need() -> None:
@@ -245,6 +249,43 @@ def test_timelines_tell_every_second() -> None:
             for second in range(1, 8)
         ]
         assert timeline(story) == " ".join(told)
+
+
+def test_checklists_say_of_shapes_and_colours_whether_they_are_there() -> None:
+    rng, names = random.Random(0), set()
+    for seed in range(200):
+        now = seen(still(seed))
+        found = now.keys() | {colour for colour, _ in now.values()}
+        told = dict(re.findall(r"(\w+): (yes|no)\.", checklist(still(seed), rng)))
+        assert len(told) == 6
+        assert told == {name: "yes" if name.lower() in found else "no" for name in told}
+        names |= told.keys()
+    assert len(names) == 10
+
+
+def test_flags_say_of_each_event_in_which_seconds_it_happened() -> None:
+    rng = random.Random(0)
+    for story in STORIES:
+        happened: dict[str, list[int]] = {}
+        for second, told in history(story):
+            happened.setdefault(past(told), []).append(second)
+        expected = {
+            event: ", ".join("yes" if second in seconds else "no" for second in range(1, 8))
+            for event, seconds in happened.items()
+        }
+        said = re.findall(r"([^.:]+): ([^.]+)\.", flags(story, rng))
+        assert {lowered(event.strip()): told for event, told in said} == expected
+
+
+def test_tracks_follow_one_thing_of_the_story_through_its_seconds() -> None:
+    rng = random.Random(0)
+    for story in STORIES:
+        shape, _, told = track(story, rng).lower().rstrip(".").partition(": ")
+        assert any(shape in sentence for _, sentence in history(story))
+        states = [seen(state) for state in story.states]
+        assert told.split(", ") == [
+            " ".join(state[shape]) if shape in state else "gone" for state in states
+        ]
 
 
 def lowered(sentence: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moss_train.model.cross_attention import attend_blocks, attend_flex
+from moss_train.model.cross_attention import attend_blocks, attend_flex, attend_padded
 from moss_train.model.frames import FrameBatch
 from tests.model.test_frames import dense, plan, random_layout
 
@@ -46,19 +46,38 @@ def random_inputs(
     return inputs, plan(layout, TILES, attend_all), allowed.flatten(1).repeat_interleave(PATCHES, 1)
 
 
+def whole(core, query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
+    """`core` of the attending tokens, zero for the others: `[S, heads, D]`."""
+    rows = frames.attending
+    return rows.put(core(rows.take(query), key, value, frames))
+
+
+def test_padded_batches_give_the_dense_softmax_and_its_gradients():
+    checked = 0
+    for seed in range(20):
+        inputs, frames, allowed = random_inputs(seed, 30, 8, attend_all=seed % 2 == 1)
+        if frames.padded is None:
+            continue
+        checked += 1
+        compare(lambda q, k, v, f=frames: whole(attend_padded, q, k, v, f), inputs, allowed)
+    assert checked >= 5
+
+
 @pytest.mark.parametrize("attend_all", [False, True])
 @pytest.mark.parametrize(("longest", "most"), [(12, 4), (30, 8), (600, 40)])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_blocks_give_the_dense_softmax_and_its_gradients(longest, most, seed, attend_all):
     inputs, frames, allowed = random_inputs(seed, longest, most, attend_all)
+    compare(lambda q, k, v: whole(attend_blocks, q, k, v, frames), inputs, allowed)
+
+
+def compare(core, inputs: list[Tensor], allowed: Tensor) -> None:
+    """Output and gradients of `core` against the reference's, in fp64."""
     gradient = torch.randn(inputs[0].shape, dtype=torch.float64)
     results = []
-    for core in (
-        lambda q, k, v: attend_blocks(q, k, v, frames),
-        lambda q, k, v: softmax_reference(q, k, v, allowed),
-    ):
+    for attend in (core, lambda q, k, v: softmax_reference(q, k, v, allowed)):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        out = core(*leaves)
+        out = attend(*leaves)
         results.append((out, *torch.autograd.grad(out, leaves, gradient)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
@@ -67,7 +86,7 @@ def test_blocks_give_the_dense_softmax_and_its_gradients(longest, most, seed, at
 def test_fp32_blocks_are_close_to_the_fp64_softmax():
     inputs, frames, allowed = random_inputs(5, 600, 40, attend_all=False)
     query, key, value = inputs
-    got = attend_blocks(query.float(), key.float(), value.float(), frames)
+    got = whole(attend_blocks, query.float(), key.float(), value.float(), frames)
     expected = softmax_reference(query, key, value, allowed)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
 
@@ -78,6 +97,6 @@ def test_fp32_blocks_are_close_to_the_fp64_softmax():
 def test_flex_gives_the_dense_softmax(seed, attend_all):
     inputs, frames, allowed = random_inputs(seed, 30, 8, attend_all)
     query, key, value = inputs
-    got = attend_flex(query.float(), key.float(), value.float(), frames)
+    got = whole(attend_flex, query.float(), key.float(), value.float(), frames)
     expected = softmax_reference(query, key, value, allowed)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)

@@ -114,7 +114,7 @@ class Measured:
     def counts(self) -> StepCounts:
         """What is computed: masked pairs of both attentions included."""
         tokens, pairs = 2 * LENGTH, 2 * LENGTH**2
-        return StepCounts(self.frames.count, self.frames.pairs, tokens, pairs, LABELS)
+        return StepCounts(self.frames.count, self.frames.pairs, len(self.frames.tokens), tokens, pairs, LABELS)
 
     def check(self, name: str, part: Part) -> None:
         for phase in ("forward", "backward"):
@@ -240,7 +240,7 @@ def test_attention_of_the_11b_model_by_hand():
 def test_counts_of_a_microbatch_leave_padding_out_and_keep_text_rows_apart():
     frames = plan_frames(torch.tensor([0, 0]), torch.tensor([2, 5]), [8, 4], 16)
     counts = count_microbatch([8, 4], torch.tensor([5, 6, 7, 8, 11]), frames)
-    assert counts == StepCounts(2, 9, 8, 36, 3, 4, 10, 2)  # 2..7 see a frame, 5..7 two
+    assert counts == StepCounts(2, 9, 6, 8, 36, 3, 4, 10, 2)  # 2..7 see a frame, 5..7 two
 
 
 def test_counts_and_flops_add_up():
