@@ -158,10 +158,9 @@ class Decoder(MegatronModule):
 
     def _judged(self, targets: Targets | None, total: int) -> Rows | None:
         """The only rows that the last layer must give, where it can give them alone."""
-        name = str(self.chunk.total - 1)
-        last = self.layers[name] if name in self.layers else None
-        if targets is None or self.config.sequence_parallel:
+        if targets is None or self.config.sequence_parallel or not self.chunk.predicts:
             return None
+        last = self.layers[str(self.chunk.total - 1)]
         return Rows(targets.rows, total) if isinstance(last, SelfAttentionLayer) else None
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -38,11 +38,6 @@ class Block:
     last: int
     mask: Tensor | None = None
 
-    @cached_property
-    def attending(self) -> Rows:
-        """`tokens` among all S."""
-        return Rows(self.tokens, len(self.sees))
-
     @property
     def pairs(self) -> int:
         """(Token, frame) pairs that are computed."""

@@ -252,7 +252,7 @@ def test_timelines_tell_every_second() -> None:
 
 
 def test_checklists_say_of_shapes_and_colours_whether_they_are_there() -> None:
-    rng, names = random.Random(0), set()
+    rng, names = random.Random(0), set[str]()
     for seed in range(200):
         now = seen(still(seed))
         found = now.keys() | {colour for colour, _ in now.values()}

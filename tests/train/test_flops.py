@@ -114,7 +114,8 @@ class Measured:
     def counts(self) -> StepCounts:
         """What is computed: masked pairs of both attentions included."""
         tokens, pairs = 2 * LENGTH, 2 * LENGTH**2
-        return StepCounts(self.frames.count, self.frames.pairs, len(self.frames.tokens), tokens, pairs, LABELS)
+        attending = len(self.frames.tokens)
+        return StepCounts(self.frames.count, self.frames.pairs, attending, tokens, pairs, LABELS)
 
     def check(self, name: str, part: Part) -> None:
         for phase in ("forward", "backward"):

@@ -24,6 +24,7 @@ from tools.demo.narrate import held_out_clip, told
 from tools.demo.report import write_report
 
 REPO = Path(__file__).resolve().parents[2]
+CORES = os.cpu_count() or 1
 BATCH = 16  # samples a step, over all ranks
 
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         for stage in STAGES:
             run = options.out / stage
             times.run(f"train {stage}", *_training(stage, run, before, options))
-            scores = ["--checkpoint", str(run), "--suite", "toy", "--threads", str(os.cpu_count() or 1)]
+            scores = ["--checkpoint", str(run), "--suite", "toy", "--threads", str(CORES)]
             times.run(f"evaluate {stage}", "tools.evaluate", *scores)
             before = run
         report = write_report(options.out, [*STAGES], times.seconds)
@@ -82,7 +83,7 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
         "model=toy",
         "data=toy",
         "hardware=cpu",
-        f"hardware.threads={max(1, (os.cpu_count() or 1) // options.ranks)}",
+        f"hardware.threads={max(1, CORES // options.ranks)}",
         f"data.root={options.out / 'world'}",
         f"run.dir={run}",
         "trainer.console_every=50",
