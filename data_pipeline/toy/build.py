@@ -27,7 +27,7 @@ STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
 # Of pretraining's picture samples, how many are stories in pictures, and with how many pictures.
 _STORIES = {"pt1": (0.4, 4), "pt2": (0.7, 5)}
-_VERSION = 7  # of what is drawn and said; a change makes existing folders stale
+_VERSION = 9  # of what is drawn and said; a change makes existing folders stale
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     if modality == "text":
         state, story = world.still(seed), world.simulate(seed, seconds=4, events=2)
         if pretrain:
-            return key | {"json": _caption("", captions.narrate_order(story), [], split, rng)}
+            told, facts_told = facts.text_facts(state, story, rng)
+            return key | {"json": _caption(told, facts_told, [], split, rng)}
         told, asked = captions.ask_text(state, story, rng)
         return key | {"json": _answers(f"{told} ", asked, split)}
     if modality == "image":
@@ -138,7 +139,7 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
             return key | _interleaved(_STORIES[stage][1], seed, rng, config)
         if pretrain:
             told = captions.describe_places(state)
-            also = [facts.still_facts(state, rng), facts.checklist(state, rng)]
+            also = [facts.still_facts(state, rng), *[facts.checklist(state, rng)] * 2]
             data = _caption(IMAGE_MARK, told, also, split, rng)
         else:
             data = _answers(IMAGE_MARK, captions.ask_still(state, rng), split)
@@ -149,7 +150,7 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     elif stage == "realtime_sft":
         data = _live(story, rng)
     else:
-        also = [facts.story_facts(story, rng), facts.timeline(story)]
+        also = [facts.story_facts(story, rng), facts.story_facts(story, rng), facts.timeline(story)]
         also += [facts.flags(story, rng), facts.track(story, rng)]
         told = captions.narrate(story) if stage == "pt1" else captions.narrate_order(story)
         data = _caption(VIDEO_MARK, told, also, split, rng)
@@ -184,7 +185,11 @@ def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig
     story = world.simulate(seed, pictures, events=rng.randint(2, pictures - 1))
     said = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
     data = _talk([("", "".join(f"{IMAGE_MARK}{words}" for words in said))], "caption")
-    shown = {f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)}
+    states = story.states
+    shown = {
+        f"{i}.jpg": render.jpeg(state, config.size, i, states[i - 1] if i else None)
+        for i, state in enumerate(states)
+    }
     return {"json": data | {"task": "caption"}, **shown}
 
 

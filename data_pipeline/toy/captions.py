@@ -187,7 +187,7 @@ def of_event(event: Event, story: Story, rng: random.Random) -> QA:
 
 def ask_still(state: State, rng: random.Random) -> list[QA]:
     """A question about each thing, so that no answer gives another one away; or what is there."""
-    if rng.random() < 0.15:
+    if rng.random() < 0.2:
         return checks(state, rng)
     asked = [about(thing, state, rng) for thing in rng.sample(state, len(state))]
     return [count(state), *asked] if rng.random() < 0.25 else asked
@@ -221,6 +221,6 @@ def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[
 
     All answers are in the text, so that none can be given away.
     """
-    if rng.random() < 0.75:
+    if rng.random() < 0.6:
         return describe_places(state), [*ask_still(state, rng), *ask_still(state, rng)]
     return narrate(story), [order(*end) for end in rng.sample(ends(story), 2)]

@@ -12,7 +12,9 @@ from data_pipeline.toy.captions import (
     NUMBERS,
     absent,
     by_one,
+    describe_places,
     ends,
+    narrate,
     narrate_changes,
     past,
     sentence,
@@ -40,6 +42,14 @@ def _about(thing: Thing, state: State, rng: random.Random) -> str:
     if rng.random() < 0.5:
         return f"A {by_one(thing, rng)} is there."
     return f"A {absent(state, rng)} is not there."
+
+
+def text_facts(state: State, story: Story, rng: random.Random) -> tuple[str, str]:
+    """Words that tell a scene or a story, and facts that follow from them."""
+    if rng.random() < 0.6:
+        return f"{describe_places(state)} ", still_facts(state, rng)
+    told = [_ordered(word, end) for word, end in rng.sample(ends(story), 2)]
+    return f"{narrate(story)} ", " ".join(told)
 
 
 def checklist(state: State, rng: random.Random) -> str:

@@ -10,7 +10,15 @@ import pytest
 
 from data_pipeline.toy import captions
 from data_pipeline.toy.build import make_story
-from data_pipeline.toy.facts import checklist, flags, still_facts, story_facts, timeline, track
+from data_pipeline.toy.facts import (
+    checklist,
+    flags,
+    still_facts,
+    story_facts,
+    text_facts,
+    timeline,
+    track,
+)
 from data_pipeline.toy.stream import narration, question
 from data_pipeline.toy.world import PLACES, SHAPES, Event, Story, Thing, simulate, still
 
@@ -200,24 +208,42 @@ def test_texts_tell_all_that_their_questions_need() -> None:
 def test_facts_about_pictures_name_each_thing_once_and_are_true() -> None:
     rng = random.Random(0)
     for seed in range(300):
-        now = seen(still(seed))
-        told = [
-            fact.strip(".").split()
-            for fact in re.findall(r"[^.]+\.", still_facts(still(seed), rng))
-        ]
-        assert len(told) == len(now)
-        for words in told:
-            where = " ".join(words[-2:])
-            if words[-1] == "there":
-                name = words[1 : words.index("is")]
-                assert there(name, now) == ("not" not in words)
-            elif words[1] in ("left", "right"):
-                colour, shape = words[-2:]
-                assert now[shape] == (colour, " ".join(words[:2]).lower())
-            elif "one" in words:
-                assert now[words[-3].strip(",")] == (words[1], where)
-            else:
-                assert now[words[1]] == (words[-3].strip(","), where)
+        check_facts(still_facts(still(seed), rng), seen(still(seed)))
+
+
+def check_facts(said: str, now: Seen) -> None:
+    """A true fact of each thing."""
+    told = [fact.strip(".").split() for fact in re.findall(r"[^.]+\.", said)]
+    assert len(told) == len(now)
+    for words in told:
+        where = " ".join(words[-2:])
+        if words[-1] == "there":
+            name = words[1 : words.index("is")]
+            assert there(name, now) == ("not" not in words)
+        elif words[1] in ("left", "right"):
+            colour, shape = words[-2:]
+            assert now[shape] == (colour, " ".join(words[:2]).lower())
+        elif "one" in words:
+            assert now[words[-3].strip(",")] == (words[1], where)
+        else:
+            assert now[words[1]] == (words[-3].strip(","), where)
+
+
+def test_facts_about_texts_follow_from_them() -> None:
+    rng, of_stories = random.Random(0), 0
+    for seed, story in enumerate(STORIES):
+        told, facts = text_facts(still(seed), story, rng)
+        if told == f"{captions.describe_places(still(seed))} ":
+            check_facts(facts, seen(still(seed)))
+            continue
+        of_stories += 1
+        assert told == f"{captions.narrate(story)} "
+        happened = [lowered(sentence) for _, sentence in history(story)]
+        assert set(re.findall(r"[^ .][^.]*\.", facts)) == {
+            f"First {happened[0]}",
+            f"Last {happened[-1]}",
+        }
+    assert 30 < of_stories < 90
 
 
 def test_facts_about_clips_are_true() -> None:

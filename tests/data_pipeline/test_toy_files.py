@@ -48,13 +48,15 @@ def test_pictures_of_a_story_are_told_one_by_one() -> None:
 
 
 def places(picture: bytes) -> dict[int, str]:
-    """The colours in a picture by the place where they are."""
+    """The colours in a picture by the place where they are; traces are dimmer."""
     pixels = np.asarray(Image.open(io.BytesIO(picture)), dtype=float)
     found = {}
     for place in range(4):
         seen = pixels[14 + 28 * (place // 2), 14 + 28 * (place % 2)]
-        if seen.max() > 100:
-            found[place] = min(COLOURS, key=lambda name: float(np.abs(seen - COLOURS[name]).sum()))
+        off = {name: float(np.abs(seen - COLOURS[name]).sum()) for name in COLOURS}
+        nearest = min(off, key=lambda name: off[name])
+        if off[nearest] < 70:
+            found[place] = nearest
     return found
 
 
@@ -99,13 +101,37 @@ def test_a_video_is_h264_and_shows_each_state_at_its_second() -> None:
     assert info.frames == 32
     assert info.duration == pytest.approx(8.0)
     frames = list(frames_at(data, list(range(8))))
-    for shown, state in zip(frames, story.states, strict=True):
-        drawn = np.asarray(render.draw(state, 56)).transpose(2, 0, 1)
+    for second, (shown, state) in enumerate(zip(frames, story.states, strict=True)):
+        was = story.states[second - 1] if second else None
+        drawn = np.asarray(render.draw(state, 56, second, was)).transpose(2, 0, 1)
         assert np.abs(shown.numpy().astype(int) - drawn).mean() < 8
         for thing in state:
             x, y = (round(56 * part) for part in thing.centre)
             assert np.abs(shown[:, y, x].numpy() - COLOURS[thing.colour]).max() < 60
     assert render.mp4(story, size=56, fps=4) == data
+
+
+def test_a_change_is_seen_in_the_frame_of_its_second_and_time_in_the_background() -> None:
+    kinds = set()
+    for seed in range(12):
+        story = simulate(seed, seconds=5, events=2)
+        frames = [x.numpy().astype(int) for x in frames_at(render.mp4(story, 56, 2), range(10))]
+        for second, state in enumerate(story.states):
+            plain = np.asarray(render.draw(state, 56, second)).transpose(2, 0, 1).astype(int)
+            trace = np.abs(frames[2 * second] - plain).max(0) > 60  # [h, w]
+            sky = np.median(frames[2 * second], axis=(1, 2))
+            assert np.abs(sky - render.SKY[second]).max() < 12
+            assert trace.any() == bool(story.at(second)), (seed, second)
+            for event in story.at(second):
+                kinds.add(event.kind)
+                thing = next(
+                    thing
+                    for thing in (*state, *story.states[second - 1])
+                    if thing.shape == event.shape
+                )
+                row, column = (28 * part for part in divmod(thing.place, 2))
+                assert trace[row : row + 28, column : column + 28].any()
+    assert kinds == {"come", "leave", "move", "turn"}
 
 
 def test_a_set_has_every_source_split_and_count(toy: Path) -> None:

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--train", type=int, default=6_000, help="samples of each source")
     parser.add_argument("--heldout", type=int, default=100, help="samples of each source")
-    parser.add_argument("--ranks", type=int, default=1, help="data-parallel processes")
+    parser.add_argument("--ranks", type=int, default=min(2, CORES))
     parser.add_argument("--scale", type=float, default=1, help="of each stage's samples: 0.1, 3")
     parser.add_argument("overrides", nargs="*", help="of all stages: model.dtype=bf16")
     options = parser.parse_args(arguments)
