@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moss_train.model.rows import Move
 
+# Not infinity, nor what bf16 rounds to it: a padding token sees nothing, and no NaN may come of it.
+HIDDEN = -1e30
+
 
 @dataclass
 class PaddedFrames:
@@ -20,8 +23,7 @@ class PaddedFrames:
 
     tokens, frames: moves of the attending tokens into `[B x S]` places, of its frames into
         `[B x F]`; zeros where there is none.
-    mask: what is added to scores `[B, S, F x tiles]`: 0 where a token sees a tile, else the lowest
-        number. (Not infinity: a padding token sees nothing, and its output is dropped.)
+    mask: what is added to scores `[B, S, F x tiles]`: 0 where a token sees a tile, else HIDDEN.
     """
 
     shape: tuple[int, int, int]
@@ -79,5 +81,5 @@ def pad_frames(
     seen = (frame[:, None] >= first) & (frame[:, None] < last)  # [B, S, F]
     tiles = real[frame.clamp(max=len(real) - 1)][:, None]  # [B, 1, F, tiles]
     hidden = ~(seen[..., None] & (tiles | free[..., None]))
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, HIDDEN)
     return PaddedFrames((batch, most, width), moved_tokens, moved_frames, mask.flatten(2))

@@ -94,7 +94,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["data.tokenizer is not set: give it a value, data.tokenizer=..."],
     ),
     "no source": (
-        1, ["data.sources=[]"],
+        1, ["data.sources=[]", "stage.mixture={text: 0, image: 79, video: 21}"],
         ["stage.mixture.image=79: no data.sources has modality image: add one, or set the share to "
          "0",
          "stage.mixture.video=21: no data.sources has modality video: add one, or set the share to "
