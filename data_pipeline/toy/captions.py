@@ -114,16 +114,16 @@ def _exists(name: str, yes: bool, when: str) -> QA:
     return _closed("exists", f"Is there a {name}{when}?", "yes" if yes else "no", ("yes", "no"))
 
 
-def checks(state: State, rng: random.Random, when: str = "") -> list[QA]:
-    """Four times whether something is there, as often as not, never the same."""
+def checks(state: State, rng: random.Random) -> list[QA]:
+    """Four times whether something is there, never the same; the first is yes as often as no."""
     things = iter(rng.sample([*state, *state], 2 * len(state)))
     asked: dict[str, QA] = {}
     while len(asked) < 4:
         thing = next(things, None)
         if thing is None:
-            qa = _exists(absent(state, rng), False, when)
+            qa = _exists(absent(state, rng), False, "")
         else:
-            qa = exists(thing, state, rng, when)
+            qa = exists(thing, state, rng)
         asked[qa.question] = qa
     return list(asked.values())
 
