@@ -120,10 +120,7 @@ def checks(state: State, rng: random.Random) -> list[QA]:
     asked: dict[str, QA] = {}
     while len(asked) < 4:
         thing = next(things, None)
-        if thing is None:
-            qa = _exists(absent(state, rng), False, "")
-        else:
-            qa = exists(thing, state, rng)
+        qa = exists(thing, state, rng) if thing else _exists(absent(state, rng), False, "")
         asked[qa.question] = qa
     return list(asked.values())
 
