@@ -111,7 +111,11 @@ def exists(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA
 
 
 def _exists(name: str, yes: bool, when: str) -> QA:
-    return _closed("exists", f"Is there a {name}{when}?", "yes" if yes else "no", ("yes", "no"))
+    return _closed("exists", f"Is there a {name}{when}?", yes_or_no(yes), ("yes", "no"))
+
+
+def yes_or_no(true: bool) -> str:
+    return "yes" if true else "no"
 
 
 def checks(state: State, rng: random.Random) -> list[QA]:
@@ -173,10 +177,13 @@ def at(event: Event) -> QA:
 
 
 def of_event(event: Event, story: Story, rng: random.Random) -> QA:
-    """A question that this event answers."""
+    """A question that this event answers. Of each second move, whereto: moves are half of all
+    events, and each kind of question is to come about as often.
+    """
     moved = [other.who for other in story.events if other.kind == "move"]
+    if event.kind == "move" and moved.count(event.who) == 1 and rng.random() < 0.5:
+        return direction(event)
     asked = [at(event)]
-    asked += [direction(event)] if event.kind == "move" and moved.count(event.who) == 1 else []
     asked += [when(event, story)] if event in single(story) else []
     asked += [order(word, end) for word, end in ends(story) if end == event]
     return rng.choice(asked)
@@ -191,9 +198,9 @@ def ask_still(state: State, rng: random.Random) -> list[QA]:
 
 
 def topics(story: Story, rng: random.Random) -> Iterator[Thing | Event]:
-    """What to speak of: a thing at the end (of each fourth clip); events, each of another shape."""
+    """What to speak of: a thing at the end (of each second clip); events, each of another shape."""
     spoken = set()
-    if rng.random() < 0.25:
+    if rng.random() < 0.5:
         thing = rng.choice(story.states[-1])
         spoken.add(thing.shape)
         yield thing
@@ -206,11 +213,16 @@ def topics(story: Story, rng: random.Random) -> Iterator[Thing | Event]:
 def ask_story(story: Story, rng: random.Random) -> list[QA]:
     """Questions about the events of a clip or its end, each about another shape."""
     return [
-        about(topic, story.states[-1], rng, " at the end")
+        _about_end(topic, story.states[-1], rng)
         if isinstance(topic, Thing)
         else of_event(topic, story, rng)
         for topic in topics(story, rng)
     ]
+
+
+def _about_end(thing: Thing, state: State, rng: random.Random) -> QA:
+    when = " at the end"
+    return count(state, when) if rng.random() < 0.2 else about(thing, state, rng, when)
 
 
 def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[QA]]:
@@ -219,5 +231,5 @@ def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[
     All answers are in the text, so that none can be given away.
     """
     if rng.random() < 0.6:
-        return describe_places(state), [*ask_still(state, rng), *ask_still(state, rng)]
+        return describe_places(state), ask_still(state, rng)
     return narrate(story), [order(*end) for end in rng.sample(ends(story), 2)]

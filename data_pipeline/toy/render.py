@@ -68,7 +68,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, outline: bool
     r, colour = side * thing.radius, COLOURS[thing.colour]
     how = {"outline": colour, "width": side // 28} if outline else {"fill": colour}
     if thing.shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), **how)
+        pen.ellipse(_box(thing, side, 1.0), **how)
     elif thing.shape == "square":
         pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), **how)
     elif thing.shape == "triangle":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -13,9 +14,11 @@ from data_pipeline.toy.build import make_story
 from data_pipeline.toy.facts import (
     checklist,
     flags,
+    of_still,
+    of_story,
+    of_text,
     still_facts,
     story_facts,
-    text_facts,
     timeline,
     track,
 )
@@ -161,16 +164,19 @@ def check(qa: captions.QA, now: Seen, told: list[tuple[int, str]]) -> None:
 
 
 def test_answers_about_clips_follow_from_their_states() -> None:
-    rng, tasks = random.Random(0), set()
-    for story in STORIES * 6:
+    rng, tasks = random.Random(0), Counter[str]()
+    for story in STORIES * 12:
         asked = captions.ask_story(story, rng)
         for qa in asked:
             check(qa, seen(story.states[-1]), history(story))
-        tasks |= {qa.task for qa in asked}
+        tasks[asked[0].task] += 1  # what is judged
         named = [qa.question for qa in asked if qa.task not in ("order", "at", "exists")]
         about = [shape for question in named for shape in SHAPES if shape in question]
         assert len(set(about)) == len(about)
-    assert tasks == {"colour", "shape", "place", "exists", "order", "at", "direction", "when"}
+    kinds = {"colour", "shape", "place", "exists", "count", "order", "at", "direction", "when"}
+    assert tasks.keys() == kinds
+    assert min(tasks.values()) > 0.05 * tasks.total()
+    assert max(tasks.values()) < 0.2 * tasks.total()
 
 
 def test_answers_about_pictures_follow_from_them() -> None:
@@ -229,21 +235,73 @@ def check_facts(said: str, now: Seen) -> None:
             assert now[words[1]] == (words[-3].strip(","), where)
 
 
-def test_facts_about_texts_follow_from_them() -> None:
-    rng, of_stories = random.Random(0), 0
+def check_still(said: str, now: Seen) -> str:
+    """True facts of all things or their caption, and a true checklist; which of the two it is."""
+    entries = re.findall(r"(\w+): (yes|no)\.", said)
+    check_entries(dict(entries), now)
+    rest = re.sub(r"\w+: (yes|no)\. ?", "", said).strip()
+    if things(rest) == now:
+        return "caption"
+    check_facts(rest, now)
+    return "facts"
+
+
+def check_entries(told: dict[str, str], now: Seen) -> None:
+    found = now.keys() | {colour for colour, _ in now.values()}
+    assert len(told) == 6
+    assert told == {name: "yes" if name.lower() in found else "no" for name in told}
+
+
+def things(caption: str) -> Seen:
+    """What `A red circle top left and a blue square bottom right.` names."""
+    names = re.findall(r"a (\w+) (\w+) (\w+ (?:left|right))", caption.lower())
+    return {shape: (colour, place) for colour, shape, place in names}
+
+
+def test_pictures_are_told_by_all_their_things_and_a_checklist() -> None:
+    rng, kinds = random.Random(0), Counter[str]()
+    for seed in range(300):
+        kinds[check_still(of_still(still(seed), rng), seen(still(seed)))] += 1
+    assert min(kinds["caption"], kinds["facts"]) > 60
+
+
+def test_scenes_in_words_are_told_again_with_facts_and_stories_with_their_ends() -> None:
+    rng, of_stories, other_order = random.Random(0), 0, 0
     for seed, story in enumerate(STORIES):
-        told, facts = text_facts(still(seed), story, rng)
+        now = seen(still(seed))
+        told, said = of_text(still(seed), story, rng)
         if told == f"{captions.describe_places(still(seed))} ":
-            check_facts(facts, seen(still(seed)))
+            again, _, facts = said.partition(". ")
+            assert things(again) == now
+            other_order += [*things(again)] != [*now]
+            assert check_still(facts, now) == "facts" or len(now) == 1
             continue
         of_stories += 1
         assert told == f"{captions.narrate(story)} "
         happened = [lowered(sentence) for _, sentence in history(story)]
-        assert set(re.findall(r"[^ .][^.]*\.", facts)) == {
+        assert set(re.findall(r"[^ .][^.]*\.", said)) == {
             f"First {happened[0]}",
             f"Last {happened[-1]}",
         }
-    assert 30 < of_stories < 90
+    assert 20 < of_stories < 60
+    assert other_order > 20
+
+
+def test_clips_are_told_in_two_ways() -> None:
+    rng, kinds = random.Random(0), Counter[str]()
+    ways = {
+        "flags": r"(left|right|up|down|came|turned \w+): (yes|no), ",
+        "timeline": r"Second one: ",
+        "track": r"(Circle|Square|Triangle|Cross): \w+",
+        "facts": r"(At the end |First |Last | at second )",
+    }
+    for story in STORIES * 2:
+        said = of_story(story, rng)
+        found = {way for way, pattern in ways.items() if re.search(pattern, said)}
+        assert len(found) == 2
+        kinds.update(found)
+    assert 0.5 < kinds["flags"] / (2 * len(STORIES)) < 0.8
+    assert min(kinds.values()) > len(STORIES) / 2
 
 
 def test_facts_about_clips_are_true() -> None:
@@ -280,11 +338,8 @@ def test_timelines_tell_every_second() -> None:
 def test_checklists_say_of_shapes_and_colours_whether_they_are_there() -> None:
     rng, names = random.Random(0), set[str]()
     for seed in range(200):
-        now = seen(still(seed))
-        found = now.keys() | {colour for colour, _ in now.values()}
         told = dict(re.findall(r"(\w+): (yes|no)\.", checklist(still(seed), rng)))
-        assert len(told) == 6
-        assert told == {name: "yes" if name.lower() in found else "no" for name in told}
+        check_entries(told, seen(still(seed)))
         names |= told.keys()
     assert len(names) == 10
 
