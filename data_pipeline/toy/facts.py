@@ -66,7 +66,7 @@ def of_text(state: State, story: Story, rng: random.Random) -> tuple[str, str]:
     From facts alone a thing's colour, shape and place are not looked up in a text after 25,000
     samples. What was said already is the shortest way to learn to look up what followed a word.
     """
-    if rng.random() < 0.75:
+    if rng.random() < 0.6:
         again = describe_places(tuple(rng.sample(state, len(state))))
         facts = rng.sample((still_facts(state, rng), checklist(state, rng)), 2)
         return f"{describe_places(state)} ", " ".join([again, *facts])

@@ -74,10 +74,10 @@ class Story:
         return [event for event in self.events if event.second == second]
 
 
-def still(seed: int, least: int = 1) -> State:
-    """`least` to three things."""
+def still(seed: int) -> State:
+    """One to three things."""
     rng = random.Random(seed)
-    return _cast(rng, rng.randint(least, 3))
+    return _cast(rng, rng.randint(1, 3))
 
 
 def simulate(seed: int, seconds: int, events: int, gap: int = 1) -> Story:

@@ -23,7 +23,7 @@ def test_each_toy_stage_reads_its_own_sources(stage: str) -> None:
     paths = [source.path for source in config.data.sources]
     assert paths == [f"world/{stage}/train/{m}" for m in ("text", "image", "video")]
     assert config.stage.name == stage
-    assert config.steps == {"pt1": 900, "pt2": 1000, "sft": 1300, "realtime_sft": 400}[stage]
+    assert config.steps == {"pt1": 900, "pt2": 1000, "sft": 1500, "realtime_sft": 400}[stage]
     assert config.lr == pytest.approx(2e-3)
 
 
