@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+_buffers: Any = param_and_grad_buffer
+_REDUCE_SCATTER = _buffers.dist_reduce_scatter_func  # before any model has asked for another
 
 
 class DataParallel(DistributedDataParallel):
@@ -16,6 +19,9 @@ class DataParallel(DistributedDataParallel):
     """
 
     def __init__(self, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any):
+        # megatron keeps `reduce_scatter_with_fp32_accumulation` in a global that it never resets:
+        # what overlaps would be reduced by the last model's function and not be waited for.
+        _buffers.dist_reduce_scatter_func = _REDUCE_SCATTER
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
         options = self.ddp_config
         overlaps = options.overlap_grad_reduce or options.overlap_param_gather
