@@ -48,6 +48,10 @@ def _about(thing: Thing, state: State, rng: random.Random) -> str:
 def of_still(state: State, rng: random.Random) -> str:
     """A caption or facts, and a checklist, in any order."""
     told = describe_places(state) if rng.random() < 0.3 else still_facts(state, rng)
+    return _and_checklist(told, state, rng)
+
+
+def _and_checklist(told: str, state: State, rng: random.Random) -> str:
     return " ".join(rng.sample((told, checklist(state, rng)), 2))
 
 
@@ -68,8 +72,8 @@ def of_text(state: State, story: Story, rng: random.Random) -> tuple[str, str]:
     """
     if rng.random() < 0.6:
         again = describe_places(tuple(rng.sample(state, len(state))))
-        facts = rng.sample((still_facts(state, rng), checklist(state, rng)), 2)
-        return f"{describe_places(state)} ", " ".join([again, *facts])
+        facts = _and_checklist(still_facts(state, rng), state, rng)
+        return f"{describe_places(state)} ", f"{again} {facts}"
     told = [_ordered(word, end) for word, end in rng.sample(ends(story), 2)]
     return f"{narrate(story)} ", " ".join(told)
 
