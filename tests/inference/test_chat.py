@@ -219,7 +219,7 @@ def test_a_client_that_leaves_frees_its_place(
         next(answer.iter_lines())
         assert server.hub.runner.sessions == 1
     server.wait(0, seconds=20)
-    assert len(taken) < 350  # its place was free long before its 400 tokens were said
+    assert len(taken) < 150  # its place was free long before its 311 tokens were said
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
