@@ -27,7 +27,7 @@ STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
 # Of pretraining's picture samples, how many are stories in pictures, and with how many pictures.
 _STORIES = {"pt1": (0.4, 4), "pt2": (0.7, 5)}
-_VERSION = 12  # of what is drawn and said; a change makes existing folders stale
+_VERSION = 14  # of what is drawn and said; a change makes existing folders stale
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     # Pretraining says more than a caption, but where it is judged, and in each fifth sample.
     plain = split == "heldout" or rng.random() < 0.2
     if modality == "text":
-        state, story = world.still(seed), world.simulate(seed, seconds=4, events=2)
+        state, story = world.still(seed), world.simulate(seed, seconds=5, events=3)
         if pretrain:
             return key | {"json": _caption(*facts.of_text(state, story, rng))}
         told, asked = captions.ask_text(state, story, rng)

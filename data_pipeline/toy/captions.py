@@ -119,14 +119,15 @@ def yes_or_no(true: bool) -> str:
 
 
 def checks(state: State, rng: random.Random) -> list[QA]:
-    """Four times whether something is there, never the same; the first is yes as often as no."""
-    things = iter(rng.sample([*state, *state], 2 * len(state)))
-    asked: dict[str, QA] = {}
-    while len(asked) < 4:
-        thing = next(things, None)
-        qa = exists(thing, state, rng) if thing else _exists(absent(state, rng), False, "")
-        asked[qa.question] = qa
-    return list(asked.values())
+    """Four times whether something is there, never the same, yes as often as no where both last."""
+    names = {True: _named(state), False: _missing(state)}
+    for left in names.values():
+        rng.shuffle(left)
+    asked = []
+    for _ in range(4):
+        yes = rng.random() < 0.5 if all(names.values()) else bool(names[True])
+        asked.append(_exists(names[yes].pop(), yes, ""))
+    return asked
 
 
 def by_one(thing: Thing, rng: random.Random) -> str:
@@ -136,9 +137,18 @@ def by_one(thing: Thing, rng: random.Random) -> str:
 
 def absent(state: State, rng: random.Random) -> str:
     """A shape or a colour that is not there."""
-    shapes = [shape for shape in SHAPES if shape not in {thing.shape for thing in state}]
-    colours = [colour for colour in COLOURS if colour not in {thing.colour for thing in state}]
-    return rng.choice((rng.choice(shapes), f"{rng.choice(colours)} shape"))
+    return rng.choice(_missing(state))
+
+
+def _named(state: State) -> list[str]:
+    """Every thing by its shape, and by its colour."""
+    return [name for thing in state for name in (thing.shape, f"{thing.colour} shape")]
+
+
+def _missing(state: State) -> list[str]:
+    """Every shape and every colour that is not there; as many of the one as of the other."""
+    every = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
+    return [name for name in every if name not in _named(state)]
 
 
 def about(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:

@@ -57,7 +57,7 @@ def _and_checklist(told: str, state: State, rng: random.Random) -> str:
 
 def of_story(story: Story, rng: random.Random) -> str:
     """Two ways to tell what happens, flags among them more often than not."""
-    said = rng.sample((story_facts(story, rng), timeline(story), track(story, rng)), 2)
+    said = rng.sample((story_facts(story, rng), timeline(story, rng), track(story, rng)), 2)
     if rng.random() < 0.67:
         said[0] = flags(story, rng)
     rng.shuffle(said)
@@ -75,7 +75,16 @@ def of_text(state: State, story: Story, rng: random.Random) -> tuple[str, str]:
         facts = _and_checklist(still_facts(state, rng), state, rng)
         return f"{describe_places(state)} ", f"{again} {facts}"
     told = [_ordered(word, end) for word, end in rng.sample(ends(story), 2)]
-    return f"{narrate(story)} ", " ".join(told)
+    return f"{narrate(story)} ", " ".join(rng.sample([*told, _compared(story, rng)], 3))
+
+
+def _compared(story: Story, rng: random.Random) -> str:
+    """`The red circle left before the blue square came.`, or the later after the sooner."""
+    place = rng.randrange(len(story.events) - 1)
+    sooner, later = map(past, story.events[place : place + 2])  # neighbours are never the same
+    if rng.random() < 0.5:
+        return sentence(f"{sooner} before {later}")
+    return sentence(f"{later} after {sooner}")
 
 
 def checklist(state: State, rng: random.Random) -> str:
@@ -108,9 +117,12 @@ def track(story: Story, rng: random.Random) -> str:
     return f"{shape.capitalize()}: {', '.join(shown)}."
 
 
-def timeline(story: Story) -> str:
-    """`Second one: nothing new. Second two: the red circle moves right. ...`, every second."""
-    changes = enumerate(narrate_changes(story), 1)
+def timeline(story: Story, rng: random.Random) -> str:
+    """`Second two: the red circle moves right. Second one: nothing new. ...`, every second, in any
+    order: in order each would be told by what was told before, and no second would be looked up.
+    """
+    changes = list(enumerate(narrate_changes(story), 1))
+    rng.shuffle(changes)
     return " ".join(f"Second {NUMBERS[second]}: {_inner(told)}" for second, told in changes)
 
 

@@ -16,8 +16,6 @@ COLOURS = {
     "green": (40, 180, 70),
     "blue": (50, 90, 230),
     "yellow": (240, 220, 50),
-    "pink": (240, 120, 200),
-    "white": (245, 245, 245),
 }
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 DIRECTIONS = {"right": 1, "left": -1, "down": 2, "up": -2}  # what a move adds to a place

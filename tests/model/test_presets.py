@@ -60,6 +60,6 @@ def test_random_weights_follow_the_seed_and_the_preset(groups):
     assert added.std().item() == pytest.approx(toy.init.std / 4, rel=0.02)
     names = first["language_model.model.embed_tokens.weight"]
     assert names.std().item() == pytest.approx(1.0, rel=0.02)
-    assert first["language_model.model.layers.1.cross_attn_attn_gate"].item() == 0.5
+    assert first["language_model.model.layers.1.cross_attn_attn_gate"].item() == 1.0
     assert (first["language_model.model.norm.weight"] == 1).all()
     assert (first["multi_modal_projector.bias"] == 0).all()

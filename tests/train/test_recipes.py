@@ -23,8 +23,8 @@ def test_each_toy_stage_reads_its_own_sources(stage: str) -> None:
     paths = [source.path for source in config.data.sources]
     assert paths == [f"world/{stage}/train/{m}" for m in ("text", "image", "video")]
     assert config.stage.name == stage
-    assert config.steps == {"pt1": 900, "pt2": 1000, "sft": 1500, "realtime_sft": 400}[stage]
-    assert config.lr == pytest.approx(2e-3)
+    assert config.steps == {"pt1": 650, "pt2": 800, "sft": 1200, "realtime_sft": 400}[stage]
+    assert config.lr == pytest.approx(1.4e-3 if stage == "pt1" else 1e-3)
 
 
 def test_toy_pt1_trains_all_parts_and_full_scale_the_projector_alone() -> None:

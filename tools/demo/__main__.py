@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     first, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="tools.demo", usage=first, description=rest)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--train", type=int, default=6_000, help="samples of each source")
+    parser.add_argument("--train", type=int, default=4_000, help="samples of each source")
     parser.add_argument("--heldout", type=int, default=100, help="samples of each source")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--scale", type=float, default=1, help="of each stage's samples: 0.1, 3")
