@@ -19,7 +19,7 @@ from inference.engine import Engine
 from tests.inference.streams import Player, largest_error, make_stream, offline, play
 from tests.torchrun import REPO
 
-SCALE = "0.13"  # of the samples that the demo trains on
+SCALE = "0.18"  # of the samples that the demo trains on
 # In batches of half the size: so few samples are too few steps else.
 STEPS = ["data.global_batch=8", "data.micro_batch=8", "optimizer.lr=1.5e-3"]
 
