@@ -23,12 +23,10 @@ def train(raw: DictConfig) -> None:
     except ConfigError as error:
         _refuse(error)
     # megatron is imported only now: a wrong configuration is refused in two seconds, not ten.
-    # Python's collector finds nothing among what is imported and took a sixth of that time; frozen,
-    # it is not searched again in every step either.
+    # Python's collector finds nothing among what is imported, and took a sixth of that time.
     gc.disable()
     from moss_train.train.loop import run
 
-    gc.freeze()
     gc.enable()
     try:
         run(config, resume_from)

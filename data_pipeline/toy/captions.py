@@ -147,8 +147,8 @@ def _named(state: State) -> list[str]:
 
 def _missing(state: State) -> list[str]:
     """Every shape and every colour that is not there; as many of the one as of the other."""
-    every = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
-    return [name for name in every if name not in _named(state)]
+    every, there = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)], _named(state)
+    return [name for name in every if name not in there]
 
 
 def about(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:
