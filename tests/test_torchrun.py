@@ -12,23 +12,31 @@ from tests.torchrun import RanksFailedError, run_ranks, start_ranks
 WORKER = "tests/workers/misbehave.py"
 
 
-def test_results_of_all_ranks_come_back(tmp_path):
-    result = run_ranks(WORKER, 2, "well", out=tmp_path, timeout=60)
+BOTH = pytest.mark.parametrize("preloaded", [True, False])
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["well", "exit"])
+def test_results_of_all_ranks_come_back(tmp_path, preloaded, how):
+    result = run_ranks(WORKER, 2, how, out=tmp_path, timeout=60, preloaded=preloaded)
     assert result.load_all("rank") == [0, 1]
     assert result.load("tensor", rank=1).tolist() == [1.0, 1.0]
     assert result.stdout(1) == "rank 1 says hello\n"
 
 
-def test_failing_rank_ends_the_run_and_its_traceback_comes_first(tmp_path):
+@BOTH
+def test_failing_rank_ends_the_run_and_its_traceback_comes_first(tmp_path, preloaded):
+    module = "tests.workers.misbehave"
     with pytest.raises(RanksFailedError) as caught:
-        run_ranks("tests.workers.misbehave", 2, "raise", out=tmp_path, timeout=50)
+        run_ranks(module, 2, "raise", out=tmp_path, timeout=50, preloaded=preloaded)
     first = str(caught.value).partition("--- rank 0")[0]
     assert "--- rank 1 failed first" in first
     assert "ValueError: rank one had a bad day" in first
 
 
-def test_hanging_ranks_are_killed(tmp_path):
-    run = start_ranks(WORKER, 2, "hang", out=tmp_path)
+@BOTH
+def test_hanging_ranks_are_killed(tmp_path, preloaded):
+    run = start_ranks(WORKER, 2, "hang", out=tmp_path, preloaded=preloaded)
     began = time.monotonic()
     while len(list(tmp_path.glob("tensor.rank*"))) < 2:
         assert time.monotonic() - began < 50

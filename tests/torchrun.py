@@ -1,5 +1,8 @@
 """Starts real multi-process runs for tests, with torchrun over gloo, and reports how they went.
 
+torchrun and its ranks are forks of a process that has imported torch and megatron (see
+tools/preloaded.py) unless a test is about how a job starts or ends: `preloaded=False`.
+
 In a test:
 
     result = run_ranks("tests/workers/golden.py", 2, "tp2", out=tmp_path)
@@ -26,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tools.preloaded import Command, torchrun
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = "MOSS_TEST_OUT"  # environment variable: where workers put their results
@@ -102,7 +107,7 @@ class Result:
 class Run:
     """A run in progress, e.g. to send it a signal."""
 
-    def __init__(self, process: subprocess.Popen, out: Path):
+    def __init__(self, process: subprocess.Popen | Command, out: Path):
         self.process, self.out, self.began = process, out, time.monotonic()
 
     def rank_pids(self) -> list[int]:
@@ -152,6 +157,7 @@ def start_ranks(
     *args: str,
     env: dict[str, str] | None = None,
     out: Path | None = None,
+    preloaded: bool = True,
 ) -> Run:
     """Starts `world_size` processes of a script (a path) or a module (a dotted name).
 
@@ -160,28 +166,30 @@ def start_ranks(
         args: the script's arguments.
         env: added to this process's environment.
         out: folder of results and logs; None: a new temporary one.
+        preloaded: as forks; False: by the command, every rank from the beginning.
     """
     out = Path(tempfile.mkdtemp(prefix="moss-ranks-")) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    target = [str(script)] if str(script).endswith(".py") else ["-m", str(script)]
-    command = [
-        sys.executable, "-m", "torch.distributed.run",
+    options = [
         "--nproc-per-node", str(world_size),
         "--standalone",  # a port that is free when it is bound, not a moment before
         "--log-dir", str(out / "logs"), "--redirects", "3",
-        *target, *args,
     ]  # fmt: skip
     path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, OUT: str(out), **(env or {})}
-    with (out / "torchrun.log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=REPO,
-            env={**os.environ, **settings},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    environment, log = {**os.environ, **settings}, out / "torchrun.log"
+    launcher, file = "torch.distributed.run", _file(script)
+    if preloaded:
+        arguments = torchrun(options, file, [*args])
+        return Run(Command(launcher, arguments, environment, log), out)
+    process = subprocess.Popen(
+        [sys.executable, "-m", launcher, *options, str(file), *args],
+        cwd=REPO,
+        env=environment,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     return Run(process, out)
 
 
@@ -193,9 +201,17 @@ def run_ranks(
     timeout: float = 300.0,
     out: Path | None = None,
     check: bool = True,
+    preloaded: bool = True,
 ) -> Result:
     """As `start_ranks`, then waits. With `check=False`, a failed run is returned, not raised."""
-    return start_ranks(script, world_size, *args, env=env, out=out).wait(timeout, check)
+    run = start_ranks(script, world_size, *args, env=env, out=out, preloaded=preloaded)
+    return run.wait(timeout, check)
+
+
+def _file(script: str | Path) -> Path:
+    """The file of a script or of a module, in the repository."""
+    name = str(script)
+    return REPO / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
 
 
 def save_result(name: str, value: Any, as_json: bool = False) -> None:

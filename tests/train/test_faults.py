@@ -51,8 +51,8 @@ def start(job, tmp_path) -> Iterator[Callable[..., Run]]:
     number = iter(range(100))
 
     def again(*more: str) -> Run:
-        out = tmp_path / f"start{next(number)}"
-        return start_ranks(ENTRY, 2, *job, *more, f"run.dir={tmp_path}/run", out=out)
+        out, run = tmp_path / f"start{next(number)}", f"run.dir={tmp_path}/run"
+        return start_ranks(ENTRY, 2, *job, *more, run, out=out, preloaded=False)
 
     yield again
     end_orphans(tmp_path)
@@ -155,7 +155,8 @@ def test_a_signal_to_all_processes_stops_a_single_one_cleanly(small, tmp_path, n
 )
 def test_an_error_on_one_rank_ends_the_job(small, tmp_path, how, rank, layout, error):
     options = [*small, f"parallel={layout}", f"run.dir={tmp_path}/run"]
-    running = start_ranks("tests/workers/faulty.py", 2, how, str(rank), *options, out=tmp_path)
+    worker = "tests/workers/faulty.py"
+    running = start_ranks(worker, 2, how, str(rank), *options, out=tmp_path, preloaded=False)
     wait_for(lambda: len(running.rank_pids()) == 2)
     ranks = running.rank_pids()
     wait_for(lambda: not all(is_running(pid) for pid in ranks))

@@ -232,9 +232,8 @@ def test_everything_wrong_gets_a_line(answers, toy, folder, name):
 def test_only_rank_0_speaks_and_nobody_waits(folder, toy):
     overrides = ["hardware=cpu", f"data.root={toy}", "data.global_batch=5", "stage=sft"]
     out = folder / "ranks"
-    result = run_ranks(
-        ENTRY, 2, *overrides, f"run.dir={out}/run", out=out, timeout=120, check=False
-    )
+    options = [*overrides, f"run.dir={out}/run"]
+    result = run_ranks(ENTRY, 2, *options, out=out, timeout=120, check=False, preloaded=False)
     assert result.returncode == 1
     said = result.stderr(0).splitlines()
     assert len(said) == 1

@@ -1,4 +1,4 @@
-"""A worker that does as it is told: misbehave.py well | raise | hang."""
+"""A worker that does as it is told: misbehave.py well | exit | raise | hang."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def main(how: str) -> None:
     print(f"rank {rank} says hello")
     if how == "raise" and rank == 1:
         raise ValueError("rank one had a bad day")
+    if how == "exit":
+        sys.exit(0)
     if how != "well":
         time.sleep(60)
 

@@ -20,6 +20,7 @@ import yaml
 from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
 from inference.view import clock
+from tools import preloaded
 from tools.demo.narrate import held_out_clip, told
 from tools.demo.report import write_report
 
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         before: Path | None = None
         for stage in STAGES:
             run = options.out / stage
-            times.run(f"train {stage}", *_training(stage, run, before, options))
+            training = _training(stage, run, before, options)
+            times.run(f"train {stage}", "torch.distributed.run", *training)
             scores = ["--checkpoint", str(run), "--suite", "toy", "--threads", str(options.ranks)]
             times.run(f"evaluate {stage}", "tools.evaluate", *scores)
             before = run
@@ -68,16 +70,13 @@ def _narrate(out: Path, times: _Times) -> None:
     print("\n".join(f"{clock(second)}  {words}" for second, words in truth))
     print("--- what the model says, frame by frame", flush=True)
     watch = ["--checkpoint", str(export), "--video_path", str(clip), "--prompt", NARRATE]
-    start("inference.realtime_streaming_infer", *watch, "--speed", "0")
+    preloaded.run("inference.realtime_streaming_infer", *watch, "--speed", "0")
 
 
 def _training(stage: str, run: Path, before: Path | None, options: argparse.Namespace) -> list[str]:
     """torchrun's arguments for a stage that starts from the run before it."""
-    return [
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(options.ranks),
-        str(REPO / "launch/train.py"),
+    ranks = ["--nproc-per-node", str(options.ranks)]
+    overrides = [
         f"stage={stage}",
         "model=toy",
         "data=toy",
@@ -92,21 +91,13 @@ def _training(stage: str, run: Path, before: Path | None, options: argparse.Name
         *([f"init_from={before}"] if before else []),
         *options.overrides,
     ]
+    return preloaded.torchrun(ranks, REPO / "launch/train.py", overrides)
 
 
 def _samples(stage: str, scale: float) -> int:
     """`scale` times what the stage's recipe trains on, a step's at least."""
     recipe = yaml.safe_load((REPO / f"conf/recipe/toy_{stage}.yaml").read_text())
     return max(BATCH, round(recipe["data"]["samples"] * scale))
-
-
-def start(module: str, *arguments: str) -> None:
-    """Runs a command of ours; CalledProcessError where it fails."""
-    environment = os.environ | {
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
-    }
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=environment)
 
 
 class _Times:
@@ -121,7 +112,7 @@ class _Times:
             return
         print(f"--- {name}", flush=True)
         started = time.perf_counter()
-        start(module, *arguments)
+        preloaded.run(module, *arguments)
         self.seconds[name] = round(time.perf_counter() - started, 1)
         self.path.write_text(json.dumps(self.seconds, indent=1) + "\n")
 

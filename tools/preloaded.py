@@ -1,0 +1,135 @@
+"""Starts commands in processes that have imported torch and megatron already.
+
+Importing them takes each process five seconds of a core: much of a chain of short jobs, as the demo
+and the tests are. Here one process imports them (Python's fork server) and commands are forks of
+it; torchrun starts its ranks as forks of itself (its own options `--run-path`, `--start-method`).
+What runs is the same as in a shell.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+MODULES = ["torch.distributed.run", "hydra", "moss_train.train.loop", "matplotlib.pyplot"]
+MODULES += ["moss_train.evaluate.exported"]
+# macOS has no safe fork once its frameworks are loaded: imports are repeated there.
+METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
+class Command:
+    """A command that runs; as subprocess.Popen, as far as it goes."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: list[str],
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ):
+        """Starts `python -m module arguments`.
+
+        Args:
+            module: a dotted name.
+            environment: all of the command's; None: this process's.
+            log: file of what the command prints, which then leads a session of its own; None: it
+                prints where this process does.
+        """
+        own = dict(os.environ if environment is None else environment)
+        self.args = [module, *arguments]
+        start = (self.args, own, log and str(log))
+        self.process: BaseProcess = _context().Process(target=_run, args=start)  # type: ignore
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid: int = self.process.pid
+
+    def poll(self) -> int | None:
+        """The exit code; None while the command runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once the command has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after `timeout` seconds.
+        """
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.process.exitcode
+
+
+def torchrun(options: list[str], script: Path, arguments: list[str]) -> list[str]:
+    """Arguments of the module torch.distributed.run for a script whose ranks are forks."""
+    forks = ["--run-path", "--start-method", METHOD]
+    return [*options, *forks, __file__, str(script), *arguments]
+
+
+def run(module: str, *arguments: str) -> None:
+    """Runs a command to its end; CalledProcessError where it fails."""
+    command = Command(module, list(arguments))
+    code = command.wait()
+    if code != 0:
+        raise subprocess.CalledProcessError(code, command.args)
+
+
+@cache
+def _context() -> BaseContext:
+    context = multiprocessing.get_context("forkserver" if METHOD == "fork" else METHOD)
+    if METHOD == "fork":
+        context.set_forkserver_preload(MODULES)
+        path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+        # The warnings are megatron's, of packages that it could have used. Libraries read the
+        # number of threads when they are loaded: ranks and commands set their own.
+        settings = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        before = os.environ.copy()
+        os.environ.update(settings)
+        forkserver.ensure_running()
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _run(command: list[str], environment: Mapping[str, str], log: str | None) -> None:
+    """In the new process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if log is not None:
+        os.setsid()
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    sys.argv = command
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
+def _rank() -> None:
+    """In a rank: runs the script that is named first."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    del sys.argv[0]
+    # megatron's checkpoint writer spawns a process for its queue, which imports torch again.
+    filesystem_async._results_queue = multiprocessing.get_context(METHOD).Manager().Queue()
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise  # else it ends well: torchrun waits for ranks that have returned
+    except Exception:  # an interpreter would print it; a fork tells its parent alone
+        traceback.print_exc()
+        raise
+
+
+if __name__ == "__main__":
+    _rank()
