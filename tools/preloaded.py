@@ -8,9 +8,11 @@ What runs is the same as in a shell.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
@@ -18,8 +20,11 @@ from collections.abc import Mapping
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
+from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch.multiprocessing
 
 REPO = Path(__file__).resolve().parents[1]
 MODULES = ["torch.distributed.run", "hydra", "moss_train.train.loop", "matplotlib.pyplot"]
@@ -115,20 +120,29 @@ def _run(command: list[str], environment: Mapping[str, str], log: str | None) ->
 
 
 def _rank() -> None:
-    """In a rank: runs the script that is named first."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
+    """In a rank: runs the script that is named first, as an interpreter of its own would."""
     del sys.argv[0]
-    # megatron's checkpoint writer spawns a process for its queue, which imports torch again.
-    filesystem_async._results_queue = multiprocessing.get_context(METHOD).Manager().Queue()
+    if METHOD == "fork":
+        _give_queue()
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         if end.code not in (None, 0):
-            raise  # else it ends well: torchrun waits for ranks that have returned
-    except Exception:  # an interpreter would print it; a fork tells its parent alone
+            raise  # else it has ended well, which for torchrun is to return
+    except Exception:  # a fork tells its parent alone
         traceback.print_exc()
         raise
+    atexit._run_exitfuncs()  # a rank that has returned waits for the others, which may wait for it
+
+
+def _give_queue() -> None:
+    """megatron's checkpoint writer would spawn a process for its queue, and import torch there."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    server = SyncManager(ctx=multiprocessing.get_context("fork"))
+    # As its rank's end may be sudden.
+    server.start(torch.multiprocessing._prctl_pr_set_pdeathsig, (signal.SIGKILL,))  # type: ignore
+    filesystem_async._results_queue = server.Queue()
 
 
 if __name__ == "__main__":
