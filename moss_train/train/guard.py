@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from moss_train import hardware
 from moss_train.train.metrics import read_metrics
 
 WINDOW = 100  # accepted losses whose median a spike is measured against
@@ -45,7 +43,7 @@ class GuardedOptimizer(ChainedOptimizer):
 
 
 class Guard:
-    """Judges each step; every rank holds one and comes to the same verdict.
+    """Judges each step. Every rank holds one; the ranks agree on the worst of their verdicts.
 
     skipped: steps left out, of the whole run. accepted: steps done, by this process.
     in_a_row: steps left out since the last one that was done.
@@ -65,16 +63,9 @@ class Guard:
         assert read[0] is not None
         return Guard(spike_factor, *read[0])
 
-    def judge(self, loss: float, grad_norm: float) -> str | None:
-        """Why the step must be left out, None where it may be done. A collective.
-
-        Args:
-            loss: of the global batch. grad_norm: of all parameters. Both are the same on all
-                ranks but for rounding, by which the verdicts of ranks must not differ.
-        """
-        code = torch.tensor([self._code(loss, grad_norm)], device=hardware.device())
-        dist.all_reduce(code, dist.ReduceOp.MAX)
-        reason = REASONS[int(code)]
+    def record(self, verdict: int, loss: float) -> str | None:
+        """Counts a step of that verdict; why it must be left out, None where it may be done."""
+        reason = REASONS[verdict]
         if reason is None:
             self.losses.append(loss)
             self.accepted += 1
@@ -84,7 +75,12 @@ class Guard:
             self.in_a_row += 1
         return reason
 
-    def _code(self, loss: float, grad_norm: float) -> int:
+    def judge(self, loss: float, grad_norm: float) -> int:
+        """A verdict, a place in REASONS. It is this rank's: numbers may differ by rounding.
+
+        Args:
+            loss: of the global batch. grad_norm: of all parameters.
+        """
         if not math.isfinite(loss):
             return 3
         if not math.isfinite(grad_norm):

@@ -79,19 +79,22 @@ class TrainStep:
         total_loss, skipped, stops, encoded, *samples = _reduce(
             (*sums, *(read[name] for name in names)), dist.ReduceOp.SUM
         )
-        refused: list[str | None] = []
+        refused: str | None = None
+        peaks: list[float] = [own, data_wait_s, hardware.peak_memory_gb()]
 
         def allows(norm: float) -> bool:
-            refused.append(self.guard.judge(total_loss, norm))
-            return refused[0] is None
+            nonlocal refused, peaks
+            verdict = self.guard.judge(total_loss, norm)
+            worst, *peaks = _reduce((verdict, *peaks), dist.ReduceOp.MAX)
+            refused = self.guard.record(int(worst), total_loss)
+            return refused is None
 
         grad_norm = self.trainable.update(allows)
-        peaks = (own, data_wait_s, hardware.peak_memory_gb())
-        most_frames, longest_wait, most_memory = _reduce(peaks, dist.ReduceOp.MAX)
+        most_frames, longest_wait, most_memory = peaks
         return StepResult(
             loss=total_loss,
             grad_norm=grad_norm,
-            refused=refused[0],
+            refused=refused,
             counts=counts,
             padded_tokens=padded,
             skipped=int(skipped),

@@ -87,14 +87,17 @@ def test_going_back_in_vain_ends_the_job(outcomes, runs):
     assert saved_steps(runs / "hopeless") == [3]
 
 
-@pytest.mark.usefixtures("groups")
 def test_there_is_no_spike_before_there_is_a_median():
     guard = Guard(3.0, [1.0] * 8, skipped=0)
-    assert guard.judge(9.0, 1.0) is None
-    assert guard.judge(1.0, 1.0) is None
-    assert guard.judge(2.9, 1.0) is None
-    assert guard.judge(3.1, 1.0) == "the loss is a spike"
-    assert guard.judge(3.1, torch.inf) == "the gradient is not finite"
+
+    def step(loss: float, norm: float = 1.0) -> str | None:
+        return guard.record(guard.judge(loss, norm), loss)
+
+    assert step(9.0) is None
+    assert step(1.0) is None
+    assert step(2.9) is None
+    assert step(3.1) == "the loss is a spike"
+    assert step(3.1, torch.inf) == "the gradient is not finite"
     assert (guard.skipped, guard.in_a_row) == (2, 2)
-    assert guard.judge(1.0, 1.0) is None
+    assert step(1.0) is None
     assert (guard.skipped, guard.in_a_row) == (2, 0)
