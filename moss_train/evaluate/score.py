@@ -17,6 +17,7 @@ from moss_train.evaluate.generate import answer_start, answers, predictions, str
 from moss_train.evaluate.items import Item
 from moss_train.evaluate.model import TrainedModel
 
+EXACT = "answers exact"
 IN_TIME = 1  # seconds from an event's frame to the sentence about it
 
 
@@ -68,7 +69,7 @@ def question_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
     Items with options are also scored as multiple choice: the likeliest option.
     """
     right, blind = (_exact(model, items, blind) for blind in (False, True))
-    scores = [_mean(items, right, blind, items[0].source, "answers exact")]
+    scores = [_mean(items, right, blind, items[0].source, EXACT)]
     for task in sorted({item.task for item in items}):
         chosen = [i for i, item in enumerate(items) if item.task == task]
         scores.append(
@@ -85,6 +86,19 @@ def question_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
         picked, unseen = (_choose(model, closed, blind) for blind in (False, True))
         scores.append(_mean(closed, picked, unseen, items[0].source, "multiple choice"))
     return scores
+
+
+def questions_together(scores: Sequence[Score]) -> list[Score]:
+    """One score of the exact answers of all sources; none where only one asks."""
+    parts = [score for score in scores if score.metric == EXACT]
+    if len(parts) < 2:
+        return []
+    count = sum(part.count for part in parts)
+    value, blind, chance = (
+        sum((getattr(part, name) or 0.0) * part.count for part in parts) / count
+        for name in ("value", "blind", "chance")
+    )
+    return [Score("all sources", EXACT, value, blind, chance, count)]
 
 
 def _mean(

@@ -18,6 +18,7 @@ from moss_train.evaluate.score import (
     decision_scores,
     live_scores,
     question_scores,
+    questions_together,
 )
 
 
@@ -59,6 +60,7 @@ def evaluate(
             scores, timelines = live_scores(model, live)
             result.scores += decision_scores(model, live) + scores
             result.timelines += timelines
+    result.scores += questions_together(result.scores)
     return result
 
 

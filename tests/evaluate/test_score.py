@@ -19,6 +19,7 @@ from moss_train.evaluate.score import (
     decisions,
     plain,
     question_scores,
+    questions_together,
 )
 from moss_train.evaluate.suite import table, toy_items
 
@@ -80,6 +81,15 @@ def test_chance_is_that_of_the_options_and_all_tasks_are_listed(model, questions
     assert scores["a"].chance == 0.25
     assert scores["b"].count == 1
     assert scores["multiple choice"].count == 2
+
+
+def test_questions_of_all_sources_weigh_alike() -> None:
+    text = Score("a/text", "answers exact", 0.5, 0.5, 0.25, 2)
+    clips = Score("a/video", "answers exact", 1.0, 0.0, 0.5, 6)
+    other = Score("a/video", "  colour", 0.0, 0.0, 0.0, 4)
+    (both,) = questions_together([text, clips, other])
+    assert both == Score("all sources", "answers exact", 7 / 8, 1 / 8, 7 / 16, 8)
+    assert questions_together([clips, other]) == []
 
 
 def test_chance_of_captions_is_the_most_frequent_token(model, questions) -> None:

@@ -21,14 +21,14 @@ from tests.torchrun import REPO
 
 SCALE = "0.18"  # of the samples that the demo trains on
 # In batches of half the size: so few samples are too few steps else.
-STEPS = ["data.global_batch=8", "data.micro_batch=8", "optimizer.lr=1.5e-3"]
+STEPS = ["data.global_batch=8", "data.micro_batch=4", "optimizer.lr=1.5e-3"]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the demo's runs, and what it printed in `printed`."""
     folder: Path = tmp_path_factory.mktemp("demo")
-    sizes = ["--train", "800", "--heldout", "40", "--scale", SCALE, "--ranks", "1"]
+    sizes = ["--train", "800", "--heldout", "40", "--scale", SCALE, "--ranks", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "tools.demo", "--out", str(folder), *sizes, *STEPS],
         cwd=REPO,
