@@ -22,7 +22,6 @@ from data_pipeline.toy.stream import NARRATE
 from inference.view import clock
 from tools import preloaded
 from tools.demo.narrate import held_out_clip, told
-from tools.demo.report import write_report
 
 REPO = Path(__file__).resolve().parents[2]
 BATCH = 16  # samples a step, over all ranks
@@ -52,8 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             scores = ["--checkpoint", str(run), "--suite", "toy", "--threads", str(options.ranks)]
             times.run(f"evaluate {stage}", "tools.evaluate", *scores)
             before = run
-        report = write_report(options.out, [*STAGES], times.seconds)
-        print(f"{report} ({sum(times.seconds.values()) / 60:.1f} minutes in all)")
+        preloaded.run("tools.demo.report", str(options.out), *STAGES)
         _narrate(options.out, times)
     except subprocess.CalledProcessError as error:
         print(f"{' '.join(map(str, error.cmd))} failed ({error.returncode})", file=sys.stderr)

@@ -1,10 +1,14 @@
-"""The demo's report: one HTML file with the table of scores, losses and decision timelines."""
+"""python -m tools.demo.report runs/demo pt1 pt2 sft realtime_sft
+
+The demo's report: one HTML file with the table of scores, losses and decision timelines.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,3 +160,10 @@ def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+if __name__ == "__main__":
+    out, *stages = sys.argv[1:]
+    times = json.loads((Path(out) / "times.json").read_text())
+    report = write_report(Path(out), stages, times)
+    print(f"{report} ({sum(times.values()) / 60:.1f} minutes in all)")

@@ -1,0 +1,58 @@
+"""Commands that are forks of a process with torch and megatron in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.torchrun import start_ranks
+from tests.train.runs import is_running, wait_for
+from tools import preloaded
+
+MODULE = "tests.workers.command"
+
+
+def command(tmp_path: Path, *arguments: str) -> preloaded.Command:
+    environment = {"PATH": os.environ["PATH"], "MARK": "given"}
+    return preloaded.Command(MODULE, [*arguments], environment, tmp_path / "log")
+
+
+def test_a_command_gets_its_arguments_environment_and_modules(tmp_path: Path) -> None:
+    started = command(tmp_path, "3", "two words")
+    assert started.wait(60) == 3
+    assert started.poll() == 3
+    mark, *said = (tmp_path / "log").read_text().splitlines()
+    assert mark == "given"
+    assert said == ["3 | two words", f"megatron.core {sys.platform == 'linux'}"]
+
+
+def test_a_command_that_fails_is_named() -> None:
+    with pytest.raises(subprocess.CalledProcessError, match=f"'{MODULE}', '4'.*exit status 4"):
+        preloaded.run(MODULE, "4")
+    preloaded.run(MODULE, "0")
+
+
+def test_waiting_has_an_end(tmp_path: Path) -> None:
+    started = command(tmp_path, "sleep")
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.wait(0.5)
+    assert started.poll() is None
+    os.kill(started.pid, 9)
+    assert started.wait(10) == -9
+
+
+def test_helpers_of_ranks_end_with_them(tmp_path: Path) -> None:
+    run = start_ranks("tests/workers/misbehave.py", 2, "hang", out=tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("tensor.rank*"))) == 2)
+    helpers = [child for rank in run.rank_pids() for child in children(rank)]
+    assert len(helpers) == 2 * (sys.platform == "linux")
+    run.kill()
+    wait_for(lambda: not any(is_running(pid) for pid in helpers), timeout=10)
+
+
+def children(pid: int) -> list[int]:
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -1,0 +1,15 @@
+"""A command that says what it was given, and ends with the code named first, or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+if __name__ == "__main__":
+    if sys.argv[1] == "sleep":
+        time.sleep(60)
+    print(os.environ.get("MARK"))
+    print(*sys.argv[1:], sep=" | ")
+    print("megatron.core", "megatron.core" in sys.modules)
+    sys.exit(int(sys.argv[1]))
