@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.torchrun import RanksFailedError, run_ranks, start_ranks
+from tests.train.runs import is_running
 
 WORKER = "tests/workers/misbehave.py"
-
-
 BOTH = pytest.mark.parametrize("preloaded", [True, False])
 
 
@@ -48,12 +46,3 @@ def test_hanging_ranks_are_killed(tmp_path, preloaded):
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() - began < 55
         time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    """True for a process that is neither gone nor only waits to be reaped."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"

@@ -182,14 +182,15 @@ def start_ranks(
     if preloaded:
         arguments = torchrun(options, file, [*args])
         return Run(Command(launcher, arguments, environment, log), out)
-    process = subprocess.Popen(
-        [sys.executable, "-m", launcher, *options, str(file), *args],
-        cwd=REPO,
-        env=environment,
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with log.open("w") as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-m", launcher, *options, str(file), *args],
+            cwd=REPO,
+            env=environment,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     return Run(process, out)
 
 

@@ -27,8 +27,13 @@ from pathlib import Path
 import torch.multiprocessing
 
 REPO = Path(__file__).resolve().parents[1]
-MODULES = ["torch.distributed.run", "hydra", "moss_train.train.loop", "matplotlib.pyplot"]
-MODULES += ["moss_train.evaluate.exported"]
+MODULES = [
+    "torch.distributed.run",
+    "hydra",
+    "moss_train.train.loop",
+    "moss_train.evaluate.exported",
+    "matplotlib.pyplot",
+]
 # macOS has no safe fork once its frameworks are loaded: imports are repeated there.
 METHOD = "fork" if sys.platform == "linux" else "spawn"
 
