@@ -20,10 +20,10 @@ from pathlib import Path
 
 from data_pipeline import files
 from data_pipeline.importers.draft import Entry
+from data_pipeline.importers.forms import FORMS, OpenSource, SourceOptions, open_source
 from data_pipeline.importers.journal import REJECTED, Journal, Summary
 from data_pipeline.importers.media import MediaOptions, Outcome
 from data_pipeline.importers.pool import Pool
-from data_pipeline.importers.source import FORMS, OpenSource, SourceOptions, open_source
 from data_pipeline.index import prepare_index
 from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from data_pipeline.schema import SampleError
-from inference.engine import Engine, EngineFull, Sampling
-from inference.events import Event
-from inference.handle import SessionClosed
+from inference.engine.engine import Engine, EngineFull, Sampling
+from inference.session.events import Event
+from inference.session.handle import SessionClosed
 from inference.sources import SourceError
 
 STAGE_KEY = "moss_stage"

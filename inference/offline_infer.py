@@ -19,10 +19,10 @@ from torch import Tensor
 from data_pipeline.prompts import Prompt, PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
-from inference.handle import SessionHandle
-from inference.runner import Runner
+from inference.session.handle import SessionHandle
+from inference.session.response import Vocabulary
+from inference.session.runner import Runner
 from inference.sources import clip, picture
-from inference.speech import Vocabulary
 
 
 def parser(doc: str, most: int) -> argparse.ArgumentParser:

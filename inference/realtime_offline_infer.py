@@ -17,8 +17,8 @@ if __name__ == "__main__":  # as a file: the folder of the package, not this one
 
 from inference import cli
 from inference.offline_infer import media, parser, question, show
-from inference.runner import Runner
-from inference.speech import Vocabulary
+from inference.session.response import Vocabulary
+from inference.session.runner import Runner
 
 
 def watched(words: Vocabulary, system_prompt: str, frames: int, prompt: str) -> list[int]:

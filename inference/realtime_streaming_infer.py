@@ -19,11 +19,11 @@ if __name__ == "__main__":  # as a file: the folder of the package, not this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from inference import cli
-from inference.handle import SessionClosed, SessionHandle
-from inference.runner import Runner
-from inference.session import SessionConfig
+from inference.session.handle import SessionClosed, SessionHandle
+from inference.session.runner import Runner
+from inference.session.session import SessionConfig
+from inference.session.view import View, summary
 from inference.sources import Source, SourceError
-from inference.view import View, summary
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

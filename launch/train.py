@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from moss_train.config import Config
-from moss_train.launch import train
+from moss_train.main import train
 
 ConfigStore.instance().store(name="schema", node=Config)
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from data_pipeline.loader import check_source
+from data_pipeline.loader.loader import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train.config import AdapterConfig, Config, ConfigError
-from moss_train.convert.mapping import unmatched_targets
 from moss_train.hardware import has_cuda
+from moss_train.model.hf_mapping import unmatched_targets
 
 ATTENTION = ("sdpa", "flash", "te", "flex")
 POOLS = ("none", "average", "max", "bilinear", "channel_fusion")

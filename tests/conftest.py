@@ -11,10 +11,10 @@ SHARED = REPO.parent / "shared"
 # Files that take longest, first: the last one to begin would keep one core waiting.
 LONG = (
     "tests/test_readme.py",
-    "tests/parallel/test_matrix.py",
-    "tests/convert/test_round_trip.py",
-    "tests/train/test_resume.py",
-    "tests/train/test_learning.py",
+    "tests/moss_train/parallel/test_matrix.py",
+    "tests/moss_train/convert/test_round_trip.py",
+    "tests/moss_train/train/test_resume.py",
+    "tests/moss_train/train/test_learning.py",
 )
 
 
@@ -39,7 +39,7 @@ def groups():
 
     from moss_train import hardware
     from moss_train.config import ParallelConfig
-    from moss_train.parallel.groups import build_groups
+    from moss_train.parallel.process_groups import build_groups
     from tests.torchrun import free_port
 
     torch.set_num_threads(1)

@@ -90,5 +90,5 @@ def test_configuration_is_checked_without_importing_megatron() -> None:
             if module.split(".")[0] in ("moss_train", "data_pipeline"):
                 visit(REPO / (module.replace(".", "/") + ".py"))
 
-    for name in ("config", "validate", "train/saved", "log", "launch"):
+    for name in ("config", "validate", "checkpoint_dir", "log", "main"):
         visit(REPO / f"moss_train/{name}.py")

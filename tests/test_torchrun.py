@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from tests.moss_train.train.runs import is_running
 from tests.torchrun import RanksFailedError, run_ranks, start_ranks
-from tests.train.runs import is_running
 
 WORKER = "tests/workers/misbehave.py"
 BOTH = pytest.mark.parametrize("preloaded", [True, False])

@@ -15,12 +15,12 @@ from types import FrameType
 import yaml
 from omegaconf import OmegaConf
 
-import inference
+import inference.hf
 from moss_train.config import ConfigError, ModelConfig
-from moss_train.convert.mapping import Pattern, patterns, sizes
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
+from moss_train.model.hf_mapping import Pattern, patterns, sizes
 
 DTYPES = ("bf16", "fp32")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ToHf(
                     options.source,
                     options.out,
-                    Path(inference.__file__).parent,
+                    Path(inference.hf.__file__).parent,
                     target=options.target,
                     dtype=options.dtype,
                     quantize=options.quantize,

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.schema import SampleError
-from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import ConfigError
 from moss_train.evaluate.exported import ExportedModel
 from moss_train.evaluate.items import EvaluationError, read_lines

@@ -23,16 +23,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference.configuration_moss_video import MossVideoConfig
-from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.hf.configuration_moss_video import MossVideoConfig
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from moss_train.checkpoint_dir import find, read_run
 from moss_train.config import Config, ConfigError, HardwareConfig, ParallelConfig, from_dict
 from moss_train.convert.hf_config import kind_of
+from moss_train.convert.job import check_manifest
 from moss_train.convert.source import ConversionError, read_json
-from moss_train.convert.work import check_manifest
-from moss_train.evaluate.case import Case, ForwardJob, make_case, read_case
 from moss_train.evaluate.items import EvaluationError
-from moss_train.train.saved import find, read_run
 from moss_train.validate import check_layout
+from moss_train.verify.case import Case, ForwardJob, make_case, read_case
 
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of logits; the loss has a tenth
@@ -254,7 +254,7 @@ def run_megatron(
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(ranks_of(options.layout)),
-            "-m", "moss_train.evaluate.forward", str(Path(folder) / "job.json"),
+            "-m", "moss_train.verify.forward", str(Path(folder) / "job.json"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -21,9 +21,9 @@ from inference.bench import measure
 from inference.bench.models import MODELS, random_model
 from inference.bench.published import PublishedModel
 from inference.bench.report import Row, describe, print_table, write_report
-from inference.checkpoint import DTYPES, find_device, load_model
-from inference.engine import Engine
-from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.engine.engine import Engine
+from inference.engine.load import DTYPES, find_device, load_model
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from transformers import StoppingCriteriaList
 
 from data_pipeline.progress import Progress
 from inference.bench.published import PublishedModel
-from inference.engine import Engine, Step
-from inference.modeling_moss_video import MossVideoForConditionalGeneration
-from inference.quantize import quantize_decoder
-from inference.slots import Slot
+from inference.engine.engine import Engine, Step
+from inference.engine.quantize import quantize_decoder
+from inference.engine.slots import Slot
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 QUESTION = [3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]  # a turn of twelve tokens
 PROMPT = [1, 3, 4, 5]

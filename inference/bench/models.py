@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from inference.configuration_moss_video import MossVideoConfig
-from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.hf.configuration_moss_video import MossVideoConfig
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 ROPE = {
     "rope_type": "llama3",

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inference.decoder_moss_video import Rotation
-from inference.modeling_moss_video import (
+from inference.hf.decoder_moss_video import Rotation
+from inference.hf.modeling_moss_video import (
     CachedTokens,
     MossVideoForConditionalGeneration,
     MossVideoModel,
 )
-from inference.vision_moss_video import pool_grid
+from inference.hf.vision_moss_video import pool_grid
 
 
 class RepeatedTokens(CachedTokens):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from inference.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from inference import cli
-from inference.runner import Runner
 from inference.serve.app import make_app
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
+from inference.session.runner import Runner
 
 
 class Server(uvicorn.Server):

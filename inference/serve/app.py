@@ -13,12 +13,12 @@ from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
 
 from inference.cli import REALTIME
-from inference.engine import EngineFull
-from inference.handle import SessionClosed
+from inference.engine.engine import EngineFull
 from inference.serve.chat import MODEL, complete, refusal
 from inference.serve.hub import GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, Hub
 from inference.serve.limits import Refused
 from inference.serve.socket import Connection
+from inference.session.handle import SessionClosed
 
 PAGE = Path(__file__).parent / "static" / "index.html"
 _PROTOCOL, _KEY_PROTOCOL = "realtime", "openai-insecure-api-key."  # how browsers send a key

@@ -17,12 +17,12 @@ from torch import Tensor
 from data_pipeline.images import decode_image
 from data_pipeline.prompts import PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, SampleError
-from inference.engine import EngineFull, Sampling
-from inference.handle import SessionHandle
-from inference.pictures import check_header, check_video, fit
+from inference.engine.engine import EngineFull, Sampling
+from inference.engine.images import check_header, check_video, fit
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused
 from inference.serve.protocol import data_url
+from inference.session.handle import SessionHandle
 from inference.sources import clip_frames
 
 MODEL = "moss-video"

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor
 
 from data_pipeline.images import decode_image
-from inference.handle import SessionHandle
-from inference.pictures import fit
-from inference.runner import Runner
+from inference.engine.images import fit
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
-from inference.session import SessionConfig
+from inference.session.handle import SessionHandle
+from inference.session.runner import Runner
+from inference.session.session import SessionConfig
 
 NORMAL, GOING_AWAY, POLICY, TRY_LATER = 1000, 1001, 1008, 1013  # WebSocket close codes
 UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and ours

@@ -8,8 +8,8 @@ from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from inference.runner import Runner
-from inference.stats import DURATIONS, quantile
+from inference.session.runner import Runner
+from inference.session.stats import DURATIONS, quantile
 
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds
 _RECENT = 10.0  # seconds over which tokens/s is taken

@@ -9,12 +9,12 @@ import time
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from data_pipeline.schema import SampleError
-from inference.handle import SessionClosed
-from inference.pictures import check_header
+from inference.engine.images import check_header
 from inference.serve.hub import POLICY, REPLACED, Hub, LiveSession
 from inference.serve.limits import Bucket, Refused
 from inference.serve.protocol import ImageMessage, parse, read_image, read_item, read_update
-from inference.session import QueueFull
+from inference.session.handle import SessionClosed
+from inference.session.session import QueueFull
 
 
 class Connection:

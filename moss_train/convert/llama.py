@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moss_train.config import ConfigError, ModelConfig
-from moss_train.convert.drawn import Reader, random_reader
 from moss_train.convert.hf_config import text_config_from_llama
-from moss_train.convert.mapping import TEXT, hf_shapes, table
+from moss_train.convert.random_init import Reader, random_reader
 from moss_train.convert.source import ConversionError, HfFolder
+from moss_train.model.hf_mapping import TEXT, hf_shapes, table
 
 EMBEDDING = "model.embed_tokens.weight"  # of a text model
 

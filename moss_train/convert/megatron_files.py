@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from moss_train.convert.job import HashedFile, Memory
 from moss_train.convert.source import ConversionError
-from moss_train.convert.work import HashedFile, Memory
 
 FORMAT = {
     "sharded_backend": "torch_dist",

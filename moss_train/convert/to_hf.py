@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moss_train.checkpoint_dir import find, read_run
 from moss_train.config import AdapterConfig, Config, ModelConfig, from_dict
 from moss_train.convert.finite import Finite
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.hf_files import HfFiles, check_plain, write_files
-from moss_train.convert.mapping import Rule, hf_shapes, our_shape, table, to_hf
-from moss_train.convert.megatron_files import WeightFiles
-from moss_train.convert.quantize import Quantizer
-from moss_train.convert.source import ConversionError
-from moss_train.convert.work import (
+from moss_train.convert.job import (
     HashedFile,
     Memory,
     Progress,
@@ -28,7 +25,10 @@ from moss_train.convert.work import (
     run_workers,
     write_manifest,
 )
-from moss_train.train.saved import find, read_run
+from moss_train.convert.megatron_files import WeightFiles
+from moss_train.convert.quantize import Quantizer
+from moss_train.convert.source import ConversionError
+from moss_train.model.hf_mapping import Rule, hf_shapes, our_shape, table, to_hf
 
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAMES = {

@@ -22,7 +22,6 @@ from moss_train.config import (
     from_dict,
     to_dict,
 )
-from moss_train.convert.drawn import random_reader
 from moss_train.convert.finite import Finite
 from moss_train.convert.hf_config import kind_of, model_config_from_hf, text_config_from_llama
 from moss_train.convert.hf_files import (
@@ -32,16 +31,14 @@ from moss_train.convert.hf_files import (
     TOKENIZER_FILES,
     TRAINING,
 )
-from moss_train.convert.llama import grown_reader, text_shapes, tied
-from moss_train.convert.mapping import (
-    TEXT,
-    Rule,
-    hf_shapes,
-    normalize_name,
-    our_shape,
-    table,
-    to_ours,
+from moss_train.convert.job import (
+    Memory,
+    Progress,
+    new_folder,
+    run_workers,
+    write_manifest,
 )
+from moss_train.convert.llama import grown_reader, text_shapes, tied
 from moss_train.convert.megatron_files import (
     Box,
     boxes_of_rows,
@@ -49,13 +46,16 @@ from moss_train.convert.megatron_files import (
     write_extra_states,
     write_metadata,
 )
+from moss_train.convert.random_init import random_reader
 from moss_train.convert.source import ConversionError, HfFolder, read_json
-from moss_train.convert.work import (
-    Memory,
-    Progress,
-    new_folder,
-    run_workers,
-    write_manifest,
+from moss_train.model.hf_mapping import (
+    TEXT,
+    Rule,
+    hf_shapes,
+    normalize_name,
+    our_shape,
+    table,
+    to_ours,
 )
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}

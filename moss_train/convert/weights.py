@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moss_train.config import ModelConfig
-from moss_train.convert.drawn import Reader
-from moss_train.convert.mapping import Rule, hf_shapes, kv_heads, rules, to_hf, to_ours
+from moss_train.convert.random_init import Reader
+from moss_train.model.hf_mapping import Rule, hf_shapes, kv_heads, rules, to_hf, to_ours
 from moss_train.model.lora import is_adapter, low_rank_updates
 from moss_train.model.moss_video import MossVideo
 

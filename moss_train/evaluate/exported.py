@@ -17,7 +17,7 @@ from moss_train import hardware
 from moss_train.config import Config, from_dict
 from moss_train.evaluate.items import EvaluationError
 from moss_train.evaluate.model import TrainedModel
-from moss_train.model.pixels import normalize
+from moss_train.model.normalize import normalize
 from moss_train.train.data import encode_config
 
 FRAMES_AT_ONCE = 16

@@ -12,19 +12,19 @@ from data_pipeline.batch import EncodedSample
 from data_pipeline.encode import SampleEncoder
 from data_pipeline.tokens import load_tokenizer
 from moss_train import hardware
+from moss_train.checkpoint_dir import find, read_run
 from moss_train.config import Config, HardwareConfig, ParallelConfig, from_dict
 from moss_train.evaluate.items import EvaluationError
-from moss_train.model.frames import plan_frames
+from moss_train.model.frame_plan import plan_frames
 from moss_train.model.moss_video import MossVideo
-from moss_train.model.pixels import tiles_used
-from moss_train.model.text import PackedText
+from moss_train.model.normalize import tiles_used
+from moss_train.model.packed_text import PackedText
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
-from moss_train.parallel.groups import build_groups
+from moss_train.parallel.process_groups import build_groups
 from moss_train.train.checkpoint import load_weights
 from moss_train.train.data import encode_config
 from moss_train.train.loop import start_process_group
-from moss_train.train.saved import find, read_run
 
 
 class TrainedModel:

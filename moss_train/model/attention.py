@@ -19,7 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from moss_train.model.text import PackedText
+from moss_train.model.packed_text import PackedText
 
 BACKENDS = ("sdpa", "flash", "te", "flex")
 

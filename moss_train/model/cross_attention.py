@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moss_train.config import ModelConfig
 from moss_train.model.attention import attend
-from moss_train.model.frames import FrameBatch
+from moss_train.model.frame_plan import FrameBatch
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm

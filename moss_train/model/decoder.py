@@ -27,14 +27,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moss_train.config import ModelConfig
 from moss_train.model.cross_attention import CrossAttentionLayer
-from moss_train.model.frames import FrameBatch
+from moss_train.model.frame_plan import FrameBatch
+from moss_train.model.gather_rows import Rows
 from moss_train.model.linear import ColumnLinear, unset
 from moss_train.model.loss import Targets, weighted_loss
 from moss_train.model.norms import RMSNorm
+from moss_train.model.packed_text import PackedText
 from moss_train.model.rope import Rotation
-from moss_train.model.rows import Rows
 from moss_train.model.self_attention import SelfAttentionLayer
-from moss_train.model.text import PackedText
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
 from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
-from moss_train.convert.mapping import rules
 from moss_train.model.decoder import Chunk, Decoder
+from moss_train.model.hf_mapping import rules
 from moss_train.model.lora import adapt
 from moss_train.model.projector import VisionEncoder
 from moss_train.model.transformer_config import decoder_config, vision_config
 
 if TYPE_CHECKING:
-    from moss_train.parallel.groups import Groups
+    from moss_train.parallel.process_groups import Groups
 
 
 class MossVideo:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moss_train.model.attention import attention_core
+from moss_train.model.gather_rows import Rows
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm
+from moss_train.model.packed_text import PackedText
 from moss_train.model.rope import Rotation
-from moss_train.model.rows import Rows
-from moss_train.model.text import PackedText
 
 
 class SelfAttention(MegatronModule):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from moss_train.parallel.data_parallel import DataParallel
-from moss_train.parallel.groups import Groups
+from moss_train.parallel.process_groups import Groups
 
 
 def reduce_gradients(

@@ -26,12 +26,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from moss_train.checkpoint_dir import checkpoints_folder, is_complete, read_run
 from moss_train.config import AdapterConfig, Config, to_dict
 from moss_train.log import log
 from moss_train.model.lora import adapt, is_adapter, merge
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import Trainable
-from moss_train.train.saved import checkpoints_folder, is_complete, read_run
 
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from moss_train.config import ModelConfig
-from moss_train.model.frames import FrameBatch
+from moss_train.model.frame_plan import FrameBatch
 from moss_train.model.projector import pooled_tokens
 from moss_train.model.vision import rows_of_tile
 

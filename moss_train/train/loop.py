@@ -13,13 +13,14 @@ import torch.distributed as dist
 
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
+from moss_train.checkpoint_dir import find, read_streams
 from moss_train.config import Config, to_dict
 from moss_train.convert.llama import initial_reader
 from moss_train.convert.weights import fill
 from moss_train.log import log
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
-from moss_train.parallel.groups import build_groups
+from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
@@ -28,11 +29,10 @@ from moss_train.train.flops import Trains, step_flops
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
 from moss_train.train.optimizer import make_trainable
+from moss_train.train.param_groups import freeze
 from moss_train.train.process import start_process_group, stop_signals
 from moss_train.train.report import plot_losses, summary_table
-from moss_train.train.saved import find, read_streams
 from moss_train.train.step import StepResult, TrainStep
-from moss_train.train.trained import freeze
 from moss_train.train.validation import Validator, describe
 
 

@@ -23,7 +23,7 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.data_parallel import DataParallel
 from moss_train.train import adam
 from moss_train.train.guard import GuardedOptimizer
-from moss_train.train.trained import Counts, group_overrides
+from moss_train.train.param_groups import Counts, group_overrides
 
 
 @dataclass

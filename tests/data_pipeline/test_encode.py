@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.encode import SampleEncoder
 from data_pipeline.schema import SampleError
 from data_pipeline.tokens import load_tokenizer
-from tests.data_pipeline.test_loader import encode_config
+from tests.data_pipeline.loader.test_loader import encode_config
 from tests.data_pipeline.test_video import make_video
 
 

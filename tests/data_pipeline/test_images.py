@@ -19,7 +19,7 @@ from data_pipeline.images import (
 )
 from data_pipeline.schema import SampleError
 from moss_train.config import VisionConfig
-from moss_train.model.pixels import MEAN, STD, normalize
+from moss_train.model.normalize import MEAN, STD, normalize
 from tests.data_pipeline.conftest import REAL_FILES
 
 

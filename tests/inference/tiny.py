@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from data_pipeline.tokens import build_toy_tokenizer
-from inference.configuration_moss_video import MossVideoConfig
-from inference.modeling_moss_video import MossVideoForConditionalGeneration
-from inference.processing_moss_video import MossVideoProcessor
+from inference.hf.configuration_moss_video import MossVideoConfig
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.hf.processing_moss_video import MossVideoProcessor
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "inference" / "chat_template.jinja"
+TEMPLATE = Path(__file__).resolve().parents[2] / "inference" / "hf" / "chat_template.jinja"
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
 SIZE = 56  # pixels of a tile

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from moss_train.convert.mapping import table
-from moss_train.train.saved import find, read_run
-from tests.convert.sources import mllama_weights, save_folder
-from tests.model.build import preset
+from moss_train.checkpoint_dir import find, read_run
+from moss_train.model.hf_mapping import table
+from tests.moss_train.convert.sources import mllama_weights, save_folder
+from tests.moss_train.model.build import preset
 from tests.torchrun import REPO
 from tools import convert_checkpoint, verify_checkpoint
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.moss_train.train.runs import is_running, wait_for
 from tests.torchrun import start_ranks
-from tests.train.runs import is_running, wait_for
 from tools import preloaded
 
 MODULE = "tests.workers.command"

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from moss_train.checkpoint_dir import read_run
 from moss_train.config import AdapterConfig, ParallelConfig, from_dict
-from moss_train.train.saved import read_run
 
 
 def main(checkpoint: Path, out: Path, layouts: dict) -> None:
@@ -39,13 +39,13 @@ def main(checkpoint: Path, out: Path, layouts: dict) -> None:
 
 
 def save(name: str, config, checkpoint: Path) -> None:
-    from moss_train.convert.drawn import random_reader
+    from moss_train.convert.random_init import random_reader
     from moss_train.convert.weights import fill
-    from moss_train.evaluate.forward import run_forward
     from moss_train.model.moss_video import MossVideo
-    from moss_train.parallel.groups import build_groups
+    from moss_train.parallel.process_groups import build_groups
     from moss_train.train.checkpoint import Checkpointer, _model_state, load_weights
-    from tests.model.golden import mllama_case
+    from moss_train.verify.forward import run_forward
+    from tests.moss_train.model.golden import mllama_case
     from tests.torchrun import save_result
     from tests.workers.job import whole_weights
     from tests.workers.matrix import uneven

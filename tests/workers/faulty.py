@@ -15,8 +15,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.batch import MicroBatch
 from moss_train.config import Config
-from moss_train.launch import check
 from moss_train.log import configure
+from moss_train.main import check
 from tests.workers.job import configuration
 
 STEP = 3

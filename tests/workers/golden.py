@@ -29,8 +29,8 @@ def main(folder: Path | None, layouts: list[str]) -> None:
 def run_layout(folder: Path | None, layout: str) -> None:
     """All cases in one layout."""
     from moss_train.config import ParallelConfig
-    from moss_train.parallel.groups import build_groups
-    from tests.model import golden
+    from moss_train.parallel.process_groups import build_groups
+    from tests.moss_train.model import golden
     from tests.torchrun import save_result
 
     tensor, pipeline = map(int, layout.split("x"))

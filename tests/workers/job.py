@@ -25,8 +25,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from moss_train.config import Config, from_hydra
-from moss_train.launch import check
 from moss_train.log import configure
+from moss_train.main import check
 from tests.torchrun import REPO, save_result
 
 

@@ -56,7 +56,7 @@ def main() -> None:
     hardware.activate("cpu")
     dist.init_process_group("gloo")
     from moss_train.config import ParallelConfig
-    from moss_train.parallel.groups import build_groups
+    from moss_train.parallel.process_groups import build_groups
     from tests.torchrun import save_result
 
     groups = build_groups(ParallelConfig(tensor=2), seed=1)

@@ -38,7 +38,7 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     from megatron.core import parallel_state
 
     from moss_train.config import ParallelConfig
-    from moss_train.parallel.groups import build_groups
+    from moss_train.parallel.process_groups import build_groups
     from tests.torchrun import save_result
 
     for name, layout, cases in runs:
@@ -59,16 +59,16 @@ def train_case(
 ) -> dict:
     """Trains in one layout; what came of it."""
     from moss_train.config import AdapterConfig, Config, OptimizerConfig, TrainerConfig
-    from moss_train.convert.drawn import random_reader
+    from moss_train.convert.random_init import random_reader
     from moss_train.convert.weights import export, fill
     from moss_train.model.moss_video import MossVideo
-    from moss_train.parallel.deal import Bounds
     from moss_train.parallel.distribute import read_step
+    from moss_train.parallel.packing import Bounds
     from moss_train.parallel.replicas import differing_replicas
     from moss_train.train.guard import Guard
     from moss_train.train.optimizer import make_trainable
+    from moss_train.train.param_groups import freeze
     from moss_train.train.step import TrainStep
-    from moss_train.train.trained import freeze
 
     config = Config(
         model=small_model(dtype),

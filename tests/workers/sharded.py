@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from inference.engine import Engine, Step
-from inference.sampling import Sampling
-from tests.inference.streams import Player, make_stream, play
+from inference.engine.engine import Engine, Step
+from inference.engine.sampling import Sampling
+from tests.inference.engine.streams import Player, make_stream, play
 from tests.torchrun import save_result
 
 

@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from data_pipeline.batch import MicroBatch
 from moss_train.config import Config, ModelConfig, from_hydra
 from moss_train.convert.hf_files import vision_section
-from moss_train.convert.mapping import normalize_name
+from moss_train.model.hf_mapping import normalize_name
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

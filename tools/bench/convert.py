@@ -20,10 +20,10 @@ from torch import Tensor
 
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.hf_files import text_section, vision_section
-from moss_train.convert.mapping import hf_shapes, normalize_name, table
+from moss_train.convert.job import run_workers
 from moss_train.convert.source import HfFolder
 from moss_train.convert.to_hf import Tensors, plan_shards, write_shards
-from moss_train.convert.work import run_workers
+from moss_train.model.hf_mapping import hf_shapes, normalize_name, table
 from tools.convert_checkpoint import read_model
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moss_train import hardware
 from moss_train.model.cross_attention import attend_blocks, attend_flex
-from moss_train.model.frames import FrameBatch, plan_frames
+from moss_train.model.frame_plan import FrameBatch, plan_frames
 
 
 def plan(layout: str, tokens: int, frames: int) -> FrameBatch:

@@ -19,7 +19,7 @@ import yaml
 
 from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
-from inference.view import clock
+from inference.session.view import clock
 from tools import preloaded
 from tools.demo.narrate import held_out_clip, told
 

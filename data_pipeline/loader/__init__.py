@@ -1,0 +1,1 @@
+"""Shards to batches: mixed, shuffled, packed, and resumed exactly."""

@@ -1,0 +1,1 @@
+"""The streaming engine: slots, key/value caches, CUDA graphs, tensor parallelism, sampling."""

@@ -1,0 +1,258 @@
+"""Static keys and values of all slots, and the two ways in which a pass attends them.
+
+Self-attention: for each slot a row of `max_tokens`, in order of arrival. Cross-attention: a ring
+of `window` frames and one place more (see slots.FrameRing); where a frame lies does not matter,
+for its position is in its keys. Keys and values are kept once per KV head.
+
+`Packed` is a pass over any number of tokens of some slots, one after the other: each slot attends
+exactly what it has. `Fixed` is a pass over the same number of tokens of every slot, in shapes that
+never change: what a CUDA graph needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inference.engine.slots import NEVER, Slot
+from inference.hf.decoder_moss_video import Decoder, attend, attend_few
+
+# Rows behind `max_tokens` where a slot that rests in a fixed pass leaves what it makes: 2, and what
+# keeps a mask's rows aligned for CUDA.
+SPARE = 8
+
+
+class Cache:
+    """Buffers, and what writes frames into them.
+
+    Args:
+        decoder: whose layers they serve.
+        kv_heads: of this rank.
+        patches: vision tokens of a frame.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        slots: int,
+        max_tokens: int,
+        window: int,
+        kv_heads: int,
+        patches: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        text = decoder.config.text_config
+        self.decoder, self.slots, self.max_tokens = decoder, slots, max_tokens
+        self.window, self.patches, self.device, self.dtype = window, patches, device, dtype
+        self.own = [i for i in range(text.num_hidden_layers) if i not in decoder.cross]
+        head_dim = text.hidden_size // text.num_attention_heads
+
+        def buffer(layers: int, length: int) -> Tensor:
+            # Zeros: what a mask hides must still be a number.
+            shape = (layers, 2, slots, kv_heads, length, head_dim)
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self.text = buffer(len(self.own), max_tokens + SPARE)
+        self.frames = buffer(len(decoder.cross), (window + 1) * patches)
+        self.tokens_of = {layer: self.text[n] for n, layer in enumerate(self.own)}
+        self.frames_of = {layer: self.frames[n] for n, layer in enumerate(decoder.cross)}
+        # Positions between which a frame is seen, for fixed passes.
+        self.first = torch.full((slots, window + 1), NEVER, device=device)
+        self.last = torch.full((slots, window + 1), NEVER, device=device)
+        self._projection = _fuse(decoder)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all keys and values."""
+        return sum(x.numel() * x.element_size() for x in (self.text, self.frames))
+
+    def reset(self, slot: Slot) -> None:
+        """Forgets a slot's frames; its tokens are overwritten."""
+        self.first[slot.index], self.last[slot.index] = NEVER, NEVER
+
+    def put_frames(self, slot: Slot, features: Sequence[Tensor], positions: list[int]) -> list[int]:
+        """Keys and values of new frames `[P, H]` for all layers, into the ring.
+
+        Returns the positions of the frames that had to go.
+        """
+        states = torch.stack(tuple(features)).to(self.device, self.dtype)  # [n, P, H]
+        where = torch.tensor(positions, device=self.device)
+        each = where.repeat_interleave(states.shape[1])[None]  # [1, n x P]
+        marks = self.decoder.rotation(each, self.dtype)
+        projected = F.linear(states.flatten(0, 1), self._projection)[None]
+        places, gone = zip(*(slot.ring.put(p) for p in positions), strict=True)
+        span = slice(places[0] * self.patches, (places[-1] + 1) * self.patches)
+        parts = projected.chunk(2 * len(self.decoder.cross), dim=-1)
+        for n, layer in enumerate(self.decoder.cross):
+            keys = self.decoder.cross_attention(layer).turn(parts[2 * n], marks)
+            values = parts[2 * n + 1].unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
+            self.frames_of[layer][0, slot.index, :, span] = keys[0]
+            self.frames_of[layer][1, slot.index, :, span] = values[0]
+        self._show(slot)
+        return [position for position in gone if position is not None]
+
+    def settle(self, slot: Slot) -> None:
+        """After the pass that brought it, a frame takes the place of the one that it replaces."""
+        victim = slot.ring.settle()
+        if victim is None:
+            return
+        size, row = self.patches, self.frames[:, :, slot.index]
+        row[..., victim * size : (victim + 1) * size, :] = row[..., self.window * size :, :]
+        self._show(slot)
+
+    def _show(self, slot: Slot) -> None:
+        self.first[slot.index] = torch.tensor(slot.ring.first)
+        self.last[slot.index] = torch.tensor(slot.ring.last)
+
+    def compact(self, slot: Slot, indices: list[int]) -> None:
+        """Keeps a slot's tokens at these indices, moved together."""
+        row = self.text[:, :, slot.index]  # [layers, 2, KV heads, max_tokens, D]
+        where = torch.tensor(indices, device=self.device)
+        for n in range(len(row)):  # a layer at a time: a copy of all would be as large as the slot
+            row[n, ..., : len(indices), :] = row[n].index_select(-2, where)
+
+    def save(self, slot: Slot) -> dict[str, Tensor]:
+        """What a slot has, on the CPU."""
+        used = slot.ring.used * self.patches
+        return {
+            "text": self.text[:, :, slot.index, :, : slot.length].cpu().clone(),
+            "frames": self.frames[:, :, slot.index, :, :used].cpu().clone(),
+        }
+
+    def restore(self, slot: Slot, state: dict[str, Tensor]) -> None:
+        """Takes back what `save` gave."""
+        for name, buffer in (("text", self.text), ("frames", self.frames)):
+            saved = state[name]
+            buffer[:, :, slot.index, :, : saved.shape[-2]] = saved.to(self.device, self.dtype)
+        self._show(slot)
+
+
+def _fuse(decoder: Decoder) -> Tensor:
+    """Weights of the key and value projections of all cross-attention layers, one under the other;
+    the layers' own become views of it."""
+    linears = [
+        linear
+        for layer in decoder.cross
+        for attention in (decoder.cross_attention(layer),)
+        for linear in (attention.k_proj, attention.v_proj)
+    ]
+    fused = torch.cat([linear.weight.detach() for linear in linears])
+    for linear, rows in zip(linears, fused.chunk(len(linears)), strict=True):
+        linear.weight = nn.Parameter(rows, requires_grad=False)
+    return fused
+
+
+@dataclass
+class Segment:
+    """`count` new tokens of a slot in a packed pass."""
+
+    slot: Slot
+    count: int
+    blind_attend: bool = False  # tokens that see no frame attend all that the slot has
+
+
+class Packed:
+    """`Memory` and `Frames` of a pass over segments side by side: hidden states `[1, N, H]`.
+
+    Made before the tokens are counted in (`Slot.append`), after their frames are.
+    """
+
+    def __init__(self, cache: Cache, segments: list[Segment]):
+        self.cache, self.segments = cache, segments
+        self.counts = [segment.count for segment in segments]
+        self.masks = [self._token_mask(segment) for segment in segments]
+        views = [self._view(segment) for segment in segments]
+        self.frame_masks = [mask for mask, _ in views]
+        sees = torch.cat([seen for _, seen in views])
+        self.any_frames = bool(sees.any())
+        self.sees = None if bool(sees.all()) else sees[None, :, None].to(cache.device, cache.dtype)
+
+    def attend(self, layer: int, q: Tensor, *new: Tensor) -> Tensor:
+        """`Memory.attend` with the new keys and values, `Frames.attend` without."""
+        attend_one = self._attend_tokens if new else self._attend_frames
+        parts = zip(*(x.split(self.counts, dim=2) for x in (q, *new)), strict=True)
+        out = [attend_one(n, layer, *part) for n, part in enumerate(parts)]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def _attend_tokens(self, n: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        slot, count = self.segments[n].slot, self.counts[n]
+        rows, end = self.cache.tokens_of[layer][:, slot.index], slot.length + count
+        rows[0, :, slot.length : end], rows[1, :, slot.length : end] = k[0], v[0]
+        keys, values = rows[:, None, :, :end]  # [1, KV heads, end, D] each
+        causal = count > 1 and self.masks[n] is None
+        return attend(q, keys, values, self.masks[n], causal)
+
+    def _attend_frames(self, n: int, layer: int, q: Tensor) -> Tensor:
+        segment = self.segments[n]
+        used = segment.slot.ring.used * self.cache.patches
+        if used == 0:
+            return torch.zeros_like(q)
+        rows = self.cache.frames_of[layer][:, segment.slot.index]
+        keys, values = rows[:, None, :, :used]
+        mask = self.frame_masks[n]
+        out = attend(q, keys, values, mask)
+        if mask is None or segment.blind_attend or self.sees is None:
+            return out
+        start = sum(self.counts[:n])
+        return out * self.sees[:, None, start : start + segment.count]
+
+    def _token_mask(self, segment: Segment) -> Tensor | None:
+        """True where a new token sees a token `[1, 1, count, length + count]`."""
+        length, count = segment.slot.length, segment.count
+        if count == 1 or length == 0:
+            return None
+        key = torch.arange(length + count, device=self.cache.device)
+        return (key <= key[length:, None])[None, None]
+
+    def _view(self, segment: Segment) -> tuple[Tensor | None, Tensor]:
+        """True where a token sees a vision token `[1, 1, count, used x P]` (None: everywhere), and
+        where it sees any `[count]`."""
+        slot, ring = segment.slot, segment.slot.ring
+        at = torch.arange(slot.position, slot.position + segment.count)[:, None]
+        first = torch.tensor(ring.first[: ring.used], dtype=torch.long)
+        last = torch.tensor(ring.last[: ring.used], dtype=torch.long)
+        seen = (first <= at) & (at < last)  # [count, used]
+        any_seen = seen.any(1)
+        seen = seen | ~any_seen[:, None]  # a softmax over nothing is NaN
+        if bool(seen.all()) and bool(any_seen.all()):
+            return None, any_seen
+        mask = seen.to(self.cache.device).repeat_interleave(self.cache.patches, dim=1)
+        return mask[None, None], any_seen
+
+
+class Fixed:
+    """`Memory` and `Frames` of a pass over `count` tokens of every slot: `[slots, count, H]`.
+
+    Args:
+        length, position: cached tokens of each slot, and the position of its next one `[slots]`.
+    """
+
+    def __init__(self, cache: Cache, count: int, length: Tensor, position: Tensor):
+        self.cache = cache
+        new = torch.arange(count, device=cache.device)
+        self.where = length[:, None] + new  # [slots, count]
+        self.rows = torch.arange(cache.slots, device=cache.device)[:, None]
+        key = torch.arange(cache.max_tokens + SPARE, device=cache.device)
+        self.mask = (key <= self.where[..., None])[:, None]  # [slots, 1, count, max_tokens + SPARE]
+        self.positions = position[:, None] + new
+        at = self.positions[..., None]
+        seen = (cache.first[:, None] <= at) & (at < cache.last[:, None])  # [slots, count, window+1]
+        any_seen = seen.any(-1, keepdim=True)
+        self.sees = any_seen.to(cache.dtype)
+        self.frame_mask = (seen | ~any_seen).repeat_interleave(cache.patches, dim=-1)[:, None]
+
+    def attend(self, layer: int, q: Tensor, *new: Tensor) -> Tensor:
+        """As `Packed.attend`."""
+        if not new:
+            keys, values = self.cache.frames_of[layer]
+            return attend_few(q, keys, values, self.frame_mask) * self.sees[:, None]
+        keys, values = self.cache.tokens_of[layer]
+        for buffer, x in ((keys, new[0]), (values, new[1])):
+            buffer[self.rows, :, self.where] = x.transpose(1, 2)
+        return attend_few(q, keys, values, self.mask)

@@ -1,0 +1,421 @@
+"""The streaming engine: several sessions in one model, a token or a frame at a time.
+
+    engine = Engine.load("checkpoint")
+    slot = engine.open(Sampling())
+    [token] = engine.step([Step(slot, tokens=prompt)])
+    [frame] = engine.encode([image])
+    [token] = engine.step([Step(slot, tokens=[engine.image_token], frames=[frame])])
+    [token] = engine.step([Step(slot)])
+
+A step forwards a slot's pending token (the one sampled last) and what is appended to it, samples
+one token, and leaves that pending. Steps of several slots are one pass. See docs/engine.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from inference.engine import slot_state
+from inference.engine.cache import Cache, Packed, Segment
+from inference.engine.graphs import FixedPasses
+from inference.engine.load import load_model, load_processor
+from inference.engine.preprocess import Pixels
+from inference.engine.sampling import Sampler, Sampling
+from inference.engine.slots import Eviction, FrameRing, Slot, survivors
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+
+VISION_BATCH = 16  # frames
+LONGEST_PASS = 1024  # tokens of a slot: bounds the mask of a long prompt over many frames
+
+
+class EngineFull(RuntimeError):
+    """All slots are taken."""
+
+
+@dataclass
+class Step:
+    """One slot's input of an engine step.
+
+    tokens: appended after the slot's pending token.
+    frames: features from `encode`, one for each `<|image|>` in `tokens`.
+    sample: False only takes in: nothing is pending then, and the next step needs tokens.
+    """
+
+    slot: Slot
+    tokens: Sequence[int] = ()
+    frames: Sequence[Tensor] = ()
+    sample: bool = True
+
+
+class Engine:
+    """A model with `max_sessions` slots. Synchronous; one thread owns it.
+
+    Args:
+        window: frames that a slot remembers; `sinks` of them, its first, for ever.
+        max_tokens: cached tokens of a slot. When they are more, the oldest pairs of
+            `<|silence|>` and `<|image|>` go, then other old text; positions of the rest stay.
+        graphs: fixed passes (one token, or a frame) run as CUDA graphs, on CUDA.
+        compile: fixed passes are compiled with torch.compile.
+        tensor_parallel: ranks that share the model, which is a slice then.
+        blind_rows: "zero", or "attend_all": tokens before the first frame attend all frames that
+            come in the same step (what checkpoints of the published code do offline).
+    """
+
+    def __init__(
+        self,
+        model: MossVideoForConditionalGeneration,
+        processor: Any = None,
+        *,
+        window: int = 256,
+        sinks: int = 0,
+        max_tokens: int = 8192,
+        max_sessions: int = 1,
+        compile: bool = False,
+        graphs: bool = True,
+        blind_rows: str = "zero",
+        tensor_parallel: int = 1,
+    ):
+        _check_sizes(window=window, sinks=sinks, max_tokens=max_tokens, max_sessions=max_sessions)
+        if blind_rows not in ("zero", "attend_all"):
+            raise ValueError(f"blind_rows={blind_rows}: allowed: zero, attend_all")
+        self.model, self.config, self.processor = model.eval(), model.config, processor
+        self.tokenizer: Any = None if processor is None else processor.tokenizer
+        weight = model.model.language_model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.window, self.sinks, self.max_tokens = window, sinks, max_tokens
+        self.max_sessions, self.attend_all = max_sessions, blind_rows == "attend_all"
+        text = self.config.text_config
+        self.image_token: int = self.config.image_token_index
+        self.silence_token = self._token("<|silence|>", self.config.silence_token_id)
+        self.end_of_turn = self._token("<|eot_id|>", None)
+        self.cache = Cache(
+            model.model.language_model,
+            slots=max_sessions,
+            max_tokens=max_tokens,
+            window=window,
+            kv_heads=text.num_key_value_heads // tensor_parallel,
+            patches=self.config.tokens_per_frame,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        self.sampler = Sampler(max_sessions, text.vocab_size, self.silence_token, self.device)
+        self.fixed: FixedPasses | None = None
+        if compile or (graphs and self.device.type == "cuda"):
+            self.fixed = FixedPasses(self, graphs and self.device.type == "cuda", compile)
+        self.slots: dict[int, Slot] = {}
+        self.pixels = Pixels(self.config, processor, self.device)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        window: int = 256,
+        sinks: int = 0,
+        max_tokens: int = 8192,
+        max_sessions: int = 1,
+        quantize: str | None = None,
+        compile: bool = False,
+        graphs: bool = True,
+        blind_rows: str = "zero",
+    ) -> Engine:
+        """Opens an exported folder.
+
+        Under torchrun each process holds a slice (tensor parallelism): `load` returns on rank 0
+        alone; on the others it serves rank 0 until that ends, then exits the process.
+
+        Args:
+            device: "auto" is CUDA where there is one.
+            dtype: "fp32", "bf16"; None: the checkpoint's on CUDA, fp32 on a CPU.
+            quantize: "int8" or "fp8": weights of the decoder's linear layers.
+
+        Raises:
+            ValueError: the folder is not a checkpoint of this model, an argument is wrong, or the
+                ranks cannot share the model's heads.
+        """
+        from inference.engine.sharded import ShardedEngine, join  # which is made of this class
+
+        rank, ranks = join()
+        model = load_model(checkpoint, device, dtype, quantize, rank, ranks)
+        kind = cls if ranks == 1 else ShardedEngine
+        engine = kind(
+            model,
+            load_processor(checkpoint),
+            window=window,
+            sinks=sinks,
+            max_tokens=max_tokens,
+            max_sessions=max_sessions,
+            compile=compile,
+            graphs=graphs,
+            blind_rows=blind_rows,
+            tensor_parallel=ranks,
+        )
+        if isinstance(engine, ShardedEngine) and not engine.leads:
+            engine.follow()
+            raise SystemExit(0)
+        return engine
+
+    def shutdown(self) -> None:
+        """Ends what the engine has started: other ranks under torchrun. Calling it is optional."""
+
+    @property
+    def realtime(self) -> bool | None:
+        """Whether the checkpoint was trained to watch and stay silent; None: it does not say."""
+        stage = self.config.moss_stage
+        return None if stage is None else stage == "realtime_sft"
+
+    def open(self, sampling: Sampling | None = None) -> Slot:
+        """Takes a free slot.
+
+        Raises:
+            EngineFull: there is none.
+        """
+        self.check_free()
+        return self._take(sampling)
+
+    def check_free(self) -> None:
+        """Raises EngineFull if no slot is free."""
+        if len(self.slots) == self.max_sessions:
+            raise EngineFull(f"all {self.max_sessions} sessions are in use")
+
+    def _take(self, sampling: Sampling | None) -> Slot:
+        free = set(range(self.max_sessions)) - set(self.slots)
+        slot = Slot(min(free), sampling or Sampling(), FrameRing(self.window, self.sinks))
+        self.slots[slot.index] = slot
+        self.cache.reset(slot)
+        self.sampler.open(slot.index, slot.sampling)
+        return slot
+
+    def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
+        """Samples the slot's next tokens otherwise."""
+        slot.sampling = sampling
+        self.sampler.set(slot.index, sampling)
+        if sampling.repetition_penalty != 1:
+            pending = [] if slot.pending is None else [slot.pending]
+            self.sampler.note(slot.index, [*slot.tokens, *pending])
+
+    def close(self, slot: Slot) -> None:
+        """Gives the slot back; closing twice is no error."""
+        if not slot.closed:
+            slot.closed = True
+            del self.slots[slot.index]
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image | Tensor]) -> list[Tensor]:
+        """Vision and projector: features `[P, H]` of each picture, on the device.
+
+        A picture is a PIL image, uint8 `[3, h, w]` of any size, or normalized floats of the
+        vision tower's size `[3, h, w]`.
+        """
+        features: list[Tensor] = []
+        for start in range(0, len(images), VISION_BATCH):
+            features += self.encode_pixels(self.pixels(images[start : start + VISION_BATCH]))
+        return features
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor) -> list[Tensor]:
+        """Features of one batch of normalized pictures `[n, 1, 3, h, w]`."""
+        ones = torch.ones(len(pixels), dtype=torch.long, device=self.device)
+        return list(self.model.model.encode(pixels, ones, ones[:, None].bool()).unbind())
+
+    @torch.inference_mode()
+    def step(self, steps: Sequence[Step]) -> list[int | None]:
+        """Forwards `[pending] + tokens` of each slot, and samples a token of each.
+
+        Frames that arrive when the ring is full replace the oldest ones, which `Slot.evictions`
+        says, as it says which text was forgotten.
+
+        Returns:
+            The sampled tokens, which are pending now; None where `sample` is False.
+
+        Raises:
+            ValueError: before anything has changed, if a step is not possible.
+        """
+        self.check(steps)
+        if not steps:
+            return []
+        if self.fixed is not None and self.fixed.fits(steps):
+            self._make_room([(s.slot, 1 + len(s.tokens)) for s in steps])
+            tokens = self.fixed.run(steps)
+        else:
+            tokens = self._packed(steps)
+        results: list[int | None] = []
+        following = iter(tokens)
+        for step in steps:
+            step.slot.pending = next(following) if step.sample else None
+            if step.slot.pending is not None and step.slot.sampling.repetition_penalty != 1:
+                self.sampler.note(step.slot.index, [step.slot.pending])
+            results.append(step.slot.pending)
+        return results
+
+    def save(self, slot: Slot) -> dict[str, Any]:
+        """All of a slot, on the CPU, for `restore` in this engine or another of the same model,
+        window and sinks. torch.save can write it."""
+        return slot_state.state_of(slot, self.sampler, self.cache)
+
+    def restore(self, state: dict[str, Any]) -> Slot:
+        """A new slot that goes on where `save` was called.
+
+        Raises:
+            EngineFull: no slot is free.
+            ValueError: the state is of another model or other sizes.
+        """
+        self.check_state(state)
+        self.check_free()
+        slot = self._take(Sampling(**state["sampling"]))
+        slot_state.fill(slot, state, self.sampler, self.cache)
+        return slot
+
+    def _token(self, text: str, fallback: int | None) -> int | None:
+        if self.tokenizer is None:
+            return fallback
+        found = self.tokenizer.convert_tokens_to_ids(text)
+        return fallback if found is None else found
+
+    def check(self, steps: Sequence[Step]) -> None:
+        """Raises ValueError for steps that are not possible."""
+        rows = self.model.model.language_model.embed_tokens.weight.shape[0]
+        taken: set[int] = set()
+        for step in steps:
+            slot = step.slot
+            if slot.closed:
+                raise ValueError(f"slot {slot.index} is closed")
+            if slot.index in taken:
+                raise ValueError(f"slot {slot.index} has two steps at once")
+            taken.add(slot.index)
+            count = len(step.tokens) + (slot.pending is not None)
+            if count == 0:
+                raise ValueError(f"slot {slot.index} has no pending token and gets none")
+            if count > self.max_tokens // 2 and slot.length + count > self.max_tokens:
+                raise ValueError(
+                    f"a step of {count} tokens does not fit: slot {slot.index} has {slot.length} "
+                    f"of max_tokens={self.max_tokens}"
+                )
+            marks = sum(token == self.image_token for token in step.tokens)
+            if marks != len(step.frames):
+                raise ValueError(
+                    f"slot {slot.index}: {marks} <|image|> tokens, but {len(step.frames)} frames"
+                )
+            if not all(0 <= token < rows for token in step.tokens):
+                raise ValueError(f"slot {slot.index}: tokens must be from 0 to {rows - 1}")
+            shape = (self.cache.patches, self.config.text_config.hidden_size)
+            for frame in step.frames:
+                if tuple(frame.shape) != shape:
+                    raise ValueError(f"a frame of {tuple(frame.shape)}, expected {shape}")
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a state of another model or other sizes."""
+        slot_state.check(state, self.cache, self.sinks)
+
+    def _make_room(self, wanted: Sequence[tuple[Slot, int]]) -> None:
+        """Forgets old text of slots that would grow beyond `max_tokens`."""
+        for slot, count in wanted:
+            over = slot.length + count - self.max_tokens
+            if over <= 0:
+                continue
+            # More than needed: what stays is moved, which should not happen at each step.
+            drop = min(max(over, self.max_tokens // 16), slot.length - 1)
+            indices = survivors(
+                slot.tokens,
+                drop,
+                silence=self.silence_token,
+                image=self.image_token,
+                end_of_turn=self.end_of_turn,
+            )
+            self.cache.compact(slot, indices)
+            slot.keep(indices)
+
+    def _packed(self, steps: Sequence[Step]) -> list[int]:
+        """Passes of whatever lengths, until all steps are in; sampled tokens."""
+        waiting = [(step, *_tokens(step)) for step in steps]
+        last: dict[int, Tensor] = {}  # hidden state of a slot's last token
+        while waiting:
+            parts, following = [], []
+            for step, tokens, frames in waiting:
+                count, marks = self._fitting(step.slot, tokens)
+                parts.append((step.slot, tokens[:count], frames[:marks]))
+                if count < len(tokens):
+                    following.append((step, tokens[count:], frames[marks:]))
+            last |= self._pass(parts)
+            waiting = following
+        sampled = [step.slot for step in steps if step.sample]
+        if not sampled:
+            return []
+        for slot in sampled:
+            if slot.sampling.repetition_penalty != 1:
+                self.sampler.note(slot.index, slot.tokens)
+        logits = self.model.lm_head(torch.stack([last[slot.index] for slot in sampled]))
+        plain = all(slot.sampling.plain for slot in sampled)
+        where, at = (
+            torch.tensor(values, device=self.device)
+            for values in zip(*((s.index, s.position) for s in sampled), strict=True)
+        )
+        return self.sampler(logits, where, at, plain).tolist()
+
+    def _fitting(self, slot: Slot, tokens: list[int]) -> tuple[int, int]:
+        """Tokens and frames of the next pass: no more frames than the ring can take at once."""
+        room, marks = slot.ring.room, 0
+        # Blind tokens attend frames that come after them: those must be in the same pass.
+        longest = len(tokens) if self.attend_all else min(len(tokens), LONGEST_PASS)
+        for count, token in enumerate(tokens[:longest]):
+            if token == self.image_token:
+                if marks == room:
+                    return count, marks
+                marks += 1
+        return longest, marks
+
+    def _pass(self, parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]]) -> dict[int, Tensor]:
+        """One forward pass; the last hidden state of each slot `[H]`."""
+        self._make_room([(slot, len(tokens)) for slot, tokens, _ in parts])
+        segments = []
+        for slot, tokens, frames in parts:
+            blind = self.attend_all and slot.ring.count == 0
+            if frames:
+                self.put_frames(slot, tokens, frames)
+            segments.append(Segment(slot, len(tokens), blind))
+        packed = Packed(self.cache, segments)
+        ids: list[int] = []
+        positions: list[int] = []
+        for slot, tokens, _ in parts:
+            ids += tokens
+            positions += range(slot.position, slot.position + len(tokens))
+        decoder = self.model.model.language_model
+        x = decoder.embed_tokens(torch.tensor([ids], device=self.device))  # [1, N, H]
+        at = torch.tensor([positions], device=self.device)
+        x = decoder(x, at, packed, packed if packed.any_frames else None)[0]
+        found, end = {}, 0
+        for slot, tokens, _ in parts:
+            end += len(tokens)
+            found[slot.index] = x[end - 1]
+            slot.append(tokens)
+            self.cache.settle(slot)
+        return found
+
+    def put_frames(self, slot: Slot, tokens: Sequence[int], frames: Sequence[Tensor]) -> None:
+        """Keys and values of `frames`, whose `<|image|>` are in `tokens`, the slot's next ones."""
+        marks = [slot.position + i for i, t in enumerate(tokens) if t == self.image_token]
+        gone = self.cache.put_frames(slot, frames, marks)
+        if gone:
+            slot.evictions.append(Eviction("frame", tuple(gone)))
+
+
+def _tokens(step: Step) -> tuple[list[int], Sequence[Tensor]]:
+    pending = [] if step.slot.pending is None else [step.slot.pending]
+    return [*pending, *step.tokens], step.frames
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < (0 if name == "sinks" else 1):
+            raise ValueError(f"{name}={value}: must be at least {0 if name == 'sinks' else 1}")
+    if sizes["sinks"] >= sizes["window"]:
+        raise ValueError(f"sinks={sizes['sinks']}: must be less than window={sizes['window']}")

@@ -1,0 +1,106 @@
+"""Passes of fixed shape: one token of every slot, or a pending token and a frame.
+
+They are what a CUDA graph or torch.compile wants. What changes from step to step (tokens, lengths,
+positions) lies in one device tensor that the host fills before a pass; sampling is part of it. A
+slot that rests takes part and leaves its key and value behind its last token, where the next one
+overwrites them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from inference.engine.cache import Fixed
+
+if TYPE_CHECKING:
+    from inference.engine.engine import Engine, Step
+
+WARM_UP = 3  # passes before a capture, so that libraries have made their plans
+
+
+class FixedPasses:
+    """Runs steps that fit; graphs are captured when first needed."""
+
+    def __init__(self, engine: Engine, graphs: bool, compile: bool):
+        self.engine, self.graphs = engine, graphs
+        slots, device = engine.max_sessions, engine.device
+        # Rows: length, position, token, second token.
+        self.inputs = torch.zeros(4, slots, dtype=torch.long, device=device)
+        self.host = torch.zeros(4, slots, dtype=torch.long, pin_memory=device.type == "cuda")
+        self.all = torch.arange(slots, device=device)
+        self.compute: Callable[[int, bool], Tensor] = self._compute
+        if compile:
+            self.compute = torch.compile(self._compute, dynamic=False)
+        self.captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def fits(self, steps: Sequence[Step]) -> bool:
+        """True for steps of one kind: only pending tokens, or each with one frame after it."""
+        image = self.engine.image_token
+        first = list(steps[0].tokens)
+        return first in ([], [image]) and all(
+            step.sample and step.slot.pending is not None and list(step.tokens) == first
+            for step in steps
+        )
+
+    def run(self, steps: Sequence[Step]) -> list[int]:
+        """The sampled tokens."""
+        engine, count = self.engine, 1 + len(steps[0].tokens)
+        self.host.zero_()
+        for step in steps:
+            slot = step.slot
+            pending = slot.pending
+            assert pending is not None
+            tokens = [pending, *step.tokens]
+            if step.frames:
+                engine.put_frames(slot, tokens, step.frames)
+            column = [slot.length, slot.position, *tokens]
+            self.host[: len(column), slot.index] = torch.tensor(column)
+        self._rest({step.slot.index for step in steps})
+        self.inputs.copy_(self.host, non_blocking=True)
+        plain = all(step.slot.sampling.plain for step in steps)
+        out = self._run(count, plain).tolist()  # waits for the device
+        for step in steps:
+            step.slot.append([step.slot.pending, *step.tokens])  # type: ignore[list-item]
+            engine.cache.settle(step.slot)
+        return [out[step.slot.index] for step in steps]
+
+    def _rest(self, busy: set[int]) -> None:
+        """A resting slot's key and value go behind its last token."""
+        for index, slot in self.engine.slots.items():
+            if index not in busy:
+                self.host[0, index], self.host[1, index] = slot.length, slot.position
+
+    def _run(self, count: int, plain: bool) -> Tensor:
+        if not self.graphs:
+            return self.compute(count, plain)
+        if (count, plain) not in self.captured:
+            self.captured[count, plain] = self._capture(count, plain)
+        graph, out = self.captured[count, plain]
+        graph.replay()
+        return out
+
+    def _capture(self, count: int, plain: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.compute(count, plain)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.compute(count, plain)
+        return graph, out
+
+    def _compute(self, count: int, plain: bool) -> Tensor:
+        """Tokens sampled for all slots `[slots]`, from `self.inputs` alone."""
+        engine = self.engine
+        length, position = self.inputs[0], self.inputs[1]
+        decoder = engine.model.model.language_model
+        fixed = Fixed(engine.cache, count, length, position)
+        x = decoder.embed_tokens(self.inputs[2 : 2 + count].T)  # [slots, count, H]
+        x = decoder(x, fixed.positions, fixed, fixed)[:, -1]
+        return engine.sampler(engine.model.lm_head(x), self.all, position + count, plain)

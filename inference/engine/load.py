@@ -1,0 +1,126 @@
+"""Opening an exported folder: the model with this package's code, never with the folder's."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from inference.engine.quantize import quantize_decoder, take_scales
+from inference.hf.configuration_moss_video import MossVideoConfig
+from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
+from inference.hf.processing_moss_video import MossVideoProcessor
+
+DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
+DTYPES["bfloat16"] = torch.bfloat16
+
+# Else transformers asks at the terminal whether to run the folder's code.
+AutoConfig.register("moss_video", MossVideoConfig, exist_ok=True)
+
+
+def load_model(
+    checkpoint: str | Path,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> MossVideoForConditionalGeneration:
+    """The model of a folder, on `device`, or the slice of it that is `rank`'s.
+
+    Raises:
+        ValueError: names the folder and what is wrong with it.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json: give a folder of tools.convert_checkpoint")
+    where = torch.device(find_device(device))
+    kind = find_dtype(dtype, where)
+    try:
+        config = MossVideoConfig.from_pretrained(folder)
+        packed = config.__dict__.pop("quantization_config", None)
+        model, info = MossVideoForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=kind or "auto", output_loading_info=True
+        )
+        if packed is not None:
+            _unpack(model, folder, packed, quantize, ranks)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    if ranks > 1:
+        from inference.engine.sharded import shard
+
+        shard(model, rank, ranks)
+        if where.type == "cuda":
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+            torch.cuda.set_device(where)
+    if quantize is not None and packed is None:
+        quantize_decoder(model, quantize)
+    return model.to(where).eval()
+
+
+def _unpack(
+    model: MossVideoForConditionalGeneration,
+    folder: Path,
+    packed: Any,
+    quantize: str | None,
+    ranks: int,
+) -> None:
+    """Layers of an export that is quantized (compressed-tensors, one scale a row)."""
+    kind = {"int-quantized": "int8", "float-quantized": "fp8"}.get(dict(packed).get("format", ""))
+    if kind is None:
+        raise ValueError(
+            f"{folder}: config.json: quantization_config is none of tools.convert_checkpoint's"
+        )
+    if quantize not in (None, kind):
+        raise ValueError(f"{folder}: quantize={quantize}: the checkpoint is quantized as {kind}")
+    if ranks > 1:
+        raise ValueError(f"{folder}: is quantized; several ranks need full weights (--quantize)")
+    scales = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                if name.endswith(".weight_scale"):
+                    scales[_layer(name)] = opened.get_tensor(name).flatten()
+    take_scales(model, scales, kind)
+
+
+def _layer(name: str) -> str:
+    """The module of a tensor of either layout of names."""
+    for old, new in OLD_NAMES.items():
+        name = re.sub(old, new, name)
+    return name.removesuffix(".weight_scale")
+
+
+def load_processor(checkpoint: str | Path) -> Any:
+    """The folder's processor; None where it has no tokenizer."""
+    if not (Path(checkpoint) / "tokenizer.json").is_file():
+        return None
+    return MossVideoProcessor.from_pretrained(checkpoint)
+
+
+def find_device(device: str) -> str:
+    """ "auto" is CUDA where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: this machine has no CUDA")
+    return device
+
+
+def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """None: the checkpoint's own, which a CPU computes slowly unless it is fp32."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: allowed: {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,143 @@
+"""What is in a slot, on the host: its tokens, its frames, and what has to go when it is full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from inference.engine.sampling import Sampling
+
+NEVER = 2**40  # a position that no token reaches
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What a full slot forgot: positions of frames, or of tokens of text."""
+
+    kind: Literal["frame", "text"]
+    positions: tuple[int, ...]
+
+
+class FrameRing:
+    """Which of `window` + 1 places of frames holds which frame, and who sees it.
+
+    The last place is for a frame that arrives when the ring is full: tokens before it still see
+    the frame that it will replace. After the pass it takes that frame's place (`settle`). The
+    first `sinks` frames are never replaced.
+
+    first, last: a token at position t sees place i if first[i] <= t < last[i].
+    """
+
+    def __init__(self, window: int, sinks: int):
+        self.window, self.sinks, self.count = window, sinks, 0
+        self.first, self.last = [NEVER] * (window + 1), [NEVER] * (window + 1)
+        self.victim: int | None = None
+
+    @property
+    def used(self) -> int:
+        """Places to look at, from the first."""
+        return min(self.count, self.window) + (self.victim is not None)
+
+    @property
+    def room(self) -> int:
+        """Frames that one pass may bring."""
+        return max(self.window - self.count, 1)
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions of the frames in the ring, oldest first."""
+        return sorted(self.first[: self.used])
+
+    def put(self, position: int) -> tuple[int, int | None]:
+        """Takes a frame: its place, and the position of the frame that goes."""
+        place, gone = self.count, None
+        if self.count >= self.window:
+            turn = (self.count - self.window) % (self.window - self.sinks)
+            self.victim, place = self.sinks + turn, self.window
+            gone = self.first[self.victim]
+            self.last[self.victim] = position
+        self.first[place] = position
+        self.count += 1
+        return place, gone
+
+    def settle(self) -> int | None:
+        """Moves the frame of the last place to its victim's, which is returned."""
+        victim, self.victim = self.victim, None
+        if victim is not None:
+            self.first[victim], self.last[victim] = self.first[-1], NEVER
+            self.first[-1] = NEVER
+        return victim
+
+
+@dataclass
+class Slot:
+    """One session in the engine.
+
+    tokens, positions: the cached tokens and where in the stream each stands.
+    position: of the next token; grows for ever, also when tokens are forgotten.
+    pending: the sampled token that is not cached yet: the next step begins with it.
+    evictions: what was forgotten, oldest first; whoever reads it empties it.
+    """
+
+    index: int
+    sampling: Sampling
+    ring: FrameRing
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    position: int = 0
+    pending: int | None = None
+    evictions: list[Eviction] = field(default_factory=list)
+    closed: bool = False
+
+    @property
+    def length(self) -> int:
+        """Cached tokens."""
+        return len(self.tokens)
+
+    @property
+    def frames(self) -> list[int]:
+        """Positions of the cached frames, oldest first."""
+        return self.ring.positions
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Counts tokens in as cached."""
+        self.tokens += tokens
+        self.positions += range(self.position, self.position + len(tokens))
+        self.position += len(tokens)
+
+    def keep(self, indices: list[int]) -> None:
+        """Forgets all tokens but these, and says so."""
+        kept = set(indices)
+        gone = tuple(p for i, p in enumerate(self.positions) if i not in kept)
+        self.tokens = [self.tokens[i] for i in indices]
+        self.positions = [self.positions[i] for i in indices]
+        self.evictions.append(Eviction("text", gone))
+
+
+def survivors(
+    tokens: Sequence[int], drop: int, *, silence: int | None, image: int, end_of_turn: int | None
+) -> list[int]:
+    """Indices of the tokens that stay when at least `drop` of them have to go.
+
+    The head (up to the first end of turn: the system prompt) and the last quarter stay. First go
+    the oldest pairs of silence and frame, then the oldest other tokens; if that is not enough, the
+    last quarter's oldest too.
+    """
+    quarter = len(tokens) // 4
+    head = 1
+    if end_of_turn in tokens[:quarter]:
+        head = tokens.index(end_of_turn) + 1
+    tail = len(tokens) - quarter
+    gone: set[int] = set()
+    i = head
+    while i + 1 < tail and len(gone) < drop:
+        if tokens[i] == silence and tokens[i + 1] == image:
+            gone |= {i, i + 1}
+            i += 1
+        i += 1
+    for i in range(head, len(tokens)):
+        if len(gone) >= drop:
+            break
+        gone.add(i)
+    return [i for i in range(len(tokens)) if i not in gone]

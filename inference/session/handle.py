@@ -1,0 +1,201 @@
+"""A session as its user holds it: from any thread, or in an event loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from inference.engine.engine import Slot
+from inference.engine.images import Picture, as_picture, fit
+from inference.session.answer import Answer
+from inference.session.events import Event
+from inference.session.session import Frame, Prompt, Session, SessionConfig
+
+if TYPE_CHECKING:
+    from inference.session.runner import Runner
+
+
+class SessionClosed(Exception):
+    """The session takes nothing any more; the message says why."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """A session's place in the engine; its slot is opened with its first step."""
+
+    task: Session | Answer
+    slot: Slot | None = None
+    closing: str = ""  # why it is to be closed
+    told_at: float = 0.0
+
+
+class SessionHandle:
+    """A session as its user holds it, in a thread or in an event loop."""
+
+    def __init__(self, runner: Runner, seat: Seat) -> None:
+        self._runner, self._seat = runner, seat
+        self.name, self.log = seat.task.name, seat.task.log
+        self._count = 0
+
+    @property
+    def config(self) -> SessionConfig:
+        return self._open()[1].config
+
+    def push_frame(
+        self, image: Picture, at: float | None = None, prompt: str | None = None
+    ) -> None:
+        """Gives a frame of second `at` (by default one interval after the last), and a prompt to
+        be asked right before it. Never waits: a live session drops its oldest waiting frame and
+        says so, another one raises QueueFull. Raises SessionClosed, and as_picture's errors.
+        """
+        picture = fit(as_picture(image), self._runner.tile)
+        changed, task = self._open()
+        with changed:
+            self._refuse_if_closed()
+            at = self._count * task.config.frame_interval if at is None else at
+            task.push(Frame(picture, at, time.monotonic(), prompt))
+            self._count += 1
+            changed.notify_all()
+
+    def put_frame(self, image: Picture, at: float | None = None, prompt: str | None = None) -> None:
+        """As `push_frame`, after waiting for room in the queue."""
+        changed, _ = self._open()
+        with changed:
+            changed.wait_for(lambda: self._room() or self.log.closed)
+            self.push_frame(image, at, prompt)
+
+    def put_prompt(self, text: str) -> None:
+        """As `prompt`, but the frames that were given before it are taken in first; waits for room
+        in their queue."""
+        changed, task = self._open()
+        with changed:
+            changed.wait_for(lambda: self._room() or self.log.closed)
+            self._refuse_if_closed()
+            task.push(Frame(None, 0.0, time.monotonic(), text))
+            changed.notify_all()
+
+    async def aput_frame(
+        self, image: Picture, at: float | None = None, prompt: str | None = None
+    ) -> None:
+        """As `put_frame`, in an event loop. For one task at a time."""
+        seen = self.log.last_seq
+        while not (self._room() or self.log.closed):
+            await self.log.wait(seen)
+            seen = self.log.last_seq
+        self.push_frame(image, at, prompt)
+
+    def configure(self, **changes: Any) -> None:
+        """Changes fields of the session's config: see Session.configure."""
+        changed, task = self._open()
+        with changed:
+            task.configure(**changes)
+
+    def prompt(self, text: str) -> None:
+        """Asks; what is being said stops at the next token. QueueFull, SampleError."""
+        changed, task = self._open()
+        with changed:
+            self._refuse_if_closed()
+            task.ask(Prompt(text, time.monotonic()))
+            changed.notify_all()
+
+    def cancel(self) -> bool:
+        """Ends what is being said; False: nothing is."""
+        changed, task = self._open()
+        with changed:
+            cancelled = task.cancel()
+            changed.notify_all()
+        return cancelled
+
+    def drop(self, reason: str, at: float, count: int = 1) -> None:
+        """Reports frames that never reached the session."""
+        changed, task = self._open()
+        with changed:
+            task.drop(reason, at, count)
+
+    def tell(self, type: str, **data: Any) -> None:
+        """Writes an event of the caller's into the session's log."""
+        with self._runner.changed:
+            if not self.log.closed:
+                self._seat.task.tell(type, **data)
+
+    def end(self) -> None:
+        """No more input: what is there is taken in and said, then the session closes itself."""
+        changed, task = self._open()
+        with changed:
+            task.end()
+            changed.notify_all()
+
+    def close(self, reason: str = "closed by its owner") -> None:
+        """Ends it now, at the next token boundary. Again: nothing happens."""
+        with self._runner.changed:
+            self._seat.closing = self._seat.closing or reason
+            self._runner.changed.notify_all()
+
+    def save(self) -> dict[str, Any]:
+        """The state between two steps, for `Runner.restore`; the session goes on."""
+        seat, engine = self._seat, self._runner.engine
+        _, task = self._open()
+
+        def state() -> dict[str, Any]:
+            self._refuse_if_closed()
+            slot = None if seat.slot is None else engine.save(seat.slot)
+            with self._runner.changed:
+                return {"session": task.state(), "slot": slot}
+
+        return self._runner.call(state).result()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and durations so far: see Stats.summary."""
+        with self._runner.changed:
+            slot = self._seat.slot
+            summary = self._seat.task.stats.summary()
+        return {"cached_frames": len(slot.frames) if slot else 0, **summary}
+
+    def events(self, after: int = 0) -> Events:
+        """The events after number `after`, as they come, for `for` and for `async for`."""
+        return Events(self, after)
+
+    def __enter__(self) -> SessionHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        with self._runner.changed:
+            self._runner.changed.wait_for(lambda: self.log.closed)
+
+    async def __aenter__(self) -> SessionHandle:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+        while not self.log.closed:
+            await self.log.wait(self.log.last_seq)
+
+    def _open(self) -> tuple[threading.Condition, Session]:
+        task = self._seat.task
+        assert isinstance(task, Session), "an answer takes no input"
+        return self._runner.changed, task
+
+    def _room(self) -> bool:
+        _, task = self._open()
+        return len(task.frames) < task.config.max_waiting_frames
+
+    def _refuse_if_closed(self) -> None:
+        if self._seat.closing or self.log.closed:
+            raise SessionClosed(f"{self.name}: {self._seat.closing or 'its input has ended'}")
+
+
+class Events:
+    """A session's events, for `for` and for `async for`."""
+
+    def __init__(self, handle: SessionHandle, after: int) -> None:
+        self._handle, self._after = handle, after
+
+    def __iter__(self) -> Iterator[Event]:
+        return self._handle.log.follow(self._after)
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self._handle.log.afollow(self._after)

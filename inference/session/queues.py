@@ -1,0 +1,168 @@
+"""The published model's streaming interface: three queues and their sentinels, over a session.
+
+    model = QueueModel.load(checkpoint)
+    threading.Thread(target=model.real_time_generate, args=(images, prompts, tokens)).start()
+    images.put(picture); prompts.put("What is it?"); tokens.get()
+    model.stop_real_time_generate()
+
+`tokens` gets the text that the model says, piece by piece, and between it
+`<|silence|>` for each decision to be silent, `<|round_start|>` when a prompt stands in the context,
+`<|round_end|>` when the model has ended its turn or said `max_new_tokens`,
+and at last `[DONE]`, or `[ERROR]` where something failed.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from inference.engine.engine import Engine, Sampling
+from inference.session.events import Event
+from inference.session.handle import SessionClosed, SessionHandle
+from inference.session.runner import Runner
+from inference.session.session import QueueFull
+
+ROUND_START, ROUND_END, SILENCE = "<|round_start|>", "<|round_end|>", "<|silence|>"
+DONE, ERROR = "[DONE]", "[ERROR]"
+_POLL = 0.05  # seconds between looks at whether the session is over
+
+
+class QueueModel:
+    """One stream at a time on an engine, which it closes with `close`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._runner = Runner(engine)
+        self._session: SessionHandle | None = None
+
+    @classmethod
+    def load(cls, checkpoint: str, **options: Any) -> QueueModel:
+        """Loads an engine with `Engine.load`'s options."""
+        return cls(Engine.load(checkpoint, **options))
+
+    def real_time_generate(
+        self,
+        image_queue: queue.Queue[Any],
+        prompt_queue: queue.Queue[str],
+        token_queue: queue.Queue[str],
+        processor: object = None,
+        *,
+        max_new_tokens: int = 86400,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        silence_bias: float = 0.0,
+        seed: int = 0,
+        **session: Any,
+    ) -> None:
+        """Runs until `stop_real_time_generate`, or until an image of None has ended the input.
+
+        Images wait in their queue until there is room: bound it where the source is live.
+        `processor` is that of the published call; the engine uses its own. `session` are further
+        fields of SessionConfig. What fails is raised after `[ERROR]` was put.
+        """
+        sampling = Sampling(
+            temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p,
+            repetition_penalty=repetition_penalty, silence_bias=silence_bias, seed=seed,
+        )  # fmt: skip
+        options = {"live": False, **session, "max_new_tokens": max_new_tokens, "sampling": sampling}
+        end = ERROR
+        try:
+            with self._runner.session(**options) as handle:
+                self._session = handle
+                failed: list[BaseException] = []
+                pumps = [
+                    threading.Thread(target=_pump, args=(handle, source, give, failed))
+                    for source, give in (
+                        (image_queue, lambda image: _give_image(handle, image)),
+                        (prompt_queue, handle.prompt),
+                    )
+                ]
+                for pump in pumps:
+                    pump.start()
+                reader = _Reader(token_queue)
+                for event in handle.events():
+                    reader.take(event)
+            for pump in pumps:
+                pump.join()
+            if failed or reader.error:
+                raise failed[0] if failed else RuntimeError(reader.error)
+            end = DONE
+        finally:
+            self._session = None
+            token_queue.put(end)
+
+    def stop_real_time_generate(self) -> None:
+        """Ends the stream at the next token boundary; nothing where none runs."""
+        session = self._session
+        if session is not None:
+            session.close("stopped")
+
+    def close(self) -> None:
+        """Ends the stream and the engine's thread."""
+        self._runner.close()
+
+
+def _pump(
+    handle: SessionHandle,
+    source: queue.Queue[Any],
+    give: Callable[[Any], None],
+    failed: list[BaseException],
+) -> None:
+    """Moves what comes into the session until that is over."""
+    waiting: list[Any] = []  # what the session had no room for
+    while not handle.log.closed:
+        try:
+            waiting = waiting or [source.get(timeout=_POLL)]
+            give(waiting[0])
+            waiting = []
+        except queue.Empty:
+            continue
+        except QueueFull:
+            handle.log.wait_closed(_POLL)
+        except SessionClosed:
+            return
+        except Exception as error:  # raised again in real_time_generate
+            failed.append(error)
+            handle.close(f"{error}")
+            return
+
+
+def _give_image(handle: SessionHandle, image: Any) -> None:
+    if image is None:
+        handle.end()
+    else:
+        handle.put_frame(image)
+
+
+class _Reader:
+    """Events to what the published token queue holds."""
+
+    def __init__(self, tokens: queue.Queue[str]) -> None:
+        self._tokens = tokens
+        self._told = False  # the event before has told of the silence that this one is about
+        self.error = ""
+
+    def take(self, event: Event) -> None:
+        data, told = event.data, self._told
+        if event.type == "response.output_text.delta":
+            self._tokens.put(data["delta"])
+            return
+        self._told = event.type == "response.done"
+        if event.type == "input_frame.processed" and data["decision"] == "silence":
+            self._told = True
+            self._tokens.put(SILENCE)
+        elif event.type == "response.done" and data["reason"] == "silence":
+            if not told:
+                self._tokens.put(SILENCE)
+        elif event.type == "session.state" and data["state"] == "silent" and not told:
+            self._tokens.put(SILENCE)
+        elif event.type == "response.done" and data["reason"] in ("turn_ended", "max_new_tokens"):
+            self._tokens.put(ROUND_END)
+        elif event.type == "conversation.item.created":
+            self._tokens.put(ROUND_START)
+        elif event.type == "error":
+            self.error = data["message"]

@@ -1,0 +1,258 @@
+"""Many sessions on one engine: a thread that owns the engine and batches their steps.
+
+runner = Runner(engine)
+async with runner.session(pace=None) as session:     # or: with runner.session(...)
+    session.push_frame(image, at=0.0)
+    session.prompt("What is it?")
+    async for event in session.events():             # or: for event in session.events()
+        ...
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from torch import Tensor
+
+from inference.engine.engine import Engine, EngineFull, Sampling, Slot, Step
+from inference.session.answer import Answer
+from inference.session.handle import Seat, SessionClosed, SessionHandle
+from inference.session.response import Vocabulary
+from inference.session.session import Plan, Session, SessionConfig
+from inference.session.stats import Measure, Stats
+
+log = logging.getLogger(__name__)
+
+METRICS_EVERY = 10.0  # seconds between a session's `session.metrics`
+
+
+class Runner:
+    """Owns an engine from its making to `close`. Every method may be called from any thread."""
+
+    def __init__(self, engine: Engine, measured: Measure | None = None) -> None:
+        self.engine, self.words = engine, Vocabulary.of(engine.tokenizer.backend_tokenizer)
+        self.tile: int = engine.config.vision_config.image_size  # pixels of a frame's side
+        self._measured = measured
+        self._seats: list[Seat] = []
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._numbers = itertools.count(1)
+        self.changed = threading.Condition()
+        self._stopping = ""
+        self._thread = threading.Thread(target=self._run, name="moss-engine", daemon=True)
+        self._thread.start()
+
+    def session(
+        self, config: SessionConfig | None = None, *, log_limit: int = 65536, **fields: Any
+    ) -> SessionHandle:
+        """Opens a session; `fields` are SessionConfig's; `log_limit`: events that are kept for
+        readers. EngineFull where no slot is free, SampleError for texts with control tokens.
+        """
+        config = config or SessionConfig(**fields)
+        name = f"session{next(self._numbers)}"
+        return self._seat(Session(name, config, self.words, self._stats(), log_limit))
+
+    def answer(
+        self,
+        tokens: Sequence[int],
+        images: Sequence[Tensor] = (),
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 1024,
+        chunk: int = 8,
+    ) -> SessionHandle:
+        """Answers a whole question once: tokens, and uint8 [3, H, W] for each `<|image|>`."""
+        name = f"answer{next(self._numbers)}"
+        sampling = sampling or Sampling()
+        task = Answer(
+            name, tokens, images, self.words, self._stats(),
+            sampling=sampling, max_new_tokens=max_new_tokens, chunk=chunk,
+        )  # fmt: skip
+        return self._seat(task)
+
+    def restore(self, state: Mapping[str, Any]) -> SessionHandle:
+        """The session that `SessionHandle.save` gave, to be gone on with, here or elsewhere."""
+        task = Session.resume(state["session"], self.words, self._stats(), time.monotonic())
+
+        def put() -> SessionHandle:  # between two steps: none may find the session without its slot
+            slot = None if state["slot"] is None else self.engine.restore(state["slot"])
+            try:
+                return self._seat(task, slot)
+            except Exception:
+                if slot is not None:
+                    self.engine.close(slot)
+                raise
+
+        return self.call(put).result()
+
+    @property
+    def sessions(self) -> int:
+        """How many are open."""
+        return len(self._seats)
+
+    @property
+    def cached_frames(self) -> int:
+        """Frames in the rings of all sessions."""
+        return sum(len(seat.slot.frames) for seat in list(self._seats) if seat.slot)
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Runs a function in the engine's thread, between two steps."""
+        future: Future[Any] = Future()
+        with self.changed:
+            self._refuse_if_stopped()
+            self._calls.append((function, future))
+            self.changed.notify_all()
+        return future
+
+    def close(self, reason: str = "the runner was closed") -> None:
+        """Closes all sessions, then the thread. Again: nothing happens."""
+        with self.changed:
+            self._stopping = self._stopping or reason
+            self.changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stats(self) -> Stats:
+        return Stats(self._measured)
+
+    def _seat(self, task: Session | Answer, slot: Slot | None = None) -> SessionHandle:
+        seat = Seat(task, slot, told_at=time.monotonic())
+        with self.changed:
+            self._refuse_if_stopped()
+            if len(self._seats) >= self.engine.max_sessions:
+                raise EngineFull(f"all {self.engine.max_sessions} sessions are taken")
+            self._seats.append(seat)
+            self.changed.notify_all()
+        return SessionHandle(self, seat)
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopping:
+            raise SessionClosed(self._stopping)
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._close_seats()
+                batch = self._wait()
+                if batch:
+                    self._step(batch)
+        except BaseException as error:  # told to every session: nobody else would hear of it
+            log.exception("the engine's thread ended")
+            self._stopping = f"the engine failed: {error}"
+        with self.changed:
+            for seat in self._seats:
+                seat.closing = seat.closing or self._stopping
+            for _, future in self._calls:
+                future.set_exception(SessionClosed(self._stopping))
+            self._calls.clear()
+        self._close_seats()
+
+    def _wait(self) -> list[tuple[Seat, Plan]]:
+        """The next batch of steps; none where there was something else to do."""
+        with self.changed:
+            calls, self._calls = self._calls, []
+            now = time.monotonic()
+            batch = []
+            for seat in self._seats:
+                plan = None if seat.closing else seat.task.plan(now)
+                if plan:
+                    batch.append((seat, plan))
+            if batch:
+                self.changed.notify_all()  # frames were taken: there is room
+            elif not calls and not self._leaving() and not self._stopping:
+                wakes = [seat.task.wake for seat in self._seats if seat.task.wake is not None]
+                self.changed.wait(max(0.0, min(wakes) - now) if wakes else None)
+        for function, future in calls:
+            _settle(function, future)
+        return batch
+
+    def _step(self, batch: Sequence[tuple[Seat, Plan]]) -> None:
+        try:
+            images = [image for _, plan in batch for image in plan.images]
+            features = iter(self.engine.encode(images) if images else [])
+            steps = []
+            for seat, plan in batch:
+                if seat.slot is None:
+                    seat.slot = self.engine.open(_sampling(seat.task))
+                elif seat.slot.sampling != _sampling(seat.task):
+                    self.engine.set_sampling(seat.slot, _sampling(seat.task))
+                frames = list(itertools.islice(features, len(plan.images)))
+                steps.append(Step(seat.slot, plan.tokens, frames, plan.sample))
+            tokens = self.engine.step(steps)
+        except ValueError as error:  # nothing has changed: the others of the batch may go on
+            if len(batch) > 1:
+                for one in batch:
+                    self._step([one])
+            else:
+                self._fail(batch, error)
+            return
+        except Exception as error:
+            log.exception("a step of %s failed", ", ".join(seat.task.name for seat, _ in batch))
+            self._fail(batch, error)
+            return
+        now = time.monotonic()
+        with self.changed:
+            for (seat, plan), token in zip(batch, tokens, strict=True):
+                seat.task.took(plan, token, now)
+                self._report(seat, now)
+
+    def _fail(self, batch: Sequence[tuple[Seat, Plan]], error: Exception) -> None:
+        with self.changed:
+            for seat, _ in batch:
+                seat.task.tell("error", code="engine_error", message=str(error))
+                seat.closing = f"the engine failed: {error}"
+
+    def _report(self, seat: Seat, now: float) -> None:
+        assert seat.slot is not None
+        task = seat.task
+        for eviction in seat.slot.evictions:
+            count = len(eviction.positions)
+            task.stats.count(f"evicted_{eviction.kind}", count)
+            at = list(eviction.positions)
+            task.tell("session.evicted", kind=eviction.kind, count=count, positions=at)
+        seat.slot.evictions.clear()
+        if now - seat.told_at >= METRICS_EVERY:
+            seat.told_at = now
+            task.tell(
+                "session.metrics", cached_frames=len(seat.slot.frames), **task.stats.summary()
+            )
+
+    def _leaving(self) -> list[Seat]:
+        return [seat for seat in self._seats if seat.closing or seat.task.over]
+
+    def _close_seats(self) -> None:
+        with self.changed:
+            for seat in self._leaving():
+                self._seats.remove(seat)
+                cached = len(seat.slot.frames) if seat.slot else 0
+                if seat.slot is not None:
+                    self.engine.close(seat.slot)
+                task = seat.task
+                task.tell("session.metrics", cached_frames=cached, **task.stats.summary())
+                task.tell("session.closed", reason=seat.closing or "the input has ended")
+                task.log.close()
+            self.changed.notify_all()
+
+
+def _sampling(task: Session | Answer) -> Sampling:
+    return task.config.sampling if isinstance(task, Session) else task.sampling
+
+
+def _settle(function: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)

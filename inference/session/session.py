@@ -1,0 +1,356 @@
+"""One stream: what the model was trained to do, as a state machine without threads.
+
+    start      system prompt, a user turn (empty, or a prompt that was there first), then the
+               assistant's header
+    frame      [<|image|>] -> one decision: <|silence|> (parked until the next input) or a word
+    speaking   a word a step, paced; a frame may land between any two of them
+    prompt     at the next token boundary: <|eot_id|>, the user's turn, a new header -> a decision
+    both       prompt first, then the frame, in one step
+    cancel     the speech ends as the model ends one: with <|silence|>
+
+`plan` says what the next step of the engine takes in, `took` hears what the model said to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from inference.engine.engine import Sampling
+from inference.session.response import Speaker, Speech, Vocabulary
+from inference.session.stats import Stats
+
+
+class QueueFull(Exception):
+    """A queue of a session is full; the message names it and its size."""
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """How a session behaves. Wrong values raise ValueError that names the field.
+
+    clock `wall`: a frame is taken in as soon as it is there. `media`: once the model is silent or
+    has said `pace` tokens, so that what is said does not depend on the speed of the machine.
+    """
+
+    system_prompt: str = ""
+    prompt: str = ""  # of the first user turn; empty: the model watches before it is asked
+    sampling: Sampling = field(default_factory=Sampling)
+    live: bool = True  # a full queue drops its oldest frame; False: it is for the source to wait
+    clock: Literal["wall", "media"] = "wall"
+    pace: int | None = 40  # tokens a frame interval; None: as fast as the machine
+    frame_interval: float = 1.0  # seconds
+    max_new_tokens: int = 4096  # of a response
+    max_waiting_frames: int = 4
+    max_waiting_prompts: int = 16
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            number = entry.name.startswith("max_") or entry.name in ("frame_interval", "pace")
+            if number and value is not None and not value > 0:
+                raise ValueError(f"{entry.name}: {value!r}: must be greater than 0")
+        if self.clock not in ("wall", "media"):
+            raise ValueError(f"clock: {self.clock!r}, allowed: wall, media")
+
+
+@dataclass(eq=False)
+class Frame:
+    """A picture on its way: uint8 [3, H, W], its second, when it arrived on the clock. Without a
+    picture: a prompt that waits for the frames before it."""
+
+    image: Tensor | None
+    at: float
+    arrived: float
+    prompt: str | None = None
+
+
+@dataclass
+class Prompt:
+    text: str
+    arrived: float
+
+
+@dataclass
+class Plan:
+    """Input of one step: tokens, the picture of each `<|image|>` among them."""
+
+    tokens: list[int]
+    images: list[Tensor] = field(default_factory=list)
+    sample: bool = True
+    began: float = 0.0
+    frame: Frame | None = None
+
+
+_ANY_TIME = ("pace", "max_new_tokens", "sampling")  # what can be changed in the middle of a stream
+_FLAGS = ("media", "_started", "_turn_over", "_said", "_cancelled", "_no_more")
+
+
+class Session(Speaker):
+    """Not thread-safe: the runner calls every method under its lock."""
+
+    def __init__(
+        self,
+        name: str,
+        config: SessionConfig,
+        words: Vocabulary,
+        stats: Stats,
+        log_limit: int = 65536,
+    ) -> None:
+        super().__init__(name, words, stats, log_limit)
+        self.config = config
+        self.frames: deque[Frame] = deque()
+        self.prompts: deque[Prompt] = deque()
+        self.wake: float | None = None  # when `plan` has something without new input
+        self._numbers = itertools.count(1)
+        # Tokens that the next step takes in before all else. The start is written with the first
+        # input: a prompt that comes before any frame is the first user turn.
+        self._ahead: list[int] = []
+        self._started = False
+        self._turn_over = False  # the model has closed its turn itself
+        self._asked: float | None = None  # when the prompt arrived whose answer is due
+        self._said = 0  # tokens since the last frame
+        self._paced_from = 0.0  # when the last token's step began
+        self._cancelled = False
+        self._no_more = False
+        self._check(config.system_prompt, config.prompt)
+
+    def configure(self, **changes: Any) -> None:
+        """Changes fields of the config; most only before the first input. ValueError."""
+        fixed = [name for name in changes if name not in _ANY_TIME]
+        if fixed and (self._started or self.frames or self.prompts):
+            raise ValueError(f"{fixed[0]}: can be set before the first input only")
+        config = replace(self.config, **changes)
+        self._check(config.system_prompt, config.prompt)
+        self.config = config
+
+    # Input
+
+    def push(self, frame: Frame) -> None:
+        """Queues a frame. Live: a full queue loses its oldest one without a prompt, at worst this
+        one, and says so. Else, or where every waiting frame has a prompt: QueueFull.
+        """
+        if frame.prompt:
+            self._check(frame.prompt)
+        if len(self.frames) >= self.config.max_waiting_frames:
+            loose = next((waiting for waiting in self.frames if not waiting.prompt), None)
+            if not self.config.live or (loose is None and frame.prompt):
+                raise QueueFull(f"{len(self.frames)} frames wait: the limit of max_waiting_frames")
+            self.drop("queue_full", (loose or frame).at)
+            if loose is None:
+                return
+            self.frames.remove(loose)
+        self.frames.append(frame)
+
+    def ask(self, prompt: Prompt) -> None:
+        """Queues a prompt; QueueFull, and SampleError for text with control tokens."""
+        self._check(prompt.text)
+        if len(self.prompts) >= self.config.max_waiting_prompts:
+            raise QueueFull(f"{len(self.prompts)} prompts wait: the limit of max_waiting_prompts")
+        self.prompts.append(prompt)
+
+    def drop(self, reason: str, at: float, count: int = 1) -> None:
+        self.stats.count(f"drop:{reason}", count)
+        self.tell("input_frame.dropped", reason=reason, frame_at=at, count=count)
+
+    def cancel(self) -> bool:
+        """Ends what is being said at the next token boundary; False: nothing is being said."""
+        self._cancelled = self.speech is not None
+        return self._cancelled
+
+    def end(self) -> None:
+        """No more input: the session is over when everything is taken in and said."""
+        self._no_more = True
+
+    @property
+    def over(self) -> bool:
+        return self._no_more and not (self.frames or self.prompts or self.speech)
+
+    # Saving
+
+    def state(self) -> dict[str, Any]:
+        """All that `resume` needs, between two steps: plain values and tensors."""
+        return {
+            "name": self.name,
+            "config": asdict(self.config),
+            "flags": {name: getattr(self, name) for name in _FLAGS},
+            "ahead": list(self._ahead),
+            "speech": self.speech and (self.speech.name, list(self.speech.tokens)),
+            "responses": self.stats.counts["responses"],
+            "frames": [(frame.image, frame.at, frame.prompt) for frame in self.frames],
+            "prompts": [prompt.text for prompt in self.prompts],
+        }
+
+    @classmethod
+    def resume(
+        cls, state: Mapping[str, Any], words: Vocabulary, stats: Stats, now: float
+    ) -> Session:
+        """The session that `state()` describes; its log and its measurements begin anew."""
+        given = {**state["config"], "sampling": Sampling(**state["config"]["sampling"])}
+        session = cls(state["name"], SessionConfig(**given), words, stats)
+        for name, value in state["flags"].items():
+            setattr(session, name, value)
+        session._ahead = list(state["ahead"])
+        session._numbers = itertools.count(state["responses"] + 1)
+        if state["speech"]:
+            session.speech = Speech(words.tokenizer, state["speech"][0])
+            for token in state["speech"][1]:
+                session.speech.say(token)
+        for image, at, prompt in state["frames"]:
+            session.frames.append(Frame(image, at, now, prompt))
+        session.prompts.extend(Prompt(text, now) for text in state["prompts"])
+        return session
+
+    # The walk
+
+    def plan(self, now: float) -> Plan | None:
+        """The next step at time `now`; None: nothing to do before `wake` or new input."""
+        self.wake = None
+        if self._cancelled and self.speech:
+            self._stop("cancelled", "client_cancelled")
+            self._ahead.append(self._words.special.silence)
+        self._cancelled = False
+        plan = Plan([], began=now)
+        self._take_prompts(plan)
+        if self.frames and self._frame_due(bool(plan.tokens)):
+            self._take_frame(plan)
+        if not plan.tokens and not (self.speech and self._word_due(now)):
+            return None
+        plan.tokens = self._ahead + plan.tokens
+        self._ahead = []
+        return plan
+
+    def took(self, plan: Plan, token: int | None, now: float) -> None:
+        """Hears the token that the model said to a step."""
+        if token is None:
+            return
+        special, self._turn_over = self._words.special, False
+        ttft = None if self._asked is None else now - self._asked
+        if ttft is not None:
+            self.stats.add("ttft", ttft)
+        self._asked = None
+        silent = token == special.silence
+        if plan.frame:
+            self._decided(plan, silent, now)
+        if silent:
+            if ttft is not None and self.speech is None:
+                self.tell("session.state", state="silent")  # that is the answer
+            self._stop("completed", "silence")
+        elif token in (special.eot_id, special.end_of_text):
+            self._stop("completed", "turn_ended")
+            self._turn_over = token == special.eot_id
+            self._ahead = [] if self._turn_over else [special.silence]
+        else:
+            self._paced_from = plan.began
+            self._speak(token, now, ttft)
+
+    def _take_prompts(self, plan: Plan) -> None:
+        while self.prompts:
+            prompt = self.prompts.popleft()
+            self._write_turn(plan, prompt.text, prompt.arrived)
+
+    def _write_turn(self, plan: Plan, text: str, arrived: float) -> None:
+        """The user's turn and a new header after what is in the context."""
+        words, interrupted = self._words, self.speech is not None
+        if not self._started and not self.config.prompt:
+            plan.tokens += self._start(text)
+        else:
+            if not self._started:
+                plan.tokens += self._start(self.config.prompt)
+            self._stop("cancelled", "interrupted")
+            if not self._turn_over:
+                plan.tokens.append(words.special.eot_id)
+            plan.tokens += words.prompts.turn("user", text) + words.prompts.header("assistant")
+        self._turn_over = False
+        self.stats.add("interruption", plan.began - arrived)
+        if self._asked is None:
+            self._asked = arrived
+        waited = round(1000 * (plan.began - arrived), 3)
+        self.tell("conversation.item.created", text=text, interrupted=interrupted, wait_ms=waited)
+
+    def _take_frame(self, plan: Plan) -> None:
+        frame = self.frames.popleft()
+        if frame.prompt:
+            self._write_turn(plan, frame.prompt, frame.arrived)
+        elif not self._started:
+            plan.tokens += self._start(self.config.prompt)
+        elif self._turn_over:
+            # No frame stands outside of the assistant's turn.
+            plan.tokens += self._words.prompts.turn("user", "")
+            plan.tokens += self._words.prompts.header("assistant")
+        self._said = 0
+        if frame.image is None:
+            return
+        plan.tokens.append(self._words.special.image)
+        plan.images.append(frame.image)
+        plan.frame, self.media = frame, frame.at
+        self.stats.count("frames")
+        self.stats.add("frame_lag", plan.began - frame.arrived)
+
+    def _start(self, prompt: str) -> list[int]:
+        self._started = True
+        config, words = self.config, self._words
+        tokens = [words.special.begin_of_text]
+        if config.system_prompt:
+            tokens += words.prompts.turn("system", config.system_prompt)
+        return tokens + words.prompts.turn("user", prompt) + words.prompts.header("assistant")
+
+    def _frame_due(self, interrupted: bool) -> bool:
+        config = self.config
+        if config.clock == "wall" or interrupted or self.speech is None:
+            return True
+        return config.pace is not None and self._said >= config.pace
+
+    def _word_due(self, now: float) -> bool:
+        """Whether the next word may be said; else `wake` is set to when, or to None: a frame's."""
+        config = self.config
+        if config.pace is None:
+            return True
+        if config.clock == "media":
+            return self._said < config.pace or self._no_more
+        due = self._paced_from + config.frame_interval / config.pace
+        if now < due:
+            self.wake = due
+        return now >= due
+
+    # What the model says
+
+    def _decided(self, plan: Plan, silent: bool, now: float) -> None:
+        frame = plan.frame
+        assert frame is not None
+        self.stats.count("silence" if silent else "speech")
+        self.stats.add("frame_decision", now - plan.began)
+        self.tell(
+            "input_frame.processed",
+            frame_at=frame.at,
+            decision="silence" if silent else "speech",
+            lag_ms=round(1000 * (plan.began - frame.arrived), 3),
+            decision_ms=round(1000 * (now - plan.began), 3),
+            waiting=len(self.frames),
+        )
+
+    def _speak(self, token: int, now: float, ttft: float | None) -> None:
+        if self.speech is None:
+            self.tell("session.state", state="speaking")
+            name = f"{self.name}-{next(self._numbers)}"
+        else:
+            name = self.speech.name
+        self._said += 1
+        speech = self._say(token, now, name, ttft)
+        if len(speech.tokens) >= self.config.max_new_tokens:
+            self._stop("incomplete", "max_new_tokens")
+            self._ahead.append(self._words.special.silence)
+
+    def _stop(self, status: str, reason: str) -> None:
+        if self.speech is not None:
+            self._finish(status, reason)
+            self.tell("session.state", state="silent")
+
+    def _check(self, *texts: str) -> None:
+        for text in texts:
+            self._words.prompts.turn("user", text)

@@ -1,0 +1,214 @@
+"""Which text token sees which frame: planned on the host, once for a microbatch.
+
+Frames become visible in the order of their `<|image|>` tokens, so what a token may see is a run of
+frames [first, last): two numbers a token. Tokens are cut into blocks of at least MIN_BLOCK, each
+with just the frames that some token of it may see; a mask is made only for blocks whose tokens see
+different frames, and only of the block's own size. Cost and memory of the cross-attention so grow
+with what is attended, never with (all tokens) x (all frames).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moss_train.model.gather_rows import Rows
+from moss_train.model.padded_attention import PaddedFrames, pad_frames
+
+MIN_BLOCK = 128  # tokens
+SMALL_BLOCK = 128 * 128  # (token, frame) pairs that a block may have, however few are needed
+NEVER = 2**40  # `visible_from` of a padding frame
+
+
+@dataclass
+class Block:
+    """Tokens [start, stop) of `FrameBatch.tokens` attend frames [first, last) of the microbatch.
+
+    `mask` is None where all of them see all of it, else True where a token sees a tile:
+    `[stop - start, (last - first) x T]`.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    mask: Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        """(Token, frame) pairs that are computed."""
+        return (self.stop - self.start) * (self.last - self.first)
+
+
+@dataclass
+class FrameBatch:
+    """The F frames of a microbatch of S packed tokens, sorted by sequence, then by visibility.
+
+    positions: token index of each frame's `<|image|>` mark in its sequence, the angle it is rotated
+        by `[F]`.
+    first, last: the frames that each token attends `[S]`, none where they are equal.
+    sees: True where a token sees a frame `[S]`; a token without may still attend (`attend_all`).
+    tiles: True for the real tiles of each frame `[F, T]`.
+    tokens: those that attend a frame at all `[n]`, ascending.
+    blocks: what the attention computes, of all of `tokens`.
+    padded: the same as a padded batch, where that computes no more pairs.
+    """
+
+    positions: Tensor
+    first: Tensor
+    last: Tensor
+    sees: Tensor
+    tiles: Tensor
+    tokens: Tensor
+    blocks: list[Block]
+    padded: PaddedFrames | None = None
+    states: Tensor | None = field(default=None)  # projected frames [F, T x P, H]
+
+    @property
+    def count(self) -> int:
+        """Frames in the microbatch."""
+        return len(self.positions)
+
+    @cached_property
+    def attending(self) -> Rows:
+        """`tokens` among all S."""
+        return Rows(self.tokens, len(self.sees))
+
+    @property
+    def pairs(self) -> int:
+        """(Token, frame) pairs that are computed."""
+        return self.padded.pairs if self.padded else sum(block.pairs for block in self.blocks)
+
+    def attended(self) -> int:
+        """(Token, frame) pairs that are needed, for the FLOP count."""
+        return int((self.last - self.first).sum())
+
+    def to(self, device: torch.device) -> FrameBatch:
+        """Moves what every layer needs; the plan stays on the host."""
+        for name in ("positions", "sees", "tokens"):
+            setattr(self, name, getattr(self, name).to(device))
+        if self.padded is not None:
+            self.padded = self.padded.to(device)
+        return self
+
+
+def plan_frames(
+    frame_rows: Tensor,
+    positions: Tensor,
+    lengths: list[int],
+    length: int,
+    *,
+    visible_from: Tensor | None = None,
+    visible_until: Tensor | None = None,
+    tiles: Tensor | None = None,
+    max_tiles: int = 1,
+    attend_all: bool = False,
+) -> FrameBatch:
+    """Plans the cross-attention of a microbatch of packed sequences.
+
+    Args:
+        frame_rows: sequence of each frame `[F]`, ascending.
+        positions: index of each frame's mark in its sequence `[F]`.
+        lengths: tokens of each sequence.
+        length: S, their sum and what padding follows; padding attends nothing.
+        visible_from: first token of the sequence that sees a frame `[F]`; None: its mark. NEVER
+            for padding.
+        visible_until: first token that no longer sees it `[F]`; None: all later tokens see it.
+        tiles: real tiles of each frame `[F]`, of `max_tiles`; None: all are real.
+        attend_all: tokens that see no frame attend every frame slot of their sequence, unmasked.
+
+    Raises:
+        ValueError: the frames of a sequence are not sorted by visibility.
+    """
+    start = positions if visible_from is None else visible_from
+    stop = torch.full_like(start, NEVER) if visible_until is None else visible_until
+    _check_order(frame_rows, start, stop)
+    sizes = torch.tensor(lengths)
+    ends = sizes.cumsum(0)
+    # In the packed sequence, nothing is seen beyond the frame's own sequence.
+    start, stop = (
+        torch.minimum((ends - sizes)[frame_rows] + x, ends[frame_rows]) for x in (start, stop)
+    )
+    token = torch.arange(length)
+    first = torch.searchsorted(stop, token, right=True)
+    last = torch.searchsorted(start, token, right=True)
+    sees = last > first
+    unmasked = torch.zeros_like(sees)
+    row = torch.searchsorted(ends, token, right=True)  # len(lengths) for padding
+    if attend_all:
+        bounds = torch.searchsorted(frame_rows, torch.arange(len(lengths) + 2))
+        unmasked = ~sees
+        first = torch.where(unmasked, bounds[row], first)
+        last = torch.where(unmasked, bounds[row + 1], last)
+    count = torch.full_like(start, max_tiles) if tiles is None else tiles
+    real = torch.arange(max_tiles) < count[:, None]
+    tokens = (last > first).nonzero()[:, 0]
+    blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real).blocks
+    plan = FrameBatch(positions, first, last, sees, real, tokens, blocks)
+    if blocks:
+        padded = pad_frames(tokens, row, (first, last), unmasked, real, frame_rows)
+        plan.padded = padded if padded.pairs <= plan.pairs else None
+    return plan
+
+
+def _check_order(frame_rows: Tensor, start: Tensor, stop: Tensor) -> None:
+    same = frame_rows.diff() == 0
+    for times in (start, stop):
+        wrong = (same & (times.diff() < 0)).nonzero()
+        if len(wrong):
+            row = int(frame_rows[wrong[0, 0]])
+            raise ValueError(f"the frames of row {row} are not in the order of their tokens")
+
+
+class _Blocks:
+    """Cuts the tokens that attend a frame into blocks, from left to right."""
+
+    def __init__(self, first: Tensor, last: Tensor, unmasked: Tensor, real: Tensor):
+        self.first, self.last, self.unmasked, self.real = first, last, unmasked, real
+        self.blocks: list[Block] = []
+        self._open(0)
+        changes = (first.diff() != 0) | (last.diff() != 0) | (unmasked.diff() != 0)
+        edges = [0, *(changes.nonzero()[:, 0] + 1).tolist(), len(first)] if len(first) else []
+        for begin, end in pairwise(edges):
+            self._run(begin, end)
+        self._close()
+
+    def _open(self, start: int) -> None:
+        self.start = self.stop = start
+        self.lowest, self.highest = NEVER, 0  # frames of the open block
+        self.needed = 0  # pairs that its tokens attend
+
+    def _run(self, begin: int, end: int) -> None:
+        """Tokens [begin, end), which all attend the same."""
+        first, last = int(self.first[begin]), int(self.last[begin])
+        # A long run needs no mask: keep it apart.
+        if end - begin >= MIN_BLOCK or self._wasteful(end, first, last):
+            self._close()
+        self.stop = end
+        self.lowest, self.highest = min(self.lowest, first), max(self.highest, last)
+        self.needed += (end - begin) * (last - first)
+        if self.stop - self.start >= MIN_BLOCK:
+            self._close()
+
+    def _wasteful(self, end: int, first: int, last: int) -> bool:
+        """Whether the open block, with this run, would compute much more than is needed."""
+        pairs = (end - self.start) * (max(self.highest, last) - min(self.lowest, first))
+        needed = self.needed + (end - self.stop) * (last - first)
+        return pairs > max(1.5 * needed, SMALL_BLOCK)
+
+    def _close(self) -> None:
+        if self.start == self.stop:
+            return
+        tokens = slice(self.start, self.stop)
+        first, last = self.first[tokens, None], self.last[tokens, None]
+        frame = torch.arange(self.lowest, self.highest)
+        seen = ((frame >= first) & (frame < last))[..., None]  # [tokens, frames, 1]
+        real = self.real[self.lowest : self.highest] | self.unmasked[tokens, None, None]
+        mask = (seen & real).flatten(1)
+        mask_or_none = None if bool(mask.all()) else mask
+        self.blocks.append(Block(self.start, self.stop, self.lowest, self.highest, mask_or_none))
+        self._open(self.stop)

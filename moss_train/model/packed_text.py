@@ -1,0 +1,78 @@
+"""A microbatch of text as the decoder takes it: sequences one after the other, without padding.
+
+Sequences of any length share one microbatch (what trainers call packing): each attends itself only
+and its positions start at 0, so that a sequence's numbers do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from moss_train.model.gather_rows import Rows
+
+SMALL = 64 * 64  # (token, token) pairs below which attention costs its call, not its pairs
+
+
+@dataclass
+class PackedText:
+    """T tokens of a microbatch, on the device.
+
+    tokens: `[T]`.
+    lengths: tokens of each sequence; what is left of T after them is padding, for which the last
+        sequence goes on (a causal model does not notice).
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+
+    @cached_property
+    def spans(self) -> list[int]:
+        """Tokens of each sequence, the last one with the padding."""
+        rest = len(self.tokens) - sum(self.lengths)
+        return [*self.lengths[:-1], self.lengths[-1] + rest]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Place of each token in its sequence `[T]`."""
+        return torch.cat([torch.arange(span) for span in self.spans]).to(self.tokens.device)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where sequences begin, and T: int32 `[sequences + 1]`, for variable-length kernels."""
+        starts = torch.tensor([0, *accumulate(self.spans)], dtype=torch.int32)
+        return starts.to(self.tokens.device)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Neighbouring sequences that are about as long, to be attended as one padded batch."""
+        groups: list[list[int]] = [[]]
+        for span in self.spans:
+            spans = [*groups[-1], span]
+            padded, needed = len(spans) * max(spans) ** 2, sum(s * s for s in spans)
+            if padded <= max(1.3 * needed, SMALL):
+                groups[-1] = spans
+            else:
+                groups.append([span])
+        return [Group(spans, self.tokens.device) for spans in groups]
+
+
+class Group:
+    """Neighbouring sequences and how to pad them to `[B, S]` and back."""
+
+    def __init__(self, spans: list[int], device: torch.device):
+        self.tokens, self.shape = sum(spans), (len(spans), max(spans))
+        real = torch.arange(self.shape[1]) < torch.tensor(spans)[:, None]  # [B, S]
+        self.rows = Rows(real.flatten().nonzero()[:, 0].to(device), real.numel())
+
+    def pad(self, x: Tensor) -> Tensor:
+        """`[tokens, ...]` -> `[B, S, ...]`, zeros behind each sequence."""
+        return self.rows.put(x).unflatten(0, self.shape)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """`[B, S, ...]` -> `[tokens, ...]`."""
+        return self.rows.take(x.flatten(0, 1))

@@ -1,0 +1,1 @@
+"""One batch through the training model, to compare a checkpoint with its export."""

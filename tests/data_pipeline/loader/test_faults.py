@@ -1,0 +1,253 @@
+"""Shards that break under a running job, and members of samples that no one would write."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from megatron.energon import WorkerConfig
+from megatron.energon.epathlib import EPath
+from PIL import Image
+
+from data_pipeline.encode import SampleEncoder
+from data_pipeline.index import prepare_index
+from data_pipeline.loader.loader import Loader, Source, build_loader
+from data_pipeline.loader.reader import UNREADABLE, ShardSource, TolerantReader
+from data_pipeline.schema import SampleError, parse_sample
+from data_pipeline.shards import write_shards
+from data_pipeline.tokens import load_tokenizer
+from data_pipeline.toy.build import ToyConfig, make_sample
+from tests.data_pipeline.loader.test_loader import encode_config
+
+SECONDS = 20.0  # no single sample takes longer, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three indexed shards of ten pictures."""
+    out = tmp_path_factory.mktemp("pristine")
+    samples = [make_sample("sft/train/image", ToyConfig(), i) for i in range(30)]
+    write_shards(samples, out, samples_per_shard=10)
+    prepare_index(out)
+    return out
+
+
+@pytest.fixture
+def shards(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "shards"))
+
+
+def open_shards(toy: Path, shards: Path, workers: int = 0, shuffle: int = 0) -> Loader:
+    return build_loader(
+        [Source("mine", str(shards), "image", 1)], encode_config(toy),
+        micro_batch=1, data_parallel_rank=0, data_parallel_size=1,
+        workers=workers, seed=1, shuffle_buffer=shuffle,
+    )  # fmt: skip
+
+
+def read(loader: Loader, count: int) -> tuple[list[str], Counter[str]]:
+    """Keys of the next batches, and what was skipped on the way."""
+    keys: list[str] = []
+    skipped: Counter[str] = Counter()
+    for batch in itertools.islice(loader, count):
+        keys += batch.keys
+        skipped.update(batch.skipped)
+    return keys, skipped
+
+
+def key(number: int) -> str:
+    return f"mine/image-{number:06d}"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_tail_costs_the_samples_in_it(
+    toy: Path, shards: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    """The second of three shards is cut after its sixth sample, in the seventh's picture."""
+    path = shards / "shard-000001.tar"
+    offsets = (shards / "shard-000001.tar.idx").read_bytes()
+    seventh = int.from_bytes(offsets[6 * 8 : 7 * 8], "little")
+    os.truncate(path, seventh + 700)
+    with caplog.at_level(logging.WARNING), open_shards(toy, shards, workers) as loader:
+        keys, skipped = read(loader, 26 * 2 + 1)
+    expected = [key(i) for i in range(30) if not 16 <= i < 20]
+    assert keys == [*expected, *expected, key(0)]
+    assert skipped == {"unreadable_shard": 8}
+    if workers == 0:
+        lines = [record.getMessage() for record in caplog.records]
+        found = [re.match(r"skipped mine/(\S+) of (\S+): unreadable_shard: \w", s) for s in lines]
+        assert [(m[1], m[2]) for m in found if m] == [
+            (f"shard-000001.tar#{place}", "shard-000001.tar") for place in (6, 7, 8, 9)
+        ]
+
+
+def test_garbage_in_the_middle_costs_the_samples_there(toy: Path, shards: Path) -> None:
+    path = shards / "shard-000000.tar"
+    offsets = (shards / "shard-000000.tar.idx").read_bytes()
+    third = int.from_bytes(offsets[3 * 8 : 4 * 8], "little")
+    with path.open("r+b") as file:
+        file.seek(third)
+        file.write(b"\xaa" * 600)
+    with open_shards(toy, shards) as loader:
+        keys, skipped = read(loader, 29)
+    assert keys == [key(i) for i in range(30) if i != 3]
+    assert skipped == {"unreadable_shard": 1}
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.tar.idx"])
+def test_a_shard_deleted_while_it_runs_is_missed_and_nothing_else(
+    toy: Path, shards: Path, name: str
+) -> None:
+    with open_shards(toy, shards) as loader:
+        assert read(loader, 5) == ([key(i) for i in range(5)], Counter())
+        (shards / name).unlink()
+        keys, skipped = read(loader, 15)
+        assert keys == [key(i) for i in (5, 6, 7, 8, 9, *range(20, 30))]
+        assert skipped == {"unreadable_shard": 10}
+
+
+def test_a_shard_that_comes_back_is_read_again(toy: Path, shards: Path) -> None:
+    path = shards / "shard-000001.tar"
+    with open_shards(toy, shards) as loader:
+        path.rename(shards / "away")
+        assert read(loader, 20)[1] == {"unreadable_shard": 10}
+        (shards / "away").rename(path)
+        assert read(loader, 30) == ([key(i) for i in range(30)], Counter())
+
+
+def test_a_killed_worker_ends_the_reading_with_its_signal(toy: Path, shards: Path) -> None:
+    with open_shards(toy, shards, workers=2) as loader:
+        read(loader, 2)
+        worker = loader._inner._iterator._workers[0]
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"worker.*(killed by signal|exited unexpectedly)"):
+            read(loader, 20)
+        assert time.monotonic() - began < SECONDS
+
+
+def open_reader(shards: Path) -> TolerantReader:
+    alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    source = ShardSource(EPath(str(shards)), split_part="train", training=True, worker_config=alone)
+    reader = source.build().dataset.join_readers[0]
+    assert isinstance(reader, TolerantReader)
+    return reader
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_any_damage_to_a_shard_is_survived(
+    pristine: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Bytes overwritten, cut out or inserted anywhere: the other shards are read as they are."""
+    intact = open_reader(pristine)
+    shards = Path(shutil.copytree(pristine, tmp_path_factory.mktemp("fuzz") / "shards"))
+    path = shards / data.draw(st.sampled_from(["shard-000001.tar", "shard-000001.tar.idx"]))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content)))
+        end = place + data.draw(st.sampled_from([0, 1, 8, 512, 100_000]))
+        content[place:end] = data.draw(st.binary(max_size=600))
+    path.write_bytes(content)
+    reader = open_reader(shards)
+    began = time.monotonic()
+    for number in [*range(30), *range(30)]:  # what failed once leaves the next reads alone
+        found, expected = reader[number], intact[number]
+        assert found is not None
+        assert expected is not None
+        if 10 <= number < 20:
+            assert UNREADABLE in found or found["__shard__"] == "shard-000001.tar"
+        else:
+            assert found["__key__"] == expected["__key__"]
+            assert (found["json"], found["0.jpg"]) == (expected["json"], expected["0.jpg"])
+    assert time.monotonic() - began < SECONDS
+    shutil.rmtree(shards)
+
+
+@pytest.fixture(scope="module")
+def encoder(toy: Path) -> SampleEncoder:
+    config = encode_config(toy, prompt="chat")
+    return SampleEncoder(config, load_tokenizer(config.tokenizer))
+
+
+def is_refused_or_encoded(encoder: SampleEncoder, parts: dict[str, bytes]) -> None:
+    """Anything but an error that the task encoder would have to call unexpected."""
+    began = time.monotonic()
+    try:
+        sample = encoder.encode("k", parts)
+    except SampleError as error:
+        said = (error.key, bool(error.reason))
+    else:
+        said = ("k", len(sample.frames) == len(sample.frame_positions))
+    assert said == ("k", True)
+    assert time.monotonic() - began < SECONDS
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=12,
+)
+CONTENT = st.lists(
+    st.sampled_from(["<|video|>", "<|image|>", "<|silence|>", "<|eot_id|>", "a", "\x00", "\ud800"])
+).map("".join)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": CONTENT | JSON}
+)
+MEDIUM = st.fixed_dictionaries(
+    {"type": st.sampled_from(["image", "video", "sound"]), "file": st.sampled_from(["0.jpg", "x"])},
+    optional={"times": st.lists(st.floats() | st.integers()) | JSON},
+)
+RECORD = st.fixed_dictionaries(
+    {
+        "messages": st.lists(MESSAGE | JSON, max_size=4),
+        "media": st.lists(MEDIUM | JSON, max_size=3),
+    },
+    optional={"kind": st.sampled_from(["chat", "caption", "realtime", "?"])},
+)
+
+
+@example(raw=b'{"messages": [{"role": "assistant", "content": "\\ud800"}], "media": []}')
+@given(raw=st.binary(max_size=60) | (JSON | RECORD).map(lambda value: json.dumps(value).encode()))
+def test_any_json_is_refused_or_encoded(encoder: SampleEncoder, raw: bytes) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "JPEG")
+    is_refused_or_encoded(encoder, {"json": raw, "0.jpg": picture.getvalue()})
+
+
+@pytest.mark.parametrize(
+    "raw", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b"\xff\xfe", b"", b"NaN", b"{}"]
+)
+def test_json_that_is_deep_or_long_or_none(raw: bytes) -> None:
+    with pytest.raises(SampleError, match=r"bad_json|bad_schema"):
+        parse_sample("k", raw)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_damage_to_media_is_refused_or_encoded(
+    encoder: SampleEncoder, kind: str, data: st.DataObject
+) -> None:
+    sample = make_sample(f"sft/train/{kind}", ToyConfig(), 0)
+    name = next(name for name in sample if name.startswith("0."))
+    content = bytearray(sample[name])
+    for _ in range(data.draw(st.integers(1, 5))):
+        place = data.draw(st.integers(0, len(content)))
+        end = place + data.draw(st.sampled_from([0, 1, 4, 100, 10_000]))
+        content[place:end] = data.draw(st.binary(max_size=8))
+    parts = {"json": json.dumps(sample["json"]).encode(), name: bytes(content)}
+    is_refused_or_encoded(encoder, parts)

@@ -1,0 +1,95 @@
+"""Opening folders: what fits, what does not, what is quantized."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inference.engine.engine import Engine
+from inference.engine.load import load_model
+from inference.engine.quantize import QuantizedLinear
+from tests.inference.engine.streams import Player, largest_error, make_stream, offline, play
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantized_export_streams_what_its_weights_say(kind: str, folder: Path) -> None:
+    """In compressed-tensors' form: 8-bit numbers, a scale a row."""
+    tensors = load_file(folder / "model.safetensors")
+    full = dict(tensors)
+    dtype, largest = (torch.int8, 127) if kind == "int8" else (torch.float8_e4m3fn, 448)
+    for name in list(tensors):
+        if name.startswith("model.language_model.layers.") and name.endswith("_proj.weight"):
+            scale = tensors[name].abs().amax(1, keepdim=True) / largest
+            numbers = tensors[name] / scale
+            tensors[name] = (numbers.round() if kind == "int8" else numbers).to(dtype)
+            tensors[f"{name}_scale"] = scale
+            full[name] = tensors[name].float() * scale
+    save_file(full, folder / "model.safetensors")
+    stream = make_stream(1)
+    wanted = offline(load_model(folder, "cpu"), stream)
+
+    save_file(tensors, folder / "model.safetensors")
+    form = "int-quantized" if kind == "int8" else "float-quantized"
+    method = {"quant_method": "compressed-tensors", "format": form}
+    change_config(folder, quantization_config=method)
+    engine = Engine.load(folder, device="cpu", max_tokens=64, window=8)
+    layer = engine.model.model.language_model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, QuantizedLinear)
+    player = Player(engine, stream)
+    play(engine, [player])
+    assert largest_error(player, wanted) < 1e-4
+    with pytest.raises(ValueError, match=f"the checkpoint is quantized as {kind}"):
+        load_model(folder, "cpu", quantize="fp8" if kind == "int8" else "int8")
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: model.language_model.norm.weight"):
+        load_model(folder, "cpu")
+
+
+def test_a_truncated_file_is_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{folder}: cannot be loaded"):
+        load_model(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, {}, "quantization_config is none of"),
+        ({"pool_mode": "mean"}, {}, "pool_mode 'mean'"),
+        ({}, {"dtype": "fp64"}, "dtype=fp64: allowed: fp32"),
+        ({}, {"quantize": "int4"}, "quantize=int4: allowed: int8, fp8"),
+        ({}, {"device": "cuda"}, "this machine has no CUDA"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, options, message: str, folder: Path) -> None:
+    if "device" in options and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder, **({"device": "cpu"} | options))
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config.json: give a folder"):
+        load_model(tmp_path)

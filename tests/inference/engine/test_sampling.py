@@ -1,0 +1,111 @@
+"""Sampling against transformers' own processors, and draws against their probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from inference.engine.sampling import Sampler, Sampling, uniform
+
+CPU = torch.device("cpu")
+SILENCE = 3
+
+
+def sampler_of(*settings: Sampling, vocabulary: int = 40) -> Sampler:
+    sampler = Sampler(len(settings), vocabulary, SILENCE, CPU)
+    for slot, sampling in enumerate(settings):
+        sampler.open(slot, sampling)
+    return sampler
+
+
+def draws(sampler: Sampler, logits: torch.Tensor, count: int, slot: int = 0) -> torch.Tensor:
+    """Tokens at `count` positions from the same logits."""
+    rows = logits.expand(count, -1).clone()
+    slots = torch.full((count,), slot)
+    return sampler(rows, slots, torch.arange(count), plain=False)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.6), (1.0, 8, 0.8)]
+)
+def test_draws_have_the_probabilities_of_transformers(temperature, top_k, top_p) -> None:
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    wanted = scores.softmax(-1)[0]
+    count = 20000
+    sampler = sampler_of(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=4))
+    got = draws(sampler, logits, count).bincount(minlength=40) / count
+    assert (got[wanted == 0] == 0).all()
+    # Five standard deviations of a frequency.
+    assert ((got - wanted).abs() <= 5 * (wanted * (1 - wanted) / count).sqrt() + 1e-9).all()
+
+
+def test_draws_depend_on_seed_and_position_alone() -> None:
+    logits = torch.zeros(1, 40)
+    one = Sampling(temperature=1.0, seed=1)
+    sampler = sampler_of(Sampling(temperature=1.0, seed=2), one)
+    alone = draws(sampler_of(one), logits, 50)
+    assert torch.equal(draws(sampler, logits, 50, slot=1), alone)
+    assert not torch.equal(draws(sampler, logits, 50, slot=0), alone)
+    mixed = sampler(torch.zeros(2, 40), torch.tensor([1, 0]), torch.tensor([7, 7]), False)
+    assert mixed[0] == alone[7]
+
+
+def test_uniform_numbers_are_even_and_unrelated() -> None:
+    position, token = torch.arange(300)[:, None], torch.arange(300)
+    grid = uniform(torch.tensor(5), position, token)
+    assert grid.min() > 0
+    assert grid.max() < 1
+    counts = (grid * 10).long().flatten().bincount(minlength=10) / grid.numel()
+    assert (counts - 0.1).abs().max() < 0.005
+    for other in (grid.roll(1, 0), grid.roll(1, 1)):
+        assert torch.corrcoef(torch.stack((grid.flatten(), other.flatten())))[0, 1].abs() < 0.02
+
+
+def test_repetition_penalty_is_that_of_transformers_but_spares_silence() -> None:
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
+    context = torch.tensor([[5, 9, SILENCE, 9, 30]])
+    wanted = RepetitionPenaltyLogitsProcessor(1.7)(context, logits.clone())
+    wanted[0, SILENCE] = logits[0, SILENCE]
+    sampler = sampler_of(Sampling(repetition_penalty=1.7))
+    sampler.note(0, [*context[0].tolist(), 40])  # 40 is <|image|>: no one can say it
+    order = []
+    remaining = logits.clone()
+    for _ in range(6):  # the most likely tokens, one after the other
+        best = draws(sampler, remaining, 1)
+        order.append(best.item())
+        remaining[0, best] = -1e9
+    assert order == wanted[0].argsort(descending=True)[:6].tolist()
+
+
+def test_silence_bias_moves_the_decision() -> None:
+    logits = torch.zeros(1, 40)
+    logits[0, 8] = 1.0
+    for bias, wanted in ((0.9, 8), (1.1, SILENCE), (-1.0, 8)):
+        assert draws(sampler_of(Sampling(silence_bias=bias)), logits, 1).tolist() == [wanted]
+
+
+def test_a_greedy_slot_stays_greedy_beside_one_that_draws() -> None:
+    logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(3))
+    sampler = sampler_of(Sampling(), Sampling(temperature=5.0, seed=1))
+    got = sampler(logits.clone(), torch.tensor([0, 1]), torch.tensor([4, 4]), False)
+    assert got[0] == logits[0].argmax()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -2}, {"repetition_penalty": 0.0}],
+)
+def test_settings_out_of_range_are_named(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"sampling: {next(iter(wrong))}"):
+        Sampling(**wrong)

@@ -1,0 +1,43 @@
+"""Two real processes that share a model against one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference.engine.sharded import shard
+from tests.inference.tiny import tiny_model
+from tests.torchrun import run_ranks
+from tests.workers.sharded import scenario
+
+WORKER = "tests/workers/sharded.py"
+
+
+def test_two_ranks_stream_what_one_does(tiny: Path, tmp_path: Path) -> None:
+    one = scenario(str(tiny))
+    two = run_ranks(WORKER, 2, str(tiny), "follow", out=tmp_path).load()
+    for wanted, got in zip(one["logits"], two["logits"], strict=True):
+        assert wanted.keys() == got.keys()
+        assert len(wanted) > 5
+        for i, logits in wanted.items():
+            torch.testing.assert_close(got[i], logits, atol=1e-4, rtol=0)
+    assert one["sampled"] == two["sampled"]
+    # A session that two ranks saved is one that a single process could take.
+    for name, tensor in one["state"].items():
+        torch.testing.assert_close(two["state"][name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_a_dead_rank_ends_all(tiny: Path, tmp_path: Path) -> None:
+    result = run_ranks(
+        WORKER, 2, str(tiny), "die", out=tmp_path, timeout=60, check=False, preloaded=False
+    )
+    assert result.returncode != 0
+    assert result.seconds < 45
+    assert not list(tmp_path.glob("result*"))
+
+
+def test_heads_that_ranks_cannot_share_are_named() -> None:
+    with pytest.raises(ValueError, match=r"3 ranks cannot share text_config.num_attention_heads=4"):
+        shard(tiny_model(), 0, 3)

@@ -1,0 +1,147 @@
+"""A server on real sockets, in a thread of the test's process, and a client of its WebSockets."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from inference.engine.engine import Engine
+from inference.serve.__main__ import Server, server_config
+from inference.serve.app import make_app
+from inference.serve.hub import Hub
+from inference.serve.limits import Limits
+from inference.serve.metrics import Metrics
+from inference.session.runner import Runner
+
+
+@dataclass
+class Running:
+    """A server that runs: its address and what it holds."""
+
+    host: str
+    hub: Hub
+    server: Server
+
+    @property
+    def http(self) -> str:
+        return f"http://{self.host}"
+
+    def open(self, query: str = "", **options: Any) -> Client:
+        return Client(connect(f"ws://{self.host}/v1/realtime{query}", max_size=None, **options))
+
+    def wait(self, sessions: int, seconds: float = 10.0) -> None:
+        """Until so many sessions are open in the engine."""
+        until = time.monotonic() + seconds
+        while self.hub.runner.sessions != sessions:
+            assert time.monotonic() < until, f"{self.hub.runner.sessions} sessions"
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serving(
+    engine: Engine,
+    limits: Limits | None = None,
+    *,
+    key: str | None = None,
+    stage: str | None = "realtime_sft",
+    origins: Sequence[str] = (),
+) -> Iterator[Running]:
+    metrics, limits = Metrics(), limits or Limits()
+    runner = Runner(engine, metrics.measured)
+    hub = Hub(runner, limits, metrics, stage)
+    server = Server(server_config(make_app(hub, key, origins), "127.0.0.1", 0, limits), hub)
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    until = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < until, "the server did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Running(f"127.0.0.1:{port}", hub, server)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        runner.close()
+    assert not thread.is_alive()
+    assert not engine.slots  # nothing leaks
+
+
+class Client:
+    """A WebSocket that reads events. Leaving the `with` drops the socket without a goodbye."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.seen: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, type: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": type, **fields}))
+
+    def update(self, **session: Any) -> None:
+        self.send("session.update", session=session)
+
+    def ask(self, text: str) -> None:
+        part = {"type": "input_text", "text": text}
+        item = {"type": "message", "role": "user", "content": [part]}
+        self.send("conversation.item.create", item=item)
+
+    def frame(self, data: bytes, ts: float | None = None, **more: Any) -> None:
+        """Binary, announced where there is something to say of it."""
+        if ts is not None or more:
+            self.send("input_image_buffer.append", ts=ts, **more)
+        self.socket.send(data)
+
+    def next(self, seconds: float = 20.0) -> dict[str, Any]:
+        event: dict[str, Any] = json.loads(self.socket.recv(timeout=seconds))
+        self.seen.append(event)
+        return event
+
+    def until(self, type: str, **fields: Any) -> dict[str, Any]:
+        """Reads up to the first event of this type with these fields."""
+        while True:
+            event = self.next()
+            if event["type"] == type and all(event.get(k) == v for k, v in fields.items()):
+                return event
+
+    def rest(self) -> list[dict[str, Any]]:
+        """All events up to the end of the connection."""
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                self.next()
+        return self.seen
+
+    @property
+    def close_code(self) -> int | None:
+        """Of the close frame, after the connection has ended."""
+        self.rest()
+        return self.socket.close_code
+
+
+def jpeg(seed: int = 0, size: tuple[int, int] = (60, 40)) -> bytes:
+    """A picture of noise, (width, height)."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG")
+    return out.getvalue()
+
+
+def data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

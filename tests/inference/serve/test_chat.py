@@ -1,0 +1,226 @@
+"""`/v1/chat/completions` through OpenAI's own client."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from data_pipeline.images import decode_image
+from inference.engine.engine import Engine, Step
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.hf.processing_moss_video import MossVideoProcessor
+from inference.serve.chat import _Text
+from inference.serve.limits import Limits
+from tests.inference.serve.serving import Running, data_url, jpeg, serving
+from tests.samples import graded_video
+
+LIMITS = Limits(
+    body_bytes=10**6, pixels=10**6, prompt_chars=500, frames=12, max_tokens=400, wait=20.0
+)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    return Engine.load(tiny, device="cpu", window=16, max_tokens=1024, max_sessions=2)
+
+
+@pytest.fixture(scope="module")
+def server(engine: Engine) -> Iterator[Running]:
+    with serving(engine, LIMITS, stage="sft") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    graded_video(path, [i / 3 for i in range(30)])  # ten seconds
+    return path
+
+
+def with_media(text: str, *parts: tuple[str, str]) -> list[dict[str, Any]]:
+    media = [{"type": kind, kind: {"url": url}} for kind, url in parts]
+    system = {"role": "system", "content": "Be brief."}
+    return [system, {"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+
+
+def ask(client: openai.OpenAI, messages: Any, **options: Any) -> Any:
+    settings = {"model": "moss-video", "max_tokens": 8, **options}
+    return client.chat.completions.create(messages=messages, **settings)
+
+
+def test_an_answer_is_what_transformers_generates(
+    client: openai.OpenAI, tiny: Path, clip: Path
+) -> None:
+    """A picture and a video in one question, prepared by the exported processor."""
+    picture = jpeg(5)
+    url = data_url(clip.read_bytes(), "video/mp4")
+    messages = with_media(
+        "What is it?", ("image_url", data_url(picture, "image/jpeg")), ("video_url", url)
+    )
+    answer = ask(client, messages)
+    model = MossVideoForConditionalGeneration.from_pretrained(tiny).eval()
+    processor = MossVideoProcessor.from_pretrained(tiny)
+    parts = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What is it?"}]
+    turns = [messages[0], {"role": "user", "content": parts}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    image = decode_image(picture).permute(1, 2, 0).numpy()
+    inputs = processor(text=text, images=[image], videos=[str(clip)], return_tensors="pt")
+    with torch.no_grad():
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    expected = processor.tokenizer.decode(tokens[0, length:], skip_special_tokens=True)
+    assert answer.choices[0].message.content == expected != ""
+    assert answer.usage.prompt_tokens == length
+    assert inputs["pixel_values"].shape[1] == 1 + 10
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 8)
+
+
+def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
+    whole = ask(client, with_media("What is it?"), max_tokens=12)
+    pieces = list(
+        ask(
+            client, with_media("What is it?"), max_tokens=12,
+            stream=True, stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    assert pieces[-1].usage == whole.usage
+    choices = [piece.choices[0] for piece in pieces[:-1]]
+    said = "".join(choice.delta.content or "" for choice in choices)
+    assert said == whole.choices[0].message.content
+    assert choices[-1].finish_reason == "length"
+    assert len([c for c in choices if c.delta.content]) > 3
+    assert len({piece.id for piece in pieces}) == 1
+
+
+def test_sampling_follows_its_seed(client: openai.OpenAI) -> None:
+    def draw(seed: int) -> str:
+        answer = ask(client, with_media("What?"), temperature=1.5, seed=seed, top_p=0.9)
+        return answer.choices[0].message.content
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+def test_stop_texts_cut_the_answer(client: openai.OpenAI) -> None:
+    whole = ask(client, with_media("What is it?"), max_tokens=40).choices[0].message.content
+    stop = whole[10:13]
+    cut = ask(client, with_media("What is it?"), max_tokens=40, stop=[stop, "never said"])
+    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("sizes", [1, 2, 3, 7])
+def test_stop_texts_are_found_across_pieces(sizes: int) -> None:
+    said = "one two three stop four"
+    text = _Text(["stop", "thrice"])
+    out = ""
+    for start in range(0, len(said), sizes):
+        out += text.take(said[start : start + sizes])
+        if text.stopped:
+            break
+    assert out == "one two three "
+    going = _Text(["stop"])
+    assert going.take("a st") + going.take("and sto") + going.rest() == "a stand sto"
+
+
+WRONG: list[tuple[dict[str, Any], str, int]] = [
+    ({"messages": []}, "messages", 400),
+    ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role", 400),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", 400),
+    ({"messages": with_media("x", ("image_url", "/etc/passwd"))}, "image_url", 400),
+    ({"messages": with_media("x", ("image_url", "file:///etc/passwd"))}, "image_url", 400),
+    ({"messages": with_media("x", ("video_url", "http://127.0.0.1/x.mp4"))}, "video_url", 400),
+    ({"messages": with_media("x" * 501)}, "messages[1]", 413),
+    ({"messages": with_media("<|eot_id|>")}, "messages", 400),
+    ({"messages": with_media("<|image|>")}, "messages[1].content[0]", 400),
+    ({"messages": with_media("x", ("image_url", "data:image/png;base64,eHh4"))}, "messages", 400),
+    ({"messages": with_media("x", ("video_url", "data:video/mp4;base64,eHh4"))}, "messages", 400),
+    ({"messages": with_media("x"), "max_tokens": 401}, "max_tokens", 400),
+    ({"messages": with_media("x"), "temperature": "hot"}, "temperature", 400),
+    ({"messages": with_media("x"), "n": 2}, "n", 400),
+    ({"messages": with_media("x"), "tools": [{"type": "function"}]}, "tools", 400),
+    ({"messages": with_media("x"), "stop": [3]}, "stop", 400),
+]
+
+
+def test_wrong_requests_are_refused_by_name(server: Running) -> None:
+    url = f"{server.http}/v1/chat/completions"
+    with httpx.Client() as http:
+        for body, field, status in WRONG:
+            answer = http.post(url, json=body)
+            error = answer.json()["error"]
+            assert answer.status_code == status, body
+            assert field in f"{error['param']}", error
+            assert "Traceback" not in error["message"]
+        assert http.post(url, content=b"{").status_code == 400
+        assert http.post(url, content=b" " * (10**6 + 1)).status_code == 413
+    server.wait(0)
+
+
+def test_large_media_are_refused(client: openai.OpenAI, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.mp4"
+    graded_video(wide, [0.0, 0.2], size=(1600, 800))
+    for kind, data, words in (
+        ("image_url", data_url(jpeg(0, (1200, 900)), "image/jpeg"), "1200 x 900 pixels"),
+        ("video_url", data_url(wide.read_bytes(), "video/mp4"), "1600 x 800 pixels"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            ask(client, with_media("x", (kind, data)))
+    pictures = [("image_url", data_url(jpeg(i), "image/jpeg")) for i in range(13)]
+    with pytest.raises(openai.APIStatusError, match="more than 12 frames"):
+        ask(client, with_media("x", *pictures))
+
+
+def test_more_requests_than_places_wait_for_each_other(client: openai.OpenAI) -> None:
+    answers: list[str] = []
+
+    def one(number: int) -> None:
+        text = f"What is number {number % 2}?"
+        answers.append(text + ask(client, with_media(text)).choices[0].message.content)
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 8
+    assert len(set(answers)) == 2
+
+
+def test_a_client_that_leaves_frees_its_place(
+    server: Running, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = engine.step
+    taken = []
+
+    def slow(steps: Sequence[Step]) -> list[int | None]:
+        time.sleep(0.02)  # so that 400 tokens outlast the client
+        taken.append(len(steps))
+        return step(steps)
+
+    monkeypatch.setattr(engine, "step", slow)
+    body = {"messages": with_media("x"), "max_tokens": 400, "stream": True}
+    url = f"{server.http}/v1/chat/completions"
+    with httpx.Client() as http, http.stream("POST", url, json=body) as answer:
+        next(answer.iter_lines())
+        assert server.hub.runner.sessions == 1
+    server.wait(0, seconds=20)
+    assert len(taken) < 150  # its place was free long before its 311 tokens were said
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["moss-video"]

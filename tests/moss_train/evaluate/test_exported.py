@@ -1,0 +1,58 @@
+"""An export answers as the model that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from moss_train.config import to_dict
+from moss_train.convert.hf_files import HfFiles, write_files
+from moss_train.convert.weights import export
+from moss_train.evaluate.exported import ExportedModel
+from moss_train.evaluate.generate import answers, streams
+from moss_train.evaluate.items import EvaluationError
+from moss_train.evaluate.model import TrainedModel
+from tests.torchrun import REPO
+
+LOAD = MossVideoForConditionalGeneration.from_pretrained
+
+
+@pytest.fixture(scope="module")
+def exported(model: TrainedModel, toy: Path, tmp_path_factory) -> ExportedModel:
+    folder = tmp_path_factory.mktemp("exported")
+    run = {"step": 7, "config": to_dict(model.config)}
+    nowhere, code = folder / "source", REPO / "inference" / "hf"
+    files = HfFiles(model.config, run, "moss", "sft", toy / "tokenizer", nowhere, code)
+    write_files(folder, files, {torch.float32}, None)
+    weights = {name: tensor.clone() for name, tensor in export(model.model).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return ExportedModel.open_with(LOAD, folder, "cpu")
+
+
+def test_it_encodes_and_predicts_the_same(model, exported, questions):
+    assert exported.step == 7
+    for item in questions:
+        tokens, places = item.encoded.tokens.tolist(), item.encoded.frame_positions.tolist()
+        (mine,), (theirs,) = model.encode([item.encoded]), exported.encode([item.encoded])
+        if places:
+            torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
+        ratios = item.encoded.aspect_ratio_ids
+        nothing: list[int] = []
+        for seen in (places, nothing):
+            (one,) = model.logits([tokens], [seen], [mine], [ratios])
+            (other,) = exported.logits([tokens], [seen], [theirs], [ratios])
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+def test_it_answers_and_comments_the_same(model, exported, questions, live):
+    assert answers(exported, questions[:7], most=4) == answers(model, questions[:7], most=4)
+    assert streams(exported, live[:1], most=2) == streams(model, live[:1], most=2)
+
+
+def test_a_folder_that_is_no_export_of_a_run_is_named(tmp_path):
+    with pytest.raises(EvaluationError, match=r"training\.json .*: give the export of a run"):
+        ExportedModel.open_with(LOAD, tmp_path, "cpu")

@@ -1,0 +1,138 @@
+"""Data and numbers that go wrong, a full disk: counted where it does no harm, else named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.index import prepare_index
+from data_pipeline.shards import write_shards
+from data_pipeline.toy.build import ToyConfig, make_sample
+from tests.moss_train.train.runs import metrics, saved_steps, steps
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """Folders of 40 pictures: `few` has two that are no JPEG, in `many` it is every other one."""
+    out = tmp_path_factory.mktemp("broken")
+    config = ToyConfig(train=40, heldout=1)
+    for name, every in (("few", 20), ("many", 2)):
+        samples = [make_sample("sft/train/image", config, number) for number in range(40)]
+        for sample in samples[::every]:
+            (picture,) = [member for member in sample if member.endswith(".jpg")]
+            sample[picture] = b"no picture at all"
+        write_shards(samples, out / name, 20)
+        prepare_index(out / name)
+    return out
+
+
+@pytest.fixture(scope="module")
+def outcomes(small, broken, run_jobs, tmp_path_factory):
+    """Each job, in its run folder."""
+    runs = tmp_path_factory.mktemp("errors")
+
+    def task(name, *overrides, **options):
+        run = f"run.dir={runs / name}"
+        return {"name": name, "overrides": [*small, *overrides, run], **options}
+
+    def pictures(name):
+        source = f"{{name: {name}, path: {broken / name}, modality: image}}"
+        mixture = "stage.mixture={text: 0, image: 1, video: 0}"
+        return [f"data.sources=[{source}]", mixture, "trainer.steps=20", "data.max_bad_ratio=0.2"]
+
+    full = ["trainer.checkpoint_every=2", "trainer.steps=6"]
+    result = run_jobs(
+        1,
+        task("few", *pictures("few")),
+        task("many", *pictures("many")),
+        task("nan", "optimizer.lr=1e38", "stage.warmup_ratio=0", "trainer.steps=20"),
+        task("full", *full, file_limit=(3, 200_000)),
+        task("full_async", *full, "trainer.async_save=true", file_limit=(3, 200_000)),
+        task("full_again", *full, f"trainer.resume={runs / 'full'}"),
+    )
+    return result, runs
+
+
+def test_a_few_broken_samples_are_counted(outcomes):
+    result, runs = outcomes
+    assert result.load("few")["error"] is None
+    assert steps(runs / "few") == list(range(1, 21))
+    skipped = sum(row["skipped_samples"] for row in metrics(runs / "few"))
+    assert 2 <= skipped <= 6  # 80 samples are two passes; each stream reads ahead
+    assert "skipped few/" in result.stderr()
+
+
+def test_too_many_broken_samples_end_the_job(outcomes):
+    result, runs = outcomes
+    error = result.load("many")["error"]
+    found = re.fullmatch(
+        r"RuntimeError: step (\d+): (\d+) of the last (\d+) samples could not be read \((.*)%, "
+        r"data.max_bad_ratio=20.0%\): see the warnings above",
+        error,
+    )
+    assert found, error
+    step, bad, total, percent = (float(number) for number in found.groups())
+    assert bad >= 10
+    assert total == bad + 4 * step
+    assert percent == pytest.approx(100 * bad / total, abs=0.05)
+    assert percent > 20
+    assert steps(runs / "many") == list(range(1, int(step)))
+
+
+def test_the_share_of_bad_samples_is_that_of_the_last_ones():
+    from moss_train.train.data import BadSamples
+
+    bad = BadSamples(0.1)
+    for _ in range(1000):
+        bad.add(1, good=100, bad=1)
+    for _ in range(9):  # the share of the last 10,000: 9 x 50 + 91 of them, below a tenth
+        bad.add(1, good=50, bad=50)
+
+    def only_bad_ones() -> None:
+        for _ in range(11):
+            bad.add(1, good=0, bad=100)
+
+    with pytest.raises(RuntimeError) as caught:
+        only_bad_ones()
+    found = re.match(
+        r"step 1: (\d+) of the last (\d+) samples could not be read", str(caught.value)
+    )
+    assert found
+    unreadable, tried = int(found[1]), int(found[2])
+    assert 10_000 <= tried < 10_000 + 101
+    assert 0.1 * tried < unreadable < 0.1 * tried + 100
+    few = BadSamples(0.0)
+    few.add(2, good=10, bad=9)
+    with pytest.raises(RuntimeError, match=r"step 2: 10 of the last 21 samples"):
+        few.add(2, good=1, bad=1)
+
+
+def test_losses_that_are_no_numbers_end_the_job(outcomes):
+    result, runs = outcomes
+    error = result.load("nan")["error"]
+    step = len(steps(runs / "nan"))
+    assert re.match(
+        rf"RuntimeError: step {step}: 5 steps in a row were left out, the last since the loss is "
+        r"not finite, and there is no checkpoint: lower optimizer.lr, or look at the samples that",
+        error,
+    )
+    assert saved_steps(runs / "nan") == []
+    assert metrics(runs / "nan")[-1]["skipped_steps"] == 5
+
+
+@pytest.mark.parametrize("name", ["full", "full_async"])
+def test_a_full_disk_is_an_error_that_names_the_path_and_harms_no_checkpoint(outcomes, name):
+    from moss_train.checkpoint_dir import find
+
+    result, runs = outcomes
+    error = result.load(name)["error"]
+    assert error is not None
+    assert f"{runs / name}/checkpoints/.writing_step_00000004" in error
+    assert re.search(r"could not be written \(\d+\.\d GB are free there\): ", error)
+    assert saved_steps(runs / name) == [2]
+    assert find(runs / name) == runs / name / "checkpoints" / "step_00000002"
+    if name == "full":
+        assert result.load("full_again")["error"] is None
+        assert steps(runs / "full_again") == [3, 4, 5, 6]

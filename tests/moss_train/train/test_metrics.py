@@ -1,0 +1,306 @@
+"""metrics.jsonl, wandb (offline, real files), TensorBoard (read back) and the console line."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import struct
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from moss_train.config import LoggerConfig
+from moss_train.log import log
+from moss_train.train.metrics import (
+    GROUPS,
+    MetricsWriter,
+    Progress,
+    StepMetrics,
+    progress_line,
+    read_metrics,
+)
+
+CONF = Path(__file__).parents[3] / "conf" / "logger"
+CONFIG = {"model": {"name": "toy"}, "data": {"global_batch": 8}}
+
+
+def step_metrics(step: int = 1, loss: float = 2.5, step_time_s: float = 2.0) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        loss=loss,
+        lr=2e-5,
+        grad_norm=0.75,
+        samples=8,
+        tokens=3000,
+        frames=64,
+        step_time_s=step_time_s,
+        model_tflops_per_s_per_rank=0.125,
+        memory_gb=1.5,
+        data_wait_s=0.25,
+        skipped_samples=1,
+        skipped_steps=2,
+        frames_per_rank_max=40,
+        frames_per_rank_mean=32.0,
+        padding_ratio=0.1,
+        epochs={"toy": 0.5},
+    )
+
+
+def write_steps(run_dir: Path, first: int, last: int, resume_step: int = 0, loss: float = 2.5):
+    with MetricsWriter(run_dir, LoggerConfig(), CONFIG, resume_step) as writer:
+        for step in range(first, last + 1):
+            writer.write(step_metrics(step, loss))
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(run_dir)]
+
+
+def test_a_line_holds_every_number_and_the_rates_made_from_them(tmp_path):
+    write_steps(tmp_path, 1, 1)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    expected = asdict(step_metrics())
+    assert expected.pop("validation") is None  # of steps that measured it only
+    assert row == expected
+    assert (row["samples_per_s"], row["tokens_per_s"], row["frames_per_s"]) == (4.0, 1500.0, 32.0)
+
+
+def test_validation_is_in_the_row_of_its_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = {"loss": 1.5, "source": {"a": 1.5, "b": None}, "accuracy": {"source": {"a": 0.5}}}
+    with MetricsWriter(tmp_path, LoggerConfig(tensorboard=True), CONFIG) as writer:
+        writer.write(step_metrics(1))
+        writer.write(replace(step_metrics(2), validation=losses))
+        writer.rewind(1)
+        writer.write(replace(step_metrics(2), validation=losses | {"loss": 1.25}))
+    first, second = read_metrics(tmp_path)
+    assert "validation" not in first
+    assert second["validation"] == losses | {"loss": 1.25}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {tag for tag in events.Tags()["scalars"] if tag.startswith("validation/")}
+    assert found == {"validation/loss", "validation/source/a", "validation/accuracy/source/a"}
+
+
+def test_each_step_can_be_read_before_the_next(tmp_path):
+    with MetricsWriter(tmp_path / "new" / "run", LoggerConfig(), CONFIG) as writer:
+        for step in (1, 2, 3):
+            writer.write(step_metrics(step))
+            assert steps(tmp_path / "new" / "run") == list(range(1, step + 1))
+
+
+def test_a_loss_that_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
+    for step, loss in ((1, math.nan), (2, math.inf)):
+        write_steps(tmp_path, step, step, resume_step=step - 1, loss=loss)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [None, None]
+
+
+def test_a_resumed_run_repeats_no_step(tmp_path):
+    write_steps(tmp_path, 1, 7)
+    write_steps(tmp_path, 5, 9, resume_step=4, loss=1.0)
+    assert steps(tmp_path) == list(range(1, 10))
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [2.5] * 4 + [1.0] * 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_resumed_run_keeps_the_lines_before_it_byte_for_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(tmp_path, 1, 3)
+    before, inode = path.read_bytes(), path.stat().st_ino
+    write_steps(tmp_path, 4, 5, resume_step=3)
+    assert path.read_bytes().startswith(before)
+    assert path.stat().st_ino == inode  # nothing to remove: not rewritten
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3', "\0\0\0", '{"loss": 1.0}', "17"])
+def test_a_half_written_line_is_dropped_with_a_warning(tmp_path, caplog, monkeypatch, tail):
+    monkeypatch.setattr(log, "propagate", True)  # as before moss_train.log.configure
+    write_steps(tmp_path, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    with caplog.at_level(logging.WARNING, log.name):
+        assert steps(tmp_path) == [1, 2]
+    assert "1 line(s) not whole" in caplog.text
+    write_steps(tmp_path, 3, 3, resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(tmp_path, 1, 2)
+    path.write_bytes(path.read_bytes()[:-1])
+    write_steps(tmp_path, 3, 3, resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_no_file_means_no_steps(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_every_metric_has_a_group():
+    grouped = {name for names in GROUPS.values() for name in names}
+    # One a source: these have panels of their own.
+    assert grouped == set(asdict(step_metrics())) - {"step", "epochs", "validation"}
+
+
+def test_tensorboard_holds_grouped_values_and_a_resumed_run_hides_what_came_later(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, loss in ((1, 4, 2.5), (3, 5, 1.0)):
+        with MetricsWriter(tmp_path, LoggerConfig(tensorboard=True), CONFIG, first - 1) as writer:
+            for step in range(first, last + 1):
+                writer.write(step_metrics(step, loss))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
+    tags.add("data/epochs/toy")
+    assert set(events.Tags()["scalars"]) == tags
+    losses = [(event.step, event.value) for event in events.Scalars("loss/loss")]
+    assert losses == [(1, 2.5), (2, 2.5), (3, 1.0), (4, 1.0), (5, 1.0)]
+    assert events.Scalars("speed/tokens_per_s")[0].value == 1500.0
+
+
+def offline_records(run_dir: Path) -> list:
+    """Records of a run's offline wandb files, oldest file first.
+
+    A file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB with chunks of checksum (4),
+    length (2), kind (1; 1 is a whole record) and content. These files are smaller than a block.
+    """
+    from wandb.proto import wandb_internal_pb2 as protocol
+
+    records = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+        content, at = path.read_bytes(), 7
+        while at < len(content):
+            length, kind = struct.unpack_from("<HB", content, at + 4)
+            assert kind == 1
+            record = protocol.Record()  # type: ignore[attr-defined]
+            record.ParseFromString(content[at + 7 : at + 7 + length])
+            records.append(record)
+            at += 7 + length
+    return records
+
+
+def logged(record) -> dict[str, float]:
+    items = record.history.item
+    return {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
+
+
+def test_wandb_offline_writes_one_run_over_two_processes_in_the_run_folder(tmp_path):
+    logger = LoggerConfig(wandb=True, wandb_mode="offline", project="a-project")
+    for step in (1, 2):
+        with MetricsWriter(tmp_path, logger, CONFIG, step - 1) as writer:
+            writer.write(step_metrics(step))
+        time.sleep(1.1)  # wandb names its folders by the second
+    records = offline_records(tmp_path)
+    runs = [record.run for record in records if record.HasField("run")]
+    run_id = (tmp_path / "wandb_id").read_text().strip()
+    assert {(run.run_id, run.project) for run in runs} == {(run_id, "a-project")}
+    config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert config["data"] == {"global_batch": 8}
+    rows = [logged(record) for record in records if record.HasField("history")]
+    assert [(row["step"], row["loss/loss"]) for row in rows] == [(1, 2.5), (2, 2.5)]
+    assert rows[0]["speed/frames_per_s"] == 32.0
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_an_unknown_wandb_mode_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"logger\.wandb_mode=of: online or offline"):
+        MetricsWriter(tmp_path, LoggerConfig(wandb=True, wandb_mode="of"), CONFIG)
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_chosen_logger_that_is_not_installed_is_named(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)  # python's way to say: cannot be imported
+    logger = LoggerConfig(
+        wandb=package == "wandb", tensorboard=package == "tensorboard", wandb_mode="offline"
+    )
+    with pytest.raises(ValueError, match=f"logger.{package}=true needs the package {package}"):
+        MetricsWriter(tmp_path, logger, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["none", "wandb", "tensorboard"])
+def test_the_logger_group_has_every_field_and_switches_one_sink(name):
+    chosen = OmegaConf.load(CONF / f"{name}.yaml")
+    expected = asdict(LoggerConfig()) | ({} if name == "none" else {name: True})
+    assert OmegaConf.to_container(chosen) == expected
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_off_a_terminal_every_nth_step_and_the_last_are_lines():
+    stream = io.StringIO()
+    progress = Progress(total=7, every=3, stream=stream)
+    for step in range(1, 8):
+        progress.update(step_metrics(step))
+    progress.note("saved")
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 3/7", "step 6/7", "step 7/7", "saved"]
+
+
+def test_on_a_terminal_one_line_is_rewritten_and_notes_stand_above_it(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    stream = Terminal()
+    progress = Progress(total=2, every=10, stream=stream)
+    progress.update(step_metrics(1))
+    progress.note("saved")
+    progress.update(step_metrics(2))
+    progress.close()
+    text = stream.getvalue()
+    assert text.count("\n") == 2
+    first, last = text.split("\n")[:2]
+    assert first.startswith("\rstep 1/2  loss 2.5000")
+    assert first.endswith("\r\x1b[Ksaved")
+    assert last.startswith("step 1/2")  # the line again, under the note
+    assert "\rstep 2/2" in last
+
+
+def test_the_line_says_everything():
+    assert progress_line(step_metrics(12), 200, 83.4) == (
+        "step 12/200  loss 2.5000  lr 2.0e-05  grad norm 0.75  4 samples/s  32 frames/s"
+        "  1.5k tokens/s  ETA 01:23"
+    )
+    assert progress_line(step_metrics(12), 200, 3683.0).endswith("  ETA 1:01:23")
+    assert progress_line(step_metrics(12), 200, None).endswith("  ETA -")
+
+
+def test_a_narrow_terminal_drops_what_matters_least():
+    def narrow(width: int) -> str:
+        return progress_line(step_metrics(12), 200, 83.4, width)
+
+    assert narrow(79) == (
+        "12/200 loss 2.5000 lr 2.0e-05 4 samples/s 32 frames/s 1.5k tokens/s ETA 01:23"
+    )
+    assert narrow(60) == "12/200 loss 2.5000 32 frames/s 1.5k tokens/s ETA 01:23"
+    assert narrow(30) == "12/200 loss 2.5000 ETA 01:23"
+    assert narrow(20) == "12/200 loss 2.5000"
+
+
+def test_the_eta_is_the_mean_of_recent_steps_without_the_first():
+    progress = Progress(total=100, stream=io.StringIO())
+    progress.update(step_metrics(1, step_time_s=60.0))
+    assert progress.eta_s(1) is None
+    progress.update(step_metrics(2, step_time_s=1.0))
+    progress.update(step_metrics(3, step_time_s=3.0))
+    assert progress.eta_s(3) == 97 * 2.0
+    for step in range(4, 4 + Progress.RECENT):
+        progress.update(step_metrics(step, step_time_s=0.5))
+    assert progress.eta_s(90) == 10 * 0.5
+
+
+def test_metrics_cannot_be_changed_after_their_rates_are_made():
+    with pytest.raises(AttributeError):
+        step_metrics().samples = 9  # type: ignore[misc]
+    assert replace(step_metrics(), samples=9).samples_per_s == 4.5

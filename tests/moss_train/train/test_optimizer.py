@@ -1,0 +1,159 @@
+"""The learning rate and decay of each parameter, and an update against torch's AdamW in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from math import cos, pi
+
+import pytest
+import torch
+
+from moss_train.config import Config, ConfigError
+from moss_train.model.moss_video import MossVideo
+from moss_train.train.optimizer import Trainable, make_trainable
+from moss_train.train.param_groups import Counts, freeze
+from tests.moss_train.model.build import preset, random_model
+
+Built = tuple[MossVideo, Trainable, Counts]
+LR = 1e-3
+
+
+@pytest.fixture
+def build(groups) -> Callable[..., Built]:
+    """build(patterns, **optimizer fields): a tiny model as it trains, ten steps of 1e-3."""
+
+    def built(patterns: list[str], **options) -> Built:
+        config = Config(model=preset("tiny"))
+        config.trainer.steps = 10
+        config.optimizer.lr = LR
+        config.stage.schedule, config.stage.warmup_steps = "constant", 0
+        for name, value in options.items():
+            setattr(config.stage if hasattr(config.stage, name) else config.optimizer, name, value)
+        model = random_model(config.model, groups)
+        counts = freeze(model, patterns)
+        return model, make_trainable(model, config, counts), counts
+
+    return built
+
+
+def test_counts_are_those_of_the_model(build):
+    model, _, counts = build(["projector.*", "*norm.weight", "*.q_norm.weight"])
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert counts.total == {
+        part: sum(n for name, n in sizes.items() if name.startswith(part))
+        for part in ("vision", "projector", "decoder")
+    }
+    assert (
+        counts.trained["projector"]
+        == counts.patterns["projector.*"]
+        == sum(n for name, n in sizes.items() if name.startswith("projector."))
+    )
+    assert counts.patterns["*.q_norm.weight"] == 2 * 16  # two layers, heads of 64 / 4
+    # Six layers with two norms of width 64, q_norm and k_norm of 16 in two of them, the final norm.
+    assert counts.patterns["*norm.weight"] == 6 * 2 * 64 + 2 * 2 * 16 + 64 + 2 * 6 * 32
+    assert counts.trained["decoder"] == 6 * 2 * 64 + 2 * 2 * 16 + 64
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "decoder.final_norm.weight" in trained
+    assert "decoder.embedding.weight" not in trained
+    assert "trains *.q_norm.weight: 32 parameters" in list(counts.lines())
+
+
+MULTIPLIERS = {"vision.*": 0.1, "decoder.layers.*": 0.5, "decoder.layers.5.mlp.*": 2.0}
+
+
+def expected_rate(name: str) -> float:
+    if name.startswith("decoder.layers.5.mlp."):
+        return 2.0 * LR
+    if name.startswith("decoder.layers."):
+        return 0.5 * LR
+    return 0.1 * LR if name.startswith("vision.") else LR
+
+
+def expected_decay(name: str, embeddings: bool) -> float:
+    if "norm" in name or "gate" in name or name.endswith(".bias"):
+        return 0.0
+    inside = ("decoder.embedding.weight", "vision.class_embedding", "vision.position.embedding")
+    tiles = fnmatchcase(name, "vision.*tile*embedding.weight")
+    return 0.0 if not embeddings and (name in inside or tiles) else 0.1
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_an_update_is_that_of_adamw_with_the_same_groups(build, embeddings):
+    model, trainable, _ = build(
+        ["*"], lr_multipliers=MULTIPLIERS, decay_embeddings=embeddings, clip_grad=0.0
+    )
+    named = dict(model.named_parameters())
+    exact = {name: p.detach().double().requires_grad_() for name, p in named.items()}
+    reference = torch.optim.AdamW(
+        [
+            {
+                "params": [tensor],
+                "lr": expected_rate(name),
+                "weight_decay": expected_decay(name, embeddings),
+            }
+            for name, tensor in exact.items()
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        trainable.zero_gradients()
+        for name, parameter in named.items():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.main_grad.copy_(gradient)
+            exact[name].grad = gradient.double()
+        assert trainable.update(lambda norm: True) > 0
+        reference.step()
+    parameter.main_grad.fill_(torch.inf)
+    assert trainable.update(lambda norm: norm < torch.inf) == torch.inf  # refused: nothing changes
+    for name, parameter in named.items():
+        torch.testing.assert_close(
+            parameter.detach().double(), exact[name].detach(), rtol=1e-5, atol=1e-7, msg=name
+        )
+    assert trainable.last_lr == LR
+    rates = sorted({group["lr"] for group in trainable.optimizer.param_groups})
+    assert rates == pytest.approx([0.1 * LR, 0.5 * LR, LR, 2 * LR])
+
+
+def wsd(step: int) -> float:
+    if step <= 2:
+        return step / 2
+    return 1.0 if step <= 6 else 0.1 + 0.9 * (10 - step) / 4
+
+
+def cosine(step: int) -> float:
+    return step / 3 if step <= 3 else 0.1 + 0.9 * (1 + cos(pi * (step - 3) / 7)) / 2
+
+
+SCHEDULES: dict[str, tuple[Callable[[int], float], dict]] = {
+    "wsd": (wsd, {"warmup_steps": 2, "decay_ratio": 0.4}),
+    "cosine": (cosine, {"warmup_steps": None, "warmup_ratio": 0.3}),
+    "linear": (lambda step: 0.1 + 0.9 * (10 - step) / 10, {}),
+    "constant": (lambda step: min(1.0, step / 4), {"warmup_steps": 4, "warmup_ratio": 0.9}),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_rate_of_each_step(build, schedule):
+    """By hand: of 10 steps, down to a tenth, and a group that learns at a tenth throughout."""
+    factor, options = SCHEDULES[schedule]
+    _, trainable, _ = build(
+        ["vision.*", "projector.*"],
+        schedule=schedule,
+        min_lr_ratio=0.1,
+        lr_multipliers={"vision.*": 0.1},
+        **options,
+    )
+    for step in range(1, 11):
+        rates = {group["lr_mult"]: group["lr"] for group in trainable.optimizer.param_groups}
+        assert rates[1.0] == pytest.approx(LR * factor(step))
+        assert rates[0.1] == pytest.approx(0.1 * LR * factor(step))
+        trainable.scheduler.step(1)
+        assert trainable.last_lr == pytest.approx(LR * factor(step))
+
+
+def test_a_multiplier_without_parameters_is_an_error(build):
+    with pytest.raises(ConfigError, match=r"optimizer.lr_multipliers=\['tower.\*'\]: matches no"):
+        build(["*"], lr_multipliers={"tower.*": 0.1})

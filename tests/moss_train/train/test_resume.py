@@ -1,0 +1,176 @@
+"""A job that was stopped goes on as if it had not been, in the same layout and in others."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.moss_train.train.runs import audit, losses, metrics, saved_steps, steps
+
+ALL = list(range(1, 9))
+
+
+def task(name: str, run: Path, overrides: list[str], *more: str, **options: Any) -> dict[str, Any]:
+    return {"name": name, "overrides": [*overrides, *more, f"run.dir={run}"], **options}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this file are."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(runs, small, run_jobs):
+    """One process: an uninterrupted run, and others that are compared with it."""
+    saving = ["trainer.checkpoint_every=2", "trainer.keep_last=9"]
+    whole = runs / "whole"
+    return run_jobs(
+        1,
+        task("whole", whole, small, *saving),
+        task("same_first", runs / "same", small, stop_after=3),
+        task("same_rest", runs / "same", small),
+        task("chain_single", runs / "chain", small, stop_after=2),
+        task("async", runs / "async", small, *saving, "trainer.async_save=true"),
+        task("weights", runs / "weights", small, "trainer.steps=2", "optimizer.lr=1e-12",
+             f"init_from={whole}"),
+        task("ahead", whole, small, "trainer.resume=none"),
+        task("back", whole, small, f"trainer.resume={whole}/checkpoints/step_00000004"),
+        task("wider", runs / "wider", small, "model.text.mlp_size=256",
+             f"init_from={whole}"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_ranks(alone, runs, small, run_jobs):
+    """The chain that `alone` began, in three layouts; stage pt1 on pipeline stages."""
+    pt1 = [
+        "stage=pt1",
+        "stage.also=[]",
+        "stage.mixture={text: 0, image: 60, video: 40}",
+        "data.workers=1",
+    ]
+    return run_jobs(
+        2,
+        task("chain_tp2", runs / "chain", small, "parallel=tp2", stop_after=4),
+        task("chain_pp2", runs / "chain", small, "parallel=pp2", stop_after=6),
+        task("chain_dp2", runs / "chain", small, "parallel=dp2"),
+        task("pt1_whole", runs / "pt1", small, *pt1, "parallel=pp2"),
+        task("pt1_first", runs / "pt1_again", small, *pt1, "parallel=pp2", stop_after=3),
+        task("pt1_rest", runs / "pt1_again", small, *pt1, "parallel=pp2"),
+        task("uneven", runs / "pt1_again", small, *pt1, "parallel=dp2", "trainer.steps=9"),
+    )
+
+
+def test_same_layout_resumes_bit_for_bit(alone, runs):
+    assert saved_steps(runs / "same") == [3, 8]
+    assert steps(runs / "same") == ALL
+    assert losses(runs / "same") == losses(runs / "whole")
+    rates = [row["lr"] for row in metrics(runs / "same")]
+    assert rates == [row["lr"] for row in metrics(runs / "whole")]
+    assert max(rates) > 2 * rates[-1]
+    whole, same = alone.load("whole"), alone.load("same_rest")
+    assert whole["error"] is None
+    assert same["error"] is None
+    assert same["adam_steps"] == whole["adam_steps"] == [8] * len(whole["adam_steps"])
+    assert same["weights"].keys() == whole["weights"].keys()
+    for name, tensor in whole["weights"].items():
+        assert torch.equal(same["weights"][name], tensor), name
+
+
+def test_training_changed_every_part_of_the_model(alone):
+    """The comparisons of this file would hold for a job that trains nothing."""
+    early, late = alone.load("same_first")["weights"], alone.load("same_rest")["weights"]
+    same = [name for name in early if torch.equal(early[name], late[name])]
+    assert all("tile" in name or "ratio" in name for name in same), same
+
+
+def test_every_stop_may_go_on_in_another_layout(alone, two_ranks, runs):
+    assert saved_steps(runs / "chain") == [6, 8]
+    assert steps(runs / "chain") == ALL
+    assert losses(runs / "chain") == pytest.approx(losses(runs / "whole"), rel=1e-4)
+    ours, theirs = two_ranks.load("chain_dp2"), alone.load("whole")
+    assert ours["error"] is None
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    for name, tensor in theirs["weights"].items():
+        assert torch.allclose(ours["weights"][name], tensor, rtol=1e-3, atol=1e-5), name
+
+
+def test_the_samples_of_every_step_do_not_depend_on_stops_and_layouts(alone, two_ranks, runs):
+    whole = audit(runs / "whole")
+    assert list(whole) == ALL
+    assert all(len(keys) == 4 for keys in whole.values())
+    assert audit(runs / "same") == whole
+    assert audit(runs / "chain") == whole
+
+
+def test_pt1_resumes_bit_for_bit_where_rank_0_of_the_pipeline_has_a_frozen_decoder(two_ranks, runs):
+    assert steps(runs / "pt1_again") == ALL
+    assert losses(runs / "pt1_again") == losses(runs / "pt1")
+    assert audit(runs / "pt1_again") == audit(runs / "pt1")
+    whole, again = two_ranks.load("pt1_whole"), two_ranks.load("pt1_rest")
+    assert set(whole["adam_steps"]) == {8}
+    assert again["adam_steps"] == whole["adam_steps"]
+    for name, tensor in whole["weights"].items():
+        assert torch.equal(again["weights"][name], tensor), name
+    first = two_ranks.load("pt1_first")["weights"]
+    changed = {name for name in first if not torch.equal(first[name], whole["weights"][name])}
+    assert changed
+    assert all("projector" in name for name in changed)
+
+
+def test_streams_that_cannot_be_dealt_evenly_are_refused(two_ranks, runs):
+    assert two_ranks.load("uneven")["error"] == (
+        "ConfigError: data-parallel size 2: the 1 data streams of the checkpoint "
+        f"{runs}/pt1_again/checkpoints/step_00000008 cannot be dealt evenly: choose one that "
+        "divides 1"
+    )
+    assert steps(runs / "pt1_again") == ALL
+
+
+def test_asynchronous_saving_changes_nothing(alone, runs):
+    assert saved_steps(runs / "async") == saved_steps(runs / "whole") == [2, 4, 6, 8]
+    assert not list(runs.glob("async/checkpoints/.*"))
+    assert losses(runs / "async") == losses(runs / "whole")
+    ours, theirs = alone.load("async"), alone.load("whole")
+    for name, tensor in theirs["weights"].items():
+        assert torch.equal(ours["weights"][name], tensor), name
+
+
+def test_init_from_takes_the_weights_and_nothing_else(alone, runs):
+    ours, theirs = alone.load("weights"), alone.load("whole")
+    assert ours["error"] is None
+    assert set(ours["adam_steps"]) == {2}
+    for name, tensor in theirs["weights"].items():
+        assert torch.allclose(ours["weights"][name], tensor, rtol=0, atol=1e-9), name
+    assert steps(runs / "weights") == [1, 2]
+    first = audit(runs / "whole")
+    assert audit(runs / "weights") == {1: first[1], 2: first[2]}
+    loss, trained = losses(runs / "weights")[0], losses(runs / "whole")
+    assert loss < trained[0] - 0.2
+    assert math.isfinite(loss)
+
+
+def test_init_from_refuses_another_architecture(alone, runs):
+    checkpoint = runs / "whole" / "checkpoints" / "step_00000008"
+    assert alone.load("wider")["error"] == (
+        f"ConfigError: model.text.mlp_size=256: the checkpoint {checkpoint} has 384"
+    )
+    assert not (runs / "wider").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "resume"), [("ahead", "none"), ("back", "WHOLE/checkpoints/step_00000004")]
+)
+def test_a_run_folder_that_is_ahead_is_not_mixed_with_an_earlier_course(alone, runs, name, resume):
+    resume = resume.replace("WHOLE", str(runs / "whole"))
+    assert alone.load(name)["error"] == (
+        f"ConfigError: trainer.resume={resume}: {runs}/whole/checkpoints/step_00000008 is ahead of "
+        "that: choose another run.dir"
+    )
+    assert saved_steps(runs / "whole") == [2, 4, 6, 8]
+    assert steps(runs / "whole") == ALL

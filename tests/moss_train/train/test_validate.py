@@ -1,0 +1,243 @@
+"""A wrong configuration ends the job before it starts, with a line for everything wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.moss_train.train.runs import ENTRY
+from tests.torchrun import OUT, REPO, run_ranks
+
+# What is wrong -> the ranks of the job, its overrides, the lines that it is refused with.
+CASES: dict[str, tuple[int, list[str], list[str]]] = {
+    "heads": (
+        3, ["parallel.tensor=3"],
+        ["model.text.num_heads=8: must be a multiple of parallel.tensor=3",
+         "model.text.num_kv_heads=4: must be a multiple of parallel.tensor=3",
+         "model.text.vocab_size=512: must be a multiple of parallel.tensor=3",
+         "the embedding's rows=520: must be a multiple of parallel.tensor=3"],
+    ),
+    "vision heads": (
+        8, ["parallel.tensor=8", "parallel.vision_tensor=true", "model.text.num_kv_heads=8"],
+        ["model.vision.num_heads=4: must be a multiple of parallel.tensor=8"],
+    ),
+    "stages": (
+        3, ["parallel.pipeline=3"],
+        ["model.text.num_layers=8: must be a multiple of parallel.pipeline=3 x parallel.virtual=1"],
+    ),
+    "virtual stages": (
+        2, ["parallel.pipeline=2", "parallel.virtual=3"],
+        ["model.text.num_layers=8: must be a multiple of parallel.pipeline=2 x parallel.virtual=3"],
+    ),
+    "virtual stages of one": (
+        1, ["parallel.virtual=2"], ["parallel.virtual=2: needs parallel.pipeline of 2 or more"],
+    ),
+    "ranks": (
+        3, ["parallel=tp2"],
+        ["parallel.tensor=2 x parallel.pipeline=1: a replica takes 2 ranks, and the job has 3: "
+         "start a multiple of 2"],
+    ),
+    "batch": (
+        2, ["data.global_batch=6", "data.micro_batch=2"],
+        ["data.global_batch=6: must be a multiple of data.micro_batch=2 x 2 data-parallel "
+         "replicas"],
+    ),
+    "batch of virtual stages": (
+        2, ["parallel=pp2_vp2", "data.global_batch=6", "data.micro_batch=2"],
+        ["data.global_batch=6: gives 3 microbatches a replica, which with parallel.virtual=2 must "
+         "be a multiple of parallel.pipeline=2"],
+    ),
+    "sequence parallel alone": (
+        1, ["parallel.sequence=true"],
+        ["parallel.sequence=True: needs parallel.tensor of 2 or more"],
+    ),
+    "padding": (
+        2, ["parallel=tp2_sp", "data.pad_multiple=5"],
+        ["data.pad_multiple=5: must be a multiple of parallel.tensor=2"],
+    ),
+    "stage": (
+        1, ["stage=pt9"], ["stage=pt9: choose one of pt1, pt2, realtime_sft, sft"],
+    ),
+    "model": (
+        1, ["model=12b"], ["model=12b: choose one of 11b, 90b, tiny, toy"],
+    ),
+    "unknown field": (
+        1, ["trainer.step=5"], ["trainer.step: Key 'step' not in 'TrainerConfig'"],
+    ),
+    "unknown new field": (
+        1, ["+trainer.step=5"], ["trainer.step: Key 'step' not in 'TrainerConfig'"],
+    ),
+    "unknown group": (
+        1, ["optimiser=adamw"], ["optimiser: Key 'optimiser' not in 'Config'"],
+    ),
+    "type": (
+        1, ["trainer.steps=many"],
+        ["trainer.steps: Value 'many' of type 'str' could not be converted to Integer"],
+    ),
+    "type of a mixture": (
+        1, ["stage.mixture.image=lots"],
+        ["stage.mixture.image: Value 'lots' of type 'str' could not be converted to Float"],
+    ),
+    "modality": (
+        1, ["stage.mixture={sound: 3}"],
+        ["stage.mixture.sound: Key 'sound' not in 'MixtureConfig'"],
+    ),
+    "unset": (
+        1, ["data=shards", "stage.mixture={text: 1, image: 0, video: 0}"],
+        ["data.tokenizer is not set: give it a value, data.tokenizer=..."],
+    ),
+    "no source": (
+        1, ["data.sources=[]", "stage.mixture={text: 0, image: 79, video: 21}"],
+        ["stage.mixture.image=79: no data.sources has modality image: add one, or set the share to "
+         "0",
+         "stage.mixture.video=21: no data.sources has modality video: add one, or set the share to "
+         "0"],
+    ),
+    "no shards": (
+        1, ["data.root=TMP", "stage.mixture={text: 0, image: 1, video: 0}",
+            "data.tokenizer=TOY/tokenizer"],
+        ["data.sources[toy-image].path=TMP/pt1/train/image: TMP/pt1/train/image does not exist: "
+         "build the shards or correct the path"],
+    ),
+    "tokenizer": (
+        1, ["data.tokenizer=TMP"],
+        ["data.tokenizer=TMP: tokenizer: TMP/tokenizer.json does not exist: give a folder with a "
+         "tokenizer.json"],
+    ),
+    "vocabulary": (
+        1, ["model=tiny"],
+        ["data.tokenizer=TOY/tokenizer: has 513 tokens, the embedding has 328 rows "
+         "(model.text.vocab_size + extra_embedding_rows)"],
+    ),
+    "nothing positive": (
+        1, ["data.global_batch=0", "trainer.steps=-1", "trainer.keep_last=0", "optimizer.lr=0",
+            "data.workers=-1"],
+        ["data.global_batch=0: must be greater than 0",
+         "trainer.steps=-1: must be greater than 0",
+         "trainer.keep_last=0: must be greater than 0",
+         "data.workers=-1: must be 0 (no worker processes) or more",
+         "optimizer.lr=0.0: must be greater than 0"],
+    ),
+    "shares": (
+        1, ["stage.warmup_ratio=2", "data.max_bad_ratio=-0.5", "stage.swap_probability=1.5"],
+        ["stage.warmup_ratio=2.0: must be between 0 and 1",
+         "data.max_bad_ratio=-0.5: must be between 0 and 1",
+         "stage.swap_probability=1.5: must be between 0 and 1"],
+    ),
+    "choices": (
+        1, ["model.attention=fast", "model.dtype=fp16", "parallel.recompute=some",
+            "stage.schedule=step", "hardware.device=tpu", "model.projector.pool=sum"],
+        ["model.attention=fast: choose one of sdpa, flash, te, flex",
+         "model.dtype=fp16: choose one of fp32, bf16",
+         "model.projector.pool=sum: choose one of none, average, max, bilinear, channel_fusion",
+         "parallel.recompute=some: choose one of none, selective, full",
+         "stage.schedule=step: choose one of cosine, linear, wsd, constant",
+         "hardware.device=tpu: choose one of auto, cpu, cuda"],
+    ),
+    "layer numbers": (
+        1, ["model.text.cross_attention_layers=[1,8]", "model.vision.intermediate_layers=[4]"],
+        ["model.text.cross_attention_layers=[8]: layers are numbered 0..7 "
+         "(model.text.num_layers=8)",
+         "model.vision.intermediate_layers=[4]: layers are numbered 0..3 "
+         "(model.vision.num_layers=4)"],
+    ),
+    "tiles": (
+        1, ["data.max_tiles=5"],
+        ["data.max_tiles=5: the vision tower has embeddings for 4 tiles (model.vision.max_tiles)"],
+    ),
+    "frames": (
+        1, ["stage.video_max_frames=2"],
+        ["stage.video_max_frames=2: must be at least stage.video_min_frames=3"],
+    ),
+    "pool": (
+        1, ["model.projector.stride=3"],
+        ["the patch grid=4: must be a multiple of projector.stride=3"],
+    ),
+    "resume": (
+        1, ["trainer.resume=TMP"],
+        ["trainer.resume=TMP: no complete checkpoint there: give a run folder"],
+    ),
+    "init_from": (
+        1, ["init_from=TMP"],
+        ["init_from=TMP: no complete checkpoint there: give a run folder"],
+    ),
+    "multiplier": (
+        1, ["optimizer.lr_multipliers={vision.*: 0}", "stage.warmup_steps=-1"],
+        ["optimizer.lr_multipliers[vision.*]=0: must be a number greater than 0 (stage.train says "
+         "what is frozen)", "stage.warmup_steps=-1: must be 0 or more"],
+    ),
+    "no cuda": (
+        1, ["hardware.device=cuda"],
+        ["hardware.device=cuda: torch finds no CUDA device: use cpu"],
+    ),
+    "wandb mode": (
+        1, ["logger.wandb_mode=dryrun"],
+        ["logger.wandb_mode=dryrun: choose one of online, offline"],
+    ),
+    "patterns": (
+        1, ["stage.train=[adapter.*]"],
+        ["stage.train=['adapter.*']: matches no parameter of the model"],
+    ),
+}  # fmt: skip
+# Refused by what the model has, so after the process group has started.
+LATE = ("patterns",)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("refused")
+
+
+@pytest.fixture(scope="module")
+def answers(toy, folder) -> dict[str, dict]:
+    """All cases in one process."""
+    cases = []
+    for ranks, overrides, _ in CASES.values():
+        filled = [o.replace("TMP", str(folder)).replace("TOY", str(toy)) for o in overrides]
+        base = [f"run.dir={folder / 'run'}", "hardware=cpu", f"data.root={toy}"]
+        cases.append((ranks, [*base, *filled]))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    subprocess.run(
+        [sys.executable, "tests/workers/refuse.py", str(folder / "cases.json")],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO), OUT: str(folder)},
+        check=True,
+        timeout=300,
+    )
+    found = json.loads((folder / "answers.rank0.json").read_text())
+    return dict(zip(CASES, found, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_everything_wrong_gets_a_line(answers, toy, folder, name):
+    if name == "no cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    answer = answers[name]
+    expected = [
+        line.replace("TMP", str(folder)).replace("TOY", str(toy)) for line in CASES[name][2]
+    ]
+    said = [re.sub(r"^(\d\d:\d\d:\d\d )?ERROR ", "", line) for line in answer["said"].splitlines()]
+    assert said == expected
+    assert answer["code"] == 2
+    assert (answer["began"], bool(answer["left"])) == (name in LATE, name in LATE)
+
+
+def test_only_rank_0_speaks_and_nobody_waits(folder, toy):
+    overrides = ["hardware=cpu", f"data.root={toy}", "data.global_batch=5", "stage=sft"]
+    out = folder / "ranks"
+    options = [*overrides, f"run.dir={out}/run"]
+    result = run_ranks(ENTRY, 2, *options, out=out, timeout=120, check=False, preloaded=False)
+    assert result.returncode == 1
+    said = result.stderr(0).splitlines()
+    assert len(said) == 1
+    assert "data.global_batch=5: must be a multiple of data.micro_batch=4 x 2" in said[0]
+    assert result.stderr(1) == ""
+    assert "exitcode  : 2" in result.launcher()
+    assert not (out / "run").exists()
