@@ -6,8 +6,8 @@ so keys and values stay at the number of KV heads here, with the same numbers.
 
 What a layer attends is not the layer's business: `memory` and `frames` keep keys and values and
 attend them (transformers' cache in modeling_moss_video.py, the engine's static buffers in
-inference/engine/cache.py). Neither is the number of heads: it follows from the weights, which may be
-a tensor-parallel slice. A copy of this file is in every exported folder.
+inference/engine/cache.py). Neither is the number of heads: it follows from the weights, which may
+be a tensor-parallel slice. A copy of this file is in every exported folder.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ MOSS = {**CONFIG, "pool_mode": "average", "pool_stride": 2, "silence_token_id": 
 def exported(source: Path, out: Path, imported: dict | None = None, **options) -> Path:
     """Through a checkpoint; `out` has it and the export."""
     convert_hf(FromHf(source, out / "megatron", **(imported or {})))
-    convert_megatron(ToHf(out / "megatron", out / "hf", REPO / "inference" / "hf", **options))
+    convert_megatron(ToHf(out / "megatron", out / "hf", REPO / "inference/hf", **options))
     return out / "hf"
 
 
@@ -121,7 +121,9 @@ def test_the_folder_has_tokenizer_processor_and_stage(toy_tokenizer, tmp_path):
     said = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert said.shape[1] == inputs["input_ids"].shape[1] + 3
     small = build_toy_tokenizer(tmp_path / "other", ["a man"], 600)
-    options = ToHf(tmp_path / "out/megatron", tmp_path / "no", REPO / "inference" / "hf", tokenizer=small)
+    options = ToHf(
+        tmp_path / "out/megatron", tmp_path / "no", REPO / "inference/hf", tokenizer=small
+    )
     with pytest.raises(ConversionError, match="has 601 tokens, transformers gives"):
         convert_megatron(options)
 

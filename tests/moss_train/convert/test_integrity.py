@@ -130,7 +130,7 @@ def test_weights_that_are_no_numbers_are_refused_if_asked(tmp_path):
         f"{NORM}: 1 numbers are NaN or infinite",
     ]
     convert_hf(FromHf(source, tmp_path / "out"))
-    options = ToHf(tmp_path / "out", tmp_path / "back", REPO / "inference" / "hf", check_finite=True)
+    options = ToHf(tmp_path / "out", tmp_path / "back", REPO / "inference/hf", check_finite=True)
     with pytest.raises(ConversionError, match="not finite"):
         convert_megatron(options)
     assert not (tmp_path / "back").exists()
@@ -151,7 +151,7 @@ def test_pickles_are_read_on_demand_and_only_as_weights(tmp_path, monkeypatch):
     torch.save(weights, source / "pytorch_model.bin")
     assert "--allow-pickle" in refusal(source, tmp_path / "out")
     convert_hf(FromHf(source, tmp_path / "out", allow_pickle=True))
-    convert_megatron(ToHf(tmp_path / "out", tmp_path / "back", REPO / "inference" / "hf"))
+    convert_megatron(ToHf(tmp_path / "out", tmp_path / "back", REPO / "inference/hf"))
     assert differing(load_folder(tmp_path / "back"), weights) == []
 
     folder = tmp_path / "evil_folder"
@@ -166,13 +166,13 @@ def test_pickles_are_read_on_demand_and_only_as_weights(tmp_path, monkeypatch):
     complete["files"].pop(".metadata")
     (tmp_path / "out" / "complete.json").write_text(json.dumps(complete))
     with pytest.raises(ConversionError, match=r"it asks for posix\.system"):
-        convert_megatron(ToHf(tmp_path / "out", tmp_path / "other", REPO / "inference" / "hf"))
+        convert_megatron(ToHf(tmp_path / "out", tmp_path / "other", REPO / "inference/hf"))
     assert not list(folder.iterdir())
 
 
 def test_the_manifest_finds_what_changed(tmp_path):
     convert_hf(FromHf(save_folder(tmp_path / "hf", mllama_weights()), tmp_path / "megatron"))
-    convert_megatron(ToHf(tmp_path / "megatron", tmp_path / "back", REPO / "inference" / "hf"))
+    convert_megatron(ToHf(tmp_path / "megatron", tmp_path / "back", REPO / "inference/hf"))
     assert check_manifest(tmp_path / "megatron") == check_manifest(tmp_path / "back") == []
     victim = tmp_path / "back" / "model-00001-of-00001.safetensors"
     data = bytearray(victim.read_bytes())

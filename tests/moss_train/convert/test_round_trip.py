@@ -37,7 +37,7 @@ LAYOUTS = {
 
 
 def export(source: Path, out: Path, said: str = "", **options) -> dict[str, torch.Tensor]:
-    assert said in "\n".join(convert_megatron(ToHf(source, out, REPO / "inference" / "hf", **options)))
+    assert said in "\n".join(convert_megatron(ToHf(source, out, REPO / "inference/hf", **options)))
     return load_folder(out)
 
 

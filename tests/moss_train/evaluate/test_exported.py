@@ -25,7 +25,7 @@ LOAD = MossVideoForConditionalGeneration.from_pretrained
 def exported(model: TrainedModel, toy: Path, tmp_path_factory) -> ExportedModel:
     folder = tmp_path_factory.mktemp("exported")
     run = {"step": 7, "config": to_dict(model.config)}
-    nowhere, code = folder / "source", REPO / "inference" / "hf"
+    nowhere, code = folder / "source", REPO / "inference/hf"
     files = HfFiles(model.config, run, "moss", "sft", toy / "tokenizer", nowhere, code)
     write_files(folder, files, {torch.float32}, None)
     weights = {name: tensor.clone() for name, tensor in export(model.model).items()}
