@@ -12,7 +12,6 @@ import atexit
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import traceback
@@ -20,11 +19,8 @@ from collections.abc import Mapping
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
-from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-import torch.multiprocessing
 
 REPO = Path(__file__).resolve().parents[1]
 MODULES = [
@@ -128,7 +124,9 @@ def _rank() -> None:
     """In a rank: runs the script that is named first, as an interpreter of its own would."""
     del sys.argv[0]
     if METHOD == "fork":
-        _give_queue()
+        from moss_train.train.process import start_writer_queue
+
+        start_writer_queue()
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
@@ -138,16 +136,6 @@ def _rank() -> None:
         traceback.print_exc()
         raise
     atexit._run_exitfuncs()  # a rank that has returned waits for the others, which may wait for it
-
-
-def _give_queue() -> None:
-    """megatron's checkpoint writer would spawn a process for its queue, and import torch there."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    server = SyncManager(ctx=multiprocessing.get_context("fork"))
-    # As its rank's end may be sudden.
-    server.start(torch.multiprocessing._prctl_pr_set_pdeathsig, (signal.SIGKILL,))  # type: ignore
-    filesystem_async._results_queue = server.Queue()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.managers import SyncManager
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from moss_train import hardware
 from moss_train.config import Config
@@ -56,3 +60,15 @@ def stop_signals() -> Iterator[list[float]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def start_writer_queue() -> None:
+    """Gives megatron's checkpoint writer the queue that it would start a process for.
+
+    It spawns that process anew, which imports torch again and takes two seconds; this one is a fork
+    of the rank. The name is the same in megatron-core 0.16 and 0.19; there is no public way.
+    """
+    server = SyncManager(ctx=multiprocessing.get_context("fork"))
+    # The process ends with its rank, however that ends.
+    server.start(torch.multiprocessing._prctl_pr_set_pdeathsig, (signal.SIGKILL,))  # type: ignore
+    filesystem_async._results_queue = server.Queue()
