@@ -62,14 +62,14 @@ def media(args: argparse.Namespace) -> tuple[str, list[Tensor]]:
 
 
 def question(
-    words: Vocabulary, args: argparse.Namespace, kind: str, frames: int, form: PromptForm
+    vocabulary: Vocabulary, args: argparse.Namespace, kind: str, frames: int, form: PromptForm
 ) -> Prompt:
     """The tokens before the answer."""
     mark = {"video": VIDEO_MARK, "image": IMAGE_MARK, "": ""}[kind]
     text = mark + (args.prompt or f"Describe the {kind}.")
     messages = [Message("system", args.system_prompt)] if args.system_prompt else []
     counts = [frames] if kind else []
-    return words.prompts.question([*messages, Message("user", text)], counts, form)
+    return vocabulary.prompts.question([*messages, Message("user", text)], counts, form)
 
 
 def show(answer: SessionHandle, jsonl: str | None) -> int:
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = cli.load(args)
         with Runner(engine) as runner:
             form: PromptForm = "pretrain" if stage in ("pt1", "pt2") else "chat"
-            prompt = question(runner.words, args, kind, len(frames), form)
+            prompt = question(runner.vocabulary, args, kind, len(frames), form)
             options = {"sampling": cli.sampling(args), "max_new_tokens": args.max_new_tokens}
             with runner.answer(prompt.tokens, frames, chunk=32, **options) as answer:
                 return show(answer, args.jsonl)

@@ -21,15 +21,15 @@ from inference.session.response import Vocabulary
 from inference.session.runner import Runner
 
 
-def watched(words: Vocabulary, system_prompt: str, frames: int, prompt: str) -> list[int]:
+def watched(vocabulary: Vocabulary, system_prompt: str, frames: int, prompt: str) -> list[int]:
     """The transcript of a stream on which nothing was said before the prompt."""
-    prompts, special = words.prompts, words.special
+    special = vocabulary.special
     tokens = [special.begin_of_text]
     if system_prompt:
-        tokens += prompts.turn("system", system_prompt)
-    tokens += prompts.turn("user", "") + prompts.header("assistant")
+        tokens += vocabulary.prompts.turn("system", system_prompt)
+    tokens += vocabulary.user_turn("")
     tokens += [special.image, special.silence] * frames
-    return [*tokens, special.eot_id, *prompts.turn("user", prompt), *prompts.header("assistant")]
+    return [*tokens, special.eot_id, *vocabulary.user_turn(prompt)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Runner(engine) as runner:
             if kind == "video":
                 asked = args.prompt or "Describe the video."
-                tokens = watched(runner.words, args.system_prompt, len(frames), asked)
+                tokens = watched(runner.vocabulary, args.system_prompt, len(frames), asked)
             else:
-                tokens = question(runner.words, args, kind, len(frames), "chat").tokens
+                tokens = question(runner.vocabulary, args, kind, len(frames), "chat").tokens
             options = {"sampling": cli.sampling(args), "max_new_tokens": args.max_new_tokens}
             with runner.answer(tokens, frames, chunk=32, **options) as answer:
                 return show(answer, args.jsonl)

@@ -109,7 +109,7 @@ def feed(session: SessionHandle, source: Source, args: argparse.Namespace) -> No
     except SessionClosed:
         return
     except Exception as error:
-        session.tell("error", code="source", message=str(error))
+        session.emit("error", code="source", message=str(error))
         session.end()
         if not isinstance(error, SourceError):
             raise

@@ -57,7 +57,7 @@ async def complete(request: Request, hub: Hub) -> Response:
         tokens, frames = await asyncio.get_running_loop().run_in_executor(
             hub.decoders, prepare, question, hub
         )
-        answer = await _seat(hub, question, tokens, frames)
+        answer = await _start_answer(hub, question, tokens, frames)
     except Refused as error:
         hub.metrics.refused(error.code)
         return refusal(error)
@@ -191,11 +191,11 @@ def prepare(question: Question, hub: Hub) -> tuple[list[int], list[Tensor]]:
         counts.append(len(found))
         frames += found
     form: PromptForm = "pretrain" if hub.stage in ("pt1", "pt2") else "chat"
-    prompt = hub.runner.words.prompts.question(question.messages, counts, form)
+    prompt = hub.runner.vocabulary.prompts.question(question.messages, counts, form)
     return prompt.tokens, frames
 
 
-async def _seat(
+async def _start_answer(
     hub: Hub, question: Question, tokens: list[int], frames: list[Tensor]
 ) -> SessionHandle:
     """A free place in the engine, waited for."""

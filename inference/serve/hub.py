@@ -70,7 +70,7 @@ class Hub:
         handle = self.runner.session(SessionConfig(), log_limit=self.limits.replay)
         live = LiveSession(handle)
         self.sessions[live.id] = live
-        handle.tell("session.created", session=self.describe(live))
+        handle.emit("session.created", session=self.describe(live))
         return live
 
     def describe(self, live: LiveSession) -> dict[str, object]:

@@ -43,7 +43,7 @@ class Connection:
             for task in (*tasks, gone):
                 task.cancel()
             await asyncio.gather(*tasks, gone, return_exceptions=True)
-            self._tell_skipped(0.0)
+            self._emit_skipped(0.0)
             self._live.detach(self)
             if self._live.untouched:
                 self._live.close("its client left before it gave anything")
@@ -84,11 +84,11 @@ class Connection:
             else:
                 await self._command(text or "")
         except Refused as error:
-            self._tell(error.code, str(error), error.field)
+            self._emit_error(error.code, str(error), error.field)
         except SampleError as error:
-            self._tell(error.reason, error.detail)
+            self._emit_error(error.reason, error.detail)
         except (QueueFull, ValueError) as error:
-            self._tell(
+            self._emit_error(
                 "queue_full" if isinstance(error, QueueFull) else "invalid_value", str(error)
             )
         except SessionClosed:
@@ -99,21 +99,21 @@ class Connection:
             return False
         return True
 
-    def _tell(self, code: str, message: str, field: str | None = None) -> None:
+    def _emit_error(self, code: str, message: str, field: str | None = None) -> None:
         self._errors += 1
-        self._session.tell("error", code=code, message=message, field=field)
+        self._session.emit("error", code=code, message=message, field=field)
 
     async def _command(self, text: str) -> None:
         message, session, limits = parse(text), self._session, self._hub.limits
         kind = message["type"]
         if kind in ("session.close", "input_image_buffer.end"):
-            self._tell_skipped(0.0)
+            self._emit_skipped(0.0)
         if self._announced and kind == "input_image_buffer.append":
             self._announced = None
             raise Refused("wrong_order", "the picture of the append before has not come")
         if kind == "session.update":
             session.configure(**read_update(message, session.config.sampling, limits))
-            session.tell("session.updated", session=self._hub.describe(self._live))
+            session.emit("session.updated", session=self._hub.describe(self._live))
         elif kind == "input_image_buffer.append":
             image = read_image(message, limits)
             if image.data is None:
@@ -145,7 +145,7 @@ class Connection:
                 self._skipped += 1
                 return
             await asyncio.sleep(1 / limits.fps)
-        self._tell_skipped(at or 0.0)
+        self._emit_skipped(at or 0.0)
         if len(data) > limits.frame_bytes:
             raise Refused("too_large", f"{len(data)} bytes are more than {limits.frame_bytes}")
         check_header(data, limits.pixels)
@@ -156,7 +156,7 @@ class Connection:
         else:
             await session.aput_frame(picture, at, image.prompt)
 
-    def _tell_skipped(self, at: float) -> None:
+    def _emit_skipped(self, at: float) -> None:
         if self._skipped and not self._session.log.closed:
             self._session.drop("rate_limited", at, self._skipped)
             self._skipped = 0

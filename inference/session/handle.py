@@ -23,21 +23,21 @@ class SessionClosed(Exception):
 
 
 @dataclass(eq=False)
-class Seat:
+class RunningSession:
     """A session's place in the engine; its slot is opened with its first step."""
 
     task: Session | Answer
     slot: Slot | None = None
     closing: str = ""  # why it is to be closed
-    told_at: float = 0.0
+    last_report: float = 0.0
 
 
 class SessionHandle:
     """A session as its user holds it, in a thread or in an event loop."""
 
-    def __init__(self, runner: Runner, seat: Seat) -> None:
-        self._runner, self._seat = runner, seat
-        self.name, self.log = seat.task.name, seat.task.log
+    def __init__(self, runner: Runner, running: RunningSession) -> None:
+        self._runner, self._running = runner, running
+        self.name, self.log = running.task.name, running.task.log
         self._count = 0
 
     @property
@@ -115,11 +115,11 @@ class SessionHandle:
         with changed:
             task.drop(reason, at, count)
 
-    def tell(self, type: str, **data: Any) -> None:
+    def emit(self, type: str, **data: Any) -> None:
         """Writes an event of the caller's into the session's log."""
         with self._runner.changed:
             if not self.log.closed:
-                self._seat.task.tell(type, **data)
+                self._running.task.emit(type, **data)
 
     def end(self) -> None:
         """No more input: what is there is taken in and said, then the session closes itself."""
@@ -131,17 +131,17 @@ class SessionHandle:
     def close(self, reason: str = "closed by its owner") -> None:
         """Ends it now, at the next token boundary. Again: nothing happens."""
         with self._runner.changed:
-            self._seat.closing = self._seat.closing or reason
+            self._running.closing = self._running.closing or reason
             self._runner.changed.notify_all()
 
     def save(self) -> dict[str, Any]:
         """The state between two steps, for `Runner.restore`; the session goes on."""
-        seat, engine = self._seat, self._runner.engine
+        running, engine = self._running, self._runner.engine
         _, task = self._open()
 
         def state() -> dict[str, Any]:
             self._refuse_if_closed()
-            slot = None if seat.slot is None else engine.save(seat.slot)
+            slot = None if running.slot is None else engine.save(running.slot)
             with self._runner.changed:
                 return {"session": task.state(), "slot": slot}
 
@@ -150,8 +150,8 @@ class SessionHandle:
     def stats(self) -> dict[str, Any]:
         """Counts and durations so far: see Stats.summary."""
         with self._runner.changed:
-            slot = self._seat.slot
-            summary = self._seat.task.stats.summary()
+            slot = self._running.slot
+            summary = self._running.task.stats.summary()
         return {"cached_frames": len(slot.frames) if slot else 0, **summary}
 
     def events(self, after: int = 0) -> Events:
@@ -175,7 +175,7 @@ class SessionHandle:
             await self.log.wait(self.log.last_seq)
 
     def _open(self) -> tuple[threading.Condition, Session]:
-        task = self._seat.task
+        task = self._running.task
         assert isinstance(task, Session), "an answer takes no input"
         return self._runner.changed, task
 
@@ -184,8 +184,8 @@ class SessionHandle:
         return len(task.frames) < task.config.max_waiting_frames
 
     def _refuse_if_closed(self) -> None:
-        if self._seat.closing or self.log.closed:
-            raise SessionClosed(f"{self.name}: {self._seat.closing or 'its input has ended'}")
+        if self._running.closing or self.log.closed:
+            raise SessionClosed(f"{self.name}: {self._running.closing or 'its input has ended'}")
 
 
 class Events:

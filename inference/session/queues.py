@@ -143,22 +143,22 @@ class _Reader:
 
     def __init__(self, tokens: queue.Queue[str]) -> None:
         self._tokens = tokens
-        self._told = False  # the event before has told of the silence that this one is about
+        self._silence_reported = False  # by the event before, which is about the same silence
         self.error = ""
 
     def take(self, event: Event) -> None:
-        data, told = event.data, self._told
+        data, reported = event.data, self._silence_reported
         if event.type == "response.output_text.delta":
             self._tokens.put(data["delta"])
             return
-        self._told = event.type == "response.done"
+        self._silence_reported = event.type == "response.done"
         if event.type == "input_frame.processed" and data["decision"] == "silence":
-            self._told = True
+            self._silence_reported = True
             self._tokens.put(SILENCE)
         elif event.type == "response.done" and data["reason"] == "silence":
-            if not told:
+            if not reported:
                 self._tokens.put(SILENCE)
-        elif event.type == "session.state" and data["state"] == "silent" and not told:
+        elif event.type == "session.state" and data["state"] == "silent" and not reported:
             self._tokens.put(SILENCE)
         elif event.type == "response.done" and data["reason"] in ("turn_ended", "max_new_tokens"):
             self._tokens.put(ROUND_END)

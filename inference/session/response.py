@@ -27,8 +27,12 @@ class Vocabulary:
         special = SpecialTokens.from_tokenizer(tokenizer)
         return cls(tokenizer, special, PromptBuilder(tokenizer, special))
 
+    def user_turn(self, text: str) -> list[int]:
+        """A user's turn, and the header after which the assistant answers."""
+        return self.prompts.turn("user", text) + self.prompts.header("assistant")
 
-class Speech:
+
+class Response:
     """One response. Text comes out as soon as its bytes are whole; special tokens are no text."""
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
@@ -36,73 +40,77 @@ class Speech:
         self.tokens: list[int] = []
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._told = ""
+        self._emitted = ""
 
-    def say(self, token: int) -> str:
+    def append(self, token: int) -> str:
         """Takes a token and returns the text that it completes, often none."""
         self.tokens.append(token)
         piece = self._stream.step(self._tokenizer, token) or ""
-        self._told += piece
+        self._emitted += piece
         return piece
 
-    def rest(self) -> str:
-        """What `say` has held back, where a response ends in the middle of a character."""
-        return self.text[len(self._told) :] if self.text.startswith(self._told) else ""
+    def flush(self) -> str:
+        """What `append` has held back, where a response ends in the middle of a character."""
+        return self.text[len(self._emitted) :] if self.text.startswith(self._emitted) else ""
 
     @property
     def text(self) -> str:
         return self._tokenizer.decode(self.tokens, skip_special_tokens=True)
 
 
-class Speaker:
-    """Tells in events what the model says, and measures it."""
+class ResponseWriter:
+    """Writes what the model says as events, and measures it."""
 
-    def __init__(self, name: str, words: Vocabulary, stats: Stats, log_limit: int = 65536) -> None:
+    def __init__(
+        self, name: str, vocabulary: Vocabulary, stats: Stats, log_limit: int = 65536
+    ) -> None:
         self.name, self.stats = name, stats
         self.log = EventLog(log_limit)
         self.media = 0.0  # seconds of the newest frame that the model has seen
-        self.speech: Speech | None = None
-        self._words = words
-        self._began_at = self._spoke_at = 0.0  # when the speech's first and last token came
+        self.response: Response | None = None
+        self._vocabulary = vocabulary
+        self._first_token_time = self._last_token_time = (
+            0.0  # when the first and the last token of the response came
+        )
 
-    def tell(self, type: str, **data: Any) -> None:
+    def emit(self, type: str, **data: Any) -> None:
         """Writes an event into the log."""
         self.log.append(type, self.media, data)
 
-    def _say(self, token: int, now: float, name: str, ttft: float | None) -> Speech:
-        """Adds a token to the speech, or begins one; `ttft`: seconds since it was asked for."""
-        if self.speech is None:
-            self.speech = Speech(self._words.tokenizer, name)
-            self._began_at = now
+    def _append_token(self, token: int, now: float, name: str, ttft: float | None) -> Response:
+        """Adds a token to the response, or begins one; `ttft`: seconds since it was asked for."""
+        if self.response is None:
+            self.response = Response(self._vocabulary.tokenizer, name)
+            self._first_token_time = now
             self.stats.count("responses")
             first = {} if ttft is None else {"ttft_ms": round(1000 * ttft, 3)}
-            self.tell("response.created", response_id=name, **first)
+            self.emit("response.created", response_id=name, **first)
         else:
-            self.stats.add("inter_token", now - self._spoke_at)
-        self._spoke_at = now
+            self.stats.add("inter_token", now - self._last_token_time)
+        self._last_token_time = now
         self.stats.count("tokens")
-        self._tell_text(self.speech, self.speech.say(token))
-        return self.speech
+        self._emit_text(self.response, self.response.append(token))
+        return self.response
 
     def _finish(self, status: str, reason: str) -> None:
-        """Ends the speech, if there is one. status: completed, cancelled, incomplete or failed."""
-        if self.speech is None:
+        """Ends the response, if any. status: completed, cancelled, incomplete or failed."""
+        if self.response is None:
             return
-        speech, self.speech = self.speech, None
-        self._tell_text(speech, speech.rest())
-        count, spent = len(speech.tokens), self._spoke_at - self._began_at
+        response, self.response = self.response, None
+        self._emit_text(response, response.flush())
+        count, spent = len(response.tokens), self._last_token_time - self._first_token_time
         usage: dict[str, float] = {"output_tokens": count}
         if count > 1 and spent > 0:
             usage["tokens_per_second"] = round((count - 1) / spent, 2)
-        self.tell(
+        self.emit(
             "response.done",
-            response_id=speech.name,
+            response_id=response.name,
             status=status,
             reason=reason,
-            text=speech.text,
+            text=response.text,
             usage=usage,
         )
 
-    def _tell_text(self, speech: Speech, text: str) -> None:
+    def _emit_text(self, response: Response, text: str) -> None:
         if text:
-            self.tell("response.output_text.delta", response_id=speech.name, delta=text)
+            self.emit("response.output_text.delta", response_id=response.name, delta=text)

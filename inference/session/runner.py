@@ -22,9 +22,9 @@ from torch import Tensor
 
 from inference.engine.engine import Engine, EngineFull, Sampling, Slot, Step
 from inference.session.answer import Answer
-from inference.session.handle import Seat, SessionClosed, SessionHandle
+from inference.session.handle import RunningSession, SessionClosed, SessionHandle
 from inference.session.response import Vocabulary
-from inference.session.session import Plan, Session, SessionConfig
+from inference.session.session import Session, SessionConfig, StepRequest
 from inference.session.stats import Measure, Stats
 
 log = logging.getLogger(__name__)
@@ -36,10 +36,10 @@ class Runner:
     """Owns an engine from its making to `close`. Every method may be called from any thread."""
 
     def __init__(self, engine: Engine, measured: Measure | None = None) -> None:
-        self.engine, self.words = engine, Vocabulary.of(engine.tokenizer.backend_tokenizer)
+        self.engine, self.vocabulary = engine, Vocabulary.of(engine.tokenizer.backend_tokenizer)
         self.tile: int = engine.config.vision_config.image_size  # pixels of a frame's side
         self._measured = measured
-        self._seats: list[Seat] = []
+        self._running: list[RunningSession] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._numbers = itertools.count(1)
         self.changed = threading.Condition()
@@ -55,7 +55,7 @@ class Runner:
         """
         config = config or SessionConfig(**fields)
         name = f"session{next(self._numbers)}"
-        return self._seat(Session(name, config, self.words, self._stats(), log_limit))
+        return self._start(Session(name, config, self.vocabulary, self._stats(), log_limit))
 
     def answer(
         self,
@@ -70,19 +70,19 @@ class Runner:
         name = f"answer{next(self._numbers)}"
         sampling = sampling or Sampling()
         task = Answer(
-            name, tokens, images, self.words, self._stats(),
+            name, tokens, images, self.vocabulary, self._stats(),
             sampling=sampling, max_new_tokens=max_new_tokens, chunk=chunk,
         )  # fmt: skip
-        return self._seat(task)
+        return self._start(task)
 
     def restore(self, state: Mapping[str, Any]) -> SessionHandle:
         """The session that `SessionHandle.save` gave, to be gone on with, here or elsewhere."""
-        task = Session.resume(state["session"], self.words, self._stats(), time.monotonic())
+        task = Session.resume(state["session"], self.vocabulary, self._stats(), time.monotonic())
 
         def put() -> SessionHandle:  # between two steps: none may find the session without its slot
             slot = None if state["slot"] is None else self.engine.restore(state["slot"])
             try:
-                return self._seat(task, slot)
+                return self._start(task, slot)
             except Exception:
                 if slot is not None:
                     self.engine.close(slot)
@@ -93,12 +93,12 @@ class Runner:
     @property
     def sessions(self) -> int:
         """How many are open."""
-        return len(self._seats)
+        return len(self._running)
 
     @property
     def cached_frames(self) -> int:
         """Frames in the rings of all sessions."""
-        return sum(len(seat.slot.frames) for seat in list(self._seats) if seat.slot)
+        return sum(len(running.slot.frames) for running in list(self._running) if running.slot)
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Runs a function in the engine's thread, between two steps."""
@@ -126,15 +126,15 @@ class Runner:
     def _stats(self) -> Stats:
         return Stats(self._measured)
 
-    def _seat(self, task: Session | Answer, slot: Slot | None = None) -> SessionHandle:
-        seat = Seat(task, slot, told_at=time.monotonic())
+    def _start(self, task: Session | Answer, slot: Slot | None = None) -> SessionHandle:
+        running = RunningSession(task, slot, last_report=time.monotonic())
         with self.changed:
             self._refuse_if_stopped()
-            if len(self._seats) >= self.engine.max_sessions:
+            if len(self._running) >= self.engine.max_sessions:
                 raise EngineFull(f"all {self.engine.max_sessions} sessions are taken")
-            self._seats.append(seat)
+            self._running.append(running)
             self.changed.notify_all()
-        return SessionHandle(self, seat)
+        return SessionHandle(self, running)
 
     def _refuse_if_stopped(self) -> None:
         if self._stopping:
@@ -145,7 +145,7 @@ class Runner:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._close_seats()
+                self._close_finished()
                 batch = self._wait()
                 if batch:
                     self._step(batch)
@@ -153,44 +153,46 @@ class Runner:
             log.exception("the engine's thread ended")
             self._stopping = f"the engine failed: {error}"
         with self.changed:
-            for seat in self._seats:
-                seat.closing = seat.closing or self._stopping
+            for running in self._running:
+                running.closing = running.closing or self._stopping
             for _, future in self._calls:
                 future.set_exception(SessionClosed(self._stopping))
             self._calls.clear()
-        self._close_seats()
+        self._close_finished()
 
-    def _wait(self) -> list[tuple[Seat, Plan]]:
+    def _wait(self) -> list[tuple[RunningSession, StepRequest]]:
         """The next batch of steps; none where there was something else to do."""
         with self.changed:
             calls, self._calls = self._calls, []
             now = time.monotonic()
             batch = []
-            for seat in self._seats:
-                plan = None if seat.closing else seat.task.plan(now)
-                if plan:
-                    batch.append((seat, plan))
+            for running in self._running:
+                request = None if running.closing else running.task.next_step(now)
+                if request:
+                    batch.append((running, request))
             if batch:
                 self.changed.notify_all()  # frames were taken: there is room
-            elif not calls and not self._leaving() and not self._stopping:
-                wakes = [seat.task.wake for seat in self._seats if seat.task.wake is not None]
+            elif not calls and not self._finished() and not self._stopping:
+                wakes = [
+                    running.task.wake for running in self._running if running.task.wake is not None
+                ]
                 self.changed.wait(max(0.0, min(wakes) - now) if wakes else None)
         for function, future in calls:
-            _settle(function, future)
+            _resolve(function, future)
         return batch
 
-    def _step(self, batch: Sequence[tuple[Seat, Plan]]) -> None:
+    def _step(self, batch: Sequence[tuple[RunningSession, StepRequest]]) -> None:
         try:
-            images = [image for _, plan in batch for image in plan.images]
+            images = [image for _, request in batch for image in request.images]
             features = iter(self.engine.encode(images) if images else [])
             steps = []
-            for seat, plan in batch:
-                if seat.slot is None:
-                    seat.slot = self.engine.open(_sampling(seat.task))
-                elif seat.slot.sampling != _sampling(seat.task):
-                    self.engine.set_sampling(seat.slot, _sampling(seat.task))
-                frames = list(itertools.islice(features, len(plan.images)))
-                steps.append(Step(seat.slot, plan.tokens, frames, plan.sample))
+            for running, request in batch:
+                if running.slot is None:
+                    running.slot = self.engine.open(_sampling(running.task))
+                elif running.slot.sampling != _sampling(running.task):
+                    self.engine.set_sampling(running.slot, _sampling(running.task))
+                frames = list(itertools.islice(features, len(request.images)))
+                steps.append(Step(running.slot, request.tokens, frames, request.sample))
             tokens = self.engine.step(steps)
         except ValueError as error:  # nothing has changed: the others of the batch may go on
             if len(batch) > 1:
@@ -200,49 +202,51 @@ class Runner:
                 self._fail(batch, error)
             return
         except Exception as error:
-            log.exception("a step of %s failed", ", ".join(seat.task.name for seat, _ in batch))
+            log.exception(
+                "a step of %s failed", ", ".join(running.task.name for running, _ in batch)
+            )
             self._fail(batch, error)
             return
         now = time.monotonic()
         with self.changed:
-            for (seat, plan), token in zip(batch, tokens, strict=True):
-                seat.task.took(plan, token, now)
-                self._report(seat, now)
+            for (running, request), token in zip(batch, tokens, strict=True):
+                running.task.on_token(request, token, now)
+                self._report(running, now)
 
-    def _fail(self, batch: Sequence[tuple[Seat, Plan]], error: Exception) -> None:
+    def _fail(self, batch: Sequence[tuple[RunningSession, StepRequest]], error: Exception) -> None:
         with self.changed:
-            for seat, _ in batch:
-                seat.task.tell("error", code="engine_error", message=str(error))
-                seat.closing = f"the engine failed: {error}"
+            for running, _ in batch:
+                running.task.emit("error", code="engine_error", message=str(error))
+                running.closing = f"the engine failed: {error}"
 
-    def _report(self, seat: Seat, now: float) -> None:
-        assert seat.slot is not None
-        task = seat.task
-        for eviction in seat.slot.evictions:
+    def _report(self, running: RunningSession, now: float) -> None:
+        assert running.slot is not None
+        task = running.task
+        for eviction in running.slot.evictions:
             count = len(eviction.positions)
             task.stats.count(f"evicted_{eviction.kind}", count)
             at = list(eviction.positions)
-            task.tell("session.evicted", kind=eviction.kind, count=count, positions=at)
-        seat.slot.evictions.clear()
-        if now - seat.told_at >= METRICS_EVERY:
-            seat.told_at = now
-            task.tell(
-                "session.metrics", cached_frames=len(seat.slot.frames), **task.stats.summary()
+            task.emit("session.evicted", kind=eviction.kind, count=count, positions=at)
+        running.slot.evictions.clear()
+        if now - running.last_report >= METRICS_EVERY:
+            running.last_report = now
+            task.emit(
+                "session.metrics", cached_frames=len(running.slot.frames), **task.stats.summary()
             )
 
-    def _leaving(self) -> list[Seat]:
-        return [seat for seat in self._seats if seat.closing or seat.task.over]
+    def _finished(self) -> list[RunningSession]:
+        return [running for running in self._running if running.closing or running.task.over]
 
-    def _close_seats(self) -> None:
+    def _close_finished(self) -> None:
         with self.changed:
-            for seat in self._leaving():
-                self._seats.remove(seat)
-                cached = len(seat.slot.frames) if seat.slot else 0
-                if seat.slot is not None:
-                    self.engine.close(seat.slot)
-                task = seat.task
-                task.tell("session.metrics", cached_frames=cached, **task.stats.summary())
-                task.tell("session.closed", reason=seat.closing or "the input has ended")
+            for running in self._finished():
+                self._running.remove(running)
+                cached = len(running.slot.frames) if running.slot else 0
+                if running.slot is not None:
+                    self.engine.close(running.slot)
+                task = running.task
+                task.emit("session.metrics", cached_frames=cached, **task.stats.summary())
+                task.emit("session.closed", reason=running.closing or "the input has ended")
                 task.log.close()
             self.changed.notify_all()
 
@@ -251,7 +255,7 @@ def _sampling(task: Session | Answer) -> Sampling:
     return task.config.sampling if isinstance(task, Session) else task.sampling
 
 
-def _settle(function: Callable[[], Any], future: Future[Any]) -> None:
+def _resolve(function: Callable[[], Any], future: Future[Any]) -> None:
     try:
         future.set_result(function())
     except Exception as error:

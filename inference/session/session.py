@@ -6,9 +6,9 @@
     speaking   a word a step, paced; a frame may land between any two of them
     prompt     at the next token boundary: <|eot_id|>, the user's turn, a new header -> a decision
     both       prompt first, then the frame, in one step
-    cancel     the speech ends as the model ends one: with <|silence|>
+    cancel     the response ends as the model ends one: with <|silence|>
 
-`plan` says what the next step of the engine takes in, `took` hears what the model said to it.
+`next_step` says what the next step of the engine takes in, `on_token` takes the sampled token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from inference.engine.engine import Sampling
-from inference.session.response import Speaker, Speech, Vocabulary
+from inference.session.response import Response, ResponseWriter, Vocabulary
 from inference.session.stats import Stats
 
 
@@ -77,7 +77,7 @@ class Prompt:
 
 
 @dataclass
-class Plan:
+class StepRequest:
     """Input of one step: tokens, the picture of each `<|image|>` among them."""
 
     tokens: list[int]
@@ -88,33 +88,41 @@ class Plan:
 
 
 _ANY_TIME = ("pace", "max_new_tokens", "sampling")  # what can be changed in the middle of a stream
-_FLAGS = ("media", "_started", "_turn_over", "_said", "_cancelled", "_no_more")
+_STATE_VERSION = 2  # of `Session.state`
+_FLAGS = {  # name in a saved state -> attribute
+    "media": "media",
+    "started": "_started",
+    "turn_over": "_turn_over",
+    "tokens_since_frame": "_tokens_since_frame",
+    "cancelled": "_cancelled",
+    "no_more": "_no_more",
+}
 
 
-class Session(Speaker):
+class Session(ResponseWriter):
     """Not thread-safe: the runner calls every method under its lock."""
 
     def __init__(
         self,
         name: str,
         config: SessionConfig,
-        words: Vocabulary,
+        vocabulary: Vocabulary,
         stats: Stats,
         log_limit: int = 65536,
     ) -> None:
-        super().__init__(name, words, stats, log_limit)
+        super().__init__(name, vocabulary, stats, log_limit)
         self.config = config
         self.frames: deque[Frame] = deque()
         self.prompts: deque[Prompt] = deque()
-        self.wake: float | None = None  # when `plan` has something without new input
+        self.wake: float | None = None  # when `next_step` has something without new input
         self._numbers = itertools.count(1)
         # Tokens that the next step takes in before all else. The start is written with the first
         # input: a prompt that comes before any frame is the first user turn.
-        self._ahead: list[int] = []
+        self._queued_tokens: list[int] = []
         self._started = False
         self._turn_over = False  # the model has closed its turn itself
-        self._asked: float | None = None  # when the prompt arrived whose answer is due
-        self._said = 0  # tokens since the last frame
+        self._prompt_time: float | None = None  # when the prompt arrived whose answer is due
+        self._tokens_since_frame = 0  # tokens since the last frame
         self._paced_from = 0.0  # when the last token's step began
         self._cancelled = False
         self._no_more = False
@@ -156,11 +164,11 @@ class Session(Speaker):
 
     def drop(self, reason: str, at: float, count: int = 1) -> None:
         self.stats.count(f"drop:{reason}", count)
-        self.tell("input_frame.dropped", reason=reason, frame_at=at, count=count)
+        self.emit("input_frame.dropped", reason=reason, frame_at=at, count=count)
 
     def cancel(self) -> bool:
         """Ends what is being said at the next token boundary; False: nothing is being said."""
-        self._cancelled = self.speech is not None
+        self._cancelled = self.response is not None
         return self._cancelled
 
     def end(self) -> None:
@@ -169,18 +177,19 @@ class Session(Speaker):
 
     @property
     def over(self) -> bool:
-        return self._no_more and not (self.frames or self.prompts or self.speech)
+        return self._no_more and not (self.frames or self.prompts or self.response)
 
     # Saving
 
     def state(self) -> dict[str, Any]:
         """All that `resume` needs, between two steps: plain values and tensors."""
         return {
+            "version": _STATE_VERSION,
             "name": self.name,
             "config": asdict(self.config),
-            "flags": {name: getattr(self, name) for name in _FLAGS},
-            "ahead": list(self._ahead),
-            "speech": self.speech and (self.speech.name, list(self.speech.tokens)),
+            "flags": {name: getattr(self, attribute) for name, attribute in _FLAGS.items()},
+            "queued_tokens": list(self._queued_tokens),
+            "response": self.response and (self.response.name, list(self.response.tokens)),
             "responses": self.stats.counts["responses"],
             "frames": [(frame.image, frame.at, frame.prompt) for frame in self.frames],
             "prompts": [prompt.text for prompt in self.prompts],
@@ -188,19 +197,27 @@ class Session(Speaker):
 
     @classmethod
     def resume(
-        cls, state: Mapping[str, Any], words: Vocabulary, stats: Stats, now: float
+        cls, state: Mapping[str, Any], vocabulary: Vocabulary, stats: Stats, now: float
     ) -> Session:
-        """The session that `state()` describes; its log and its measurements begin anew."""
+        """The session that `state()` describes; its log and its measurements begin anew.
+
+        Raises ValueError for a state of another version of the program.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"a saved session of version {state.get('version', 1)}: this program reads version "
+                f"{_STATE_VERSION}; save it again with this program"
+            )
         given = {**state["config"], "sampling": Sampling(**state["config"]["sampling"])}
-        session = cls(state["name"], SessionConfig(**given), words, stats)
-        for name, value in state["flags"].items():
-            setattr(session, name, value)
-        session._ahead = list(state["ahead"])
+        session = cls(state["name"], SessionConfig(**given), vocabulary, stats)
+        for name, attribute in _FLAGS.items():
+            setattr(session, attribute, state["flags"][name])
+        session._queued_tokens = list(state["queued_tokens"])
         session._numbers = itertools.count(state["responses"] + 1)
-        if state["speech"]:
-            session.speech = Speech(words.tokenizer, state["speech"][0])
-            for token in state["speech"][1]:
-                session.speech.say(token)
+        if state["response"]:
+            session.response = Response(vocabulary.tokenizer, state["response"][0])
+            for token in state["response"][1]:
+                session.response.append(token)
         for image, at, prompt in state["frames"]:
             session.frames.append(Frame(image, at, now, prompt))
         session.prompts.extend(Prompt(text, now) for text in state["prompts"])
@@ -208,103 +225,102 @@ class Session(Speaker):
 
     # The walk
 
-    def plan(self, now: float) -> Plan | None:
+    def next_step(self, now: float) -> StepRequest | None:
         """The next step at time `now`; None: nothing to do before `wake` or new input."""
         self.wake = None
-        if self._cancelled and self.speech:
+        if self._cancelled and self.response:
             self._stop("cancelled", "client_cancelled")
-            self._ahead.append(self._words.special.silence)
+            self._queued_tokens.append(self._vocabulary.special.silence)
         self._cancelled = False
-        plan = Plan([], began=now)
-        self._take_prompts(plan)
-        if self.frames and self._frame_due(bool(plan.tokens)):
-            self._take_frame(plan)
-        if not plan.tokens and not (self.speech and self._word_due(now)):
+        request = StepRequest([], began=now)
+        self._take_prompts(request)
+        if self.frames and self._frame_due(bool(request.tokens)):
+            self._take_frame(request)
+        if not request.tokens and not (self.response and self._word_due(now)):
             return None
-        plan.tokens = self._ahead + plan.tokens
-        self._ahead = []
-        return plan
+        request.tokens = self._queued_tokens + request.tokens
+        self._queued_tokens = []
+        return request
 
-    def took(self, plan: Plan, token: int | None, now: float) -> None:
+    def on_token(self, request: StepRequest, token: int | None, now: float) -> None:
         """Hears the token that the model said to a step."""
         if token is None:
             return
-        special, self._turn_over = self._words.special, False
-        ttft = None if self._asked is None else now - self._asked
+        special, self._turn_over = self._vocabulary.special, False
+        ttft = None if self._prompt_time is None else now - self._prompt_time
         if ttft is not None:
             self.stats.add("ttft", ttft)
-        self._asked = None
+        self._prompt_time = None
         silent = token == special.silence
-        if plan.frame:
-            self._decided(plan, silent, now)
+        if request.frame:
+            self._decided(request, silent, now)
         if silent:
-            if ttft is not None and self.speech is None:
-                self.tell("session.state", state="silent")  # that is the answer
+            if ttft is not None and self.response is None:
+                self.emit("session.state", state="silent")  # that is the answer
             self._stop("completed", "silence")
         elif token in (special.eot_id, special.end_of_text):
             self._stop("completed", "turn_ended")
             self._turn_over = token == special.eot_id
-            self._ahead = [] if self._turn_over else [special.silence]
+            self._queued_tokens = [] if self._turn_over else [special.silence]
         else:
-            self._paced_from = plan.began
+            self._paced_from = request.began
             self._speak(token, now, ttft)
 
-    def _take_prompts(self, plan: Plan) -> None:
+    def _take_prompts(self, request: StepRequest) -> None:
         while self.prompts:
             prompt = self.prompts.popleft()
-            self._write_turn(plan, prompt.text, prompt.arrived)
+            self._write_turn(request, prompt.text, prompt.arrived)
 
-    def _write_turn(self, plan: Plan, text: str, arrived: float) -> None:
+    def _write_turn(self, request: StepRequest, text: str, arrived: float) -> None:
         """The user's turn and a new header after what is in the context."""
-        words, interrupted = self._words, self.speech is not None
+        vocabulary, interrupted = self._vocabulary, self.response is not None
         if not self._started and not self.config.prompt:
-            plan.tokens += self._start(text)
+            request.tokens += self._start(text)
         else:
             if not self._started:
-                plan.tokens += self._start(self.config.prompt)
+                request.tokens += self._start(self.config.prompt)
             self._stop("cancelled", "interrupted")
             if not self._turn_over:
-                plan.tokens.append(words.special.eot_id)
-            plan.tokens += words.prompts.turn("user", text) + words.prompts.header("assistant")
+                request.tokens.append(vocabulary.special.eot_id)
+            request.tokens += vocabulary.user_turn(text)
         self._turn_over = False
-        self.stats.add("interruption", plan.began - arrived)
-        if self._asked is None:
-            self._asked = arrived
-        waited = round(1000 * (plan.began - arrived), 3)
-        self.tell("conversation.item.created", text=text, interrupted=interrupted, wait_ms=waited)
+        self.stats.add("interruption", request.began - arrived)
+        if self._prompt_time is None:
+            self._prompt_time = arrived
+        waited = round(1000 * (request.began - arrived), 3)
+        self.emit("conversation.item.created", text=text, interrupted=interrupted, wait_ms=waited)
 
-    def _take_frame(self, plan: Plan) -> None:
+    def _take_frame(self, request: StepRequest) -> None:
         frame = self.frames.popleft()
         if frame.prompt:
-            self._write_turn(plan, frame.prompt, frame.arrived)
+            self._write_turn(request, frame.prompt, frame.arrived)
         elif not self._started:
-            plan.tokens += self._start(self.config.prompt)
+            request.tokens += self._start(self.config.prompt)
         elif self._turn_over:
             # No frame stands outside of the assistant's turn.
-            plan.tokens += self._words.prompts.turn("user", "")
-            plan.tokens += self._words.prompts.header("assistant")
-        self._said = 0
+            request.tokens += self._vocabulary.user_turn("")
+        self._tokens_since_frame = 0
         if frame.image is None:
             return
-        plan.tokens.append(self._words.special.image)
-        plan.images.append(frame.image)
-        plan.frame, self.media = frame, frame.at
+        request.tokens.append(self._vocabulary.special.image)
+        request.images.append(frame.image)
+        request.frame, self.media = frame, frame.at
         self.stats.count("frames")
-        self.stats.add("frame_lag", plan.began - frame.arrived)
+        self.stats.add("frame_lag", request.began - frame.arrived)
 
     def _start(self, prompt: str) -> list[int]:
         self._started = True
-        config, words = self.config, self._words
-        tokens = [words.special.begin_of_text]
+        config, vocabulary = self.config, self._vocabulary
+        tokens = [vocabulary.special.begin_of_text]
         if config.system_prompt:
-            tokens += words.prompts.turn("system", config.system_prompt)
-        return tokens + words.prompts.turn("user", prompt) + words.prompts.header("assistant")
+            tokens += vocabulary.prompts.turn("system", config.system_prompt)
+        return tokens + vocabulary.user_turn(prompt)
 
     def _frame_due(self, interrupted: bool) -> bool:
         config = self.config
-        if config.clock == "wall" or interrupted or self.speech is None:
+        if config.clock == "wall" or interrupted or self.response is None:
             return True
-        return config.pace is not None and self._said >= config.pace
+        return config.pace is not None and self._tokens_since_frame >= config.pace
 
     def _word_due(self, now: float) -> bool:
         """Whether the next word may be said; else `wake` is set to when, or to None: a frame's."""
@@ -312,7 +328,7 @@ class Session(Speaker):
         if config.pace is None:
             return True
         if config.clock == "media":
-            return self._said < config.pace or self._no_more
+            return self._tokens_since_frame < config.pace or self._no_more
         due = self._paced_from + config.frame_interval / config.pace
         if now < due:
             self.wake = due
@@ -320,37 +336,37 @@ class Session(Speaker):
 
     # What the model says
 
-    def _decided(self, plan: Plan, silent: bool, now: float) -> None:
-        frame = plan.frame
+    def _decided(self, request: StepRequest, silent: bool, now: float) -> None:
+        frame = request.frame
         assert frame is not None
         self.stats.count("silence" if silent else "speech")
-        self.stats.add("frame_decision", now - plan.began)
-        self.tell(
+        self.stats.add("frame_decision", now - request.began)
+        self.emit(
             "input_frame.processed",
             frame_at=frame.at,
             decision="silence" if silent else "speech",
-            lag_ms=round(1000 * (plan.began - frame.arrived), 3),
-            decision_ms=round(1000 * (now - plan.began), 3),
+            lag_ms=round(1000 * (request.began - frame.arrived), 3),
+            decision_ms=round(1000 * (now - request.began), 3),
             waiting=len(self.frames),
         )
 
     def _speak(self, token: int, now: float, ttft: float | None) -> None:
-        if self.speech is None:
-            self.tell("session.state", state="speaking")
+        if self.response is None:
+            self.emit("session.state", state="speaking")
             name = f"{self.name}-{next(self._numbers)}"
         else:
-            name = self.speech.name
-        self._said += 1
-        speech = self._say(token, now, name, ttft)
-        if len(speech.tokens) >= self.config.max_new_tokens:
+            name = self.response.name
+        self._tokens_since_frame += 1
+        response = self._append_token(token, now, name, ttft)
+        if len(response.tokens) >= self.config.max_new_tokens:
             self._stop("incomplete", "max_new_tokens")
-            self._ahead.append(self._words.special.silence)
+            self._queued_tokens.append(self._vocabulary.special.silence)
 
     def _stop(self, status: str, reason: str) -> None:
-        if self.speech is not None:
+        if self.response is not None:
             self._finish(status, reason)
-            self.tell("session.state", state="silent")
+            self.emit("session.state", state="silent")
 
     def _check(self, *texts: str) -> None:
         for text in texts:
-            self._words.prompts.turn("user", text)
+            self._vocabulary.prompts.turn("user", text)

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-# Seconds each: of a prompt until the first token after it, between two tokens of a speech, of a
+# Seconds each: of a prompt until the first token after it, between two tokens of a response, of a
 # frame from being taken in to its decision, of a frame from its arrival to being taken in, of a
 # prompt until it stands in the context.
 DURATIONS = ("ttft", "inter_token", "frame_decision", "frame_lag", "interruption")

@@ -58,7 +58,7 @@ class View:
 
     def _quiet(self, second: float) -> None:
         if self._speaking:
-            return  # the silence that ends a speech is its end
+            return  # the silence that ends a response is its end
         self._silent = (self._silent[0] if self._silent else second, second)
         if self._live:
             self._out.write(f"\r\x1b[K{self._silence()}")
@@ -71,7 +71,7 @@ class View:
         return self._aside(f"{span}  ·  lag {self._lag:.0f} ms")
 
     def _line(self, text: str, end: str = "\n") -> None:
-        """A new line, after what there is of a silence or a speech."""
+        """A new line, after what there is of a silence or a response."""
         if self._speaking:
             self._out.write("\n       ")
         if self._silent:

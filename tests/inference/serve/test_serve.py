@@ -133,7 +133,7 @@ def test_more_events_than_are_kept_are_reported_as_lost(server: Running) -> None
     live = server.hub.find(created["session"]["id"])
     assert live is not None
     for number in range(300):
-        live.handle.tell("session.state", state="silent", number=number)
+        live.handle.emit("session.state", state="silent", number=number)
     with server.open(f"?session={created['session']['id']}&last_seq=2") as again:
         lost = again.next()
         following = again.next()

@@ -101,7 +101,7 @@ def test_a_client_that_does_not_read_loses_its_socket(server: Running) -> None:
         live = list(server.hub.sessions.values())[-1]
         live.untouched = False
         for _ in range(300):  # far more than the buffers between them hold
-            live.handle.tell("session.state", state="silent", filler="x" * 100_000)
+            live.handle.emit("session.state", state="silent", filler="x" * 100_000)
         until(lambda: live.socket is None)
         assert len(live.handle.log.after(0, 10**6)) <= 501
         until(lambda: live.id not in server.hub.sessions)
@@ -116,7 +116,7 @@ def test_a_client_that_vanishes_is_waited_for_and_then_forgotten(server: Running
     client.frame(jpeg())
     client.until("response.output_text.delta")
     client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    os.close(client.socket.socket.detach())  # a reset, in the middle of a speech
+    os.close(client.socket.socket.detach())  # a reset, in the middle of a response
     assert server.hub.runner.sessions == 1
     server.wait(0, seconds=5)
     until(lambda: not server.hub.sessions)

@@ -82,10 +82,10 @@ def test_each_decision_to_be_silent_is_told_once(model: QueueModel) -> None:
             session.put_frame(picture, float(second))
         session.end()
         events = [e.data for e in session.events()]
-        task: Any = session._seat.task
+        task: Any = session._running.task
         silent = [e for e in events if e.get("decision") == "silence"]
         ends = [e for e in events if e.get("reason") == "silence"]
-        # A silence that both decides on a frame and ends a speech is one silence.
+        # A silence that both decides on a frame and ends a response is one silence.
         both = sum(a.get("decision") == b.get("reason") == "silence" for a, b in pairwise(events))
         assert heard.count(SILENCE) == len(silent) + len(ends) - both
         assert task.stats.counts["responses"] > 0

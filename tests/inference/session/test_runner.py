@@ -70,16 +70,16 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
 
 def quiet(session: SessionHandle, frames: int) -> bool:
     """All frames have their decision, and the model has stopped, or said what fits in a second."""
-    task: Any = session._seat.task
+    task: Any = session._running.task
     decided = task.stats.counts["silence"] + task.stats.counts["speech"]
-    return decided == frames and (not task.speech or task._said >= task.config.pace)
+    return decided == frames and (not task.response or task._tokens_since_frame >= task.config.pace)
 
 
 def answering(session: SessionHandle) -> bool:
     """A prompt is in the context, and its answer has filled its second."""
-    task: Any = session._seat.task
+    task: Any = session._running.task
     asked = any(e.type == "conversation.item.created" for e in session.log.after(0, 10**6))
-    return asked and bool(task.speech) and task._said >= task.config.pace
+    return asked and bool(task.response) and task._tokens_since_frame >= task.config.pace
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,10 @@ def test_all_that_was_said_is_what_one_offline_pass_would_say(
     pixels = processor.image_processor([PICTURES], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([tokens]), pixel_values=pixels).logits[0]
-    special = runner.words.special
+    special = runner.vocabulary.special
     logits[:, special.silence] += BIAS
     likely = [0, *logits.argmax(-1).tolist()]
-    header = runner.words.prompts.header("assistant")
+    header = runner.vocabulary.prompts.header("assistant")
     forced = forced_tokens(runner, tokens, header)
     said = [i for i in range(len(tokens)) if i not in forced]
     assert len(said) > 20
@@ -116,7 +116,7 @@ def test_all_that_was_said_is_what_one_offline_pass_would_say(
 
 def forced_tokens(runner: Runner, tokens: list[int], header: list[int]) -> set[int]:
     """Indices of what the runner wrote: turns of others, headers, frames, the ends of turns."""
-    special, forced, inside = runner.words.special, set(), False
+    special, forced, inside = runner.vocabulary.special, set(), False
     for i, token in enumerate(tokens):
         if token == special.start_header_id:
             inside = False
@@ -151,7 +151,7 @@ def test_sessions_together_say_what_each_says_alone(runner: Runner) -> None:
 
 
 def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) -> None:
-    """In the middle of a speech, through a file, in another engine."""
+    """In the middle of a response, through a file, in another engine."""
     talk = Sampling(silence_bias=-100.0, temperature=0.7, seed=2)
     fields = options(pace=6, sampling=talk, max_new_tokens=1000)
     with runner.session(**fields) as session:
@@ -232,7 +232,7 @@ def test_it_ends_cleanly_in_every_order(engine: Engine, order: str) -> None:
     session.push_frame(PICTURES[0])
     session.prompt("Who is it?")
     if order == "in_the_middle":
-        wait_for(lambda: session._seat.task.speech)
+        wait_for(lambda: session._running.task.response)
     if order == "by_its_end":
         session.end()
         assert list(session.events())[-1].type == "session.closed"

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from data_pipeline.prompts import PromptBuilder
 from data_pipeline.schema import Message, SampleError
 from data_pipeline.tokens import SpecialTokens, build_toy_tokenizer, load_tokenizer
-from inference.session.response import Speech, Vocabulary
-from inference.session.session import Frame, Plan, Prompt, QueueFull, Session, SessionConfig
+from inference.session.response import Response, Vocabulary
+from inference.session.session import Frame, Prompt, QueueFull, Session, SessionConfig, StepRequest
 from inference.session.stats import Stats
 from inference.session.view import View
 
@@ -51,21 +51,21 @@ class Model:
     def ask(self, text: str) -> None:
         self.session.ask(Prompt(text, self.now))
 
-    def step(self, token: int) -> Plan:
+    def step(self, token: int) -> StepRequest:
         """The session takes a step, to which the model says `token`."""
-        plan = self.session.plan(self.now)
-        assert plan is not None
-        self.context += [*plan.tokens, token]
-        assert plan.tokens.count(self.special.image) == len(plan.images)
+        request = self.session.next_step(self.now)
+        assert request is not None
+        self.context += [*request.tokens, token]
+        assert request.tokens.count(self.special.image) == len(request.images)
         self.now += 0.25
-        self.session.took(plan, token, self.now)
-        return plan
+        self.session.on_token(request, token, self.now)
+        return request
 
     def say(self, tokens: Iterable[int]) -> None:
         for token in tokens:
             self.step(token)
 
-    def told(self, type: str) -> list[dict[str, Any]]:
+    def emitted(self, type: str) -> list[dict[str, Any]]:
         return [e.data for e in self.session.log.after(0, 10**6) if e.type == type]
 
 
@@ -146,14 +146,14 @@ def test_prompt_first_then_the_frame_in_one_step(tokenizer: Tokenizer, words: li
     model.say(words[:2])
     model.frame(1.0)
     model.ask("Who is it?")
-    plan = model.step(words[2])
+    request = model.step(words[2])
     user, assistant = (
         f"<|start_header_id|>{role}<|end_header_id|>" for role in ("user", "assistant")
     )
-    assert text(tokenizer, plan.tokens) == (
+    assert text(tokenizer, request.tokens) == (
         f"<|eot_id|>{user}Who is it?<|eot_id|>{assistant}<|image|>"
     )
-    (cut,) = model.told("response.done")
+    (cut,) = model.emitted("response.done")
     assert (cut["status"], cut["reason"]) == ("cancelled", "interrupted")
     assert cut["text"] == tokenizer.decode(words[:2])
 
@@ -162,13 +162,13 @@ def test_the_start_waits_for_input_and_a_first_prompt_is_the_first_turn(
     tokenizer: Tokenizer, words: list[int]
 ) -> None:
     model = started(tokenizer)
-    assert model.session.plan(0.0) is None
+    assert model.session.next_step(0.0) is None
     model.ask("Who is it?")
-    plan = model.step(words[0])
-    assert text(tokenizer, plan.tokens).startswith(
+    request = model.step(words[0])
+    assert text(tokenizer, request.tokens).startswith(
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>Who is it?<|eot_id|>"
     )
-    assert plan.tokens.count(model.special.eot_id) == 1
+    assert request.tokens.count(model.special.eot_id) == 1
 
 
 def test_a_cancelled_speech_ends_as_the_model_ends_one(
@@ -178,21 +178,21 @@ def test_a_cancelled_speech_ends_as_the_model_ends_one(
     model.frame()
     model.say(words[:2])
     assert model.session.cancel()
-    assert model.session.plan(model.now) is None
+    assert model.session.next_step(model.now) is None
     model.frame(1.0)
     model.step(model.special.silence)
     silence, image = model.special.silence, model.special.image
     assert model.context[-5:] == [*words[:2], silence, image, silence]
     assert not model.session.cancel()
-    assert model.told("response.done")[0]["reason"] == "client_cancelled"
+    assert model.emitted("response.done")[0]["reason"] == "client_cancelled"
 
 
 def test_a_response_has_a_longest_length(tokenizer: Tokenizer, words: list[int]) -> None:
     model = started(tokenizer, max_new_tokens=3)
     model.frame()
     model.say(words[:3])
-    assert model.session.plan(model.now) is None
-    (done,) = model.told("response.done")
+    assert model.session.next_step(model.now) is None
+    (done,) = model.emitted("response.done")
     assert (done["status"], done["reason"]) == ("incomplete", "max_new_tokens")
     assert done["usage"]["output_tokens"] == 3
 
@@ -209,8 +209,8 @@ def test_a_turn_that_the_model_has_ended_is_not_ended_twice(
         "<|start_header_id|>"
     )
     model.frame(1.0)
-    plan = model.step(model.special.silence)
-    assert text(tokenizer, plan.tokens) == (
+    request = model.step(model.special.silence)
+    assert text(tokenizer, request.tokens) == (
         "<|start_header_id|>user<|end_header_id|><|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|><|image|>"
     )
@@ -222,12 +222,12 @@ def test_words_are_paced_and_input_goes_before_the_delay(
     model = started(tokenizer, pace=4, frame_interval=2.0)  # a token every half second
     model.frame()
     model.step(words[0])  # began at 0.00, ended at 0.25
-    assert model.session.plan(0.49) is None
+    assert model.session.next_step(0.49) is None
     assert model.session.wake == 0.5
     model.frame(1.0)
     model.now = 0.3
     assert model.step(words[1]).images  # the frame did not wait
-    assert model.session.plan(0.79) is None
+    assert model.session.next_step(0.79) is None
     model.now = 0.8
     assert model.step(words[2]).tokens == []
 
@@ -260,7 +260,7 @@ def test_a_full_queue_drops_the_oldest_frame_never_one_with_a_prompt(
     with pytest.raises(QueueFull, match="3 frames wait"):
         model.frame(7, prompt="?")
     assert [f.at for f in model.session.frames] == [0, 4, 5]
-    told = model.told("input_frame.dropped")
+    told = model.emitted("input_frame.dropped")
     assert [(d["frame_at"], d["reason"]) for d in told] == [
         (second, "queue_full") for second in (1, 2, 3, 6)
     ]
@@ -310,11 +310,11 @@ def test_text_comes_in_whole_characters(tokenizer: Tokenizer) -> None:
     model = started(tokenizer)
     model.frame()
     model.say([*said, model.special.silence])
-    assert [d["delta"] for d in model.told("response.output_text.delta")] == ["ä", "ö", "ü"]
+    assert [d["delta"] for d in model.emitted("response.output_text.delta")] == ["ä", "ö", "ü"]
     model.frame(1.0)
     model.say([*said[:3], model.special.silence])
-    assert model.told("response.done")[1]["text"] == "ä\ufffd"
-    pieces = [d["delta"] for d in model.told("response.output_text.delta")][3:]
+    assert model.emitted("response.done")[1]["text"] == "ä\ufffd"
+    pieces = [d["delta"] for d in model.emitted("response.output_text.delta")][3:]
     assert "".join(pieces) == "ä\ufffd"
 
 
@@ -322,9 +322,9 @@ def test_text_comes_in_whole_characters(tokenizer: Tokenizer) -> None:
 @given(st.lists(st.integers(0, 511), max_size=40))
 def test_the_pieces_of_a_speech_are_its_text(tokenizer: Tokenizer, tokens: list[int]) -> None:
     """Whatever the tokens: halves of characters, special ones."""
-    speech = Speech(tokenizer, "s")
-    pieces = [speech.say(token) for token in tokens]
-    assert "".join(pieces) + speech.rest() == tokenizer.decode(tokens, skip_special_tokens=True)
+    response = Response(tokenizer, "s")
+    pieces = [response.append(token) for token in tokens]
+    assert "".join(pieces) + response.flush() == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 class Terminal(io.StringIO):
