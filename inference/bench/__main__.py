@@ -133,13 +133,13 @@ def endless(
 ) -> Result:
     """Whether memory stays flat."""
     engine, _ = make_engine(model, arguments, arguments.window or 256)
-    found = measure.endless(engine, arguments.endless, clock)
+    result = measure.endless(engine, arguments.endless, clock)
     rows = [
-        Row(f"memory after {found.frames // 10} frames", "MB", found.megabytes[0], None),
-        Row(f"memory after {found.frames} frames", "MB", found.megabytes[-1], None),
-        Row("rate", "frames/s", found.rate, None, True),
+        Row(f"memory after {result.frames // 10} frames", "MB", result.megabytes[0], None),
+        Row(f"memory after {result.frames} frames", "MB", result.megabytes[-1], None),
+        Row("rate", "frames/s", result.rate, None, True),
     ]
-    return rows, {"endless": vars(found)}
+    return rows, {"endless": vars(result)}
 
 
 def compare(

@@ -72,19 +72,19 @@ class PublishedModel(MossVideoForConditionalGeneration):
         else:
             cache.whole_mask = torch.cat((cache.whole_mask, cache.whole_mask[:, -1:]), dim=1)
         tokens = self.config.tokens_per_frame
-        # The whole text's mask at each step, of which the last rows are taken.
+        # The whole text's mask at each step, of which the last tokens' are taken.
         hidden = 1.0 - cache.whole_mask.repeat_interleave(tokens, dim=3).flatten(2)[:, None]
         lowest = torch.finfo(x.dtype).min
         hidden = hidden.to(x.dtype)
         hidden = hidden.masked_fill(hidden.to(torch.bool), lowest)
         sees = (hidden != lowest).any(dim=-1).to(x.dtype)[..., None]
         hidden = hidden * sees
-        rows = slice(-x.shape[1], None)
+        last = slice(-x.shape[1], None)
         keys_values = self._keys_values(states, positions, cache)
-        return RepeatedFrames(keys_values, hidden[:, :, rows], sees[:, 0, rows])
+        return RepeatedFrames(keys_values, hidden[:, :, last], sees[:, 0, last])
 
-    def _project(self, layer: int, states: Tensor, marks: Rotation) -> tuple[Tensor, Tensor]:
-        k, v = super()._project(layer, states, marks)
+    def _project(self, layer: int, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        k, v = super()._project(layer, states, rotation)
         groups = self.config.text_config.num_attention_heads // k.shape[1]
         return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 

@@ -68,8 +68,8 @@ def print_table(mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
 def write_report(folder: Path, mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
     """bench-MODE.json and bench-MODE.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {**facts, "rows": [asdict(row) | {"gain": row.gain} for row in rows]}
-    (folder / f"bench-{mode}.json").write_text(json.dumps(found, indent=1) + "\n")
+    report = {**facts, "rows": [asdict(row) | {"gain": row.gain} for row in rows]}
+    (folder / f"bench-{mode}.json").write_text(json.dumps(report, indent=1) + "\n")
     _draw(folder / f"bench-{mode}.png", mode, rows, facts)
     print(f"wrote {folder / f'bench-{mode}.json'} and .png")
 

@@ -4,9 +4,9 @@ Self-attention: for each slot a row of `max_tokens`, in order of arrival. Cross-
 of `window` frames and one place more (see slots.FrameRing); where a frame lies does not matter,
 for its position is in its keys. Keys and values are kept once per KV head.
 
-`Packed` is a pass over any number of tokens of some slots, one after the other: each slot attends
-exactly what it has. `Fixed` is a pass over the same number of tokens of every slot, in shapes that
-never change: what a CUDA graph needs.
+`PackedBatch` is a pass over any number of tokens of some slots, one after the other: each slot
+attends exactly what it has. `StaticBatch` is a pass over the same number of tokens of every slot,
+in shapes that never change: what a CUDA graph needs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from inference.engine.slots import NEVER, Slot
 from inference.hf.decoder_moss_video import Decoder, attend, attend_few
 
-# Rows behind `max_tokens` where a slot that rests in a fixed pass leaves what it makes: 2, and what
-# keeps a mask's rows aligned for CUDA.
+# Places behind `max_tokens`: an idle slot of a static batch writes its keys and values there (2
+# tokens at most; 8 keep the mask's rows aligned for CUDA).
 SPARE = 8
 
 
-class Cache:
+class KVCache:
     """Buffers, and what writes frames into them.
 
     Args:
@@ -62,7 +62,7 @@ class Cache:
         self.frames = buffer(len(decoder.cross), (window + 1) * patches)
         self.tokens_of = {layer: self.text[n] for n, layer in enumerate(self.own)}
         self.frames_of = {layer: self.frames[n] for n, layer in enumerate(decoder.cross)}
-        # Positions between which a frame is seen, for fixed passes.
+        # Positions between which a frame is seen, for static batches.
         self.first = torch.full((slots, window + 1), NEVER, device=device)
         self.last = torch.full((slots, window + 1), NEVER, device=device)
         self._projection = _fuse(decoder)
@@ -84,26 +84,26 @@ class Cache:
         states = torch.stack(tuple(features)).to(self.device, self.dtype)  # [n, P, H]
         where = torch.tensor(positions, device=self.device)
         each = where.repeat_interleave(states.shape[1])[None]  # [1, n x P]
-        marks = self.decoder.rotation(each, self.dtype)
+        rotation = self.decoder.rotation(each, self.dtype)
         projected = F.linear(states.flatten(0, 1), self._projection)[None]
         places, gone = zip(*(slot.ring.put(p) for p in positions), strict=True)
         span = slice(places[0] * self.patches, (places[-1] + 1) * self.patches)
         parts = projected.chunk(2 * len(self.decoder.cross), dim=-1)
         for n, layer in enumerate(self.decoder.cross):
-            keys = self.decoder.cross_attention(layer).turn(parts[2 * n], marks)
+            keys = self.decoder.cross_attention(layer).rotate_keys(parts[2 * n], rotation)
             values = parts[2 * n + 1].unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
             self.frames_of[layer][0, slot.index, :, span] = keys[0]
             self.frames_of[layer][1, slot.index, :, span] = values[0]
         self._show(slot)
         return [position for position in gone if position is not None]
 
-    def settle(self, slot: Slot) -> None:
+    def commit_eviction(self, slot: Slot) -> None:
         """After the pass that brought it, a frame takes the place of the one that it replaces."""
-        victim = slot.ring.settle()
+        victim = slot.ring.commit_eviction()
         if victim is None:
             return
-        size, row = self.patches, self.frames[:, :, slot.index]
-        row[..., victim * size : (victim + 1) * size, :] = row[..., self.window * size :, :]
+        size, slot_kv = self.patches, self.frames[:, :, slot.index]
+        slot_kv[..., victim * size : (victim + 1) * size, :] = slot_kv[..., self.window * size :, :]
         self._show(slot)
 
     def _show(self, slot: Slot) -> None:
@@ -112,10 +112,12 @@ class Cache:
 
     def compact(self, slot: Slot, indices: list[int]) -> None:
         """Keeps a slot's tokens at these indices, moved together."""
-        row = self.text[:, :, slot.index]  # [layers, 2, KV heads, max_tokens, D]
+        slot_kv = self.text[:, :, slot.index]  # [layers, 2, KV heads, max_tokens, D]
         where = torch.tensor(indices, device=self.device)
-        for n in range(len(row)):  # a layer at a time: a copy of all would be as large as the slot
-            row[n, ..., : len(indices), :] = row[n].index_select(-2, where)
+        for n in range(
+            len(slot_kv)
+        ):  # a layer at a time: a copy of all would be as large as the slot
+            slot_kv[n, ..., : len(indices), :] = slot_kv[n].index_select(-2, where)
 
     def save(self, slot: Slot) -> dict[str, Tensor]:
         """What a slot has, on the CPU."""
@@ -143,27 +145,27 @@ def _fuse(decoder: Decoder) -> Tensor:
         for linear in (attention.k_proj, attention.v_proj)
     ]
     fused = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, rows in zip(linears, fused.chunk(len(linears)), strict=True):
-        linear.weight = nn.Parameter(rows, requires_grad=False)
+    for linear, weight in zip(linears, fused.chunk(len(linears)), strict=True):
+        linear.weight = nn.Parameter(weight, requires_grad=False)
     return fused
 
 
 @dataclass
 class Segment:
-    """`count` new tokens of a slot in a packed pass."""
+    """`count` new tokens of a slot in a packed batch."""
 
     slot: Slot
     count: int
     blind_attend: bool = False  # tokens that see no frame attend all that the slot has
 
 
-class Packed:
-    """`Memory` and `Frames` of a pass over segments side by side: hidden states `[1, N, H]`.
+class PackedBatch:
+    """The caches that the decoder attends in a pass over segments side by side `[1, N, H]`.
 
     Made before the tokens are counted in (`Slot.append`), after their frames are.
     """
 
-    def __init__(self, cache: Cache, segments: list[Segment]):
+    def __init__(self, cache: KVCache, segments: list[Segment]):
         self.cache, self.segments = cache, segments
         self.counts = [segment.count for segment in segments]
         self.masks = [self._token_mask(segment) for segment in segments]
@@ -174,7 +176,7 @@ class Packed:
         self.sees = None if bool(sees.all()) else sees[None, :, None].to(cache.device, cache.dtype)
 
     def attend(self, layer: int, q: Tensor, *new: Tensor) -> Tensor:
-        """`Memory.attend` with the new keys and values, `Frames.attend` without."""
+        """`TokenCache.attend` with the new keys and values, `FrameCache.attend` without."""
         attend_one = self._attend_tokens if new else self._attend_frames
         parts = zip(*(x.split(self.counts, dim=2) for x in (q, *new)), strict=True)
         out = [attend_one(n, layer, *part) for n, part in enumerate(parts)]
@@ -182,9 +184,9 @@ class Packed:
 
     def _attend_tokens(self, n: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slot, count = self.segments[n].slot, self.counts[n]
-        rows, end = self.cache.tokens_of[layer][:, slot.index], slot.length + count
-        rows[0, :, slot.length : end], rows[1, :, slot.length : end] = k[0], v[0]
-        keys, values = rows[:, None, :, :end]  # [1, KV heads, end, D] each
+        slot_kv, end = self.cache.tokens_of[layer][:, slot.index], slot.length + count
+        slot_kv[0, :, slot.length : end], slot_kv[1, :, slot.length : end] = k[0], v[0]
+        keys, values = slot_kv[:, None, :, :end]  # [1, KV heads, end, D] each
         causal = count > 1 and self.masks[n] is None
         return attend(q, keys, values, self.masks[n], causal)
 
@@ -193,8 +195,8 @@ class Packed:
         used = segment.slot.ring.used * self.cache.patches
         if used == 0:
             return torch.zeros_like(q)
-        rows = self.cache.frames_of[layer][:, segment.slot.index]
-        keys, values = rows[:, None, :, :used]
+        slot_kv = self.cache.frames_of[layer][:, segment.slot.index]
+        keys, values = slot_kv[:, None, :, :used]
         mask = self.frame_masks[n]
         out = attend(q, keys, values, mask)
         if mask is None or segment.blind_attend or self.sees is None:
@@ -226,20 +228,23 @@ class Packed:
         return mask[None, None], any_seen
 
 
-class Fixed:
-    """`Memory` and `Frames` of a pass over `count` tokens of every slot: `[slots, count, H]`.
+class StaticBatch:
+    """The caches that the decoder attends in a pass over `count` tokens of every slot
+    `[slots, count, H]`.
 
     Args:
         length, position: cached tokens of each slot, and the position of its next one `[slots]`.
     """
 
-    def __init__(self, cache: Cache, count: int, length: Tensor, position: Tensor):
+    def __init__(self, cache: KVCache, count: int, length: Tensor, position: Tensor):
         self.cache = cache
         new = torch.arange(count, device=cache.device)
-        self.where = length[:, None] + new  # [slots, count]
-        self.rows = torch.arange(cache.slots, device=cache.device)[:, None]
+        self.places = length[:, None] + new  # [slots, count]
+        self.slot_index = torch.arange(cache.slots, device=cache.device)[:, None]
         key = torch.arange(cache.max_tokens + SPARE, device=cache.device)
-        self.mask = (key <= self.where[..., None])[:, None]  # [slots, 1, count, max_tokens + SPARE]
+        self.mask = (key <= self.places[..., None])[
+            :, None
+        ]  # [slots, 1, count, max_tokens + SPARE]
         self.positions = position[:, None] + new
         at = self.positions[..., None]
         seen = (cache.first[:, None] <= at) & (at < cache.last[:, None])  # [slots, count, window+1]
@@ -248,11 +253,11 @@ class Fixed:
         self.frame_mask = (seen | ~any_seen).repeat_interleave(cache.patches, dim=-1)[:, None]
 
     def attend(self, layer: int, q: Tensor, *new: Tensor) -> Tensor:
-        """As `Packed.attend`."""
+        """As `PackedBatch.attend`."""
         if not new:
             keys, values = self.cache.frames_of[layer]
             return attend_few(q, keys, values, self.frame_mask) * self.sees[:, None]
         keys, values = self.cache.tokens_of[layer]
         for buffer, x in ((keys, new[0]), (values, new[1])):
-            buffer[self.rows, :, self.where] = x.transpose(1, 2)
+            buffer[self.slot_index, :, self.places] = x.transpose(1, 2)
         return attend_few(q, keys, values, self.mask)

@@ -23,12 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from inference.engine import slot_state
-from inference.engine.cache import Cache, Packed, Segment
-from inference.engine.graphs import FixedPasses
+from inference.engine.cache import KVCache, PackedBatch, Segment
+from inference.engine.graphs import GraphRunner
 from inference.engine.load import load_model, load_processor
 from inference.engine.preprocess import Pixels
 from inference.engine.sampling import Sampler, Sampling
-from inference.engine.slots import Eviction, FrameRing, Slot, survivors
+from inference.engine.slots import Eviction, FrameRing, Slot, tokens_to_keep
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 VISION_BATCH = 16  # frames
@@ -61,8 +61,8 @@ class Engine:
         window: frames that a slot remembers; `sinks` of them, its first, for ever.
         max_tokens: cached tokens of a slot. When they are more, the oldest pairs of
             `<|silence|>` and `<|image|>` go, then other old text; positions of the rest stay.
-        graphs: fixed passes (one token, or a frame) run as CUDA graphs, on CUDA.
-        compile: fixed passes are compiled with torch.compile.
+        graphs: static batches (one token, or a frame) run as CUDA graphs, on CUDA.
+        compile: static batches are compiled with torch.compile.
         tensor_parallel: ranks that share the model, which is a slice then.
         blind_rows: "zero", or "attend_all": tokens before the first frame attend all frames that
             come in the same step (what checkpoints of the published code do offline).
@@ -95,7 +95,7 @@ class Engine:
         self.image_token: int = self.config.image_token_index
         self.silence_token = self._token("<|silence|>", self.config.silence_token_id)
         self.end_of_turn = self._token("<|eot_id|>", None)
-        self.cache = Cache(
+        self.cache = KVCache(
             model.model.language_model,
             slots=max_sessions,
             max_tokens=max_tokens,
@@ -106,9 +106,9 @@ class Engine:
             dtype=self.dtype,
         )
         self.sampler = Sampler(max_sessions, text.vocab_size, self.silence_token, self.device)
-        self.fixed: FixedPasses | None = None
+        self.graph_runner: GraphRunner | None = None
         if compile or (graphs and self.device.type == "cuda"):
-            self.fixed = FixedPasses(self, graphs and self.device.type == "cuda", compile)
+            self.graph_runner = GraphRunner(self, graphs and self.device.type == "cuda", compile)
         self.slots: dict[int, Slot] = {}
         self.pixels = Pixels(self.config, processor, self.device)
 
@@ -243,9 +243,9 @@ class Engine:
         self.check(steps)
         if not steps:
             return []
-        if self.fixed is not None and self.fixed.fits(steps):
+        if self.graph_runner is not None and self.graph_runner.fits(steps):
             self._make_room([(s.slot, 1 + len(s.tokens)) for s in steps])
-            tokens = self.fixed.run(steps)
+            tokens = self.graph_runner.run(steps)
         else:
             tokens = self._packed(steps)
         results: list[int | None] = []
@@ -278,12 +278,12 @@ class Engine:
     def _token(self, text: str, fallback: int | None) -> int | None:
         if self.tokenizer is None:
             return fallback
-        found = self.tokenizer.convert_tokens_to_ids(text)
-        return fallback if found is None else found
+        token = self.tokenizer.convert_tokens_to_ids(text)
+        return fallback if token is None else token
 
     def check(self, steps: Sequence[Step]) -> None:
         """Raises ValueError for steps that are not possible."""
-        rows = self.model.model.language_model.embed_tokens.weight.shape[0]
+        vocabulary = self.model.model.language_model.embed_tokens.weight.shape[0]
         taken: set[int] = set()
         for step in steps:
             slot = step.slot
@@ -300,13 +300,13 @@ class Engine:
                     f"a step of {count} tokens does not fit: slot {slot.index} has {slot.length} "
                     f"of max_tokens={self.max_tokens}"
                 )
-            marks = sum(token == self.image_token for token in step.tokens)
-            if marks != len(step.frames):
+            images = sum(token == self.image_token for token in step.tokens)
+            if images != len(step.frames):
                 raise ValueError(
-                    f"slot {slot.index}: {marks} <|image|> tokens, but {len(step.frames)} frames"
+                    f"slot {slot.index}: {images} <|image|> tokens, but {len(step.frames)} frames"
                 )
-            if not all(0 <= token < rows for token in step.tokens):
-                raise ValueError(f"slot {slot.index}: tokens must be from 0 to {rows - 1}")
+            if not all(0 <= token < vocabulary for token in step.tokens):
+                raise ValueError(f"slot {slot.index}: tokens must be from 0 to {vocabulary - 1}")
             shape = (self.cache.patches, self.config.text_config.hidden_size)
             for frame in step.frames:
                 if tuple(frame.shape) != shape:
@@ -324,7 +324,7 @@ class Engine:
                 continue
             # More than needed: what stays is moved, which should not happen at each step.
             drop = min(max(over, self.max_tokens // 16), slot.length - 1)
-            indices = survivors(
+            indices = tokens_to_keep(
                 slot.tokens,
                 drop,
                 silence=self.silence_token,
@@ -341,10 +341,10 @@ class Engine:
         while waiting:
             parts, following = [], []
             for step, tokens, frames in waiting:
-                count, marks = self._fitting(step.slot, tokens)
-                parts.append((step.slot, tokens[:count], frames[:marks]))
+                count, images = self._fitting(step.slot, tokens)
+                parts.append((step.slot, tokens[:count], frames[:images]))
                 if count < len(tokens):
-                    following.append((step, tokens[count:], frames[marks:]))
+                    following.append((step, tokens[count:], frames[images:]))
             last |= self._pass(parts)
             waiting = following
         sampled = [step.slot for step in steps if step.sample]
@@ -363,15 +363,15 @@ class Engine:
 
     def _fitting(self, slot: Slot, tokens: list[int]) -> tuple[int, int]:
         """Tokens and frames of the next pass: no more frames than the ring can take at once."""
-        room, marks = slot.ring.room, 0
+        room, images = slot.ring.room, 0
         # Blind tokens attend frames that come after them: those must be in the same pass.
         longest = len(tokens) if self.attend_all else min(len(tokens), LONGEST_PASS)
         for count, token in enumerate(tokens[:longest]):
             if token == self.image_token:
-                if marks == room:
-                    return count, marks
-                marks += 1
-        return longest, marks
+                if images == room:
+                    return count, images
+                images += 1
+        return longest, images
 
     def _pass(self, parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]]) -> dict[int, Tensor]:
         """One forward pass; the last hidden state of each slot `[H]`."""
@@ -382,7 +382,7 @@ class Engine:
             if frames:
                 self.put_frames(slot, tokens, frames)
             segments.append(Segment(slot, len(tokens), blind))
-        packed = Packed(self.cache, segments)
+        packed = PackedBatch(self.cache, segments)
         ids: list[int] = []
         positions: list[int] = []
         for slot, tokens, _ in parts:
@@ -392,18 +392,18 @@ class Engine:
         x = decoder.embed_tokens(torch.tensor([ids], device=self.device))  # [1, N, H]
         at = torch.tensor([positions], device=self.device)
         x = decoder(x, at, packed, packed if packed.any_frames else None)[0]
-        found, end = {}, 0
+        last_hidden, end = {}, 0
         for slot, tokens, _ in parts:
             end += len(tokens)
-            found[slot.index] = x[end - 1]
+            last_hidden[slot.index] = x[end - 1]
             slot.append(tokens)
-            self.cache.settle(slot)
-        return found
+            self.cache.commit_eviction(slot)
+        return last_hidden
 
     def put_frames(self, slot: Slot, tokens: Sequence[int], frames: Sequence[Tensor]) -> None:
         """Keys and values of `frames`, whose `<|image|>` are in `tokens`, the slot's next ones."""
-        marks = [slot.position + i for i, t in enumerate(tokens) if t == self.image_token]
-        gone = self.cache.put_frames(slot, frames, marks)
+        positions = [slot.position + i for i, t in enumerate(tokens) if t == self.image_token]
+        gone = self.cache.put_frames(slot, frames, positions)
         if gone:
             slot.evictions.append(Eviction("frame", tuple(gone)))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from inference.engine.cache import Fixed
+from inference.engine.cache import StaticBatch
 
 if TYPE_CHECKING:
     from inference.engine.engine import Engine, Step
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WARM_UP = 3  # passes before a capture, so that libraries have made their plans
 
 
-class FixedPasses:
+class GraphRunner:
     """Runs steps that fit; graphs are captured when first needed."""
 
     def __init__(self, engine: Engine, graphs: bool, compile: bool):
@@ -65,7 +65,7 @@ class FixedPasses:
         out = self._run(count, plain).tolist()  # waits for the device
         for step in steps:
             step.slot.append([step.slot.pending, *step.tokens])  # type: ignore[list-item]
-            engine.cache.settle(step.slot)
+            engine.cache.commit_eviction(step.slot)
         return [out[step.slot.index] for step in steps]
 
     def _rest(self, busy: set[int]) -> None:
@@ -100,7 +100,7 @@ class FixedPasses:
         engine = self.engine
         length, position = self.inputs[0], self.inputs[1]
         decoder = engine.model.model.language_model
-        fixed = Fixed(engine.cache, count, length, position)
+        batch = StaticBatch(engine.cache, count, length, position)
         x = decoder.embed_tokens(self.inputs[2 : 2 + count].T)  # [slots, count, H]
-        x = decoder(x, fixed.positions, fixed, fixed)[:, -1]
+        x = decoder(x, batch.positions, batch, batch)[:, -1]
         return engine.sampler(engine.model.lm_head(x), self.all, position + count, plain)

@@ -31,8 +31,8 @@ def as_picture(image: Picture) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape[:-2] == (3,):
         return image
-    found = f"{type(kind).__name__} {getattr(kind, 'dtype', '')} {getattr(kind, 'shape', '')}"
-    raise TypeError(f"a picture is a uint8 [3, H, W], [H, W, 3], a PIL image or bytes: {found}")
+    given = f"{type(kind).__name__} {getattr(kind, 'dtype', '')} {getattr(kind, 'shape', '')}"
+    raise TypeError(f"a picture is a uint8 [3, H, W], [H, W, 3], a PIL image or bytes: {given}")
 
 
 def fit(picture: Tensor, tile: int) -> Tensor:
@@ -61,12 +61,12 @@ def check_video(data: bytes, max_pixels: int) -> None:
     """Refuses a video by its header, before a frame is decoded; SampleError as `check_header`."""
     try:
         with av.open(io.BytesIO(data), "r") as container:
-            found = [
+            sizes = [
                 (s.codec_context.width, s.codec_context.height) for s in container.streams.video
             ]
     except (av.FFmpegError, ValueError, AttributeError) as error:
         raise SampleError("undecodable_video", f"{len(data)} bytes: {error}") from None
-    for width, height in found:
+    for width, height in sizes:
         _check_pixels(width, height, max_pixels)
 
 

@@ -217,9 +217,9 @@ class ShardedEngine(Engine):
         for index, pending, tokens, sample in told:
             slot = self.slots[index]
             slot.pending = pending
-            marks = tokens.count(self.image_token)
-            steps.append(Step(slot, tokens, frames[:marks], sample))
-            frames = frames[marks:]
+            images = tokens.count(self.image_token)
+            steps.append(Step(slot, tokens, frames[:images], sample))
+            frames = frames[images:]
         Engine.step(self, steps)
         for step in steps:
             step.slot.evictions.clear()  # rank 0 reports them

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from inference.engine.cache import Cache
+from inference.engine.cache import KVCache
 from inference.engine.sampling import Sampler
 from inference.engine.slots import Eviction, Slot
 
 
-def state_of(slot: Slot, sampler: Sampler, cache: Cache) -> dict[str, Any]:
+def state_of(slot: Slot, sampler: Sampler, cache: KVCache) -> dict[str, Any]:
     """All of a slot; torch.save can write it."""
     return {
         "version": 1,
@@ -29,7 +29,7 @@ def state_of(slot: Slot, sampler: Sampler, cache: Cache) -> dict[str, Any]:
     }
 
 
-def fill(slot: Slot, state: dict[str, Any], sampler: Sampler, cache: Cache) -> None:
+def fill(slot: Slot, state: dict[str, Any], sampler: Sampler, cache: KVCache) -> None:
     """Makes a slot that was just opened the one of `state`."""
     parts = dict(state["slot"])
     slot.evictions = [Eviction(kind, tuple(at)) for kind, at in parts.pop("evictions")]
@@ -40,7 +40,7 @@ def fill(slot: Slot, state: dict[str, Any], sampler: Sampler, cache: Cache) -> N
     sampler.seen[slot.index] = state["seen"].to(cache.device)
 
 
-def check(state: dict[str, Any], cache: Cache, sinks: int) -> None:
+def check(state: dict[str, Any], cache: KVCache, sinks: int) -> None:
     """Raises ValueError for a state of another model or other sizes than the cache's."""
     text, frames = state["text"], state["frames"]
     layout = cache.text.shape
@@ -52,6 +52,6 @@ def check(state: dict[str, Any], cache: Cache, sinks: int) -> None:
         or text.shape[2] != layout[3]
         or frames.shape[0] != cache.frames.shape[0],
     }
-    found = [name for name, value in wrong.items() if value]
-    if found:
-        raise ValueError(f"the saved session does not fit this engine: other {found[0]}")
+    mismatches = [name for name, value in wrong.items() if value]
+    if mismatches:
+        raise ValueError(f"the saved session does not fit this engine: other {mismatches[0]}")

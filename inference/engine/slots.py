@@ -23,8 +23,8 @@ class FrameRing:
     """Which of `window` + 1 places of frames holds which frame, and who sees it.
 
     The last place is for a frame that arrives when the ring is full: tokens before it still see
-    the frame that it will replace. After the pass it takes that frame's place (`settle`). The
-    first `sinks` frames are never replaced.
+    the frame that it will replace. After the pass it takes that frame's place
+    (`commit_eviction`). The first `sinks` frames are never replaced.
 
     first, last: a token at position t sees place i if first[i] <= t < last[i].
     """
@@ -61,7 +61,7 @@ class FrameRing:
         self.count += 1
         return place, gone
 
-    def settle(self) -> int | None:
+    def commit_eviction(self) -> int | None:
         """Moves the frame of the last place to its victim's, which is returned."""
         victim, self.victim = self.victim, None
         if victim is not None:
@@ -115,7 +115,7 @@ class Slot:
         self.evictions.append(Eviction("text", gone))
 
 
-def survivors(
+def tokens_to_keep(
     tokens: Sequence[int], drop: int, *, silence: int | None, image: int, end_of_turn: int | None
 ) -> list[int]:
     """Indices of the tokens that stay when at least `drop` of them have to go.

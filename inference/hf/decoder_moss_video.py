@@ -4,10 +4,10 @@ Q = RoPE(q_norm(q)) at a token's position, K = k_norm(RoPE(k)) at the frame's. T
 repeats K to all heads between rotation and norm; the norm works on each head alone with one weight,
 so keys and values stay at the number of KV heads here, with the same numbers.
 
-What a layer attends is not the layer's business: `memory` and `frames` keep keys and values and
-attend them (transformers' cache in modeling_moss_video.py, the engine's static buffers in
-inference/engine/cache.py). Neither is the number of heads: it follows from the weights, which may
-be a tensor-parallel slice. A copy of this file is in every exported folder.
+A layer does not hold what it attends: a `TokenCache` and a `FrameCache` keep keys and values and
+compute attention over them (transformers' cache in modeling_moss_video.py, the engine's static
+buffers in inference/engine/cache.py). The number of heads follows from the weights, which may be a
+tensor-parallel slice. A copy of this file is in every exported folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines [B, S, head_dim]
 FOLD = 8  # queries of a KV head's group up to which they are attended as if they were tokens
 
 
-class Memory(Protocol):
+class TokenCache(Protocol):
     """Keys and values of tokens."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Memory(Protocol):
         of all tokens so far, like `q`."""
 
 
-class Frames(Protocol):
+class FrameCache(Protocol):
     """Keys and values of frames.
 
     sees: 1 where a token sees a frame, like the hidden states' dtype `[B, S, 1]`; None: all do.
@@ -162,10 +162,10 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x: Tensor, rotation: Rotation, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, token_cache: TokenCache) -> Tensor:
         q = rotate(self._heads(self.q_proj(x)), rotation)
         k = rotate(self._heads(self.k_proj(x)), rotation)
-        return self._out(memory.attend(self.layer, q, k, self._heads(self.v_proj(x))))
+        return self._out(token_cache.attend(self.layer, q, k, self._heads(self.v_proj(x))))
 
 
 class CrossAttention(Attention):
@@ -176,21 +176,21 @@ class CrossAttention(Attention):
         self.k_norm = RMSNorm(self.head_dim, eps)
         self.rope = config.cross_attention_rope
 
-    def project(self, states: Tensor, marks: Rotation) -> tuple[Tensor, Tensor]:
+    def project(self, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Keys and values of vision states `[B, L, H]`: `[B, KV heads, L, D]` each.
 
-        `marks` rotates each state by its frame's position `[B, L, D]`.
+        `rotation` rotates each state by its frame's position `[B, L, D]`.
         """
-        return self.turn(self.k_proj(states), marks), self._heads(self.v_proj(states))
+        return self.rotate_keys(self.k_proj(states), rotation), self._heads(self.v_proj(states))
 
-    def turn(self, keys: Tensor, marks: Rotation) -> Tensor:
+    def rotate_keys(self, keys: Tensor, rotation: Rotation) -> Tensor:
         """Projected keys `[B, L, KV heads x D]` -> rotated, then normed `[B, KV heads, L, D]`."""
         k = self._heads(keys)
-        return self.k_norm(rotate(k, marks) if self.rope else k)
+        return self.k_norm(rotate(k, rotation) if self.rope else k)
 
-    def forward(self, x: Tensor, rotation: Rotation, frames: Frames) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, frame_cache: FrameCache) -> Tensor:
         q = self.q_norm(self._heads(self.q_proj(x)))
-        return self._out(frames.attend(self.layer, rotate(q, rotation) if self.rope else q))
+        return self._out(frame_cache.attend(self.layer, rotate(q, rotation) if self.rope else q))
 
 
 class SelfLayer(nn.Module):
@@ -204,8 +204,8 @@ class SelfLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.mlp = MLP(text.hidden_size, text.intermediate_size)
 
-    def forward(self, x: Tensor, rotation: Rotation, memory: Memory) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, memory)
+    def forward(self, x: Tensor, rotation: Rotation, token_cache: TokenCache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, token_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -222,12 +222,12 @@ class CrossLayer(nn.Module):
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, rotation: Rotation, frames: Frames) -> Tensor:
-        attended = self.cross_attn(self.input_layernorm(x), rotation, frames)
+    def forward(self, x: Tensor, rotation: Rotation, frame_cache: FrameCache) -> Tensor:
+        attended = self.cross_attn(self.input_layernorm(x), rotation, frame_cache)
         x = x + self.cross_attn_attn_gate.tanh() * attended
         branch = self.mlp(self.post_attention_layernorm(x))
-        if frames.sees is not None:
-            branch = branch * frames.sees
+        if frame_cache.sees is not None:
+            branch = branch * frame_cache.sees
         return x + self.cross_attn_mlp_gate.tanh() * branch
 
 
@@ -258,21 +258,21 @@ class Decoder(nn.Module):
 
     def cross_attention(self, layer: int) -> CrossAttention:
         """The attention of cross-attention layer number `layer`."""
-        found = self.layers[layer].cross_attn
-        assert isinstance(found, CrossAttention)
-        return found
+        attention = self.layers[layer].cross_attn
+        assert isinstance(attention, CrossAttention)
+        return attention
 
     def forward(
-        self, x: Tensor, positions: Tensor, memory: Memory, frames: Frames | None
+        self, x: Tensor, positions: Tensor, token_cache: TokenCache, frame_cache: FrameCache | None
     ) -> Tensor:
         """Embedded tokens `[B, S, H]` at `positions` `[B, S]` -> normed hidden states.
 
-        Without `frames` the cross-attention layers are passed by.
+        Without `frame_cache` the cross-attention layers are passed by.
         """
         rotation = self.rotation(positions, x.dtype)
         for layer in self.layers:
             if isinstance(layer, SelfLayer):
-                x = layer(x, rotation, memory)
-            elif frames is not None:
-                x = layer(x, rotation, frames)
+                x = layer(x, rotation, token_cache)
+            elif frame_cache is not None:
+                x = layer(x, rotation, frame_cache)
         return self.norm(x)

@@ -27,7 +27,7 @@ OLD_NAMES = {
 
 
 class CachedTokens:
-    """`Memory` in a transformers cache (None: nothing is kept)."""
+    """`TokenCache` in a transformers cache (None: nothing is kept)."""
 
     def __init__(self, cache: Any, mask: Tensor | None):
         self.cache, self.mask = cache, mask
@@ -40,7 +40,7 @@ class CachedTokens:
 
 
 class AttendedFrames:
-    """`Frames` of one forward pass.
+    """`FrameCache` of one forward pass.
 
     keys_values: of each cross-attention layer, `[B, KV heads, F x T x P, D]`.
     mask: True where a token sees a tile `[B, S, F, T]`.
@@ -227,7 +227,9 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         positions, seen = None, None
         if cross_attention_states is not None:
-            positions, seen = self._marks(input_ids, position_ids, cross_attention_states.shape[1])
+            positions, seen = self._frame_positions(
+                input_ids, position_ids, cross_attention_states.shape[1]
+            )
             if cross_attention_mask is None:
                 count = cross_attention_states.shape[2] // self.config.tokens_per_frame
                 ids = torch.ones_like(positions) if aspect_ratio_ids is None else aspect_ratio_ids
@@ -283,20 +285,20 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attend_all = self.config.blind_rows == "attend_all"
         return AttendedFrames(keys_values, mask, attend_all, x.dtype)
 
-    def _marks(
+    def _frame_positions(
         self, input_ids: Tensor | None, position_ids: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """Positions of `count` frames `[B, F]` (padding frames: 0), and True where a token is or
         comes after a frame's `<|image|>` `[B, S, F]`."""
         if input_ids is None:
             raise ValueError("frames need input_ids: their <|image|> tokens say where they stand")
-        marks = input_ids == self.config.image_token_index  # [B, S]
-        most = int(marks.sum(1).max())
+        is_image = input_ids == self.config.image_token_index  # [B, S]
+        most = int(is_image.sum(1).max())
         if most > count:
             raise ValueError(f"a row has {most} <|image|> tokens, but {count} frames are given")
-        number = marks.cumsum(1)[:, :, None]  # frames up to each token
-        frames = torch.arange(1, count + 1, device=marks.device)
-        own = marks[:, :, None] & (number == frames)  # [B, S, F]
+        number = is_image.cumsum(1)[:, :, None]  # frames up to each token
+        frames = torch.arange(1, count + 1, device=is_image.device)
+        own = is_image[:, :, None] & (number == frames)  # [B, S, F]
         return (own * position_ids[:, :, None]).sum(1), number >= frames
 
     def _keys_values(
@@ -308,15 +310,15 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return {i: (cache.layers[i].keys, cache.layers[i].values) for i in decoder.cross}
         assert positions is not None
         each = positions.repeat_interleave(states.shape[2], dim=1)  # [B, F x T x P]
-        marks = decoder.rotation(each, states.dtype)
-        found = {}
+        rotation = decoder.rotation(each, states.dtype)
+        keys_values = {}
         for layer in decoder.cross:
-            k, v = self._project(layer, states.flatten(1, 2), marks)
-            found[layer] = (k, v) if cache is None else cache.update(k, v, layer)
-        return found
+            k, v = self._project(layer, states.flatten(1, 2), rotation)
+            keys_values[layer] = (k, v) if cache is None else cache.update(k, v, layer)
+        return keys_values
 
-    def _project(self, layer: int, states: Tensor, marks: Rotation) -> tuple[Tensor, Tensor]:
-        return self.model.language_model.cross_attention(layer).project(states, marks)
+    def _project(self, layer: int, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        return self.model.language_model.cross_attention(layer).project(states, rotation)
 
     def _loss(self, logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
         config = self.config

@@ -111,9 +111,9 @@ class MossVideoProcessor(ProcessorMixin):
             str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special
         }
         for part in parts:
-            for found in re.findall(r"<\|.*?\|>", part):
-                if found in special - INLINE:
-                    raise ValueError(f"{name} contains {found}, which only a template may write")
+            for token in re.findall(r"<\|.*?\|>", part):
+                if token in special - INLINE:
+                    raise ValueError(f"{name} contains {token}, which only a template may write")
 
     @property
     def model_input_names(self) -> list[str]:

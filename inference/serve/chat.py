@@ -86,13 +86,13 @@ def refusal(error: Refused) -> JSONResponse:
 
 
 async def _body(request: Request, limits: Limits) -> Any:
-    found = bytearray()
+    body = bytearray()
     async for piece in request.stream():
-        found += piece
-        if len(found) > limits.body_bytes:
+        body += piece
+        if len(body) > limits.body_bytes:
             raise Refused("too_large", f"the request is larger than {limits.body_bytes} bytes")
     try:
-        return json.loads(bytes(found))
+        return json.loads(bytes(body))
     except (ValueError, RecursionError) as error:
         raise Refused("invalid_json", f"the request is no JSON: {error}") from None
 
@@ -184,12 +184,12 @@ def prepare(question: Question, hub: Hub) -> tuple[list[int], list[Tensor]]:
             raise Refused("too_large", f"more than {hub.limits.frames} frames", "messages")
         if kind == "image":
             check_header(data, hub.limits.pixels)
-            found = [fit(decode_image(data), hub.runner.tile)]
+            new = [fit(decode_image(data), hub.runner.tile)]
         else:
             check_video(data, hub.limits.pixels)
-            found = clip_frames(data, _FPS, min(_LEAST_FRAMES, left), left)
-        counts.append(len(found))
-        frames += found
+            new = clip_frames(data, _FPS, min(_LEAST_FRAMES, left), left)
+        counts.append(len(new))
+        frames += new
     form: PromptForm = "pretrain" if hub.stage in ("pt1", "pt2") else "chat"
     prompt = hub.runner.vocabulary.prompts.question(question.messages, counts, form)
     return prompt.tokens, frames
@@ -226,9 +226,9 @@ class _Text:
 
     def take(self, piece: str) -> str:
         self._held += piece
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, self._held[: min(found)]
+        stops = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if stops:
+            self.stopped, self._held = True, self._held[: min(stops)]
             return self.rest()
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -66,13 +66,13 @@ class EventLog:
                 return []
             kept = len(self._events)
             first = max(0, kept - missing)
-            found = [self._events[i] for i in range(first, min(kept, first + limit))]
+            events = [self._events[i] for i in range(first, min(kept, first + limit))]
             if missing > kept:
-                lost = {"code": "events_lost", "from_seq": seq + 1, "to_seq": found[0].seq - 1}
-                lost["message"] = f"events {seq + 1} to {found[0].seq - 1} are no longer kept"
-                now = found[0]
-                found.insert(0, Event("error", now.seq - 1, now.t_server, now.t_media, lost))
-            return found
+                lost = {"code": "events_lost", "from_seq": seq + 1, "to_seq": events[0].seq - 1}
+                lost["message"] = f"events {seq + 1} to {events[0].seq - 1} are no longer kept"
+                now = events[0]
+                events.insert(0, Event("error", now.seq - 1, now.t_server, now.t_media, lost))
+            return events
 
     def wait_closed(self, seconds: float) -> bool:
         """Waits so long, or until the log is closed: then True."""

@@ -41,19 +41,19 @@ class Stats:
         counts = self.counts
         drops = {name[5:]: n for name, n in counts.items() if name.startswith("drop:")}
         decisions = counts["silence"] + counts["speech"]
-        found: dict[str, Any] = {
+        summary: dict[str, Any] = {
             **{name: counts[name] for name in COUNTS[:5]},
             "drops": drops,
             "silence_ratio": round(counts["silence"] / decisions, 4) if decisions else None,
         }
         for name, values in self._kept.items():
             if values:
-                found[f"{name}_ms"] = {
+                summary[f"{name}_ms"] = {
                     f"p{share}": round(1000 * quantile(values, share), 3) for share in (50, 99)
                 }
         gaps = self._kept["inter_token"]
-        found["tokens_per_second"] = round(len(gaps) / sum(gaps), 2) if sum(gaps) else None
-        return found
+        summary["tokens_per_second"] = round(len(gaps) / sum(gaps), 2) if sum(gaps) else None
+        return summary
 
 
 def quantile(values: deque[float], percent: int) -> float:

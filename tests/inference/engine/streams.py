@@ -25,7 +25,7 @@ class Stream:
     pixels: Tensor  # [F, 3, h, w]
 
     @property
-    def marks(self) -> list[int]:
+    def image_positions(self) -> list[int]:
         return [i for i, token in enumerate(self.tokens) if token == IMAGE]
 
 

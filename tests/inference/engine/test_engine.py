@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from inference.engine.engine import Engine, EngineFull, Step
-from inference.engine.graphs import FixedPasses
+from inference.engine.graphs import GraphRunner
 from inference.engine.sampling import Sampling
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from tests.inference.engine.streams import IMAGE, Player, largest_error, make_stream, offline, play
@@ -24,51 +24,51 @@ def model() -> MossVideoForConditionalGeneration:
     return tiny_model(silence_token_id=SILENCE)
 
 
-def engine_of(model: MossVideoForConditionalGeneration, fixed: bool, **options) -> Engine:
-    """`fixed`: one-token and frame steps in the shapes of a CUDA graph, without the graph."""
+def engine_of(model: MossVideoForConditionalGeneration, static: bool, **options) -> Engine:
+    """`static`: one-token and frame steps in the shapes of a CUDA graph, without the graph."""
     engine = Engine(model, max_tokens=options.pop("max_tokens", 128), **options)
-    if fixed:
-        engine.fixed = FixedPasses(engine, graphs=False, compile=False)
+    if static:
+        engine.graph_runner = GraphRunner(engine, graphs=False, compile=False)
     return engine
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_a_stream_equals_one_pass_over_the_whole(model, fixed: bool) -> None:
-    engine = engine_of(model, fixed, window=8)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_stream_equals_one_pass_over_the_whole(model, static: bool) -> None:
+    engine = engine_of(model, static, window=8)
     player = Player(engine, make_stream(1))
     play(engine, [player])
     assert len(player.logits) > 8
     wanted = offline(model, player.stream)
     assert wanted.std() > 0.5
     assert largest_error(player, wanted) < 1e-4
-    assert player.slot.frames == player.stream.marks
+    assert player.slot.frames == player.stream.image_positions
     assert player.slot.evictions == []
 
 
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("sinks", [0, 1])
-def test_after_wrapping_only_the_surviving_frames_are_seen(model, fixed: bool, sinks: int) -> None:
-    engine = engine_of(model, fixed, window=3, sinks=sinks)
+def test_after_wrapping_only_the_surviving_frames_are_seen(model, static: bool, sinks: int) -> None:
+    engine = engine_of(model, static, window=3, sinks=sinks)
     player = Player(engine, make_stream(2, frames=9))
     play(engine, [player])
-    marks = player.stream.marks
+    image_positions = player.stream.image_positions
 
     def sees(t: int, f: int) -> bool:
-        arrived = sum(mark <= t for mark in marks)  # frames up to token t
+        arrived = sum(p <= t for p in image_positions)  # frames up to token t
         recent = arrived - (3 - sinks) <= f < arrived
         return recent or (f < min(sinks, arrived)) or (arrived <= 3 and f < arrived)
 
     assert largest_error(player, offline(model, player.stream, sees)) < 1e-4
     assert largest_error(player, offline(model, player.stream)) > 1e-2  # it does forget
-    kept = [*marks[:sinks], *marks[-(3 - sinks) :]]
+    kept = [*image_positions[:sinks], *image_positions[-(3 - sinks) :]]
     assert player.slot.frames == kept
     gone = [p for eviction in player.slot.evictions for p in eviction.positions]
-    assert gone == [mark for mark in marks if mark not in kept]
+    assert gone == [p for p in image_positions if p not in kept]
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_text_that_was_pruned_is_not_seen_and_the_rest_keeps_its_place(model, fixed: bool) -> None:
-    engine = engine_of(model, fixed, window=64, max_tokens=48)
+@pytest.mark.parametrize("static", [False, True])
+def test_text_that_was_pruned_is_not_seen_and_the_rest_keeps_its_place(model, static: bool) -> None:
+    engine = engine_of(model, static, window=64, max_tokens=48)
     player = Player(engine, make_stream(3, frames=45, silence=SILENCE))
     forgotten: dict[int, int] = {}  # token -> first token that no longer sees it
     seen = 0
@@ -90,9 +90,9 @@ def test_text_that_was_pruned_is_not_seen_and_the_rest_keeps_its_place(model, fi
     never = len(tokens)
     wanted = offline(model, player.stream, sees_token=lambda t, s: t < forgotten.get(s, never))
     assert largest_error(player, wanted) < 1e-4
-    survivors = [i for i in range(never) if i not in forgotten]
-    assert player.slot.positions == survivors
-    assert player.slot.tokens == [tokens[i] for i in survivors]
+    kept = [i for i in range(never) if i not in forgotten]
+    assert player.slot.positions == kept
+    assert player.slot.tokens == [tokens[i] for i in kept]
 
 
 def test_when_pairs_are_gone_old_words_go_but_not_the_head_or_the_last_turns(model) -> None:
@@ -108,9 +108,9 @@ def test_when_pairs_are_gone_old_words_go_but_not_the_head_or_the_last_turns(mod
     assert [e.kind for e in slot.evictions] == ["text"] * 6
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_slots_side_by_side_stream_as_alone(model, fixed: bool) -> None:
-    engine = engine_of(model, fixed, window=3, max_sessions=3)
+@pytest.mark.parametrize("static", [False, True])
+def test_slots_side_by_side_stream_as_alone(model, static: bool) -> None:
+    engine = engine_of(model, static, window=3, max_sessions=3)
     streams = [make_stream(seed, frames=3 + 2 * seed) for seed in range(3)]
     together = [Player(engine, stream) for stream in streams]
     play(engine, together)
@@ -132,7 +132,7 @@ def test_graphs_equal_eager(sampling: Sampling) -> None:
     found = []
     for graphs in (True, False):
         engine = Engine(model, max_tokens=128, window=3, max_sessions=2, graphs=graphs)
-        assert (engine.fixed is not None) is graphs
+        assert (engine.graph_runner is not None) is graphs
         player, tokens = Player(engine, make_stream(2, frames=9)), []
         while step := player.step():
             tokens += engine.step([step])
@@ -169,7 +169,7 @@ def test_taking_in_without_sampling(model) -> None:
     stream = make_stream(5)
     slot = engine.open()
     features = engine.encode(list(stream.pixels))
-    half = stream.marks[2]
+    half = stream.image_positions[2]
     assert engine.step([Step(slot, stream.tokens[:half], features[:2], sample=False)]) == [None]
     [token] = engine.step([Step(slot, stream.tokens[half:], features[2:])])
     assert token == offline(model, stream)[-1].argmax()
@@ -211,9 +211,9 @@ def test_a_free_slot_has_no_memory(model) -> None:
     assert largest_error(second, offline(model, second.stream)) < 1e-4
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_sampling_can_change_on_the_way(model, fixed: bool) -> None:
-    engine = engine_of(model, fixed)
+@pytest.mark.parametrize("static", [False, True])
+def test_sampling_can_change_on_the_way(model, static: bool) -> None:
+    engine = engine_of(model, static)
     slot = engine.open()
     [token] = engine.step([Step(slot, [5, 6, 7])])
     assert token != SILENCE

@@ -52,11 +52,11 @@ def test_a_streamed_sample_has_the_logits_of_training(groups) -> None:
     architecture = replace(architecture, text=replace(architecture.text, vocab_size=512))
     training = random_model(architecture, groups)
     stream = make_stream(3, frames=5)
-    tokens, marks = torch.tensor(stream.tokens), torch.tensor(stream.marks)
+    tokens, image_positions = torch.tensor(stream.tokens), torch.tensor(stream.image_positions)
     with torch.no_grad():
-        rows = torch.zeros_like(marks)
-        frames = plan_frames(rows, marks, [len(tokens)], len(tokens))
-        frames.states = training.encoder(stream.pixels[:, None], torch.ones_like(marks))
+        rows = torch.zeros_like(image_positions)
+        frames = plan_frames(rows, image_positions, [len(tokens)], len(tokens))
+        frames.states = training.encoder(stream.pixels[:, None], torch.ones_like(image_positions))
         wanted = training.chunks[0](PackedText(tokens, [len(tokens)]), frames)
 
     model = MossVideoForConditionalGeneration(hf_config(architecture))

@@ -99,7 +99,7 @@ def test_trained_weights_stream_as_they_read_offline(demo: Path, window: int) ->
     play(engine, [player])
 
     def sees(t: int, f: int) -> bool:
-        arrived = sum(mark <= t for mark in stream.marks)
+        arrived = sum(p <= t for p in stream.image_positions)
         return arrived - window <= f < arrived
 
     wanted = offline(model, stream, sees)
