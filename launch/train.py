@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from moss_train.config import Config
+from moss_train.config import RENAMED, Config
 from moss_train.main import train
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -37,6 +37,8 @@ def explain(error: Exception) -> str:
         return f"{group}={name}: choose one of {', '.join(sorted(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
+    if key in RENAMED:
+        return f"{key}: is called {RENAMED[key]} now: use that name"
     line = str(cause).splitlines()[0]
     return f"{key}: {line}" if key else line
 

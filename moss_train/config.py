@@ -12,6 +12,10 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+RENAMED = {  # fields of earlier versions, which are refused, and what they are called now
+    "model.blind_rows": "model.tokens_before_first_frame",
+}
+
 
 class ConfigError(ValueError):
     """A wrong configuration. Each line names a field, its value and what is allowed."""
@@ -125,7 +129,9 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
     init: InitConfig = field(default_factory=InitConfig)
     attention: str = "sdpa"  # sdpa | flash | te | flex (flex: for the cross-attention only)
-    blind_rows: str = "zero"  # zero | attend_all: tokens that see no frame
+    # What tokens that see no frame attend in the cross-attention: zero: nothing | attend_all: every
+    # frame of their sample, as the published code does.
+    tokens_before_first_frame: str = "zero"
     cross_attention_rope: bool = True  # False: plain Llama-3.2-Vision
     dtype: str = "bf16"  # bf16 | fp32
     lr_scale: float = 1.0
@@ -342,6 +348,9 @@ def from_hydra(raw: DictConfig) -> Config:
     Raises:
         ConfigError: an unknown field, a missing value, or a value of the wrong type.
     """
+    for old, new in RENAMED.items():
+        if OmegaConf.select(raw, old) is not None:
+            raise ConfigError([f"{old}: is called {new} now: use that name"])
     try:
         # Plain first: fields that Hydra's `+` added to the typed nodes are unknown ones, too.
         plain = OmegaConf.to_container(raw)

@@ -39,7 +39,10 @@ def validate(config: Config, world_size: int) -> None:
 def _choices(config: Config) -> Iterator[str]:
     allowed: dict[str, tuple[object, tuple[str, ...]]] = {
         "model.attention": (config.model.attention, ATTENTION),
-        "model.blind_rows": (config.model.blind_rows, ("zero", "attend_all")),
+        "model.tokens_before_first_frame": (
+            config.model.tokens_before_first_frame,
+            ("zero", "attend_all"),
+        ),
         "model.dtype": (config.model.dtype, ("fp32", "bf16")),
         "model.projector.pool": (config.model.projector.pool, POOLS),
         "parallel.recompute": (config.parallel.recompute, ("none", "selective", "full")),
@@ -346,14 +349,14 @@ def fitting_adapter(config: Config, saved: dict, where: Path, resume: bool) -> N
 
 
 def same_streams(config: Config, streams: int, where: Path) -> None:
-    """Raises ConfigError where the `streams` of a checkpoint cannot be dealt to the replicas."""
+    """Raises ConfigError where the `streams` of a checkpoint cannot be assigned to the replicas."""
     parallel = config.parallel
     replicas = world_size_from_environment() // (parallel.tensor * parallel.pipeline)
     if streams % replicas:
         raise ConfigError(
             [
                 f"data-parallel size {replicas}: the {streams} data streams of the checkpoint "
-                f"{where} cannot be dealt evenly: choose one that divides {streams}"
+                f"{where} cannot be assigned evenly: choose one that divides {streams}"
             ]
         )
 

@@ -170,12 +170,12 @@ def the_case(config: Any, path: Path | None) -> Case:
     image = config.image_token_index
     silence = getattr(config, "silence_token_id", None)
     weight = getattr(config, "silence_weight", None)
-    judged = (-1 if silence is None else silence, 1.0 if weight is None else float(weight))
+    silence_loss = (-1 if silence is None else silence, 1.0 if weight is None else float(weight))
     if path is not None:
-        return read_case(path, image, *judged)
+        return read_case(path, image, *silence_loss)
     vision, text = config.vision_config, config.text_config
     tiles = vision.max_num_tiles
-    return make_case(image, text.vocab_size, vision.image_size, tiles, *judged)
+    return make_case(image, text.vocab_size, vision.image_size, tiles, *silence_loss)
 
 
 @torch.no_grad()

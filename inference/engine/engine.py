@@ -64,8 +64,8 @@ class Engine:
         graphs: static batches (one token, or a frame) run as CUDA graphs, on CUDA.
         compile: static batches are compiled with torch.compile.
         tensor_parallel: ranks that share the model, which is a slice then.
-        blind_rows: "zero", or "attend_all": tokens before the first frame attend all frames that
-            come in the same step (what checkpoints of the published code do offline).
+        tokens_before_first_frame: "zero": they attend no frame; "attend_all": they attend all
+            frames that come in the same step (what checkpoints of the published code do offline).
     """
 
     def __init__(
@@ -79,18 +79,20 @@ class Engine:
         max_sessions: int = 1,
         compile: bool = False,
         graphs: bool = True,
-        blind_rows: str = "zero",
+        tokens_before_first_frame: str = "zero",
         tensor_parallel: int = 1,
     ):
         _check_sizes(window=window, sinks=sinks, max_tokens=max_tokens, max_sessions=max_sessions)
-        if blind_rows not in ("zero", "attend_all"):
-            raise ValueError(f"blind_rows={blind_rows}: allowed: zero, attend_all")
+        if tokens_before_first_frame not in ("zero", "attend_all"):
+            raise ValueError(
+                f"tokens_before_first_frame={tokens_before_first_frame}: allowed: zero, attend_all"
+            )
         self.model, self.config, self.processor = model.eval(), model.config, processor
         self.tokenizer: Any = None if processor is None else processor.tokenizer
         weight = model.model.language_model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.window, self.sinks, self.max_tokens = window, sinks, max_tokens
-        self.max_sessions, self.attend_all = max_sessions, blind_rows == "attend_all"
+        self.max_sessions, self.attend_all = max_sessions, tokens_before_first_frame == "attend_all"
         text = self.config.text_config
         self.image_token: int = self.config.image_token_index
         self.silence_token = self._token("<|silence|>", self.config.silence_token_id)
@@ -126,7 +128,7 @@ class Engine:
         quantize: str | None = None,
         compile: bool = False,
         graphs: bool = True,
-        blind_rows: str = "zero",
+        tokens_before_first_frame: str = "zero",
     ) -> Engine:
         """Opens an exported folder.
 
@@ -156,7 +158,7 @@ class Engine:
             max_sessions=max_sessions,
             compile=compile,
             graphs=graphs,
-            blind_rows=blind_rows,
+            tokens_before_first_frame=tokens_before_first_frame,
             tensor_parallel=ranks,
         )
         if isinstance(engine, ShardedEngine) and not engine.leads:

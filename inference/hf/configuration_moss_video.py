@@ -27,8 +27,8 @@ class MossVideoConfig(PretrainedConfig):
         full_attention: vision attention without masks; None: True where patches are pooled.
         cross_attention_rope: rotary positions in cross-attention; None: True where patches are
             pooled.
-        blind_rows: tokens that see no frame attend all (`attend_all`, as transformers does) or
-            nothing (`zero`).
+        tokens_before_first_frame: tokens that see no frame attend all (`attend_all`, as
+            transformers does) or nothing (`zero`).
         silence_token_id, silence_weight: labels of this token weigh so much in the loss.
         video_token_id: id of `<|video|>`, which a processor expands into frames.
         moss_stage: the training stage that made the weights (`pt1`, `pt2`, `sft`, `realtime_sft`),
@@ -53,19 +53,24 @@ class MossVideoConfig(PretrainedConfig):
         pool_stride: int = 1,
         full_attention: bool | None = None,
         cross_attention_rope: bool | None = None,
-        blind_rows: str = "attend_all",
+        tokens_before_first_frame: str = "attend_all",
         silence_token_id: int | None = None,
         silence_weight: float = 1.0,
         video_token_id: int | None = None,
         moss_stage: str | None = None,
         **kwargs: Any,
     ):
+        if "blind_rows" in kwargs:
+            raise ValueError("config.json: blind_rows is called tokens_before_first_frame now")
         pool = kwargs.pop("pool", None) or {}
         pool_mode, pool_stride = pool.get("mode", pool_mode), pool.get("stride", pool_stride)
         if pool_mode not in POOLS:
             raise ValueError(f"config.json: pool_mode {pool_mode!r}, allowed: {', '.join(POOLS)}")
-        if blind_rows not in ("attend_all", "zero"):
-            raise ValueError(f"config.json: blind_rows {blind_rows!r}, allowed: attend_all, zero")
+        if tokens_before_first_frame not in ("attend_all", "zero"):
+            raise ValueError(
+                f"config.json: tokens_before_first_frame {tokens_before_first_frame!r}, "
+                "allowed: attend_all, zero"
+            )
         pooled = pool_mode != "none"
         self.vision_config = _part(kwargs.pop("vision", vision_config), MllamaVisionConfig)
         self.text_config = _part(kwargs.pop("text", text_config), MllamaTextConfig)
@@ -73,7 +78,7 @@ class MossVideoConfig(PretrainedConfig):
         self.pool_mode, self.pool_stride = pool_mode, pool_stride
         self.full_attention = pooled if full_attention is None else full_attention
         self.cross_attention_rope = pooled if cross_attention_rope is None else cross_attention_rope
-        self.blind_rows = blind_rows
+        self.tokens_before_first_frame = tokens_before_first_frame
         self.silence_token_id, self.silence_weight = silence_token_id, silence_weight
         self.video_token_id, self.moss_stage = video_token_id, moss_stage
         kwargs.setdefault("tie_word_embeddings", False)

@@ -282,7 +282,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         keys_values = self._keys_values(states, positions, cache)
         if cache is not None:
             cache.seen_tiles = mask[:, -1]
-        attend_all = self.config.blind_rows == "attend_all"
+        attend_all = self.config.tokens_before_first_frame == "attend_all"
         return AttendedFrames(keys_values, mask, attend_all, x.dtype)
 
     def _frame_positions(

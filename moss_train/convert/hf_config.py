@@ -32,7 +32,7 @@ def model_config_from_hf(
 
     With pooling keys (`pool_mode` and `pool_stride`, or `pool: {mode, stride}`) it is MOSS-Video:
     unmasked vision attention and rotary positions in the cross-attention. Without, it is plain
-    Llama-3.2-Vision. Keys of our own exports (`blind_rows`, `full_attention`,
+    Llama-3.2-Vision. Keys of our own exports (`tokens_before_first_frame`, `full_attention`,
     `cross_attention_rope`) say it exactly; without them tokens that see no frame attend all, as in
     the published code.
 
@@ -60,12 +60,14 @@ def model_config_from_hf(
     rows = text.integer("vocab_size") + EXTRA_EMBEDDING_ROWS
     if not 0 <= image_token < rows:
         raise root.error("image_token_index", image_token, f"below the embedding's {rows} rows")
+    if root.has("blind_rows"):
+        raise ConfigError([f"{root.file}: blind_rows is called tokens_before_first_frame now"])
     return ModelConfig(
         name=root.name,
         vision=_vision(vision, full_attention=root.flag("full_attention", moss)),
         projector=pool,
         text=_text(text),
-        blind_rows=root.choice("blind_rows", ("attend_all", "zero")),
+        tokens_before_first_frame=root.choice("tokens_before_first_frame", ("attend_all", "zero")),
         cross_attention_rope=root.flag("cross_attention_rope", moss),
         dtype=dtype or _dtype(root, text),
     )

@@ -37,7 +37,7 @@ def check_plain(model: ModelConfig, checkpoint: Path) -> None:
         "projector.pool": (model.projector.pool, "none"),
         "vision.full_attention": (model.vision.full_attention, False),
         "cross_attention_rope": (model.cross_attention_rope, False),
-        "blind_rows": (model.blind_rows, "attend_all"),
+        "tokens_before_first_frame": (model.tokens_before_first_frame, "attend_all"),
     }
     uses = [
         f"model.{name}={have} ({want})" for name, (have, want) in wanted.items() if have != want
@@ -149,7 +149,7 @@ def hf_config(files: HfFiles, tokenizer: Tokenizer | None, dtype: str) -> dict[s
             "pool_stride": model.projector.stride,
             "full_attention": model.vision.full_attention,
             "cross_attention_rope": model.cross_attention_rope,
-            "blind_rows": model.blind_rows,
+            "tokens_before_first_frame": model.tokens_before_first_frame,
             "silence_token_id": _token(tokenizer, "silence", base),
             "silence_weight": files.config.stage.silence_weight,
             "video_token_id": _token(tokenizer, "video", base),

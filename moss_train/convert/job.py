@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from torch import Tensor
+
 from moss_train.convert.source import ConversionError
 
 MANIFEST = "manifest.json"
@@ -75,7 +77,7 @@ def check_disk(folder: Path, size: int) -> None:
         )
 
 
-class Memory:
+class MemoryBudget:
     """Lends bytes to workers, at most `limit` at once; one job alone may have more."""
 
     def __init__(self, limit: int):
@@ -94,6 +96,29 @@ class Memory:
             with self.changed:
                 self.used -= size
                 self.changed.notify_all()
+
+
+class FiniteCheck:
+    """Counts NaN and infinite numbers by tensor, where `active`; refuses them at the end."""
+
+    def __init__(self, active: bool):
+        self.active, self.lock = active, threading.Lock()
+        self.counts: dict[str, int] = {}  # by tensor
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Counts those of one tensor, or of a part of it."""
+        if not self.active or not tensor.is_floating_point():
+            return
+        count = tensor.numel() - int(tensor.isfinite().sum())
+        if count:
+            with self.lock:
+                self.counts[name] = self.counts.get(name, 0) + count
+
+    def finish(self, source: Path) -> None:
+        """Raises ConversionError with a line for each tensor that is not finite."""
+        if self.counts:
+            lines = [f"{name}: {n} numbers are NaN or infinite" for name, n in self.counts.items()]
+            raise ConversionError("\n".join([f"{source}: has weights that are not finite", *lines]))
 
 
 _stopping = threading.Event()  # set: files that are being written go no further

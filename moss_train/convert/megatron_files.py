@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moss_train.convert.job import HashedFile, Memory
+from moss_train.convert.job import HashedFile, MemoryBudget
 from moss_train.convert.source import ConversionError
 
 FORMAT = {
@@ -144,7 +144,7 @@ class Box:
 
 
 def write_boxes(
-    path: Path, boxes: list[Box], memory: Memory, say: Callable[[int], None]
+    path: Path, boxes: list[Box], memory: MemoryBudget, say: Callable[[int], None]
 ) -> tuple[dict[MetadataIndex, _StorageInfo], str]:
     """Writes a `.distcp` file; returns where each box is, and the file's SHA-256."""
     places = {}

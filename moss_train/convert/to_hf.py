@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moss_train.checkpoint_dir import find, read_run
 from moss_train.config import AdapterConfig, Config, ModelConfig, from_dict
-from moss_train.convert.finite import Finite
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.hf_files import HfFiles, check_plain, write_files
 from moss_train.convert.job import (
+    FiniteCheck,
     HashedFile,
-    Memory,
+    MemoryBudget,
     Progress,
     new_folder,
     run_workers,
@@ -107,14 +107,14 @@ def convert_megatron(options: ToHf) -> list[str]:
         options.max_shard_size,
     )
     size = sum(shard.bytes for shard in shards)
-    finite = Finite(options.check_finite)
+    finite = FiniteCheck(options.check_finite)
     with new_folder(options.out, size) as partial:
         progress = Progress(f"{checkpoint} -> {options.out}", size)
 
         def parts(group: Tensors) -> dict[str, Tensor]:
             whole = source.read(group.rule)
             for name, tensor in whole.items():
-                finite.look(name, tensor)
+                finite.add(name, tensor)
             if quantizer is not None:
                 whole = quantizer.quantize(whole)
             return {
@@ -123,7 +123,7 @@ def convert_megatron(options: ToHf) -> list[str]:
             }
 
         hashes = write_shards(partial, shards, parts, options.workers, progress.add)
-        finite.conclude(checkpoint)
+        finite.finish(checkpoint)
         dtypes = {kind for shard in shards for g in shard.groups for _, kind in g.parts.values()}
         lines = write_files(partial, files, dtypes, quantizer)
         facts = {"source": str(checkpoint), "stage": files.stage, "bytes": size}
@@ -236,7 +236,7 @@ def write_shards(
 ) -> dict[str, str]:
     """Writes the shards and their index; returns the files' hashes."""
     largest = max(prod(s) * d.itemsize for _, s, d in _all(shards))
-    memory = Memory(3 * largest)
+    memory = MemoryBudget(3 * largest)
     names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
 
     def write(number: int) -> str:

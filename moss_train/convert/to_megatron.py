@@ -22,7 +22,6 @@ from moss_train.config import (
     from_dict,
     to_dict,
 )
-from moss_train.convert.finite import Finite
 from moss_train.convert.hf_config import kind_of, model_config_from_hf, text_config_from_llama
 from moss_train.convert.hf_files import (
     IMPORTED,
@@ -32,7 +31,8 @@ from moss_train.convert.hf_files import (
     TRAINING,
 )
 from moss_train.convert.job import (
-    Memory,
+    FiniteCheck,
+    MemoryBudget,
     Progress,
     new_folder,
     run_workers,
@@ -110,13 +110,13 @@ def convert_hf(options: FromHf) -> list[str]:
     dtype = TORCH[options.dtype] if options.dtype else None
     if options.dtype or len(dtypes) == 1:
         model = replace(model, dtype=options.dtype or NAMES[next(iter(dtypes))])
-    finite = Finite(options.check_finite)
+    finite = FiniteCheck(options.check_finite)
     stored = {name: dtype or tensor.dtype for name, tensor in folder.tensors.items()}
     default = TORCH[model.dtype]
 
     def cast(name: str, shape: torch.Size, rows: slice) -> Tensor:
         tensor = read(name, shape, rows).to(stored.get(name, default))
-        finite.look(name, tensor)
+        finite.add(name, tensor)
         return tensor
 
     boxes = [box for rule in table(model) for box in _boxes(model, rule, cast, stored, default)]
@@ -124,7 +124,7 @@ def convert_hf(options: FromHf) -> list[str]:
     with new_folder(options.out, size) as partial:
         progress = Progress(f"{source} -> {options.out}", size)
         hashes = _write(partial, model, boxes, options.workers, progress.add)
-        finite.conclude(source)
+        finite.finish(source)
         lines = _describe(partial, options, model)
         facts = {"source": str(source), "tensors": len(folder.tensors), "bytes": size}
         write_manifest(partial, hashes, facts)
@@ -135,7 +135,7 @@ def convert_hf(options: FromHf) -> list[str]:
 def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
     if options.arch == "mllama":
         raise ConversionError(f"{options.source}: is a text-only Llama, not mllama")
-    into = options.grow_into or ModelConfig(blind_rows="zero")
+    into = options.grow_into or ModelConfig(tokens_before_first_frame="zero")
     model = replace(into, text=text_config_from_llama(options.source, into.text))
     model = _divisible(model, options.tensor_parallel)
     folder = HfFolder(options.source, allow_pickle=options.allow_pickle)
@@ -259,7 +259,7 @@ def _write(
     whole: dict[str, int] = {}
     for box in boxes:
         whole[box.name] = whole.get(box.name, 0) + box.bytes
-    memory = Memory(3 * max(whole.values()))
+    memory = MemoryBudget(3 * max(whole.values()))
 
     def write(number: int) -> tuple[dict, str]:
         return write_boxes(folder / f"__0_{number}.distcp", parts[number], memory, say)

@@ -92,7 +92,7 @@ class TrainedModel:
             sum(lengths),
             tiles=tiles_used(seen, model.vision).clamp(max=tiles),
             max_tiles=tiles,
-            attend_all=model.blind_rows == "attend_all",
+            attend_all=model.tokens_before_first_frame == "attend_all",
         ).to(device)
         shown = [state[:count] for state, count in zip(states, counts, strict=True) if count]
         frames.states = torch.cat(shown) if shown else states[0][:0]

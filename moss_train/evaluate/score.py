@@ -57,9 +57,9 @@ def _token_accuracy(model: TrainedModel, items: Sequence[Item], blind: bool) -> 
     hits = total = 0
     for item, (likely, _) in zip(items, predictions(model, items, blind), strict=True):
         labels, said = item.encoded.labels[1:], likely[:-1]
-        judged = labels != IGNORED_LABEL
-        hits += int((said == labels)[judged].sum())
-        total += int(judged.sum())
+        loss_positions = labels != IGNORED_LABEL
+        hits += int((said == labels)[loss_positions].sum())
+        total += int(loss_positions.sum())
     return hits / total
 
 
@@ -176,8 +176,8 @@ def decisions(model: TrainedModel, item: Item, following: Tensor) -> Tensor:
     """True where a token of `following` `[S - 1]` after a frame of the model's turn is speech."""
     frames = item.encoded.frame_positions
     frames = frames[frames < len(item.encoded.tokens) - 1]
-    judged = frames[item.encoded.labels[frames + 1] != IGNORED_LABEL]
-    return following[judged] != model.encoder.special.silence
+    loss_positions = frames[item.encoded.labels[frames + 1] != IGNORED_LABEL]
+    return following[loss_positions] != model.encoder.special.silence
 
 
 def _f1(spoken: Tensor, truth: Tensor) -> float:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moss_train.config import ModelConfig
 from moss_train.model.attention import attend
-from moss_train.model.frame_plan import FrameBatch
+from moss_train.model.frame_plan import FramePlan
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm
@@ -82,27 +82,33 @@ class CrossAttentionLayer(MegatronModule):
                 gate.partial_over_tensor = True  # type: ignore[attr-defined]
 
     def forward(
-        self, x: Tensor, frames: FrameBatch, text: Rotation, marks: Rotation | None
+        self,
+        x: Tensor,
+        frames: FramePlan,
+        token_rotation: Rotation,
+        frame_rotation: Rotation | None,
     ) -> Tensor:
         """One layer.
 
         Args:
             x: hidden states `[T, 1, H]` (`[T / tensor, 1, H]` with sequence parallelism).
             frames: the microbatch's frames with their states; x is returned where none is attended.
-            text, marks: rotations of the attending tokens and of the frames' positions.
+            token_rotation: of the attending tokens. frame_rotation: of the frames' positions.
         """
         if not frames.blocks:  # no frames, or only padding that no token attends
             return _Touch.apply(x, *(p for p in self.parameters() if p.requires_grad))
         # Tokens that attend nothing pass by. Of sequence shards each rank would have another count
         # of them: these go through whole.
-        own = x if self.config.sequence_parallel else frames.attending.take(x)
-        attended, _ = self.linear_proj(self._attention(self.input_norm(own), frames, text, marks))
+        own = x if self.config.sequence_parallel else frames.attending.gather(x)
+        attended, _ = self.linear_proj(
+            self._attention(self.input_norm(own), frames, token_rotation, frame_rotation)
+        )
         attended = self.attn_gate.tanh() * attended
         branch = self.mlp(self.mlp_norm(own + attended))
         added = attended + self.mlp_gate.tanh() * self._sees(frames, len(own), x.dtype) * branch
-        return x + (added if self.config.sequence_parallel else frames.attending.put(added))
+        return x + (added if self.config.sequence_parallel else frames.attending.scatter(added))
 
-    def _sees(self, frames: FrameBatch, count: int, dtype: torch.dtype) -> Tensor:
+    def _sees(self, frames: FramePlan, count: int, dtype: torch.dtype) -> Tensor:
         """Whether this rank's tokens see a frame, as factors `[count, 1, 1]`."""
         if self.config.sequence_parallel:
             sees = frames.sees.narrow(0, self.tp_group.rank() * count, count)
@@ -111,18 +117,22 @@ class CrossAttentionLayer(MegatronModule):
         return sees[:, None, None].to(dtype)
 
     def _attention(
-        self, x: Tensor, frames: FrameBatch, text: Rotation, marks: Rotation | None
+        self,
+        x: Tensor,
+        frames: FramePlan,
+        token_rotation: Rotation,
+        frame_rotation: Rotation | None,
     ) -> Tensor:
         query, _ = self.linear_q(x)
         if self.config.sequence_parallel:  # now of all T tokens
-            query = frames.attending.take(query)
+            query = frames.attending.gather(query)
         query = self.q_norm(query.squeeze(1).unflatten(-1, (-1, self.head_dim)))  # [n, heads, D]
         assert frames.states is not None
         kv, _ = self.linear_kv(frames.states)
         key, value = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)  # [F, P, kv heads, D]
         if self.rotate:
-            assert marks is not None
-            query, key = text(query), marks(key)
+            assert frame_rotation is not None
+            query, key = token_rotation(query), frame_rotation(key)
         key = self.k_norm(key)
         if frames.padded is not None:
             core = attend_padded
@@ -133,11 +143,11 @@ class CrossAttentionLayer(MegatronModule):
         else:
             out = core(query, key, value, frames)
         if self.config.sequence_parallel:
-            out = frames.attending.put(out)
+            out = frames.attending.scatter(out)
         return out.flatten(1)[:, None]  # [n or T, 1, heads x D]
 
 
-def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
+def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
     """Softmax attention, block by block of `frames.blocks`.
 
     Args:
@@ -163,19 +173,19 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch)
     return torch.cat(out)
 
 
-def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
+def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
     """As `attend_blocks`, for many short sequences: all of them at once."""
     padded = frames.padded
     assert padded is not None
     batch = padded.shape[0]
-    q = padded.tokens.put(query).unflatten(0, (batch, -1)).transpose(1, 2)  # [B, heads, S, D]
+    q = padded.tokens.scatter(query).unflatten(0, (batch, -1)).transpose(1, 2)  # [B, heads, S, D]
     k, v = (
-        padded.frames.put(x).unflatten(0, (batch, -1)).flatten(1, 2).transpose(1, 2)
+        padded.frames.scatter(x).unflatten(0, (batch, -1)).flatten(1, 2).transpose(1, 2)
         for x in (key, value)
     )  # [B, kv heads, F x T x P, D]
     mask = padded.mask.repeat_interleave(k.shape[2] // padded.mask.shape[2], dim=2)[:, None]
     attended = attend(q, k, v, mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
-    return padded.tokens.take(attended)
+    return padded.tokens.gather(attended)
 
 
 class _Windows(torch.autograd.Function):
@@ -201,7 +211,7 @@ class _Windows(torch.autograd.Function):
 _flex: Callable | None = None
 
 
-def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
+def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
     """As `attend_blocks`, as one FlexAttention call with a block mask: for CUDA.
 
     Pays where there are many blocks (a long video): one kernel in place of one a block.
@@ -211,7 +221,7 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -
     global _flex
     if _flex is None:
         _flex = torch.compile(flex_attention) if query.is_cuda else flex_attention
-    query = frames.attending.put(query)
+    query = frames.attending.scatter(query)
     device, patches, tiles = query.device, key.shape[1], frames.tiles.shape[1]
     first, last, sees = (x.to(device) for x in (frames.first, frames.last, frames.sees))
     real = frames.tiles.flatten().to(device)
@@ -225,7 +235,7 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -
     mask = create_block_mask(mask_mod, None, None, len(query), keys, device=str(device))
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key.flatten(0, 1), value.flatten(0, 1)))
     out = _flex(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-    return frames.attending.take(out)
+    return frames.attending.gather(out)
 
 
 class _Touch(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The decoder, or the part of it that one pipeline chunk holds.
 
 Layers keep their global index as their name (`layers.7`), so parameter names do not depend on the
-pipeline layout. Hidden states are `[T, 1, H]`: the T tokens of a microbatch (model/text.py), and
+pipeline layout. Hidden states are `[T, 1, H]`: the T tokens of a microbatch (packed_text.py), and
 megatron's batch dimension; with sequence parallelism `[T / tensor, 1, H]`.
 """
 
@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moss_train.config import ModelConfig
 from moss_train.model.cross_attention import CrossAttentionLayer
-from moss_train.model.frame_plan import FrameBatch
-from moss_train.model.gather_rows import Rows
+from moss_train.model.frame_plan import FramePlan
+from moss_train.model.gather_rows import RowSubset
 from moss_train.model.linear import ColumnLinear, unset
 from moss_train.model.loss import Targets, weighted_loss
 from moss_train.model.norms import RMSNorm
@@ -47,13 +47,13 @@ class Chunk:
     virtual: int | None = None
 
     @property
-    def embeds(self) -> bool:
-        """Holds the embedding."""
+    def pre_process(self) -> bool:
+        """Holds the embedding (megatron's word)."""
         return self.first == 0
 
     @property
-    def predicts(self) -> bool:
-        """Holds the final norm and the output head."""
+    def post_process(self) -> bool:
+        """Holds the final norm and the output head (megatron's word)."""
         return self.last == self.total
 
 
@@ -75,7 +75,7 @@ class Decoder(MegatronModule):
         self.tp_group = groups.tp
         self.received: Tensor | None = None
         text = model.text
-        if chunk.embeds:
+        if chunk.pre_process:
             self.embedding = VocabParallelEmbedding(
                 text.vocab_size + text.extra_embedding_rows,
                 text.hidden_size,
@@ -87,7 +87,7 @@ class Decoder(MegatronModule):
         self.layers = nn.ModuleDict(
             {str(i): self._layer(i, model, groups) for i in range(chunk.first, chunk.last)}
         )
-        if chunk.predicts:
+        if chunk.post_process:
             self.final_norm = RMSNorm(config, text.hidden_size, text.norm_eps)
             whole = copy.copy(config)  # the head gets selected tokens, gathered below
             whole.sequence_parallel = False
@@ -115,7 +115,7 @@ class Decoder(MegatronModule):
     def forward(
         self,
         text: PackedText,
-        frames: FrameBatch,
+        frames: FramePlan,
         targets: Targets | None = None,
         total: Tensor | None = None,
     ) -> Tensor:
@@ -131,19 +131,21 @@ class Decoder(MegatronModule):
             Hidden states `[T, 1, H]` for the next stage; on the last stage the loss (a scalar),
             or logits `[T, V]`.
         """
-        x = self._embed(text.tokens) if self.chunk.embeds else self.received
+        x = self._embed(text.tokens) if self.chunk.pre_process else self.received
         assert x is not None
-        tokens = Rotation.of(self.text, text.positions, x.dtype)
-        seeing = Rotation.of(self.text, text.positions[frames.tokens], x.dtype)
-        marks = Rotation.of(self.text, frames.positions, x.dtype) if frames.blocks else None
-        judged = self._judged(targets, len(text.tokens))
+        token_rotation = Rotation.of(self.text, text.positions, x.dtype)
+        attending_rotation = Rotation.of(self.text, text.positions[frames.tokens], x.dtype)
+        frame_rotation = (
+            Rotation.of(self.text, frames.positions, x.dtype) if frames.blocks else None
+        )
+        loss_positions = self._loss_positions(targets, len(text.tokens))
         for index, layer in self.layers.items():
             if isinstance(layer, CrossAttentionLayer):
-                x = self._run(layer, x, frames, seeing, marks)
+                x = self._run(layer, x, frames, attending_rotation, frame_rotation)
             else:
-                only = judged if int(index) == self.chunk.total - 1 else None
-                x = self._run(layer, x, text, tokens, only)
-        if not self.chunk.predicts:
+                only = loss_positions if int(index) == self.chunk.total - 1 else None
+                x = self._run(layer, x, text, token_rotation, only)
+        if not self.chunk.post_process:
             # The schedule frees what it has sent, which it cannot do with a view.
             return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
         x = self.final_norm(x)
@@ -151,17 +153,17 @@ class Decoder(MegatronModule):
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         if targets is None or total is None:
             return self._logits(x)
-        if judged is None:
-            x = x.index_select(0, targets.rows)
+        if loss_positions is None:
+            x = x.index_select(0, targets.positions)
         logits, _ = self.output(x)  # [n, 1, V / tensor]
         return weighted_loss(logits, targets, total, self.tp_group)
 
-    def _judged(self, targets: Targets | None, total: int) -> Rows | None:
-        """The only rows that the last layer must give, where it can give them alone."""
-        if targets is None or self.config.sequence_parallel or not self.chunk.predicts:
+    def _loss_positions(self, targets: Targets | None, total: int) -> RowSubset | None:
+        """The loss positions, where the last layer can compute these rows alone; else None."""
+        if targets is None or self.config.sequence_parallel or not self.chunk.post_process:
             return None
         last = self.layers[str(self.chunk.total - 1)]
-        return Rows(targets.rows, total) if isinstance(last, SelfAttentionLayer) else None
+        return RowSubset(targets.positions, total) if isinstance(last, SelfAttentionLayer) else None
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens[None])  # [1, T, H], or [T / tensor, 1, H]

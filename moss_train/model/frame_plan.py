@@ -16,8 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moss_train.model.gather_rows import Rows
-from moss_train.model.padded_attention import PaddedFrames, pad_frames
+from moss_train.model.gather_rows import RowSubset
+from moss_train.model.padded_attention import PaddedAttention, plan_padded
 
 MIN_BLOCK = 128  # tokens
 SMALL_BLOCK = 128 * 128  # (token, frame) pairs that a block may have, however few are needed
@@ -26,7 +26,7 @@ NEVER = 2**40  # `visible_from` of a padding frame
 
 @dataclass
 class Block:
-    """Tokens [start, stop) of `FrameBatch.tokens` attend frames [first, last) of the microbatch.
+    """Tokens [start, stop) of `FramePlan.tokens` attend frames [first, last) of the microbatch.
 
     `mask` is None where all of them see all of it, else True where a token sees a tile:
     `[stop - start, (last - first) x T]`.
@@ -45,7 +45,7 @@ class Block:
 
 
 @dataclass
-class FrameBatch:
+class FramePlan:
     """The F frames of a microbatch of S packed tokens, sorted by sequence, then by visibility.
 
     positions: token index of each frame's `<|image|>` mark in its sequence, the angle it is rotated
@@ -65,7 +65,7 @@ class FrameBatch:
     tiles: Tensor
     tokens: Tensor
     blocks: list[Block]
-    padded: PaddedFrames | None = None
+    padded: PaddedAttention | None = None
     states: Tensor | None = field(default=None)  # projected frames [F, T x P, H]
 
     @property
@@ -74,9 +74,9 @@ class FrameBatch:
         return len(self.positions)
 
     @cached_property
-    def attending(self) -> Rows:
+    def attending(self) -> RowSubset:
         """`tokens` among all S."""
-        return Rows(self.tokens, len(self.sees))
+        return RowSubset(self.tokens, len(self.sees))
 
     @property
     def pairs(self) -> int:
@@ -87,7 +87,7 @@ class FrameBatch:
         """(Token, frame) pairs that are needed, for the FLOP count."""
         return int((self.last - self.first).sum())
 
-    def to(self, device: torch.device) -> FrameBatch:
+    def to(self, device: torch.device) -> FramePlan:
         """Moves what every layer needs; the plan stays on the host."""
         for name in ("positions", "sees", "tokens"):
             setattr(self, name, getattr(self, name).to(device))
@@ -97,7 +97,7 @@ class FrameBatch:
 
 
 def plan_frames(
-    frame_rows: Tensor,
+    frame_sequences: Tensor,
     positions: Tensor,
     lengths: list[int],
     length: int,
@@ -107,11 +107,11 @@ def plan_frames(
     tiles: Tensor | None = None,
     max_tiles: int = 1,
     attend_all: bool = False,
-) -> FrameBatch:
+) -> FramePlan:
     """Plans the cross-attention of a microbatch of packed sequences.
 
     Args:
-        frame_rows: sequence of each frame `[F]`, ascending.
+        frame_sequences: sequence of each frame `[F]`, ascending.
         positions: index of each frame's mark in its sequence `[F]`.
         lengths: tokens of each sequence.
         length: S, their sum and what padding follows; padding attends nothing.
@@ -126,12 +126,13 @@ def plan_frames(
     """
     start = positions if visible_from is None else visible_from
     stop = torch.full_like(start, NEVER) if visible_until is None else visible_until
-    _check_order(frame_rows, start, stop)
+    _check_order(frame_sequences, start, stop)
     sizes = torch.tensor(lengths)
     ends = sizes.cumsum(0)
     # In the packed sequence, nothing is seen beyond the frame's own sequence.
     start, stop = (
-        torch.minimum((ends - sizes)[frame_rows] + x, ends[frame_rows]) for x in (start, stop)
+        torch.minimum((ends - sizes)[frame_sequences] + x, ends[frame_sequences])
+        for x in (start, stop)
     )
     token = torch.arange(length)
     first = torch.searchsorted(stop, token, right=True)
@@ -140,7 +141,7 @@ def plan_frames(
     unmasked = torch.zeros_like(sees)
     row = torch.searchsorted(ends, token, right=True)  # len(lengths) for padding
     if attend_all:
-        bounds = torch.searchsorted(frame_rows, torch.arange(len(lengths) + 2))
+        bounds = torch.searchsorted(frame_sequences, torch.arange(len(lengths) + 2))
         unmasked = ~sees
         first = torch.where(unmasked, bounds[row], first)
         last = torch.where(unmasked, bounds[row + 1], last)
@@ -148,19 +149,19 @@ def plan_frames(
     real = torch.arange(max_tiles) < count[:, None]
     tokens = (last > first).nonzero()[:, 0]
     blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real).blocks
-    plan = FrameBatch(positions, first, last, sees, real, tokens, blocks)
+    plan = FramePlan(positions, first, last, sees, real, tokens, blocks)
     if blocks:
-        padded = pad_frames(tokens, row, (first, last), unmasked, real, frame_rows)
+        padded = plan_padded(tokens, row, (first, last), unmasked, real, frame_sequences)
         plan.padded = padded if padded.pairs <= plan.pairs else None
     return plan
 
 
-def _check_order(frame_rows: Tensor, start: Tensor, stop: Tensor) -> None:
-    same = frame_rows.diff() == 0
+def _check_order(frame_sequences: Tensor, start: Tensor, stop: Tensor) -> None:
+    same = frame_sequences.diff() == 0
     for times in (start, stop):
         wrong = (same & (times.diff() < 0)).nonzero()
         if len(wrong):
-            row = int(frame_rows[wrong[0, 0]])
+            row = int(frame_sequences[wrong[0, 0]])
             raise ValueError(f"the frames of row {row} are not in the order of their tokens")
 
 

@@ -1,4 +1,4 @@
-"""Rows of a tensor taken out and put back, with cheap and deterministic gradients."""
+"""Gathers rows of a tensor and scatters them back, with cheap and deterministic gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Move:
+class RowMap:
     """Row `source[i]` of n belongs at place `places[i]` of m; each occurs once at most."""
 
     def __init__(self, source: Tensor, places: Tensor, sizes: tuple[int, int]):
@@ -19,22 +19,22 @@ class Move:
         self.places[source] = places
         self.fills, self.empties = len(places) == m, len(source) == n  # no zeros there, back
 
-    def put(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """`[n, ...]` -> `[m, ...]`, zeros where no row belongs."""
-        return _Move.apply(x, (self.source, self.fills), (self.places, self.empties))
+        return _SelectRows.apply(x, (self.source, self.fills), (self.places, self.empties))
 
-    def take(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """`[m, ...]` -> `[n, ...]`, zeros for rows that belong nowhere."""
-        return _Move.apply(x, (self.places, self.empties), (self.source, self.fills))
+        return _SelectRows.apply(x, (self.places, self.empties), (self.source, self.fills))
 
-    def to(self, device: torch.device) -> Move:
+    def to(self, device: torch.device) -> RowMap:
         """In place."""
         self.source, self.places = self.source.to(device), self.places.to(device)
         return self
 
 
-class Rows(Move):
-    """Some of N rows: `take` picks them, `put` returns them to their places among zeros."""
+class RowSubset(RowMap):
+    """Some of N rows: `gather` picks them, `scatter` returns them to their places among zeros."""
 
     def __init__(self, index: Tensor, total: int):
         """`index`: the rows `[n]`, each at most once."""
@@ -43,19 +43,19 @@ class Rows(Move):
             rows = torch.arange(len(index), device=index.device)
             super().__init__(rows, index, (len(index), total))
 
-    def take(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """`[N, ...]` -> `[n, ...]`."""
-        return x if self.all else super().take(x)
+        return x if self.all else super().gather(x)
 
-    def put(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """`[n, ...]` -> `[N, ...]`."""
-        return x if self.all else super().put(x)
+        return x if self.all else super().scatter(x)
 
 
 Index = tuple[Tensor, bool]  # rows to pick; False: len(x) among them stands for a row of zeros
 
 
-class _Move(torch.autograd.Function):
+class _SelectRows(torch.autograd.Function):
     """Picks rows of x; `inverse` undoes it.
 
     Autograd's own indexing adds up gradients, which is slow and on a GPU not deterministic.

@@ -19,7 +19,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LossOptions:
-    """How predictions are judged.
+    """What the loss counts, and how much.
 
     silence_id, silence_weight: token id of `<|silence|>`, and the weight of its labels.
     label_smoothing: probability spread evenly over the vocabulary, 0 to 1.
@@ -36,9 +36,9 @@ class LossOptions:
 
 @dataclass
 class Targets:
-    """Where a microbatch is judged: only these positions go through the output head.
+    """The loss positions of a microbatch, the only ones that go through the output head.
 
-    rows: index into the microbatch's T tokens, `[n]`.
+    positions: of the tokens before a label, among the microbatch's T tokens `[n]`.
     tokens: the token to predict there `[n]`.
     weights: factor on each position's cross entropy, fp32 `[n]`: `silence_weight` where it is
         silence, 0 for the one dummy of a microbatch without labels.
@@ -47,7 +47,7 @@ class Targets:
         for it and the last stage has run.
     """
 
-    rows: Tensor
+    positions: Tensor
     tokens: Tensor
     weights: Tensor
     count: int
@@ -63,15 +63,15 @@ def find_targets(labels: Tensor, lengths: list[int], options: LossOptions) -> Ta
     following = labels.roll(-1)
     # Nothing follows the end of a sequence.
     following[[-1, *(end - 1 for end in accumulate(lengths))]] = IGNORED
-    judged = following != IGNORED
-    rows = judged.nonzero()[:, 0]
-    tokens = following[judged]
-    count = len(rows)
+    has_label = following != IGNORED
+    positions = has_label.nonzero()[:, 0]
+    tokens = following[has_label]
+    count = len(positions)
     if count == 0:  # the head must still take part in its collectives
-        rows, tokens = rows.new_zeros(1), tokens.new_zeros(1)
-    weights = torch.ones(len(rows))
+        positions, tokens = positions.new_zeros(1), tokens.new_zeros(1)
+    weights = torch.ones(len(positions))
     weights = weights.masked_fill(tokens == options.silence_id, options.silence_weight)
-    return Targets(rows, tokens, weights * (count > 0), count, options)
+    return Targets(positions, tokens, weights * (count > 0), count, options)
 
 
 def weighted_loss(

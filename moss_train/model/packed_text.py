@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moss_train.model.gather_rows import Rows
+from moss_train.model.gather_rows import RowSubset
 
 SMALL = 64 * 64  # (token, token) pairs below which attention costs its call, not its pairs
 
@@ -67,12 +67,12 @@ class Group:
     def __init__(self, spans: list[int], device: torch.device):
         self.tokens, self.shape = sum(spans), (len(spans), max(spans))
         real = torch.arange(self.shape[1]) < torch.tensor(spans)[:, None]  # [B, S]
-        self.rows = Rows(real.flatten().nonzero()[:, 0].to(device), real.numel())
+        self.rows = RowSubset(real.flatten().nonzero()[:, 0].to(device), real.numel())
 
     def pad(self, x: Tensor) -> Tensor:
         """`[tokens, ...]` -> `[B, S, ...]`, zeros behind each sequence."""
-        return self.rows.put(x).unflatten(0, self.shape)
+        return self.rows.scatter(x).unflatten(0, self.shape)
 
     def unpad(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` -> `[tokens, ...]`."""
-        return self.rows.take(x.flatten(0, 1))
+        return self.rows.gather(x.flatten(0, 1))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moss_train.model.attention import attention_core
-from moss_train.model.gather_rows import Rows
+from moss_train.model.gather_rows import RowSubset
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm
@@ -58,7 +58,7 @@ class SelfAttention(MegatronModule):
         x: Tensor,
         layout: PackedText | Tensor | None,
         rotation: Rotation | None = None,
-        only: Rows | None = None,
+        only: RowSubset | None = None,
     ) -> Tensor:
         """Attends.
 
@@ -84,7 +84,7 @@ class SelfAttention(MegatronModule):
         else:
             out = self.core(*heads, layout)
         out = out.reshape(*whole, -1)
-        return self.linear_proj(out if only is None else only.take(out))[0]
+        return self.linear_proj(out if only is None else only.gather(out))[0]
 
 
 class SelfAttentionLayer(MegatronModule):
@@ -102,11 +102,11 @@ class SelfAttentionLayer(MegatronModule):
         self.mlp = FeedForward(config, groups)
 
     def forward(
-        self, x: Tensor, text: PackedText, rotation: Rotation, only: Rows | None = None
+        self, x: Tensor, text: PackedText, rotation: Rotation, only: RowSubset | None = None
     ) -> Tensor:
         """`[T, 1, H]` -> `[T, 1, H]` (`T / tensor` with sequence parallelism), or of the rows
         `only` alone, of which all others are keys and values.
         """
         attended = self.attention(self.input_norm(x), text, rotation, only)
-        x = (x if only is None else only.take(x)) + attended
+        x = (x if only is None else only.gather(x)) + attended
         return x + self.mlp(self.mlp_norm(x))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch
 from moss_train import hardware
-from moss_train.parallel.packing import Bounds, deal
+from moss_train.parallel.packing import Bounds, pack
 from moss_train.parallel.process_groups import Groups
 
 
@@ -31,7 +31,7 @@ class TextBatch:
     tokens: Tensor  # int64 [T]
     labels: Tensor  # int64 [T], not shifted
     lengths: list[int]  # tokens of each sequence
-    frame_rows: Tensor  # int64 [N], the sequence of each frame
+    frame_sequences: Tensor  # int64 [N], the sequence of each frame
     frame_positions: Tensor  # int64 [N], in its sequence
     ratio_ids: Tensor  # int64 [N]
 
@@ -70,7 +70,7 @@ def read_step(
 ) -> StepBatch:
     """Reads (on the leader) and distributes the next step of this replica. A collective.
 
-    The samples read are dealt anew to microbatches, so that these are about equally long.
+    The samples read are packed into microbatches anew, so that these are about equally long.
 
     Args:
         loader: of this replica; None on all ranks but the leader.
@@ -83,35 +83,35 @@ def read_step(
     samples: list[EncodedSample] = []
     keys: list[str] = []
     skipped: Counter[str] = Counter()
-    dealt: list[list[EncodedSample]] = []
+    packed: list[list[EncodedSample]] = []
     if groups.is_leader:
         assert loader is not None
         for batch in (next(loader) for _ in range(reads)):
             keys += batch.keys
             skipped.update(batch.skipped)
             samples += batch.samples()
-        dealt = deal(samples, bounds)
+        packed = pack(samples, bounds)
     equal = groups.decoder.pp.size() > 1
-    text = _broadcast(_pack(dealt, pad_multiple, equal) if dealt else None, groups)
-    step = _unpack(text)
+    text = _broadcast(_serialize(packed, pad_multiple, equal) if packed else None, groups)
+    step = _deserialize(text)
     ratio_ids = torch.cat([batch.ratio_ids for batch in step])
     counts = even_shares(len(ratio_ids), shares)
     share = groups.replica.rank() * shares // groups.replica.size()
-    pixels = [sample.frames for samples in dealt for sample in samples]
+    pixels = [sample.frames for samples in packed for sample in samples]
     frames = _scatter(pixels, counts, frame_shape, groups)
     first = sum(counts[:share])
     own = ratio_ids[first : first + counts[share]].to(hardware.device())
     return StepBatch(step, frames, own, counts, keys, dict(skipped))
 
 
-def _pack(dealt: list[list[EncodedSample]], pad_multiple: int, equal: bool) -> Tensor:
-    """All text of a step as one int64 vector: sizes, then the microbatches (see `_unpack`)."""
-    sizes = [sum(len(sample.tokens) for sample in samples) for samples in dealt]
+def _serialize(packed: list[list[EncodedSample]], pad_multiple: int, equal: bool) -> Tensor:
+    """All text of a step as one int64 vector: sizes, then the microbatches (see `_deserialize`)."""
+    sizes = [sum(len(sample.tokens) for sample in samples) for samples in packed]
     padded = [-(-size // pad_multiple) * pad_multiple for size in sizes]
     if equal:
         padded = [max(padded)] * len(padded)
-    parts = [torch.tensor([len(dealt)])]
-    for samples, size, whole in zip(dealt, sizes, padded, strict=True):
+    parts = [torch.tensor([len(packed)])]
+    for samples, size, whole in zip(packed, sizes, padded, strict=True):
         pad = torch.zeros(whole - size, dtype=torch.int64)
         frames = [len(sample.frame_positions) for sample in samples]
         parts += [
@@ -127,7 +127,7 @@ def _pack(dealt: list[list[EncodedSample]], pad_multiple: int, equal: bool) -> T
     return torch.cat(parts)
 
 
-def _unpack(text: Tensor) -> list[TextBatch]:
+def _deserialize(text: Tensor) -> list[TextBatch]:
     offset = 0
 
     def take(size: int) -> Tensor:
@@ -144,7 +144,7 @@ def _unpack(text: Tensor) -> list[TextBatch]:
                 tokens=take(whole),
                 labels=take(whole),
                 lengths=lengths,
-                frame_rows=torch.arange(rows).repeat_interleave(frames),
+                frame_sequences=torch.arange(rows).repeat_interleave(frames),
                 frame_positions=take(int(frames.sum())),
                 ratio_ids=take(int(frames.sum())),
             )

@@ -33,29 +33,31 @@ class Bounds:
         )
 
 
-def deal(samples: list[EncodedSample], bounds: Bounds) -> list[list[EncodedSample]]:
-    """Deals the samples of a step to as few microbatches as `bounds` allow, about equally long.
+def pack(samples: list[EncodedSample], bounds: Bounds) -> list[list[EncodedSample]]:
+    """Packs the samples of a step into as few microbatches as `bounds` allow, about equally long.
 
     Longest first, each to the microbatch with the fewest tokens so far that may take it.
     """
     ordered = sorted(samples, key=lambda sample: len(sample.tokens), reverse=True)
     count = -(-len(samples) // (bounds.samples * bounds.multiple)) * bounds.multiple
     while True:
-        dealt = _deal(ordered, bounds, count)
-        if dealt is not None:
-            return dealt
+        microbatches = _assign(ordered, bounds, count)
+        if microbatches is not None:
+            return microbatches
         count += bounds.multiple
 
 
-def _deal(
+def _assign(
     ordered: list[EncodedSample], bounds: Bounds, count: int
 ) -> list[list[EncodedSample]] | None:
-    """To `count` microbatches; None where a bound does not hold and more of them would help."""
-    dealt: list[list[EncodedSample]] = [[] for _ in range(count)]
+    """Assigns each sample to one of `count` microbatches; None where a bound does not hold and more
+    microbatches would help.
+    """
+    microbatches: list[list[EncodedSample]] = [[] for _ in range(count)]
     last = count + bounds.multiple > len(ordered)  # no microbatch can be empty
     for sample in ordered:
-        free = [samples for samples in dealt if last or bounds.hold([*samples, sample])]
+        free = [samples for samples in microbatches if last or bounds.hold([*samples, sample])]
         if not free:
             return None
         min(free, key=lambda samples: sum(len(s.tokens) for s in samples)).append(sample)
-    return dealt
+    return microbatches

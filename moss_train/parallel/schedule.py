@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moss_train import hardware
 from moss_train.config import ModelConfig
-from moss_train.model.frame_plan import FrameBatch, plan_frames
+from moss_train.model.frame_plan import FramePlan, plan_frames
 from moss_train.model.loss import LossOptions, Targets, find_targets
 from moss_train.model.normalize import tiles_used
 from moss_train.model.packed_text import PackedText
@@ -23,7 +23,7 @@ class DecoderInput:
     """One microbatch as the decoder takes it, on the device."""
 
     text: PackedText
-    frames: FrameBatch
+    frames: FramePlan
     targets: Targets
 
 
@@ -45,17 +45,17 @@ def prepare(
     inputs = []
     for batch, own in zip(batches, states, strict=True):
         frames = plan_frames(
-            batch.frame_rows,
+            batch.frame_sequences,
             batch.frame_positions,
             batch.lengths,
             len(batch.tokens),
             tiles=tiles_used(batch.ratio_ids, model.vision).clamp(max=max_tiles),
             max_tiles=max_tiles,
-            attend_all=model.blind_rows == "attend_all",
+            attend_all=model.tokens_before_first_frame == "attend_all",
         ).to(device)
         frames.states = own
         targets = find_targets(batch.labels, batch.lengths, options)
-        for name in ("rows", "tokens", "weights"):
+        for name in ("positions", "tokens", "weights"):
             setattr(targets, name, getattr(targets, name).to(device))
         inputs.append(
             DecoderInput(PackedText(batch.tokens.to(device), batch.lengths), frames, targets)

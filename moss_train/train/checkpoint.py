@@ -31,7 +31,7 @@ from moss_train.config import AdapterConfig, Config, to_dict
 from moss_train.log import log
 from moss_train.model.lora import adapt, is_adapter, merge
 from moss_train.model.moss_video import MossVideo
-from moss_train.train.optimizer import Trainable
+from moss_train.train.optimizer import TrainState
 
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -47,8 +47,8 @@ _STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else 
 class Checkpointer:
     """Saves and loads the state of a run. Every method is a collective."""
 
-    def __init__(self, config: Config, model: MossVideo, trainable: Trainable):
-        self.config, self.model, self.trainable = config, model, trainable
+    def __init__(self, config: Config, model: MossVideo, state: TrainState):
+        self.config, self.model, self.state = config, model, state
         self.folder = checkpoints_folder(Path(config.run.dir))
         self.writing: Path | None = None
         self.queue = AsyncCallsQueue() if config.trainer.async_save else None
@@ -130,7 +130,7 @@ class Checkpointer:
             str(path),
         )
         _set_model(self.model, state["model"])
-        self.trainable.optimizer.load_state_dict(state["optimizer"])
+        self.state.optimizer.load_state_dict(state["optimizer"])
         if "random" in state:
             _set_random_state(state["random"])
         return run
@@ -138,14 +138,14 @@ class Checkpointer:
     def load_weights(self, path: Path) -> None:
         """Loads weights alone, for a new stage: its optimizer, random state and step are new."""
         load_weights(self.model, path)
-        self.trainable.optimizer.reload_model_params()
+        self.state.optimizer.reload_model_params()
 
     def _sharded_state(self, loading: bool, random_state: bool = True) -> dict[str, Any]:
         model = _model_state(self.model)
         flat = {key: value for part in model.values() for key, value in part.items()}
         state: dict[str, Any] = {
             "model": model,
-            "optimizer": self.trainable.optimizer.sharded_state_dict(
+            "optimizer": self.state.optimizer.sharded_state_dict(
                 flat, is_loading=loading, metadata=_METADATA
             ),
         }

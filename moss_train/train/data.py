@@ -23,9 +23,9 @@ def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> 
     """Opens this replica's loader (on its leader).
 
     Args:
-        streams: state of all streams of the job that saved a checkpoint; they are dealt to this
-            job's replicas, whatever their number was then (moss_train/validate.py has checked
-            that it comes out even). None for a new run.
+        streams: state of all streams of the job that saved a checkpoint; they are assigned to
+            this job's replicas, whatever their number was then (moss_train/validate.py has checked
+            that each gets as many). None for a new run.
     """
     size, rank = groups.data_size, groups.data_rank
     workers = config.data.workers
@@ -48,7 +48,7 @@ def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> 
 
 
 class StepReader:
-    """Reads the steps of this replica, and deals each to its ranks."""
+    """Reads the steps of this replica, and distributes each to its ranks."""
 
     def __init__(self, config: Config, groups: Groups, shares: int, streams: list[bytes] | None):
         """`shares`: as in `read_step`; `streams`: as in `open_loader`."""
@@ -68,12 +68,12 @@ class StepReader:
 
     def read(self, step: int) -> StepBatch:
         """What this rank works on in `step`. A collective of the replica."""
-        batch = self.deal(self.batches, self.reads)
+        batch = self.distribute(self.batches, self.reads)
         check_tokens(batch, self.config, step)
         return batch
 
-    def deal(self, batches: Iterator[MicroBatch] | None, reads: int) -> StepBatch:
-        """The next `reads` of `batches` (of the leader), dealt to the replica's ranks."""
+    def distribute(self, batches: Iterator[MicroBatch] | None, reads: int) -> StepBatch:
+        """The next `reads` of `batches` (of the leader), distributed to the replica's ranks."""
         multiple = self.config.data.pad_multiple
         return read_step(
             batches, reads, self.bounds, multiple, self.frame_shape, self.groups, self.shares

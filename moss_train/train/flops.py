@@ -11,12 +11,12 @@ With `[m, k] x [k, n]` = 2mkn:
 
 What is needed, as opposed to what is computed:
 
-- text: S (S + 1) / 2 pairs a row, the causal half; tokens without padding; no cross-attention
-  layers for tokens that attend no frame. Cross-attention: the pairs of `FrameBatch.attended()`.
+- text: S (S + 1) / 2 pairs a sequence, the causal half; tokens without padding; no cross-attention
+  layers for tokens that attend no frame. Cross-attention: the pairs of `FramePlan.attended()`.
   Behind the last self-attention, tokens without a label are not needed any more;
 - a frozen tower runs forward only. With a frozen decoder the gradient runs from the loss down to
   the K and V of the first cross-attention layer, and stops there: no weights, no queries of that
-  layer, no layer below it, and no backward pass for rows without a frame;
+  layer, no layer below it, and no backward pass for sequences without a frame;
 - a forward pass that runs a second time is no model FLOP: see `StepFlops.recomputed`.
 
 The counts are totals over all ranks, whatever the layout. FLOP/s of a rank are
@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from moss_train.config import ModelConfig
-from moss_train.model.frame_plan import FrameBatch
+from moss_train.model.frame_plan import FramePlan
 from moss_train.model.projector import pooled_tokens
 from moss_train.model.vision import rows_of_tile
 
 
 @dataclass(frozen=True)
-class Trains:
+class TrainedParts:
     """Which thirds of the model have trainable weights. A third counts as wholly trainable."""
 
     vision: bool
@@ -57,9 +57,9 @@ class StepCounts:
     frames: frames encoded.
     attended: (token, frame) pairs of the cross-attention (one layer).
     attending: text tokens that attend a frame.
-    tokens, pairs, labels: of rows with a frame: text tokens, (token, token) pairs of the
+    tokens, pairs, labels: of sequences with a frame: text tokens, (token, token) pairs of the
         self-attention (one layer), positions that go through the output head.
-    text_tokens, text_pairs, text_labels: the same of rows without any frame.
+    text_tokens, text_pairs, text_labels: the same of sequences without any frame.
     """
 
     frames: int = 0
@@ -130,30 +130,30 @@ class StepFlops:
         return StepFlops(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
-def count_microbatch(lengths: list[int], judged: Tensor, frames: FrameBatch) -> StepCounts:
+def count_microbatch(lengths: list[int], loss_positions: Tensor, frames: FramePlan) -> StepCounts:
     """The counts of a microbatch of packed sequences.
 
     Args:
         lengths: tokens of each sequence without padding.
-        judged: index in the microbatch of each position with a label.
+        loss_positions: index in the microbatch of each position with a label.
         frames: the microbatch's frames.
     """
     seeing, text = [0, 0, 0], [0, 0, 0]
     ends = torch.tensor(lengths).cumsum(0)
     labels = torch.bincount(
-        torch.searchsorted(ends, judged.cpu(), right=True), minlength=len(lengths)
+        torch.searchsorted(ends, loss_positions.cpu(), right=True), minlength=len(lengths)
     )
     attends = (frames.last > frames.first)[: sum(lengths)].split(lengths)
     for length, count, attending in zip(lengths, labels.tolist(), attends, strict=True):
-        row = (length, length * (length + 1) // 2, count)
+        own = (length, length * (length + 1) // 2, count)
         sums = seeing if attending.any() else text
-        sums[:] = [a + b for a, b in zip(sums, row, strict=True)]
+        sums[:] = [a + b for a, b in zip(sums, own, strict=True)]
     return StepCounts(frames.count, frames.attended(), len(frames.tokens), *seeing, *text)
 
 
 def step_flops(
     model: ModelConfig,
-    trains: Trains,
+    trained: TrainedParts,
     counts: StepCounts,
     tiles: int = 1,
     recompute: str = "none",
@@ -161,14 +161,14 @@ def step_flops(
     """Model FLOPs of a step; the module's docstring derives them.
 
     Args:
-        trains: what is trained.
+        trained: what is trained.
         counts: sums over the step's microbatches and ranks.
         tiles: tiles T of every frame (`data.max_tiles`), unused ones included: they are computed.
         recompute: `parallel.recompute`: none, selective (attention) or full (decoder layers).
             `model.vision.recompute` says whether a tower that trains runs twice.
     """
     vision_tokens = tiles * pooled_tokens(model)  # of a frame
-    seeing = _Rows(
+    seeing = _Sequences(
         counts.tokens,
         counts.pairs,
         counts.labels,
@@ -176,20 +176,20 @@ def step_flops(
         counts.frames * vision_tokens,
         counts.attended * vision_tokens,
     )
-    text = _Rows(counts.text_tokens, counts.text_pairs, counts.text_labels, 0, 0, 0)
-    vision = _vision(model, trains, counts.frames, tiles)
+    text = _Sequences(counts.text_tokens, counts.text_pairs, counts.text_labels, 0, 0, 0)
+    vision = _vision(model, trained, counts.frames, tiles)
     encoder = StepFlops(
         vision=vision,
-        projector=_projector(model, trains, counts.frames * tiles),
-        recomputed=vision.forward if trains.vision and model.vision.recompute else 0,
+        projector=_projector(model, trained, counts.frames * tiles),
+        recomputed=vision.forward if trained.vision and model.vision.recompute else 0,
     )
-    rows = [_decoder(model, trains, part, recompute) for part in (seeing, text)]
-    return encoder + rows[0] + rows[1]
+    halves = [_decoder(model, trained, part, recompute) for part in (seeing, text)]
+    return encoder + halves[0] + halves[1]
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of text that are alike: all of them see frames, or none."""
+class _Sequences:
+    """Sequences of text that are alike: all of them see frames, or none."""
 
     tokens: int
     pairs: int
@@ -209,9 +209,9 @@ def _attention(pairs: int, width: int, products: int) -> Part:
     return Part(4 * pairs * width, 2 * pairs * width * products)
 
 
-def _vision(model: ModelConfig, trains: Trains, frames: int, tiles: int) -> Part:
+def _vision(model: ModelConfig, trained: TrainedParts, frames: int, tiles: int) -> Part:
     """The tower over `frames` of T tiles: L = T x rows attend each other, L^2 pairs."""
-    vision, train, width = model.vision, trains.vision, model.vision.hidden_size
+    vision, train, width = model.vision, trained.vision, model.vision.hidden_size
     length = tiles * rows_of_tile(vision, model.attention)[0]
     patches = 2 * frames * tiles * vision.grid**2 * 3 * vision.patch_size**2 * width
     weights = 4 * width**2 + 2 * width * vision.mlp_size  # q, k, v, o; fc1, fc2
@@ -223,39 +223,43 @@ def _vision(model: ModelConfig, trains: Trains, frames: int, tiles: int) -> Part
     )
 
 
-def _projector(model: ModelConfig, trains: Trains, tiles: int) -> Part:
+def _projector(model: ModelConfig, trained: TrainedParts, tiles: int) -> Part:
     """The projection of `tiles` tiles; pooling without weights is no matrix product."""
     width, stride = model.vision.output_size, model.projector.stride
     tokens = tiles * pooled_tokens(model)
     fused = model.projector.pool == "channel_fusion"
     linear = _linear(
         2 * tokens * width * model.text.hidden_size,
-        inputs=trains.vision or (fused and trains.projector),
-        weights=trains.projector,
+        inputs=trained.vision or (fused and trained.projector),
+        weights=trained.projector,
     )
     if not fused:
         return linear
     cells = tokens - tiles  # the class token is not pooled
-    return linear + _linear(2 * cells * (width * stride) ** 2, trains.vision, trains.projector)
+    return linear + _linear(2 * cells * (width * stride) ** 2, trained.vision, trained.projector)
 
 
-def _decoder(model: ModelConfig, trains: Trains, rows: _Rows, recompute: str) -> StepFlops:
-    """The decoder over `rows`. `inputs`: the next layer's input needs a gradient."""
-    text, inputs, sums = model.text, trains.decoder, StepFlops()
+def _decoder(
+    model: ModelConfig, trained: TrainedParts, sequences: _Sequences, recompute: str
+) -> StepFlops:
+    """The decoder over `sequences`. `inputs`: the next layer's input needs a gradient."""
+    text, inputs, sums = model.text, trained.decoder, StepFlops()
     for index in range(text.num_layers):
         if index not in text.cross_attention_layers:
             last = index == text.num_layers - 1
-            layer = _self_layer(model, trains, rows, inputs, rows.labels if last else rows.tokens)
-        elif rows.vision_tokens:
-            layer = _cross_layer(model, trains, rows, inputs)
-            inputs = inputs or trains.states
+            layer = _self_layer(
+                model, trained, sequences, inputs, sequences.labels if last else sequences.tokens
+            )
+        elif sequences.vision_tokens:
+            layer = _cross_layer(model, trained, sequences, inputs)
+            inputs = inputs or trained.states
         else:
             continue
         sums += layer
         if inputs:  # nothing is run again where no gradient passes
             sums += StepFlops(recomputed=_recomputed(layer, recompute))
-    head = 2 * rows.labels * text.hidden_size * text.vocab_size
-    return sums + StepFlops(head=_linear(head, inputs, trains.decoder))
+    head = 2 * sequences.labels * text.hidden_size * text.vocab_size
+    return sums + StepFlops(head=_linear(head, inputs, trained.decoder))
 
 
 def _mlp_weights(model: ModelConfig) -> int:
@@ -267,28 +271,30 @@ def _kv_weights(model: ModelConfig) -> int:
 
 
 def _self_layer(
-    model: ModelConfig, trains: Trains, rows: _Rows, inputs: bool, wanted: int
+    model: ModelConfig, trained: TrainedParts, sequences: _Sequences, inputs: bool, wanted: int
 ) -> StepFlops:
     """`wanted`: tokens whose output is; the others are keys and values only."""
     width = model.text.hidden_size
-    first = 2 * rows.tokens * (width**2 + _kv_weights(model))  # q, k, v
+    first = 2 * sequences.tokens * (width**2 + _kv_weights(model))  # q, k, v
     rest = 2 * wanted * (width**2 + _mlp_weights(model))  # o, MLP
     return StepFlops(
-        decoder_linear=_linear(first + rest, inputs, trains.decoder),
-        self_attention=_attention(rows.pairs, width, 4 * inputs),
+        decoder_linear=_linear(first + rest, inputs, trained.decoder),
+        self_attention=_attention(sequences.pairs, width, 4 * inputs),
     )
 
 
-def _cross_layer(model: ModelConfig, trains: Trains, rows: _Rows, inputs: bool) -> StepFlops:
-    width, train = model.text.hidden_size, trains.decoder
-    outputs = train or trains.states
-    query = _linear(2 * rows.attending * width**2, inputs, train)
-    rest = _linear(2 * rows.attending * (width**2 + _mlp_weights(model)), outputs, train)
-    kv = _linear(2 * rows.vision_tokens * _kv_weights(model), trains.states, train)
+def _cross_layer(
+    model: ModelConfig, trained: TrainedParts, sequences: _Sequences, inputs: bool
+) -> StepFlops:
+    width, train = model.text.hidden_size, trained.decoder
+    outputs = train or trained.states
+    query = _linear(2 * sequences.attending * width**2, inputs, train)
+    rest = _linear(2 * sequences.attending * (width**2 + _mlp_weights(model)), outputs, train)
+    kv = _linear(2 * sequences.vision_tokens * _kv_weights(model), trained.states, train)
     products = 3 * outputs + inputs  # values, probabilities, keys; queries
     return StepFlops(
         decoder_linear=query + rest + kv,
-        cross_attention=_attention(rows.vision_pairs, width, products),
+        cross_attention=_attention(sequences.vision_pairs, width, products),
     )
 
 

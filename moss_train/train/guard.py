@@ -43,7 +43,7 @@ class GuardedOptimizer(ChainedOptimizer):
 
 
 class Guard:
-    """Judges each step. Every rank holds one; the ranks agree on the worst of their verdicts.
+    """Decides about each step. Every rank holds one; the worst of their verdicts counts.
 
     skipped: steps left out, of the whole run. accepted: steps done, by this process.
     in_a_row: steps left out since the last one that was done.
@@ -75,7 +75,7 @@ class Guard:
             self.in_a_row += 1
         return reason
 
-    def judge(self, loss: float, grad_norm: float) -> int:
+    def verdict(self, loss: float, grad_norm: float) -> int:
         """A verdict, a place in REASONS. It is this rank's: numbers may differ by rounding.
 
         Args:

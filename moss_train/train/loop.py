@@ -25,10 +25,10 @@ from moss_train.parallel.replicas import differing_replicas
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
-from moss_train.train.flops import Trains, step_flops
+from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
-from moss_train.train.optimizer import make_trainable
+from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
 from moss_train.train.process import start_process_group, stop_signals
 from moss_train.train.report import plot_losses, summary_table
@@ -37,7 +37,7 @@ from moss_train.train.validation import Validator, describe
 
 
 def run(config: Config, resume_from: Path | None) -> None:
-    """Trains `config` on this rank, from `resume_from` (a complete checkpoint) if given."""
+    """TrainedParts `config` on this rank, from `resume_from` (a complete checkpoint) if given."""
     start_process_group(config)
     # Ranks that started in different seconds may name different folders: rank 0's is everyone's.
     decided: list[Any] = [config.run.dir, resume_from]
@@ -60,15 +60,15 @@ class Job:
         if resume_from is None:
             fill(self.model, initial_reader(config.model, config.trainer.seed))
         self.counts = freeze(self.model, [*config.stage.train, *config.stage.also])
-        self.trainable = make_trainable(self.model, config, self.counts)
-        self.checkpointer = Checkpointer(config, self.model, self.trainable)
+        self.state = make_train_state(self.model, config, self.counts)
+        self.checkpointer = Checkpointer(config, self.model, self.state)
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokens = SpecialTokens.from_tokenizer(tokenizer, config.data.tokenizer)
         self.done = self.samples = 0
         self.bad_samples = BadSamples(config.data.max_bad_ratio)
         streams = self._restore(resume_from)
         self.guard = Guard.resume(config.trainer.spike_factor, self.folder, self.done)
-        self.step = TrainStep(config, self.model, self.trainable, tokens.silence, self.guard)
+        self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
         self.reader = StepReader(config, self.groups, self.step.exchange.shares, streams)
         self.validator = Validator(self.step, self.reader)
         self.due, self.recovered = False, -1
@@ -98,7 +98,7 @@ class Job:
     def _load(self, checkpoint: Path) -> None:
         run = self.checkpointer.load(checkpoint)
         self.done, self.samples = run["step"], run["samples"]
-        self.trainable.set_step(self.done)
+        self.state.set_step(self.done)
 
     def run(self) -> None:
         """Steps until `config.steps`, or until a signal asks to stop; saves at the end."""
@@ -174,7 +174,7 @@ class Job:
             self.audit.cut(self.folder, self.done)
 
     def _save(self) -> None:
-        self.trainable.gather_parameters()
+        self.state.gather_parameters()
         differing = differing_replicas(self.model)
         if differing:
             raise RuntimeError(
@@ -227,7 +227,7 @@ class Job:
         # Adapters are small: their share, and what runs through frozen weights to reach them, is
         # not counted.
         decoder = trained["decoder"] > 0 and not self.model.adapted
-        trains = Trains(trained["vision"] > 0, trained["projector"] > 0, decoder)
+        trains = TrainedParts(trained["vision"] > 0, trained["projector"] > 0, decoder)
         flops = step_flops(
             config.model, trains, counts, config.data.max_tiles, config.parallel.recompute
         )
@@ -235,7 +235,7 @@ class Job:
         return StepMetrics(
             step=self.done,
             loss=result.loss,
-            lr=self.trainable.last_lr,
+            lr=self.state.last_lr,
             grad_norm=result.grad_norm,
             samples=config.data.global_batch,
             tokens=tokens,

@@ -27,7 +27,7 @@ from moss_train.train.param_groups import Counts, group_overrides
 
 
 @dataclass
-class Trainable:
+class TrainState:
     """The model as it trains on this rank.
 
     chunks: decoder chunks, wrapped for data parallelism where any of the decoder trains.
@@ -79,7 +79,7 @@ class Trainable:
         self.optimizer.zero_grad()
 
 
-def make_trainable(model: MossVideo, config: Config, counts: Counts) -> Trainable:
+def make_train_state(model: MossVideo, config: Config, counts: Counts) -> TrainState:
     """Wraps what trains and builds its optimizer. A collective.
 
     Raises:
@@ -119,7 +119,7 @@ def make_trainable(model: MossVideo, config: Config, counts: Counts) -> Trainabl
         )
         optimizers.append(_optimizer(config, [encoder], groups.vision, overrides))
     chained = GuardedOptimizer([part for o in optimizers for part in o.chained_optimizers])
-    return Trainable(chunks, encoder, chained, _scheduler(config, chained))
+    return TrainState(chunks, encoder, chained, _scheduler(config, chained))
 
 
 def _ddp_config(config: Config, overlap: bool) -> DistributedDataParallelConfig:

@@ -19,7 +19,7 @@ from moss_train.parallel.gradients import reduce_gradients
 from moss_train.parallel.schedule import DecoderInput, prepare, run_schedule
 from moss_train.train.flops import StepCounts, count_microbatch
 from moss_train.train.guard import Guard
-from moss_train.train.optimizer import Trainable
+from moss_train.train.optimizer import TrainState
 
 
 @dataclass
@@ -54,11 +54,11 @@ class TrainStep:
         self,
         config: Config,
         model: MossVideo,
-        trainable: Trainable,
+        state: TrainState,
         silence_id: int,
         guard: Guard,
     ):
-        self.config, self.model, self.trainable, self.guard = config, model, trainable, guard
+        self.config, self.model, self.state, self.guard = config, model, state, guard
         self.exchange = FrameExchange(config.model, model.encoder, model.groups)
         stage = config.stage
         self.loss = LossOptions(
@@ -84,12 +84,12 @@ class TrainStep:
 
         def allows(norm: float) -> bool:
             nonlocal refused, peaks
-            verdict = self.guard.judge(total_loss, norm)
+            verdict = self.guard.verdict(total_loss, norm)
             worst, *peaks = _reduce((verdict, *peaks), dist.ReduceOp.MAX)
             refused = self.guard.record(int(worst), total_loss)
             return refused is None
 
-        grad_norm = self.trainable.update(allows)
+        grad_norm = self.state.update(allows)
         most_frames, longest_wait, most_memory = peaks
         return StepResult(
             loss=total_loss,
@@ -108,14 +108,14 @@ class TrainStep:
 
     def forward_backward(self, batch: StepBatch) -> tuple[Tensor, StepCounts, int]:
         """Reduced gradients of `batch`; its loss on this rank, counts and padded tokens."""
-        self.trainable.zero_gradients()
+        self.state.zero_gradients()
         inputs = self.prepare(batch)
         counts, padded = self._count(batch, inputs)
         total = torch.tensor(float(counts.labels + counts.text_labels), device=hardware.device())
-        loss = run_schedule(self.trainable.chunks, inputs, total)
+        loss = run_schedule(self.state.chunks, inputs, total)
         self.exchange.return_gradient()
-        trainable = self.trainable
-        reduce_gradients(trainable.wrapped_chunks, trainable.encoder, self.model.groups)
+        state = self.state
+        reduce_gradients(state.wrapped_chunks, state.encoder, self.model.groups)
         return loss, counts, padded
 
     def prepare(self, batch: StepBatch, loss: LossOptions | None = None) -> list[DecoderInput]:
@@ -134,7 +134,7 @@ class TrainStep:
         counts = StepCounts()
         for text, item in zip(batch.microbatches, inputs, strict=True):
             counts += count_microbatch(
-                text.lengths, item.targets.rows[: item.targets.count], item.frames
+                text.lengths, item.targets.positions[: item.targets.count], item.frames
             )
         padded = sum(len(item.text.tokens) for item in inputs)
         sums = torch.tensor([*astuple(counts), padded], device=hardware.device())

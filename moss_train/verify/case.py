@@ -78,7 +78,7 @@ def read_case(path: Path, image_id: int, silence_id: int, silence_weight: float)
     tokens, ratios = tensors["input_ids"], tensors["aspect_ratio_ids"]
     positions = tensors.get("vision_position_ids")
     if positions is None:
-        positions = marks(tokens, image_id, ratios.shape[1])
+        positions = image_token_positions(tokens, image_id, ratios.shape[1])
     ones = torch.ones_like(tokens)
     return Case(
         tokens,
@@ -94,7 +94,7 @@ def read_case(path: Path, image_id: int, silence_id: int, silence_weight: float)
     )
 
 
-def marks(tokens: Tensor, image_id: int, count: int) -> Tensor:
+def image_token_positions(tokens: Tensor, image_id: int, count: int) -> Tensor:
     """Index of the `<|image|>` of each of `count` frames of a row; 0 where there are fewer."""
     out = tokens.new_zeros(len(tokens), count)
     for row, where in enumerate(tokens == image_id):
@@ -133,7 +133,7 @@ def make_case(
     labels = tokens.masked_fill((tokens == image_id) | (attention == 0), -100)
     if silence_id >= 0:
         tokens[0, 20] = labels[0, 20] = silence_id
-    positions = marks(tokens, image_id, 2)
+    positions = image_token_positions(tokens, image_id, 2)
     return Case(
         tokens, labels, attention, pixels, ratios, positions, mask, silence_weight,
         silence_id=silence_id,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moss_train import hardware
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import HardwareConfig, ParallelConfig, from_dict
-from moss_train.model.frame_plan import NEVER, FrameBatch, plan_frames
+from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
@@ -72,8 +72,8 @@ def run_forward(model: MossVideo, case: Case, greedy: int) -> dict[str, Tensor]:
 
 def frames_of_batch(
     positions: Tensor, mask: Tensor, lengths: list[int], attend_all: bool, total: int | None = None
-) -> FrameBatch:
-    """FrameBatch of a batch in HF's form, its rows packed one after the other.
+) -> FramePlan:
+    """FramePlan of a batch in HF's form, its rows packed one after the other.
 
     Args:
         positions: token index of each frame's mark `[B, F]`.
@@ -105,7 +105,7 @@ def decoder_input(model: MossVideo, case: Case, row: int, states: Tensor) -> Dec
     """One row of a case as a microbatch; `states` are of the whole case `[B x F, T x P, H]`."""
     device = hardware.device()
     rows, lengths = slice(row, row + 1), case.lengths[row : row + 1]
-    attend_all = model.config.blind_rows == "attend_all"
+    attend_all = model.config.tokens_before_first_frame == "attend_all"
     tokens = _padded(model, case.tokens[row])
     frames = frames_of_batch(
         case.positions[rows], case.mask[rows], lengths, attend_all, len(tokens)
@@ -113,7 +113,7 @@ def decoder_input(model: MossVideo, case: Case, row: int, states: Tensor) -> Dec
     frames.states = states.unflatten(0, case.ratio_ids.shape)[row]
     options = LossOptions(case.silence_id, case.silence_weight)
     targets = find_targets(_padded(model, case.labels[row], -100), lengths, options)
-    for name in ("rows", "tokens", "weights"):
+    for name in ("positions", "tokens", "weights"):
         setattr(targets, name, getattr(targets, name).to(device))
     return DecoderInput(PackedText(tokens.to(device), lengths), frames, targets)
 
@@ -146,7 +146,7 @@ def greedy_tokens(model: MossVideo, case: Case, states: Tensor, count: int) -> T
     """Greedy tokens that follow the first row, each from a full forward pass. A collective."""
     device, own = hardware.device(), case.lengths[0]
     tokens, mask = case.tokens[0, :own], case.mask[:1, :own]
-    attend_all = model.config.blind_rows == "attend_all"
+    attend_all = model.config.tokens_before_first_frame == "attend_all"
     new: list[Tensor] = []
     while len(new) < count:
         row, length = _padded(model, tokens), len(tokens)

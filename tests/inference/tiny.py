@@ -39,7 +39,8 @@ def tiny_config(**changes: Any) -> MossVideoConfig:
     }  # fmt: skip
     settings = {
         "vision_config": vision, "text_config": text, "image_token_index": 512,
-        "pool_mode": "average", "pool_stride": 2, "blind_rows": "zero", "silence_weight": 0.1,
+        "pool_mode": "average", "pool_stride": 2, "tokens_before_first_frame": "zero",
+        "silence_weight": 0.1,
         "moss_stage": "realtime_sft",
     }  # fmt: skip
     return MossVideoConfig(**{**settings, **changes})

@@ -121,7 +121,7 @@ def run_checked(task: Task, config: Config) -> None:
     job.run()
     task.seen["weights"] = whole_weights(job.model)
     task.seen["deterministic"] = torch.are_deterministic_algorithms_enabled()
-    task.seen["adam_steps"] = [g["step"] for g in job.trainable.optimizer.param_groups]
+    task.seen["adam_steps"] = [g["step"] for g in job.state.optimizer.param_groups]
 
 
 def poison(job: Any, batches: dict[str, str]) -> None:

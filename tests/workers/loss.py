@@ -31,7 +31,7 @@ def gradient(
 ) -> tuple[float, Tensor]:
     """Loss per 7 labels, and the gradient of this rank's columns."""
     own = logits.chunk(group.size(), 1)[group.rank()].clone().requires_grad_()
-    labels = torch.cat((tokens[:1], tokens))  # the first is not judged
+    labels = torch.cat((tokens[:1], tokens))  # the first is not a loss position
     targets = find_targets(labels, [len(labels)], options)
     # A copy: megatron's cross entropy works in place.
     loss = weighted_loss((own * 1)[:, None], targets, torch.tensor(7.0), group)

@@ -66,7 +66,7 @@ def train_case(
     from moss_train.parallel.packing import Bounds
     from moss_train.parallel.replicas import differing_replicas
     from moss_train.train.guard import Guard
-    from moss_train.train.optimizer import make_trainable
+    from moss_train.train.optimizer import make_train_state
     from moss_train.train.param_groups import freeze
     from moss_train.train.step import TrainStep
 
@@ -81,8 +81,8 @@ def train_case(
     adapter = AdapterConfig("lora", rank=4, alpha=8.0) if train == "lora" else None
     model = MossVideo(config.model, parallel, groups, adapter)
     fill(model, uneven(random_reader(config.model, seed=8)))
-    trainable = make_trainable(model, config, freeze(model, PATTERNS[train]))
-    step = TrainStep(config, model, trainable, silence_id=11, guard=Guard(None, [], 0))
+    state = make_train_state(model, config, freeze(model, PATTERNS[train]))
+    step = TrainStep(config, model, state, silence_id=11, guard=Guard(None, [], 0))
     per_replica = GLOBAL // micro // groups.data_size
     batches = None
     if groups.is_leader:
@@ -97,12 +97,12 @@ def train_case(
         encoded.append(_gather(len(batch.frames)))
         if number == 0:
             step.forward_backward(batch)
-            _whole_gradients(trainable, groups)
+            _whole_gradients(state, groups)
             gradients = _merge(export(model, _gradient))
         result = step(batch)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    trainable.gather_parameters()
+    state.gather_parameters()
     return {
         "losses": losses,
         "norms": norms,
@@ -189,11 +189,11 @@ def _gradient(parameter: torch.nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32) if main is None else main
 
 
-def _whole_gradients(trainable, groups) -> None:
+def _whole_gradients(state, groups) -> None:
     """Gathers the shards that the distributed optimizer's reduce-scatter leaves on each rank."""
-    modules = [(chunk, groups.decoder.dp) for chunk in trainable.wrapped_chunks]
-    if trainable.encoder is not None:
-        modules.append((trainable.encoder, groups.vision.dp))
+    modules = [(chunk, groups.decoder.dp) for chunk in state.wrapped_chunks]
+    if state.encoder is not None:
+        modules.append((state.encoder, groups.vision.dp))
     for module, group in modules:
         for bucket_group in module.bucket_groups:
             for bucket in bucket_group.buckets:

@@ -68,7 +68,7 @@ def comparable_config(
     )
     plain = {
         "model.cross_attention_rope": False,
-        "model.blind_rows": "attend_all",
+        "model.tokens_before_first_frame": "attend_all",
         "model.vision.full_attention": False,
         "model.vision.max_tiles": 1,
         "model.vision.recompute": False,

@@ -23,10 +23,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moss_train import hardware
 from moss_train.model.cross_attention import attend_blocks, attend_flex
-from moss_train.model.frame_plan import FrameBatch, plan_frames
+from moss_train.model.frame_plan import FramePlan, plan_frames
 
 
-def plan(layout: str, tokens: int, frames: int) -> FrameBatch:
+def plan(layout: str, tokens: int, frames: int) -> FramePlan:
     """One row; every frame is seen from its mark on."""
     step = tokens // frames if layout == "realtime" else 1
     return plan_frames(
@@ -34,7 +34,7 @@ def plan(layout: str, tokens: int, frames: int) -> FrameBatch:
     )
 
 
-def dense_mask(frames: FrameBatch, tokens: int, patches: int, dtype: torch.dtype) -> Tensor:
+def dense_mask(frames: FramePlan, tokens: int, patches: int, dtype: torch.dtype) -> Tensor:
     """0 where a token may see a key, else -inf: `[tokens, frames x patches]`."""
     allowed = torch.arange(tokens)[:, None] >= frames.positions
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, float("-inf"))

@@ -15,7 +15,7 @@ from tests.inference.tiny import generated_logits, tiny_model
 
 
 def test_the_published_way_gives_the_same_tokens() -> None:
-    model = tiny_model(blind_rows="attend_all")
+    model = tiny_model(tokens_before_first_frame="attend_all")
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(10, 250, (1, 12), generator=generator)
     tokens[0, [2, 3, 7]] = 512

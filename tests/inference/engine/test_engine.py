@@ -230,7 +230,9 @@ def test_sampling_can_change_on_the_way(model, static: bool) -> None:
 @pytest.mark.parametrize("name", ["image", "video", "realtime"])
 def test_streams_the_published_greedy_tokens(name: str, shared: Path) -> None:
     case = load_file(shared / "golden" / f"{name}.safetensors")
-    engine = Engine.load(shared / "golden", device="cpu", max_tokens=64, blind_rows="attend_all")
+    engine = Engine.load(
+        shared / "golden", device="cpu", max_tokens=64, tokens_before_first_frame="attend_all"
+    )
     length = int(case["attention_mask"][0].sum())
     features = engine.encode(list(case["pixel_values"][0, :, 0]))
     slot = engine.open()
@@ -279,7 +281,10 @@ def test_an_impossible_step_is_refused_before_anything_changes(model) -> None:
     [
         ({"window": 0}, "window=0"),
         ({"window": 4, "sinks": 4}, "sinks=4: must be less"),
-        ({"blind_rows": "none"}, "blind_rows=none: allowed: zero, attend_all"),
+        (
+            {"tokens_before_first_frame": "none"},
+            "tokens_before_first_frame=none: allowed: zero, attend_all",
+        ),
     ],
 )
 def test_wrong_sizes_are_named(model, options: dict, message: str) -> None:

@@ -43,12 +43,12 @@ def hf_config(model) -> MossVideoConfig:
         pool_mode=model.projector.pool,
         pool_stride=model.projector.stride,
         image_token_index=text["vocab_size"],
-        blind_rows="zero",
+        tokens_before_first_frame="zero",
     )
 
 
 def test_a_streamed_sample_has_the_logits_of_training(groups) -> None:
-    architecture = preset("tiny", blind_rows="zero")
+    architecture = preset("tiny", tokens_before_first_frame="zero")
     architecture = replace(architecture, text=replace(architecture.text, vocab_size=512))
     training = random_model(architecture, groups)
     stream = make_stream(3, frames=5)

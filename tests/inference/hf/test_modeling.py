@@ -162,7 +162,7 @@ def test_blind_tokens_see_nothing_with_zero_and_all_frames_with_attend_all() -> 
     blind = slice(0, 2)  # before the first frame of row 0
     logits = {}
     for rows in ("zero", "attend_all"):
-        model = tiny_model(blind_rows=rows)
+        model = tiny_model(tokens_before_first_frame=rows)
         with torch.no_grad():
             logits[rows] = model(input_ids=tokens[:1], pixel_values=pixels[:1]).logits
             text = model(input_ids=tokens[:1, blind]).logits
@@ -202,7 +202,10 @@ def test_more_marks_than_frames_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"pool_mode": "mean"}, "pool_mode 'mean'"), ({"blind_rows": "none"}, "blind_rows 'none'")],
+    [
+        ({"pool_mode": "mean"}, "pool_mode 'mean'"),
+        ({"tokens_before_first_frame": "none"}, "tokens_before_first_frame 'none'"),
+    ],
 )
 def test_wrong_settings_are_named(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -78,7 +78,7 @@ def test_moss_video_through_a_checkpoint(shared, tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text())
     assert (config["pool_mode"], config["pool_stride"]) == ("average", 2)
     assert (config["silence_token_id"], config["silence_weight"]) == (11, 0.1)
-    assert config["blind_rows"] == "attend_all"
+    assert config["tokens_before_first_frame"] == "attend_all"
     assert "equal within" in capsys.readouterr().out
     args = ["--hf", str(folder), "--inputs", str(path), "--trust-remote-code"]
     assert main(args) == 0
@@ -157,7 +157,7 @@ def test_a_text_model_is_grown_with_closed_gates(tmp_path):
     from tests.moss_train.model.build import preset
 
     llama: LlamaForCausalLM = save_llama(tmp_path / "llama", False, "100KB")
-    into: ModelConfig = replace(preset("tiny"), blind_rows="zero")
+    into: ModelConfig = replace(preset("tiny"), tokens_before_first_frame="zero")
     folder = exported(tmp_path / "llama", tmp_path / "out", {"grow_into": into})
     model = opened(folder)
     tokens = torch.randint(0, 320, (1, 12), generator=torch.Generator().manual_seed(0))

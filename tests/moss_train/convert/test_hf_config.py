@@ -47,7 +47,7 @@ def test_llama_vision_is_the_11b_preset_without_what_moss_adds(form):
     assert model.vision == replace(expected.vision, full_attention=False)
     assert model.projector.pool == "none"
     assert not model.cross_attention_rope
-    assert (model.blind_rows, model.dtype) == ("attend_all", "bf16")
+    assert (model.tokens_before_first_frame, model.dtype) == ("attend_all", "bf16")
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,18 @@ def test_llama_vision_is_the_11b_preset_without_what_moss_adds(form):
 )
 def test_pooling_keys_mean_moss_video(keys):
     model = model_config_from_hf({**LLAMA, **keys})
-    assert model == replace(preset("11b"), name="imported", blind_rows="attend_all")
+    assert model == replace(preset("11b"), name="imported", tokens_before_first_frame="attend_all")
 
 
 def test_golden_form_is_the_tiny_preset(shared):
     model = model_config_from_hf(shared / "golden")
     tiny = preset("tiny")
     assert (model.vision, model.text, model.projector) == (tiny.vision, tiny.text, tiny.projector)
-    assert (model.name, model.dtype, model.blind_rows) == ("golden", "fp32", "attend_all")
+    assert (model.name, model.dtype, model.tokens_before_first_frame) == (
+        "golden",
+        "fp32",
+        "attend_all",
+    )
     assert model.cross_attention_rope
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moss_train.model.cross_attention import attend_blocks, attend_flex, attend_padded
-from moss_train.model.frame_plan import FrameBatch
+from moss_train.model.frame_plan import FramePlan
 from tests.moss_train.model.test_frame_plan import dense, plan, random_layout
 
 HEADS, KV_HEADS, WIDTH, PATCHES, TILES = 4, 2, 8, 3, 2
@@ -28,7 +28,7 @@ def softmax_reference(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor
 
 def random_inputs(
     seed: int, longest: int, most: int, attend_all: bool
-) -> tuple[list[Tensor], FrameBatch, Tensor]:
+) -> tuple[list[Tensor], FramePlan, Tensor]:
     """[query, key, value] (fp64) of a random layout, its plan and its dense mask."""
     rng = random.Random(seed)
     allowed = torch.zeros(1)
@@ -46,10 +46,10 @@ def random_inputs(
     return inputs, plan(layout, TILES, attend_all), allowed.flatten(1).repeat_interleave(PATCHES, 1)
 
 
-def whole(core, query: Tensor, key: Tensor, value: Tensor, frames: FrameBatch) -> Tensor:
+def whole(core, query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
     """`core` of the attending tokens, zero for the others: `[S, heads, D]`."""
     rows = frames.attending
-    return rows.put(core(rows.take(query), key, value, frames))
+    return rows.scatter(core(rows.gather(query), key, value, frames))
 
 
 def test_padded_batches_give_the_dense_softmax_and_its_gradients():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moss_train.model.frame_plan import NEVER, FrameBatch, plan_frames
+from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
 
 
 def random_layout(rng: random.Random, longest: int, most: int, max_tiles: int) -> dict:
@@ -29,7 +29,7 @@ def random_layout(rng: random.Random, longest: int, most: int, max_tiles: int) -
     return {"lengths": lengths, "rows": rows, "start": start, "stop": stop, "tiles": tiles}
 
 
-def plan(layout: dict, max_tiles: int, attend_all: bool) -> FrameBatch:
+def plan(layout: dict, max_tiles: int, attend_all: bool) -> FramePlan:
     """plan_frames of a layout, five tokens of padding behind its packed rows."""
     start = torch.tensor(layout["start"], dtype=torch.long)
     return plan_frames(
@@ -64,7 +64,7 @@ def dense(layout: dict, max_tiles: int, attend_all: bool) -> tuple[Tensor, Tenso
     return allowed, sees
 
 
-def spread(frames: FrameBatch, max_tiles: int) -> Tensor:
+def spread(frames: FramePlan, max_tiles: int) -> Tensor:
     """The plan's blocks as a dense mask `[S, F, T]`."""
     out = torch.zeros(len(frames.sees), frames.count * max_tiles, dtype=torch.bool)
     done = 0
@@ -114,7 +114,7 @@ def test_many_frames_in_a_long_row_make_several_blocks_that_are_still_exact():
     assert torch.equal(spread(frames, 1), dense(layout, 1, False)[0])
 
 
-def realtime(tokens: int, frames: int) -> FrameBatch:
+def realtime(tokens: int, frames: int) -> FramePlan:
     """A mark every tokens / frames tokens."""
     marks = torch.arange(frames) * (tokens // frames)
     return plan_frames(torch.zeros(frames, dtype=torch.long), marks, [tokens], tokens)

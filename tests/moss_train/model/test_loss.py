@@ -26,11 +26,11 @@ def random_batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def our_loss(logits: Tensor, labels: Tensor, weight: float, total: float | None = None) -> Tensor:
-    """As the decoder computes it: the rows packed, only the judged positions."""
+    """As the decoder computes it: the rows packed, only the loss positions."""
     targets = find_targets(
         labels.flatten(), [labels.shape[1]] * len(labels), LossOptions(SILENCE, weight)
     )
-    selected = logits.flatten(0, 1)[targets.rows][:, None]
+    selected = logits.flatten(0, 1)[targets.positions][:, None]
     total = total or float(targets.count)
     assert dist.group.WORLD is not None
     return weighted_loss(selected, targets, torch.tensor(total), dist.group.WORLD)
@@ -65,7 +65,7 @@ def test_microbatches_add_up_to_the_loss_of_the_whole():
 def test_a_microbatch_without_labels_adds_nothing():
     logits = torch.randn(2, 6, VOCAB, requires_grad=True)
     labels = torch.full((2, 6), -100)
-    labels[:, 0] = 3  # never judged: nothing comes before it
+    labels[:, 0] = 3  # no loss position: nothing comes before it
     loss = our_loss(logits, labels, 0.1, total=7.0)
     loss.backward()
     assert loss.item() == 0

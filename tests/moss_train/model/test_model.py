@@ -12,7 +12,7 @@ from torch import Tensor
 from moss_train.config import ModelConfig, ParallelConfig
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
-from moss_train.model.frame_plan import NEVER, FrameBatch, plan_frames
+from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
@@ -31,21 +31,21 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
     return tokens, torch.randn(len(MARKS), 1, 3, 56, 56, generator=generator)
 
 
-def see(model: MossVideo, pixels: Tensor, **plan) -> FrameBatch:
+def see(model: MossVideo, pixels: Tensor, **plan) -> FramePlan:
     """The frames of the row, encoded."""
     rows = torch.zeros(len(MARKS), dtype=torch.long)
-    attend_all = model.config.blind_rows == "attend_all"
+    attend_all = model.config.tokens_before_first_frame == "attend_all"
     frames = plan_frames(rows, MARKS, [LENGTH], LENGTH, attend_all=attend_all, **plan)
     frames.states = model.encoder(pixels, torch.ones(len(MARKS), dtype=torch.long))
     return frames
 
 
-def no_frames() -> FrameBatch:
+def no_frames() -> FramePlan:
     """The plan of a text-only row."""
     return plan_frames(torch.zeros(0).long(), torch.zeros(0).long(), [LENGTH], LENGTH)
 
 
-def predict(model: MossVideo, tokens: Tensor, frames: FrameBatch) -> Tensor:
+def predict(model: MossVideo, tokens: Tensor, frames: FramePlan) -> Tensor:
     """Logits `[S, V]`."""
     with torch.no_grad():
         return model.chunks[0](PackedText(tokens[0], [LENGTH]), frames)
@@ -64,7 +64,7 @@ def test_tokens_before_the_first_frame_are_as_if_there_were_none(model):
 
 
 def test_attend_all_lets_blind_tokens_see_the_future(groups):
-    model = random_model(replace(TINY, blind_rows="attend_all"), groups)
+    model = random_model(replace(TINY, tokens_before_first_frame="attend_all"), groups)
     tokens, pixels = batch()
     seeing, blind = (predict(model, tokens, f) for f in (see(model, pixels), no_frames()))
     assert not torch.isclose(seeing, blind).all(-1).any()
@@ -125,7 +125,7 @@ def test_positions_turn_the_cross_attention_only_where_the_model_has_them(groups
         assert torch.equal(before, predict(model, tokens, frames)) is not rotates
 
 
-def loss_gradients(model: MossVideo, frames: FrameBatch) -> dict[str, Tensor | None]:
+def loss_gradients(model: MossVideo, frames: FramePlan) -> dict[str, Tensor | None]:
     """Gradients of the loss over all tokens of the row."""
     tokens, _ = batch()
     text = PackedText(tokens[0], [LENGTH])

@@ -19,7 +19,7 @@ from moss_train.config import (
 )
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
-from moss_train.model.frame_plan import FrameBatch, plan_frames
+from moss_train.model.frame_plan import FramePlan, plan_frames
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
@@ -28,14 +28,14 @@ from moss_train.train.flops import (
     Part,
     StepCounts,
     StepFlops,
-    Trains,
+    TrainedParts,
     count_microbatch,
     step_flops,
 )
 
 TILES, LENGTH, LABELS, MARKS = 2, 24, 17, ([2, 9, 10], [5])
-PT1 = Trains(vision=False, projector=True, decoder=False)
-ALL = Trains(vision=True, projector=True, decoder=True)
+PT1 = TrainedParts(vision=False, projector=True, decoder=False)
+ALL = TrainedParts(vision=True, projector=True, decoder=True)
 ATTENTION = {torch.ops.aten.bmm}  # all others are linear layers and convolutions
 
 
@@ -61,16 +61,16 @@ class Measured:
         self,
         groups: Groups,
         model: ModelConfig,
-        trains: Trains,
+        trained: TrainedParts,
         recompute: str = "none",
         marks: tuple[list[int], ...] = MARKS,
     ):
         self.kinds: dict[str, Counter[str]] = {}
-        self.trains, self.frames = trains, plan(marks)
+        self.trained, self.frames = trained, plan(marks)
         self.model = MossVideo(model, ParallelConfig(recompute=recompute), groups)
         fill(self.model, random_reader(model, 1))
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(getattr(trains, name.split(".")[0]))
+            parameter.requires_grad_(getattr(trained, name.split(".")[0]))
         with sdpa_kernel(SDPBackend.MATH), set_checkpoint_early_stop(False):
             if self.frames.count:
                 self._with_frames()
@@ -83,15 +83,15 @@ class Measured:
         pixels, ratio_ids = torch.randn(count, TILES, 3, 56, 56), torch.full((count,), 2)
         with self._phase("vision forward"):
             features = encoder.features(pixels, ratio_ids)
-        pooled = features.detach().requires_grad_(self.trains.vision)
+        pooled = features.detach().requires_grad_(self.trained.vision)
         with self._phase("projector forward"):
             states = encoder.projector(pooled)
-        self.frames.states = leaf = states.detach().requires_grad_(self.trains.states)
+        self.frames.states = leaf = states.detach().requires_grad_(self.trained.states)
         self._decode()
-        if self.trains.states:
+        if self.trained.states:
             with self._phase("projector backward"):
                 states.backward(leaf.grad)
-        if self.trains.vision:
+        if self.trained.vision:
             with self._phase("vision backward"):
                 features.backward(pooled.grad)
 
@@ -123,7 +123,7 @@ class Measured:
             assert getattr(part, phase) == seen.total(), (name, phase)
 
 
-def plan(marks: tuple[list[int], ...]) -> FrameBatch:
+def plan(marks: tuple[list[int], ...]) -> FramePlan:
     rows = [row for row, positions in enumerate(marks) for _ in positions]
     positions = torch.tensor([p for row in marks for p in row], dtype=torch.int64)
     rows_of_frames = torch.tensor(rows, dtype=torch.int64)
@@ -142,20 +142,20 @@ class _Phase(FlopCounterMode):
 
 
 @pytest.mark.parametrize(
-    ("pool", "trains"),
+    ("pool", "trained"),
     [
         ("average", PT1),
         ("channel_fusion", PT1),
         ("average", ALL),
         ("channel_fusion", ALL),
-        ("average", Trains(vision=True, projector=True, decoder=False)),
-        ("average", Trains(vision=True, projector=False, decoder=False)),
-        ("average", Trains(vision=False, projector=True, decoder=True)),
+        ("average", TrainedParts(vision=True, projector=True, decoder=False)),
+        ("average", TrainedParts(vision=True, projector=False, decoder=False)),
+        ("average", TrainedParts(vision=False, projector=True, decoder=True)),
     ],
 )
-def test_every_part_counts_what_the_model_computes(groups, pool, trains):
-    measured = Measured(groups, small(pool), trains)
-    flops = step_flops(small(pool), trains, measured.counts(), TILES)
+def test_every_part_counts_what_the_model_computes(groups, pool, trained):
+    measured = Measured(groups, small(pool), trained)
+    flops = step_flops(small(pool), trained, measured.counts(), TILES)
 
     measured.check("vision", flops.vision)
     measured.check("projector", flops.projector)
@@ -186,22 +186,22 @@ def test_a_row_without_frames_skips_cross_attention_and_the_frozen_decoder_s_bac
 
 
 def test_without_a_gradient_for_the_frames_their_k_and_v_projections_have_weights_only(groups):
-    trains = Trains(vision=False, projector=False, decoder=True)
-    measured = Measured(groups, small(), trains)
+    trained = TrainedParts(vision=False, projector=False, decoder=True)
+    measured = Measured(groups, small(), trained)
     counts = measured.counts()
-    flops = step_flops(small(), trains, counts, TILES)
+    flops = step_flops(small(), trained, counts, TILES)
     computed = measured.kinds["decoder backward"]
     assert flops.decoder_linear.backward + flops.head.backward == computed["linear"]
     attention = flops.self_attention.backward + flops.cross_attention.backward
     assert attention == computed["attention"]
 
 
-@pytest.mark.parametrize("trains", [PT1, ALL])
+@pytest.mark.parametrize("trained", [PT1, ALL])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_what_recomputation_runs_again_is_counted_apart(groups, recompute, trains):
-    measured = Measured(groups, small(), trains, recompute)
-    plain = step_flops(small(), trains, measured.counts(), TILES)
-    flops = step_flops(small(), trains, measured.counts(), TILES, recompute)
+def test_what_recomputation_runs_again_is_counted_apart(groups, recompute, trained):
+    measured = Measured(groups, small(), trained, recompute)
+    plain = step_flops(small(), trained, measured.counts(), TILES)
+    flops = step_flops(small(), trained, measured.counts(), TILES, recompute)
     assert flops.recomputed > 0
     assert flops.total == plain.total
     assert flops.total + flops.recomputed == measured.total()

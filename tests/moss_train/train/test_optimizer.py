@@ -11,11 +11,11 @@ import torch
 
 from moss_train.config import Config, ConfigError
 from moss_train.model.moss_video import MossVideo
-from moss_train.train.optimizer import Trainable, make_trainable
+from moss_train.train.optimizer import TrainState, make_train_state
 from moss_train.train.param_groups import Counts, freeze
 from tests.moss_train.model.build import preset, random_model
 
-Built = tuple[MossVideo, Trainable, Counts]
+Built = tuple[MossVideo, TrainState, Counts]
 LR = 1e-3
 
 
@@ -32,7 +32,7 @@ def build(groups) -> Callable[..., Built]:
             setattr(config.stage if hasattr(config.stage, name) else config.optimizer, name, value)
         model = random_model(config.model, groups)
         counts = freeze(model, patterns)
-        return model, make_trainable(model, config, counts), counts
+        return model, make_train_state(model, config, counts), counts
 
     return built
 

@@ -126,7 +126,7 @@ def test_pt1_resumes_bit_for_bit_where_rank_0_of_the_pipeline_has_a_frozen_decod
 def test_streams_that_cannot_be_dealt_evenly_are_refused(two_ranks, runs):
     assert two_ranks.load("uneven")["error"] == (
         "ConfigError: data-parallel size 2: the 1 data streams of the checkpoint "
-        f"{runs}/pt1_again/checkpoints/step_00000008 cannot be dealt evenly: choose one that "
+        f"{runs}/pt1_again/checkpoints/step_00000008 cannot be assigned evenly: choose one that "
         "divides 1"
     )
     assert steps(runs / "pt1_again") == ALL
