@@ -205,6 +205,7 @@ def test_more_marks_than_frames_is_an_error() -> None:
     [
         ({"pool_mode": "mean"}, "pool_mode 'mean'"),
         ({"tokens_before_first_frame": "none"}, "tokens_before_first_frame 'none'"),
+        ({"blind_rows": "zero"}, "blind_rows is called tokens_before_first_frame now"),
     ],
 )
 def test_wrong_settings_are_named(changes: dict, message: str) -> None:

@@ -91,6 +91,7 @@ def test_rope_without_scaling_has_factor_one():
         (("image_token_index",), 128264, "image_token_index is 128264"),
         (("dtype",), "float16", "dtype is 'float16'"),
         (("pool_mode",), "median", "pool_mode is 'median'"),
+        (("blind_rows",), "zero", "blind_rows is called tokens_before_first_frame now"),
     ],
 )
 def test_errors_name_file_and_key(path, value, named, tmp_path):

@@ -74,6 +74,14 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "unknown new field": (
         1, ["+trainer.step=5"], ["trainer.step: Key 'step' not in 'TrainerConfig'"],
     ),
+    "renamed field": (
+        1, ["model.blind_rows=zero"],
+        ["model.blind_rows: is called model.tokens_before_first_frame now: use that name"],
+    ),
+    "renamed new field": (
+        1, ["+model.blind_rows=zero"],
+        ["model.blind_rows: is called model.tokens_before_first_frame now: use that name"],
+    ),
     "unknown group": (
         1, ["optimiser=adamw"], ["optimiser: Key 'optimiser' not in 'Config'"],
     ),
