@@ -61,27 +61,27 @@ def find_resume(config: Config) -> Path | None:
     from moss_train.validate import fitting_adapter, same_architecture, same_streams
 
     resume, init_from = config.trainer.resume, config.init_from
-    own = found = find(Path(config.run.dir))
+    own = chosen = find(Path(config.run.dir))
     if resume != "auto":
-        found = None if resume == "none" else _must_find("trainer.resume", resume)
-    if own is not None and (found is None or read_run(own)["step"] > read_run(found)["step"]):
+        chosen = None if resume == "none" else _must_find("trainer.resume", resume)
+    if own is not None and (chosen is None or read_run(own)["step"] > read_run(chosen)["step"]):
         # Later steps of another course of training would be taken for this one's.
         raise ConfigError(
             [f"trainer.resume={resume}: {own} is ahead of that: choose another run.dir"]
         )
-    if found is not None:
-        if read_run(found).get("weights_only"):
+    if chosen is not None:
+        if read_run(chosen).get("weights_only"):
             raise ConfigError(
-                [f"trainer.resume={found}: holds weights alone: start from it with init_from"]
+                [f"trainer.resume={chosen}: holds weights alone: start from it with init_from"]
             )
-        same_architecture(config, read_run(found)["config"], found)
-        fitting_adapter(config, read_run(found)["config"], found, resume=True)
-        same_streams(config, len(read_streams(found)), found)
+        same_architecture(config, read_run(chosen)["config"], chosen)
+        fitting_adapter(config, read_run(chosen)["config"], chosen, resume=True)
+        same_streams(config, len(read_streams(chosen)), chosen)
     elif init_from is not None:
         source = _must_find("init_from", init_from)
         same_architecture(config, read_run(source)["config"], source)
         fitting_adapter(config, read_run(source)["config"], source, resume=False)
-    return found
+    return chosen
 
 
 def _must_find(field: str, value: str) -> Path:

@@ -1,1 +1,1 @@
-"""Hugging Face's form <-> ours: mapping.py is the table, to_megatron.py and to_hf.py the ways."""
+"""Hugging Face's form <-> ours, through the table of model/hf_mapping.py, tensor by tensor."""

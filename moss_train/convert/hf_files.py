@@ -161,10 +161,10 @@ def _token(
     tokenizer: Tokenizer | None, name: str, base: dict[str, Any], default: int | None = None
 ) -> int | None:
     """Id of a special token: the tokenizer's, else what the source says, else `default`."""
-    found = None if tokenizer is None else tokenizer.token_to_id(token_text(name))
+    token = None if tokenizer is None else tokenizer.token_to_id(token_text(name))
     for key in (f"{name}_token_id", f"{name}_token_index"):
-        found = base.get(key) if found is None else found
-    return default if found is None else found
+        token = base.get(key) if token is None else token
+    return default if token is None else token
 
 
 def vision_section(model: ModelConfig) -> dict[str, Any]:
@@ -226,12 +226,12 @@ def text_section(
         ("eos_token_id", "end_of_text"),
         ("pad_token_id", "finetune_right_pad_id"),
     ):
-        found = None if tokenizer is None else tokenizer.token_to_id(token_text(name))
-        found = theirs.get(key, base.get(key)) if found is None else found
-        if isinstance(found, list):  # Instruct models end with any of several
-            found = found[0]
+        token = None if tokenizer is None else tokenizer.token_to_id(token_text(name))
+        token = theirs.get(key, base.get(key)) if token is None else token
+        if isinstance(token, list):  # Instruct models end with any of several
+            token = token[0]
         rows = text.vocab_size + EXTRA_EMBEDDING_ROWS
-        config[key] = found if found is not None and found < rows else None
+        config[key] = token if token is not None and token < rows else None
     return config
 
 

@@ -101,9 +101,9 @@ class _Unpickler(pickle.Unpickler):
         ):
             return super().find_class(module, name)
         if module.startswith("torch.distributed.checkpoint."):
-            found = super().find_class(module, name)
-            if is_dataclass(found) or (isinstance(found, type) and issubclass(found, Enum)):
-                return found
+            made = super().find_class(module, name)
+            if is_dataclass(made) or (isinstance(made, type) and issubclass(made, Enum)):
+                return made
         if (module, name) == ("torch.serialization", "_get_layout") or (
             module == "torch" and (name == "Size" or isinstance(getattr(torch, name), torch.dtype))
         ):

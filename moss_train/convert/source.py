@@ -52,21 +52,21 @@ class HfFolder:
         self.folder = folder
         index, files = _files(folder, allow_pickle)
         self.pickled = {path: _unpickle(path) for path in files if path.suffix == ".bin"}
-        found: dict[str, Stored] = {}
+        tensors: dict[str, Stored] = {}
         problems = []
         for path in files:
             try:
                 for stored in self._read_header(path):
-                    other = found.setdefault(rename(stored.name), stored)
+                    other = tensors.setdefault(rename(stored.name), stored)
                     if other is not stored:
                         problems.append(f"{path}: {stored.name} is in {other.file.name}, too")
             except SafetensorError as error:
                 problems.append(f"{path}: damaged or cut short ({error}): fetch it again")
         if index is not None and not problems:
-            problems += _disagreements(folder, index, found.values())
+            problems += _disagreements(folder, index, tensors.values())
         if problems:
             raise ConversionError("\n".join(problems))
-        self.tensors = found
+        self.tensors = tensors
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -150,9 +150,9 @@ def _read_index(folder: Path, index: Path) -> tuple[dict[str, str], list[Path]]:
 
 
 def _disagreements(
-    folder: Path, index: Mapping[str, str], found: Iterable[Stored]
+    folder: Path, index: Mapping[str, str], tensors: Iterable[Stored]
 ) -> Iterable[str]:
-    there = {stored.name: stored.file.name for stored in found}
+    there = {stored.name: stored.file.name for stored in tensors}
     for name, file in index.items():
         if there.get(name) != file:
             yield f"{folder}: the index says that {file} holds {name}, which it does not"
@@ -162,10 +162,10 @@ def _disagreements(
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # torch and pickle raise all kinds
         reason = str(error).splitlines()[0]
         raise ConversionError(f"{path}: cannot be read as weights alone: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise ConversionError(f"{path}: holds something else than named tensors")
-    return found
+    return loaded

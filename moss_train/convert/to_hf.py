@@ -154,8 +154,8 @@ class Source:
             if name not in weights.shapes:
                 problems.append(f"missing: {name} {list(shape)}")
             elif weights.shapes[name] != shape:
-                found = list(weights.shapes[name])
-                problems.append(f"misshapen: {name} {found}, must be {list(shape)}")
+                have = list(weights.shapes[name])
+                problems.append(f"misshapen: {name} {have}, must be {list(shape)}")
         adapters = self.adapter.name != "none"
         for name in weights.shapes.keys() - wanted.keys():
             if not (adapters and name.endswith((".lora_a", ".lora_b"))):

@@ -188,9 +188,9 @@ def _check_tensors(model: ModelConfig, folder: HfFolder) -> None:
 
 def _compare(folder: HfFolder, wanted: dict[str, torch.Size]) -> None:
     """Raises ConversionError with a line for every tensor that is missing, surplus or misshapen."""
-    found = folder.tensors
-    problems = [f"missing: {n} {list(shape)}" for n, shape in wanted.items() if n not in found]
-    for name, stored in found.items():
+    tensors = folder.tensors
+    problems = [f"missing: {n} {list(shape)}" for n, shape in wanted.items() if n not in tensors]
+    for name, stored in tensors.items():
         if name not in wanted:
             problems.append(
                 f"surplus: {stored.name} {list(stored.shape)}, which the model does not have"
@@ -335,7 +335,7 @@ def _copy(source: Path, out: Path, names: tuple[str, ...] | list[str]) -> None:
 
 
 def _complete(folder: Path) -> None:
-    """What makes a checkpoint a complete one: see train/saved.py."""
+    """What makes a checkpoint a complete one: see moss_train/checkpoint_dir.py."""
     files: dict[str, Any] = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))

@@ -86,16 +86,16 @@ class ExportedModel(TrainedModel):
     @torch.no_grad()
     def logits(
         self,
-        rows: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int]],
         positions: Sequence[Sequence[int]],
         states: Sequence[Tensor],
         ratios: Sequence[Tensor],
     ) -> list[Tensor]:
-        """As `TrainedModel.logits`; a row's marks are its `<|image|>` tokens."""
+        """As `TrainedModel.logits`; its frames stand at its `<|image|>` tokens."""
         device, out = hardware.device(), []
-        for row, places, state, ids in zip(rows, positions, states, ratios, strict=True):
+        for sequence, places, state, ids in zip(sequences, positions, states, ratios, strict=True):
             count = len(places)
-            tokens = torch.tensor([list(row)], device=device)
+            tokens = torch.tensor([list(sequence)], device=device)
             frames: dict[str, Tensor] = {}
             if count:
                 frames = {

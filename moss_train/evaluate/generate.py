@@ -17,7 +17,7 @@ from moss_train.evaluate.items import Item
 from moss_train.evaluate.model import TrainedModel
 
 SPEAK = "speak"  # the model's turn, until it ends it or has said enough
-Step = str | list[int] | int  # SPEAK, tokens that are given, or the number of a frame's mark token
+Step = str | list[int] | int  # SPEAK, tokens that are given, or the `<|image|>` token of a frame
 
 
 @dataclass
@@ -165,13 +165,13 @@ def stream_script(model: TrainedModel, sample: Sample) -> list[Step]:
 
 def _seconds(script: Sequence[Step]) -> list[int]:
     """The second of each SPEAK of a script."""
-    second, found = -1, []
+    second, seconds = -1, []
     for step in script:
         if isinstance(step, int):
             second += 1
         elif step == SPEAK:
-            found.append(second)
-    return found
+            seconds.append(second)
+    return seconds
 
 
 def _utterances(
@@ -203,9 +203,9 @@ def predictions(
         states,
         [item.encoded.aspect_ratio_ids for item in items],
     )
-    found = []
+    likely = []
     for item, scores in zip(items, logits, strict=True):
         tokens = item.encoded.tokens.to(scores.device).clamp(max=scores.shape[1] - 1)
         chances = scores.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
-        found.append((scores.argmax(-1).cpu(), torch.cat([chances.new_zeros(1), chances]).cpu()))
-    return found
+        likely.append((scores.argmax(-1).cpu(), torch.cat([chances.new_zeros(1), chances]).cpu()))
+    return likely

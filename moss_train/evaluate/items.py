@@ -46,12 +46,12 @@ def read_shards(
     folder: Path, source: str, encoder: SampleEncoder, limit: int | None = None
 ) -> Iterator[Item]:
     """The samples of a folder of shards in their order, the first `limit` of them."""
-    found = 0
+    count = 0
     for shard in shard_files(folder):
         for key, parts in _samples(shard):
-            if limit is not None and found >= limit:
+            if limit is not None and count >= limit:
                 return
-            found += 1
+            count += 1
             yield make_item(source, f"{source}/{key}", parts, encoder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -45,17 +46,17 @@ class TrainedModel:
 
         Raises EvaluationError where there is none.
         """
-        found = find(checkpoint)
-        if found is None:
+        source = find(checkpoint)
+        if source is None:
             raise EvaluationError(f"{checkpoint}: no complete checkpoint there: give a run folder")
-        saved = read_run(found)
+        saved = read_run(source)
         config = from_dict(saved["config"])
         config.parallel = ParallelConfig()
         config.hardware = HardwareConfig(device=device, threads=threads)
         start_process_group(config)
         model = MossVideo(config.model, config.parallel, build_groups(config.parallel, seed=0))
-        load_weights(model, found)
-        return cls(config, model, found, saved["step"])
+        load_weights(model, source)
+        return cls(config, model, source, saved["step"])
 
     @torch.no_grad()
     def encode(self, samples: Sequence[EncodedSample]) -> list[Tensor]:
@@ -71,22 +72,22 @@ class TrainedModel:
     @torch.no_grad()
     def logits(
         self,
-        rows: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int]],
         positions: Sequence[Sequence[int]],
         states: Sequence[Tensor],
         ratios: Sequence[Tensor],
     ) -> list[Tensor]:
         """Next-token logits `[S, V]` of each sequence of tokens.
 
-        `positions` are the indexes of the frames' marks in a sequence, `states` and `ratios` its
-        frames in that order, of which there may be more than marks: the later ones stay unseen.
+        `positions` are the indexes of a sequence's `<|image|>` tokens, `states` and `ratios` its
+        frames in that order, of which there may be more than tokens: the later ones stay unseen.
         """
-        lengths, device = [len(row) for row in rows], hardware.device()
+        lengths, device = [len(sequence) for sequence in sequences], hardware.device()
         counts = [len(where) for where in positions]
         model, tiles = self.config.model, self.config.data.max_tiles
         seen = torch.cat([ratio[:count] for ratio, count in zip(ratios, counts, strict=True)])
         frames = plan_frames(
-            torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)),
+            torch.arange(len(sequences)).repeat_interleave(torch.tensor(counts)),
             torch.tensor([place for where in positions for place in where], dtype=torch.int64),
             lengths,
             sum(lengths),
@@ -96,6 +97,6 @@ class TrainedModel:
         ).to(device)
         shown = [state[:count] for state, count in zip(states, counts, strict=True) if count]
         frames.states = torch.cat(shown) if shown else states[0][:0]
-        tokens = torch.tensor([token for row in rows for token in row], device=device)
+        tokens = torch.tensor(list(chain.from_iterable(sequences)), device=device)
         (decoder,) = self.model.chunks
         return list(decoder(PackedText(tokens, lengths), frames).float().split(lengths))

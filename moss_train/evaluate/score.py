@@ -130,13 +130,13 @@ def _choose(model: TrainedModel, items: Sequence[Item], blind: bool) -> list[boo
         float(chances[answer_start(item) :].mean())
         for item, (_, chances) in zip(asked, predictions(model, asked, blind), strict=True)
     ]
-    found, start = [], 0
+    right, start = [], 0
     for item in items:
         own = sums[start : start + len(item.options)]
         start += len(item.options)
         best = item.options[own.index(max(own))]
-        found.append(plain(best) == plain(item.answer))
-    return found
+        right.append(plain(best) == plain(item.answer))
+    return right
 
 
 def _with_answer(model: TrainedModel, item: Item, option: str) -> Item:
@@ -162,14 +162,14 @@ def decision_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
     """
     truth = torch.cat([decisions(model, item, item.encoded.labels[1:]) for item in items])
     source, share = items[0].source, truth.float().mean().item()
-    found = []
+    f1 = []
     for blind in (False, True):
         likely = [said for said, _ in predictions(model, items, blind)]
         spoken = torch.cat(
             [decisions(model, item, said[:-1]) for item, said in zip(items, likely, strict=True)]
         )
-        found.append(_f1(spoken, truth))
-    return [Score(source, "decision F1", found[0], found[1], share, len(truth))]
+        f1.append(_f1(spoken, truth))
+    return [Score(source, "decision F1", f1[0], f1[1], share, len(truth))]
 
 
 def decisions(model: TrainedModel, item: Item, following: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def toy_items(
     root = root or Path(model.config.data.root)
     pretrains = model.config.stage.prompt == "pretrain"
 
-    def found() -> Iterator[Item]:
+    def read() -> Iterator[Item]:
         for stage in stages or [model.config.stage.name]:
             for modality in MODALITIES:
                 if pretrains and modality == "text":
@@ -83,7 +83,7 @@ def toy_items(
                 yield from read_shards(folder, f"{stage}/{modality}", model.encoder, limit)
 
     try:
-        return list(found())
+        return list(read())
     except ShardError as error:
         raise EvaluationError(f"{error} (python -m data_pipeline.toy {root} renders it)") from None
 

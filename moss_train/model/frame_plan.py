@@ -48,8 +48,8 @@ class Block:
 class FramePlan:
     """The F frames of a microbatch of S packed tokens, sorted by sequence, then by visibility.
 
-    positions: token index of each frame's `<|image|>` mark in its sequence, the angle it is rotated
-        by `[F]`.
+    positions: index of each frame's `<|image|>` token in its sequence, which gives its rotation
+        `[F]`.
     first, last: the frames that each token attends `[S]`, none where they are equal.
     sees: True where a token sees a frame `[S]`; a token without may still attend (`attend_all`).
     tiles: True for the real tiles of each frame `[F, T]`.
@@ -112,11 +112,11 @@ def plan_frames(
 
     Args:
         frame_sequences: sequence of each frame `[F]`, ascending.
-        positions: index of each frame's mark in its sequence `[F]`.
+        positions: index of each frame's `<|image|>` token in its sequence `[F]`.
         lengths: tokens of each sequence.
         length: S, their sum and what padding follows; padding attends nothing.
-        visible_from: first token of the sequence that sees a frame `[F]`; None: its mark. NEVER
-            for padding.
+        visible_from: first token of the sequence that sees a frame `[F]`; None: its `<|image|>`
+            token. NEVER for padding.
         visible_until: first token that no longer sees it `[F]`; None: all later tokens see it.
         tiles: real tiles of each frame `[F]`, of `max_tiles`; None: all are real.
         attend_all: tokens that see no frame attend every frame slot of their sequence, unmasked.
@@ -139,19 +139,19 @@ def plan_frames(
     last = torch.searchsorted(start, token, right=True)
     sees = last > first
     unmasked = torch.zeros_like(sees)
-    row = torch.searchsorted(ends, token, right=True)  # len(lengths) for padding
+    sequence = torch.searchsorted(ends, token, right=True)  # len(lengths) for padding
     if attend_all:
         bounds = torch.searchsorted(frame_sequences, torch.arange(len(lengths) + 2))
         unmasked = ~sees
-        first = torch.where(unmasked, bounds[row], first)
-        last = torch.where(unmasked, bounds[row + 1], last)
+        first = torch.where(unmasked, bounds[sequence], first)
+        last = torch.where(unmasked, bounds[sequence + 1], last)
     count = torch.full_like(start, max_tiles) if tiles is None else tiles
     real = torch.arange(max_tiles) < count[:, None]
     tokens = (last > first).nonzero()[:, 0]
     blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real).blocks
     plan = FramePlan(positions, first, last, sees, real, tokens, blocks)
     if blocks:
-        padded = plan_padded(tokens, row, (first, last), unmasked, real, frame_sequences)
+        padded = plan_padded(tokens, sequence, (first, last), unmasked, real, frame_sequences)
         plan.padded = padded if padded.pairs <= plan.pairs else None
     return plan
 
@@ -161,8 +161,10 @@ def _check_order(frame_sequences: Tensor, start: Tensor, stop: Tensor) -> None:
     for times in (start, stop):
         wrong = (same & (times.diff() < 0)).nonzero()
         if len(wrong):
-            row = int(frame_sequences[wrong[0, 0]])
-            raise ValueError(f"the frames of row {row} are not in the order of their tokens")
+            sequence = int(frame_sequences[wrong[0, 0]])
+            raise ValueError(
+                f"the frames of sequence {sequence} are not in the order of their tokens"
+            )
 
 
 class _Blocks:

@@ -196,16 +196,16 @@ def patterns(model: ModelConfig) -> list[Pattern]:
     """Every parameter of `model`, a line for all layers of a kind."""
     cross = tuple(sorted(model.text.cross_attention_layers))
     own = tuple(i for i in range(model.text.num_layers) if i not in cross)
-    found = [Pattern(rule) for rule in _single_rules(model)]
+    every = [Pattern(rule) for rule in _single_rules(model)]
     for kind, hf, count in (
         ("local_layers", "transformer", model.vision.num_layers),
         ("global_layers", "global_transformer", model.vision.num_global_layers),
     ):
         hf, ours = f"vision_model.{hf}.layers.{{i}}.", f"vision.{kind}.{{i}}."
         layer = _vision_layer_rules(hf, ours, gated=kind == "global_layers")
-        found += [Pattern(rule, tuple(range(count))) for rule in layer]
-    found += [Pattern(rule, own) for rule in _self_attention_rules()]
-    return found + [Pattern(rule, cross) for rule in _cross_attention_rules()]
+        every += [Pattern(rule, tuple(range(count))) for rule in layer]
+    every += [Pattern(rule, own) for rule in _self_attention_rules()]
+    return every + [Pattern(rule, cross) for rule in _cross_attention_rules()]
 
 
 def table(model: ModelConfig) -> list[Rule]:

@@ -1,4 +1,4 @@
-"""LoRA on the decoder's linear layers: which, and how they are found again."""
+"""LoRA on the decoder's linear layers: which layers, and what it adds to their weights."""
 
 from __future__ import annotations
 

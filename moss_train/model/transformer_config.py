@@ -17,7 +17,7 @@ def _common(model: ModelConfig) -> dict:
         "bf16": dtype is torch.bfloat16,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        # Weights are drawn by name, the same in every layout: see convert/init.py.
+        # Weights are drawn by name, the same in every layout: see convert/random_init.py.
         "perform_initialization": False,
         # Without an explicit device, parameters can also be made on the meta device.
         "use_cpu_initialization": hardware.device().type == "cpu",

@@ -23,12 +23,12 @@ def differing_replicas(model: MossVideo) -> list[str]:
     decoder = [(name, p) for name, p in parameters if name.startswith("decoder.")]
     whole = [(name, p) for name, p in decoder if not getattr(p, "tensor_model_parallel", False)]
     encoder = [(name, p) for name, p in parameters if not name.startswith("decoder.")]
-    found = [
+    names = [
         *_differing(decoder, groups.decoder.dp),
         *_differing(whole, groups.decoder.tp),
         *_differing(encoder, groups.vision.dp),
     ]
-    return sorted(set(found))
+    return sorted(set(names))
 
 
 def _differing(parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup) -> list[str]:

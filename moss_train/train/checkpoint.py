@@ -1,6 +1,6 @@
 """Checkpoints: written under a temporary name, renamed when complete, readable in any layout.
 
-What a checkpoint holds, and how one is found, is in saved.py.
+What a checkpoint holds, and how one is found, is in moss_train/checkpoint_dir.py.
 """
 
 from __future__ import annotations

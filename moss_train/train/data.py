@@ -149,9 +149,9 @@ class Epochs:
     def __init__(self, config: Config, done: int):
         """Goes on after step `done`, as metrics.jsonl of the run folder says."""
         self.sizes = {s.name: check_source(s.path).samples for s in mixed_sources(config)}
-        rows = read_metrics(Path(config.run.dir))
+        records = read_metrics(Path(config.run.dir))
         before: dict[str, float] = next(
-            (row["epochs"] for row in reversed(rows) if row["step"] == done), {}
+            (record["epochs"] for record in reversed(records) if record["step"] == done), {}
         )
         self.samples = {
             name: round(before.get(name, 0.0) * size) for name, size in self.sizes.items()

@@ -29,7 +29,7 @@ def write_description(
         layout: ranks in all, and in each direction.
         parameters: counts of the model's parameters.
     """
-    found = {
+    description = {
         "config": to_dict(config),
         "versions": {"python": sys.version.split()[0], **_versions(PACKAGES)},
         "git": git_commit(REPO),
@@ -38,18 +38,18 @@ def write_description(
         "parameters": parameters,
     }
     temporary = run / f".{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.write_text(json.dumps(description, indent=1) + "\n")
     temporary.replace(run / RUN_FILE)
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in packages:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue  # an optional one
-    return found
+    return versions
 
 
 def git_commit(folder: Path) -> dict[str, Any] | None:

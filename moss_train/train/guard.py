@@ -1,4 +1,4 @@
-"""Steps that would harm the weights: found, left out, written down."""
+"""Finds steps that would harm the weights, leaves them out and writes them down."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ class Guard:
 def _history(run: Path, done: int) -> tuple[list[float], int]:
     """Losses of accepted steps up to `done`, and how many steps had been skipped by then."""
     losses, skipped = [], 0
-    for row in read_metrics(run):
-        if row["step"] <= done:
-            before, skipped = skipped, row.get("skipped_steps", 0)
+    for record in read_metrics(run):
+        if record["step"] <= done:
+            before, skipped = skipped, record.get("skipped_steps", 0)
             if skipped == before:
-                losses.append(row["loss"])
+                losses.append(record["loss"])
     return losses[-WINDOW:], skipped
 
 
@@ -108,7 +108,7 @@ def write_bad_step(
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, keys)
     if dist.get_rank() == 0:
-        row = {
+        record = {
             "step": step,
             "reason": reason,
             "loss": loss if math.isfinite(loss) else None,
@@ -116,4 +116,4 @@ def write_bad_step(
             "keys": [key for part in everywhere for key in part],
         }
         with (run / BAD_STEPS_FILE).open("a") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(json.dumps(record) + "\n")

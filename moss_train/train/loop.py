@@ -152,23 +152,23 @@ class Job:
         write_bad_step(
             self.folder, self.done, result.refused, result.loss, result.grad_norm, batch.keys
         )
-        row, limit = self.guard.in_a_row, self.config.trainer.max_skipped_steps
-        if row < limit:
+        in_a_row, limit = self.guard.in_a_row, self.config.trainer.max_skipped_steps
+        if in_a_row < limit:
             return
         self.checkpointer.finish()
-        found = [find(self.folder) if self.first_rank else None]
-        dist.broadcast_object_list(found, src=0)
-        source = found[0]
+        latest = [find(self.folder) if self.first_rank else None]
+        dist.broadcast_object_list(latest, src=0)
+        source = latest[0]
         if source is None or self.guard.accepted == self.recovered:
             why = "there is no checkpoint" if source is None else f"{source} did not help"
             raise RuntimeError(
-                f"step {self.done}: {row} steps in a row were left out, the last since "
+                f"step {self.done}: {in_a_row} steps in a row were left out, the last since "
                 f"{result.refused}, and {why}: lower optimizer.lr, or look at the samples that "
                 f"{self.folder / BAD_STEPS_FILE} names"
             )
         self._load(source)
         self.guard.in_a_row, self.recovered = 0, self.guard.accepted
-        log.warning("back to %s after %d steps left out; on with other data", source, row)
+        log.warning("back to %s after %d steps left out; on with other data", source, in_a_row)
         if writer is not None:
             writer.rewind(self.done)
             self.audit.cut(self.folder, self.done)

@@ -96,7 +96,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     A line that is not whole (a killed run wrote it) is left out, with a warning. A value that was
     not finite is None.
     """
-    return [row for _, row in _whole_lines(run_dir / METRICS_FILE)]
+    return [record for _, record in _whole_lines(run_dir / METRICS_FILE)]
 
 
 class MetricsWriter:
@@ -301,23 +301,23 @@ def _require(package: str, option: str) -> None:
 
 def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = [(line, row) for line in lines if (row := _parse(line)) is not None]
-    if len(rows) < len(lines):
-        log.warning("%s: %d line(s) not whole, left out", path, len(lines) - len(rows))
-    return rows
+    records = [(line, record) for line in lines if (record := _parse(line)) is not None]
+    if len(records) < len(lines):
+        log.warning("%s: %d line(s) not whole, left out", path, len(lines) - len(records))
+    return records
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _truncate(path: Path, last: int) -> None:
     """Keeps the whole lines up to step `last`; the file is replaced at once, or not at all."""
-    kept = b"".join(line + b"\n" for line, row in _whole_lines(path) if row["step"] <= last)
+    kept = b"".join(line + b"\n" for line, record in _whole_lines(path) if record["step"] <= last)
     if not path.exists() or kept == path.read_bytes():
         return
     temporary = path.with_name(f".{path.name}.tmp")

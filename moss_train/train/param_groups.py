@@ -66,9 +66,9 @@ def match(model: MossVideo, field: str, patterns: list[str]) -> dict[str, list[s
     names = [name for name, _ in model.named_parameters()]
     hits = {name: [p for p in patterns if fnmatchcase(name, p)] for name in names}
     everywhere: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everywhere, {p for matched in hits.values() for p in matched})
-    found = set().union(*everywhere)
-    unused = [pattern for pattern in patterns if pattern not in found]
+    dist.all_gather_object(everywhere, {p for own in hits.values() for p in own})
+    matched = set().union(*everywhere)
+    unused = [pattern for pattern in patterns if pattern not in matched]
     if unused:
         raise ConfigError([f"{field}={unused}: matches no parameter of the model"])
     return hits

@@ -78,13 +78,13 @@ class Validator:
     def _next(self, samples: Iterator[EncodedSample]) -> list[MicroBatch]:
         """As many samples as a step of training has, or those that are left."""
         size, multiple = self.config.data.micro_batch, self.reader.bounds.multiple
-        found = list(islice(samples, self.reader.reads * size))
-        while found and len(found) < multiple:  # no stage's microbatch may be empty
-            silent = torch.full_like(found[0].labels, IGNORED_LABEL)
-            found.append(replace(found[0], labels=silent))
+        chosen = list(islice(samples, self.reader.reads * size))
+        while chosen and len(chosen) < multiple:  # no stage's microbatch may be empty
+            silent = torch.full_like(chosen[0].labels, IGNORED_LABEL)
+            chosen.append(replace(chosen[0], labels=silent))
         return [
-            collate(found[first : first + size], pad_token_id=0)
-            for first in range(0, len(found), size)
+            collate(chosen[first : first + size], pad_token_id=0)
+            for first in range(0, len(chosen), size)
         ]
 
     def _samples(self, source: SourceConfig) -> Iterator[EncodedSample]:

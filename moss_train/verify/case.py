@@ -98,8 +98,8 @@ def image_token_positions(tokens: Tensor, image_id: int, count: int) -> Tensor:
     """Index of the `<|image|>` of each of `count` frames of a row; 0 where there are fewer."""
     out = tokens.new_zeros(len(tokens), count)
     for row, where in enumerate(tokens == image_id):
-        found = where.nonzero()[:count, 0]
-        out[row, : len(found)] = found
+        positions = where.nonzero()[:count, 0]
+        out[row, : len(positions)] = positions
     return out
 
 

@@ -76,7 +76,7 @@ def frames_of_batch(
     """FramePlan of a batch in HF's form, its rows packed one after the other.
 
     Args:
-        positions: token index of each frame's mark `[B, F]`.
+        positions: index of each frame's `<|image|>` token `[B, F]`.
         mask: cross_attention_mask `[B, S, F, T]`; a frame that no token sees is padding.
         lengths: tokens of each row without padding.
         attend_all: as in plan_frames.
