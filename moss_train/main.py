@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -97,4 +98,6 @@ def _refuse(error: ConfigError) -> None:
     if os.environ.get("RANK", "0") == "0":
         for problem in error.problems:
             log.error("%s", problem)
+    else:  # torchrun ends all ranks when the first one exits: let that be the one that has spoken
+        time.sleep(10)
     sys.exit(2)

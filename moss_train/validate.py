@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from data_pipeline.loader.loader import check_source
+from data_pipeline.shards import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train.config import AdapterConfig, Config, ConfigError
 from moss_train.hardware import has_cuda

@@ -30,9 +30,8 @@ from moss_train.config import Config, ConfigError, HardwareConfig, ParallelConfi
 from moss_train.convert.hf_config import kind_of
 from moss_train.convert.job import check_manifest
 from moss_train.convert.source import ConversionError, read_json
-from moss_train.evaluate.items import EvaluationError
 from moss_train.validate import check_layout
-from moss_train.verify.case import Case, ForwardJob, make_case, read_case
+from moss_train.verify.case import Case, ForwardJob, VerificationError, make_case, read_case
 
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of logits; the loss has a tenth
@@ -82,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             if problems:
                 raise ConversionError("\n".join(problems))
         difference, names = compare(options)
-    except (ConversionError, ConfigError, EvaluationError) as error:
+    except (ConversionError, ConfigError, VerificationError) as error:
         print(error, file=sys.stderr)
         return 1
     print(difference.table(names))
@@ -98,12 +97,12 @@ def compare(options: argparse.Namespace) -> tuple[Difference, tuple[str, str]]:
     if options.megatron is not None:
         checkpoint = find(options.megatron)
         if checkpoint is None:
-            raise EvaluationError(f"{options.megatron}: no complete checkpoint there")
+            raise VerificationError(f"{options.megatron}: no complete checkpoint there")
         check_parallel(checkpoint, options.layout)
     model = load_hf(options.hf, TORCH[options.dtype], options.trust_remote_code)
     case = the_case(model.config, options.inputs)
     if checkpoint is None and "logits" not in case.expected:
-        raise EvaluationError(f"{options.inputs}: has no logits to compare with: give --megatron")
+        raise VerificationError(f"{options.inputs}: has no logits to compare with: give --megatron")
     greedy = len(case.expected["greedy"]) if "greedy" in case.expected else options.greedy
     mine = run_hf(model, case, greedy if checkpoint or "greedy" in case.expected else 0)
     if checkpoint is None:
@@ -221,14 +220,14 @@ def parallel_of(layout: str) -> ParallelConfig:
     """`tp2_pp2` and the like: tp and pp with a number, sp; `single`.
 
     Raises:
-        EvaluationError: it is none of these.
+        VerificationError: it is none of these.
     """
     fields = {"tp": "tensor", "pp": "pipeline"}
     values: dict[str, Any] = {}
     for word in [] if layout == "single" else layout.split("_"):
         found = re.fullmatch(r"(tp|pp)([1-9]\d*)|sp", word)
         if found is None:
-            raise EvaluationError(f"--layout {layout}: must be single, or such as tp2, tp2_pp2")
+            raise VerificationError(f"--layout {layout}: must be single, or such as tp2, tp2_pp2")
         values |= {"sequence": True} if word == "sp" else {fields[found[1]]: int(found[2])}
     return ParallelConfig(**values)
 
@@ -258,7 +257,7 @@ def run_megatron(
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise EvaluationError(f"{checkpoint}: the ranks failed\n{done.stderr[-4000:]}")
+            raise VerificationError(f"{checkpoint}: the ranks failed\n{done.stderr[-4000:]}")
         return load_file(out)
 
 

@@ -48,7 +48,7 @@ def export(
             adapters are parameters of their own.
     """
     out: dict[str, Tensor] = {}
-    updates = low_rank_updates(model) if value is None else {}
+    updates = low_rank_updates(model.layers) if value is None else {}
     for rule, parameter, group in _parameters(model):
         if value is not None:
             part = value(parameter).contiguous()

@@ -18,14 +18,14 @@ from moss_train.config import Config, HardwareConfig, ParallelConfig, from_dict
 from moss_train.evaluate.items import EvaluationError
 from moss_train.model.frame_plan import plan_frames
 from moss_train.model.moss_video import MossVideo
-from moss_train.model.normalize import tiles_used
 from moss_train.model.packed_text import PackedText
+from moss_train.model.vision import tiles_used
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.process_groups import build_groups
 from moss_train.train.checkpoint import load_weights
 from moss_train.train.data import encode_config
-from moss_train.train.loop import start_process_group
+from moss_train.train.process import start_process_group
 
 
 class TrainedModel:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
 from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
 from moss_train.model.decoder import Chunk, Decoder
+from moss_train.model.groups import Groups
 from moss_train.model.hf_mapping import rules
 from moss_train.model.lora import adapt
 from moss_train.model.projector import VisionEncoder
 from moss_train.model.transformer_config import decoder_config, vision_config
-
-if TYPE_CHECKING:
-    from moss_train.parallel.process_groups import Groups
 
 
 class MossVideo:
@@ -40,7 +37,7 @@ class MossVideo:
         ]
         self.adapted = adapter is not None and adapter.name == "lora"
         if adapter is not None and self.adapted:
-            adapt(self, adapter)
+            adapt(self.layers, adapter)
         self._mark_sharded()
 
     def _mark_sharded(self) -> None:
@@ -54,6 +51,11 @@ class MossVideo:
             dimension = split[name] if sharded else -1
             if not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, sharded, dimension, 1)
+
+    @property
+    def layers(self) -> list[nn.ModuleDict]:
+        """The decoder layers of each of this rank's chunks, by global index."""
+        return [chunk.layers for chunk in self.chunks]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of this rank under their global names: vision.*, projector.*, decoder.*."""

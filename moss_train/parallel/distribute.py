@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch
 from moss_train import hardware
+from moss_train.model.groups import Groups
 from moss_train.parallel.packing import Bounds, pack
-from moss_train.parallel.process_groups import Groups
 
 
 @dataclass

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moss_train.config import ModelConfig
+from moss_train.model.groups import Groups
 from moss_train.model.normalize import normalize
 from moss_train.model.projector import VisionEncoder, pooled_tokens
 from moss_train.parallel.distribute import StepBatch
-from moss_train.parallel.process_groups import Groups
 
 
 class FrameExchange:

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from moss_train.model.groups import Groups
 from moss_train.parallel.data_parallel import DataParallel
-from moss_train.parallel.process_groups import Groups
 
 
 def reduce_gradients(

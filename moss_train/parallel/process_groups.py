@@ -1,4 +1,4 @@
-"""Process groups of a run, passed around instead of looked up.
+"""Builds the process groups of a run, which are passed around instead of looked up.
 
 The decoder is tensor x pipeline x data parallel. The vision encoder has a second view of the same
 ranks: it is replicated on all of them (or sharded over `tensor`, with `parallel.vision_tensor`) and
@@ -7,8 +7,6 @@ each rank encodes its share of the frames, so its data-parallel group spans the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,40 +14,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
 from moss_train.config import ParallelConfig
-
-
-@dataclass
-class Groups:
-    """The groups that this rank is in.
-
-    decoder, vision: megatron's collections for the two halves of the model.
-    replica: the tensor x pipeline ranks that work on one share of the global batch.
-    """
-
-    decoder: ProcessGroupCollection
-    vision: ProcessGroupCollection
-    replica: ProcessGroup
-    world: ProcessGroup
-
-    @property
-    def data_rank(self) -> int:
-        """Number of this rank's replica."""
-        return self.decoder.dp.rank()
-
-    @property
-    def data_size(self) -> int:
-        """Number of replicas."""
-        return self.decoder.dp.size()
-
-    @property
-    def is_leader(self) -> bool:
-        """True on the rank that reads its replica's data."""
-        return self.replica.rank() == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """True where the loss is computed."""
-        return self.decoder.pp.rank() == self.decoder.pp.size() - 1
+from moss_train.model.groups import Groups
 
 
 def build_groups(parallel: ParallelConfig, seed: int) -> Groups:

@@ -219,7 +219,7 @@ def load_weights(model: MossVideo, path: Path) -> None:
     adapter = read_run(path)["config"].get("adapter", {"name": "none"})
     merging = adapter["name"] != "none" and not model.adapted
     if merging:
-        adapt(model, AdapterConfig(**adapter))
+        adapt(model.layers, AdapterConfig(**adapter))
     state = _model_state(model)
     if adapter["name"] == "none":
         state = {
@@ -228,7 +228,7 @@ def load_weights(model: MossVideo, path: Path) -> None:
         }
     _set_model(model, dist_checkpointing.load({"model": state}, str(path))["model"])
     if merging:
-        merge(model)
+        merge(model.layers)
 
 
 def _set_model(model: MossVideo, parts: dict[str, dict[str, Any]]) -> None:

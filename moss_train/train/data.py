@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from data_pipeline.batch import MicroBatch
-from data_pipeline.loader.loader import EncodeConfig, Loader, Source, build_loader
+from data_pipeline.encode import EncodeConfig
+from data_pipeline.loader.loader import Loader, Source, build_loader
 from data_pipeline.shards import check_source
 from moss_train.config import Config
+from moss_train.model.groups import Groups
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.packing import Bounds
-from moss_train.parallel.process_groups import Groups
 from moss_train.train.metrics import read_metrics
 from moss_train.validate import mixture
 

@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moss_train.evaluate.items import EvaluationError
-
 NEEDED = ("input_ids", "pixel_values", "aspect_ratio_ids", "cross_attention_mask")
+
+
+class VerificationError(ValueError):
+    """Something that cannot be compared; the text names it and says what to do."""
 
 
 @dataclass
@@ -66,15 +68,15 @@ def read_case(path: Path, image_id: int, silence_id: int, silence_weight: float)
     `greedy`, `vision_position_ids`.
 
     Raises:
-        EvaluationError: it cannot be read, or lacks a tensor.
+        VerificationError: it cannot be read, or lacks a tensor.
     """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise EvaluationError(f"{path}: cannot be read: {error}") from None
+        raise VerificationError(f"{path}: cannot be read: {error}") from None
     missing = [name for name in NEEDED if name not in tensors]
     if missing:
-        raise EvaluationError(f"{path}: has no {', '.join(missing)}")
+        raise VerificationError(f"{path}: has no {', '.join(missing)}")
     tokens, ratios = tensors["input_ids"], tensors["aspect_ratio_ids"]
     positions = tensors.get("vision_position_ids")
     if positions is None:

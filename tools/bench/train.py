@@ -77,7 +77,8 @@ Step = Callable[[], tuple[float, float]]  # loss, and this rank's part of all to
 
 
 def _our_step(config: Config, job: dict[str, Any]) -> Step:
-    from moss_train.train.loop import Job, start_process_group
+    from moss_train.train.loop import Job
+    from moss_train.train.process import start_process_group
 
     job["start_gb"] = hardware.peak_memory_gb()  # imports only: nothing has been built yet
     start_process_group(config)
@@ -109,7 +110,8 @@ def _hf_step(config: Config, job: dict[str, Any]) -> Step:
 def prepare(config: Config, job: dict[str, Any]) -> dict[str, float]:
     """Reads the microbatches and exports our random initialization, for all contestants."""
     from moss_train.convert.weights import export
-    from moss_train.train.loop import Job, start_process_group
+    from moss_train.train.loop import Job
+    from moss_train.train.process import start_process_group
 
     start_process_group(config)
     training = Job(config, None)

@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from data_pipeline.images import tile_image
+from data_pipeline.images import MEAN, STD, tile_image
 from data_pipeline.video import frames_at
 from moss_train.config import VisionConfig
-from moss_train.model.normalize import MEAN, STD, normalize
+from moss_train.model.normalize import normalize
 
 RATE = 30  # frames a second of the file
 Contestant = Callable[[], int]  # returns the number of frames it has made

@@ -69,7 +69,7 @@ def test_an_adapter_starts_without_effect_and_merges_exactly(groups):
     reloaded = MossVideo(config, ParallelConfig(), groups)
     fill(reloaded, lambda name, _: exported[name])
     torch.testing.assert_close(logits(reloaded), changed, rtol=1e-4, atol=1e-5)
-    merge(adapted)
+    merge(adapted.layers)
     torch.testing.assert_close(logits(adapted), changed, rtol=1e-4, atol=1e-5)
     assert not any(is_adapter(name) for name, _ in adapted.named_parameters())
 

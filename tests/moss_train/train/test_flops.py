@@ -20,10 +20,10 @@ from moss_train.config import (
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
 from moss_train.model.frame_plan import FramePlan, plan_frames
+from moss_train.model.groups import Groups
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
-from moss_train.parallel.process_groups import Groups
 from moss_train.train.flops import (
     Part,
     StepCounts,
