@@ -24,6 +24,10 @@ _FACTORIES = (
     "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
     "rand", "randn", "tensor", "as_tensor", "zeros", "zeros_like",
 )  # fmt: skip
+PEAK_BF16_TFLOPS = {  # of a word in a GPU's name: dense products, NVIDIA's data sheets
+    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.0,
+    "L4": 121.0,
+}  # fmt: skip
 _cpu_active = False
 
 
@@ -37,6 +41,17 @@ def device() -> torch.device:
     if has_cuda() and not _cpu_active:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def device_name() -> str:
+    """The GPU's name as its driver has it, or "CPU"."""
+    return torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
+
+
+def peak_tflops_of(name: str) -> float | None:
+    """1e12 bf16 FLOPs a second that a GPU of this name can compute; None where it is not known."""
+    words = name.replace("-", " ")
+    return next((peak for gpu, peak in PEAK_BF16_TFLOPS.items() if gpu in words), None)
 
 
 def backend(kind: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from moss_train.train.curves import smooth
 from moss_train.train.metrics import read_metrics
-from moss_train.train.report import smooth
 
 ABSENT = "-"
 LAST = ("step", "loss", "validation.loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s",

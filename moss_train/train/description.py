@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moss_train import hardware
 from moss_train.config import Config, to_dict
 
 RUN_FILE = "run.json"
@@ -35,6 +36,7 @@ def write_description(
         "git": git_commit(REPO),
         "layout": layout,
         "device": device,
+        "device_name": hardware.device_name(),
         "parameters": parameters,
     }
     temporary = run / f".{RUN_FILE}.tmp"

@@ -31,8 +31,9 @@ from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
 from moss_train.train.process import start_process_group, stop_signals
-from moss_train.train.report import plot_losses, summary_table
+from moss_train.train.report import write_report_or_warn
 from moss_train.train.step import StepResult, TrainStep
+from moss_train.train.summary import summary_table
 from moss_train.train.validation import Validator, describe
 
 
@@ -275,7 +276,7 @@ class Job:
     def _finish(self, stopped: bool) -> None:
         if self.done == 0 or not (self.folder / "metrics.jsonl").exists():
             return
-        plot_losses(self.folder)
+        write_report_or_warn(self.folder)
         table = summary_table(
             self.folder,
             {

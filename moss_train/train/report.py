@@ -1,135 +1,262 @@
-"""After a run: the loss plot, and a table of what was written where."""
+"""python -m moss_train.train.report RUN [--peak-tflops N]
+
+Writes RUN/report.html: what a run has done, as one page that needs no network. Training writes it
+at its end, and when it is stopped.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
-from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
+from statistics import mean, median
+from typing import Any
 
-from moss_train.train.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
+import yaml
 
-PLOT_FILE = "loss.png"
-WRITTEN = {
-    METRICS_FILE: "metrics, one JSON object a step",
-    PLOT_FILE: "loss and learning rate",
-    TENSORBOARD_DIR: "TensorBoard",
-    "wandb": "Weights & Biases",
-}
+from moss_train.config import Config, ConfigError, from_dict
+from moss_train.hardware import peak_tflops_of
+from moss_train.log import log
+from moss_train.train.curves import Row, column, number, panel_svgs
+from moss_train.train.description import RUN_FILE
+from moss_train.train.metrics import METRICS_FILE, read_metrics
+from moss_train.train.page import render, write_page
+
+REPORT_FILE = "report.html"
+EVALUATION_FILE = "evaluation.json"
 
 
-def plot_losses(run_dir: Path) -> Path:
-    """Draws `run_dir`/loss.png from metrics.jsonl: loss, smoothed loss, learning rate.
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. 1 where RUN has no steps."""
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="moss_train.train.report", usage=first, description=rest)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="N",
+        help="1e12 FLOPs a second that a rank's device can compute, for MFU (default: that of the "
+        "GPU that run.json names, in bf16)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print(write_report(options.run, options.peak_tflops))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_report_or_warn(run_dir: Path) -> None:
+    """Writes the page; a failure is a warning, as no run should end because of it."""
+    try:
+        write_report(run_dir)
+    except Exception as error:  # whatever libraries and damaged files raise
+        log.warning("%s was not written: %s", run_dir / REPORT_FILE, error)
+
+
+def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
+    """Writes `run_dir`/report.html from metrics.jsonl, config.yaml, run.json and, where they are
+    there, evaluation.json.
+
+    peak_tflops: what a rank's device can compute at most, 1e12 FLOPs a second.
 
     Raises:
-        ValueError: there is no step to draw, or matplotlib is not installed.
+        ValueError: there is no step to show.
     """
     rows = read_metrics(run_dir)
     if not rows:
-        raise ValueError(f"{run_dir / METRICS_FILE} has no steps to plot")
-    if find_spec("matplotlib") is None:
-        raise ValueError("the loss plot needs the package matplotlib: pip install matplotlib")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    steps = [row["step"] for row in rows]
-    losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
-    window = len(steps) // 20 | 1  # odd: centred on a step
-    marker = "o" if len(steps) < 3 else None  # a line needs two points
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    left = figure.add_subplot()
-    right = left.twinx()
-    curves = left.plot(steps, losses, color="#9ecae1", lw=1, marker=marker, label="loss")
-    if window > 1:
-        smoothed = smooth(losses, window)
-        label = f"loss, mean of {window} steps"
-        curves += left.plot(steps, smoothed, color="#08519c", lw=2, label=label)
-    rates = [row["lr"] for row in rows]
-    curves += right.plot(steps, rates, "--", color="#d95f0e", marker=marker, label="learning rate")
-    left.set_title(f"Training loss of {run_dir.resolve().name}")
-    left.set_xlabel("step")
-    left.set_ylabel("loss per label")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.grid(alpha=0.3)
-    right.set_ylabel("learning rate")
-    right.set_ylim(bottom=0)
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    left.legend(handles=curves, loc="upper right")
-    path = run_dir / PLOT_FILE
-    figure.savefig(path, dpi=150)
-    return path
+        raise ValueError(f"{run_dir / METRICS_FILE}: has no steps: give a run folder")
+    described = _read(run_dir / RUN_FILE)
+    raw = run_dir / "config.yaml"
+    config = _config(raw)
+    if peak_tflops is None and config is not None and config.model.dtype == "bf16":
+        peak_tflops = peak_tflops_of(str(described.get("device_name", "")))
+    evaluated = _read(run_dir / EVALUATION_FILE)
+    page = render(
+        "report.html.jinja",
+        title=run_dir.resolve().name,
+        what=list(_what(rows, config, described)),
+        warnings=list(_warnings(rows, config)),
+        progress=_progress(rows),
+        panels=panel_svgs(rows),
+        speed=list(_speed(rows, peak_tflops)),
+        sources=_sources(rows[-1], config),
+        mixture=[f"{m} {v:g} %" for m, v in _mixture(config).items()],
+        validation=_validation(rows),
+        scores=score_rows(evaluated),
+        evaluated_step=evaluated.get("step"),
+        samples=sample_rows(evaluated),
+        again=f"python -m moss_train.train.report {run_dir}",
+        config=raw.read_text() if raw.is_file() else "",
+    )
+    return write_page(run_dir / REPORT_FILE, page)
 
 
-def smooth(values: list[float], window: int) -> list[float]:
-    """Centred running mean of `window` values; towards both ends the window shrinks, so that the
-    curve neither lags nor bends. Values that are not finite are left out; NaN where none is left.
-    """
-    finite = [value if math.isfinite(value) else 0.0 for value in values]
-    sums = [0.0, *accumulate(finite)]
-    counts = [0, *accumulate(map(math.isfinite, values))]
-    means = []
-    for index in range(len(values)):
-        half = min(window // 2, index, len(values) - 1 - index)
-        first, last = index - half, index + half + 1
-        count = counts[last] - counts[first]
-        means.append((sums[last] - sums[first]) / count if count else math.nan)
-    return means
-
-
-def summary_table(run_dir: Path, written: Mapping[str, str] | None = None) -> str:
-    """What the run has done, and a table of what it wrote: path, what, size.
-
-    Args:
-        written: what else to list: a path or glob pattern inside `run_dir` -> what it is, as in
-            `{"checkpoints/step_*": "checkpoint"}`. A folder's size is that of its files.
-
-    Returns:
-        Lines of text. Samples, frames and time are sums over all steps, of earlier processes of
-        the run too.
-    """
-    found = [
-        (str(path), what, _size(path))
-        for pattern, what in (WRITTEN | dict(written or {})).items()
-        for path in sorted(run_dir.glob(pattern))
-    ]
-    return "\n".join([*_totals(run_dir), "", *_table([("path", "what", "size"), *found])])
-
-
-def _totals(run_dir: Path) -> list[str]:
-    rows = read_metrics(run_dir)
-    if not rows:
-        return ["no step was finished"]
-    first, last = rows[0], rows[-1]
-    keys = ("samples", "skipped_samples", "frames", "step_time_s")
-    sums = {key: sum(row[key] for row in rows) for key in keys}
+def score_rows(evaluated: Mapping[str, Any]) -> list[list[str]]:
+    """Lines of the table of scores of an evaluation.json: source, metric, model, blind, chance,
+    number of samples."""
+    columns = ("value", "blind", "chance")
     return [
-        f"steps    {first['step']} to {last['step']}",
-        f"loss     {_number(first['loss'])} -> {_number(last['loss'])}",
-        f"samples  {sums['samples']:,} ({sums['skipped_samples']:,} skipped)",
-        f"frames   {sums['frames']:,}",
-        f"time     {timedelta(seconds=round(sums['step_time_s']))}",
-        *(f"epochs   {epochs:.2f} of {source}" for source, epochs in last["epochs"].items()),
+        [s["source"], s["metric"], *(_show(s[c], ".3f", "") for c in columns), str(s["count"])]
+        for s in evaluated.get("scores", [])
     ]
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+def sample_rows(evaluated: Mapping[str, Any]) -> list[list[str]]:
+    """Lines of the table of samples: which, what is asked, the right answer, the model's."""
+    keys = ("key", "asked", "wanted", "said")
+    return [[str(sample[key]) for key in keys] for sample in evaluated.get("samples", [])]
 
 
-def _table(rows: list[tuple[str, str, str]]) -> list[str]:
-    path, what, size = (max(len(row[column]) for row in rows) for column in range(3))
-    lines = [f"{row[0]:<{path}}  {row[1]:<{what}}  {row[2]:>{size}}" for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+def _what(
+    rows: Sequence[Row], config: Config | None, described: Mapping[str, Any]
+) -> Iterator[str]:
+    """What ran, where, and how far."""
+    steps = f"steps {rows[0]['step']} to {rows[-1]['step']}"
+    if config is not None:
+        yield f"stage {config.stage.name}"
+        yield f"model {config.model.name} ({config.model.dtype})"
+        steps += f" of {config.steps}, {config.data.global_batch} samples each"
+    yield steps
+    seconds = [s for s in column(rows, "step_time_s") if math.isfinite(s)]
+    yield str(timedelta(seconds=round(sum(seconds))))
+    layout = described.get("layout", {})
+    if layout:
+        parts = " x ".join(f"{layout[k]} {k}" for k in ("data", "pipeline", "tensor"))
+        yield f"{layout['world']} ranks = {parts}"
+    if described:
+        yield str(described.get("device_name") or described.get("device"))
+        trained, total = (
+            sum(described.get("parameters", {}).get(key, {}).values())
+            for key in ("trained", "total")
+        )
+        yield f"trains {trained:,} of {total:,} parameters"
+    commit = described.get("git") or {}
+    if commit:
+        yield f"commit {commit['commit'][:12]}{' and changes' if commit['changed'] else ''}"
 
 
-def _size(path: Path) -> str:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    size = float(sum(file.stat().st_size for file in files))
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+def _warnings(rows: Sequence[Row], config: Config | None) -> Iterator[str]:
+    last = rows[-1]
+    if config is not None and last["step"] < config.steps:
+        yield f"Stopped after step {last['step']} of {config.steps}: start again to go on."
+    if last.get("skipped_steps"):
+        yield f"{last['skipped_steps']} steps were left out (bad_steps.jsonl)."
+    skipped = sum(s for s in column(rows, "skipped_samples") if math.isfinite(s))
+    if skipped:
+        yield f"{skipped:.0f} samples could not be read."
+    losses = column(rows, "loss")
+    strange = sum(not math.isfinite(loss) for loss in losses)
+    if strange:
+        yield f"The loss of {strange} of {len(losses)} steps is not finite."
+
+
+def _progress(rows: Sequence[Row]) -> list[list[str]]:
+    """First and last value, and the mean of the last tenth of the steps."""
+    tenth = max(1, len(rows) // 10)
+    found = []
+    for name, key, form in (
+        ("loss per label", "loss", ".4f"),
+        ("gradient norm", "grad_norm", ".3g"),
+        ("learning rate", "lr", ".2e"),
+    ):
+        values = column(rows, key)
+        late = [value for value in values[-tenth:] if math.isfinite(value)]
+        shown = (values[0], values[-1], mean(late) if late else math.nan)
+        found.append([name, *(_show(value, form) for value in shown)])
+    return found
+
+
+def _speed(rows: Sequence[Row], peak_tflops: float | None) -> Iterator[list[str]]:
+    """Medians over the steps but the first, which compiles and fills caches."""
+    later = rows[1:] or rows
+
+    def of(key: str) -> float:
+        values = [value for value in column(later, key) if math.isfinite(value)]
+        return median(values) if values else math.nan
+
+    flops = of("model_tflops_per_s_per_rank")
+    yield ["step", _show(of("step_time_s"), ".3f"), "s"]
+    yield ["waiting for data", _show(of("data_wait_s"), ".3f"), "s of a step"]
+    for unit in ("samples", "tokens", "frames"):
+        yield [unit, _show(of(f"{unit}_per_s"), ",.1f"), f"{unit}/s, all ranks"]
+    yield ["model FLOPs", _show(flops, ".3g"), "TFLOP/s per rank"]
+    if peak_tflops:
+        yield ["MFU", _show(100 * flops / peak_tflops, ".1f"), f"% of {peak_tflops:g} TFLOP/s"]
+    yield ["padding", _show(100 * of("padding_ratio"), ".1f"), "% of the decoder's tokens"]
+    memory = [value for value in column(rows, "memory_gb") if math.isfinite(value)]
+    yield ["peak memory", _show(max(memory, default=math.nan), ".2f"), "GB, rank that used most"]
+
+
+def _sources(last: Row, config: Config | None) -> list[list[str]]:
+    """Sources of the data: modality, share of the modality's samples, epochs read."""
+    epochs = last.get("epochs") or {}
+    if config is None:
+        return [[name, "", "", _show(number(read), ".2f")] for name, read in epochs.items()]
+    weights: dict[str, float] = {}
+    for source in config.data.sources:
+        weights[source.modality] = weights.get(source.modality, 0) + source.weight
+    return [
+        [
+            source.name,
+            source.modality,
+            f"{100 * source.weight / (weights[source.modality] or 1):.0f} %",
+            _show(number(epochs.get(source.name)), ".2f"),
+        ]
+        for source in config.data.sources
+    ]
+
+
+def _mixture(config: Config | None) -> dict[str, float]:
+    """Percent of the samples of each modality."""
+    shares = asdict(config.stage.mixture) if config is not None else {}
+    whole = sum(shares.values()) or 1
+    return {modality: round(100 * share / whole, 1) for modality, share in shares.items()}
+
+
+def _validation(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The last validation: losses and accuracies of all, of each modality and source."""
+    measured = [row for row in rows if row.get("validation")]
+    if not measured:
+        return None
+    found = measured[-1]["validation"]
+    accuracy = found.get("accuracy", {})
+    lines = [["all", found.get("loss"), accuracy.get("all")]]
+    for kind in ("modality", "source"):
+        for name, loss in found.get(kind, {}).items():
+            lines.append([name, loss, accuracy.get(kind, {}).get(name)])
+    shown = [[name, _show(loss, ".4f"), _show(share, ".3f")] for name, loss, share in lines]
+    return {"step": measured[-1]["step"], "rows": shown}
+
+
+def _show(value: float | None, form: str, without: str = "-") -> str:
+    return without if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _config(path: Path) -> Config | None:
+    if not path.is_file():
+        return None
+    try:
+        return from_dict(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
+        log.warning("%s cannot be used: %s", path, error)
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

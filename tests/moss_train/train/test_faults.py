@@ -24,6 +24,7 @@ from tests.moss_train.train.runs import (
     steps,
     wait_for,
 )
+from tests.pages import open_page
 from tests.torchrun import Run, run_ranks, start_ranks
 
 EVERY, STEPS = 2, 14
@@ -118,6 +119,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
     assert first < STEPS
     assert saved_steps(folder) == [first]
     assert f"stopped by a signal after step {first}: start again to go on" in result.stderr()
+    page = open_page(folder / "report.html")
+    assert f"Stopped after step {first} of {STEPS}" in page.text
 
     # A batch system's signal reaches torchrun too, which passes it on: the ranks get it twice.
     running = start("trainer.checkpoint_every=1000")

@@ -12,6 +12,7 @@ import yaml
 
 from data_pipeline.build import build_shards
 from tests.moss_train.train.runs import ENTRY, audit, metrics, saved_steps, steps
+from tests.pages import open_page
 from tests.torchrun import run_ranks
 
 PROMISED = {
@@ -52,7 +53,9 @@ def test_all_ranks_write_into_one_run_folder(small, tmp_path):
     assert config["trainer"]["steps"] == 3
     assert config["data"]["micro_batch"] == 2
     assert config["run"]["dir"] == f"runs/{run.name}"
-    assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = open_page(run / "report.html")
+    assert page.row("loss per label")[:2] == [f"{rows[0]['loss']:.4f}", f"{rows[2]['loss']:.4f}"]
+    assert "loss per label" in page.captions
     events = list(run.glob("tensorboard/events.out.tfevents.*"))
     assert [path.stat().st_size > 1000 for path in events] == [True]
     offline = list(run.glob("wandb/offline-run-*/run-*.wandb"))

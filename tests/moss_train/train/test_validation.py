@@ -9,9 +9,9 @@ import pytest
 
 from moss_train.config import SourceConfig
 from moss_train.train.metrics import read_metrics
-from moss_train.train.report import plot_losses
 from moss_train.train.validation import describe, validation
 from tests.moss_train.train.runs import metrics
+from tests.pages import open_page
 
 
 def test_validation_is_the_same_in_every_layout_and_falls(small, toy, run_jobs, tmp_path):
@@ -52,7 +52,15 @@ def test_validation_is_the_same_in_every_layout_and_falls(small, toy, run_jobs, 
     rows = read_metrics(tmp_path / "learns")
     assert ["validation" in row for row in rows] == [False, False, True, True]
     assert rows[3]["validation"]["loss"] < expected["loss"] - 0.02
-    assert plot_losses(tmp_path / "learns").exists()
+    page = open_page(tmp_path / "learns/report.html")
+    assert "Validation after step 4" in page.text
+    measured = rows[3]["validation"]
+    for name in ("text", "image", "video"):
+        accuracy = measured["accuracy"]["source"][f"seen-{name}"]
+        assert page.row(f"seen-{name}")[-2:] == [
+            f"{measured['source'][f'seen-{name}']:.4f}", f"{accuracy:.3f}",
+        ]  # fmt: skip
+    assert page.row("all") == [f"{measured['loss']:.4f}", f"{measured['accuracy']['all']:.3f}"]
 
     described = json.loads((tmp_path / "dp2" / "run.json").read_text())
     assert described["layout"] == {"world": 2, "data": 2, "pipeline": 1, "tensor": 1}

@@ -1,0 +1,73 @@
+"""After a run: what it has done, and a table of what was written where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+from moss_train.train.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
+from moss_train.train.report import REPORT_FILE
+
+WRITTEN = {
+    METRICS_FILE: "metrics, one JSON object a step",
+    REPORT_FILE: "curves, speed, data and scores on a page",
+    TENSORBOARD_DIR: "TensorBoard",
+    "wandb": "Weights & Biases",
+}
+
+
+def summary_table(run_dir: Path, written: Mapping[str, str] | None = None) -> str:
+    """What the run has done, and a table of what it wrote: path, what, size.
+
+    Args:
+        written: what else to list: a path or glob pattern inside `run_dir` -> what it is, as in
+            `{"checkpoints/step_*": "checkpoint"}`. A folder's size is that of its files.
+
+    Returns:
+        Lines of text. Samples, frames and time are sums over all steps, of earlier processes of
+        the run too.
+    """
+    found = [
+        (str(path), what, _size(path))
+        for pattern, what in (WRITTEN | dict(written or {})).items()
+        for path in sorted(run_dir.glob(pattern))
+    ]
+    return "\n".join([*_totals(run_dir), "", *_table([("path", "what", "size"), *found])])
+
+
+def _totals(run_dir: Path) -> list[str]:
+    rows = read_metrics(run_dir)
+    if not rows:
+        return ["no step was finished"]
+    first, last = rows[0], rows[-1]
+    keys = ("samples", "skipped_samples", "frames", "step_time_s")
+    sums = {key: sum(row[key] for row in rows) for key in keys}
+    return [
+        f"steps    {first['step']} to {last['step']}",
+        f"loss     {_number(first['loss'])} -> {_number(last['loss'])}",
+        f"samples  {sums['samples']:,} ({sums['skipped_samples']:,} skipped)",
+        f"frames   {sums['frames']:,}",
+        f"time     {timedelta(seconds=round(sums['step_time_s']))}",
+        *(f"epochs   {epochs:.2f} of {source}" for source, epochs in last["epochs"].items()),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _table(rows: list[tuple[str, str, str]]) -> list[str]:
+    path, what, size = (max(len(row[column]) for row in rows) for column in range(3))
+    lines = [f"{row[0]:<{path}}  {row[1]:<{what}}  {row[2]:>{size}}" for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = float(sum(file.stat().st_size for file in files))
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
