@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from data_pipeline.schema import SampleError
-from inference.engine.engine import Engine, EngineFull, Sampling
+from inference.engine.engine import Engine, EngineFull
+from inference.engine.load import RankFinished, load_engine
+from inference.engine.sampling import Sampling
 from inference.session.events import Event
 from inference.session.handle import SessionClosed
 from inference.sources import SourceError
@@ -55,7 +57,7 @@ def flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of Engine.load."""
+    """Flags of load_engine."""
     flag(parser, "checkpoint", default=os.environ.get("CHECKPOINT"),
          help="folder of the model in Hugging Face's format (or $CHECKPOINT)")  # fmt: skip
     flag(parser, "device", default="auto", help="auto, cpu, cuda, cuda:1")
@@ -119,7 +121,7 @@ def check_stage(checkpoint: str | Path | None, *, realtime: bool) -> str | None:
 def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
     """The engine of the flags."""
     note(f"loading {args.checkpoint}")
-    engine = Engine.load(
+    engine = load_engine(
         args.checkpoint,
         device=args.device,
         dtype=args.dtype,
@@ -145,6 +147,8 @@ def one_line_errors() -> Iterator[None]:
     """Ends the command with a line for what its user can mend, with exit code 2."""
     try:
         yield
+    except RankFinished:
+        raise SystemExit(0) from None
     except (CommandError, SourceError, SampleError, SessionClosed, EngineFull) as error:
         _end(str(error), 2)
     except (ValueError, OSError) as error:

@@ -14,9 +14,9 @@ from transformers import StoppingCriteriaList
 
 from data_pipeline.progress import Progress
 from inference.bench.published import PublishedModel
-from inference.engine.engine import Engine, Step
+from inference.engine.engine import Engine
 from inference.engine.quantize import quantize_decoder
-from inference.engine.slots import Slot
+from inference.engine.slots import Slot, Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 QUESTION = [3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]  # a turn of twelve tokens

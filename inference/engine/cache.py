@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.engine.slots import NEVER, Slot
-from inference.hf.decoder_moss_video import Decoder, attend, attend_few
+from inference.engine.slots import NEVER, Eviction, Slot
+from inference.hf.decoder_moss_video import Decoder, Rotation, attend, attend_few
 
 # Places behind `max_tokens`: an idle slot of a static batch writes its keys and values there (2
 # tokens at most; 8 keep the mask's rows aligned for CUDA).
@@ -30,9 +30,10 @@ class KVCache:
     """Buffers, and what writes frames into them.
 
     Args:
-        decoder: whose layers they serve.
-        kv_heads: of this rank.
-        patches: vision tokens of a frame.
+        decoder: whose layers they serve. Its weights say how many KV heads this rank has.
+        slots: sessions at once.
+        max_tokens: tokens of a slot.
+        window: frames of a slot.
     """
 
     def __init__(
@@ -42,16 +43,16 @@ class KVCache:
         slots: int,
         max_tokens: int,
         window: int,
-        kv_heads: int,
-        patches: int,
         device: torch.device,
         dtype: torch.dtype,
     ):
         text = decoder.config.text_config
         self.decoder, self.slots, self.max_tokens = decoder, slots, max_tokens
-        self.window, self.patches, self.device, self.dtype = window, patches, device, dtype
+        self.window, self.device, self.dtype = window, device, dtype
+        self.patches = decoder.config.tokens_per_frame  # vision tokens of a frame
         self.own = [i for i in range(text.num_hidden_layers) if i not in decoder.cross]
         head_dim = text.hidden_size // text.num_attention_heads
+        kv_heads = decoder.cross_attention(decoder.cross[0]).k_proj.weight.shape[0] // head_dim
 
         def buffer(layers: int, length: int) -> Tensor:
             # Zeros: what a mask hides must still be a number.
@@ -59,7 +60,7 @@ class KVCache:
             return torch.zeros(shape, device=device, dtype=dtype)
 
         self.text = buffer(len(self.own), max_tokens + SPARE)
-        self.frames = buffer(len(decoder.cross), (window + 1) * patches)
+        self.frames = buffer(len(decoder.cross), (window + 1) * self.patches)
         self.tokens_of = {layer: self.text[n] for n, layer in enumerate(self.own)}
         self.frames_of = {layer: self.frames[n] for n, layer in enumerate(decoder.cross)}
         # Positions between which a frame is seen, for static batches.
@@ -76,18 +77,10 @@ class KVCache:
         """Forgets a slot's frames; its tokens are overwritten."""
         self.first[slot.index], self.last[slot.index] = NEVER, NEVER
 
-    def put_frames(self, slot: Slot, features: Sequence[Tensor], positions: list[int]) -> list[int]:
-        """Keys and values of new frames `[P, H]` for all layers, into the ring.
-
-        Returns the positions of the frames that had to go.
-        """
-        states = torch.stack(tuple(features)).to(self.device, self.dtype)  # [n, P, H]
-        where = torch.tensor(positions, device=self.device)
-        each = where.repeat_interleave(states.shape[1])[None]  # [1, n x P]
-        rotation = self.decoder.rotation(each, self.dtype)
-        projected = F.linear(states.flatten(0, 1), self._projection)[None]
-        places, gone = zip(*(slot.ring.put(p) for p in positions), strict=True)
-        span = slice(places[0] * self.patches, (places[-1] + 1) * self.patches)
+    def write_frames(self, slot: Slot, place: int, states: Tensor, rotation: Rotation) -> None:
+        """Keys and values of states `[n x P, H]` into the slot's ring, from `place` on."""
+        projected = F.linear(states, self._projection)[None]
+        span = slice(place * self.patches, place * self.patches + len(states))
         parts = projected.chunk(2 * len(self.decoder.cross), dim=-1)
         for n, layer in enumerate(self.decoder.cross):
             keys = self.decoder.cross_attention(layer).rotate_keys(parts[2 * n], rotation)
@@ -95,7 +88,6 @@ class KVCache:
             self.frames_of[layer][0, slot.index, :, span] = keys[0]
             self.frames_of[layer][1, slot.index, :, span] = values[0]
         self._show(slot)
-        return [position for position in gone if position is not None]
 
     def commit_eviction(self, slot: Slot) -> None:
         """After the pass that brought it, a frame takes the place of the one that it replaces."""
@@ -133,6 +125,28 @@ class KVCache:
             saved = state[name]
             buffer[:, :, slot.index, :, : saved.shape[-2]] = saved.to(self.device, self.dtype)
         self._show(slot)
+
+
+def put_frames(cache: KVCache, slot: Slot, tokens: Sequence[int], frames: Sequence[Tensor]) -> None:
+    """Writes keys and values of new frames into a slot's ring, for all cross-attention layers.
+
+    What has to go for them is appended to `slot.evictions`.
+
+    Args:
+        tokens: the slot's next ones, with one `<|image|>` for each frame.
+        frames: features `[P, H]` each; no more than the ring has room for (`FrameRing.room`).
+    """
+    image = cache.decoder.config.image_token_index
+    positions = [slot.position + i for i, token in enumerate(tokens) if token == image]
+    states = torch.stack(tuple(frames)).to(cache.device, cache.dtype)  # [n, P, H]
+    each = torch.tensor(positions, device=cache.device)
+    each = each.repeat_interleave(cache.patches)[None]  # [1, n x P]
+    rotation = cache.decoder.rotation(each, cache.dtype)
+    places, replaced = zip(*(slot.ring.put(p) for p in positions), strict=True)
+    cache.write_frames(slot, places[0], states.flatten(0, 1), rotation)
+    gone = tuple(position for position in replaced if position is not None)
+    if gone:
+        slot.evictions.append(Eviction("frame", gone))
 
 
 def _fuse(decoder: Decoder) -> Tensor:

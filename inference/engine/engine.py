@@ -1,6 +1,6 @@
 """The streaming engine: several sessions in one model, a token or a frame at a time.
 
-    engine = Engine.load("checkpoint")
+    engine = load_engine("checkpoint")  # inference.engine.load
     slot = engine.open(Sampling())
     [token] = engine.step([Step(slot, tokens=prompt)])
     [frame] = engine.encode([image])
@@ -14,21 +14,19 @@ one token, and leaves that pending. Steps of several slots are one pass. See doc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from inference.engine import slot_state
-from inference.engine.cache import KVCache, PackedBatch, Segment
+from inference.engine.cache import KVCache, PackedBatch, Segment, put_frames
 from inference.engine.graphs import GraphRunner
-from inference.engine.load import load_model, load_processor
 from inference.engine.preprocess import Pixels
 from inference.engine.sampling import Sampler, Sampling
-from inference.engine.slots import Eviction, FrameRing, Slot, tokens_to_keep
+from inference.engine.slots import FrameRing, Slot, Step, tokens_to_keep
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 VISION_BATCH = 16  # frames
@@ -39,141 +37,95 @@ class EngineFull(RuntimeError):
     """All slots are taken."""
 
 
-@dataclass
-class Step:
-    """One slot's input of an engine step.
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine keeps, and how it runs. Raises ValueError that names the field.
 
-    tokens: appended after the slot's pending token.
-    frames: features from `encode`, one for each `<|image|>` in `tokens`.
-    sample: False only takes in: nothing is pending then, and the next step needs tokens.
+    Attributes:
+        window: frames in a slot's ring.
+        sinks: the first frames of a slot, which never leave its ring.
+        max_tokens: cached tokens of a slot. When they are more, the oldest pairs of
+            `<|silence|>` and `<|image|>` go, then other old text; positions of the rest stay.
+        max_sessions: slots.
+        compile: static batches are compiled with torch.compile.
+        graphs: static batches (one token, or a frame, of each slot) run as CUDA graphs, on CUDA.
+        tokens_before_first_frame: "zero": they attend no frame; "attend_all": they attend all
+            frames that come in the same step (what checkpoints of the published code do offline).
     """
 
-    slot: Slot
-    tokens: Sequence[int] = ()
-    frames: Sequence[Tensor] = ()
-    sample: bool = True
+    window: int = 256
+    sinks: int = 0
+    max_tokens: int = 8192
+    max_sessions: int = 1
+    compile: bool = False
+    graphs: bool = True
+    tokens_before_first_frame: Literal["zero", "attend_all"] = "zero"
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("sinks", 0), ("max_tokens", 1), ("max_sessions", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.sinks >= self.window:
+            raise ValueError(f"sinks={self.sinks}: must be less than window={self.window}")
+        if self.tokens_before_first_frame not in ("zero", "attend_all"):
+            raise ValueError(
+                f"tokens_before_first_frame={self.tokens_before_first_frame}: "
+                "allowed: zero, attend_all"
+            )
 
 
 class Engine:
     """A model with `max_sessions` slots. Synchronous; one thread owns it.
 
     Args:
-        window: frames that a slot remembers; `sinks` of them, its first, for ever.
-        max_tokens: cached tokens of a slot. When they are more, the oldest pairs of
-            `<|silence|>` and `<|image|>` go, then other old text; positions of the rest stay.
-        graphs: static batches (one token, or a frame) run as CUDA graphs, on CUDA.
-        compile: static batches are compiled with torch.compile.
-        tensor_parallel: ranks that share the model, which is a slice then.
-        tokens_before_first_frame: "zero": they attend no frame; "attend_all": they attend all
-            frames that come in the same step (what checkpoints of the published code do offline).
+        model: whole, or this rank's slice.
+        processor: its tokenizer and its image mean and deviation are used; None: token ids and
+            normalized pixels only.
+        config: `changes` are fields of it.
     """
 
     def __init__(
         self,
         model: MossVideoForConditionalGeneration,
         processor: Any = None,
-        *,
-        window: int = 256,
-        sinks: int = 0,
-        max_tokens: int = 8192,
-        max_sessions: int = 1,
-        compile: bool = False,
-        graphs: bool = True,
-        tokens_before_first_frame: str = "zero",
-        tensor_parallel: int = 1,
+        config: EngineConfig | None = None,
+        **changes: Any,
     ):
-        _check_sizes(window=window, sinks=sinks, max_tokens=max_tokens, max_sessions=max_sessions)
-        if tokens_before_first_frame not in ("zero", "attend_all"):
-            raise ValueError(
-                f"tokens_before_first_frame={tokens_before_first_frame}: allowed: zero, attend_all"
-            )
+        options = replace(config or EngineConfig(), **changes)
         self.model, self.config, self.processor = model.eval(), model.config, processor
         self.tokenizer: Any = None if processor is None else processor.tokenizer
-        weight = model.model.language_model.embed_tokens.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.window, self.sinks, self.max_tokens = window, sinks, max_tokens
-        self.max_sessions, self.attend_all = max_sessions, tokens_before_first_frame == "attend_all"
-        text = self.config.text_config
+        decoder = model.model.language_model
+        self.device = decoder.embed_tokens.weight.device
+        self.dtype = decoder.embed_tokens.weight.dtype
+        self.window, self.sinks, self.max_tokens = options.window, options.sinks, options.max_tokens
+        self.max_sessions = options.max_sessions
+        self.attend_all = options.tokens_before_first_frame == "attend_all"
         self.image_token: int = self.config.image_token_index
         self.silence_token = self._token("<|silence|>", self.config.silence_token_id)
         self.end_of_turn = self._token("<|eot_id|>", None)
+        self.slots: dict[int, Slot] = {}
         self.cache = KVCache(
-            model.model.language_model,
-            slots=max_sessions,
-            max_tokens=max_tokens,
-            window=window,
-            kv_heads=text.num_key_value_heads // tensor_parallel,
-            patches=self.config.tokens_per_frame,
+            decoder,
+            slots=self.max_sessions,
+            max_tokens=self.max_tokens,
+            window=self.window,
             device=self.device,
             dtype=self.dtype,
         )
-        self.sampler = Sampler(max_sessions, text.vocab_size, self.silence_token, self.device)
+        vocabulary = self.config.text_config.vocab_size
+        self.sampler = Sampler(self.max_sessions, vocabulary, self.silence_token, self.device)
         self.graph_runner: GraphRunner | None = None
-        if compile or (graphs and self.device.type == "cuda"):
-            self.graph_runner = GraphRunner(self, graphs and self.device.type == "cuda", compile)
-        self.slots: dict[int, Slot] = {}
+        graphs = options.graphs and self.device.type == "cuda"
+        if options.compile or graphs:
+            self.graph_runner = self.make_graph_runner(graphs, options.compile)
         self.pixels = Pixels(self.config, processor, self.device)
 
-    @classmethod
-    def load(
-        cls,
-        checkpoint: str | Path,
-        *,
-        device: str = "auto",
-        dtype: str | torch.dtype | None = None,
-        window: int = 256,
-        sinks: int = 0,
-        max_tokens: int = 8192,
-        max_sessions: int = 1,
-        quantize: str | None = None,
-        compile: bool = False,
-        graphs: bool = True,
-        tokens_before_first_frame: str = "zero",
-    ) -> Engine:
-        """Opens an exported folder.
-
-        Under torchrun each process holds a slice (tensor parallelism): `load` returns on rank 0
-        alone; on the others it serves rank 0 until that ends, then exits the process.
-
-        Args:
-            device: "auto" is CUDA where there is one.
-            dtype: "fp32", "bf16"; None: the checkpoint's on CUDA, fp32 on a CPU.
-            quantize: "int8" or "fp8": weights of the decoder's linear layers.
-
-        Raises:
-            ValueError: the folder is not a checkpoint of this model, an argument is wrong, or the
-                ranks cannot share the model's heads.
-        """
-        from inference.engine.sharded import ShardedEngine, join  # which is made of this class
-
-        rank, ranks = join()
-        model = load_model(checkpoint, device, dtype, quantize, rank, ranks)
-        kind = cls if ranks == 1 else ShardedEngine
-        engine = kind(
-            model,
-            load_processor(checkpoint),
-            window=window,
-            sinks=sinks,
-            max_tokens=max_tokens,
-            max_sessions=max_sessions,
-            compile=compile,
-            graphs=graphs,
-            tokens_before_first_frame=tokens_before_first_frame,
-            tensor_parallel=ranks,
-        )
-        if isinstance(engine, ShardedEngine) and not engine.leads:
-            engine.follow()
-            raise SystemExit(0)
-        return engine
+    def make_graph_runner(self, graphs: bool, compile: bool) -> GraphRunner:
+        """What runs static batches of this engine's slots."""
+        return GraphRunner(self.model, self.cache, self.sampler, self.slots, graphs, compile)
 
     def shutdown(self) -> None:
         """Ends what the engine has started: other ranks under torchrun. Calling it is optional."""
-
-    @property
-    def realtime(self) -> bool | None:
-        """Whether the checkpoint was trained to watch and stay silent; None: it does not say."""
-        stage = self.config.moss_stage
-        return None if stage is None else stage == "realtime_sft"
 
     def open(self, sampling: Sampling | None = None) -> Slot:
         """Takes a free slot.
@@ -382,7 +334,7 @@ class Engine:
         for slot, tokens, frames in parts:
             blind = self.attend_all and slot.ring.count == 0
             if frames:
-                self.put_frames(slot, tokens, frames)
+                put_frames(self.cache, slot, tokens, frames)
             segments.append(Segment(slot, len(tokens), blind))
         packed = PackedBatch(self.cache, segments)
         ids: list[int] = []
@@ -402,22 +354,7 @@ class Engine:
             self.cache.commit_eviction(slot)
         return last_hidden
 
-    def put_frames(self, slot: Slot, tokens: Sequence[int], frames: Sequence[Tensor]) -> None:
-        """Keys and values of `frames`, whose `<|image|>` are in `tokens`, the slot's next ones."""
-        positions = [slot.position + i for i, t in enumerate(tokens) if t == self.image_token]
-        gone = self.cache.put_frames(slot, frames, positions)
-        if gone:
-            slot.evictions.append(Eviction("frame", tuple(gone)))
-
 
 def _tokens(step: Step) -> tuple[list[int], Sequence[Tensor]]:
     pending = [] if step.slot.pending is None else [step.slot.pending]
     return [*pending, *step.tokens], step.frames
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < (0 if name == "sinks" else 1):
-            raise ValueError(f"{name}={value}: must be at least {0 if name == 'sinks' else 1}")
-    if sizes["sinks"] >= sizes["window"]:
-        raise ValueError(f"sinks={sizes['sinks']}: must be less than window={sizes['window']}")

@@ -8,30 +8,44 @@ overwrites them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from inference.engine.cache import StaticBatch
-
-if TYPE_CHECKING:
-    from inference.engine.engine import Engine, Step
+from inference.engine.cache import KVCache, StaticBatch, put_frames
+from inference.engine.sampling import Sampler
+from inference.engine.slots import Slot, Step
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 WARM_UP = 3  # passes before a capture, so that libraries have made their plans
 
 
 class GraphRunner:
-    """Runs steps that fit; graphs are captured when first needed."""
+    """Runs steps that fit; graphs are captured when first needed.
 
-    def __init__(self, engine: Engine, graphs: bool, compile: bool):
-        self.engine, self.graphs = engine, graphs
-        slots, device = engine.max_sessions, engine.device
+    Args:
+        slots: the open ones by index; it is read at each pass.
+        graphs: capture and replay CUDA graphs; False: the same passes without a graph.
+        compile: passes are compiled with torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: MossVideoForConditionalGeneration,
+        cache: KVCache,
+        sampler: Sampler,
+        slots: Mapping[int, Slot],
+        graphs: bool,
+        compile: bool,
+    ):
+        self.model, self.cache, self.sampler = model, cache, sampler
+        self.slots, self.graphs = slots, graphs
+        count, device = cache.slots, cache.device
         # Rows: length, position, token, second token.
-        self.inputs = torch.zeros(4, slots, dtype=torch.long, device=device)
-        self.host = torch.zeros(4, slots, dtype=torch.long, pin_memory=device.type == "cuda")
-        self.all = torch.arange(slots, device=device)
+        self.inputs = torch.zeros(4, count, dtype=torch.long, device=device)
+        self.host = torch.zeros(4, count, dtype=torch.long, pin_memory=device.type == "cuda")
+        self.all = torch.arange(count, device=device)
         self.compute: Callable[[int, bool], Tensor] = self._compute
         if compile:
             self.compute = torch.compile(self._compute, dynamic=False)
@@ -39,7 +53,7 @@ class GraphRunner:
 
     def fits(self, steps: Sequence[Step]) -> bool:
         """True for steps of one kind: only pending tokens, or each with one frame after it."""
-        image = self.engine.image_token
+        image = self.model.config.image_token_index
         first = list(steps[0].tokens)
         return first in ([], [image]) and all(
             step.sample and step.slot.pending is not None and list(step.tokens) == first
@@ -48,7 +62,7 @@ class GraphRunner:
 
     def run(self, steps: Sequence[Step]) -> list[int]:
         """The sampled tokens."""
-        engine, count = self.engine, 1 + len(steps[0].tokens)
+        count = 1 + len(steps[0].tokens)
         self.host.zero_()
         for step in steps:
             slot = step.slot
@@ -56,7 +70,7 @@ class GraphRunner:
             assert pending is not None
             tokens = [pending, *step.tokens]
             if step.frames:
-                engine.put_frames(slot, tokens, step.frames)
+                put_frames(self.cache, slot, tokens, step.frames)
             column = [slot.length, slot.position, *tokens]
             self.host[: len(column), slot.index] = torch.tensor(column)
         self._rest({step.slot.index for step in steps})
@@ -65,12 +79,12 @@ class GraphRunner:
         out = self._run(count, plain).tolist()  # waits for the device
         for step in steps:
             step.slot.append([step.slot.pending, *step.tokens])  # type: ignore[list-item]
-            engine.cache.commit_eviction(step.slot)
+            self.cache.commit_eviction(step.slot)
         return [out[step.slot.index] for step in steps]
 
     def _rest(self, busy: set[int]) -> None:
         """A resting slot's key and value go behind its last token."""
-        for index, slot in self.engine.slots.items():
+        for index, slot in self.slots.items():
             if index not in busy:
                 self.host[0, index], self.host[1, index] = slot.length, slot.position
 
@@ -97,10 +111,9 @@ class GraphRunner:
 
     def _compute(self, count: int, plain: bool) -> Tensor:
         """Tokens sampled for all slots `[slots]`, from `self.inputs` alone."""
-        engine = self.engine
         length, position = self.inputs[0], self.inputs[1]
-        decoder = engine.model.model.language_model
-        batch = StaticBatch(engine.cache, count, length, position)
+        decoder = self.model.model.language_model
+        batch = StaticBatch(self.cache, count, length, position)
         x = decoder.embed_tokens(self.inputs[2 : 2 + count].T)  # [slots, count, H]
         x = decoder(x, batch.positions, batch, batch)[:, -1]
-        return engine.sampler(engine.model.lm_head(x), self.all, position + count, plain)
+        return self.sampler(self.model.lm_head(x), self.all, position + count, plain)

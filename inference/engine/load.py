@@ -1,9 +1,15 @@
-"""Opening an exported folder: the model with this package's code, never with the folder's."""
+"""Opening an exported folder: the model with this package's code, never with the folder's.
+
+    engine = load_engine("checkpoint", max_sessions=4)
+
+This is the only file that knows how many processes there are.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from inference.engine.engine import Engine, EngineConfig
 from inference.engine.quantize import quantize_decoder, take_scales
+from inference.engine.sharded import ShardedEngine, join
+from inference.engine.tensor_parallel import shard
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
@@ -21,6 +30,48 @@ DTYPES["bfloat16"] = torch.bfloat16
 
 # Else transformers asks at the terminal whether to run the folder's code.
 AutoConfig.register("moss_video", MossVideoConfig, exist_ok=True)
+
+
+class RankFinished(Exception):
+    """This process is not rank 0: it has served rank 0 to its end, and nothing is left to do."""
+
+
+def load_engine(
+    checkpoint: str | Path,
+    config: EngineConfig | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    **changes: Any,
+) -> Engine:
+    """The engine of an exported folder.
+
+    Under torchrun each process holds a slice of the model (tensor parallelism). Rank 0 gets the
+    engine; other ranks stay in this call and serve rank 0 until it ends.
+
+    Args:
+        config: `changes` are fields of it.
+        device: `cpu`, `cuda`, `cuda:1`; `auto` is CUDA where there is one.
+        dtype: one of `DTYPES`; None: the checkpoint's on CUDA, fp32 on a CPU.
+        quantize: `int8` or `fp8`: weights of the decoder's linear layers.
+
+    Raises:
+        ValueError: the folder is not a checkpoint of this model, an argument is wrong, or the
+            ranks cannot share the model's heads.
+        RankFinished: on other ranks than 0, when rank 0 has ended.
+    """
+    config = replace(config or EngineConfig(), **changes)
+    rank, ranks = join()
+    model = load_model(checkpoint, device, dtype, quantize, rank, ranks)
+    processor = load_processor(checkpoint)
+    if ranks == 1:
+        return Engine(model, processor, config)
+    engine = ShardedEngine(model, processor, config)
+    if engine.leads:
+        return engine
+    engine.follow()
+    raise RankFinished(f"rank {rank} of {ranks} has served rank 0 to its end")
 
 
 def load_model(
@@ -55,8 +106,6 @@ def load_model(
     if missing:
         raise ValueError(f"{folder}: lacks {len(missing)} tensors: {', '.join(missing[:5])}")
     if ranks > 1:
-        from inference.engine.sharded import shard
-
         shard(model, rank, ranks)
         if where.type == "cuda":
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))

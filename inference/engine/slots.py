@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from inference.engine.sampling import Sampling
 
 NEVER = 2**40  # a position that no token reaches
@@ -113,6 +115,21 @@ class Slot:
         self.tokens = [self.tokens[i] for i in indices]
         self.positions = [self.positions[i] for i in indices]
         self.evictions.append(Eviction("text", gone))
+
+
+@dataclass
+class Step:
+    """One slot's input of an engine step.
+
+    tokens: appended after the slot's pending token.
+    frames: features from `encode`, one for each `<|image|>` in `tokens`.
+    sample: False only takes in: nothing is pending then, and the next step needs tokens.
+    """
+
+    slot: Slot
+    tokens: Sequence[int] = ()
+    frames: Sequence[Tensor] = ()
+    sample: bool = True
 
 
 def tokens_to_keep(

@@ -17,8 +17,9 @@ from torch import Tensor
 from data_pipeline.images import decode_image
 from data_pipeline.prompts import PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, SampleError
-from inference.engine.engine import EngineFull, Sampling
+from inference.engine.engine import EngineFull
 from inference.engine.images import check_header, check_video, fit
+from inference.engine.sampling import Sampling
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused
 from inference.serve.protocol import data_url

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from inference.engine.engine import Sampling
+from inference.engine.sampling import Sampling
 from inference.serve.limits import Limits, Refused
 
 TYPES = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from inference.engine.engine import Sampling
+from inference.engine.sampling import Sampling
 from inference.session.response import Response, ResponseWriter, Vocabulary
 from inference.session.session import StepRequest
 from inference.session.stats import Stats

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from inference.engine.engine import Slot
 from inference.engine.images import Picture, as_picture, fit
+from inference.engine.slots import Slot
 from inference.session.answer import Answer
 from inference.session.events import Event
 from inference.session.session import Frame, Prompt, Session, SessionConfig
-
-if TYPE_CHECKING:
-    from inference.session.runner import Runner
 
 
 class SessionClosed(Exception):
@@ -33,10 +31,26 @@ class RunningSession:
 
 
 class SessionHandle:
-    """A session as its user holds it, in a thread or in an event loop."""
+    """A session as its user holds it, in a thread or in an event loop.
 
-    def __init__(self, runner: Runner, running: RunningSession) -> None:
-        self._runner, self._running = runner, running
+    Args:
+        changed: the lock of all sessions, notified when one of them has changed.
+        tile: pixels of a frame's side.
+        call: runs a function in the engine's thread, between two steps.
+        save: the engine's `save`.
+    """
+
+    def __init__(
+        self,
+        running: RunningSession,
+        *,
+        changed: threading.Condition,
+        tile: int,
+        call: Callable[[Callable[[], Any]], Future[Any]],
+        save: Callable[[Slot], dict[str, Any]],
+    ) -> None:
+        self._running, self._changed, self._tile = running, changed, tile
+        self._call, self._save = call, save
         self.name, self.log = running.task.name, running.task.log
         self._count = 0
 
@@ -51,7 +65,7 @@ class SessionHandle:
         be asked right before it. Never waits: a live session drops its oldest waiting frame and
         says so, another one raises QueueFull. Raises SessionClosed, and as_picture's errors.
         """
-        picture = fit(as_picture(image), self._runner.tile)
+        picture = fit(as_picture(image), self._tile)
         changed, task = self._open()
         with changed:
             self._refuse_if_closed()
@@ -117,7 +131,7 @@ class SessionHandle:
 
     def emit(self, type: str, **data: Any) -> None:
         """Writes an event of the caller's into the session's log."""
-        with self._runner.changed:
+        with self._changed:
             if not self.log.closed:
                 self._running.task.emit(type, **data)
 
@@ -130,26 +144,26 @@ class SessionHandle:
 
     def close(self, reason: str = "closed by its owner") -> None:
         """Ends it now, at the next token boundary. Again: nothing happens."""
-        with self._runner.changed:
+        with self._changed:
             self._running.closing = self._running.closing or reason
-            self._runner.changed.notify_all()
+            self._changed.notify_all()
 
     def save(self) -> dict[str, Any]:
         """The state between two steps, for `Runner.restore`; the session goes on."""
-        running, engine = self._running, self._runner.engine
+        running = self._running
         _, task = self._open()
 
         def state() -> dict[str, Any]:
             self._refuse_if_closed()
-            slot = None if running.slot is None else engine.save(running.slot)
-            with self._runner.changed:
+            slot = None if running.slot is None else self._save(running.slot)
+            with self._changed:
                 return {"session": task.state(), "slot": slot}
 
-        return self._runner.call(state).result()
+        return self._call(state).result()
 
     def stats(self) -> dict[str, Any]:
         """Counts and durations so far: see Stats.summary."""
-        with self._runner.changed:
+        with self._changed:
             slot = self._running.slot
             summary = self._running.task.stats.summary()
         return {"cached_frames": len(slot.frames) if slot else 0, **summary}
@@ -163,8 +177,8 @@ class SessionHandle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        with self._runner.changed:
-            self._runner.changed.wait_for(lambda: self.log.closed)
+        with self._changed:
+            self._changed.wait_for(lambda: self.log.closed)
 
     async def __aenter__(self) -> SessionHandle:
         return self
@@ -177,7 +191,7 @@ class SessionHandle:
     def _open(self) -> tuple[threading.Condition, Session]:
         task = self._running.task
         assert isinstance(task, Session), "an answer takes no input"
-        return self._runner.changed, task
+        return self._changed, task
 
     def _room(self) -> bool:
         _, task = self._open()

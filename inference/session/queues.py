@@ -18,7 +18,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from inference.engine.engine import Engine, Sampling
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
+from inference.engine.sampling import Sampling
 from inference.session.events import Event
 from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.runner import Runner
@@ -38,8 +40,8 @@ class QueueModel:
 
     @classmethod
     def load(cls, checkpoint: str, **options: Any) -> QueueModel:
-        """Loads an engine with `Engine.load`'s options."""
-        return cls(Engine.load(checkpoint, **options))
+        """Loads an engine with the options of `load_engine`."""
+        return cls(load_engine(checkpoint, **options))
 
     def real_time_generate(
         self,

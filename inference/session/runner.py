@@ -20,7 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from inference.engine.engine import Engine, EngineFull, Sampling, Slot, Step
+from inference.engine.engine import Engine, EngineFull
+from inference.engine.sampling import Sampling
+from inference.engine.slots import Slot, Step
 from inference.session.answer import Answer
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle
 from inference.session.response import Vocabulary
@@ -134,7 +136,9 @@ class Runner:
                 raise EngineFull(f"all {self.engine.max_sessions} sessions are taken")
             self._running.append(running)
             self.changed.notify_all()
-        return SessionHandle(self, running)
+        return SessionHandle(
+            running, changed=self.changed, tile=self.tile, call=self.call, save=self.engine.save
+        )
 
     def _refuse_if_stopped(self) -> None:
         if self._stopping:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from inference.engine.engine import Sampling
+from inference.engine.sampling import Sampling
 from inference.session.response import Response, ResponseWriter, Vocabulary
 from inference.session.stats import Stats
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inference.engine.engine import Engine, Step
+from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
-from inference.engine.slots import Slot
+from inference.engine.slots import Slot, Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 IMAGE = 512

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inference.engine.engine import Engine
-from inference.engine.load import load_model
+from inference.engine.load import load_engine, load_model
 from inference.engine.quantize import QuantizedLinear
 from tests.inference.engine.streams import Player, largest_error, make_stream, offline, play
 
@@ -47,7 +46,7 @@ def test_a_quantized_export_streams_what_its_weights_say(kind: str, folder: Path
     form = "int-quantized" if kind == "int8" else "float-quantized"
     method = {"quant_method": "compressed-tensors", "format": form}
     change_config(folder, quantization_config=method)
-    engine = Engine.load(folder, device="cpu", max_tokens=64, window=8)
+    engine = load_engine(folder, device="cpu", max_tokens=64, window=8)
     layer = engine.model.model.language_model.layers[0]
     assert isinstance(layer.self_attn.q_proj, QuantizedLinear)
     player = Player(engine, stream)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.engine.sharded import shard
+from inference.engine.tensor_parallel import shard
 from tests.inference.tiny import tiny_model
 from tests.torchrun import run_ranks
 from tests.workers.sharded import scenario

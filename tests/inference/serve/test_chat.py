@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from data_pipeline.images import decode_image
-from inference.engine.engine import Engine, Step
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
+from inference.engine.slots import Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
 from inference.serve.chat import _Text
@@ -29,7 +31,7 @@ LIMITS = Limits(
 
 @pytest.fixture(scope="module")
 def engine(tiny: Path) -> Engine:
-    return Engine.load(tiny, device="cpu", window=16, max_tokens=1024, max_sessions=2)
+    return load_engine(tiny, device="cpu", window=16, max_tokens=1024, max_sessions=2)
 
 
 @pytest.fixture(scope="module")

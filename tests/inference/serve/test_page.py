@@ -11,7 +11,7 @@ from typing import Any
 import av
 import pytest
 
-from inference.engine.engine import Engine
+from inference.engine.load import load_engine
 from tests.inference.serve.serving import Running, serving
 from tests.samples import graded_video
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Running]:
     with serving(
-        Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)
+        load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)
     ) as made:
         yield made
 

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from inference.engine.engine import Engine, Sampling
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
+from inference.engine.sampling import Sampling
 from inference.serve.limits import Limits
 from tests.inference.serve.serving import Client, Running, data_url, jpeg, serving
 
@@ -24,7 +26,7 @@ CONFIG: dict[str, Any] = {"source": "file", "pace": 4, "silence_bias": BIAS, "ma
 
 @pytest.fixture(scope="module")
 def engine(tiny: Path) -> Engine:
-    return Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=3)
+    return load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=3)
 
 
 @pytest.fixture(scope="module")

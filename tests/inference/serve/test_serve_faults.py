@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from inference.engine.engine import Engine
+from inference.engine.load import load_engine
 from inference.serve.limits import Limits
 from tests.inference.serve.serving import Running, jpeg, serving
 
@@ -24,7 +25,7 @@ LATE = 0.5  # seconds: how late a well-behaved client's frame may be on a busy m
 
 @pytest.fixture(scope="module")
 def engine(tiny: Path) -> Engine:
-    return Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=3)
+    return load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=3)
 
 
 @pytest.fixture(scope="module")

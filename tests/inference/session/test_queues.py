@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from inference.engine.engine import Engine
+from inference.engine.load import load_engine
 from inference.session.queues import DONE, ERROR, ROUND_END, ROUND_START, SILENCE, QueueModel
 from tests.inference.session.test_runner import BIAS, PICTURES
 
 
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Iterator[QueueModel]:
-    made = QueueModel(Engine.load(tiny, device="cpu", window=16, max_tokens=512))
+    made = QueueModel(load_engine(tiny, device="cpu", window=16, max_tokens=512))
     yield made
     made.close()
 

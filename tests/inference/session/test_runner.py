@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 
 from data_pipeline.schema import SampleError
-from inference.engine.engine import Engine, EngineFull, Sampling
+from inference.engine.engine import Engine, EngineFull
+from inference.engine.load import load_engine
+from inference.engine.sampling import Sampling
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
 from inference.session.handle import SessionClosed, SessionHandle
@@ -33,7 +35,7 @@ PICTURES = [
 
 @pytest.fixture(scope="module")
 def engine(tiny: Path) -> Engine:
-    return Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=3)
+    return load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=3)
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) ->
         wait_for(lambda: quiet(session, 8))
         whole, last = context(session), session.events()
     file.seek(0)
-    other = Engine.load(tiny, device="cpu", window=16, max_tokens=512, max_sessions=1)
+    other = load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=1)
     with Runner(other) as second_runner:
         state = torch.load(file, weights_only=True)
         done = state["session"]["flags"]["media"]
@@ -181,7 +183,7 @@ def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) ->
 
 
 def test_endless_streams_forget_the_oldest_and_say_so(tiny: Path) -> None:
-    engine = Engine.load(tiny, device="cpu", window=4, max_tokens=64)
+    engine = load_engine(tiny, device="cpu", window=4, max_tokens=64)
     with Runner(engine) as runner, runner.session(**options(live=False)) as session:
         for second in range(60):
             session.put_frame(PICTURES[second % 8], float(second))
