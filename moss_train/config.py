@@ -7,6 +7,7 @@ the Hydra names, which a user overrides on the command line (`stage.lr=1e-4`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -340,6 +341,13 @@ class Config:
     def sequence_length(self) -> int:
         """Longest sequence in tokens."""
         return self.data.sequence_length or self.stage.sequence_length
+
+
+def conf_dir() -> Path:
+    """The folder conf/: of the checkout, or that which travels inside the wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def from_hydra(raw: DictConfig) -> Config:

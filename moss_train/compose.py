@@ -1,0 +1,116 @@
+"""Hydra's part: conf/ and overrides become a typed `Config`, on a command line or in Python."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moss_train.config import RENAMED, Config, ConfigError, conf_dir, from_hydra
+
+ROOT = "config"  # conf/config.yaml
+VERSION = "1.3"  # of Hydra's behaviour
+
+
+def load_config(
+    stage: str | None = None, *, overrides: Sequence[str] = (), **fields: Any
+) -> Config:
+    """The configuration that a command line with the same choices has.
+
+        load_config("pt1", model="toy", parallel="single", trainer={"steps": 20})
+        load_config("sft", model="toy", **{"model.text.num_layers": 4, "run.dir": "runs/sft"})
+
+    Args:
+        stage: a file of conf/stage: pt1, pt2, sft or realtime_sft (default: pt1).
+        overrides: as on the command line: `["trainer.steps=20", "logger=tensorboard"]`.
+        fields: a preset of conf/ for a group (`model="toy"`), and values of fields, as a dict or
+            under their dotted names. They come after `overrides`.
+
+    Raises:
+        ConfigError: names what is unknown or has the wrong type, and what is allowed.
+    """
+    chosen = {} if stage is None else {"stage": stage}
+    given = [*_overrides(chosen), *overrides, *_overrides(fields)]
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION):
+            raw = hydra.compose(ROOT, given)
+        OmegaConf.resolve(raw)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([explain(error)]) from None
+    return from_hydra(raw)
+
+
+def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
+    """Composes what sys.argv says and runs `job`; `name` stands in the help. The exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors: `explain` says them in one line
+    ConfigStore.instance().store(name="schema", node=Config)
+
+    def compose_and_run(raw: DictConfig) -> None:
+        OmegaConf.resolve(raw)
+        job(raw)
+
+    compose_and_run.__module__ = name  # Hydra's help takes the name of the program from there
+    decorate = hydra.main(version_base=VERSION, config_path=str(conf_dir()), config_name=ROOT)
+    try:
+        decorate(compose_and_run)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ERROR {explain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def explain(error: Exception) -> str:
+    """What is wrong with the overrides, in one line."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        return f"{group}={name}: choose one of {', '.join(sorted(error.options))}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    if key in RENAMED:
+        return f"{key}: is called {RENAMED[key]} now: use that name"
+    line = str(cause).splitlines()[0]
+    return f"{key}: {line}" if key else line
+
+
+def _overrides(fields: Mapping[str, Any], prefix: str = "", kind: Any = Config) -> Iterator[str]:
+    """`{"trainer": {"steps": 20}}` -> `trainer.steps=20`; a dict stays one where its field is."""
+    known = get_type_hints(kind) if is_dataclass(kind) else {}
+    for name, value in fields.items():
+        inner = known.get(name)
+        if isinstance(value, Mapping) and is_dataclass(inner):
+            yield from _overrides(value, f"{prefix}{name}.", inner)
+        else:
+            yield f"{prefix}{name}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | Path):
+        return QuotedString(str(value), Quote.single).with_quotes()
+    if isinstance(value, Mapping):
+        pairs = (f"{_key(str(key))}: {_text(item)}" for key, item in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value)
+
+
+def _key(name: str) -> str:
+    """A key of a dict: the grammar has no quotes there."""
+    return "".join(f"\\{sign}" if sign in "\\()[]{}:=, \t" else sign for sign in name)
