@@ -10,14 +10,12 @@ import sys
 from collections.abc import Iterator
 
 import torch.distributed as dist
-from hydra.core.config_store import ConfigStore
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.batch import MicroBatch
-from moss_train.config import Config
+from moss_train.compose import load_config
 from moss_train.log import configure
 from moss_train.main import check
-from tests.workers.job import configuration
 
 STEP = 3
 
@@ -25,9 +23,8 @@ STEP = 3
 @record
 def main() -> None:
     how, rank, *overrides = sys.argv[1:]
-    ConfigStore.instance().store(name="schema", node=Config)
     configure()
-    config = configuration(overrides)
+    config = load_config(overrides=overrides)
     resume_from = check(config)
     from moss_train.parallel.distribute import StepBatch
     from moss_train.train.loop import Job, start_process_group

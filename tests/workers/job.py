@@ -20,14 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
-from moss_train.config import Config, from_hydra
+from moss_train.compose import load_config
+from moss_train.config import Config
 from moss_train.log import configure
 from moss_train.main import check
-from tests.torchrun import REPO, save_result
+from tests.torchrun import save_result
 
 
 @dataclass
@@ -48,10 +46,9 @@ class Task:
 
 
 def main(tasks: list[Task]) -> None:
-    ConfigStore.instance().store(name="schema", node=Config)
     configure()
     for number, task in enumerate(tasks):
-        config = configuration(task.overrides)
+        config = load_config(overrides=task.overrides)
         if number == 0:
             from moss_train.train.loop import start_process_group
 
@@ -60,14 +57,6 @@ def main(tasks: list[Task]) -> None:
         run(task, config)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def configuration(overrides: list[str]) -> Config:
-    """What Hydra makes of the command line."""
-    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        raw = compose("config", overrides)
-    OmegaConf.resolve(raw)
-    return from_hydra(raw)
 
 
 def run(task: Task, config: Config) -> None:

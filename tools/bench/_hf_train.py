@@ -30,11 +30,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_outputs import BaseModelOutput
 
 from data_pipeline.batch import MicroBatch
-from moss_train.config import Config, ModelConfig, from_hydra
+from moss_train.config import Config, ModelConfig, conf_dir, from_hydra
 from moss_train.convert.hf_files import vision_section
 from moss_train.model.hf_mapping import normalize_name
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 # Trained parts by the first word of our names -> how names on disk begin.
 PARTS = {
@@ -64,7 +62,10 @@ def comparable_config(
         "optimizer": "adamw", "trainer": "default", "hardware": "cpu",
     }  # fmt: skip
     raw = OmegaConf.create(
-        {group: OmegaConf.load(CONF / group / f"{name}.yaml") for group, name in presets.items()}
+        {
+            group: OmegaConf.load(conf_dir() / group / f"{name}.yaml")
+            for group, name in presets.items()
+        }
     )
     plain = {
         "model.cross_attention_rope": False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,17 +10,16 @@ from data_pipeline.encode import EncodeConfig, SampleEncoder
 from data_pipeline.schema import Sample
 from data_pipeline.tokens import load_tokenizer
 from data_pipeline.video import probe_video, sample_times
-
-_STAGES = Path(__file__).resolve().parents[2] / "conf" / "stage"
+from moss_train.config import conf_dir
 
 
 def stage_names() -> list[str]:
-    return sorted(path.stem for path in _STAGES.glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / "stage").glob("*.yaml"))
 
 
 def stage_encoding(tokenizer: str, stage: str, tile_size: int, max_tiles: int) -> EncodeConfig:
     """What conf/stage/STAGE.yaml says of samples; ValueError for a stage that is not there."""
-    path = _STAGES / f"{stage}.yaml"
+    path = conf_dir() / "stage" / f"{stage}.yaml"
     if not path.is_file():
         raise ValueError(f"--stage {stage}: choose one of {', '.join(stage_names())}")
     known: dict[str, Any] = yaml.safe_load(path.read_text())
