@@ -1,7 +1,5 @@
 """Imports what users have into shards.
 
-    python -m data_pipeline.build SOURCE OUT
-
 SOURCE is a file or folder, a path or URL (s3://, gs://, https://): records in ShareGPT or alpaca
 form, a LLaMA-Factory dataset_info.json, plain text, tables of captions, folders of pictures or
 videos with captions, or shards of others. OUT gets a folder of indexed shards for each of `text`,
@@ -19,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_pipeline import files
+from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
 from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.forms import FORMS, OpenSource, SourceOptions, open_source
 from data_pipeline.importers.journal import REJECTED, Journal, Summary
@@ -209,37 +208,47 @@ def _options(given: argparse.Namespace) -> BuildOptions:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.build", description="Imports SOURCE into shards under OUT."
+    parser = CommandParser("python -m data_pipeline.build", description=__doc__)
+    add, options = parser.add_argument, BuildOptions()
+    add("source", metavar="SOURCE", help="file or folder, path or URL")
+    add(
+        "out", metavar="OUT", type=Path, help="folder of the shards; an unfinished one is continued"
     )
-    add = parser.add_argument
-    add("source", help="file or folder, path or URL")
-    add("out", type=Path)
-    add("--form", help=f"what SOURCE is, where it is not found out: {', '.join(FORMS)}")
-    add("--media-dir", help="what media paths are relative to (default: the records' folder)")
-    add("--dataset", help="NAME[,NAME...] of a dataset_info.json (default: all)")
-    add("--media-column", help="column of a table with the media paths")
-    add("--caption-column", help="column of a table with the captions")
-    add("--samples-per-shard", type=int, default=1000)
-    add("--shard-size", type=float, default=512, help="MB, default 512")
-    add("--max-side", type=int, help="shrink larger pictures (JPEG) and videos (H.264) to this")
-    add("--video-fps", type=float, help="thin out faster videos to this rate (H.264)")
-    add("--max-rejected", type=float, help="records (1, 2, ...) or their share (0.01): exit code 1")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes, default: all cores")
-    add("--timeout", type=float, default=60, help="seconds a server may be silent, default 60")
+    add("--form", choices=FORMS, help="form of SOURCE (default: found from its files)")
+    add(
+        "--media-dir", help="folder that media paths are relative to (default: the records' folder)"
+    )
+    add(
+        "--dataset",
+        metavar="NAME[,NAME...]",
+        help="data sets of a dataset_info.json (default: all)",
+    )
+    add("--media-column", help="a table's column of media paths (default: found by its name)")
+    add("--caption-column", help="a table's column of captions (default: found by its name)")
+    add("--samples-per-shard", type=int, default=options.samples_per_shard, help="samples")
+    add("--shard-size", type=float, default=options.shard_size, help="size of a shard in MB")
+    add("--max-side", type=int, metavar="PIXELS", help="encode pictures (JPEG) and videos (H.264) "
+        "with a longer side anew, at this size (default: kept as they are)")  # fmt: skip
+    add("--video-fps", type=float, metavar="FPS", help="encode videos with more frames a second "
+        "anew (H.264), at this rate (default: kept as they are)")  # fmt: skip
+    add("--max-rejected", type=float, metavar="N", help="rejected records after which the import "
+        "fails: a number (1, 2, ...) or a share (0.01) (default: no limit)")  # fmt: skip
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    add("--timeout", type=float, default=options.timeout, help="seconds a server may be silent")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
     try:
         summary = build_shards(given.source, given.out, _options(given))
-    except (ShardError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    except ShardError as error:
+        return report_error(parser.prog, error)
+    except ValueError as error:
+        return report_error(parser.prog, error, WRONG_USAGE)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
+        return report_error(parser.prog, "interrupted: the same command goes on", STOPPED)
     for group, count in summary.imported.items():
         print(f"{given.out / group}: {count} samples")
     for reason, count in summary.rejected.items():

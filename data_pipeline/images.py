@@ -1,6 +1,6 @@
 """Pictures to tiles, as Llama-3.2-Vision's image processor makes them (without normalizing).
 
-Sizes are (height, width) and tile grids (rows, columns) throughout.
+Sizes are (height, width) and grids of tiles (tiles high, tiles wide) throughout.
 """
 
 from __future__ import annotations
@@ -15,27 +15,19 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data_pipeline.aspect_ratios import supported_aspect_ratios
 from data_pipeline.schema import SampleError
 
 # Means and deviations of Llama-3.2-Vision's image processor (CLIP's), for RGB in 0..1.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@lru_cache
-def supported_aspect_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All grids of at most `max_tiles` tiles; a ratio's id is its 1-based place in this list."""
-    sides = range(1, max_tiles + 1)
-    return tuple(
-        (rows, columns) for rows in sides for columns in sides if rows * columns <= max_tiles
-    )
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @lru_cache(maxsize=1024)
 def choose_grid(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, int]:
     """The grid that enlarges the picture least, else shrinks it least, else has fewest tiles."""
     grids = supported_aspect_ratios(max_tiles)
-    scales = [min(rows * tile / height, columns * tile / width) for rows, columns in grids]
+    scales = [min(high * tile / height, wide * tile / width) for high, wide in grids]
     enlarging = [scale for scale in scales if scale >= 1]
     best = min(enlarging) if enlarging else max(scales)
     candidates = [grid for grid, scale in zip(grids, scales, strict=True) if scale == best]
@@ -67,14 +59,14 @@ def tile_into(out: Tensor, image: Tensor) -> int:
     """
     max_tiles, tile = out.shape[0], out.shape[-1]
     height, width = image.shape[-2:]
-    rows, columns = grid = choose_grid(height, width, tile, max_tiles)
+    high, wide = grid = choose_grid(height, width, tile, max_tiles)
     size = fit_size(height, width, grid, tile)
     if size != (height, width):
         image = _resize(image, size)
-    for row in range(rows):
-        for column in range(columns):
+    for row in range(high):
+        for column in range(wide):
             piece = image[:, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
-            out[row * columns + column, :, : piece.shape[1], : piece.shape[2]] = piece
+            out[row * wide + column, :, : piece.shape[1], : piece.shape[2]] = piece
     return supported_aspect_ratios(max_tiles).index(grid) + 1
 
 

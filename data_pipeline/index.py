@@ -1,11 +1,10 @@
 """energon's index of a folder of shards: the Python twin of `energon prepare`.
 
-python -m data_pipeline.index FOLDER...
+Every folder of shards needs it before it can be loaded; `data_pipeline.build` makes it, too.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from megatron.energon import CrudeWebdataset
 
+from data_pipeline.commands import CommandParser, report_error
 from data_pipeline.shards import (
     INDEX_FOLDER,
     INDEX_MARK,
@@ -54,17 +54,16 @@ def prepare_index(path: str | Path, workers: int = 2) -> SourceInfo:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_pipeline.index", description=prepare_index.__doc__)
-    parser.add_argument("folder", nargs="+", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
+    parser = CommandParser("python -m data_pipeline.index", description=__doc__)
+    parser.add_argument("folder", nargs="+", type=Path, metavar="FOLDER", help="folder of shards")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read the shards")
     options = parser.parse_args(arguments)
     try:
         for folder in options.folder:
             info = prepare_index(folder, options.workers)
             print(f"{folder}: {info.samples} samples in {info.shards} shards")
     except ShardError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_error(parser.prog, error)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import webdataset
 
+from data_pipeline.atomic import PARTIAL_SUFFIX, partial_path, publish
+
 INDEX_FOLDER = ".nv-meta"  # where energon keeps a folder's index
-PARTIAL_SUFFIX = ".partial"
 # Written last by prepare_index: its presence says that the index is whole.
 INDEX_MARK = "dataset.yaml"
 
@@ -66,13 +66,13 @@ class ShardWriter:
         if self._tar is None:
             return None
         self._tar.close()
-        finished = _finish(self._partial())
+        finished = publish(self._partial())
         self._tar, self._samples, self._bytes = None, 0, 0
         self._number += 1
         return finished
 
     def _partial(self) -> Path:
-        return self._folder / f"{self._prefix}-{self._number:06d}.tar{PARTIAL_SUFFIX}"
+        return partial_path(self._folder / f"{self._prefix}-{self._number:06d}.tar")
 
 
 def write_shards(
@@ -109,12 +109,6 @@ def remove_partial(folder: str | Path) -> None:
     """Removes what a killed writer left unfinished."""
     for leftover in Path(folder).glob(f"*.tar{PARTIAL_SUFFIX}"):
         leftover.unlink()
-
-
-def _finish(partial: Path) -> Path:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    return partial.replace(partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX)))
 
 
 def _checked(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.packets import Packets
 from data_pipeline.schema import SampleError
 
-_EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
+EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
 _LATE = 1.0  # seconds after the last frame's start at which there is nothing to show any more
 
 
@@ -37,7 +37,7 @@ def sample_times(info: VideoInfo, fps: float, min_frames: int, max_frames: int) 
     Beyond the bounds, `min_frames` or `max_frames` moments spread evenly from the first frame to
     the last; a video with fewer frames than `min_frames` then repeats some.
     """
-    natural = max(1, int(info.duration * fps + _EPSILON))
+    natural = max(1, int(info.duration * fps + EPSILON))
     count = min(max(natural, min_frames), max_frames)
     if count == natural:
         return [min(i / fps, info.last) for i in range(count)]
@@ -67,7 +67,7 @@ class Video:
                 "frame_after_end", f"no frame at {late:.2f} s, the last is at {info.last:.2f} s"
             )
         shown, pixels = None, None
-        for frame in self._packets.shown_at([moment + _EPSILON for moment in times]):
+        for frame in self._packets.shown_at([moment + EPSILON for moment in times]):
             if pixels is None or frame is not shown:
                 shown, pixels = frame, upright_pixels(frame)
             yield pixels

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from data_pipeline.commands import STOPPED, WRONG_USAGE, report_error
 from data_pipeline.schema import SampleError
 from inference.engine.engine import Engine, EngineFull
 from inference.engine.load import RankFinished, load_engine
@@ -25,10 +26,6 @@ REALTIME = "realtime_sft"
 
 class CommandError(Exception):
     """What is wrong with a command, in one line."""
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written."""
 
 
 class Sink:
@@ -61,18 +58,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flag(parser, "checkpoint", default=os.environ.get("CHECKPOINT"),
          help="folder of the model in Hugging Face's format (or $CHECKPOINT)")  # fmt: skip
     flag(parser, "device", default="auto", help="auto, cpu, cuda, cuda:1")
-    flag(parser, "dtype", choices=["fp32", "bf16"], help="default: the checkpoint's")
-    flag(parser, "window", type=int, default=256, help="frames in the ring (256)")
-    flag(parser, "sinks", type=int, default=0, help="first frames that never leave it (0)")
-    flag(parser, "max_context", type=int, default=8192, help="text tokens kept (8192)")
+    flag(parser, "dtype", choices=["fp32", "bf16"], help="(default: the checkpoint's)")
+    flag(parser, "window", type=int, default=256, help="frames in the ring")
+    flag(parser, "sinks", type=int, default=0, help="first frames that never leave it")
+    flag(parser, "max_context", type=int, default=8192, help="text tokens kept")
     flag(parser, "quantize", choices=["int8", "fp8"], help="weights of the linear layers")
     flag(parser, "compile", action="store_true", help="torch.compile")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of Sampling; the defaults are greedy."""
-    flag(parser, "temperature", type=float, default=0.0, help="0: the likeliest token (0)")
-    flag(parser, "top_k", type=int, default=0, help="0: all tokens (0)")
+    flag(parser, "temperature", type=float, default=0.0, help="0: the likeliest token")
+    flag(parser, "top_k", type=int, default=0, help="0: all tokens")
     flag(parser, "top_p", type=float, default=1.0)
     flag(parser, "repetition_penalty", type=float, default=1.0)
     flag(parser, "silence_bias", type=float, default=0.0,
@@ -143,23 +140,24 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the command with a line for what its user can mend, with exit code 2."""
+def one_line_errors(program: str) -> Iterator[None]:
+    """Ends the command `program` with a line for what its user can mend, with exit code 2."""
     try:
         yield
     except RankFinished:
         raise SystemExit(0) from None
     except (CommandError, SourceError, SampleError, SessionClosed, EngineFull) as error:
-        _end(str(error), 2)
+        _end(program, error)
     except (ValueError, OSError) as error:
         if os.environ.get("MOSS_TRACEBACK"):
             raise
-        _end(f"{error} (MOSS_TRACEBACK=1 shows where)", 2)
+        _end(program, f"{error} (MOSS_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
         note("\ninterrupted")
-        raise SystemExit(130) from None
+        raise SystemExit(STOPPED) from None
 
 
-def _end(line: str, code: int) -> NoReturn:
-    note(f"error: {' '.join(line.split())}")
-    raise SystemExit(code)
+def _end(program: str, error: object) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        report_error(program, " ".join(str(error).split()))
+    raise SystemExit(WRONG_USAGE)

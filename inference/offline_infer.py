@@ -16,6 +16,7 @@ if __name__ == "__main__":  # as a file: the folder of the package, not this one
 
 from torch import Tensor
 
+from data_pipeline.commands import CommandParser
 from data_pipeline.prompts import Prompt, PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
@@ -25,19 +26,19 @@ from inference.session.runner import Runner
 from inference.sources import clip, picture
 
 
-def parser(doc: str, most: int) -> argparse.ArgumentParser:
+def parser(program: str, doc: str, most: int) -> argparse.ArgumentParser:
     """The flags of both offline commands; `most`: frames of a video by default."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=cli.Help)
+    made = CommandParser(program, description=doc)
     cli.add_engine_flags(made)
     cli.flag(made, "video_path", help="a video file")
     cli.flag(made, "image_path", help="a picture file")
-    cli.flag(made, "prompt", help="default: Describe the video. (or image)")
+    cli.flag(made, "prompt", help="(default: Describe the video. (or image))")
     cli.flag(made, "system_prompt", default="")
-    cli.flag(made, "video_fps", type=float, default=1.0, help="frames a second (1)")
+    cli.flag(made, "video_fps", type=float, default=1.0, help="frames a second")
     made.add_argument("--fps", dest="video_fps", type=float, default=argparse.SUPPRESS)
-    cli.flag(made, "video_minlen", type=int, default=8, help="least frames (8)")
-    cli.flag(made, "video_maxlen", type=int, default=most, help=f"most frames ({most})")
-    cli.flag(made, "max_new_tokens", type=int, default=512, help="512")
+    cli.flag(made, "video_minlen", type=int, default=8, help="least frames")
+    cli.flag(made, "video_maxlen", type=int, default=most, help="most frames")
+    cli.flag(made, "max_new_tokens", type=int, default=512, help="tokens of the answer")
     cli.flag(made, "jsonl", help="write every event to this file; -: to the terminal instead")
     cli.add_sampling_flags(made)
     return made
@@ -100,8 +101,9 @@ def _note_speed(done: dict[str, Any], stats: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser(__doc__, most=16).parse_args(argv)
-    with cli.one_line_errors():
+    command = parser("python -m inference.offline_infer", __doc__, most=16)
+    args = command.parse_args(argv)
+    with cli.one_line_errors(command.prog):
         stage = cli.check_stage(args.checkpoint, realtime=False)
         kind, frames = media(args)
         engine = cli.load(args)

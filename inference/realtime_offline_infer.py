@@ -33,8 +33,9 @@ def watched(vocabulary: Vocabulary, system_prompt: str, frames: int, prompt: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser(__doc__, most=256).parse_args(argv)
-    with cli.one_line_errors():
+    command = parser("python -m inference.realtime_offline_infer", __doc__, most=256)
+    args = command.parse_args(argv)
+    with cli.one_line_errors(command.prog):
         cli.check_stage(args.checkpoint, realtime=True)
         kind, frames = media(args)
         engine = cli.load(args)

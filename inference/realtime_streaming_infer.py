@@ -18,6 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file: the folder of the package, not this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data_pipeline.commands import CommandParser
 from inference import cli
 from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.runner import Runner
@@ -25,9 +26,11 @@ from inference.session.session import SessionConfig
 from inference.session.view import View, summary
 from inference.sources import Source, SourceError
 
+PROGRAM = "python -m inference.realtime_streaming_infer"
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = CommandParser(PROGRAM, description=__doc__)
     cli.add_engine_flags(parser)
     cli.flag(parser, "video_path", required=True,
              help="a file, the number of a camera, or an rtsp:// or http:// URL")  # fmt: skip
@@ -35,12 +38,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.flag(parser, "ask", action="append", default=[], metavar="SECOND:TEXT", type=asked,
              help="ask in this second of the video; again for more")  # fmt: skip
     cli.flag(parser, "system_prompt", default="")
-    cli.flag(parser, "max_new_tokens", type=int, default=512, help="of a response (512)")
-    cli.flag(parser, "fps", type=float, default=1.0, help="frames a second of the video (1)")
+    cli.flag(parser, "max_new_tokens", type=int, default=512, help="of a response")
+    cli.flag(parser, "fps", type=float, default=1.0, help="frames a second of the video")
     cli.flag(parser, "speed", type=float, default=1.0,
-             help="times wall-clock pace; 0: a file as fast as possible (1)")  # fmt: skip
+             help="times wall-clock pace; 0: a file as fast as possible")  # fmt: skip
     cli.flag(parser, "pace", type=pace, default=40,
-             help="most tokens between two frames, or none (40)")  # fmt: skip
+             help="most tokens between two frames, or none")  # fmt: skip
     cli.flag(parser, "jsonl", help="write every event to this file; -: to the terminal instead")
     cli.add_sampling_flags(parser)
     return parser.parse_args(argv)
@@ -136,7 +139,7 @@ def watch(session: SessionHandle, source: Source, args: argparse.Namespace) -> i
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    with cli.one_line_errors():
+    with cli.one_line_errors(PROGRAM):
         source = Source(args.video_path)
         source.check()
         config = session_config(args, source.live)

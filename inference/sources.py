@@ -12,11 +12,10 @@ from torch import Tensor
 
 from data_pipeline.images import decode_image
 from data_pipeline.schema import SampleError
-from data_pipeline.video import open_video, sample_times, upright_pixels
+from data_pipeline.video import EPSILON, open_video, sample_times, upright_pixels
 
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
 _SILENT_FOR = "10000000"  # microseconds after which a network stream counts as dead
-_EPSILON = 1e-4  # seconds
 
 
 class SourceError(Exception):
@@ -62,9 +61,9 @@ class Source:
             for index, frame in enumerate(container.decode(container.streams.video[0])):
                 stamp = frame.time if frame.time is not None else index / 25
                 first = stamp if first is None else first
-                if stamp - first + _EPSILON >= due:
+                if stamp - first + EPSILON >= due:
                     yield stamp - first, upright_pixels(frame)
-                    due = (int((stamp - first + _EPSILON) * fps) + 1) / fps
+                    due = (int((stamp - first + EPSILON) * fps) + 1) / fps
 
     def _open(self) -> av.container.InputContainer:
         if not self.name.isdigit():

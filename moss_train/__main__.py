@@ -9,13 +9,13 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from moss_train.compose import run_command_line
-from moss_train.main import train
+from moss_train.main import PROGRAM, train
 
 
 @record
 def main() -> int:
     """Composes the configuration and runs the job on this rank; the exit code."""
-    return run_command_line(train, "moss-train")
+    return run_command_line(train, PROGRAM)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipeline.commands import WRONG_USAGE, report_error
 from moss_train.config import RENAMED, Config, ConfigError, conf_dir, from_hydra
 
 ROOT = "config"  # conf/config.yaml
@@ -66,8 +66,8 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
         decorate(compose_and_run)()
     except (HydraException, OmegaConfBaseException) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"ERROR {explain(error)}", file=sys.stderr)
-        return 2
+            report_error(name, explain(error))
+        return WRONG_USAGE
     return 0
 
 

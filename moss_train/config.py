@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipeline.aspect_ratios import supported_aspect_ratios
+
 RENAMED = {  # fields of earlier versions, which are refused, and what they are called now
     "model.blind_rows": "model.tokens_before_first_frame",
 }
@@ -61,15 +63,18 @@ class VisionConfig:
 
     @property
     def num_aspect_ratios(self) -> int:
-        """Ways to lay out at most `max_tiles` tiles as width x height (8 for 4 tiles)."""
-        return sum(self.max_tiles // width for width in range(1, self.max_tiles + 1))
+        """Grids of at most `max_tiles` tiles (8 for 4 tiles)."""
+        return len(supported_aspect_ratios(self.max_tiles))
+
+
+POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
 
 
 @dataclass
 class ProjectorConfig:
     """2-D pooling of the patch grid, then the linear projector."""
 
-    pool: str = "average"  # none | average | max | bilinear | channel_fusion
+    pool: str = "average"  # one of POOLS
     stride: int = 4
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
+from data_pipeline.commands import WRONG_USAGE, report_error
 from moss_train.config import Config, ConfigError, from_hydra, to_dict
-from moss_train.log import configure, log
+from moss_train.log import configure
+
+PROGRAM = "moss-train"  # in front of errors
 
 
 def train(raw: DictConfig) -> None:
@@ -97,7 +100,7 @@ def _must_find(field: str, value: str) -> Path:
 def _refuse(error: ConfigError) -> None:
     if os.environ.get("RANK", "0") == "0":
         for problem in error.problems:
-            log.error("%s", problem)
+            report_error(PROGRAM, problem)
     else:  # torchrun ends all ranks when the first one exits: let that be the one that has spoken
         time.sleep(10)
-    sys.exit(2)
+    sys.exit(WRONG_USAGE)

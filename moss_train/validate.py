@@ -14,12 +14,11 @@ from pathlib import Path
 
 from data_pipeline.shards import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
-from moss_train.config import AdapterConfig, Config, ConfigError
+from moss_train.config import POOLS, AdapterConfig, Config, ConfigError
 from moss_train.hardware import has_cuda
 from moss_train.model.hf_mapping import unmatched_targets
 
 ATTENTION = ("sdpa", "flash", "te", "flex")
-POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
 
 
 def validate(config: Config, world_size: int) -> None:

@@ -38,7 +38,7 @@ ALLOWED = {
     "data_pipeline": {"data_pipeline"},
     "moss_train": {"moss_train", "data_pipeline"},
     "inference": {"inference", "data_pipeline"},
-    "launch": {"launch", "moss_train"},
+    "launch": {"launch", "moss_train", "data_pipeline"},
     "tools": {"tools", "launch", "moss_train", "inference", "data_pipeline"},
 }
 # Packages of others that only some files import.

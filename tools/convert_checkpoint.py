@@ -1,7 +1,4 @@
-"""python -m tools.convert_checkpoint hf-to-megatron SRC OUT | megatron-to-hf RUN OUT | --list
-
-Between Hugging Face's form and checkpoints of training, tensor by tensor.
-"""
+"""Converts checkpoints between Hugging Face's format and training's, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import argparse
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -16,12 +14,15 @@ import yaml
 from omegaconf import OmegaConf
 
 import inference.hf
+from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
+from data_pipeline.tables import format_table
 from moss_train.config import ConfigError, ModelConfig
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
 from moss_train.model.hf_mapping import Pattern, patterns, sizes
 
+PROGRAM = "python -m tools.convert_checkpoint"
 DTYPES = ("bf16", "fp32")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -67,66 +68,66 @@ def main(arguments: list[str] | None = None) -> int:
                 )
             )
     except (ConversionError, ConfigError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_error(PROGRAM, error)
     except OSError as error:
-        print(f"{error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return report_error(PROGRAM, f"{error.filename or options.out}: {error.strerror or error}")
     print("\n".join([*lines, str(options.out)]))
     return 0
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="tools.convert_checkpoint", usage=first, description=rest, allow_abbrev=False
-    )
+    parser = CommandParser(PROGRAM, description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the table of parameters")
-    parser.add_argument("--model", type=Path, help="--list: of which model; conf/model/11b.yaml")
+    parser.add_argument("--model", type=Path, metavar="FILE.yaml",
+                        help="model of --list, as in conf/model (default: 11b's)")  # fmt: skip
     parser.set_defaults(direction=None)
     directions = parser.add_subparsers(dest="direction", metavar="DIRECTION")
-    theirs = directions.add_parser("hf-to-megatron", help="what `init_from` takes")
-    theirs.add_argument("source", type=Path, metavar="SRC", help="folder with config.json")
-    theirs.add_argument("out", type=Path, metavar="OUT", help="a new checkpoint")
-    theirs.add_argument(
-        "--arch", choices=("moss", "mllama"), help="what SRC is; as its config.json says"
+    to_megatron = directions.add_parser(
+        "hf-to-megatron", help="SRC in Hugging Face's format to a checkpoint for `init_from`"
     )
-    theirs.add_argument(
-        "--model",
-        type=Path,
-        metavar="FILE.yaml",
-        help="text-only SRC: tower, projector and places of the cross-attention, as conf/model has "
-        "them; 11b's",
+    to_hf = directions.add_parser(
+        "megatron-to-hf", help="a run's checkpoint to a folder that transformers opens"
     )
-    theirs.add_argument(
-        "--tensor-parallel",
-        type=int,
-        default=1,
-        metavar="N",
-        help="give the embedding rows until N tensor ranks share them evenly; an export drops them",
-    )
-    theirs.add_argument("--seed", type=int, default=1234, help="text-only SRC: of what is drawn")
-    theirs.add_argument(
-        "--allow-pickle", action="store_true", help="also read *.bin, as weights alone"
-    )
-    ours = directions.add_parser("megatron-to-hf", help="what transformers opens")
-    ours.add_argument("source", type=Path, metavar="RUN", help="run folder or checkpoint")
-    ours.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    ours.add_argument("--target", choices=("moss", "mllama"), help="class that opens it; moss")
-    ours.add_argument("--quantize", choices=("int8", "fp8"), help="the decoder's linear layers")
-    ours.add_argument("--tokenizer", type=Path, help="folder; that of the run")
-    ours.add_argument(
-        "--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="of a file; 5GB"
-    )
-    for direction in (theirs, ours):
-        direction.add_argument("--dtype", choices=DTYPES, help="cast; as stored")
-        direction.add_argument("--stage", help="what the weights were trained for: pt1, sft, ...")
-        direction.add_argument("--check-finite", action="store_true", help="refuse NaN")
-        direction.add_argument("--workers", type=int, default=2, help="threads that write; 2")
+    _add_to_megatron(to_megatron.add_argument)
+    _add_to_hf(to_hf.add_argument)
+    for direction in (to_megatron, to_hf):
+        add = direction.add_argument
+        add("--dtype", choices=DTYPES, help="dtype to cast to (default: as stored)")
+        add("--stage", help="training stage that made the weights (default: as SRC or RUN says)")
+        add("--check-finite", action="store_true", help="refuse weights with NaN or infinity")
+        add("--workers", type=int, default=2, help="threads that read and write")
     options = parser.parse_args(arguments)
     if options.direction is None and not options.list:
         parser.error("give hf-to-megatron, megatron-to-hf or --list")
     return options
+
+
+def _add_to_megatron(add: Callable[..., object]) -> None:
+    add("source", type=Path, metavar="SRC", help="folder with config.json")
+    add("out", type=Path, metavar="OUT", help="checkpoint to make; must not exist")
+    add(
+        "--arch",
+        choices=("moss", "mllama"),
+        help="format of SRC (default: as its config.json says)",
+    )
+    add("--model", type=Path, metavar="FILE.yaml",
+        help="for a text-only SRC: sizes of the tower and the projector and the layers with "
+        "cross-attention, as in conf/model (default: 11b's)")  # fmt: skip
+    add("--tensor-parallel", type=int, default=1, metavar="N",
+        help="pad the embedding to rows that N tensor ranks share evenly; an export drops the "
+        "padding")  # fmt: skip
+    add("--seed", type=int, default=1234, help="for a text-only SRC: seed of the new weights")
+    add("--allow-pickle", action="store_true", help="also read *.bin, with weights_only")
+
+
+def _add_to_hf(add: Callable[..., object]) -> None:
+    add("source", type=Path, metavar="RUN", help="run folder or checkpoint")
+    add("out", type=Path, metavar="OUT", help="folder to make; must not exist")
+    add("--target", choices=("moss", "mllama"), help="model class of the export (default: moss)")
+    add("--quantize", choices=("int8", "fp8"), help="quantize the decoder's linear layers")
+    add("--tokenizer", type=Path, metavar="DIR", help="tokenizer (default: the run's)")
+    add("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE",
+        help="maximum size of a weight file")  # fmt: skip
 
 
 def listing(model: ModelConfig) -> str:
@@ -138,13 +139,10 @@ def listing(model: ModelConfig) -> str:
         first = (rule.ours, split, rule.kind, rule.hf[0], rule.shapes[0])
         rows.append(first)
         rows += [("", "", "", *rest) for rest in zip(rule.hf[1:], rule.shapes[1:], strict=True)]
-    wide = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [
-        "  ".join(cell.ljust(size) for cell, size in zip(row, wide, strict=True)).rstrip()
-        for row in rows
-    ]
     words = ", ".join(f"{word} {size}" for word, size in sizes(model).items())
-    return "\n".join([*lines, "", f"{{i}}: {_layers(patterns(model))}", f"sizes: {words}"])
+    return "\n".join(
+        [format_table(rows, "l"), "", f"{{i}}: {_layers(patterns(model))}", f"sizes: {words}"]
+    )
 
 
 def _layers(found: list[Pattern]) -> str:
@@ -165,7 +163,8 @@ def read_model(path: Path | None) -> ModelConfig:
         plain = yaml.safe_load(path.read_text())
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), plain))
     except Exception as error:  # yaml's and OmegaConf's
-        raise SystemExit(f"--model {path}: {error}") from None
+        report_error(PROGRAM, f"--model {path}: {error}")
+        raise SystemExit(WRONG_USAGE) from None
     assert isinstance(model, ModelConfig)
     return model
 
@@ -177,8 +176,8 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

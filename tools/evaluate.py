@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from data_pipeline.commands import report_error
 from data_pipeline.schema import SampleError
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import ConfigError
@@ -24,7 +25,7 @@ from moss_train.evaluate.suite import evaluate, table, toy_items
 def main(arguments: list[str] | None = None) -> int:
     """Evaluates, prints the table, writes the JSON. 1 where that cannot be done."""
     first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="tools.evaluate", usage=first, description=rest)
+    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", usage=first, description=rest)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run folder, checkpoint or export"
     )
@@ -44,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             items = list(read_lines(Path(options.suite), model.encoder))
         result = evaluate(model, items, lambda line: print(line, file=sys.stderr, flush=True))
     except (EvaluationError, ConfigError, SampleError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_error(parser.prog, error)
     print(table(result.scores))
     out = options.out or options.checkpoint / "evaluation.json"
     out.write_text(json.dumps(result.to_dict(), indent=1) + "\n")

@@ -1,12 +1,10 @@
-"""Runs side by side: `python -m tools.runs compare runs/A runs/B [--out compare.png]`.
+"""Compares training runs: their losses in one plot, where they differ in a table.
 
-Draws the losses (validation losses too, where there are some) over each other, and prints what
-differs in their configurations, and their last values.
+The plot has validation losses too, the tables the differing configuration and the last values.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -16,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error
+from data_pipeline.tables import format_table
 from moss_train.train.curves import smooth
 from moss_train.train.metrics import read_metrics
 
@@ -73,13 +73,8 @@ def differences(runs: list[Run]) -> list[list[str]]:
 
 def table(title: str, runs: list[Run], rows: list[list[str]], width: int = 40) -> str:
     """Aligned columns: a name, then a value for each run."""
-    cut = [
-        [cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell in row] for row in rows
-    ]
-    lines = [[title, *(run.name for run in runs)], *cut]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    header = [title, *(run.name for run in runs)]
+    return format_table([header, *rows], "l", rule=True, max_width=width)
 
 
 def plot(runs: list[Run], out: Path) -> None:
@@ -120,17 +115,16 @@ def compare(folders: list[Path], out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.runs", description=__doc__)
+    parser = CommandParser("python -m tools.runs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare", help="plots runs over each other, prints differences")
-    command.add_argument("runs", nargs="+", type=Path, help="run folders")
-    command.add_argument("--out", type=Path, default=Path("compare.png"), help="the plot")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    command.add_argument("--out", type=Path, default=Path("compare.png"), help="plot to write")
     options = parser.parse_args(arguments)
     try:
         print(compare(options.runs, options.out))
     except (ValueError, OSError) as error:
-        print(f"ERROR {error}", file=sys.stderr)
-        return 2
+        return report_error(parser.prog, error, WRONG_USAGE)
     return 0
 
 

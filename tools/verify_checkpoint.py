@@ -1,9 +1,9 @@
-"""python -m tools.verify_checkpoint --hf DIR [--megatron DIR] [--layout tp2_pp2] [--inputs FILE]
+"""Compares an export with the checkpoint it was made from: logits, loss, greedy tokens.
 
-Runs an export and a checkpoint on the same inputs and prints how far they are apart: logits, loss,
-greedy tokens. With --inputs alone the export is compared with the `logits` of that file, a case in
-Hugging Face's form (input_ids, attention_mask, labels, pixel_values, aspect_ratio_ids,
-cross_attention_mask). 1 where a difference is over the tolerance.
+Both compute the same inputs; the exit code is 1 where they differ by more than the tolerance.
+--inputs takes a file of tensors with Hugging Face's names (input_ids, attention_mask, labels,
+pixel_values, aspect_ratio_ids, cross_attention_mask); without --megatron the export is compared
+with the `logits` of that file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_pipeline.batch import IGNORED_LABEL
+from data_pipeline.commands import CommandParser, report_error
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.checkpoint_dir import find, read_run
@@ -33,6 +35,7 @@ from moss_train.convert.source import ConversionError, read_json
 from moss_train.validate import check_layout
 from moss_train.verify.case import Case, ForwardJob, VerificationError, make_case, read_case
 
+PROGRAM = "python -m tools.verify_checkpoint"
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of logits; the loss has a tenth
 
@@ -82,8 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConversionError("\n".join(problems))
         difference, names = compare(options)
     except (ConversionError, ConfigError, VerificationError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_error(PROGRAM, error)
     print(difference.table(names))
     tolerance = options.tolerance or TOLERANCE[options.dtype]
     problems = difference.problems(tolerance)
@@ -117,7 +119,7 @@ def difference(case: Case, mine: dict[str, Tensor], other: dict[str, Tensor]) ->
     kept = case.attention_mask.bool()
     off = (mine["logits"][kept] - other["logits"][kept].float()).abs()
     losses = greedy = None
-    if "loss" in mine and "loss" in other and bool((case.labels != -100).any()):
+    if "loss" in mine and "loss" in other and bool((case.labels != IGNORED_LABEL).any()):
         losses = (float(mine["loss"]), float(other["loss"]))
     if "greedy" in mine and "greedy" in other:
         greedy = (mine["greedy"].tolist(), other["greedy"].tolist())
@@ -275,20 +277,19 @@ def _tensors(case: Case) -> dict[str, Tensor]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="tools.verify_checkpoint", usage=first, description=rest)
-    parser.add_argument("--hf", type=Path, required=True, help="folder in Hugging Face's form")
-    parser.add_argument("--megatron", type=Path, help="run folder or checkpoint")
-    parser.add_argument("--layout", default="single", help="of the ranks, such as tp2_pp2; single")
-    parser.add_argument("--inputs", type=Path, help="a case; one of our own")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(TORCH), help="of both; fp32")
-    parser.add_argument("--greedy", type=int, default=8, help="tokens; 8, or as in --inputs")
-    parser.add_argument("--tolerance", type=float, help="of logits; 1e-4, bf16 0.25")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the ranks")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code in DIR, not our own"
-    )
-    parser.add_argument("--hashes", action="store_true", help="first check DIR/manifest.json")
+    parser = CommandParser(PROGRAM, description=__doc__)
+    add = parser.add_argument
+    add("--hf", type=Path, required=True, metavar="DIR", help="export in Hugging Face's format")
+    add("--megatron", type=Path, metavar="RUN", help="run folder or checkpoint")
+    add("--layout", default="single", help="layout of RUN's ranks, such as tp2_pp2")
+    add("--inputs", type=Path, metavar="FILE", help="inputs (default: some of our own)")
+    add("--dtype", default="fp32", choices=tuple(TORCH), help="dtype of both models")
+    add("--greedy", type=int, metavar="N", default=8, help="greedy tokens to compare")
+    add("--tolerance", type=float, metavar="X",
+        help="allowed difference of logits (default: 1e-4 in fp32, 0.25 in bf16)")  # fmt: skip
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="device of RUN's ranks")
+    add("--trust-remote-code", action="store_true", help="run the code in DIR, not our own")
+    add("--hashes", action="store_true", help="check DIR/manifest.json first")
     options = parser.parse_args(arguments)
     if options.megatron is None and options.inputs is None:
         parser.error("give --megatron, or --inputs with logits")

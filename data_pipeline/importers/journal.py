@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_pipeline.atomic import write_atomically
 from data_pipeline.importers.media import Outcome
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, remove_partial
@@ -114,7 +115,7 @@ class Journal:
 
     def _write_manifest(self, result: dict[str, Any] | None) -> None:
         text = json.dumps({"arguments": self._arguments, "result": result}, indent=2)
-        _replace(self.out / _MANIFEST, text + "\n")
+        write_atomically(self.out / _MANIFEST, text + "\n")
 
     def _read_shards(self) -> None:
         lines = _lines(self.out / _SHARDS)
@@ -154,13 +155,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    _replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, **_TEXT)
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _differences(known: dict[str, Any], given: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_atomically
 from data_pipeline.index import prepare_index
 from data_pipeline.progress import Progress
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK
@@ -96,9 +97,7 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
         "sources": sizes,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    partial_file = out / "toy.json.partial"
-    partial_file.write_text(json.dumps(manifest, indent=2) + "\n")
-    partial_file.replace(out / "toy.json")
+    write_atomically(out / "toy.json", json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

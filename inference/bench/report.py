@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.tables import format_table
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 
@@ -58,11 +59,12 @@ def describe(
 def print_table(mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
     """Columns: what, ours, the published way, how many times better."""
     print(f"{mode}: {', '.join(f'{k} {v}' for k, v in facts.items() if v not in (None, False))}")
-    print(f"{'':30}{'ours':>12}{'published':>12}{'better':>9}")
+    cells = [("", "ours", "published", "better", "")]
     for row in rows:
         theirs = "" if row.published is None else f"{row.published:.4g}"
         gain = "" if row.gain is None else f"{row.gain:.3g}x"
-        print(f"{row.name:30}{row.ours:>12.4g}{theirs:>12}{gain:>9}  {row.unit}")
+        cells.append((row.name, f"{row.ours:.4g}", theirs, gain, row.unit))
+    print(format_table(cells, "lrrrl"))
 
 
 def write_report(folder: Path, mode: str, rows: list[Row], facts: dict[str, Any]) -> None:

@@ -10,10 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.images import tile_into
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of Llama-3.2-Vision's image processor (CLIP's)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from data_pipeline.images import IMAGE_MEAN, IMAGE_STD, tile_into
 
 
 class Pixels:
@@ -22,7 +19,8 @@ class Pixels:
     def __init__(self, config: Any, processor: Any, device: torch.device):
         self.size, self.device = config.vision_config.image_size, device
         image = getattr(processor, "image_processor", None)
-        mean, std = getattr(image, "image_mean", MEAN), getattr(image, "image_std", STD)
+        mean = getattr(image, "image_mean", IMAGE_MEAN)
+        std = getattr(image, "image_std", IMAGE_STD)
         self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
 
     def __call__(self, images: Sequence[Image.Image | Tensor]) -> Tensor:

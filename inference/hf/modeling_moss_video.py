@@ -19,6 +19,7 @@ from .configuration_moss_video import MossVideoConfig
 from .decoder_moss_video import Decoder, RMSNorm, Rotation, attend
 from .vision_moss_video import VisionTower, join_states
 
+IGNORED_LABEL = -100  # no loss there
 OLD_NAMES = {
     r"^language_model\.model\.": "model.language_model.",
     r"^language_model\.lm_head\.": "lm_head.",
@@ -322,15 +323,20 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _loss(self, logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
         config = self.config
-        targets = labels[:, 1:].masked_fill(labels[:, 1:] == config.image_token_index, -100)
+        targets = labels[:, 1:].masked_fill(
+            labels[:, 1:] == config.image_token_index, IGNORED_LABEL
+        )
         targets = targets.flatten().to(logits.device)
         losses = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="none"
+            logits[:, :-1].flatten(0, 1).float(),
+            targets,
+            ignore_index=IGNORED_LABEL,
+            reduction="none",
         )
         if config.silence_token_id is not None:
             silent = targets == config.silence_token_id
             losses = torch.where(silent, losses * config.silence_weight, losses)
-        labelled = (targets != -100).sum().clamp(min=1)
+        labelled = (targets != IGNORED_LABEL).sum().clamp(min=1)
         return losses.sum() / (labelled if count is None else count)
 
     def prepare_inputs_for_generation(

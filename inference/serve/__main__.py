@@ -14,12 +14,15 @@ from collections.abc import Sequence
 import uvicorn
 from fastapi import FastAPI
 
+from data_pipeline.commands import CommandParser
 from inference import cli
 from inference.serve.app import make_app
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
 from inference.session.runner import Runner
+
+PROGRAM = "python -m inference.serve"
 
 
 class Server(uvicorn.Server):
@@ -41,13 +44,11 @@ class Server(uvicorn.Server):
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=cli.Help, prog="python -m inference.serve"
-    )
+    parser = CommandParser(PROGRAM, description=__doc__)
     cli.add_engine_flags(parser)
     cli.flag(parser, "host", default="127.0.0.1", help="127.0.0.1: this machine only")
     cli.flag(parser, "port", type=int, default=8000)
-    cli.flag(parser, "max_sessions", type=int, default=4, help="sessions and answers at once (4)")
+    cli.flag(parser, "max_sessions", type=int, default=4, help="sessions and answers at once")
     cli.flag(parser, "api_key", default=os.environ.get("MOSS_API_KEY"),
              help="what clients must show (or $MOSS_API_KEY)")  # fmt: skip
     cli.flag(parser, "allow_origin", action="append", default=[], metavar="URL",
@@ -65,7 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         default = getattr(defaults, name)
         cli.flag(parser, f"limit_{name}", type=type(default), default=default, metavar="N",
-                 help=f"{words} ({default})")  # fmt: skip
+                 help=words)  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -99,7 +100,7 @@ def limits(args: argparse.Namespace) -> Limits:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    with cli.one_line_errors():
+    with cli.one_line_errors(PROGRAM):
         given = limits(args)
         stage = cli.stage(args.checkpoint)
         if stage is None:

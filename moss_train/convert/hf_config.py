@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.aspect_ratios import supported_aspect_ratios
 from moss_train.config import (
+    POOLS,
     ConfigError,
     ModelConfig,
     ProjectorConfig,
@@ -18,7 +20,6 @@ from moss_train.config import (
 )
 
 EXTRA_EMBEDDING_ROWS = 8  # transformers builds Mllama's embedding with vocab_size + 8 rows
-POOLS = ("average", "max", "bilinear", "channel_fusion")
 DTYPES = {None: "fp32", "float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -231,8 +232,7 @@ def _vision(section: _Section, full_attention: bool) -> VisionConfig:
         full_attention=full_attention,
     )
     section.expect("vision_output_dim", vision.output_size)
-    sides = range(1, vision.max_tiles + 1)
-    ratios = [[a, b] for a in sides for b in sides if a * b <= vision.max_tiles]
+    ratios = [list(grid) for grid in supported_aspect_ratios(vision.max_tiles)]
     section.expect("supported_aspect_ratios", ratios)  # their order gives aspect_ratio_ids
     return vision
 

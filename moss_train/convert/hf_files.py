@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from data_pipeline.images import MEAN, STD
+from data_pipeline.aspect_ratios import supported_aspect_ratios
+from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
 from data_pipeline.tokens import load_tokenizer, token_text
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import Config, ModelConfig
@@ -170,7 +171,6 @@ def _token(
 def vision_section(model: ModelConfig) -> dict[str, Any]:
     """`vision_config` of config.json."""
     vision = model.vision
-    sides = range(1, vision.max_tiles + 1)
     return {
         "model_type": "mllama_vision_model",
         "hidden_size": vision.hidden_size,
@@ -187,7 +187,7 @@ def vision_section(model: ModelConfig) -> dict[str, Any]:
         "max_num_tiles": vision.max_tiles,
         "intermediate_layers_indices": list(vision.intermediate_layers),
         "supported_aspect_ratios": [
-            [a, b] for a in sides for b in sides if a * b <= vision.max_tiles
+            list(grid) for grid in supported_aspect_ratios(vision.max_tiles)
         ],
     }
 
@@ -265,8 +265,8 @@ def _image_processor(files: HfFiles) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
         "do_pad": True,
         "max_image_tiles": tiles,
     }

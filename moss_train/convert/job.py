@@ -1,15 +1,12 @@
-"""How a conversion runs: a folder that appears when it is complete, workers, memory, progress."""
+"""How a conversion runs: a folder that appears when it is complete, workers, memory."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -18,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from torch import Tensor
 
+from data_pipeline import atomic
 from moss_train.convert.source import ConversionError
 
 MANIFEST = "manifest.json"
@@ -30,41 +28,15 @@ Job = TypeVar("Job")
 def new_folder(out: Path, size: int) -> Iterator[Path]:
     """A folder to write `size` bytes of weights into, which becomes `out` when all went well.
 
-    Until then it is `.OUT.partial` beside it. It is removed after an error; what a killed process
-    left there is removed by the next.
-
     Raises:
         ConversionError: `out` exists, someone else writes it, or the disk has too little room.
     """
-    if out.exists():
-        raise ConversionError(f"{out}: exists: choose another folder, or remove it")
-    parent = out.absolute().parent
-    partial = parent / f".{out.name}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise ConversionError(f"{out}: another conversion is writing it") from None
-    try:
-        _empty(partial)
-        check_disk(parent, size)
-        yield partial
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-
-
-def _empty(partial: Path) -> None:
-    left = list(partial.iterdir())
-    if left:
-        print(f"removing {partial}: a conversion that was cut off", file=sys.stderr)
-    for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with atomic.new_folder(out) as partial:
+            check_disk(partial.parent, size)
+            yield partial
+    except atomic.FolderInUse as error:
+        raise ConversionError(str(error)) from None
 
 
 def check_disk(folder: Path, size: int) -> None:
@@ -141,41 +113,6 @@ def run_workers(jobs: Sequence[Job], work: Callable[[Job], Any], workers: int) -
             _stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-class Progress:
-    """A line now and then: bytes, rate, time left."""
-
-    def __init__(self, what: str, total: int, every: float = 2.0):
-        self.what, self.total, self.every = what, total, every
-        self.done, self.began = 0, time.monotonic()
-        self.said = self.began
-        self.lock = threading.Lock()
-
-    def add(self, size: int) -> None:
-        """`size` bytes more are done."""
-        with self.lock:
-            self.done += size
-            now = time.monotonic()
-            if now - self.said >= self.every:
-                self.said = now
-                self._say(now)
-
-    def _say(self, now: float) -> None:
-        rate = self.done / (now - self.began)
-        left = (self.total - self.done) / rate
-        print(
-            f"{self.what}: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, "
-            f"{rate / 1e6:.0f} MB/s, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def finish(self) -> str:
-        """The whole, in a line."""
-        seconds = time.monotonic() - self.began
-        rate = self.done / seconds / 1e6
-        return f"{self.what}: {self.done / 1e9:.2f} GB in {seconds:.1f} s ({rate:.0f} MB/s)"
 
 
 class HashedFile:

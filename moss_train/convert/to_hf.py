@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.progress import Progress
 from moss_train.checkpoint_dir import find, read_run
 from moss_train.config import AdapterConfig, Config, ModelConfig, from_dict
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
@@ -20,7 +21,6 @@ from moss_train.convert.job import (
     FiniteCheck,
     HashedFile,
     MemoryBudget,
-    Progress,
     new_folder,
     run_workers,
     write_manifest,
@@ -109,7 +109,7 @@ def convert_megatron(options: ToHf) -> list[str]:
     size = sum(shard.bytes for shard in shards)
     finite = FiniteCheck(options.check_finite)
     with new_folder(options.out, size) as partial:
-        progress = Progress(f"{checkpoint} -> {options.out}", size)
+        progress = Progress(f"{checkpoint} -> {options.out}", size, "GB", scale=1e9)
 
         def parts(group: Tensors) -> dict[str, Tensor]:
             whole = source.read(group.rule)
@@ -122,13 +122,13 @@ def convert_megatron(options: ToHf) -> list[str]:
                 for name, (_, kind) in group.parts.items()
             }
 
-        hashes = write_shards(partial, shards, parts, options.workers, progress.add)
+        hashes = write_shards(partial, shards, parts, options.workers, progress.step)
         finite.finish(checkpoint)
         dtypes = {kind for shard in shards for g in shard.groups for _, kind in g.parts.values()}
         lines = write_files(partial, files, dtypes, quantizer)
         facts = {"source": str(checkpoint), "stage": files.stage, "bytes": size}
         write_manifest(partial, hashes, facts)
-    return [progress.finish(), *_dropped(config.model), *lines]
+    return [progress.summary(), *_dropped(config.model), *lines]
 
 
 def _dropped(model: ModelConfig) -> Iterator[str]:

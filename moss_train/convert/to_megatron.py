@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.progress import Progress
 from moss_train.config import (
     Config,
     DataConfig,
@@ -33,7 +34,6 @@ from moss_train.convert.hf_files import (
 from moss_train.convert.job import (
     FiniteCheck,
     MemoryBudget,
-    Progress,
     new_folder,
     run_workers,
     write_manifest,
@@ -122,14 +122,14 @@ def convert_hf(options: FromHf) -> list[str]:
     boxes = [box for rule in table(model) for box in _boxes(model, rule, cast, stored, default)]
     size = sum(box.bytes for box in boxes)
     with new_folder(options.out, size) as partial:
-        progress = Progress(f"{source} -> {options.out}", size)
-        hashes = _write(partial, model, boxes, options.workers, progress.add)
+        progress = Progress(f"{source} -> {options.out}", size, "GB", scale=1e9)
+        hashes = _write(partial, model, boxes, options.workers, progress.step)
         finite.finish(source)
         lines = _describe(partial, options, model)
         facts = {"source": str(source), "tensors": len(folder.tensors), "bytes": size}
         write_manifest(partial, hashes, facts)
         _complete(partial)
-    return [progress.finish(), *lines]
+    return [progress.summary(), *lines]
 
 
 def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from data_pipeline.batch import IGNORED_LABEL
 from data_pipeline.schema import VIDEO_MARK, Sample
 from moss_train.evaluate.items import Item
 from moss_train.evaluate.model import TrainedModel
@@ -94,7 +95,7 @@ def answers(
 
 def answer_start(item: Item) -> int:
     """Index of the first token of the last turn's answer."""
-    labels = item.encoded.labels != -100
+    labels = item.encoded.labels != IGNORED_LABEL
     after = (~labels).nonzero()[:, 0]
     last = int(labels.nonzero()[-1])
     return int(after[after < last].max()) + 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import ShardError
+from data_pipeline.tables import format_table
 from data_pipeline.toy.build import MODALITIES
 from moss_train.evaluate.items import EvaluationError, Item, read_shards, sources_of
 from moss_train.evaluate.model import TrainedModel
@@ -91,15 +92,7 @@ def toy_items(
 def table(scores: Sequence[Score]) -> str:
     """The scores as text."""
     rows = [["source", "score", "model", "blind", "chance", "of"], *map(cells, scores)]
-    wide = [max(len(row[column]) for row in rows) for column in range(6)]
-    lines = [
-        "  ".join(
-            cell.ljust(size) if column < 2 else cell.rjust(size)
-            for column, (cell, size) in enumerate(zip(row, wide, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return format_table(rows, "llr", rule=True)
 
 
 def cells(score: Score) -> list[str]:

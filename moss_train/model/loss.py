@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-IGNORED = -100
+from data_pipeline.batch import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def find_targets(labels: Tensor, lengths: list[int], options: LossOptions) -> Ta
     """
     following = labels.roll(-1)
     # Nothing follows the end of a sequence.
-    following[[-1, *(end - 1 for end in accumulate(lengths))]] = IGNORED
-    has_label = following != IGNORED
+    following[[-1, *(end - 1 for end in accumulate(lengths))]] = IGNORED_LABEL
+    has_label = following != IGNORED_LABEL
     positions = has_label.nonzero()[:, 0]
     tokens = following[has_label]
     count = len(positions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data_pipeline.images import MEAN, STD
+from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
 from moss_train.config import VisionConfig
 from moss_train.model.vision import tiles_used
 
@@ -17,8 +17,8 @@ def normalize(
 
     (byte / 255 - mean) / std in two passes, tile by tile: a third of the time on a CPU.
     """
-    scale = 1 / (255 * torch.tensor(STD, device=frames.device).view(3, 1, 1))
-    shift = torch.tensor(MEAN, device=frames.device).view(3, 1, 1) * 255 * scale
+    scale = 1 / (255 * torch.tensor(IMAGE_STD, device=frames.device).view(3, 1, 1))
+    shift = torch.tensor(IMAGE_MEAN, device=frames.device).view(3, 1, 1) * 255 * scale
     tiles = frames.shape[1]
     used = tiles_used(ratio_ids, vision) if tiles > 1 else torch.ones_like(ratio_ids)
     pixels = torch.zeros(frames.shape, dtype=dtype, device=frames.device)

@@ -11,8 +11,6 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 from moss_train.config import ModelConfig
 from moss_train.model.vision import VisionTower, concatenate_states
 
-POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
-
 
 def pooled_tokens(model: ModelConfig) -> int:
     """Vision tokens of one tile after pooling: the class token and the pooled grid."""

@@ -13,6 +13,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from data_pipeline.aspect_ratios import supported_aspect_ratios
 from moss_train.config import ModelConfig, VisionConfig
 from moss_train.model.mlp import FeedForward
 from moss_train.model.self_attention import SelfAttention
@@ -37,15 +38,9 @@ def rows_of_tile(vision: VisionConfig, backend: str) -> tuple[int, int]:
     return patches + 1, pads
 
 
-def aspect_ratios(max_tiles: int) -> list[tuple[int, int]]:
-    """Tile layouts (tiles wide, tiles high); the id of a layout is its index + 1, 0 is padding."""
-    sides = range(1, max_tiles + 1)
-    return [(wide, high) for wide in sides for high in sides if wide * high <= max_tiles]
-
-
 def tiles_used(ratio_ids: Tensor, vision: VisionConfig) -> Tensor:
     """Real tiles of each frame `[N]`, from its aspect-ratio id."""
-    counts = [0] + [wide * high for wide, high in aspect_ratios(vision.max_tiles)]
+    counts = [0, *(high * wide for high, wide in supported_aspect_ratios(vision.max_tiles))]
     return torch.tensor(counts, device=ratio_ids.device)[ratio_ids]
 
 

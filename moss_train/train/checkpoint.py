@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data_pipeline.atomic import write_atomically
 from moss_train.checkpoint_dir import checkpoints_folder, is_complete, read_run
 from moss_train.config import AdapterConfig, Config, to_dict
 from moss_train.log import log
@@ -196,9 +197,7 @@ class Checkpointer:
         if target.exists():  # damaged, or the run would have gone on after it
             self._remove(target)
         temporary.rename(target)
-        pointer = self.folder / "latest.new"
-        pointer.write_text(target.name + "\n")
-        pointer.replace(self.folder / "latest")
+        write_atomically(self.folder / "latest", target.name + "\n")
         everything = sorted(self.folder.glob("step_*"))
         kept = [path for path in everything if is_complete(path)][-self.config.trainer.keep_last :]
         for path in everything:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from data_pipeline.atomic import write_atomically
 from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.loader.loader import Loader, Source, build_loader
@@ -206,9 +207,7 @@ class Audit:
         for path in run.glob("audit.*.jsonl"):
             lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
             kept = "".join(line for line in lines if json.loads(line)["step"] <= last)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(kept)
-            temporary.replace(path)
+            write_atomically(path, kept)
 
     def write(self, step: int, keys: list[str]) -> None:
         """Appends a step."""

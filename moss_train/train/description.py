@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_atomically
 from moss_train import hardware
 from moss_train.config import Config, to_dict
 
@@ -39,9 +40,7 @@ def write_description(
         "device_name": hardware.device_name(),
         "parameters": parameters,
     }
-    temporary = run / f".{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(description, indent=1) + "\n")
-    temporary.replace(run / RUN_FILE)
+    write_atomically(run / RUN_FILE, json.dumps(description, indent=1) + "\n")
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

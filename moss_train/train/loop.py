@@ -27,7 +27,7 @@ from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
 from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
-from moss_train.train.metrics import MetricsWriter, Progress, StepMetrics
+from moss_train.train.metrics import MetricsWriter, StepLine, StepMetrics
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
 from moss_train.train.process import start_process_group, stop_signals
@@ -190,14 +190,14 @@ class Job:
         self.bad_samples.add(self.done, self.config.data.global_batch, result.skipped)
 
     @contextmanager
-    def _sinks(self) -> Iterator[tuple[MetricsWriter | None, Progress | None]]:
+    def _sinks(self) -> Iterator[tuple[MetricsWriter | None, StepLine | None]]:
         """Metrics and console, on rank 0 only."""
         if not self.first_rank:
             yield None, None
             return
         config = self.config
         with MetricsWriter(self.folder, config.logger, to_dict(config), self.done) as writer:
-            progress = Progress(config.steps, config.trainer.console_every)
+            progress = StepLine(config.steps, config.trainer.console_every)
             try:
                 yield writer, progress
             finally:
@@ -210,7 +210,7 @@ class Job:
         measured: dict[str, Any] | None,
         batch: StepBatch,
         writer: MetricsWriter | None,
-        progress: Progress | None,
+        progress: StepLine | None,
     ) -> None:
         if self.config.data.audit and self.groups.is_leader:
             self.audit.write(self.done, batch.keys)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import shutil
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_pipeline.atomic import write_atomically
+from data_pipeline.progress import ConsoleLine, eta, rate
 from moss_train.config import LoggerConfig
 from moss_train.log import log
 
@@ -216,15 +216,15 @@ class _TensorBoard:
         self._writer.close()
 
 
-class Progress:
-    """The console's line: rewritten in place on a terminal, else one line a step."""
+class StepLine:
+    """The console's line of a run: rewritten in place on a terminal, else one line a step."""
 
     RECENT = 20  # steps that the ETA's average looks back
 
     def __init__(self, total: int, every: int = 1, stream: TextIO | None = None):
         """`total`: last step; `every`: steps between plain lines (`trainer.console_every`)."""
-        self.total, self.every, self.stream = total, every, stream or sys.stdout
-        self._live, self._warm, self._line = self.stream.isatty(), False, ""
+        self.total, self.every = total, every
+        self._line, self._warm = ConsoleLine(stream or sys.stdout), False
         self._times: deque[float] = deque(maxlen=self.RECENT)
 
     def update(self, metrics: StepMetrics) -> None:
@@ -232,13 +232,10 @@ class Progress:
         if self._warm:
             self._times.append(metrics.step_time_s)
         self._warm = True  # the first step of a process compiles and fills caches: no measure
-        eta = self.eta_s(metrics.step)
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            self._line = progress_line(metrics, self.total, eta, width)
-            self._show(f"\r{self._line}\x1b[K")
-        elif metrics.step % self.every == 0 or metrics.step == self.total:
-            self._show(progress_line(metrics, self.total, eta) + "\n")
+        width = shutil.get_terminal_size().columns - 1 if self._line.live else None
+        text = progress_line(metrics, self.total, self.eta_s(metrics.step), width)
+        due = metrics.step % self.every == 0 or metrics.step == self.total
+        self._line.update(text, due)
 
     def eta_s(self, step: int) -> float | None:
         """Seconds that the steps after `step` will take; None before there is a measure."""
@@ -247,32 +244,26 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line of its own above the progress line."""
-        self._show(f"\r\x1b[K{text}\n{self._line}" if self._live else f"{text}\n")
+        self._line.note(text)
 
     def close(self) -> None:
         """Ends the line."""
-        self._show("\n" if self._line else "")
-        self._line = ""
-
-    def _show(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        self._line.close()
 
 
 def progress_line(
     metrics: StepMetrics, total: int, eta_s: float | None, width: int | None = None
 ) -> str:
     """The console's line for a step; one that is wider than `width` drops what matters least."""
-    clock = "-" if eta_s is None else str(timedelta(seconds=round(eta_s))).removeprefix("0:")
     parts = {
         "step": f"step {metrics.step}/{total}",
         "loss": f"loss {metrics.loss:.4f}",
         "lr": f"lr {metrics.lr:.1e}",
         "grad_norm": f"grad norm {metrics.grad_norm:.3g}",
-        "samples": f"{_rate(metrics.samples_per_s)} samples/s",
-        "frames": f"{_rate(metrics.frames_per_s)} frames/s",
-        "tokens": f"{_rate(metrics.tokens_per_s)} tokens/s",
-        "eta": f"ETA {clock}",
+        "samples": f"{rate(metrics.samples_per_s)} samples/s",
+        "frames": f"{rate(metrics.frames_per_s)} frames/s",
+        "tokens": f"{rate(metrics.tokens_per_s)} tokens/s",
+        "eta": eta(eta_s),
     }
     line = "  ".join(parts.values())
     for least in ("grad_norm", "samples", "lr", "tokens", "frames", "eta"):
@@ -288,10 +279,6 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, own in value.items() for k, v in _flat(f"{name}/{key}", own).items()}
-
-
-def _rate(value: float) -> str:
-    return f"{value / 1e3:.1f}k" if value >= 999.5 else f"{value:.3g}"
 
 
 def _require(package: str, option: str) -> None:
@@ -320,9 +307,4 @@ def _truncate(path: Path, last: int) -> None:
     kept = b"".join(line + b"\n" for line, record in _whole_lines(path) if record["step"] <= last)
     if not path.exists() or kept == path.read_bytes():
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, kept)

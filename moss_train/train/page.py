@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_atomically
+
 TEMPLATES = Path(__file__).parent
 
 
@@ -24,7 +26,5 @@ def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
 
 def write_page(path: Path, text: str) -> Path:
     """Writes a page at once, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
     return path

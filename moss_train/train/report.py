@@ -1,12 +1,10 @@
-"""python -m moss_train.train.report RUN [--peak-tflops N]
+"""Writes RUN/report.html: what a run has done, as one page that needs no network.
 
-Writes RUN/report.html: what a run has done, as one page that needs no network. Training writes it
-at its end, and when it is stopped.
+Training writes it at its end, and when it is stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -19,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.commands import CommandParser, report_error
 from moss_train.config import Config, ConfigError, from_dict
 from moss_train.hardware import peak_tflops_of
 from moss_train.log import log
@@ -33,8 +32,7 @@ EVALUATION_FILE = "evaluation.json"
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. 1 where RUN has no steps."""
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="moss_train.train.report", usage=first, description=rest)
+    parser = CommandParser("python -m moss_train.train.report", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--peak-tflops",
@@ -47,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(write_report(options.run, options.peak_tflops))
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_error(parser.prog, error)
     return 0
 
 

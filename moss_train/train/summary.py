@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
+from data_pipeline.tables import format_table
 from moss_train.train.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
 from moss_train.train.report import REPORT_FILE
 
@@ -33,7 +34,8 @@ def summary_table(run_dir: Path, written: Mapping[str, str] | None = None) -> st
         for pattern, what in (WRITTEN | dict(written or {})).items()
         for path in sorted(run_dir.glob(pattern))
     ]
-    return "\n".join([*_totals(run_dir), "", *_table([("path", "what", "size"), *found])])
+    table = format_table([("path", "what", "size"), *found], "llr", rule=True)
+    return "\n".join([*_totals(run_dir), "", table])
 
 
 def _totals(run_dir: Path) -> list[str]:
@@ -55,12 +57,6 @@ def _totals(run_dir: Path) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def _table(rows: list[tuple[str, str, str]]) -> list[str]:
-    path, what, size = (max(len(row[column]) for row in rows) for column in range(3))
-    lines = [f"{row[0]:<{path}}  {row[1]:<{what}}  {row[2]:>{size}}" for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def _size(path: Path) -> str:

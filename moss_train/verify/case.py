@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipeline.batch import IGNORED_LABEL
+
 NEEDED = ("input_ids", "pixel_values", "aspect_ratio_ids", "cross_attention_mask")
 
 
@@ -84,7 +86,7 @@ def read_case(path: Path, image_id: int, silence_id: int, silence_weight: float)
     ones = torch.ones_like(tokens)
     return Case(
         tokens,
-        tensors.get("labels", torch.full_like(tokens, -100)),
+        tensors.get("labels", torch.full_like(tokens, IGNORED_LABEL)),
         tensors.get("attention_mask", ones),
         tensors["pixel_values"],
         ratios,
@@ -132,7 +134,7 @@ def make_case(
             shape = (tiles, 3, image_size, image_size)
             pixels[row, frame, :tiles] = torch.randn(shape, generator=generator)
             mask[row, place:, frame, :tiles] = 1
-    labels = tokens.masked_fill((tokens == image_id) | (attention == 0), -100)
+    labels = tokens.masked_fill((tokens == image_id) | (attention == 0), IGNORED_LABEL)
     if silence_id >= 0:
         tokens[0, 20] = labels[0, 20] = silence_id
     positions = image_token_positions(tokens, image_id, 2)

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data_pipeline.batch import IGNORED_LABEL
 from moss_train import hardware
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import HardwareConfig, ParallelConfig, from_dict
@@ -112,7 +113,7 @@ def decoder_input(model: MossVideo, case: Case, row: int, states: Tensor) -> Dec
     ).to(device)
     frames.states = states.unflatten(0, case.ratio_ids.shape)[row]
     options = LossOptions(case.silence_id, case.silence_weight)
-    targets = find_targets(_padded(model, case.labels[row], -100), lengths, options)
+    targets = find_targets(_padded(model, case.labels[row], IGNORED_LABEL), lengths, options)
     for name in ("positions", "tokens", "weights"):
         setattr(targets, name, getattr(targets, name).to(device))
     return DecoderInput(PackedText(tokens.to(device), lengths), frames, targets)
@@ -153,7 +154,7 @@ def greedy_tokens(model: MossVideo, case: Case, states: Tensor, count: int) -> T
         frames = frames_of_batch(case.positions[:1], mask, [length], attend_all, len(row))
         frames.states = states[: case.ratio_ids.shape[1]]
         text = PackedText(row.to(device), [length])
-        nothing = find_targets(torch.full_like(row, -100), [length], LossOptions(-1))
+        nothing = find_targets(torch.full_like(row, IGNORED_LABEL), [length], LossOptions(-1))
         item = DecoderInput(text, frames.to(device), nothing)
         with torch.no_grad():
             logits = step_logits(model.chunks, [item])

@@ -9,17 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from data_pipeline.aspect_ratios import supported_aspect_ratios
 from data_pipeline.images import (
     choose_grid,
     decode_image,
     fit_size,
-    supported_aspect_ratios,
     tile_image,
 )
 from data_pipeline.schema import SampleError
 from moss_train.config import VisionConfig
-from moss_train.model.normalize import MEAN, STD, normalize
+from moss_train.model.normalize import normalize
 from tests.data_pipeline.conftest import REAL_FILES
 
 
@@ -74,7 +75,7 @@ def test_same_pixels_as_transformers(max_tiles: int) -> None:
     module = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
     size = {"height": 56, "width": 56}
     processor = module.MllamaImageProcessorPil(
-        size=size, max_image_tiles=max_tiles, image_mean=MEAN, image_std=STD
+        size=size, max_image_tiles=max_tiles, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD
     )
     vision = VisionConfig(image_size=56, max_tiles=max_tiles)
     real_files = REAL_FILES if REAL_FILES.is_dir() else None
@@ -89,7 +90,7 @@ def test_same_pixels_as_transformers(max_tiles: int) -> None:
         assert off.max().item() <= 1, name
         used = int(theirs["aspect_ratio_mask"][0, 0].sum())
         pixels = normalize(tiles[None], torch.tensor([ratio]), vision, torch.float32)[0, :used]
-        step = torch.tensor([1 / 255 / deviation for deviation in STD]).view(3, 1, 1)
+        step = torch.tensor([1 / 255 / deviation for deviation in OPENAI_CLIP_STD]).view(3, 1, 1)
         off = (pixels - theirs["pixel_values"][0, 0, :used]).abs()
         assert (off <= step + 1e-5).all(), name
 

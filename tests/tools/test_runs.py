@@ -43,5 +43,6 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
     assert main(["compare", str(tmp_path / name)]) == 2
     assert capsys.readouterr().err == (
-        f"ERROR {tmp_path / name}: no steps in metrics.jsonl: give a run folder\n"
+        f"python -m tools.runs: error: {tmp_path / name}: no steps in metrics.jsonl: "
+        "give a run folder\n"
     )

@@ -29,7 +29,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_outputs import BaseModelOutput
 
-from data_pipeline.batch import MicroBatch
+from data_pipeline.batch import IGNORED_LABEL, MicroBatch
 from moss_train.config import Config, ModelConfig, conf_dir, from_hydra
 from moss_train.convert.hf_files import vision_section
 from moss_train.model.hf_mapping import normalize_name
@@ -232,7 +232,7 @@ def make_step(
         if next(done) == warmup:
             masked.remove()
         own = [next(batches) for _ in range(count)]
-        labels = torch.tensor(sum(int((b.labels[:, 1:] != -100).sum()) for b in own))
+        labels = torch.tensor(sum(int((b.labels[:, 1:] != IGNORED_LABEL).sum()) for b in own))
         if ranks > 1:
             dist.all_reduce(labels)
         total = torch.zeros(())

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from data_pipeline.images import MEAN, STD, tile_image
+from data_pipeline.images import IMAGE_MEAN, IMAGE_STD, tile_image
 from data_pipeline.video import frames_at
 from moss_train.config import VisionConfig
 from moss_train.model.normalize import normalize
@@ -126,7 +126,7 @@ def transforms(picture: np.ndarray, max_tiles: int, repeat: int = 8) -> dict[str
     image, pixels = Image.fromarray(picture), torch.from_numpy(picture).permute(2, 0, 1)
     size = {"height": vision.image_size, "width": vision.image_size}
     processor = MllamaImageProcessorPil(
-        size=size, max_image_tiles=max_tiles, image_mean=MEAN, image_std=STD
+        size=size, max_image_tiles=max_tiles, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
     )
 
     def ours() -> object:

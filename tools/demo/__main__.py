@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.commands import FAILED, report_error
 from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
 from inference.session.view import clock
@@ -30,7 +31,7 @@ BATCH = 16  # samples a step, over all ranks
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo. The exit code is that of the first command that fails."""
     first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="tools.demo", usage=first, description=rest)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", usage=first, description=rest)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--train", type=int, default=4_000, help="samples of each source")
     parser.add_argument("--heldout", type=int, default=100, help="samples of each source")
@@ -54,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         preloaded.run("tools.demo.report", str(options.out), *STAGES)
         _narrate(options.out, times)
     except subprocess.CalledProcessError as error:
-        print(f"{' '.join(map(str, error.cmd))} failed ({error.returncode})", file=sys.stderr)
-        return error.returncode or 1
+        failed = f"{' '.join(map(str, error.cmd))} ended with exit code {error.returncode}"
+        return report_error(parser.prog, failed, error.returncode or FAILED)
     return 0
 
 

@@ -1,9 +1,6 @@
-"""python -m tools.shards ls|show|stats|validate
+"""Looks into folders of shards: lists sources, shows samples, counts, checks.
 
-ls TREE                   every source with its shards, samples and size
-show SOURCE KEY|NUMBER    a sample as it is trained on: labels, frames, token positions
-stats TREE                samples, frames, tokens, silence, words a second, errors
-validate TREE             checks everything; exit code 1 where something is wrong
+A source is one folder of shards; a TREE is a folder with sources anywhere below it.
 """
 
 from __future__ import annotations
@@ -15,26 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, check_source, shard_files
+from data_pipeline.tables import format_table
 from tools.shards.encoding import stage_encoding, stage_names
 from tools.shards.find import find_sample, find_sources, indexed_counts
 from tools.shards.show import show_sample
 from tools.shards.stats import source_stats
 from tools.shards.validate import validate_tree
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Columns lined up, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def list_sources(tree: Path) -> int:
@@ -45,7 +32,7 @@ def list_sources(tree: Path) -> int:
         megabytes = sum(shard.stat().st_size for shard in shards) / 1e6
         samples = str(sum(counts.values())) if counts else "?"
         rows.append([str(source), str(len(shards)), samples, f"{megabytes:.1f}", _state(source)])
-    print(_table(rows))
+    print(format_table(rows))
     return 0
 
 
@@ -76,7 +63,7 @@ def stats(given: argparse.Namespace) -> int:
     for source, row in rows.items():
         errors = ", ".join(f"{reason} {count}" for reason, count in row["errors"].items())
         table.append([source, *(_cell(row[name]) for name in names), errors or "-"])
-    print(_table(table))
+    print(format_table(table))
     return 0
 
 
@@ -97,42 +84,61 @@ def _encoding(given: argparse.Namespace) -> EncodeConfig:
     return stage_encoding(given.tokenizer, given.stage, given.tile_size, given.max_tiles)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("python -m tools.shards", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls").add_argument("tree", type=Path)
-    shown = commands.add_parser("show")
-    shown.add_argument("source", type=Path)
-    shown.add_argument("sample", help="a key, or a number from 0")
-    shown.add_argument("--png", type=Path, help="where the frames go (default: KEY.png)")
-    shown.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    counted, checked = commands.add_parser("stats"), commands.add_parser("validate")
-    counted.add_argument("--json", action="store_true", help="as JSON")
+    listed = commands.add_parser("ls", help="every source with its shards, samples and size")
+    shown = commands.add_parser(
+        "show", help="a sample as it is trained on: labels, frames, token positions"
+    )
+    counted = commands.add_parser(
+        "stats", help="samples, frames, tokens, silence, words a second, errors of every source"
+    )
+    checked = commands.add_parser(
+        "validate", help="checks index, schema and media; exit code 1 where something is wrong"
+    )
+    shown.add_argument("source", type=Path, metavar="SOURCE", help="folder of shards")
+    shown.add_argument("sample", metavar="SAMPLE", help="a key, or a number from 0")
+    shown.add_argument("--png", type=Path, help="picture of the frames (default: KEY.png)")
+    shown.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="labels in colour"
+    )
+    counted.add_argument("--json", action="store_true", help="print JSON, not a table")
+    for each in (listed, counted, checked):
+        each.add_argument("tree", type=Path, metavar="TREE", help="folder with sources below it")
     for each in (counted, checked):
-        each.add_argument("tree", type=Path)
-        each.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+        each.add_argument(
+            "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+            help="processes; 0: this one (default: one a core)",
+        )  # fmt: skip
     for each in (shown, counted, checked):
-        needed = each is not checked
-        each.add_argument("--tokenizer", required=needed, help="folder with tokenizer.json")
-        each.add_argument("--stage", default="sft", help=f"{', '.join(stage_names())} (sft)")
-        each.add_argument("--tile-size", type=int, default=560, help="pixels (560)")
-        each.add_argument("--max-tiles", type=int, default=1, help="tiles a frame (1)")
+        _add_encoding_options(each, required=each is not checked)
     return parser
 
 
+def _add_encoding_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    tokenizer = "folder with tokenizer.json"
+    if not required:
+        tokenizer += "; encodes every sample, too (default: does not)"
+    parser.add_argument("--tokenizer", required=required, help=tokenizer)
+    parser.add_argument(
+        "--stage", default="sft", choices=stage_names(), help="training stage to encode for"
+    )
+    parser.add_argument("--tile-size", type=int, default=560, help="side of a tile in pixels")
+    parser.add_argument("--max-tiles", type=int, default=1, help="tiles of a frame at most")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
     try:
         if given.command == "ls":
             return list_sources(given.tree)
         return {"show": show, "stats": stats, "validate": validate}[given.command](given)
-    except (ShardError, SampleError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    except (ShardError, SampleError) as error:
+        return report_error(parser.prog, error)
+    except ValueError as error:
+        return report_error(parser.prog, error, WRONG_USAGE)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from data_pipeline.aspect_ratios import supported_aspect_ratios
 from data_pipeline.batch import IGNORED_LABEL, EncodedSample
 from data_pipeline.encode import EncodeConfig
-from data_pipeline.images import supported_aspect_ratios
 from data_pipeline.schema import parse_sample
 from data_pipeline.tokens import load_tokenizer
 from tools.shards.encoding import frame_times, open_encoder
@@ -118,7 +118,7 @@ def contact_sheet(encoded: EncodedSample, frames: list[Frame]) -> Image.Image:
 
 
 def untiled(tiles: Tensor, aspect_ratio_id: int) -> Tensor:
-    """uint8 [T, 3, h, w] -> the canvas that was cut, uint8 [3, rows h, columns w]."""
-    rows, columns = supported_aspect_ratios(len(tiles))[aspect_ratio_id - 1]
-    grid = tiles[: rows * columns].unflatten(0, (rows, columns))
+    """uint8 [T, 3, h, w] -> the canvas that was cut, uint8 [3, high h, wide w]."""
+    high, wide = supported_aspect_ratios(len(tiles))[aspect_ratio_id - 1]
+    grid = tiles[: high * wide].unflatten(0, (high, wide))
     return torch.cat([torch.cat(list(row), dim=-1) for row in grid], dim=-2)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from data_pipeline.atomic import PARTIAL_SUFFIX
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.images import decode_image
 from data_pipeline.importers.webdataset import DAMAGE
 from data_pipeline.progress import Progress
 from data_pipeline.schema import Sample, SampleError, parse_sample
-from data_pipeline.shards import PARTIAL_SUFFIX, ShardError, check_source, shard_files
+from data_pipeline.shards import ShardError, check_source, shard_files
 from data_pipeline.video import frames_at, probe_video
 from tools.shards.encoding import open_encoder
 from tools.shards.find import StoredSample, find_sources, indexed_counts, stored_samples

@@ -204,7 +204,11 @@ def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
 
 
 def test_a_wrong_argument_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), "--size", "51"]) == 1
-    assert "size: 51" in capsys.readouterr().err
-    assert main([str(tmp_path), "--stages", "pt3"]) == 1
-    assert "choose of pt1, pt2, sft, realtime_sft" in capsys.readouterr().err
+    assert main([str(tmp_path), "--size", "51"]) == 2
+    assert capsys.readouterr().err == (
+        "python -m data_pipeline.toy: error: size: 51: must be even, H.264 needs it\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--stages", "pt3"])
+    said = capsys.readouterr().err
+    assert "error: argument --stages: invalid choice: 'pt3' (choose from 'pt1'" in said

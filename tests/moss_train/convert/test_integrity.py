@@ -197,7 +197,7 @@ def test_what_exists_is_not_overwritten_and_a_full_disk_is_noticed_first(tmp_pat
         raise AssertionError
     with (
         new_folder(tmp_path / "big", 1),
-        pytest.raises(ConversionError, match="another conversion"),
+        pytest.raises(ConversionError, match="another process"),
         new_folder(tmp_path / "big", 1),
     ):
         raise AssertionError
@@ -257,7 +257,7 @@ def begun(source: Path, out: Path) -> subprocess.Popen:
 def test_an_interrupted_conversion_clears_up(large):
     process = begun(large / "hf", large / "other")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM
+    assert process.wait(20) == 130
     assert sorted(path.name for path in large.iterdir()) == ["hf"]
 
 
@@ -276,7 +276,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(large, capsys):
     convert_hf(FromHf(source, out))
     watched.over.set()
     watched.join()
-    assert "a conversion that was cut off" in capsys.readouterr().err
+    assert "left by a process that was killed" in capsys.readouterr().err
     assert not partial.exists()
     assert sum(path.stat().st_size for path in out.glob("*.distcp")) > 350e6
     largest = 2 * 1024 * 20008

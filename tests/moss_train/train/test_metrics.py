@@ -20,7 +20,7 @@ from moss_train.log import log
 from moss_train.train.metrics import (
     GROUPS,
     MetricsWriter,
-    Progress,
+    StepLine,
     StepMetrics,
     progress_line,
     read_metrics,
@@ -241,7 +241,7 @@ class Terminal(io.StringIO):
 
 def test_off_a_terminal_every_nth_step_and_the_last_are_lines():
     stream = io.StringIO()
-    progress = Progress(total=7, every=3, stream=stream)
+    progress = StepLine(total=7, every=3, stream=stream)
     for step in range(1, 8):
         progress.update(step_metrics(step))
     progress.note("saved")
@@ -253,7 +253,7 @@ def test_off_a_terminal_every_nth_step_and_the_last_are_lines():
 def test_on_a_terminal_one_line_is_rewritten_and_notes_stand_above_it(monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     stream = Terminal()
-    progress = Progress(total=2, every=10, stream=stream)
+    progress = StepLine(total=2, every=10, stream=stream)
     progress.update(step_metrics(1))
     progress.note("saved")
     progress.update(step_metrics(2))
@@ -289,13 +289,13 @@ def test_a_narrow_terminal_drops_what_matters_least():
 
 
 def test_the_eta_is_the_mean_of_recent_steps_without_the_first():
-    progress = Progress(total=100, stream=io.StringIO())
+    progress = StepLine(total=100, stream=io.StringIO())
     progress.update(step_metrics(1, step_time_s=60.0))
     assert progress.eta_s(1) is None
     progress.update(step_metrics(2, step_time_s=1.0))
     progress.update(step_metrics(3, step_time_s=3.0))
     assert progress.eta_s(3) == 97 * 2.0
-    for step in range(4, 4 + Progress.RECENT):
+    for step in range(4, 4 + StepLine.RECENT):
         progress.update(step_metrics(step, step_time_s=0.5))
     assert progress.eta_s(90) == 10 * 0.5
 

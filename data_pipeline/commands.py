@@ -1,0 +1,44 @@
+"""What all commands share: the form of their help, one line for an error, exit codes.
+
+0    done
+1    failed: the work could not be done, or what it checked is wrong
+2    wrong usage: an argument, a flag or a field of a configuration
+130  stopped before the end, by Ctrl-C or SIGTERM
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 130
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; an option's default behind its help: `(default: 8)`."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        nothing = any(action.default is x for x in (None, False, argparse.SUPPRESS))
+        if nothing or action.default in ("", []) or not action.option_strings or "(default" in text:
+            return text
+        if isinstance(action.default, list | tuple):
+            return f"{text} (default: {' '.join(map(str, action.default))})"
+        return f"{text} (default: %(default)s)"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's, with this form of help, also for subcommands; flags cannot be abbreviated."""
+
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
+        """`prog`: the command as it is typed, `python -m MODULE`; `options`: argparse's own."""
+        super().__init__(
+            prog, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **options}
+        )
+
+
+def report_error(program: str, error: object, code: int = FAILED) -> int:
+    """Prints `PROGRAM: error: ERROR` to stderr, as argparse does; returns the exit code."""
+    print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,42 @@
+"""What every command has: help with defaults, one line for an error, the exit codes."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.commands import CommandParser, report_error
+
+
+def test_help_has_the_form_of_argparse_with_defaults(capsys):
+    parser = CommandParser("python -m tools.thing", description="Does a thing.\n\nSlowly.")
+    shown = parser.add_subparsers().add_parser("show")
+    shown.add_argument("--size", type=int, default=5, help="size in MB")
+    shown.add_argument("--from", type=int, default=0, help="first step")
+    shown.add_argument("--stages", nargs="+", default=["pt1", "sft"], help="stages")
+    shown.add_argument("--dry", action="store_true", help="change nothing")
+    shown.add_argument("--out", help="file to write (default: stdout)")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["show", "--help"])
+    lines = " ".join(capsys.readouterr().out.split())
+    assert "usage: python -m tools.thing show" in lines
+    assert "size in MB (default: 5)" in lines
+    assert "first step (default: 0)" in lines
+    assert "stages (default: pt1 sft)" in lines
+    assert lines.endswith("change nothing --out OUT file to write (default: stdout)")
+
+
+def test_a_flag_cannot_be_abbreviated(capsys):
+    parser = CommandParser("python -m tools.thing")
+    parser.add_argument("--workers")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--work", "3"])
+    assert capsys.readouterr().err.endswith(
+        "python -m tools.thing: error: unrecognized arguments: --work 3\n"
+    )
+
+
+def test_an_error_of_ours_reads_like_one_of_argparse(capsys):
+    assert report_error("python -m tools.thing", ValueError("size: 3: must be even")) == 1
+    said = capsys.readouterr()
+    assert said.err == "python -m tools.thing: error: size: 3: must be even\n"
+    assert said.out == ""
