@@ -1,25 +1,21 @@
-"""Static keys and values of all slots, and the two ways in which a pass attends them.
+"""Keys and values of all slots, in buffers of fixed size on the device.
 
-Self-attention: for each slot a row of `max_tokens`, in order of arrival. Cross-attention: a ring
-of `window` frames and one place more (see slots.FrameRing); where a frame lies does not matter,
-for its position is in its keys. Keys and values are kept once per KV head.
-
-`PackedBatch` is a pass over any number of tokens of some slots, one after the other: each slot
-attends exactly what it has. `StaticBatch` is a pass over the same number of tokens of every slot,
-in shapes that never change: what a CUDA graph needs.
+Self-attention: `max_tokens` of each slot, in the order of arrival. Cross-attention: a ring of
+`window` frames and one place more (slots.FrameRing says which place holds which frame). A frame
+may lie anywhere in the ring: its position is in its keys. Keys and values are kept once per KV
+head. How a pass attends them is in batches.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.engine.slots import NEVER, Eviction, Slot
-from inference.hf.decoder_moss_video import Decoder, Rotation, attend, attend_few
+from inference.hf.decoder_moss_video import Decoder, Rotation
 
 # Places behind `max_tokens`: an idle slot of a static batch writes its keys and values there (2
 # tokens at most; 8 keep the mask's rows aligned for CUDA).
@@ -27,7 +23,7 @@ SPARE = 8
 
 
 class KVCache:
-    """Buffers, and what writes frames into them.
+    """The buffers, and what moves frames and tokens in them.
 
     Args:
         decoder: whose layers they serve. Its weights say how many KV heads this rank has.
@@ -66,7 +62,7 @@ class KVCache:
         # Positions between which a frame is seen, for static batches.
         self.first = torch.full((slots, window + 1), NEVER, device=device)
         self.last = torch.full((slots, window + 1), NEVER, device=device)
-        self._projection = _fuse(decoder)
+        self._projection = _fuse(frame_projections(decoder))
 
     @property
     def bytes(self) -> int:
@@ -149,129 +145,15 @@ def put_frames(cache: KVCache, slot: Slot, tokens: Sequence[int], frames: Sequen
         slot.evictions.append(Eviction("frame", gone))
 
 
-def _fuse(decoder: Decoder) -> Tensor:
-    """Weights of the key and value projections of all cross-attention layers, one under the other;
-    the layers' own become views of it."""
-    linears = [
-        linear
-        for layer in decoder.cross
-        for attention in (decoder.cross_attention(layer),)
-        for linear in (attention.k_proj, attention.v_proj)
-    ]
+def frame_projections(decoder: Decoder) -> list[nn.Linear]:
+    """The layers that make keys and values of frames: two of each cross-attention layer."""
+    attentions = [decoder.cross_attention(layer) for layer in decoder.cross]
+    return [linear for attention in attentions for linear in (attention.k_proj, attention.v_proj)]
+
+
+def _fuse(linears: Sequence[nn.Linear]) -> Tensor:
+    """The layers' weights, one under the other, for one product; their own become views of it."""
     fused = torch.cat([linear.weight.detach() for linear in linears])
     for linear, weight in zip(linears, fused.chunk(len(linears)), strict=True):
         linear.weight = nn.Parameter(weight, requires_grad=False)
     return fused
-
-
-@dataclass
-class Segment:
-    """`count` new tokens of a slot in a packed batch."""
-
-    slot: Slot
-    count: int
-    blind_attend: bool = False  # tokens that see no frame attend all that the slot has
-
-
-class PackedBatch:
-    """The caches that the decoder attends in a pass over segments side by side `[1, N, H]`.
-
-    Made before the tokens are counted in (`Slot.append`), after their frames are.
-    """
-
-    def __init__(self, cache: KVCache, segments: list[Segment]):
-        self.cache, self.segments = cache, segments
-        self.counts = [segment.count for segment in segments]
-        self.masks = [self._token_mask(segment) for segment in segments]
-        views = [self._view(segment) for segment in segments]
-        self.frame_masks = [mask for mask, _ in views]
-        sees = torch.cat([seen for _, seen in views])
-        self.any_frames = bool(sees.any())
-        self.sees = None if bool(sees.all()) else sees[None, :, None].to(cache.device, cache.dtype)
-
-    def attend(self, layer: int, q: Tensor, *new: Tensor) -> Tensor:
-        """`TokenCache.attend` with the new keys and values, `FrameCache.attend` without."""
-        attend_one = self._attend_tokens if new else self._attend_frames
-        parts = zip(*(x.split(self.counts, dim=2) for x in (q, *new)), strict=True)
-        out = [attend_one(n, layer, *part) for n, part in enumerate(parts)]
-        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
-
-    def _attend_tokens(self, n: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slot, count = self.segments[n].slot, self.counts[n]
-        slot_kv, end = self.cache.tokens_of[layer][:, slot.index], slot.length + count
-        slot_kv[0, :, slot.length : end], slot_kv[1, :, slot.length : end] = k[0], v[0]
-        keys, values = slot_kv[:, None, :, :end]  # [1, KV heads, end, D] each
-        causal = count > 1 and self.masks[n] is None
-        return attend(q, keys, values, self.masks[n], causal)
-
-    def _attend_frames(self, n: int, layer: int, q: Tensor) -> Tensor:
-        segment = self.segments[n]
-        used = segment.slot.ring.used * self.cache.patches
-        if used == 0:
-            return torch.zeros_like(q)
-        slot_kv = self.cache.frames_of[layer][:, segment.slot.index]
-        keys, values = slot_kv[:, None, :, :used]
-        mask = self.frame_masks[n]
-        out = attend(q, keys, values, mask)
-        if mask is None or segment.blind_attend or self.sees is None:
-            return out
-        start = sum(self.counts[:n])
-        return out * self.sees[:, None, start : start + segment.count]
-
-    def _token_mask(self, segment: Segment) -> Tensor | None:
-        """True where a new token sees a token `[1, 1, count, length + count]`."""
-        length, count = segment.slot.length, segment.count
-        if count == 1 or length == 0:
-            return None
-        key = torch.arange(length + count, device=self.cache.device)
-        return (key <= key[length:, None])[None, None]
-
-    def _view(self, segment: Segment) -> tuple[Tensor | None, Tensor]:
-        """True where a token sees a vision token `[1, 1, count, used x P]` (None: everywhere), and
-        where it sees any `[count]`."""
-        slot, ring = segment.slot, segment.slot.ring
-        at = torch.arange(slot.position, slot.position + segment.count)[:, None]
-        first = torch.tensor(ring.first[: ring.used], dtype=torch.long)
-        last = torch.tensor(ring.last[: ring.used], dtype=torch.long)
-        seen = (first <= at) & (at < last)  # [count, used]
-        any_seen = seen.any(1)
-        seen = seen | ~any_seen[:, None]  # a softmax over nothing is NaN
-        if bool(seen.all()) and bool(any_seen.all()):
-            return None, any_seen
-        mask = seen.to(self.cache.device).repeat_interleave(self.cache.patches, dim=1)
-        return mask[None, None], any_seen
-
-
-class StaticBatch:
-    """The caches that the decoder attends in a pass over `count` tokens of every slot
-    `[slots, count, H]`.
-
-    Args:
-        length, position: cached tokens of each slot, and the position of its next one `[slots]`.
-    """
-
-    def __init__(self, cache: KVCache, count: int, length: Tensor, position: Tensor):
-        self.cache = cache
-        new = torch.arange(count, device=cache.device)
-        self.places = length[:, None] + new  # [slots, count]
-        self.slot_index = torch.arange(cache.slots, device=cache.device)[:, None]
-        key = torch.arange(cache.max_tokens + SPARE, device=cache.device)
-        self.mask = (key <= self.places[..., None])[
-            :, None
-        ]  # [slots, 1, count, max_tokens + SPARE]
-        self.positions = position[:, None] + new
-        at = self.positions[..., None]
-        seen = (cache.first[:, None] <= at) & (at < cache.last[:, None])  # [slots, count, window+1]
-        any_seen = seen.any(-1, keepdim=True)
-        self.sees = any_seen.to(cache.dtype)
-        self.frame_mask = (seen | ~any_seen).repeat_interleave(cache.patches, dim=-1)[:, None]
-
-    def attend(self, layer: int, q: Tensor, *new: Tensor) -> Tensor:
-        """As `PackedBatch.attend`."""
-        if not new:
-            keys, values = self.cache.frames_of[layer]
-            return attend_few(q, keys, values, self.frame_mask) * self.sees[:, None]
-        keys, values = self.cache.tokens_of[layer]
-        for buffer, x in ((keys, new[0]), (values, new[1])):
-            buffer[self.slot_index, :, self.places] = x.transpose(1, 2)
-        return attend_few(q, keys, values, self.mask)

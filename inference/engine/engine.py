@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from inference.engine import slot_state
-from inference.engine.cache import KVCache, PackedBatch, Segment, put_frames
+from inference.engine.batches import PackedBatch, Segment
+from inference.engine.cache import KVCache, put_frames
 from inference.engine.graphs import GraphRunner
 from inference.engine.preprocess import Pixels
 from inference.engine.sampling import Sampler, Sampling
@@ -345,7 +346,7 @@ class Engine:
         decoder = self.model.model.language_model
         x = decoder.embed_tokens(torch.tensor([ids], device=self.device))  # [1, N, H]
         at = torch.tensor([positions], device=self.device)
-        x = decoder(x, at, packed, packed if packed.any_frames else None)[0]
+        x = decoder(x, at, packed.tokens, packed.frames)[0]
         last_hidden, end = {}, 0
         for slot, tokens, _ in parts:
             end += len(tokens)

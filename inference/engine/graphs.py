@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from inference.engine.cache import KVCache, StaticBatch, put_frames
+from inference.engine.batches import StaticBatch
+from inference.engine.cache import KVCache, put_frames
 from inference.engine.sampling import Sampler
 from inference.engine.slots import Slot, Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
@@ -115,5 +116,5 @@ class GraphRunner:
         decoder = self.model.model.language_model
         batch = StaticBatch(self.cache, count, length, position)
         x = decoder.embed_tokens(self.inputs[2 : 2 + count].T)  # [slots, count, H]
-        x = decoder(x, batch.positions, batch, batch)[:, -1]
+        x = decoder(x, batch.positions, batch.tokens, batch.frames)[:, -1]
         return self.sampler(self.model.lm_head(x), self.all, position + count, plain)

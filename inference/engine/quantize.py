@@ -6,14 +6,33 @@ Keys and values of frames, embeddings, norms and the vision tower stay as they a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inference.engine.cache import frame_projections
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
-KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-FEW = 8  # rows up to which torch's int8 kernel beats a product with the weights turned back
+INT8_KERNEL_TOKENS = 8  # up to so many tokens, torch's int8 kernel beats a product in full weights
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored; `largest`: the value that the largest weight of a row gets."""
+
+    dtype: torch.dtype
+    largest: float
+
+    def store(self, scaled: Tensor) -> Tensor:
+        """Values from -largest to largest, rounded to the nearest that the format has."""
+        scaled = scaled.clamp(-self.largest, self.largest)
+        # A conversion to a floating-point format rounds; one to integers cuts off.
+        return (scaled if self.dtype.is_floating_point else scaled.round()).to(self.dtype)
+
+
+FORMATS = {"int8": Format(torch.int8, 127.0), "fp8": Format(torch.float8_e4m3fn, 448.0)}
 
 
 class QuantizedLinear(nn.Module):
@@ -34,21 +53,24 @@ class QuantizedLinear(nn.Module):
     def of(cls, linear: nn.Linear, kind: str) -> QuantizedLinear:
         """Quantizes a layer."""
         assert linear.bias is None
-        dtype, largest = KINDS[kind]
+        stored = FORMATS[kind]
         full = linear.weight.detach().float()
-        scale = (full.abs().amax(1).clamp(min=1e-12) / largest).to(linear.weight.dtype)
-        scaled = (full / scale.float()[:, None]).clamp(-largest, largest)
-        return cls((scaled.round() if kind == "int8" else scaled).to(dtype), scale)
+        scale = (full.abs().amax(1).clamp(min=1e-12) / stored.largest).to(linear.weight.dtype)
+        return cls(stored.store(full / scale.float()[:, None]), scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        int8, cpu = self.weight.dtype is torch.int8, x.device.type == "cpu"
-        # The fp32 form of this kernel is slow; in bf16 it reads half of what a product reads.
-        if int8 and cpu and rows <= FEW and x.dtype is torch.bfloat16:
+        if self._has_kernel(x):
             out = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
             return out.unflatten(0, x.shape[:-1])
         # torch.compile makes one kernel of this on CUDA, which reads a byte a weight.
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """int8 weights and a few tokens in bf16 on a CPU: there torch reads the weights in 8 bits,
+        half of what a product in bf16 reads. The kernel's fp32 form is slow."""
+        few = x.numel() // x.shape[-1] <= INT8_KERNEL_TOKENS
+        dtypes = (self.weight.dtype, x.dtype) == (torch.int8, torch.bfloat16)
+        return dtypes and few and x.device.type == "cpu"
 
 
 def quantize_decoder(model: MossVideoForConditionalGeneration, kind: str) -> None:
@@ -57,15 +79,15 @@ def quantize_decoder(model: MossVideoForConditionalGeneration, kind: str) -> Non
     Raises:
         ValueError: another `kind` than int8 and fp8.
     """
-    if kind not in KINDS:
-        raise ValueError(f"quantize={kind}: allowed: {', '.join(KINDS)}")
+    if kind not in FORMATS:
+        raise ValueError(f"quantize={kind}: allowed: {', '.join(FORMATS)}")
     decoder = model.model.language_model
-    frames = _of_frames(model)
+    kept = {id(linear) for linear in frame_projections(decoder)}
     # A tensor-parallel head holds its linear layer.
     parents: list[nn.Module] = [model, *decoder.modules(), *model.lm_head.modules()]
     for parent in parents:
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and id(child) not in frames:
+            if isinstance(child, nn.Linear) and id(child) not in kept:
                 setattr(parent, name, QuantizedLinear.of(child, kind))
 
 
@@ -77,25 +99,14 @@ def take_scales(
 
     scales: by name of the layer, `[out]`.
     """
-    frames = _of_frames(model)
+    kept = {id(linear) for linear in frame_projections(model.model.language_model)}
     for name, scale in scales.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         scale = scale.to(linear.weight.dtype)
-        if id(linear) in frames:
+        if id(linear) in kept:
             linear.weight.data *= scale[:, None]
             continue
         parent, _, last = name.rpartition(".")
-        numbers = linear.weight.detach().to(KINDS[kind][0])
+        numbers = linear.weight.detach().to(FORMATS[kind].dtype)
         setattr(model.get_submodule(parent), last, QuantizedLinear(numbers, scale))
-
-
-def _of_frames(model: MossVideoForConditionalGeneration) -> set[int]:
-    """Layers that make keys and values of frames."""
-    decoder = model.model.language_model
-    return {
-        id(linear)
-        for layer in decoder.cross
-        for attention in (decoder.cross_attention(layer),)
-        for linear in (attention.k_proj, attention.v_proj)
-    }

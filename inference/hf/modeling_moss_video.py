@@ -228,14 +228,11 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         positions, seen = None, None
         if cross_attention_states is not None:
-            positions, seen = self._frame_positions(
-                input_ids, position_ids, cross_attention_states.shape[1]
-            )
-            if cross_attention_mask is None:
-                count = cross_attention_states.shape[2] // self.config.tokens_per_frame
-                ids = torch.ones_like(positions) if aspect_ratio_ids is None else aspect_ratio_ids
-                tiles = self._tiles(ids, aspect_ratio_mask, count)  # [B, F, T]
-                seen = seen[..., None] & tiles[:, None]
+            frame_count, size = cross_attention_states.shape[1:3]
+            positions, seen = self._frame_positions(input_ids, position_ids, frame_count)
+            ids = torch.ones_like(positions) if aspect_ratio_ids is None else aspect_ratio_ids
+            tiles = self._tiles(ids, aspect_ratio_mask, size // self.config.tokens_per_frame)
+            seen = seen[..., None] & tiles[:, None]  # [B, S, F, T]
         frames = self._frames(
             x, cross_attention_states, positions, seen, cross_attention_mask, past_key_values
         )
