@@ -64,11 +64,6 @@ class KVCache:
         self.last = torch.full((slots, window + 1), NEVER, device=device)
         self._projection = _fuse(frame_projections(decoder))
 
-    @property
-    def bytes(self) -> int:
-        """Memory of all keys and values."""
-        return sum(x.numel() * x.element_size() for x in (self.text, self.frames))
-
     def reset(self, slot: Slot) -> None:
         """Forgets a slot's frames; its tokens are overwritten."""
         self.first[slot.index], self.last[slot.index] = NEVER, NEVER
