@@ -20,6 +20,9 @@ RENAMED = {  # fields of earlier versions, which are refused, and what they are 
 }
 
 
+POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
+
+
 class ConfigError(ValueError):
     """A wrong configuration. Each line names a field, its value and what is allowed."""
 
@@ -65,9 +68,6 @@ class VisionConfig:
     def num_aspect_ratios(self) -> int:
         """Grids of at most `max_tiles` tiles (8 for 4 tiles)."""
         return len(supported_aspect_ratios(self.max_tiles))
-
-
-POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
 
 
 @dataclass
@@ -195,7 +195,7 @@ class DataConfig:
 
 @dataclass
 class MixtureConfig:
-    """Share of each modality among a run's samples, in any unit (percent, say)."""
+    """Share of each modality among a run's samples, in any unit, such as percent."""
 
     text: float = 0.0
     image: float = 79.0

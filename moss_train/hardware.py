@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils import _device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by what configurations call them
 
 _FACTORIES = (
     "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like",

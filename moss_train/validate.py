@@ -1,4 +1,5 @@
-"""Checks of a configuration, before any process group starts.
+"""Checks of a configuration by itself, before any process group starts (resume.py: against the
+checkpoint that it starts from).
 
 Every problem is one line: the field, its value, what is allowed. All are collected, then raised
 together as a ConfigError.
@@ -7,25 +8,73 @@ together as a ConfigError.
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 from data_pipeline.shards import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
-from moss_train.config import POOLS, AdapterConfig, Config, ConfigError
-from moss_train.hardware import has_cuda
+from moss_train.config import POOLS, Config, ConfigError
+from moss_train.hardware import DTYPES, has_cuda
 from moss_train.model.hf_mapping import unmatched_targets
 
-ATTENTION = ("sdpa", "flash", "te", "flex")
+CHOICES = {
+    "model.attention": ("sdpa", "flash", "te", "flex"),
+    "model.tokens_before_first_frame": ("zero", "attend_all"),
+    "model.dtype": tuple(DTYPES),
+    "model.projector.pool": POOLS,
+    "parallel.recompute": ("none", "selective", "full"),
+    "stage.prompt": ("pretrain", "chat"),
+    "stage.schedule": ("cosine", "linear", "wsd", "constant"),
+    "adapter.name": ("none", "lora"),
+    "hardware.device": ("auto", "cpu", "cuda"),
+    "logger.wandb_mode": ("online", "offline"),
+}
+POSITIVE = (  # or None, where a field may be
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual",
+    "data.global_batch",
+    "data.micro_batch",
+    "data.eval_samples",
+    "data.max_tiles",
+    "data.video_threads",
+    "data.pad_multiple",
+    "data.shuffle_buffer",
+    "data.max_tokens_per_batch",
+    "data.max_frames_per_batch",
+    "trainer.steps",
+    "trainer.checkpoint_every",
+    "trainer.keep_last",
+    "trainer.eval_every",
+    "trainer.max_skipped_steps",
+    "trainer.console_every",
+    "model.vision.frames_per_chunk",
+    "model.text.num_layers",
+    "adapter.rank",
+    "adapter.alpha",
+    "hardware.timeout_s",
+    "stage.video_fps",
+    "stage.video_min_frames",
+)
+SHARES = (  # of 1
+    "stage.decay_ratio",
+    "stage.warmup_ratio",
+    "optimizer.min_lr_ratio",
+    "data.max_bad_ratio",
+    "stage.silence_weight",
+    "stage.swap_probability",
+    "stage.label_smoothing",
+    "stage.z_loss",
+)
 
 
 def validate(config: Config, world_size: int) -> None:
     """Raises ConfigError with a line for everything that is wrong with `config`."""
     problems = [
         *_choices(config),
-        *_positive(config),
+        *_numbers(config),
         *_model(config),
         *check_layout(config, world_size),
         *_batches(config, world_size),
@@ -36,61 +85,23 @@ def validate(config: Config, world_size: int) -> None:
 
 
 def _choices(config: Config) -> Iterator[str]:
-    allowed: dict[str, tuple[object, tuple[str, ...]]] = {
-        "model.attention": (config.model.attention, ATTENTION),
-        "model.tokens_before_first_frame": (
-            config.model.tokens_before_first_frame,
-            ("zero", "attend_all"),
-        ),
-        "model.dtype": (config.model.dtype, ("fp32", "bf16")),
-        "model.projector.pool": (config.model.projector.pool, POOLS),
-        "parallel.recompute": (config.parallel.recompute, ("none", "selective", "full")),
-        "stage.prompt": (config.stage.prompt, ("pretrain", "chat")),
-        "stage.schedule": (config.stage.schedule, ("cosine", "linear", "wsd", "constant")),
-        "adapter.name": (config.adapter.name, ("none", "lora")),
-        "hardware.device": (config.hardware.device, ("auto", "cpu", "cuda")),
-        "logger.wandb_mode": (config.logger.wandb_mode, ("online", "offline")),
-    }
-    for name, (value, choices) in allowed.items():
+    for name, choices in CHOICES.items():
+        value = attrgetter(name)(config)
         if value not in choices:
             yield f"{name}={value}: choose one of {', '.join(choices)}"
 
 
-def _positive(config: Config) -> Iterator[str]:
-    values = {
-        "parallel.tensor": config.parallel.tensor,
-        "parallel.pipeline": config.parallel.pipeline,
-        "parallel.virtual": config.parallel.virtual,
-        "data.global_batch": config.data.global_batch,
-        "data.micro_batch": config.data.micro_batch,
-        "data.eval_samples": config.data.eval_samples,
-        "data.max_tiles": config.data.max_tiles,
-        "data.video_threads": config.data.video_threads,
-        "data.pad_multiple": config.data.pad_multiple,
-        "data.shuffle_buffer": config.data.shuffle_buffer,
-        "trainer.steps": config.steps,
-        "trainer.checkpoint_every": config.trainer.checkpoint_every,
-        "trainer.keep_last": config.trainer.keep_last,
-        "trainer.max_skipped_steps": config.trainer.max_skipped_steps,
-        "trainer.console_every": config.trainer.console_every,
-        "model.vision.frames_per_chunk": config.model.vision.frames_per_chunk,
-        "model.text.num_layers": config.model.text.num_layers,
-        "adapter.rank": config.adapter.rank,
-        "adapter.alpha": config.adapter.alpha,
-        "hardware.timeout_s": config.hardware.timeout_s,
-        "stage.video_fps": config.stage.video_fps,
-        "stage.video_min_frames": config.stage.video_min_frames,
-    }
-    bounds = {
-        "data.max_tokens_per_batch": config.data.max_tokens_per_batch,
-        "data.max_frames_per_batch": config.data.max_frames_per_batch,
-    }
-    bounds["trainer.eval_every"] = config.trainer.eval_every
-    values |= {name: bound for name, bound in bounds.items() if bound is not None}
-    for name, value in values.items():
-        if value <= 0:
+def _numbers(config: Config) -> Iterator[str]:
+    """Each number alone, and those that depend on each other."""
+    for name in POSITIVE:
+        value = attrgetter(name)(config)
+        if value is not None and value <= 0:
             yield f"{name}={value}: must be greater than 0"
-    spike = config.trainer.spike_factor
+    for name in SHARES:
+        value = attrgetter(name)(config)
+        if not 0 <= value <= 1:
+            yield f"{name}={value}: must be between 0 and 1"
+    stage, spike = config.stage, config.trainer.spike_factor
     if spike is not None and spike <= 1:
         yield f"trainer.spike_factor={spike}: must be greater than 1"
     if config.data.workers < 0:
@@ -98,24 +109,12 @@ def _positive(config: Config) -> Iterator[str]:
     if config.lr <= 0:
         yield f"optimizer.lr={config.lr}: must be greater than 0"
     yield from _multipliers(config.optimizer.lr_multipliers)
-    if config.stage.warmup_steps is not None and config.stage.warmup_steps < 0:
-        yield f"stage.warmup_steps={config.stage.warmup_steps}: must be 0 or more"
-    for name, share in (
-        ("stage.decay_ratio", config.stage.decay_ratio),
-        ("stage.warmup_ratio", config.stage.warmup_ratio),
-        ("optimizer.min_lr_ratio", config.optimizer.min_lr_ratio),
-        ("data.max_bad_ratio", config.data.max_bad_ratio),
-        ("stage.silence_weight", config.stage.silence_weight),
-        ("stage.swap_probability", config.stage.swap_probability),
-        ("stage.label_smoothing", config.stage.label_smoothing),
-        ("stage.z_loss", config.stage.z_loss),
-    ):
-        if not 0 <= share <= 1:
-            yield f"{name}={share}: must be between 0 and 1"
-    if config.stage.video_max_frames < config.stage.video_min_frames:
+    if stage.warmup_steps is not None and stage.warmup_steps < 0:
+        yield f"stage.warmup_steps={stage.warmup_steps}: must be 0 or more"
+    if stage.video_max_frames < stage.video_min_frames:
         yield (
-            f"stage.video_max_frames={config.stage.video_max_frames}: must be at least "
-            f"stage.video_min_frames={config.stage.video_min_frames}"
+            f"stage.video_max_frames={stage.video_max_frames}: must be at least "
+            f"stage.video_min_frames={stage.video_min_frames}"
         )
 
 
@@ -307,67 +306,8 @@ def _tokenizer(config: Config) -> Iterator[str]:
         )
 
 
-def _complaints(check, path: str, field: str) -> Iterator[str]:
+def _complaints(check: Callable[[str], object], path: str, field: str) -> Iterator[str]:
     try:
         check(path)
     except (ValueError, OSError) as error:
         yield f"{field}={path}: {error}"
-
-
-def same_architecture(config: Config, saved: dict, where: Path) -> None:
-    """Raises ConfigError where `saved` (a checkpoint's configuration) has another architecture."""
-    from moss_train.config import to_dict
-
-    mine = to_dict(config)["model"]
-    theirs = saved["model"]
-    problems: list[str] = []
-    for part, ignored in (
-        ("vision", ("frames_per_chunk", "recompute")),
-        ("projector", ()),
-        ("text", ()),
-    ):
-        problems += _differences(mine[part], theirs[part], f"model.{part}", ignored, where)
-    if problems:
-        raise ConfigError(problems)
-
-
-def fitting_adapter(config: Config, saved: dict, where: Path, resume: bool) -> None:
-    """Raises ConfigError where the adapters of a checkpoint and of this run cannot go together.
-
-    A resumed run keeps its adapters. A new one may take the same, add some to a checkpoint without
-    any, or have none: then those of the checkpoint are merged.
-    """
-    mine, theirs = asdict(config.adapter), saved.get("adapter", asdict(AdapterConfig()))
-    none = [a["name"] for a in (mine, theirs)].count("none")
-    if none == 2 or mine == theirs or (none == 1 and not resume):
-        return
-    different = [f"{key}={value}" for key, value in mine.items() if theirs[key] != value]
-    raise ConfigError(
-        [f"adapter ({', '.join(different)}): the checkpoint {where} has another one: {theirs}"]
-    )
-
-
-def same_streams(config: Config, streams: int, where: Path) -> None:
-    """Raises ConfigError where the `streams` of a checkpoint cannot be assigned to the replicas."""
-    parallel = config.parallel
-    replicas = world_size_from_environment() // (parallel.tensor * parallel.pipeline)
-    if streams % replicas:
-        raise ConfigError(
-            [
-                f"data-parallel size {replicas}: the {streams} data streams of the checkpoint "
-                f"{where} cannot be assigned evenly: choose one that divides {streams}"
-            ]
-        )
-
-
-def _differences(
-    mine: dict, theirs: dict, name: str, ignored: Iterable[str], where: Path
-) -> Iterator[str]:
-    for key, value in mine.items():
-        if key not in ignored and theirs.get(key) != value:
-            yield f"{name}.{key}={value}: the checkpoint {where} has {theirs.get(key)}"
-
-
-def world_size_from_environment() -> int:
-    """Ranks that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -20,10 +20,10 @@ from moss_train.config import ConfigError, ModelConfig
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
+from moss_train.hardware import DTYPES
 from moss_train.model.hf_mapping import Pattern, patterns, sizes
 
 PROGRAM = "python -m tools.convert_checkpoint"
-DTYPES = ("bf16", "fp32")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -92,7 +92,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_to_hf(to_hf.add_argument)
     for direction in (to_megatron, to_hf):
         add = direction.add_argument
-        add("--dtype", choices=DTYPES, help="dtype to cast to (default: as stored)")
+        add("--dtype", choices=tuple(DTYPES), help="dtype to cast to (default: as stored)")
         add("--stage", help="training stage that made the weights (default: as SRC or RUN says)")
         add("--check-finite", action="store_true", help="refuse weights with NaN or infinity")
         add("--workers", type=int, default=2, help="threads that read and write")

@@ -18,10 +18,11 @@ from moss_train.config import (
     TextConfig,
     VisionConfig,
 )
+from moss_train.hardware import DTYPES
 
 EXTRA_EMBEDDING_ROWS = 8  # transformers builds Mllama's embedding with vocab_size + 8 rows
-DTYPES = {None: "fp32", "float32": "fp32", "bfloat16": "bf16"}
-
+# Our names of dtypes by transformers' names, which are torch's.
+HF_DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 ARCHITECTURES = ("moss", "mllama")
 
@@ -303,7 +304,7 @@ def _dtype(root: _Section, text: _Section) -> str:
         for key in ("dtype", "torch_dtype"):
             if section.has(key):
                 value = str(section.values[key])
-                if value not in DTYPES:
-                    raise section.error(key, value, "float32 or bfloat16")
-                return DTYPES[value]
-    return DTYPES[None]
+                if value not in HF_DTYPES:
+                    raise section.error(key, value, " or ".join(HF_DTYPES))
+                return HF_DTYPES[value]
+    return "fp32"

@@ -1,4 +1,4 @@
-"""Everything in an export that is no weight: configs, tokenizer, code, and where it came from."""
+"""The files of an export beside its weights: configs, tokenizer, code, and where it came from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAINING = "training.json"  # the run that made the weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SOURCE = "source"  # folder of an imported checkpoint: small files of where it came from
 SOURCE_FILES = ("config.json", "generation_config.json", "chat_template.jinja")
-IMPORTED = "imported"  # stage of weights of which nobody says what they were trained for
+IMPORTED = "imported"  # stage of weights whose training is not known
 MOSS_CLASS, PLAIN_CLASS = "MossVideoForConditionalGeneration", "MllamaForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_moss_video.MossVideoConfig",
@@ -103,7 +103,7 @@ class HfFiles:
 def write_files(
     folder: Path, files: HfFiles, dtypes: set[torch.dtype], quantizer: Quantizer | None
 ) -> list[str]:
-    """Writes all that is no weight; returns lines that say what a reader should know."""
+    """Writes all files but the weights; returns lines for the user."""
     floats = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]
     dtype = min(floats, key=lambda kind: kind.itemsize)
     tokenizer = load_tokenizer(files.tokenizer) if files.tokenizer is not None else None

@@ -39,7 +39,7 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-CONTENT = {  # of what our checkpoints say that they hold: see train/checkpoint.py
+CONTENT = {  # metadata of our checkpoints' content, as in train/checkpoint.py
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
@@ -118,9 +118,9 @@ def _read_metadata(path: Path) -> Metadata:
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # pickle raises all kinds
-        raise ConversionError(f"{path}: is no checkpoint's metadata: {error}") from None
+        raise ConversionError(f"{path}: is not the metadata of a checkpoint: {error}") from None
     if not isinstance(metadata, Metadata):
-        raise ConversionError(f"{path}: is no checkpoint's metadata")
+        raise ConversionError(f"{path}: is not the metadata of a checkpoint")
     for stored in (metadata.storage_data or {}).values():
         if Path(stored.relative_path).name != stored.relative_path:
             raise ConversionError(f"{path}: names {stored.relative_path}, outside of its folder")
@@ -144,9 +144,12 @@ class Box:
 
 
 def write_boxes(
-    path: Path, boxes: list[Box], memory: MemoryBudget, say: Callable[[int], None]
+    path: Path, boxes: list[Box], memory: MemoryBudget, on_bytes: Callable[[int], None]
 ) -> tuple[dict[MetadataIndex, _StorageInfo], str]:
-    """Writes a `.distcp` file; returns where each box is, and the file's SHA-256."""
+    """Writes a `.distcp` file; returns where each box is, and the file's SHA-256.
+
+    `on_bytes` is called with the size of each box that is written.
+    """
     places = {}
     file = HashedFile(path)
     for box in boxes:
@@ -155,7 +158,7 @@ def write_boxes(
             torch.save(box.make().contiguous(), cast(Any, file))
         index = MetadataIndex(box.name, box.offsets)
         places[index] = _StorageInfo(path.name, start, file.tell() - start)
-        say(box.bytes)
+        on_bytes(box.bytes)
     return places, file.close()
 
 

@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's form, from strangers: which tensors it has, and one tensor at a time.
+"""Reads a folder in Hugging Face's form, which is not trusted, a tensor at a time.
 
 Weights are read from safetensors. Nothing is unpickled unless that is allowed, and then by torch's
 reader of weights alone. Files are those of the folder: an index cannot point out of it.
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
-DTYPES = {  # safetensors' names
+SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -92,7 +92,7 @@ class HfFolder:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (it is not a dict)
                 part = file.get_slice(name)
-                dtype = DTYPES.get(part.get_dtype())
+                dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise SafetensorError(f"{name} has dtype {part.get_dtype()}, which is unknown")
                 headers.append(Stored(path, name, torch.Size(part.get_shape()), dtype))
@@ -126,8 +126,8 @@ def _files(folder: Path, allow_pickle: bool) -> tuple[dict[str, str] | None, lis
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled and not allow_pickle:
         raise ConversionError(
-            f"{folder}: its weights are pickled ({pickled[0]}), which can run code of whoever made "
-            "them: get the safetensors, or trust it to torch's reader of weights (--allow-pickle)"
+            f"{folder}: its weights are pickled ({pickled[0]}), which can run code: "
+            "get the safetensors, or use torch's reader of weights alone (--allow-pickle)"
         )
     raise ConversionError(f"{folder}: holds neither {SAFE} nor {SAFE}.index.json")
 

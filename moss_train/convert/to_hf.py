@@ -27,14 +27,11 @@ from moss_train.convert.job import (
 )
 from moss_train.convert.megatron_files import WeightFiles
 from moss_train.convert.quantize import Quantizer
-from moss_train.convert.source import ConversionError
+from moss_train.convert.source import SAFETENSORS_DTYPES, ConversionError
+from moss_train.hardware import DTYPES
 from moss_train.model.hf_mapping import Rule, hf_shapes, our_shape, table, to_hf
 
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NAMES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
-    torch.int64: "I64",
-}  # fmt: skip
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 EMBEDDING = "decoder.embedding.weight"
 
 
@@ -81,7 +78,7 @@ class Shard:
 
 
 def convert_megatron(options: ToHf) -> list[str]:
-    """Writes the folder `options.out`; returns lines that say what was made.
+    """Writes the folder `options.out`; returns lines about what was made.
 
     Raises:
         ConversionError, ConfigError: there is no sound checkpoint, or the target cannot hold it.
@@ -101,7 +98,7 @@ def convert_megatron(options: ToHf) -> list[str]:
     files = HfFiles.of(checkpoint, config, target, options.stage, options.tokenizer, options.code)
     source = Source(config, weights)
     quantizer = Quantizer(options.quantize) if options.quantize else None
-    dtype = TORCH[options.dtype] if options.dtype else None
+    dtype = DTYPES[options.dtype] if options.dtype else None
     shards = plan_shards(
         [_tensors(source, rule, dtype, quantizer) for rule in table(config.model)],
         options.max_shard_size,
@@ -220,7 +217,7 @@ def header(shard: Shard) -> bytes:
         for name, (shape, dtype) in group.parts.items():
             end = offset + prod(shape) * dtype.itemsize
             places = {"shape": list(shape), "data_offsets": [offset, end]}
-            entries[name] = {"dtype": NAMES[dtype], **places}
+            entries[name] = {"dtype": SAFETENSORS_NAMES[dtype], **places}
             offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers that follow are aligned
@@ -232,7 +229,7 @@ def write_shards(
     shards: list[Shard],
     parts: Callable[[Tensors], dict[str, Tensor]],
     workers: int,
-    say: Callable[[int], None],
+    on_bytes: Callable[[int], None],
 ) -> dict[str, str]:
     """Writes the shards and their index; returns the files' hashes."""
     largest = max(prod(s) * d.itemsize for _, s, d in _all(shards))
@@ -249,7 +246,7 @@ def write_shards(
                 for name in group.parts:
                     file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
                 del tensors
-            say(group.bytes)
+            on_bytes(group.bytes)
         return file.close()
 
     hashes = run_workers(range(len(shards)), write, workers)

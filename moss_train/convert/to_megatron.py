@@ -48,6 +48,7 @@ from moss_train.convert.megatron_files import (
 )
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.source import ConversionError, HfFolder, read_json
+from moss_train.hardware import DTYPES
 from moss_train.model.hf_mapping import (
     TEXT,
     Rule,
@@ -58,8 +59,7 @@ from moss_train.model.hf_mapping import (
     to_ours,
 )
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_BOX = 256 * 2**20  # bytes: what a rank must read at once to get a part of it
 EMBEDDING = f"{TEXT}embed_tokens.weight"
 
@@ -85,7 +85,7 @@ Read = Callable[[str, torch.Size, slice], Tensor]
 
 
 def convert_hf(options: FromHf) -> list[str]:
-    """Writes the checkpoint `options.out`; returns lines that say what was made.
+    """Writes the checkpoint `options.out`; returns lines about what was made.
 
     Raises:
         ConversionError, ConfigError: the source is not sound, or not what can be converted. Nothing
@@ -107,12 +107,12 @@ def convert_hf(options: FromHf) -> list[str]:
         def read(name: str, shape: torch.Size, rows: slice) -> Tensor:
             return _read_rows(folder, name, shape, rows)
 
-    dtype = TORCH[options.dtype] if options.dtype else None
+    dtype = DTYPES[options.dtype] if options.dtype else None
     if options.dtype or len(dtypes) == 1:
-        model = replace(model, dtype=options.dtype or NAMES[next(iter(dtypes))])
+        model = replace(model, dtype=options.dtype or DTYPE_NAMES[next(iter(dtypes))])
     finite = FiniteCheck(options.check_finite)
     stored = {name: dtype or tensor.dtype for name, tensor in folder.tensors.items()}
-    default = TORCH[model.dtype]
+    default = DTYPES[model.dtype]
 
     def cast(name: str, shape: torch.Size, rows: slice) -> Tensor:
         tensor = read(name, shape, rows).to(stored.get(name, default))
@@ -147,7 +147,7 @@ def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
 
 
 def _fitted(model: ModelConfig, folder: HfFolder) -> ModelConfig:
-    """`model`, with what only the tensors say: rows of the embedding, the merger's stride."""
+    """`model`, with what only the tensors show: rows of the embedding, the merger's stride."""
     embedding, merger = folder.tensors.get(EMBEDDING), folder.tensors.get("patch_merger.weight")
     if embedding is not None and embedding.shape and embedding.shape[0] > model.text.vocab_size:
         extra = embedding.shape[0] - model.text.vocab_size
@@ -207,7 +207,9 @@ def _compare(folder: HfFolder, wanted: dict[str, torch.Size]) -> None:
 
 def _check_dtypes(folder: HfFolder, options: FromHf) -> None:
     odd = {
-        stored.dtype: stored.name for stored in folder.tensors.values() if stored.dtype not in NAMES
+        stored.dtype: stored.name
+        for stored in folder.tensors.values()
+        if stored.dtype not in DTYPE_NAMES
     }
     whole = [dtype for dtype in odd if not dtype.is_floating_point or dtype.itemsize == 1]
     if whole:
@@ -249,7 +251,11 @@ def _boxes(
 
 
 def _write(
-    folder: Path, model: ModelConfig, boxes: list[Box], workers: int, say: Callable[[int], None]
+    folder: Path,
+    model: ModelConfig,
+    boxes: list[Box],
+    workers: int,
+    on_bytes: Callable[[int], None],
 ) -> dict[str, str]:
     """Writes all boxes, a file for each worker; returns the files' hashes."""
     workers = max(1, min(workers, len(boxes)))
@@ -262,7 +268,7 @@ def _write(
     memory = MemoryBudget(3 * max(whole.values()))
 
     def write(number: int) -> tuple[dict, str]:
-        return write_boxes(folder / f"__0_{number}.distcp", parts[number], memory, say)
+        return write_boxes(folder / f"__0_{number}.distcp", parts[number], memory, on_bytes)
 
     written = run_workers(range(workers), write, workers)
     layers = list(_linear_layers(model))

@@ -1,1 +1,1 @@
-"""What a trained model says and when: generation, scores, baselines. In one process."""
+"""Evaluates a trained model in one process: generation, scores, baselines."""

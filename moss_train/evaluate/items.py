@@ -23,7 +23,7 @@ class EvaluationError(ValueError):
 class Item:
     """A sample as tensors, and what is known about its answer.
 
-    source: what its scores are grouped by, `sft/video` say.
+    source: what its scores are grouped by, such as `sft/video`.
     task: `caption`, `narrate`, or the kind of question.
     options: all possible answers; empty: free text.
     speech: real-time samples: (second, sentence) of what is to be said unasked.

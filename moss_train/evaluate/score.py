@@ -1,6 +1,6 @@
 """Scores of one kind of item each: captions, questions, real-time streams.
 
-Every number is a share of 1 unless its name says otherwise. `count` says of how many.
+Every number is between 0 and 1 unless its name gives a unit. `count`: of how many items.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Timeline:
 
 
 def caption_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
-    """Teacher-forced token accuracy of captions; chance says the most frequent token always."""
+    """Teacher-forced token accuracy of captions; chance predicts the most frequent token always."""
     labels = torch.cat(
         [item.encoded.labels[item.encoded.labels != IGNORED_LABEL] for item in items]
     )
@@ -156,7 +156,7 @@ def _with_answer(model: TrainedModel, item: Item, option: str) -> Item:
 
 
 def decision_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
-    """Speak or be silent after each frame, teacher-forced: F1 of speaking.
+    """The decision after each frame, to speak or not, teacher-forced: F1 of speaking.
 
     Chance speaks after as many frames as the data do, at random.
     """
@@ -187,7 +187,7 @@ def _f1(spoken: Tensor, truth: Tensor) -> float:
 
 
 def live_scores(model: TrainedModel, items: Sequence[Item]) -> tuple[list[Score], list[Timeline]]:
-    """Streams played live: events told in time, answers, false alarms."""
+    """Streams played live: events reported in time, answers, false alarms."""
     played = [_timelines(items, streams(model, items, blind=blind)) for blind in (False, True)]
     counts = [_count(items, timelines) for timelines in played]
     source = items[0].source

@@ -45,13 +45,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: TrainedModel, items: Sequence[Item], say: Callable[[str], None] = lambda _: None
+    model: TrainedModel, items: Sequence[Item], on_progress: Callable[[str], None] = lambda _: None
 ) -> Evaluation:
-    """Scores all items, each by what it is; `say` is told about the progress."""
+    """Scores all items, each by what it is; `on_progress` is called with a line for each source."""
     result = Evaluation(str(model.path), model.step)
     for source in sources_of(list(items)):
         own = [item for item in items if item.source == source]
-        say(f"{source}: {len(own)} samples")
+        on_progress(f"{source}: {len(own)} samples")
         captions = [item for item in own if item.sample.kind == "caption"]
         questions = [item for item in own if item.sample.kind == "chat"]
         live = [item for item in own if item.sample.kind == "realtime"]

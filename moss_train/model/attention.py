@@ -21,8 +21,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moss_train.model.packed_text import PackedText
 
-BACKENDS = ("sdpa", "flash", "te", "flex")
-
 Core = Callable[..., Tensor]  # (query, key, value, mask or text) -> as query
 
 

@@ -58,7 +58,7 @@ class Chunk:
 
 
 class Decoder(MegatronModule):
-    """Embedding, a run of layers, final norm and output head: those that `chunk` says."""
+    """Embedding, a run of layers, final norm and output head: those of `chunk`."""
 
     def __init__(
         self,

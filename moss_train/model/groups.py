@@ -40,3 +40,8 @@ class Groups:
     def is_last_stage(self) -> bool:
         """True where the loss is computed."""
         return self.decoder.pp.rank() == self.decoder.pp.size() - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """True on one of the ranks of a replica that compute the loss, whose losses are summed."""
+        return self.is_last_stage and self.decoder.tp.rank() == 0

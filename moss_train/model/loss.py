@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -53,6 +53,15 @@ class Targets:
     count: int
     options: LossOptions
     hits: Tensor | None = None
+
+    def to(self, device: torch.device) -> Targets:
+        """With its tensors on `device`."""
+        return replace(
+            self,
+            positions=self.positions.to(device),
+            tokens=self.tokens.to(device),
+            weights=self.weights.to(device),
+        )
 
 
 def find_targets(labels: Tensor, lengths: list[int], options: LossOptions) -> Targets:

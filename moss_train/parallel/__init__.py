@@ -1,1 +1,1 @@
-"""Parallelism: process groups, the frame exchange, gradients that cross ranks."""
+"""Parallelism: process groups, packing, the frame exchange, schedules, gradient reduction."""

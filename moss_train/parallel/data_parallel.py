@@ -1,4 +1,4 @@
-"""megatron's data parallelism, silent where there is nobody to talk to."""
+"""megatron's data parallelism, without collectives where the group has one rank."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Every rank an eye: frames are encoded by all ranks of a replica, and come back as one tensor.
+"""The frame exchange: the vision encoder is data-parallel over all ranks of a replica.
 
-1. encode: each rank runs the encoder on its share of the frames; the projected states are gathered
-   in the replica and become leaf tensors, one for each microbatch, which the cross-attention of
-   every pipeline stage attends.
-2. (megatron's schedules run the decoder; they accumulate the leaves' gradients.)
-3. return_gradient: these gradients, partial on each rank (its stages, its heads), are summed and
-   scattered to the ranks that own the frames, which run the encoder backward.
+1. encode: each rank runs the encoder on its share of the frames. The projected states are gathered,
+   so that every rank has those of all frames, one tensor for each microbatch. These tensors are
+   detached (leaves of the autograd graph): the cross-attention layers of every pipeline stage read
+   their keys and values from them.
+2. (megatron's schedules run the decoder; the gradient of the states adds up in their `.grad`.)
+3. return_gradient: the gradients, of which each rank has a part (its stages, its heads), are summed
+   and scattered to the ranks that encoded the frames, which run the encoder's backward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from moss_train.parallel.distribute import StepBatch
 
 
 class FrameExchange:
-    """Encodes the frames of a step over a replica. One step at a time."""
+    """Encodes the frames of a step over the ranks of a replica. One step at a time."""
 
     def __init__(self, model: ModelConfig, encoder: VisionEncoder, groups: Groups):
         self.model, self.encoder, self.groups = model, encoder, groups
@@ -31,7 +32,7 @@ class FrameExchange:
         self.tower_trains = any(name.startswith("vision.") for name in trains)
         self.trains = bool(trains)
         self._own: Tensor | None = None  # this rank's projected share, with its graph
-        self._leaves: list[Tensor] = []
+        self._states: list[Tensor] = []  # of each microbatch, detached
         self._counts: list[int] = []  # frames of each share
 
     @property
@@ -40,11 +41,11 @@ class FrameExchange:
         return self.groups.replica.size() // self.groups.vision.tp.size()
 
     def encode(self, step: StepBatch) -> list[Tensor]:
-        """States of each microbatch's frames `[N, T x P, H]`, leaves. A collective."""
+        """States of each microbatch's frames `[N, T x P, H]`, detached. A collective."""
         parts = self.states(step).split([len(batch.ratio_ids) for batch in step.microbatches])
         wanted = self.trains and torch.is_grad_enabled()
-        self._leaves = [part.detach().requires_grad_(wanted) for part in parts]
-        return self._leaves
+        self._states = [part.detach().requires_grad_(wanted) for part in parts]
+        return self._states
 
     def states(self, step: StepBatch) -> Tensor:
         """States of all frames of a step, in order. A collective."""
@@ -95,11 +96,11 @@ class FrameExchange:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def return_gradient(self) -> None:
-        """Runs the encoder backward from the leaves' gradients. A collective."""
-        leaves, own, self._leaves, self._own = self._leaves, self._own, [], None
+        """Runs the encoder's backward pass from the gradients of the states. A collective."""
+        states, own, self._states, self._own = self._states, self._own, [], None
         if not self.trains or sum(self._counts) == 0:
             return
-        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in states]
         gradient = self._scatter(torch.cat(gradients))
         if own is not None:
             torch.autograd.backward(own, gradient[: len(own)].to(own.dtype))

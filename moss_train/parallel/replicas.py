@@ -1,4 +1,7 @@
-"""Parameters that several ranks hold must stay bit-equal: a forgotten sum drifts silently."""
+"""Checks that ranks which hold the same parameters hold the same bits.
+
+Where a gradient is not summed over all of them, they drift apart without an error.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -27,24 +28,47 @@ class DecoderInput:
     targets: Targets
 
 
-def prepare(
+def decoder_input(
+    tokens: Tensor,
+    labels: Tensor,
+    lengths: list[int],
+    plan: FramePlan,
+    states: Tensor,
+    options: LossOptions,
+) -> DecoderInput:
+    """Moves one microbatch from the host, where its attention is planned, to the device.
+
+    Args:
+        tokens, labels: int64 `[T]`, packed; labels are not shifted.
+        lengths: tokens of each sequence; padding follows the last.
+        plan: of the microbatch's N frames.
+        states: projected frames `[N, T x P, H]`, already on the device.
+        options: of the loss.
+    """
+    device = hardware.device()
+    plan = plan.to(device)
+    plan.states = states
+    targets = find_targets(labels, lengths, options).to(device)
+    return DecoderInput(PackedText(tokens.to(device), lengths), plan, targets)
+
+
+def decoder_inputs(
     batches: list[TextBatch],
     states: list[Tensor],
     model: ModelConfig,
     max_tiles: int,
     options: LossOptions,
 ) -> list[DecoderInput]:
-    """Plans attention and loss of each microbatch on the host, then moves it to the device.
+    """Plans the attention of each microbatch, and moves it to the device.
 
     Args:
         states: projected frames of each microbatch `[N, T x P, H]`.
         max_tiles: T.
         options: of the loss.
     """
-    device = hardware.device()
     inputs = []
     for batch, own in zip(batches, states, strict=True):
-        frames = plan_frames(
+        plan = plan_frames(
             batch.frame_sequences,
             batch.frame_positions,
             batch.lengths,
@@ -52,14 +76,8 @@ def prepare(
             tiles=tiles_used(batch.ratio_ids, model.vision).clamp(max=max_tiles),
             max_tiles=max_tiles,
             attend_all=model.tokens_before_first_frame == "attend_all",
-        ).to(device)
-        frames.states = own
-        targets = find_targets(batch.labels, batch.lengths, options)
-        for name in ("positions", "tokens", "weights"):
-            setattr(targets, name, getattr(targets, name).to(device))
-        inputs.append(
-            DecoderInput(PackedText(batch.tokens.to(device), batch.lengths), frames, targets)
         )
+        inputs.append(decoder_input(batch.tokens, batch.labels, batch.lengths, plan, own, options))
     return inputs
 
 
@@ -69,33 +87,52 @@ def run_schedule(
     total: Tensor,
     forward_only: bool = False,
 ) -> Tensor:
-    """Forward and backward of all microbatches of a step.
+    """Forward and backward of all microbatches of a step. A collective.
 
     Args:
         chunks: this rank's decoder chunks, wrapped for data parallelism or bare.
         total: labels in the global batch, fp32 scalar on the device.
+        forward_only: nothing is differentiated.
 
     Returns:
-        Sum of the microbatches' losses on the last stage, zero on the others. With
-        `forward_only`, nothing is differentiated.
+        Sum of the microbatches' losses on the last stage, zero on the others.
     """
 
     def forward(iterator: Iterator[DecoderInput], chunk: nn.Module):
         item = next(iterator)
         return chunk(item.text, item.frames, item.targets, total), _report
 
-    losses = get_forward_backward_func()(
+    losses = _schedule(chunks, inputs, forward, forward_only=forward_only)
+    if not losses:
+        return torch.zeros((), device=hardware.device())
+    return torch.stack(losses).sum()
+
+
+def run_logits(chunks: Sequence[nn.Module], inputs: list[DecoderInput]) -> list[Tensor]:
+    """Logits of each microbatch `[T, V]` on the last stage, `[]` on the others. A collective."""
+
+    def forward(iterator: Iterator[DecoderInput], chunk: nn.Module):
+        item = next(iterator)
+        return chunk(item.text, item.frames), lambda logits, non_loss_data: logits
+
+    return _schedule(chunks, inputs, forward, forward_only=True, collect_non_loss_data=True)
+
+
+def _schedule(
+    chunks: Sequence[nn.Module],
+    inputs: list[DecoderInput],
+    forward: Callable[[Iterator[DecoderInput], nn.Module], Any],
+    **options: bool,
+) -> list[Tensor]:
+    return get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(inputs) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(inputs),
         seq_length=len(inputs[0].text.tokens),
         micro_batch_size=1,  # the sequences of a microbatch are one packed sequence to megatron
-        forward_only=forward_only,
+        **options,
     )
-    if not losses:
-        return torch.zeros((), device=hardware.device())
-    return torch.stack(losses).sum()
 
 
 def _report(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -149,7 +149,7 @@ class Epochs:
     """How often each source that is used has been read in this run."""
 
     def __init__(self, config: Config, done: int):
-        """Goes on after step `done`, as metrics.jsonl of the run folder says."""
+        """Goes on after step `done`, from the counts in the run folder's metrics.jsonl."""
         self.sizes = {s.name: check_source(s.path).samples for s in mixed_sources(config)}
         records = read_metrics(Path(config.run.dir))
         before: dict[str, float] = next(
@@ -169,7 +169,7 @@ class Epochs:
 class BadSamples:
     """The share of unreadable samples among the last `WINDOW` that the job has tried.
 
-    A window, for a long run would not notice for days that its storage has gone.
+    A window, since a long run would take days to notice that its storage is gone.
     """
 
     WINDOW = 10_000  # samples, or one step's where these are more

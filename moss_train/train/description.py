@@ -1,4 +1,4 @@
-"""run.json: what a run was, for whoever finds its folder later."""
+"""run.json of a run folder: configuration, versions, commit, layout, parameter counts."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ What is needed, as opposed to what is computed:
 - a frozen tower runs forward only. With a frozen decoder the gradient runs from the loss down to
   the K and V of the first cross-attention layer, and stops there: no weights, no queries of that
   layer, no layer below it, and no backward pass for sequences without a frame;
-- a forward pass that runs a second time is no model FLOP: see `StepFlops.recomputed`.
+- a forward pass that runs a second time does not count: see `StepFlops.recomputed`.
 
 The counts are totals over all ranks, whatever the layout. FLOP/s of a rank are
 `total / step_time_s / ranks`.
@@ -224,7 +224,7 @@ def _vision(model: ModelConfig, trained: TrainedParts, frames: int, tiles: int) 
 
 
 def _projector(model: ModelConfig, trained: TrainedParts, tiles: int) -> Part:
-    """The projection of `tiles` tiles; pooling without weights is no matrix product."""
+    """The projection of `tiles` tiles; pooling without weights costs no matrix product."""
     width, stride = model.vision.output_size, model.projector.stride
     tokens = tiles * pooled_tokens(model)
     fused = model.projector.pool == "channel_fusion"

@@ -15,7 +15,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from moss_train.train.metrics import read_metrics
 
 WINDOW = 100  # accepted losses whose median a spike is measured against
-ENOUGH = 10  # before that many there is no median to speak of
+ENOUGH = 10  # accepted losses without which no median is taken
 BAD_STEPS_FILE = "bad_steps.jsonl"
 
 REASONS = (

@@ -48,10 +48,11 @@ class StepMetrics:
     lr: learning rate of this step's update.
     grad_norm: of all parameters, before clipping.
     samples, tokens, frames: conversations, text tokens without padding, frames of the step.
-    step_time_s: wall time from the end of the step before, waiting for data included, seconds.
+    step_time_s: wall time from asking for the batch to updated weights, seconds; without
+        validation and saving.
     model_tflops_per_s_per_rank: 1e12 model FLOPs a second on a rank (flops.py), mean over ranks.
     memory_gb: peak memory of the rank that used most, 1e9 bytes.
-    data_wait_s: of step_time_s, the time the slowest rank waited for data, seconds.
+    data_wait_s: of step_time_s, the time that the slowest rank waited for its batch, seconds.
     skipped_samples: samples left out on the way to this step, as they could not be read.
     skipped_steps: steps so far whose update was left out (guard.py), this one included.
     frames_per_rank_max, frames_per_rank_mean: frames encoded by a rank in this step; the busiest

@@ -28,30 +28,23 @@ from moss_train.train.param_groups import Counts, group_overrides
 
 @dataclass
 class TrainState:
-    """The model as it trains on this rank.
+    """What trains on this rank, and how: wrapped modules, optimizer, schedule.
 
     chunks: decoder chunks, wrapped for data parallelism where any of the decoder trains.
     encoder: the wrapped vision encoder, None where all of it is frozen.
+    last_lr: learning rate of the last update, of parameters without a multiplier.
     """
 
     chunks: list[nn.Module]
     encoder: DataParallel | None
     optimizer: GuardedOptimizer
     scheduler: OptimizerParamScheduler
+    last_lr: float = 0.0
 
     @property
     def wrapped_chunks(self) -> list[DataParallel]:
         """The chunks whose gradients must be reduced."""
         return [chunk for chunk in self.chunks if isinstance(chunk, DataParallel)]
-
-    @property
-    def last_lr(self) -> float:
-        """Learning rate of the last update (the schedule already stands at the next)."""
-        before = self.scheduler.num_steps
-        self.scheduler.num_steps = before - 1
-        rate = self.scheduler.get_lr({})  # of parameters without a multiplier
-        self.scheduler.num_steps = before
-        return rate
 
     def set_step(self, done: int) -> None:
         """Puts the schedule where it stands after `done` updates."""
@@ -66,10 +59,11 @@ class TrainState:
                 chunk.enable_forward_pre_hook()
 
     def update(self, allows: Callable[[float], bool]) -> float:
-        """Clips and updates, if `allows` says so of the gradient norm, which is returned."""
+        """Clips and updates, if `allows` returns True for the gradient norm, which is returned."""
         self.optimizer.allows = allows
         _, norm, _ = self.optimizer.step()
-        self.scheduler.step(1)
+        self.last_lr = self.scheduler.get_lr({})
+        self.scheduler.step(1)  # to the rate of the next update
         return float(norm or 0.0)
 
     def zero_gradients(self) -> None:

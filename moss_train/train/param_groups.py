@@ -18,7 +18,7 @@ from moss_train.model.moss_video import MossVideo
 PARTS = ("vision", "projector", "decoder")
 NO_DECAY = ("*norm*", "*gate*", "*.bias")
 EMBEDDINGS = ("*class_embedding", "*position.embedding", "*embedding.weight")
-# A convolution, whatever its name says.
+# A convolution, in spite of its name.
 NOT_EMBEDDINGS = ("*patch_embedding.*",)
 
 
@@ -35,7 +35,7 @@ class Counts:
     patterns: dict[str, int]
 
     def lines(self) -> Iterator[str]:
-        """What a log says of them."""
+        """Lines for the log."""
         for pattern, count in self.patterns.items():
             yield f"trains {pattern}: {count:,} parameters"
         parts = (f"{part} {self.trained[part]:,} of {self.total[part]:,}" for part in PARTS)
@@ -45,7 +45,7 @@ class Counts:
 def freeze(model: MossVideo, patterns: list[str]) -> Counts:
     """Leaves trainable only the parameters whose names match one of `patterns` (fnmatch).
 
-    Of an adapted decoder the adapters train, whatever the patterns say, and nothing else.
+    Of an adapted decoder the adapters train, whatever the patterns are, and nothing else.
     A collective. Raises ConfigError where a pattern matches no parameter.
     """
     if model.adapted:

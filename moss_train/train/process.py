@@ -1,4 +1,4 @@
-"""This process as a rank of the job: joining it, and being asked to leave."""
+"""This process as a rank of the job: joins the process group, catches signals."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.gradients import reduce_gradients
-from moss_train.parallel.schedule import DecoderInput, prepare, run_schedule
+from moss_train.parallel.schedule import DecoderInput, decoder_inputs, run_schedule
 from moss_train.train.flops import StepCounts, count_microbatch
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import TrainState
@@ -47,6 +47,29 @@ class StepResult:
     memory_gb: float
 
 
+class StepDecision:
+    """Whether a step may update the weights, made by all ranks together.
+
+    The optimizer asks between the gradient norm and the update. What all ranks need the maximum of
+    travels in the same reduction.
+
+    maxima: over the ranks, of `peaks`, once it is decided.
+    refused: why the weights may not be updated; None: they may.
+    """
+
+    def __init__(self, guard: Guard, loss: float, peaks: list[float]):
+        """`loss`: of the global batch. `peaks`: of this rank."""
+        self.guard, self.loss, self.maxima = guard, loss, peaks
+        self.refused: str | None = None
+
+    def __call__(self, grad_norm: float) -> bool:
+        """Decides. A collective."""
+        verdict = self.guard.verdict(self.loss, grad_norm)
+        worst, *self.maxima = _reduce([verdict, *self.maxima], dist.ReduceOp.MAX)
+        self.refused = self.guard.record(int(worst), self.loss)
+        return self.refused is None
+
+
 class TrainStep:
     """Runs steps on this rank; every rank calls it together."""
 
@@ -69,32 +92,21 @@ class TrainStep:
         self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False
     ) -> StepResult:
         """Forward, backward and update on `batch`; `stop`: this rank wants the job to end."""
-        loss, counts, padded = self.forward_backward(batch)
-        groups = self.model.groups
-        last = groups.is_last_stage and groups.decoder.tp.rank() == 0
-        own = len(batch.frames)
+        own_loss, counts, padded = self.forward_backward(batch)
+        frames = len(batch.frames)
         names = [source.name for source in self.config.data.sources]
         read = Counter(key.partition("/")[0] for key in batch.keys)
-        sums = (loss.item() if last else 0.0, sum(batch.skipped.values()), stop, own)
-        total_loss, skipped, stops, encoded, *samples = _reduce(
-            (*sums, *(read[name] for name in names)), dist.ReduceOp.SUM
-        )
-        refused: str | None = None
-        peaks: list[float] = [own, data_wait_s, hardware.peak_memory_gb()]
-
-        def allows(norm: float) -> bool:
-            nonlocal refused, peaks
-            verdict = self.guard.verdict(total_loss, norm)
-            worst, *peaks = _reduce((verdict, *peaks), dist.ReduceOp.MAX)
-            refused = self.guard.record(int(worst), total_loss)
-            return refused is None
-
-        grad_norm = self.state.update(allows)
-        most_frames, longest_wait, most_memory = peaks
+        sums = [own_loss.item() if self.model.groups.reports_loss else 0.0]
+        sums += [sum(batch.skipped.values()), stop, frames, *(read[name] for name in names)]
+        loss, skipped, stops, encoded, *samples = _reduce(sums, dist.ReduceOp.SUM)
+        peaks = [frames, data_wait_s, hardware.peak_memory_gb()]
+        decision = StepDecision(self.guard, loss, peaks)
+        grad_norm = self.state.update(decision)
+        most_frames, longest_wait, most_memory = decision.maxima
         return StepResult(
-            loss=total_loss,
+            loss=loss,
             grad_norm=grad_norm,
-            refused=refused,
+            refused=decision.refused,
             counts=counts,
             padded_tokens=padded,
             skipped=int(skipped),
@@ -121,7 +133,7 @@ class TrainStep:
     def prepare(self, batch: StepBatch, loss: LossOptions | None = None) -> list[DecoderInput]:
         """Encodes the frames and plans each microbatch; `loss`: None for that of training."""
         states = self.exchange.encode(batch)
-        return prepare(
+        return decoder_inputs(
             batch.microbatches,
             states,
             self.config.model,
@@ -143,7 +155,7 @@ class TrainStep:
         return StepCounts(*totals), padded
 
 
-def _reduce(values: tuple[float, ...], op: dist.ReduceOp.RedOpType) -> list[float]:
+def _reduce(values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
     """Reduces a few numbers over all ranks."""
     tensor = torch.tensor(values, dtype=torch.float64, device=hardware.device())
     dist.all_reduce(tensor, op)

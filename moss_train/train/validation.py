@@ -55,14 +55,13 @@ class Validator:
     def _sums(self, source: SourceConfig) -> torch.Tensor:
         """This rank's part of (losses, labels, hits), summed over `source`, fp64 `[3]`."""
         samples = self._samples(source) if self.groups.is_leader else iter(())
-        has_loss = self.groups.is_last_stage and self.groups.decoder.tp.rank() == 0
         sums = torch.zeros(3, dtype=torch.float64, device=hardware.device())
         while reads := self._agree(batches := self._next(samples)):
             batch = self.reader.distribute(iter(batches) if self.groups.is_leader else None, reads)
             inputs = self.step.prepare(batch, self.options)
             one = torch.ones((), device=hardware.device())
             loss = run_schedule(self.step.state.chunks, inputs, one, forward_only=True)
-            if has_loss:
+            if self.groups.reports_loss:
                 sums[0] += loss
                 sums[1] += sum(item.targets.count for item in inputs)
                 sums[2] += sum(int(item.targets.hits or 0) for item in inputs)

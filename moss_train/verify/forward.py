@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL
 from moss_train import hardware
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import HardwareConfig, ParallelConfig, from_dict
 from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
-from moss_train.model.loss import LossOptions, find_targets
+from moss_train.model.loss import LossOptions
 from moss_train.model.moss_video import MossVideo
-from moss_train.model.packed_text import PackedText
 from moss_train.parallel.process_groups import build_groups
-from moss_train.parallel.schedule import DecoderInput, run_schedule
+from moss_train.parallel.schedule import DecoderInput, decoder_input, run_logits, run_schedule
 from moss_train.train.checkpoint import load_weights
 from moss_train.train.process import start_process_group
 from moss_train.verify.case import Case, ForwardJob, read_case
@@ -59,9 +56,9 @@ def run_forward(model: MossVideo, case: Case, greedy: int) -> dict[str, Tensor]:
     dtype = model.encoder.vision.class_embedding.dtype
     pixels = case.pixels.flatten(0, 1).to(device, dtype)
     states = model.encoder(pixels, case.ratio_ids.flatten().to(device))
-    items = [decoder_input(model, case, row, states) for row in range(len(case.tokens))]
+    items = [row_input(model, case, row, states) for row in range(len(case.tokens))]
     count = float(sum(item.targets.count for item in items))
-    logits = step_logits(model.chunks, items)
+    logits = run_logits(model.chunks, items)
     loss = run_schedule(model.chunks, items, torch.tensor(count, device=device), forward_only=True)
     out = {"loss": loss[None].float()}
     if greedy:
@@ -71,7 +68,7 @@ def run_forward(model: MossVideo, case: Case, greedy: int) -> dict[str, Tensor]:
     return out
 
 
-def frames_of_batch(
+def plan_case(
     positions: Tensor, mask: Tensor, lengths: list[int], attend_all: bool, total: int | None = None
 ) -> FramePlan:
     """FramePlan of a batch in HF's form, its rows packed one after the other.
@@ -102,21 +99,23 @@ def frames_of_batch(
     )
 
 
-def decoder_input(model: MossVideo, case: Case, row: int, states: Tensor) -> DecoderInput:
+def row_input(model: MossVideo, case: Case, row: int, states: Tensor) -> DecoderInput:
     """One row of a case as a microbatch; `states` are of the whole case `[B x F, T x P, H]`."""
-    device = hardware.device()
     rows, lengths = slice(row, row + 1), case.lengths[row : row + 1]
-    attend_all = model.config.tokens_before_first_frame == "attend_all"
-    tokens = _padded(model, case.tokens[row])
-    frames = frames_of_batch(
-        case.positions[rows], case.mask[rows], lengths, attend_all, len(tokens)
-    ).to(device)
-    frames.states = states.unflatten(0, case.ratio_ids.shape)[row]
+    tokens, labels = (
+        _padded(model, case.tokens[row]),
+        _padded(model, case.labels[row], IGNORED_LABEL),
+    )
+    plan = plan_case(
+        case.positions[rows], case.mask[rows], lengths, _attends_all(model), len(tokens)
+    )
+    own = states.unflatten(0, case.ratio_ids.shape)[row]
     options = LossOptions(case.silence_id, case.silence_weight)
-    targets = find_targets(_padded(model, case.labels[row], IGNORED_LABEL), lengths, options)
-    for name in ("positions", "tokens", "weights"):
-        setattr(targets, name, getattr(targets, name).to(device))
-    return DecoderInput(PackedText(tokens.to(device), lengths), frames, targets)
+    return decoder_input(tokens, labels, lengths, plan, own, options)
+
+
+def _attends_all(model: MossVideo) -> bool:
+    return model.config.tokens_before_first_frame == "attend_all"
 
 
 def _padded(model: MossVideo, row: Tensor, value: int = 0) -> Tensor:
@@ -124,43 +123,22 @@ def _padded(model: MossVideo, row: Tensor, value: int = 0) -> Tensor:
     return torch.nn.functional.pad(row, (0, -len(row) % model.parallel.tensor), value=value)
 
 
-def step_logits(chunks: Sequence[nn.Module], items: list[DecoderInput]) -> list[Tensor]:
-    """Logits of each microbatch `[T, V]`, on the last stage; elsewhere nothing."""
-
-    def forward(iterator: Iterator[DecoderInput], chunk: nn.Module):
-        item = next(iterator)
-        return chunk(item.text, item.frames), lambda logits, non_loss_data: logits
-
-    return get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[iter(items) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(items),
-        seq_length=len(items[0].text.tokens),
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-
-
 def greedy_tokens(model: MossVideo, case: Case, states: Tensor, count: int) -> Tensor:
     """Greedy tokens that follow the first row, each from a full forward pass. A collective."""
-    device, own = hardware.device(), case.lengths[0]
+    own, last = case.lengths[0], dist.get_world_size() - 1  # the last rank is on the last stage
     tokens, mask = case.tokens[0, :own], case.mask[:1, :own]
-    attend_all = model.config.tokens_before_first_frame == "attend_all"
+    states = states[: case.ratio_ids.shape[1]]
     new: list[Tensor] = []
     while len(new) < count:
-        row, length = _padded(model, tokens), len(tokens)
-        frames = frames_of_batch(case.positions[:1], mask, [length], attend_all, len(row))
-        frames.states = states[: case.ratio_ids.shape[1]]
-        text = PackedText(row.to(device), [length])
-        nothing = find_targets(torch.full_like(row, IGNORED_LABEL), [length], LossOptions(-1))
-        item = DecoderInput(text, frames.to(device), nothing)
+        row, lengths = _padded(model, tokens), [len(tokens)]
+        plan = plan_case(case.positions[:1], mask, lengths, _attends_all(model), len(row))
+        unlabelled = torch.full_like(row, IGNORED_LABEL)
+        item = decoder_input(row, unlabelled, lengths, plan, states, LossOptions(-1))
         with torch.no_grad():
-            logits = step_logits(model.chunks, [item])
-        best = torch.zeros((), dtype=torch.long, device=device)
-        best = logits[0][length - 1].argmax() if logits else best
-        dist.broadcast(best, dist.get_world_size() - 1)  # the last rank is on the last stage
+            logits = run_logits(model.chunks, [item])
+        best = torch.zeros((), dtype=torch.long, device=hardware.device())
+        best = logits[0][len(tokens) - 1].argmax() if logits else best
+        dist.broadcast(best, last)
         new.append(best.cpu())
         tokens = torch.cat((tokens, best.cpu()[None]))
         mask = torch.cat((mask, mask[:, -1:]), dim=1)

@@ -19,9 +19,9 @@ from moss_train.convert.weights import export, fill
 from moss_train.model.groups import Groups
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.vision import concatenate_states
-from moss_train.parallel.schedule import run_schedule
+from moss_train.parallel.schedule import run_logits, run_schedule
 from moss_train.verify.case import Case
-from moss_train.verify.forward import decoder_input, greedy_tokens, step_logits
+from moss_train.verify.forward import greedy_tokens, row_input
 
 CASES = ("image", "video", "video_padded", "realtime")
 MLLAMA = Path(__file__).resolve().parents[2] / "golden" / "mllama.safetensors"
@@ -91,9 +91,9 @@ def run_case(model: MossVideo, case: Case) -> dict[str, Tensor]:
     projected = model.encoder.projector(pooled)
     leaf = projected.detach().requires_grad_()
 
-    items = [decoder_input(model, case, row, leaf) for row in range(batch)]
+    items = [row_input(model, case, row, leaf) for row in range(batch)]
     total = torch.tensor(float(sum(item.targets.count for item in items)))
-    logits = step_logits(model.chunks, items)
+    logits = run_logits(model.chunks, items)
     loss = run_schedule(model.chunks, items, total)
     assert leaf.grad is not None
     dist.all_reduce(leaf.grad, group=groups.replica)

@@ -9,7 +9,7 @@ from moss_train.config import ParallelConfig
 from moss_train.convert.weights import export
 from moss_train.model.packed_text import PackedText
 from moss_train.verify.case import Case
-from moss_train.verify.forward import frames_of_batch
+from moss_train.verify.forward import plan_case
 from tests.conftest import SHARED
 from tests.moss_train.model.golden import (
     CASES,
@@ -50,7 +50,7 @@ def test_moss_video_matches_its_published_modules(name, shared, moss):
 
 def test_packed_rows_match_too(shared, moss):
     case = golden_case(shared / "golden", "video_padded")
-    frames = frames_of_batch(case.positions, case.mask, case.lengths, attend_all=True)
+    frames = plan_case(case.positions, case.mask, case.lengths, attend_all=True)
     frames.states = moss.encoder(case.pixels.flatten(0, 1), case.ratio_ids.flatten())
     kept = case.attention_mask.bool()
     assert not kept.all()

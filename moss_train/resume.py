@@ -1,0 +1,101 @@
+"""Which checkpoint a run starts from, and whether it fits the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from moss_train.checkpoint_dir import find, read_run, read_streams
+from moss_train.config import AdapterConfig, Config, ConfigError, to_dict
+
+
+def find_resume(config: Config, world_size: int) -> Path | None:
+    """The checkpoint that this run continues, None for a new one; checks `init_from` too.
+
+    Raises:
+        ConfigError: a named checkpoint is missing or damaged, or does not fit the configuration.
+    """
+    resume, init_from = config.trainer.resume, config.init_from
+    own = checkpoint = find(Path(config.run.dir))
+    if resume != "auto":
+        checkpoint = None if resume == "none" else _must_find("trainer.resume", resume)
+    if own is not None and (
+        checkpoint is None or read_run(own)["step"] > read_run(checkpoint)["step"]
+    ):
+        # Later steps of another course of training would be taken for this one's.
+        raise ConfigError(
+            [f"trainer.resume={resume}: {own} is ahead of that: choose another run.dir"]
+        )
+    if checkpoint is not None:
+        saved = read_run(checkpoint)
+        if saved.get("weights_only"):
+            raise ConfigError(
+                [f"trainer.resume={checkpoint}: holds weights alone: start from it with init_from"]
+            )
+        check_architecture(config, saved["config"], checkpoint)
+        check_adapter(config, saved["config"], checkpoint, resume=True)
+        check_streams(config, len(read_streams(checkpoint)), checkpoint, world_size)
+    elif init_from is not None:
+        source = _must_find("init_from", init_from)
+        saved = read_run(source)
+        check_architecture(config, saved["config"], source)
+        check_adapter(config, saved["config"], source, resume=False)
+    return checkpoint
+
+
+def _must_find(field: str, value: str) -> Path:
+    path = find(Path(value))
+    if path is None:
+        raise ConfigError([f"{field}={value}: no complete checkpoint there: give a run folder"])
+    return path
+
+
+def check_architecture(config: Config, saved: dict, checkpoint: Path) -> None:
+    """Raises ConfigError where `saved` (the checkpoint's configuration) has another model."""
+    mine, theirs = to_dict(config)["model"], saved["model"]
+    problems: list[str] = []
+    for part, ignored in (
+        ("vision", ("frames_per_chunk", "recompute")),
+        ("projector", ()),
+        ("text", ()),
+    ):
+        problems += _differences(mine[part], theirs[part], f"model.{part}", ignored, checkpoint)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _differences(
+    mine: dict, theirs: dict, name: str, ignored: Iterable[str], checkpoint: Path
+) -> Iterator[str]:
+    for key, value in mine.items():
+        if key not in ignored and theirs.get(key) != value:
+            yield f"{name}.{key}={value}: the checkpoint {checkpoint} has {theirs.get(key)}"
+
+
+def check_adapter(config: Config, saved: dict, checkpoint: Path, resume: bool) -> None:
+    """Raises ConfigError where the adapters of a checkpoint and of this run cannot go together.
+
+    A resumed run keeps its adapters. A new one may take the same, add some to a checkpoint without
+    any, or have none: then those of the checkpoint are merged.
+    """
+    mine, theirs = asdict(config.adapter), saved.get("adapter", asdict(AdapterConfig()))
+    without = [adapter["name"] for adapter in (mine, theirs)].count("none")
+    if without == 2 or mine == theirs or (without == 1 and not resume):
+        return
+    different = [f"{key}={value}" for key, value in mine.items() if theirs[key] != value]
+    raise ConfigError(
+        [f"adapter ({', '.join(different)}): the checkpoint {checkpoint} has another one: {theirs}"]
+    )
+
+
+def check_streams(config: Config, streams: int, checkpoint: Path, world_size: int) -> None:
+    """Raises ConfigError where the checkpoint's data streams cannot be assigned to the replicas."""
+    replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    if streams % replicas:
+        raise ConfigError(
+            [
+                f"data-parallel size {replicas}: the {streams} data streams of the checkpoint "
+                f"{checkpoint} cannot be assigned evenly: choose one that divides {streams}"
+            ]
+        )
