@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,19 @@ def is_complete(path: Path) -> bool:
         return all((path / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def write_complete(path: Path) -> None:
+    """Writes `complete.json`, the last file of a checkpoint, and brings it to the disk."""
+    files = {
+        str(file.relative_to(path)): file.stat().st_size
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+    with (path / "complete.json").open("w") as out:
+        json.dump({"files": files}, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def find(where: Path) -> Path | None:

@@ -6,7 +6,7 @@ the Hydra names, which a user overrides on the command line (`stage.lr=1e-4`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,11 @@ class MixtureConfig:
     text: float = 0.0
     image: float = 79.0
     video: float = 21.0
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """The modalities that have a share, with it."""
+        return {name: share for name, share in asdict(self).items() if share > 0}
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""One logger; on ranks other than 0 it keeps to errors."""
+"""One logger: date, host, rank, level, message. Ranks other than 0 log errors only."""
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 
 log = logging.getLogger("moss_train")
@@ -11,11 +12,13 @@ log = logging.getLogger("moss_train")
 
 def configure() -> None:
     """Sets up the logger of this process; silences other libraries' advice on every rank."""
+    host, rank = socket.gethostname().partition(".")[0], os.environ.get("RANK", "0")
+    form = f"%(asctime)s {host} rank {rank} %(levelname)s %(message)s"
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
     log.handlers = [handler]
     log.propagate = False
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    log.setLevel(logging.INFO if rank == "0" else logging.ERROR)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     for module in ("megatron", "torch", "apex", "transformer_engine"):
         warnings.filterwarnings("ignore", module=rf"{module}\..*")

@@ -264,13 +264,8 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
-def mixture(config: Config) -> dict[str, float]:
-    """Share of each modality, of those that are asked for."""
-    return {name: share for name, share in asdict(config.stage.mixture).items() if share > 0}
-
-
 def _data(config: Config) -> Iterator[str]:
-    shares = mixture(config)
+    shares = config.stage.mixture.wanted
     if not shares:
         yield f"stage.mixture={asdict(config.stage.mixture)}: no modality has a share"
     present = {source.modality for source in config.data.sources}

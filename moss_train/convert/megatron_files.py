@@ -39,7 +39,7 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-CONTENT = {  # metadata of our checkpoints' content, as in train/checkpoint.py
+CONTENT = {  # metadata of our checkpoints' content, also of those that train/checkpoint.py saves
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipeline.progress import Progress
+from moss_train.checkpoint_dir import write_complete
 from moss_train.config import (
     Config,
     DataConfig,
@@ -128,7 +128,7 @@ def convert_hf(options: FromHf) -> list[str]:
         lines = _describe(partial, options, model)
         facts = {"source": str(source), "tensors": len(folder.tensors), "bytes": size}
         write_manifest(partial, hashes, facts)
-        _complete(partial)
+        write_complete(partial)
     return [progress.summary(), *lines]
 
 
@@ -338,13 +338,3 @@ def _copy(source: Path, out: Path, names: tuple[str, ...] | list[str]) -> None:
         if (source / name).is_file():
             out.mkdir(exist_ok=True)
             shutil.copyfile(source / name, out / name)
-
-
-def _complete(folder: Path) -> None:
-    """What makes a checkpoint a complete one: see moss_train/checkpoint_dir.py."""
-    files: dict[str, Any] = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    (folder / "complete.json").write_text(json.dumps({"files": files}, indent=1))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -27,19 +26,14 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_pipeline.atomic import write_atomically
-from moss_train.checkpoint_dir import checkpoints_folder, is_complete, read_run
+from moss_train.checkpoint_dir import checkpoints_folder, is_complete, read_run, write_complete
 from moss_train.config import AdapterConfig, Config, to_dict
+from moss_train.convert.megatron_files import CONTENT
 from moss_train.log import log
 from moss_train.model.lora import adapt, is_adapter, merge
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import TrainState
 
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-    "non_homogeneous_layers": True,
-}
 # megatron-core 0.19's own default for asynchronous saving is another package.
 _HAS_STRATEGIES = "async_strategy" in signature(dist_checkpointing.save).parameters
 _STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
@@ -75,7 +69,7 @@ class Checkpointer:
                 self._sharded_state(loading=False),
                 str(temporary),
                 async_sharded_save=self.queue is not None,
-                content_metadata=_METADATA,
+                content_metadata=CONTENT,
                 **_STRATEGY,
             )
 
@@ -147,7 +141,7 @@ class Checkpointer:
         state: dict[str, Any] = {
             "model": model,
             "optimizer": self.state.optimizer.sharded_state_dict(
-                flat, is_loading=loading, metadata=_METADATA
+                flat, is_loading=loading, metadata=CONTENT
             ),
         }
         if random_state:
@@ -182,15 +176,7 @@ class Checkpointer:
         (folder / "run.json").write_text(json.dumps(run, indent=1))
         encoded = [base64.b64encode(stream).decode() for stream in streams]
         (folder / "streams.json").write_text(json.dumps(encoded))
-        files = {
-            str(path.relative_to(folder)): path.stat().st_size
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-        with (folder / "complete.json").open("w") as out:
-            json.dump({"files": files}, out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
+        write_complete(folder)
 
     def _publish(self, temporary: Path, target: Path) -> None:
         """Gives the checkpoint its name; removes old ones, and those that are damaged."""
@@ -241,8 +227,8 @@ def _set_model(model: MossVideo, parts: dict[str, dict[str, Any]]) -> None:
 
 
 def _model_state(model: MossVideo) -> dict[str, dict[str, Any]]:
-    vision = _METADATA | {"dp_cp_group": model.groups.vision.dp_cp}
-    decoder = _METADATA | {"dp_cp_group": model.groups.decoder.dp_cp}
+    vision = CONTENT | {"dp_cp_group": model.groups.vision.dp_cp}
+    decoder = CONTENT | {"dp_cp_group": model.groups.decoder.dp_cp}
     state = {"encoder": _strip(model.encoder.sharded_state_dict("", (), vision), "")}
     for number, chunk in enumerate(model.chunks):
         sharded = chunk.sharded_state_dict("decoder.", (), decoder)

@@ -18,7 +18,6 @@ from moss_train.model.groups import Groups
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.packing import Bounds
 from moss_train.train.metrics import read_metrics
-from moss_train.validate import mixture
 
 
 def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> Loader:
@@ -93,7 +92,7 @@ class StepReader:
 
 def mixed_sources(config: Config) -> list[Source]:
     """The sources with their share of all samples: the modality's, divided by their weights."""
-    shares = mixture(config)
+    shares = config.stage.mixture.wanted
     wanted = [source for source in config.data.sources if source.modality in shares]
     sums = dict.fromkeys(shares, 0.0)
     for source in wanted:
