@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
+from data_pipeline.pixels import to_rgb
 from data_pipeline.schema import SampleError
 
 # Means and deviations of Llama-3.2-Vision's image processor (CLIP's), for RGB in 0..1.
@@ -78,23 +80,30 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """JPEG, PNG, ... bytes -> uint8 [3, H, W], upright; transparency is put on white.
+    """JPEG, PNG, ... bytes -> uint8 [3, H, W], with the pixels of `to_rgb`.
 
     Strides are those of [H, W, 3] or [H, W, 4]. Raises SampleError(`undecodable_image`).
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            ImageOps.exif_transpose(opened, in_place=True)
-            upright: Image.Image = opened
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                layer = upright.convert("RGBA")
-                white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-                upright = Image.alpha_composite(white, layer)
-            # convert() copies the pixels even where there is nothing to convert.
-            pixels = _pixels(upright if upright.mode == "RGB" else upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return _pixels(to_rgb(opened)).permute(2, 0, 1)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
-    return pixels.permute(2, 0, 1)
+
+
+def picture_pixels(picture: Any) -> Tensor:
+    """A PIL image, an array or a tensor, as `to_rgb` takes them -> uint8 [3, H, W].
+
+    Raises SampleError(`undecodable_image`).
+    """
+    try:
+        return _pixels(to_rgb(picture)).permute(2, 0, 1)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise SampleError("undecodable_image", str(error)) from None
 
 
 def _pixels(image: Image.Image) -> Tensor:

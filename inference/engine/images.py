@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.images import decode_image, tile_into
+from data_pipeline.images import decode_image, picture_pixels, tile_into
 from data_pipeline.schema import SampleError
 
 Picture = Tensor | np.ndarray | Image.Image | bytes
@@ -20,12 +20,14 @@ Picture = Tensor | np.ndarray | Image.Image | bytes
 def as_picture(image: Picture) -> Tensor:
     """A PIL image, an array [H, W, 3], a tensor [3, H, W] (uint8 each) or a JPEG's bytes.
 
-    Raises SampleError(`undecodable_image`) for broken bytes, TypeError for anything else.
+    Bytes and PIL images have the pixels of `data_pipeline.pixels.to_rgb`. Raises
+    SampleError(`undecodable_image`) where they are broken or have no stated range, TypeError for
+    anything else.
     """
     if isinstance(image, bytes):
         return decode_image(image)
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return picture_pixels(image)
     kind: Any = image
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)

@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin, __version__
 
+from .pixels_moss_video import to_rgb
+
 IMAGE, VIDEO, HEADER_END = "<|image|>", "<|video|>", "<|end_header_id|>"
 INLINE = {IMAGE, VIDEO, "<|silence|>", "<|...|>"}  # special tokens that a content may hold
 EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
@@ -59,6 +61,8 @@ class MossVideoProcessor(ProcessorMixin):
                 marks of all texts go through.
             videos: likewise; each a path, a list of pictures (all are shown), or an array
                 `[F, H, W, 3]`.
+                A picture is a path, a PIL image, or what `to_rgb` takes beside one; any is turned
+                as its EXIF says, put on white where transparent, 16 bits brought to 8.
             return_tensors: "pt" or None (lists).
             padding: False, True or "longest", "max_length" (with `max_length`).
             padding_side: "left" (default: what generation wants) or "right".
@@ -254,11 +258,11 @@ def _upright(frame: Any) -> Image.Image:
 
 
 def _picture(image: Any) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, str | Path):
-        return Image.open(image)
-    return Image.fromarray(np.asarray(image, dtype=np.uint8))
+    """RGB of a PIL image, an array, a tensor, or a file by its path; ValueError."""
+    try:
+        return to_rgb(Image.open(image) if isinstance(image, str | Path) else image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"images: {image!r:.80}: cannot be read: {error}") from None
 
 
 def _share(media: Any, counts: list[int], name: str) -> list[list[Any]]:

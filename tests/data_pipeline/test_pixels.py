@@ -1,0 +1,122 @@
+"""A picture has one meaning: the table of pictures through every way into the model."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline import pixels
+from data_pipeline.build import build_shards
+from data_pipeline.images import decode_image, picture_pixels
+from data_pipeline.schema import SampleError
+from inference.hf import pixels_moss_video
+from inference.hf.processing_moss_video import _picture
+from tests.data_pipeline.pictures import PICTURES, Known
+from tests.samples import imported
+
+each = pytest.mark.parametrize("known", PICTURES, ids=lambda known: known.name)
+
+
+def by_bytes(known: Known, _: Path) -> np.ndarray:
+    return decode_image(known.data).permute(1, 2, 0).numpy()
+
+
+def by_image(known: Known, _: Path) -> np.ndarray:
+    return picture_pixels(Image.open(io.BytesIO(known.data))).permute(1, 2, 0).numpy()
+
+
+def by_image_seen_before(known: Known, _: Path) -> np.ndarray:
+    """Pillow forgets how the file is stored once it has decoded it."""
+    image = Image.open(io.BytesIO(known.data))
+    picture_pixels(image)
+    return picture_pixels(image).permute(1, 2, 0).numpy()
+
+
+def by_exported_processor(known: Known, folder: Path) -> np.ndarray:
+    (folder / "picture").write_bytes(known.data)
+    return np.asarray(_picture(folder / "picture"))
+
+
+@each
+@pytest.mark.parametrize("way", [by_bytes, by_image, by_image_seen_before, by_exported_processor])
+def test_every_way_gives_the_same_pixels(way, known: Known, tmp_path: Path) -> None:
+    if known.quarters is None:
+        with pytest.raises((SampleError, ValueError), match=known.refusal):
+            way(known, tmp_path)
+    else:
+        assert np.array_equal(way(known, tmp_path), known.pixels())
+
+
+def test_the_importer_takes_and_refuses_the_same(tmp_path: Path) -> None:
+    records = []
+    for number, known in enumerate(PICTURES):
+        (tmp_path / f"{number}.png").write_bytes(known.data)
+        turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]
+        records.append({"messages": turns, "images": [f"{number}.png"]})
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    build_shards(tmp_path / "a.json", tmp_path / "out")
+    taken = imported(tmp_path / "out")
+    lines = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
+    refused = {line["key"]: line for line in map(json.loads, lines)}
+    for number, known in enumerate(PICTURES):
+        key = f"a-{number:06d}"
+        if known.quarters is None:
+            assert refused[key]["reason"] == "undecodable_image"
+            assert known.refusal in refused[key]["detail"]
+        else:
+            assert taken[key]["members"] == {"0.png": known.data}
+
+
+@pytest.mark.parametrize("turn", [True, False])
+def test_a_picture_given_by_hand_is_not_changed(turn: bool) -> None:
+    image = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    image.getexif()[0x0112] = 6 if turn else 1
+    assert picture_pixels(image).unique().tolist() == [255]
+    assert (image.size, image.mode, image.getpixel((0, 0))) == ((4, 2), "RGBA", (0, 0, 0, 0))
+
+
+def test_arrays_and_tensors() -> None:
+    grey = np.array([[0, 100, 255]] * 5, np.uint8)  # [5, 3]
+    color = np.stack([grey, 255 - grey, grey], axis=2)  # [5, 3, 3]
+    wanted = torch.tensor(color).permute(2, 0, 1)
+    wide = np.tile(color, (1, 4, 1))  # [5, 12, 3]
+    assert torch.equal(picture_pixels(color), wanted)
+    assert torch.equal(picture_pixels(wide), torch.tensor(wide).permute(2, 0, 1))
+    assert torch.equal(picture_pixels(wide.transpose(2, 0, 1)), torch.tensor(wide).permute(2, 0, 1))
+    assert torch.equal(picture_pixels(wanted), wanted)
+    assert torch.equal(picture_pixels(grey), torch.tensor(grey).expand(3, 5, 3))
+    assert torch.equal(picture_pixels(grey[..., None]), picture_pixels(grey))
+    assert picture_pixels(grey > 50)[0].tolist() == [[0, 255, 255]] * 5
+    clear = np.dstack([color, np.full((5, 3), 0, np.uint8)])
+    assert picture_pixels(clear).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize(
+    ("array", "named"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"float32 \[4, 4, 3\]"),
+        (np.zeros((4, 4), np.uint16), r"uint16 \[4, 4\]"),
+        (np.zeros((4, 4, 3), np.int64), "int64"),
+        (np.zeros((5, 6, 7), np.uint8), r"uint8 \[5, 6, 7\]"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"uint8 \[2, 4, 4, 3\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"uint8 \[0, 4, 3\]"),
+        (torch.zeros(3, 4, 4), r"float32 \[3, 4, 4\]"),
+        ("a.png", "<U5"),
+    ],
+)
+def test_an_array_without_a_stated_range_or_shape_is_refused(array, named: str) -> None:
+    with pytest.raises(SampleError, match=named):
+        picture_pixels(array)
+
+
+def test_the_exported_copy_is_equal() -> None:
+    ours, theirs = (
+        Path(str(module.__file__)).read_text() for module in (pixels, pixels_moss_video)
+    )
+    assert ours == theirs
