@@ -296,7 +296,7 @@ class LoggerConfig:
 
 @dataclass
 class HardwareConfig:
-    """Where it runs."""
+    """Device, CPU threads and time-out of each rank."""
 
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads of each rank; None: cores / ranks of this machine
@@ -392,5 +392,5 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(plain: dict[str, Any]) -> Config:
-    """Inverse of `to_dict`."""
+    """The configuration of what `to_dict` returned."""
     return from_hydra(OmegaConf.create(plain))

@@ -76,7 +76,7 @@ def model_config_from_hf(
 
 
 def kind_of(source: str | Path | Mapping[str, Any]) -> str:
-    """What a config.json describes: `vision` (Mllama, MOSS-Video) or `text` (a text-only Llama).
+    """The kind of a config.json: `vision` (Mllama, MOSS-Video) or `text` (a text-only Llama).
 
     Raises:
         ConfigError: it describes something else.

@@ -136,11 +136,11 @@ class HashedFile:
         return len(view)
 
     def tell(self) -> int:
-        """Bytes so far."""
+        """Bytes written so far."""
         return self.position
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: the file is not buffered."""
 
     def close(self) -> str:
         """Brings it to the disk; the hash, in hex."""
@@ -150,7 +150,7 @@ class HashedFile:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hex."""
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -66,7 +66,7 @@ def tied(source: HfFolder) -> None:
 def grown_reader(
     theirs: Callable[[str, slice], Tensor], model: ModelConfig, others: Reader
 ) -> Callable[[str, torch.Size, slice], Tensor]:
-    """As `llama_reader`, for some rows of a tensor; `theirs` reads those of the text model."""
+    """A reader like `llama_reader`'s, of some rows of a tensor; `theirs` reads the text model's."""
     inserted = sorted(model.text.cross_attention_layers)
 
     def read(name: str, shape: torch.Size, rows: slice) -> Tensor:

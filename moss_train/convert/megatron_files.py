@@ -139,7 +139,7 @@ class Box:
 
     @property
     def bytes(self) -> int:
-        """On disk."""
+        """Its size on disk."""
         return prod(self.sizes) * self.dtype.itemsize
 
 

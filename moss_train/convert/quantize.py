@@ -27,7 +27,7 @@ class Quantizer:
         self.dtype, self.limit, self.form, self.type = KINDS[kind]
 
     def plan(self, parts: Parts) -> Parts:
-        """What `quantize` makes of tensors of these shapes and dtypes."""
+        """Names, shapes and dtypes that `quantize` returns for tensors of these."""
         out: Parts = {}
         for name, (shape, dtype) in parts.items():
             if LINEAR.fullmatch(name):

@@ -25,7 +25,7 @@ SAFETENSORS_DTYPES = {
 
 
 class ConversionError(ValueError):
-    """What is asked cannot be converted. Says which file or tensor, and what to do."""
+    """Something cannot be converted; the text names the file or tensor, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class HfFolder:
         return {stored.dtype for stored in self.tensors.values()}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Those `rows` (of dimension 0) of one tensor, as stored. Only they are read."""
+        """`rows` (of dimension 0) of one tensor, as stored. Nothing else is read."""
         stored = self.tensors[name]
         if stored.file in self.pickled:
             return self.pickled[stored.file][stored.name][rows]

@@ -37,7 +37,7 @@ EMBEDDING = "decoder.embedding.weight"
 
 @dataclass
 class ToHf:
-    """What `convert_megatron` was asked for; see tools/convert_checkpoint.py."""
+    """Options of `convert_megatron`; see tools/convert_checkpoint.py."""
 
     source: Path
     out: Path
@@ -61,7 +61,7 @@ class Tensors:
 
     @property
     def bytes(self) -> int:
-        """On disk."""
+        """Their size on disk."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.parts.values())
 
 
@@ -73,7 +73,7 @@ class Shard:
 
     @property
     def bytes(self) -> int:
-        """Of weights."""
+        """Size of its weights."""
         return sum(group.bytes for group in self.groups)
 
 
@@ -174,7 +174,7 @@ class Source:
         return to_hf(self.model, rule, [whole])
 
     def hf_shapes(self, rule: Rule) -> dict[str, torch.Size]:
-        """Shapes of what `read` gives."""
+        """Shapes of the tensors that `read` returns."""
         shapes = hf_shapes(self.model, rule)
         if rule.ours == EMBEDDING:
             text = self.model.text
@@ -210,7 +210,7 @@ def plan_shards(groups: list[Tensors], largest: int) -> list[Shard]:
 
 
 def header(shard: Shard) -> bytes:
-    """What a safetensors file begins with: the length of a JSON object, and the object."""
+    """The head of a safetensors file: the length of a JSON object, and the object."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for group in shard.groups:

@@ -66,7 +66,7 @@ EMBEDDING = f"{TEXT}embed_tokens.weight"
 
 @dataclass
 class FromHf:
-    """What `convert_hf` was asked for; see tools/convert_checkpoint.py."""
+    """Options of `convert_hf`; see tools/convert_checkpoint.py."""
 
     source: Path
     out: Path
@@ -159,7 +159,7 @@ def _fitted(model: ModelConfig, folder: HfFolder) -> ModelConfig:
 
 
 def _divisible(model: ModelConfig, ranks: int) -> ModelConfig:
-    """With as many rows more in the embedding as `ranks` tensor ranks need to share them evenly."""
+    """`model`, with enough rows in the embedding that `ranks` tensor ranks share them evenly."""
     text = model.text
     missing = -(text.vocab_size + text.extra_embedding_rows) % ranks
     rows = text.extra_embedding_rows + missing
@@ -318,7 +318,7 @@ def _describe(folder: Path, options: FromHf, model: ModelConfig) -> list[str]:
 
 
 def _run_config(options: FromHf, model: ModelConfig) -> Config:
-    """As if a run had made these weights: that of our own export, or one with few facts."""
+    """The configuration of the run that made the weights of an export of ours; else defaults."""
     training, hf = options.source / TRAINING, read_json(options.source / "config.json")
     if training.is_file():
         config = from_dict(read_json(training)["config"])

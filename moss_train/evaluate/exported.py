@@ -24,7 +24,7 @@ FRAMES_AT_ONCE = 16
 
 
 class ExportedModel(TrainedModel):
-    """As `TrainedModel`, with transformers' model of an exported folder."""
+    """A `TrainedModel` whose model is transformers', opened from an exported folder."""
 
     def __init__(self, config: Config, exported: Any, path: Path, step: int):
         """`exported`: a MossVideoForConditionalGeneration."""
@@ -91,7 +91,7 @@ class ExportedModel(TrainedModel):
         states: Sequence[Tensor],
         ratios: Sequence[Tensor],
     ) -> list[Tensor]:
-        """As `TrainedModel.logits`; its frames stand at its `<|image|>` tokens."""
+        """`TrainedModel.logits`; the frames of a sequence stand at its `<|image|>` tokens."""
         device, out = hardware.device(), []
         for sequence, places, state, ids in zip(sequences, positions, states, ratios, strict=True):
             count = len(places)

@@ -53,7 +53,7 @@ class Talk:
                 self.said.append([])
         return False
 
-    def say(self, token: int) -> None:
+    def append(self, token: int) -> None:
         """Takes the model's next token."""
         self.tokens.append(token)
         self.said[-1].append(token)
@@ -72,7 +72,7 @@ def generate(model: TrainedModel, talks: Sequence[Talk]) -> None:
             [talk.ratios for talk in running],
         )
         for talk, scores in zip(running, logits, strict=True):
-            talk.say(int(scores[-1].argmax()))
+            talk.append(int(scores[-1].argmax()))
         running = [talk for talk in running if talk.advance()]
 
 

@@ -38,7 +38,7 @@ class Item:
 
     @property
     def answer(self) -> str:
-        """The last turn."""
+        """The text of the last turn."""
         return self.sample.messages[-1].content
 
 

@@ -33,7 +33,7 @@ class Evaluation:
     timelines: list[Timeline] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As written to JSON."""
+        """Plain containers, as written to JSON."""
         return asdict(self)
 
     def value(self, source: str, metric: str) -> float:
@@ -90,7 +90,7 @@ def toy_items(
 
 
 def table(scores: Sequence[Score]) -> str:
-    """The scores as text."""
+    """The scores as a table of text."""
     rows = [["source", "score", "model", "blind", "chance", "of"], *map(cells, scores)]
     return format_table(rows, "llr", rule=True)
 

@@ -174,7 +174,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
 
 
 def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
-    """As `attend_blocks`, for many short sequences: all of them at once."""
+    """The same as `attend_blocks` for many short sequences, all of them at once."""
     padded = frames.padded
     assert padded is not None
     batch = padded.shape[0]
@@ -212,7 +212,7 @@ _flex: Callable | None = None
 
 
 def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
-    """As `attend_blocks`, as one FlexAttention call with a block mask: for CUDA.
+    """The same as `attend_blocks`, as one FlexAttention call with a block mask: for CUDA.
 
     Pays where there are many blocks (a long video): one kernel in place of one a block.
     """

@@ -75,7 +75,7 @@ class FramePlan:
 
     @cached_property
     def attending(self) -> RowSubset:
-        """`tokens` among all S."""
+        """Picks `tokens` among all S, and puts them back."""
         return RowSubset(self.tokens, len(self.sees))
 
     @property

@@ -28,7 +28,7 @@ class RowMap:
         return _SelectRows.apply(x, (self.places, self.empties), (self.source, self.fills))
 
     def to(self, device: torch.device) -> RowMap:
-        """In place."""
+        """Moves the indices to `device`, in place."""
         self.source, self.places = self.source.to(device), self.places.to(device)
         return self
 

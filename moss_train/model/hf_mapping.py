@@ -46,7 +46,7 @@ class Pattern:
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
-    """What the words in shapes mean."""
+    """The sizes that the words in `Rule.shapes` stand for."""
     vision, text = model.vision, model.text
     rows = text.vocab_size + text.extra_embedding_rows
     width = vision.hidden_size

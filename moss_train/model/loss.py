@@ -55,7 +55,7 @@ class Targets:
     hits: Tensor | None = None
 
     def to(self, device: torch.device) -> Targets:
-        """With its tensors on `device`."""
+        """A copy with its tensors on `device`."""
         return replace(
             self,
             positions=self.positions.to(device),

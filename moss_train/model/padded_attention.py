@@ -38,7 +38,7 @@ class PaddedAttention:
         return batch * tokens * frames
 
     def to(self, device: torch.device) -> PaddedAttention:
-        """All of it on the device."""
+        """A copy on `device`."""
         return PaddedAttention(
             self.shape, self.tokens.to(device), self.frames.to(device), self.mask.to(device)
         )

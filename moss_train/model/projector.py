@@ -80,7 +80,7 @@ class VisionEncoder(MegatronModule):
         self.projector = Projector(model, config.params_dtype)
 
     def features(self, pixels: Tensor, ratio_ids: Tensor) -> Tensor:
-        """What the frozen part of pt1 gives: `[N, T, 3, h, w]` -> `[N, T, P, D]`, pooled."""
+        """The tower's states, pooled: `[N, T, 3, h, w]` -> `[N, T, P, D]`. Frozen in stage pt1."""
         return self.projector.pool_states(*self.vision(pixels, ratio_ids))
 
     def forward(self, pixels: Tensor, ratio_ids: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class VisionTower(MegatronModule):
         return self.norm_pre(self.position(x, ratio_ids))
 
     def _mask(self, ratio_ids: Tensor, tiles: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores, `[1 or N, 1, 1 or L, L]`; None where nothing is.
+        """The mask that is added to the scores, `[1 or N, 1, 1 or L, L]`; None where there is none.
 
         A row that stands for several counts as often. Llama-3.2-Vision has a mask, too: a padding
         query may not see a padding key. (transformers builds it as `padding @ padding.T x -inf`, in

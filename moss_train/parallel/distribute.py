@@ -38,7 +38,7 @@ class TextBatch:
 
 @dataclass
 class StepBatch:
-    """What a rank works on in one optimizer step.
+    """The part of one optimizer step that a rank works on.
 
     frames: this rank's share of the replica's frames, uint8 `[n, T, 3, h, w]`, on the device.
     ratio_ids: of this rank's share `[n]`, on the device.

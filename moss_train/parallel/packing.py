@@ -9,7 +9,7 @@ from data_pipeline.batch import EncodedSample
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a microbatch may hold, and how many a step may have.
+    """Limits on a microbatch, and on the number of them in a step.
 
     samples: at most so many. tokens, frames: at most so many, unless one sample alone has more;
     None for no bound. multiple: microbatches of a step are a multiple of this.

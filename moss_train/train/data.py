@@ -68,7 +68,7 @@ class StepReader:
         )
 
     def read(self, step: int) -> StepBatch:
-        """What this rank works on in `step`. A collective of the replica."""
+        """The batch of `step` for this rank. A collective of the replica."""
         batch = self.distribute(self.batches, self.reads)
         check_tokens(batch, self.config, step)
         return batch
@@ -81,11 +81,11 @@ class StepReader:
         )
 
     def state(self) -> list[bytes] | None:
-        """Where this replica's streams stand (on its leader)."""
+        """States of this replica's data streams (on its leader)."""
         return self.loader.state() if self.loader else None
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the loader's worker processes."""
         if self.loader is not None:
             self.loader.close()
 
@@ -209,6 +209,6 @@ class Audit:
             write_atomically(path, kept)
 
     def write(self, step: int, keys: list[str]) -> None:
-        """Appends a step."""
+        """Appends the keys of a step."""
         with self.path.open("a") as out:
             out.write(json.dumps({"step": step, "keys": keys}) + "\n")

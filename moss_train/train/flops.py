@@ -116,7 +116,7 @@ class StepFlops:
 
     @property
     def model(self) -> Part:
-        """All parts."""
+        """The sum of all parts."""
         parts = (self.vision, self.projector, self.decoder_linear)
         return sum((*parts, self.self_attention, self.cross_attention, self.head), Part())
 

@@ -57,7 +57,7 @@ class Guard:
 
     @staticmethod
     def resume(spike_factor: float | None, run: Path, done: int) -> Guard:
-        """As the metrics of `run` up to step `done` have it. A collective: rank 0 reads."""
+        """A guard with the history of `run` up to step `done`. A collective: rank 0 reads it."""
         read = [_history(run, done) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(read, src=0)
         assert read[0] is not None

@@ -248,7 +248,7 @@ class StepLine:
         self._line.note(text)
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends the progress line."""
         self._line.close()
 
 

@@ -67,7 +67,7 @@ class TrainState:
         return float(norm or 0.0)
 
     def zero_gradients(self) -> None:
-        """Before a step."""
+        """Clears the gradients before a step."""
         for wrapped in [*self.wrapped_chunks, *([self.encoder] if self.encoder else [])]:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -143,7 +143,7 @@ def _hook_schedule(mcore, whole, wrapped, config: Config) -> None:
 def _overrides(
     by_parameter: dict[nn.Parameter, dict[str, float]],
 ) -> dict[ParamKey, dict[str, float]]:
-    """In megatron's form: a predicate for each set of changes."""
+    """The changes in megatron's form: a predicate for each set of them."""
     sets: dict[tuple[tuple[str, float], ...], set[int]] = {}
     for parameter, changes in by_parameter.items():
         if changes:

@@ -24,7 +24,7 @@ from moss_train.train.optimizer import TrainState
 
 @dataclass
 class StepResult:
-    """What a step did, over the whole job.
+    """The result of a step, over the whole job.
 
     loss: of the global batch, per label. padded_tokens: tokens with padding.
     sources: samples by source.
@@ -63,7 +63,7 @@ class StepDecision:
         self.refused: str | None = None
 
     def __call__(self, grad_norm: float) -> bool:
-        """Decides. A collective."""
+        """Decides, once the gradient norm is known. A collective."""
         verdict = self.guard.verdict(self.loss, grad_norm)
         worst, *self.maxima = _reduce([verdict, *self.maxima], dist.ReduceOp.MAX)
         self.refused = self.guard.record(int(worst), self.loss)

@@ -68,14 +68,14 @@ class Validator:
         return sums
 
     def _agree(self, batches: list[MicroBatch]) -> int:
-        """How many batches the leader has."""
+        """The number of batches that the replica's leader has."""
         count = torch.tensor(len(batches), device=hardware.device())
         leader = dist.get_global_rank(self.groups.replica, 0)
         dist.broadcast(count, leader, group=self.groups.replica)
         return int(count)
 
     def _next(self, samples: Iterator[EncodedSample]) -> list[MicroBatch]:
-        """As many samples as a step of training has, or those that are left."""
+        """Batches of as many samples as a training step has, or of those that are left."""
         size, multiple = self.config.data.micro_batch, self.reader.bounds.multiple
         chosen = list(islice(samples, self.reader.reads * size))
         while chosen and len(chosen) < multiple:  # no stage's microbatch may be empty

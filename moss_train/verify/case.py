@@ -51,7 +51,7 @@ class Case:
 
 @dataclass
 class ForwardJob:
-    """What the ranks of forward.py need to know. `greedy`: tokens that follow the first row."""
+    """The job of forward.py's ranks. `greedy`: number of tokens to generate after the first row."""
 
     checkpoint: str
     case: str

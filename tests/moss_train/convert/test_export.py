@@ -20,8 +20,8 @@ from moss_train.convert.to_megatron import FromHf, convert_hf
 from moss_train.verify.case import Case, read_case
 from tests.golden.make_mllama import CONFIG, IMAGE
 from tests.moss_train.convert.sources import WEIGHTS, load_folder, mllama_weights, save_folder
+from tests.moss_train.convert.test_llama import save_llama
 from tests.moss_train.model.golden import LIMITS
-from tests.moss_train.model.test_llama import save_llama
 from tests.torchrun import REPO
 from tools.verify_checkpoint import load_hf, main, run_hf
 

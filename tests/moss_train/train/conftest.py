@@ -1,4 +1,4 @@
-"""A toy data set for jobs, and how their tests start them."""
+"""Overrides of small jobs, and how their tests start them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.toy.build import ToyConfig, build_toy
 from tests.torchrun import Result, run_ranks
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 samples a source, in shards of 8: a run of ten steps passes over it more than once."""
-    out = tmp_path_factory.mktemp("toy")
-    build_toy(out, ToyConfig(train=24, heldout=1, seed=3, samples_per_shard=8))
-    return out
 
 
 @pytest.fixture(scope="session")

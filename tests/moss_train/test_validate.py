@@ -236,7 +236,7 @@ def test_everything_wrong_gets_a_line(answers, toy, folder, name):
     assert (answer["began"], bool(answer["left"])) == (name in LATE, name in LATE)
 
 
-def test_only_rank_0_speaks_and_nobody_waits(folder, toy):
+def test_only_rank_0_prints_what_is_wrong(folder, toy):
     overrides = ["hardware=cpu", f"data.root={toy}", "data.global_batch=5", "stage=sft"]
     out = folder / "ranks"
     options = [*overrides, f"run.dir={out}/run"]
