@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -39,7 +39,7 @@ class EncodeConfig:
     video_fps: float
     video_min_frames: int
     video_max_frames: int
-    prompt: Literal["pretrain", "chat"]
+    prompt: PromptForm  # realtime: as chat, with streams among the samples
     swap_probability: float = 0.0  # of a real-time frame and the word before it, see prompts.py
     video_threads: int = 1  # of each decoder
 
@@ -52,8 +52,9 @@ class EncodeConfig:
             raise ValueError(
                 f"swap_probability: {self.swap_probability!r}: must be between 0 and 1"
             )
-        if self.prompt not in ("pretrain", "chat"):
-            raise ValueError(f"prompt: {self.prompt!r}, allowed: pretrain, chat")
+        if self.prompt not in get_args(PromptForm):
+            allowed = ", ".join(get_args(PromptForm))
+            raise ValueError(f"prompt: {self.prompt!r}, allowed: {allowed}")
         if self.video_min_frames > self.video_max_frames:
             raise ValueError(
                 f"video_min_frames: {self.video_min_frames} is more than "
@@ -121,7 +122,7 @@ class SampleEncoder:
 
     def _form(self, sample: Sample) -> PromptForm:
         if sample.kind != "realtime":
-            return self.config.prompt
+            return "pretrain" if self.config.prompt == "pretrain" else "chat"
         if self.config.prompt == "pretrain":
             raise SampleError("wrong_kind", "a realtime sample cannot be a pretrain prompt")
         return "realtime"

@@ -25,6 +25,13 @@ from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, Role, SampleEr
 from data_pipeline.tokens import SpecialTokens
 
 PromptForm = Literal["pretrain", "chat", "realtime"]
+# By the name of a training stage: for runs and exports that do not say their form.
+STAGE_FORMS: dict[str | None, PromptForm] = {
+    "pt1": "pretrain",
+    "pt2": "pretrain",
+    "sft": "chat",
+    "realtime_sft": "realtime",
+}
 
 # What a content may hold beside plain text; any other special token in it is an error.
 _CONTENT = re.compile(r"(<\|image\|>|<\|video\|>|<\|silence\|>|<\|\.\.\.\|>)")

@@ -1,4 +1,4 @@
-"""What the commands share: flags, loading, one line for what is wrong."""
+"""What the inference commands share: flags, the use that a model is for, loading, errors."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, NoReturn, TextIO
 
-from data_pipeline.commands import STOPPED, WRONG_USAGE, report_error
+from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, report_error
 from data_pipeline.schema import SampleError
-from inference.engine.engine import Engine, EngineFull
-from inference.engine.load import RankFinished, load_engine
+from inference.engine.engine import Engine, EngineConfig, EngineFull
+from inference.engine.load import DTYPES, RankFinished, load_engine
+from inference.engine.quantize import FORMATS
 from inference.engine.sampling import Sampling
+from inference.export_info import FORM_KEY, ExportError, ExportInfo, read_export_info
 from inference.session.events import Event
 from inference.session.handle import SessionClosed
 from inference.sources import SourceError
 
-STAGE_KEY = "moss_stage"
-REALTIME = "realtime_sft"
+MAX_NEW_TOKENS = 512  # of an answer or a response, where a command does not say
+_SAMPLING_HELP = {
+    "temperature": "temperature of sampling; 0: the most likely token",
+    "top_k": "sample from so many of the most likely tokens only; 0: from all",
+    "top_p": "sample from the most likely tokens that together have this probability only",
+    "repetition_penalty": "factor by which the logits of tokens in the context are lowered",
+    "silence_bias": "added to the logit of <|silence|>; above 0 the model speaks less",
+    "seed": "seed of sampling",
+}
 
 
 class CommandError(Exception):
-    """What is wrong with a command, in one line."""
+    """Wrong usage of a command; the message names the flag."""
 
 
 class Sink:
@@ -53,81 +62,104 @@ def flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
     parser.add_argument(*names, dest=name, **options)
 
 
+def positive(text: str) -> float:
+    """A flag's number, which must be more than 0."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+    return float(text)
+
+
+def positive_int(text: str) -> int:
+    """A flag's whole number, which must be more than 0."""
+    if not int(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+    return int(text)
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of load_engine."""
-    flag(parser, "checkpoint", default=os.environ.get("CHECKPOINT"),
-         help="folder of the model in Hugging Face's format (or $CHECKPOINT)")  # fmt: skip
-    flag(parser, "device", default="auto", help="auto, cpu, cuda, cuda:1")
-    flag(parser, "dtype", choices=["fp32", "bf16"], help="(default: the checkpoint's)")
-    flag(parser, "window", type=int, default=256, help="frames in the ring")
-    flag(parser, "sinks", type=int, default=0, help="first frames that never leave it")
-    flag(parser, "max_context", type=int, default=8192, help="text tokens kept")
-    flag(parser, "quantize", choices=["int8", "fp8"], help="weights of the linear layers")
-    flag(parser, "compile", action="store_true", help="torch.compile")
+    default = EngineConfig()
+    flag(parser, "checkpoint", default=os.environ.get("CHECKPOINT"), metavar="DIR",
+         help="folder of the model in Hugging Face's format (default: $CHECKPOINT)")  # fmt: skip
+    flag(parser, "device", default="auto", help="auto, cpu, cuda, cuda:1; auto: CUDA if present")
+    flag(parser, "dtype", choices=list(DTYPES),
+         help="dtype of weights (default: the checkpoint's on CUDA, fp32 on a CPU)")  # fmt: skip
+    flag(parser, "window", type=int, default=default.window, metavar="N",
+         help="maximum number of frames that the model sees at once")  # fmt: skip
+    flag(parser, "sinks", type=int, default=default.sinks, metavar="N",
+         help="number of first frames that are never replaced")  # fmt: skip
+    flag(parser, "max_context", type=int, default=default.max_tokens, metavar="N",
+         help="maximum number of cached tokens of a session")  # fmt: skip
+    flag(parser, "quantize", choices=list(FORMATS),
+         help="quantize the decoder's linear layers (default: no)")  # fmt: skip
+    flag(parser, "compile", action="store_true", help="compile single-token steps (torch.compile)")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of Sampling; the defaults are greedy."""
-    flag(parser, "temperature", type=float, default=0.0, help="0: the likeliest token")
-    flag(parser, "top_k", type=int, default=0, help="0: all tokens")
-    flag(parser, "top_p", type=float, default=1.0)
-    flag(parser, "repetition_penalty", type=float, default=1.0)
-    flag(parser, "silence_bias", type=float, default=0.0,
-         help="added to the logit of <|silence|>: more than 0 makes the model quieter")  # fmt: skip
-    flag(parser, "seed", type=int, default=0)
+    """Flags of Sampling."""
+    for entry in fields(Sampling):
+        kind = type(entry.default)
+        flag(parser, entry.name, type=kind, default=entry.default, metavar="X",
+             help=_SAMPLING_HELP[entry.name])  # fmt: skip
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """How much is said, and where the events go."""
+    flag(parser, "max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, metavar="N",
+         help="maximum number of new tokens of an answer")  # fmt: skip
+    flag(parser, "jsonl", metavar="FILE",
+         help="write every event to FILE; -: to the terminal, in place of the text")  # fmt: skip
 
 
 def sampling(args: argparse.Namespace) -> Sampling:
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "silence_bias", "seed")
-    return Sampling(**{name: getattr(args, name) for name in names})
+    """CommandError where a value is out of range."""
+    with refusing_values():
+        return Sampling(**{entry.name: getattr(args, entry.name) for entry in fields(Sampling)})
 
 
-def stage(checkpoint: str | Path | None) -> str | None:
-    """The stage whose export this is; None: it does not say. CommandError: it is no checkpoint."""
-    if not checkpoint:
+def export_info(args: argparse.Namespace) -> ExportInfo:
+    """What the model of `--checkpoint` is for; CommandError: it is not a checkpoint."""
+    if not args.checkpoint:
         raise CommandError("--checkpoint: give the folder of a model")
-    config = Path(checkpoint) / "config.json"
-    if not config.is_file():
-        raise CommandError(f"--checkpoint {checkpoint}: there is no {config}")
     try:
-        found = json.loads(config.read_text())
-        return found.get(STAGE_KEY)
-    except (ValueError, AttributeError) as error:
-        raise CommandError(f"--checkpoint: {config} is no JSON object: {error}") from None
+        return read_export_info(args.checkpoint)
+    except ExportError as error:
+        raise CommandError(f"--checkpoint {error}") from None
 
 
-def check_stage(checkpoint: str | Path | None, *, realtime: bool) -> str | None:
-    """The stage; refuses, before anything is loaded, a model that was trained for the other use."""
-    found = stage(checkpoint)
-    if found is None:
-        words = "a real-time one" if realtime else "one for offline questions"
-        note(f"{checkpoint}/config.json has no {STAGE_KEY}: taking the model to be {words}")
-    elif realtime and found != REALTIME:
+def require_use(args: argparse.Namespace, *, watching: bool) -> ExportInfo:
+    """Refuses, before anything is loaded, a model that was trained for the other use."""
+    info, checkpoint = export_info(args), args.checkpoint
+    if info.watches is None:
+        use = "real-time streams" if watching else "offline questions"
+        note(f"{checkpoint}/config.json has no {FORM_KEY}: the model is taken to be for {use}")
+    elif watching and not info.watches:
         raise CommandError(
-            f"{checkpoint} is of the stage {found}: it has not learned when to be silent, and "
-            f"would talk on and on; give a {REALTIME} model, or use inference.offline_infer"
+            f"--checkpoint {checkpoint}: its prompts are of the form {info.prompt_form}: it has "
+            "not learned when to be silent; use inference.offline_infer, or give a real-time model"
         )
-    elif not realtime and found == REALTIME:
+    elif not watching and info.watches:
         raise CommandError(
-            f"{checkpoint} is of the stage {REALTIME}: it ends what it says with <|silence|> and "
-            "waits for frames; use inference.realtime_offline_infer or realtime_streaming_infer"
+            f"--checkpoint {checkpoint}: its prompts are of the form {info.prompt_form}: it ends "
+            "what it says with <|silence|> and waits for frames; use "
+            "inference.realtime_offline_infer or inference.realtime_streaming_infer"
         )
-    return found
+    return info
 
 
 def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
     """The engine of the flags."""
+    with refusing_values():
+        config = EngineConfig(
+            window=args.window,
+            sinks=args.sinks,
+            max_tokens=args.max_context,
+            max_sessions=max_sessions,
+            compile=args.compile,
+        )
     note(f"loading {args.checkpoint}")
     engine = load_engine(
-        args.checkpoint,
-        device=args.device,
-        dtype=args.dtype,
-        window=args.window,
-        sinks=args.sinks,
-        max_tokens=args.max_context,
-        max_sessions=max_sessions,
-        quantize=args.quantize,
-        compile=args.compile,
+        args.checkpoint, config, device=args.device, dtype=args.dtype, quantize=args.quantize
     )
     note(f"ready on {engine.device}, {str(engine.dtype).removeprefix('torch.')}")
     return engine
@@ -140,24 +172,35 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
+def refusing_values() -> Iterator[None]:
+    """Turns a config's refusal of a flag's value into wrong usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+@contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Ends the command `program` with a line for what its user can mend, with exit code 2."""
+    """Ends the command `program` with one line for what its user can mend, and an exit code."""
     try:
         yield
     except RankFinished:
-        raise SystemExit(0) from None
-    except (CommandError, SourceError, SampleError, SessionClosed, EngineFull) as error:
-        _end(program, error)
+        raise SystemExit(DONE) from None
+    except CommandError as error:
+        _end(program, error, WRONG_USAGE)
+    except (SourceError, SampleError, SessionClosed, EngineFull) as error:
+        _end(program, error, FAILED)
     except (ValueError, OSError) as error:
         if os.environ.get("MOSS_TRACEBACK"):
             raise
-        _end(program, f"{error} (MOSS_TRACEBACK=1 shows where)")
+        _end(program, f"{error} (MOSS_TRACEBACK=1 shows where)", FAILED)
     except KeyboardInterrupt:
         note("\ninterrupted")
         raise SystemExit(STOPPED) from None
 
 
-def _end(program: str, error: object) -> NoReturn:
+def _end(program: str, error: object, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         report_error(program, " ".join(str(error).split()))
-    raise SystemExit(WRONG_USAGE)
+    raise SystemExit(code)

@@ -16,30 +16,37 @@ if __name__ == "__main__":  # as a file: the folder of the package, not this one
 
 from torch import Tensor
 
-from data_pipeline.commands import CommandParser
+from data_pipeline.commands import DONE, CommandParser, report_error
 from data_pipeline.prompts import Prompt, PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
 from inference.session.handle import SessionHandle
 from inference.session.response import Vocabulary
 from inference.session.runner import Runner
-from inference.sources import clip, picture
+from inference.sources import CLIP_FPS, CLIP_MIN_FRAMES, clip, picture
+
+PROGRAM = "python -m inference.offline_infer"
+CHUNK = 32  # frames that a step takes in: no other session waits for it
 
 
-def parser(program: str, doc: str, most: int) -> argparse.ArgumentParser:
-    """The flags of both offline commands; `most`: frames of a video by default."""
+def parser(program: str, doc: str, max_frames: int) -> argparse.ArgumentParser:
+    """The flags of both offline commands; `max_frames`: of a video, by default."""
     made = CommandParser(program, description=doc)
     cli.add_engine_flags(made)
-    cli.flag(made, "video_path", help="a video file")
-    cli.flag(made, "image_path", help="a picture file")
-    cli.flag(made, "prompt", help="(default: Describe the video. (or image))")
-    cli.flag(made, "system_prompt", default="")
-    cli.flag(made, "video_fps", type=float, default=1.0, help="frames a second")
-    made.add_argument("--fps", dest="video_fps", type=float, default=argparse.SUPPRESS)
-    cli.flag(made, "video_minlen", type=int, default=8, help="least frames")
-    cli.flag(made, "video_maxlen", type=int, default=most, help="most frames")
-    cli.flag(made, "max_new_tokens", type=int, default=512, help="tokens of the answer")
-    cli.flag(made, "jsonl", help="write every event to this file; -: to the terminal instead")
+    cli.flag(made, "video_path", metavar="FILE", help="video file")
+    cli.flag(made, "image_path", metavar="FILE", help="picture file")
+    cli.flag(made, "prompt", metavar="TEXT",
+             help="question (default: Describe the video. or Describe the image.)")  # fmt: skip
+    cli.flag(made, "system_prompt", default="", metavar="TEXT", help="system prompt")
+    cli.flag(made, "video_fps", type=cli.positive, default=CLIP_FPS, metavar="N",
+             help="frames per second of the video that are looked at")  # fmt: skip
+    made.add_argument("--fps", dest="video_fps", type=cli.positive, default=argparse.SUPPRESS,
+                      metavar="N", help="same as --video_fps")  # fmt: skip
+    cli.flag(made, "video_minlen", type=cli.positive_int, default=CLIP_MIN_FRAMES, metavar="N",
+             help="minimum number of frames of a video")  # fmt: skip
+    cli.flag(made, "video_maxlen", type=cli.positive_int, default=max_frames, metavar="N",
+             help="maximum number of frames of a video")  # fmt: skip
+    cli.add_output_flags(made)
     cli.add_sampling_flags(made)
     return made
 
@@ -49,9 +56,10 @@ def media(args: argparse.Namespace) -> tuple[str, list[Tensor]]:
     if args.video_path and args.image_path:
         raise cli.CommandError("--video_path and --image_path: give one of them")
     if args.video_path:
-        if args.video_fps <= 0 or not 0 < args.video_minlen <= args.video_maxlen:
+        if args.video_minlen > args.video_maxlen:
             raise cli.CommandError(
-                "--video_fps must be more than 0, --video_minlen from 1 to --video_maxlen"
+                f"--video_minlen {args.video_minlen}: must not be more than --video_maxlen "
+                f"({args.video_maxlen})"
             )
         frames = clip(args.video_path, args.video_fps, args.video_minlen, args.video_maxlen)
         return "video", frames
@@ -73,10 +81,9 @@ def question(
     return vocabulary.prompts.question([*messages, Message("user", text)], counts, form)
 
 
-def show(answer: SessionHandle, jsonl: str | None) -> int:
-    """Prints the answer as it comes; the exit code: 1 where there was an error."""
-    sink = cli.Sink(jsonl)
-    failed = False
+def show(program: str, answer: SessionHandle, jsonl: str | None) -> int:
+    """Prints the answer as it comes; the exit code."""
+    sink, code = cli.Sink(jsonl), DONE
     for event in answer.events():
         sink.show(event)
         if event.type == "response.output_text.delta" and not sink.terminal:
@@ -86,10 +93,9 @@ def show(answer: SessionHandle, jsonl: str | None) -> int:
                 print(flush=True)
             _note_speed(event.data, answer.stats())
         elif event.type == "error":
-            failed = True
-            cli.note(f"error: {event.data['message']}")
+            code = report_error(program, event.data["message"])
     sink.close()
-    return int(failed)
+    return code
 
 
 def _note_speed(done: dict[str, Any], stats: dict[str, Any]) -> None:
@@ -101,18 +107,16 @@ def _note_speed(done: dict[str, Any], stats: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    command = parser("python -m inference.offline_infer", __doc__, most=16)
-    args = command.parse_args(argv)
-    with cli.one_line_errors(command.prog):
-        stage = cli.check_stage(args.checkpoint, realtime=False)
+    args = parser(PROGRAM, __doc__, max_frames=16).parse_args(argv)
+    with cli.one_line_errors(PROGRAM):
+        sampling = cli.sampling(args)
+        info = cli.require_use(args, watching=False)
         kind, frames = media(args)
-        engine = cli.load(args)
-        with Runner(engine) as runner:
-            form: PromptForm = "pretrain" if stage in ("pt1", "pt2") else "chat"
-            prompt = question(runner.vocabulary, args, kind, len(frames), form)
-            options = {"sampling": cli.sampling(args), "max_new_tokens": args.max_new_tokens}
-            with runner.answer(prompt.tokens, frames, chunk=32, **options) as answer:
-                return show(answer, args.jsonl)
+        with Runner(cli.load(args)) as runner:
+            prompt = question(runner.vocabulary, args, kind, len(frames), info.question_form)
+            options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
+            with runner.answer(prompt.tokens, frames, chunk=CHUNK, **options) as answer:
+                return show(PROGRAM, answer, args.jsonl)
 
 
 if __name__ == "__main__":

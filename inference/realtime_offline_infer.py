@@ -16,9 +16,11 @@ if __name__ == "__main__":  # as a file: the folder of the package, not this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from inference import cli
-from inference.offline_infer import media, parser, question, show
+from inference.offline_infer import CHUNK, media, parser, question, show
 from inference.session.response import Vocabulary
 from inference.session.runner import Runner
+
+PROGRAM = "python -m inference.realtime_offline_infer"
 
 
 def watched(vocabulary: Vocabulary, system_prompt: str, frames: int, prompt: str) -> list[int]:
@@ -33,21 +35,21 @@ def watched(vocabulary: Vocabulary, system_prompt: str, frames: int, prompt: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    command = parser("python -m inference.realtime_offline_infer", __doc__, most=256)
-    args = command.parse_args(argv)
-    with cli.one_line_errors(command.prog):
-        cli.check_stage(args.checkpoint, realtime=True)
+    args = parser(PROGRAM, __doc__, max_frames=256).parse_args(argv)
+    with cli.one_line_errors(PROGRAM):
+        sampling = cli.sampling(args)
+        info = cli.require_use(args, watching=True)
         kind, frames = media(args)
-        engine = cli.load(args)
-        with Runner(engine) as runner:
+        with Runner(cli.load(args)) as runner:
+            vocabulary = runner.vocabulary
             if kind == "video":
                 asked = args.prompt or "Describe the video."
-                tokens = watched(runner.vocabulary, args.system_prompt, len(frames), asked)
+                tokens = watched(vocabulary, args.system_prompt, len(frames), asked)
             else:
-                tokens = question(runner.vocabulary, args, kind, len(frames), "chat").tokens
-            options = {"sampling": cli.sampling(args), "max_new_tokens": args.max_new_tokens}
-            with runner.answer(tokens, frames, chunk=32, **options) as answer:
-                return show(answer, args.jsonl)
+                tokens = question(vocabulary, args, kind, len(frames), info.question_form).tokens
+            options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
+            with runner.answer(tokens, frames, chunk=CHUNK, **options) as answer:
+                return show(PROGRAM, answer, args.jsonl)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # as a file: the folder of the package, not this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_pipeline.commands import CommandParser
+from data_pipeline.commands import DONE, FAILED, CommandParser
 from inference import cli
 from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.runner import Runner
@@ -30,64 +31,94 @@ PROGRAM = "python -m inference.realtime_streaming_infer"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    default = SessionConfig()
     parser = CommandParser(PROGRAM, description=__doc__)
     cli.add_engine_flags(parser)
-    cli.flag(parser, "video_path", required=True,
-             help="a file, the number of a camera, or an rtsp:// or http:// URL")  # fmt: skip
-    cli.flag(parser, "prompt", default="", help="the first user turn; empty: watch until asked")
-    cli.flag(parser, "ask", action="append", default=[], metavar="SECOND:TEXT", type=asked,
-             help="ask in this second of the video; again for more")  # fmt: skip
-    cli.flag(parser, "system_prompt", default="")
-    cli.flag(parser, "max_new_tokens", type=int, default=512, help="of a response")
-    cli.flag(parser, "fps", type=float, default=1.0, help="frames a second of the video")
-    cli.flag(parser, "speed", type=float, default=1.0,
-             help="times wall-clock pace; 0: a file as fast as possible")  # fmt: skip
-    cli.flag(parser, "pace", type=pace, default=40,
-             help="most tokens between two frames, or none")  # fmt: skip
-    cli.flag(parser, "jsonl", help="write every event to this file; -: to the terminal instead")
+    cli.flag(parser, "video_path", required=True, metavar="SOURCE",
+             help="video file, number of a camera, or rtsp:// or http:// URL")  # fmt: skip
+    cli.flag(parser, "prompt", default=default.prompt, metavar="TEXT",
+             help="first user turn (default: none, the model watches first)")  # fmt: skip
+    cli.flag(parser, "ask", action="append", default=[], metavar="SECOND:TEXT", type=question,
+             help="ask TEXT in this second of the video; may be given again")  # fmt: skip
+    cli.flag(parser, "system_prompt", default=default.system_prompt, metavar="TEXT",
+             help="system prompt")  # fmt: skip
+    cli.flag(parser, "fps", type=cli.positive, default=1 / default.frame_interval, metavar="N",
+             help="frames per second of the video")  # fmt: skip
+    cli.flag(parser, "speed", type=speed, default=1.0, metavar="X",
+             help="seconds of the video per second of the wall clock; 0: as fast as possible "
+             "(a file; a live source stays at 1)")  # fmt: skip
+    cli.flag(parser, "pace", type=pace, default=default.pace, metavar="N",
+             help="maximum number of tokens between two frames; none: no limit")  # fmt: skip
+    cli.add_output_flags(parser)
     cli.add_sampling_flags(parser)
     return parser.parse_args(argv)
 
 
-def asked(text: str) -> tuple[float, str]:
+def question(text: str) -> tuple[float, str]:
     """`12.5:Where is it?` -> (12.5, "Where is it?")"""
     second, colon, words = text.partition(":")
     try:
-        return float(second), {":": words.strip()}[colon]
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text!r}: write SECOND:TEXT") from None
+        at = float(second)
+    except ValueError:
+        colon = ""
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r}: write SECOND:TEXT")
+    return at, words.strip()
+
+
+def speed(text: str) -> float:
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must not be less than 0")
+    return float(text)
 
 
 def pace(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    return None if text == "none" else cli.positive_int(text)
 
 
-def pace_of(args: argparse.Namespace, live: bool) -> float:
-    """Seconds of the source in a second; 0: as fast as possible, which nothing live can be."""
-    return float(args.speed or live)
+@dataclass(frozen=True)
+class Schedule:
+    """When a session is given its frames and questions.
+
+    fps: frames per second of the source's own time.
+    speed: seconds of the source per second of the wall clock; 0: the wall clock does not count.
+    questions: (second of the source, text), in order.
+    """
+
+    fps: float
+    speed: float
+    questions: list[tuple[float, str]]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, live: bool) -> Schedule:
+        """A live source cannot be faster than it is: its speed is never 0."""
+        as_fast_as_possible = args.speed == 0 and not live
+        speed = 0.0 if as_fast_as_possible else args.speed or 1.0
+        return cls(args.fps, speed, sorted(args.ask))
+
+    @property
+    def frame_interval(self) -> float:
+        """Seconds of the session's clock between two frames."""
+        return 1 / (self.fps * (self.speed or 1.0))
 
 
-def session_config(args: argparse.Namespace, live: bool) -> SessionConfig:
-    """A live source drops what it cannot wait for. At speed 0 the video's clock is the only one."""
-    if args.fps <= 0 or args.speed < 0:
-        raise cli.CommandError("--fps must be more than 0, and --speed not less")
-    speed = pace_of(args, live)
+def session_config(args: argparse.Namespace, schedule: Schedule, live: bool) -> SessionConfig:
+    """A live source drops frames that nobody takes in time; a file waits."""
     return SessionConfig(
         system_prompt=args.system_prompt,
         prompt=args.prompt,
         sampling=cli.sampling(args),
         live=live,
-        clock="wall" if speed else "media",
+        clock="wall" if schedule.speed else "media",
         pace=args.pace,
-        frame_interval=1 / (args.fps * (speed or 1)),
+        frame_interval=schedule.frame_interval,
         max_new_tokens=args.max_new_tokens,
     )
 
 
-def feed(session: SessionHandle, source: Source, args: argparse.Namespace) -> None:
-    """Gives the session its frames and questions, at the pace of the clock, then ends it."""
-    questions = deque(sorted(args.ask))
-    speed = pace_of(args, source.live)
+def feed(session: SessionHandle, source: Source, schedule: Schedule) -> None:
+    """Gives the session its frames and questions at their time, then ends it."""
+    questions, speed = deque(schedule.questions), schedule.speed
     began = time.monotonic()
     give = session.push_frame if source.live else session.put_frame
     ask = session.prompt if speed else session.put_prompt
@@ -102,7 +133,7 @@ def feed(session: SessionHandle, source: Source, args: argparse.Namespace) -> No
             ask(questions.popleft()[1])
 
     try:
-        for second, picture in source.frames(args.fps):
+        for second, picture in source.frames(schedule.fps):
             ask_until(second)
             wait(second)
             together = questions and questions[0][0] == second
@@ -118,23 +149,23 @@ def feed(session: SessionHandle, source: Source, args: argparse.Namespace) -> No
             raise
 
 
-def watch(session: SessionHandle, source: Source, args: argparse.Namespace) -> int:
-    """Shows the session until it is over; the exit code: 1 where there was an error."""
-    sink, view = cli.Sink(args.jsonl), View(sys.stdout)
-    feeder = threading.Thread(target=feed, args=(session, source, args), daemon=True)
+def watch(session: SessionHandle, source: Source, schedule: Schedule, jsonl: str | None) -> int:
+    """Shows the session until it is over; the exit code."""
+    sink, view = cli.Sink(jsonl), View(sys.stdout)
+    feeder = threading.Thread(target=feed, args=(session, source, schedule), daemon=True)
     feeder.start()
-    failed, last = False, None
+    code, last = DONE, None
     for event in session.events():
         sink.show(event)
         if not sink.terminal:
             view.show(event)
-        failed = failed or event.type == "error"
+        code = FAILED if event.type == "error" else code
         last = event if event.type == "session.metrics" else last
     feeder.join()
     sink.close()
     if last:
         cli.note(summary(last))
-    return int(failed)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,11 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with cli.one_line_errors(PROGRAM):
         source = Source(args.video_path)
         source.check()
-        config = session_config(args, source.live)
-        cli.check_stage(args.checkpoint, realtime=True)
-        engine = cli.load(args)
-        with Runner(engine) as runner, runner.session(config) as session:
-            return watch(session, source, args)
+        schedule = Schedule.of(args, source.live)
+        config = session_config(args, schedule, source.live)
+        cli.require_use(args, watching=True)
+        with Runner(cli.load(args)) as runner, runner.session(config) as session:
+            return watch(session, source, schedule, args.jsonl)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from data_pipeline.schema import SampleError
 from data_pipeline.video import EPSILON, open_video, sample_times, upright_pixels
 
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
+CLIP_FPS, CLIP_MIN_FRAMES = 1.0, 8  # of a whole video, where nobody says otherwise
 _SILENT_FOR = "10000000"  # microseconds after which a network stream counts as dead
 
 

@@ -215,7 +215,7 @@ class StageConfig:
     train: list[str] = field(default_factory=lambda: ["projector.*"])
     also: list[str] = field(default_factory=list)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    prompt: str = "pretrain"  # pretrain | chat
+    prompt: str = "pretrain"  # pretrain | chat | realtime
     samples: int = 15_100_000
     sequence_length: int = 4096
     video_fps: float = 2.0

@@ -25,7 +25,7 @@ CHOICES = {
     "model.dtype": tuple(DTYPES),
     "model.projector.pool": POOLS,
     "parallel.recompute": ("none", "selective", "full"),
-    "stage.prompt": ("pretrain", "chat"),
+    "stage.prompt": ("pretrain", "chat", "realtime"),
     "stage.schedule": ("cosine", "linear", "wsd", "constant"),
     "adapter.name": ("none", "lora"),
     "hardware.device": ("auto", "cpu", "cuda"),

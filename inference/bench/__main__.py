@@ -17,12 +17,15 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.commands import CommandParser
 from inference.bench import measure
 from inference.bench.models import MODELS, random_model
 from inference.bench.published import PublishedModel
 from inference.bench.report import Row, describe, print_table, write_report
-from inference.engine.engine import Engine
+from inference.cli import positive_int
+from inference.engine.engine import Engine, EngineConfig
 from inference.engine.load import DTYPES, find_device, load_model
+from inference.engine.quantize import FORMATS
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 
@@ -40,29 +43,32 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m inference.bench", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("mode", choices=("offline", "stream"))
-    parser.add_argument("--model", choices=tuple(MODELS), default="mid")
-    parser.add_argument("--random-weights", action="store_true")
-    parser.add_argument("--checkpoint", help="an exported folder, in place of random weights")
-    parser.add_argument("--baseline", choices=("hf",))
-    parser.add_argument("--frames", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16 on CUDA, else fp32")
-    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the engine's weights only")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--endless", type=int, default=0, help="frames of a memory test (stream)")
-    parser.add_argument("--window", type=int, help="default: the frames of the test")
-    parser.add_argument("--out", default=".")
+    parser = CommandParser("python -m inference.bench", description=__doc__)
+    add = parser.add_argument
+    add("mode", choices=("offline", "stream"))
+    add("--model", choices=tuple(MODELS), default="mid", help="sizes of a model of random weights")
+    add("--random-weights", action="store_true", help="measure the model of --model")
+    add("--checkpoint", metavar="DIR", help="exported folder, in place of random weights")
+    add("--baseline", choices=("hf",), help="measure the published way too (default: no)")
+    add("--frames", type=positive_int, default=256, metavar="N", help="number of frames")
+    add("--new-tokens", type=positive_int, default=32, metavar="N", help="number of new tokens")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1; auto: CUDA if present")
+    add("--dtype", choices=tuple(DTYPES), help="of weights (default: bf16 on CUDA, else fp32)")
+    add("--quantize", choices=tuple(FORMATS), help="of the engine's weights only (default: no)")
+    add("--compile", action="store_true", help="compile single-token steps (torch.compile)")
+    add("--threads", type=positive_int, metavar="N", help="threads of a CPU (default: torch's)")
+    add("--clock", choices=("wall", "cpu"), default="wall",
+        help="time: of the wall clock, or of this process on the CPU")  # fmt: skip
+    add("--endless", type=int, default=0, metavar="N",
+        help="frames of a test whether memory stays flat (stream); 0: no such test")  # fmt: skip
+    add("--window", type=positive_int, metavar="N",
+        help="frames in the ring (default: all of the test)")  # fmt: skip
+    add("--out", default=".", metavar="DIR", help="folder of bench-MODE.json and bench-MODE.png")
     arguments = parser.parse_args()
     if not arguments.checkpoint and not arguments.random_weights:
         parser.error("give --checkpoint DIR, or --model with --random-weights")
-    if arguments.frames < 1 or arguments.new_tokens < 3:
-        parser.error("--frames must be at least 1, --new-tokens at least 3")
+    if arguments.new_tokens < 3:
+        parser.error(f"--new-tokens {arguments.new_tokens}: must be at least 3")
     return arguments
 
 
@@ -132,7 +138,7 @@ def endless(
     clock: measure.Clock,
 ) -> Result:
     """Whether memory stays flat."""
-    engine, _ = make_engine(model, arguments, arguments.window or 256)
+    engine, _ = make_engine(model, arguments, arguments.window or EngineConfig.window)
     result = measure.endless(engine, arguments.endless, clock)
     rows = [
         Row(f"memory after {result.frames // 10} frames", "MB", result.megabytes[0], None),

@@ -25,8 +25,7 @@ from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
 
-DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
-DTYPES["bfloat16"] = torch.bfloat16
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Else transformers asks at the terminal whether to run the folder's code.
 AutoConfig.register("moss_video", MossVideoConfig, exist_ok=True)

@@ -31,8 +31,9 @@ class MossVideoConfig(PretrainedConfig):
             transformers does) or nothing (`zero`).
         silence_token_id, silence_weight: labels of this token weigh so much in the loss.
         video_token_id: id of `<|video|>`, which a processor expands into frames.
-        moss_stage: the training stage that made the weights (`pt1`, `pt2`, `sft`, `realtime_sft`),
-            None: unknown.
+        moss_stage: name of the training stage that made the weights; None: unknown.
+        moss_prompt_form: form of the prompts that the weights were trained with (`pretrain`,
+            `chat`, `realtime`); None: what the stage's name says.
 
     `vision`, `text` and `pool: {mode, stride}` are read as names of the same.
     """
@@ -58,6 +59,7 @@ class MossVideoConfig(PretrainedConfig):
         silence_weight: float = 1.0,
         video_token_id: int | None = None,
         moss_stage: str | None = None,
+        moss_prompt_form: str | None = None,
         **kwargs: Any,
     ):
         if "blind_rows" in kwargs:
@@ -80,7 +82,8 @@ class MossVideoConfig(PretrainedConfig):
         self.cross_attention_rope = pooled if cross_attention_rope is None else cross_attention_rope
         self.tokens_before_first_frame = tokens_before_first_frame
         self.silence_token_id, self.silence_weight = silence_token_id, silence_weight
-        self.video_token_id, self.moss_stage = video_token_id, moss_stage
+        self.video_token_id = video_token_id
+        self.moss_stage, self.moss_prompt_form = moss_stage, moss_prompt_form
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 

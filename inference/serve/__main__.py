@@ -43,30 +43,35 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+_LIMIT_HELP = {  # the limits that have a flag, --limit_NAME
+    "frame_bytes": "maximum size of a frame in bytes",
+    "pixels": "maximum number of pixels of a picture",
+    "prompt_chars": "maximum number of characters of a prompt",
+    "fps": "maximum number of frames per second of a session",
+    "grace": "seconds that a session without a client waits for it to come back",
+    "idle": "seconds without input after which a session is closed",
+    "send": "seconds that a client may take to read an event",
+    "replay": "number of past events kept for a client that comes back",
+}
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(PROGRAM, description=__doc__)
     cli.add_engine_flags(parser)
-    cli.flag(parser, "host", default="127.0.0.1", help="127.0.0.1: this machine only")
-    cli.flag(parser, "port", type=int, default=8000)
-    cli.flag(parser, "max_sessions", type=int, default=4, help="sessions and answers at once")
-    cli.flag(parser, "api_key", default=os.environ.get("MOSS_API_KEY"),
-             help="what clients must show (or $MOSS_API_KEY)")  # fmt: skip
+    cli.flag(parser, "host", default="127.0.0.1", metavar="ADDRESS",
+             help="address to listen on; 127.0.0.1: this machine only")  # fmt: skip
+    cli.flag(parser, "port", type=int, default=8000, metavar="N", help="port to listen on")
+    cli.flag(parser, "max_sessions", type=cli.positive_int, default=4, metavar="N",
+             help="maximum number of sessions and answers at once")  # fmt: skip
+    cli.flag(parser, "api_key", default=os.environ.get("MOSS_API_KEY"), metavar="KEY",
+             help="key that clients must send (default: $MOSS_API_KEY, else none)")  # fmt: skip
     cli.flag(parser, "allow_origin", action="append", default=[], metavar="URL",
-             help="a page elsewhere that may open sessions; again for more")  # fmt: skip
+             help="another site whose pages may open sessions; may be given again")  # fmt: skip
     defaults = Limits()
-    for name, words in (
-        ("frame_bytes", "bytes of a frame"),
-        ("pixels", "of a picture"),
-        ("prompt_chars", "characters of a prompt"),
-        ("fps", "frames a second of a session"),
-        ("grace", "seconds that a session waits for its client to come back"),
-        ("idle", "seconds without input that end a session"),
-        ("send", "seconds that a client may take to read"),
-        ("replay", "events kept for a client that comes back"),
-    ):
+    for name, text in _LIMIT_HELP.items():
         default = getattr(defaults, name)
-        cli.flag(parser, f"limit_{name}", type=type(default), default=default, metavar="N",
-                 help=words)  # fmt: skip
+        kind = cli.positive_int if isinstance(default, int) else cli.positive
+        cli.flag(parser, f"limit_{name}", type=kind, default=default, metavar="N", help=text)
     return parser.parse_args(argv)
 
 
@@ -85,36 +90,25 @@ def server_config(app: FastAPI, host: str, port: int, limits: Limits) -> uvicorn
     )
 
 
-def limits(args: argparse.Namespace) -> Limits:
-    """The limits that the flags say."""
-    given = {
-        name.removeprefix("limit_"): value
-        for name, value in vars(args).items()
-        if name.startswith("limit_")
-    }
-    for name, value in given.items():
-        if value <= 0:
-            raise cli.CommandError(f"--limit_{name}: must be more than 0")
-    return Limits(**given)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with cli.one_line_errors(PROGRAM):
-        given = limits(args)
-        stage = cli.stage(args.checkpoint)
-        if stage is None:
-            cli.note(f"{args.checkpoint} does not say its stage: it may not have learned to watch")
+        limits = Limits(**{name: getattr(args, f"limit_{name}") for name in _LIMIT_HELP})
+        export = cli.export_info(args)
+        if export.watches is None:
+            cli.note(
+                f"{args.checkpoint} does not say its prompt form: it may not have learned to watch"
+            )
         if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
             cli.note(f"warning: {args.host} is open to the network, and there is no --api_key")
         metrics = Metrics()
         with Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
-            hub = Hub(runner, given, metrics, stage)
+            hub = Hub(runner, limits, metrics, export)
             app = make_app(hub, args.api_key, args.allow_origin)
             # uvicorn raises the signal again when all is closed: it has done its work by then.
             signal.signal(signal.SIGTERM, lambda *_: None)
             cli.note(f"http://{args.host}:{args.port}/")
-            Server(server_config(app, args.host, args.port, given), hub).run()
+            Server(server_config(app, args.host, args.port, limits), hub).run()
     return 0
 
 

@@ -12,10 +12,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
 
-from inference.cli import REALTIME
 from inference.engine.engine import EngineFull
-from inference.serve.chat import MODEL, complete, refusal
-from inference.serve.hub import GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, Hub
+from inference.serve.chat import complete, refusal
+from inference.serve.hub import GOING_AWAY, MODEL, POLICY, TRY_LATER, UNKNOWN, Hub
 from inference.serve.limits import Refused
 from inference.serve.socket import Connection
 from inference.session.handle import SessionClosed
@@ -40,7 +39,8 @@ def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) 
         body = {
             "status": "closing" if hub.closing else "ok",
             "model": MODEL,
-            "stage": hub.stage,
+            "stage": hub.export.stage,
+            "prompt_form": hub.export.prompt_form,
             "sessions": hub.runner.sessions,
             "max_sessions": hub.runner.engine.max_sessions,
         }
@@ -75,8 +75,8 @@ def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) 
             return await _refuse(socket, hub, POLICY, "unauthorized", "a wrong or no API key")
         if not _same_origin(socket, origins):
             return await _refuse(socket, hub, POLICY, "origin", "this page may not open sessions")
-        if hub.stage not in (None, REALTIME):
-            words = f"a {hub.stage} model has not learned to watch: ask /v1/chat/completions"
+        if hub.export.watches is False:
+            words = "this model has not learned to watch: use /v1/chat/completions"
             return await _refuse(socket, hub, POLICY, "not_realtime", words)
         await _serve(socket, hub)
 

@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import Request
@@ -15,19 +15,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import Tensor
 
 from data_pipeline.images import decode_image
-from data_pipeline.prompts import PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, SampleError
 from inference.engine.engine import EngineFull
 from inference.engine.images import check_header, check_video, fit
 from inference.engine.sampling import Sampling
-from inference.serve.hub import Hub
-from inference.serve.limits import Limits, Refused
-from inference.serve.protocol import data_url
+from inference.serve.hub import MODEL, Hub
+from inference.serve.limits import SAMPLING_RANGES, Limits, Refused
+from inference.serve.protocol import data_url, read_number
+from inference.session.answer import MAX_NEW_TOKENS
 from inference.session.handle import SessionHandle
-from inference.sources import clip_frames
+from inference.sources import CLIP_FPS, CLIP_MIN_FRAMES, clip_frames
 
-MODEL = "moss-video"
-_FPS, _LEAST_FRAMES = 1.0, 8
 # What would change the answer and is not done here; each with the value that asks for nothing.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "tools": ([],), "functions": ([],),
@@ -119,18 +117,11 @@ def read_question(body: Any, limits: Limits) -> Question:
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise Refused("invalid_value", "stop: expected texts", "stop")
     most = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    max_tokens = _number(body, most, 1, limits.max_tokens, min(1024, limits.max_tokens))
-    sampling = Sampling(
-        temperature=_number(body, "temperature", 0, 10, 0.0),
-        top_p=_number(body, "top_p", 1e-6, 1, 1.0),
-        top_k=int(_number(body, "top_k", 0, 10**6, 0)),
-        repetition_penalty=_number(body, "repetition_penalty", 0.1, 10, 1.0),
-        seed=int(_number(body, "seed", -(2**63), 2**63 - 1, 0)) % 2**53,
-    )
+    max_tokens = _number(body, most, 1, limits.max_tokens, min(MAX_NEW_TOKENS, limits.max_tokens))
     options = body.get("stream_options") or {}
     usage = bool(isinstance(options, dict) and options.get("include_usage"))
     return Question(
-        messages, media, sampling, int(max_tokens), stop, bool(body.get("stream")), usage
+        messages, media, _sampling(body), int(max_tokens), stop, bool(body.get("stream")), usage
     )
 
 
@@ -164,15 +155,18 @@ def _message(turn: Any, field: str, media: list[tuple[str, bytes]], limits: Limi
     return Message(role, text)
 
 
-def _number(body: dict[str, Any], name: str, least: float, most: float, default: float) -> Any:
+def _sampling(body: dict[str, Any]) -> Sampling:
+    given: dict[str, Any] = {}
+    for name, default in asdict(Sampling()).items():
+        if name not in ("seed", "silence_bias"):  # of another range, and not OpenAI's
+            given[name] = type(default)(_number(body, name, *SAMPLING_RANGES[name], default))
+    seed = int(_number(body, "seed", -(2**63), 2**63 - 1, Sampling.seed)) % 2**53
+    return Sampling(**given, seed=seed)
+
+
+def _number(body: dict[str, Any], name: str, least: float, largest: float, default: float) -> Any:
     value = body.get(name)
-    if value is None:
-        return default
-    right = isinstance(value, int | float) and not isinstance(value, bool)
-    if not right or not least <= value <= most:
-        words = f"{name}: {value!r:.60}: expected a number from {least:g} to {most:g}"
-        raise Refused("invalid_value", words, name)
-    return value
+    return default if value is None else read_number(value, name, least, largest, whole=False)
 
 
 def prepare(question: Question, hub: Hub) -> tuple[list[int], list[Tensor]]:
@@ -188,10 +182,10 @@ def prepare(question: Question, hub: Hub) -> tuple[list[int], list[Tensor]]:
             new = [fit(decode_image(data), hub.runner.tile)]
         else:
             check_video(data, hub.limits.pixels)
-            new = clip_frames(data, _FPS, min(_LEAST_FRAMES, left), left)
+            new = clip_frames(data, CLIP_FPS, min(CLIP_MIN_FRAMES, left), left)
         counts.append(len(new))
         frames += new
-    form: PromptForm = "pretrain" if hub.stage in ("pt1", "pt2") else "chat"
+    form = hub.export.question_form
     prompt = hub.runner.vocabulary.prompts.question(question.messages, counts, form)
     return prompt.tokens, frames
 

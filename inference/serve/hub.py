@@ -7,17 +7,20 @@ import contextlib
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 from torch import Tensor
 
 from data_pipeline.images import decode_image
 from inference.engine.images import fit
+from inference.export_info import ExportInfo
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
 from inference.session.handle import SessionHandle
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 
+MODEL = "moss-video"  # its name in the protocols
 NORMAL, GOING_AWAY, POLICY, TRY_LATER = 1000, 1001, 1008, 1013  # WebSocket close codes
 UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and ours
 
@@ -53,8 +56,10 @@ class LiveSession:
 class Hub:
     """All sessions by id, and what the routes share."""
 
-    def __init__(self, runner: Runner, limits: Limits, metrics: Metrics, stage: str | None) -> None:
-        self.runner, self.limits, self.metrics, self.stage = runner, limits, metrics, stage
+    def __init__(
+        self, runner: Runner, limits: Limits, metrics: Metrics, export: ExportInfo
+    ) -> None:
+        self.runner, self.limits, self.metrics, self.export = runner, limits, metrics, export
         self.sessions: dict[str, LiveSession] = {}
         self.decoders = ThreadPoolExecutor(2, thread_name_prefix="moss-decode")
         self.closing = False
@@ -78,19 +83,14 @@ class Hub:
         config, limits = live.handle.config, self.limits
         return {
             "id": live.id,
-            "model": "moss-video",
+            "model": MODEL,
             "instructions": config.system_prompt,
             "prompt": config.prompt,
             "source": "live" if config.live else "file",
             "pace": config.pace,
             "frame_interval": config.frame_interval,
             "max_output_tokens": config.max_new_tokens,
-            "temperature": config.sampling.temperature,
-            "top_k": config.sampling.top_k,
-            "top_p": config.sampling.top_p,
-            "repetition_penalty": config.sampling.repetition_penalty,
-            "silence_bias": config.sampling.silence_bias,
-            "seed": config.sampling.seed,
+            **asdict(config.sampling),
             "limits": {
                 "frame_bytes": limits.frame_bytes,
                 "pixels": limits.pixels,

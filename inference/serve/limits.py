@@ -25,6 +25,17 @@ class Limits:
     wait: float = 60.0  # how long they do
 
 
+# Least and largest value of a client's sampling settings.
+SAMPLING_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 10),
+    "top_k": (0, 10**6),
+    "top_p": (1e-6, 1),
+    "repetition_penalty": (0.1, 10),
+    "silence_bias": (-100, 100),
+    "seed": (0, 2**53),
+}
+
+
 class Refused(Exception):
     """A request that is refused. `code` is a short word, `field` what of the request is wrong."""
 

@@ -9,7 +9,7 @@ from collections import deque
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from inference.session.runner import Runner
-from inference.session.stats import DURATIONS, quantile
+from inference.session.stats import COUNTS, DECISIONS, DURATIONS, quantile
 
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds
 _RECENT = 10.0  # seconds over which tokens/s is taken
@@ -30,17 +30,16 @@ class Metrics:
         self._lock = threading.Lock()
         self._tokens: deque[float] = deque(maxlen=65536)  # when each was said
         self._gaps: deque[float] = deque(maxlen=4096)
-        self._decisions = {"silence": 0, "speech": 0}
+        self._decisions = dict.fromkeys(DECISIONS, 0)
         self._durations = {
             name: Histogram(
                 f"moss_{name}_seconds", _WORDS[name], registry=self._registry, buckets=_STEPS
             )
             for name in DURATIONS
         }
-        names = ("frames", "tokens", "responses", "evicted_frame", "evicted_text")
         self._counts = {
             name: Counter(f"moss_{name}", f"{name} of all sessions", registry=self._registry)
-            for name in names
+            for name in COUNTS
         }
         self._drops = Counter(
             "moss_dropped_frames",

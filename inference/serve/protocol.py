@@ -6,11 +6,11 @@ import base64
 import binascii
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from inference.engine.sampling import Sampling
-from inference.serve.limits import Limits, Refused
+from inference.serve.limits import SAMPLING_RANGES, Limits, Refused
 
 TYPES = (
     "session.update",
@@ -20,19 +20,12 @@ TYPES = (
     "response.cancel",
     "session.close",
 )
-_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "silence_bias", "seed")
-_NUMBERS = {  # name in session.update -> (name in SessionConfig, least, most)
-    "pace": ("pace", 1, 1000),
-    "frame_interval": ("frame_interval", 0.01, 3600),
-    "max_output_tokens": ("max_new_tokens", 1, 10**6),
-    "temperature": ("temperature", 0, 10),
-    "top_k": ("top_k", 0, 10**6),
-    "top_p": ("top_p", 1e-6, 1),
-    "repetition_penalty": ("repetition_penalty", 0.1, 10),
-    "silence_bias": ("silence_bias", -100, 100),
-    "seed": ("seed", 0, 2**53),
+# Name in session.update -> (name in SessionConfig, least, largest, whole numbers only).
+_NUMBERS = {
+    "pace": ("pace", 1, 1000, True),
+    "frame_interval": ("frame_interval", 0.01, 3600, False),
+    "max_output_tokens": ("max_new_tokens", 1, 10**6, True),
 }
-_WHOLE = ("pace", "max_output_tokens", "top_k", "seed")
 
 
 @dataclass
@@ -64,7 +57,7 @@ def read_update(message: dict[str, Any], now: Sampling, limits: Limits) -> dict[
     if not isinstance(update, dict):
         raise Refused("invalid_message", "session: expected an object", "session")
     changes: dict[str, Any] = {}
-    drawn = {name: getattr(now, name) for name in _SAMPLING}
+    sampling = asdict(now)
     for key, value in update.items():
         field = f"session.{key}"
         if key in ("instructions", "prompt"):
@@ -77,15 +70,14 @@ def read_update(message: dict[str, Any], now: Sampling, limits: Limits) -> dict[
         elif key == "pace" and value is None:
             changes["pace"] = None
         elif key in _NUMBERS:
-            name, least, most = _NUMBERS[key]
-            number = _number(value, field, least, most, whole=key in _WHOLE)
-            if key in _SAMPLING:
-                drawn[key] = number
-                changes["sampling"] = Sampling(**drawn)
-            else:
-                changes[name] = number
+            name, least, largest, whole = _NUMBERS[key]
+            changes[name] = read_number(value, field, least, largest, whole=whole)
+        elif key in SAMPLING_RANGES:
+            whole = isinstance(sampling[key], int)
+            sampling[key] = read_number(value, field, *SAMPLING_RANGES[key], whole=whole)
+            changes["sampling"] = Sampling(**sampling)
         else:
-            known = ", ".join(("instructions", "prompt", "source", *_NUMBERS))
+            known = ", ".join(("instructions", "prompt", "source", *_NUMBERS, *SAMPLING_RANGES))
             raise Refused("unknown_field", f"{field:.80}: known are {known}", field[:80])
     return changes
 
@@ -94,7 +86,7 @@ def read_image(message: dict[str, Any], limits: Limits) -> ImageMessage:
     """An `input_image_buffer.append`."""
     data, at, prompt = (message.get(key) for key in ("image", "ts", "prompt"))
     if at is not None:
-        at = _number(at, "ts", 0, 1e9, whole=False)
+        at = read_number(at, "ts", 0, 1e9, whole=False)
     if prompt is not None:
         prompt = _text(prompt, "prompt", limits)
     if data is not None:
@@ -150,19 +142,20 @@ def decode_base64(text: object, field: str, most: int) -> bytes:
         raise Refused("invalid_value", f"{field}: is no base64", field) from None
 
 
+def read_number(value: object, field: str, least: float, largest: float, *, whole: bool) -> Any:
+    """A finite number from `least` to `largest`; Refused names the field."""
+    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not right or not math.isfinite(value) or not least <= value <= largest:  # type: ignore[arg-type,operator]
+        kind = "a whole number" if whole else "a number"
+        detail = f"{field}: {value!r:.60}: expected {kind} from {least:g} to {largest:g}"
+        raise Refused("invalid_value", detail, field)
+    return value
+
+
 def _text(value: object, field: str, limits: Limits) -> str:
     if not isinstance(value, str):
         raise Refused("invalid_value", f"{field}: expected a text", field)
     if len(value) > limits.prompt_chars:
         detail = f"{field}: {len(value)} characters are more than {limits.prompt_chars}"
         raise Refused("too_large", detail, field)
-    return value
-
-
-def _number(value: object, field: str, least: float, most: float, *, whole: bool) -> Any:
-    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or not least <= value <= most:  # type: ignore[arg-type,operator]
-        kind = "a whole number" if whole else "a number"
-        detail = f"{field}: {value!r:.60}: expected {kind} from {least:g} to {most:g}"
-        raise Refused("invalid_value", detail, field)
     return value

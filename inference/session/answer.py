@@ -11,6 +11,9 @@ from inference.session.response import Response, ResponseWriter, Vocabulary
 from inference.session.session import StepRequest
 from inference.session.stats import Stats
 
+MAX_NEW_TOKENS = 1024  # of an answer, where nobody says otherwise
+CHUNK_FRAMES, CHUNK_TOKENS = 8, 512  # at most so much of a question in one step
+
 
 class Answer(ResponseWriter):
     """Takes a question in, `chunk` frames a step, so that other sessions are not held up long."""
@@ -25,15 +28,14 @@ class Answer(ResponseWriter):
         *,
         sampling: Sampling,
         max_new_tokens: int,
-        chunk: int = 8,
-        chunk_tokens: int = 512,
+        chunk: int = CHUNK_FRAMES,
     ) -> None:
         super().__init__(name, vocabulary, stats)
         self.sampling = sampling
         self.wake: float | None = None
         self.over = False
         self._tokens, self._images = list(tokens), list(images)
-        self._max_new_tokens, self._chunk, self._chunk_tokens = max_new_tokens, chunk, chunk_tokens
+        self._max_new_tokens, self._chunk = max_new_tokens, chunk
         self._prompt_time: float | None = None
         special = vocabulary.special
         self._ends = (special.eot_id, special.end_of_text, special.silence)
@@ -43,7 +45,7 @@ class Answer(ResponseWriter):
         if self._prompt_time is None:
             self._prompt_time = now
         count, frames = 0, 0
-        while count < min(len(self._tokens), self._chunk_tokens):
+        while count < min(len(self._tokens), CHUNK_TOKENS):
             frames += self._tokens[count] == self._vocabulary.special.image
             if frames > self._chunk:
                 frames -= 1

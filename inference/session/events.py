@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+LOG_LIMIT = 65536  # events that a log keeps
+
 
 @dataclass(frozen=True)
 class Event:
@@ -37,7 +39,7 @@ class EventLog:
     an `error` event with the code `events_lost` and the numbers of what it missed.
     """
 
-    def __init__(self, limit: int = 65536) -> None:
+    def __init__(self, limit: int = LOG_LIMIT) -> None:
         self._events: deque[Event] = deque(maxlen=limit)
         self._changed = threading.Condition()
         self._wakers: set[Callable[[], None]] = set()

@@ -53,11 +53,11 @@ class QueueModel:
         max_new_tokens: int = 86400,
         do_sample: bool = False,
         temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        silence_bias: float = 0.0,
-        seed: int = 0,
+        top_k: int = Sampling.top_k,
+        top_p: float = Sampling.top_p,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        silence_bias: float = Sampling.silence_bias,
+        seed: int = Sampling.seed,
         **session: Any,
     ) -> None:
         """Runs until `stop_real_time_generate`, or until an image of None has ended the input.

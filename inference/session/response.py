@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 from data_pipeline.prompts import PromptBuilder
 from data_pipeline.tokens import SpecialTokens
-from inference.session.events import EventLog
+from inference.session.events import LOG_LIMIT, EventLog
 from inference.session.stats import Stats
 
 
@@ -62,7 +62,7 @@ class ResponseWriter:
     """Writes what the model says as events, and measures it."""
 
     def __init__(
-        self, name: str, vocabulary: Vocabulary, stats: Stats, log_limit: int = 65536
+        self, name: str, vocabulary: Vocabulary, stats: Stats, log_limit: int = LOG_LIMIT
     ) -> None:
         self.name, self.stats = name, stats
         self.log = EventLog(log_limit)

@@ -23,7 +23,8 @@ from torch import Tensor
 from inference.engine.engine import Engine, EngineFull
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
-from inference.session.answer import Answer
+from inference.session.answer import CHUNK_FRAMES, MAX_NEW_TOKENS, Answer
+from inference.session.events import LOG_LIMIT
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle
 from inference.session.response import Vocabulary
 from inference.session.session import Session, SessionConfig, StepRequest
@@ -50,7 +51,7 @@ class Runner:
         self._thread.start()
 
     def session(
-        self, config: SessionConfig | None = None, *, log_limit: int = 65536, **fields: Any
+        self, config: SessionConfig | None = None, *, log_limit: int = LOG_LIMIT, **fields: Any
     ) -> SessionHandle:
         """Opens a session; `fields` are SessionConfig's; `log_limit`: events that are kept for
         readers. EngineFull where no slot is free, SampleError for texts with control tokens.
@@ -65,8 +66,8 @@ class Runner:
         images: Sequence[Tensor] = (),
         *,
         sampling: Sampling | None = None,
-        max_new_tokens: int = 1024,
-        chunk: int = 8,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        chunk: int = CHUNK_FRAMES,
     ) -> SessionHandle:
         """Answers a whole question once: tokens, and uint8 [3, H, W] for each `<|image|>`."""
         name = f"answer{next(self._numbers)}"

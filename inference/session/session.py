@@ -22,6 +22,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from inference.engine.sampling import Sampling
+from inference.session.events import LOG_LIMIT
 from inference.session.response import Response, ResponseWriter, Vocabulary
 from inference.session.stats import Stats
 
@@ -108,7 +109,7 @@ class Session(ResponseWriter):
         config: SessionConfig,
         vocabulary: Vocabulary,
         stats: Stats,
-        log_limit: int = 65536,
+        log_limit: int = LOG_LIMIT,
     ) -> None:
         super().__init__(name, vocabulary, stats, log_limit)
         self.config = config

@@ -10,8 +10,9 @@ from typing import Any
 # frame from being taken in to its decision, of a frame from its arrival to being taken in, of a
 # prompt until it stands in the context.
 DURATIONS = ("ttft", "inter_token", "frame_decision", "frame_lag", "interruption")
-# `silence` and `speech` are decisions on frames; dropped frames are counted as `drop:REASON`.
-COUNTS = ("frames", "tokens", "responses", "evicted_frame", "evicted_text", "silence", "speech")
+# Dropped frames are counted as `drop:REASON`, decisions on frames by their names.
+COUNTS = ("frames", "tokens", "responses", "evicted_frame", "evicted_text")
+DECISIONS = ("silence", "speech")
 Measure = Callable[[str, float], None]
 
 _KEPT = 1024
@@ -42,7 +43,7 @@ class Stats:
         drops = {name[5:]: n for name, n in counts.items() if name.startswith("drop:")}
         decisions = counts["silence"] + counts["speech"]
         summary: dict[str, Any] = {
-            **{name: counts[name] for name in COUNTS[:5]},
+            **{name: counts[name] for name in COUNTS},
             "drops": drops,
             "silence_ratio": round(counts["silence"] / decisions, 4) if decisions else None,
         }

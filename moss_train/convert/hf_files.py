@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
+from data_pipeline.prompts import STAGE_FORMS
 from data_pipeline.tokens import load_tokenizer, token_text
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import Config, ModelConfig
@@ -94,6 +95,13 @@ class HfFiles:
             )
 
     @property
+    def prompt_form(self) -> str | None:
+        """The form of the prompts that the weights were trained with, from which inference knows
+        what the model is for; None: unknown. Runs of before said `chat` of a real-time stage."""
+        own = self.config.stage
+        return STAGE_FORMS.get(self.stage) or (own.prompt if self.stage == own.name else None)
+
+    @property
     def base(self) -> dict[str, Any]:
         """config.json of where the weights first came from; empty for our own."""
         path = self.source / "config.json"
@@ -146,6 +154,7 @@ def hf_config(files: HfFiles, tokenizer: Tokenizer | None, dtype: str) -> dict[s
         config |= {
             "auto_map": AUTO_MAP,
             "moss_stage": files.stage,
+            "moss_prompt_form": files.prompt_form,
             "pool_mode": model.projector.pool,
             "pool_stride": model.projector.stride,
             "full_attention": model.vision.full_attention,

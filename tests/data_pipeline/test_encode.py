@@ -50,6 +50,17 @@ def test_a_clip_that_ends_before_its_conversation_is_refused(toy: Path) -> None:
         encoder(toy).encode("k", realtime(10))
 
 
+def test_in_a_stage_of_streams_other_samples_are_chats(toy: Path) -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A man."}]
+    question = {"json": json.dumps({"messages": turns}).encode()}
+    tokens = {}
+    for prompt in ("chat", "realtime", "pretrain"):
+        config = encode_config(toy, prompt=prompt)
+        encoded = SampleEncoder(config, load_tokenizer(config.tokenizer)).encode("k", question)
+        tokens[prompt] = encoded.tokens.tolist()
+    assert tokens["realtime"] == tokens["chat"] != tokens["pretrain"]
+
+
 def test_a_cut_leaves_the_first_frames(toy: Path) -> None:
     whole = encoder(toy).encode("k", realtime(8))
     place = int(whole.frame_positions[3])

@@ -20,6 +20,7 @@ from tests.torchrun import run_ranks
 
 SECONDS = 6
 QUIET = "--silence_bias=4"
+ASK, WATCH, STREAM = offline_infer, realtime_offline_infer, realtime_streaming_infer
 
 
 @pytest.fixture(scope="module")
@@ -149,36 +150,57 @@ def test_offline_questions(run: Run, sft: Path, tiny: Path, clip: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "args", "words"),
+    ("module", "args", "code", "message"),
     [
-        (realtime_streaming_infer, "--checkpoint {sft} --video_path {clip}", "is of the stage sft"),
-        (realtime_offline_infer, "--checkpoint {sft} --video_path {clip}", "is of the stage sft"),
-        (offline_infer, "--checkpoint {tiny} --video_path {clip}", "is of the stage realtime_sft"),
-        (offline_infer, "--checkpoint none --video_path {clip}", "there is no none/config.json"),
-        (offline_infer, "--video_path {clip}", "--checkpoint: give the folder"),
-        (offline_infer, "--checkpoint {sft} --video_path no.mp4", "no.mp4: there is no such file"),
-        (offline_infer, "--checkpoint {sft} --video_path {broken}", "undecodable_video"),
-        (offline_infer, "--checkpoint {sft} --image_path {broken}", "undecodable_image"),
-        (offline_infer, "--checkpoint {sft}", "give --video_path, --image_path or --prompt"),
-        (offline_infer, "--checkpoint {sft} --image_path a --video_path b", "give one of them"),
-        (realtime_streaming_infer, "--checkpoint {tiny} --video_path no.mp4", "no such file"),
-        (realtime_streaming_infer, "--checkpoint {tiny} --video_path {clip} --fps 0", "--fps"),
-        (realtime_streaming_infer, "--checkpoint {tiny} --video_path {clip} --pace 0", "pace"),
-        (realtime_streaming_infer, "--checkpoint {tiny} --video_path 7 --speed 0", "error"),
+        (STREAM, "--checkpoint {sft} --video_path {clip}", 2, "of the form chat"),
+        (WATCH, "--checkpoint {sft} --video_path {clip}", 2, "of the form chat"),
+        (ASK, "--checkpoint {tiny} --video_path {clip}", 2, "of the form realtime"),
+        (ASK, "--checkpoint none --video_path {clip}", 2, "there is no none/config.json"),
+        (ASK, "--video_path {clip}", 2, "--checkpoint: give the folder"),
+        (ASK, "--checkpoint {sft} --video_path no.mp4", 1, "no.mp4: there is no such file"),
+        (ASK, "--checkpoint {sft} --video_path {broken}", 1, "undecodable_video"),
+        (ASK, "--checkpoint {sft} --image_path {broken}", 1, "undecodable_image"),
+        (ASK, "--checkpoint {sft}", 2, "give --video_path, --image_path or --prompt"),
+        (ASK, "--checkpoint {sft} --image_path a --video_path b", 2, "give one of them"),
+        (ASK, "--checkpoint {sft} --prompt Hi --temperature -1", 2, "temperature -1.0"),
+        (ASK, "--checkpoint {sft} --prompt Hi --sinks 300", 2, "sinks=300: must be less than"),
+        (ASK, "--checkpoint {sft} --video_path b --video_minlen 20", 2, "--video_minlen 20"),
+        (STREAM, "--checkpoint {tiny} --video_path no.mp4", 1, "no such file"),
+        (STREAM, "--checkpoint {tiny} --video_path {clip} --fps 0", 2, "argument --fps: 0: must"),
+        (STREAM, "--checkpoint {tiny} --video_path {clip} --pace 0", 2, "argument --pace: 0: must"),
+        (STREAM, "--checkpoint {tiny} --video_path {clip} --ask what", 2, "write SECOND:TEXT"),
+        (STREAM, "--checkpoint {tiny} --video_path 7 --speed 0", 1, "error"),
     ],
 )
-def test_what_is_wrong_is_one_line(
-    run: Run, sft: Path, tiny: Path, clip: Path, tmp_path: Path, module: Any, args: str, words: str
+def test_what_is_wrong_is_one_line_and_an_exit_code(
+    run: Run,
+    sft: Path,
+    tiny: Path,
+    clip: Path,
+    tmp_path: Path,
+    module: Any,
+    args: str,
+    code: int,
+    message: str,
 ) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     given = args.format(sft=sft, tiny=tiny, clip=clip, broken=broken)
-    code, out, err = run(module, *given.split())
-    assert code in (1, 2)
+    exit_code, out, err = run(module, *given.split())
+    assert exit_code == code
     lines = [line for line in (out + err).splitlines() if "error" in line]
     assert len(lines) == 1
-    assert words in lines[0]
+    assert message in lines[0]
     assert "Traceback" not in out + err
+
+
+def test_a_stage_of_another_name_is_known_by_its_prompt_form(
+    run: Run, clip: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path, moss_stage="cooking", moss_prompt_form="realtime")
+    code, _, err = run(STREAM, *stream(folder, clip, "--speed", 0, "--pace", 2))
+    assert code == 0
+    assert "prompt_form" not in err
 
 
 def test_two_ranks_say_what_one_process_says(run: Run, tiny: Path, clip: Path) -> None:

@@ -242,7 +242,7 @@ def test_streams_the_published_greedy_tokens(name: str, shared: Path) -> None:
     assert tokens == case["greedy"].tolist()
 
 
-def test_loads_an_export_and_knows_its_stage(tiny: Path) -> None:
+def test_an_export_is_loaded_with_its_processor(tiny: Path) -> None:
     engine = load_engine(tiny, device="cpu", dtype="bf16")
     assert engine.dtype is torch.bfloat16
     assert engine.tokenizer.convert_ids_to_tokens(engine.end_of_turn) == "<|eot_id|>"

@@ -17,7 +17,9 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from data_pipeline.prompts import STAGE_FORMS
 from inference.engine.engine import Engine
+from inference.export_info import ExportInfo
 from inference.serve.__main__ import Server, server_config
 from inference.serve.app import make_app
 from inference.serve.hub import Hub
@@ -60,7 +62,7 @@ def serving(
 ) -> Iterator[Running]:
     metrics, limits = Metrics(), limits or Limits()
     runner = Runner(engine, metrics.measured)
-    hub = Hub(runner, limits, metrics, stage)
+    hub = Hub(runner, limits, metrics, ExportInfo(STAGE_FORMS.get(stage), stage))
     server = Server(server_config(make_app(hub, key, origins), "127.0.0.1", 0, limits), hub)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
 
 from data_pipeline.tokens import build_toy_tokenizer
-from moss_train.config import ModelConfig
+from moss_train.config import Config, ModelConfig, StageConfig
+from moss_train.convert.hf_files import HfFiles
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
@@ -104,6 +105,7 @@ def test_the_folder_has_tokenizer_processor_and_stage(toy_tokenizer, tmp_path):
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     special = processor.tokenizer.convert_tokens_to_ids
     assert model.config.moss_stage == "realtime_sft"
+    assert model.config.moss_prompt_form == "realtime"
     assert model.config.silence_token_id == special("<|silence|>")
     assert model.config.silence_weight == 0.25
     assert model.config.video_token_id == special("<|video|>")
@@ -185,3 +187,20 @@ def test_quantized_exports_load_and_stay_near(kind, bound, plain_case, tmp_path)
     assert 1e-4 < off < bound
     with pytest.raises(ConversionError, match="quantized weights cannot be"):
         convert_hf(FromHf(folder, tmp_path / "again"))
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "stage", "form"),
+    [
+        ("cooking", "realtime", "cooking", "realtime"),
+        ("cooking", "chat", "cooking", "chat"),
+        ("realtime_sft", "chat", "realtime_sft", "realtime"),  # runs made before
+        ("cooking", "chat", "pt1", "pretrain"),  # --stage pt1
+        ("cooking", "chat", "baking", None),
+        ("imported", "pretrain", None, None),
+    ],
+)
+def test_an_export_says_its_prompt_form(name, prompt, stage, form, tmp_path):
+    config = Config(stage=StageConfig(name=name, prompt=prompt))
+    files = HfFiles(config, {}, "moss", stage, None, tmp_path, tmp_path)
+    assert files.prompt_form == form

@@ -1,0 +1,56 @@
+"""What an exported folder says it was trained for: which form its prompts have.
+
+The form decides which commands a model is for, and how a question is written. It is the key
+`moss_prompt_form` of the folder's config.json. Exports made before there was that key are known by
+their stage's name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from data_pipeline.prompts import STAGE_FORMS, PromptForm
+
+FORM_KEY, STAGE_KEY = "moss_prompt_form", "moss_stage"
+
+
+class ExportError(Exception):
+    """A folder that is not an export; the message names it and what is wrong."""
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """prompt_form: None: unknown. stage: the name of its last training stage; None: unknown."""
+
+    prompt_form: PromptForm | None
+    stage: str | None
+
+    @property
+    def watches(self) -> bool | None:
+        """Whether the model has learned to watch a stream and to be silent; None: unknown."""
+        return None if self.prompt_form is None else self.prompt_form == "realtime"
+
+    @property
+    def question_form(self) -> PromptForm:
+        """The form of a question that is not part of a stream: a real-time model learned chats."""
+        return "pretrain" if self.prompt_form == "pretrain" else "chat"
+
+
+def read_export_info(checkpoint: str | Path) -> ExportInfo:
+    """Reads a folder's config.json and nothing else; ExportError."""
+    path = Path(checkpoint) / "config.json"
+    if not path.is_file():
+        raise ExportError(f"{checkpoint}: there is no {path}: give the folder of an export")
+    try:
+        config = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ExportError(f"{path}: is not a JSON object: {error}") from None
+    stage = config.get(STAGE_KEY)
+    form = config.get(FORM_KEY) or STAGE_FORMS.get(stage)
+    if form is not None and form not in get_args(PromptForm):
+        allowed = ", ".join(get_args(PromptForm))
+        raise ExportError(f"{path}: {FORM_KEY} {form!r}, allowed: {allowed}")
+    return ExportInfo(form, stage)
