@@ -199,18 +199,13 @@ BROKEN: dict[Rule, tuple[dict[str, str], str]] = {
 }
 
 
-STILL_BROKEN = (imports_go_down, no_circles, names_come_from_where_they_are_defined)
-
-
 @pytest.fixture(scope="module")
 def repository() -> Tree:
     return Tree(REPO)
 
 
 @pytest.mark.parametrize("rule", BROKEN, ids=lambda rule: rule.__name__)
-def test_rule_holds(rule: Rule, repository: Tree, request: pytest.FixtureRequest) -> None:
-    if rule in STILL_BROKEN:
-        request.applymarker(pytest.mark.xfail)
+def test_rule_holds(rule: Rule, repository: Tree) -> None:
     assert len(repository.files) > 100
     assert rule(repository) == []
 

@@ -175,13 +175,13 @@ def _sample(index: int, kind: str) -> EncodedSample:
     frames = FRAMES[kind][index % len(FRAMES[kind])]
     length = int(torch.randint(20, 60, (1,), generator=generator))
     tokens = torch.randint(20, 512, (length,), generator=generator)
-    marks = torch.randperm(length - 8, generator=generator)[:frames].sort().values + 1
-    tokens[marks] = 512
+    image_at = torch.randperm(length - 8, generator=generator)[:frames].sort().values + 1
+    tokens[image_at] = 512
     labels = tokens.clone()
-    labels[marks], labels[:5], labels[length - 3] = -100, -100, 11
+    labels[image_at], labels[:5], labels[length - 3] = -100, -100, 11
     pixels = torch.randint(0, 255, (frames, 1, 3, 56, 56), dtype=torch.uint8, generator=generator)
     ones = torch.ones(frames, dtype=torch.long)
-    return EncodedSample(f"{kind}/{index}", tokens, labels, pixels, marks, ones)
+    return EncodedSample(f"{kind}/{index}", tokens, labels, pixels, image_at, ones)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -31,9 +31,10 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.encode import EncodeConfig
 from data_pipeline.images import fit_size, tile_image
 from data_pipeline.index import prepare_index
-from data_pipeline.loader.loader import EncodeConfig, Loader, Source, build_loader
+from data_pipeline.loader.loader import Loader, Source, build_loader
 from data_pipeline.shards import INDEX_FOLDER, write_shards
 from data_pipeline.tokens import build_toy_tokenizer
 from data_pipeline.video import open_video, sample_times

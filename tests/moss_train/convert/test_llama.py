@@ -74,10 +74,10 @@ def test_the_first_logits_are_the_text_model_s(groups, tmp_path, tied: bool, sha
 
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, IMAGE, (24,), generator=generator)
-    marks = torch.tensor([5, 12])
-    tokens[marks] = IMAGE
+    image_at = torch.tensor([5, 12])
+    tokens[image_at] = IMAGE
     frames = plan_frames(
-        torch.zeros(2, dtype=torch.long), marks, [24], 24, tiles=torch.ones(2, dtype=torch.long),
+        torch.zeros(2, dtype=torch.long), image_at, [24], 24, tiles=torch.ones(2, dtype=torch.long),
         max_tiles=1, attend_all=False,
     )  # fmt: skip
     frames.states = torch.randn(2, 5, 64, generator=generator)

@@ -12,19 +12,19 @@ from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
 
 
 def random_layout(rng: random.Random, longest: int, most: int, max_tiles: int) -> dict:
-    """Rows of random length, with random marks and, for some, ends, padding frames and tiles."""
+    """Rows of random length and frames; some have ends, padding frames and tiles."""
     lengths = [rng.randint(1, longest) for _ in range(rng.randint(1, 3))]
     ends = rng.random() < 0.5
     rows: list[int] = []
     start: list[int] = []
     stop: list[int] = []
     for row, length in enumerate(lengths):
-        marks = sorted(rng.randrange(length) for _ in range(rng.randint(0, most)))
-        until = sorted(rng.randint(mark + 1, length + 3) for mark in marks)
+        image_at = sorted(rng.randrange(length) for _ in range(rng.randint(0, most)))
+        until = sorted(rng.randint(position + 1, length + 3) for position in image_at)
         padding = rng.randint(0, 2) if rng.random() < 0.3 else 0
-        rows += [row] * (len(marks) + padding)
-        start += marks + [NEVER] * padding
-        stop += (until if ends else [NEVER] * len(marks)) + [NEVER] * padding
+        rows += [row] * (len(image_at) + padding)
+        start += image_at + [NEVER] * padding
+        stop += (until if ends else [NEVER] * len(image_at)) + [NEVER] * padding
     tiles = [rng.randint(1, max_tiles) for _ in rows]
     return {"lengths": lengths, "rows": rows, "start": start, "stop": stop, "tiles": tiles}
 
@@ -99,13 +99,13 @@ def test_blocks_allow_exactly_what_the_dense_mask_allows(
 
 
 def test_many_frames_in_a_long_row_make_several_blocks_that_are_still_exact():
-    marks = list(range(10, 610, 15))
+    image_at = list(range(10, 610, 15))
     layout = {
         "lengths": [610],
-        "rows": [0] * len(marks),
-        "start": marks,
-        "stop": [NEVER] * len(marks),
-        "tiles": [1] * len(marks),
+        "rows": [0] * len(image_at),
+        "start": image_at,
+        "stop": [NEVER] * len(image_at),
+        "tiles": [1] * len(image_at),
     }
     frames = plan(layout, 1, attend_all=False)
     # Whole spans of 15 tokens, until a block has MIN_BLOCK: nine of them.
@@ -115,9 +115,9 @@ def test_many_frames_in_a_long_row_make_several_blocks_that_are_still_exact():
 
 
 def realtime(tokens: int, frames: int) -> FramePlan:
-    """A mark every tokens / frames tokens."""
-    marks = torch.arange(frames) * (tokens // frames)
-    return plan_frames(torch.zeros(frames, dtype=torch.long), marks, [tokens], tokens)
+    """A frame every tokens / frames tokens."""
+    image_at = torch.arange(frames) * (tokens // frames)
+    return plan_frames(torch.zeros(frames, dtype=torch.long), image_at, [tokens], tokens)
 
 
 def test_a_block_computes_little_more_than_what_is_seen():
@@ -128,15 +128,15 @@ def test_a_block_computes_little_more_than_what_is_seen():
 
 
 def test_tokens_after_the_last_frame_need_no_mask():
-    marks = torch.arange(256)
-    frames = plan_frames(torch.zeros(256, dtype=torch.long), marks, [2048], 2048)
+    image_at = torch.arange(256)
+    frames = plan_frames(torch.zeros(256, dtype=torch.long), image_at, [2048], 2048)
     last = frames.blocks[-1]
     assert (last.start, last.stop, last.mask) == (255, 2048, None)
 
 
 def test_short_rows_share_a_block():
-    marks = torch.tensor([1, 1, 1, 1])
-    frames = plan_frames(torch.arange(4), marks, [20, 20, 20, 20], 80)
+    image_at = torch.tensor([1, 1, 1, 1])
+    frames = plan_frames(torch.arange(4), image_at, [20, 20, 20, 20], 80)
     assert [(b.start, b.stop, b.first, b.last) for b in frames.blocks] == [(0, 76, 0, 4)]
 
 
@@ -156,5 +156,5 @@ def test_rows_without_frames_attend_none():
 
 
 def test_frames_out_of_order_are_refused():
-    with pytest.raises(ValueError, match="row 0 are not in the order"):
+    with pytest.raises(ValueError, match="sequence 0 are not in the order"):
         plan_frames(torch.tensor([0, 0]), torch.tensor([3, 1]), [5], 5)

@@ -24,9 +24,15 @@ def logits(model: MossVideo) -> Tensor:
     """Of 24 tokens with two frames."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 320, (24,), generator=generator)
-    marks, ones = torch.tensor([5, 12]), torch.ones(2, dtype=torch.long)
+    image_at, ones = torch.tensor([5, 12]), torch.ones(2, dtype=torch.long)
     frames = plan_frames(
-        torch.zeros(2, dtype=torch.long), marks, [24], 24, tiles=ones, max_tiles=1, attend_all=False
+        torch.zeros(2, dtype=torch.long),
+        image_at,
+        [24],
+        24,
+        tiles=ones,
+        max_tiles=1,
+        attend_all=False,
     )
     frames.states = torch.randn(2, 5, 64, generator=generator)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from moss_train.model.packed_text import PackedText
 from tests.moss_train.model.build import preset, random_model
 
 LENGTH = 24
-MARKS = torch.tensor([5, 9, 10, 17])
+IMAGE_AT = torch.tensor([5, 9, 10, 17])
 TINY = preset("tiny")
 
 
@@ -27,16 +27,16 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
     """One row of tokens and its frames' pixels."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(20, 320, (1, LENGTH), generator=generator)
-    tokens[0, MARKS] = 320
-    return tokens, torch.randn(len(MARKS), 1, 3, 56, 56, generator=generator)
+    tokens[0, IMAGE_AT] = 320
+    return tokens, torch.randn(len(IMAGE_AT), 1, 3, 56, 56, generator=generator)
 
 
 def see(model: MossVideo, pixels: Tensor, **plan) -> FramePlan:
     """The frames of the row, encoded."""
-    rows = torch.zeros(len(MARKS), dtype=torch.long)
+    rows = torch.zeros(len(IMAGE_AT), dtype=torch.long)
     attend_all = model.config.tokens_before_first_frame == "attend_all"
-    frames = plan_frames(rows, MARKS, [LENGTH], LENGTH, attend_all=attend_all, **plan)
-    frames.states = model.encoder(pixels, torch.ones(len(MARKS), dtype=torch.long))
+    frames = plan_frames(rows, IMAGE_AT, [LENGTH], LENGTH, attend_all=attend_all, **plan)
+    frames.states = model.encoder(pixels, torch.ones(len(IMAGE_AT), dtype=torch.long))
     return frames
 
 
@@ -59,8 +59,8 @@ def model(groups):
 def test_tokens_before_the_first_frame_are_as_if_there_were_none(model):
     tokens, pixels = batch()
     seeing, blind = (predict(model, tokens, f) for f in (see(model, pixels), no_frames()))
-    assert torch.equal(seeing[: MARKS[0]], blind[: MARKS[0]])
-    assert not torch.isclose(seeing[MARKS[0] :], blind[MARKS[0] :]).all(-1).any()
+    assert torch.equal(seeing[: IMAGE_AT[0]], blind[: IMAGE_AT[0]])
+    assert not torch.isclose(seeing[IMAGE_AT[0] :], blind[IMAGE_AT[0] :]).all(-1).any()
 
 
 def test_attend_all_lets_blind_tokens_see_the_future(groups):
@@ -70,15 +70,15 @@ def test_attend_all_lets_blind_tokens_see_the_future(groups):
     assert not torch.isclose(seeing, blind).all(-1).any()
 
 
-@pytest.mark.parametrize("frame", range(len(MARKS)))
+@pytest.mark.parametrize("frame", range(len(IMAGE_AT)))
 def test_a_frame_changes_nothing_before_its_mark(model, frame):
     tokens, pixels = batch()
     before = predict(model, tokens, see(model, pixels))
     pixels[frame] += 1
     after = predict(model, tokens, see(model, pixels))
-    mark = MARKS[frame]
-    assert torch.equal(before[:mark], after[:mark])
-    assert not torch.isclose(before[mark], after[mark]).all()
+    position = IMAGE_AT[frame]
+    assert torch.equal(before[:position], after[:position])
+    assert not torch.isclose(before[position], after[position]).all()
 
 
 @pytest.mark.parametrize("position", [0, 7, LENGTH - 1])
@@ -96,9 +96,12 @@ def test_packed_neighbours_see_nothing_of_each_other(model):
     lengths = [LENGTH, LENGTH - 5]
     text = PackedText(torch.cat((first[0], second[0, :-5], torch.zeros(3).long())), lengths)
     frames = plan_frames(
-        torch.arange(2).repeat_interleave(len(MARKS)), MARKS.repeat(2), lengths, sum(lengths) + 3
+        torch.arange(2).repeat_interleave(len(IMAGE_AT)),
+        IMAGE_AT.repeat(2),
+        lengths,
+        sum(lengths) + 3,
     )
-    frames.states = model.encoder(torch.cat((pixels, others)), torch.ones(2 * len(MARKS)).long())
+    frames.states = model.encoder(torch.cat((pixels, others)), torch.ones(2 * len(IMAGE_AT)).long())
     with torch.no_grad():
         packed = model.chunks[0](text, frames)[: sum(lengths)].split(lengths)
     alone = [
@@ -110,7 +113,7 @@ def test_packed_neighbours_see_nothing_of_each_other(model):
 
 def test_frames_that_no_token_sees_change_nothing(model):
     tokens, pixels = batch()
-    hidden = see(model, pixels, visible_from=torch.full_like(MARKS, NEVER))
+    hidden = see(model, pixels, visible_from=torch.full_like(IMAGE_AT, NEVER))
     unseen, blind = (predict(model, tokens, f) for f in (hidden, no_frames()))
     assert torch.equal(unseen, blind)
 

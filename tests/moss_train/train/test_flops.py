@@ -33,7 +33,7 @@ from moss_train.train.flops import (
     step_flops,
 )
 
-TILES, LENGTH, LABELS, MARKS = 2, 24, 17, ([2, 9, 10], [5])
+TILES, LENGTH, LABELS, IMAGE_AT = 2, 24, 17, ([2, 9, 10], [5])
 PT1 = TrainedParts(vision=False, projector=True, decoder=False)
 ALL = TrainedParts(vision=True, projector=True, decoder=True)
 ATTENTION = {torch.ops.aten.bmm}  # all others are linear layers and convolutions
@@ -63,10 +63,10 @@ class Measured:
         model: ModelConfig,
         trained: TrainedParts,
         recompute: str = "none",
-        marks: tuple[list[int], ...] = MARKS,
+        image_at: tuple[list[int], ...] = IMAGE_AT,
     ):
         self.kinds: dict[str, Counter[str]] = {}
-        self.trained, self.frames = trained, plan(marks)
+        self.trained, self.frames = trained, plan(image_at)
         self.model = MossVideo(model, ParallelConfig(recompute=recompute), groups)
         fill(self.model, random_reader(model, 1))
         for name, parameter in self.model.named_parameters():
@@ -123,9 +123,9 @@ class Measured:
             assert getattr(part, phase) == seen.total(), (name, phase)
 
 
-def plan(marks: tuple[list[int], ...]) -> FramePlan:
-    rows = [row for row, positions in enumerate(marks) for _ in positions]
-    positions = torch.tensor([p for row in marks for p in row], dtype=torch.int64)
+def plan(image_at: tuple[list[int], ...]) -> FramePlan:
+    rows = [row for row, positions in enumerate(image_at) for _ in positions]
+    positions = torch.tensor([p for row in image_at for p in row], dtype=torch.int64)
     rows_of_frames = torch.tensor(rows, dtype=torch.int64)
     return plan_frames(rows_of_frames, positions, [LENGTH, LENGTH], 2 * LENGTH, max_tiles=TILES)
 
@@ -177,7 +177,7 @@ def test_a_frozen_tower_runs_forward_only():
 
 
 def test_a_row_without_frames_skips_cross_attention_and_the_frozen_decoder_s_backward(groups):
-    measured = Measured(groups, small(), ALL, marks=([], []))
+    measured = Measured(groups, small(), ALL, image_at=([], []))
     computed = StepCounts(text_tokens=48, text_pairs=2 * LENGTH**2, text_labels=LABELS)
     flops = step_flops(small(), ALL, computed, TILES)
     assert flops.total == measured.total()
