@@ -11,10 +11,10 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from av.codec.context import ThreadType
-from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
+
+from data_pipeline.clock import EPSILON, Track, frames_on_screen
 
 # Decoders of FFmpeg's own that look at `skip_frame` before each packet.
 _SKIPPING = {"h264", "hevc", "mpeg4"}
@@ -25,39 +25,26 @@ class _Missed(Exception):
 
 
 class Packets:
-    """All packets of a stream in decoding order; holds the whole encoded stream in memory.
+    """Decodes what some moments need of a track, whose whole encoded stream is in memory."""
 
-    times: seconds from the first frame at which each frame starts, rising. rate: frames a second
-    (25 where unknown). stated: the length in the file's header in seconds (0 where unknown).
-    Raises ValueError for a codec that nothing decodes.
-    """
-
-    def __init__(self, container: InputContainer, stream: VideoStream, threads: int) -> None:
-        if stream.codec_context is None:
-            raise ValueError("there is no decoder for its codec")
-        self._codec = stream.codec_context
+    def __init__(self, track: Track, threads: int) -> None:
+        self._track = track
+        self._codec = track.stream.codec_context
         self._codec.thread_count = threads
         self._codec.thread_type = ThreadType.AUTO if threads > 1 else ThreadType.NONE
-        self.rate = float(stream.average_rate or 0) or 25.0
-        self.stated = float((stream.duration or 0) * (stream.time_base or 0))
-        self._packets = [packet for packet in container.demux(stream) if packet.size]
-        # What an edit list cuts off is decoded for the frames behind it, and not shown.
-        shown = [packet for packet in self._packets if not packet.is_discard]
-        self._stamps = _stamps(shown)
+        self._packets = track.packets
+        self._stamps, self.times = track.stamps, track.times
         # Two stamps alike, or none, leave open which packet becomes which frame.
-        exact = {p.pts for p in shown}
-        self._exact = None not in exact and len(exact) == len(shown)
-        unit = float(stream.time_base or 0)
-        first = self._stamps[0] if self._stamps else 0
-        self.times = [(stamp - first) * unit for stamp in self._stamps]
-        if not self.times:
-            self.times = [i / self.rate for i in range(len(shown))]
+        self._exact = track.stamped and len(set(self._stamps)) == len(self._stamps)
 
     def shown_at(self, moments: Sequence[float]) -> Iterator[VideoFrame]:
-        """The frame on screen at each of the rising moments (seconds from the first frame)."""
+        """The frame on screen at each of the rising moments (seconds of the file's clock)."""
         given = 0
         if self._exact:
-            wanted = [self._stamps[max(0, bisect_right(self.times, m) - 1)] for m in moments]
+            wanted = [
+                self._stamps[max(0, bisect_right(self.times, moment + EPSILON) - 1)]
+                for moment in moments
+            ]
             try:
                 for frame in self._pick(wanted):
                     yield frame
@@ -112,36 +99,11 @@ class Packets:
 
     def _follow(self, moments: Sequence[float]) -> Iterator[VideoFrame]:
         """As `shown_at`, by decoding everything up to the last moment and following the clock."""
-        due = list(moments)
-        previous: VideoFrame | None = None
         self._codec.flush_buffers()
         self._codec.skip_frame = "DEFAULT"
-        for now, frame in self._clock():
-            while due and due[0] < now:
-                yield previous or frame
-                due.pop(0)
-            previous = frame
-            if not due:
-                break
-        else:
-            if previous is not None:
-                yield from [previous] * len(due)
-
-    def _clock(self) -> Iterator[tuple[float, VideoFrame]]:
-        """All frames with their seconds since the first; counts where no time stamps exist."""
-        first: float | None = None
-        for index, frame in enumerate(self._decode_all()):
-            stamp = frame.time if frame.time is not None else index / self.rate
-            first = stamp if first is None else first
-            yield stamp - first, frame
+        yield from frames_on_screen(self._decode_all(), self._track, moments)
 
     def _decode_all(self) -> Iterator[VideoFrame]:
         for packet in self._packets:
             yield from self._codec.decode(packet)
         yield from self._codec.decode(None)
-
-
-def _stamps(packets: Sequence[Packet]) -> list[int]:
-    """Rising time stamps in the stream's unit, of the packets that have any."""
-    found = [p.pts if p.pts is not None else p.dts for p in packets]
-    return sorted(stamp for stamp in found if stamp is not None)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import median
 
 import av
 import numpy as np
@@ -15,35 +12,36 @@ import torch
 from av.video.frame import VideoFrame
 from torch import Tensor
 
+from data_pipeline.clock import EPSILON, VideoError, open_container, read_track
 from data_pipeline.packets import Packets
 from data_pipeline.schema import SampleError
 
-EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
-_LATE = 1.0  # seconds after the last frame's start at which there is nothing to show any more
+_LATE = 1.0  # seconds after the last frame's start at which it is shown in any case
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Seconds from the first frame: when the last one starts, and when it ends."""
+    """Seconds of the file's clock: the starts of the first and last frames, the last one's end."""
 
     last: float
     duration: float
     frames: int
+    first: float = 0.0
 
 
 def sample_times(info: VideoInfo, fps: float, min_frames: int, max_frames: int) -> list[float]:
-    """The moments to show: every 1/fps s from 0, if that makes an allowed number of frames.
+    """The moments to show: every 1/fps s from the first frame, if that makes an allowed number.
 
     Beyond the bounds, `min_frames` or `max_frames` moments spread evenly from the first frame to
-    the last; a video with fewer frames than `min_frames` then repeats some.
+    the last; a video with fewer frames than `min_frames` then repeats some. Seconds of the file's
+    clock.
     """
-    natural = max(1, int(info.duration * fps + EPSILON))
+    natural = max(1, int((info.duration - info.first) * fps + EPSILON))
     count = min(max(natural, min_frames), max_frames)
     if count == natural:
-        return [min(i / fps, info.last) for i in range(count)]
-    if count == 1:
-        return [0.0]
-    return [info.last * i / (count - 1) for i in range(count)]
+        return [info.first + i / fps for i in range(count)]
+    step = (info.last - info.first) / max(count - 1, 1)
+    return [info.first + step * i for i in range(count)]
 
 
 class Video:
@@ -51,26 +49,35 @@ class Video:
 
     def __init__(self, packets: Packets, info: VideoInfo) -> None:
         self.info = info
+        self.times = packets.times  # seconds of the file's clock at which frames start, rising
         self._packets = packets
 
     def frames(self, times: Sequence[float]) -> Iterator[Tensor]:
         """Yields uint8 [3, H, W], upright, the frame on screen at each of the rising `times`.
 
-        Times are seconds from the first frame. No more is decoded than they need. A moment after
-        the last frame gets that frame if it is less than a second late, else there is a
-        SampleError(`frame_after_end`) before any frame. Strides are those of [H, W, 3].
+        Times are seconds of the file's clock; before the first frame the first one is shown. No
+        more is decoded than they need. A moment after the last frame has ended, and a second or
+        more after it started, is a SampleError(`frame_after_end`) before any frame. Strides are
+        those of [H, W, 3].
         """
-        info = self.info
-        if times and times[-1] >= info.last + _LATE:
-            late = next(moment for moment in times if moment >= info.last + _LATE)
-            raise SampleError(
-                "frame_after_end", f"no frame at {late:.2f} s, the last is at {info.last:.2f} s"
-            )
+        check_end(times, self.info)
         shown, pixels = None, None
-        for frame in self._packets.shown_at([moment + EPSILON for moment in times]):
+        for frame in self._packets.shown_at(times):
             if pixels is None or frame is not shown:
                 shown, pixels = frame, upright_pixels(frame)
             yield pixels
+
+
+def check_end(times: Sequence[float], info: VideoInfo) -> None:
+    """SampleError(`frame_after_end`) for a moment at which a video has nothing to show."""
+    end = max(info.duration, info.last + _LATE)
+    late = next((moment for moment in times if moment >= end), None)
+    if late is not None:
+        raise SampleError(
+            "frame_after_end",
+            f"no frame at {late:.2f} s, the last is at {info.last:.2f} s and ends at "
+            f"{info.duration:.2f} s",
+        )
 
 
 @contextmanager
@@ -78,17 +85,16 @@ def open_video(data: bytes, threads: int = 1) -> Iterator[Video]:
     """Opens a video file's bytes and reads all its packets, decoding nothing.
 
     `threads` decode it. Raises SampleError, from inside the context too: `undecodable_video`,
-    `empty_video`, or `truncated_video` where the file ends well before the length that its header
-    states.
+    `empty_video`, or `truncated_video` where the file ends before what its header states.
     """
     try:
-        with av.open(io.BytesIO(data), "r") as container:
-            if not container.streams.video:
-                raise SampleError("empty_video", "the file has no video stream")
-            packets = Packets(container, container.streams.video[0], threads)
-            if not packets.times:
-                raise SampleError("empty_video", f"{len(data)} bytes hold no frame")
-            yield Video(packets, _info(packets))
+        with open_container(data) as container:
+            track = read_track(container, data)
+            times = track.times
+            info = VideoInfo(times[-1], track.end, len(times), times[0])
+            yield Video(Packets(track, threads), info)
+    except VideoError as error:
+        raise SampleError(error.reason, error.detail) from None
     except (av.FFmpegError, ValueError) as error:
         raise SampleError("undecodable_video", f"{len(data)} bytes: {error}") from None
 
@@ -103,19 +109,6 @@ def frames_at(data: bytes, times: Sequence[float], threads: int = 1) -> Iterator
     """`Video.frames` of a video file's bytes."""
     with open_video(data, threads) as video:
         yield from video.frames(times)
-
-
-def _info(packets: Packets) -> VideoInfo:
-    times = packets.times
-    gaps = [b - a for a, b in pairwise(times) if b > a]
-    gap = median(gaps) if gaps else 1 / packets.rate
-    last = times[-1]
-    if packets.stated - (last + gap) > max(0.5, 0.1 * packets.stated):
-        raise SampleError(
-            "truncated_video",
-            f"the header says {packets.stated:.2f} s, the data end at {last + gap:.2f} s",
-        )
-    return VideoInfo(last=last, duration=last + gap, frames=len(times))
 
 
 def upright_pixels(frame: VideoFrame) -> Tensor:

@@ -14,13 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline import files
+from data_pipeline.clock import EPSILON
 from data_pipeline.images import decode_image
 from data_pipeline.importers.draft import Draft, Entry, Group, Medium
 from data_pipeline.schema import Sample, SampleError, parse_sample
 from data_pipeline.shards import ShardError
-from data_pipeline.video import VideoInfo, frames_at, probe_video
+from data_pipeline.video import Video, check_end, open_video, probe_video
 
 _JPEG_QUALITY = 92
+_TICK = Fraction(1, 90000)  # seconds
 _H264 = {"crf": "20", "preset": "medium", "g": "250"}
 
 
@@ -103,14 +105,16 @@ def _fitted(medium: Medium, options: MediaOptions) -> tuple[bytes, str]:
         if options.max_side is None or max(picture.shape[-2:]) <= options.max_side:
             return data, medium.suffix
         return shrink_image(picture, options.max_side), ".jpg"
-    info = probe_video(data)
-    frame = next(frames_at(data, [0.0]))
-    rate = info.frames / info.duration if info.duration else 0.0
+    with open_video(data) as video:
+        info = video.info
+        frame = next(video.frames([0.0]))
+    length = info.duration - info.first
+    rate = info.frames / length if length else 0.0
     slower = options.video_fps is not None and rate > options.video_fps * 1.01
     smaller = options.max_side is not None and max(frame.shape[-2:]) > options.max_side
     if not slower and not smaller:
         return data, medium.suffix
-    return shrink_video(data, info, options.max_side, options.video_fps if slower else None), ".mp4"
+    return shrink_video(data, options.max_side, options.video_fps if slower else None), ".mp4"
 
 
 def shrink_image(picture: Tensor, max_side: int) -> bytes:
@@ -122,33 +126,42 @@ def shrink_image(picture: Tensor, max_side: int) -> bytes:
     return out.getvalue()
 
 
-def shrink_video(data: bytes, info: VideoInfo, max_side: int | None, fps: float | None) -> bytes:
-    """An upright H.264 MP4 without sound; time stamps stay where they were.
+def shrink_video(data: bytes, max_side: int | None, fps: float | None) -> bytes:
+    """An upright H.264 MP4 without sound, whose frames are on screen when they were.
 
-    `fps`: one frame each 1/fps s from 0; None keeps the mean rate of the original.
+    `fps`: one frame each 1/fps s from 0; None keeps every frame.
     """
-    rate = fps or info.frames / info.duration
-    # Stamps are rounded: asked for a little after its stamp, each frame is found once.
-    late = 0.0 if fps else 0.25 / rate
-    times = [i / rate + late for i in range(int(info.last * rate + 1e-3) + 1)]
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
+    out, packets = io.BytesIO(), []
+    with open_video(data) as video, av.open(out, "w", format="mp4") as container:
+        times = _moments(video, fps)
         stream = None
-        for frame in frames_at(data, times):
+        for moment, frame in zip(times, video.frames(times), strict=True):
             height, width = frame.shape[-2:]
             scale = min(1.0, (max_side or max(height, width)) / max(height, width))
             if stream is None:
+                rate = fps or len(times) / video.info.duration
                 exact = Fraction(rate).limit_denominator(1001)
                 stream = container.add_stream("libx264", rate=exact, options=_H264)
                 stream.width, stream.height = (_even(side * scale) for side in (width, height))
-                stream.pix_fmt = "yuv420p"
+                stream.pix_fmt, stream.codec_context.time_base = "yuv420p", _TICK
             pixels = np.ascontiguousarray(frame.permute(1, 2, 0).numpy())
             picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             small = picture.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")
-            container.mux(stream.encode(small))
+            small.pts, small.time_base = round(moment / _TICK), _TICK
+            packets += stream.encode(small)
         if stream is not None:
-            container.mux(stream.encode())
+            packets += stream.encode()
+            stays = video.info.duration - times[-1]
+            packets[-1].duration = round(stays / (packets[-1].time_base or _TICK))
+        container.mux(packets)
     return out.getvalue()
+
+
+def _moments(video: Video, fps: float | None) -> list[float]:
+    """When the frames of a smaller copy start; what is on screen first is so from 0."""
+    if fps is not None:
+        return [i / fps for i in range(int(video.info.last * fps + 1e-3) + 1)]
+    return [0.0, *sorted({time for time in video.times if time > EPSILON})]
 
 
 def _even(side: float) -> int:
@@ -159,9 +172,4 @@ def _check_clip(sample: Sample, members: dict[str, bytes]) -> None:
     """A real-time clip must be as long as its conversation."""
     for medium in sample.media:
         if medium.times:
-            last = probe_video(members[medium.file]).last
-            if medium.times[-1] >= last + 1.0:
-                raise SampleError(
-                    "frame_after_end",
-                    f"a frame at {medium.times[-1]:.2f} s, the last is at {last:.2f} s",
-                )
+            check_end(medium.times, probe_video(members[medium.file]))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,18 +17,25 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin, __version__
 
+from .clock_moss_video import (
+    EPSILON,
+    Track,
+    VideoError,
+    frames_on_screen,
+    open_container,
+    read_track,
+)
 from .pixels_moss_video import to_rgb
 
 IMAGE, VIDEO, HEADER_END = "<|image|>", "<|video|>", "<|end_header_id|>"
 INLINE = {IMAGE, VIDEO, "<|silence|>", "<|...|>"}  # special tokens that a content may hold
-EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
 
 
 class MossVideoProcessor(ProcessorMixin):
     """Tokenizer, image processor, and how many frames of a video are shown.
 
-    A video shows a frame every 1 / `video_fps` s from its start; where these would be fewer than
-    `video_min_frames` or more than `video_max_frames`, so many, spread evenly.
+    A video shows a frame every 1 / `video_fps` s from its first one; where these would be fewer
+    than `video_min_frames` or more than `video_max_frames`, so many, spread evenly.
     """
 
     def __init__(
@@ -215,41 +220,27 @@ def read_video(path: str | Path, fps: float, min_frames: int, max_frames: int) -
     import av
 
     try:
-        with av.open(str(path)) as file:
-            stream = file.streams.video[0]
-            stamps = sorted(
-                float(packet.pts * packet.time_base)
-                for packet in file.demux(stream)
-                if packet.pts is not None
-            )
-        gap = median([b - a for a, b in pairwise(stamps) if b > a] or [1.0 / fps])
-        first, last = stamps[0], stamps[-1] - stamps[0]
-        moments = [first + t for t in _moments(last, last + gap, fps, min_frames, max_frames)]
-        with av.open(str(path)) as file:
-            return list(_shown(file, moments))
-    except (OSError, IndexError) as error:  # no such file, no video stream, no frame
+        data = Path(path).read_bytes()
+        with open_container(data) as file:
+            track = read_track(file, data)
+            moments = _moments(track, fps, min_frames, max_frames)
+            codec = track.stream.codec_context
+            decoded = (frame for packet in [*track.packets, None] for frame in codec.decode(packet))
+            shown = frames_on_screen(decoded, track, moments)
+            upright: dict[int, Any] = {}  # a frame that stays is turned once
+            return [upright.setdefault(id(f), (f, _upright(f)))[1] for f in shown]
+    except (OSError, ValueError, VideoError, av.FFmpegError) as error:
         raise ValueError(f"{path}: cannot be read as a video: {error}") from None
 
 
-def _moments(last: float, duration: float, fps: float, least: int, most: int) -> list[float]:
-    natural = max(1, int(duration * fps + EPSILON))
+def _moments(track: Track, fps: float, least: int, most: int) -> list[float]:
+    """Seconds of the file's clock."""
+    first, last = track.times[0], track.times[-1]
+    natural = max(1, int((track.end - first) * fps + EPSILON))
     count = min(max(natural, least), most)
     if count == natural:
-        return [min(i / fps, last) for i in range(count)]
-    return [last * i / max(count - 1, 1) for i in range(count)]
-
-
-def _shown(file: Any, moments: list[float]) -> Iterator[Image.Image]:
-    waiting, frame = list(moments), None
-    for following in file.decode(video=0):
-        while frame is not None and waiting and following.time > waiting[0] + EPSILON:
-            waiting.pop(0)
-            yield _upright(frame)
-        if not waiting:
-            return
-        frame = following
-    if frame is not None:
-        yield from [_upright(frame)] * len(waiting)
+        return [first + i / fps for i in range(count)]
+    return [first + (last - first) * i / max(count - 1, 1) for i in range(count)]
 
 
 def _upright(frame: Any) -> Image.Image:

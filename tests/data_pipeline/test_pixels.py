@@ -11,11 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline import pixels
 from data_pipeline.build import build_shards
 from data_pipeline.images import decode_image, picture_pixels
 from data_pipeline.schema import SampleError
-from inference.hf import pixels_moss_video
 from inference.hf.processing_moss_video import _picture
 from tests.data_pipeline.pictures import PICTURES, Known
 from tests.samples import imported
@@ -113,10 +111,3 @@ def test_arrays_and_tensors() -> None:
 def test_an_array_without_a_stated_range_or_shape_is_refused(array, named: str) -> None:
     with pytest.raises(SampleError, match=named):
         picture_pixels(array)
-
-
-def test_the_exported_copy_is_equal() -> None:
-    ours, theirs = (
-        Path(str(module.__file__)).read_text() for module in (pixels, pixels_moss_video)
-    )
-    assert ours == theirs

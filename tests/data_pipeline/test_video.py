@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 
+from data_pipeline.clock import read_track
 from data_pipeline.packets import Packets
 from data_pipeline.schema import SampleError
 from data_pipeline.video import VideoInfo, frames_at, open_video, probe_video, sample_times
@@ -200,7 +201,7 @@ def test_only_the_groups_that_are_needed_are_decoded() -> None:
     coding = {"g": "10", "bf": "0", "sc_threshold": "0"}
     data = make_video([i / 10 for i in range(60)], coding=coding, step=4)
     with av.open(io.BytesIO(data), "r") as file:
-        packets = Packets(file, file.streams.video[0], threads=1)
+        packets = Packets(read_track(file, data), threads=1)
     unit = packets._stamps[1] - packets._stamps[0]
     assert packets._runs({3 * unit, 7 * unit, 35 * unit}) == [(0, 7), (30, 35)]
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from data_pipeline import batch, schema, video
+from pathlib import Path
+from types import ModuleType
+
+from data_pipeline import batch, clock, pixels, schema
 from inference.hf import (
+    clock_moss_video,
     configuration_moss_video,
     modeling_moss_video,
+    pixels_moss_video,
     processing_moss_video,
     vision_moss_video,
 )
@@ -13,10 +18,18 @@ from moss_train import config
 from moss_train.model import vision
 
 
+def text(module: ModuleType) -> str:
+    return Path(str(module.__file__)).read_text()
+
+
+def test_files_are_equal() -> None:
+    assert text(pixels_moss_video) == text(pixels)
+    assert text(clock_moss_video) == text(clock)
+
+
 def test_copies_are_equal() -> None:
     assert modeling_moss_video.IGNORED_LABEL == batch.IGNORED_LABEL == -100
     assert processing_moss_video.IMAGE == schema.IMAGE_MARK
     assert processing_moss_video.VIDEO == schema.VIDEO_MARK
-    assert processing_moss_video.EPSILON == video.EPSILON
     assert vision_moss_video.PATCH_MULTIPLE == vision.PATCH_MULTIPLE
     assert configuration_moss_video.POOLS == config.POOLS
