@@ -84,7 +84,8 @@ def read_track(container: InputContainer, data: bytes) -> Track:
     if not shown:
         raise VideoError("empty_video", f"{len(data)} bytes hold no frame")
     unit = float(stream.time_base or 0)
-    jumps = bool(container.format.flags & Flags.ts_discont.value)
+    flags: Any = container.format.flags  # an integer in PyAV 18
+    jumps = bool(getattr(flags, "value", flags) & Flags.ts_discont.value)
     _continue_stamps(packets, unit, _JUMP if jumps else _LONGEST_GAP)
     _fill_stamps(packets)
     found = [p.pts if p.pts is not None else p.dts for p in shown]
