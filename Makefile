@@ -1,11 +1,11 @@
-# make demo | make test | make check: each sets up .venv first, once.
+# make demo | make demo-full | make test | make check: each sets up .venv first, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := 2.13.0
 
-.PHONY: demo test check setup clean
+.PHONY: demo demo-full test check setup clean
 
 setup: $(READY)
 
@@ -25,9 +25,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-# All four stages on the toy world, evaluated and reported; what is finished is not done again.
+# A real-time model on the toy world: trained, evaluated, watching a clip, on a page. What is
+# finished is not done again.
 demo: $(READY)
 	@$(BIN)/python -m tools.demo
+
+# The same through all four stages, from random weights.
+demo-full: $(READY)
+	@$(BIN)/python -m tools.demo --full
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

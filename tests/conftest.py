@@ -15,6 +15,7 @@ LONG = (
     "tests/moss_train/convert/test_round_trip.py",
     "tests/moss_train/train/test_resume.py",
     "tests/moss_train/train/test_learning.py",
+    "tests/tools/test_demo.py",
 )
 
 

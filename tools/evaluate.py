@@ -1,18 +1,15 @@
-"""python -m tools.evaluate --checkpoint RUN|EXPORT --suite toy|FILE.jsonl [--out scores.json]
+"""Evaluates a checkpoint or an export: what it answers, captions, and says in time.
 
-What a trained model answers, captions and says in time, against itself without its frames (blind)
-and against chance. FILE.jsonl holds a sample a line, as in shards, with `options` where a question
-has them.
+Each score stands beside that of the same model without its frames (blind) and that of chance.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from data_pipeline.commands import report_error
+from data_pipeline.commands import CommandParser, report_error
 from data_pipeline.schema import SampleError
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import ConfigError
@@ -24,18 +21,22 @@ from moss_train.evaluate.suite import evaluate, table, toy_items
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluates, prints the table, writes the JSON. 1 where that cannot be done."""
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", usage=first, description=rest)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="run folder, checkpoint or export"
-    )
-    parser.add_argument("--suite", default="toy", help="toy, or a JSONL file")
-    parser.add_argument("--stages", nargs="*", default=[], help="toy: of which stages; its own")
-    parser.add_argument("--data", type=Path, help="toy: the folder; as in training")
-    parser.add_argument("--limit", type=int, help="toy: samples of each source at most")
-    parser.add_argument("--out", type=Path, help="JSON; RUN/evaluation.json")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="CPU threads; all")
+    parser = CommandParser("python -m tools.evaluate", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="RUN",
+        help="run folder, checkpoint, or export")  # fmt: skip
+    add("--suite", default="toy", metavar="SUITE",
+        help="toy, or a JSONL file of samples as in shards")  # fmt: skip
+    add("--stages", nargs="*", default=[], metavar="STAGE",
+        help="toy: stages whose samples are used (default: the run's own)")  # fmt: skip
+    add("--data", type=Path, metavar="FOLDER",
+        help="toy: folder of the toy world (default: data.root of the run)")  # fmt: skip
+    add("--limit", type=int, metavar="N",
+        help="toy: maximum number of samples of each source (default: all)")  # fmt: skip
+    add("--out", type=Path, metavar="FILE",
+        help="JSON file of the scores (default: RUN/evaluation.json)")  # fmt: skip
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    add("--threads", type=int, metavar="N", help="threads on the CPU (default: all cores)")
     options = parser.parse_args(arguments)
     try:
         model = open_model(options.checkpoint, options.device, options.threads)

@@ -28,7 +28,8 @@ MODULES = [
     "hydra",
     "moss_train.train.loop",
     "moss_train.evaluate.exported",
-    "matplotlib.pyplot",
+    "matplotlib.backends.backend_svg",
+    "jinja2",
 ]
 # macOS has no safe fork once its frameworks are loaded: imports are repeated there.
 METHOD = "fork" if sys.platform == "linux" else "spawn"

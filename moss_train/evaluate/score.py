@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL
+from data_pipeline.schema import MARK
 from moss_train.evaluate.generate import answer_start, answers, predictions, streams
 from moss_train.evaluate.items import Item
 from moss_train.evaluate.model import TrainedModel
@@ -31,6 +32,16 @@ class Score:
     blind: float | None
     chance: float | None
     count: int
+
+
+@dataclass
+class Answered:
+    """A question of a sample: the right answer, and what the model said."""
+
+    key: str
+    asked: str
+    wanted: str
+    said: str
 
 
 @dataclass
@@ -63,12 +74,16 @@ def _token_accuracy(model: TrainedModel, items: Sequence[Item], blind: bool) -> 
     return hits / total
 
 
-def question_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
-    """Exact answers to questions, of each task and all; chance draws from the options.
+def question_scores(
+    model: TrainedModel, items: Sequence[Item]
+) -> tuple[list[Score], list[Answered]]:
+    """Exact answers to questions, of each task and all, and the answers; chance draws from the
+    options.
 
     Items with options are also scored as multiple choice: the likeliest option.
     """
-    right, blind = (_exact(model, items, blind) for blind in (False, True))
+    said, unseen = (answers(model, items, blind=blind) for blind in (False, True))
+    right, blind = (_exact(found, items) for found in (said, unseen))
     scores = [_mean(items, right, blind, items[0].source, EXACT)]
     for task in sorted({item.task for item in items}):
         chosen = [i for i, item in enumerate(items) if item.task == task]
@@ -83,9 +98,13 @@ def question_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
         )
     closed = [item for item in items if item.options]
     if closed:
-        picked, unseen = (_choose(model, closed, blind) for blind in (False, True))
-        scores.append(_mean(closed, picked, unseen, items[0].source, "multiple choice"))
-    return scores
+        picked, guessed = (_choose(model, closed, blind) for blind in (False, True))
+        scores.append(_mean(closed, picked, guessed, items[0].source, "multiple choice"))
+    answered = [
+        Answered(item.encoded.key, MARK.sub("", item.sample.messages[-2].content), item.answer, own)
+        for item, own in zip(items, said, strict=True)
+    ]
+    return scores, answered
 
 
 def questions_together(scores: Sequence[Score]) -> list[Score]:
@@ -113,8 +132,7 @@ def _mean(
     return Score(source, metric, sum(right) / count, sum(blind) / count, chance, count)
 
 
-def _exact(model: TrainedModel, items: Sequence[Item], blind: bool) -> list[bool]:
-    said = answers(model, items, blind=blind)
+def _exact(said: Sequence[str], items: Sequence[Item]) -> list[bool]:
     return [plain(text) == plain(item.answer) for text, item in zip(said, items, strict=True)]
 
 
@@ -218,7 +236,7 @@ def _count(items: Sequence[Item], timelines: Sequence[Timeline]) -> Counter[str]
         said = list(timeline.spoken)
         if item.options:  # asked in the middle: the first thing said after that is the answer
             counts["questions"] += 1
-            asked = _asked(item)
+            asked = asked_second(item)
             answer = next((u for u in said if u[0] == asked), None)
             if answer is not None:
                 said.remove(answer)
@@ -237,6 +255,6 @@ def _count(items: Sequence[Item], timelines: Sequence[Timeline]) -> Counter[str]
     return counts | Counter({"minutes": counts["seconds"] / 60})  # type: ignore[dict-item]
 
 
-def _asked(item: Item) -> int:
+def asked_second(item: Item) -> int:
     """The second of the last frame before the question."""
     return sum(message.content.count("<|video|>") for message in item.sample.messages[:-1]) - 1

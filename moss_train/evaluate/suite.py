@@ -13,6 +13,7 @@ from data_pipeline.toy.build import MODALITIES
 from moss_train.evaluate.items import EvaluationError, Item, read_shards, sources_of
 from moss_train.evaluate.model import TrainedModel
 from moss_train.evaluate.score import (
+    Answered,
     Score,
     Timeline,
     caption_scores,
@@ -25,11 +26,12 @@ from moss_train.evaluate.score import (
 
 @dataclass
 class Evaluation:
-    """Scores of a checkpoint, and its streams second by second."""
+    """Scores of a checkpoint, its answers, and its streams second by second."""
 
     checkpoint: str
     step: int
     scores: list[Score] = field(default_factory=list)
+    samples: list[Answered] = field(default_factory=list)
     timelines: list[Timeline] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +58,10 @@ def evaluate(
         questions = [item for item in own if item.sample.kind == "chat"]
         live = [item for item in own if item.sample.kind == "realtime"]
         result.scores += caption_scores(model, captions) if captions else []
-        result.scores += question_scores(model, questions) if questions else []
+        if questions:
+            scores, answered = question_scores(model, questions)
+            result.scores += scores
+            result.samples += answered
         if live:
             scores, timelines = live_scores(model, live)
             result.scores += decision_scores(model, live) + scores

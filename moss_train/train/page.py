@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.atomic import write_atomically
-
 TEMPLATES = Path(__file__).parent
 
 
@@ -22,9 +20,3 @@ def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template(template).render(values)
-
-
-def write_page(path: Path, text: str) -> Path:
-    """Writes a page at once, or not at all."""
-    write_atomically(path, text)
-    return path

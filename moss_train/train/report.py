@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.atomic import write_atomically
 from data_pipeline.commands import CommandParser, report_error
 from moss_train.config import Config, ConfigError, from_dict
 from moss_train.hardware import peak_tflops_of
@@ -24,7 +25,7 @@ from moss_train.log import log
 from moss_train.train.curves import Row, column, number, panel_svgs
 from moss_train.train.description import RUN_FILE
 from moss_train.train.metrics import METRICS_FILE, read_metrics
-from moss_train.train.page import render, write_page
+from moss_train.train.page import render
 
 REPORT_FILE = "report.html"
 EVALUATION_FILE = "evaluation.json"
@@ -92,7 +93,8 @@ def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
         again=f"python -m moss_train.train.report {run_dir}",
         config=raw.read_text() if raw.is_file() else "",
     )
-    return write_page(run_dir / REPORT_FILE, page)
+    write_atomically(run_dir / REPORT_FILE, page)
+    return run_dir / REPORT_FILE
 
 
 def score_rows(evaluated: Mapping[str, Any]) -> list[list[str]]:
@@ -105,10 +107,14 @@ def score_rows(evaluated: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def sample_rows(evaluated: Mapping[str, Any]) -> list[list[str]]:
-    """Lines of the table of samples: which, what is asked, the right answer, the model's."""
-    keys = ("key", "asked", "wanted", "said")
-    return [[str(sample[key]) for key in keys] for sample in evaluated.get("samples", [])]
+def sample_rows(evaluated: Mapping[str, Any], most: int = 8) -> list[list[str]]:
+    """Lines of the table of samples, the first `most` of each source: which, what is asked, the
+    right answer, the model's."""
+    found: dict[str, list[list[str]]] = {}
+    for sample in evaluated.get("samples", []):
+        row = [str(sample[key]) for key in ("key", "asked", "wanted", "said")]
+        found.setdefault(sample["key"].rpartition("/")[0], []).append(row)
+    return [row for rows in found.values() for row in rows[:most]]
 
 
 def _what(

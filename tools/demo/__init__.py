@@ -1,1 +1,1 @@
-"""The four stages from random weights to a real-time model, on the toy world."""
+"""A real-time model on the toy world, in minutes: trained, evaluated, and watching a clip live."""

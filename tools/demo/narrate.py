@@ -1,17 +1,35 @@
-"""The end of the demo: the real-time model is exported and tells a held-out clip, live."""
+"""Takes the first held-out clip with a narration out of a toy world, and prints what happens."""
 
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 from pathlib import Path
 
+from data_pipeline.commands import CommandParser
+from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
+from inference.session.view import clock
+
+Sentences = list[tuple[int, str]]  # seconds, and what is said in them
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = CommandParser("python -m tools.demo.narrate", description=__doc__)
+    parser.add_argument("world", type=Path, metavar="WORLD", help="folder of data_pipeline.toy")
+    parser.add_argument("clip", type=Path, metavar="CLIP", help="MP4 file to write")
+    options = parser.parse_args(arguments)
+    truth = told(held_out_clip(options.world, options.clip))
+    print(f"What happens in {options.clip}, which no training has seen:")
+    print("\n".join(f"{clock(second)}  {words}" for second, words in truth))
+    return 0
 
 
 def held_out_clip(world: Path, out: Path) -> str:
     """Writes the first held-out clip that is to be narrated to `out`; what there is to say."""
-    for shard in sorted((world / "realtime_sft/heldout/video").glob("*.tar")):
+    for shard in sorted((world / STAGES[-1] / "heldout/video").glob("*.tar")):
         with tarfile.open(shard) as tar:
             members = {member.name: member for member in tar}
             for name in sorted(members):
@@ -24,9 +42,9 @@ def held_out_clip(world: Path, out: Path) -> str:
     raise ValueError(f"{world} has no held-out clip with a narration")
 
 
-def told(content: str) -> list[tuple[int, str]]:
+def told(content: str) -> Sentences:
     """What a sample's turn says: seconds and words, a sentence in the second in which it begins."""
-    found: list[tuple[int, str]] = []
+    found: Sentences = []
     goes_on = False
     for second, piece in enumerate(content.split("<|video|>")[1:]):
         words, silence, _ = piece.partition("<|silence|>")
@@ -38,7 +56,23 @@ def told(content: str) -> list[tuple[int, str]]:
     return found
 
 
+def spoken(events: Path) -> Sentences:
+    """What the streaming command said, from what it wrote with `--jsonl`."""
+    began: dict[str, int] = {}
+    found: Sentences = []
+    for event in map(json.loads, events.read_text().splitlines()):
+        if event["type"] == "response.created":
+            began[event["response_id"]] = int(event["t_media"])
+        elif event["type"] == "response.done":
+            found.append((began[event["response_id"]], event["text"]))
+    return found
+
+
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None
     return file.read()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

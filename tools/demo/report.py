@@ -1,169 +1,200 @@
-"""python -m tools.demo.report runs/demo pt1 pt2 sft realtime_sft
-
-The demo's report: one HTML file with the table of scores, losses and decision timelines.
-"""
+"""Writes OUT/report.html: the demo in OUT on one page that needs no network."""
 
 from __future__ import annotations
 
 import base64
-import html
+import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import yaml
+from PIL import Image
 from torch import Tensor
 
+from data_pipeline.atomic import write_atomically
+from data_pipeline.commands import CommandParser
 from data_pipeline.encode import SampleEncoder
 from data_pipeline.tokens import load_tokenizer
-from moss_train.config import from_dict
+from data_pipeline.toy.build import MODALITIES, STAGES
+from data_pipeline.toy.stream import NARRATE
+from moss_train.config import Config, from_dict
 from moss_train.evaluate.items import Item, read_shards
-from moss_train.evaluate.score import Score, Timeline
-from moss_train.evaluate.suite import cells, table
+from moss_train.evaluate.score import Score, Timeline, asked_second
+from moss_train.evaluate.suite import table
+from moss_train.train.curves import PANELS, panel_svgs
 from moss_train.train.data import encode_config
 from moss_train.train.metrics import read_metrics
+from moss_train.train.page import render
+from tools.demo.narrate import Sentences, spoken, told
+from tools.demo.parts import BEFORE, RECORD
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .15em .8em; text-align: right }
-td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
-tr:nth-child(even) { background: #f3f3f3 }
-img { max-width: 100% }
-"""
+SHOWN = 5  # samples of each kind on the page, the first ones
 
 
-def write_report(out: Path, stages: Sequence[str], seconds: Mapping[str, float]) -> Path:
-    """Writes OUT/{losses,timeline-N}.png and OUT/report.html; returns the latter.
+@dataclass(frozen=True)
+class Strip:
+    """A clip second by second: a picture, and in each lane the words of that second."""
 
-    Reads each stage's run folder `OUT/STAGE` with its metrics and evaluation.json.
-    """
-    results = {stage: json.loads((out / stage / "evaluation.json").read_text()) for stage in stages}
-    pictures = [plot_losses(out, stages, out / "losses.png")]
-    for stage in stages:
-        pictures += _timelines(out / stage, results[stage], out)
-    scores = [Score(**score) for stage in stages for score in results[stage]["scores"]]
-    print(table(scores))
-    body = "".join(
-        f'<p><img alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}"></p>'
-        for path in pictures
+    title: str
+    frames: list[str]
+    lanes: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about pictures: URLs of these, the right answer and the model's."""
+
+    pictures: list[str]
+    asked: str
+    wanted: str
+    said: str
+
+
+class Stage:
+    """A trained stage of the demo: its run folder, and its held-out items."""
+
+    def __init__(self, run: Path):
+        self.name, self.run = run.name, run
+        self.config: Config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+        self.result: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
+        self.rows = read_metrics(run)
+        tokenizer = load_tokenizer(self.config.data.tokenizer)
+        self.encoder = SampleEncoder(encode_config(self.config), tokenizer)
+
+    def items(self, modality: str, limit: int) -> list[Item]:
+        """The first held-out items of a modality."""
+        folder = Path(self.config.data.root) / self.name / "heldout" / modality
+        source = f"{self.name}/{modality}"
+        return list(read_shards(folder, source, self.encoder, limit))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = CommandParser("python -m tools.demo.report", description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of tools.demo")
+    options = parser.parse_args(arguments)
+    print(write_report(options.out))
+    return 0
+
+
+def write_report(out: Path) -> Path:
+    """Writes OUT/report.html from the run folders of the stages in OUT, their evaluation.json,
+    demo.json, and, where they are there, before.json and narration.jsonl."""
+    parts = json.loads((out / RECORD).read_text())
+    stages = [Stage(out / name) for name in STAGES if (out / name / "evaluation.json").exists()]
+    before = out / "before.json"
+    earlier = json.loads(before.read_text()) if before.exists() else None
+    scores = [Score(**score) for stage in stages for score in stage.result["scores"]]
+    if len(stages) > 1:  # else the evaluation has just printed it
+        print(table(scores))
+    rows = list(score_table(scores, earlier))
+    page = render(
+        "demo.html.jinja",
+        Path(__file__).parent,
+        title="moss_train: the demo",
+        stages=[stage.name for stage in stages],
+        steps=sum(stage.rows[-1]["step"] for stage in stages if stage.rows),
+        batch=stages[-1].config.data.global_batch,
+        minutes=sum(part["seconds"] for part in parts) / 60,
+        earlier=earlier,
+        before_samples=BEFORE,
+        narrated=_narrated(out, stages[-1]),
+        scores=[row for row in rows if not row[1].startswith("  ") or "words" in row[1]],
+        all_scores=rows,
+        panels=_curves(stages),
+        samples=[(stage.name, s) for stage in stages for s in _samples(stage)],
+        strips=_streams(stages[-1]),
+        parts=parts,
     )
-    times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    report = out / "report.html"
-    report.write_text(
-        "<!doctype html><html lang=en><meta charset=utf-8><title>moss_train: demo</title>"
-        f"<style>{_STYLE}</style><h1>Four stages on the toy world</h1>"
-        "<p>Held-out worlds. <b>Blind</b> is the same model without its frames, <b>chance</b> "
-        "draws from a question's possible answers, says the most frequent token always, or speaks "
-        f"as often as the data do.</p>{_html_table(scores)}{body}"
-        f"<p>{html.escape(times)}; {sum(seconds.values()) / 60:.1f} minutes in all.</p></html>\n"
-    )
-    return report
-
-
-def _html_table(scores: Sequence[Score]) -> str:
-    head = "".join(f"<th>{name}" for name in ("source", "score", "model", "blind", "chance", "of"))
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells(score)) for score in scores
-    )
-    return f"<table><tr>{head}{rows}</table>"
-
-
-def plot_losses(out: Path, stages: Sequence[str], path: Path) -> Path:
-    """The loss of all stages over the steps, one after the other."""
-    figure, axis = plt.subplots(figsize=(11, 3.2), layout="constrained")
-    start = 0
-    for stage in stages:
-        rows = read_metrics(out / stage)
-        steps, losses = [start + row["step"] for row in rows], [row["loss"] for row in rows]
-        axis.plot(steps, losses, alpha=0.25, color=f"C{stages.index(stage)}")
-        axis.plot(steps, _smooth(losses), label=stage, color=f"C{stages.index(stage)}")
-        start += rows[-1]["step"] if rows else 0
-        axis.axvline(start, color="0.8", linewidth=0.8)
-    axis.set(xlabel="step", ylabel="loss", yscale="log")
-    axis.legend()
-    return _save(figure, path)
-
-
-def _smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
-    mean, smoothed = values[0] if values else 0.0, []
-    for value in values:
-        mean += share * (value - mean)
-        smoothed.append(mean)
-    return smoothed
-
-
-def _timelines(run: Path, result: Mapping[str, Any], out: Path) -> list[Path]:
-    """Pictures of a narration and of a stream that is asked, where there are such."""
-    timelines = {t["key"]: Timeline(**t) for t in result["timelines"]}
-    if not timelines:
-        return []
-    config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
-    encoder = SampleEncoder(encode_config(config), load_tokenizer(config.data.tokenizer))
-    source = next(iter(timelines)).rpartition("/")[0]
-    folder = Path(config.data.root) / config.stage.name / "heldout/video"
-    chosen: dict[bool, Item] = {}
-    for item in read_shards(folder, source, encoder, limit=20):
-        if item.encoded.key in timelines and len(item.speech) > 1 - bool(item.options):
-            chosen.setdefault(bool(item.options), item)
-    return [
-        plot_timeline(item, timelines[item.encoded.key], out / f"timeline-{number}.png")
-        for number, item in enumerate(chosen.values(), 1)
-    ]
-
-
-def plot_timeline(item: Item, timeline: Timeline, path: Path) -> Path:
-    """A clip's frames second by second, over what was to be said and what was said."""
-    frames = item.encoded.frames[:, 0]
-    figure, axes = plt.subplots(
-        2, 1, figsize=(1.1 * len(frames) + 1, 3.6), height_ratios=(1, 1.6), layout="constrained"
-    )
-    axes[0].imshow(contact_sheet(frames), aspect="equal")
-    axes[0].set(xticks=[], yticks=[], title=_title(item))
-    lanes = (("to be said", timeline.wanted, "0.5"), ("said", timeline.spoken, "C0"))
-    for lane, (name, sentences, colour) in enumerate(lanes):
-        for number, (second, text) in enumerate(sentences):
-            axes[1].axvspan(
-                second, second + 1, 1 - (lane + 1) / 2, 1 - lane / 2, color=colour, alpha=0.35
-            )
-            height = 1.85 - lane - 0.28 * (number % 3)
-            axes[1].text(second + 0.05, height, text, va="top", fontsize=8)
-        axes[1].text(-0.1, 1.5 - lane, name, ha="right", va="center")
-    axes[1].set(
-        xlim=(0, len(frames)), ylim=(0, 2), yticks=[], xticks=range(len(frames)), xlabel="second"
-    )
-    axes[1].axhline(1, color="0.7", linewidth=0.8)
-    return _save(figure, path)
-
-
-def _title(item: Item) -> str:
-    asked = [message.content for message in item.sample.messages if message.role == "user"]
-    frames = [m.content.count("<|video|>") for m in item.sample.messages if m.role == "assistant"]
-    when = f" (asked after second {frames[0] - 1})" if item.options else ""
-    return f"{item.encoded.key}: {asked[-1]}{when}"
-
-
-def contact_sheet(frames: Tensor) -> Any:
-    """Frames `[F, 3, h, w]` in a row, a dark line between them: `[h, F x (w + 1), 3]`."""
-    padded = frames.new_zeros(*frames.shape[:3], frames.shape[3] + 1)
-    padded[..., :-1] = frames
-    return padded.permute(2, 0, 3, 1).flatten(1, 2).numpy()
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    path = out / "report.html"
+    write_atomically(path, page)
     return path
 
 
+def score_table(scores: Sequence[Score], earlier: Mapping[str, Any] | None) -> Iterator[list[str]]:
+    """Lines of the table: source, score, before the training, after it, blind, chance, number."""
+    known = {(s["source"], s["metric"]): s["value"] for s in (earlier or {}).get("scores", [])}
+    for score in scores:
+        values = (score.value, score.blind, score.chance)
+        numbers = ["" if value is None else f"{value:.3f}" for value in values]
+        if earlier is not None:
+            value = known.get((score.source, score.metric))
+            numbers.insert(0, "" if value is None else f"{value:.3f}")
+        yield [score.source, score.metric, *numbers, str(score.count)]
+
+
+def _curves(stages: Sequence[Stage]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for stage in stages:
+        panels = [replace(p, title=f"{stage.name}: {p.title}") for p in (PANELS[0], PANELS[3])]
+        found |= panel_svgs(stage.rows, panels)
+    return found
+
+
+def _samples(stage: Stage) -> list[Sample]:
+    """The first answered questions of each modality, with their pictures."""
+    answered = {sample["key"]: sample for sample in stage.result["samples"]}
+    found = []
+    for modality in MODALITIES:
+        for item in stage.items(modality, SHOWN):
+            if item.encoded.key in answered:
+                own = answered[item.encoded.key]
+                pictures = urls(item.encoded.frames[:, 0])
+                found.append(Sample(pictures, own["asked"], own["wanted"], own["said"]))
+    return found
+
+
+def _narrated(out: Path, stage: Stage) -> Strip | None:
+    """The clip that was watched through the streaming command."""
+    events = out / "narration.jsonl"
+    if not events.exists():
+        return None
+    items = (i for i in stage.items("video", 50) if i.sample.messages[0].content == NARRATE)
+    item = next(items)
+    truth = told(item.sample.messages[1].content)
+    return strip(item, {"what happens": truth, "the model says": spoken(events)})
+
+
+def _streams(stage: Stage) -> list[Strip]:
+    """The first held-out streams as the evaluation played them."""
+    timelines = {t["key"]: Timeline(**t) for t in stage.result["timelines"]}
+    items = (i for i in stage.items("video", 20) if i.encoded.key in timelines and i.speech)
+    found = []
+    for item in islice(items, SHOWN):
+        own = timelines[item.encoded.key]
+        wanted, lanes = list(own.wanted), dict[str, Sentences]()
+        if item.options:
+            second = asked_second(item)
+            lanes["asked"] = [(second, item.sample.messages[-2].content)]
+            wanted.append((second, item.answer.partition("<|")[0]))
+        found.append(strip(item, lanes | {"to be said": wanted, "the model says": own.spoken}))
+    return found
+
+
+def strip(item: Item, lanes: Mapping[str, Sentences]) -> Strip:
+    """A clip with the sentences of each lane under the second in which they begin."""
+    frames = urls(item.encoded.frames[:, 0])
+    cells = {
+        name: [" ".join(w for s, w in said if s == second) for second in range(len(frames))]
+        for name, said in lanes.items()
+    }
+    return Strip(item.encoded.key, frames, cells)
+
+
+def urls(frames: Tensor) -> list[str]:
+    """Frames `[F, 3, h, w]`, uint8, as URLs that hold the pictures."""
+    found = []
+    for frame in frames:
+        file = io.BytesIO()
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, "PNG")
+        found.append(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
+    return found
+
+
 if __name__ == "__main__":
-    out, *stages = sys.argv[1:]
-    times = json.loads((Path(out) / "times.json").read_text())
-    report = write_report(Path(out), stages, times)
-    print(f"{report} ({sum(times.values()) / 60:.1f} minutes in all)")
+    sys.exit(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moss_train.evaluate.generate import answers
 from moss_train.evaluate.items import EvaluationError, read_lines
 from moss_train.evaluate.score import (
     Score,
@@ -76,7 +77,12 @@ def test_chance_is_that_of_the_options_and_all_tasks_are_listed(model, questions
     item = questions[0]
     three = replace(item, options=("Yes.", "No.", "Red.", "Two."), task="a")
     two = replace(item, options=("Yes.", "No."), task="b")
-    scores = {s.metric.strip(): s for s in question_scores(model, [three, two])}
+    found, answered = question_scores(model, [three, two])
+    scores = {score.metric.strip(): score for score in found}
+    assert [a.wanted for a in answered] == [item.answer] * 2
+    assert answered[0].said == answers(model, [item])[0]
+    assert answered[0].asked.endswith("?")
+    assert "<" not in answered[0].asked
     assert scores["answers exact"].chance == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert scores["a"].chance == 0.25
     assert scores["b"].count == 1

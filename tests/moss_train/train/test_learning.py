@@ -5,19 +5,19 @@ What they have learned streams as it reads offline.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.render import draw
 from data_pipeline.toy.world import still
 from inference.engine.engine import Engine
 from inference.engine.load import load_model
 from tests.inference.engine.streams import Player, largest_error, make_stream, offline, play
-from tests.torchrun import REPO
+from tests.pages import open_page
+from tools.demo.__main__ import main
+from tools.demo.narrate import spoken
 
 SCALE = "0.14"  # of the samples that the demo trains on
 # Fewer layers learn as much in so short a time, and batches of half the size are twice the steps.
@@ -29,19 +29,10 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the demo's runs, and what it printed in `printed`."""
+    """The folder of the demo's runs."""
     folder: Path = tmp_path_factory.mktemp("demo")
     sizes = ["--train", "600", "--heldout", "40", "--scale", SCALE, "--ranks", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.demo", "--out", str(folder), *sizes, *SMALL],
-        cwd=REPO,
-        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (folder / "printed").write_text(done.stdout)
+    assert main(["--full", "--out", str(folder), *sizes, *SMALL]) == 0
     return folder
 
 
@@ -83,10 +74,15 @@ def test_held_out_streams_are_watched_and_asked_about(demo: Path) -> None:
     assert found["realtime_sft/video", "decision F1"]["value"] > 0.1
 
 
-def test_the_demo_ends_with_a_report_and_a_clip_that_is_told(demo: Path) -> None:
-    printed = (demo / "printed").read_text()
-    assert "--- what the model says, frame by frame" in printed
-    assert len((demo / "report.html").read_text()) > 50_000
+def test_the_demo_ends_with_a_page_of_all_stages_and_a_clip_that_is_watched(demo: Path) -> None:
+    page = open_page(demo / "report.html")
+    for stage in STAGES:
+        assert f"{stage}: loss per label" in page.captions
+        for (source, metric), score in scores(demo, stage).items():
+            shown = [row for table in page.tables for row in table if row[:2] == [source, metric]]
+            assert shown[0][2] == f"{score['value']:.3f}"
+    (says,) = (row[1:] for row in page.tables[0] if row[0] == "the model says")
+    assert [(s, words) for s, words in enumerate(says) if words] == spoken(demo / "narration.jsonl")
 
 
 @pytest.mark.parametrize("window", [8, 3])

@@ -72,15 +72,17 @@ def test_configuration_data_and_scores_are_shown(run_dir):
     score = {"source": "sft/video", "metric": "answers exact", "value": 0.5, "blind": 0.25,
              "chance": None, "count": 20}  # fmt: skip
     sample = {"key": "video-1", "asked": "What?", "wanted": "A circle.", "said": "A <b>square</b>."}
-    (run_dir / "evaluation.json").write_text(
-        json.dumps({"step": 200, "scores": [score], "samples": [sample]})
-    )
+    later = [sample | {"key": f"video-{number}"} for number in range(2, 20)]
+    found = {"step": 200, "scores": [score], "samples": [sample, *later]}
+    (run_dir / "evaluation.json").write_text(json.dumps(found))
     page = open_page(write_report(run_dir))
     assert page.row("toy") == ["video", "75 %", "50.00"]
     assert page.row("other") == ["video", "25 %", "-"]
     assert "Stopped after step 200 of 500" in page.text
     assert page.row("sft/video") == ["answers exact", "0.500", "0.250", "", "20"]
     assert page.row("video-1") == ["What?", "A circle.", "A <b>square</b>."]
+    assert "video-8" in page.text
+    assert "video-9" not in page.text  # the first eight are shown
     # 0.1 of 989.4 TFLOP/s
     assert page.row("MFU") == ["0.0", "% of 989.4 TFLOP/s"]
     assert open_page(write_report(run_dir, peak_tflops=0.4)).row("MFU")[0] == "25.0"

@@ -1,0 +1,144 @@
+"""What the two demos consist of: commands, each as anyone would type it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from data_pipeline.toy.build import STAGES
+from data_pipeline.toy.stream import NARRATE
+
+REPO = Path(__file__).resolve().parents[2]
+RECORD = "demo.json"  # in the demo's folder: what was run, and how long it took
+TRAIN = REPO / "launch/train.py"
+BATCH = 16  # samples a step, over all ranks
+LIVE = STAGES[-1]
+SHORT = 350 * BATCH  # samples of the demo's only stage
+BEFORE = 10  # samples of each source that the shipped weights are evaluated on
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of the demo.
+
+    seconds: what it takes on two free cores, for the time that is left (docs/toy.md).
+    ranks: processes of torchrun, which then runs launch/train.py; 0: `python -m module`.
+    makes: a folder that must not exist before.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    seconds: float
+    ranks: int = 0
+    makes: Path | None = None
+
+    @property
+    def command(self) -> str:
+        """For a shell, in the folder of the checkout."""
+        start = f"python -m {self.module}"
+        if self.ranks:
+            start = f"torchrun --nproc-per-node {self.ranks} launch/train.py"
+        return f"{start} {shlex.join(self.arguments)}"
+
+
+def short(options: argparse.Namespace) -> list[Part]:
+    """The shipped model after `sft` learns to watch live: five minutes with the set-up."""
+    out: Path = options.out
+    shipped, start = str(out / "shipped"), str(out / "start")
+    world = ["--stages", LIVE, "--train", str(options.train or 1_500)]
+    heldout = str(options.heldout or 60)
+    # Few samples: a model that has not learned to be silent yet takes long to play a stream.
+    before = ["--stages", LIVE, "--data", str(out / "world"), "--limit", str(BEFORE)]
+    before += ["--out", str(out / "before.json")]
+    training = [
+        f"init_from={start}",
+        f"data.tokenizer={start}/tokenizer",
+        f"data.samples={_steps(SHORT * options.scale)}",
+        "trainer.eval_every=100",
+    ]
+    return [
+        _world(options, [*world, "--heldout", heldout], 16),
+        Part("unpack the weights", "tools.demo.checkpoint", ("unpack", shipped), 1),
+        _convert("import them", "hf-to-megatron", shipped, start),
+        _evaluate("evaluate before training", start, options, 10, *before),
+        _train(LIVE, training, options, 85 * options.scale),
+        _evaluate(f"evaluate {LIVE}", str(out / LIVE), options, 12),
+        *_ending(options),
+    ]
+
+
+def full(options: argparse.Namespace) -> list[Part]:
+    """The four stages from random weights, each from the one before: about a quarter of an hour."""
+    world = ["--train", str(options.train or 4_000), "--heldout", str(options.heldout or 100)]
+    parts = [_world(options, world, 80)]
+    before: list[str] = []
+    seconds = {"pt1": (110, 5), "pt2": (150, 5), "sft": (300, 15), LIVE: (115, 20)}
+    for stage in STAGES:
+        recipe = yaml.safe_load((REPO / f"conf/recipe/toy_{stage}.yaml").read_text())
+        samples = f"data.samples={_steps(recipe['data']['samples'] * options.scale)}"
+        training, evaluation = seconds[stage]
+        run = str(options.out / stage)
+        parts.append(_train(stage, [*before, samples], options, training * options.scale))
+        parts.append(_evaluate(f"evaluate {stage}", run, options, evaluation))
+        before = [f"init_from={run}"]
+    return [*parts, *_ending(options)]
+
+
+def _ending(options: argparse.Namespace) -> list[Part]:
+    """A held-out clip is told through the streaming command, then all is shown on a page."""
+    out: Path = options.out
+    export, clip = str(out / "export"), str(out / "clip.mp4")
+    watch = ["--checkpoint", export, "--video_path", clip, "--prompt", NARRATE, "--speed", "0"]
+    watch += ["--jsonl", str(out / "narration.jsonl")]
+    return [
+        _convert("export", "megatron-to-hf", str(out / LIVE), export),
+        Part("take a held-out clip", "tools.demo.narrate", (str(out / "world"), clip), 1),
+        Part("watch it live", "inference.realtime_streaming_infer", tuple(watch), 3),
+        Part("write the page", "tools.demo.report", (str(out),), 3),
+    ]
+
+
+def _world(options: argparse.Namespace, more: list[str], seconds: float) -> Part:
+    return Part(
+        "render the world", "data_pipeline.toy", (str(options.out / "world"), *more), seconds
+    )
+
+
+def _convert(name: str, direction: str, source: str, out: str) -> Part:
+    arguments = (direction, source, out)
+    return Part(name, "tools.convert_checkpoint", arguments, 1, makes=Path(out))
+
+
+def _evaluate(
+    name: str, checkpoint: str, options: argparse.Namespace, seconds: float, *more: str
+) -> Part:
+    suite = ("--checkpoint", checkpoint, "--suite", "toy", "--threads", str(options.ranks))
+    return Part(name, "tools.evaluate", (*suite, *more), seconds)
+
+
+def _train(stage: str, more: list[str], options: argparse.Namespace, seconds: float) -> Part:
+    overrides = [
+        f"stage={stage}",
+        "model=toy",
+        "data=toy",
+        "hardware=cpu",
+        "hardware.threads=1",  # more gain little in so small products, and lose to the loader
+        f"data.root={options.out / 'world'}",
+        f"run.dir={options.out / stage}",
+        "trainer.console_every=50",
+        f"data.global_batch={BATCH}",
+        f"data.micro_batch={BATCH // options.ranks}",
+        *more,
+        *options.overrides,
+    ]
+    return Part(f"train {stage}", "torch.distributed.run", tuple(overrides), seconds, options.ranks)
+
+
+def _steps(samples: float) -> int:
+    """A whole number of steps' samples, a step's at least."""
+    return max(1, round(samples / BATCH)) * BATCH
