@@ -1,4 +1,8 @@
-"""What travels from the data side to the training side: one encoded sample, one microbatch."""
+"""What the loader gives to training: encoded samples, and microbatches of them.
+
+S: tokens of a sequence, F: frames of a sample, T: tiles of a frame of h x w pixels, B: samples of a
+microbatch, N: frames of a microbatch.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +17,31 @@ IGNORED_LABEL = -100
 
 @dataclass
 class EncodedSample:
-    """One conversation as tensors. S tokens, F frames, T tiles a frame of h x w pixels."""
+    """One conversation as tensors."""
 
     key: str  # "<source name>/<webdataset key>"
     tokens: Tensor  # int64 [S]
     labels: Tensor  # int64 [S], not shifted, IGNORED_LABEL where there is no loss
     frames: Tensor  # uint8 [F, T, 3, h, w], RGB, not normalized, unused tiles zero
     frame_positions: Tensor  # int64 [F], index of each frame's <|image|> token in `tokens`
-    aspect_ratio_ids: Tensor  # int64 [F], 1-based index into supported_aspect_ratios(T)
+    aspect_ratio_ids: Tensor  # int64 [F], see aspect_ratios.py
     truncated: bool = False  # the conversation was longer than sequence_length
 
 
 @dataclass
 class MicroBatch:
-    """B conversations, right padded to the longest; the frames of all rows, row after row."""
+    """B conversations, right padded to the longest; their frames, one after the other."""
 
     tokens: Tensor  # int64 [B, S], padded with the pad token
     labels: Tensor  # int64 [B, S], padded with IGNORED_LABEL
-    lengths: Tensor  # int64 [B], tokens of each row without padding
+    lengths: Tensor  # int64 [B], tokens of each conversation without padding
     frames: Tensor  # uint8 [N, T, 3, h, w]
-    frame_rows: Tensor  # int64 [N], the row of each frame
-    frame_positions: Tensor  # int64 [N], the index of its <|image|> token in that row
+    frame_rows: Tensor  # int64 [N], the conversation (0..B-1) of each frame
+    frame_positions: Tensor  # int64 [N], index of its <|image|> token there
     aspect_ratio_ids: Tensor  # int64 [N]
     keys: list[str]  # B sample keys
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples skipped before this
-    truncated: int = 0  # rows cut at sequence_length
+    truncated: int = 0  # conversations cut at sequence_length
 
     def samples(self) -> list[EncodedSample]:
         """The conversations, each by itself, without padding (views of this batch)."""
@@ -45,10 +49,12 @@ class MicroBatch:
         frames = (
             x.split(counts) for x in (self.frames, self.frame_positions, self.aspect_ratio_ids)
         )
-        rows = zip(self.keys, self.tokens, self.labels, self.lengths.tolist(), *frames, strict=True)
+        parts = zip(
+            self.keys, self.tokens, self.labels, self.lengths.tolist(), *frames, strict=True
+        )
         return [
             EncodedSample(key, tokens[:length], labels[:length], pixels, positions, ratios)
-            for key, tokens, labels, length, pixels, positions, ratios in rows
+            for key, tokens, labels, length, pixels, positions, ratios in parts
         ]
 
     def pin_memory(self) -> MicroBatch:
@@ -65,7 +71,7 @@ class MicroBatch:
 
 
 def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> MicroBatch:
-    """Stacks samples into one microbatch; S becomes the longest row. Needs at least one sample."""
+    """Stacks samples into one microbatch; S becomes that of the longest."""
     if not samples:
         raise ValueError("collate: no samples")
     longest = max(len(sample.tokens) for sample in samples)

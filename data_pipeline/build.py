@@ -1,9 +1,10 @@
-"""Imports what users have into shards.
+"""Imports data sets of many forms into shards.
 
 SOURCE is a file or folder, a path or URL (s3://, gs://, https://): records in ShareGPT or alpaca
 form, a LLaMA-Factory dataset_info.json, plain text, tables of captions, folders of pictures or
 videos with captions, or shards of others. OUT gets a folder of indexed shards for each of `text`,
-`image`, `video` and `realtime` that occurs, and `rejected.jsonl`. Killed, the same command goes on.
+`image`, `video` and `realtime` that occurs, and `rejected.jsonl`. An import that was
+stopped goes on with the same command.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, ShardWriter, check_source
 
-_VERSION = 1  # of what an import makes of the same source
-_RATIO_FROM = 1000  # records, before which a ratio says little
+_VERSION = 1  # of the importers: what a source becomes changes with it
+_SHARE_FROM = 1000  # records, before which a share means little
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class BuildOptions:
     source: SourceOptions = field(default_factory=SourceOptions)
     media: MediaOptions = field(default_factory=MediaOptions)
     samples_per_shard: int = 1000
-    shard_size: float = 512.0  # MB (10^6 bytes) that a shard is complete with
-    max_rejected: float | None = None  # a number of records, or below 1 a share of them
-    workers: int = 0  # processes beside this one
-    timeout: float = 60.0  # seconds that a server may be silent
+    shard_size: float = 512.0  # MB (10^6 bytes) after which the next shard begins
+    max_rejected: float | None = None  # records, or, below 1, their share
+    workers: int = 0  # processes; 0: this one alone
+    timeout: float = 60.0  # seconds that a server may not answer
 
     def __post_init__(self) -> None:
         for name, least in (("samples_per_shard", 1), ("workers", 0)):
@@ -110,8 +111,8 @@ def _import(opened: OpenSource, journal: Journal, pool: Pool, options: BuildOpti
     seen = 0
     for outcome in pool.finish(_unhandled(opened, journal), options.media):
         seen = outcome.index + 1
-        if isinstance(outcome.made, SampleError):
-            journal.reject(outcome, outcome.made)
+        if isinstance(outcome.sample, SampleError):
+            journal.reject(outcome, outcome.sample)
             _check_rejected(journal.summary, options.max_rejected, seen)
         else:
             if outcome.group not in groups:
@@ -146,9 +147,9 @@ class _Group:
         self._samples, self._last = 0, -1
 
     def write(self, outcome: Outcome) -> None:
-        assert isinstance(outcome.made, dict)
+        assert isinstance(outcome.sample, dict)
         self._samples, self._last = self._samples + 1, outcome.index
-        self._note(self._writer.write(outcome.made))
+        self._note(self._writer.write(outcome.sample))
 
     def finish(self) -> None:
         self._note(self._writer.finish())
@@ -167,8 +168,8 @@ def _check_rejected(
         return
     rejected = summary.rejected.total()
     share = 0 < limit < 1
-    judged = last or not share or records >= _RATIO_FROM
-    if judged and rejected > (limit * records if share else limit):
+    decided = last or not share or records >= _SHARE_FROM
+    if decided and rejected > (limit * records if share else limit):
         reasons = ", ".join(f"{reason} {count}" for reason, count in summary.rejected.items())
         raise TooManyRejectedError(
             f"{rejected} of {records} records rejected ({reasons}), more than --max-rejected "
@@ -225,7 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--media-column", help="a table's column of media paths (default: found by its name)")
     add("--caption-column", help="a table's column of captions (default: found by its name)")
-    add("--samples-per-shard", type=int, default=options.samples_per_shard, help="samples")
+    add(
+        "--samples-per-shard",
+        type=int,
+        default=options.samples_per_shard,
+        help="samples of a shard",
+    )
     add("--shard-size", type=float, default=options.shard_size, help="size of a shard in MB")
     add("--max-side", type=int, metavar="PIXELS", help="encode pictures (JPEG) and videos (H.264) "
         "with a longer side anew, at this size (default: kept as they are)")  # fmt: skip
@@ -234,7 +240,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-rejected", type=float, metavar="N", help="rejected records after which the import "
         "fails: a number (1, 2, ...) or a share (0.01) (default: no limit)")  # fmt: skip
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    add("--timeout", type=float, default=options.timeout, help="seconds a server may be silent")
+    add(
+        "--timeout",
+        type=float,
+        default=options.timeout,
+        help="seconds that a server may not answer",
+    )
     return parser
 
 

@@ -21,8 +21,8 @@ from data_pipeline.video import open_video, sample_times
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """A medium of a sample: how many frames it has, and its first ones, decoded when asked for."""
+class _MediumFrames:
+    """The frames of a medium of a sample: how many, and the first of them, decoded on demand."""
 
     count: int
     first: Callable[[int], Iterator[Tensor]]  # number of frames -> uint8 [3, H, W] of each
@@ -40,8 +40,8 @@ class EncodeConfig:
     video_min_frames: int
     video_max_frames: int
     prompt: PromptForm  # realtime: as chat, with streams among the samples
-    swap_probability: float = 0.0  # of a real-time frame and the word before it, see prompts.py
-    video_threads: int = 1  # of each decoder
+    swap_probability: float = 0.0  # that a real-time frame and the word before it swap
+    video_threads: int = 1  # threads of a decoder
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -76,7 +76,7 @@ class SampleEncoder:
         """`parts` maps member names without the key (`json`, `0.jpg`, ...) to their bytes.
 
         `draws` decides what augmentation does; None: there is none, as in evaluation. Raises
-        SampleError with the key and the reason for anything wrong with the data.
+        SampleError with the key and the reason where something is wrong with the data.
         """
         if "json" not in parts:
             raise SampleError("missing_json", f"members: {', '.join(sorted(parts))}", key)
@@ -134,22 +134,24 @@ class SampleEncoder:
         marks: int,
         parts: Mapping[str, bytes],
         files: ExitStack,
-    ) -> _Shown:
+    ) -> _MediumFrames:
         if medium.file not in parts:
             raise SampleError("missing_media", f"{medium.file} is not in the shard")
         data, config = parts[medium.file], self.config
         if medium.type == "image":
-            return _Shown(1, lambda count: (decode_image(data) for _ in range(count)))
+            return _MediumFrames(1, lambda count: (decode_image(data) for _ in range(count)))
         video = files.enter_context(open_video(data, config.video_threads))
         if sample.kind == "realtime":
-            times = list(medium.times or range(marks))
+            times = medium.realtime_times(marks)
         else:
             times = sample_times(
                 video.info, config.video_fps, config.video_min_frames, config.video_max_frames
             )
-        return _Shown(len(times), lambda count: video.frames(times[:count]))
+        return _MediumFrames(len(times), lambda count: video.frames(times[:count]))
 
-    def _tiles(self, media: Sequence[_Shown], sources: Sequence[int]) -> tuple[Tensor, list[int]]:
+    def _tiles(
+        self, media: Sequence[_MediumFrames], sources: Sequence[int]
+    ) -> tuple[Tensor, list[int]]:
         """The tiles [F, T, 3, h, w] and ratio ids of frames, given the medium of each."""
         tile, tiles = self.config.tile_size, self.config.max_tiles
         frames = torch.zeros(len(sources), tiles, 3, tile, tile, dtype=torch.uint8)

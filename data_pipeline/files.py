@@ -1,6 +1,7 @@
 """Files by path or URL: local ones directly, `s3://`, `gs://`, `https://`, ... through fsspec.
 
-A folder's URL is one whose name has no suffix of a file that we read; nothing is asked for that.
+A URL is taken for a folder where its name does not end like a file that we read (`.json`, `.tar`,
+...): the server is not asked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
 )
-ROW_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
+RECORD_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 TAR_SUFFIXES = frozenset({".tar", ".tgz"})
 
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the extra of ours that brings it
@@ -30,7 +31,7 @@ _RETRY_AFTER = (1.0, 4.0)  # seconds
 
 
 def set_timeout(seconds: float) -> None:
-    """How long a server may be silent before a request fails; for processes started later, too."""
+    """Seconds without an answer after which a request fails, in this process and its children."""
     import aiohttp
 
     silence = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
@@ -67,7 +68,7 @@ def suffix(path: str) -> str:
 def is_folder(path: str) -> bool:
     if not is_url(path):
         return Path(path).is_dir()
-    return suffix(path) not in ROW_SUFFIXES | TAR_SUFFIXES | {".gz"}
+    return suffix(path) not in RECORD_SUFFIXES | TAR_SUFFIXES | {".gz"}
 
 
 def list_files(folder: str) -> list[str]:
@@ -75,10 +76,10 @@ def list_files(folder: str) -> list[str]:
     if is_url(folder):
         with _explained(folder):
             system, inside = fsspec.core.url_to_fs(folder)
-            found = [system.unstrip_protocol(path) for path in system.find(inside)]
-        return sorted(path for path in found if not name(path).startswith(".") and "?" not in path)
+            listed = [system.unstrip_protocol(path) for path in system.find(inside)]
+        return sorted(path for path in listed if not name(path).startswith(".") and "?" not in path)
     if not Path(folder).is_dir():
-        raise ShardError(f"{folder} is no folder: correct the path")
+        raise ShardError(f"{folder} is not a folder: correct the path")
     paths = []
     for base, folders, names in os.walk(folder):
         folders[:] = [inner for inner in folders if not inner.startswith(".")]
@@ -87,7 +88,7 @@ def list_files(folder: str) -> list[str]:
 
 
 def file_size(path: str) -> int:
-    """Bytes, 0 where a server does not say; ShardError where the file is not there."""
+    """Bytes, 0 where a server does not tell; ShardError where the file is not there."""
     with _explained(path):
         if not is_url(path):
             return os.path.getsize(path)
@@ -117,7 +118,7 @@ def read_bytes(path: str) -> bytes:
         except ImportError as error:
             raise _missing_package(path, error) from None
         except Exception as error:  # every protocol has errors of its own
-            # fsspec says of a web server that has fallen silent, too, that the file is not there.
+            # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
             if isinstance(error, FileNotFoundError) and not silent:
                 detail = f"{name(path)}: No such file or directory"
@@ -125,7 +126,7 @@ def read_bytes(path: str) -> bytes:
             if is_url(path) and pause is not None and not isinstance(error, PermissionError):
                 time.sleep(pause)
                 continue
-            detail = f"{name(path)}: {'the server is silent' if silent else error}"
+            detail = f"{name(path)}: {'the server does not answer' if silent else error}"
             raise SampleError("unreadable_file", detail) from None
         if not data:
             raise SampleError("empty_file", f"{name(path)} has 0 bytes")

@@ -1,6 +1,6 @@
-"""energon's index of a folder of shards: the Python twin of `energon prepare`.
+"""Makes the index that energon reads a folder of shards with, as `energon prepare` does.
 
-Every folder of shards needs it before it can be loaded; `data_pipeline.build` makes it, too.
+A folder of shards can be loaded once it has one. data_pipeline.build makes it by itself.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def prepare_index(path: str | Path, workers: int = 2) -> SourceInfo:
     folder = Path(path)
     names = [shard.name for shard in shard_files(folder)]
     shutil.rmtree(folder / INDEX_FOLDER, ignore_errors=True)
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             CrudeWebdataset.prepare_dataset(
                 folder.absolute(),
                 names,
@@ -46,7 +46,7 @@ def prepare_index(path: str | Path, workers: int = 2) -> SourceInfo:
                 workers=min(workers, len(names)),
             )
     except SystemExit:  # energon prints and exits where a key occurs twice
-        raise ShardError(f"{folder}: {said.getvalue().strip()[:300]}") from None
+        raise ShardError(f"{folder}: {output.getvalue().strip()[:300]}") from None
     except Exception as error:
         raise ShardError(f"{folder}: the shards cannot be indexed: {error}") from error
     (folder / INDEX_FOLDER / INDEX_MARK).write_text(_DATASET)

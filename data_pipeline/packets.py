@@ -1,8 +1,8 @@
-"""The packets of a video stream, and how to decode only those that some moments need.
+"""The packets of a video stream: decodes only those that the wanted frames need.
 
-A frame can be decoded when everything since the last keyframe before it has been, except for the
-frames that no other one refers to. So groups of packets without a wanted frame are left out, and in
-the others the decoder skips unwanted frames without dependants.
+A frame needs every packet since the last keyframe before it, except for frames that no other frame
+refers to. So groups of packets without a wanted frame are left out, and in the other groups the
+decoder skips unwanted frames without dependants.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from av.video.frame import VideoFrame
 
 from data_pipeline.clock import EPSILON, Track, frames_on_screen
 
-# Decoders of FFmpeg's own that look at `skip_frame` before each packet.
+# Decoders of FFmpeg that read `skip_frame` before each packet.
 _SKIPPING = {"h264", "hevc", "mpeg4"}
 
 
 class _Missed(Exception):
-    """A packet that should have become a frame has not."""
+    """A packet did not become the frame that it should."""
 
 
 class Packets:
@@ -81,7 +81,7 @@ class Packets:
                 keys.append((index, stamp))
             if stamp not in wanted:
                 continue
-            # A frame behind a keyframe in the file and before it on screen needs the one before.
+            # A frame after a keyframe in the file but before it on screen needs the previous one.
             first = next((i for i, key in reversed(keys) if key <= stamp), 0)
             if runs and first <= runs[-1][1]:
                 runs[-1] = (min(first, runs[-1][0]), index)

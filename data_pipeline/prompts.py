@@ -1,13 +1,18 @@
 """From a conversation to tokens, labels and the positions of its frames.
 
-Three forms. `pretrain`: the contents one after the other between begin and end of text, loss on
-the assistant's. `chat`: Llama-3 headers, loss on the assistant's content and its `<|eot_id|>`.
-`realtime`: as chat, one frame a mark, and `<|eot_id|>` is no label, for it is the user who ends
-the model's turn. A frame's `<|image|>` is never a label; a label of `<|silence|>` is an ordinary
-one here, the loss weighs it.
+A prompt has one of three forms:
+
+- `pretrain`: the contents one after the other, between begin and end of text. Loss on the
+  assistant's contents.
+- `chat`: Llama-3's turns with headers. Loss on the assistant's contents and their `<|eot_id|>`.
+- `realtime`: as `chat`, one frame for each mark. No loss on `<|eot_id|>`: the user ends the model's
+  turn by speaking.
+
+The `<|image|>` of a frame never has a loss. `<|silence|>` has a label like any other token; the
+loss gives it a smaller weight (`stage.silence_weight`).
 
 In training, a real-time frame that arrives while the model speaks may swap places with the token
-before it (`Prompt.swap_frames`), for a camera does not wait for the end of a word.
+before it (`Prompt.swap_frames`): a camera does not wait for the end of a word.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ STAGE_FORMS: dict[str | None, PromptForm] = {
     "realtime_sft": "realtime",
 }
 
-# What a content may hold beside plain text; any other special token in it is an error.
+# Special tokens that a content may contain; any other one is an error.
 _CONTENT = re.compile(r"(<\|image\|>|<\|video\|>|<\|silence\|>|<\|\.\.\.\|>)")
 
 
@@ -48,6 +53,7 @@ class Prompt:
     truncated: bool = False
 
     def add(self, tokens: Sequence[int], *, learn: bool) -> None:
+        """Appends tokens; with `learn` they are labels, too."""
         self.tokens += tokens
         self.labels += tokens if learn else [IGNORED_LABEL] * len(tokens)
 
@@ -63,8 +69,8 @@ class Prompt:
         for number in self.swappable:
             if draws.random() < probability:
                 position = self.frame_positions[number]
-                for row in (self.tokens, self.labels):
-                    row[position - 1], row[position] = row[position], row[position - 1]
+                for values in (self.tokens, self.labels):
+                    values[position - 1], values[position] = values[position], values[position - 1]
                 self.frame_positions[number] -= 1
 
     def cut(self, length: int) -> None:
@@ -164,8 +170,10 @@ class PromptBuilder:
         prompt.add([special.eot_id], learn=learn and form == "chat")
 
     def _swappable(self, prompt: Prompt, start: int, first: int) -> list[int]:
-        """Frames from number `first` on, of a turn whose content starts at `start`, that arrive
-        while the model speaks: a word stands before them, and they not in the first two places.
+        """Numbers of the frames, from `first` on, that arrive while the model speaks.
+
+        These have a word before them, and are not among the first two tokens of the content, which
+        starts at `start`.
         """
         unmoved = (self._special.image, self._special.silence)
         return [
@@ -192,10 +200,14 @@ class PromptBuilder:
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
-            raise SampleError("bad_text", f"{text!r:.80} holds half a character") from None
+            raise SampleError(
+                "bad_text", f"{text!r:.80} contains half a surrogate pair: write whole characters"
+            ) from None
         control = self._control.intersection(ids)
         if control:
             # Left in, it would end a turn or forge a header in the middle of a content.
-            names = [self._tokenizer.id_to_token(i) for i in sorted(control)]
-            raise SampleError("control_token", f"the text contains {names}")
+            names = [str(self._tokenizer.id_to_token(i)) for i in sorted(control)]
+            raise SampleError(
+                "control_token", f"the text contains {', '.join(names)}: remove or escape it"
+            )
         return ids

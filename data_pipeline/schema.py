@@ -1,4 +1,4 @@
-"""One sample's JSON, checked once: everything behind this door may trust its types and counts."""
+"""A sample's JSON, checked once: what `parse_sample` returns has the right types and counts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MediaType = Literal["image", "video"]
 class SampleError(Exception):
     """A sample that cannot be used.
 
-    `reason` is a short word that is counted (`bad_json`, `mark_media_mismatch`, ...), `detail`
-    says what was found, `key` which sample (empty where the raiser does not know it).
+    `reason` is a word that is counted (`bad_json`, `mark_media_mismatch`, ...), `detail`
+    is what was wrong, `key` the sample (empty where it is not known).
     """
 
     def __init__(self, reason: str, detail: str, key: str = "") -> None:
@@ -46,6 +46,10 @@ class Media:
     type: MediaType
     file: str  # the member of the shard without the sample's key: "0.jpg"
     times: tuple[float, ...] | None = None  # seconds of the frames of a real-time video
+
+    def realtime_times(self, marks: int) -> list[float]:
+        """The seconds of a real-time video's frames: `times`, else one a second from 0."""
+        return list(self.times or map(float, range(marks)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def _messages(data: dict[str, Any]) -> tuple[Message, ...]:
             allowed = ", ".join(get_args(Role))
             raise SampleError("bad_schema", f"messages[{i}].role: {role!r}, allowed: {allowed}")
         if not isinstance(content, str):
-            raise SampleError("bad_schema", f"messages[{i}].content: {content!r:.80} is no text")
+            raise SampleError("bad_schema", f"messages[{i}].content: {content!r:.80} is not a text")
         messages.append(Message(role, content))
     if not any(message.role == "assistant" for message in messages):
         raise SampleError("bad_schema", "messages: no assistant turn, so nothing to learn")
@@ -129,7 +133,7 @@ def _media(data: dict[str, Any]) -> tuple[Media, ...]:
             allowed = ", ".join(get_args(MediaType))
             raise SampleError("bad_schema", f"media[{i}].type: {kind!r}, allowed: {allowed}")
         if not isinstance(file, str) or not file:
-            raise SampleError("bad_schema", f"media[{i}].file: {file!r} is no file name")
+            raise SampleError("bad_schema", f"media[{i}].file: {file!r} is not a file name")
         media.append(Media(kind, file, _times(entry.get("times"), i)))
     return tuple(media)
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens with a meaning of their own, read from a tokenizer by their text."""
+    """Ids of the special tokens, looked up in a tokenizer by their text."""
 
     begin_of_text: int
     end_of_text: int
@@ -36,9 +36,11 @@ class SpecialTokens:
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, source: str = "the tokenizer") -> SpecialTokens:
         """Looks every token up; raises ValueError that names all that are missing."""
-        found = {field.name: tokenizer.token_to_id(token_text(field.name)) for field in fields(cls)}
-        ids = {name: token for name, token in found.items() if token is not None}
-        missing = [token_text(name) for name in found if name not in ids]
+        looked_up = {
+            field.name: tokenizer.token_to_id(token_text(field.name)) for field in fields(cls)
+        }
+        ids = {name: token for name, token in looked_up.items() if token is not None}
+        missing = [token_text(name) for name in looked_up if name not in ids]
         if missing:
             raise ValueError(
                 f"{source} has no token {', '.join(missing)}: use a Llama-3.2-Vision tokenizer "

@@ -1,4 +1,4 @@
-"""Videos to frames, by time stamps: which moments, and the pictures shown at them."""
+"""Videos to frames: which moments to show (`sample_times`), and the pictures at these moments."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def upright_pixels(frame: VideoFrame) -> Tensor:
     """uint8 [3, H, W], turned as its rotation says; strides are those of [H, W, 3]."""
     # One thread: starting one for each core and frame costs more than converting a small picture.
     array: np.ndarray = frame.to_ndarray(format="rgb24", threads=1)  # [H, W, 3]
-    turns = round(frame.rotation / 90) % 4  # phones store the picture lying and a matrix beside it
+    turns = round(frame.rotation / 90) % 4  # phones store a rotated picture
     if turns:
         array = np.ascontiguousarray(np.rot90(array, turns))
     return torch.from_numpy(array).permute(2, 0, 1)

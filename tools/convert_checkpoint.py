@@ -145,9 +145,9 @@ def listing(model: ModelConfig) -> str:
     )
 
 
-def _layers(found: list[Pattern]) -> str:
+def _layers(rules: list[Pattern]) -> str:
     kinds: dict[str, tuple[int, ...]] = {}
-    for pattern in found:
+    for pattern in rules:
         if pattern.layers is not None:
             kind = pattern.rule.ours.partition(".{i}")[0]
             inside = "cross-attention" if "linear_kv" in pattern.rule.ours else kind
@@ -170,10 +170,10 @@ def read_model(path: Path | None) -> ModelConfig:
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
+    if match is None:
         raise argparse.ArgumentTypeError(f"{text}: must be a size such as 5GB or 500MB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

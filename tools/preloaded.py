@@ -1,9 +1,9 @@
-"""Starts commands in processes that have imported torch and megatron already.
+"""Starts commands as forks of a process that has imported torch and megatron.
 
-Importing them takes each process five seconds of a core: much of a chain of short jobs, as the demo
-and the tests are. Here one process imports them (Python's fork server) and commands are forks of
-it; torchrun starts its ranks as forks of itself (its own options `--run-path`, `--start-method`).
-What runs is the same as in a shell.
+Importing them takes five seconds of a core in each process, which is most of a chain of short jobs
+such as the demo and the tests. Here one process imports them (Python's fork server), and commands
+are forks of it; torchrun starts its ranks as forks of itself (with its own options `--run-path` and
+`--start-method`). The commands are the same as in a shell.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 class Command:
-    """A command that runs; as subprocess.Popen, as far as it goes."""
+    """A running command, with a part of the interface of subprocess.Popen."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class Command:
         Args:
             module: a dotted name.
             environment: all of the command's; None: this process's.
-            log: file of what the command prints, which then leads a session of its own; None: it
-                prints where this process does.
+            log: file for what the command prints; the command then leads a session of its own.
+                None: it prints where this process does.
         """
         own = dict(os.environ if environment is None else environment)
         self.args = [module, *arguments]
@@ -132,8 +132,8 @@ def _rank() -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         if end.code not in (None, 0):
-            raise  # else it has ended well, which for torchrun is to return
-    except Exception:  # a fork tells its parent alone
+            raise  # for torchrun a rank that has ended well returns
+    except Exception:  # a fork reports only to its parent
         traceback.print_exc()
         raise
     atexit._run_exitfuncs()  # a rank that has returned waits for the others, which may wait for it

@@ -45,8 +45,8 @@ class Run:
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a key (`validation.loss` is nested), where it has one."""
-        found = [(row["step"], dict(flatten(row)).get(key)) for row in self.rows]
-        points = [(step, value) for step, value in found if value is not None]
+        values = [(row["step"], dict(flatten(row)).get(key)) for row in self.rows]
+        points = [(step, value) for step, value in values if value is not None]
         return [step for step, _ in points], [value for _, value in points]
 
     def last(self, key: str) -> str:

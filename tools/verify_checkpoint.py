@@ -51,17 +51,17 @@ class Difference:
 
     def problems(self, tolerance: float) -> list[str]:
         """What is over the tolerance."""
-        found = []
+        wrong = []
         if not self.logits_max <= tolerance:  # NaN is
-            found.append(f"logits differ by {self.logits_max:.2e}, allowed is {tolerance:.0e}")
+            wrong.append(f"logits differ by {self.logits_max:.2e}, allowed is {tolerance:.0e}")
         if self.losses and not abs(self.losses[0] - self.losses[1]) <= tolerance / 10:
-            found.append(f"losses differ by {abs(self.losses[0] - self.losses[1]):.2e}")
+            wrong.append(f"losses differ by {abs(self.losses[0] - self.losses[1]):.2e}")
         if self.greedy and self.greedy[0] != self.greedy[1]:
-            found.append("greedy tokens differ")
-        return found
+            wrong.append("greedy tokens differ")
+        return wrong
 
     def table(self, names: tuple[str, str]) -> str:
-        """As people read it."""
+        """Lines of text."""
         lines = [f"logits  max {self.logits_max:.2e}  mean {self.logits_mean:.2e}"]
         if self.losses:
             off = abs(self.losses[0] - self.losses[1])
@@ -193,7 +193,7 @@ def run_hf(model: Any, case: Case, greedy: int) -> dict[str, Tensor]:
         "cross_attention_mask": case.mask,
     }
     out = model(**inputs, labels=case.labels, use_cache=False)
-    found = {"logits": out.logits.float(), "loss": out.loss.float().view(1)}
+    results = {"logits": out.logits.float(), "loss": out.loss.float().view(1)}
     length = case.lengths[0]
     row = {name: tensor[:1] for name, tensor in inputs.items()}
     for name in ("input_ids", "attention_mask", "cross_attention_mask"):
@@ -205,7 +205,7 @@ def run_hf(model: Any, case: Case, greedy: int) -> dict[str, Tensor]:
         row["input_ids"] = torch.cat((row["input_ids"], best[None, None]), 1)
         for name in ("attention_mask", "cross_attention_mask"):
             row[name] = torch.cat((row[name], row[name][:, -1:]), 1)
-    return {**found, "greedy": torch.stack(new)} if new else found
+    return {**results, "greedy": torch.stack(new)} if new else results
 
 
 def check_parallel(checkpoint: Path, layout: str) -> None:
@@ -227,10 +227,10 @@ def parallel_of(layout: str) -> ParallelConfig:
     fields = {"tp": "tensor", "pp": "pipeline"}
     values: dict[str, Any] = {}
     for word in [] if layout == "single" else layout.split("_"):
-        found = re.fullmatch(r"(tp|pp)([1-9]\d*)|sp", word)
-        if found is None:
+        match = re.fullmatch(r"(tp|pp)([1-9]\d*)|sp", word)
+        if match is None:
             raise VerificationError(f"--layout {layout}: must be single, or such as tp2, tp2_pp2")
-        values |= {"sequence": True} if word == "sp" else {fields[found[1]]: int(found[2])}
+        values |= {"sequence": True} if word == "sp" else {fields[match[1]]: int(match[2])}
     return ParallelConfig(**values)
 
 
@@ -264,7 +264,7 @@ def run_megatron(
 
 
 def _tensors(case: Case) -> dict[str, Tensor]:
-    found = {
+    tensors = {
         "input_ids": case.tokens,
         "labels": case.labels,
         "attention_mask": case.attention_mask,
@@ -273,7 +273,7 @@ def _tensors(case: Case) -> dict[str, Tensor]:
         "vision_position_ids": case.positions,
         "cross_attention_mask": case.mask,
     }
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,1 +1,1 @@
-"""What users bring, in its many forms, to samples of our shards."""
+"""Data sets of many forms to samples of our shards: forms.py finds the form of a source."""

@@ -17,7 +17,7 @@ from data_pipeline.importers.draft import (
 from data_pipeline.schema import MediaType, SampleError
 from data_pipeline.shards import ShardError
 
-# Columns that tables of others have, the likeliest first.
+# Names of columns in common tables, the likeliest first.
 MEDIA_COLUMNS = (
     "file_name", "video_path", "image_path", "video", "image", "path", "file", "filename",
     "filepath", "video_url", "image_url", "url",
@@ -36,14 +36,14 @@ def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
         caption = captions.pop(path.rpartition(".")[0], None)
         draft: Draft | SampleError
         if caption is None:
-            draft = SampleError("missing_caption", f"{files.name(path)} has no .txt beside it")
+            draft = SampleError("missing_caption", f"{files.name(path)}: no .txt of this name")
         else:
             draft = caption_draft(medium(kind, path, folder), caption_file=caption)
         share = (number + 1) / len(wanted)
         yield Entry(f"{stem}-{number:06d}", _inside(folder, path), share, draft)
     for number, path in enumerate(captions.values(), len(wanted)):
-        nothing = SampleError("missing_file", "no picture or video has this text's name")
-        yield Entry(f"{stem}-{number:06d}", _inside(folder, path), 1.0, nothing)
+        reason = SampleError("missing_file", "no picture or video has this text's name")
+        yield Entry(f"{stem}-{number:06d}", _inside(folder, path), 1.0, reason)
 
 
 def is_captioned(paths: list[str]) -> bool:
@@ -56,28 +56,28 @@ def _inside(folder: str, path: str) -> str:
     return path.removeprefix(folder.rstrip("/")).lstrip("/")
 
 
-def looks_like_a_table(row: dict[str, Any]) -> bool:
-    return any(column in row for column in MEDIA_COLUMNS)
+def looks_like_a_table(record: dict[str, Any]) -> bool:
+    return any(column in record for column in MEDIA_COLUMNS)
 
 
 def table_draft(
-    row: dict[str, Any], base: str, media_column: str | None, caption_column: str | None
+    record: dict[str, Any], base: str, media_column: str | None, caption_column: str | None
 ) -> Draft:
-    """A row with the path of a picture or video and its caption; SampleError, ShardError."""
-    place = _column(row, media_column, MEDIA_COLUMNS, "--media-column")
-    caption = row.get(_column(row, caption_column, CAPTION_COLUMNS, "--caption-column"))
+    """A record with the path of a picture or video and its caption; SampleError, ShardError."""
+    place = _column(record, media_column, MEDIA_COLUMNS, "--media-column")
+    caption = record.get(_column(record, caption_column, CAPTION_COLUMNS, "--caption-column"))
     if not isinstance(caption, str) or not caption.strip():
-        raise SampleError("missing_caption", f"{caption!r:.80} is no caption")
-    if not row[place]:
+        raise SampleError("missing_caption", f"{caption!r:.80} is not a caption")
+    if not record[place]:
         raise SampleError("missing_file", f"{place} is empty")
-    return caption_draft(medium(_type(place, row[place]), row[place], base), caption.strip())
+    return caption_draft(medium(_type(place, record[place]), record[place], base), caption.strip())
 
 
-def _column(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
-    column = wanted or next((name for name in usual if name in row), None)
-    if column is None or column not in row:
+def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
+    column = wanted or next((name for name in usual if name in record), None)
+    if column is None or column not in record:
         raise ShardError(
-            f"no column {column or ' or '.join(usual)} among {', '.join(map(str, row))}: "
+            f"no column {column or ' or '.join(usual)} among {', '.join(map(str, record))}: "
             f"name it with {option}"
         )
     return column
@@ -86,11 +86,11 @@ def _column(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], opt
 def _type(column: str, value: Any) -> MediaType:
     """Picture or video: by the path's suffix, else by the column's name."""
     path = value.get("path") if isinstance(value, dict) else value
-    found = media_type(path) if isinstance(path, str) else None
-    if found is None and column.startswith("image"):
+    by_suffix = media_type(path) if isinstance(path, str) else None
+    if by_suffix is None and column.startswith("image"):
         return "image"
-    if found is None and column.startswith("video"):
+    if by_suffix is None and column.startswith("video"):
         return "video"
-    if found is None:
-        raise SampleError("unknown_media", f"{value!r:.80}: neither a picture nor a video by name")
-    return found
+    if by_suffix is None:
+        raise SampleError("unknown_media", f"{value!r:.80}: not the suffix of a picture or video")
+    return by_suffix

@@ -1,4 +1,4 @@
-"""What every importer makes of a record: a conversation and where its media are."""
+"""What every importer makes of a record: a draft, its conversation and where its media are."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Draft:
 
 @dataclass(frozen=True)
 class Entry:
-    """One record of a source; `draft` is the reason where it cannot be used."""
+    """One record of a source; `draft` is a SampleError where the record cannot be used."""
 
     key: str
-    file: str  # for people: where the record stands
+    file: str  # shown in messages: the file that the record is in
     share: float  # of the source read so far, 0..1
     draft: Draft | SampleError
     index: int = -1  # its place among all records of the source
@@ -69,12 +69,15 @@ class Entry:
 
 
 def medium(kind: MediaType, value: Any, base: str) -> Medium:
-    """A record's mention of a picture or video: a path, a URL, or `{"bytes": ..., "path": ...}`."""
+    """The picture or video that a record names, by path or URL, or holds as `{"bytes": ...}`.
+
+    `base`: the folder of relative paths.
+    """
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return Medium(kind, value["bytes"], files.suffix(value.get("path") or ""))
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
-        raise SampleError("bad_schema", f"{kind}: {value!r:.80} is no path")
+        raise SampleError("bad_schema", f"{kind}: {value!r:.80} is not a path")
     return Medium(kind, files.join(base, path), files.suffix(path))
 
 
@@ -109,15 +112,15 @@ def caption_draft(shown: Medium, caption: str = "", caption_file: str | None = N
 
 
 def text_draft(text: Any) -> Draft:
-    """Plain text, learned from its first word to its last."""
+    """Plain text; all of it has a loss."""
     if not isinstance(text, str) or not text.strip():
-        raise SampleError("missing_text", f"text: {text!r:.80} is no text")
+        raise SampleError("missing_text", f"text: {text!r:.80} is not a text")
     messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
     return Draft(messages, kind="caption")
 
 
 def distinct_stems(names: list[str]) -> list[str]:
-    """What keys of each file's records start with: no two alike, no dots."""
+    """What the keys of each file's records start with: all different, without dots."""
     stems: list[str] = []
     taken: set[str] = set()
     for name in names:

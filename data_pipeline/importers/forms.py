@@ -1,4 +1,8 @@
-"""Which form a source has, and its records one after the other."""
+"""Finds the form of a source, and gives its records one after the other.
+
+To add a form of your own: a name in FORMS, how `_form` or `_record_form` recognizes it, and a
+function (record, folder of its media) -> Draft in `_record_file`. docs/extending.md adds one.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ from typing import Any
 from data_pipeline import files
 from data_pipeline.importers import captions, conversation, llama_factory
 from data_pipeline.importers.draft import Draft, Entry, distinct_stems, text_draft
-from data_pipeline.importers.rows import first_row, read_rows
+from data_pipeline.importers.records import first_record, read_records
 from data_pipeline.importers.webdataset import shard_entries
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
 FORMS = ("sharegpt", "alpaca", "text", "table", "llamafactory", "captions", "webdataset")
-_ROW_FORMS = FORMS[:4]
+_RECORD_FORMS = FORMS[:4]
 _INFO = "dataset_info.json"
 _METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
 
@@ -29,7 +33,7 @@ Convert = Callable[[dict[str, Any], str], Draft]
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a source is read; None: found from the source itself."""
+    """How a source is read; None: as its files tell."""
 
     form: str | None = None
     media_dir: str | None = None  # what the media paths of records are relative to
@@ -39,14 +43,14 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
-class RowFile:
-    """A file of records, and how they are understood."""
+class RecordFile:
+    """A file of records, and what turns one into a draft."""
 
     path: str
-    stem: str  # of the keys
+    stem: str  # what the keys of its records start with
     base: str  # the folder of its media
     convert: Convert
-    first: int | None = None
+    limit: int | None = None  # records that are taken at most
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class OpenSource:
 def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
     """Finds the form of a source; ShardError where there is nothing to import.
 
-    What lies in `out` is no part of a source around it.
+    What is in `out` does not belong to a source that contains it.
     """
     if options.form is not None and options.form not in FORMS:
         raise ShardError(f"--form {options.form}: choose one of {', '.join(FORMS)}")
@@ -90,35 +94,37 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
         return OpenSource(form, tars, partial(shard_entries, tars))
     if form == "llamafactory":
         return _llama_factory(source, folder, options)
-    chosen = _row_files(source, folder, paths)
+    chosen = _record_files(source, folder, paths)
     *stems, other = distinct_stems([*map(_stem, chosen), "unnamed"])
-    rows = [_row_file(path, stem, form, options) for path, stem in zip(chosen, stems, strict=True)]
+    record_files = [
+        _record_file(path, stem, form, options) for path, stem in zip(chosen, stems, strict=True)
+    ]
     media = [path for path in paths if captions.media_type(path)]
     if media and files.name(chosen[0]) in _METADATA:
-        entries = partial(_folder_entries, rows, media, other)
+        entries = partial(_folder_entries, record_files, media, other)
     else:
-        entries = partial(_row_entries, rows)
-    return OpenSource(form, [row.path for row in rows], entries)
+        entries = partial(_record_entries, record_files)
+    return OpenSource(form, [file.path for file in record_files], entries)
 
 
 def _form(source: str, folder: bool, paths: list[str]) -> str:
-    """`rows` stands for records whose form is found file by file."""
+    """One of FORMS, or `records`: files of records, each with a form of its own."""
     names = {files.name(path) for path in paths}
     if _INFO in names:
         return "llamafactory"
     if any(_is_tar(path) for path in paths):
         return "webdataset"
     if not folder or names.intersection(_METADATA):
-        return "rows"
+        return "records"
     if captions.is_captioned(paths):
         return "captions"
-    if any(files.suffix(path) in files.ROW_SUFFIXES for path in paths):
-        return "rows"
+    if any(files.suffix(path) in files.RECORD_SUFFIXES for path in paths):
+        return "records"
     if any(captions.media_type(path) for path in paths):
         return "captions"
     raise ShardError(
         f"{source}: no JSON file, table, shard, picture or video there: give records "
-        f"({', '.join(sorted(files.ROW_SUFFIXES))}), a folder of media with .txt captions, "
+        f"({', '.join(sorted(files.RECORD_SUFFIXES))}), a folder of media with .txt captions, "
         "or shards"
     )
 
@@ -127,20 +133,22 @@ def _is_tar(path: str) -> bool:
     return files.suffix(path) in files.TAR_SUFFIXES or files.name(path).endswith(".tar.gz")
 
 
-def _row_files(source: str, folder: bool, paths: list[str]) -> list[str]:
+def _record_files(source: str, folder: bool, paths: list[str]) -> list[str]:
     """The files of records: an image folder's metadata, else those on top, else all."""
     metadata = [path for path in paths if files.name(path) in _METADATA]
-    found = [path for path in paths if files.suffix(path) in files.ROW_SUFFIXES or not folder]
-    on_top = [path for path in found if files.parent(path) == source.rstrip("/")]
-    chosen = metadata or on_top or found
+    with_records = [
+        path for path in paths if files.suffix(path) in files.RECORD_SUFFIXES or not folder
+    ]
+    on_top = [path for path in with_records if files.parent(path) == source.rstrip("/")]
+    chosen = metadata or on_top or with_records
     if not chosen:
-        raise ShardError(f"{source}: no file of records there: {', '.join(files.ROW_SUFFIXES)}")
+        raise ShardError(f"{source}: no file of records there: {', '.join(files.RECORD_SUFFIXES)}")
     return chosen
 
 
-def _row_file(path: str, stem: str, form: str, options: SourceOptions) -> RowFile:
+def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> RecordFile:
     base = options.media_dir or files.parent(path)
-    form = form if form in _ROW_FORMS else _row_form(path, options)
+    form = form if form in _RECORD_FORMS else _record_form(path, options)
     if form == "sharegpt":
         convert: Convert = conversation.conversation_draft
     elif form == "alpaca":
@@ -153,35 +161,35 @@ def _row_file(path: str, stem: str, form: str, options: SourceOptions) -> RowFil
             media_column=options.media_column,
             caption_column=options.caption_column,
         )
-    return RowFile(path, stem, base, convert)
+    return RecordFile(path, stem, base, convert)
 
 
 def _stem(path: str) -> str:
-    """An image folder's metadata.jsonl says nothing, its folder's name does."""
+    """A file's name without its suffix; for an image folder's metadata.jsonl that of the folder."""
     name = files.name(path)
     return files.name(files.parent(path)) if name in _METADATA else name.rpartition(".")[0]
 
 
-def _row_form(path: str, options: SourceOptions) -> str:
-    row = first_row(path)
+def _record_form(path: str, options: SourceOptions) -> str:
+    record = first_record(path)
     if options.media_column or options.caption_column:
         return "table"
-    if conversation.looks_like_one(row) or not row:
+    if conversation.looks_like_one(record) or not record:
         return "sharegpt"
-    if "instruction" in row:
+    if "instruction" in record:
         return "alpaca"
-    if captions.looks_like_a_table(row):
+    if captions.looks_like_a_table(record):
         return "table"
-    if "text" in row:
+    if "text" in record:
         return "text"
     raise ShardError(
-        f"{path}: no form of records has the keys {', '.join(map(str, row))}: name it with --form "
-        f"({', '.join(_ROW_FORMS)}), or a table's columns with --media-column and --caption-column"
+        f"{path}: keys {', '.join(map(str, record))}: not of a known form: give --form "
+        f"({', '.join(_RECORD_FORMS)}), or --media-column and --caption-column of a table"
     )
 
 
-def _text(row: dict[str, Any], base: str) -> Draft:
-    return text_draft(row.get("text"))
+def _text(record: dict[str, Any], base: str) -> Draft:
+    return text_draft(record.get("text"))
 
 
 def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSource:
@@ -189,55 +197,58 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
     base = options.media_dir or files.parent(info)
     parts: list[tuple[llama_factory.DataSet, str]] = []
     rejected: list[tuple[str, SampleError]] = []
-    for found in llama_factory.read_info(info, options.datasets):
-        if isinstance(found, tuple):
-            rejected.append(found)
+    for data_set in llama_factory.read_info(info, options.datasets):
+        if isinstance(data_set, tuple):
+            rejected.append(data_set)
         else:
-            inside = files.list_files(found.file) if files.is_folder(found.file) else [found.file]
-            parts += [(found, path) for path in inside]
+            file = data_set.file
+            inside = files.list_files(file) if files.is_folder(file) else [file]
+            parts += [(data_set, path) for path in inside]
     stems = distinct_stems([data_set.name for data_set, _ in parts])
-    rows = [
-        RowFile(path, stem, base, data_set.draft, data_set.first)
+    record_files = [
+        RecordFile(path, stem, base, data_set.draft, data_set.limit)
         for (data_set, path), stem in zip(parts, stems, strict=True)
     ]
 
     def entries() -> Iterator[Entry]:
-        yield from _row_entries(rows)
+        yield from _record_entries(record_files)
         for name, reason in rejected:
             yield Entry(name, _INFO, 1.0, reason)
 
-    return OpenSource("llamafactory", [info, *(row.path for row in rows)], entries)
+    return OpenSource("llamafactory", [info, *(file.path for file in record_files)], entries)
 
 
-def _row_entries(rows: list[RowFile]) -> Iterator[Entry]:
-    for at, row_file in enumerate(rows):
-        for row in itertools.islice(read_rows(row_file.path), row_file.first):
+def _record_entries(record_files: list[RecordFile]) -> Iterator[Entry]:
+    for at, record_file in enumerate(record_files):
+        for record in itertools.islice(read_records(record_file.path), record_file.limit):
             yield Entry(
-                key=f"{row_file.stem}-{row.number:06d}",
-                file=files.name(row_file.path),
-                share=(at + row.share) / len(rows),
-                draft=_draft_or_reason(row.value, row_file),
+                key=f"{record_file.stem}-{record.number:06d}",
+                file=files.name(record_file.path),
+                share=(at + record.share) / len(record_files),
+                draft=_draft_or_reason(record.value, record_file),
             )
 
 
-def _folder_entries(rows: list[RowFile], media: list[str], stem: str) -> Iterator[Entry]:
-    """The rows of an image folder's metadata, then the media that none of them names."""
+def _folder_entries(record_files: list[RecordFile], media: list[str], stem: str) -> Iterator[Entry]:
+    """The records of an image folder's metadata, then a rejection for each medium without one."""
     named: set[str] = set()
-    for entry in _row_entries(rows):
+    for entry in _record_entries(record_files):
         if isinstance(entry.draft, Draft):
             paths = [medium.content for medium in entry.draft.media]
             named.update(os.path.normpath(path) for path in paths if isinstance(path, str))
         yield entry
     left = [path for path in media if os.path.normpath(path) not in named]
     for number, path in enumerate(left):
-        nothing = SampleError("missing_caption", "no row of the metadata names it")
-        yield Entry(f"{stem}-{number:06d}", files.name(path), 1.0, nothing)
+        reason = SampleError("missing_caption", "no record of the metadata names it")
+        yield Entry(f"{stem}-{number:06d}", files.name(path), 1.0, reason)
 
 
-def _draft_or_reason(value: dict[str, Any] | SampleError, row_file: RowFile) -> Draft | SampleError:
+def _draft_or_reason(
+    value: dict[str, Any] | SampleError, record_file: RecordFile
+) -> Draft | SampleError:
     if isinstance(value, SampleError):
         return value
     try:
-        return row_file.convert(value, row_file.base)
+        return record_file.convert(value, record_file.base)
     except SampleError as error:
         return error

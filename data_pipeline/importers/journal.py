@@ -1,10 +1,10 @@
-"""What an import has finished, kept on disk so that a killed one goes on where it stood.
+"""The state of an import on disk: an import that was killed goes on from it.
 
     OUT/build.json      the arguments, and the result once it is there
     OUT/shards.jsonl    a line for each finished shard, written after it
     OUT/rejected.jsonl  a line for each rejected record
 
-A record counts as handled when a finished shard of its group reaches as far as it.
+A record is done when a finished shard of its group holds it or a later record.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_pipeline.importers.media import Outcome
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, remove_partial
 
-# What UTF-8 has no bytes for becomes an escape that JSON knows.
+# What UTF-8 cannot encode becomes an escape that JSON has, too.
 _TEXT: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
 _MANIFEST, _SHARDS, REJECTED = "build.json", "shards.jsonl", "rejected.jsonl"
 
@@ -77,7 +77,7 @@ class Journal:
         self._rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def shard_done(self, group: str, shard: Path, samples: int, last: int) -> None:
-        """A shard has its name: what was rejected before its last record is known by now."""
+        """Writes down a finished shard, after the rejected records before its last one."""
         line = {"group": group, "shard": shard.name, "samples": samples, "last": last}
         _sync(self._rejected)
         self._finished_shards.write(json.dumps(line) + "\n")
@@ -87,7 +87,7 @@ class Journal:
         self.summary.imported[group] += samples
 
     def finish(self) -> None:
-        """Everything is done: the result is written, the rejected records in their order."""
+        """Writes the result, and sorts the rejected records by their place in the source."""
         self._rejected.flush()
         lines = sorted(_lines(self.out / REJECTED), key=lambda line: line["record"])
         _write_lines(self.out / REJECTED, lines)
@@ -128,7 +128,7 @@ class Journal:
         known = {(line["group"], line["shard"]) for line in lines}
         for path in self.out.glob("*/*.tar"):
             if (path.parent.name, path.name) not in known:
-                path.unlink()  # named, but killed before it was written down: it is made again
+                path.unlink()  # finished, but not written down before the kill: it is made again
         for folder in self.out.iterdir():
             remove_partial(folder)
 
@@ -147,7 +147,7 @@ def _sync(file: TextIO) -> None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects."""
+    """The objects of a JSONL file, without a last line that was cut off."""
     if not path.is_file():
         return []
     lines = path.read_text(**_TEXT).split("\n")

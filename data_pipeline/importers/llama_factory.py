@@ -55,7 +55,7 @@ class Tags:
         }
 
 
-# A record on its own, without a dataset_info.json, says by its keys what it has.
+# Columns of a record without a dataset_info.json.
 ALPACA = Columns(
     history="history", system="system", tools="tools", images="images", videos="videos"
 )
@@ -70,13 +70,13 @@ class DataSet:
     sharegpt: bool
     columns: Columns = field(default_factory=Columns)
     tags: Tags = field(default_factory=Tags)
-    first: int | None = None  # take only so many records
+    limit: int | None = None  # records that are taken at most
 
-    def draft(self, row: dict[str, Any], base: str) -> Draft:
+    def draft(self, record: dict[str, Any], base: str) -> Draft:
         """A record of this data set; SampleError where it does not fit."""
         columns, tags = self.columns, self.tags
         if not self.sharegpt:
-            return alpaca_draft(row, base, columns)
+            return alpaca_draft(record, base, columns)
         dialect = Dialect(
             messages=columns.messages,
             role=tags.role_tag,
@@ -87,14 +87,14 @@ class DataSet:
             images=columns.images,
             videos=columns.videos,
         )
-        return conversation_draft(row, base, dialect)
+        return conversation_draft(record, base, dialect)
 
 
 def read_info(path: str, wanted: tuple[str, ...]) -> list[DataSet | tuple[str, SampleError]]:
     """The data sets of a dataset_info.json: those `wanted`, or all.
 
-    One that cannot be imported (it lies on a hub, or has preferences) stands there with its
-    reason. Raises ShardError for a wrong file or name.
+    One that cannot be imported (it is on a hub, or has preferences) is its name with the reason.
+    Raises ShardError for a wrong file or name.
     """
     with files.open_file(path) as file:
         try:
@@ -115,10 +115,10 @@ def _data_set(folder: str, name: str, entry: dict[str, Any]) -> DataSet | tuple[
     formatting = entry.get("formatting", "alpaca")
     elsewhere = [key for key in ("hf_hub_url", "ms_hub_url", "script_url") if entry.get(key)]
     if elsewhere or not file:
-        detail = f"it has {elsewhere[0]}" if elsewhere else "it has no file_name"
+        detail = f"has {elsewhere[0]}" if elsewhere else "has no file_name"
         return name, SampleError("unsupported_data_set", f"{detail}: download it, name its file")
     if entry.get("ranking"):
-        return name, SampleError("unsupported_data_set", "ranking: preferences are no samples")
+        return name, SampleError("unsupported_data_set", "ranking: preferences cannot be imported")
     given = entry.get("columns") or {}
     try:
         if formatting not in ("alpaca", "sharegpt"):
@@ -129,38 +129,38 @@ def _data_set(folder: str, name: str, entry: dict[str, Any]) -> DataSet | tuple[
         return name, SampleError("unsupported_data_set", str(error))
     if {"prompt", "query", "response"}.intersection(given) == {"prompt"}:
         columns = replace(columns, response=None)  # plain text for pretraining
-    first = entry.get("num_samples")
-    return DataSet(name, files.join(folder, file), formatting == "sharegpt", columns, tags, first)
+    limit = entry.get("num_samples")
+    return DataSet(name, files.join(folder, file), formatting == "sharegpt", columns, tags, limit)
 
 
 def _part(default: _Part, given: dict[str, Any], where: str) -> _Part:
-    """The defaults with what is given; names that we have no use for are refused."""
+    """The defaults with what is given; ValueError for unknown names."""
     known = {part.name for part in fields(default)}
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"{where}.{name}: unknown, allowed: {', '.join(sorted(known))}")
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{where}.{name}: {value!r} is no name")
+            raise ValueError(f"{where}.{name}: {value!r} is not a name")
     return replace(default, **given)
 
 
-def alpaca_draft(row: dict[str, Any], base: str, columns: Columns = ALPACA) -> Draft:
+def alpaca_draft(record: dict[str, Any], base: str, columns: Columns = ALPACA) -> Draft:
     """A record with instruction, input and output; `history` holds the turns before."""
     if columns.response is None:
-        return text_draft(row.get(columns.prompt or ""))
+        return text_draft(record.get(columns.prompt or ""))
     messages: list[dict[str, str]] = []
-    system = [_text(row, column) for column in (columns.system, columns.tools)]
+    system = [_text(record, column) for column in (columns.system, columns.tools)]
     if any(system):
         messages.append({"role": "system", "content": "\n\n".join(filter(None, system))})
-    for turn in (row.get(columns.history) or []) if columns.history else []:
+    for turn in (record.get(columns.history) or []) if columns.history else []:
         if not isinstance(turn, list) or not len(turn) == 2:
             raise SampleError("bad_schema", f"history: {turn!r:.80}: expected [question, answer]")
         messages += _turn(*turn)
-    question = [_text(row, column) for column in (columns.prompt, columns.query)]
-    answer = row.get(columns.response)
+    question = [_text(record, column) for column in (columns.prompt, columns.query)]
+    answer = record.get(columns.response)
     messages += _turn("\n".join(filter(None, question)), answer)
     dialect = Dialect(images=columns.images, videos=columns.videos)
-    return with_media(messages, row, base, dialect)
+    return with_media(messages, record, base, dialect)
 
 
 def _turn(question: Any, answer: Any) -> list[dict[str, str]]:
@@ -169,8 +169,8 @@ def _turn(question: Any, answer: Any) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _text(row: dict[str, Any], column: str | None) -> str:
-    value = row.get(column) if column else None
+def _text(record: dict[str, Any], column: str | None) -> str:
+    value = record.get(column) if column else None
     if value is not None and not isinstance(value, str):
-        raise SampleError("bad_schema", f"{column}: {value!r:.80} is no text")
+        raise SampleError("bad_schema", f"{column}: {value!r:.80} is not a text")
     return value or ""

@@ -1,4 +1,7 @@
-"""Reads, tries and, on demand, shrinks the media of a draft: what the workers of an import do."""
+"""Makes a sample of a draft: reads, decodes and, if asked to, shrinks its media.
+
+The workers of an import do this.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _H264 = {"crf": "20", "preset": "medium", "g": "250"}
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """Limits beyond which media are encoded anew; None: they are kept as they are."""
+    """Limits; media beyond them are encoded anew. None: they are kept as they are."""
 
     max_side: int | None = None  # pixels of the longer side
     video_fps: float | None = None  # frames a second
@@ -42,23 +45,23 @@ class MediaOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A record after its import: the members of its sample, or the reason why it has none."""
+    """A record after its import: its sample, as ShardWriter takes it, or why it has none."""
 
     index: int
     key: str
     file: str
     group: Group
     share: float
-    made: dict[str, Any] | SampleError
+    sample: dict[str, Any] | SampleError
 
 
 def finish(entry: Entry, options: MediaOptions) -> Outcome:
-    """Makes a sample, as ShardWriter takes it, of an entry."""
-    made = _made(entry, options)
-    return Outcome(entry.index, entry.key, entry.file, entry.group, entry.share, made)
+    """Makes the sample of an entry."""
+    sample = _sample(entry, options)
+    return Outcome(entry.index, entry.key, entry.file, entry.group, entry.share, sample)
 
 
-def _made(entry: Entry, options: MediaOptions) -> dict[str, Any] | SampleError:
+def _sample(entry: Entry, options: MediaOptions) -> dict[str, Any] | SampleError:
     if isinstance(entry.draft, SampleError):
         return entry.draft
     try:
@@ -67,7 +70,7 @@ def _made(entry: Entry, options: MediaOptions) -> dict[str, Any] | SampleError:
         return error
     except (MemoryError, ShardError):
         raise
-    except Exception as error:  # whatever a decoder thinks of: one record ends no import
+    except Exception as error:  # of any kind, from decoders: one record must not end an import
         return SampleError(f"unexpected_{type(error).__name__}", str(error))
 
 
@@ -86,7 +89,7 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions) -> dict[str, Any
         members[name] = fitted
         times = {} if medium.times is None else {"times": list(medium.times)}
         media.append({"type": medium.type, "file": name, **times})
-    origin = entry.file.encode(errors="backslashreplace").decode()  # of names that are no UTF-8
+    origin = entry.file.encode(errors="backslashreplace").decode()  # of names that are not UTF-8
     data = {"messages": messages, "media": media, "kind": draft.kind, "origin": origin}
     _check_clip(parse_sample(entry.key, data), members)
     try:

@@ -1,7 +1,7 @@
-"""Workers that finish entries side by side and hand them over in their order.
+"""Worker processes that finish entries in parallel; the results keep the entries' order.
 
-Each has a pipe of its own: whatever kills a worker, also in the middle of a result, closes it, and
-its parent knows. (ProcessPoolExecutor waits for the rest of such a result for ever.)
+Each worker has a pipe of its own, which closes when the worker is killed, so that its parent knows.
+(ProcessPoolExecutor waits for ever for the rest of a result that a killed worker was sending.)
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.media import MediaOptions, Outcome, finish
 from data_pipeline.shards import ShardError
 
-# Entries travel in chunks of about so much work; a video is a chunk of its own.
+# Relative cost of an entry. Entries are sent in chunks of cost _CHUNK: a video makes one alone.
 _WORK = {"text": 1, "image": 4, "video": 64, "realtime": 64}
 _CHUNK = 64
-_AHEAD = 3  # chunks for each worker that may wait for one before them
+_AHEAD = 3  # finished chunks for each worker that may wait for an earlier one
 
 
 class Pool:
-    """`workers` processes; 0: everything happens in this one.
+    """`workers` processes; 0: this process does the work.
 
-    They start at once, before this one has connections that they must not share.
+    They start at once, before this process has opened connections that they must not share.
     """
 
     def __init__(self, workers: int) -> None:
@@ -115,7 +115,7 @@ def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 
 def _work(pipe: Connection) -> None:
-    """A worker's life. It leaves Ctrl-C to its parent, and ends when that is killed."""
+    """The main loop of a worker. Ctrl-C is its parent's; it ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

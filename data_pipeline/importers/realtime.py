@@ -1,9 +1,10 @@
-"""`[RealTime QA]` and `[Streaming Event Caption]` records: one clip that follows the clock.
+"""Records of MOSS-Video's real-time data, `[RealTime QA]` and `[Streaming Event Caption]`.
 
-The first of a record's `videos` is the mode, `[INFO]` and a JSON object with `video_path` and
-`time_info`; one `[PLACEHOLDER]` more stands for each further mark. In real-time records
-`time_info` has the second of each mark's one frame. In event captions it has the events: each
-mark stands for the frames, one a second, that end with the event whose caption follows.
+A record has one clip. The first of its `videos` is the mode, `[INFO]` and a JSON object with
+`video_path` and `time_info`; the others are the mode and `[PLACEHOLDER]`, one for each further
+mark. In `[RealTime QA]` each mark is one frame, and `time_info` has its second. In `[Streaming
+Event Caption]` `time_info` has the events: each mark becomes the frames, one a second, up to the
+end of the event whose caption follows it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _EVENTS = "[Streaming Event Caption]"
 
 
 def is_realtime(videos: Any) -> bool:
-    """Whether a record's `videos` entry is that of a conversation that follows the clock."""
+    """Whether a record's `videos` are those of a real-time conversation."""
     first = videos[0] if isinstance(videos, list) and videos else None
     return isinstance(first, str) and first.startswith((_REALTIME, _EVENTS))
 
@@ -30,7 +31,7 @@ def is_realtime(videos: Any) -> bool:
 def realtime_draft(
     messages: list[dict[str, str]], pictures: list[Medium], videos: list[Any], base: str
 ) -> Draft:
-    """The draft of such a record; SampleError says what does not fit."""
+    """The draft of such a record; SampleError where its parts do not agree."""
     mode = _REALTIME if videos[0].startswith(_REALTIME) else _EVENTS
     if any(entry != f"{mode}[PLACEHOLDER]" for entry in videos[1:]):
         raise SampleError(
@@ -70,10 +71,10 @@ def _info(entry: str, mode: str) -> tuple[str, list[float]]:
 def _spread(
     messages: list[dict[str, str]], ends: list[float]
 ) -> tuple[list[dict[str, str]], list[float]]:
-    """A mark for each frame: the whole seconds after the last event's end, up to this one's."""
+    """Replaces each mark by one for each frame: the whole seconds since the event before ended."""
     counts, shown = [], 0
     for end in ends:
-        # An event that ends within the second of the one before still gets a frame of its own.
+        # An event that ends in the same second as the one before still gets a frame of its own.
         last = max(math.floor(end), shown)
         counts.append(last + 1 - shown)
         shown = last + 1

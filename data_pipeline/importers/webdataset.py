@@ -1,4 +1,4 @@
-"""Shards of others: a picture or video (`jpg`, `webp`, `mp4`, ...) beside `txt` or `json`."""
+"""Reads WebDataset shards of others: a picture or video (`jpg`, `mp4`, ...) and `txt` or `json`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
 
 
 def shard_entries(paths: list[str]) -> Iterator[Entry]:
-    """The samples of all shards; a damaged shard is rejected from where its damage starts."""
+    """The samples of all shards; of a damaged one those before the damage."""
     stems = distinct_stems([files.name(path).partition(".")[0] for path in paths])
     for at, (path, stem) in enumerate(zip(paths, stems, strict=True)):
         number = -1
@@ -66,7 +66,7 @@ def read_samples(path: str) -> Iterator[dict[str, Any]]:
 
 
 class _Watched:
-    """A file that knows what was read of it last: tarfile takes a torn header for the end."""
+    """A file that remembers its last bytes: tarfile takes a header that is cut off for the end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._tail = file, b""
@@ -91,17 +91,17 @@ def _draft_or_reason(parts: dict[str, Any]) -> Draft | SampleError:
 
 def shard_draft(parts: dict[str, bytes]) -> Draft:
     """A sample of a shard -> a draft; SampleError where it has no caption or no medium."""
-    said = _json(parts)
+    record = _json(parts)
     media = {name: kind for name in sorted(parts) if (kind := media_type(f"m.{name}"))}
-    if looks_like_one(said):
-        return _conversation(said, parts)
-    caption = _caption(parts, said)
+    if looks_like_one(record):
+        return _conversation(record, parts)
+    caption = _caption(parts, record)
     if not caption.strip():
         raise SampleError("missing_caption", f"members: {', '.join(sorted(parts))}")
     if not media:
         return text_draft(caption)
     if len(media) > 1:
-        raise SampleError("ambiguous_media", f"a caption and {len(media)}: {', '.join(media)}")
+        raise SampleError("ambiguous_media", f"one caption, {len(media)} media: {', '.join(media)}")
     ((name, kind),) = media.items()
     return caption_draft(Medium(kind, parts[name], files.suffix(f"m.{name}")), caption.strip())
 
@@ -110,28 +110,28 @@ def _json(parts: dict[str, bytes]) -> dict[str, Any]:
     if "json" not in parts:
         return {}
     try:
-        said = json.loads(parts["json"])
+        record = json.loads(parts["json"])
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", str(error)) from None
-    return said if isinstance(said, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
-def _caption(parts: dict[str, bytes], said: dict[str, Any]) -> str:
+def _caption(parts: dict[str, bytes], record: dict[str, Any]) -> str:
     for name in ("txt", "text", "caption"):
         if name in parts:
             return parts[name].decode(errors="replace")
-    return next((said[c] for c in CAPTION_COLUMNS if isinstance(said.get(c), str)), "")
+    return next((record[c] for c in CAPTION_COLUMNS if isinstance(record.get(c), str)), "")
 
 
-def _conversation(said: dict[str, Any], parts: dict[str, bytes]) -> Draft:
+def _conversation(record: dict[str, Any], parts: dict[str, bytes]) -> Draft:
     """Our own form, or a conversation whose media are members of the shard."""
-    if "media" not in said:
-        known = said | {
-            column: [_member(parts, name) for name in said.get(column) or []]
+    if "media" not in record:
+        known = record | {
+            column: [_member(parts, name) for name in record.get(column) or []]
             for column in ("images", "videos")
         }
         return conversation_draft(known, "")
-    sample = parse_sample("", said)
+    sample = parse_sample("", record)
     media = [
         Medium(m.type, _member(parts, m.file)["bytes"], files.suffix(m.file), m.times)
         for m in sample.media

@@ -1,9 +1,9 @@
 """Endless, mixed, shuffled, exactly resumable microbatches from folders of shards.
 
-energon lies underneath. A job reads `streams = data_parallel_size * max(1, workers)` independent
-streams; stream `rank * max(1, workers) + k` is worker k of a data-parallel rank and depends on its
-number alone. So the states of all streams, one entry each, can be dealt out again to another
-number of ranks and workers, as long as the number of streams stays the same.
+It is built on energon. A job reads `streams = data_parallel_size * max(1, workers)` independent
+streams; stream `rank * max(1, workers) + k` is read by worker k of a data-parallel rank, and its
+samples depend on its number alone. So the saved states of all streams, one entry each, can be given
+to another number of ranks and workers, as long as the number of streams stays the same.
 """
 
 from __future__ import annotations
@@ -40,17 +40,15 @@ from data_pipeline.loader.worker import init_worker
 from data_pipeline.shards import check_source
 from data_pipeline.tokens import load_tokenizer
 
-__all__ = ["EncodeConfig", "Loader", "Source", "build_loader"]
-
-# How many shard pieces a worker reads in turns, and how long a piece is: with the shuffle buffer,
-# what decides how well samples are mixed.
+# How many pieces of shards a worker reads in turns, and how many samples a piece has. Together with
+# the shuffle buffer they decide how well samples are mixed.
 _OPEN_PIECES = 8
 _PIECE_SAMPLES = 100
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of indexed shards and its share of the samples (any unit: shares are relative)."""
+    """A folder of indexed shards. `weight`: its share of the samples, relative to other sources."""
 
     name: str
     path: str
@@ -87,15 +85,15 @@ class Loader:
         self._iterator: Iterator[MicroBatch] | None = None
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """The one endless iterator of this loader: asking again continues where it stands."""
+        """The only iterator of this loader, endless; a second call returns the same one."""
         if self._iterator is None:
             self._iterator = self._batches()
         return self._iterator
 
     def _batches(self) -> Iterator[MicroBatch]:
         batches = iter(self._inner)
-        # A worker's first collection of garbage would copy each page with a Python object of ours
-        # into the worker. It leaves objects alone that were frozen before it was started.
+        # The first garbage collection of a worker would copy each memory page that has a Python
+        # object of this process. Objects that were frozen before the worker started are left alone.
         gc.freeze()
         try:
             first = next(batches)
@@ -105,7 +103,7 @@ class Loader:
         yield from batches
 
     def state(self) -> list[bytes]:
-        """One entry a stream of this rank: where it stands after the batches taken so far."""
+        """One entry for each stream of this rank: its position after the batches taken so far."""
         self._check_alive()
         saved = self._inner.save_state_rank()
         return [self._entry(k, saved).to_bytes() for k in range(self._streams)]
@@ -113,7 +111,7 @@ class Loader:
     def load_state(self, states: Sequence[bytes]) -> None:
         """Continues from this rank's entries; only before the first batch is taken.
 
-        The concatenated entries of all ranks are re-dealt by cutting them into equal parts.
+        For another number of ranks, the entries of all ranks in a row are cut into equal parts.
         Raises ValueError where they belong to other streams, sources or shuffling.
         """
         if self._iterator is not None:
@@ -155,7 +153,7 @@ class Loader:
             return StreamState(
                 self._identity, stream, worker["_sample_index"], worker["datasets"][0]
             )
-        if worker.state is None:  # a worker that is only starting: none of its batches was taken
+        if worker.state is None:  # the worker is starting: none of its batches has been taken
             return self._begun[k]
         if worker.offset:
             raise RuntimeError(f"stream {stream}: energon kept no state for the last batch taken")
@@ -191,7 +189,7 @@ class Loader:
         )
 
     def _check_alive(self) -> None:
-        """energon waits for ever for the answer of a worker that has died."""
+        """Raises RuntimeError for a dead worker: energon would wait for its answer for ever."""
         running = getattr(self._inner, "_iterator", None)
         for k, worker in enumerate(running._workers if running is not None else ()):
             if not worker.is_alive():
@@ -255,8 +253,8 @@ def _load(source: Source, config: WorkerConfig, streams: int, shuffle_buffer: in
         decoder=None,
         **shuffling,
     )
-    # energon deals samples to streams and leaves a stream without any out of the blend, which
-    # would change the mixture: a source smaller than the streams is listed several times.
+    # energon splits the samples over the streams and leaves a stream without any out of the blend,
+    # which would change the mixture: a source with fewer samples than streams is listed repeatedly.
     factory.shards = factory.shards * -(-streams // len(factory))
     return LoadedDataset(dataset=factory, weight=source.weight)
 

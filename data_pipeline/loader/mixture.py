@@ -1,9 +1,9 @@
-"""The order in which a stream takes samples from its sources: shuffled, in the asked mixture.
+"""The order in which a stream takes samples: sources shuffled and mixed by their weights.
 
-energon draws the source of each sample at random and shuffles what comes, which leaves shares that
-are off by half a percent over 10,000 samples in one run of five. Here each source is shuffled by
-itself and drawn evenly: by the fractional parts of `start + n x golden ratio`, the sequence that
-fills [0, 1) most evenly: after n draws a share is within about log(n) / n of what was asked.
+energon draws the source of each sample at random and shuffles the result; in one run of five the
+shares are then off by half a percent over 10,000 samples. Here each source is shuffled by itself,
+and sources are chosen by the fractional parts of `start + n x golden ratio`, the sequence that
+fills [0, 1) most evenly: after n samples a share is within about log(n) / n of its weight.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 class EvenRng(WorkerRng):
-    """A random generator whose choices are evenly spread; it starts at a random point."""
+    """A random generator whose choices are evenly spread; it starts at a random number."""
 
     drawn = 0
-    start: float | None = None  # known in the worker, whose stream it depends on
+    start: float | None = None  # drawn in the worker, as it depends on the stream
 
     def choice_idx(self, probs: torch.Tensor) -> int:
         """An index, each as often as `probs` (relative) say."""
@@ -63,10 +63,10 @@ class _Buffer(SavableSampleBuffer):
 
 
 class _ShuffleBuffer(ShuffleBufferDataset):
-    """energon's, saved in a fraction of the time: the loader saves its state with every batch.
+    """energon's, with a state that is saved faster: the loader saves it with every batch.
 
-    A buffer's state are the restore keys of what it holds, tuples of words and numbers; energon
-    copies them deeply, 8 ms for 1,000 samples.
+    The state of a buffer is the restore keys of its samples, tuples of strings and numbers; energon
+    makes deep copies of them, 8 ms for 1,000 samples.
     """
 
     def reset_state_own(self) -> None:
@@ -77,8 +77,8 @@ class _ShuffleBuffer(ShuffleBufferDataset):
 def shuffle_and_mix(dataset: SavableDataset[Any], buffer: int) -> None:
     """Puts shuffle buffers and an even blend into a training dataset of energon.
 
-    energon builds its own blend, deep inside a chain of wrappers, and takes no other. `buffer`
-    samples are held, of each source in proportion to its weight; 0: in the order of the shards.
+    energon builds its own blend inside a chain of wrappers, where it is replaced. `buffer`: samples
+    held to draw from, of each source in proportion to its weight; 0: the order of the shards.
     """
     parent: Any = dataset
     while not isinstance(parent.dataset, BlendDataset | RepeatDataset):

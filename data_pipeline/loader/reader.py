@@ -1,7 +1,7 @@
-"""Samples out of indexed shards; what cannot be read becomes a sample that says so.
+"""Reads samples from indexed shards; one that cannot be read becomes a marked sample.
 
 energon ends a stream at the first tar that has been cut off, damaged or deleted since it was
-indexed. Here such a sample goes on to the task encoder, which counts, logs and skips it.
+indexed. Here the task (task.py) gets the marked sample, and counts, logs and skips it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from megatron.energon import CrudeWebdataset
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 
-UNREADABLE = "__unreadable__"  # member of a sample that could not be read: the reason
+UNREADABLE = "__unreadable__"  # a member of a marked sample: why it could not be read
 
 
 class ShardSource(CrudeWebdataset):
-    """An indexed folder of shards, read tolerantly."""
+    """energon's indexed folder of shards, with tolerant readers."""
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         dataset = super().build(worker_rotation_offset)
@@ -26,7 +26,7 @@ class ShardSource(CrudeWebdataset):
 
 
 class TolerantReader:
-    """energon's reader of samples by their number, with a marked sample for one it cannot read."""
+    """energon's reader of samples by their number, with marked samples for those it cannot read."""
 
     def __init__(self, reader: ShardInfosITarReader) -> None:
         self._reader = reader
@@ -39,17 +39,17 @@ class TolerantReader:
             return self._reader[index]
         except MemoryError:
             raise
-        except Exception as error:  # garbage takes tarfile to errors of any kind
+        except Exception as error:  # of any kind, from tarfile on damaged data
             self._forget()
             return self._unreadable(index, error)
 
     def _forget(self) -> None:
-        """Closes what is open: a broken handle would fail again, an old one hide a new file."""
+        """Closes open files: a broken handle would fail again, an old one would hide a new file."""
         self._reader.close()
         self._reader.cached_offset_reader.tar_index_reader_cache.clear()
 
     def _unreadable(self, index: int, error: Exception) -> dict[str, Any]:
-        """Its key is inside the file that cannot be read: its place in the shard stands for it."""
+        """The marked sample. Its key, which cannot be read, is its place in the shard."""
         reader = self._reader
         number = bisect_right(reader.shard_count_cumsum, index) - 1
         place = index - reader.shard_count_cumsum[number]

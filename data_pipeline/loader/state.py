@@ -7,8 +7,8 @@ import pickle
 from dataclasses import dataclass
 from typing import Any
 
-# The only classes that occur in energon's states; anything else in a checkpoint is refused, so
-# that loading someone's checkpoint runs no code of theirs.
+# The only classes in energon's states. Any other class in a checkpoint is refused: loading a
+# checkpoint of somebody else must not run their code.
 _ALLOWED = {
     ("megatron.energon.state", "FlexState"),
     ("megatron.energon.flavors.webdataset.sample_loader", "SliceState"),
@@ -19,7 +19,7 @@ _ALLOWED = {
 class StreamState:
     """`batches` taken from stream `stream` so far, and energon's state of it after them."""
 
-    identity: str  # what must be equal for the state to fit: streams, shuffling, samples a source
+    identity: str  # streams, shuffling, samples of each source: as saved
     stream: int
     batches: int
     dataset: dict[str, Any] | None  # None: not started
@@ -29,7 +29,7 @@ class StreamState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StreamState:
-        """Raises ValueError for bytes that to_bytes did not make."""
+        """Raises ValueError for bytes that are not from `to_bytes`."""
         try:
             return cls(**_Unpickler(io.BytesIO(data)).load())
         except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, IndexError) as error:
@@ -39,13 +39,13 @@ class StreamState:
         """Raises ValueError where this state is that of another stream or other data."""
         if self.identity != identity:
             raise ValueError(
-                f"data loader state: it was saved with [{self.identity}], this loader has "
-                f"[{identity}]: resume with the same data and ranks x workers"
+                f"data loader state: saved with [{self.identity}], this loader has [{identity}]: "
+                "resume with the same data and the same ranks x workers"
             )
         if self.stream != stream:
             raise ValueError(
                 f"data loader state: the entry of stream {self.stream} was given to stream "
-                f"{stream}: deal the entries out in order"
+                f"{stream}: give the entries to the ranks in their order"
             )
 
 

@@ -26,8 +26,8 @@ from data_pipeline.schema import SampleError
 
 logger = logging.getLogger(__name__)
 
-# Skipping goes on in the worker until a batch is full; without a bound, a source of nothing but
-# bad samples would be a silent hang.
+# A worker skips bad samples until a batch is full; without a bound, a source of bad samples alone
+# would hang without a message.
 MAX_BAD_IN_A_ROW = 1000
 
 
@@ -38,12 +38,12 @@ class RawSample(Sample):
     source: str
     shard: str
     parts: dict[str, bytes]
-    unreadable: str  # why the shard did not give the parts; empty: it did
+    unreadable: str  # why the shard could not be read; empty: it could
 
 
 @stateless
 def cook(crude: dict[str, Any]) -> RawSample:
-    """Wraps a shard's sample. It reads nothing of it: energon gives up where cooking fails."""
+    """Wraps a shard's sample without reading it: energon stops where cooking fails."""
     return RawSample(
         **basic_sample_keys(crude),
         source=crude["__subflavors__"]["source"],
@@ -54,7 +54,7 @@ def cook(crude: dict[str, Any]) -> RawSample:
 
 
 class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
-    """One copy lives in every worker; the counts are those since its previous batch."""
+    """One copy in every worker; its counts are of the samples since the previous batch."""
 
     cookers = (Cooker(cook),)
     decoder = None  # members stay bytes until encode_sample
@@ -79,7 +79,7 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
             self._count(key, sample.shard, error.reason, error.detail)
         except MemoryError:
             raise
-        except Exception as error:  # whatever a decoder thinks of: one sample ends no training
+        except Exception as error:  # of any kind, from decoders: one sample must not end training
             self._count(key, sample.shard, f"unexpected_{type(error).__name__}", str(error))
         else:
             self._bad_in_a_row = 0
@@ -87,11 +87,11 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
         raise SkipSample
 
     def _draws(self, key: str) -> random.Random:
-        """The augmentation's random numbers, for this sample at this place of this stream.
+        """The augmentation's random numbers for a sample at this place of the stream.
 
-        From the run's seed, the key, and how many samples the stream has encoded before, which its
-        state holds: other numbers in each epoch, and the same ones after a resume, whatever number
-        of ranks and workers the streams are dealt to.
+        They depend on the run's seed, the key, and how many samples the stream has encoded before,
+        which its state holds: so they differ in each epoch, and are the same after a resume, also
+        with another number of ranks and workers.
         """
         streams = max(1, self._worker_config().num_workers)
         place = self.current_sample_index // streams  # energon counts over a rank's workers
@@ -105,7 +105,7 @@ class ShardTask(TaskEncoder[RawSample, EncodedSample, MicroBatch, MicroBatch]):
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> MicroBatch:
-        """Collates and hands over the counts of what was skipped on the way to this batch."""
+        """Collates; the batch carries the counts of the samples skipped since the previous one."""
         batch = collate(samples, self._encoder.special.pad)
         batch.skipped = dict(self._skipped)
         self._skipped.clear()

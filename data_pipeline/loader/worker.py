@@ -1,4 +1,4 @@
-"""Loader processes and signals: the trainer decides when a job stops, not its data workers."""
+"""Signals in loader processes: the training process decides when they stop."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 
 def init_worker(inner: Callable[[int], None] | None, worker: int) -> None:
-    """Runs first in a loader process: only its parent can end it with SIGTERM.
+    """Runs first in a loader process: afterwards only its parent can end it with SIGTERM.
 
-    A batch system's SIGTERM and a terminal's Ctrl-C go to all processes. The trainer wants to
-    finish its step then, and to save where the data stands: it needs its workers for both.
+    The SIGTERM of a batch system and Ctrl-C in a terminal go to all processes. Training then
+    finishes its step and saves the position in the data, and needs its workers for both.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -26,14 +26,14 @@ from data_pipeline.toy import captions, facts, render, stream, world
 
 STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
-# Of pretraining's picture samples, how many are stories in pictures, and with how many pictures.
+# Pretraining: the share of the image samples that are stories in pictures, and their pictures.
 _STORIES = {"pt1": (0.4, 4), "pt2": (0.7, 5)}
-_VERSION = 14  # of what is drawn and said; a change makes existing folders stale
+_VERSION = 14  # changes with pictures and texts: folders of another version are refused
 
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """`train` and `heldout` count samples of each modality of each stage; `size` is in pixels."""
+    """`train`, `heldout`: samples of each modality of each stage; `size`: side in pixels."""
 
     train: int = 500
     heldout: int = 50
@@ -57,8 +57,8 @@ class ToyConfig:
 def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[str, Any]:
     """Builds what is missing and returns the manifest, which is written last.
 
-    A finished folder with the same arguments is left as it is. One with other arguments is a
-    ShardError: it is somebody's data, not ours to delete.
+    A finished folder with the same arguments is left as it is. One with other arguments raises
+    ShardError: it may be in use, and is not deleted.
     """
     out = Path(out_dir)
     wanted = {"version": _VERSION, **asdict(config), "stages": list(config.stages)}
@@ -82,7 +82,7 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
             shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed
             make = partial(make_sample, source, config)
             samples = pool.map(make, range(counts[split]), chunksize=16)
-            seen = _watched(samples, progress, texts if split == "train" else None)
+            seen = _count(samples, progress, texts if split == "train" else None)
             shards = write_shards(seen, folder, config.samples_per_shard)
             prepare_index(folder, workers)
             sizes[source] = {
@@ -108,7 +108,7 @@ def _finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     manifest: dict[str, Any] = json.loads(file.read_text())
     if manifest.get("config") != wanted:
         raise ShardError(
-            f"{out} holds a toy set made with other arguments ({manifest.get('config')}): "
+            f"{out} holds a toy world with other arguments ({manifest.get('config')}): "
             "remove it or choose another folder"
         )
     for source in manifest["sources"]:
@@ -118,28 +118,28 @@ def _finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     """Sample `index` of a source (`sft/heldout/video`); depends on its arguments alone."""
-    # String seeds are hashed by `random` the same way everywhere; the split is part of it, so
-    # held-out worlds are other worlds.
+    # `random` hashes a string seed the same way on every machine. The split is part of the seed:
+    # held-out worlds are different worlds.
     rng = random.Random(f"{config.seed}/{source}/{index}")
     stage, split, modality = source.split("/")
     pretrain = stage.startswith("pt")
     seed = rng.getrandbits(48)
     key = {"__key__": f"{modality}-{index:06d}"}
-    # Pretraining says more than a caption, but where it is judged, and in each fifth sample.
+    # Held-out samples of pretraining and one in five of training are captions alone.
     plain = split == "heldout" or rng.random() < 0.2
     if modality == "text":
         state, story = world.still(seed), world.simulate(seed, seconds=5, events=3)
         if pretrain:
             return key | {"json": _caption(*facts.of_text(state, story, rng))}
-        told, asked = captions.ask_text(state, story, rng)
-        return key | {"json": _answers(f"{told} ", asked, split)}
+        text, asked = captions.ask_text(state, story, rng)
+        return key | {"json": _answers(f"{text} ", asked, split)}
     if modality == "image":
         state = world.still(seed)
         if pretrain and split == "train" and rng.random() < _STORIES[stage][0]:
             return key | _interleaved(_STORIES[stage][1], seed, rng, config)
         if pretrain:
-            said = captions.describe_places(state) if plain else facts.of_still(state, rng)
-            data = _caption(IMAGE_MARK, said)
+            text = captions.describe_places(state) if plain else facts.of_still(state, rng)
+            data = _caption(IMAGE_MARK, text)
         else:
             data = _answers(IMAGE_MARK, captions.ask_still(state, rng), split)
         return key | {"json": data, "0.jpg": render.jpeg(state, config.size)}
@@ -149,8 +149,8 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
     elif stage == "realtime_sft":
         data = _live(story, rng)
     else:
-        told = captions.narrate(story) if stage == "pt1" else captions.narrate_order(story)
-        data = _caption(VIDEO_MARK, told if plain else facts.of_story(story, rng))
+        text = captions.narrate(story) if stage == "pt1" else captions.narrate_order(story)
+        data = _caption(VIDEO_MARK, text if plain else facts.of_story(story, rng))
     return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
 
 
@@ -164,15 +164,15 @@ def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
 
 
 def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
-    """The JSON of a clip that is watched live."""
+    """The JSON of a clip with a real-time conversation."""
     live = stream.question(story, rng) if rng.random() < 0.5 else stream.narration(story)
     data = {
         "messages": live.messages,
         "media": [{"type": "video", "file": "0.mp4"}],
         "kind": "realtime",
         "task": live.qa.task if live.qa else "narrate",
-        # What evaluation compares with: [second, sentence], answers to questions not among them.
-        "speech": [[second, said] for second, said in sorted(live.speech.items())],
+        # [second, sentence]: what evaluation expects, besides the answer to a question.
+        "speech": [[second, text] for second, text in sorted(live.speech.items())],
     }
     return data | ({"options": list(live.qa.options)} if live.qa else {})
 
@@ -180,8 +180,8 @@ def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
 def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig) -> dict[str, Any]:
     """Pictures of a story, each followed by what is new in it."""
     story = world.simulate(seed, pictures, events=rng.randint(2, pictures - 1))
-    said = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
-    data = _caption("", "".join(f"{IMAGE_MARK}{words}" for words in said))
+    texts = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
+    data = _caption("", "".join(f"{IMAGE_MARK}{text}" for text in texts))
     states = story.states
     shown = {
         f"{i}.jpg": render.jpeg(state, config.size, i, states[i - 1] if i else None)
@@ -190,12 +190,12 @@ def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig
     return {"json": data, **shown}
 
 
-def _caption(shown: str, said: str) -> dict[str, Any]:
-    return _talk([(shown, said)], "caption") | {"task": "caption"}
+def _caption(shown: str, text: str) -> dict[str, Any]:
+    return _talk([(shown, text)], "caption") | {"task": "caption"}
 
 
 def _answers(shown: str, asked: list[captions.QA], split: str) -> dict[str, Any]:
-    """All questions, in training; the first one, where answers are judged."""
+    """A chat with all questions, in training; with the first one alone, where it is evaluated."""
     first, *others = asked
     turns = [(shown + first.question, first.answer)]
     turns += [(qa.question, qa.answer) for qa in others if split == "train"]
@@ -204,7 +204,7 @@ def _answers(shown: str, asked: list[captions.QA], split: str) -> dict[str, Any]
 
 
 def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
-    """A conversation; its n-th mark is that of `n.jpg` or `n.mp4`."""
+    """A conversation; its n-th mark stands for `n.jpg` or `n.mp4`."""
     messages = [
         {"role": role, "content": content}
         for turn in turns
@@ -216,9 +216,10 @@ def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
     return {"messages": messages, "media": media, "kind": kind}
 
 
-def _watched(
+def _count(
     samples: Iterator[dict[str, Any]], progress: Progress, texts: list[str] | None
 ) -> Iterator[dict[str, Any]]:
+    """The same samples; collects their contents in `texts`."""
     for sample in samples:
         if texts is not None:
             texts += [message["content"] for message in sample["json"]["messages"]]

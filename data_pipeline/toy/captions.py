@@ -1,4 +1,4 @@
-"""Words for the toy world: captions, and questions with their answers."""
+"""The toy world in words: captions, and questions with their answers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _clause(event: Event, tense: dict[str, str]) -> str:
 
 
 def narrate(story: Story) -> str:
-    """The first state, then every event in order."""
+    """The first state, then every event, in order."""
     return " ".join([describe(story.states[0]), *map(tell, story.events)])
 
 
@@ -119,10 +119,10 @@ def yes_or_no(true: bool) -> str:
 
 
 def checks(state: State, rng: random.Random) -> list[QA]:
-    """Four times whether something is there, never the same, yes as often as no where both last."""
+    """Four different questions whether something is there; yes and no are equally likely."""
     names = {True: _named(state), False: _missing(state)}
-    for left in names.values():
-        rng.shuffle(left)
+    for candidates in names.values():
+        rng.shuffle(candidates)
     asked = []
     for _ in range(4):
         yes = rng.random() < 0.5 if all(names.values()) else bool(names[True])
@@ -146,7 +146,7 @@ def _named(state: State) -> list[str]:
 
 
 def _missing(state: State) -> list[str]:
-    """Every shape and every colour that is not there; as many of the one as of the other."""
+    """Every shape and every colour that is not there (as many shapes as colours)."""
     every, there = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)], _named(state)
     return [name for name in every if name not in there]
 
@@ -158,9 +158,9 @@ def about(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:
 
 
 def single(story: Story) -> list[Event]:
-    """The events that are alone in what they say: a shape may move right, left and right."""
-    told = [past(event) for event in story.events]
-    return [event for event in story.events if told.count(past(event)) == 1]
+    """The events that happen once: a shape may move right, left and right again."""
+    texts = [past(event) for event in story.events]
+    return [event for event in story.events if texts.count(past(event)) == 1]
 
 
 def ends(story: Story) -> list[tuple[str, Event]]:
@@ -187,8 +187,10 @@ def at(event: Event) -> QA:
 
 
 def of_event(event: Event, story: Story, rng: random.Random) -> QA:
-    """A question that this event answers. Of each second move, whereto: moves are half of all
-    events, and each kind of question is to come about as often.
+    """A question that this event answers.
+
+    Half of the moves are asked for their direction: moves are half of all events, and each kind of
+    question should be about equally frequent.
     """
     moved = [other.who for other in story.events if other.kind == "move"]
     if event.kind == "move" and moved.count(event.who) == 1 and rng.random() < 0.5:
@@ -200,7 +202,7 @@ def of_event(event: Event, story: Story, rng: random.Random) -> QA:
 
 
 def ask_still(state: State, rng: random.Random) -> list[QA]:
-    """A question about each thing, so that no answer gives another one away; or what is there."""
+    """A question about each thing, so that no answer can be concluded from another; or `checks`."""
     if rng.random() < 0.2:
         return checks(state, rng)
     asked = [about(thing, state, rng) for thing in rng.sample(state, len(state))]
@@ -208,7 +210,7 @@ def ask_still(state: State, rng: random.Random) -> list[QA]:
 
 
 def topics(story: Story, rng: random.Random) -> Iterator[Thing | Event]:
-    """What to speak of: a thing at the end (of each second clip); events, each of another shape."""
+    """What to ask about: in half of the clips a thing at the end; events, each of another shape."""
     spoken = set()
     if rng.random() < 0.5:
         thing = rng.choice(story.states[-1])
@@ -236,10 +238,7 @@ def _about_end(thing: Thing, state: State, rng: random.Random) -> QA:
 
 
 def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[QA]]:
-    """Words that tell the scene, or the story, and questions that need no picture.
-
-    All answers are in the text, so that none can be given away.
-    """
+    """The scene or the story as a text, and questions whose answers are in it."""
     if rng.random() < 0.6:
         return describe_places(state), ask_still(state, rng)
     return narrate(story), [order(*end) for end in rng.sample(ends(story), 2)]

@@ -1,7 +1,13 @@
-"""Statements about the toy world, in any order: what pretraining says besides captions.
+"""Texts of pretraining about the toy world, besides captions: statements in any order.
 
-A caption's words follow from the words before them more often than from the picture. Of a fact
-(`The circle is red, top left.`) the end can only be known by looking up what its beginning names.
+The words of a caption often follow from the words before them, without the picture. The end of a
+statement (`The circle is red, top left.`) needs the picture: its beginning names what to look at.
+
+- statements about things or events (`still_facts`, `story_facts`)
+- `checklist`: `Circle: yes. Red: no. ...`
+- `timeline`: what happens in each second, the seconds in any order
+- `seconds_of_events`: for each event, whether it happens in each second
+- `states_of_one_shape`: colour and place of one shape in each second
 """
 
 from __future__ import annotations
@@ -27,12 +33,12 @@ from data_pipeline.toy.world import COLOURS, PLACES, SHAPES, Event, State, Story
 
 
 def still_facts(state: State, rng: random.Random) -> str:
-    """A fact about each thing, in any order; what one says gives no other away."""
+    """A statement about each thing, in any order; none can be concluded from another."""
     return " ".join(_about(thing, state, rng) for thing in rng.sample(state, len(state)))
 
 
 def _about(thing: Thing, state: State, rng: random.Random) -> str:
-    """What a thing is, told from its shape, its colour or its place; or that something is there."""
+    """What a thing is, by its shape, its colour or its place; or whether something is there."""
     kind = rng.choice(("shape", "shape", "colour", "place", "exists"))
     if kind == "shape":
         return f"The {thing.shape} is {thing.colour}, {PLACES[thing.place]}."
@@ -46,36 +52,39 @@ def _about(thing: Thing, state: State, rng: random.Random) -> str:
 
 
 def of_still(state: State, rng: random.Random) -> str:
-    """A caption or facts, and a checklist, in any order."""
-    told = describe_places(state) if rng.random() < 0.3 else still_facts(state, rng)
-    return _and_checklist(told, state, rng)
+    """A caption or statements, and a checklist, in any order."""
+    text = describe_places(state) if rng.random() < 0.3 else still_facts(state, rng)
+    return _with_checklist(text, state, rng)
 
 
-def _and_checklist(told: str, state: State, rng: random.Random) -> str:
-    return " ".join(rng.sample((told, checklist(state, rng)), 2))
+def _with_checklist(text: str, state: State, rng: random.Random) -> str:
+    return " ".join(rng.sample((text, checklist(state, rng)), 2))
 
 
 def of_story(story: Story, rng: random.Random) -> str:
-    """Two ways to tell what happens, flags among them more often than not."""
-    said = rng.sample((story_facts(story, rng), timeline(story, rng), track(story, rng)), 2)
+    """Two texts of different kinds about what happens; in 2/3 of all one is `seconds_of_events`."""
+    texts = rng.sample(
+        (story_facts(story, rng), timeline(story, rng), states_of_one_shape(story, rng)), 2
+    )
     if rng.random() < 0.67:
-        said[0] = flags(story, rng)
-    rng.shuffle(said)
-    return " ".join(said)
+        texts[0] = seconds_of_events(story, rng)
+    rng.shuffle(texts)
+    return " ".join(texts)
 
 
 def of_text(state: State, story: Story, rng: random.Random) -> tuple[str, str]:
-    """Words that tell a scene or a story; the scene's things again in another order, and facts.
+    """The text that describes a scene or a story, and what is learned after it.
 
-    From facts alone a thing's colour, shape and place are not looked up in a text after 25,000
-    samples. What was said already is the shortest way to learn to look up what followed a word.
+    For a scene that is its things again in another order, and statements. From statements alone the
+    model has not learned after 25,000 samples to look up a thing's colour, shape and place in the
+    text. The repetition teaches to look up what followed a word before.
     """
     if rng.random() < 0.6:
         again = describe_places(tuple(rng.sample(state, len(state))))
-        facts = _and_checklist(still_facts(state, rng), state, rng)
+        facts = _with_checklist(still_facts(state, rng), state, rng)
         return f"{describe_places(state)} ", f"{again} {facts}"
-    told = [_ordered(word, end) for word, end in rng.sample(ends(story), 2)]
-    return f"{narrate(story)} ", " ".join(rng.sample([*told, _compared(story, rng)], 3))
+    texts = [_ordered(word, end) for word, end in rng.sample(ends(story), 2)]
+    return f"{narrate(story)} ", " ".join(rng.sample([*texts, _compared(story, rng)], 3))
 
 
 def _compared(story: Story, rng: random.Random) -> str:
@@ -88,27 +97,27 @@ def _compared(story: Story, rng: random.Random) -> str:
 
 
 def checklist(state: State, rng: random.Random) -> str:
-    """`Circle: yes. Red: no. ...`: six of all shapes and colours, there or not.
+    """`Circle: yes. Red: no. ...`: whether each of six shapes and colours is there.
 
-    Whether something is there is learned last: of a question a sample shows one word.
+    This is learned last, from questions alone: each of them has only one word to learn from.
     """
     there = {thing.shape for thing in state} | {thing.colour for thing in state}
     names = rng.sample([*SHAPES, *COLOURS], 6)
     return " ".join(f"{name.capitalize()}: {yes_or_no(name in there)}." for name in names)
 
 
-def flags(story: Story, rng: random.Random) -> str:
-    """`The red circle moved right: no, yes, no. ...`: whether an event fell on each second."""
-    said = []
+def seconds_of_events(story: Story, rng: random.Random) -> str:
+    """`The red circle moved right: no, yes, no. ...`: whether an event is in each second."""
+    texts = []
     for event in rng.sample(story.events, len(story.events)):
         same = [other.second for other in story.events if past(other) == past(event)]
-        told = ", ".join(yes_or_no(second in same) for second in range(1, len(story.states)))
-        said.append(f"{sentence(past(event))[:-1]}: {told}.")
-    return " ".join(dict.fromkeys(said))
+        answers = ", ".join(yes_or_no(second in same) for second in range(1, len(story.states)))
+        texts.append(f"{sentence(past(event))[:-1]}: {answers}.")
+    return " ".join(dict.fromkeys(texts))
 
 
-def track(story: Story, rng: random.Random) -> str:
-    """`Circle: red top left, red top left, red top right, gone.`: one thing in every second."""
+def states_of_one_shape(story: Story, rng: random.Random) -> str:
+    """`Circle: red top left, red top left, red top right, gone.`: one shape in each second."""
     shape = rng.choice(story.events).shape
     shown = []
     for state in story.states:
@@ -118,23 +127,24 @@ def track(story: Story, rng: random.Random) -> str:
 
 
 def timeline(story: Story, rng: random.Random) -> str:
-    """`Second two: the red circle moves right. Second one: nothing new. ...`, every second, in any
-    order: in order each would be told by what was told before, and no second would be looked up.
+    """`Second two: the red circle moves right. Second one: nothing new. ...`: all seconds.
+
+    They are in any order: in order, each would follow from the text before, without the video.
     """
     changes = list(enumerate(narrate_changes(story), 1))
     rng.shuffle(changes)
-    return " ".join(f"Second {NUMBERS[second]}: {_inner(told)}" for second, told in changes)
+    return " ".join(f"Second {NUMBERS[second]}: {_lower_first(text)}" for second, text in changes)
 
 
 def story_facts(story: Story, rng: random.Random) -> str:
-    """Facts about the events of a clip or its end, each about another shape."""
-    said = []
+    """Statements about the events of a clip or its end, each about another shape."""
+    texts = []
     for topic in topics(story, rng):
         if isinstance(topic, Thing):
-            said.append(f"At the end {_inner(_about(topic, story.states[-1], rng))}")
+            texts.append(f"At the end {_lower_first(_about(topic, story.states[-1], rng))}")
         else:
-            said += _of_event(topic, story, rng)
-    return " ".join(said) or _ordered("first", story.events[0])
+            texts += _of_event(topic, story, rng)
+    return " ".join(texts) or _ordered("first", story.events[0])
 
 
 def _of_event(event: Event, story: Story, rng: random.Random) -> list[str]:
@@ -145,8 +155,8 @@ def _of_event(event: Event, story: Story, rng: random.Random) -> list[str]:
 
 
 def _ordered(word: str, event: Event) -> str:
-    return f"{word.capitalize()} {_inner(tell(event))}"
+    return f"{word.capitalize()} {_lower_first(tell(event))}"
 
 
-def _inner(told: str) -> str:
-    return told[0].lower() + told[1:]
+def _lower_first(text: str) -> str:
+    return text[0].lower() + text[1:]

@@ -1,9 +1,9 @@
 """The toy world to real files: JPEG pictures, H.264 videos.
 
-Two things make what happens visible in a single frame, so that a model of a few minutes' training
-can learn it: a change leaves a trace in the frame of its second (a streak behind what moved, a ring
-of the old colour around what turned, a glow behind what came, the outline of what left), and the
-background has another dark colour each second.
+Two things make events visible in a single frame, so that a model can learn them within minutes. The
+frame of an event's second has its trace: a streak behind a shape that moved, a ring of the old
+colour around one that turned, a glow behind one that came, the outline of one that left. And the
+background has another dark colour in each second.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.toy.world import COLOURS, State, Story, Thing
 
-# Of the seconds, one after the other, then again.
+# Colours of the background, one for each second, repeated.
 SKY = ((20, 20, 24), (80, 20, 20), (20, 65, 20), (20, 20, 95), (65, 65, 15), (70, 15, 75))
 _SCALE = 2  # drawn larger and reduced, for smooth edges
 _START, _END = 0.25, 0.75  # of a second: when a change begins to show, and when it is done
@@ -48,7 +48,7 @@ def draw(state: State, size: int, second: int = 0, was: State | None = None) -> 
 
 
 def _draw_below(pen: ImageDraw.ImageDraw, old: Thing | None, new: Thing, side: int) -> None:
-    """The glow of what came, the streak of what moved."""
+    """The glow behind a shape that came, the streak behind one that moved."""
     if old is None:
         pen.ellipse(_box(new, side, 1.12), fill=(150, 150, 150))
     elif old.place != new.place:

@@ -1,7 +1,7 @@
 """Real-time conversations about the toy world: one frame a second, words or silence after each.
 
-As much is said in a second as `WORDS` allow; a longer sentence goes on after the next frame. The
-second in which a sentence ends is closed by `<|silence|>`, as is one without a word.
+After each frame come at most `WORDS` words; a longer sentence goes on after the next frame. A
+second in which a sentence ends, or without a word, ends with `<|silence|>`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from data_pipeline.toy.world import PLACES, State, Story
 SILENCE = "<|silence|>"
 NARRATE = "Tell me what happens."
 WORDS = 5  # a second
-_TRIES = 3  # at questions whose answer changes later; what changes nothing is worth watching too
+_TRIES = 3  # at a question whose answer changes later; if none is found, it does not change
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A conversation, and what is to be said in which second (in addition to answers)."""
+    """A conversation, and the sentences that start in each second, without the answer."""
 
     messages: list[dict[str, str]]
     speech: dict[int, str]
@@ -38,7 +38,7 @@ class Stream:
 
 
 def narration(story: Story) -> Stream:
-    """The model tells the first state and every event."""
+    """A conversation in which the model describes the first state and every event."""
     speech = {event.second: tell(event) for event in story.events}
     speech[0] = describe(story.states[0])
     content = _watch(speech, range(len(story.states)))
@@ -46,7 +46,7 @@ def narration(story: Story) -> Stream:
 
 
 def question(story: Story, rng: random.Random) -> Stream:
-    """The model watches, is asked in the middle, answers, and says when the answer changes."""
+    """One with a question in the middle; the model answers, and says when the answer changes."""
     asked = rng.randrange(1, len(story.states) // 2)
     for _ in range(_TRIES):
         qa = _ask(story.states[asked], rng)
@@ -69,16 +69,16 @@ def _ask(state: State, rng: random.Random) -> QA:
 
 def _corrections(story: Story, asked: int, qa: QA) -> dict[int, str]:
     subject = qa.question.rstrip("?").split()[-1]  # the shape, for colour and place
-    speech, said = {}, _fact(story.states[asked], qa.task, subject)
+    speech, latest = {}, _fact(story.states[asked], qa.task, subject)
     for second in range(asked + 1, len(story.states)):
         fact = _fact(story.states[second], qa.task, subject)
-        if fact != said:
-            speech[second], said = fact, fact
+        if fact != latest:
+            speech[second], latest = fact, fact
     return speech
 
 
 def _fact(state: State, task: str, subject: str) -> str:
-    """What corrects an answer that has become wrong."""
+    """The sentence that corrects an answer that has become wrong."""
     if task == "count":
         return sentence(f"now there are {NUMBERS[len(state)]}")
     thing = next((thing for thing in state if thing.shape == subject), None)

@@ -1,7 +1,7 @@
 """A small exact world: coloured shapes on four places that come, leave, move and change colour.
 
-Its truth is one state a second and the events between them; captions, questions and answers are
-read from these, never from pictures. Between two seconds a picture shows the change half done.
+A story is one state for each second and the events between them; captions, questions and answers
+are made from these, never from pictures. Between two seconds a picture shows the change halfway.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EventKind = Literal["come", "leave", "move", "turn"]
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. Shapes within a world differ, so `the circle` is never ambiguous."""
+    """A shape. All shapes of a world are different, so `the circle` is never ambiguous."""
 
     shape: str
     colour: str
@@ -48,7 +48,7 @@ State = tuple[Thing, ...]  # in order of place
 
 @dataclass(frozen=True)
 class Event:
-    """What is new at a second; `who` is the name before it."""
+    """A change at a second; `who` is the name of the thing before it."""
 
     second: int
     kind: EventKind
@@ -79,7 +79,7 @@ def still(seed: int) -> State:
 
 
 def simulate(seed: int, seconds: int, events: int, gap: int = 1) -> Story:
-    """Plays one world with `events` events, at least `gap` seconds apart; exact for its arguments.
+    """A story with `events` events, at least `gap` seconds apart, determined by its arguments.
 
     Raises ValueError where so many events do not fit.
     """
@@ -116,8 +116,8 @@ def _thing(rng: random.Random, shape: str, colour: str, place: int) -> Thing:
 def _happen(
     rng: random.Random, state: State, shapes: list[str], second: int
 ) -> tuple[State, Event]:
-    """One event; `shapes` are those that have not been seen yet, and are used up."""
-    kinds: list[EventKind] = ["move", "move", "turn"]  # a place is seen less easily than a colour
+    """The next state and its event; takes a new shape from `shapes`, those not seen yet."""
+    kinds: list[EventKind] = ["move", "move", "turn"]  # places are learned more slowly than colours
     kinds += ["come"] if shapes and len(state) < 3 else []
     kinds += ["leave"] if len(state) > 1 else []
     kind = rng.choice(kinds)
@@ -145,7 +145,7 @@ def _ordered(things: list[Thing]) -> State:
 
 
 def _moves(state: State) -> list[tuple[Thing, str, int]]:
-    """Every thing with each direction in which the next place exists and is free."""
+    """(thing, direction, place) of every move to a free place."""
     taken = {thing.place for thing in state}
     moves = []
     for thing in state:

@@ -78,7 +78,7 @@ def test_ls_counts_and_sees_a_stale_index(
         ["image", "3", "12", "ok"], ["text", "2", "12", "stale"], ["video", "3", "?", "missing"],
     ]  # fmt: skip
     assert main(["ls", str(tmp_path / "nothing")]) == 1
-    assert "nothing is no folder" in capsys.readouterr().err
+    assert "nothing is not a folder" in capsys.readouterr().err
 
 
 def test_show_marks_labels_frames_and_times(
@@ -230,7 +230,7 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
     expected = [
         f"{a}marks: mark_media_mismatch:",
         f"{a}lost: missing_media: 0.png is not in the shard",
-        f"{a}extra: unused_member: 0.png is no medium of the sample",
+        f"{a}extra: unused_member: 0.png is not a medium of the sample",
         f"{a}torn: undecodable_image: 0.png:",
         f"{a}short: undecodable_video: 0.mp4:",
         f"{a}schema: bad_schema: messages:",
@@ -238,7 +238,7 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
         f"{b}3.tar.partial: unfinished",
         "b: the index does not match the shards (shard-000002.tar)",
         f"{b}1.tar: damaged_shard: after 1 samples",
-        f"{b}1.tar: 1 samples, the index says 3",
+        f"{b}1.tar: 1 samples, the index has 3: make it again",
         f"{b}2.tar: the key k0 is also in shard-000000.tar",
         f"{b}2.tar: the key k1 is also in",
         f"{b}2.tar: the key k2 is also in",

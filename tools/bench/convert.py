@@ -1,12 +1,11 @@
-"""python -m tools.bench.convert FOLDER [--model conf/model/11b.yaml] [--workers 2]
+"""Time and memory of converting a checkpoint of a model's size to training's format and back.
 
-Random weights of a model's size, bf16, as a published checkpoint: to megatron, back, compared.
-Prints time, rate and peak memory of each way. FOLDER must have room for three times the model.
+The checkpoint has random bf16 weights in the published format. Afterwards all tensors are compared;
+the exit code is 1 where one differs. FOLDER needs room for three times the model.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -18,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from data_pipeline.commands import CommandParser
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.hf_files import text_section, vision_section
 from moss_train.convert.job import run_workers
@@ -28,18 +28,19 @@ from tools.convert_checkpoint import read_model
 
 
 def main() -> int:
-    """Measures. 1 where the way back does not give the same bits."""
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="tools.bench.convert", usage=first, description=rest)
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--model", type=Path, help="as in conf/model; 11b's")
-    parser.add_argument("--workers", type=int, default=2)
+    """Measures; 1 where converting back does not give the same bits."""
+    parser = CommandParser("python -m tools.bench.convert", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the checkpoints")
+    parser.add_argument(
+        "--model", type=Path, metavar="FILE.yaml", help="as in conf/model (default: 11b's)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="threads of a conversion")
     options = parser.parse_args()
     hf, megatron, back = (options.folder / name for name in ("hf", "megatron", "back"))
     began = time.monotonic()
     largest = write_source(hf, options.model, options.workers)
     print(f"random weights: {time.monotonic() - began:.0f} s", flush=True)
-    print(f"bound of memory: {(3 * largest + 2 * 2**30) / 2**30:.2f} GiB", flush=True)
+    print(f"bound of peak memory: {(3 * largest + 2 * 2**30) / 2**30:.2f} GiB", flush=True)
     workers = ["--workers", str(options.workers)]
     measured("hf-to-megatron", str(hf), str(megatron), *workers)
     measured("megatron-to-hf", str(megatron), str(back), *workers)
@@ -100,7 +101,7 @@ def measured(*arguments: str) -> None:
 
 
 def compare(one: Path, other: Path, workers: int) -> list[str]:
-    """Names of the tensors that are not the same bits in both folders."""
+    """Names of the tensors whose bits differ between the folders."""
     a, b = HfFolder(one, normalize_name), HfFolder(other, normalize_name)
     names = sorted(a.tensors.keys() | b.tensors.keys())
 

@@ -1,7 +1,5 @@
 """Time and memory of one cross-attention core, forward and backward, on a long video.
 
-    python tools/bench/cross_attention.py [--heads 32 --kv-heads 8 --dtype fp32]
-
 Compares the blocks of moss_train.model.cross_attention with scaled_dot_product_attention over all
 keys under a dense float mask [tokens, frames x vision tokens], in two layouts: `realtime` (a frame
 every few tokens) and `question` (all frames, then the text).
@@ -21,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from data_pipeline.commands import CommandParser
+from data_pipeline.tables import format_table
 from moss_train import hardware
 from moss_train.model.cross_attention import attend_blocks, attend_flex
 from moss_train.model.frame_plan import FramePlan, plan_frames
@@ -60,7 +60,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken
+            ctypes.CDLL(None).malloc_trim(0)  # or memory freed before would hide what is allocated
             self.start = self.peak = _resident()
             self.running = True
             self.thread = threading.Thread(target=self._sample)
@@ -113,7 +113,7 @@ def measure(
 
 
 def compare(layout: str, args: argparse.Namespace) -> None:
-    """Prints the lines of one layout."""
+    """Prints the table of one layout."""
     device, dtype = hardware.device(), hardware.DTYPES[args.dtype]
     generator = torch.Generator().manual_seed(0)
 
@@ -137,43 +137,40 @@ def compare(layout: str, args: argparse.Namespace) -> None:
     ]
     if device.type == "cuda":
         rows.insert(1, ("flex", float("nan"), lambda: attend_flex(query, key, value, frames)))
+    lines: list[tuple[str, ...]] = [("layout", "core", "computed", "seconds", "CPU s", "extra GB")]
     best = {}
     for name, pairs, attend in rows:
         repeat = args.repeat + (device.type == "cuda")  # the first pass compiles
         best[name] = measure(attend, [query, key, value], repeat)
         share = pairs / (args.tokens * args.frames)
-        numbers = " ".join(f"{number:10.3f}" for number in best[name])
-        print(f"{layout:10} {name:11} {share:9.0%} {numbers}", flush=True)
+        lines.append((layout, name, f"{share:.0%}", *(f"{number:.3f}" for number in best[name])))
+    print(format_table(lines, "llr"))
     ratio = [a / b for a, b in zip(best["dense mask"], best["blocks"], strict=True)]
-    print(f"{layout:10} dense / blocks: time {ratio[0]:.2f}, CPU {ratio[1]:.2f}", end=", ")
-    print(f"memory {ratio[2]:.2f}")
+    print(f"dense / blocks: time {ratio[0]:.2f}, CPU {ratio[1]:.2f}, memory {ratio[2]:.2f}")
     with torch.no_grad():
         off = (attend_blocks(query, key, value, frames) - dense()).abs().max().item()
-    print(f"{layout:10} largest difference {off:.1e}")
+    print(f"largest difference of the results: {off:.1e}\n", flush=True)
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--frames", type=int, default=256)
-    parser.add_argument("--patches", type=int, default=101, help="vision tokens of a frame")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", choices=sorted(hardware.DTYPES), default="fp32")
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    """Prints a table for each layout."""
+    parser = CommandParser("python -m tools.bench.cross_attention", description=__doc__)
+    add = parser.add_argument
+    add("--tokens", type=int, default=2048, help="text tokens")
+    add("--frames", type=int, default=256, help="frames")
+    add("--patches", type=int, default=101, help="vision tokens of a frame")
+    add("--heads", type=int, default=32, help="query heads")
+    add("--kv-heads", type=int, default=8, help="key and value heads")
+    add("--head-dim", type=int, default=128, help="width of a head")
+    add("--dtype", choices=sorted(hardware.DTYPES), default="fp32", help="dtype")
+    add("--repeat", type=int, default=1, help="passes, of which the fastest counts")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     hardware.activate("auto")
     print(f"{hardware.device()}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")
     print(f"{args.tokens} tokens x {args.frames} frames x {args.patches} vision tokens", end="; ")
     print(f"{args.heads} heads, {args.kv_heads} KV heads, {args.head_dim} wide")
-    print(f"{'layout':10} {'core':11} {'computed':>9} {'seconds':>10} ", end="")
-    print(f"{'CPU s':>10} {'extra GB':>10}")
     for layout in ("realtime", "question"):
         compare(layout, args)
 

@@ -1,17 +1,14 @@
-"""What the loader costs over decoding: samples and frames a second of one core, start, memory.
-
-    python -m tools.bench.data [--rounds 5 --shards 10000]
+"""Cost of the loader over decoding: samples and frames a second of one core, start, memory.
 
 The whole loader (index, shuffling, mixing, labels, batches) is measured against a bare webdataset
 pipeline that reads the same shards in order and does the same decoding and resizing: of pictures
-with PIL, NumPy and torch as anyone writes it, of videos with our reader. Both run in this process
-on one thread and take turns; the ratio is that of their CPU times. Start: from building a loader
-over many shards to its first batch. Memory: what each worker process has for itself alone.
+with plain PIL, NumPy and torch, of videos with our reader. Both run in this process on one thread
+and take turns; the ratio is that of their CPU times. Start: from building a loader over many shards
+to its first batch. Memory: what a worker process does not share with others.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import json
@@ -31,6 +28,7 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.commands import CommandParser
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.images import fit_size, tile_image
 from data_pipeline.index import prepare_index
@@ -185,19 +183,15 @@ def start_and_memory(folder: Path, tokenizer: Path, shards: int, workers: int = 
         children = psutil.Process().children()
         alone = [child.memory_full_info().uss / 1e6 for child in children]
         whole = [child.memory_info().rss / 1e6 for child in children]
-    print(
-        f"{shards} shards: each worker has {max(alone):.0f} MB for itself, {max(whole):.0f} in all"
-    )
+    print(f"{shards} shards: a worker has {max(alone):.0f} MB unshared, {max(whole):.0f} MB in all")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--videos", type=int, default=20)
-    parser.add_argument("--shards", type=int, default=10_000)
+    parser = CommandParser("python -m tools.bench.data", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--images", type=int, default=100, help="pictures")
+    parser.add_argument("--videos", type=int, default=20, help="videos")
+    parser.add_argument("--shards", type=int, default=10_000, help="shards for start and memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

@@ -1,16 +1,13 @@
-"""Frames a second out of a video, and pictures a second through the image transform.
+"""Speed of decoding videos and of resizing pictures, compared with other libraries.
 
-    python -m tools.bench.video [--seconds 60 --height 1080 --rounds 3 --threads 1]
-
-Video: one frame a second of an H.264 file at 30 frames a second, as RGB, against decord2, OpenCV
-and torchcodec, of which those take part that can be imported. Pictures: resize and tile against
+Video: one frame a second of an H.264 file with 30 frames a second, as RGB, compared with decord2,
+OpenCV and torchcodec, where these are installed. Pictures: resizing and tiling, compared with
 transformers' MllamaImageProcessor (its PIL form), with and without normalizing. Contestants take
 turns; CPU seconds are those of all threads of this process.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -24,6 +21,7 @@ import torch
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from data_pipeline.commands import CommandParser
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD, tile_image
 from data_pipeline.video import frames_at
 from moss_train.config import VisionConfig
@@ -61,7 +59,7 @@ def decoders(path: Path, seconds: int, threads: int) -> dict[str, Contestant]:
     def ours() -> int:
         return sum(1 for _ in frames_at(data, times, threads))
 
-    found: dict[str, Contestant] = {"ours": ours}
+    contestants: dict[str, Contestant] = {"ours": ours}
     try:
         import decord
 
@@ -69,9 +67,9 @@ def decoders(path: Path, seconds: int, threads: int) -> dict[str, Contestant]:
             reader = decord.VideoReader(str(path), num_threads=threads)
             return len(reader.get_batch(frames).asnumpy())
 
-        found["decord2"] = with_decord
+        contestants["decord2"] = with_decord
     except (ImportError, OSError) as error:
-        print(f"decord2 takes no part: {str(error).splitlines()[0]}")
+        print(f"decord2 is left out: {str(error).splitlines()[0]}")
     try:
         import cv2
 
@@ -84,9 +82,9 @@ def decoders(path: Path, seconds: int, threads: int) -> dict[str, Contestant]:
                     count += cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB).shape[2] == 3
             return count
 
-        found["OpenCV"] = with_opencv
+        contestants["OpenCV"] = with_opencv
     except (ImportError, OSError) as error:
-        print(f"OpenCV takes no part: {str(error).splitlines()[0]}")
+        print(f"OpenCV is left out: {str(error).splitlines()[0]}")
     try:
         from torchcodec.decoders import VideoDecoder
 
@@ -94,10 +92,10 @@ def decoders(path: Path, seconds: int, threads: int) -> dict[str, Contestant]:
             decoder = VideoDecoder(str(path), num_ffmpeg_threads=threads)
             return len(decoder.get_frames_at(frames).data)
 
-        found["torchcodec"] = with_torchcodec
+        contestants["torchcodec"] = with_torchcodec
     except (ImportError, OSError, RuntimeError) as error:
-        print(f"torchcodec takes no part: {str(error).strip().splitlines()[0]}")
-    return found
+        print(f"torchcodec is left out: {str(error).strip().splitlines()[0]}")
+    return contestants
 
 
 def compare(contestants: dict[str, Contestant], rounds: int) -> None:
@@ -151,13 +149,11 @@ def transforms(picture: np.ndarray, max_tiles: int, repeat: int = 8) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--height", type=int, default=1080)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of each decoder")
+    parser = CommandParser("python -m tools.bench.video", description=__doc__)
+    parser.add_argument("--seconds", type=int, default=60, help="length of the video")
+    parser.add_argument("--height", type=int, default=1080, help="pixels of the video")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each decoder")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,1 +1,1 @@
-"""Looks into folders of shards: `python -m tools.shards ls|show|stats|validate`."""
+"""Commands that look into folders of shards: `python -m tools.shards ls|show|stats|validate`."""

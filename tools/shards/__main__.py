@@ -53,8 +53,8 @@ def show(given: argparse.Namespace) -> int:
 
 
 def stats(given: argparse.Namespace) -> int:
-    found = source_stats(find_sources(given.tree), _encoding(given), given.workers)
-    rows = {str(source): source_found.row() for source, source_found in found.items()}
+    by_source = source_stats(find_sources(given.tree), _encoding(given), given.workers)
+    rows = {str(source): stats.row() for source, stats in by_source.items()}
     if given.json:
         print(json.dumps(rows, indent=2))
         return 0

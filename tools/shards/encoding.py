@@ -18,7 +18,7 @@ def stage_names() -> list[str]:
 
 
 def stage_encoding(tokenizer: str, stage: str, tile_size: int, max_tiles: int) -> EncodeConfig:
-    """What conf/stage/STAGE.yaml says of samples; ValueError for a stage that is not there."""
+    """How conf/stage/STAGE.yaml encodes samples; ValueError for an unknown stage."""
     path = conf_dir() / "stage" / f"{stage}.yaml"
     if not path.is_file():
         raise ValueError(f"--stage {stage}: choose one of {', '.join(stage_names())}")
@@ -44,18 +44,20 @@ def frame_times(
 ) -> list[float | None]:
     """Seconds of each frame in reading order, None for a picture."""
     owners = sample.mark_media()
+    clips = {
+        owner: iter(sample.media[owner].realtime_times(owners.count(owner)))
+        for owner in owners
+        if sample.kind == "realtime" and sample.media[owner].type == "video"
+    }
     times: list[float | None] = []
-    seen = [0] * len(sample.media)
     for owner in owners:
-        medium = sample.media[owner]
-        if medium.type == "image":
+        if owner in clips:
+            times.append(next(clips[owner]))
+        elif sample.media[owner].type == "image":
             times.append(None)
-        elif sample.kind == "realtime":
-            times.append(medium.times[seen[owner]] if medium.times else float(seen[owner]))
         else:
-            info = probe_video(parts[medium.file])
+            info = probe_video(parts[sample.media[owner].file])
             times += sample_times(
                 info, config.video_fps, config.video_min_frames, config.video_max_frames
             )
-        seen[owner] += 1
     return times

@@ -1,4 +1,4 @@
-"""Sources below a folder, and single samples in them."""
+"""Finds sources below a folder, and single samples in them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def find_sources(root: str | Path) -> list[Path]:
     """All folders with shards at or below `root`; ShardError where there is none."""
     top = Path(root)
     if not top.is_dir():
-        raise ShardError(f"{top} is no folder: correct the path")
-    found = sorted({shard.parent for shard in top.rglob("*.tar")})
-    if not found:
+        raise ShardError(f"{top} is not a folder: correct the path")
+    sources = sorted({shard.parent for shard in top.rglob("*.tar")})
+    if not sources:
         raise ShardError(f"{top}: no .tar shards there or below: build them or correct the path")
-    return found
+    return sources
 
 
 def stored_samples(shard: Path) -> Iterator[StoredSample]:

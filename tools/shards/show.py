@@ -1,4 +1,4 @@
-"""A sample as a person would see it: the prompt with its labels, and a sheet of its frames."""
+"""`show`: the prompt of a sample with its labels, and a picture of its frames."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Frame:
 def show_sample(
     stored: StoredSample, config: EncodeConfig, *, color: bool, sheet: Path | None
 ) -> str:
-    """The text to print; the frames go to `sheet`, a PNG. SampleError for a sample that is bad."""
+    """The text to print; `sheet`: PNG of the frames to write. SampleError for a bad sample."""
     encoded = open_encoder(config).encode(stored.key, stored.parts)
     sample = parse_sample(stored.key, stored.parts["json"])
     positions = encoded.frame_positions.tolist()
@@ -70,11 +70,11 @@ def _prompt(
     encoded: EncodedSample, frames: list[Frame], tokenizer: Tokenizer, color: bool
 ) -> Iterator[str]:
     numbers = {frame.position: number for number, frame in enumerate(frames)}
-    judged = (encoded.labels != IGNORED_LABEL).tolist()
+    has_label = (encoded.labels != IGNORED_LABEL).tolist()
     tokens = encoded.tokens.tolist()
 
     def sort(position: int) -> str:
-        return "frame" if position in numbers else "label" if judged[position] else "text"
+        return "frame" if position in numbers else "label" if has_label[position] else "text"
 
     for what, run in groupby(range(len(tokens)), sort):
         places = list(run)
@@ -93,7 +93,7 @@ def _painted(text: str, what: str, color: bool) -> str:
 
 
 def _frames(numbers: list[int], frames: list[Frame]) -> str:
-    """`[0 | 0.0s @5]` each, a long run by its ends."""
+    """`[0 | 0.0s @5]` for each frame; of more than eight the first and the last."""
     if len(numbers) > 8:
         first, last = numbers[0], numbers[-1]
         return f"[{first} | {frames[first]}]...[{last} | {frames[last]}]"

@@ -1,4 +1,4 @@
-"""Statistics of sources, counted on the samples as they are trained on."""
+"""`stats`: counts of sources, of the samples as they are trained on."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Stats:
     truncated: int = 0  # samples cut at sequence_length
     realtime_labels: int = 0
     silence: int = 0  # labels of real-time samples that are <|silence|>
-    words: int = 0  # said in real-time samples
-    seconds: int = 0  # watched in real-time samples
+    words: int = 0  # of the assistant in real-time samples
+    seconds: int = 0  # of video in real-time samples
     errors: Counter[str] = field(default_factory=Counter)  # samples that cannot be used
 
     def add(self, other: Stats) -> None:
@@ -42,7 +42,7 @@ class Stats:
             setattr(self, name, getattr(self, name) + value)
 
     def row(self) -> dict[str, Any]:
-        """What people want to know, as plain values; None where there is nothing to divide by."""
+        """A row of the table as plain values; None for a ratio of nothing."""
         return {
             "samples": self.samples,
             "frames": self.frames,
@@ -65,13 +65,13 @@ def source_stats(sources: list[Path], config: EncodeConfig, workers: int) -> dic
     counts = {source: indexed_counts(source) for source in sources}
     total = sum(counts[source].get(shard.name, 0) for source, shard in shards)
     progress = Progress("stats", total or None)
-    found = {source: Stats() for source in sources}
+    by_source = {source: Stats() for source in sources}
     each = each_shard(partial(shard_stats, config=config), [shard for _, shard in shards], workers)
     for (source, _), stats in zip(shards, each, strict=True):
-        found[source].add(stats)
+        by_source[source].add(stats)
         progress.step(stats.samples + stats.errors.total())
     progress.end()
-    return found
+    return by_source
 
 
 def shard_stats(shard: Path, config: EncodeConfig) -> Stats:
@@ -91,7 +91,7 @@ def shard_stats(shard: Path, config: EncodeConfig) -> Stats:
             encoded = encoder.encode(stored.key, stored.parts)
         except SampleError as error:
             stats.errors[error.reason] += 1
-        except Exception as error:  # whatever a decoder thinks of
+        except Exception as error:  # of any kind, from decoders
             stats.errors[f"unexpected_{type(error).__name__}"] += 1
         else:
             sample = parse_sample(stored.key, stored.parts["json"])
@@ -121,7 +121,7 @@ def sample_stats(sample: Sample, encoded: EncodedSample, silence: int) -> Stats:
 def _words(sample: Sample) -> Iterator[int]:
     for message in sample.messages:
         if message.role == "assistant":
-            said = MARK.sub("", message.content)
+            text = MARK.sub("", message.content)
             for special in _SPECIAL:
-                said = said.replace(special, " ")
-            yield len(said.split())
+                text = text.replace(special, " ")
+            yield len(text.split())

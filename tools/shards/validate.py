@@ -1,4 +1,4 @@
-"""Checks a tree of shards to the last byte: index, schema, marks, media."""
+"""`validate`: checks every shard below a folder: index, schema, marks, media."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tools.shards.workers import each_shard
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong, and where: a folder, a shard or a sample's key."""
+    """Something wrong (`what`), and in which folder, shard or sample (`where`)."""
 
     where: str
     what: str
@@ -67,7 +67,7 @@ def validate_tree(
 
 def _folder_problems(source: Path) -> Iterator[Problem]:
     for leftover in sorted(source.glob(f"*{PARTIAL_SUFFIX}")):
-        yield Problem(str(leftover), "unfinished: what wrote it was killed, run it again")
+        yield Problem(str(leftover), "unfinished: its writer was killed: run the command again")
     try:
         check_source(source)
     except ShardError as error:
@@ -79,7 +79,7 @@ def _key_problems(
 ) -> Iterator[Problem]:
     known = counts.get(shard.name, len(keys))
     if known != len(keys):
-        yield Problem(str(shard), f"{len(keys)} samples, the index says {known}: index it again")
+        yield Problem(str(shard), f"{len(keys)} samples, the index has {known}: make it again")
     for key in keys:
         if key in seen:
             yield Problem(str(shard), f"the key {key} is also in {seen[key].name}")
@@ -95,14 +95,14 @@ def check_shard(shard: Path, config: EncodeConfig | None) -> ShardReport:
             report.keys.append(stored.key)
             where = f"{shard} {stored.key}"
             try:
-                found = list(check_sample(stored))
-                if encoder is not None and not found:
+                wrong = list(check_sample(stored))
+                if encoder is not None and not wrong:
                     encoder.encode(stored.key, stored.parts)
             except SampleError as error:
-                found = [f"{error.reason}: {error.detail}"]
-            except Exception as error:  # whatever a decoder thinks of
-                found = [f"unexpected_{type(error).__name__}: {error}"]
-            report.problems.extend(Problem(where, what) for what in found)
+                wrong = [f"{error.reason}: {error.detail}"]
+            except Exception as error:  # of any kind, from decoders
+                wrong = [f"unexpected_{type(error).__name__}: {error}"]
+            report.problems.extend(Problem(where, what) for what in wrong)
     except DAMAGE as error:
         damage = f"damaged_shard: after {len(report.keys)} samples: {error}"
         report.problems.append(Problem(str(shard), damage))
@@ -116,7 +116,7 @@ def check_sample(stored: StoredSample) -> Iterator[str]:
     sample = parse_sample(stored.key, stored.parts["json"])
     used = {medium.file for medium in sample.media}
     for extra in sorted(set(stored.parts) - used - {"json"}):
-        yield f"unused_member: {extra} is no medium of the sample"
+        yield f"unused_member: {extra} is not a medium of the sample"
     for medium in sample.media:
         if medium.file not in stored.parts:
             yield f"missing_media: {medium.file} is not in the shard"

@@ -1,4 +1,4 @@
-"""Work on shards side by side."""
+"""Work on shards in parallel."""
 
 from __future__ import annotations
 

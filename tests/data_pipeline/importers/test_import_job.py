@@ -307,7 +307,7 @@ def test_a_server_that_falls_silent_costs_one_record(tmp_path: Path, monkeypatch
     assert summary.imported == {"image": 1}
     assert summary.rejected == {"unreadable_file": 1}
     (line,) = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
-    assert json.loads(line)["detail"] == "silent.png: the server is silent"
+    assert json.loads(line)["detail"] == "silent.png: the server does not answer"
 
 
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")

@@ -356,5 +356,5 @@ def test_a_source_that_is_nothing_is_refused_with_what_to_do(tmp_path: Path) -> 
     with pytest.raises(ShardError, match=r"a.json does not exist"):
         run(tmp_path / "a.json", tmp_path / "out")
     write_jsonl(tmp_path / "b.jsonl", [{"colour": 1}])
-    with pytest.raises(ShardError, match="no form of records has the keys colour"):
+    with pytest.raises(ShardError, match="keys colour: not of a known form: give --form"):
         run(tmp_path / "b.jsonl", tmp_path / "out")

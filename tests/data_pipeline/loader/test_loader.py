@@ -15,8 +15,9 @@ import torch
 from megatron.energon import WorkerConfig
 from megatron.energon.savable_loader import SavableDatasetCheckpoint
 
+from data_pipeline.encode import EncodeConfig
 from data_pipeline.index import prepare_index
-from data_pipeline.loader.loader import EncodeConfig, Loader, Source, build_loader
+from data_pipeline.loader.loader import Loader, Source, build_loader
 from data_pipeline.loader.mixture import EvenRng
 from data_pipeline.shards import ShardError, write_shards
 from data_pipeline.toy.build import ToyConfig, make_sample

@@ -10,14 +10,14 @@ from itertools import pairwise
 from data_pipeline.toy import captions
 from data_pipeline.toy.facts import (
     checklist,
-    flags,
     of_still,
     of_story,
     of_text,
+    seconds_of_events,
+    states_of_one_shape,
     still_facts,
     story_facts,
     timeline,
-    track,
 )
 from data_pipeline.toy.world import still
 from tests.data_pipeline.toy.truth import (
@@ -114,7 +114,7 @@ def test_scenes_in_words_are_told_again_with_facts_and_stories_with_their_ends()
 def test_clips_are_told_in_two_ways() -> None:
     rng, kinds = random.Random(0), Counter[str]()
     ways = {
-        "flags": r"(left|right|up|down|came|turned \w+): (yes|no), ",
+        "seconds_of_events": r"(left|right|up|down|came|turned \w+): (yes|no), ",
         "timeline": r"Second one: ",
         "track": r"(Circle|Square|Triangle|Cross): \w+",
         "facts": r"(At the end |First |Last | at second )",
@@ -124,7 +124,7 @@ def test_clips_are_told_in_two_ways() -> None:
         found = {way for way, pattern in ways.items() if re.search(pattern, said)}
         assert len(found) == 2
         kinds.update(found)
-    assert 0.5 < kinds["flags"] / (2 * len(STORIES)) < 0.8
+    assert 0.5 < kinds["seconds_of_events"] / (2 * len(STORIES)) < 0.8
     assert min(kinds.values()) > len(STORIES) / 2
 
 
@@ -172,7 +172,7 @@ def test_checklists_say_of_shapes_and_colours_whether_they_are_there() -> None:
     assert len(names) == 8
 
 
-def test_flags_say_of_each_event_in_which_seconds_it_happened() -> None:
+def test_seconds_of_events_say_of_each_event_in_which_seconds_it_happened() -> None:
     rng = random.Random(0)
     for story in STORIES:
         happened: dict[str, list[int]] = {}
@@ -182,14 +182,14 @@ def test_flags_say_of_each_event_in_which_seconds_it_happened() -> None:
             event: ", ".join("yes" if second in seconds else "no" for second in range(1, 8))
             for event, seconds in happened.items()
         }
-        said = re.findall(r"([^.:]+): ([^.]+)\.", flags(story, rng))
+        said = re.findall(r"([^.:]+): ([^.]+)\.", seconds_of_events(story, rng))
         assert {lowered(event.strip()): told for event, told in said} == expected
 
 
 def test_tracks_follow_one_thing_of_the_story_through_its_seconds() -> None:
     rng = random.Random(0)
     for story in STORIES:
-        shape, _, told = track(story, rng).lower().rstrip(".").partition(": ")
+        shape, _, told = states_of_one_shape(story, rng).lower().rstrip(".").partition(": ")
         assert any(shape in sentence for _, sentence in history(story))
         states = [seen(state) for state in story.states]
         assert told.split(", ") == [

@@ -1,4 +1,4 @@
-"""Files of records - JSON, JSONL, CSV, TSV, parquet - to rows, one at a time."""
+"""Reads files of records (JSON, JSONL, CSV, TSV, parquet), one record at a time."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ csv.field_size_limit(2**31 - 1)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A record by its place in the file; `value` is the reason where it cannot be read."""
+class Record:
+    """A record of a file; `value` is a SampleError where the record cannot be read."""
 
-    number: int
+    number: int  # its place in the file, from 0
     value: dict[str, Any] | SampleError
     share: float  # of the file read so far, 0..1
 
 
-def read_rows(path: str) -> Iterator[Row]:
-    """The rows of a file, by its suffix; ShardError where the file as a whole cannot be read."""
+def read_records(path: str) -> Iterator[Record]:
+    """The records of a file, by its suffix; ShardError where the file as a whole cannot be read."""
     readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     read = readers.get(files.suffix(path), _json)
     size = files.file_size(path)
     with files.open_file(path) as file:
         for number, (value, share) in enumerate(read(file, path, size)):
             if not isinstance(value, dict | SampleError):
-                found = type(value).__name__
-                value = SampleError("bad_schema", f"a record must be an object, not a {found}")
-            yield Row(number, value, share)
+                kind = type(value).__name__
+                value = SampleError("bad_schema", f"a record must be an object, not a {kind}")
+            yield Record(number, value, share)
 
 
-def first_row(path: str) -> dict[str, Any]:
+def first_record(path: str) -> dict[str, Any]:
     """The first record that can be read, empty where there is none."""
-    rows = itertools.islice(read_rows(path), 100)
-    return next((row.value for row in rows if isinstance(row.value, dict)), {})
+    records = itertools.islice(read_records(path), 100)
+    return next((record.value for record in records if isinstance(record.value, dict)), {})
 
 
 def _json(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
@@ -74,7 +74,7 @@ def _json_list(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
     try:
         records = json.loads(data)
     except (ValueError, RecursionError) as error:
-        if files.suffix(path) == ".jsonl":  # one bad line, the first, does not spoil the others
+        if files.suffix(path) == ".jsonl":  # only its first line is bad
             yield from ((_line(line), 0.0) for line in data.splitlines() if line.strip())
             return
         raise ShardError(f"{path} cannot be read: {error}") from None
@@ -90,16 +90,16 @@ def _csv(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
     reader = csv.DictReader(text, delimiter=delimiter)
     width = len(reader.fieldnames or ())
     try:
-        for row in reader:
+        for record in reader:
             share = min(1.0, file.tell() / size) if size else 0.0
-            if None in row or None in row.values():
+            if None in record or None in record.values():
                 yield SampleError("bad_csv", f"line {reader.line_num}: not {width} fields"), share
             else:
-                yield dict(row), share
+                yield dict(record), share
     except (csv.Error, UnicodeDecodeError) as error:
         raise ShardError(f"{path}: line {reader.line_num + 1}: {error}") from None
     finally:
-        text.detach()  # the file is not ours to close
+        text.detach()  # or the wrapper would close the file
 
 
 def _parquet(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
@@ -110,8 +110,8 @@ def _parquet(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]
         table = pyarrow.parquet.ParquetFile(file)
         total, at = table.metadata.num_rows, 0
         for batch in table.iter_batches(batch_size=64):
-            for row in batch.to_pylist():
+            for record in batch.to_pylist():
                 at += 1
-                yield row, at / total
+                yield record, at / total
     except (pyarrow.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
