@@ -21,7 +21,7 @@ _GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 def to_rgb(picture: Any) -> Image.Image:
-    """The pixels that every door of this project gives the model.
+    """The pixels that every part of this project gives the model.
 
     Turned as its EXIF orientation says, the alpha channel, palette entries and colours that are
     transparent put on white, 16 bits brought to 8 by their higher byte.
