@@ -10,9 +10,10 @@ from pathlib import Path
 import av
 from torch import Tensor
 
+from data_pipeline.clock import EPSILON
 from data_pipeline.images import decode_image
 from data_pipeline.schema import SampleError
-from data_pipeline.video import EPSILON, open_video, sample_times, upright_pixels
+from data_pipeline.video import open_video, sample_times, upright_pixels
 
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
 CLIP_FPS, CLIP_MIN_FRAMES = 1.0, 8  # of a whole video, where nobody says otherwise
