@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # as a file: the folder of the package, not this one
+if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from torch import Tensor
@@ -52,7 +52,7 @@ def parser(program: str, doc: str, max_frames: int) -> argparse.ArgumentParser:
 
 
 def media(args: argparse.Namespace) -> tuple[str, list[Tensor]]:
-    """The kind of what is asked about (video, image or nothing), and its frames."""
+    """The kind of medium (`video`, `image` or empty), and its frames."""
     if args.video_path and args.image_path:
         raise cli.CommandError("--video_path and --image_path: give one of them")
     if args.video_path:

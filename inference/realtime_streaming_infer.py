@@ -1,4 +1,4 @@
-"""Watches a file, a camera or a stream live, and says what the model says, when it says it.
+"""Watches a file, a camera or a network stream live and prints what the model says.
 
 python -m inference.realtime_streaming_infer --checkpoint DIR --video_path clip.mp4 --prompt ...
 torchrun --nproc-per-node 2 inference/realtime_streaming_infer.py ...   (tensor parallel)
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # as a file: the folder of the package, not this one
+if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_pipeline.commands import DONE, FAILED, CommandParser
@@ -117,7 +117,7 @@ def session_config(args: argparse.Namespace, schedule: Schedule, live: bool) -> 
 
 
 def feed(session: SessionHandle, source: Source, schedule: Schedule) -> None:
-    """Gives the session its frames and questions at their time, then ends it."""
+    """Gives the session its frames and questions at their times, then ends its input."""
     questions, speed = deque(schedule.questions), schedule.speed
     began = time.monotonic()
     give = session.push_frame if source.live else session.put_frame

@@ -16,8 +16,8 @@ from data_pipeline.schema import SampleError
 from data_pipeline.video import open_video, sample_times, upright_pixels
 
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
-CLIP_FPS, CLIP_MIN_FRAMES = 1.0, 8  # of a whole video, where nobody says otherwise
-_SILENT_FOR = "10000000"  # microseconds after which a network stream counts as dead
+CLIP_FPS, CLIP_MIN_FRAMES = 1.0, 8  # of a whole video, by default
+_TIMEOUT = "10000000"  # microseconds after which a network stream counts as dead
 
 
 class SourceError(Exception):
@@ -32,7 +32,7 @@ class Source:
 
     @property
     def live(self) -> bool:
-        """It does not wait for its reader."""
+        """Whether its frames come at their own time: a camera or a stream on the network."""
         return self.name.isdigit() or "://" in self.name
 
     def check(self) -> None:
@@ -70,7 +70,7 @@ class Source:
     def _open(self) -> av.container.InputContainer:
         if not self.name.isdigit():
             transport = {"rtsp_transport": "tcp"} if self.name.startswith("rtsp") else {}
-            return av.open(self.name, options={"timeout": _SILENT_FOR, **transport})
+            return av.open(self.name, options={"timeout": _TIMEOUT, **transport})
         if sys.platform not in _CAMERAS:
             raise SourceError(f"camera {self.name}: cameras are read on Linux and macOS only")
         form, device = _CAMERAS[sys.platform]
@@ -88,7 +88,7 @@ def picture(path: str) -> Tensor:
 
 
 def clip(path: str, fps: float, least: int, most: int) -> list[Tensor]:
-    """The frames of a whole video at `fps`, at least and at most so many; SourceError."""
+    """Frames of a whole video at `fps`, from `least` to `most` of them; SourceError."""
     Source(path).check()
     try:
         return clip_frames(Path(path).read_bytes(), fps, least, most)

@@ -30,7 +30,7 @@ from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 
 def main() -> None:
-    """Entry."""
+    """Measures, prints the table, writes the report."""
     arguments = parse()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     model = open_model(arguments)
@@ -117,7 +117,7 @@ def stream(
     arguments: argparse.Namespace,
     clock: measure.Clock,
 ) -> Result:
-    """Frames one by one, then questions; the published way has only the whole again."""
+    """Frames one by one, then questions. The published way computes the whole prompt again."""
     if arguments.endless:
         return endless(model, arguments, clock)
     window = arguments.window or arguments.frames

@@ -1,4 +1,4 @@
-"""What is measured, of the engine and of the published way. Inputs are ready on the device."""
+"""The measurements, of the engine and of the published way. Inputs are ready on the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = [1, 3, 4, 5]
 
 
 class Clock:
-    """Seconds of wall time, or of this process's CPU time (what a busy machine leaves alone)."""
+    """Seconds of wall time, or of this process's CPU time (which other processes do not change)."""
 
     def __init__(self, device: torch.device, kind: str):
         self.device, self.kind = device, kind

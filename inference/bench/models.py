@@ -1,4 +1,4 @@
-"""Models of the right shape with random weights: timings do not depend on what they learned."""
+"""Models of the right shape with random weights: timings do not depend on the weights."""
 
 from __future__ import annotations
 

@@ -78,23 +78,23 @@ class KVCache:
             values = parts[2 * n + 1].unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
             self.frames_of[layer][0, slot.index, :, span] = keys[0]
             self.frames_of[layer][1, slot.index, :, span] = values[0]
-        self._show(slot)
+        self._write_views(slot)
 
     def commit_eviction(self, slot: Slot) -> None:
-        """After the pass that brought it, a frame takes the place of the one that it replaces."""
+        """After the pass in which a frame arrived, moves it to the place of the one it replaces."""
         victim = slot.ring.commit_eviction()
         if victim is None:
             return
         size, slot_kv = self.patches, self.frames[:, :, slot.index]
         slot_kv[..., victim * size : (victim + 1) * size, :] = slot_kv[..., self.window * size :, :]
-        self._show(slot)
+        self._write_views(slot)
 
-    def _show(self, slot: Slot) -> None:
+    def _write_views(self, slot: Slot) -> None:
         self.first[slot.index] = torch.tensor(slot.ring.first)
         self.last[slot.index] = torch.tensor(slot.ring.last)
 
     def compact(self, slot: Slot, indices: list[int]) -> None:
-        """Keeps a slot's tokens at these indices, moved together."""
+        """Keeps a slot's tokens at these indices and moves them together."""
         slot_kv = self.text[:, :, slot.index]  # [layers, 2, KV heads, max_tokens, D]
         where = torch.tensor(indices, device=self.device)
         for n in range(
@@ -103,7 +103,7 @@ class KVCache:
             slot_kv[n, ..., : len(indices), :] = slot_kv[n].index_select(-2, where)
 
     def save(self, slot: Slot) -> dict[str, Tensor]:
-        """What a slot has, on the CPU."""
+        """A slot's keys and values, on the CPU."""
         used = slot.ring.used * self.patches
         return {
             "text": self.text[:, :, slot.index, :, : slot.length].cpu().clone(),
@@ -111,17 +111,17 @@ class KVCache:
         }
 
     def restore(self, slot: Slot, state: dict[str, Tensor]) -> None:
-        """Takes back what `save` gave."""
+        """Writes back what `save` returned."""
         for name, buffer in (("text", self.text), ("frames", self.frames)):
             saved = state[name]
             buffer[:, :, slot.index, :, : saved.shape[-2]] = saved.to(self.device, self.dtype)
-        self._show(slot)
+        self._write_views(slot)
 
 
 def put_frames(cache: KVCache, slot: Slot, tokens: Sequence[int], frames: Sequence[Tensor]) -> None:
     """Writes keys and values of new frames into a slot's ring, for all cross-attention layers.
 
-    What has to go for them is appended to `slot.evictions`.
+    The frames that they replace are appended to `slot.evictions`.
 
     Args:
         tokens: the slot's next ones, with one `<|image|>` for each frame.

@@ -8,7 +8,7 @@
     [token] = engine.step([Step(slot)])
 
 A step forwards a slot's pending token (the one sampled last) and what is appended to it, samples
-one token, and leaves that pending. Steps of several slots are one pass. See docs/engine.md.
+one token, which becomes pending. Steps of several slots are one pass. See docs/engine.md.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from inference.engine.sampling import Sampler, Sampling
 from inference.engine.slots import FrameRing, Slot, Step, tokens_to_keep
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
-VISION_BATCH = 16  # frames
-LONGEST_PASS = 1024  # tokens of a slot: bounds the mask of a long prompt over many frames
+VISION_BATCH = 16  # frames that the vision tower encodes at once
+LONGEST_PASS = 1024  # tokens of a slot in one pass: bounds the mask over many frames
 
 
 class EngineFull(RuntimeError):
@@ -126,7 +126,7 @@ class Engine:
         return GraphRunner(self.model, self.cache, self.sampler, self.slots, graphs, compile)
 
     def shutdown(self) -> None:
-        """Ends what the engine has started: other ranks under torchrun. Calling it is optional."""
+        """Ends the other ranks under torchrun. Calling it is optional: it is done at exit."""
 
     def open(self, sampling: Sampling | None = None) -> Slot:
         """Takes a free slot.
@@ -151,15 +151,15 @@ class Engine:
         return slot
 
     def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
-        """Samples the slot's next tokens otherwise."""
+        """Changes how the slot's next tokens are sampled."""
         slot.sampling = sampling
         self.sampler.set(slot.index, sampling)
         if sampling.repetition_penalty != 1:
             pending = [] if slot.pending is None else [slot.pending]
-            self.sampler.note(slot.index, [*slot.tokens, *pending])
+            self.sampler.add_context(slot.index, [*slot.tokens, *pending])
 
     def close(self, slot: Slot) -> None:
-        """Gives the slot back; closing twice is no error."""
+        """Gives the slot back. Closing it twice is not an error."""
         if not slot.closed:
             slot.closed = True
             del self.slots[slot.index]
@@ -186,8 +186,8 @@ class Engine:
     def step(self, steps: Sequence[Step]) -> list[int | None]:
         """Forwards `[pending] + tokens` of each slot, and samples a token of each.
 
-        Frames that arrive when the ring is full replace the oldest ones, which `Slot.evictions`
-        says, as it says which text was forgotten.
+        Frames that arrive when the ring is full replace the oldest ones. Replaced frames and
+        dropped text are appended to `Slot.evictions`.
 
         Returns:
             The sampled tokens, which are pending now; None where `sample` is False.
@@ -208,7 +208,7 @@ class Engine:
         for step in steps:
             step.slot.pending = next(following) if step.sample else None
             if step.slot.pending is not None and step.slot.sampling.repetition_penalty != 1:
-                self.sampler.note(step.slot.index, [step.slot.pending])
+                self.sampler.add_context(step.slot.index, [step.slot.pending])
             results.append(step.slot.pending)
         return results
 
@@ -218,7 +218,7 @@ class Engine:
         return slot_state.state_of(slot, self.sampler, self.cache)
 
     def restore(self, state: dict[str, Any]) -> Slot:
-        """A new slot that goes on where `save` was called.
+        """A new slot that continues where `save` was called.
 
         Raises:
             EngineFull: no slot is free.
@@ -272,12 +272,12 @@ class Engine:
         slot_state.check(state, self.cache, self.sinks)
 
     def _make_room(self, wanted: Sequence[tuple[Slot, int]]) -> None:
-        """Forgets old text of slots that would grow beyond `max_tokens`."""
+        """Drops old text of slots that would grow beyond `max_tokens`."""
         for slot, count in wanted:
             over = slot.length + count - self.max_tokens
             if over <= 0:
                 continue
-            # More than needed: what stays is moved, which should not happen at each step.
+            # More than needed, because the kept tokens are moved, which costs time at each drop.
             drop = min(max(over, self.max_tokens // 16), slot.length - 1)
             indices = tokens_to_keep(
                 slot.tokens,
@@ -290,7 +290,7 @@ class Engine:
             slot.keep(indices)
 
     def _packed(self, steps: Sequence[Step]) -> list[int]:
-        """Passes of whatever lengths, until all steps are in; sampled tokens."""
+        """Runs packed batches until all tokens are in; returns the sampled tokens."""
         waiting = [(step, *_tokens(step)) for step in steps]
         last: dict[int, Tensor] = {}  # hidden state of a slot's last token
         while waiting:
@@ -307,7 +307,7 @@ class Engine:
             return []
         for slot in sampled:
             if slot.sampling.repetition_penalty != 1:
-                self.sampler.note(slot.index, slot.tokens)
+                self.sampler.add_context(slot.index, slot.tokens)
         logits = self.model.lm_head(torch.stack([last[slot.index] for slot in sampled]))
         plain = all(slot.sampling.plain for slot in sampled)
         where, at = (
@@ -317,9 +317,9 @@ class Engine:
         return self.sampler(logits, where, at, plain).tolist()
 
     def _fitting(self, slot: Slot, tokens: list[int]) -> tuple[int, int]:
-        """Tokens and frames of the next pass: no more frames than the ring can take at once."""
+        """How many tokens and frames go into the next pass: no more frames than the ring takes."""
         room, images = slot.ring.room, 0
-        # Blind tokens attend frames that come after them: those must be in the same pass.
+        # Tokens before the first frame attend frames that follow them: all in one pass.
         longest = len(tokens) if self.attend_all else min(len(tokens), LONGEST_PASS)
         for count, token in enumerate(tokens[:longest]):
             if token == self.image_token:

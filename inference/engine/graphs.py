@@ -1,9 +1,9 @@
 """Passes of fixed shape: one token of every slot, or a pending token and a frame.
 
-They are what a CUDA graph or torch.compile wants. What changes from step to step (tokens, lengths,
-positions) lies in one device tensor that the host fills before a pass; sampling is part of it. A
-slot that rests takes part and leaves its key and value behind its last token, where the next one
-overwrites them.
+CUDA graphs and torch.compile need passes like these. What changes from step to step (tokens,
+lengths, positions) is in one device tensor, which the host fills before a pass; sampling is part of
+the pass. Idle slots take part: their keys and values are written behind their last token, where
+their next token overwrites them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from inference.engine.sampling import Sampler
 from inference.engine.slots import Slot, Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
-WARM_UP = 3  # passes before a capture, so that libraries have made their plans
+WARM_UP = 3  # passes before a capture, in which libraries choose their kernels
 
 
 class GraphRunner:
@@ -53,7 +53,7 @@ class GraphRunner:
         self.captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def fits(self, steps: Sequence[Step]) -> bool:
-        """True for steps of one kind: only pending tokens, or each with one frame after it."""
+        """True if all steps are alike: the pending token alone, or with one frame after it."""
         image = self.model.config.image_token_index
         first = list(steps[0].tokens)
         return first in ([], [image]) and all(
@@ -74,7 +74,7 @@ class GraphRunner:
                 put_frames(self.cache, slot, tokens, step.frames)
             column = [slot.length, slot.position, *tokens]
             self.host[: len(column), slot.index] = torch.tensor(column)
-        self._rest({step.slot.index for step in steps})
+        self._place_idle_slots({step.slot.index for step in steps})
         self.inputs.copy_(self.host, non_blocking=True)
         plain = all(step.slot.sampling.plain for step in steps)
         out = self._run(count, plain).tolist()  # waits for the device
@@ -83,8 +83,8 @@ class GraphRunner:
             self.cache.commit_eviction(step.slot)
         return [out[step.slot.index] for step in steps]
 
-    def _rest(self, busy: set[int]) -> None:
-        """A resting slot's key and value go behind its last token."""
+    def _place_idle_slots(self, busy: set[int]) -> None:
+        """Keys and values of idle slots go behind their last token."""
         for index, slot in self.slots.items():
             if index not in busy:
                 self.host[0, index], self.host[1, index] = slot.length, slot.position

@@ -1,4 +1,4 @@
-"""Pictures from outside, whatever they come as: uint8 [3, H, W]."""
+"""Pictures of users and clients, in whatever form they come -> uint8 [3, H, W]."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def as_picture(image: Picture) -> Tensor:
 
 
 def fit(picture: Tensor, tile: int) -> Tensor:
-    """The picture as one tile, uint8 [3, tile, tile]: all that the model sees of it."""
+    """The picture as the one tile that the model sees of it, uint8 [3, tile, tile]."""
     if picture.shape == (3, tile, tile):
         return picture
     out = torch.zeros(1, 3, tile, tile, dtype=torch.uint8)

@@ -27,7 +27,7 @@ from inference.hf.processing_moss_video import MossVideoProcessor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Else transformers asks at the terminal whether to run the folder's code.
+# Without this transformers asks at the terminal whether to run the folder's code.
 AutoConfig.register("moss_video", MossVideoConfig, exist_ok=True)
 
 
@@ -81,7 +81,7 @@ def load_model(
     rank: int = 0,
     ranks: int = 1,
 ) -> MossVideoForConditionalGeneration:
-    """The model of a folder, on `device`, or the slice of it that is `rank`'s.
+    """The model of a folder on `device`; of several ranks, this rank's slice of it.
 
     Raises:
         ValueError: names the folder and what is wrong with it.
@@ -121,7 +121,7 @@ def _unpack(
     quantize: str | None,
     ranks: int,
 ) -> None:
-    """Layers of an export that is quantized (compressed-tensors, one scale a row)."""
+    """Quantized layers of an export that is quantized (compressed-tensors, one scale per row)."""
     kind = {"int-quantized": "int8", "float-quantized": "fp8"}.get(dict(packed).get("format", ""))
     if kind is None:
         raise ValueError(
@@ -134,14 +134,14 @@ def _unpack(
     scales = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            for name in opened.keys():  # noqa: SIM118 - it is not a mapping
                 if name.endswith(".weight_scale"):
                     scales[_layer(name)] = opened.get_tensor(name).flatten()
     take_scales(model, scales, kind)
 
 
 def _layer(name: str) -> str:
-    """The module of a tensor of either layout of names."""
+    """The module of a scale, in either layout of names."""
     for old, new in OLD_NAMES.items():
         name = re.sub(old, new, name)
     return name.removesuffix(".weight_scale")
@@ -164,7 +164,7 @@ def find_device(device: str) -> str:
 
 
 def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """None: the checkpoint's own, which a CPU computes slowly unless it is fp32."""
+    """The dtype of weights; None: the checkpoint's. CPUs compute in fp32: others are slow there."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else None
     if isinstance(dtype, torch.dtype):

@@ -1,4 +1,4 @@
-"""Pictures -> what the vision tower takes, as in training."""
+"""Pictures -> normalized pixels for the vision tower, as in training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipeline.images import IMAGE_MEAN, IMAGE_STD, tile_into
 
 
 class Pixels:
-    """Pictures -> normalized pixels `[n, 1, 3, h, w]`, as in training."""
+    """Cuts each picture to one tile and normalizes it: `[n, 1, 3, h, w]`."""
 
     def __init__(self, config: Any, processor: Any, device: torch.device):
         self.size, self.device = config.vision_config.image_size, device

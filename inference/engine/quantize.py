@@ -1,7 +1,7 @@
-"""Weight-only quantization of the decoder's linear layers, for decoding that waits for memory.
+"""Weight-only quantization of the decoder's linear layers: decoding reads half the bytes.
 
-A weight's row is stored in int8 or fp8 (e4m3) with one scale; products are in the model's dtype.
-Keys and values of frames, embeddings, norms and the vision tower stay as they are.
+Each row of a weight is stored in int8 or fp8 (e4m3) with one scale; products are computed in the
+model's dtype. Not quantized: the projections of frames, embeddings, norms and the vision tower.
 """
 
 from __future__ import annotations

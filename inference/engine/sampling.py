@@ -1,7 +1,7 @@
-"""How a slot's next token is chosen from logits, on the device and the same in any batch.
+"""How a slot's next token is chosen from logits: on the device, and alike in any batch.
 
-Randomness is a hash of (seed, position, token): a slot draws the same whatever runs beside it, a
-saved session goes on as it would have, and a CUDA graph needs no generator.
+Random numbers are a hash of (seed, position, token). So a slot's draws do not depend on the slots
+beside it, a restored session draws what it would have drawn, and CUDA graphs need no generator.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """The most likely token of the logits as they are."""
+        """Whether it is greedy on unchanged logits."""
         return (self.temperature, self.repetition_penalty, self.silence_bias) == (0.0, 1.0, 0.0)
 
 
@@ -70,15 +70,15 @@ class Sampler:
         row = [float(getattr(sampling, field.name)) for field in fields(Sampling)]
         self.settings[slot] = torch.tensor(row, dtype=torch.float64)
 
-    def note(self, slot: int, tokens: list[int]) -> None:
-        """Tokens of the context count for the repetition penalty."""
+    def add_context(self, slot: int, tokens: list[int]) -> None:
+        """Adds tokens to the context that the repetition penalty counts."""
         known = [t for t in tokens if t < self.seen.shape[1] and t != self.silence]
         self.seen[slot, torch.tensor(known, dtype=torch.long, device=self.seen.device)] = True
 
     def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, plain: bool) -> Tensor:
         """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`.
 
-        plain: all of them take the most likely token.
+        plain: all slots are `Sampling.plain`.
         """
         if plain:
             return logits.argmax(-1)
@@ -103,7 +103,7 @@ def _draw(
     rank = torch.arange(scores.shape[1], device=scores.device)
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
     chances = ordered.softmax(-1)
-    before = chances.cumsum(-1) - chances  # probability of all that are likelier
+    before = chances.cumsum(-1) - chances  # probability of all tokens that are likelier
     ordered = ordered.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
     noise = -torch.log(-torch.log(uniform(seed, at[:, None], tokens))).float()
     best = (ordered + noise).argmax(-1, keepdim=True)

@@ -24,7 +24,7 @@ from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
 
-IDLE = timedelta(days=3650)  # other ranks wait for the next call as long as it takes
+IDLE = timedelta(days=3650)  # other ranks wait for the next call without a time limit
 
 
 def join() -> tuple[int, int]:
@@ -92,7 +92,7 @@ class ShardedEngine(Engine):
 
     def _stop(self) -> None:
         self.running = False
-        dist.destroy_process_group()  # its threads, left running, may abort the process's exit
+        dist.destroy_process_group()  # else its threads may abort the process's exit
 
     def _gather(self, slot: Slot) -> dict[str, Any]:
         own = Engine.save(self, slot)

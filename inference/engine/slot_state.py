@@ -10,7 +10,7 @@ from inference.engine.slots import Eviction, Slot
 
 
 def state_of(slot: Slot, sampler: Sampler, cache: KVCache) -> dict[str, Any]:
-    """All of a slot; torch.save can write it."""
+    """A slot as plain values and CPU tensors; torch.save can write it."""
     return {
         "version": 1,
         "window": slot.ring.window,
@@ -30,7 +30,7 @@ def state_of(slot: Slot, sampler: Sampler, cache: KVCache) -> dict[str, Any]:
 
 
 def fill(slot: Slot, state: dict[str, Any], sampler: Sampler, cache: KVCache) -> None:
-    """Makes a slot that was just opened the one of `state`."""
+    """Fills a slot that was just opened with `state`."""
     parts = dict(state["slot"])
     slot.evictions = [Eviction(kind, tuple(at)) for kind, at in parts.pop("evictions")]
     for name, value in parts.items():

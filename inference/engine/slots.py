@@ -1,4 +1,4 @@
-"""What is in a slot, on the host: its tokens, its frames, and what has to go when it is full."""
+"""A slot on the host: its tokens and frames, and which of them are dropped when it is full."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEVER = 2**40  # a position that no token reaches
 
 @dataclass(frozen=True)
 class Eviction:
-    """What a full slot forgot: positions of frames, or of tokens of text."""
+    """What a full slot dropped: positions of frames, or of tokens of text."""
 
     kind: Literal["frame", "text"]
     positions: tuple[int, ...]
@@ -38,12 +38,12 @@ class FrameRing:
 
     @property
     def used(self) -> int:
-        """Places to look at, from the first."""
+        """Places in use, counted from the first."""
         return min(self.count, self.window) + (self.victim is not None)
 
     @property
     def room(self) -> int:
-        """Frames that one pass may bring."""
+        """How many frames one pass may bring."""
         return max(self.window - self.count, 1)
 
     @property
@@ -52,7 +52,7 @@ class FrameRing:
         return sorted(self.first[: self.used])
 
     def put(self, position: int) -> tuple[int, int | None]:
-        """Takes a frame: its place, and the position of the frame that goes."""
+        """Takes a frame; returns its place, and the position of the frame that it replaces."""
         place, gone = self.count, None
         if self.count >= self.window:
             turn = (self.count - self.window) % (self.window - self.sinks)
@@ -64,7 +64,7 @@ class FrameRing:
         return place, gone
 
     def commit_eviction(self) -> int | None:
-        """Moves the frame of the last place to its victim's, which is returned."""
+        """Moves the frame of the last place to that of its victim; returns the victim's place."""
         victim, self.victim = self.victim, None
         if victim is not None:
             self.first[victim], self.last[victim] = self.first[-1], NEVER
@@ -77,9 +77,9 @@ class Slot:
     """One session in the engine.
 
     tokens, positions: the cached tokens and where in the stream each stands.
-    position: of the next token; grows for ever, also when tokens are forgotten.
+    position: of the next token; it only grows, also when tokens are dropped.
     pending: the sampled token that is not cached yet: the next step begins with it.
-    evictions: what was forgotten, oldest first; whoever reads it empties it.
+    evictions: what was dropped, oldest first; the reader empties it.
     """
 
     index: int
@@ -103,13 +103,13 @@ class Slot:
         return self.ring.positions
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Counts tokens in as cached."""
+        """Adds tokens that are cached now."""
         self.tokens += tokens
         self.positions += range(self.position, self.position + len(tokens))
         self.position += len(tokens)
 
     def keep(self, indices: list[int]) -> None:
-        """Forgets all tokens but these, and says so."""
+        """Drops all tokens but these, and adds an Eviction."""
         kept = set(indices)
         gone = tuple(p for i, p in enumerate(self.positions) if i not in kept)
         self.tokens = [self.tokens[i] for i in indices]
@@ -123,7 +123,7 @@ class Step:
 
     tokens: appended after the slot's pending token.
     frames: features from `encode`, one for each `<|image|>` in `tokens`.
-    sample: False only takes in: nothing is pending then, and the next step needs tokens.
+    sample: False: no token is sampled, nothing is pending, and the next step must bring tokens.
     """
 
     slot: Slot
@@ -135,11 +135,11 @@ class Step:
 def tokens_to_keep(
     tokens: Sequence[int], drop: int, *, silence: int | None, image: int, end_of_turn: int | None
 ) -> list[int]:
-    """Indices of the tokens that stay when at least `drop` of them have to go.
+    """Indices of the tokens that stay when at least `drop` of them are dropped.
 
-    The head (up to the first end of turn: the system prompt) and the last quarter stay. First go
-    the oldest pairs of silence and frame, then the oldest other tokens; if that is not enough, the
-    last quarter's oldest too.
+    The head (up to the first end of turn: the system prompt) and the last quarter stay. Dropped
+    are first the oldest pairs of silence and frame, then the oldest other tokens; if that is not
+    enough, the oldest of the last quarter too.
     """
     quarter = len(tokens) // 4
     head = 1

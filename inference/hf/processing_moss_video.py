@@ -106,7 +106,7 @@ class MossVideoProcessor(ProcessorMixin):
         its turn and forge another's.
 
         Raises:
-            ValueError: a content holds a special token that is no mark.
+            ValueError: a content holds a special token that is not a mark.
         """
         one = conversation and isinstance(conversation[0], dict)
         for turns in [conversation] if one else conversation:

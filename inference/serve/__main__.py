@@ -26,7 +26,7 @@ PROGRAM = "python -m inference.serve"
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which tells the sessions before it closes their sockets."""
+    """uvicorn's server, which closes the sessions before it closes their sockets."""
 
     def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
         super().__init__(config)
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, limits, metrics, export)
             app = make_app(hub, args.api_key, args.allow_origin)
-            # uvicorn raises the signal again when all is closed: it has done its work by then.
+            # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
             signal.signal(signal.SIGTERM, lambda *_: None)
             cli.note(f"http://{args.host}:{args.port}/")
             Server(server_config(app, args.host, args.port, limits), hub).run()

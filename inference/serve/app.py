@@ -1,4 +1,4 @@
-"""The routes."""
+"""The server's routes: page, health, metrics, models, chat completions, real-time sessions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PROTOCOL, _KEY_PROTOCOL = "realtime", "openai-insecure-api-key."  # how browser
 
 
 def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
-    """The server's routes over a hub. `origins`: pages elsewhere that may open sessions."""
+    """The routes over a hub. `origins`: other sites whose pages may open sessions."""
     app = FastAPI(title="MOSS-Video", docs_url=None, redoc_url=None, openapi_url=None)
 
     def allowed(connection: HTTPConnection) -> bool:
@@ -84,12 +84,12 @@ def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) 
 
 
 async def _serve(socket: WebSocket, hub: Hub) -> None:
-    """A new session, or `?session=ID&last_seq=N`: one to go on with."""
+    """Opens a session, or resumes one: `?session=ID&last_seq=N`."""
     name, last = socket.query_params.get("session"), socket.query_params.get("last_seq", "0")
     if name is not None:
         live = hub.find(name)
         if live is None or not last.isdigit():
-            words = "no such session, or its time is over" if live is None else "last_seq: a number"
+            words = "last_seq must be a number" if live else "no such session, or it was closed"
             return await _refuse(socket, hub, UNKNOWN, "unknown_session", words)
         return await Connection(hub, live, socket, int(last)).run()
     try:
@@ -120,7 +120,8 @@ def _given_key(connection: HTTPConnection) -> bytes:
 
 
 def _same_origin(socket: WebSocket, origins: Sequence[str]) -> bool:
-    """A browser says which page opens a socket: another site's must not reach a local server."""
+    """Browsers send the origin of the page that opens a socket: other sites are refused, for they
+    could reach a server on this machine."""
     origin = socket.headers.get("origin")
     if origin is None or origin in origins:
         return True

@@ -26,7 +26,7 @@ from inference.session.answer import MAX_NEW_TOKENS
 from inference.session.handle import SessionHandle
 from inference.sources import CLIP_FPS, CLIP_MIN_FRAMES, clip_frames
 
-# What would change the answer and is not done here; each with the value that asks for nothing.
+# Fields that are not supported, each with the values that do not ask for anything.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "tools": ([],), "functions": ([],),
     "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
@@ -44,13 +44,13 @@ class Question:
     max_tokens: int
     stop: list[str]
     stream: bool
-    usage: bool  # a last piece of a stream with the counts
+    usage: bool  # a stream ends with a piece that has the counts
     name: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
 
 async def complete(request: Request, hub: Hub) -> Response:
-    """The route."""
+    """Answers a request to the route."""
     try:
         question = read_question(await _body(request, hub.limits), hub.limits)
         tokens, frames = await asyncio.get_running_loop().run_in_executor(
@@ -93,7 +93,7 @@ async def _body(request: Request, limits: Limits) -> Any:
     try:
         return json.loads(bytes(body))
     except (ValueError, RecursionError) as error:
-        raise Refused("invalid_json", f"the request is no JSON: {error}") from None
+        raise Refused("invalid_json", f"the request is not JSON: {error}") from None
 
 
 def read_question(body: Any, limits: Limits) -> Question:
@@ -193,7 +193,7 @@ def prepare(question: Question, hub: Hub) -> tuple[list[int], list[Tensor]]:
 async def _start_answer(
     hub: Hub, question: Question, tokens: list[int], frames: list[Tensor]
 ) -> SessionHandle:
-    """A free place in the engine, waited for."""
+    """Waits for a free place in the engine; Refused(`overloaded`)."""
     if hub.waiting >= hub.limits.waiting:
         raise Refused("overloaded", "too many requests wait")
     hub.waiting += 1
@@ -214,7 +214,7 @@ async def _start_answer(
 
 
 class _Text:
-    """Pieces of an answer up to the first stop text; what may be the start of one is held back."""
+    """Text of an answer up to the first stop text. Holds back what may be the start of one."""
 
     def __init__(self, stops: list[str]) -> None:
         self._stops, self._held, self.stopped = stops, "", False
@@ -240,7 +240,7 @@ class _Text:
 
 
 async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[tuple[str, str, int]]:
-    """(text, why it is over or nothing yet, tokens so far); Refused where the engine failed."""
+    """(text, reason of the end or "", tokens so far); Refused if the engine failed."""
     text, count = _Text(question.stop), 0
     try:
         async for event in answer.events():

@@ -1,4 +1,5 @@
-"""The sessions of the server: they outlive their sockets for a while, and not their time."""
+"""The server's sessions by id: a session lives on for a while without a socket, and is closed when
+its client does not come back or gives no input."""
 
 from __future__ import annotations
 
@@ -22,24 +23,24 @@ from inference.session.session import SessionConfig
 
 MODEL = "moss-video"  # its name in the protocols
 NORMAL, GOING_AWAY, POLICY, TRY_LATER = 1000, 1001, 1008, 1013  # WebSocket close codes
-UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and ours
+UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and our own
 
 
 class LiveSession:
-    """A session and who listens to it."""
+    """A session and the socket that holds it."""
 
     def __init__(self, handle: SessionHandle) -> None:
-        # Knowing the id is the right to come back to the session.
+        # Whoever knows the id may resume the session: it cannot be guessed.
         self.id = f"sess_{secrets.token_urlsafe(16)}"
         self.handle = handle
-        self.socket: object | None = None  # whoever holds it now
-        self.replaced = asyncio.Event()  # set for the socket that another one follows
+        self.socket: object | None = None  # the one that holds it now
+        self.replaced = asyncio.Event()  # set when another socket takes the session
         self.close_code = NORMAL
-        self.untouched = True  # no input has come yet: nothing to come back for
+        self.untouched = True  # no input has come yet: the session ends with its socket
         self.last_input = self.detached_at = time.monotonic()
 
     def attach(self, socket: object) -> asyncio.Event:
-        """Gives the session to a socket; the one before hears of it through its event."""
+        """Gives the session to a socket; sets the event of the socket that held it."""
         self.replaced.set()
         self.socket, self.replaced = socket, asyncio.Event()
         return self.replaced
@@ -67,7 +68,7 @@ class Hub:
         self._reaper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to look for sessions whose time is over; in the event loop."""
+        """Begins to close sessions whose time is over; in the event loop."""
         self._reaper = asyncio.create_task(self._reap())
 
     def open(self) -> LiveSession:
@@ -79,7 +80,7 @@ class Hub:
         return live
 
     def describe(self, live: LiveSession) -> dict[str, object]:
-        """What a client is told about its session."""
+        """`session` of `session.created` and `session.updated`."""
         config, limits = live.handle.config, self.limits
         return {
             "id": live.id,
@@ -110,7 +111,7 @@ class Hub:
         return await asyncio.get_running_loop().run_in_executor(self.decoders, make)
 
     def forget(self, live: LiveSession) -> None:
-        """Nobody will come back to it, unless somebody is there."""
+        """Removes a session that nobody will resume, unless a socket holds it."""
         if live.socket is None:
             self.sessions.pop(live.id, None)
 
@@ -118,7 +119,7 @@ class Hub:
         return self.sessions.get(name)
 
     async def close(self, patience: float = 5.0) -> None:
-        """Ends everything: live sessions hear of it, answers get `patience` seconds."""
+        """Closes all sessions; answers that are running get `patience` seconds."""
         self.closing = True
         if self._reaper:
             self._reaper.cancel()
@@ -137,15 +138,15 @@ class Hub:
             await asyncio.sleep(min(1.0, self.limits.grace / 4, self.limits.idle / 4))
             now = time.monotonic()
             for live in list(self.sessions.values()):
-                with contextlib.suppress(Exception):  # one session's trouble is not the others'
-                    self._look(live, now)
+                with contextlib.suppress(Exception):  # one session must not stop the loop
+                    self._close_if_late(live, now)
 
-    def _look(self, live: LiveSession, now: float) -> None:
+    def _close_if_late(self, live: LiveSession, now: float) -> None:
         limits = self.limits
         if live.socket is None and now - live.detached_at > limits.grace:
             live.close(f"nobody came back within {limits.grace:g} s")
             self.forget(live)
         elif live.socket is not None and live.handle.log.closed:
-            return  # its socket is about to hear of it
+            return  # its socket is about to send the end
         elif now - live.last_input > limits.idle:
             live.close(f"idle for {limits.idle:g} s", IDLE)

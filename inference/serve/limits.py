@@ -1,4 +1,4 @@
-"""What a client may do. Everything that comes from the network is held to one of these."""
+"""Limits on what a client may send and hold. docs/streaming.md says where each is enforced."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class Limits:
 
     frame_bytes: int = 4 * 2**20
     body_bytes: int = 64 * 2**20  # of a chat request
-    pixels: int = 3840 * 2160  # of a picture, known before it is decoded
+    pixels: int = 3840 * 2160  # of a picture, read from its header
     prompt_chars: int = 8000
     fps: float = 8.0  # frames a second of a session, on average
     frames: int = 256  # of a chat request
     max_tokens: int = 4096  # of a chat answer
-    replay: int = 1024  # events that a client which comes back can still get
-    grace: float = 45.0  # that a session lives on without a socket
-    idle: float = 600.0  # that it lives on without input
-    send: float = 10.0  # that a client may take to read what was sent
-    errors: int = 32  # of one socket, after which it is closed
-    waiting: int = 64  # chat requests that wait for a free session
-    wait: float = 60.0  # how long they do
+    replay: int = 1024  # past events that a client which comes back can get
+    grace: float = 45.0  # how long a session lives on without a socket
+    idle: float = 600.0  # how long a session lives on without input
+    send: float = 10.0  # how long a client may take to read an event
+    errors: int = 32  # wrong messages of one socket, after which it is closed
+    waiting: int = 64  # chat requests that wait for a free place in the engine
+    wait: float = 60.0  # how long a chat request waits
 
 
 # Least and largest value of a client's sampling settings.
@@ -37,7 +37,7 @@ SAMPLING_RANGES: dict[str, tuple[float, float]] = {
 
 
 class Refused(Exception):
-    """A request that is refused. `code` is a short word, `field` what of the request is wrong."""
+    """A request is refused. `code`: a short word; `field`: the part that is wrong."""
 
     def __init__(self, code: str, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class Refused(Exception):
 
 
 class Bucket:
-    """Lets `rate` a second through on average, and twice as many at once."""
+    """Lets through `rate` per second on average, and up to twice as many at once."""
 
     def __init__(self, rate: float) -> None:
         self._rate, self._left, self._at = rate, 2 * rate, 0.0

@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus."""
+"""Counts and durations of all sessions, for Prometheus: the route /metrics."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _WORDS = {
     "inter_token": "between two tokens of a response",
     "frame_decision": "from taking a frame in to its decision",
     "frame_lag": "from the arrival of a frame to taking it in",
-    "interruption": "from the arrival of a prompt until it stands in the context",
+    "interruption": "from the arrival of a prompt until it is in the context",
 }
 
 
 class Metrics:
-    """Counts and durations of all sessions; `measured` is what a Runner tells."""
+    """Counts and durations of all sessions; a Runner calls `measured`."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()

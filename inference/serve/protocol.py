@@ -1,4 +1,4 @@
-"""Messages of a client, read and checked: text is JSON with a `type`, binary is a JPEG."""
+"""Reads and checks a client's messages: text is JSON with a `type`, binary is a picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NUMBERS = {
 
 @dataclass
 class ImageMessage:
-    """A frame, or (without data) what is to be said of the binary message that follows."""
+    """A frame; without data: the second and the prompt of the binary message that follows."""
 
     data: bytes | None
     at: float | None
@@ -38,11 +38,11 @@ class ImageMessage:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """A text message; Refused where it is no object with a known type."""
+    """A text message; Refused if it is not an object with a known type."""
     try:
         message = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refused("invalid_json", f"the message is no JSON: {error}") from None
+        raise Refused("invalid_json", f"the message is not JSON: {error}") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise Refused("invalid_message", "a message is an object with a `type`", "type")
     if message["type"] not in TYPES:
@@ -123,7 +123,7 @@ def read_item(message: dict[str, Any], limits: Limits) -> tuple[str, bytes | Non
 
 
 def data_url(url: object, field: str, kind: str, most: int) -> bytes:
-    """The bytes of a `data:` URL; anything else, file paths above all, is refused."""
+    """The bytes of a `data:` URL; Refused for any other URL and for file paths."""
     head, comma, body = url.partition(",") if isinstance(url, str) else ("", "", "")
     if not comma or not head.startswith(f"data:{kind}") or not head.endswith(";base64"):
         raise Refused("invalid_url", f"{field}: only data:{kind}...;base64 URLs are taken", field)
@@ -131,7 +131,7 @@ def data_url(url: object, field: str, kind: str, most: int) -> bytes:
 
 
 def decode_base64(text: object, field: str, most: int) -> bytes:
-    """Refused where it is none, or longer than `most` bytes."""
+    """The bytes; Refused if the text is not base64, or stands for more than `most` bytes."""
     if not isinstance(text, str):
         raise Refused("invalid_value", f"{field}: expected base64", field)
     if len(text) * 3 // 4 > most + 2:
@@ -139,7 +139,7 @@ def decode_base64(text: object, field: str, most: int) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise Refused("invalid_value", f"{field}: is no base64", field) from None
+        raise Refused("invalid_value", f"{field}: is not base64", field) from None
 
 
 def read_number(value: object, field: str, least: float, largest: float, *, whole: bool) -> Any:

@@ -1,4 +1,4 @@
-"""One WebSocket: a reader that feeds the session, a writer that follows its log."""
+"""One WebSocket: reads messages into its session, and writes the session's events."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from inference.session.session import QueueFull
 
 
 class Connection:
-    """A socket on a session until either goes."""
+    """A socket that holds a session, until the socket closes or the session ends."""
 
     def __init__(self, hub: Hub, live: LiveSession, socket: WebSocket, last_seq: int) -> None:
         self._hub, self._live, self._socket, self._seq = hub, live, socket, last_seq
         self._session = live.handle
-        self._announced: ImageMessage | None = None  # what the next binary message is
+        self._announced: ImageMessage | None = None  # second and prompt of the next binary message
         self._bucket = Bucket(hub.limits.fps)
-        self._skipped = 0  # frames over the rate that nobody has been told of
+        self._skipped = 0  # frames over the rate that are not reported yet
         self._errors = 0
-        self._done = False  # its client has heard the session's end, or asked for it
+        self._done = False  # the session's end was sent, or the client asked for it
         self._first_at: float | None = None
 
     async def run(self) -> None:
-        """Serves the socket to its end; the session may live on."""
+        """Serves the socket until it closes; the session may live on."""
         replaced = self._live.attach(self)
         tasks = [asyncio.create_task(work) for work in (self._read(), self._write())]
         gone = asyncio.create_task(replaced.wait())
@@ -46,12 +46,12 @@ class Connection:
             self._emit_skipped(0.0)
             self._live.detach(self)
             if self._live.untouched:
-                self._live.close("its client left before it gave anything")
+                self._live.close("its client left before any input")
             if self._live.untouched or self._done:
                 self._hub.forget(self._live)
 
     async def _write(self) -> None:
-        """Sends events until the log ends. A client that does not read loses its socket."""
+        """Sends events until the log ends. Gives up a client that does not read."""
         limits = self._hub.limits
         try:
             async for event in self._session.log.afollow(self._seq):
@@ -59,7 +59,7 @@ class Connection:
                 await asyncio.wait_for(self._socket.send_text(text), limits.send)
         except TimeoutError:
             self._hub.metrics.refused("slow_client")
-            return  # what is in its way would also be in that of a close message
+            return  # a close message would not get through either
         self._done = True
         await self._close(self._live.close_code, "the session is over")
 
@@ -71,11 +71,11 @@ class Connection:
                     return
                 if not await self._take(message.get("text"), message.get("bytes")):
                     return
-        except (WebSocketDisconnect, RuntimeError):  # starlette's for a socket that is closed
+        except (WebSocketDisconnect, RuntimeError):  # starlette raises it for a closed socket
             return
 
     async def _take(self, text: str | None, data: bytes | None) -> bool:
-        """One message; False: no more after it."""
+        """Handles one message; False: it was the last."""
         self._live.last_input = time.monotonic()
         try:
             if data is not None:
@@ -92,7 +92,7 @@ class Connection:
                 "queue_full" if isinstance(error, QueueFull) else "invalid_value", str(error)
             )
         except SessionClosed:
-            return True  # the writer tells
+            return True  # the writer sends the event
         if self._errors > self._hub.limits.errors:
             self._hub.metrics.refused("protocol_errors")
             await self._close(POLICY, "too many wrong messages")
@@ -162,7 +162,7 @@ class Connection:
             self._skipped = 0
 
     def _second(self, image: ImageMessage) -> float | None:
-        """The frame's second: the client's word, or for a live source the time of its arrival."""
+        """The frame's second: what the client says; else, of a live source, when it arrived."""
         if image.at is not None or not self._session.config.live:
             return image.at
         now = time.monotonic()
@@ -173,4 +173,4 @@ class Connection:
         try:
             await asyncio.wait_for(self._socket.close(code, reason), 1.0)
         except (RuntimeError, TimeoutError, WebSocketDisconnect):
-            return  # it is closed already, or its client reads nothing
+            return  # it is closed already, or its client does not read

@@ -1,4 +1,4 @@
-"""An answer without a stream: the whole question is there first, then the model speaks."""
+"""A question without a stream: all of it is there at once, then the model answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from inference.session.response import Response, ResponseWriter, Vocabulary
 from inference.session.session import StepRequest
 from inference.session.stats import Stats
 
-MAX_NEW_TOKENS = 1024  # of an answer, where nobody says otherwise
-CHUNK_FRAMES, CHUNK_TOKENS = 8, 512  # at most so much of a question in one step
+MAX_NEW_TOKENS = 1024  # of an answer, by default
+CHUNK_FRAMES, CHUNK_TOKENS = 8, 512  # maximum of a question in one step
 
 
 class Answer(ResponseWriter):
-    """Takes a question in, `chunk` frames a step, so that other sessions are not held up long."""
+    """Takes a question in, `chunk` frames per step, so that other sessions do not wait long."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Answer(ResponseWriter):
         self._ends = (special.eot_id, special.end_of_text, special.silence)
 
     def next_step(self, now: float) -> StepRequest | None:
-        """The next chunk of the question, then a word a step."""
+        """The next chunk of the question; after the last, one token per step."""
         if self._prompt_time is None:
             self._prompt_time = now
         count, frames = 0, 0
@@ -57,12 +57,12 @@ class Answer(ResponseWriter):
         return request
 
     def on_token(self, request: StepRequest, token: int | None, now: float) -> None:
-        """Hears the token that the model said to a step."""
+        """Takes the token that the model sampled after a step."""
         if token is None:
             return
         assert self._prompt_time is not None
         if token in self._ends:
-            if self.response is None:  # an answer without a word is one, too
+            if self.response is None:  # an answer without a word is a response, too
                 self.emit("response.created", response_id=self.name)
                 self.response = Response(self._vocabulary.tokenizer, self.name)
             self._finish("completed", "turn_ended")

@@ -1,4 +1,4 @@
-"""What a session tells: numbered events in a bounded log that any number of readers follow."""
+"""A session's events, numbered, in a bounded log that any number of readers follow."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Event:
 class EventLog:
     """The last `limit` events of a session, numbered from 1; ends with `close`.
 
-    One thread appends, others read. A reader that falls further behind than the log is long gets
-    an `error` event with the code `events_lost` and the numbers of what it missed.
+    One thread appends, others read. A reader that is more than `limit` events behind gets an
+    `error` event with the code `events_lost` and the numbers of the missing events.
     """
 
     def __init__(self, limit: int = LOG_LIMIT) -> None:
@@ -55,13 +55,13 @@ class EventLog:
         return event
 
     def close(self) -> None:
-        """Nothing more will come: readers end after the last event."""
+        """No more events: readers end after the last one."""
         with self._changed:
             self.closed = True
             self._wake()
 
     def after(self, seq: int, limit: int = 256) -> list[Event]:
-        """Up to `limit` events that follow number `seq`, a loss reported before them."""
+        """Up to `limit` events after number `seq`; before them `events_lost`, if some are gone."""
         with self._changed:
             missing = self.last_seq - seq
             if missing <= 0:
@@ -77,7 +77,7 @@ class EventLog:
             return events
 
     def wait_closed(self, seconds: float) -> bool:
-        """Waits so long, or until the log is closed: then True."""
+        """Waits up to `seconds` until the log is closed; whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: self.closed, max(0.0, seconds))
 
@@ -96,7 +96,7 @@ class EventLog:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
         def waker() -> None:
-            with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the waiter's event loop is closed
                 loop.call_soon_threadsafe(ready.set)
 
         with self._changed:

@@ -1,4 +1,4 @@
-"""A session as its user holds it: from any thread, or in an event loop."""
+"""What a user of a session holds: its methods, for any thread and for event loops."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from inference.session.session import Frame, Prompt, Session, SessionConfig
 
 
 class SessionClosed(Exception):
-    """The session takes nothing any more; the message says why."""
+    """The session takes no more input; the message says why."""
 
 
 @dataclass(eq=False)
 class RunningSession:
-    """A session's place in the engine; its slot is opened with its first step."""
+    """A session or an answer that a Runner runs; its slot is opened with its first step."""
 
     task: Session | Answer
     slot: Slot | None = None
-    closing: str = ""  # why it is to be closed
+    closing: str = ""  # why it is to be closed; empty: it is not
     last_report: float = 0.0
 
 
 class SessionHandle:
-    """A session as its user holds it, in a thread or in an event loop.
+    """A session of a Runner. Its methods may be called from any thread, and in an event loop.
 
     Args:
         changed: the lock of all sessions, notified when one of them has changed.
@@ -61,9 +61,10 @@ class SessionHandle:
     def push_frame(
         self, image: Picture, at: float | None = None, prompt: str | None = None
     ) -> None:
-        """Gives a frame of second `at` (by default one interval after the last), and a prompt to
-        be asked right before it. Never waits: a live session drops its oldest waiting frame and
-        says so, another one raises QueueFull. Raises SessionClosed, and as_picture's errors.
+        """Gives a frame of second `at` (by default one interval after the last), and a prompt that
+        is asked right before it. Does not wait: if the queue is full, a live session drops its
+        oldest waiting frame (`input_frame.dropped`), another session raises QueueFull. Raises
+        SessionClosed, and as_picture's errors.
         """
         picture = fit(as_picture(image), self._tile)
         changed, task = self._open()
@@ -94,7 +95,7 @@ class SessionHandle:
     async def aput_frame(
         self, image: Picture, at: float | None = None, prompt: str | None = None
     ) -> None:
-        """As `put_frame`, in an event loop. For one task at a time."""
+        """As `put_frame`, in an event loop; to be awaited by one task at a time."""
         seen = self.log.last_seq
         while not (self._room() or self.log.closed):
             await self.log.wait(seen)
@@ -108,7 +109,7 @@ class SessionHandle:
             task.configure(**changes)
 
     def prompt(self, text: str) -> None:
-        """Asks; what is being said stops at the next token. QueueFull, SampleError."""
+        """Asks. A response that is being said ends at the next token. QueueFull, SampleError."""
         changed, task = self._open()
         with changed:
             self._refuse_if_closed()
@@ -116,7 +117,7 @@ class SessionHandle:
             changed.notify_all()
 
     def cancel(self) -> bool:
-        """Ends what is being said; False: nothing is."""
+        """Ends the response that is being said; False if there is none."""
         changed, task = self._open()
         with changed:
             cancelled = task.cancel()
@@ -130,26 +131,26 @@ class SessionHandle:
             task.drop(reason, at, count)
 
     def emit(self, type: str, **data: Any) -> None:
-        """Writes an event of the caller's into the session's log."""
+        """Writes an event into the session's log."""
         with self._changed:
             if not self.log.closed:
                 self._running.task.emit(type, **data)
 
     def end(self) -> None:
-        """No more input: what is there is taken in and said, then the session closes itself."""
+        """Ends the input: the session closes itself when all of it is taken in and answered."""
         changed, task = self._open()
         with changed:
             task.end()
             changed.notify_all()
 
     def close(self, reason: str = "closed by its owner") -> None:
-        """Ends it now, at the next token boundary. Again: nothing happens."""
+        """Closes the session at the next token boundary. Closing it twice is not an error."""
         with self._changed:
             self._running.closing = self._running.closing or reason
             self._changed.notify_all()
 
     def save(self) -> dict[str, Any]:
-        """The state between two steps, for `Runner.restore`; the session goes on."""
+        """The state between two steps, for `Runner.restore`. The session continues."""
         running = self._running
         _, task = self._open()
 

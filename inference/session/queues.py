@@ -5,10 +5,10 @@
     images.put(picture); prompts.put("What is it?"); tokens.get()
     model.stop_real_time_generate()
 
-`tokens` gets the text that the model says, piece by piece, and between it
-`<|silence|>` for each decision to be silent, `<|round_start|>` when a prompt stands in the context,
-`<|round_end|>` when the model has ended its turn or said `max_new_tokens`,
-and at last `[DONE]`, or `[ERROR]` where something failed.
+`tokens` gets the model's text piece by piece, and among it `<|silence|>` for each decision to be
+silent, `<|round_start|>` when a prompt has been written into the context, and `<|round_end|>` when
+the model has ended its turn or reached `max_new_tokens`. The last is `[DONE]`, or `[ERROR]` if
+something failed.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class QueueModel:
         seed: int = Sampling.seed,
         **session: Any,
     ) -> None:
-        """Runs until `stop_real_time_generate`, or until an image of None has ended the input.
+        """Runs until `stop_real_time_generate`, or until an image that is None ends the input.
 
-        Images wait in their queue until there is room: bound it where the source is live.
-        `processor` is that of the published call; the engine uses its own. `session` are further
-        fields of SessionConfig. What fails is raised after `[ERROR]` was put.
+        Images wait in their queue until the session has room: bound the queue of a live source.
+        `processor` is a parameter of the published call and not used. `session` are further
+        fields of SessionConfig. An error is raised after `[ERROR]` was put.
         """
         sampling = Sampling(
             temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p,
@@ -98,7 +98,7 @@ class QueueModel:
             token_queue.put(end)
 
     def stop_real_time_generate(self) -> None:
-        """Ends the stream at the next token boundary; nothing where none runs."""
+        """Ends the stream, if one runs, at the next token boundary."""
         session = self._session
         if session is not None:
             session.close("stopped")
@@ -114,8 +114,8 @@ def _pump(
     give: Callable[[Any], None],
     failed: list[BaseException],
 ) -> None:
-    """Moves what comes into the session until that is over."""
-    waiting: list[Any] = []  # what the session had no room for
+    """Moves items of a queue into the session until that is closed."""
+    waiting: list[Any] = []  # an item that the session had no room for
     while not handle.log.closed:
         try:
             waiting = waiting or [source.get(timeout=_POLL)]
@@ -141,7 +141,7 @@ def _give_image(handle: SessionHandle, image: Any) -> None:
 
 
 class _Reader:
-    """Events to what the published token queue holds."""
+    """Turns events into the items of the published token queue."""
 
     def __init__(self, tokens: queue.Queue[str]) -> None:
         self._tokens = tokens

@@ -1,4 +1,4 @@
-"""A response while it is said: tokens in, pieces of text and events out."""
+"""A response while it is generated: tokens -> pieces of text -> events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inference.session.stats import Stats
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What writing and reading tokens needs: made once for an engine."""
+    """The tokenizer, and what writes prompts with it; made once for an engine."""
 
     tokenizer: Tokenizer
     special: SpecialTokens
@@ -33,7 +33,7 @@ class Vocabulary:
 
 
 class Response:
-    """One response. Text comes out as soon as its bytes are whole; special tokens are no text."""
+    """One response. Text comes as soon as its characters are whole, without special tokens."""
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
         self.name = name
@@ -50,7 +50,7 @@ class Response:
         return piece
 
     def flush(self) -> str:
-        """What `append` has held back, where a response ends in the middle of a character."""
+        """What `append` has held back, if the response ends in the middle of a character."""
         return self.text[len(self._emitted) :] if self.text.startswith(self._emitted) else ""
 
     @property

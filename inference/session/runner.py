@@ -79,10 +79,11 @@ class Runner:
         return self._start(task)
 
     def restore(self, state: Mapping[str, Any]) -> SessionHandle:
-        """The session that `SessionHandle.save` gave, to be gone on with, here or elsewhere."""
+        """Continues a session that `SessionHandle.save` returned, of this process or another."""
         task = Session.resume(state["session"], self.vocabulary, self._stats(), time.monotonic())
 
-        def put() -> SessionHandle:  # between two steps: none may find the session without its slot
+        # Between two steps, so that no step finds the session without its slot.
+        def start() -> SessionHandle:
             slot = None if state["slot"] is None else self.engine.restore(state["slot"])
             try:
                 return self._start(task, slot)
@@ -91,7 +92,7 @@ class Runner:
                     self.engine.close(slot)
                 raise
 
-        return self.call(put).result()
+        return self.call(start).result()
 
     @property
     def sessions(self) -> int:
@@ -113,7 +114,7 @@ class Runner:
         return future
 
     def close(self, reason: str = "the runner was closed") -> None:
-        """Closes all sessions, then the thread. Again: nothing happens."""
+        """Closes all sessions, then the thread. Calling it twice is not an error."""
         with self.changed:
             self._stopping = self._stopping or reason
             self.changed.notify_all()
@@ -154,7 +155,7 @@ class Runner:
                 batch = self._wait()
                 if batch:
                     self._step(batch)
-        except BaseException as error:  # told to every session: nobody else would hear of it
+        except BaseException as error:  # every session emits it: no caller waits here
             log.exception("the engine's thread ended")
             self._stopping = f"the engine failed: {error}"
         with self.changed:
@@ -166,7 +167,7 @@ class Runner:
         self._close_finished()
 
     def _wait(self) -> list[tuple[RunningSession, StepRequest]]:
-        """The next batch of steps; none where there was something else to do."""
+        """Waits for work: the next steps, one of each session that has one. Runs `call`s."""
         with self.changed:
             calls, self._calls = self._calls, []
             now = time.monotonic()
@@ -199,7 +200,7 @@ class Runner:
                 frames = list(itertools.islice(features, len(request.images)))
                 steps.append(Step(running.slot, request.tokens, frames, request.sample))
             tokens = self.engine.step(steps)
-        except ValueError as error:  # nothing has changed: the others of the batch may go on
+        except ValueError as error:  # nothing has changed: the other sessions' steps are possible
             if len(batch) > 1:
                 for one in batch:
                     self._step([one])

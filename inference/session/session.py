@@ -2,13 +2,13 @@
 
     start      system prompt, a user turn (empty, or a prompt that was there first), then the
                assistant's header
-    frame      [<|image|>] -> one decision: <|silence|> (parked until the next input) or a word
-    speaking   a word a step, paced; a frame may land between any two of them
+    frame      [<|image|>] -> one decision: <|silence|> (idle until the next input) or a word
+    speaking   one token per step, paced; a frame may come between any two of them
     prompt     at the next token boundary: <|eot_id|>, the user's turn, a new header -> a decision
     both       prompt first, then the frame, in one step
-    cancel     the response ends as the model ends one: with <|silence|>
+    cancel     the response is ended as the model ends one: with <|silence|>
 
-`next_step` says what the next step of the engine takes in, `on_token` takes the sampled token.
+`next_step` returns the input of the next engine step, `on_token` takes the sampled token.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class SessionConfig:
     system_prompt: str = ""
     prompt: str = ""  # of the first user turn; empty: the model watches before it is asked
     sampling: Sampling = field(default_factory=Sampling)
-    live: bool = True  # a full queue drops its oldest frame; False: it is for the source to wait
+    live: bool = True  # a full queue drops its oldest frame; False: the source waits
     clock: Literal["wall", "media"] = "wall"
-    pace: int | None = 40  # tokens a frame interval; None: as fast as the machine
-    frame_interval: float = 1.0  # seconds
-    max_new_tokens: int = 4096  # of a response
+    pace: int | None = 40  # maximum number of tokens between two frames; None: no limit
+    frame_interval: float = 1.0  # seconds between two frames
+    max_new_tokens: int = 4096  # maximum length of a response
     max_waiting_frames: int = 4
     max_waiting_prompts: int = 16
 
@@ -62,8 +62,8 @@ class SessionConfig:
 
 @dataclass(eq=False)
 class Frame:
-    """A picture on its way: uint8 [3, H, W], its second, when it arrived on the clock. Without a
-    picture: a prompt that waits for the frames before it."""
+    """A picture in the queue: uint8 [3, H, W], its second, and when it arrived (monotonic seconds).
+    Without a picture: a prompt that waits for the frames before it."""
 
     image: Tensor | None
     at: float
@@ -88,7 +88,8 @@ class StepRequest:
     frame: Frame | None = None
 
 
-_ANY_TIME = ("pace", "max_new_tokens", "sampling")  # what can be changed in the middle of a stream
+# Fields that can be changed in the middle of a stream.
+_ANY_TIME = ("pace", "max_new_tokens", "sampling")
 _STATE_VERSION = 2  # of `Session.state`
 _FLAGS = {  # name in a saved state -> attribute
     "media": "media",
@@ -115,7 +116,7 @@ class Session(ResponseWriter):
         self.config = config
         self.frames: deque[Frame] = deque()
         self.prompts: deque[Prompt] = deque()
-        self.wake: float | None = None  # when `next_step` has something without new input
+        self.wake: float | None = None  # time at which `next_step` has work without new input
         self._numbers = itertools.count(1)
         # Tokens that the next step takes in before all else. The start is written with the first
         # input: a prompt that comes before any frame is the first user turn.
@@ -124,7 +125,7 @@ class Session(ResponseWriter):
         self._turn_over = False  # the model has closed its turn itself
         self._prompt_time: float | None = None  # when the prompt arrived whose answer is due
         self._tokens_since_frame = 0  # tokens since the last frame
-        self._paced_from = 0.0  # when the last token's step began
+        self._paced_from = 0.0  # when the step of the last token began
         self._cancelled = False
         self._no_more = False
         self._check(config.system_prompt, config.prompt)
@@ -141,8 +142,9 @@ class Session(ResponseWriter):
     # Input
 
     def push(self, frame: Frame) -> None:
-        """Queues a frame. Live: a full queue loses its oldest one without a prompt, at worst this
-        one, and says so. Else, or where every waiting frame has a prompt: QueueFull.
+        """Queues a frame. A full live queue drops its oldest frame that has no prompt, or else the
+        new one (`input_frame.dropped`). QueueFull if the session is not live, or if every frame,
+        the new one too, has a prompt.
         """
         if frame.prompt:
             self._check(frame.prompt)
@@ -168,12 +170,12 @@ class Session(ResponseWriter):
         self.emit("input_frame.dropped", reason=reason, frame_at=at, count=count)
 
     def cancel(self) -> bool:
-        """Ends what is being said at the next token boundary; False: nothing is being said."""
+        """Ends the response at the next token boundary; False if there is none."""
         self._cancelled = self.response is not None
         return self._cancelled
 
     def end(self) -> None:
-        """No more input: the session is over when everything is taken in and said."""
+        """Ends the input: the session is over when all of it is taken in and answered."""
         self._no_more = True
 
     @property
@@ -224,7 +226,7 @@ class Session(ResponseWriter):
         session.prompts.extend(Prompt(text, now) for text in state["prompts"])
         return session
 
-    # The walk
+    # Steps
 
     def next_step(self, now: float) -> StepRequest | None:
         """The next step at time `now`; None: nothing to do before `wake` or new input."""
@@ -244,7 +246,7 @@ class Session(ResponseWriter):
         return request
 
     def on_token(self, request: StepRequest, token: int | None, now: float) -> None:
-        """Hears the token that the model said to a step."""
+        """Takes the token that the model sampled after a step."""
         if token is None:
             return
         special, self._turn_over = self._vocabulary.special, False
@@ -257,7 +259,7 @@ class Session(ResponseWriter):
             self._decided(request, silent, now)
         if silent:
             if ttft is not None and self.response is None:
-                self.emit("session.state", state="silent")  # that is the answer
+                self.emit("session.state", state="silent")  # silence is the answer
             self._stop("completed", "silence")
         elif token in (special.eot_id, special.end_of_text):
             self._stop("completed", "turn_ended")
@@ -298,7 +300,7 @@ class Session(ResponseWriter):
         elif not self._started:
             request.tokens += self._start(self.config.prompt)
         elif self._turn_over:
-            # No frame stands outside of the assistant's turn.
+            # A frame must be in an assistant's turn.
             request.tokens += self._vocabulary.user_turn("")
         self._tokens_since_frame = 0
         if frame.image is None:
@@ -324,7 +326,7 @@ class Session(ResponseWriter):
         return config.pace is not None and self._tokens_since_frame >= config.pace
 
     def _word_due(self, now: float) -> bool:
-        """Whether the next word may be said; else `wake` is set to when, or to None: a frame's."""
+        """Whether the pace allows the next token; if it will later, `wake` is when."""
         config = self.config
         if config.pace is None:
             return True

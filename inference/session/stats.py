@@ -1,4 +1,4 @@
-"""What a session measures: counts, and durations kept over their last thousand values."""
+"""A session's measurements: counts, and the last 1024 values of each duration."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-# Seconds each: of a prompt until the first token after it, between two tokens of a response, of a
-# frame from being taken in to its decision, of a frame from its arrival to being taken in, of a
-# prompt until it stands in the context.
+# Seconds: from a prompt's arrival to the first token after it; between two tokens of a response;
+# from taking a frame in to its decision; from a frame's arrival to taking it in; from a prompt's
+# arrival until it is in the context.
 DURATIONS = ("ttft", "inter_token", "frame_decision", "frame_lag", "interruption")
 # Dropped frames are counted as `drop:REASON`, decisions on frames by their names.
 COUNTS = ("frames", "tokens", "responses", "evicted_frame", "evicted_text")
@@ -19,7 +19,7 @@ _KEPT = 1024
 
 
 class Stats:
-    """Of one session. `measured(name, value)` is told every count and every duration."""
+    """Of one session. `measured(name, value)` is called with every count and every duration."""
 
     def __init__(self, measured: Measure | None = None) -> None:
         self.counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""A session on a terminal: silence a quiet line, speech with its time, lag and rate."""
+"""A session on a terminal: silence as one dim line, responses with time, lag and rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def clock(seconds: float) -> str:
 
 
 class View:
-    """Shows events as they come. On a terminal a silence is one line that grows."""
+    """Shows events as they come. On a terminal a silence is one line that is updated."""
 
     def __init__(self, out: TextIO) -> None:
         self._out, self._live = out, out.isatty()
@@ -58,7 +58,7 @@ class View:
 
     def _quiet(self, second: float) -> None:
         if self._speaking:
-            return  # the silence that ends a response is its end
+            return  # this silence ends a response, which has been shown
         self._silent = (self._silent[0] if self._silent else second, second)
         if self._live:
             self._out.write(f"\r\x1b[K{self._silence()}")

@@ -78,7 +78,7 @@ def test_repetition_penalty_is_that_of_transformers_but_spares_silence() -> None
     wanted = RepetitionPenaltyLogitsProcessor(1.7)(context, logits.clone())
     wanted[0, SILENCE] = logits[0, SILENCE]
     sampler = sampler_of(Sampling(repetition_penalty=1.7))
-    sampler.note(0, [*context[0].tolist(), 40])  # 40 is <|image|>: no one can say it
+    sampler.add_context(0, [*context[0].tolist(), 40])  # 40 is <|image|>: no one can say it
     order = []
     remaining = logits.clone()
     for _ in range(6):  # the most likely tokens, one after the other
