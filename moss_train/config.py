@@ -1,4 +1,6 @@
-"""Typed configuration: the dataclasses behind conf/. Checks are in moss_train/validate.py.
+"""Typed configuration: the dataclasses behind conf/; those of the data are in data_config.py.
+
+Checks are in moss_train/validate.py.
 
 Sizes are in elements, rates per second, times in seconds. Names in comments such as `stage.lr` are
 the Hydra names, which a user overrides on the command line (`stage.lr=1e-4`).
@@ -6,7 +8,7 @@ the Hydra names, which a user overrides on the command line (`stage.lr=1e-4`).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
+from moss_train.data_config import DataConfig, MixtureConfig
 
 RENAMED = {  # fields of earlier versions, which are refused, and what they are called now
     "model.blind_rows": "model.tokens_before_first_frame",
@@ -155,56 +158,6 @@ class ParallelConfig:
     recompute: str = "none"  # none | selective | full
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-
-
-@dataclass
-class SourceConfig:
-    """One folder of shards, drawn with `weight` among the sources of its modality."""
-
-    name: str = MISSING
-    path: str = MISSING
-    modality: str = MISSING  # text | image | video
-    weight: float = 1.0
-
-
-@dataclass
-class DataConfig:
-    """Shards and batches. Batches count samples (conversations)."""
-
-    name: str = "shards"
-    root: str = ""  # a folder that the other paths of a preset refer to
-    tokenizer: str = MISSING
-    sources: list[SourceConfig] = field(default_factory=list)
-    eval_sources: list[SourceConfig] = field(default_factory=list)  # held out, for validation
-    eval_samples: int = 256  # of each, its first ones
-    samples: int | None = None  # samples of the run; None: stage.samples
-    global_batch: int = 256
-    micro_batch: int = 1  # at most so many share a microbatch, packed into one sequence
-    # A microbatch with more tokens or frames is divided, down to single samples; null: no bound.
-    max_tokens_per_batch: int | None = None
-    max_frames_per_batch: int | None = None
-    max_tiles: int = 1
-    sequence_length: int | None = None  # None: stage.sequence_length
-    video_threads: int = 1  # of each decoder; more help where there are more cores than workers
-    workers: int = 2  # loader processes for each data-parallel rank; 0: in the training process
-    shuffle_buffer: int = 1000
-    pad_multiple: int = 64  # microbatches are padded to a multiple of this, in tokens
-    max_bad_ratio: float = 0.01  # stop when more than this share of the samples cannot be read
-    audit: bool = False  # write the keys of every step to audit.jsonl
-
-
-@dataclass
-class MixtureConfig:
-    """Share of each modality among a run's samples, in any unit, such as percent."""
-
-    text: float = 0.0
-    image: float = 79.0
-    video: float = 21.0
-
-    @property
-    def wanted(self) -> dict[str, float]:
-        """The modalities that have a share, with it."""
-        return {name: share for name, share in asdict(self).items() if share > 0}
 
 
 @dataclass

@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parent.parent
 # From the ground up. A module belongs to the longest prefix that fits. Imports go down, or stay in
 # the same room; rooms of one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("inference.hf", "data_pipeline"),
+    ("inference.hf", "data_pipeline", "moss_train.data_config"),
     ("data_pipeline.importers", "data_pipeline.loader"),
     ("data_pipeline.build", "data_pipeline.toy"),
     ("moss_train.log", "moss_train.config", "inference.engine"),

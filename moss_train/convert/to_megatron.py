@@ -14,15 +14,7 @@ from torch import Tensor
 
 from data_pipeline.progress import Progress
 from moss_train.checkpoint_dir import write_complete
-from moss_train.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    StageConfig,
-    from_dict,
-    to_dict,
-)
+from moss_train.config import Config, ModelConfig, RunConfig, StageConfig, from_dict, to_dict
 from moss_train.convert.hf_config import kind_of, model_config_from_hf, text_config_from_llama
 from moss_train.convert.hf_files import (
     IMPORTED,
@@ -48,6 +40,7 @@ from moss_train.convert.megatron_files import (
 )
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.source import ConversionError, HfFolder, read_json
+from moss_train.data_config import DataConfig
 from moss_train.hardware import DTYPES
 from moss_train.model.hf_mapping import (
     TEXT,

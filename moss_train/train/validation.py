@@ -16,7 +16,7 @@ from data_pipeline.schema import SampleError
 from data_pipeline.shards import read_samples
 from data_pipeline.tokens import load_tokenizer
 from moss_train import hardware
-from moss_train.config import SourceConfig
+from moss_train.data_config import SourceConfig
 from moss_train.log import log
 from moss_train.model.loss import LossOptions
 from moss_train.parallel.schedule import run_schedule

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.toy.build import ToyConfig, build_toy
-from moss_train.config import Config, DataConfig, RunConfig, StageConfig
+from moss_train.config import Config, RunConfig, StageConfig
+from moss_train.data_config import DataConfig
 from moss_train.evaluate.items import Item, read_shards
 from moss_train.evaluate.model import TrainedModel
 from tests.moss_train.model.build import preset, random_model

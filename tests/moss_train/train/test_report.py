@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from moss_train.config import Config, DataConfig, RunConfig, SourceConfig, to_dict
+from moss_train.config import Config, RunConfig, to_dict
+from moss_train.data_config import DataConfig, SourceConfig
 from moss_train.hardware import peak_tflops_of
 from moss_train.train.curves import loss_figure, ranges, smooth
 from moss_train.train.metrics import read_metrics

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from moss_train.config import SourceConfig
+from moss_train.data_config import SourceConfig
 from moss_train.train.metrics import read_metrics
 from moss_train.train.validation import describe, validation
 from tests.moss_train.train.runs import metrics
