@@ -97,7 +97,7 @@ def _healthy(url: str) -> bool:
 def test_make_has_the_two_commands() -> None:
     wanted = [c.split("#")[0].split() for c in commands() if c.startswith("make")]
     assert [w[1] for w in wanted] == ["demo", "test"]
-    for target in ("demo", "test", "check"):
+    for target in ("demo", "demo-full", "test", "check"):
         subprocess.run(["make", "-n", target], cwd=REPO, check=True, capture_output=True)
 
 
