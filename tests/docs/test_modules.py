@@ -9,6 +9,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PACKAGES = ("data_pipeline", "moss_train", "inference", "tools", "launch")
 NAME = re.compile(r"[\w./-]+")
+PACKAGE = re.compile(r"#+ `?(\w+)/?`?, file by file")
+ROOM = re.compile(r"\| \*\*(\w+/)\*\*")
 
 
 def modules(root: Path) -> list[str]:
@@ -17,14 +19,32 @@ def modules(root: Path) -> list[str]:
     return [str(file.relative_to(root)) for file in files if file.name != "__init__.py"]
 
 
-def unnamed(paths: list[str], text: str) -> list[str]:
-    """Paths that a text does not name.
+def named(page: str) -> set[str]:
+    """Names of modules in a page: paths, ends of paths, dotted names.
+
+    Tables of a room name its files alone: below a heading `## PACKAGE, file by file`, and below a
+    row `**ROOM/**` of such a table, `step.py` is PACKAGE/ROOM/step.py.
+    """
+    names: set[str] = set()
+    package = room = ""
+    for line in page.splitlines():
+        if line.startswith("#"):
+            heading = PACKAGE.match(line)
+            package, room = (heading[1] + "/" if heading else ""), ""
+        elif row := ROOM.match(line):
+            room = row[1]
+        words = {word.strip(".") for word in NAME.findall(line)}
+        names |= words | {f"{package}{room}{word}" for word in words if package}
+    return names
+
+
+def unnamed(paths: list[str], pages: list[str]) -> list[str]:
+    """Paths that no page names.
 
     A name is a path's end (`train/step.py`, or `step.py` where no other file is called so), or the
     module's dotted name as it is run and imported (`tools.shards`, `moss_train.train.step`).
     """
-    words = set(NAME.findall(text))
-    words |= {word.strip(".") for word in words}
+    words = set().union(*map(named, pages))
     files = Counter(Path(path).name for path in paths)
     missing = []
     for path in paths:
@@ -40,11 +60,13 @@ def unnamed(paths: list[str], text: str) -> list[str]:
 
 def test_every_module_is_named_in_a_page_or_in_the_readme() -> None:
     pages = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-    text = "\n".join(page.read_text() for page in pages)
-    assert unnamed(modules(REPO), text) == []
+    assert unnamed(modules(REPO), [page.read_text() for page in pages]) == []
 
 
 def test_a_name_must_tell_a_file_from_others_of_the_same_name() -> None:
     paths = ["a/report.py", "b/report.py", "a/step.py", "tools/shards/__main__.py"]
-    assert unnamed(paths, "`b/report.py`, `step.py`; python -m tools.shards.") == ["a/report.py"]
-    assert unnamed(paths, "report.py, mistep.py") == paths
+    pages = ["`b/report.py`, `step.py`; python -m tools.shards."]
+    assert unnamed(paths, pages) == ["a/report.py"]
+    assert unnamed(paths, ["report.py, mistep.py"]) == paths
+    table = "## a, file by file\n| `report.py` |\n| **c/** |\n| `report.py` |"
+    assert unnamed(["a/report.py", "b/report.py", "a/c/report.py"], [table]) == ["b/report.py"]

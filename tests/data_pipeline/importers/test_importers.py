@@ -57,6 +57,7 @@ def said(sample: dict[str, Any]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in sample["messages"]]
 
 
+# Long: one dataset_info.json with all that it can say, and what is to come of it.
 def test_dataset_info_maps_columns_tags_and_roles(tmp_path: Path) -> None:
     source, out = tmp_path / "data", tmp_path / "out"
     red, clip = picture(source / "pics/red.png"), video(source / "clip.mp4")
