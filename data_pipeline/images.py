@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,16 @@ def picture_pixels(picture: Any) -> Tensor:
         raise
     except Exception as error:
         raise SampleError("undecodable_image", str(error)) from None
+
+
+def read_picture(picture: Any) -> Tensor:
+    """A file's path or bytes, or what `picture_pixels` takes -> uint8 [3, H, W].
+
+    Raises SampleError(`undecodable_image`); OSError where a file cannot be read.
+    """
+    if isinstance(picture, str | Path):
+        picture = Path(picture).read_bytes()
+    return decode_image(picture) if isinstance(picture, bytes) else picture_pixels(picture)
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -140,6 +140,17 @@ class PromptBuilder:
             prompt.add(self.header("assistant"), learn=False)
         return prompt
 
+    def watched(self, frames: int, prompt: str, system_prompt: str = "") -> list[int]:
+        """The transcript of a stream, one `<|image|>` a frame, on which the assistant has said
+        nothing and is asked now, up to the place of its answer."""
+        special = self._special
+        before = self.turn("system", system_prompt) if system_prompt else []
+        stream = [special.image, special.silence] * frames
+        return [
+            *(special.begin_of_text, *before, *self.turn("user", ""), *self.header("assistant")),
+            *(*stream, special.eot_id, *self.turn("user", prompt), *self.header("assistant")),
+        ]
+
     def header(self, role: Role) -> list[int]:
         """The tokens before a turn's content."""
         special = self._special

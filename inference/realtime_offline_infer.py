@@ -17,21 +17,9 @@ if __name__ == "__main__":  # run as a file: imports start at the repository
 
 from inference import cli
 from inference.offline_infer import CHUNK, media, parser, question, show
-from inference.session.response import Vocabulary
 from inference.session.runner import Runner
 
 PROGRAM = "python -m inference.realtime_offline_infer"
-
-
-def watched(vocabulary: Vocabulary, system_prompt: str, frames: int, prompt: str) -> list[int]:
-    """The transcript of a stream on which nothing was said before the prompt."""
-    special = vocabulary.special
-    tokens = [special.begin_of_text]
-    if system_prompt:
-        tokens += vocabulary.prompts.turn("system", system_prompt)
-    tokens += vocabulary.user_turn("")
-    tokens += [special.image, special.silence] * frames
-    return [*tokens, special.eot_id, *vocabulary.user_turn(prompt)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             vocabulary = runner.vocabulary
             if kind == "video":
                 asked = args.prompt or "Describe the video."
-                tokens = watched(vocabulary, args.system_prompt, len(frames), asked)
+                prompts = vocabulary.prompts
+                tokens = prompts.watched(len(frames), asked, args.system_prompt)
             else:
                 tokens = question(vocabulary, args, kind, len(frames), info.question_form).tokens
             options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}

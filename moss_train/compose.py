@@ -16,14 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.commands import WRONG_USAGE, report_error
-from moss_train.config import RENAMED, Config, ConfigError, conf_dir, from_hydra
+from moss_train.config import RENAMED, Config, ConfigError, from_hydra
+from moss_train.presets import conf_dir
 
 ROOT = "config"  # conf/config.yaml
 VERSION = "1.3"  # of Hydra's behaviour
 
 
 def load_config(
-    stage: str | None = None, *, overrides: Sequence[str] = (), **fields: Any
+    stage: str | None = None, /, *, overrides: Sequence[str] = (), **fields: Any
 ) -> Config:
     """The configuration that a command line with the same choices has.
 

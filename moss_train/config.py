@@ -9,7 +9,6 @@ the Hydra names, which a user overrides on the command line (`stage.lr=1e-4`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -306,13 +305,6 @@ class Config:
         return self.data.sequence_length or self.stage.sequence_length
 
 
-def conf_dir() -> Path:
-    """The folder conf/: of the checkout, or that which travels inside the wheel."""
-    package = Path(__file__).resolve().parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
-
-
 def from_hydra(raw: DictConfig) -> Config:
     """The typed configuration of what Hydra composed.
 
@@ -331,15 +323,21 @@ def from_hydra(raw: DictConfig) -> Config:
             raise ConfigError([f"{key} is not set: give it a value, {key}=..." for key in missing])
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        line = str(error).splitlines()[0]
-        raise ConfigError([f"{error.full_key or 'configuration'}: {line}"]) from None
+        raise _named(error) from None
     assert isinstance(config, Config)
     return config
 
 
+def _named(error: OmegaConfBaseException) -> ConfigError:
+    return ConfigError([f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}"])
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain containers, as saved in checkpoints and run folders."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    try:
+        plain = OmegaConf.to_container(OmegaConf.structured(config))
+    except OmegaConfBaseException as error:  # somebody has set a field to a wrong value
+        raise _named(error) from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

@@ -66,8 +66,13 @@ def activate(kind: str) -> torch.device:
         ValueError: "cuda" was asked for and there is none.
     """
     if kind == "auto":
-        kind = "cuda" if has_cuda() else "cpu"
+        kind = "cuda" if has_cuda() and not _cpu_active else "cpu"
     if kind == "cuda":
+        if _cpu_active:
+            raise ValueError(
+                "hardware.device=cuda: this process has worked on the CPU, which cannot be undone: "
+                "start another one"
+            )
         if not has_cuda():
             raise ValueError("hardware.device=cuda, but torch finds no CUDA device: use cpu")
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron's overlap wants it
@@ -142,6 +147,7 @@ def activate_cpu() -> None:
 def _redirect_cuda_module() -> None:
     cuda: Any = torch.cuda
     cpu = torch.device("cpu")
+    cuda.is_available = lambda: False  # whoever asks in this process should not use it either
     cuda.current_device = lambda: cpu
     cuda.device_count = lambda: 1
     for name in ("synchronize", "set_device", "empty_cache", "ipc_collect", "_lazy_init"):

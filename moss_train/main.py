@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 from omegaconf import DictConfig
@@ -22,20 +23,28 @@ def train(raw: DictConfig) -> None:
     """Runs a training job on this rank. A wrong configuration exits with 2 and a line for each."""
     configure()
     try:
-        config = from_hydra(raw)
-        resume_from = check(config)
+        run(from_hydra(raw))
     except ConfigError as error:
         _refuse(error)
+
+
+def run(config: Config, console: TextIO | None = None) -> bool:
+    """Checks `config` and runs its job on this rank; True where a signal stopped it.
+
+    Args:
+        console: for the lines of the steps and the table at the end (default: stdout).
+
+    Raises:
+        ConfigError: the configuration is wrong; nothing has been started.
+    """
+    resume_from = check(config)
     # megatron is imported only now: a wrong configuration is refused in two seconds, not ten.
     # Python's collector finds nothing among what is imported, and took a sixth of that time.
     gc.disable()
-    from moss_train.train.loop import run
+    from moss_train.train import loop
 
     gc.enable()
-    try:
-        run(config, resume_from)
-    except ConfigError as error:
-        _refuse(error)
+    return loop.run(config, resume_from, console)
 
 
 def check(config: Config) -> Path | None:

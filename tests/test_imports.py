@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("inference.hf", "data_pipeline", "moss_train.data_config"),
     ("data_pipeline.importers", "data_pipeline.loader"),
     ("data_pipeline.build", "data_pipeline.toy"),
-    ("moss_train.log", "moss_train.config", "inference.engine"),
+    ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
     ("moss_train.hardware", "moss_train.checkpoint_dir", "moss_train.compose", "inference.session"),
     ("moss_train.model", "inference"),  # inference: cli and sources
     ("moss_train.parallel", "inference.serve", "inference.bench"),

@@ -8,17 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from data_pipeline.batch import IGNORED_LABEL
+from data_pipeline.batch import IGNORED_LABEL, EncodedSample
+from data_pipeline.encode import SampleEncoder
 from data_pipeline.schema import VIDEO_MARK, Sample
 from moss_train.evaluate.items import Item
-from moss_train.evaluate.model import TrainedModel
 
 SPEAK = "speak"  # the model's turn, until it ends it or has said enough
 Step = str | list[int] | int  # SPEAK, tokens that are given, or the `<|image|>` token of a frame
+
+
+class Model(Protocol):
+    """What generates: moss_train/evaluate/model.py says what each is."""
+
+    tokenizer: Tokenizer
+    encoder: SampleEncoder
+
+    def encode(self, samples: Sequence[EncodedSample]) -> list[Tensor]: ...
+
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        states: Sequence[Tensor],
+        ratios: Sequence[Tensor],
+    ) -> list[Tensor]: ...
 
 
 @dataclass
@@ -61,7 +80,7 @@ class Talk:
             self.script.pop(0)
 
 
-def generate(model: TrainedModel, talks: Sequence[Talk]) -> None:
+def generate(model: Model, talks: Sequence[Talk]) -> None:
     """Plays all talks to their end, the most likely token at a time."""
     running = [talk for talk in talks if talk.advance()]
     while running:
@@ -76,15 +95,13 @@ def generate(model: TrainedModel, talks: Sequence[Talk]) -> None:
         running = [talk for talk in running if talk.advance()]
 
 
-def answers(
-    model: TrainedModel, items: Sequence[Item], most: int = 64, blind: bool = False
-) -> list[str]:
+def answers(model: Model, items: Sequence[Item], most: int = 64, blind: bool = False) -> list[str]:
     """What the model says in the last turn of each conversation, in place of its answer."""
     special, states = model.encoder.special, model.encode([item.encoded for item in items])
     talks = []
     for item, state in zip(items, states, strict=True):
         start = answer_start(item)
-        script = _given(item, start, special.image)
+        script = script_of(item.encoded.tokens[:start].tolist(), special.image)
         ends = {special.eot_id, special.end_of_text}
         talks.append(
             Talk([*script, SPEAK], state, item.encoded.aspect_ratio_ids, ends, most, blind)
@@ -101,10 +118,10 @@ def answer_start(item: Item) -> int:
     return int(after[after < last].max()) + 1
 
 
-def _given(item: Item, start: int, image: int) -> list[Step]:
-    """The first `start` tokens as a script, frame by frame."""
+def script_of(tokens: Sequence[int], image: int) -> list[Step]:
+    """Tokens that are given as a script, frame by frame."""
     script: list[Step] = [[]]
-    for token in item.encoded.tokens[:start].tolist():
+    for token in tokens:
         if token == image:
             script += [image, []]
         else:
@@ -114,7 +131,7 @@ def _given(item: Item, start: int, image: int) -> list[Step]:
 
 
 def streams(
-    model: TrainedModel, items: Sequence[Item], most: int = 10, blind: bool = False
+    model: Model, items: Sequence[Item], most: int = 10, blind: bool = False
 ) -> list[list[tuple[int, str]]]:
     """Plays real-time conversations live; what was said in which second, -1 before any frame.
 
@@ -140,7 +157,7 @@ def streams(
     ]
 
 
-def stream_script(model: TrainedModel, sample: Sample) -> list[Step]:
+def stream_script(model: Model, sample: Sample) -> list[Step]:
     """The user's turns and the frames of a real-time sample; the model speaks after each frame,
     and where the sample answers before one.
     """
@@ -176,7 +193,7 @@ def _seconds(script: Sequence[Step]) -> list[int]:
 
 
 def _utterances(
-    model: TrainedModel, said: Sequence[list[int]], seconds: Sequence[int]
+    model: Model, said: Sequence[list[int]], seconds: Sequence[int]
 ) -> list[tuple[int, str]]:
     silence = model.encoder.special.silence
     spoken: list[tuple[int, list[int]]] = []
@@ -192,7 +209,7 @@ def _utterances(
 
 
 def predictions(
-    model: TrainedModel, items: Sequence[Item], blind: bool = False
+    model: Model, items: Sequence[Item], blind: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
     """Teacher-forced: for each item the most likely token `[S]` after each of its tokens, and the
     log probability of each of its tokens `[S]` (that of the first is 0)."""

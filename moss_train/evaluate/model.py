@@ -1,7 +1,8 @@
-"""A trained model in one process: from a checkpoint of any layout to next-token logits."""
+"""A trained model in one process: from a checkpoint of any layout to logits, text, an export."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from data_pipeline.batch import EncodedSample
 from data_pipeline.encode import SampleEncoder
+from data_pipeline.prompts import STAGE_FORMS
 from data_pipeline.tokens import load_tokenizer
 from moss_train import hardware
 from moss_train.checkpoint_dir import find, read_run
 from moss_train.config import Config, HardwareConfig, ParallelConfig, from_dict
+from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.evaluate.items import EvaluationError
+from moss_train.evaluate.question import Clip, Image, answer
 from moss_train.model.frame_plan import plan_frames
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
@@ -25,11 +29,21 @@ from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.process_groups import build_groups
 from moss_train.train.checkpoint import load_weights
 from moss_train.train.data import encode_config
-from moss_train.train.process import start_process_group
+from moss_train.train.process import leave_process_group, start_process_group
+
+# Files that an export carries, so that transformers can open it.
+HF_CODE = Path(__file__).resolve().parents[2] / "inference" / "hf"
 
 
 class TrainedModel:
-    """A model's weights, its tokenizer and its way to encode samples."""
+    """A model's weights, its tokenizer and its way to encode samples.
+
+    with TrainedModel.open("runs/first") as model:
+        model.generate("Where is the circle?", images=["picture.jpg"])
+        model.export("exports/first")
+    """
+
+    _leave: weakref.finalize | None = None
 
     def __init__(self, config: Config, model: MossVideo, path: Path, step: int):
         """Takes a model that is alone in its groups. `path`, `step`: where its weights are from."""
@@ -40,13 +54,18 @@ class TrainedModel:
 
     @classmethod
     def open(
-        cls, checkpoint: Path, device: str = "auto", threads: int | None = None
+        cls, checkpoint: Path | str, device: str = "auto", threads: int | None = None
     ) -> TrainedModel:
-        """Opens a run folder or checkpoint of any layout, once in a process.
+        """Opens a run folder or checkpoint of any layout.
 
-        Raises EvaluationError where there is none.
+        Args:
+            device: auto, cpu or cuda. A process that has worked on the CPU stays there.
+            threads: of the CPU (default: all cores).
+
+        Raises:
+            EvaluationError: there is no complete checkpoint.
         """
-        source = find(checkpoint)
+        source = find(Path(checkpoint))
         if source is None:
             raise EvaluationError(f"{checkpoint}: no complete checkpoint there: give a run folder")
         saved = read_run(source)
@@ -54,9 +73,67 @@ class TrainedModel:
         config.parallel = ParallelConfig()
         config.hardware = HardwareConfig(device=device, threads=threads)
         start_process_group(config)
-        model = MossVideo(config.model, config.parallel, build_groups(config.parallel, seed=0))
-        load_weights(model, source)
-        return cls(config, model, source, saved["step"])
+        try:
+            model = MossVideo(config.model, config.parallel, build_groups(config.parallel, seed=0))
+            load_weights(model, source)
+            opened = cls(config, model, source, saved["step"])
+        except BaseException:
+            leave_process_group()
+            raise
+        opened._leave = weakref.finalize(opened, leave_process_group)
+        return opened
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[Image] = (),
+        video: Clip | None = None,
+        *,
+        max_new_tokens: int = 64,
+    ) -> str:
+        """The most likely answer to `prompt`, after `images` and `video`, in the stage's form.
+
+        Every token is a new pass over all tokens: `inference.load` of an export is the fast way.
+
+        Args:
+            images: files, their bytes, PIL images, uint8 [H, W, 3] arrays or [3, H, W] tensors.
+            video: a file, from which as many frames are taken as in training, or its frames. A
+                real-time model watches it in silence and is asked at its end.
+
+        Raises:
+            SampleError: a file cannot be decoded, or `prompt` holds a control token.
+            OSError: a file cannot be read.
+        """
+        form = STAGE_FORMS.get(self.config.stage.name, self.config.stage.prompt)
+        watched = form == "realtime"
+        return answer(self, prompt, images, video, watched=watched, max_new_tokens=max_new_tokens)
+
+    def export(
+        self, out: Path | str, *, dtype: str | None = None, quantize: str | None = None
+    ) -> Path:
+        """Writes the checkpoint in Hugging Face's form to the new folder `out`, which
+        `inference.load` and transformers open.
+
+        Args:
+            dtype: fp32 or bf16 (default: as stored).
+            quantize: int8 or fp8, of the decoder's linear layers.
+
+        Raises:
+            ConversionError: `out` is there already, or the checkpoint is damaged.
+        """
+        convert_megatron(ToHf(self.path, Path(out), HF_CODE, dtype=dtype, quantize=quantize))
+        return Path(out)
+
+    def close(self) -> None:
+        """Leaves the process group, which ends with the last model of the process."""
+        if self._leave is not None:
+            self._leave()
+
+    def __enter__(self) -> TrainedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @torch.no_grad()
     def encode(self, samples: Sequence[EncodedSample]) -> list[Tensor]:

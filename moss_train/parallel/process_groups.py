@@ -23,6 +23,8 @@ def build_groups(parallel: ParallelConfig, seed: int) -> Groups:
     Raises:
         RuntimeError: the world size is not a multiple of tensor x pipeline.
     """
+    if parallel_state.model_parallel_is_initialized():  # by another model of this process
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
@@ -30,30 +30,42 @@ from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.metrics import MetricsWriter, StepLine, StepMetrics
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
-from moss_train.train.process import start_process_group, stop_signals
+from moss_train.train.process import process_group, start_writer_queue, stop_signals
 from moss_train.train.report import write_report_or_warn
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.summary import summary_table
 from moss_train.train.validation import Validator, describe
 
 
-def run(config: Config, resume_from: Path | None) -> None:
-    """TrainedParts `config` on this rank, from `resume_from` (a complete checkpoint) if given."""
-    start_process_group(config)
-    # Ranks that started in different seconds may name different folders: rank 0's is everyone's.
-    decided: list[Any] = [config.run.dir, resume_from]
-    dist.broadcast_object_list(decided, src=0)
-    config.run.dir, resume_from = decided
-    Job(config, resume_from).run()
-    # Not after an error: the other ranks would notice, and report that before this rank's error.
-    dist.destroy_process_group()
+def run(config: Config, resume_from: Path | None, console: TextIO | None = None) -> bool:
+    """Trains `config` on this rank, from `resume_from` (a complete checkpoint) if given.
+
+    Args:
+        console: for the lines of the steps and the table at the end (default: stdout).
+
+    Returns:
+        True where a signal stopped the run before its last step.
+    """
+    start_writer_queue()
+    with process_group(config):
+        # Ranks that started in different seconds may name different folders: all take rank 0's.
+        decided: list[Any] = [config.run.dir, resume_from]
+        dist.broadcast_object_list(decided, src=0)
+        config.run.dir, resume_from = decided
+        job = Job(config, resume_from, console)
+        try:
+            return job.run()
+        except BaseException:
+            if dist.get_world_size() == 1:  # else the process ends, and its workers with it
+                job.reader.close()
+            raise
 
 
 class Job:
     """Everything that a rank holds while it trains."""
 
-    def __init__(self, config: Config, resume_from: Path | None):
-        self.config = config
+    def __init__(self, config: Config, resume_from: Path | None, console: TextIO | None = None):
+        self.config, self.console = config, console
         self.folder = Path(config.run.dir)
         self.first_rank = dist.get_rank() == 0
         self.groups = build_groups(config.parallel, config.trainer.seed)
@@ -101,8 +113,8 @@ class Job:
         self.done, self.samples = run["step"], run["samples"]
         self.state.set_step(self.done)
 
-    def run(self) -> None:
-        """Steps until `config.steps`, or until a signal asks to stop; saves at the end."""
+    def run(self) -> bool:
+        """Steps until `config.steps` or a signal asks to stop (then True); saves at the end."""
         self._announce()
         steps = self.config.steps
         with self._sinks() as (writer, progress), stop_signals() as asked:
@@ -130,6 +142,7 @@ class Job:
         self.reader.close()
         if self.first_rank:
             self._finish(stopped)
+        return stopped
 
     def _read(self) -> StepBatch:
         return self.reader.read(self.done + 1)
@@ -197,7 +210,7 @@ class Job:
             return
         config = self.config
         with MetricsWriter(self.folder, config.logger, to_dict(config), self.done) as writer:
-            progress = StepLine(config.steps, config.trainer.console_every)
+            progress = StepLine(config.steps, config.trainer.console_every, self.console)
             try:
                 yield writer, progress
             finally:
@@ -287,6 +300,6 @@ class Job:
                 BAD_STEPS_FILE: "steps left out, with their sample keys",
             },
         )
-        print(table, flush=True)
+        print(table, file=self.console, flush=True)
         if stopped:
             log.warning("stopped by a signal after step %d: start again to go on", self.done)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,38 +16,83 @@ from multiprocessing.managers import SyncManager
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from moss_train import hardware
 from moss_train.config import Config
 
+_users = 0  # jobs and models of this process that need its process group
+_started = False  # by this module: then it is ended by it, too
+
+
+@contextmanager
+def process_group(config: Config) -> Iterator[None]:
+    """A job's time in its process group."""
+    start_process_group(config)
+    try:
+        yield
+    except BaseException:
+        # With others: they would notice, and report that before this rank's error.
+        if dist.get_world_size() == 1:
+            leave_process_group()
+        raise
+    leave_process_group()
+
 
 def start_process_group(config: Config) -> None:
-    """Joins the job. Works under torchrun, and without it as a job of one rank."""
+    """Joins the job under torchrun; without it, a job of one rank, which needs no network.
+
+    A process that is in one already (a job after a model that is still open) shares it.
+    """
+    global _users, _started
     if config.trainer.deterministic:
         hardware.make_deterministic()
     device = hardware.activate(config.hardware.device)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = config.hardware.threads or max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(threads)
-    dist.init_process_group(
-        hardware.backend(device.type), timeout=timedelta(seconds=config.hardware.timeout_s)
-    )
+    if not dist.is_initialized():
+        alone = "RANK" not in os.environ  # not under torchrun, which names the address of a store
+        dist.init_process_group(
+            hardware.backend(device.type),
+            timeout=timedelta(seconds=config.hardware.timeout_s),
+            store=dist.HashStore() if alone else None,
+            rank=0 if alone else -1,
+            world_size=1 if alone else -1,
+        )
+        _started = True
+    elif dist.get_backend() != hardware.backend(device.type):
+        raise RuntimeError(
+            f"hardware.device={device.type}: this process is in a process group of "
+            f"{dist.get_backend()} already, for another device: start another process"
+        )
+    _users += 1
     hardware.seed_everything(config.trainer.seed)
+
+
+def leave_process_group() -> None:
+    """Ends the process group, and what megatron made of it, after the last of its users."""
+    global _users, _started
+    _users -= 1
+    if _users == 0 and _started:
+        _started = False
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[float]]:
-    """Collects SIGTERM and SIGINT instead of dying of them.
+    """Collects SIGTERM and SIGINT instead of dying of them (in the main thread alone: others get
+    no signals).
 
     The same request may come twice, from a batch system and from torchrun. A second Ctrl-C of an
     impatient user (after a second or more) has its usual effect.
     """
     caught: list[float] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, _frame: object) -> None:
@@ -65,10 +112,14 @@ def stop_signals() -> Iterator[list[float]]:
 def start_writer_queue() -> None:
     """Gives megatron's checkpoint writer the queue that it would start a process for.
 
-    It spawns that process anew, which imports torch again and takes two seconds; this one is a fork
-    of the rank. The name is the same in megatron-core 0.16 and 0.19; there is no public way.
+    It spawns that process anew, which imports torch again and takes two seconds, and first runs a
+    user's script again that is not protected by `__name__ == "__main__"`; this one is a fork of the
+    rank. The name is the same in megatron-core 0.16 and 0.19; there is no public way.
     """
+    on_main = threading.current_thread() is threading.main_thread()
+    if filesystem_async._results_queue is not None or sys.platform != "linux" or not on_main:
+        return
     server = SyncManager(ctx=multiprocessing.get_context("fork"))
-    # The process ends with its rank, however that ends.
+    # The process ends with its rank (with the thread that started it), however that ends.
     server.start(torch.multiprocessing._prctl_pr_set_pdeathsig, (signal.SIGKILL,))  # type: ignore
     filesystem_async._results_queue = server.Queue()

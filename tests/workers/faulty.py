@@ -27,7 +27,8 @@ def main() -> None:
     config = load_config(overrides=overrides)
     resume_from = check(config)
     from moss_train.parallel.distribute import StepBatch
-    from moss_train.train.loop import Job, start_process_group
+    from moss_train.train.loop import Job
+    from moss_train.train.process import start_process_group
 
     class Faulty(Job):
         """A job with a bad day."""

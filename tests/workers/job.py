@@ -50,7 +50,7 @@ def main(tasks: list[Task]) -> None:
     for number, task in enumerate(tasks):
         config = load_config(overrides=task.overrides)
         if number == 0:
-            from moss_train.train.loop import start_process_group
+            from moss_train.train.process import start_process_group
 
             start_process_group(config)
         print(f"--- {task.name}", file=sys.stderr)

@@ -10,7 +10,7 @@ from data_pipeline.encode import EncodeConfig, SampleEncoder
 from data_pipeline.schema import Sample
 from data_pipeline.tokens import load_tokenizer
 from data_pipeline.video import probe_video, sample_times
-from moss_train.config import conf_dir
+from moss_train.presets import conf_dir
 
 
 def stage_names() -> list[str]:

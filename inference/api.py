@@ -1,0 +1,203 @@
+"""An export from Python: questions, a video as events, live sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from data_pipeline.images import read_picture
+from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
+from inference.engine.sampling import Sampling
+from inference.export_info import ExportInfo, read_export_info
+from inference.feed import Schedule, follow
+from inference.session.events import Event
+from inference.session.handle import SessionHandle
+from inference.session.runner import Runner
+from inference.sources import CLIP_FPS, CLIP_MIN_FRAMES, Source, clip
+
+# A file's path or bytes, a PIL image, an array [H, W, 3], a tensor [3, H, W].
+Image = str | Path | bytes | PIL.Image.Image | np.ndarray | torch.Tensor
+CHUNK = 32  # frames that a step of an answer takes in
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    **engine: Any,
+) -> Model:
+    """Opens an exported folder, with this package's code, never with the folder's.
+
+        with inference.load("exports/live") as model:
+            print(model.chat("Where is the circle?", images=["picture.jpg"]))
+
+    Args:
+        device: cpu, cuda, cuda:1 (default: CUDA where there is one).
+        dtype: fp32 or bf16 (default: the checkpoint's on CUDA, fp32 on a CPU).
+        quantize: int8 or fp8: weights of the decoder's linear layers.
+        engine: fields of `EngineConfig`: `window` (frames that the model sees at once, 256),
+            `max_tokens` (cached tokens of a session, 8192), `max_sessions` (1), ...
+
+    Raises:
+        ExportError, ValueError: the folder is not an export, or an argument is wrong.
+    """
+    info = read_export_info(checkpoint)
+    options = {"device": device, "dtype": dtype, "quantize": quantize, **engine}
+    return Model(load_engine(checkpoint, **options), info, str(checkpoint))
+
+
+class Model:
+    """An opened export, until `close`. Every method may be called from any thread."""
+
+    def __init__(self, engine: Engine, info: ExportInfo, name: str) -> None:
+        self.info, self.name = info, name
+        self.runner = Runner(engine)
+
+    def chat(
+        self,
+        text: str,
+        images: Sequence[Image] = (),
+        video: str | Path | Sequence[Image] | None = None,
+        *,
+        system_prompt: str = "",
+        max_new_tokens: int = 512,
+        sampling: Sampling | None = None,
+        fps: float = CLIP_FPS,
+        max_frames: int | None = None,
+    ) -> str:
+        """The answer to `text` after `images` and `video`. A real-time model watches the video in
+        silence before it is asked.
+
+        Args:
+            images: paths, bytes of files, PIL images, uint8 [H, W, 3] arrays or [3, H, W] tensors.
+            video: a file, of which `fps` frames a second are taken, at most `max_frames`
+                (default: 16, of a real-time model 256); or its frames.
+            sampling: (default: the most likely token each time).
+
+        Raises:
+            SourceError, SampleError: what is shown cannot be read, or `text` has a control token.
+            EngineFull: all `max_sessions` are in use.
+            RuntimeError: the engine failed.
+        """
+        frames = [read_picture(image) for image in images]
+        if isinstance(video, str | Path):
+            most = max_frames or (256 if self.info.watches else 16)
+            shown = clip(str(video), fps, min(CLIP_MIN_FRAMES, most), most)
+        else:
+            shown = [read_picture(frame) for frame in video or ()]
+        prompts = self.runner.vocabulary.prompts
+        if self.info.watches and shown and not frames:
+            tokens = prompts.watched(len(shown), text, system_prompt)
+        else:
+            marks = IMAGE_MARK * len(frames) + (VIDEO_MARK if shown else "")
+            counts = [1] * len(frames) + ([len(shown)] if shown else [])
+            system = [Message("system", system_prompt)] if system_prompt else []
+            messages = [*system, Message("user", marks + text)]
+            tokens = prompts.question(messages, counts, self.info.question_form).tokens
+        with self.runner.answer(
+            tokens,
+            [*frames, *shown],
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            chunk=CHUNK,
+        ) as answer:
+            return _text_of(answer)
+
+    def watch(
+        self,
+        video: str | Path | int,
+        prompt: str = "",
+        ask: Mapping[float, str] | None = None,
+        *,
+        fps: float = 1.0,
+        speed: float | None = None,
+        **session: Any,
+    ) -> Iterator[Event]:
+        """Watches a video and yields what happens, as it happens, until it is over.
+
+            for event in model.watch("clip.mp4", "Tell me what happens.", {1.5: "What is it?"}):
+                if event.type == "response.done":
+                    print(event.t_media, event.data["text"])
+
+        Args:
+            video: a file, the number of a camera, or an rtsp:// or http:// URL.
+            prompt: the first user turn (default: none, the model watches first).
+            ask: second of the video -> a question that is asked then.
+            fps: frames per second of the video.
+            speed: seconds of the video per second of the wall clock (default: of a file 0, as fast
+                as possible; of what is live 1).
+            session: further fields of `SessionConfig`: `system_prompt`, `pace`, `sampling`, ...
+
+        Raises:
+            ValueError: the model has not learned to watch, or an argument is wrong.
+            SourceError: there is no such file. Later errors are events of the type `error`.
+        """
+        self._check_watches()
+        source = Source(str(video))
+        source.check()
+        if fps <= 0 or (speed is not None and speed < 0):
+            raise ValueError(f"fps={fps}, speed={speed}: must be more than 0, and not less than 0")
+        pace = float(source.live) if speed is None else speed
+        schedule = Schedule(fps, pace or float(source.live), sorted((ask or {}).items()))
+        fields = {**schedule.session_fields(source.live), **session, "prompt": prompt}
+        return self._watch(source, schedule, fields)
+
+    def _watch(
+        self, source: Source, schedule: Schedule, fields: Mapping[str, Any]
+    ) -> Iterator[Event]:
+        with self.runner.session(**fields) as session:
+            yield from follow(session, source, schedule)
+
+    def session(self, prompt: str = "", **fields: Any) -> SessionHandle:
+        """A live session: frames and prompts go in, events come out.
+
+            with model.session("Tell me what happens.", live=False) as session:
+                session.put_frame(image)
+                session.end()
+                for event in session.events():
+                    ...
+
+        `fields` are those of `SessionConfig`; what a session does is in docs/streaming.md.
+
+        Raises:
+            ValueError: the model has not learned to watch, or a field is wrong.
+            EngineFull: all `max_sessions` are in use.
+        """
+        self._check_watches()
+        return self.runner.session(prompt=prompt, **fields)
+
+    def close(self) -> None:
+        """Ends all sessions, and the engine's thread."""
+        self.runner.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_watches(self) -> None:
+        if self.info.watches is False:
+            raise ValueError(
+                f"{self.name}: its prompts are of the form {self.info.prompt_form}: it has not "
+                "learned when to be silent: use chat(), or load a real-time model"
+            )
+
+
+def _text_of(answer: SessionHandle) -> str:
+    text = ""
+    for event in answer.events():
+        if event.type == "response.done":
+            text = event.data["text"]
+        elif event.type == "error":
+            raise RuntimeError(f"{answer.name}: {event.data['message']}")
+    return text

@@ -1,0 +1,91 @@
+"""What a notebook does with moss_train, in one process: front_door.py TOY OUT; saves `seen`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.torchrun import save_result
+
+
+def main(toy: Path, out: Path) -> dict[str, Any]:
+    import moss_train
+
+    def config(name: str, steps: int) -> moss_train.Config:
+        return moss_train.load_config(
+            "pt2", model="tiny", run={"dir": out / name},
+            data={"root": toy, "global_batch": 2, "micro_batch": 2, "workers": 0},
+            trainer={"steps": steps}, stage={"mixture": {"text": 0, "image": 1, "video": 1}},
+            hardware={"device": "cpu", "threads": 1}, overrides=["model.text.vocab_size=512"],
+        )  # fmt: skip
+
+    import torch
+    import torch.distributed as dist
+
+    seen: dict[str, Any] = {}
+    random.seed(1)
+    torch.manual_seed(1)
+    seen["draws"] = [random.random(), torch.rand(1).item()]
+    random.seed(1)
+    torch.manual_seed(1)
+    threads = torch.get_num_threads()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()) as lines:
+        first = moss_train.train(config("first", 3))
+        seen["lines"] = lines.getvalue()
+    with contextlib.redirect_stderr(io.StringIO()) as lines:
+        second = moss_train.train(config("second", 3), quiet=True)
+        seen["quiet"] = lines.getvalue()
+    seen["stdout"] = said.getvalue()
+    seen["runs"] = [[row["loss"] for row in run.metrics] for run in (first, second)]
+    seen["draws_after"] = [random.random(), torch.rand(1).item()]
+    seen["threads_kept"] = torch.get_num_threads() == threads
+    seen["rank"] = os.environ.get("RANK")
+    seen["group_ended"] = not dist.is_initialized()
+
+    model, other = first.model(threads=1), second.model(threads=1)
+    picture = torch.full((3, 40, 30), 200, dtype=torch.uint8)
+    seen["answers"] = [m.generate("", images=[picture], max_new_tokens=4) for m in (model, other)]
+    with model:
+        interrupted = _interrupt(lambda: moss_train.train(config("long", 400), quiet=True), out)
+    seen["stopped"] = [interrupted.stopped, len(interrupted.metrics)]
+    seen["saved"] = str(interrupted.checkpoint)
+    seen["answer_later"] = other.generate("", images=[picture], max_new_tokens=4)
+    seen["export"] = sorted(p.name for p in other.export(out / "export").iterdir())
+    other.close()
+    seen["group_ended_after_models"] = not dist.is_initialized()
+
+    found: list[moss_train.Run] = []
+    thread = threading.Thread(
+        target=lambda: found.append(moss_train.train(config("thread", 1), quiet=True))
+    )
+    thread.start()
+    thread.join()
+    seen["thread"] = len(found[0].metrics)
+    return seen
+
+
+def _interrupt(train: Callable[[], Any], out: Path) -> Any:
+    """Sends this process what Ctrl-C sends, once the first step is done."""
+
+    def watch() -> None:
+        metrics = out / "long" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return train()
+
+
+if __name__ == "__main__":
+    save_result("seen", main(Path(sys.argv[1]), Path(sys.argv[2])), as_json=True)
