@@ -1,7 +1,7 @@
 """Finds the form of a source, and gives its records one after the other.
 
-To add a form of your own: a name in FORMS, how `_form` or `_record_form` recognizes it, and a
-function (record, folder of its media) -> Draft in `_record_file`. docs/extending.md adds one.
+A form of your own is a function in RECORD_FORMS, and, to be recognized without --form, a line in
+`_record_form`: docs/extending.md adds one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,23 @@ from data_pipeline.importers.webdataset import shard_entries
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
-FORMS = ("sharegpt", "alpaca", "text", "table", "llamafactory", "captions", "webdataset")
-_RECORD_FORMS = FORMS[:4]
 _INFO = "dataset_info.json"
 _METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
 
 Convert = Callable[[dict[str, Any], str], Draft]
+
+
+def _text_draft(record: dict[str, Any], _base: str) -> Draft:
+    return text_draft(record.get("text"))
+
+
+# The forms of records, and what turns one (and the folder of its media) into a draft.
+RECORD_FORMS: dict[str, Convert] = {
+    "sharegpt": conversation.conversation_draft,
+    "alpaca": llama_factory.alpaca_draft,
+    "text": _text_draft,
+}
+FORMS = (*RECORD_FORMS, "table", "llamafactory", "captions", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -148,19 +159,12 @@ def _record_files(source: str, folder: bool, paths: list[str]) -> list[str]:
 
 def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> RecordFile:
     base = options.media_dir or files.parent(path)
-    form = form if form in _RECORD_FORMS else _record_form(path, options)
-    if form == "sharegpt":
-        convert: Convert = conversation.conversation_draft
-    elif form == "alpaca":
-        convert = llama_factory.alpaca_draft
-    elif form == "text":
-        convert = _text
-    else:
-        convert = partial(
-            captions.table_draft,
-            media_column=options.media_column,
-            caption_column=options.caption_column,
-        )
+    form = form if form in (*RECORD_FORMS, "table") else _record_form(path, options)
+    convert: Convert = RECORD_FORMS.get(form) or partial(
+        captions.table_draft,
+        media_column=options.media_column,
+        caption_column=options.caption_column,
+    )
     return RecordFile(path, stem, base, convert)
 
 
@@ -184,12 +188,8 @@ def _record_form(path: str, options: SourceOptions) -> str:
         return "text"
     raise ShardError(
         f"{path}: keys {', '.join(map(str, record))}: not of a known form: give --form "
-        f"({', '.join(_RECORD_FORMS)}), or --media-column and --caption-column of a table"
+        f"({', '.join([*RECORD_FORMS, 'table'])}), or a table's --media-column and --caption-column"
     )
-
-
-def _text(record: dict[str, Any], base: str) -> Draft:
-    return text_draft(record.get("text"))
 
 
 def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSource:
