@@ -82,7 +82,7 @@ def test_a_stream_is_watched_second_by_second(run: Run, tiny: Path, clip: Path) 
     assert texts[0] == texts[1] != []
 
 
-def test_the_view_shows_silence_quietly_and_speech_with_its_time(
+def test_the_view_shows_silence_and_responses_with_their_time(
     run: Run, tiny: Path, clip: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "events.jsonl"
@@ -105,7 +105,7 @@ def test_the_view_shows_silence_quietly_and_speech_with_its_time(
     assert "frame to decision" in err
 
 
-def test_wall_clock_pace(run: Run, tiny: Path, clip: Path) -> None:
+def test_frames_keep_the_pace_of_the_wall_clock(run: Run, tiny: Path, clip: Path) -> None:
     """Twenty times as fast as the clock: six frames, the last after 5 / 20 s."""
     args = stream(tiny, clip, "--speed", 20, "--jsonl", "-", "--max_new_tokens", 3)
     code, out, _ = run(realtime_streaming_infer, *args)
@@ -138,7 +138,7 @@ def test_a_stream_on_the_network(run: Run, tiny: Path, site: str) -> None:
     assert "none.mp4: cannot be read" in error["message"]
 
 
-def test_offline_questions(run: Run, sft: Path, tiny: Path, clip: Path) -> None:
+def test_both_offline_commands_answer(run: Run, sft: Path, tiny: Path, clip: Path) -> None:
     common = ["--video_path", clip, "--prompt", "What is it?", "--max_new_tokens", 5]
     for module, checkpoint in ((offline_infer, sft), (realtime_offline_infer, tiny)):
         code, out, err = run(module, "--checkpoint", checkpoint, *common, "--jsonl", "-")

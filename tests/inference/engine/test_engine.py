@@ -48,7 +48,7 @@ def test_a_stream_equals_one_pass_over_the_whole(model, static: bool) -> None:
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("sinks", [0, 1])
-def test_after_wrapping_only_the_surviving_frames_are_seen(model, static: bool, sinks: int) -> None:
+def test_after_wrapping_only_the_kept_frames_are_seen(model, static: bool, sinks: int) -> None:
     engine = engine_of(model, static, window=3, sinks=sinks)
     player = Player(engine, make_stream(2, frames=9))
     play(engine, [player])
@@ -68,7 +68,7 @@ def test_after_wrapping_only_the_surviving_frames_are_seen(model, static: bool, 
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_text_that_was_pruned_is_not_seen_and_the_rest_keeps_its_place(model, static: bool) -> None:
+def test_dropped_text_is_not_seen_and_the_rest_keeps_its_place(model, static: bool) -> None:
     engine = engine_of(model, static, window=64, max_tokens=48)
     player = Player(engine, make_stream(3, frames=45, silence=SILENCE))
     forgotten: dict[int, int] = {}  # token -> first token that no longer sees it
@@ -165,7 +165,7 @@ def test_an_interruption_equals_its_transcript(model) -> None:
     assert slot.tokens == transcript
 
 
-def test_taking_in_without_sampling(model) -> None:
+def test_tokens_are_taken_in_without_sampling(model) -> None:
     engine = engine_of(model, False, window=8)
     stream = make_stream(5)
     slot = engine.open()
@@ -200,7 +200,7 @@ def test_a_saved_session_goes_on_as_it_would_have(model) -> None:
         engine_of(model, False, window=4).restore(engine.save(part.slot))
 
 
-def test_a_free_slot_has_no_memory(model) -> None:
+def test_a_slot_that_is_opened_again_sees_nothing_of_before(model) -> None:
     engine = engine_of(model, True, window=3)
     first = Player(engine, make_stream(7, frames=6))
     play(engine, [first])
@@ -283,6 +283,6 @@ def test_an_impossible_step_is_refused_before_anything_changes(model) -> None:
         ({"tokens_before_first_frame": "none"}, "tokens_before_first_frame=none: allowed"),
     ],
 )
-def test_wrong_sizes_are_named(model, options: dict, message: str) -> None:
+def test_wrong_options_are_named(model, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(model, **options)

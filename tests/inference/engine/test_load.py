@@ -81,7 +81,9 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         ({}, {"device": "cuda"}, "this machine has no CUDA"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, options, message: str, folder: Path) -> None:
+def test_wrong_configs_and_options_are_refused(
+    changes, options, message: str, folder: Path
+) -> None:
     if "device" in options and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     change_config(folder, **changes)

@@ -157,7 +157,7 @@ def test_frames_that_arrive_later_join_those_in_the_cache() -> None:
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
-def test_blind_tokens_see_nothing_with_zero_and_all_frames_with_attend_all() -> None:
+def test_tokens_before_the_first_frame_see_nothing_or_all_frames() -> None:
     tokens, pixels = batch_of_two()
     blind = slice(0, 2)  # before the first frame of row 0
     logits = {}

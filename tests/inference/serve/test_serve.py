@@ -102,7 +102,7 @@ def test_a_client_that_comes_back_gets_what_it_missed(server: Running) -> None:
     assert again.close_code == 1000
 
 
-def test_after_the_grace_time_it_is_gone(server: Running) -> None:
+def test_after_the_grace_time_a_session_is_gone(server: Running) -> None:
     with server.open() as first:
         created = first.until("session.created")
         first.frame(jpeg())
@@ -145,7 +145,7 @@ def test_more_events_than_are_kept_are_reported_as_lost(server: Running) -> None
     assert following["seq"] == lost["to_seq"] + 1
 
 
-def test_speech_is_interrupted_and_cancelled(server: Running) -> None:
+def test_a_response_is_interrupted_and_cancelled(server: Running) -> None:
     with server.open() as client:
         client.until("session.created")
         client.update(pace=20, silence_bias=-50, temperature=0.8, seed=3)
@@ -267,7 +267,7 @@ def test_a_picture_may_come_in_json_and_with_a_question(server: Running) -> None
         client.rest()
 
 
-def test_no_session_is_free(server: Running) -> None:
+def test_a_session_is_refused_when_all_places_are_taken(server: Running) -> None:
     clients = [server.open() for _ in range(3)]
     for client in clients:
         client.until("session.created")
@@ -313,7 +313,7 @@ def test_health_and_metrics(server: Running) -> None:
     assert values['moss_refused_total{reason="full"}'] >= 1
 
 
-def test_a_key_opens_what_needs_one(engine: Engine) -> None:
+def test_routes_and_sessions_ask_for_the_key(engine: Engine) -> None:
     with serving(engine, key="secret") as server:
         assert get(f"{server.http}/health")[0] == 200
         for path in ("/metrics", "/v1/models"):

@@ -110,7 +110,7 @@ def test_a_client_that_does_not_read_loses_its_socket(server: Running) -> None:
     assert "slow_client" in server.hub.metrics.page(server.hub.runner).decode()
 
 
-def test_a_client_that_vanishes_is_waited_for_and_then_forgotten(server: Running) -> None:
+def test_a_session_waits_for_a_client_that_vanished_and_then_closes(server: Running) -> None:
     client = server.open()
     client.until("session.created")
     client.update(pace=None, silence_bias=-50)

@@ -51,7 +51,7 @@ class Demo:
         return found
 
 
-def test_frames_and_a_prompt_in_speech_silence_and_an_end_out(model: QueueModel) -> None:
+def test_frames_and_a_prompt_become_text_silence_and_an_end(model: QueueModel) -> None:
     demo = Demo(model, clock="media", pace=4)
     for picture in PICTURES[:4]:
         demo.images.put(picture)
@@ -71,7 +71,7 @@ def test_frames_and_a_prompt_in_speech_silence_and_an_end_out(model: QueueModel)
     assert demo.tokens.empty()
 
 
-def test_each_decision_to_be_silent_is_told_once(model: QueueModel) -> None:
+def test_each_decision_to_be_silent_is_put_once(model: QueueModel) -> None:
     demo = Demo(model, clock="media", pace=4, do_sample=False)
     for picture in PICTURES:
         demo.images.put(picture)
@@ -97,7 +97,7 @@ def _same() -> Any:
     return Sampling(silence_bias=BIAS)
 
 
-def test_it_stops_when_told(model: QueueModel) -> None:
+def test_it_stops_on_request(model: QueueModel) -> None:
     demo = Demo(model, pace=None)
     demo.images.put(PICTURES[0])
     demo.prompts.put("What do you see?")
@@ -109,7 +109,7 @@ def test_it_stops_when_told(model: QueueModel) -> None:
     model.stop_real_time_generate()  # nothing runs: nothing happens
 
 
-def test_what_fails_is_told_and_raised(model: QueueModel) -> None:
+def test_an_error_is_put_and_raised(model: QueueModel) -> None:
     demo = Demo(model)
     demo.images.put("no picture")
     assert demo.read(DONE, ERROR)[-1] == ERROR
@@ -127,7 +127,7 @@ def test_prompts_wait_for_room(model: QueueModel) -> None:
     assert demo.read(DONE, ERROR)[-1] == DONE
 
 
-def test_the_longest_round_ends(model: QueueModel) -> None:
+def test_a_round_ends_at_max_new_tokens(model: QueueModel) -> None:
     demo = Demo(model, max_new_tokens=2, pace=None)
     demo.prompts.put("What do you see?")
     for picture in PICTURES:

@@ -91,9 +91,7 @@ def reference(tiny: Path) -> Any:
     return model, MossVideoProcessor.from_pretrained(tiny)
 
 
-def test_all_that_was_said_is_what_one_offline_pass_would_say(
-    runner: Runner, reference: Any
-) -> None:
+def test_every_token_is_that_of_one_offline_pass(runner: Runner, reference: Any) -> None:
     """Interrupted twice, frames between words: each token is the likeliest of a teacher-forced
     pass over the whole transcript, every frame seen by exactly the tokens after it."""
     with runner.session(**options(), system_prompt="Be brief.") as session:
@@ -182,7 +180,7 @@ def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) ->
             assert names <= {e.data.get("response_id") for e in last}
 
 
-def test_endless_streams_forget_the_oldest_and_say_so(tiny: Path) -> None:
+def test_endless_streams_drop_the_oldest_and_report_it(tiny: Path) -> None:
     engine = load_engine(tiny, device="cpu", window=4, max_tokens=64)
     with Runner(engine) as runner, runner.session(**options(live=False)) as session:
         for second in range(60):
@@ -214,7 +212,7 @@ def test_a_session_in_an_event_loop(runner: Runner) -> None:
     assert "conversation.item.created" in kinds
 
 
-def test_events_are_numbered_and_readers_come_when_they_like(runner: Runner) -> None:
+def test_events_are_numbered_for_readers_at_any_time(runner: Runner) -> None:
     with runner.session(**options()) as session:
         watch(session, PICTURES[:3], {1: "Who is it?"})
         session.end()
@@ -271,7 +269,7 @@ def test_no_more_sessions_than_the_engine_has_slots(runner: Runner) -> None:
         one.close()
 
 
-def test_one_sessions_failure_is_not_the_others(runner: Runner) -> None:
+def test_the_failure_of_one_session_does_not_touch_others(runner: Runner) -> None:
     """A prompt that is longer than the context is refused by the engine, in the same batch."""
     with runner.session(**options()) as good, runner.session(**options()) as bad:
         bad.prompt("word " * 2000)

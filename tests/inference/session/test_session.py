@@ -3,70 +3,20 @@ model, and held to what training would have made of the same conversation."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data_pipeline.prompts import PromptBuilder
 from data_pipeline.schema import Message, SampleError
-from data_pipeline.tokens import SpecialTokens, build_toy_tokenizer, load_tokenizer
-from inference.session.response import Response, Vocabulary
-from inference.session.session import Frame, Prompt, QueueFull, Session, SessionConfig, StepRequest
+from data_pipeline.tokens import SpecialTokens
+from inference.session.response import Vocabulary
+from inference.session.session import Frame, QueueFull, Session, SessionConfig
 from inference.session.stats import Stats
-from inference.session.view import View
-
-BLACK = torch.zeros(3, 8, 8, dtype=torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    texts = ["A man walks in and sits down. Who is it? He is Bob. Be brief."]
-    return load_tokenizer(build_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"), texts))
-
-
-def make(tokenizer: Tokenizer, **fields: Any) -> Session:
-    return Session("s", SessionConfig(**fields), Vocabulary.of(tokenizer), Stats())
-
-
-class Model:
-    """Says what it is told to say, and keeps the context as an engine would."""
-
-    def __init__(self, session: Session, special: SpecialTokens) -> None:
-        self.session, self.special = session, special
-        self.context: list[int] = []
-        self.now = 0.0
-
-    def frame(self, at: float = 0.0, prompt: str | None = None) -> None:
-        self.session.push(Frame(BLACK, at, self.now, prompt))
-
-    def ask(self, text: str) -> None:
-        self.session.ask(Prompt(text, self.now))
-
-    def step(self, token: int) -> StepRequest:
-        """The session takes a step, to which the model says `token`."""
-        request = self.session.next_step(self.now)
-        assert request is not None
-        self.context += [*request.tokens, token]
-        assert request.tokens.count(self.special.image) == len(request.images)
-        self.now += 0.25
-        self.session.on_token(request, token, self.now)
-        return request
-
-    def say(self, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            self.step(token)
-
-    def emitted(self, type: str) -> list[dict[str, Any]]:
-        return [e.data for e in self.session.log.after(0, 10**6) if e.type == type]
+from tests.inference.session.scripted import BLACK, Model, make, started
 
 
 def play(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -127,15 +77,6 @@ def test_a_session_writes_a_real_conversation_as_training_does(
     assert play(tokenizer, messages) == trained(tokenizer, messages)
 
 
-@pytest.fixture
-def words(tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode("A man walks in", add_special_tokens=False).ids
-
-
-def started(tokenizer: Tokenizer, **fields: Any) -> Model:
-    return Model(make(tokenizer, **fields), SpecialTokens.from_tokenizer(tokenizer))
-
-
 def text(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False).replace("\n\n", "")
 
@@ -171,7 +112,7 @@ def test_the_start_waits_for_input_and_a_first_prompt_is_the_first_turn(
     assert request.tokens.count(model.special.eot_id) == 1
 
 
-def test_a_cancelled_speech_ends_as_the_model_ends_one(
+def test_a_cancelled_response_ends_as_the_model_ends_one(
     tokenizer: Tokenizer, words: list[int]
 ) -> None:
     model = started(tokenizer)
@@ -294,7 +235,9 @@ def test_wrong_settings_are_named() -> None:
             SessionConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_most_settings_are_fixed_once_it_has_begun(tokenizer: Tokenizer, words: list[int]) -> None:
+def test_most_settings_are_fixed_after_the_first_input(
+    tokenizer: Tokenizer, words: list[int]
+) -> None:
     session = make(tokenizer)
     session.configure(prompt="Who is it?", pace=None)
     session.push(Frame(BLACK, 0.0, 0.0))
@@ -302,54 +245,6 @@ def test_most_settings_are_fixed_once_it_has_begun(tokenizer: Tokenizer, words: 
     assert session.config.pace == 7
     with pytest.raises(ValueError, match="prompt: can be set before"):
         session.configure(prompt="And now?")
-
-
-def test_text_comes_in_whole_characters(tokenizer: Tokenizer) -> None:
-    said = tokenizer.encode("äöü", add_special_tokens=False).ids
-    assert len(said) == 6  # bytes
-    model = started(tokenizer)
-    model.frame()
-    model.say([*said, model.special.silence])
-    assert [d["delta"] for d in model.emitted("response.output_text.delta")] == ["ä", "ö", "ü"]
-    model.frame(1.0)
-    model.say([*said[:3], model.special.silence])
-    assert model.emitted("response.done")[1]["text"] == "ä\ufffd"
-    pieces = [d["delta"] for d in model.emitted("response.output_text.delta")][3:]
-    assert "".join(pieces) == "ä\ufffd"
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 511), max_size=40))
-def test_the_pieces_of_a_speech_are_its_text(tokenizer: Tokenizer, tokens: list[int]) -> None:
-    """Whatever the tokens: halves of characters, special ones."""
-    response = Response(tokenizer, "s")
-    pieces = [response.append(token) for token in tokens]
-    assert "".join(pieces) + response.flush() == tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_on_a_terminal_a_silence_is_one_line_that_grows(
-    tokenizer: Tokenizer, words: list[int]
-) -> None:
-    model, out = started(tokenizer), Terminal()
-    for second in range(3):
-        model.frame(float(second))
-        model.step(model.special.silence)
-    model.frame(3.0)
-    model.say([*words, model.special.silence])
-    view = View(out)
-    for event in model.session.log.after(0):
-        view.show(event)
-    shown = re.sub(r"\x1b\[2m|\x1b\[0m", "", out.getvalue())
-    silence, speech = shown.split("\n")[:2]
-    assert [part[:11] for part in silence.split("\r\x1b[K")[1:]] == [
-        "00:00  ·  l", "00:00-00:01", "00:00-00:02",
-    ]  # fmt: skip
-    assert speech.startswith(f"00:03  {tokenizer.decode(words)}  (4 tokens/s")
 
 
 def test_a_prompt_may_wait_for_the_frames_before_it(tokenizer: Tokenizer, words: list[int]) -> None:
@@ -362,3 +257,12 @@ def test_a_prompt_may_wait_for_the_frames_before_it(tokenizer: Tokenizer, words:
     shapes = [len(model.step(token).images) for token in (silence, silence, words[0], words[1])]
     assert shapes == [1, 1, 0, 0]
     assert len(model.step(silence).images) == 1  # after the words that fit between
+
+
+def test_a_saved_session_of_another_version_is_refused(tokenizer: Tokenizer) -> None:
+    state = make(tokenizer).state()
+    vocabulary = Vocabulary.of(tokenizer)
+    assert Session.resume(state, vocabulary, Stats(), 0.0).config == SessionConfig()
+    del state["version"]  # as the first version had it
+    with pytest.raises(ValueError, match="of version 1: this program reads version 2"):
+        Session.resume(state, vocabulary, Stats(), 0.0)
