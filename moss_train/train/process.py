@@ -120,6 +120,13 @@ def start_writer_queue() -> None:
     if filesystem_async._results_queue is not None or sys.platform != "linux" or not on_main:
         return
     server = SyncManager(ctx=multiprocessing.get_context("fork"))
-    # The process ends with its rank (with the thread that started it), however that ends.
-    server.start(torch.multiprocessing._prctl_pr_set_pdeathsig, (signal.SIGKILL,))  # type: ignore
+    server.start(_outlive_signals)
     filesystem_async._results_queue = server.Queue()
+
+
+def _outlive_signals() -> None:
+    """In the queue's process: it ends with its rank (with the thread that started it), however
+    that ends, and not before: torchrun and batch systems signal every process of a job, and the
+    rank saves then."""
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
