@@ -8,6 +8,7 @@ OUT/report.html shows everything; what is finished already is not done again.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from pathlib import Path
 from data_pipeline.atomic import write_atomically
 from data_pipeline.commands import FAILED, CommandParser, report_error
 from tools import preloaded
-from tools.demo.parts import RECORD, TRAIN, Part, full, short
+from tools.demo.parts import RECORD, Part, full, short
 
 PROGRAM = "python -m tools.demo"
 
@@ -89,11 +90,13 @@ def run_all(parts: Sequence[Part], record: Path) -> None:
 
 def run(part: Part) -> None:
     """Runs one command; CalledProcessError where it fails."""
-    arguments = list(part.arguments)
-    if part.ranks:
-        ranks = ["--nproc-per-node", str(part.ranks)]
-        arguments = preloaded.torchrun(ranks, TRAIN, arguments)
-    preloaded.run(part.module, *arguments)
+    if not part.ranks:
+        preloaded.run(part.module, *part.arguments)
+        return
+    ranks = ["--nproc-per-node", str(part.ranks)]
+    script = Path(importlib.import_module(part.module).__file__ or "").parent / "__main__.py"
+    arguments = preloaded.torchrun(ranks, script, list(part.arguments))
+    preloaded.run("torch.distributed.run", *arguments)
 
 
 def _clock(seconds: float) -> str:

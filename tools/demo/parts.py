@@ -11,10 +11,9 @@ import yaml
 
 from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
+from moss_train.presets import conf_dir
 
-REPO = Path(__file__).resolve().parents[2]
 RECORD = "demo.json"  # in the demo's folder: what was run, and how long it took
-TRAIN = REPO / "launch/train.py"
 BATCH = 16  # samples a step, over all ranks
 LIVE = STAGES[-1]
 SHORT = 350 * BATCH  # samples of the demo's only stage
@@ -26,7 +25,7 @@ class Part:
     """A command of the demo.
 
     seconds: what it takes on two free cores, for the time that is left (docs/toy.md).
-    ranks: processes of torchrun, which then runs launch/train.py; 0: `python -m module`.
+    ranks: processes of torchrun, which then run the module; 0: `python -m module`.
     makes: a folder that must not exist before.
     """
 
@@ -39,10 +38,10 @@ class Part:
 
     @property
     def command(self) -> str:
-        """For a shell, in the folder of the checkout."""
+        """For a shell."""
         start = f"python -m {self.module}"
         if self.ranks:
-            start = f"torchrun --nproc-per-node {self.ranks} launch/train.py"
+            start = f"torchrun --nproc-per-node {self.ranks} -m {self.module}"
         return f"{start} {shlex.join(self.arguments)}"
 
 
@@ -79,7 +78,7 @@ def full(options: argparse.Namespace) -> list[Part]:
     before: list[str] = []
     seconds = {"pt1": (110, 5), "pt2": (150, 5), "sft": (300, 15), LIVE: (115, 20)}
     for stage in STAGES:
-        recipe = yaml.safe_load((REPO / f"conf/recipe/toy_{stage}.yaml").read_text())
+        recipe = yaml.safe_load((conf_dir() / f"recipe/toy_{stage}.yaml").read_text())
         samples = f"data.samples={_steps(recipe['data']['samples'] * options.scale)}"
         training, evaluation = seconds[stage]
         run = str(options.out / stage)
@@ -136,7 +135,7 @@ def _train(stage: str, more: list[str], options: argparse.Namespace, seconds: fl
         *more,
         *options.overrides,
     ]
-    return Part(f"train {stage}", "torch.distributed.run", tuple(overrides), seconds, options.ranks)
+    return Part(f"train {stage}", "moss_train", tuple(overrides), seconds, options.ranks)
 
 
 def _steps(samples: float) -> int:

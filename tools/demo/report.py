@@ -62,6 +62,7 @@ class Stage:
         self.name, self.run = run.name, run
         self.config: Config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
         self.result: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
+        self.scores = [Score(**score) for score in self.result["scores"]]
         self.rows = read_metrics(run)
         tokenizer = load_tokenizer(self.config.data.tokenizer)
         self.encoder = SampleEncoder(encode_config(self.config), tokenizer)
@@ -89,10 +90,9 @@ def write_report(out: Path) -> Path:
     stages = [Stage(out / name) for name in STAGES if (out / name / "evaluation.json").exists()]
     before = out / "before.json"
     earlier = json.loads(before.read_text()) if before.exists() else None
-    scores = [Score(**score) for stage in stages for score in stage.result["scores"]]
     if len(stages) > 1:  # else the evaluation has just printed it
-        print(table(scores))
-    rows = list(score_table(scores, earlier))
+        print(table([score for stage in stages for score in stage.scores]))
+    rows = [row for stage in stages for row in score_table(stage, earlier)]
     page = render(
         "demo.html.jinja",
         Path(__file__).parent,
@@ -116,16 +116,18 @@ def write_report(out: Path) -> Path:
     return path
 
 
-def score_table(scores: Sequence[Score], earlier: Mapping[str, Any] | None) -> Iterator[list[str]]:
+def score_table(stage: Stage, earlier: Mapping[str, Any] | None) -> Iterator[list[str]]:
     """Lines of the table: source, score, before the training, after it, blind, chance, number."""
     known = {(s["source"], s["metric"]): s["value"] for s in (earlier or {}).get("scores", [])}
-    for score in scores:
+    for score in stage.scores:
         values = (score.value, score.blind, score.chance)
         numbers = ["" if value is None else f"{value:.3f}" for value in values]
         if earlier is not None:
             value = known.get((score.source, score.metric))
             numbers.insert(0, "" if value is None else f"{value:.3f}")
-        yield [score.source, score.metric, *numbers, str(score.count)]
+        # "all sources" is a stage's own.
+        source = score.source if "/" in score.source else f"{stage.name}, {score.source}"
+        yield [source, score.metric, *numbers, str(score.count)]
 
 
 def _curves(stages: Sequence[Stage]) -> dict[str, str]:
@@ -138,7 +140,7 @@ def _curves(stages: Sequence[Stage]) -> dict[str, str]:
 
 def _samples(stage: Stage) -> list[Sample]:
     """The first answered questions of each modality, with their pictures."""
-    answered = {sample["key"]: sample for sample in stage.result["samples"]}
+    answered = {sample["key"]: sample for sample in stage.result.get("samples", [])}
     found = []
     for modality in MODALITIES:
         for item in stage.items(modality, SHOWN):

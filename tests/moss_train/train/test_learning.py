@@ -79,8 +79,9 @@ def test_the_demo_ends_with_a_page_of_all_stages_and_a_clip_that_is_watched(demo
     for stage in STAGES:
         assert f"{stage}: loss per label" in page.captions
         for (source, metric), score in scores(demo, stage).items():
-            shown = [row for table in page.tables for row in table if row[:2] == [source, metric]]
-            assert shown[0][2] == f"{score['value']:.3f}"
+            name = [f"{stage}, {source}" if source == "all sources" else source, metric]
+            (row,) = (row for row in page.tables[2] if row[:2] == name)
+            assert row[2] == f"{score['value']:.3f}"
     (says,) = (row[1:] for row in page.tables[0] if row[0] == "the model says")
     assert [(s, words) for s, words in enumerate(says) if words] == spoken(demo / "narration.jsonl")
 
