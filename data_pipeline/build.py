@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, ShardWriter, check_source
 
-_VERSION = 1  # of the importers: what a source becomes changes with it
+_VERSION = 2  # of the importers: what a source becomes changes with it
 _SHARE_FROM = 1000  # records, before which a share means little
 
 
@@ -145,10 +146,12 @@ class _Group:
             first=journal.shards[name],
         )
         self._samples, self._last = 0, -1
+        self._notes: Counter[str] = Counter()
 
     def write(self, outcome: Outcome) -> None:
         assert isinstance(outcome.sample, dict)
         self._samples, self._last = self._samples + 1, outcome.index
+        self._notes.update(outcome.notes)
         self._note(self._writer.write(outcome.sample))
 
     def finish(self) -> None:
@@ -156,8 +159,8 @@ class _Group:
 
     def _note(self, shard: Path | None) -> None:
         if shard is not None:
-            self._journal.shard_done(self._name, shard, self._samples, self._last)
-            self._samples = 0
+            self._journal.shard_done(self._name, shard, self._samples, self._last, self._notes)
+            self._samples, self._notes = 0, Counter()
 
 
 def _check_rejected(
@@ -264,6 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{given.out / group}: {count} samples")
     for reason, count in summary.rejected.items():
         print(f"rejected, {reason}: {count} (see {given.out / REJECTED})")
+    for note, count in sorted(summary.notes.items()):
+        print(f"noted, {note}: {count}")
     print(f"{summary.records} records: {summary.imported.total()} imported, "
           f"{summary.rejected.total()} rejected")  # fmt: skip
     return 0 if summary.imported else 1

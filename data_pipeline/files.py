@@ -19,10 +19,16 @@ import fsspec
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
-)
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff",
+    ".jp2", ".pgm", ".ppm",
+})  # fmt: skip
+VIDEO_SUFFIXES = frozenset({
+    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
+    ".flv", ".wmv", ".3gp", ".ogv",
+})  # fmt: skip
+# Pictures that may be a sequence of them.
+ANIMATED_SUFFIXES = frozenset({".gif", ".webp", ".apng", ".avif"})
 RECORD_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 TAR_SUFFIXES = frozenset({".tar", ".tgz"})
 
@@ -121,17 +127,41 @@ def read_bytes(path: str) -> bytes:
             # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
             if isinstance(error, FileNotFoundError) and not silent:
-                detail = f"{name(path)}: No such file or directory"
+                detail = f"{path}: No such file or directory"
                 raise SampleError("missing_file", detail) from None
             if is_url(path) and pause is not None and not isinstance(error, PermissionError):
                 time.sleep(pause)
                 continue
-            detail = f"{name(path)}: {'the server does not answer' if silent else error}"
+            detail = f"{path}: {'the server does not answer' if silent else error}"
             raise SampleError("unreadable_file", detail) from None
         if not data:
-            raise SampleError("empty_file", f"{name(path)} has 0 bytes")
+            raise SampleError("empty_file", f"{path} has 0 bytes")
         return data
     raise AssertionError("unreachable")
+
+
+# The longer ones first: UTF-32's starts with UTF-16's.
+_MARKS = {
+    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
+}  # fmt: skip
+
+
+def encoding(data: bytes) -> str:
+    """What the byte order mark at the start of a text says, `utf-8` without one."""
+    return next((found for mark, found in _MARKS.items() if data.startswith(mark)), "utf-8")
+
+
+def decode_text(data: bytes, file: str) -> str:
+    """A text file's bytes, in UTF-8 or as its byte order mark says; SampleError(`bad_text`)."""
+    try:
+        return data.decode(encoding(data))
+    except UnicodeDecodeError as error:
+        raise SampleError(
+            "bad_text",
+            f"{file}: byte {error.start} ({data[error.start]:#04x}) is not {error.encoding}: "
+            "save the file as UTF-8",
+        ) from None
 
 
 def _read(path: str) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
@@ -90,6 +90,9 @@ def decode_image(data: bytes) -> Tensor:
             return _pixels(to_rgb(opened)).permute(2, 0, 1)
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        detail = f"{len(data)} bytes: no picture in a format that is known"
+        raise SampleError("undecodable_image", detail) from None
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
 

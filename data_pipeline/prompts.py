@@ -38,7 +38,7 @@ STAGE_FORMS: dict[str | None, PromptForm] = {
     "realtime_sft": "realtime",
 }
 
-# Special tokens that a content may contain; any other one is an error.
+# Special tokens that a content may contain; any other one that it spells is text.
 _CONTENT = re.compile(r"(<\|image\|>|<\|video\|>|<\|silence\|>|<\|\.\.\.\|>)")
 
 
@@ -88,8 +88,8 @@ class PromptBuilder:
     def __init__(self, tokenizer: Tokenizer, special: SpecialTokens) -> None:
         self._tokenizer = tokenizer
         self._special = special
-        added = tokenizer.get_added_tokens_decoder()
-        self._control = {i for i, token in added.items() if token.special}
+        # A special token that a text spells stays text: it ends no turn and forges no header.
+        tokenizer.encode_special_tokens = True
         self._inline = {"<|silence|>": special.silence, "<|...|>": special.ellipsis}
 
     def build(
@@ -107,7 +107,7 @@ class PromptBuilder:
         `frames_per_mark` holds the number of frames of each media mark in reading order. After a
         cut only the first `len(prompt.frame_positions)` frames are still in use. Swappable frames
         swap with `swap_probability`, decided by `draws` (None: no swaps, as in evaluation). Raises
-        SampleError where nothing is left to learn or a content holds a control token.
+        SampleError where nothing is left to learn.
         """
         prompt, counts = Prompt(), iter(frames_per_mark)
         prompt.add([self._special.begin_of_text], learn=False)
@@ -158,7 +158,7 @@ class PromptBuilder:
         return [special.start_header_id, *name, special.end_header_id, *self._encode("\n\n")]
 
     def turn(self, role: Role, text: str) -> list[int]:
-        """A whole turn without media, and its `<|eot_id|>`; SampleError for a control token."""
+        """A whole turn without media, and its `<|eot_id|>`; SampleError for a mark of a medium."""
         if IMAGE_MARK in text or VIDEO_MARK in text:
             raise SampleError("control_token", "the text contains a mark of a picture")
         prompt = Prompt()
@@ -168,7 +168,7 @@ class PromptBuilder:
     def _add_message(
         self, prompt: Prompt, message: Message, counts: Iterator[int], form: PromptForm
     ) -> None:
-        learn = message.role == "assistant"
+        learn = message.role == "assistant" and message.learn
         if form == "pretrain":
             self._add_content(prompt, message.content, counts, learn)
             return
@@ -214,11 +214,4 @@ class PromptBuilder:
             raise SampleError(
                 "bad_text", f"{text!r:.80} contains half a surrogate pair: write whole characters"
             ) from None
-        control = self._control.intersection(ids)
-        if control:
-            # Left in, it would end a turn or forge a header in the middle of a content.
-            names = [str(self._tokenizer.id_to_token(i)) for i in sorted(control)]
-            raise SampleError(
-                "control_token", f"the text contains {', '.join(names)}: remove or escape it"
-            )
         return ids

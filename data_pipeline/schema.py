@@ -39,6 +39,7 @@ class SampleError(Exception):
 class Message:
     role: Role
     content: str
+    learn: bool = True  # False: an assistant's turn that is context alone
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,15 @@ def _messages(data: dict[str, Any]) -> tuple[Message, ...]:
             raise SampleError("bad_schema", f"messages[{i}].role: {role!r}, allowed: {allowed}")
         if not isinstance(content, str):
             raise SampleError("bad_schema", f"messages[{i}].content: {content!r:.80} is not a text")
-        messages.append(Message(role, content))
-    if not any(message.role == "assistant" for message in messages):
+        learn = entry.get("learn", True)
+        if not isinstance(learn, bool):
+            raise SampleError("bad_schema", f"messages[{i}].learn: {learn!r:.80}: true or false")
+        messages.append(Message(role, content, learn))
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
         raise SampleError("bad_schema", "messages: no assistant turn, so nothing to learn")
+    if not any(message.learn for message in answers):
+        raise SampleError("no_labels", "messages: every assistant turn is marked as context alone")
     return tuple(messages)
 
 

@@ -9,10 +9,13 @@ from data_pipeline import files
 from data_pipeline.importers.draft import (
     Draft,
     Entry,
+    Medium,
     caption_draft,
     distinct_stems,
     media_type,
     medium,
+    refuse_preferences,
+    unused_fields,
 )
 from data_pipeline.schema import MediaType, SampleError
 from data_pipeline.shards import ShardError
@@ -28,7 +31,7 @@ CAPTION_COLUMNS = ("caption", "text", "description", "sentence")
 def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
     """A sample for each picture or video below a folder, captioned by the .txt of its name."""
     (stem,) = distinct_stems([files.name(folder.rstrip("/"))])
-    captions = {path.removesuffix(".txt"): path for path in paths if path.endswith(".txt")}
+    captions = {path[:-4]: path for path in paths if files.suffix(path) == ".txt"}
     wanted = [path for path in paths if media_type(path)]
     for number, path in enumerate(wanted):
         kind = media_type(path)
@@ -38,7 +41,7 @@ def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
         if caption is None:
             draft = SampleError("missing_caption", f"{files.name(path)}: no .txt of this name")
         else:
-            draft = caption_draft(medium(kind, path, folder), caption_file=caption)
+            draft = caption_draft(Medium(kind, path, files.suffix(path)), caption_file=caption)
         share = (number + 1) / len(wanted)
         yield Entry(f"{stem}-{number:06d}", _inside(folder, path), share, draft)
     for number, path in enumerate(captions.values(), len(wanted)):
@@ -48,7 +51,7 @@ def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
 
 def is_captioned(paths: list[str]) -> bool:
     """Whether at least one picture or video has a text of its name."""
-    texts = {path.removesuffix(".txt") for path in paths if path.endswith(".txt")}
+    texts = {path[:-4] for path in paths if files.suffix(path) == ".txt"}
     return any(media_type(path) and path.rpartition(".")[0] in texts for path in paths)
 
 
@@ -65,12 +68,32 @@ def table_draft(
 ) -> Draft:
     """A record with the path of a picture or video and its caption; SampleError, ShardError."""
     place = _column(record, media_column, MEDIA_COLUMNS, "--media-column")
-    caption = record.get(_column(record, caption_column, CAPTION_COLUMNS, "--caption-column"))
+    words = _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
+    caption = record.get(words)
     if not isinstance(caption, str) or not caption.strip():
         raise SampleError("missing_caption", f"{caption!r:.80} is not a caption")
     if not record[place]:
         raise SampleError("missing_file", f"{place} is empty")
-    return caption_draft(medium(_type(place, record[place]), record[place], base), caption.strip())
+    try:
+        shown = medium(_type(place, record[place], base), record[place], base)
+    except ValueError as error:  # a URL that cannot be one
+        raise SampleError("bad_schema", f"{place}: {record[place]!r:.80}: {error}") from None
+    notes = tuple(unused_fields(record, (place, words)))
+    return caption_draft(shown, caption.strip(), notes=notes)
+
+
+def text_notes(record: dict[str, Any]) -> tuple[str, ...]:
+    """What a record of plain text holds beside it; SampleError for preferences."""
+    refuse_preferences(record)
+    return tuple(unused_fields(record, ("text",)))
+
+
+def check_columns(
+    record: dict[str, Any], media_column: str | None, caption_column: str | None
+) -> None:
+    """ShardError where a table's first record has no such columns."""
+    _column(record, media_column, MEDIA_COLUMNS, "--media-column")
+    _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
 
 
 def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
@@ -83,10 +106,15 @@ def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], 
     return column
 
 
-def _type(column: str, value: Any) -> MediaType:
-    """Picture or video: by the path's suffix, else by the column's name."""
+def _type(column: str, value: Any, base: str) -> MediaType:
+    """Picture or video: by the path's suffix, else by the column's name.
+
+    A column that says video is believed of a picture that may be animated.
+    """
     path = value.get("path") if isinstance(value, dict) else value
     by_suffix = media_type(path) if isinstance(path, str) else None
+    if path and by_suffix == "image" and column.startswith("video"):
+        by_suffix = "video" if _may_move(files.join(base, path)) else "image"
     if by_suffix is None and column.startswith("image"):
         return "image"
     if by_suffix is None and column.startswith("video"):
@@ -94,3 +122,14 @@ def _type(column: str, value: Any) -> MediaType:
     if by_suffix is None:
         raise SampleError("unknown_media", f"{value!r:.80}: not the suffix of a picture or video")
     return by_suffix
+
+
+def _may_move(path: str) -> bool:
+    """Whether a picture can be animated; of PNG, which mostly is not, by the file's first bytes."""
+    if files.suffix(path) != ".png" or files.is_url(path):
+        return files.suffix(path) in files.ANIMATED_SUFFIXES
+    try:
+        with open(path, "rb") as file:
+            return b"acTL" in file.read(4096)
+    except OSError:
+        return False

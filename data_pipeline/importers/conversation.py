@@ -1,18 +1,32 @@
-"""Records with a list of messages, in ShareGPT's, OpenAI's or LLaMA-Factory's form, to drafts."""
+"""Records with a list of messages, in ShareGPT's, OpenAI's or LLaMA-Factory's form, to drafts.
+
+What a record may hold is known here: `Dialect` for its fields, `_MESSAGE_FIELDS` for those of a
+message. Another field that holds something is counted (`Draft.notes`).
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.importers.draft import Draft, in_order, medium
+from data_pipeline.importers.draft import (
+    Draft,
+    Turn,
+    in_order,
+    medium,
+    refuse_preferences,
+    unused_fields,
+)
 from data_pipeline.importers.realtime import is_realtime, realtime_draft
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, MediaType, Role, SampleError
 
 # A tool's answer is the user's turn; its call is the model's.
 ROLES: Mapping[str, Role] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "observation": "user",
@@ -22,20 +36,34 @@ ROLES: Mapping[str, Role] = {
     "function_call": "assistant",
     "function": "assistant",
 }
+# Each says of an assistant's turn whether it is learned, or only context.
+LEARN_FLAGS = ("loss", "weight", "train", "train_on_turn", "trainable", "loss_scale")
+_CALLS = ("tool_calls", "function_call")
+_MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *LEARN_FLAGS, *_CALLS})
+_SOUND = ("audio", "audios")
+# Under which names records on their own have their media; the first is LLaMA-Factory's.
+IMAGE_FIELDS = ("images", "image", "image_path", "image_paths", "image_url", "image_urls")
+VIDEO_FIELDS = ("videos", "video", "video_path", "video_paths", "video_url", "video_urls")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """The names under which a record keeps its parts; None: it has no such part."""
+    """The names under which a record keeps its parts; None or (): it has no such part."""
 
     messages: str = "messages"
     role: str | None = None  # None: `role` or `from`, whichever the messages have
     content: str | None = None  # None: `content` or `value`
     roles: Mapping[str, Role] = field(default_factory=lambda: ROLES)
     system: str | None = "system"
-    tools: str | None = "tools"
-    images: str | None = "images"
-    videos: str | None = "videos"
+    tools: tuple[str, ...] = ("tools", "functions")
+    images: tuple[str, ...] = IMAGE_FIELDS
+    videos: tuple[str, ...] = VIDEO_FIELDS
+    others: tuple[str, ...] = ()  # that are read elsewhere
+
+    def known(self) -> set[str]:
+        """All fields of a record that are used."""
+        columns = (*self.tools, *self.images, *self.videos, *self.others)
+        return {self.messages, self.system or "", *columns}
 
 
 def conversation_draft(record: dict[str, Any], base: str, dialect: Dialect | None = None) -> Draft:
@@ -47,68 +75,181 @@ def conversation_draft(record: dict[str, Any], base: str, dialect: Dialect | Non
         raise SampleError("bad_schema", f"a record must be an object with a list `messages`: "
                           f"its keys are {', '.join(map(str, record))}")  # fmt: skip
     messages = [_message(entry, i, dialect) for i, entry in enumerate(entries)]
-    return with_media(_system(record, dialect) + messages, record, base, dialect)
+    notes = [note for entry in entries for note in _message_notes(entry, dialect)]
+    return with_media(system_turn(record, dialect) + messages, record, base, dialect, notes)
 
 
 def with_media(
-    messages: list[dict[str, str]], record: dict[str, Any], base: str, dialect: Dialect
+    messages: list[Turn],
+    record: dict[str, Any],
+    base: str,
+    dialect: Dialect,
+    notes: list[str] | None = None,
 ) -> Draft:
-    """Gives a conversation the media that its record names."""
-    images, videos = _media(record, dialect.images), _media(record, dialect.videos)
-    messages = [
-        message | {"content": _our_marks(message["content"], bool(images or videos))}
-        for message in messages
-    ]
+    """Gives a conversation the media that its record names, and notes what else is there."""
+    refuse_preferences(record)
+    for name in _SOUND:
+        if record.get(name):
+            raise SampleError("unknown_media", f"{name}: the model takes images and videos")
+    (images, image_field), (videos, video_field) = (
+        _media(record, columns) for columns in (dialect.images, dialect.videos)
+    )
+    notes = (notes or []) + unused_fields(record, dialect.known())
+    text = "".join(message["content"] for message in messages)
+    if not images and not videos:
+        notes += [f"{mark} in a record without media" for mark in _THEIRS if mark in text]
+    else:
+        messages = _our_marks(messages, bool(images))
+    single = {image_field, video_field} & {"image", "video"}
+    if single and not any(mark in m["content"] for m in messages for mark in _THEIRS.values()):
+        messages = _marked(messages, len(images), len(videos))
+        notes.append("medium without a mark, put before the first user's turn")
     pictures = [medium("image", image, base) for image in images]
     if is_realtime(videos):
-        return realtime_draft(messages, pictures, videos, base)
-    given: dict[MediaType, list[Any]] = {
-        "image": pictures,
-        "video": [medium("video", video, base) for video in videos],
-    }
-    return Draft(messages, in_order(messages, given))
+        draft = realtime_draft(messages, pictures, videos, base)
+    else:
+        given: dict[MediaType, list[Any]] = {
+            "image": pictures,
+            "video": [medium("video", video, base) for video in videos],
+        }
+        draft = Draft(messages, in_order(messages, given))
+        _check_answers(messages)
+    return Draft(draft.messages, draft.media, draft.kind, notes=tuple(notes))
 
 
-def _message(entry: Any, index: int, dialect: Dialect) -> dict[str, str]:
+def _message(entry: Any, index: int, dialect: Dialect) -> Turn:
     if not isinstance(entry, dict):
         raise SampleError("bad_schema", f"messages[{index}]: {entry!r:.80} is not an object")
-    role_key = dialect.role or ("role" if "role" in entry else "from")
-    content_key = dialect.content or ("content" if "content" in entry else "value")
+    role_key, content_key = _keys(entry, dialect)
     name, content = entry.get(role_key), entry.get(content_key)
     role = dialect.roles.get(name) if isinstance(name, str) else None
+    if name == "function" and role_key == "role" and "name" in entry:
+        role = "user"  # OpenAI's: the answer of the function of that name
     if role is None:
         allowed = ", ".join(dialect.roles)
         raise SampleError("bad_schema", f"messages[{index}].{role_key}: {name!r}: not of {allowed}")
+    calls = _calls(entry, index)
+    if calls and role != "assistant":
+        raise SampleError("bad_schema", f"messages[{index}]: a call of a tool by the {role}")
+    if content is None and calls:
+        content = ""
     if not isinstance(content, str):
+        hint = f", and it has {', '.join(_CALLS)}" if any(map(entry.get, _CALLS)) else ""
         raise SampleError(
-            "bad_schema", f"messages[{index}].{content_key}: {content!r:.80} is not a text"
+            "bad_schema", f"messages[{index}].{content_key}: {content!r:.80} is not a text{hint}"
         )
-    return {"role": role, "content": content}
+    turn: Turn = {"role": role, "content": "\n".join(filter(None, [content, *calls]))}
+    if role == "assistant" and not _learned(entry, index):
+        turn["learn"] = False
+    return turn
 
 
-def _system(record: dict[str, Any], dialect: Dialect) -> list[dict[str, str]]:
+def _keys(entry: dict[str, Any], dialect: Dialect) -> tuple[str, str]:
+    return (
+        dialect.role or ("role" if "role" in entry else "from"),
+        dialect.content or ("content" if "content" in entry else "value"),
+    )
+
+
+def _message_notes(entry: dict[str, Any], dialect: Dialect) -> list[str]:
+    return unused_fields(entry, {*_keys(entry, dialect), *_MESSAGE_FIELDS}, "messages[].")
+
+
+def _learned(entry: dict[str, Any], index: int) -> bool:
+    flags = {name: entry[name] for name in LEARN_FLAGS if entry.get(name) is not None}
+    for name, value in flags.items():
+        if value not in (0, 1):  # False and 0.0 are 0, too
+            raise SampleError(
+                "bad_schema", f"messages[{index}].{name}: {value!r:.40}: only 0 and 1 are known"
+            )
+    return all(flags.values())
+
+
+def _calls(entry: dict[str, Any], index: int) -> list[str]:
+    """Each call as a JSON object with `name` and `arguments`, as in LLaMA-Factory's data."""
+    calls = entry.get("tool_calls") or []
+    calls = [*calls, entry["function_call"]] if entry.get("function_call") else calls
+    texts = []
+    for call in calls if isinstance(calls, list) else [None]:
+        made = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(made, dict) or not isinstance(made.get("name"), str):
+            raise SampleError(
+                "bad_schema", f"messages[{index}]: {call!r:.80} is not a call of a tool"
+            )
+        given = made.get("arguments", {})
+        if isinstance(given, str):
+            with suppress(ValueError):  # whatever the model has written stays as it is
+                given = json.loads(given)
+        texts.append(_json({"name": made["name"], "arguments": given}))
+    return texts
+
+
+def system_turn(record: dict[str, Any], dialect: Dialect) -> list[Turn]:
     """The system message that a record has beside its messages, with its tools' descriptions."""
-    parts = [record.get(key) for key in (dialect.system, dialect.tools) if key]
-    text = "\n\n".join(part for part in parts if isinstance(part, str) and part)
+    system = record.get(dialect.system) if dialect.system else None
+    if system is not None and not isinstance(system, str):
+        raise SampleError("bad_schema", f"{dialect.system}: {system!r:.80} is not a text")
+    tools = [record[name] for name in dialect.tools if record.get(name)]
+    texts = [tool if isinstance(tool, str) else _json(tool) for tool in tools]
+    text = "\n\n".join(filter(None, [system, *texts]))
     return [{"role": "system", "content": text}] if text else []
 
 
-def _media(record: dict[str, Any], column: str | None) -> list[Any]:
-    value = record.get(column) if column else None
-    if value is None or value == "":
-        return []
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check_answers(messages: list[Turn]) -> None:
+    for i, message in enumerate(messages):
+        silent = message["role"] == "assistant" and message.get("learn", True)
+        if silent and not message["content"].strip():
+            raise SampleError(
+                "missing_text", f"message {i}: the assistant's turn has no text: nothing to learn"
+            )
+
+
+def _media(record: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[Any], str]:
+    """What a record names, and the field that does."""
+    full = [column for column in columns if record.get(column)]
+    if not full:
+        return [], ""
+    if len(full) > 1:
+        raise SampleError("ambiguous_media", f"{' and '.join(full)} both name media: keep one")
+    value = record[full[0]]
     if isinstance(value, str | dict):
-        return [value]
+        value = [value]
     if not isinstance(value, list):
-        raise SampleError("bad_schema", f"{column}: expected a list of file names")
-    return value
+        raise SampleError("bad_schema", f"{full[0]}: {value!r:.80}: expected a list of file names")
+    return value, full[0]
 
 
-def _our_marks(text: str, media: bool) -> str:
-    """LLaMA-Factory's `<image>` as our mark; in a record without media it is plain text."""
-    if not media:
-        return text
-    return text.replace("<image>", IMAGE_MARK).replace("<video>", VIDEO_MARK)
+# LLaMA-Factory's marks; in a record without media they are plain text.
+_THEIRS = {"<image>": IMAGE_MARK, "<video>": VIDEO_MARK}
+
+
+def _our_marks(messages: list[Turn], images: bool) -> list[Turn]:
+    """With our marks. LLaVA-Video marks a video by `<image>`, too."""
+    marks = dict(_THEIRS)
+    if not images and not any(
+        mark in message["content"] for message in messages for mark in ("<video>", VIDEO_MARK)
+    ):
+        marks["<image>"] = VIDEO_MARK
+    made = []
+    for message in messages:
+        content = message["content"]
+        for theirs, ours in marks.items():
+            content = content.replace(theirs, ours)
+        made.append(message | {"content": content})
+    return made
+
+
+def _marked(messages: list[Turn], images: int, videos: int) -> list[Turn]:
+    marks = IMAGE_MARK * images + VIDEO_MARK * videos
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            first = message | {"content": f"{marks}\n{message['content']}"}
+            return [*messages[:i], first, *messages[i + 1 :]]
+    return messages
 
 
 def looks_like_one(record: dict[str, Any]) -> bool:

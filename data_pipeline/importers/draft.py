@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from data_pipeline.schema import (
     SampleError,
 )
 
+# `role`, `content` and, for an assistant's turn that is context alone, `learn`: False.
+Turn = dict[str, Any]
 Group = Literal["text", "image", "video", "realtime"]
 _PLAIN_SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
 
@@ -39,10 +42,11 @@ class Medium:
 class Draft:
     """A record whose media have not been read yet, in the order of their marks."""
 
-    messages: list[dict[str, str]]
+    messages: list[Turn]
     media: list[Medium] = field(default_factory=list)
     kind: Kind = "chat"
     caption_file: str | None = None  # a text file: the content of the last message
+    notes: tuple[str, ...] = ()  # what was given and is not used: counted in the summary
 
     @property
     def group(self) -> Group:
@@ -75,10 +79,32 @@ def medium(kind: MediaType, value: Any, base: str) -> Medium:
     """
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return Medium(kind, value["bytes"], files.suffix(value.get("path") or ""))
-    path = value.get("path") if isinstance(value, dict) else value
+    path = value.get("path") or value.get("url") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
         raise SampleError("bad_schema", f"{kind}: {value!r:.80} is not a path")
-    return Medium(kind, files.join(base, path), files.suffix(path))
+    try:
+        return Medium(kind, files.join(base, path), files.suffix(path))
+    except ValueError as error:  # a URL that cannot be one
+        raise SampleError("bad_schema", f"{kind}: {path!r:.80}: {error}") from None
+
+
+def unused_fields(record: Mapping[str, Any], known: Container[str], where: str = "") -> list[str]:
+    """A note for each field of a record that holds something and means nothing to a form."""
+    return [
+        f"unused field {where}{name}"
+        for name, value in record.items()
+        if name not in known and not (value is None or value in ("", [], {}))
+    ]
+
+
+def refuse_preferences(record: Mapping[str, Any]) -> None:
+    """SampleError for a record that says which of two answers is better, or that one is bad."""
+    for name in ("chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response"):
+        if record.get(name):
+            raise SampleError("preference_data", f"{name}: preferences cannot be imported")
+    for name in ("label", "kto_tag"):
+        if record.get(name) is False:
+            raise SampleError("preference_data", f"{name} is false: an answer not to be given")
 
 
 def media_type(path: str) -> MediaType | None:
@@ -89,7 +115,7 @@ def media_type(path: str) -> MediaType | None:
     return "video" if suffix in files.VIDEO_SUFFIXES else None
 
 
-def in_order(messages: list[dict[str, str]], given: dict[MediaType, list[Medium]]) -> list[Medium]:
+def in_order(messages: list[Turn], given: dict[MediaType, list[Medium]]) -> list[Medium]:
     """The media in the order of their marks; SampleError where counts do not agree."""
     left = {kind: list(media) for kind, media in given.items()}
     media: list[Medium] = []
@@ -104,19 +130,21 @@ def in_order(messages: list[dict[str, str]], given: dict[MediaType, list[Medium]
     return media
 
 
-def caption_draft(shown: Medium, caption: str = "", caption_file: str | None = None) -> Draft:
+def caption_draft(
+    shown: Medium, caption: str = "", caption_file: str | None = None, notes: tuple[str, ...] = ()
+) -> Draft:
     """A picture or video and its caption, for the pretraining stages."""
     mark = IMAGE_MARK if shown.type == "image" else VIDEO_MARK
     messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": caption}]
-    return Draft(messages, [shown], "caption", caption_file)
+    return Draft(messages, [shown], "caption", caption_file, notes)
 
 
-def text_draft(text: Any) -> Draft:
+def text_draft(text: Any, notes: tuple[str, ...] = ()) -> Draft:
     """Plain text; all of it has a loss."""
     if not isinstance(text, str) or not text.strip():
         raise SampleError("missing_text", f"text: {text!r:.80} is not a text")
     messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
-    return Draft(messages, kind="caption")
+    return Draft(messages, kind="caption", notes=notes)
 
 
 def distinct_stems(names: list[str]) -> list[str]:

@@ -29,8 +29,12 @@ _METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet
 Convert = Callable[[dict[str, Any], str], Draft]
 
 
-def _text_draft(record: dict[str, Any], _base: str) -> Draft:
-    return text_draft(record.get("text"))
+def _text_draft(record: dict[str, Any], base: str) -> Draft:
+    """A record of plain text; one that names a medium, too, is a caption."""
+    named = [column for column in captions.MEDIA_COLUMNS if record.get(column)]
+    if named:
+        return captions.table_draft(record, base, named[0], None)
+    return text_draft(record.get("text"), captions.text_notes(record))
 
 
 # The forms of records, and what turns one (and the folder of its media) into a draft.
@@ -87,6 +91,8 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
 
     What is in `out` does not belong to a source that contains it.
     """
+    if not files.is_url(source):
+        source = os.path.expanduser(source)
     if options.form is not None and options.form not in FORMS:
         raise ShardError(f"--form {options.form}: choose one of {', '.join(FORMS)}")
     folder = files.is_folder(source)
@@ -160,6 +166,8 @@ def _record_files(source: str, folder: bool, paths: list[str]) -> list[str]:
 def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> RecordFile:
     base = options.media_dir or files.parent(path)
     form = form if form in (*RECORD_FORMS, "table") else _record_form(path, options)
+    if form == "table" and (record := first_record(path)):
+        captions.check_columns(record, options.media_column, options.caption_column)
     convert: Convert = RECORD_FORMS.get(form) or partial(
         captions.table_draft,
         media_column=options.media_column,
@@ -252,3 +260,7 @@ def _draft_or_reason(
         return record_file.convert(value, record_file.base)
     except SampleError as error:
         return error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a strange value leads to: one record ends no import
+        return SampleError("bad_schema", f"{type(error).__name__}: {error}: {value!r:.200}")

@@ -29,10 +29,11 @@ _MANIFEST, _SHARDS, REJECTED = "build.json", "shards.jsonl", "rejected.jsonl"
 
 @dataclass
 class Summary:
-    """Counts of what was imported, by group, and of what was rejected, by reason."""
+    """Counts of what was imported, by group, of what was rejected, by reason, and of notes."""
 
     imported: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)  # what was given and is not used
 
     @property
     def records(self) -> int:
@@ -76,22 +77,34 @@ class Journal:
         }
         self._rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def shard_done(self, group: str, shard: Path, samples: int, last: int) -> None:
+    def shard_done(
+        self, group: str, shard: Path, samples: int, last: int, notes: Counter[str]
+    ) -> None:
         """Writes down a finished shard, after the rejected records before its last one."""
-        line = {"group": group, "shard": shard.name, "samples": samples, "last": last}
+        line: dict[str, Any] = {
+            "group": group,
+            "shard": shard.name,
+            "samples": samples,
+            "last": last,
+        }
+        line |= {"notes": notes} if notes else {}
         _sync(self._rejected)
         self._finished_shards.write(json.dumps(line) + "\n")
         _sync(self._finished_shards)
         self.last[group] = last
         self.shards[group] += 1
         self.summary.imported[group] += samples
+        self.summary.notes.update(notes)
 
     def finish(self) -> None:
         """Writes the result, and sorts the rejected records by their place in the source."""
         self._rejected.flush()
         lines = sorted(_lines(self.out / REJECTED), key=lambda line: line["record"])
         _write_lines(self.out / REJECTED, lines)
-        result = {"imported": self.summary.imported, "rejected": self.summary.rejected}
+        summary = self.summary
+        result = {
+            "imported": summary.imported, "rejected": summary.rejected, "notes": summary.notes,
+        }  # fmt: skip
         self._write_manifest(result)
         self.finished = True
 
@@ -124,6 +137,7 @@ class Journal:
             self.last[group] = line["last"]
             self.shards[group] += 1
             self.summary.imported[group] += line["samples"]
+            self.summary.notes.update(line.get("notes", {}))
         _write_lines(self.out / _SHARDS, lines)  # without a last line that was cut off
         known = {(line["group"], line["shard"]) for line in lines}
         for path in self.out.glob("*/*.tar"):

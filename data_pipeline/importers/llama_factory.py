@@ -10,8 +10,15 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from data_pipeline import files
-from data_pipeline.importers.conversation import Dialect, conversation_draft, with_media
-from data_pipeline.importers.draft import Draft, text_draft
+from data_pipeline.importers.conversation import (
+    IMAGE_FIELDS,
+    VIDEO_FIELDS,
+    Dialect,
+    conversation_draft,
+    system_turn,
+    with_media,
+)
+from data_pipeline.importers.draft import Draft, Turn, text_draft, unused_fields
 from data_pipeline.schema import Role, SampleError
 from data_pipeline.shards import ShardError
 
@@ -56,9 +63,12 @@ class Tags:
 
 
 # Columns of a record without a dataset_info.json.
-ALPACA = Columns(
-    history="history", system="system", tools="tools", images="images", videos="videos"
-)
+ALPACA = Columns(history="history", system="system", tools="tools")
+# Of an entry: those that are used, and those that mean something elsewhere only.
+_ENTRY = frozenset({
+    "file_name", "cloud_file_name", "formatting", "columns", "tags", "num_samples", "ranking",
+    "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "subset", "split", "folder",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,9 @@ class DataSet:
             content=tags.content_tag,
             roles=tags.roles(),
             system=columns.system,
-            tools=columns.tools,
-            images=columns.images,
-            videos=columns.videos,
+            tools=_names(columns.tools),
+            images=_names(columns.images),
+            videos=_names(columns.videos),
         )
         return conversation_draft(record, base, dialect)
 
@@ -113,12 +123,16 @@ def read_info(path: str, wanted: tuple[str, ...]) -> list[DataSet | tuple[str, S
 def _data_set(folder: str, name: str, entry: dict[str, Any]) -> DataSet | tuple[str, SampleError]:
     file = entry.get("cloud_file_name") or entry.get("file_name")
     formatting = entry.get("formatting", "alpaca")
-    elsewhere = [key for key in ("hf_hub_url", "ms_hub_url", "script_url") if entry.get(key)]
+    hubs = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
+    elsewhere = [key for key in hubs if entry.get(key)]
     if elsewhere or not file:
         detail = f"has {elsewhere[0]}" if elsewhere else "has no file_name"
         return name, SampleError("unsupported_data_set", f"{detail}: download it, name its file")
     if entry.get("ranking"):
         return name, SampleError("unsupported_data_set", "ranking: preferences cannot be imported")
+    unknown = sorted(key for key in set(entry) - _ENTRY if entry[key])
+    if unknown:
+        return name, SampleError("unsupported_data_set", f"{unknown[0]}: unknown, not done")
     given = entry.get("columns") or {}
     try:
         if formatting not in ("alpaca", "sharegpt"):
@@ -146,24 +160,40 @@ def _part(default: _Part, given: dict[str, Any], where: str) -> _Part:
 
 def alpaca_draft(record: dict[str, Any], base: str, columns: Columns = ALPACA) -> Draft:
     """A record with instruction, input and output; `history` holds the turns before."""
+    own = columns is ALPACA
+    parts = (columns.prompt, columns.query, columns.response, columns.history)
+    dialect = Dialect(
+        messages="",
+        system=columns.system,
+        tools=_names(columns.tools),
+        images=IMAGE_FIELDS if own else _names(columns.images),
+        videos=VIDEO_FIELDS if own else _names(columns.videos),
+        others=_names(*parts),
+    )
     if columns.response is None:
-        return text_draft(record.get(columns.prompt or ""))
-    messages: list[dict[str, str]] = []
-    system = [_text(record, column) for column in (columns.system, columns.tools)]
-    if any(system):
-        messages.append({"role": "system", "content": "\n\n".join(filter(None, system))})
-    for turn in (record.get(columns.history) or []) if columns.history else []:
+        notes = unused_fields(record, dialect.known())
+        return text_draft(record.get(columns.prompt or ""), tuple(notes))
+    messages = system_turn(record, dialect)
+    history = record.get(columns.history) if columns.history else None
+    if not isinstance(history or [], list):
+        raise SampleError("bad_schema", f"{columns.history}: {history!r:.80}: expected a list")
+    for turn in history or []:
         if not isinstance(turn, list) or not len(turn) == 2:
-            raise SampleError("bad_schema", f"history: {turn!r:.80}: expected [question, answer]")
+            raise SampleError(
+                "bad_schema", f"{columns.history}: {turn!r:.80}: expected [question, answer]"
+            )
         messages += _turn(*turn)
     question = [_text(record, column) for column in (columns.prompt, columns.query)]
     answer = record.get(columns.response)
     messages += _turn("\n".join(filter(None, question)), answer)
-    dialect = Dialect(images=columns.images, videos=columns.videos)
     return with_media(messages, record, base, dialect)
 
 
-def _turn(question: Any, answer: Any) -> list[dict[str, str]]:
+def _names(*columns: str | None) -> tuple[str, ...]:
+    return tuple(column for column in columns if column)
+
+
+def _turn(question: Any, answer: Any) -> list[Turn]:
     if not isinstance(question, str) or not isinstance(answer, str):
         raise SampleError("bad_schema", f"{question!r:.40}, {answer!r:.40}: a turn is two texts")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -25,6 +25,7 @@ from data_pipeline.shards import ShardError
 from data_pipeline.video import Video, check_end, open_video, probe_video
 
 _JPEG_QUALITY = 92
+_MARK, _BROKEN = "\ufeff", {"U+FFFD": "\ufffd", "NUL": "\0"}
 _TICK = Fraction(1, 90000)  # seconds
 _H264 = {"crf": "20", "preset": "medium", "g": "250"}
 
@@ -53,19 +54,25 @@ class Outcome:
     group: Group
     share: float
     sample: dict[str, Any] | SampleError
+    notes: tuple[str, ...] = ()  # what was given and is not used
 
 
 def finish(entry: Entry, options: MediaOptions) -> Outcome:
     """Makes the sample of an entry."""
-    sample = _sample(entry, options)
-    return Outcome(entry.index, entry.key, entry.file, entry.group, entry.share, sample)
+    notes: list[str] = []
+    sample = _sample(entry, options, notes)
+    return Outcome(
+        entry.index, entry.key, entry.file, entry.group, entry.share, sample, tuple(notes)
+    )
 
 
-def _sample(entry: Entry, options: MediaOptions) -> dict[str, Any] | SampleError:
+def _sample(entry: Entry, options: MediaOptions, notes: list[str]) -> dict[str, Any] | SampleError:
+    """`notes` gets what is worth a count in the summary."""
     if isinstance(entry.draft, SampleError):
         return entry.draft
     try:
-        return _members(entry, entry.draft, options)
+        notes += entry.draft.notes
+        return _members(entry, entry.draft, options, notes)
     except SampleError as error:
         return error
     except (MemoryError, ShardError):
@@ -74,17 +81,22 @@ def _sample(entry: Entry, options: MediaOptions) -> dict[str, Any] | SampleError
         return SampleError(f"unexpected_{type(error).__name__}", str(error))
 
 
-def _members(entry: Entry, draft: Draft, options: MediaOptions) -> dict[str, Any]:
+def _members(entry: Entry, draft: Draft, options: MediaOptions, notes: list[str]) -> dict[str, Any]:
     messages = draft.messages
     if draft.caption_file is not None:
-        caption = files.read_bytes(draft.caption_file).decode(errors="replace").strip()
-        if not caption:
-            raise SampleError("missing_caption", f"{files.name(draft.caption_file)} has no text")
-        messages = [*messages[:-1], messages[-1] | {"content": caption}]
+        caption = files.decode_text(files.read_bytes(draft.caption_file), draft.caption_file)
+        if not caption.strip():
+            raise SampleError("missing_caption", f"{draft.caption_file} has no text")
+        messages = [*messages[:-1], messages[-1] | {"content": caption.strip()}]
+    messages = [
+        message | {"content": _plain(message["content"], i)} for i, message in enumerate(messages)
+    ]
     media: list[dict[str, Any]] = []
     members: dict[str, bytes] = {}
     for index, medium in enumerate(draft.media):
         fitted, suffix = _fitted(medium, options)
+        if medium.type == "image" and is_animated(fitted):
+            notes.append("animated picture, of which the first one is shown")
         name = Medium(medium.type, b"", suffix).member(index)
         members[name] = fitted
         times = {} if medium.times is None else {"times": list(medium.times)}
@@ -97,6 +109,28 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions) -> dict[str, Any
     except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
         raise SampleError("bad_text", str(error)) from None
     return {"__key__": entry.key, "json": encoded, **members}
+
+
+def _plain(text: str, index: int) -> str:
+    """A text without byte order marks; SampleError for what only a wrong decoding leaves behind."""
+    if _MARK in text:
+        text = text.replace(_MARK, "")
+    for name, sign in _BROKEN.items():
+        if sign in text:
+            place = text.index(sign)
+            raise SampleError("bad_text", f"message {index}, character {place}: {name}: the text "
+                              "was read in a wrong encoding")  # fmt: skip
+    return text
+
+
+def is_animated(data: bytes) -> bool:
+    """Whether a picture that can be read is a sequence of them."""
+    if data[:4] not in (b"GIF8", b"RIFF") and not (
+        data[:4] == b"\x89PNG" and b"acTL" in data[:4096]
+    ):
+        return False
+    with Image.open(io.BytesIO(data)) as image:
+        return bool(getattr(image, "is_animated", False))
 
 
 def _fitted(medium: Medium, options: MediaOptions) -> tuple[bytes, str]:

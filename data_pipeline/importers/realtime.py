@@ -15,11 +15,12 @@ import re
 from typing import Any
 
 from data_pipeline import files
-from data_pipeline.importers.draft import Draft, Medium
+from data_pipeline.importers.draft import Draft, Medium, Turn
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
 
 _REALTIME = "[RealTime QA]"
 _EVENTS = "[Streaming Event Caption]"
+_LONGEST = 100 * 3600  # seconds: a mark is written for each, and no clip is longer
 
 
 def is_realtime(videos: Any) -> bool:
@@ -29,7 +30,7 @@ def is_realtime(videos: Any) -> bool:
 
 
 def realtime_draft(
-    messages: list[dict[str, str]], pictures: list[Medium], videos: list[Any], base: str
+    messages: list[Turn], pictures: list[Medium], videos: list[Any], base: str
 ) -> Draft:
     """The draft of such a record; SampleError where its parts do not agree."""
     mode = _REALTIME if videos[0].startswith(_REALTIME) else _EVENTS
@@ -68,9 +69,7 @@ def _info(entry: str, mode: str) -> tuple[str, list[float]]:
     return path, stamps
 
 
-def _spread(
-    messages: list[dict[str, str]], ends: list[float]
-) -> tuple[list[dict[str, str]], list[float]]:
+def _spread(messages: list[Turn], ends: list[float]) -> tuple[list[Turn], list[float]]:
     """Replaces each mark by one for each frame: the whole seconds since the event before ended."""
     counts, shown = [], 0
     for end in ends:
@@ -93,11 +92,12 @@ def _spread(
 
 def _seconds(stamp: Any) -> float:
     """`01:05` -> 65.0; hours may stand before, fractions of a second behind."""
-    if isinstance(stamp, int | float) and not isinstance(stamp, bool):
-        return float(stamp)
     total = 0.0
-    for part in stamp.split(":"):
-        total = total * 60 + float(part)
-    if not math.isfinite(total) or total < 0:
-        raise ValueError(f"time {stamp!r}")
+    if isinstance(stamp, int | float) and not isinstance(stamp, bool):
+        total = float(stamp)
+    else:
+        for part in stamp.split(":"):
+            total = total * 60 + float(part)
+    if not 0 <= total <= _LONGEST:  # nor is NaN
+        raise ValueError(f"time_info: {stamp!r}: expected seconds from 0 to {_LONGEST}")
     return total

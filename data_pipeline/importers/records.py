@@ -47,6 +47,14 @@ def first_record(path: str) -> dict[str, Any]:
 
 def _json(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
     start = file.readline()
+    form = files.encoding(start)
+    if form != "utf-8":  # in UTF-16 a line's end is another byte
+        try:
+            text = (start + file.read()).decode(form)
+        except UnicodeDecodeError as error:
+            raise ShardError(f"{path}: byte {error.start} is no {form}: save it as UTF-8") from None
+        file = io.BytesIO(text.encode(errors="surrogatepass"))
+        start, size = file.readline(), len(file.getbuffer())
     while start and not start.strip():
         start = file.readline()
     if start.lstrip().startswith(b"[") or not _is_json(start):
@@ -85,7 +93,10 @@ def _json_list(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
 
 
 def _csv(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    form = files.encoding(file.read(4))
+    file.seek(0)
+    form = "utf-8-sig" if form == "utf-8" else form
+    text = io.TextIOWrapper(file, encoding=form, newline="")
     delimiter = "\t" if files.suffix(path) == ".tsv" else ","
     reader = csv.DictReader(text, delimiter=delimiter)
     width = len(reader.fieldnames or ())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import tarfile
-import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
-
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from typing import Any
 
 from data_pipeline import files
+from data_pipeline.importers.archive import Archive, Members, open_archive
 from data_pipeline.importers.captions import CAPTION_COLUMNS
-from data_pipeline.importers.conversation import conversation_draft, looks_like_one
+from data_pipeline.importers.conversation import (
+    IMAGE_FIELDS,
+    VIDEO_FIELDS,
+    conversation_draft,
+    looks_like_one,
+)
 from data_pipeline.importers.draft import (
     Draft,
     Entry,
@@ -21,89 +23,130 @@ from data_pipeline.importers.draft import (
     distinct_stems,
     media_type,
     text_draft,
+    unused_fields,
 )
 from data_pipeline.schema import SampleError, parse_sample
 
-DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
+# Members that say something about a sample and are none of its media: left out, and counted.
+_ABOUT = frozenset({
+    "cls", "cls2", "id", "idx", "index", "inx", "ten", "tb", "npy", "npz", "pth", "pt", "pyd",
+    "pickle", "pkl", "mp", "msg", "msgpack", "cbor", "yaml", "yml", "xml", "url", "md5", "sha1",
+    "sha256", "html", "htm", "csv", "tsv", "jsonl", "srt", "vtt", "log", "meta", "metadata", "md",
+})  # fmt: skip
+_TEXTS = ("txt", "text", "caption")
 
 
 def shard_entries(paths: list[str]) -> Iterator[Entry]:
-    """The samples of all shards; of a damaged one those before the damage."""
+    """The samples of all shards; a damaged shard is rejected from where its damage starts."""
     stems = distinct_stems([files.name(path).partition(".")[0] for path in paths])
+    seen = _Media(paths)
     for at, (path, stem) in enumerate(zip(paths, stems, strict=True)):
-        number = -1
         share = (at + 1) / len(paths)
-        try:
-            for number, parts in enumerate(read_samples(path)):
-                place = f"{files.name(path)}/{parts.pop('__key__')}"
-                yield Entry(f"{stem}-{number:06d}", place, share, _draft_or_reason(parts))
-        except DAMAGE as error:
-            damage = SampleError("damaged_shard", f"after {number + 1} samples: {error}")
-            yield Entry(f"{stem}-{number + 1:06d}", files.name(path), share, damage)
+        with open_archive(path) as archive:
+            notes = tuple(archive.left_out.elements())
+            with_media = seen.anywhere(archive)
+            for number, members in enumerate(archive.samples):
+                draft = _draft_or_reason(archive, members, with_media)
+                if notes and isinstance(draft, Draft):
+                    draft = _noted(draft, notes)
+                    notes = ()
+                place = f"{files.name(path)}/{members.key}"
+                yield Entry(f"{stem}-{number:06d}", place, share, draft)
+            if archive.damage is not None:
+                count = len(archive.samples)
+                damage = SampleError("damaged_shard", f"after {count} samples: {archive.damage}")
+                yield Entry(f"{stem}-{count:06d}", files.name(path), share, damage)
+
+
+def _noted(draft: Draft, notes: tuple[str, ...]) -> Draft:
+    return Draft(draft.messages, draft.media, draft.kind, draft.caption_file, draft.notes + notes)
+
+
+class _Media:
+    """Whether any of a source's shards has a picture or video: then a text alone has lost its own.
+
+    Shards on a server are looked at only when their turn comes.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        self._unseen = [path for path in paths if not files.is_url(path)]
+        self._found = False
+
+    def anywhere(self, archive: Archive) -> bool:
+        self._found = self._found or _has_media(archive)
+        while not self._found and self._unseen:
+            with open_archive(self._unseen.pop()) as other:
+                self._found = _has_media(other)
+        return self._found
+
+
+def _has_media(archive: Archive) -> bool:
+    return any(media_type(f"m.{rest}") for members in archive.samples for rest in members.found)
 
 
 def read_samples(path: str) -> Iterator[dict[str, Any]]:
     """Members by suffix (`jpg`, `0.jpg`) and the `__key__` of each sample, in stored order.
 
-    Raises one of DAMAGE where a shard is damaged, after all samples before the damage.
+    `__error__` is there, a SampleError, in place of members that cannot be read. Raises one of
+    DAMAGE where a shard is damaged, after all samples before the damage.
     """
-    damage: list[Exception] = []
-
-    def members() -> Iterator[dict[str, Any]]:
-        try:
-            with files.open_file(path) as file:
-                watched = _Watched(file)
-                for member in tar_file_iterator(watched):
-                    yield {**member, "__url__": path}
-                watched.check_end(files.suffix(path) == ".tar")
-        except DAMAGE as error:
-            damage.append(error)  # after the sample that was complete before it
-
-    for sample in group_by_keys(members(), lcase=True):
-        yield {k: v for k, v in sample.items() if k == "__key__" or not k.startswith("__")}
-    if damage:
-        raise damage[0]
+    with open_archive(path) as archive:
+        for members in archive.samples:
+            try:
+                yield {"__key__": members.key, **_read(archive, members)}
+            except SampleError as error:
+                yield {"__key__": members.key, "__error__": error}
+        if archive.damage is not None:
+            raise archive.damage
 
 
-class _Watched:
-    """A file that remembers its last bytes: tarfile takes a header that is cut off for the end."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._tail = file, b""
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._tail = (self._tail + data)[-512:]
-        return data
-
-    def check_end(self, plain: bool) -> None:
-        """An archive that is not compressed ends with zeros."""
-        if plain and any(self._tail):
-            raise tarfile.ReadError("the end of the archive is missing")
+def _read(archive: Archive, members: Members) -> dict[str, bytes]:
+    if members.repeated:
+        raise SampleError(
+            "repeated_member", f"{', '.join(members.repeated)}: more than once in the shard"
+        )
+    return {rest: archive.read(member) for rest, member in members.found.items()}
 
 
-def _draft_or_reason(parts: dict[str, Any]) -> Draft | SampleError:
+def _draft_or_reason(archive: Archive, members: Members, with_media: bool) -> Draft | SampleError:
     try:
-        return shard_draft(parts)
+        parts = _read(archive, members)
+        draft = shard_draft(parts, members.key)
+        if with_media and not draft.media and draft.kind == "caption":
+            raise SampleError("missing_file", f"{members.key}: a caption alone, in shards of media")
+        return draft
     except SampleError as error:
         return error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a strange member leads to: it costs its sample
+        return SampleError("bad_schema", f"{members.key}: {type(error).__name__}: {error}")
 
 
-def shard_draft(parts: dict[str, bytes]) -> Draft:
+def shard_draft(parts: dict[str, bytes], key: str) -> Draft:
     """A sample of a shard -> a draft; SampleError where it has no caption or no medium."""
     record = _json(parts)
     media = {name: kind for name in sorted(parts) if (kind := media_type(f"m.{name}"))}
+    others = [name for name in sorted(parts) if name not in media and name != "json"]
+    others = [name for name in others if name not in _TEXTS]
+    strange = [name for name in others if name.rpartition(".")[2] not in _ABOUT]
+    if strange and "media" not in record:
+        raise SampleError("unknown_media", f"{key}.{strange[0]}: neither text, picture nor video")
+    notes = [f"unused member .{name}" for name in others]
     if looks_like_one(record):
-        return _conversation(record, parts)
-    caption = _caption(parts, record)
+        return _conversation(record, parts, key, media, notes)
+    caption, used = _caption(parts, record, key)
+    notes += unused_fields(record, used)
+    notes += [f"unused member .{name}" for name in _TEXTS if name in parts and name not in used]
     if not caption.strip():
         raise SampleError("missing_caption", f"members: {', '.join(sorted(parts))}")
     if not media:
-        return text_draft(caption)
+        return text_draft(caption, tuple(notes))
     if len(media) > 1:
         raise SampleError("ambiguous_media", f"one caption, {len(media)} media: {', '.join(media)}")
     ((name, kind),) = media.items()
-    return caption_draft(Medium(kind, parts[name], files.suffix(f"m.{name}")), caption.strip())
+    shown = Medium(kind, parts[name], files.suffix(f"m.{name}"))
+    return caption_draft(shown, caption.strip(), notes=tuple(notes))
 
 
 def _json(parts: dict[str, bytes]) -> dict[str, Any]:
@@ -116,30 +159,61 @@ def _json(parts: dict[str, bytes]) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _caption(parts: dict[str, bytes], record: dict[str, Any]) -> str:
-    for name in ("txt", "text", "caption"):
+def _caption(parts: dict[str, bytes], record: dict[str, Any], key: str) -> tuple[str, list[str]]:
+    """The caption, and the member or field that it is."""
+    for name in _TEXTS:
         if name in parts:
-            return parts[name].decode(errors="replace")
-    return next((record[c] for c in CAPTION_COLUMNS if isinstance(record.get(c), str)), "")
+            return files.decode_text(parts[name], f"{key}.{name}"), [name]
+    found = [column for column in CAPTION_COLUMNS if isinstance(record.get(column), str)]
+    return (record[found[0]], found[:1]) if found else ("", [])
 
 
-def _conversation(record: dict[str, Any], parts: dict[str, bytes]) -> Draft:
+def _conversation(
+    record: dict[str, Any],
+    parts: dict[str, bytes],
+    key: str,
+    media: dict[str, Any],
+    notes: list[str],
+) -> Draft:
     """Our own form, or a conversation whose media are members of the shard."""
-    if "media" not in record:
-        known = record | {
-            column: [_member(parts, name) for name in record.get(column) or []]
-            for column in ("images", "videos")
-        }
-        return conversation_draft(known, "")
-    sample = parse_sample("", record)
-    media = [
-        Medium(m.type, _member(parts, m.file)["bytes"], files.suffix(m.file), m.times)
-        for m in sample.media
-    ]
-    return Draft([vars(message) for message in sample.messages], media, sample.kind)
+    if "media" in record:
+        sample = parse_sample("", record)
+        shown = [
+            Medium(m.type, _member(parts, m.file, key)["bytes"], files.suffix(m.file), m.times)
+            for m in sample.media
+        ]
+        turns = [
+            {k: v for k, v in vars(message).items() if k != "learn" or not v}
+            for message in sample.messages
+        ]
+        return Draft(turns, shown, sample.kind, notes=tuple(notes))
+    used: set[str] = set()
+    known = dict(record)
+    for column in (*IMAGE_FIELDS, *VIDEO_FIELDS):
+        if named := record.get(column):
+            names = named if isinstance(named, list) else [named]
+            found = [_member(parts, name, key) for name in names]
+            known[column] = [{"bytes": one["bytes"], "path": one["path"]} for one in found]
+            used.update(one["name"] for one in found)
+    if not used:  # the sample's members are what its conversation is about
+        for column, kind in (("image", "image"), ("video", "video")):
+            names = [name for name in media if media[name] == kind]
+            known[column] = [_member(parts, name, key) for name in names]
+            used.update(names)
+    left = [f"unused member .{name}" for name in media if name not in used]
+    return _noted(conversation_draft(known, ""), tuple(notes + left))
 
 
-def _member(parts: dict[str, bytes], name: str) -> dict[str, Any]:
-    if name not in parts:
-        raise SampleError("missing_file", f"{name} is not in the shard")
-    return {"bytes": parts[name], "path": f"m.{name}"}
+def _member(parts: dict[str, bytes], name: Any, key: str) -> dict[str, Any]:
+    """A medium by its member's whole name (`dir/000.jpg`), the last part of it, or its suffix."""
+    if isinstance(name, dict):
+        name = name.get("path")
+    if not isinstance(name, str):
+        raise SampleError("bad_schema", f"{name!r:.80} is not the name of a member")
+    stem = key.rpartition("/")[2]
+    last = name.rpartition("/")[2]
+    inside = last.removeprefix(f"{stem}.").lower() if last.startswith(f"{stem}.") else last
+    for found in (name, inside):
+        if found in parts:
+            return {"bytes": parts[found], "path": f"m.{found}", "name": found}
+    raise SampleError("missing_file", f"{name} is not in the shard")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.importers.webdataset import read_samples
+from data_pipeline.schema import SampleError
 from data_pipeline.shards import INDEX_FOLDER, ShardError, shard_files
 
 
@@ -19,6 +20,7 @@ class StoredSample:
     key: str
     shard: Path
     parts: dict[str, bytes]
+    error: SampleError | None = None  # why its members cannot be read
 
 
 def find_sources(root: str | Path) -> list[Path]:
@@ -33,10 +35,10 @@ def find_sources(root: str | Path) -> list[Path]:
 
 
 def stored_samples(shard: Path) -> Iterator[StoredSample]:
-    """The samples of a shard; DAMAGE of data_pipeline.importers.webdataset where it is torn."""
+    """The samples of a shard; DAMAGE of data_pipeline.importers.archive where it is torn."""
     for parts in read_samples(str(shard)):
         key = parts.pop("__key__")
-        yield StoredSample(key, shard, parts)
+        yield StoredSample(key, shard, parts, parts.pop("__error__", None))
 
 
 def indexed_counts(source: Path) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.batch import IGNORED_LABEL, EncodedSample
 from data_pipeline.encode import EncodeConfig
-from data_pipeline.importers.webdataset import DAMAGE
+from data_pipeline.importers.archive import DAMAGE
 from data_pipeline.progress import Progress
 from data_pipeline.schema import MARK, Sample, SampleError, parse_sample
 from data_pipeline.shards import shard_files

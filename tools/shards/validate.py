@@ -10,7 +10,7 @@ from pathlib import Path
 from data_pipeline.atomic import PARTIAL_SUFFIX
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.images import decode_image
-from data_pipeline.importers.webdataset import DAMAGE
+from data_pipeline.importers.archive import DAMAGE
 from data_pipeline.progress import Progress
 from data_pipeline.schema import Sample, SampleError, parse_sample
 from data_pipeline.shards import ShardError, check_source, shard_files
@@ -111,6 +111,8 @@ def check_shard(shard: Path, config: EncodeConfig | None) -> ShardReport:
 
 def check_sample(stored: StoredSample) -> Iterator[str]:
     """What is wrong with a sample; SampleError for what makes further checks pointless."""
+    if stored.error is not None:
+        raise stored.error
     if "json" not in stored.parts:
         raise SampleError("missing_json", f"members: {', '.join(sorted(stored.parts))}")
     sample = parse_sample(stored.key, stored.parts["json"])

@@ -182,7 +182,7 @@ WRONG = [
     ('{"type": "session.update", "session": {"temperature": NaN}}', "invalid_value"),
     ('{"type": "session.update", "session": {"model": "x"}}', "unknown_field"),
     ('{"type": "session.update", "session": {"source": "/etc/passwd"}}', "invalid_value"),
-    ('{"type": "session.update", "session": {"prompt": "<|eot_id|>"}}', "control_token"),
+    ('{"type": "session.update", "session": {"prompt": "<|image|>"}}', "control_token"),
     ('{"type": "input_image_buffer.append", "image": "?"}', "invalid_value"),
     ('{"type": "input_image_buffer.append", "image": "bm8gcGljdHVyZQ=="}', "undecodable_image"),
     ('{"type": "input_image_buffer.append", "ts": -1}', "invalid_value"),

@@ -1,0 +1,162 @@
+"""A tar as samples: members by key wherever they stand, and what cannot be used by name.
+
+A key ends at the first dot of a name, as WebDataset has it. Where no text and no JSON goes by that
+key, the names have dots of their own (`22.05.jpg`, `22.05.txt`), and it ends at the last one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import BinaryIO, cast
+
+from data_pipeline import files
+from data_pipeline.schema import SampleError
+
+DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
+_TEXTS = frozenset({"json", "txt", "text", "caption"})
+
+
+@dataclass
+class Members:
+    """The members of one key, by the rest of their names in lower case; not read yet.
+
+    repeated: names that stand in the tar more than once.
+    """
+
+    key: str
+    found: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    repeated: list[str] = field(default_factory=list)
+
+    def add(self, rest: str, member: tarfile.TarInfo) -> None:
+        if rest in self.found:
+            self.repeated.append(member.name)
+        self.found[rest] = member
+
+
+class Archive:
+    """An open tar whose names are known.
+
+    samples: in the order of their first members. left_out: what is no member of any sample, by
+    kind, counted. damage: what ends the archive before its end.
+    """
+
+    def __init__(self, file: BinaryIO, damage: Exception | None) -> None:
+        self._file, self.damage = file, damage
+        self._by_name: dict[str, tarfile.TarInfo] = {}
+        self.left_out: Counter[str] = Counter()
+        size = file.seek(0, 2)
+        file.seek(0)
+        plain: list[tarfile.TarInfo] = []
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if not member.islnk() and member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"{member.name} is cut off")
+                    if self._belongs(member):
+                        plain.append(member)
+        except DAMAGE as error:
+            self.damage = self.damage or error
+        if self.damage is None and _ends_early(file, size):
+            self.damage = tarfile.ReadError("the end of the archive is missing")
+        self.samples = _samples(plain)
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """The bytes of a member, of a link those of its target; SampleError."""
+        for _ in range(10):
+            if not member.islnk() and not member.issym():
+                self._file.seek(member.offset_data)
+                return self._file.read(member.size)
+            target = member.linkname
+            if member.issym():
+                target = str(PurePosixPath(member.name).parent / target)
+            if target not in self._by_name:
+                break
+            member = self._by_name[target]
+        raise SampleError("missing_file", f"{member.name} is a link to {member.linkname}, "
+                          "which is not in the shard")  # fmt: skip
+
+    def _belongs(self, member: tarfile.TarInfo) -> bool:
+        path = PurePosixPath(member.name)
+        base = path.name
+        if member.isdir() or (base.startswith("__") and base.endswith("__")):
+            return False
+        kind = ""
+        if base.startswith("._") or base == ".DS_Store" or "__MACOSX" in path.parts:
+            kind = "file of macOS"
+        elif base.startswith("."):
+            kind = "hidden file"
+        elif not (member.isfile() or member.islnk() or member.issym()):
+            kind = "device"
+        elif "." not in base:
+            kind = "file without a suffix"
+        if kind:
+            self.left_out[f"{kind} in a shard"] += 1
+            return False
+        self._by_name[member.name] = member
+        return True
+
+
+def _ends_early(file: BinaryIO, size: int) -> bool:
+    """An archive ends with zeros; tarfile takes a torn header for the end."""
+    file.seek(max(0, size - 512))
+    return any(file.read(512))
+
+
+def _samples(members: list[tarfile.TarInfo]) -> list[Members]:
+    groups: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    for member in members:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, rest = base.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        groups.setdefault(key, []).append((rest.lower(), member))
+    return [sample for key, group in groups.items() for sample in _group(key, group)]
+
+
+def _group(key: str, group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
+    named = any(rest in _TEXTS for rest, _ in group)
+    if not named and any(rest.rpartition(".")[2] in _TEXTS for rest, _ in group):
+        dotted: dict[str, Members] = {}
+        for _, member in group:
+            stem, _, rest = member.name.rpartition(".")
+            dotted.setdefault(stem, Members(stem)).add(rest.lower(), member)
+        return list(dotted.values())
+    sample = Members(key)
+    for rest, member in group:
+        sample.add(rest, member)
+    return [sample]
+
+
+@contextmanager
+def open_archive(path: str) -> Iterator[Archive]:
+    """A local or remote tar, compressed or not; ShardError where it cannot be opened."""
+    with files.open_file(path) as file:
+        if not files.is_url(path) and files.suffix(path) == ".tar":
+            yield Archive(file, None)
+            return
+        # Its members are read where they lie, which needs a plain file.
+        with tempfile.TemporaryFile() as local:
+            damage = _unpacked(file, local)
+            yield Archive(cast(BinaryIO, local), damage)
+
+
+def _unpacked(file: BinaryIO, local: BinaryIO) -> Exception | None:
+    start = file.read(2)
+    file.seek(0)
+    try:
+        if start == b"\x1f\x8b":
+            with gzip.open(file) as inner:
+                shutil.copyfileobj(inner, local)
+        else:
+            shutil.copyfileobj(file, local)
+    except (EOFError, OSError, zlib.error) as error:
+        return error
+    return None
