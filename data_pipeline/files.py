@@ -132,7 +132,7 @@ def read_bytes(path: str) -> bytes:
             if is_url(path) and pause is not None and not isinstance(error, PermissionError):
                 time.sleep(pause)
                 continue
-            detail = f"{path}: {'the server does not answer' if silent else error}"
+            detail = f"{name(path)}: {'the server does not answer' if silent else error}"
             raise SampleError("unreadable_file", detail) from None
         if not data:
             raise SampleError("empty_file", f"{path} has 0 bytes")

@@ -88,8 +88,8 @@ class PromptBuilder:
     def __init__(self, tokenizer: Tokenizer, special: SpecialTokens) -> None:
         self._tokenizer = tokenizer
         self._special = special
-        # A special token that a text spells stays text: it ends no turn and forges no header.
-        tokenizer.encode_special_tokens = True
+        added = tokenizer.get_added_tokens_decoder()
+        self._control = {i for i, token in added.items() if token.special}
         self._inline = {"<|silence|>": special.silence, "<|...|>": special.ellipsis}
 
     def build(
@@ -210,8 +210,19 @@ class PromptBuilder:
     def _encode(self, text: str) -> list[int]:
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if self._control.intersection(ids):
+                ids = self._encode_spelled(text)
         except TypeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
             raise SampleError(
                 "bad_text", f"{text!r:.80} contains half a surrogate pair: write whole characters"
             ) from None
+        return ids
+
+    def _encode_spelled(self, text: str) -> list[int]:
+        """A special token that a text spells stays text: it ends no turn and forges no header."""
+        self._tokenizer.encode_special_tokens = True
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = False
         return ids

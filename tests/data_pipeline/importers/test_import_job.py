@@ -255,7 +255,13 @@ def test_records_and_media_come_from_a_web_server(tmp_path: Path, server: str) -
     here, there = tmp_path / "here", tmp_path / "there"
     build_shards(source, here)
     build_shards(f"{server}/records.jsonl", there, BuildOptions(workers=2))
-    assert contents(there) == contents(here)
+    rejected = {"rejected.jsonl"}  # whose details name the path that was tried
+    assert contents(there).keys() == contents(here).keys() >= rejected
+    assert contents(there).items() - contents(here).items() == {
+        ("rejected.jsonl", contents(there)["rejected.jsonl"])
+    }
+    tried = json.loads((there / "rejected.jsonl").read_text().splitlines()[0])["detail"]
+    assert tried == f"{server}/gone.png: No such file or directory"
     absolute = json.loads(source.read_text().splitlines()[1])
     absolute["images"] = [f"{server}/a.png"]
     (tmp_path / "local.jsonl").write_text(json.dumps(absolute) + "\n")
