@@ -34,7 +34,7 @@ class Packets:
         self._codec.thread_type = ThreadType.AUTO if threads > 1 else ThreadType.NONE
         self._packets = track.packets
         self._stamps, self.times = track.stamps, track.times
-        # Two stamps alike, or none, leave open which packet becomes which frame.
+        # With equal or missing stamps it is not known which packet becomes which frame.
         self._exact = track.stamped and len(set(self._stamps)) == len(self._stamps)
 
     def shown_at(self, moments: Sequence[float]) -> Iterator[VideoFrame]:
@@ -55,7 +55,7 @@ class Packets:
         yield from self._follow(moments[given:])
 
     def _pick(self, wanted: list[int]) -> Iterator[VideoFrame]:
-        """The frames with these rising stamps, a frame again where a stamp is there again."""
+        """The frames with these rising stamps; a frame is repeated where its stamp is."""
         left = iter(wanted)
         due = next(left, None)
         for first, last in self._runs(set(wanted)):

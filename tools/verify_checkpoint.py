@@ -32,11 +32,11 @@ from moss_train.config import Config, ConfigError, HardwareConfig, ParallelConfi
 from moss_train.convert.hf_config import kind_of
 from moss_train.convert.job import check_manifest
 from moss_train.convert.source import ConversionError, read_json
+from moss_train.hardware import DTYPES
 from moss_train.validate import check_layout
 from moss_train.verify.case import Case, ForwardJob, VerificationError, make_case, read_case
 
 PROGRAM = "python -m tools.verify_checkpoint"
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of logits; the loss has a tenth
 
 
@@ -101,7 +101,7 @@ def compare(options: argparse.Namespace) -> tuple[Difference, tuple[str, str]]:
         if checkpoint is None:
             raise VerificationError(f"{options.megatron}: no complete checkpoint there")
         check_parallel(checkpoint, options.layout)
-    model = load_hf(options.hf, TORCH[options.dtype], options.trust_remote_code)
+    model = load_hf(options.hf, DTYPES[options.dtype], options.trust_remote_code)
     case = the_case(model.config, options.inputs)
     if checkpoint is None and "logits" not in case.expected:
         raise VerificationError(f"{options.inputs}: has no logits to compare with: give --megatron")
@@ -283,7 +283,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--megatron", type=Path, metavar="RUN", help="run folder or checkpoint")
     add("--layout", default="single", help="layout of RUN's ranks, such as tp2_pp2")
     add("--inputs", type=Path, metavar="FILE", help="inputs (default: some of our own)")
-    add("--dtype", default="fp32", choices=tuple(TORCH), help="dtype of both models")
+    add("--dtype", default="fp32", choices=tuple(DTYPES), help="dtype of both models")
     add("--greedy", type=int, metavar="N", default=8, help="greedy tokens to compare")
     add("--tolerance", type=float, metavar="X",
         help="allowed difference of logits (default: 1e-4 in fp32, 0.25 in bf16)")  # fmt: skip

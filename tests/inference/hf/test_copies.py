@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from data_pipeline import batch, clock, pixels, schema
+from inference.engine import load
 from inference.hf import (
     clock_moss_video,
     configuration_moss_video,
@@ -14,7 +15,7 @@ from inference.hf import (
     processing_moss_video,
     vision_moss_video,
 )
-from moss_train import config
+from moss_train import config, hardware
 from moss_train.model import vision
 
 
@@ -33,3 +34,7 @@ def test_copies_are_equal() -> None:
     assert processing_moss_video.VIDEO == schema.VIDEO_MARK
     assert vision_moss_video.PATCH_MULTIPLE == vision.PATCH_MULTIPLE
     assert configuration_moss_video.POOLS == config.POOLS
+
+
+def test_the_engine_and_training_name_dtypes_alike() -> None:
+    assert load.DTYPES == hardware.DTYPES
