@@ -84,7 +84,8 @@ class Job:
         self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
         self.reader = StepReader(config, self.groups, self.step.exchange.shares, streams)
         self.validator = Validator(self.step, self.reader)
-        self.due, self.recovered = False, -1
+        self.due = False  # a checkpoint should have been saved, but the last step was left out
+        self.recovered = -1  # steps accepted until the last return to a checkpoint
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
             self.epochs = Epochs(config, self.done)
