@@ -1,9 +1,9 @@
 """The attention switch: `model.attention` = sdpa | flash | te | flex.
 
-The core of a self-attention: heads in, heads out. Two kinds of input: a batch of frames
-`[N, L, heads, D]`, each attending itself whole, or a microbatch's packed text `[T, heads, D]`, each
-sequence attending itself causally. Optional packages are imported when they are chosen, nowhere
-else.
+The core of a self-attention takes heads and returns heads. Its input is a batch of frames
+`[N, L, heads, D]`, in each of which all positions attend each other, or a microbatch's packed text
+`[T, heads, D]`, in which each sequence attends itself causally. Optional packages are imported
+when they are chosen, and only here.
 """
 
 from __future__ import annotations

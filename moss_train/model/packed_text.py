@@ -1,6 +1,6 @@
-"""A microbatch of text as the decoder takes it: sequences one after the other, without padding.
+"""A microbatch of packed text as the decoder takes it: sequences one after the other, unpadded.
 
-Sequences of any length share one microbatch (what trainers call packing): each attends itself only
+Sequences of any length share one microbatch: each attends itself only
 and its positions start at 0, so that a sequence's numbers do not depend on its neighbours.
 """
 

@@ -1,5 +1,5 @@
 """Vision tower of Llama-3.2-Vision: patches of tiles -> hidden states of a local, then a global
-transformer. No word of training or of frames' owners: see parallel/exchange.py for those.
+transformer. Which rank encodes which frames is decided in parallel/exchange.py.
 """
 
 from __future__ import annotations
