@@ -1,7 +1,7 @@
 """A microbatch of packed text as the decoder takes it: sequences one after the other, unpadded.
 
-Sequences of any length share one microbatch: each attends itself only
-and its positions start at 0, so that a sequence's numbers do not depend on its neighbours.
+Sequences of any length share one microbatch: each attends itself only and its positions start at 0,
+so that a sequence's numbers do not depend on its neighbours.
 """
 
 from __future__ import annotations
