@@ -1,4 +1,4 @@
-"""The pages name every module of the data pipeline and of the tools, so that a reader finds it."""
+"""The pages name every module of moss_train, data_pipeline and tools: a reader finds each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import REPO
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]  # not docs/notes
 MODULES = sorted(
     path.relative_to(REPO)
-    for package in ("data_pipeline", "tools")
+    for package in ("moss_train", "data_pipeline", "tools")
     for path in (REPO / package).rglob("*.py")
     if path.name != "__init__.py"
 )
