@@ -12,19 +12,28 @@ import torch
 
 from data_pipeline.images import read_picture
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
+from inference.cli import MAX_NEW_TOKENS
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.export_info import ExportInfo, read_export_info
 from inference.feed import Schedule, follow
+from inference.session.answer import LARGE_CHUNK_FRAMES
 from inference.session.events import Event
 from inference.session.handle import SessionHandle
 from inference.session.runner import Runner
-from inference.sources import CLIP_FPS, CLIP_MIN_FRAMES, Source, clip
+from inference.session.session import SessionConfig
+from inference.sources import (
+    CLIP_FPS,
+    CLIP_MAX_FRAMES,
+    CLIP_MIN_FRAMES,
+    WATCHED_MAX_FRAMES,
+    Source,
+    clip,
+)
 
 # A file's path or bytes, a PIL image, an array [H, W, 3], a tensor [3, H, W].
 Image = str | Path | bytes | PIL.Image.Image | np.ndarray | torch.Tensor
-CHUNK = 32  # frames that a step of an answer takes in
 
 
 def load(
@@ -69,7 +78,7 @@ class Model:
         video: str | Path | Sequence[Image] | None = None,
         *,
         system_prompt: str = "",
-        max_new_tokens: int = 512,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
         fps: float = CLIP_FPS,
         max_frames: int | None = None,
@@ -90,7 +99,8 @@ class Model:
         """
         frames = [read_picture(image) for image in images]
         if isinstance(video, str | Path):
-            most = max_frames or (256 if self.info.watches else 16)
+            default = WATCHED_MAX_FRAMES if self.info.watches else CLIP_MAX_FRAMES
+            most = max_frames or default
             shown = clip(str(video), fps, min(CLIP_MIN_FRAMES, most), most)
         else:
             shown = [read_picture(frame) for frame in video or ()]
@@ -108,7 +118,7 @@ class Model:
             [*frames, *shown],
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            chunk=CHUNK,
+            chunk=LARGE_CHUNK_FRAMES,
         ) as answer:
             return _text_of(answer)
 
@@ -118,7 +128,7 @@ class Model:
         prompt: str = "",
         ask: Mapping[float, str] | None = None,
         *,
-        fps: float = 1.0,
+        fps: float = 1 / SessionConfig.frame_interval,
         speed: float | None = None,
         **session: Any,
     ) -> Iterator[Event]:

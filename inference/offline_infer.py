@@ -20,13 +20,13 @@ from data_pipeline.commands import DONE, CommandParser, report_error
 from data_pipeline.prompts import Prompt, PromptForm
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
+from inference.session.answer import LARGE_CHUNK_FRAMES
 from inference.session.handle import SessionHandle
 from inference.session.response import Vocabulary
 from inference.session.runner import Runner
-from inference.sources import CLIP_FPS, CLIP_MIN_FRAMES, clip, picture
+from inference.sources import CLIP_FPS, CLIP_MAX_FRAMES, CLIP_MIN_FRAMES, clip, picture
 
 PROGRAM = "python -m inference.offline_infer"
-CHUNK = 32  # frames that a step takes in: no other session waits for it
 
 
 def parser(program: str, doc: str, max_frames: int) -> argparse.ArgumentParser:
@@ -107,7 +107,7 @@ def _note_speed(done: dict[str, Any], stats: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser(PROGRAM, __doc__, max_frames=16).parse_args(argv)
+    args = parser(PROGRAM, __doc__, max_frames=CLIP_MAX_FRAMES).parse_args(argv)
     with cli.one_line_errors(PROGRAM):
         sampling = cli.sampling(args)
         info = cli.require_use(args, watching=False)
@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Runner(cli.load(args)) as runner:
             prompt = question(runner.vocabulary, args, kind, len(frames), info.question_form)
             options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
-            with runner.answer(prompt.tokens, frames, chunk=CHUNK, **options) as answer:
+            with runner.answer(
+                prompt.tokens, frames, chunk=LARGE_CHUNK_FRAMES, **options
+            ) as answer:
                 return show(PROGRAM, answer, args.jsonl)
 
 

@@ -16,14 +16,16 @@ if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from inference import cli
-from inference.offline_infer import CHUNK, media, parser, question, show
+from inference.offline_infer import media, parser, question, show
+from inference.session.answer import LARGE_CHUNK_FRAMES
 from inference.session.runner import Runner
+from inference.sources import WATCHED_MAX_FRAMES
 
 PROGRAM = "python -m inference.realtime_offline_infer"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser(PROGRAM, __doc__, max_frames=256).parse_args(argv)
+    args = parser(PROGRAM, __doc__, max_frames=WATCHED_MAX_FRAMES).parse_args(argv)
     with cli.one_line_errors(PROGRAM):
         sampling = cli.sampling(args)
         info = cli.require_use(args, watching=True)
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 tokens = question(vocabulary, args, kind, len(frames), info.question_form).tokens
             options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
-            with runner.answer(tokens, frames, chunk=CHUNK, **options) as answer:
+            with runner.answer(tokens, frames, chunk=LARGE_CHUNK_FRAMES, **options) as answer:
                 return show(PROGRAM, answer, args.jsonl)
 
 

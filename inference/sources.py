@@ -16,7 +16,8 @@ from data_pipeline.schema import SampleError
 from data_pipeline.video import open_video, sample_times, upright_pixels
 
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
-CLIP_FPS, CLIP_MIN_FRAMES = 1.0, 8  # of a whole video, by default
+# Of a whole video, by default; a real-time model watches more frames than another is shown.
+CLIP_FPS, CLIP_MIN_FRAMES, CLIP_MAX_FRAMES, WATCHED_MAX_FRAMES = 1.0, 8, 16, 256
 _TIMEOUT = "10000000"  # microseconds after which a network stream counts as dead
 
 

@@ -90,18 +90,12 @@ def load_model(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json: give a folder of tools.convert_checkpoint")
     where = torch.device(find_device(device))
-    kind = find_dtype(dtype, where)
     try:
-        config = MossVideoConfig.from_pretrained(folder)
-        packed = config.__dict__.pop("quantization_config", None)
-        model, info = MossVideoForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=kind or "auto", output_loading_info=True
-        )
-        if packed is not None:
-            _unpack(model, folder, packed, quantize, ranks)
+        model, missing, stored = _read(folder, find_dtype(dtype, where))
+        if stored is not None:
+            _restore_quantized(model, folder, stored, quantize, ranks)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{folder}: lacks {len(missing)} tensors: {', '.join(missing[:5])}")
     if ranks > 1:
@@ -109,20 +103,34 @@ def load_model(
         if where.type == "cuda":
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
             torch.cuda.set_device(where)
-    if quantize is not None and packed is None:
+    if quantize is not None and stored is None:
         quantize_decoder(model, quantize)
     return model.to(where).eval()
 
 
-def _unpack(
+def _read(
+    folder: Path, dtype: torch.dtype | None
+) -> tuple[MossVideoForConditionalGeneration, list[str], Any]:
+    """The model with the numbers of the files as its weights, names of tensors that the files
+    lack, and config.json's `quantization_config`."""
+    config = MossVideoConfig.from_pretrained(folder)
+    stored = config.__dict__.pop("quantization_config", None)
+    model, info = MossVideoForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype or "auto", output_loading_info=True
+    )
+    return model, sorted(info["missing_keys"]), stored
+
+
+def _restore_quantized(
     model: MossVideoForConditionalGeneration,
     folder: Path,
-    packed: Any,
+    stored: Any,
     quantize: str | None,
     ranks: int,
 ) -> None:
-    """Quantized layers of an export that is quantized (compressed-tensors, one scale per row)."""
-    kind = {"int-quantized": "int8", "float-quantized": "fp8"}.get(dict(packed).get("format", ""))
+    """Makes the quantized layers of an export that is quantized (compressed-tensors, one scale
+    per row)."""
+    kind = {"int-quantized": "int8", "float-quantized": "fp8"}.get(dict(stored).get("format", ""))
     if kind is None:
         raise ValueError(
             f"{folder}: config.json: quantization_config is none of tools.convert_checkpoint's"

@@ -13,6 +13,7 @@ from inference.session.stats import Stats
 
 MAX_NEW_TOKENS = 1024  # of an answer, by default
 CHUNK_FRAMES, CHUNK_TOKENS = 8, 512  # maximum of a question in one step
+LARGE_CHUNK_FRAMES = 32  # the same where no other session waits
 
 
 class Answer(ResponseWriter):
