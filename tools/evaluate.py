@@ -17,6 +17,8 @@ from moss_train.evaluate.exported import ExportedModel
 from moss_train.evaluate.items import EvaluationError, read_lines
 from moss_train.evaluate.model import TrainedModel
 from moss_train.evaluate.suite import evaluate, table, toy_items
+from moss_train.train.metrics import METRICS_FILE
+from moss_train.train.report import write_report_or_warn
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or options.checkpoint / "evaluation.json"
     out.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     print(out)
+    if out.parent == options.checkpoint and (options.checkpoint / METRICS_FILE).is_file():
+        write_report_or_warn(options.checkpoint)  # the run's page shows its scores
     return 0
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.moss_train.train.runs import losses
 from tests.pages import Page, open_page
 from tests.torchrun import REPO
+from tools.demo import checkpoint, narrate, report
 from tools.demo.__main__ import main, run_all
 from tools.demo.checkpoint import FILES, SHIPPED, WEIGHTS, pack, unpack
 from tools.demo.narrate import spoken
@@ -59,6 +60,11 @@ def test_the_page_has_the_figures_of_the_files(demo: Path, page: Page) -> None:
     (says,) = (row[1:] for row in page.tables[0] if row[0] == "the model says")
     assert [(s, words) for s, words in enumerate(says) if words] == spoken(demo / "narration.jsonl")
     assert len(page.images) > 20
+    run = open_page(demo / "realtime_sft/report.html")  # written again after the evaluation
+    f1 = after["realtime_sft/video", "decision F1"]["value"]
+    assert ["realtime_sft/video", "decision F1", f"{f1:.3f}"] in [
+        row[:3] for table in run.tables for row in table
+    ]
     assert page.captions == [
         "realtime_sft: loss per label", "realtime_sft: validation accuracy",
     ]  # fmt: skip
@@ -117,6 +123,15 @@ def test_packed_weights_are_small_and_come_back_within_half_a_step(tmp_path: Pat
         error = (back[name] - weights[name]).abs().flatten(1).amax(1)
         assert (error <= 0.51 * step + 1e-3 * 63 * step).all()
         assert error.max() > 0
+
+
+def test_what_is_missing_is_named(tmp_path: Path, capsys) -> None:
+    assert report.main([str(tmp_path)]) == 1
+    assert f"{tmp_path}/demo.json: No such file" in capsys.readouterr().err
+    assert checkpoint.main(["unpack", str(tmp_path / "out"), str(tmp_path)]) == 1
+    assert f"{tmp_path}/weights.npz: No such file" in capsys.readouterr().err
+    assert narrate.main([str(tmp_path), str(tmp_path / "clip.mp4")]) == 1
+    assert "has no held-out clip with a narration" in capsys.readouterr().err
 
 
 def scores(path: Path) -> dict[tuple[str, str], dict[str, float]]:

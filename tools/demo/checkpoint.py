@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_pipeline.commands import CommandParser
+from data_pipeline.commands import CommandParser, report_error
 
 SHIPPED = Path(__file__).parent / "checkpoint"
 WEIGHTS = "weights.npz"
@@ -37,11 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
         "folder", type=Path, nargs="?", default=SHIPPED, metavar="FOLDER", help=packed
     )
     options = parser.parse_args(arguments)
+    try:
+        if options.direction == "pack":
+            pack(options.export, options.folder)
+        else:
+            unpack(options.folder, options.export)
+    except OSError as error:
+        return report_error(parser.prog, f"{error.filename}: {error.strerror}")
     if options.direction == "pack":
-        pack(options.export, options.folder)
         print(f"{options.folder}: {(options.folder / WEIGHTS).stat().st_size / 1e6:.2f} MB")
     else:
-        unpack(options.folder, options.export)
         print(options.export)
     return 0
 

@@ -7,7 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from data_pipeline.commands import CommandParser
+from data_pipeline.commands import CommandParser, report_error
 from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
 from inference.session.view import clock
@@ -21,7 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("world", type=Path, metavar="WORLD", help="folder of data_pipeline.toy")
     parser.add_argument("clip", type=Path, metavar="CLIP", help="MP4 file to write")
     options = parser.parse_args(arguments)
-    truth = told(held_out_clip(options.world, options.clip))
+    try:
+        truth = told(held_out_clip(options.world, options.clip))
+    except ValueError as error:
+        return report_error(parser.prog, error)
     print(f"What happens in {options.clip}, which no training has seen:")
     print("\n".join(f"{clock(second)}  {words}" for second, words in truth))
     return 0

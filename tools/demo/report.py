@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.atomic import write_atomically
-from data_pipeline.commands import CommandParser
+from data_pipeline.commands import CommandParser, report_error
 from data_pipeline.encode import SampleEncoder
 from data_pipeline.tokens import load_tokenizer
 from data_pipeline.toy.build import MODALITIES, STAGES
@@ -79,7 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m tools.demo.report", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of tools.demo")
     options = parser.parse_args(arguments)
-    print(write_report(options.out))
+    try:
+        print(write_report(options.out))
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}: give a folder that tools.demo has finished"
+        return report_error(parser.prog, what)
     return 0
 
 
