@@ -1,7 +1,7 @@
 """Asks a real-time model about a whole video or a picture, without a clock.
 
 A video is watched the way the model has learned to watch, in silence, one frame a second, and as
-fast as the machine goes; then it is asked. A picture stands in the question, as in its training.
+fast as the machine can; then it is asked. A picture is part of the question, as in its training.
 
     python -m inference.realtime_offline_infer --checkpoint DIR --video_path clip.mp4 --prompt ...
 """

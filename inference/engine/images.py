@@ -1,4 +1,4 @@
-"""Pictures of users and clients, in whatever form they come -> uint8 [3, H, W]."""
+"""Pictures of users and clients, in any of their forms -> uint8 [3, H, W]."""
 
 from __future__ import annotations
 

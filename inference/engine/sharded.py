@@ -155,7 +155,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Receives the tensors where they stand in the message, and finds this rank's slots."""
+    """Receives each tensor when the message names it, and finds this rank's slots."""
 
     def __init__(self, file: io.BytesIO, slots: Mapping[int, Slot], device: torch.device) -> None:
         super().__init__(file)

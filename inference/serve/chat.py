@@ -213,23 +213,23 @@ async def _start_answer(
         hub.waiting -= 1
 
 
-class _Text:
+class _StopFilter:
     """Text of an answer up to the first stop text. Holds back what may be the start of one."""
 
     def __init__(self, stops: list[str]) -> None:
         self._stops, self._held, self.stopped = stops, "", False
 
-    def take(self, piece: str) -> str:
+    def append(self, piece: str) -> str:
         self._held += piece
         stops = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if stops:
             self.stopped, self._held = True, self._held[: min(stops)]
-            return self.rest()
+            return self.flush()
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         held, self._held = self._held, ""
         return held
 
@@ -241,11 +241,11 @@ class _Text:
 
 async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[tuple[str, str, int]]:
     """(text, reason of the end or "", tokens so far); Refused if the engine failed."""
-    text, count = _Text(question.stop), 0
+    text, count = _StopFilter(question.stop), 0
     try:
         async for event in answer.events():
             if event.type == "response.output_text.delta":
-                piece = text.take(event.data["delta"])
+                piece = text.append(event.data["delta"])
                 if text.stopped:
                     yield piece, "stop", answer.stats()["tokens"]
                     return
@@ -253,7 +253,7 @@ async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[tu
             elif event.type == "response.done":
                 count = event.data["usage"]["output_tokens"]
                 cut = event.data["reason"] == "max_new_tokens"
-                yield text.rest(), "length" if cut else "stop", count
+                yield text.flush(), "length" if cut else "stop", count
                 return
             elif event.type in ("error", "session.closed"):
                 words = event.data.get("message") or event.data.get("reason", "")

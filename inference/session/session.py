@@ -97,7 +97,7 @@ _FLAGS = {  # name in a saved state -> attribute
     "turn_over": "_turn_over",
     "tokens_since_frame": "_tokens_since_frame",
     "cancelled": "_cancelled",
-    "no_more": "_no_more",
+    "input_ended": "_input_ended",
 }
 
 
@@ -127,8 +127,8 @@ class Session(ResponseWriter):
         self._tokens_since_frame = 0  # tokens since the last frame
         self._paced_from = 0.0  # when the step of the last token began
         self._cancelled = False
-        self._no_more = False
-        self._check(config.system_prompt, config.prompt)
+        self._input_ended = False
+        self._check_texts(config.system_prompt, config.prompt)
 
     def configure(self, **changes: Any) -> None:
         """Changes fields of the config; most only before the first input. ValueError."""
@@ -136,7 +136,7 @@ class Session(ResponseWriter):
         if fixed and (self._started or self.frames or self.prompts):
             raise ValueError(f"{fixed[0]}: can be set before the first input only")
         config = replace(self.config, **changes)
-        self._check(config.system_prompt, config.prompt)
+        self._check_texts(config.system_prompt, config.prompt)
         self.config = config
 
     # Input
@@ -147,7 +147,7 @@ class Session(ResponseWriter):
         the new one too, has a prompt.
         """
         if frame.prompt:
-            self._check(frame.prompt)
+            self._check_texts(frame.prompt)
         if len(self.frames) >= self.config.max_waiting_frames:
             loose = next((waiting for waiting in self.frames if not waiting.prompt), None)
             if not self.config.live or (loose is None and frame.prompt):
@@ -160,7 +160,7 @@ class Session(ResponseWriter):
 
     def ask(self, prompt: Prompt) -> None:
         """Queues a prompt; QueueFull, and SampleError for text with control tokens."""
-        self._check(prompt.text)
+        self._check_texts(prompt.text)
         if len(self.prompts) >= self.config.max_waiting_prompts:
             raise QueueFull(f"{len(self.prompts)} prompts wait: the limit of max_waiting_prompts")
         self.prompts.append(prompt)
@@ -176,11 +176,11 @@ class Session(ResponseWriter):
 
     def end(self) -> None:
         """Ends the input: the session is over when all of it is taken in and answered."""
-        self._no_more = True
+        self._input_ended = True
 
     @property
     def over(self) -> bool:
-        return self._no_more and not (self.frames or self.prompts or self.response)
+        return self._input_ended and not (self.frames or self.prompts or self.response)
 
     # Saving
 
@@ -232,7 +232,7 @@ class Session(ResponseWriter):
         """The next step at time `now`; None: nothing to do before `wake` or new input."""
         self.wake = None
         if self._cancelled and self.response:
-            self._stop("cancelled", "client_cancelled")
+            self._end_response("cancelled", "client_cancelled")
             self._queued_tokens.append(self._vocabulary.special.silence)
         self._cancelled = False
         request = StepRequest([], began=now)
@@ -256,18 +256,18 @@ class Session(ResponseWriter):
         self._prompt_time = None
         silent = token == special.silence
         if request.frame:
-            self._decided(request, silent, now)
+            self._report_decision(request, silent, now)
         if silent:
             if ttft is not None and self.response is None:
                 self.emit("session.state", state="silent")  # silence is the answer
-            self._stop("completed", "silence")
+            self._end_response("completed", "silence")
         elif token in (special.eot_id, special.end_of_text):
-            self._stop("completed", "turn_ended")
+            self._end_response("completed", "turn_ended")
             self._turn_over = token == special.eot_id
             self._queued_tokens = [] if self._turn_over else [special.silence]
         else:
             self._paced_from = request.began
-            self._speak(token, now, ttft)
+            self._continue_response(token, now, ttft)
 
     def _take_prompts(self, request: StepRequest) -> None:
         while self.prompts:
@@ -278,11 +278,11 @@ class Session(ResponseWriter):
         """The user's turn and a new header after what is in the context."""
         vocabulary, interrupted = self._vocabulary, self.response is not None
         if not self._started and not self.config.prompt:
-            request.tokens += self._start(text)
+            request.tokens += self._opening(text)
         else:
             if not self._started:
-                request.tokens += self._start(self.config.prompt)
-            self._stop("cancelled", "interrupted")
+                request.tokens += self._opening(self.config.prompt)
+            self._end_response("cancelled", "interrupted")
             if not self._turn_over:
                 request.tokens.append(vocabulary.special.eot_id)
             request.tokens += vocabulary.user_turn(text)
@@ -298,7 +298,7 @@ class Session(ResponseWriter):
         if frame.prompt:
             self._write_turn(request, frame.prompt, frame.arrived)
         elif not self._started:
-            request.tokens += self._start(self.config.prompt)
+            request.tokens += self._opening(self.config.prompt)
         elif self._turn_over:
             # A frame must be in an assistant's turn.
             request.tokens += self._vocabulary.user_turn("")
@@ -311,7 +311,7 @@ class Session(ResponseWriter):
         self.stats.count("frames")
         self.stats.add("frame_lag", request.began - frame.arrived)
 
-    def _start(self, prompt: str) -> list[int]:
+    def _opening(self, prompt: str) -> list[int]:
         self._started = True
         config, vocabulary = self.config, self._vocabulary
         tokens = [vocabulary.special.begin_of_text]
@@ -331,15 +331,15 @@ class Session(ResponseWriter):
         if config.pace is None:
             return True
         if config.clock == "media":
-            return self._tokens_since_frame < config.pace or self._no_more
+            return self._tokens_since_frame < config.pace or self._input_ended
         due = self._paced_from + config.frame_interval / config.pace
         if now < due:
             self.wake = due
         return now >= due
 
-    # What the model says
+    # Reports and responses
 
-    def _decided(self, request: StepRequest, silent: bool, now: float) -> None:
+    def _report_decision(self, request: StepRequest, silent: bool, now: float) -> None:
         frame = request.frame
         assert frame is not None
         self.stats.count("silence" if silent else "speech")
@@ -353,7 +353,7 @@ class Session(ResponseWriter):
             waiting=len(self.frames),
         )
 
-    def _speak(self, token: int, now: float, ttft: float | None) -> None:
+    def _continue_response(self, token: int, now: float, ttft: float | None) -> None:
         if self.response is None:
             self.emit("session.state", state="speaking")
             name = f"{self.name}-{next(self._numbers)}"
@@ -362,14 +362,14 @@ class Session(ResponseWriter):
         self._tokens_since_frame += 1
         response = self._append_token(token, now, name, ttft)
         if len(response.tokens) >= self.config.max_new_tokens:
-            self._stop("incomplete", "max_new_tokens")
+            self._end_response("incomplete", "max_new_tokens")
             self._queued_tokens.append(self._vocabulary.special.silence)
 
-    def _stop(self, status: str, reason: str) -> None:
+    def _end_response(self, status: str, reason: str) -> None:
         if self.response is not None:
             self._finish(status, reason)
             self.emit("session.state", state="silent")
 
-    def _check(self, *texts: str) -> None:
+    def _check_texts(self, *texts: str) -> None:
         for text in texts:
             self._vocabulary.prompts.turn("user", text)

@@ -19,7 +19,7 @@ from inference.engine.load import load_engine
 from inference.engine.slots import Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
-from inference.serve.chat import _Text
+from inference.serve.chat import _StopFilter
 from inference.serve.limits import Limits
 from tests.inference.serve.serving import Running, data_url, jpeg, serving
 from tests.samples import graded_video
@@ -128,15 +128,15 @@ def test_stop_texts_cut_the_answer(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("sizes", [1, 2, 3, 7])
 def test_stop_texts_are_found_across_pieces(sizes: int) -> None:
     said = "one two three stop four"
-    text = _Text(["stop", "thrice"])
+    text = _StopFilter(["stop", "thrice"])
     out = ""
     for start in range(0, len(said), sizes):
-        out += text.take(said[start : start + sizes])
+        out += text.append(said[start : start + sizes])
         if text.stopped:
             break
     assert out == "one two three "
-    going = _Text(["stop"])
-    assert going.take("a st") + going.take("and sto") + going.rest() == "a stand sto"
+    going = _StopFilter(["stop"])
+    assert going.append("a st") + going.append("and sto") + going.flush() == "a stand sto"
 
 
 WRONG: list[tuple[dict[str, Any], str, int]] = [
