@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -11,16 +13,19 @@ from typing import Any, get_type_hints
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.commands import WRONG_USAGE, report_error
 from moss_train.config import RENAMED, Config, ConfigError, from_hydra
+from moss_train.overrides import as_typed, explain_override, explain_value
 from moss_train.presets import conf_dir
 
 ROOT = "config"  # conf/config.yaml
 VERSION = "1.3"  # of Hydra's behaviour
+# What composing raises; Hydra has ValueErrors for what is not of its grammar's types.
+COMPOSING = (HydraException, OmegaConfBaseException, ValueError)
 
 
 def load_config(
@@ -41,13 +46,13 @@ def load_config(
         ConfigError: names what is unknown or has the wrong type, and what is allowed.
     """
     chosen = {} if stage is None else {"stage": stage}
-    given = [*_overrides(chosen), *overrides, *_overrides(fields)]
+    given = as_typed([*_overrides(chosen), *overrides, *_overrides(fields)], conf_dir())
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION):
             raw = hydra.compose(ROOT, given)
         OmegaConf.resolve(raw)
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSING as error:
         raise ConfigError([explain(error)]) from None
     return from_hydra(raw)
 
@@ -57,17 +62,26 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors: `explain` says them in one line
     ConfigStore.instance().store(name="schema", node=Config)
 
+    composed = False
+
     def compose_and_run(raw: DictConfig) -> None:
+        nonlocal composed
         OmegaConf.resolve(raw)
+        composed = True
         job(raw)
 
     compose_and_run.__module__ = name  # Hydra's help takes the name of the program from there
     decorate = hydra.main(version_base=VERSION, config_path=str(conf_dir()), config_name=ROOT)
     try:
+        sys.argv[1:] = as_typed(sys.argv[1:], conf_dir())
         decorate(compose_and_run)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSING as error:
+        if composed:
+            raise
         if os.environ.get("RANK", "0") == "0":
-            report_error(name, explain(error))
+            lines = error.problems if isinstance(error, ConfigError) else [explain(error)]
+            for line in lines:
+                report_error(name, line)
         return WRONG_USAGE
     return 0
 
@@ -77,12 +91,17 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).partition("/")
         return f"{group}={name}: choose one of {', '.join(sorted(error.options))}"
+    if isinstance(error, OverrideParseException):
+        return explain_override(error.override, str(error).splitlines()[0])
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", str(error).splitlines()[0])
+    if ambiguous is not None:
+        return explain_override(ambiguous[1], "Ambiguous")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
     if key in RENAMED:
         return f"{key}: is called {RENAMED[key]} now: use that name"
     line = str(cause).splitlines()[0]
-    return f"{key}: {line}" if key else line
+    return explain_value(key, line) if key else line
 
 
 def _overrides(fields: Mapping[str, Any], prefix: str = "", kind: Any = Config) -> Iterator[str]:

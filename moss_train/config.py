@@ -8,6 +8,7 @@ the Hydra names, which a user overrides on the command line (`stage.lr=1e-4`).
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -325,7 +326,22 @@ def from_hydra(raw: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise _named(error) from None
     assert isinstance(config, Config)
+    _expand_home(config)
     return config
+
+
+def _expand_home(config: Config) -> None:
+    """~ in every path: shells leave it in FIELD=~/x."""
+    config.run.dir = os.path.expanduser(config.run.dir)
+    config.trainer.resume = os.path.expanduser(config.trainer.resume)
+    data, init = config.data, config.model.init
+    data.root, data.tokenizer = map(os.path.expanduser, (data.root, data.tokenizer))
+    for source in (*data.sources, *data.eval_sources):
+        source.path = os.path.expanduser(source.path)
+    if config.init_from is not None:
+        config.init_from = os.path.expanduser(config.init_from)
+    if init.from_llama is not None:
+        init.from_llama = os.path.expanduser(init.from_llama)
 
 
 def _named(error: OmegaConfBaseException) -> ConfigError:

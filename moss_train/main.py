@@ -58,9 +58,12 @@ def check(config: Config) -> Path | None:
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))  # 1 without torchrun
     validate(config, world_size)
+    folder = Path(config.run.dir)
+    for path in (folder, *folder.absolute().parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError([f"run.dir={folder}: {path} is not a folder: give another one"])
     resume_from = find_resume(config, world_size)
     if os.environ.get("RANK", "0") == "0":
-        folder = Path(config.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     return resume_from

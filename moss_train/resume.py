@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moss_train.checkpoint_dir import find, read_run, read_streams
 from moss_train.config import AdapterConfig, Config, ConfigError, to_dict
+from moss_train.convert.folders import why_no_checkpoint
 
 
 def find_resume(config: Config, world_size: int) -> Path | None:
@@ -47,7 +48,7 @@ def find_resume(config: Config, world_size: int) -> Path | None:
 def _must_find(field: str, value: str) -> Path:
     path = find(Path(value))
     if path is None:
-        raise ConfigError([f"{field}={value}: no complete checkpoint there: give a run folder"])
+        raise ConfigError([f"{field}={value}: {why_no_checkpoint(Path(value))}"])
     return path
 
 

@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data_pipeline.importers", "data_pipeline.loader"),
     ("data_pipeline.build", "data_pipeline.toy"),
     ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
+    ("moss_train.overrides",),
     ("moss_train.hardware", "moss_train.checkpoint_dir", "moss_train.compose", "inference.session"),
     ("moss_train.model", "inference"),  # inference: cli and sources
     ("moss_train.parallel", "inference.serve", "inference.bench"),

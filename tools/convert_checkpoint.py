@@ -12,11 +12,12 @@ from types import FrameType
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import inference.hf
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
 from data_pipeline.tables import format_table
-from moss_train.config import ConfigError, ModelConfig
+from moss_train.config import RENAMED, ConfigError, ModelConfig
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
@@ -162,8 +163,12 @@ def read_model(path: Path | None) -> ModelConfig:
     try:
         plain = yaml.safe_load(path.read_text())
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), plain))
-    except Exception as error:  # yaml's and OmegaConf's
-        report_error(PROGRAM, f"--model {path}: {error}")
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        key = getattr(error, "full_key", None)
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        if f"model.{key}" in RENAMED:
+            line = f"{key} is called {RENAMED[f'model.{key}'].removeprefix('model.')} now"
+        report_error(PROGRAM, f"--model {path}: {line}")
         raise SystemExit(WRONG_USAGE) from None
     assert isinstance(model, ModelConfig)
     return model

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inference.hf.attended_moss_video import CachedTokens
 from inference.hf.decoder_moss_video import Rotation
 from inference.hf.modeling_moss_video import (
-    CachedTokens,
     MossVideoForConditionalGeneration,
     MossVideoModel,
+    NewFrames,
 )
 from inference.hf.vision_moss_video import pool_grid
 
@@ -60,13 +61,12 @@ class PublishedModel(MossVideoForConditionalGeneration):
         self,
         x: Tensor,
         states: Tensor | None,
-        positions: Tensor | None,
-        seen: Tensor | None,
+        new: NewFrames | None,
         mask: Tensor | None,
         cache: Any,
     ) -> Any:
-        if seen is not None:
-            cache.whole_mask = seen.long()  # [B, S, F, T]
+        if new is not None:
+            cache.whole_mask = new.seen.long()  # [B, S, F, T]
         elif getattr(cache, "whole_mask", None) is None:
             return None
         else:
@@ -80,7 +80,7 @@ class PublishedModel(MossVideoForConditionalGeneration):
         sees = (hidden != lowest).any(dim=-1).to(x.dtype)[..., None]
         hidden = hidden * sees
         last = slice(-x.shape[1], None)
-        keys_values = self._keys_values(states, positions, cache)
+        keys_values = self._keys_values(states, new, cache, x.device)
         return RepeatedFrames(keys_values, hidden[:, :, last], sees[:, 0, last])
 
     def _project(self, layer: int, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

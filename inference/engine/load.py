@@ -27,6 +27,10 @@ from inference.hf.processing_moss_video import MossVideoProcessor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+ADAPTER = ("config.json", "model.safetensors", "model.bin")
+# Numbers that follow from config.json, which older tools save beside the weights.
+BUFFERS = re.compile(r".*(inv_freq|rope\.freqs|position_ids)$")
+
 # Without this transformers asks at the terminal whether to run the folder's code.
 AutoConfig.register("moss_video", MossVideoConfig, exist_ok=True)
 
@@ -87,17 +91,17 @@ def load_model(
         ValueError: names the folder and what is wrong with it.
     """
     folder = Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json: give a folder of tools.convert_checkpoint")
+    wrong = _wrong_folder(folder)
+    if wrong is not None:
+        raise ValueError(f"{folder}: {wrong}")
     where = torch.device(find_device(device))
     try:
-        model, missing, stored = _read(folder, find_dtype(dtype, where))
+        model, info, stored = _read(folder, find_dtype(dtype, where))
         if stored is not None:
             _restore_quantized(model, folder, stored, quantize, ranks)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {error}") from error
-    if missing:
-        raise ValueError(f"{folder}: lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    _check_names(folder, info, stored is not None)
     if ranks > 1:
         shard(model, rank, ranks)
         if where.type == "cuda":
@@ -108,17 +112,43 @@ def load_model(
     return model.to(where).eval()
 
 
+def _check_names(folder: Path, info: dict[str, Any], packed: bool) -> None:
+    """Every tensor of the model must be in the folder, and none beside them."""
+    missing, unknown = sorted(info["missing_keys"]), []
+    for name in sorted(info["unexpected_keys"]):
+        if not BUFFERS.match(name) and not (packed and name.endswith("_scale")):
+            unknown.append(name)
+    for names, what in ((missing, "lacks"), (unknown, "beside the model's, it has")):
+        if names:
+            raise ValueError(f"{folder}: {what} {len(names)} tensors: {', '.join(names[:5])}")
+
+
+def _wrong_folder(folder: Path) -> str | None:
+    """What a folder is that holds no model, or more than one, with what to do."""
+    adapter = any((folder / f"adapter_{name}").is_file() for name in ADAPTER)
+    if adapter and not (folder / "training.json").is_file():
+        return (
+            "holds an adapter of PEFT: merge it into its model (merge_and_unload), convert that "
+            "(hf-to-megatron, megatron-to-hf), and give the export"
+        )
+    if (folder / "config.json").is_file():
+        return None
+    if (folder / "run.json").is_file() or (folder / "checkpoints").is_dir():
+        return "is a checkpoint of training: export it (megatron-to-hf), and give the export"
+    return "no config.json: give a folder of tools.convert_checkpoint"
+
+
 def _read(
     folder: Path, dtype: torch.dtype | None
-) -> tuple[MossVideoForConditionalGeneration, list[str], Any]:
-    """The model with the numbers of the files as its weights, names of tensors that the files
-    lack, and config.json's `quantization_config`."""
+) -> tuple[MossVideoForConditionalGeneration, dict[str, Any], Any]:
+    """The model with the numbers of the files as its weights, what transformers tells of
+    their names, and config.json's `quantization_config`."""
     config = MossVideoConfig.from_pretrained(folder)
     stored = config.__dict__.pop("quantization_config", None)
     model, info = MossVideoForConditionalGeneration.from_pretrained(
         folder, config=config, dtype=dtype or "auto", output_loading_info=True
     )
-    return model, sorted(info["missing_keys"]), stored
+    return model, info, stored
 
 
 def _restore_quantized(

@@ -5,7 +5,7 @@ repeats K to all heads between rotation and norm; the norm works on each head al
 so keys and values stay at the number of KV heads here, with the same numbers.
 
 A layer does not hold what it attends: a `TokenCache` and a `FrameCache` keep keys and values and
-compute attention over them (transformers' cache in modeling_moss_video.py, the engine's static
+compute attention over them (transformers' cache in attended_moss_video.py, the engine's static
 buffers in inference/engine/cache.py). The number of heads follows from the weights, which may be a
 tensor-parallel slice. A copy of this file is in every exported folder.
 """
@@ -23,6 +23,7 @@ from .configuration_moss_video import MossVideoConfig
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [B, S, head_dim]
 FOLD = 8  # queries of a KV head's group up to which they are attended as if they were tokens
+READ_ONLY_ROWS = 8  # of the embedding, as in Mllama: tokens that are never said, as <|image|>
 
 
 class TokenCache(Protocol):
@@ -238,8 +239,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         text = config.text_config
-        # As in Mllama: 8 rows for tokens that are read and never said, <|image|> among them.
-        self.embed_tokens = nn.Embedding(text.vocab_size + 8, text.hidden_size)
+        self.embed_tokens = nn.Embedding(text.vocab_size + READ_ONLY_ROWS, text.hidden_size)
         self.cross = tuple(sorted(text.cross_attention_layers))
         self.layers = nn.ModuleList(
             (CrossLayer if i in self.cross else SelfLayer)(config, i)

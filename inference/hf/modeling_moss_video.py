@@ -7,6 +7,7 @@ with the names of transformers 4 (`language_model.model.*`, `vision_model.*`) lo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .attended_moss_video import (
+    AttendedFrames,
+    CachedTokens,
+    check_cache,
+    keep_frames,
+    token_mask,
+    token_positions,
+)
 from .configuration_moss_video import MossVideoConfig
-from .decoder_moss_video import Decoder, RMSNorm, Rotation, attend
+from .decoder_moss_video import READ_ONLY_ROWS, Decoder, RMSNorm, Rotation
 from .vision_moss_video import VisionTower, join_states
 
 IGNORED_LABEL = -100  # no loss there
@@ -27,50 +36,20 @@ OLD_NAMES = {
 }
 
 
-class CachedTokens:
-    """`TokenCache` in a transformers cache (None: nothing is kept)."""
+@dataclass
+class NewFrames:
+    """Frames that a pass brings.
 
-    def __init__(self, cache: Any, mask: Tensor | None):
-        self.cache, self.mask = cache, mask
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.cache is not None:
-            k, v = self.cache.update(k, v, layer)
-        causal = self.mask is None and q.shape[2] > 1
-        return attend(q, k, v, self.mask, causal)
-
-
-class AttendedFrames:
-    """`FrameCache` of one forward pass.
-
-    keys_values: of each cross-attention layer, `[B, KV heads, F x T x P, D]`.
-    mask: True where a token sees a tile `[B, S, F, T]`.
-    attend_all: tokens that see no frame attend everything, padding frames too.
+    positions: of each frame's `<|image|>` `[B, F]`, 0 for padding frames.
+    marked: True for frames that have one `[B, F]`.
+    slots: True for those that are given as frames, by their ratio id if there is one `[B, F]`.
+    seen: True where a token is or comes after it `[B, S, F, T or 1]`.
     """
 
-    def __init__(
-        self,
-        keys_values: dict[int, tuple[Tensor, Tensor]],
-        mask: Tensor,
-        attend_all: bool,
-        dtype: torch.dtype,
-    ):
-        self.keys_values = keys_values
-        mask = mask.flatten(2)  # [B, S, F x T]
-        sees = mask.any(-1, keepdim=True)
-        # A row without any key would be NaN: let it attend everything, then drop it.
-        mask = mask | ~sees
-        self.sees = None if bool(sees.all()) else sees.to(dtype)
-        self.keep = None if attend_all else self.sees
-        self.mask = None if bool(mask.all()) else mask[:, None]
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        k, v = self.keys_values[layer]
-        mask = self.mask
-        if mask is not None:
-            mask = mask.repeat_interleave(k.shape[2] // mask.shape[-1], dim=-1)
-        out = attend(q, k, v, mask)
-        return out if self.keep is None else out * self.keep[:, None]
+    positions: Tensor
+    marked: Tensor
+    slots: Tensor
+    seen: Tensor
 
 
 class MossVideoModel(nn.Module):
@@ -95,6 +74,9 @@ class MossVideoModel(nn.Module):
         config = self.config
         joined = join_states(states, config.pool_mode, config.pool_stride, self.patch_merger)
         return self.multi_modal_projector(joined).flatten(1, 2)
+
+
+HARMLESS = ("return_dict", "cache_position")  # transformers passes them; nothing follows from them
 
 
 class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -130,6 +112,33 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """transformers' own; the embedding keeps its rows beyond the head's, for tokens that are
+        read and never said, without which a saved model does not load.
+
+        Raises:
+            ValueError: `<|image|>` would have no row.
+        """
+        old = self.model.language_model.embed_tokens.weight.detach().clone()
+        image = self.config.image_token_index
+        if new_num_tokens is not None and image >= new_num_tokens + READ_ONLY_ROWS:
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens}: <|image|> (image_token_index {image}) needs a "
+                f"row: at least {image + 1 - READ_ONLY_ROWS}"
+            )
+        made = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        rows = self.config.text_config.vocab_size + READ_ONLY_ROWS
+        if len(made.weight) == rows:
+            return made
+        weight = made.weight.detach()
+        kept = torch.cat((weight, old[len(weight) : rows].to(weight)))
+        kept = F.pad(kept, (0, 0, 0, rows - len(kept)))
+        made = nn.Embedding(len(kept), kept.shape[1], _weight=kept)
+        self.set_input_embeddings(made)
+        return made
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -211,14 +220,19 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 `silence_weight`. The sum is divided by `num_items_in_batch`, or their count.
             logits_to_keep: logits of so many last positions only, or of these positions.
         """
+        unknown = [name for name, value in kwargs.items() if value and name not in HARMLESS]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: this model has no such input or output")
         decoder = self.model.language_model
         x = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = use_cache if use_cache is not None else not self.training and labels is None
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
+        if past_key_values is not None:
+            check_cache(past_key_values)
         past = self._past(past_key_values)
         if position_ids is None:
-            position_ids = _positions(attention_mask, past, x)
+            position_ids = token_positions(attention_mask, past, x)
         position_ids = position_ids.expand(len(x), -1)
         if pixel_values is not None:
             if cross_attention_states is not None:
@@ -226,17 +240,17 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cross_attention_states = self.get_image_features(
                 pixel_values, aspect_ratio_ids, aspect_ratio_mask
             )
-        positions, seen = None, None
+        new = None
         if cross_attention_states is not None:
-            frame_count, size = cross_attention_states.shape[1:3]
-            positions, seen = self._frame_positions(input_ids, position_ids, frame_count)
-            ids = torch.ones_like(positions) if aspect_ratio_ids is None else aspect_ratio_ids
+            real = _real_frames(pixel_values, aspect_ratio_ids, cross_attention_states)
+            size = cross_attention_states.shape[2]
+            new = self._new_frames(input_ids, position_ids, real)
+            new.slots = new.slots if aspect_ratio_ids is None else aspect_ratio_ids > 0
+            ids = real.long() if aspect_ratio_ids is None else aspect_ratio_ids
             tiles = self._tiles(ids, aspect_ratio_mask, size // self.config.tokens_per_frame)
-            seen = seen[..., None] & tiles[:, None]  # [B, S, F, T]
-        frames = self._frames(
-            x, cross_attention_states, positions, seen, cross_attention_mask, past_key_values
-        )
-        tokens = self.tokens_type(past_key_values, _token_mask(attention_mask, past, x.shape[1]))
+            new.seen = new.seen & tiles[:, None]  # [B, S, F, T]
+        frames = self._frames(x, cross_attention_states, new, cross_attention_mask, past_key_values)
+        tokens = self.tokens_type(past_key_values, token_mask(attention_mask, past, x.shape[1]))
         x = decoder(x, position_ids, tokens, frames)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])
@@ -255,64 +269,78 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         x: Tensor,
         states: Tensor | None,
-        positions: Tensor | None,
-        seen: Tensor | None,
+        new: NewFrames | None,
         mask: Tensor | None,
         cache: Any,
     ) -> AttendedFrames | None:
-        """The frames of a pass over `x` `[B, S, H]`: those in the cache, and new `states`
-        `[B, F, T x P, H]` at `positions`, of which tokens see `seen` `[B, S, F, T]`, if `mask`
-        does not say it of all of them."""
-        # What the last token so far saw of the frames in the cache: [B, F, T].
-        old = getattr(cache, "seen_tiles", None)
+        """The frames of a pass over `x` `[B, S, H]`: those in the cache, and `new` ones with
+        `states` `[B, F, T x P, H]`. `mask` says which token sees what, of all of them; None: as
+        `new` says."""
+        # What the last token so far saw of the frames in the cache [B, F, T], and which of them
+        # are of a row [B, F].
+        old: Tensor | None = getattr(cache, "seen_tiles", None)
         if states is None and old is None:
             return None
-        shape = tuple(x.shape[:2])
+        given, shape = mask is not None, tuple(x.shape[:2])
+        kept = [] if old is None else [(cache.own_frames, cache.frame_slots)]
+        kept += [] if new is None else [(new.marked, new.slots)]
+        own, slots = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
         if mask is None:
             parts = [] if old is None else [old[:, None].expand(-1, shape[1], -1, -1)]
-            mask = torch.cat(parts if seen is None else [*parts, seen], dim=2)
+            mask = torch.cat(parts if new is None else [*parts, new.seen], dim=2)
         elif tuple(mask.shape[:2]) != shape:
             raise ValueError(
                 f"cross_attention_mask is of {tuple(mask.shape[:2])} rows and tokens, "
                 f"the input of {shape}"
             )
         mask = mask.bool()
-        keys_values = self._keys_values(states, positions, cache)
+        keys_values = self._keys_values(states, new, cache, x.device)
         if cache is not None:
-            cache.seen_tiles = mask[:, -1]
+            cache.seen_tiles, cache.own_frames, cache.frame_slots = mask[:, -1], own, slots
+        if given:  # padding frames are attended too, as transformers' Mllama does
+            slots = torch.ones_like(slots)
         attend_all = self.config.tokens_before_first_frame == "attend_all"
-        return AttendedFrames(keys_values, mask, attend_all, x.dtype)
+        return AttendedFrames(keys_values, mask, own, slots if attend_all else None, x.dtype)
 
-    def _frame_positions(
-        self, input_ids: Tensor | None, position_ids: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """Positions of `count` frames `[B, F]` (padding frames: 0), and True where a token is or
-        comes after a frame's `<|image|>` `[B, S, F]`."""
+    def _new_frames(
+        self, input_ids: Tensor | None, position_ids: Tensor, real: Tensor
+    ) -> NewFrames:
+        """Where frames stand: `real` `[B, F]` is False for padding frames.
+
+        Raises:
+            ValueError: a row has more or fewer `<|image|>` tokens than frames.
+        """
         if input_ids is None:
             raise ValueError("frames need input_ids: their <|image|> tokens say where they stand")
         is_image = input_ids == self.config.image_token_index  # [B, S]
-        most = int(is_image.sum(1).max())
-        if most > count:
-            raise ValueError(f"a row has {most} <|image|> tokens, but {count} frames are given")
+        marks, given = is_image.sum(1).tolist(), real.sum(1).tolist()
+        if marks != given:
+            raise ValueError(
+                f"the rows have {marks} <|image|> tokens, but {given} frames are given: one "
+                "<|image|> for each frame (padding frames, after the others: aspect_ratio_ids 0)"
+            )
         number = is_image.cumsum(1)[:, :, None]  # frames up to each token
-        frames = torch.arange(1, count + 1, device=is_image.device)
+        frames = torch.arange(1, real.shape[1] + 1, device=is_image.device)
         own = is_image[:, :, None] & (number == frames)  # [B, S, F]
-        return (own * position_ids[:, :, None]).sum(1), number >= frames
+        positions = (own * position_ids[:, :, None]).sum(1)
+        return NewFrames(positions, own.any(1), own.any(1), (number >= frames)[..., None])
 
     def _keys_values(
-        self, states: Tensor | None, positions: Tensor | None, cache: Any
+        self, states: Tensor | None, new: NewFrames | None, cache: Any, device: torch.device
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Of each cross-attention layer, new frames appended to the cached ones."""
         decoder = self.model.language_model
-        if states is None:
-            return {i: (cache.layers[i].keys, cache.layers[i].values) for i in decoder.cross}
-        assert positions is not None
-        each = positions.repeat_interleave(states.shape[2], dim=1)  # [B, F x T x P]
+        if states is None or new is None:
+            layers = {i: cache.layers[i] for i in decoder.cross}  # on the CPU, if offloaded
+            return {i: (c.keys.to(device), c.values.to(device)) for i, c in layers.items()}
+        each = new.positions.repeat_interleave(states.shape[2], dim=1)  # [B, F x T x P]
         rotation = decoder.rotation(each, states.dtype)
         keys_values = {}
         for layer in decoder.cross:
             k, v = self._project(layer, states.flatten(1, 2), rotation)
             keys_values[layer] = (k, v) if cache is None else cache.update(k, v, layer)
+            if cache is not None:
+                keep_frames(cache, layer)
         return keys_values
 
     def _project(self, layer: int, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -355,31 +383,14 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return inputs
 
 
-def _positions(attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor:
-    length = x.shape[1]
-    if attention_mask is None or attention_mask.ndim != 2:
-        return torch.arange(past, past + length, device=x.device)[None]
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-
-
-def _token_mask(attention_mask: Tensor | None, past: int, length: int) -> Tensor | None:
-    """True where a token sees a token `[B, 1, S, past + S]`; None: causal without padding."""
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask if attention_mask.dtype is torch.bool else attention_mask >= 0
-    if attention_mask is None or bool(attention_mask.all()):
-        if past == 0 or length == 1:
-            return None
-        device = None if attention_mask is None else attention_mask.device
-        return _causal(past, length, device)[None, None]
-    mask = attention_mask.bool()[:, None, None] & _causal(past, length, attention_mask.device)
-    # Padding on the left sees nothing: let it see itself, for a softmax over nothing is NaN.
-    own = torch.eye(past + length, device=mask.device, dtype=torch.bool)[past:]
-    return mask | own
-
-
-def _causal(past: int, length: int, device: torch.device | None) -> Tensor:
-    key = torch.arange(past + length, device=device)
-    return key <= torch.arange(past, past + length, device=device)[:, None]
+def _real_frames(pixels: Tensor | None, ratio_ids: Tensor | None, states: Tensor) -> Tensor:
+    """False for padding frames `[B, F]`: their ratio id is 0, or their pixels are all 0."""
+    real = [] if ratio_ids is None else [ratio_ids > 0]
+    if pixels is not None:
+        real.append(pixels.flatten(2).any(-1))
+    if real:
+        return real[0] & real[-1]
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
 # What save_pretrained writes can be opened by itself: it copies these files and names the class.

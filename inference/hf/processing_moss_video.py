@@ -25,6 +25,7 @@ from .clock_moss_video import (
     open_container,
     read_track,
 )
+from .options_moss_video import padded_length, read_options, share, texts_of
 from .pixels_moss_video import to_rgb
 
 IMAGE, VIDEO, HEADER_END = "<|image|>", "<|video|>", "<|end_header_id|>"
@@ -68,9 +69,11 @@ class MossVideoProcessor(ProcessorMixin):
                 `[F, H, W, 3]`.
                 A picture is a path, a PIL image, or what `to_rgb` takes beside one; any is turned
                 as its EXIF says, put on white where transparent, 16 bits brought to 8.
-            return_tensors: "pt" or None (lists).
+            return_tensors: "pt", "np" or None (lists).
             padding: False, True or "longest", "max_length" (with `max_length`).
+            pad_to_multiple_of: length in tokens that the padded one is a multiple of.
             padding_side: "left" (default: what generation wants) or "right".
+            add_special_tokens: put `<|begin_of_text|>` before a text without one (default: True).
             video_fps, video_min_frames, video_max_frames: in place of the processor's own.
 
         Returns:
@@ -78,20 +81,19 @@ class MossVideoProcessor(ProcessorMixin):
             `aspect_ratio_ids` `[B, F]`, `aspect_ratio_mask` `[B, F, T]`.
 
         Raises:
-            ValueError: marks and media do not agree, a video cannot be read.
+            ValueError: marks and media do not agree, a video cannot be read, an option is unknown
+                or not done.
         """
         if audio is not None:
             raise ValueError("audio: the model takes images and videos")
-        if text is None:
-            raise ValueError("text: needed, with a mark for each medium")
-        options = _flat(kwargs)
-        texts = [text] if isinstance(text, str) else list(text)
-        pictures = _share(images, [t.count(IMAGE) for t in texts], "images")
-        clips = _share(videos, [t.count(VIDEO) for t in texts], "videos")
+        options, texts = read_options(kwargs), texts_of(text)
+        self._check_marks(texts)
+        pictures = share(images, [t.count(IMAGE) for t in texts], "images")
+        clips = share(videos, [t.count(VIDEO) for t in texts], "videos")
         tokens, frames = [], []
         for one, shown, clip in zip(texts, pictures, clips, strict=True):
             expanded, media = self._expand(one, iter(shown), iter(clip), options)
-            tokens.append(self._encode(expanded))
+            tokens.append(self._encode(expanded, options.get("add_special_tokens") is not False))
             frames.append(media)
         data = self._pad(tokens, options)
         tensors = options.get("return_tensors")
@@ -163,10 +165,22 @@ class MossVideoProcessor(ProcessorMixin):
         names = ("video_fps", "video_min_frames", "video_max_frames")
         return read_video(video, *(options.get(name, getattr(self, name)) for name in names))
 
-    def _encode(self, text: str) -> list[int]:
+    def _check_marks(self, texts: list[str]) -> None:
+        """Raises ValueError for a mark that the tokenizer would take for letters."""
+        for mark in INLINE:
+            needed = IMAGE if mark == VIDEO else mark  # it becomes one for each frame
+            token = self.tokenizer.convert_tokens_to_ids(needed)
+            unknown = token is None or token == self.tokenizer.unk_token_id
+            if unknown and any(mark in text for text in texts):
+                raise ValueError(
+                    f"text: has {mark}, but the tokenizer has no token {needed}: use one of "
+                    "Llama-3.2-Vision with the tokens of MOSS-Video"
+                )
+
+    def _encode(self, text: str, add_bos: bool) -> list[int]:
         """Tokens as in training: a header's line ends never merge with what follows."""
         bos = self.tokenizer.bos_token
-        if bos and bos not in text:
+        if add_bos and bos and bos not in text:
             text = bos + text
         tokens: list[int] = []
         for piece in re.split(r"(?<=<\|end_header_id\|>)(\n\n)", text):
@@ -175,19 +189,11 @@ class MossVideoProcessor(ProcessorMixin):
         return tokens
 
     def _pad(self, tokens: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
-        wanted = options.get("padding", False)
-        ragged = len({len(row) for row in tokens}) > 1
-        if not wanted and ragged and options.get("return_tensors"):
-            raise ValueError("texts of unequal length need padding=True")
-        length = max(map(len, tokens))
-        if wanted == "max_length":
-            length = max(length, options["max_length"])
-        elif not wanted:
-            length = 0
+        length = padded_length([len(row) for row in tokens], options)
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = 0  # masked, so of no meaning
-        left = options.get("padding_side", "left") == "left"
+        left = options.get("padding_side") != "right"
         ids, masks = [], []
         for row in tokens:
             extra, ones = max(0, length - len(row)), [1] * len(row)
@@ -254,30 +260,6 @@ def _picture(image: Any) -> Image.Image:
         return to_rgb(Image.open(image) if isinstance(image, str | Path) else image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"images: {image!r:.80}: cannot be read: {error}") from None
-
-
-def _share(media: Any, counts: list[int], name: str) -> list[list[Any]]:
-    """Media of each text, as its marks count them."""
-    given = [] if media is None else media if isinstance(media, list | tuple) else [media]
-    if [len(row) if isinstance(row, list | tuple) else None for row in given] == counts:
-        return [list(row) for row in given]
-    if len(given) != sum(counts):
-        raise ValueError(
-            f"{name}: the texts have {counts} marks, but {len(given)} of it are given: one list, "
-            "or a list for each text"
-        )
-    rest = iter(given)
-    return [[next(rest) for _ in range(count)] for count in counts]
-
-
-def _flat(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """transformers groups some options by modality; here their names alone say enough."""
-    groups = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs")
-    grouped = [kwargs.get(group) or {} for group in groups]
-    flat = {k: v for k, v in kwargs.items() if k not in groups}
-    for group in grouped:
-        flat |= group
-    return flat
 
 
 if __version__.startswith("4."):  # which asks the class for its parts; 5 asks the constructor

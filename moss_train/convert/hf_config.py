@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +13,29 @@ from moss_train.config import (
     ConfigError,
     ModelConfig,
     ProjectorConfig,
-    RopeScalingConfig,
     TextConfig,
     VisionConfig,
 )
+from moss_train.convert.rope import rope_of
+from moss_train.convert.section import Section, read_section
 from moss_train.hardware import DTYPES
 
 EXTRA_EMBEDDING_ROWS = 8  # transformers builds Mllama's embedding with vocab_size + 8 rows
 # Our names of dtypes by transformers' names, which are torch's.
 HF_DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-
+# What transformers' LlamaConfig has where config.json (of Llama 1 and 2) says nothing.
+LLAMA_THETA, LLAMA_EPS, MLLAMA_THETA = 10000.0, 1e-6, 500000.0
+# transformers 4 saves of Mllama's sections what is not as in its own classes, which have these.
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1280, "num_hidden_layers": 32, "num_global_layers": 8, "attention_heads": 16,
+    "intermediate_size": 5120, "image_size": 448, "patch_size": 14, "norm_eps": 1e-5,
+    "max_num_tiles": 4, "intermediate_layers_indices": [3, 7, 15, 23, 30],
+}  # fmt: skip
+TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5,
+    "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+}  # fmt: skip
 ARCHITECTURES = ("moss", "mllama")
 
 
@@ -48,10 +60,14 @@ def model_config_from_hf(
         ConfigError: a key is missing, of a wrong type, or asks for what the model cannot do; each
             line names the file and the key.
     """
-    root = _read(source)
+    root = read_section(source)
     _check_kind(root)
     vision = root.section("vision_config", "vision")
     text = root.section("text_config", "text")
+    theta = None
+    if root.has("transformers_version") and root.values.get("model_type") == "mllama":
+        vision, text = vision.with_defaults(VISION_DEFAULTS), text.with_defaults(TEXT_DEFAULTS)
+        theta = MLLAMA_THETA
     pool = _pool(root, vision)
     if arch == "mllama" and pool.pool != "none":
         raise root.error("pool_mode", pool.pool, "absent: with pooling it is not plain Llama")
@@ -68,7 +84,7 @@ def model_config_from_hf(
         name=root.name,
         vision=_vision(vision, full_attention=root.flag("full_attention", moss)),
         projector=pool,
-        text=_text(text),
+        text=_text(text, theta),
         tokens_before_first_frame=root.choice("tokens_before_first_frame", ("attend_all", "zero")),
         cross_attention_rope=root.flag("cross_attention_rope", moss),
         dtype=dtype or _dtype(root, text),
@@ -81,10 +97,15 @@ def kind_of(source: str | Path | Mapping[str, Any]) -> str:
     Raises:
         ConfigError: it describes something else.
     """
-    return _check_kind(_read(source))
+    return _check_kind(read_section(source))
 
 
-def _check_kind(root: _Section) -> str:
+def ties_embeddings(source: str | Path | Mapping[str, Any]) -> bool:
+    """True where a text-only Llama's output head is its embedding; without a word it is not."""
+    return read_section(source).flag("tie_word_embeddings", False)
+
+
+def _check_kind(root: Section) -> str:
     kind = root.values.get("model_type")
     if kind == "llama":
         return "text"
@@ -108,115 +129,32 @@ def text_config_from_llama(source: str | Path | Mapping[str, Any], into: TextCon
     Raises:
         ConfigError: as `model_config_from_hf`.
     """
-    root = _read(source)
+    root = read_section(source)
     root.expect("hidden_act", "silu")
     for key in ("attention_bias", "mlp_bias"):
         root.expect(key, False)
     heads, hidden = root.integer("num_attention_heads"), root.integer("hidden_size")
+    if heads == 0 or hidden % heads:
+        raise root.error("num_attention_heads", heads, f"a divisor of hidden_size ({hidden})")
     root.expect("head_dim", hidden // heads)
-    theta, scaling = _rope(root)
+    root.expect("partial_rotary_factor", 1.0)
+    theta, scaling = rope_of(root, LLAMA_THETA)
+    grouped = root.has("num_key_value_heads")
     return replace(
         into,
         vocab_size=root.integer("vocab_size"),
         hidden_size=hidden,
         num_layers=root.integer("num_hidden_layers") + len(into.cross_attention_layers),
         num_heads=heads,
-        num_kv_heads=root.integer("num_key_value_heads"),
+        num_kv_heads=root.integer("num_key_value_heads") if grouped else heads,
         mlp_size=root.integer("intermediate_size"),
-        norm_eps=root.number("rms_norm_eps"),
+        norm_eps=root.number("rms_norm_eps") if root.has("rms_norm_eps") else LLAMA_EPS,
         rope_theta=theta,
         rope_scaling=scaling,
     )
 
 
-class _Section:
-    """A mapping of the file that knows where it stands, for the sake of its errors."""
-
-    def __init__(self, values: Mapping[str, Any], file: str, path: str = "", name: str = ""):
-        self.values, self.file, self.path, self.name = values, file, path, name
-
-    def error(self, key: str, value: Any, allowed: str) -> ConfigError:
-        """An error that names the file and the key."""
-        return ConfigError([f"{self.file}: {self.path}{key} is {value!r}, it must be {allowed}"])
-
-    def find(self, *keys: str) -> tuple[str, Any]:
-        """The first of `keys` (a key and its other names) that is there, and its value."""
-        for key in keys:
-            if self.values.get(key) is not None:
-                return key, self.values[key]
-        raise ConfigError([f"{self.file}: {self.path}{keys[0]} is missing"])
-
-    def has(self, key: str) -> bool:
-        """True where `key` has a value."""
-        return self.values.get(key) is not None
-
-    def integer(self, *keys: str) -> int:
-        """A positive whole number (or 0)."""
-        key, value = self.find(*keys)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.error(key, value, "a whole number")
-        return value
-
-    def number(self, *keys: str) -> float:
-        """A number."""
-        key, value = self.find(*keys)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, value, "a number")
-        return float(value)
-
-    def integers(self, key: str) -> list[int]:
-        """A list of whole numbers."""
-        _, value = self.find(key)
-        if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise self.error(key, value, "a list of whole numbers")
-        return list(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false, `default` where nothing is said."""
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.error(key, value, "true or false")
-        return default if value is None else value
-
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
-        """One of `allowed`, the first where nothing is said."""
-        value = self.values.get(key)
-        if value is not None and value not in allowed:
-            raise self.error(key, value, f"one of {', '.join(allowed)}")
-        return allowed[0] if value is None else value
-
-    def section(self, *keys: str) -> _Section:
-        """A mapping inside this one."""
-        key, value = self.find(*keys)
-        if not isinstance(value, Mapping):
-            raise self.error(key, value, "a mapping")
-        return _Section(value, self.file, f"{self.path}{key}.")
-
-    def expect(self, key: str, wanted: Any) -> None:
-        """Refuses another value than the one that the model is written for."""
-        value = self.values.get(key)
-        if value is not None and value != wanted:
-            raise self.error(key, value, repr(wanted))
-
-
-def _read(source: str | Path | Mapping[str, Any]) -> _Section:
-    if isinstance(source, Mapping):
-        return _Section(source, "config", name="imported")
-    path = Path(source)
-    if path.is_dir():
-        path = path / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
-    except ValueError as error:
-        raise ConfigError([f"{path}: is not JSON: {error}"]) from None
-    if not isinstance(values, dict):
-        raise ConfigError([f"{path}: holds no mapping"])
-    return _Section(values, str(path), name=path.absolute().parent.name)
-
-
-def _vision(section: _Section, full_attention: bool) -> VisionConfig:
+def _vision(section: Section, full_attention: bool) -> VisionConfig:
     section.expect("hidden_act", "gelu")
     section.expect("num_channels", 3)
     vision = VisionConfig(
@@ -238,10 +176,10 @@ def _vision(section: _Section, full_attention: bool) -> VisionConfig:
     return vision
 
 
-def _text(section: _Section) -> TextConfig:
+def _text(section: Section, theta: float | None) -> TextConfig:
     section.expect("hidden_act", "silu")
     section.expect("tie_word_embeddings", False)
-    theta, scaling = _rope(section)
+    theta, scaling = rope_of(section, theta)
     return TextConfig(
         vocab_size=section.integer("vocab_size"),
         extra_embedding_rows=EXTRA_EMBEDDING_ROWS,
@@ -257,30 +195,7 @@ def _text(section: _Section) -> TextConfig:
     )
 
 
-def _rope(section: _Section) -> tuple[float, RopeScalingConfig]:
-    """transformers 5 has all in `rope_parameters`; 4 has `rope_theta` beside `rope_scaling`."""
-    if section.has("rope_parameters"):
-        rope = section.section("rope_parameters")
-        theta = (rope if rope.has("rope_theta") else section).number("rope_theta")
-    else:
-        theta = section.number("rope_theta")
-        if not section.has("rope_scaling"):
-            return theta, RopeScalingConfig(factor=1.0)
-        rope = section.section("rope_scaling")
-    key, kind = rope.find("rope_type", "type")
-    if kind == "default":
-        return theta, RopeScalingConfig(factor=1.0)
-    if kind != "llama3":
-        raise rope.error(key, kind, "'llama3' or 'default'")
-    return theta, RopeScalingConfig(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position=rope.integer("original_max_position_embeddings"),
-    )
-
-
-def _pool(root: _Section, vision: _Section) -> ProjectorConfig:
+def _pool(root: Section, vision: Section) -> ProjectorConfig:
     for section in (root, vision):
         if section.has("pool"):
             return _pool_of(section.section("pool"), "mode", "stride")
@@ -289,7 +204,7 @@ def _pool(root: _Section, vision: _Section) -> ProjectorConfig:
     return ProjectorConfig(pool="none", stride=1)
 
 
-def _pool_of(section: _Section, mode_key: str, stride_key: str) -> ProjectorConfig:
+def _pool_of(section: Section, mode_key: str, stride_key: str) -> ProjectorConfig:
     _, mode = section.find(mode_key)
     if mode == "none":
         return ProjectorConfig(pool="none", stride=1)
@@ -298,7 +213,7 @@ def _pool_of(section: _Section, mode_key: str, stride_key: str) -> ProjectorConf
     return ProjectorConfig(pool=mode, stride=section.integer(stride_key))
 
 
-def _dtype(root: _Section, text: _Section) -> str:
+def _dtype(root: Section, text: Section) -> str:
     """transformers takes a checkpoint that names no dtype for fp32."""
     for section in (root, text):
         for key in ("dtype", "torch_dtype"):

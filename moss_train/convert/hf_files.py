@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from data_pipeline.prompts import STAGE_FORMS
 from data_pipeline.tokens import load_tokenizer, token_text
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import Config, ModelConfig
+from moss_train.convert.beside import ENDS, chat_templates, missing_tokens, same_special_tokens
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.quantize import Quantizer
 from moss_train.convert.source import ConversionError, read_json
@@ -24,7 +26,13 @@ from moss_train.convert.source import ConversionError, read_json
 TRAINING = "training.json"  # the run that made the weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SOURCE = "source"  # folder of an imported checkpoint: small files of where it came from
-SOURCE_FILES = ("config.json", "generation_config.json", "chat_template.jinja")
+SOURCE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 IMPORTED = "imported"  # stage of weights whose training is not known
 MOSS_CLASS, PLAIN_CLASS = "MossVideoForConditionalGeneration", "MllamaForConditionalGeneration"
 AUTO_MAP = {
@@ -79,6 +87,11 @@ class HfFiles:
         source = checkpoint / SOURCE
         files = cls(config, read_run(checkpoint), target, stage or own, folder, source, code)
         files.check_tokenizer()
+        own_tokenizer = _tokenizer_folder(checkpoint, config, None)
+        if tokenizer is not None and own_tokenizer is not None:
+            differing = same_special_tokens(tokenizer, own_tokenizer)
+            if differing:
+                raise ConversionError("\n".join(differing))
         return files
 
     def check_tokenizer(self) -> None:
@@ -123,18 +136,39 @@ def write_files(
     _write(folder / "preprocessor_config.json", _image_processor(files))
     _write(folder / "processor_config.json", _processor(files))
     _write(folder / TRAINING, _training(files))
-    template = files.source / "chat_template.jinja"
-    template = template if template.is_file() else files.code / "chat_template.jinja"
-    shutil.copyfile(template, folder / "chat_template.jinja")
+    lines = list(_templates(files))
+    shutil.copyfile(files.code / "chat_template.jinja", folder / "chat_template.jinja")
     if files.target == "moss":
         for path in files.code.glob("*_moss_video.py"):
             shutil.copyfile(path, folder / path.name)
     if files.tokenizer is None:
-        return ["tokenizer: none is known: put one into the folder, or give --tokenizer"]
+        return [*lines, "tokenizer: none is known: put one into the folder, or give --tokenizer"]
     for name in TOKENIZER_FILES:
         if (files.tokenizer / name).is_file():
             shutil.copyfile(files.tokenizer / name, folder / name)
-    return [f"tokenizer: {files.tokenizer}", f"stage: {files.stage or 'unknown'}"]
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():  # its template would be a second one
+        _write(settings, {k: v for k, v in read_json(settings).items() if k != "chat_template"})
+    assert tokenizer is not None
+    lines += [*missing_tokens(tokenizer), f"tokenizer: {files.tokenizer}"]
+    return [*lines, f"stage: {files.stage or 'unknown'}"]
+
+
+def _templates(files: HfFiles) -> Iterator[str]:
+    """A line where the source or the tokenizer's folder has a chat template of its own."""
+    ours = (files.code / "chat_template.jinja").read_text().strip()
+    for folder in dict.fromkeys((files.source, files.tokenizer or files.source)):
+        same = folder / "chat_template.jinja"
+        others = [
+            name
+            for name in chat_templates(folder)
+            if name != same.name or same.read_text().strip() != ours
+        ]
+        if others:
+            yield (
+                f"chat template: that of training; the one of {folder} ({', '.join(others)}) is "
+                "left out"
+            )
 
 
 def hf_config(files: HfFiles, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
@@ -250,7 +284,7 @@ def _generation(
     """A chat ends with `<|eot_id|>`, a text with `<|end_of_text|>`."""
     path = files.source / "generation_config.json"
     if path.is_file():
-        return read_json(path)
+        return _in_range(read_json(path), files.config.model.text.vocab_size + EXTRA_EMBEDDING_ROWS)
     turn = None if tokenizer is None else tokenizer.token_to_id(token_text("eot_id"))
     ends = [token for token in (text["eos_token_id"], turn) if token is not None]
     wanted = {
@@ -261,10 +295,20 @@ def _generation(
     return {key: value for key, value in wanted.items() if value is not None}
 
 
+def _in_range(values: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Without ids of tokens that have no row."""
+    for key in ENDS:
+        ids = values.get(key)
+        if isinstance(ids, list):
+            values[key] = [token for token in ids if token < rows] or None
+        elif ids is not None and ids >= rows:
+            values[key] = None
+    return {key: value for key, value in values.items() if value is not None or key not in ENDS}
+
+
 def _image_processor(files: HfFiles) -> dict[str, Any]:
     """Tiles as training cuts them (data_pipeline/images.py)."""
-    side, plain = files.config.model.vision.image_size, files.target == "mllama"
-    tiles = files.config.model.vision.max_tiles if plain else files.config.data.max_tiles
+    side, tiles = files.config.model.vision.image_size, files.config.data.max_tiles
     return {
         "image_processor_type": "MllamaImageProcessor",
         "do_convert_rgb": True,

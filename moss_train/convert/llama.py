@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moss_train.config import ConfigError, ModelConfig
-from moss_train.convert.hf_config import text_config_from_llama
+from moss_train.convert.hf_config import text_config_from_llama, ties_embeddings
 from moss_train.convert.random_init import Reader, random_reader
-from moss_train.convert.source import ConversionError, HfFolder
+from moss_train.convert.source import ConversionError, HfFolder, problems_of
+from moss_train.log import log
 from moss_train.model.hf_mapping import TEXT, hf_shapes, table
 
-EMBEDDING = "model.embed_tokens.weight"  # of a text model
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # of a text model
+COMPARED = 4096  # rows that are compared at once
 
 
 def check_llama(folder: Path, model: ModelConfig) -> Iterator[str]:
@@ -28,7 +31,12 @@ def check_llama(folder: Path, model: ModelConfig) -> Iterator[str]:
         plain = key == "rope_scaling" and value["factor"] == mine[key]["factor"] == 1
         if mine[key] != value and not plain:
             yield f"model.text.{key}={mine[key]}: the text model {folder} needs {value}"
-    _open(folder)
+    source = _open(folder)
+    for problem in problems_of(source, text_shapes(replace(model, text=wanted))):
+        yield f"model.init.from_llama={folder}: {problem}"
+    if os.environ.get("RANK", "0") == "0":
+        for note in source.notes:
+            log.warning("model.init.from_llama=%s: %s", folder, note)
 
 
 def initial_reader(model: ModelConfig, seed: int) -> Reader:
@@ -52,15 +60,37 @@ def llama_reader(folder: Path, model: ModelConfig, others: Reader) -> Reader:
             raise ConfigError([f"model.init.from_llama={folder}: has no tensor {name}"])
         return source.read(name, rows)
 
-    tied(source)
     read = grown_reader(read_theirs, model, others)
     return lambda name, shape: read(name, shape, slice(None))
 
 
-def tied(source: HfFolder) -> None:
-    """A text model without an output head has that of its embedding."""
-    if EMBEDDING in source.tensors:
-        source.tensors.setdefault("lm_head.weight", source.tensors[EMBEDDING])
+def open_llama(folder: Path, allow_pickle: bool = False) -> HfFolder:
+    """The weights of a text model; where config.json ties embedding and head, one is the other.
+
+    Raises:
+        ConversionError, ConfigError: as HfFolder, and as `ties_embeddings`.
+    """
+    source = HfFolder(folder, allow_pickle=allow_pickle)
+    if not ties_embeddings(folder):
+        return source
+    tensors = source.tensors
+    for absent, present in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+        if present in tensors:
+            tensors.setdefault(absent, tensors[present])
+    if HEAD in tensors and not _equal(source, HEAD, EMBEDDING):
+        source.notes.append(
+            f"tie_word_embeddings is true, but the file has another {HEAD}: it is taken, as "
+            "transformers takes it"
+        )
+    return source
+
+
+def _equal(source: HfFolder, one: str, other: str) -> bool:
+    a, b = source.tensors[one], source.tensors[other]
+    if a is b or a.shape != b.shape or not a.shape:
+        return a.shape == b.shape
+    parts = [slice(start, start + COMPARED) for start in range(0, a.shape[0], COMPARED)]
+    return all(torch.equal(source.read(one, rows), source.read(other, rows)) for rows in parts)
 
 
 def grown_reader(
@@ -102,7 +132,7 @@ def text_shapes(model: ModelConfig) -> dict[str, torch.Size]:
 def _their_name(name: str, inserted: list[int]) -> str | None:
     """A text model's name of one of ours, None for what it does not have."""
     if name == "language_model.lm_head.weight":
-        return "lm_head.weight"
+        return HEAD
     if not name.startswith(TEXT) or name.endswith(("lora_a", "lora_b")):
         return None
     name = name.removeprefix(TEXT)
@@ -117,8 +147,8 @@ def _their_name(name: str, inserted: list[int]) -> str | None:
 
 def _open(folder: Path) -> HfFolder:
     try:
-        return HfFolder(folder)
+        return open_llama(folder)
     except ConversionError as error:
         raise ConfigError(
-            [f"model.init.from_llama={folder}: cannot read its safetensors files: {error}"]
+            [f"model.init.from_llama={folder}: {str(error).removeprefix(f'{folder}: ')}"]
         ) from None

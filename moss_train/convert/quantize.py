@@ -37,16 +37,17 @@ class Quantizer:
                 out[name] = (shape, dtype)
         return out
 
-    def quantize(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors, quantized where `plan` says so."""
+    def quantize(self, tensors: dict[str, Tensor], parts: Parts) -> dict[str, Tensor]:
+        """The tensors, quantized where `parts`, made by `plan`, say so; fp32 is rounded once."""
         out: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if not LINEAR.fullmatch(name):
                 out[name] = tensor
                 continue
             # The scale that is stored, not a more exact one, is what numbers are divided by.
-            scale = (tensor.abs().amax(1, keepdim=True).float() / self.limit).to(tensor.dtype)
-            scale = scale.clamp(min=torch.finfo(tensor.dtype).tiny)
+            dtype = parts[f"{name}_scale"][1]
+            scale = (tensor.abs().amax(1, keepdim=True).float() / self.limit).to(dtype)
+            scale = scale.clamp(min=torch.finfo(dtype).tiny)
             numbers = (tensor.float() / scale.float()).clamp(-self.limit, self.limit)
             whole = numbers.round() if self.dtype is torch.int8 else numbers
             out[name], out[f"{name}_scale"] = whole.to(self.dtype), scale

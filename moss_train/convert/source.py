@@ -7,6 +7,7 @@ reader of weights alone. Files are those of the folder: an index cannot point ou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from moss_train.convert.folders import adapter_beside, foreign_form, merge_advice
+from moss_train.convert.names import adapter_part, common_prefix, is_buffer, shortened, unwrapped
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 SAFETENSORS_DTYPES = {
@@ -39,7 +43,9 @@ class Stored:
 
 
 class HfFolder:
-    """The weights of a folder. `tensors` maps names (normalized, see `rename`) to what is stored.
+    """The weights of a folder. `tensors` maps names to what is stored: without the prefixes of
+    wrappers, normalized by `rename`. `buffers` has what follows from config.json, which is no
+    weight. `notes` says what a reader should know.
 
     Raises:
         ConversionError: files are missing, damaged, outside of the folder, or do not hold what the
@@ -52,21 +58,47 @@ class HfFolder:
         self.folder = folder
         index, files = _files(folder, allow_pickle)
         self.pickled = {path: _unpickle(path) for path in files if path.suffix == ".bin"}
-        tensors: dict[str, Stored] = {}
+        stored: list[Stored] = []
         problems = []
         for path in files:
             try:
-                for stored in self._read_header(path):
-                    other = tensors.setdefault(rename(stored.name), stored)
-                    if other is not stored:
-                        problems.append(f"{path}: {stored.name} is in {other.file.name}, too")
+                stored += self._read_header(path)
             except SafetensorError as error:
-                problems.append(f"{path}: damaged or cut short ({error}): fetch it again")
+                problems.append(f"{path}: {_unreadable(error)}")
+            except ConversionError as error:
+                problems.append(str(error))
         if index is not None and not problems:
-            problems += _disagreements(folder, index, tensors.values())
+            problems += _disagreements(folder, index, stored)
         if problems:
-            raise ConversionError("\n".join(problems))
-        self.tensors = tensors
+            raise ConversionError("\n".join(shortened(problems)))
+        self.notes: list[str] = []
+        self.tensors, self.buffers = self._sorted_out(stored, rename)
+
+    def _sorted_out(
+        self, stored: list[Stored], rename: Callable[[str], str]
+    ) -> tuple[dict[str, Stored], dict[str, Stored]]:
+        """Weights and buffers, by the names that a model without wrappers has."""
+        part = adapter_part([one.name for one in stored])
+        if part is not None:
+            raise ConversionError(
+                f"{self.folder}: {part} belongs to an adapter of PEFT: {merge_advice()}"
+            )
+        names = {one.name: unwrapped(one.name) for one in stored}
+        prefix = common_prefix(names.values())
+        if prefix:
+            self.notes.append(f"names: without {prefix}, which all of them begin with")
+        tensors: dict[str, Stored] = {}
+        buffers: dict[str, Stored] = {}
+        problems = []
+        for one in stored:
+            name = names[one.name].removeprefix(prefix)
+            kind = buffers if is_buffer(name) else tensors
+            other = kind.setdefault(name if kind is buffers else rename(name), one)
+            if other is not one:
+                problems.append(f"{one.file}: {one.name} is in {other.file.name}, too")
+        if problems:
+            raise ConversionError("\n".join(shortened(problems)))
+        return tensors, buffers
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -74,8 +106,11 @@ class HfFolder:
         return {stored.dtype for stored in self.tensors.values()}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """`rows` (of dimension 0) of one tensor, as stored. Nothing else is read."""
-        stored = self.tensors[name]
+        """Those `rows` (of dimension 0) of one tensor, as stored. Only they are read."""
+        return self.read_stored(self.tensors[name], rows)
+
+    def read_stored(self, stored: Stored, rows: slice = slice(None)) -> Tensor:
+        """As `read`, of a tensor or a buffer."""
         if stored.file in self.pickled:
             return self.pickled[stored.file][stored.name][rows]
         # Opened anew: what is mapped counts as this process's memory until the file is closed.
@@ -94,9 +129,48 @@ class HfFolder:
                 part = file.get_slice(name)
                 dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
                 if dtype is None:
-                    raise SafetensorError(f"{name} has dtype {part.get_dtype()}, which is unknown")
+                    raise ConversionError(f"{path}: {name} {_unread(part.get_dtype())}")
                 headers.append(Stored(path, name, torch.Size(part.get_shape()), dtype))
         return headers
+
+
+def problems_of(folder: HfFolder, wanted: Mapping[str, torch.Size]) -> list[str]:
+    """A line for every tensor that is missing, surplus or misshapen; long lists are cut."""
+    tensors = folder.tensors
+    problems = [f"missing: {n} {list(shape)}" for n, shape in wanted.items() if n not in tensors]
+    for name, stored in tensors.items():
+        if name not in wanted:
+            problems.append(
+                f"surplus: {stored.name} {list(stored.shape)}, which the model does not have"
+            )
+        elif stored.shape != wanted[name]:
+            problems.append(_misshapen(name, stored, wanted[name]))
+    return shortened(problems)
+
+
+def _misshapen(name: str, stored: Stored, wanted: torch.Size) -> str:
+    line = f"misshapen: {stored.name} {list(stored.shape)}, must be {list(wanted)}"
+    table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    if table and len(stored.shape) == 2 and stored.shape[1:] == wanted[1:]:
+        line += (
+            ": resized after config.json was written? Then set vocab_size there to the rows of "
+            "lm_head.weight"
+        )
+    return line
+
+
+def _unread(dtype: str) -> str:
+    return (
+        f"has dtype {dtype}, which is not read: quantized weights cannot be trained: convert what "
+        "they were made of"
+    )
+
+
+def _unreadable(error: SafetensorError) -> str:
+    unknown = re.search(r"unknown variant `(\w+)`", str(error))
+    if unknown is not None:
+        return f"a tensor {_unread(unknown[1])}"
+    return f"damaged or cut short ({error}): fetch it again"
 
 
 def read_json(path: Path) -> dict:
@@ -115,20 +189,33 @@ def read_json(path: Path) -> dict:
 def _files(folder: Path, allow_pickle: bool) -> tuple[dict[str, str] | None, list[Path]]:
     """The index (name -> file), if there is one, and the files of weights."""
     if not folder.is_dir():
-        raise ConversionError(f"{folder}: is not a folder")
+        raise ConversionError(f"{folder}: {foreign_form(folder)}")
     names = [SAFE, PICKLED] if allow_pickle else [SAFE]
     for name in names:
         index = folder / f"{name}.index.json"
+        found: tuple[dict[str, str] | None, list[Path]] = (None, [folder / name])
         if index.is_file():
-            return _read_index(folder, index)
-        if (folder / name).is_file():
-            return None, [folder / name]
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
+            found = _read_index(folder, index)
+        if index.is_file() or (folder / name).is_file():
+            beside = adapter_beside(folder)
+            if beside is not None:
+                raise ConversionError(
+                    f"{folder}: holds an adapter beside its model ({beside}): {merge_advice()}; "
+                    "remove the adapter's files if the weights already have it"
+                )
+            return found
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickled and not allow_pickle:
         raise ConversionError(
             f"{folder}: its weights are pickled ({pickled[0]}), which can run code: "
             "get the safetensors, or use torch's reader of weights alone (--allow-pickle)"
         )
+    form = foreign_form(folder)
+    if form is not None:
+        raise ConversionError(f"{folder}: {form}")
+    parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if parts:
+        raise ConversionError(f"{folder}: holds {parts[0]}, but no {SAFE}.index.json: fetch it")
     raise ConversionError(f"{folder}: holds neither {SAFE} nor {SAFE}.index.json")
 
 

@@ -58,6 +58,7 @@ class Tensors:
 
     rule: Rule
     parts: dict[str, tuple[torch.Size, torch.dtype]]
+    adapted: bool = False  # an adapter is merged into it, in fp32
 
     @property
     def bytes(self) -> int:
@@ -113,11 +114,10 @@ def convert_megatron(options: ToHf) -> list[str]:
             for name, tensor in whole.items():
                 finite.add(name, tensor)
             if quantizer is not None:
-                whole = quantizer.quantize(whole)
-            return {
-                name: whole[name].to(kind) if quantizer is None else whole[name]
-                for name, (_, kind) in group.parts.items()
-            }
+                whole = quantizer.quantize(whole, group.parts)
+            made = {name: whole[name].to(kind) for name, (_, kind) in group.parts.items()}
+            source.rounded(group.rule, whole, made)
+            return made
 
         hashes = write_shards(partial, shards, parts, options.workers, progress.step)
         finite.finish(checkpoint)
@@ -125,7 +125,7 @@ def convert_megatron(options: ToHf) -> list[str]:
         lines = write_files(partial, files, dtypes, quantizer)
         facts = {"source": str(checkpoint), "stage": files.stage, "bytes": size}
         write_manifest(partial, hashes, facts)
-    return [progress.summary(), *_dropped(config.model), *lines]
+    return [progress.summary(), *_dropped(config.model), *source.loss_of_updates(), *lines]
 
 
 def _dropped(model: ModelConfig) -> Iterator[str]:
@@ -145,6 +145,9 @@ class Source:
     def __init__(self, config: Config, weights: WeightFiles):
         self.model, self.weights = config.model, weights
         self.adapter: AdapterConfig = config.adapter
+        # By parameter: norm of the adapter's update, and the share of it that rounding lost.
+        self.updates: dict[str, float] = {}
+        self.lost: dict[str, float] = {}
         problems = []
         wanted = {rule.ours: our_shape(config.model, rule) for rule in table(config.model)}
         for name, shape in wanted.items():
@@ -165,13 +168,42 @@ class Source:
     def read(self, rule: Rule) -> dict[str, Tensor]:
         """Whole HF tensors of a rule, with transformers' number of rows in the embedding."""
         whole = self.weights.read(rule.ours)
-        layer = rule.ours.removesuffix("weight")
-        if f"{layer}lora_a" in self.weights.shapes:
-            a, b = (self.weights.read(f"{layer}lora_{letter}") for letter in "ab")
-            whole += self.adapter.alpha / self.adapter.rank * (b @ a)
+        if self.adapted(rule):
+            update = self._update(rule)
+            whole = whole.float().add_(update)
+            self.updates[rule.ours] = float(update.norm())
         if rule.ours == EMBEDDING:
             return {rule.hf[0]: _rows(whole, self.hf_shapes(rule)[rule.hf[0]][0])}
         return to_hf(self.model, rule, [whole])
+
+    def adapted(self, rule: Rule) -> bool:
+        """True where an adapter is merged into a parameter."""
+        return f"{rule.ours.removesuffix('weight')}lora_a" in self.weights.shapes
+
+    def _update(self, rule: Rule) -> Tensor:
+        layer = rule.ours.removesuffix("weight")
+        a, b = (self.weights.read(f"{layer}lora_{letter}").float() for letter in "ab")
+        return (b @ a).mul_(self.adapter.alpha / self.adapter.rank)
+
+    def rounded(self, rule: Rule, exact: dict[str, Tensor], made: dict[str, Tensor]) -> None:
+        """Notes how much of an adapter's update the rounding of `exact` to `made` loses."""
+        update = self.updates.get(rule.ours)
+        if not update:
+            return
+        parts = [name for name in exact if name in made and made[name].is_floating_point()]
+        parts = [name for name in parts if made[name].dtype.itemsize == 2]
+        off = sum(float((made[name].float() - exact[name]).square().sum()) for name in parts)
+        self.lost[rule.ours] = off**0.5 / update
+
+    def loss_of_updates(self) -> Iterator[str]:
+        """A line where rounding loses more than a tenth of the adapters' updates."""
+        mean = sum(self.lost.values()) / max(1, len(self.lost))
+        if mean > 0.1:
+            worst = max(self.lost, key=lambda name: self.lost[name])
+            yield (
+                f"adapters: rounding the merged weights to bf16 loses {mean:.0%} of the updates "
+                f"(at most {self.lost[worst]:.0%}, of {worst}): --dtype fp32 keeps them"
+            )
 
     def hf_shapes(self, rule: Rule) -> dict[str, torch.Size]:
         """Shapes of the tensors that `read` returns."""
@@ -196,7 +228,8 @@ def _tensors(
 ) -> Tensors:
     kind = dtype or source.weights.dtypes[rule.ours]
     parts = {name: (shape, kind) for name, shape in source.hf_shapes(rule).items()}
-    return Tensors(rule, parts if quantizer is None else quantizer.plan(parts))
+    planned = parts if quantizer is None else quantizer.plan(parts)
+    return Tensors(rule, planned, source.adapted(rule))
 
 
 def plan_shards(groups: list[Tensors], largest: int) -> list[Shard]:
@@ -241,7 +274,7 @@ def write_shards(
         file = HashedFile(folder / names[number])
         file.write(header(shard))
         for group in shard.groups:
-            with memory.lend(2 * group.bytes):
+            with memory.lend((8 if group.adapted else 2) * group.bytes):
                 tensors = parts(group)
                 for name in group.parts:
                     file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())

@@ -15,6 +15,8 @@ from torch import Tensor
 from data_pipeline.progress import Progress
 from moss_train.checkpoint_dir import write_complete
 from moss_train.config import Config, ModelConfig, RunConfig, StageConfig, from_dict, to_dict
+from moss_train.convert.beside import read_beside
+from moss_train.convert.folders import foreign_form
 from moss_train.convert.hf_config import kind_of, model_config_from_hf, text_config_from_llama
 from moss_train.convert.hf_files import (
     IMPORTED,
@@ -30,7 +32,7 @@ from moss_train.convert.job import (
     run_workers,
     write_manifest,
 )
-from moss_train.convert.llama import grown_reader, text_shapes, tied
+from moss_train.convert.llama import grown_reader, open_llama, text_shapes
 from moss_train.convert.megatron_files import (
     Box,
     boxes_of_rows,
@@ -39,7 +41,8 @@ from moss_train.convert.megatron_files import (
     write_metadata,
 )
 from moss_train.convert.random_init import random_reader
-from moss_train.convert.source import ConversionError, HfFolder, read_json
+from moss_train.convert.rope import saved_rope
+from moss_train.convert.source import ConversionError, HfFolder, problems_of, read_json
 from moss_train.data_config import DataConfig
 from moss_train.hardware import DTYPES
 from moss_train.model.hf_mapping import (
@@ -85,6 +88,9 @@ def convert_hf(options: FromHf) -> list[str]:
             is left at `out`.
     """
     source = options.source
+    if not (source / "config.json").is_file():
+        form = foreign_form(source) or "has no config.json: give a folder in Hugging Face's form"
+        raise ConversionError(f"{source}: {form}")
     if kind_of(source) == "text":
         model, folder, read = _text_source(options)
         dtypes = folder.dtypes
@@ -100,6 +106,8 @@ def convert_hf(options: FromHf) -> list[str]:
         def read(name: str, shape: torch.Size, rows: slice) -> Tensor:
             return _read_rows(folder, name, shape, rows)
 
+    beside = read_beside(source, model)
+    folder.notes += [*saved_rope(folder, model.text), *beside.notes]
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.dtype or len(dtypes) == 1:
         model = replace(model, dtype=options.dtype or DTYPE_NAMES[next(iter(dtypes))])
@@ -118,11 +126,11 @@ def convert_hf(options: FromHf) -> list[str]:
         progress = Progress(f"{source} -> {options.out}", size, "GB", scale=1e9)
         hashes = _write(partial, model, boxes, options.workers, progress.step)
         finite.finish(source)
-        lines = _describe(partial, options, model)
+        lines = _describe(partial, options, model, beside.max_tiles)
         facts = {"source": str(source), "tensors": len(folder.tensors), "bytes": size}
         write_manifest(partial, hashes, facts)
         write_complete(partial)
-    return [progress.summary(), *lines]
+    return [progress.summary(), *folder.notes, *lines]
 
 
 def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
@@ -131,18 +139,16 @@ def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
     into = options.grow_into or ModelConfig(tokens_before_first_frame="zero")
     model = replace(into, text=text_config_from_llama(options.source, into.text))
     model = _divisible(model, options.tensor_parallel)
-    folder = HfFolder(options.source, allow_pickle=options.allow_pickle)
+    folder = open_llama(options.source, options.allow_pickle)
     _check_dtypes(folder, options)
-    wanted = text_shapes(model)
-    tied(folder)
-    _compare(folder, wanted)
+    _compare(folder, text_shapes(model))
     return model, folder, grown_reader(folder.read, model, random_reader(model, options.seed))
 
 
 def _fitted(model: ModelConfig, folder: HfFolder) -> ModelConfig:
     """`model`, with what only the tensors show: rows of the embedding, the merger's stride."""
     embedding, merger = folder.tensors.get(EMBEDDING), folder.tensors.get("patch_merger.weight")
-    if embedding is not None and embedding.shape and embedding.shape[0] > model.text.vocab_size:
+    if embedding is not None and embedding.shape and embedding.shape[0] >= model.text.vocab_size:
         extra = embedding.shape[0] - model.text.vocab_size
         model = replace(model, text=replace(model.text, extra_embedding_rows=extra))
     if merger is not None and len(merger.shape) == 4:
@@ -181,21 +187,10 @@ def _check_tensors(model: ModelConfig, folder: HfFolder) -> None:
 
 def _compare(folder: HfFolder, wanted: dict[str, torch.Size]) -> None:
     """Raises ConversionError with a line for every tensor that is missing, surplus or misshapen."""
-    tensors = folder.tensors
-    problems = [f"missing: {n} {list(shape)}" for n, shape in wanted.items() if n not in tensors]
-    for name, stored in tensors.items():
-        if name not in wanted:
-            problems.append(
-                f"surplus: {stored.name} {list(stored.shape)}, which the model does not have"
-            )
-        elif stored.shape != wanted[name]:
-            problems.append(
-                f"misshapen: {stored.name} {list(stored.shape)}, must be {list(wanted[name])}"
-            )
+    problems = problems_of(folder, wanted)
     if problems:
-        raise ConversionError(
-            "\n".join([f"{folder.folder}: its tensors are not those of its config.json", *problems])
-        )
+        lines = [f"{folder.folder}: its tensors are not those of its config.json", *problems]
+        raise ConversionError("\n".join(lines))
 
 
 def _check_dtypes(folder: HfFolder, options: FromHf) -> None:
@@ -281,7 +276,9 @@ def _linear_layers(model: ModelConfig) -> Iterator[str]:
             yield name
 
 
-def _describe(folder: Path, options: FromHf, model: ModelConfig) -> list[str]:
+def _describe(
+    folder: Path, options: FromHf, model: ModelConfig, max_tiles: int | None
+) -> list[str]:
     """run.json, streams.json, tokenizer/ and what an export needs from the source."""
     lines = []
     tokenizer = [name for name in TOKENIZER_FILES if (options.source / name).is_file()]
@@ -295,6 +292,7 @@ def _describe(folder: Path, options: FromHf, model: ModelConfig) -> list[str]:
         )
     _copy(options.source, folder / SOURCE, SOURCE_FILES)
     config = _run_config(options, model)
+    config.data.max_tiles = max_tiles or config.data.max_tiles
     if "tokenizer.json" in tokenizer:
         config.data.tokenizer = str((options.out / "tokenizer").absolute())
     run = {
@@ -318,6 +316,8 @@ def _run_config(options: FromHf, model: ModelConfig) -> Config:
     else:
         config = Config(run=RunConfig(dir=""), data=DataConfig(tokenizer=""), stage=StageConfig())
         config.stage.name = IMPORTED
+        if model.projector.pool == "none":  # Llama-3.2-Vision: as many tiles as it has places for
+            config.data.max_tiles = model.vision.max_tiles
     config.stage.name = options.stage or hf.get("moss_stage") or config.stage.name
     config.stage.silence_weight = float(hf.get("silence_weight") or 1.0)
     config.model, config.init_from = model, None

@@ -56,7 +56,8 @@ def export(
             continue
         else:
             part = parameter.detach().contiguous()
-            part = part + updates[rule.ours] if rule.ours in updates else part
+            if rule.ours in updates:  # rounded once
+                part = (part.float() + updates[rule.ours]).to(part.dtype)
         slices = [part]
         if rule.split is not None and group.size() > 1:
             slices = [torch.empty_like(part) for _ in range(group.size())]

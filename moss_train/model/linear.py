@@ -55,12 +55,12 @@ class _Adaptable(nn.Module):
         self.lora_scale = scale
 
     def low_rank_update(self) -> Tensor:
-        """What A and B add to `weight` (to this rank's part of it)."""
-        return self.lora_scale * (self.lora_b @ self.lora_a)
+        """What A and B add to `weight` (to this rank's part of it), in fp32: to be rounded once."""
+        return self.lora_scale * (self.lora_b.float() @ self.lora_a.float())
 
     def merge(self) -> None:
         """Adds A and B to the weight for good, and drops them."""
-        self.weight.data += self.low_rank_update().detach()
+        self.weight.data.copy_(self.weight.float() + self.low_rank_update().detach())
         self.lora_a = self.lora_b = None
 
     def sharded_state_dict(

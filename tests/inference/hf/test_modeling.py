@@ -196,7 +196,7 @@ def test_pooling_commutes_with_joining_states(mode: str) -> None:
 
 def test_more_marks_than_frames_is_an_error() -> None:
     tokens, pixels = batch_of_two()
-    with pytest.raises(ValueError, match=r"a row has 3 <.image.> tokens, but 2 frames"):
+    with pytest.raises(ValueError, match=r"have \[3\] <.image.> tokens, but \[2\] frames"):
         tiny_model()(input_ids=tokens[:1], pixel_values=pixels[:1, :2])
 
 

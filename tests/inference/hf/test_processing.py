@@ -180,3 +180,65 @@ def test_a_video_in_a_chat_is_read_from_its_path(processor, tmp_path: Path) -> N
     brightness = got["pixel_values"][0, :, 0, 0, :20].mean((-1, -2)) * STD[0] + MEAN[0]
     shown = [8 * int(27 * i / 7 + 0.001) / 255 for i in range(8)]  # spread over 28 frames
     assert brightness.tolist() == pytest.approx(shown, abs=0.02)
+
+
+BAD_OPTIONS = [
+    ({"truncation": True, "max_length": 10}, "truncation=True: not done"),
+    ({"max_length": 10}, "max_length=10: is what padding='max_length' pads to"),
+    ({"padding": "max_length"}, "max_length: needed where"),
+    ({"padding": "max_length", "max_length": 2}, "text 0 has .* tokens, and is not cut"),
+    ({"padding": "longst"}, "padding='longst': must be one of"),
+    ({"paddding": True}, "paddding: is not an option .* did you mean padding"),
+    ({"pad_to_multiple_of": 16}, "pad_to_multiple_of: needs padding"),
+    ({"padding": True, "pad_to_multiple_of": 0}, "pad_to_multiple_of=0: must be"),
+    ({"padding_side": "top"}, "padding_side='top'"),
+    ({"return_tensors": "tf"}, "return_tensors='tf': must be one of"),
+    ({"video_fps": 0}, "video_fps=0: must be"),
+    ({"text_kwargs": {"truncation": True}}, "truncation=True: not done"),
+    ({"images_kwargs": {"do_resize": False}}, "do_resize: is not an option"),
+    ({"text_kwargs": {"padding": True}, "padding": False}, "padding: is given as"),
+    ({"audio_kwargs": {}}, "audio_kwargs: is not an option"),
+    ({"images": [[picture(0)], [picture(1)]]}, r"the texts have \[1\] marks, but \[1, 1\] of it"),
+    ({"images": [None]}, r"the texts have \[1\] marks, but \[0\] of it"),
+    ({"text": ["<|image|><|image|>x", "y"], "images": [[picture(0)]] * 2}, r"\[2, 0\] marks"),
+    ({"text": []}, "text: an empty batch"),
+    ({"text": [["a"]]}, r"text\[0\]: is a list"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_OPTIONS)
+def test_options_are_known_or_refused(given, message, processor) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(**{"text": "<|image|>a", "images": [picture(0)], **given})
+
+
+def test_options_that_are_done(processor) -> None:
+    def length(text: str, **options) -> int:
+        return len(processor(text=text, **options)["input_ids"][0])
+
+    plain = length("a man")
+    assert length("a man", padding=True, pad_to_multiple_of=16) == 16
+    assert length("a man", text_kwargs={"padding": "max_length", "max_length": 40}) == 40
+    assert length("a man", add_special_tokens=False) == plain - 1
+    assert length("a man", truncation=False, return_token_type_ids=None) == plain
+    batch = {"text": ["<|image|>a", "b"], "padding": True}
+    got = [processor(**batch, images=rows) for rows in ([[picture(0)], None], [picture(0)])]
+    assert got[0]["input_ids"] == got[1]["input_ids"]
+    made = processor(**batch, images=[picture(0)], return_tensors="np")
+    assert isinstance(made["pixel_values"], np.ndarray)
+
+
+def test_a_mark_that_the_tokenizer_does_not_have_is_refused(processor, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(
+            processor.tokenizer.backend_tokenizer.to_str().replace("<|image|>", "<|other|>")
+        )
+    )
+    blind = MossVideoProcessor(processor.image_processor, plain)
+    for media in ({"text": "<|image|>a", "images": [picture(0)]}, {"text": "a<|video|>"}):
+        with pytest.raises(ValueError, match=r"the tokenizer has no token <\|image\|>"):
+            blind(**media)
+    assert blind(text="a man")["input_ids"]

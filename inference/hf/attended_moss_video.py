@@ -1,0 +1,118 @@
+"""What a pass attends: tokens and frames in a transformers cache, and the masks over them.
+
+A copy of this file is in every exported folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from .decoder_moss_video import attend
+
+
+class CachedTokens:
+    """`TokenCache` in a transformers cache (None: nothing is kept)."""
+
+    def __init__(self, cache: Any, mask: Tensor | None):
+        self.cache, self.mask = cache, mask
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.cache is not None:
+            k, v = self.cache.update(k, v, layer)
+        causal = self.mask is None and q.shape[2] > 1
+        return attend(q, k, v, self.mask, causal)
+
+
+class AttendedFrames:
+    """`FrameCache` of one forward pass.
+
+    keys_values: of each cross-attention layer, `[B, KV heads, F x T x P, D]`.
+    mask: True where a token sees a tile `[B, S, F, T]`.
+    own: True for the frames that a row has `[B, F]`. A row without any computes what it computes
+        alone: nothing is added to its tokens.
+    slots: True for what tokens that see no frame attend, where they attend all `[B, F]`; None:
+        they attend nothing.
+    """
+
+    def __init__(
+        self,
+        keys_values: dict[int, tuple[Tensor, Tensor]],
+        mask: Tensor,
+        own: Tensor,
+        slots: Tensor | None,
+        dtype: torch.dtype,
+    ):
+        self.keys_values = keys_values
+        tiles = mask.shape[3]
+        mask = mask.flatten(2)  # [B, S, F x T]
+        sees = mask.any(-1, keepdim=True)
+        has_frames = own.any(1)[:, None, None]  # [B, 1, 1]
+        if slots is not None:
+            mask = mask | (~sees & slots.repeat_interleave(tiles, 1)[:, None])
+        self.sees = None if bool(sees.all()) else sees.to(dtype)
+        self.keep = self.sees
+        if slots is not None:
+            self.keep = None if bool(has_frames.all()) else has_frames.to(dtype)
+        # A row without any key would be NaN: let it attend everything, then drop it.
+        mask = mask | ~mask.any(-1, keepdim=True)
+        self.mask = None if bool(mask.all()) else mask[:, None]
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        k, v = self.keys_values[layer]
+        mask = self.mask
+        if mask is not None:
+            mask = mask.repeat_interleave(k.shape[2] // mask.shape[-1], dim=-1)
+        out = attend(q, k, v, mask)
+        return out if self.keep is None else out * self.keep[:, None]
+
+
+def check_cache(cache: Any) -> None:
+    """Raises ValueError for a cache that holds more, less or other than what was put in: static
+    ones (empty places would be attended), sliding windows (frames would go), quantized ones."""
+    layers = getattr(cache, "layers", None)
+    if layers is None or any(type(layer) is not DynamicLayer for layer in layers):
+        raise ValueError(
+            f"past_key_values: {type(cache).__name__}: only DynamicCache works with this model: "
+            "leave cache_implementation out, or say 'dynamic'"
+        )
+
+
+def keep_frames(cache: Any, layer: int) -> None:
+    """Candidates that assisted generation takes back are tokens: frames stay."""
+    cache.layers[layer].crop = _crop_nothing
+
+
+def _crop_nothing(*_: Any) -> None:
+    """In place of DynamicLayer.crop."""
+
+
+def token_positions(attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor:
+    """Index of each of the tokens `x` `[B, S, H]` among those that are not padding `[B, S]`."""
+    length = x.shape[1]
+    if attention_mask is None or attention_mask.ndim != 2:
+        return torch.arange(past, past + length, device=x.device)[None]
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+
+
+def token_mask(attention_mask: Tensor | None, past: int, length: int) -> Tensor | None:
+    """True where a token sees a token `[B, 1, S, past + S]`; None: causal without padding."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask if attention_mask.dtype is torch.bool else attention_mask >= 0
+    if attention_mask is None or bool(attention_mask.all()):
+        if past == 0 or length == 1:
+            return None
+        device = None if attention_mask is None else attention_mask.device
+        return _causal(past, length, device)[None, None]
+    mask = attention_mask.bool()[:, None, None] & _causal(past, length, attention_mask.device)
+    # Padding on the left sees nothing: let it see itself, for a softmax over nothing is NaN.
+    own = torch.eye(past + length, device=mask.device, dtype=torch.bool)[past:]
+    return mask | own
+
+
+def _causal(past: int, length: int, device: torch.device | None) -> Tensor:
+    key = torch.arange(past + length, device=device)
+    return key <= torch.arange(past, past + length, device=device)[:, None]

@@ -1,0 +1,236 @@
+"""The small files beside a source's weights: do tokenizer, configs and image processor agree?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
+from data_pipeline.tokens import SpecialTokens, load_tokenizer, token_text
+from moss_train.config import ModelConfig
+from moss_train.convert.source import ConversionError, read_json
+
+# Tokens that config.json and the tokenizer must agree about: what the model takes for a frame, and
+# which labels weigh less.
+MEANING = {"image": ("image_token_index", "image_token_id"), "video": ("video_token_id",)}
+MEANING["silence"] = ("silence_token_id",)
+ENDS = {  # those that only say where texts begin and end
+    "bos_token_id": "begin_of_text",
+    "eos_token_id": "end_of_text",
+    "pad_token_id": "finetune_right_pad_id",
+}
+# What transformers' Mllama processor has where its file says nothing.
+PROCESSOR_DEFAULTS: dict[str, Any] = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "size": {"height": 224, "width": 224},
+    "max_image_tiles": 4,
+}
+ON = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_pad")
+
+
+@dataclass
+class Beside:
+    """What the files beside the weights say.
+
+    max_tiles: tiles of a picture; None: no file says it. notes: lines for a reader.
+    """
+
+    max_tiles: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_beside(source: Path, model: ModelConfig) -> Beside:
+    """Reads and checks them.
+
+    Raises:
+        ConversionError: they say two things, or what the model is not written for. A line for
+            each, with both values.
+    """
+    text = model.text
+    rows = text.vocab_size + text.extra_embedding_rows
+    beside, problems = Beside(), []
+    if (source / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(source / "tokenizer.json")
+        if tokenizer.get_vocab_size() > rows:
+            problems.append(
+                f"{source / 'tokenizer.json'}: has {tokenizer.get_vocab_size()} tokens, the "
+                f"embedding has {rows} rows: give the tokenizer that the model was trained with"
+            )
+        problems += _added_tokens(source, tokenizer)
+        problems += _meanings(source, tokenizer)
+        beside.notes += [*_ends(source, tokenizer), *missing_tokens(tokenizer)]
+    beside.notes += _out_of_range(source, rows)
+    preprocessor = _preprocessor(source)
+    if preprocessor is not None:
+        path, values = preprocessor
+        problems += [f"{path}: {line}" for line in _pixels(values, model)]
+        beside.max_tiles = values["max_image_tiles"]
+    templates = chat_templates(source)
+    if templates and not (source / "training.json").is_file():
+        beside.notes.append(
+            f"chat template: that of {', '.join(templates)} is not taken: training, inference and "
+            "exports write Llama 3's headers without additions"
+        )
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return beside
+
+
+def missing_tokens(tokenizer: Tokenizer) -> Iterator[str]:
+    """A line where a tokenizer lacks tokens that training needs."""
+    try:
+        SpecialTokens.from_tokenizer(tokenizer, "tokenizer:")
+    except ValueError as error:
+        yield f"{error}; training refuses it, and an export takes no pictures without <|image|>"
+
+
+def same_special_tokens(given: Path, own: Path) -> list[str]:
+    """A line for each special token that two tokenizers have under other ids."""
+    theirs, ours = load_tokenizer(given), load_tokenizer(own)
+    lines = []
+    for name in SpecialTokens.__dataclass_fields__:
+        token = token_text(name)
+        ids = (theirs.token_to_id(token), ours.token_to_id(token))
+        if ids[0] != ids[1] and ids[1] is not None:
+            lines.append(f"{given}: {token} is {ids[0]}, in the run's tokenizer ({own}) {ids[1]}")
+    return lines
+
+
+def chat_templates(folder: Path) -> list[str]:
+    """Names of the files of a folder that hold a chat template."""
+    places = []
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        path = folder / name
+        if path.is_file() and read_json(path).get("chat_template"):
+            places.append(name)
+    if (folder / "chat_template.jinja").is_file():
+        places.append("chat_template.jinja")
+    more = folder / "additional_chat_templates"
+    return places + [f"{more.name}/{path.name}" for path in sorted(more.glob("*.jinja"))]
+
+
+def _configs(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping that may name special tokens, and how it is called."""
+    for file in ("config.json", "generation_config.json"):
+        if (source / file).is_file():
+            values = read_json(source / file)
+            yield f"{source / file}: ", values
+            for key in ("text_config", "text"):
+                if isinstance(values.get(key), dict):
+                    yield f"{source / file}: {key}.", values[key]
+
+
+def _ids(value: Any) -> list[int]:
+    """Ids of a token that may have several, or none (null, -1)."""
+    values = value if isinstance(value, list) else [value]
+    return [token for token in values if type(token) is int and token >= 0]
+
+
+def _added_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """Tokens that transformers finds beside tokenizer.json, and training does not."""
+    wanted: dict[str, int] = {}
+    if (source / "added_tokens.json").is_file():
+        wanted |= read_json(source / "added_tokens.json")
+    if (source / "tokenizer_config.json").is_file():
+        added = read_json(source / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        wanted |= {str(token["content"]): int(number) for number, token in added.items()}
+    differing = [
+        f"{token} is {number} ({tokenizer.token_to_id(token)})"
+        for token, number in wanted.items()
+        if tokenizer.token_to_id(token) != number
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        yield (
+            f"{source}: {', '.join(differing[:3])}{more} beside tokenizer.json (in brackets what "
+            "that says), which alone is read: write it anew, with AutoTokenizer.from_pretrained"
+            "(FOLDER).save_pretrained(FOLDER) of transformers"
+        )
+
+
+def _meanings(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    for place, values in _configs(source):
+        for name, keys in MEANING.items():
+            token = tokenizer.token_to_id(token_text(name))
+            for key in keys:
+                said = values.get(key)
+                if None not in (said, token) and said != token:
+                    yield (
+                        f"{place}{key} is {said}, but the tokenizer's {token_text(name)} is "
+                        f"{token}: correct the one that the model was not trained with"
+                    )
+
+
+def _ends(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    path = source / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    for place, values in _configs(source):
+        for key, name in ENDS.items():
+            said = _ids(values.get(key))
+            ours = tokenizer.token_to_id(token_text(name))
+            own = settings.get(key.removesuffix("_id"))
+            own = own.get("content") if isinstance(own, dict) else own
+            theirs = tokenizer.token_to_id(own) if isinstance(own, str) else None
+            if said and ours is not None and not {ours, theirs} & set(said):
+                yield (
+                    f"{place}{key} is {values[key]}, the tokenizer's {token_text(name)} is {ours}: "
+                    "an export has the tokenizer's in config.json"
+                )
+
+
+def _out_of_range(source: Path, rows: int) -> Iterator[str]:
+    for place, values in _configs(source):
+        for key in ENDS:
+            beyond = [token for token in _ids(values.get(key)) if token >= rows]
+            if beyond:
+                yield (
+                    f"{place}{key} is {beyond[0]}, the embedding has {rows} rows: exports leave "
+                    "it out"
+                )
+
+
+def _preprocessor(source: Path) -> tuple[Path, dict[str, Any]] | None:
+    """transformers 4's file; 5 writes it into processor_config.json."""
+    path = source / "preprocessor_config.json"
+    if path.is_file():
+        return path, PROCESSOR_DEFAULTS | read_json(path)
+    path = source / "processor_config.json"
+    values = read_json(path).get("image_processor") if path.is_file() else None
+    return (path, PROCESSOR_DEFAULTS | values) if isinstance(values, dict) else None
+
+
+def _pixels(values: dict[str, Any], model: ModelConfig) -> Iterator[str]:
+    """What training and exports do otherwise than a source's image processor."""
+    side = model.vision.image_size
+    size = values["size"]
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    if size != {"height": side, "width": side}:
+        yield f"size is {size}, vision_config.image_size is {side}: they must be the same"
+    for key, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        said = values[key]
+        near = isinstance(said, list) and len(said) == len(wanted)
+        if not near or not all(
+            math.isclose(a, b, abs_tol=1e-4) for a, b in zip(said, wanted, strict=True)
+        ):
+            yield f"{key} is {said}, training and exports have {list(wanted)}: {_RETRAIN}"
+    for key in ON:
+        if values.get(key) is False:
+            yield f"{key} is false, training and exports have true: {_RETRAIN}"
+    if values.get("resample", 2) != 2:
+        yield f"resample is {values['resample']}, training and exports have 2: {_RETRAIN}"
+    factor = values.get("rescale_factor", 1 / 255)
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-4):
+        yield f"rescale_factor is {factor}, training and exports have 1 / 255: {_RETRAIN}"
+    tiles, most = values["max_image_tiles"], model.vision.max_tiles
+    if type(tiles) is not int or not 1 <= tiles <= most:
+        yield f"max_image_tiles is {tiles}, it must be 1 to {most} (vision_config.max_num_tiles)"
+
+
+_RETRAIN = "correct the file if the model was trained so, else it cannot be converted"

@@ -1,0 +1,150 @@
+"""Every option of `generate` gives the tokens of plain passes without a cache, or is refused; a row
+of a batch computes what it computes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from tests.inference.hf.test_modeling import batch_of_two
+from tests.inference.tiny import tiny_model
+
+IMAGE = 512
+
+
+def inputs_of(kind: str) -> dict[str, Tensor]:
+    tokens, pixels = batch_of_two()
+    if kind == "text":
+        return {"input_ids": tokens[:1].masked_fill(tokens[:1] == IMAGE, 9)}
+    return {"input_ids": tokens[:1], "pixel_values": pixels[:1]}
+
+
+@torch.no_grad()
+def greedy(model, inputs: dict[str, Tensor], count: int) -> list[int]:
+    """The likeliest tokens, each from a pass over everything before it."""
+    ids, made = inputs["input_ids"], []
+    for _ in range(count):
+        best = model(**{**inputs, "input_ids": ids}, use_cache=False).logits[0, -1].argmax()
+        made.append(int(best))
+        ids = torch.cat((ids, best.view(1, 1)), dim=1)
+    return made
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"use_cache": False},
+    {"cache_implementation": "dynamic"},
+    {"past_key_values": "DynamicCache"},
+    {"cache_implementation": "hybrid"},
+    {"num_beams": 1, "num_return_sequences": 1},
+    {"prompt_lookup_num_tokens": 3},
+    {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+    {"repetition_penalty": 1.0, "min_new_tokens": 2},
+]
+
+
+@pytest.mark.parametrize("kind", ["text", "frames"])
+@pytest.mark.parametrize("rows", ["zero", "attend_all"])
+def test_options_that_are_taken_give_the_same_tokens(kind, rows):
+    model, inputs = tiny_model(tokens_before_first_frame=rows), inputs_of(kind)
+    # What was said before repeats itself: candidates of a prompt look-up are taken back.
+    wanted = greedy(model, inputs, 8)
+    for options in OPTIONS:
+        given = dict(options)
+        if "past_key_values" in given:
+            given["past_key_values"] = DynamicCache()
+        made = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, **given
+        )
+        made = made if isinstance(made, Tensor) else made.sequences
+        assert made[0, inputs["input_ids"].shape[1] :].tolist() == wanted, options
+
+
+@pytest.mark.parametrize("kind", ["text", "frames"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "offloaded_static"},
+        {"past_key_values": "StaticCache"},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+        {"return_dict_in_generate": True, "output_attentions": True},
+        {"prefill_chunk_size": 4},
+    ],
+)
+def test_options_that_cannot_be_taken_are_refused(kind, options):
+    model, inputs = tiny_model(), inputs_of(kind)
+    if "prefill_chunk_size" in options and kind == "text":
+        pytest.skip("text in pieces is taken")
+    given = dict(options)
+    if "past_key_values" in given:
+        given["past_key_values"] = StaticCache(model.config.get_text_config(), max_cache_len=64)
+    with pytest.raises((ValueError, KeyError)) as caught:
+        model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None, **given)
+    assert str(caught.value)
+
+
+@pytest.mark.parametrize("rows", ["zero", "attend_all"])
+def test_a_row_of_a_batch_computes_what_it_computes_alone(rows):
+    """Two rows with frames, three and one, and one without, padded on the left."""
+    model = tiny_model(tokens_before_first_frame=rows)
+    tokens, pixels = batch_of_two()
+    text = tokens[1, :9].masked_fill(tokens[1, :9] == IMAGE, 9)
+    alone = [
+        {"input_ids": tokens[:1], "pixel_values": pixels[:1]},
+        {"input_ids": tokens[1:, :10], "pixel_values": pixels[1:, :1]},
+        {"input_ids": text[None]},
+    ]
+    lengths = [inputs["input_ids"].shape[1] for inputs in alone]
+    ids, mask = torch.full((3, 12), 7), torch.zeros(3, 12, dtype=torch.long)
+    for n, inputs in enumerate(alone):
+        ids[n, -lengths[n] :], mask[n, -lengths[n] :] = inputs["input_ids"][0], 1
+    ratios = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    pixels = torch.cat((pixels, torch.zeros_like(pixels[:1])))
+    batch = {
+        "input_ids": ids, "attention_mask": mask, "pixel_values": pixels,
+        "aspect_ratio_ids": ratios,
+    }  # fmt: skip
+    with torch.no_grad():
+        together = model(**batch).logits
+    made = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)[:, 12:]
+    for n, inputs in enumerate(alone):
+        with torch.no_grad():
+            wanted = model(**inputs).logits[0]
+        torch.testing.assert_close(together[n, -lengths[n] :], wanted, atol=1e-4, rtol=0)
+        assert made[n].tolist() == greedy(model, inputs, 6)
+
+
+def test_frames_and_marks_must_be_as_many():
+    tokens, pixels = batch_of_two()
+    model = tiny_model()
+    states = model.get_image_features(pixels)
+    for cut in (3, 4, 9):
+        for frames in ({"pixel_values": pixels}, {"cross_attention_states": states}):
+            row = {name: tensor[:1] for name, tensor in frames.items()}
+            with pytest.raises(ValueError, match=r"<\|image\|> tokens, but \[3\] frames"):
+                model(input_ids=tokens[:1, cut:], **row)
+    with pytest.raises(ValueError, match="pixels_values: this model has no such"):
+        model(input_ids=tokens, pixels_values=[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"pad_to_multiple_of": 64}])
+def test_a_resized_model_is_saved_as_it_loads(options, tmp_path):
+    model, inputs = tiny_model(), inputs_of("frames")
+    with torch.no_grad():
+        before = model(**inputs).logits
+    model.resize_token_embeddings(525, mean_resizing=False, **options)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    rows = 576 if options else 525
+    assert again.lm_head.weight.shape[0] == rows == again.config.text_config.vocab_size
+    assert again.get_input_embeddings().weight.shape[0] == rows + 8
+    with torch.no_grad():
+        after = again(**inputs).logits
+    torch.testing.assert_close(after[..., : before.shape[-1]], before, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="needs a row: at least 505"):
+        model.resize_token_embeddings(300)
