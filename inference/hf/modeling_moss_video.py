@@ -220,7 +220,9 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 `silence_weight`. The sum is divided by `num_items_in_batch`, or their count.
             logits_to_keep: logits of so many last positions only, or of these positions.
         """
-        unknown = [name for name, value in kwargs.items() if value and name not in HARMLESS]
+        unknown = [
+            n for n, v in kwargs.items() if n not in HARMLESS and v is not None and v is not False
+        ]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: this model has no such input or output")
         decoder = self.model.language_model

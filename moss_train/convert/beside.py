@@ -72,7 +72,7 @@ def read_beside(source: Path, model: ModelConfig) -> Beside:
         problems += [f"{path}: {line}" for line in _pixels(values, model)]
         beside.max_tiles = values["max_image_tiles"]
     templates = chat_templates(source)
-    if templates and not (source / "training.json").is_file():
+    if templates and read_json(source / "config.json").get("model_type") != "moss_video":
         beside.notes.append(
             f"chat template: that of {', '.join(templates)} is not taken: training, inference and "
             "exports write Llama 3's headers without additions"

@@ -94,3 +94,31 @@ def test_wrong_configs_and_options_are_refused(
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config.json: give a folder"):
         load_model(tmp_path)
+
+
+def test_tensors_beside_the_models_are_named_and_saved_buffers_are_not(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, folder / "model.safetensors")
+    load_model(folder, "cpu")
+    tensors["model.language_model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(8, 8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"beside the model's, it has 1 tensors: .*lora_A.weight"):
+        load_model(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["adapter_config.json"], "holds an adapter of PEFT: merge it"),
+        (["adapter_model.safetensors", "config.json"], "holds an adapter of PEFT: merge it"),
+        (["run.json"], "is a checkpoint of training: export it"),
+        (["checkpoints/step_00000010/run.json"], "is a checkpoint of training: export it"),
+    ],
+)
+def test_folders_of_other_kinds_are_told_apart(files, message: str, tmp_path: Path) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)

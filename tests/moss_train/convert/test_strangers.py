@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import ConfigError, ModelConfig
+from moss_train.convert.folders import why_no_checkpoint
 from moss_train.convert.hf_config import model_config_from_hf, text_config_from_llama
 from moss_train.convert.llama import check_llama
 from moss_train.convert.source import ConversionError
@@ -22,8 +24,8 @@ from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
 from tests.golden.make_mllama import CONFIG
 from tests.moss_train.convert.sources import differing, load_folder, mllama_weights, save_folder
+from tests.moss_train.convert.test_llama import save_llama
 from tests.moss_train.model.build import preset
-from tests.moss_train.model.test_llama import save_llama
 from tests.torchrun import REPO
 
 QUERY = "language_model.model.layers.0.self_attn.q_proj"
@@ -268,3 +270,20 @@ def test_an_embedding_without_rows_beyond_the_vocabulary_gets_them(tmp_path):
     config["text_config"]["vocab_size"] = rows - 3
     said = refusal(save_folder(tmp_path / "stale", weights, config), tmp_path / "no")
     assert "set vocab_size there to the rows of lm_head.weight" in said
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ([], "no complete checkpoint there: give a run folder"),
+        (["config.json", "model.safetensors"], "hf-to-megatron FOLDER OUT"),
+        (["adapter_config.json", "config.json"], f"is an adapter of a model: .*{MERGE}"),
+        (["global_step10/mp_rank_00_model_states.pt"], "zero_to_fp32.py"),
+        (["checkpoints/step_00000010/run.json"], "no complete checkpoint there"),
+    ],
+)
+def test_what_init_from_cannot_start_from_is_told(files, named, tmp_path):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    assert re.search(named, why_no_checkpoint(tmp_path))
