@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inference.hf.attended_moss_video import CachedTokens
+from inference.hf.attended_moss_video import CachedTokens, NewFrames
 from inference.hf.decoder_moss_video import Rotation
 from inference.hf.modeling_moss_video import (
     MossVideoForConditionalGeneration,
     MossVideoModel,
-    NewFrames,
 )
 from inference.hf.vision_moss_video import pool_grid
 

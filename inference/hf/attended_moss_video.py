@@ -5,6 +5,7 @@ A copy of this file is in every exported folder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,6 +71,22 @@ class AttendedFrames:
         return out if self.keep is None else out * self.keep[:, None]
 
 
+@dataclass
+class NewFrames:
+    """Frames that a pass brings.
+
+    positions: of each frame's `<|image|>` `[B, F]`, 0 for padding frames.
+    marked: True for frames that have one `[B, F]`.
+    slots: True for those that are given as frames, by their ratio id if there is one `[B, F]`.
+    seen: True where a token is or comes after it `[B, S, F, T or 1]`.
+    """
+
+    positions: Tensor
+    marked: Tensor
+    slots: Tensor
+    seen: Tensor
+
+
 def check_cache(cache: Any) -> None:
     """Raises ValueError for a cache that holds more, less or other than what was put in: static
     ones (empty places would be attended), sliding windows (frames would go), quantized ones."""
@@ -88,6 +105,16 @@ def keep_frames(cache: Any, layer: int) -> None:
 
 def _crop_nothing(*_: Any) -> None:
     """In place of DynamicLayer.crop."""
+
+
+def real_frames(pixels: Tensor | None, ratio_ids: Tensor | None, states: Tensor) -> Tensor:
+    """False for padding frames `[B, F]`: their ratio id is 0, or their pixels are all 0."""
+    real = [] if ratio_ids is None else [ratio_ids > 0]
+    if pixels is not None:
+        real.append(pixels.flatten(2).any(-1))
+    if real:
+        return real[0] & real[-1]
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
 def token_positions(attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ with the names of transformers 4 (`language_model.model.*`, `vision_model.*`) lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attended_moss_video import (
     AttendedFrames,
     CachedTokens,
+    NewFrames,
     check_cache,
     keep_frames,
+    real_frames,
     token_mask,
     token_positions,
 )
@@ -34,22 +35,6 @@ OLD_NAMES = {
     r"^language_model\.lm_head\.": "lm_head.",
     r"^(vision_model|multi_modal_projector|patch_merger)\.": r"model.\1.",
 }
-
-
-@dataclass
-class NewFrames:
-    """Frames that a pass brings.
-
-    positions: of each frame's `<|image|>` `[B, F]`, 0 for padding frames.
-    marked: True for frames that have one `[B, F]`.
-    slots: True for those that are given as frames, by their ratio id if there is one `[B, F]`.
-    seen: True where a token is or comes after it `[B, S, F, T or 1]`.
-    """
-
-    positions: Tensor
-    marked: Tensor
-    slots: Tensor
-    seen: Tensor
 
 
 class MossVideoModel(nn.Module):
@@ -76,7 +61,7 @@ class MossVideoModel(nn.Module):
         return self.multi_modal_projector(joined).flatten(1, 2)
 
 
-HARMLESS = ("return_dict", "cache_position")  # transformers passes them; nothing follows from them
+HARMLESS = {"return_dict", "cache_position"}  # transformers passes them; nothing follows from them
 
 
 class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -220,9 +205,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 `silence_weight`. The sum is divided by `num_items_in_batch`, or their count.
             logits_to_keep: logits of so many last positions only, or of these positions.
         """
-        unknown = [
-            n for n, v in kwargs.items() if n not in HARMLESS and v is not None and v is not False
-        ]
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = sorted(given - HARMLESS)
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: this model has no such input or output")
         decoder = self.model.language_model
@@ -244,7 +228,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         new = None
         if cross_attention_states is not None:
-            real = _real_frames(pixel_values, aspect_ratio_ids, cross_attention_states)
+            real = real_frames(pixel_values, aspect_ratio_ids, cross_attention_states)
             size = cross_attention_states.shape[2]
             new = self._new_frames(input_ids, position_ids, real)
             new.slots = new.slots if aspect_ratio_ids is None else aspect_ratio_ids > 0
@@ -383,16 +367,6 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ):
                 inputs[name] = None
         return inputs
-
-
-def _real_frames(pixels: Tensor | None, ratio_ids: Tensor | None, states: Tensor) -> Tensor:
-    """False for padding frames `[B, F]`: their ratio id is 0, or their pixels are all 0."""
-    real = [] if ratio_ids is None else [ratio_ids > 0]
-    if pixels is not None:
-        real.append(pixels.flatten(2).any(-1))
-    if real:
-        return real[0] & real[-1]
-    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
 # What save_pretrained writes can be opened by itself: it copies these files and names the class.
