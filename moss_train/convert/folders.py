@@ -53,7 +53,7 @@ def foreign_form(folder: Path) -> str | None:
     if folder.is_file():
         return "is a file: give the folder that holds it"
     if not folder.is_dir():
-        return "is not a folder"
+        return "cannot be read: No such file or directory"
     if any((folder / name).is_file() for name in ADAPTER):
         return f"is an adapter of {_base(folder)}: {merge_advice()}"
     for pattern, what, mend in FORMS:

@@ -13,6 +13,7 @@ from moss_train.config import ConfigError, RopeScalingConfig, TextConfig
 from moss_train.convert.section import Section
 from moss_train.convert.source import HfFolder
 
+FORMS = ("rope_parameters", "rope_scaling")
 NEAR = 0.01  # relative: bf16 rounds a buffer by 0.4 %
 
 
@@ -28,35 +29,29 @@ def rope_of(section: Section, theta: float | None = None) -> tuple[float, RopeSc
     Raises:
         ConfigError: names the key that is missing, unknown, or said in two ways.
     """
-    forms = []
-    for key in ("rope_parameters", "rope_scaling"):
-        if section.values.get(key):
-            rope = section.section(key)
-            forms.append((key, _theta(rope, section, theta), _scaling(rope)))
-    if not forms:
-        return _theta(section, section, theta), RopeScalingConfig(factor=1.0)
-    bases = {f"{section.path}{key}": base for key, base, _ in forms}
-    if section.has("rope_theta"):
-        bases[f"{section.path}rope_theta"] = section.number("rope_theta")
-    values: dict[str, Any] = bases if len(set(bases.values())) > 1 else {}
-    if len(forms) == 2 and forms[0][2] != forms[1][2]:
-        values = {f"{section.path}{key}": scaling for key, _, scaling in forms}
-    if values:
-        said = ", ".join(f"{key}: {value}" for key, value in values.items())
-        raise ConfigError(
-            [
-                f"{section.file}: two rotary positions ({said}): keep the one that the model was "
-                "trained with"
-            ]
-        )
-    return forms[0][1], forms[0][2]
-
-
-def _theta(rope: Section, section: Section, default: float | None) -> float:
-    where = rope if rope.has("rope_theta") else section
-    if default is not None and not where.has("rope_theta"):
-        return default
-    return where.number("rope_theta")
+    ropes = [section.section(k) for k in FORMS if section.values.get(k)]
+    bases = {
+        f"{part.path}rope_theta": part.number("rope_theta")
+        for part in (section, *ropes)
+        if part.has("rope_theta")
+    }
+    scalings = {rope.path.rstrip("."): _scaling(rope) for rope in ropes}
+    said: dict[str, Any]
+    for said in (bases, scalings):
+        values = list(said.values())
+        if any(value != values[0] for value in values):
+            both = ", ".join(f"{key}: {value}" for key, value in said.items())
+            raise ConfigError(
+                [
+                    f"{section.file}: two rotary positions ({both}): keep the one that the model "
+                    "was trained with"
+                ]
+            )
+    if not bases and theta is None:
+        raise ConfigError([f"{section.file}: {section.path}rope_theta is missing"])
+    base = next(iter(bases.values()), theta)
+    assert base is not None
+    return base, next(iter(scalings.values()), RopeScalingConfig(factor=1.0))
 
 
 def _scaling(rope: Section) -> RopeScalingConfig:

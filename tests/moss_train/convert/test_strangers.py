@@ -215,18 +215,15 @@ def test_two_rotary_positions_must_agree():
     """transformers 4 reads rope_theta and rope_scaling, 5 rope_parameters."""
     config = copy.deepcopy(CONFIG)
     text = config["text_config"]
-    text["rope_scaling"] = {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }  # fmt: skip
     scaled = model_config_from_hf(config).text
-    text["rope_parameters"] = {**text["rope_scaling"], "rope_theta": scaled.rope_theta}
+    text["rope_scaling"] = {**text["rope_parameters"]}
+    text["rope_theta"] = text["rope_scaling"].pop("rope_theta")
     assert model_config_from_hf(config).text == scaled
     text["rope_theta"] = 10000.0
     with pytest.raises(ConfigError, match=r"two rotary positions .*rope_theta: 10000"):
         model_config_from_hf(config)
     text["rope_theta"] = scaled.rope_theta
-    text["rope_scaling"] = {**text["rope_scaling"], "factor": 32.0}
+    text["rope_scaling"]["factor"] = 32.0
     with pytest.raises(ConfigError, match=r"two rotary positions .*factor=32"):
         model_config_from_hf(config)
 
