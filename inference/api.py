@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+import transformers
 
 from data_pipeline.images import read_picture
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
@@ -60,6 +61,7 @@ def load(
         ExportError, ValueError: the folder is not an export, or an argument is wrong.
     """
     info = read_export_info(checkpoint)
+    transformers.logging.disable_progress_bar()  # a folder is read in a second
     options = {"device": device, "dtype": dtype, "quantize": quantize, **engine}
     return Model(load_engine(checkpoint, **options), info, str(checkpoint))
 
