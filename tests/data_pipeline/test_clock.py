@@ -13,6 +13,7 @@ import pytest
 from av.stream import Disposition
 
 from data_pipeline.build import BuildOptions, build_shards
+from data_pipeline.clock import _fill_stamps
 from data_pipeline.importers.media import MediaOptions
 from data_pipeline.schema import SampleError
 from data_pipeline.video import frames_at, probe_video, sample_times
@@ -113,3 +114,20 @@ def test_sound_with_a_cover_is_no_video(tmp_path: Path) -> None:
     with pytest.raises(SampleError) as caught:
         probe_video((tmp_path / "a.mp4").read_bytes())
     assert caught.value.reason == "empty_video"
+
+
+@pytest.mark.parametrize(
+    ("stamps", "filled"),
+    [
+        ([0, None, 200, None, None, 500, None], [0, 100, 200, 300, 400, 500, 600]),
+        ([None, 100, 200], [0, 100, 200]),
+        ([0, 300, None, 200], [0, 300, None, 200]),  # stored in another order than shown
+        ([None, None], [None, None]),
+    ],
+)
+def test_packets_without_a_stamp_get_one_between_their_neighbors(stamps, filled) -> None:
+    packets = [av.Packet(1) for _ in stamps]
+    for packet, stamp in zip(packets, stamps, strict=True):
+        packet.pts = stamp
+    _fill_stamps(packets)
+    assert [packet.pts for packet in packets] == filled
