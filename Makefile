@@ -11,7 +11,7 @@ setup: $(READY)
 
 # Dependencies are pinned in constraints.txt. Without an NVIDIA GPU torch's CPU build is taken,
 # which is 20 times smaller.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	  f"Python {sys.version.split()[0]} is too old: make PYTHON=python3.11 (or newer)")'
 	$(PYTHON) -m venv $(VENV)
