@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from data_pipeline.commands import CommandParser, report_error
+from tests.conftest import REPO
 
 
 def test_help_has_the_form_of_argparse_with_defaults(capsys):
@@ -40,3 +43,14 @@ def test_an_error_of_ours_reads_like_one_of_argparse(capsys):
     said = capsys.readouterr()
     assert said.err == "python -m tools.thing: error: size: 3: must be even\n"
     assert said.out == ""
+
+
+def test_every_command_has_this_parser():
+    packages = ("data_pipeline", "inference", "launch", "moss_train", "tools")
+    own = [
+        path.relative_to(REPO)
+        for package in packages
+        for path in (REPO / package).rglob("*.py")
+        if re.search(r"argparse\.ArgumentParser\(", path.read_text())
+    ]
+    assert own == []
