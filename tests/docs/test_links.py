@@ -40,5 +40,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("# A `title`, two\n[a](#a-title-two) [b](page.md#a) [c](no.md) [d](https://x.y)")
+    page.write_text(
+        "# A `title`, two\n[a](#a-title-two) [b](page.md#a) [c](no.md) [d](https://x.y)"
+    )
     assert broken(page) == ["page.md#a", "no.md"]
