@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.commands import CommandParser
+from data_pipeline.commands import DONE, CommandParser
 from inference.bench import measure
 from inference.bench.models import MODELS, random_model
 from inference.bench.published import PublishedModel
@@ -29,8 +29,8 @@ from inference.engine.quantize import FORMATS
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 
-def main() -> None:
-    """Measures, prints the table, writes the report."""
+def main() -> int:
+    """Measures, prints the table, writes the report; the exit code."""
     arguments = parse()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     model = open_model(arguments)
@@ -39,6 +39,7 @@ def main() -> None:
     rows, extra = (offline if arguments.mode == "offline" else stream)(model, arguments, clock)
     print_table(arguments.mode, rows, facts)
     write_report(Path(arguments.out), arguments.mode, rows, facts | extra)
+    return DONE
 
 
 def parse() -> argparse.Namespace:
@@ -202,4 +203,4 @@ def memory_row(engine: Engine, compared: bool) -> Row:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
