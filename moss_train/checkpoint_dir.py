@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moss_train.config import ConfigError
+from moss_train.config import ConfigError, present_names
 from moss_train.log import log
 
 
@@ -74,7 +74,7 @@ def read_run(path: Path) -> dict[str, Any]:
         run = json.loads((path / "run.json").read_text())
         if not {"step", "samples", "layout", "config"} <= run.keys():
             raise ValueError("it is not a run's")
-        return run
+        return {**run, "config": present_names(run["config"])}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError([f"checkpoint {path}: cannot read run.json ({error})"]) from None
 

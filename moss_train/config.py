@@ -8,6 +8,7 @@ the Hydra names, which a user overrides on the command line (`stage.lr=1e-4`).
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from data_pipeline.aspect_ratios import supported_aspect_ratios
 from moss_train.data_config import DataConfig, MixtureConfig
 
-RENAMED = {  # fields of earlier versions, which are refused, and what they are called now
+# Fields of earlier versions and what they are called now. On a command line the old name is
+# refused; files that an earlier version wrote are read.
+RENAMED = {
     "model.blind_rows": "model.tokens_before_first_frame",
 }
 
@@ -359,5 +362,16 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(plain: dict[str, Any]) -> Config:
-    """The configuration of what `to_dict` returned."""
-    return from_hydra(OmegaConf.create(plain))
+    """The configuration of what `to_dict` returned, in this version or an earlier one."""
+    return from_hydra(OmegaConf.create(present_names(plain)))
+
+
+def present_names(plain: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a saved configuration, its fields under the names that they have now."""
+    renamed = copy.deepcopy(plain)
+    for old, new in RENAMED.items():
+        group, _, name = old.rpartition(".")
+        fields = renamed.get(group, {})
+        if name in fields:
+            fields[new.rpartition(".")[2]] = fields.pop(name)
+    return renamed

@@ -62,8 +62,8 @@ class MossVideoConfig(PretrainedConfig):
         moss_prompt_form: str | None = None,
         **kwargs: Any,
     ):
-        if "blind_rows" in kwargs:
-            raise ValueError("config.json: blind_rows is called tokens_before_first_frame now")
+        # The name in the exports of earlier versions.
+        tokens_before_first_frame = kwargs.pop("blind_rows", tokens_before_first_frame)
         pool = kwargs.pop("pool", None) or {}
         pool_mode, pool_stride = pool.get("mode", pool_mode), pool.get("stride", pool_stride)
         if pool_mode not in POOLS:

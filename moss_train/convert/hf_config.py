@@ -37,6 +37,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
 }  # fmt: skip
 ARCHITECTURES = ("moss", "mllama")
+FIRST_FRAME = ("tokens_before_first_frame", "blind_rows")  # today's name, and that of older exports
 
 
 def model_config_from_hf(
@@ -78,14 +79,12 @@ def model_config_from_hf(
     rows = text.integer("vocab_size") + EXTRA_EMBEDDING_ROWS
     if not 0 <= image_token < rows:
         raise root.error("image_token_index", image_token, f"below the embedding's {rows} rows")
-    if root.has("blind_rows"):
-        raise ConfigError([f"{root.file}: blind_rows is called tokens_before_first_frame now"])
     return ModelConfig(
         name=root.name,
         vision=_vision(vision, full_attention=root.flag("full_attention", moss)),
         projector=pool,
         text=_text(text, theta),
-        tokens_before_first_frame=root.choice("tokens_before_first_frame", ("attend_all", "zero")),
+        tokens_before_first_frame=root.choice(FIRST_FRAME, ("attend_all", "zero")),
         cross_attention_rope=root.flag("cross_attention_rope", moss),
         dtype=dtype or _dtype(root, text),
     )

@@ -59,8 +59,9 @@ class Section:
             raise self.error(key, value, "true or false")
         return default if value is None else value
 
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
-        """One of `allowed`, the first where nothing is said."""
+    def choice(self, keys: tuple[str, ...], allowed: tuple[str, ...]) -> str:
+        """One of `allowed`, under one of `keys`; the first of `allowed` where nothing is said."""
+        key = next((key for key in keys if key in self.values), keys[0])
         value = self.values.get(key)
         if value is not None and value not in allowed:
             raise self.error(key, value, f"one of {', '.join(allowed)}")

@@ -205,9 +205,13 @@ def test_more_marks_than_frames_is_an_error() -> None:
     [
         ({"pool_mode": "mean"}, "pool_mode 'mean'"),
         ({"tokens_before_first_frame": "none"}, "tokens_before_first_frame 'none'"),
-        ({"blind_rows": "zero"}, "blind_rows is called tokens_before_first_frame now"),
     ],
 )
 def test_wrong_settings_are_named(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model(**changes)
+
+
+def test_the_config_of_an_export_of_an_earlier_version_is_read() -> None:
+    assert MossVideoConfig(blind_rows="zero").tokens_before_first_frame == "zero"
+    assert not hasattr(MossVideoConfig(blind_rows="zero"), "blind_rows")

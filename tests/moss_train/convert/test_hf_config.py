@@ -91,7 +91,7 @@ def test_rope_without_scaling_has_factor_one():
         (("image_token_index",), 128264, "image_token_index is 128264"),
         (("dtype",), "float16", "dtype is 'float16'"),
         (("pool_mode",), "median", "pool_mode is 'median'"),
-        (("blind_rows",), "zero", "blind_rows is called tokens_before_first_frame now"),
+        (("blind_rows",), "none", "blind_rows is 'none'"),
     ],
 )
 def test_errors_name_file_and_key(path, value, named, tmp_path):
@@ -115,3 +115,8 @@ def test_missing_file_is_named(tmp_path):
 
 def test_the_11b_preset_is_the_default_configuration():
     assert preset("11b") == ModelConfig()
+
+
+def test_an_export_of_an_earlier_version_keeps_what_it_said():
+    for said in ("zero", "attend_all"):
+        assert model_config_from_hf(LLAMA | {"blind_rows": said}).tokens_before_first_frame == said
