@@ -15,6 +15,7 @@ MARK = re.compile(r"<\|(?:image|video)\|>")
 Kind = Literal["caption", "chat", "realtime"]
 Role = Literal["system", "user", "assistant"]
 MediaType = Literal["image", "video"]
+_KINDS, _ROLES, _MEDIA_TYPES = get_args(Kind), get_args(Role), get_args(MediaType)
 
 
 class SampleError(Exception):
@@ -99,8 +100,8 @@ def parse_sample(key: str, raw: bytes | str | dict[str, Any]) -> Sample:
 
 def _kind(data: dict[str, Any]) -> Kind:
     kind: Kind = data.get("kind", "chat")
-    if kind not in get_args(Kind):
-        raise SampleError("bad_schema", f"kind: {kind!r}, allowed: {', '.join(get_args(Kind))}")
+    if kind not in _KINDS:
+        raise SampleError("bad_schema", f"kind: {kind!r}, allowed: {', '.join(_KINDS)}")
     return kind
 
 
@@ -115,8 +116,8 @@ def _messages(data: dict[str, Any]) -> tuple[Message, ...]:
     messages = []
     for i, entry in enumerate(_list(data, "messages")):
         role, content = entry.get("role"), entry.get("content")
-        if role not in get_args(Role):
-            allowed = ", ".join(get_args(Role))
+        if role not in _ROLES:
+            allowed = ", ".join(_ROLES)
             raise SampleError("bad_schema", f"messages[{i}].role: {role!r}, allowed: {allowed}")
         if not isinstance(content, str):
             raise SampleError("bad_schema", f"messages[{i}].content: {content!r:.80} is not a text")
@@ -136,8 +137,8 @@ def _media(data: dict[str, Any]) -> tuple[Media, ...]:
     media = []
     for i, entry in enumerate(_list(data, "media")):
         kind, file = entry.get("type"), entry.get("file")
-        if kind not in get_args(MediaType):
-            allowed = ", ".join(get_args(MediaType))
+        if kind not in _MEDIA_TYPES:
+            allowed = ", ".join(_MEDIA_TYPES)
             raise SampleError("bad_schema", f"media[{i}].type: {kind!r}, allowed: {allowed}")
         if not isinstance(file, str) or not file:
             raise SampleError("bad_schema", f"media[{i}].file: {file!r} is not a file name")
