@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
+from moss_train import hardware
 from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
 from moss_train.model.decoder import Chunk, Decoder
 from moss_train.model.groups import Groups
@@ -28,16 +29,19 @@ class MossVideo:
         adapter: AdapterConfig | None = None,
     ):
         self.config, self.parallel, self.groups = config, parallel, groups
-        self.encoder = VisionEncoder(config, vision_config(config, parallel), groups.vision)
-        mcore = decoder_config(config, parallel)
-        self.chunks = [
-            # Each chunk has its own config: megatron hangs schedule hooks on it.
-            Decoder(config, copy.copy(mcore), groups.decoder, chunk, parallel.recompute == "full")
-            for chunk in chunks_of_rank(config, parallel, groups.decoder.pp.rank())
-        ]
-        self.adapted = adapter is not None and adapter.name == "lora"
-        if adapter is not None and self.adapted:
-            adapt(self.layers, adapter)
+        with hardware.device():  # not on the CPU, where torch makes what names no device
+            self.encoder = VisionEncoder(config, vision_config(config, parallel), groups.vision)
+            mcore = decoder_config(config, parallel)
+            self.chunks = [
+                # Each chunk has its own config: megatron hangs schedule hooks on it.
+                Decoder(
+                    config, copy.copy(mcore), groups.decoder, chunk, parallel.recompute == "full"
+                )
+                for chunk in chunks_of_rank(config, parallel, groups.decoder.pp.rank())
+            ]
+            self.adapted = adapter is not None and adapter.name == "lora"
+            if adapter is not None and self.adapted:
+                adapt(self.layers, adapter)
         self._mark_sharded()
 
     def _mark_sharded(self) -> None:

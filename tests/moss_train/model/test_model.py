@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moss_train.config import ModelConfig, ParallelConfig
+from moss_train import hardware
+from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
 from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
+from moss_train.model.lora import is_adapter
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
@@ -194,13 +196,20 @@ def test_a_missing_attention_package_is_named(backend, package, groups):
         pytest.skip(f"{module} is installed")
 
 
-def count_on_meta(config: ModelConfig, groups) -> int:
-    """Parameters of the model, none of which is ever allocated."""
-    with torch.device("meta"):
-        built = MossVideo(config, ParallelConfig(), groups)
-    parameters = [parameter for _, parameter in built.named_parameters()]
-    assert {parameter.device.type for parameter in parameters} == {"meta"}
-    return sum(parameter.numel() for parameter in parameters)
+@pytest.fixture
+def count_on_meta(groups, monkeypatch):
+    """Counts the parameters of a model of a process on the device "meta": nothing is allocated."""
+    monkeypatch.setattr(hardware, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))  # for megatron
+
+    def count(config: ModelConfig) -> int:
+        built = MossVideo(config, ParallelConfig(), groups, AdapterConfig(name="lora", rank=2))
+        made = [p for _, p in built.named_parameters()]
+        made += [b for part in (built.encoder, *built.chunks) for b in part.buffers()]
+        assert {tensor.device.type for tensor in made} == {"meta"}
+        return sum(p.numel() for name, p in built.named_parameters() if not is_adapter(name))
+
+    return count
 
 
 def transformers_count(**changes: Any) -> int:
@@ -212,16 +221,16 @@ def transformers_count(**changes: Any) -> int:
     return sum(parameter.numel() for parameter in built.parameters())
 
 
-def test_11b_has_the_parameters_of_transformers_mllama(groups):
+def test_11b_has_the_parameters_of_transformers_mllama(count_on_meta):
     config = preset("11b")
     at_560 = transformers_count(vision_config={"image_size": 560})
-    assert count_on_meta(config, groups) == at_560 == 10_670_220_835
+    assert count_on_meta(config) == at_560 == 10_670_220_835
     # transformers' default has tiles of 448 pixels, with smaller tables of patch positions.
     base = replace(config, vision=replace(config.vision, image_size=448))
-    assert count_on_meta(base, groups) == transformers_count() == 10_642_941_475
+    assert count_on_meta(base) == transformers_count() == 10_642_941_475
 
 
-def test_90b_has_the_parameters_of_transformers_mllama(groups):
+def test_90b_has_the_parameters_of_transformers_mllama(count_on_meta):
     sizes = {
         "hidden_size": 8192,
         "num_hidden_layers": 100,
@@ -230,4 +239,4 @@ def test_90b_has_the_parameters_of_transformers_mllama(groups):
         "cross_attention_layers": list(range(3, 100, 5)),
     }
     expected = transformers_count(vision_config={"image_size": 560}, text_config=sizes)
-    assert count_on_meta(preset("90b"), groups) == expected == 88_593_355_323
+    assert count_on_meta(preset("90b")) == expected == 88_593_355_323
