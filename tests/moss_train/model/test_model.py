@@ -204,8 +204,9 @@ def count_on_meta(groups, monkeypatch):
 
     def count(config: ModelConfig) -> int:
         built = MossVideo(config, ParallelConfig(), groups, AdapterConfig(name="lora", rank=2))
-        made = [p for _, p in built.named_parameters()]
-        made += [b for part in (built.encoder, *built.chunks) for b in part.buffers()]
+        made: list[Tensor] = [p for _, p in built.named_parameters()]
+        made += built.encoder.buffers()
+        made += [buffer for chunk in built.chunks for buffer in chunk.buffers()]
         assert {tensor.device.type for tensor in made} == {"meta"}
         return sum(p.numel() for name, p in built.named_parameters() if not is_adapter(name))
 
