@@ -35,7 +35,7 @@ def main(cases: list[tuple[int, list[str]]]) -> None:
             said.seek(0)
             text = said.read()
         began = dist.is_initialized() or "megatron.core" in sys.modules
-        left = [path.name for path in Path(sys.argv[1].partition("=")[2]).glob("*")]
+        left = [path.name for path in Path(overrides[0].partition("=")[2]).glob("*")]
         answers.append({"code": code, "said": text, "began": began, "left": left})
         save_result("answers", answers, as_json=True)  # what follows may hang
 

@@ -23,7 +23,8 @@ def test_the_real_files_become_shards_and_three_records_are_rejected(
     assert [line["key"] for line in lines] == [
         f"realtime_sharegpt_sample-00000{i}" for i in (1, 2, 3)
     ]
-    assert lines[1]["detail"] == "PI2UGwbvDEY.mp4: No such file or directory"
+    missing = real_files / "data/mllm_realtime_data/PI2UGwbvDEY.mp4"
+    assert lines[1]["detail"] == f"{missing}: No such file or directory"
 
     encode = EncodeConfig(str(toy / "tokenizer"), 1024, 56, 1, 1.0, 8, 16, "chat")
     sources = [
