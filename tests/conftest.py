@@ -15,7 +15,13 @@ LONG = (
     "tests/moss_train/convert/test_round_trip.py",
     "tests/moss_train/train/test_resume.py",
     "tests/moss_train/train/test_learning.py",
+    "tests/moss_train/train/test_faults.py",
     "tests/tools/test_demo.py",
+    "tests/moss_train/train/test_job_errors.py",
+    "tests/docs/test_from_megatron.py",
+    "tests/test_wheel.py",
+    "tests/docs/test_notebook.py",
+    "tests/docs/test_extending.py",
 )
 
 
