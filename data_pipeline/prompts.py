@@ -38,19 +38,6 @@ STAGE_FORMS: dict[str | None, PromptForm] = {
     "realtime_sft": "realtime",
 }
 
-
-def trained_form(stage: str | None, prompt: str | None) -> str | None:
-    """The form of the prompts of a run whose `stage.name` is `stage`; None: unknown.
-
-    Args:
-        prompt: the run's `stage.prompt`; None where that is not known.
-    """
-    # Runs of earlier versions say `chat` of this stage, though they learn streams.
-    if prompt is None or (stage, prompt) == ("realtime_sft", "chat"):
-        return STAGE_FORMS.get(stage)
-    return prompt
-
-
 # Special tokens that a content may contain; any other one that it spells is text.
 _CONTENT = re.compile(r"(<\|image\|>|<\|video\|>|<\|silence\|>|<\|\.\.\.\|>)")
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
-from data_pipeline.prompts import trained_form
+from data_pipeline.prompts import STAGE_FORMS
 from data_pipeline.tokens import load_tokenizer, token_text
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import Config, ModelConfig
@@ -110,9 +110,9 @@ class HfFiles:
     @property
     def prompt_form(self) -> str | None:
         """The form of the prompts that the weights were trained with, from which inference knows
-        what the model is for; None: unknown."""
+        what the model is for; None: unknown. Runs of before said `chat` of a real-time stage."""
         own = self.config.stage
-        return trained_form(self.stage, own.prompt if self.stage == own.name else None)
+        return STAGE_FORMS.get(self.stage) or (own.prompt if self.stage == own.name else None)
 
     @property
     def base(self) -> dict[str, Any]:

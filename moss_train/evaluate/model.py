@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.batch import EncodedSample
 from data_pipeline.encode import SampleEncoder
-from data_pipeline.prompts import trained_form
+from data_pipeline.prompts import STAGE_FORMS
 from data_pipeline.tokens import load_tokenizer
 from moss_train import hardware
 from moss_train.checkpoint_dir import find, read_run
@@ -104,8 +104,8 @@ class TrainedModel:
             SampleError: a file cannot be decoded, or `prompt` holds a control token.
             OSError: a file cannot be read.
         """
-        stage = self.config.stage
-        watched = trained_form(stage.name, stage.prompt) == "realtime"
+        form = STAGE_FORMS.get(self.config.stage.name, self.config.stage.prompt)
+        watched = form == "realtime"
         return answer(self, prompt, images, video, watched=watched, max_new_tokens=max_new_tokens)
 
     def export(

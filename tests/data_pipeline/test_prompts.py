@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_pipeline.prompts import Prompt, PromptBuilder, PromptForm, trained_form
+from data_pipeline.prompts import Prompt, PromptBuilder, PromptForm
 from data_pipeline.schema import Message, SampleError
 from data_pipeline.tokens import SpecialTokens, build_toy_tokenizer, load_tokenizer
 
@@ -160,11 +160,3 @@ def test_special_tokens_that_a_text_spells_stay_text(
     assert steering(prompt.tokens) == steering(plain.tokens)
     learned = [label for label in prompt.labels if label != -100 and label not in special]
     assert tokenizer.decode(learned) == f"A{typed}"
-
-
-def test_a_run_s_own_prompt_form_comes_before_that_of_its_stage_s_name() -> None:
-    assert trained_form("sft", "realtime") == "realtime"
-    assert trained_form("cooking", "pretrain") == "pretrain"
-    assert trained_form("pt1", None) == "pretrain"
-    assert trained_form("cooking", None) is None
-    assert trained_form("realtime_sft", "chat") == "realtime"  # as runs of earlier versions say
