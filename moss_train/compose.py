@@ -16,16 +16,18 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from data_pipeline.commands import WRONG_USAGE, report_error
 from moss_train.config import RENAMED, Config, ConfigError, from_hydra
-from moss_train.overrides import as_typed, explain_override, explain_value
+from moss_train.field_errors import cause_of, explain_field
+from moss_train.overrides import as_typed, explain_composing, explain_override
 from moss_train.presets import conf_dir
 
 ROOT = "config"  # conf/config.yaml
 VERSION = "1.3"  # of Hydra's behaviour
 # What composing raises; Hydra has ValueErrors for what is not of its grammar's types.
-COMPOSING = (HydraException, OmegaConfBaseException, ValueError)
+COMPOSING = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
 
 
 def load_config(
@@ -87,21 +89,22 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
 
 
 def explain(error: Exception) -> str:
-    """What is wrong with the overrides, in one line."""
+    """What is wrong with the overrides or with a preset, in one line."""
+    line = str(error).splitlines()[0]
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = str(error.missing_cfg_file).partition("/")
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: choose one of {', '.join(sorted(error.options))}"
     if isinstance(error, OverrideParseException):
-        return explain_override(error.override, str(error).splitlines()[0])
-    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", str(error).splitlines()[0])
-    if ambiguous is not None:
-        return explain_override(ambiguous[1], "Ambiguous")
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(cause, "full_key", None)
-    if key in RENAMED:
-        return f"{key}: is called {RENAMED[key]} now: use that name"
-    line = str(cause).splitlines()[0]
-    return explain_value(key, line) if key else line
+        return explain_override(error.override, line)
+    if isinstance(error, YAMLError):
+        return f"conf: {' '.join(str(error).split())}"
+    cause = cause_of(error)
+    if cause is None:
+        return explain_composing(line)
+    if cause.full_key in RENAMED:
+        return f"{cause.full_key}: is called {RENAMED[cause.full_key]} now: use that name"
+    preset = re.match(r"In '(.*/.*)':", line)
+    return (f"conf/{preset[1]}.yaml: " if preset else "") + explain_field(cause, Config)
 
 
 def _overrides(fields: Mapping[str, Any], prefix: str = "", kind: Any = Config) -> Iterator[str]:

@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass, field
 
 from omegaconf import MISSING
 
+from data_pipeline.fields import choice, number
+
+MODALITIES = ("text", "image", "video")
+
 
 @dataclass
 class SourceConfig:
@@ -13,8 +17,8 @@ class SourceConfig:
 
     name: str = MISSING
     path: str = MISSING
-    modality: str = MISSING  # text | image | video
-    weight: float = 1.0
+    modality: str = choice(MISSING, MODALITIES)
+    weight: float = number(1.0, above=0)
 
 
 @dataclass
@@ -26,20 +30,25 @@ class DataConfig:
     tokenizer: str = MISSING
     sources: list[SourceConfig] = field(default_factory=list)
     eval_sources: list[SourceConfig] = field(default_factory=list)  # held out, for validation
-    eval_samples: int = 256  # of each, its first ones
-    samples: int | None = None  # samples of the run; None: stage.samples
-    global_batch: int = 256
-    micro_batch: int = 1  # at most so many share a microbatch, packed into one sequence
+    eval_samples: int = number(256, above=0)  # of each, its first ones
+    samples: int | None = number(None, above=0)  # samples of the run; None: stage.samples
+    global_batch: int = number(256, above=0)
+    # At most so many samples share a microbatch, packed into one sequence.
+    micro_batch: int = number(1, above=0)
     # A microbatch with more tokens or frames is divided, down to single samples; null: no bound.
-    max_tokens_per_batch: int | None = None
-    max_frames_per_batch: int | None = None
-    max_tiles: int = 1
-    sequence_length: int | None = None  # None: stage.sequence_length
-    video_threads: int = 1  # of each decoder; more help where there are more cores than workers
-    workers: int = 2  # loader processes for each data-parallel rank; 0: in the training process
-    shuffle_buffer: int = 1000
-    pad_multiple: int = 64  # microbatches are padded to a multiple of this, in tokens
-    max_bad_ratio: float = 0.01  # stop when more than this share of the samples cannot be read
+    max_tokens_per_batch: int | None = number(None, above=0)
+    max_frames_per_batch: int | None = number(None, above=0)
+    max_tiles: int = number(1, above=0)
+    sequence_length: int | None = number(None, above=1)  # None: stage.sequence_length
+    # Of each decoder; more help where there are more cores than workers.
+    video_threads: int = number(1, above=0)
+    # Loader processes for each data-parallel rank; 0: in the training process.
+    workers: int = number(2, least=0, zero="no worker processes")
+    shuffle_buffer: int = number(1000, above=0)
+    # Microbatches are padded to a multiple of this, in tokens.
+    pad_multiple: int = number(64, above=0)
+    # Stop when more than this share of the samples cannot be read.
+    max_bad_ratio: float = number(0.01, least=0, most=1)
     audit: bool = False  # write the keys of every step to audit.jsonl
 
 
@@ -47,9 +56,9 @@ class DataConfig:
 class MixtureConfig:
     """Share of each modality among a run's samples, in any unit, such as percent."""
 
-    text: float = 0.0
-    image: float = 79.0
-    video: float = 21.0
+    text: float = number(0.0, least=0)
+    image: float = number(79.0, least=0)
+    video: float = number(21.0, least=0)
 
     @property
     def wanted(self) -> dict[str, float]:

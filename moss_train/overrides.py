@@ -1,13 +1,15 @@
-"""Overrides as people type them: paths are taken as they are, and what Hydra's grammar does not
-read is refused with the spelling that it reads."""
+"""Overrides as people type them: paths are taken as they are; what Hydra's grammar does not read,
+and what is Hydra's own and no part of a run, is refused with what to write instead."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args, get_origin
 
-from moss_train.config import ConfigError
+from moss_train.config import Config, ConfigError
+from moss_train.field_errors import field_types, similar
 
 # Fields whose text is a path, whatever signs are in it.
 PATHS = (
@@ -24,25 +26,84 @@ def as_typed(arguments: Sequence[str], conf: Path) -> list[str]:
         conf: folder of the presets.
 
     Raises:
-        ConfigError: a path is empty, a group of presets is null.
+        ConfigError: a path is empty, a preset does not exist, something is Hydra's own.
     """
     problems = []
     made = []
     for argument in arguments:
         key, sign, value = argument.partition("=")
-        name = key.lstrip("+")
-        if sign and name in PATHS:
+        name = key.lstrip("+~")
+        problem = _hydras_own(argument, arguments) or _missing_preset(argument, arguments, conf)
+        if problem:
+            problems.append(problem)
+        elif sign and name in PATHS:
             if not value.strip():
                 problems.append(f"{argument}: is empty (an unset variable?): give a path")
             elif value != "null" and not _is_quoted(value):
                 argument = f"{key}={quoted(value)}"
-        elif sign and value in ("null", "") and (conf / name).is_dir() and name:
-            choices = ", ".join(sorted(path.stem for path in (conf / name).glob("*.yaml")))
-            problems.append(f"{argument}: choose one of {choices}")
         made.append(argument)
     if problems:
         raise ConfigError(problems)
     return made
+
+
+def _hydras_own(argument: str, arguments: Sequence[str]) -> str | None:
+    """Why an argument that is Hydra's, not the job's, is refused; a sweep among them."""
+    name, _, value = argument.partition("=")
+    many = len(name) > 2 and "--multirun".startswith(name)
+    sweeper = re.match(r"\+*hydra[./](launcher|sweeper|sweep|mode)\b", name)
+    if argument == "-m" or many or sweeper:
+        return f"{argument}: {sweep_instead(arguments)}"
+    if name.lstrip("+~") == "hydra.run.dir":
+        return f"{argument}: the run folder is run.dir: write run.dir={value}"
+    if re.match(r"[+~]*hydra[./](?!searchpath\b|verbose\b)", name):
+        return f"{argument}: is a setting of Hydra's, and the job takes none: leave it out"
+    if name.startswith("--") and name.lstrip("-") in field_types(Config):
+        return f"{argument}: fields have no dashes before them: write {argument.lstrip('-')}"
+    return None
+
+
+def sweep_instead(arguments: Sequence[str]) -> str:
+    """The shell's loop that does what several values of a field ask for."""
+    field, values = "trainer.seed", "1 2"
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        listed = re.fullmatch(r"(?:choice\()?([^\[{(]+,[^\[{(]+?)\)?", value)
+        if listed is not None:
+            field, values = key.lstrip("+"), " ".join(re.split(r"\s*,\s*", listed[1]))
+            break
+    short = field.rpartition(".")[2]
+    return (
+        "one command is one run: for several write a loop: "
+        f"for x in {values}; do ... {field}=$x run.dir=runs/{short}-$x; done"
+    )
+
+
+def _missing_preset(argument: str, arguments: Sequence[str], conf: Path) -> str | None:
+    """Why an override of a group is refused: there is no such preset. Hydra would pass over it
+    where the group is optional."""
+    key, sign, value = argument.partition("=")
+    group = key.lstrip("+")
+    if group.startswith("~") and (conf / group[1:]).is_dir() and group != "~recipe":
+        group, value = group[1:], ""
+    elif not sign or not group or not (conf / group).is_dir():
+        return None
+    folders = [conf, *(Path(folder) for folder in _own_folders(arguments))]
+    choices = sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
+    if value in choices:
+        chosen = f"{group}={value}"
+        return f"{argument}: {group} has a value: write {chosen}" if key != group else None
+    if value and value != "null" and not re.fullmatch(r"[\w.-]+", value):
+        return None
+    return f"{argument}: choose one of {', '.join(choices)}"
+
+
+def _own_folders(arguments: Sequence[str]) -> Iterator[str]:
+    """Folders of presets that Hydra's flag --config-dir names."""
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, sign, value = flag.partition("=")
+        if name in ("--config-dir", "-cd"):
+            yield value if sign else following
 
 
 def quoted(text: str) -> str:
@@ -60,6 +121,8 @@ def explain_override(override: str, reason: str) -> str:
     key, sign, value = override.partition("=")
     if not sign:
         return f"{override}: must be FIELD=VALUE"
+    if key != key.strip():
+        return f"{override}: no blank may stand before the =: write {key.strip()}={value}"
     element = re.match(r"(.*?)[.\[](\d+)\]?(\.|$)", key)
     if element is not None:
         return (
@@ -73,14 +136,29 @@ def explain_override(override: str, reason: str) -> str:
         hint = f": write '{key}={spelt}'" if spelt != value else f" ({reason})"
         return f"{override}: quotes stand around values of a dict, not around its keys{hint}"
     if "," in value and "Ambiguous" in reason:
-        return f"{override}: a list is '{key}=[{value}]', a text is '{key}={quoted(value)}'"
+        kind = field_types(Config).get(key.lstrip("+"))
+        if get_origin(kind) is list:
+            return f"{override}: a list is '{key}=[{value}]'"
+        if str not in (kind, *get_args(kind)):
+            return f"{override}: {sweep_instead([override])}"
+        return f"{override}: a text with commas is '{key}={quoted(value)}'"
     spelt = quoted(value).replace("'", '"') if "'" not in value and '"' not in value else value
     note = " (~ is your home in paths)" if value.startswith("~") else ""
     return f"{override}: put the value in quotes: '{key}={spelt}'{note}"
 
 
-def explain_value(key: str, line: str) -> str:
-    """A value of the wrong form: a dict where a list is."""
-    if "ListConfig" in line or "list" in line.lower():
-        return f"{key}: is a list: give it in brackets, '{key}=[...]' ({line})"
-    return f"{key}: {line}"
+def explain_composing(line: str) -> str:
+    """What to write in place of an override that does not fit the configuration: `line` is Hydra's
+    word about it."""
+    quoted_part = re.search(r"'([^']*)'", line)
+    override = quoted_part[1] if quoted_part else ""
+    if line.startswith("Ambiguous value"):
+        return explain_override(override, "Ambiguous")
+    if line.startswith("Sweep parameters"):
+        return f"{override}: {sweep_instead([override])}"
+    if line.startswith("Could not delete"):
+        return f"~{override}: a field cannot be left out: set it, {override}=..."
+    if line.startswith("Could not override"):
+        meant = similar(override, Config)
+        return f"{override}: is not a field" + (f": did you mean {meant[0]}?" if meant else "")
+    return line

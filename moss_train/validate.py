@@ -8,113 +8,77 @@ together as a ConfigError.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from operator import attrgetter
 from pathlib import Path
 
+from data_pipeline.fields import Range, wrong_values
 from data_pipeline.shards import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
-from moss_train.config import POOLS, Config, ConfigError
-from moss_train.hardware import DTYPES, has_cuda
+from moss_train.config import Config, ConfigError
+from moss_train.data_config import SourceConfig
+from moss_train.hardware import has_cuda
 from moss_train.model.hf_mapping import unmatched_targets
 
-CHOICES = {
-    "model.attention": ("sdpa", "flash", "te", "flex"),
-    "model.tokens_before_first_frame": ("zero", "attend_all"),
-    "model.dtype": tuple(DTYPES),
-    "model.projector.pool": POOLS,
-    "parallel.recompute": ("none", "selective", "full"),
-    "stage.prompt": ("pretrain", "chat", "realtime"),
-    "stage.schedule": ("cosine", "linear", "wsd", "constant"),
-    "adapter.name": ("none", "lora"),
-    "hardware.device": ("auto", "cpu", "cuda"),
-    "logger.wandb_mode": ("online", "offline"),
-}
-POSITIVE = (  # or None, where a field may be
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.virtual",
-    "data.global_batch",
-    "data.micro_batch",
-    "data.eval_samples",
-    "data.max_tiles",
-    "data.video_threads",
-    "data.pad_multiple",
-    "data.shuffle_buffer",
-    "data.max_tokens_per_batch",
-    "data.max_frames_per_batch",
-    "trainer.steps",
-    "trainer.checkpoint_every",
-    "trainer.keep_last",
-    "trainer.eval_every",
-    "trainer.max_skipped_steps",
-    "trainer.console_every",
-    "model.vision.frames_per_chunk",
-    "model.text.num_layers",
-    "adapter.rank",
-    "adapter.alpha",
-    "hardware.timeout_s",
-    "stage.video_fps",
-    "stage.video_min_frames",
-)
-SHARES = (  # of 1
-    "stage.decay_ratio",
-    "stage.warmup_ratio",
-    "optimizer.min_lr_ratio",
-    "data.max_bad_ratio",
-    "stage.silence_weight",
-    "stage.swap_probability",
-    "stage.label_smoothing",
-    "stage.z_loss",
-)
+POSITIVE = Range(above=0)
 
 
 def validate(config: Config, world_size: int) -> None:
     """Raises ConfigError with a line for everything that is wrong with `config`."""
-    problems = [
-        *_choices(config),
-        *_numbers(config),
-        *_model(config),
-        *check_layout(config, world_size),
-        *_batches(config, world_size),
-    ]
-    problems += _data(config) if not problems else []
-    if problems:
-        raise ConfigError(problems)
+    checks: tuple[Callable[[], Iterable[str]], ...] = (
+        lambda: _fields(config),
+        lambda: _relations(config, world_size),
+        lambda: _data(config),
+    )
+    for check in checks:  # each of them relies on the ones before
+        if problems := list(check()):
+            raise ConfigError(problems)
 
 
-def _choices(config: Config) -> Iterator[str]:
-    for name, choices in CHOICES.items():
-        value = attrgetter(name)(config)
-        if value not in choices:
-            yield f"{name}={value}: choose one of {', '.join(choices)}"
+def _fields(config: Config) -> Iterator[str]:
+    """Each field by itself."""
+    yield from wrong_values(config)
+    yield from _multipliers(config.optimizer.lr_multipliers)
+    yield from _source_names(config.data.sources, "data.sources")
+    yield from _source_names(config.data.eval_sources, "data.eval_sources")
+
+
+def _source_names(sources: list[SourceConfig], field: str) -> Iterator[str]:
+    counts = Counter(source.name for source in sources)
+    for name, count in counts.items():
+        if count > 1:
+            yield f"{field}[{name}].name={name}: {count} sources have it: choose different names"
+        if not name.strip() or "/" in name:  # sample keys are NAME/KEY
+            spelt = name.replace("/", "-").strip() or "my-data"
+            yield f"{field}[{name}].name={name}: must be a name without /, such as {spelt}"
+
+
+def _relations(config: Config, world_size: int) -> Iterator[str]:
+    """Fields that depend on each other."""
+    yield from _numbers(config)
+    yield from _model(config)
+    yield from check_layout(config, world_size)
+    yield from _batches(config, world_size)
 
 
 def _numbers(config: Config) -> Iterator[str]:
-    """Each number alone, and those that depend on each other."""
-    for name in POSITIVE:
-        value = attrgetter(name)(config)
-        if value is not None and value <= 0:
-            yield f"{name}={value}: must be greater than 0"
-    for name in SHARES:
-        value = attrgetter(name)(config)
-        if not 0 <= value <= 1:
-            yield f"{name}={value}: must be between 0 and 1"
-    stage, spike = config.stage, config.trainer.spike_factor
-    if spike is not None and spike <= 1:
-        yield f"trainer.spike_factor={spike}: must be greater than 1"
-    if config.data.workers < 0:
-        yield f"data.workers={config.data.workers}: must be 0 (no worker processes) or more"
-    if config.lr <= 0:
-        yield f"optimizer.lr={config.lr}: must be greater than 0"
-    yield from _multipliers(config.optimizer.lr_multipliers)
-    if stage.warmup_steps is not None and stage.warmup_steps < 0:
-        yield f"stage.warmup_steps={stage.warmup_steps}: must be 0 or more"
+    stage = config.stage
+    if config.lr not in POSITIVE:
+        yield (
+            f"stage.lr={stage.lr} x model.lr_scale={config.model.lr_scale}: is {config.lr}, must "
+            f"be finite and {POSITIVE}"
+        )
     if stage.video_max_frames < stage.video_min_frames:
         yield (
             f"stage.video_max_frames={stage.video_max_frames}: must be at least "
             f"stage.video_min_frames={stage.video_min_frames}"
+        )
+    if config.trainer.steps is None and config.samples < config.data.global_batch:
+        field = "stage.samples" if config.data.samples is None else "data.samples"
+        yield (
+            f"{field}={config.samples}: must be at least data.global_batch="
+            f"{config.data.global_batch}: one step"
         )
 
 
@@ -126,9 +90,9 @@ def _multipliers(value: object) -> Iterator[str]:
         yield f"{field}={value}: must map patterns to factors, as in {{vision.*: 0.1}}"
         return
     for pattern, factor in value.items():
-        if not isinstance(factor, int | float) or factor <= 0:
+        if isinstance(factor, bool) or factor not in POSITIVE:
             yield (
-                f"{field}[{pattern}]={factor}: must be a number greater than 0 "
+                f"{field}[{pattern}]={factor}: must be a finite number {POSITIVE} "
                 "(stage.train says what is frozen)"
             )
 
@@ -137,6 +101,17 @@ def _model(config: Config) -> Iterator[str]:
     text, vision, projector = config.model.text, config.model.vision, config.model.projector
     yield from _divides("model.text.hidden_size", text.hidden_size, "num_heads", text.num_heads)
     yield from _divides("model.text.num_heads", text.num_heads, "num_kv_heads", text.num_kv_heads)
+    if text.hidden_size % text.num_heads == 0 and text.head_dim % 2:
+        yield (
+            f"model.text.hidden_size={text.hidden_size}: gives heads of {text.head_dim} with "
+            f"num_heads={text.num_heads}: rotary positions want an even number"
+        )
+    scaling = text.rope_scaling
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield (
+            f"model.text.rope_scaling.low_freq_factor={scaling.low_freq_factor}: must be less "
+            f"than high_freq_factor={scaling.high_freq_factor}"
+        )
     yield from _divides(
         "model.vision.hidden_size", vision.hidden_size, "num_heads", vision.num_heads
     )
@@ -145,18 +120,20 @@ def _model(config: Config) -> Iterator[str]:
     )
     if projector.pool != "none":
         yield from _divides("the patch grid", vision.grid, "projector.stride", projector.stride)
-    outside = [i for i in text.cross_attention_layers if not 0 <= i < text.num_layers]
-    if outside:
-        yield (
-            f"model.text.cross_attention_layers={outside}: layers are numbered "
-            f"0..{text.num_layers - 1} (model.text.num_layers={text.num_layers})"
-        )
-    outside = [i for i in vision.intermediate_layers if not 0 <= i < vision.num_layers]
-    if outside:
-        yield (
-            f"model.vision.intermediate_layers={outside}: layers are numbered "
-            f"0..{vision.num_layers - 1} (model.vision.num_layers={vision.num_layers})"
-        )
+    for name, layers, count, of in (
+        ("model.text.cross_attention_layers", text.cross_attention_layers, text.num_layers, "text"),
+        ("model.vision.intermediate_layers", vision.intermediate_layers, vision.num_layers,
+         "vision"),
+    ):  # fmt: skip
+        outside = [layer for layer in layers if layer >= count]
+        if outside:
+            yield (
+                f"{name}={outside}: layers are numbered 0..{count - 1} "
+                f"(model.{of}.num_layers={count})"
+            )
+        twice = [layer for layer, times in Counter(layers).items() if times > 1]
+        if twice:
+            yield f"{name}={twice}: name each layer once"
     if config.data.max_tiles > vision.max_tiles:
         yield (
             f"data.max_tiles={config.data.max_tiles}: the vision tower has embeddings for "

@@ -18,8 +18,13 @@ REPO = Path(__file__).resolve().parent.parent
 # From the ground up. A module belongs to the longest prefix that fits. Imports go down, or stay in
 # the same room; rooms of one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("inference.hf", "data_pipeline", "moss_train.data_config"),
-    ("data_pipeline.importers", "data_pipeline.loader"),
+    ("inference.hf", "data_pipeline", "moss_train.field_errors"),
+    (
+        "data_pipeline.importers",
+        "data_pipeline.loader",
+        "moss_train.data_config",
+        "moss_train.model_config",
+    ),
     ("data_pipeline.build", "data_pipeline.toy"),
     ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
     ("moss_train.overrides",),

@@ -17,12 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 import inference.hf
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
 from data_pipeline.tables import format_table
-from moss_train.config import RENAMED, ConfigError, ModelConfig
+from moss_train.config import RENAMED, ConfigError
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
 from moss_train.hardware import DTYPES
 from moss_train.model.hf_mapping import Pattern, patterns, sizes
+from moss_train.model_config import ModelConfig
 
 PROGRAM = "python -m tools.convert_checkpoint"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

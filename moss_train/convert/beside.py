@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
 from data_pipeline.tokens import SpecialTokens, load_tokenizer, token_text
-from moss_train.config import ModelConfig
 from moss_train.convert.source import ConversionError, read_json
+from moss_train.model_config import ModelConfig
 
 # Tokens that config.json and the tokenizer must agree about: what the model takes for a frame, and
 # which labels weigh less.

@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
-from moss_train.config import (
-    POOLS,
-    ConfigError,
-    ModelConfig,
-    ProjectorConfig,
-    TextConfig,
-    VisionConfig,
-)
+from moss_train.config import ConfigError
 from moss_train.convert.rope import rope_of
 from moss_train.convert.section import Section, read_section
 from moss_train.hardware import DTYPES
+from moss_train.model_config import POOLS, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 
 EXTRA_EMBEDDING_ROWS = 8  # transformers builds Mllama's embedding with vocab_size + 8 rows
 # Our names of dtypes by transformers' names, which are torch's.

@@ -17,11 +17,12 @@ from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
 from data_pipeline.prompts import STAGE_FORMS
 from data_pipeline.tokens import load_tokenizer, token_text
 from moss_train.checkpoint_dir import read_run
-from moss_train.config import Config, ModelConfig
+from moss_train.config import Config
 from moss_train.convert.beside import ENDS, chat_templates, missing_tokens, same_special_tokens
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.quantize import Quantizer
 from moss_train.convert.source import ConversionError, read_json
+from moss_train.model_config import ModelConfig
 
 TRAINING = "training.json"  # the run that made the weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moss_train.config import ConfigError, ModelConfig
+from moss_train.config import ConfigError
 from moss_train.convert.hf_config import text_config_from_llama, ties_embeddings
 from moss_train.convert.random_init import Reader, random_reader
 from moss_train.convert.source import ConversionError, HfFolder, problems_of
 from moss_train.log import log
 from moss_train.model.hf_mapping import TEXT, hf_shapes, table
+from moss_train.model_config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # of a text model
 COMPARED = 4096  # rows that are compared at once

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moss_train.config import ModelConfig
+from moss_train.model_config import ModelConfig
 
 Reader = Callable[[str, torch.Size], Tensor]
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moss_train.config import ConfigError, RopeScalingConfig, TextConfig
+from moss_train.config import ConfigError
 from moss_train.convert.section import Section
 from moss_train.convert.source import HfFolder
+from moss_train.model_config import RopeScalingConfig, TextConfig
 
 FORMS = ("rope_parameters", "rope_scaling")
 NEAR = 0.01  # relative: bf16 rounds a buffer by 0.4 %

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.progress import Progress
 from moss_train.checkpoint_dir import find, read_run
-from moss_train.config import AdapterConfig, Config, ModelConfig, from_dict
+from moss_train.config import AdapterConfig, Config, from_dict
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.hf_files import HfFiles, check_plain, write_files
 from moss_train.convert.job import (
@@ -30,6 +30,7 @@ from moss_train.convert.quantize import Quantizer
 from moss_train.convert.source import SAFETENSORS_DTYPES, ConversionError
 from moss_train.hardware import DTYPES
 from moss_train.model.hf_mapping import Rule, hf_shapes, our_shape, table, to_hf
+from moss_train.model_config import ModelConfig
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 EMBEDDING = "decoder.embedding.weight"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.progress import Progress
 from moss_train.checkpoint_dir import write_complete
-from moss_train.config import Config, ModelConfig, RunConfig, StageConfig, from_dict, to_dict
+from moss_train.config import Config, RunConfig, StageConfig, from_dict, to_dict
 from moss_train.convert.beside import read_beside
 from moss_train.convert.folders import foreign_form
 from moss_train.convert.hf_config import kind_of, model_config_from_hf, text_config_from_llama
@@ -54,6 +54,7 @@ from moss_train.model.hf_mapping import (
     table,
     to_ours,
 )
+from moss_train.model_config import ModelConfig
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_BOX = 256 * 2**20  # bytes: what a rank must read at once to get a part of it

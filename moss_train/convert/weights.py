@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moss_train.config import ModelConfig
 from moss_train.convert.random_init import Reader
 from moss_train.model.hf_mapping import Rule, hf_shapes, kv_heads, rules, to_hf, to_ours
 from moss_train.model.lora import is_adapter, low_rank_updates
 from moss_train.model.moss_video import MossVideo
+from moss_train.model_config import ModelConfig
 
 
 def fill(model: MossVideo, read: Reader) -> None:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from moss_train.config import ModelConfig
 from moss_train.model.attention import attend
 from moss_train.model.frame_plan import FramePlan
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm
 from moss_train.model.rope import Rotation
+from moss_train.model_config import ModelConfig
 
 
 class CrossAttentionLayer(MegatronModule):

@@ -25,7 +25,6 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moss_train.config import ModelConfig
 from moss_train.model.cross_attention import CrossAttentionLayer
 from moss_train.model.frame_plan import FramePlan
 from moss_train.model.gather_rows import RowSubset
@@ -35,6 +34,7 @@ from moss_train.model.norms import RMSNorm
 from moss_train.model.packed_text import PackedText
 from moss_train.model.rope import Rotation
 from moss_train.model.self_attention import SelfAttentionLayer
+from moss_train.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from moss_train.config import ModelConfig
+from moss_train.model_config import ModelConfig
 
 TEXT = "language_model.model."
 PATCH = "vision 3 patch patch"  # shape of the convolution

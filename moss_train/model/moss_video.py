@@ -9,13 +9,14 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
 from moss_train import hardware
-from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
+from moss_train.config import AdapterConfig, ParallelConfig
 from moss_train.model.decoder import Chunk, Decoder
 from moss_train.model.groups import Groups
 from moss_train.model.hf_mapping import rules
 from moss_train.model.lora import adapt
 from moss_train.model.projector import VisionEncoder
 from moss_train.model.transformer_config import decoder_config, vision_config
+from moss_train.model_config import ModelConfig
 
 
 class MossVideo:

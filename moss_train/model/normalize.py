@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
-from moss_train.config import VisionConfig
 from moss_train.model.vision import tiles_used
+from moss_train.model_config import VisionConfig
 
 
 def normalize(

@@ -8,8 +8,8 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-from moss_train.config import ModelConfig
 from moss_train.model.vision import VisionTower, concatenate_states
+from moss_train.model_config import ModelConfig
 
 
 def pooled_tokens(model: ModelConfig) -> int:

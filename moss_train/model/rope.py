@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moss_train.config import TextConfig
+from moss_train.model_config import TextConfig
 
 
 def inverse_frequencies(text: TextConfig) -> Tensor:

@@ -7,7 +7,8 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn.functional import gelu, silu
 
 from moss_train import hardware
-from moss_train.config import ModelConfig, ParallelConfig
+from moss_train.config import ParallelConfig
+from moss_train.model_config import ModelConfig
 
 
 def _common(model: ModelConfig) -> dict:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
-from moss_train.config import ModelConfig, VisionConfig
 from moss_train.model.mlp import FeedForward
 from moss_train.model.self_attention import SelfAttention
+from moss_train.model_config import ModelConfig, VisionConfig
 
 PATCH_MULTIPLE = 8  # the patches of a tile are padded with zeros to a multiple of this
 MANY_PADS = 0.1  # of a tile's patches: from here on a tile's padding is computed as one row

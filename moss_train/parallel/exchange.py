@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moss_train.config import ModelConfig
 from moss_train.model.groups import Groups
 from moss_train.model.normalize import normalize
 from moss_train.model.projector import VisionEncoder, pooled_tokens
+from moss_train.model_config import ModelConfig
 from moss_train.parallel.distribute import StepBatch
 
 

@@ -11,11 +11,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from moss_train import hardware
-from moss_train.config import ModelConfig
 from moss_train.model.frame_plan import FramePlan, plan_frames
 from moss_train.model.loss import LossOptions, Targets, find_targets
 from moss_train.model.packed_text import PackedText
 from moss_train.model.vision import tiles_used
+from moss_train.model_config import ModelConfig
 from moss_train.parallel.distribute import TextBatch
 
 

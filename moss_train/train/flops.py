@@ -30,10 +30,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from moss_train.config import ModelConfig
 from moss_train.model.frame_plan import FramePlan
 from moss_train.model.projector import pooled_tokens
 from moss_train.model.vision import rows_of_tile
+from moss_train.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from moss_train.train.description import write_description
 from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.metrics import MetricsWriter, StepLine, StepMetrics
-from moss_train.train.optimizer import make_train_state
+from moss_train.train.optimizer import make_train_state, schedule_warnings
 from moss_train.train.param_groups import freeze
 from moss_train.train.process import process_group, start_writer_queue, stop_signals
 from moss_train.train.report import write_report_or_warn
@@ -283,6 +283,8 @@ class Job:
         )
         for line in self.counts.lines():
             log.info("%s", line)
+        for line in schedule_warnings(config):
+            log.warning("%s", line)
         log.info(
             "%d steps of %d samples -> %s", config.steps, config.data.global_batch, self.folder
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -113,7 +113,7 @@ def make_train_state(model: MossVideo, config: Config, counts: Counts) -> TrainS
         )
         optimizers.append(_optimizer(config, [encoder], groups.vision, overrides))
     chained = GuardedOptimizer([part for o in optimizers for part in o.chained_optimizers])
-    return TrainState(chunks, encoder, chained, _scheduler(config, chained))
+    return TrainState(chunks, encoder, chained, scheduler(config, chained))
 
 
 def _ddp_config(config: Config, overlap: bool) -> DistributedDataParallelConfig:
@@ -191,23 +191,54 @@ def _optimizer(
     return optimizer
 
 
-def _scheduler(config: Config, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
-    """Warm-up from 0 to the peak, then `stage.schedule` down to min_lr_ratio of it; in steps."""
+def scheduler(config: Config, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
+    """Warm-up from 0 to the peak, then `stage.schedule` down to min_lr_ratio of it; in steps.
+
+    Neither end of the curve is a step's: of N steps the first has step 1 of the warm-up, not 0, and
+    the fall ends at N + 1. So every step has a rate, and one step alone has the peak's.
+    """
     steps, stage = config.steps, config.stage
-    scheduler = OptimizerParamScheduler(
+    warmup, fall = schedule_steps(config)
+    made = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.lr * config.optimizer.min_lr_ratio,
-        lr_warmup_steps=min(config.warmup_steps, steps - 1),
-        lr_decay_steps=steps,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps + 1,
         lr_decay_style="WSD" if stage.schedule == "wsd" else stage.schedule,
-        wsd_decay_steps=max(1, round(steps * stage.decay_ratio)),
+        wsd_decay_steps=fall + 1,
         lr_wsd_decay_style="linear",
         start_wd=config.optimizer.weight_decay,
         end_wd=config.optimizer.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )
-    scheduler.step(1)  # the first step already has a learning rate, not 0
-    return scheduler
+    made.step(1)
+    return made
+
+
+def schedule_steps(config: Config) -> tuple[int, int]:
+    """The step that has the peak's rate, and (wsd) the number of last steps in which it falls.
+
+    Both fit into the run: what is asked for beyond that is cut (`schedule_warnings` says so).
+    """
+    steps = config.steps
+    peak = min(max(config.warmup_steps, 1), steps)  # without a warm-up the first step has it
+    return peak, min(config.decay_steps, steps - peak)
+
+
+def schedule_warnings(config: Config) -> Iterator[str]:
+    """A line for what is asked of the schedule and does not fit into the run's steps."""
+    steps, stage = config.steps, config.stage
+    peak, fall = schedule_steps(config)
+    if config.warmup_steps > steps:
+        yield (
+            f"the warm-up of {config.warmup_steps} steps does not fit into the {steps} of the run: "
+            "the rate rises in all of them and reaches its peak in the last"
+        )
+    elif stage.schedule == "wsd" and config.warmup_steps + config.decay_steps > steps:
+        yield (
+            f"stage.decay_ratio={stage.decay_ratio}: {config.decay_steps} of {steps} steps, of "
+            f"which the warm-up takes {peak}: the rate falls in the last {fall}"
+        )

@@ -19,8 +19,8 @@ from data_pipeline.images import (
     tile_image,
 )
 from data_pipeline.schema import SampleError
-from moss_train.config import VisionConfig
 from moss_train.model.normalize import normalize
+from moss_train.model_config import VisionConfig
 from tests.data_pipeline.conftest import REAL_FILES
 
 

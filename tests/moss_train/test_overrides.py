@@ -4,6 +4,7 @@ that it reads."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from moss_train.compose import load_config
 from moss_train.config import Config, ConfigError
+from moss_train.overrides import as_typed
+from moss_train.presets import conf_dir
 from tests.torchrun import REPO
 
 PATHS = [
@@ -60,13 +63,44 @@ def test_the_home_folder_stands_for_a_tilde(monkeypatch):
         ("logger.project=~x", "put the value in quotes: 'logger.project=\"~x\"'"),
         ("logger.project=a=b", "put the value in quotes: 'logger.project=\"a=b\"'"),
         ("logger.project=проект (1)", "put the value in quotes: 'logger.project=\"проект (1)\"'"),
-        ("logger.project=a,b", "a list is 'logger.project=[a,b]', a text is"),
+        ("logger.project=a,b", "a text with commas is 'logger.project='a,b''"),
+        ("stage.train=a,b", "a list is 'stage.train=[a,b]'"),
         ("data.sources[0].weight=3", "one element of a list cannot be set"),
         (
             'optimizer.lr_multipliers={"vision.*": 0.1}',
             "write 'optimizer.lr_multipliers={vision.*: 0.1}'",
         ),
-        ("data.sources={name: a, path: x, modality: text}", "data.sources: is a list"),
+        ("data.sources={name: a, path: x, modality: text}", "data.sources: must be a list"),
+        ("stage.train=vision.*", "must be a list in brackets, [..., ...]: write [vision.*]"),
+        ("trainer.steps=1e3", "trainer.steps=1000.0: must be a whole number or null: write 1000"),
+        ("trainer.async_save=maybe", "trainer.async_save=maybe: must be true or false"),
+        ("run.dir=null", "run.dir=null: must be a text"),
+        ("model.text.cross_attention_layers=[1,a]", "layers[1]=a: must be a whole number"),
+        ("data.sources=[a]", "data.sources[0]=a: must be {name: ..., path: ..., modality: ..., "),
+        ("data.sources=[{nme: a}]", "data.sources[...] or data.eval_sources[...].nme: is not a"),
+        ("Trainer.steps=3", "Trainer: is not a field: did you mean trainer?"),
+        ("text.hidden_size=3", "did you mean stage.mixture.text or model.text?"),
+        ("lr=3", "lr: is not a field: did you mean stage.lr or optimizer.lr?"),
+        ("trainer.steps =3", "no blank may stand before the =: write trainer.steps=3"),
+        ("--trainer.steps=3", "fields have no dashes before them: write trainer.steps=3"),
+        ("recipe=toy_stf", "recipe=toy_stf: choose one of toy_pt1, toy_pt2, toy_realtime_sft, "),
+        ("+recipe=toy_stf", "+recipe=toy_stf: choose one of toy_pt1, toy_pt2"),
+        ("~data", "~data: choose one of shards, toy"),
+        ("~trainer.steps", "a field cannot be left out: set it, trainer.steps=..."),
+        ("+stage=pt2", "+stage=pt2: stage has a value: write stage=pt2"),
+        ("hydra.run.dir=x", "the run folder is run.dir: write run.dir=x"),
+        ("hydra.job.chdir=true", "is a setting of Hydra's, and the job takes none: leave it out"),
+        ("-m", "one command is one run: for several write a loop: for x in 1 2; do ... trainer"),
+        ("--multi", "one command is one run"),
+        ("hydra.mode=MULTIRUN", "one command is one run"),
+        ("hydra/launcher=submitit_slurm", "one command is one run"),
+        (
+            "optimizer.lr=1e-4,2e-4",
+            "for x in 1e-4 2e-4; do ... optimizer.lr=$x run.dir=runs/lr-$x; done",
+        ),
+        ("stage=pt1,pt2", "for x in pt1 pt2; do ... stage=$x run.dir=runs/stage-$x; done"),
+        ("trainer.seed=choice(1, 2)", "for x in 1 2; do ... trainer.seed=$x run.dir=runs/seed-$x"),
+        ("trainer.seed=range(1,3)", "one command is one run"),
         ("steps", "steps: must be FIELD=VALUE"),
     ],
 )
@@ -75,6 +109,38 @@ def test_errors_name_place_and_spelling(override, says):
         composed(override)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "trian: [x]",
+            "conf/stage/own.yaml: stage.trian: is not a field: did you mean stage.train?",
+        ),
+        ("lr: fast", "conf/stage/own.yaml: stage.lr=fast: must be a number"),
+        ("name: a\n lr: 1", "mapping values are not allowed here in"),
+        ("name: a\nname: b", "found duplicate key name"),
+    ],
+)
+def test_an_error_in_a_preset_names_its_file(tmp_path: Path, monkeypatch, text: str, says: str):
+    shutil.copytree(conf_dir(), tmp_path / "conf")
+    (tmp_path / "conf/stage/own.yaml").write_text(text)
+    monkeypatch.setattr("moss_train.compose.conf_dir", lambda: tmp_path / "conf")
+    with pytest.raises(ConfigError) as caught:
+        load_config("own", model="toy")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "own.yaml" in str(caught.value)
+
+
+def test_a_folder_of_own_presets_has_recipes_too(tmp_path: Path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe/mine.yaml").write_text("")
+    for flag in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        assert as_typed([*flag, "recipe=mine"], conf_dir()) == [*flag, "recipe=mine"]
+    with pytest.raises(ConfigError, match="choose one of mine, toy_pt1"):
+        as_typed(["--config-dir", str(tmp_path), "recipe=yours"], conf_dir())
 
 
 def test_spellings_that_are_proposed_are_read():
@@ -91,6 +157,10 @@ def test_the_command_says_so_in_one_line(tmp_path: Path):
     for arguments, says in (
         (["adapter=null", "run.dir="], ["adapter=null: choose", "run.dir=: is empty"]),
         (["logger.project=a=b"], ["put the value in quotes"]),
+        (
+            ["trainer.seed=3,4", "run.dir=x", "-m"],
+            ["-m: one command is one run: for several write a loop: for x in 3 4; do ... trainer"],
+        ),
     ):
         made = subprocess.run(
             [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False,

@@ -68,10 +68,10 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         1, ["model=12b"], ["model=12b: choose one of 11b, 90b, tiny, toy"],
     ),
     "unknown field": (
-        1, ["trainer.step=5"], ["trainer.step: Key 'step' not in 'TrainerConfig'"],
+        1, ["trainer.step=5"], ["trainer.step: is not a field: did you mean trainer.steps?"],
     ),
     "unknown new field": (
-        1, ["+trainer.step=5"], ["trainer.step: Key 'step' not in 'TrainerConfig'"],
+        1, ["+trainer.step=5"], ["trainer.step: is not a field: did you mean trainer.steps?"],
     ),
     "renamed field": (
         1, ["model.blind_rows=zero"],
@@ -82,19 +82,19 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["model.blind_rows: is called model.tokens_before_first_frame now: use that name"],
     ),
     "unknown group": (
-        1, ["optimiser=adamw"], ["optimiser: Key 'optimiser' not in 'Config'"],
+        1, ["optimiser=adamw"], ["optimiser: is not a field: did you mean optimizer?"],
     ),
     "type": (
         1, ["trainer.steps=many"],
-        ["trainer.steps: Value 'many' of type 'str' could not be converted to Integer"],
+        ["trainer.steps=many: must be a whole number or null"],
     ),
     "type of a mixture": (
         1, ["stage.mixture.image=lots"],
-        ["stage.mixture.image: Value 'lots' of type 'str' could not be converted to Float"],
+        ["stage.mixture.image=lots: must be a number"],
     ),
     "modality": (
         1, ["stage.mixture={sound: 3}"],
-        ["stage.mixture.sound: Key 'sound' not in 'MixtureConfig'"],
+        ["stage.mixture.sound: is not a field: choose one of text, image, video"],
     ),
     "unset": (
         1, ["data=shards", "stage.mixture={text: 1, image: 0, video: 0}"],
@@ -127,25 +127,25 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         1, ["data.global_batch=0", "trainer.steps=-1", "trainer.keep_last=0", "optimizer.lr=0",
             "data.workers=-1"],
         ["data.global_batch=0: must be greater than 0",
-         "trainer.steps=-1: must be greater than 0",
-         "trainer.keep_last=0: must be greater than 0",
          "data.workers=-1: must be 0 (no worker processes) or more",
-         "optimizer.lr=0.0: must be greater than 0"],
+         "optimizer.lr=0.0: must be greater than 0",
+         "trainer.steps=-1: must be greater than 0",
+         "trainer.keep_last=0: must be greater than 0"],
     ),
     "shares": (
         1, ["stage.warmup_ratio=2", "data.max_bad_ratio=-0.5", "stage.swap_probability=1.5"],
         ["stage.warmup_ratio=2.0: must be between 0 and 1",
-         "data.max_bad_ratio=-0.5: must be between 0 and 1",
-         "stage.swap_probability=1.5: must be between 0 and 1"],
+         "stage.swap_probability=1.5: must be between 0 and 1",
+         "data.max_bad_ratio=-0.5: must be between 0 and 1"],
     ),
     "choices": (
         1, ["model.attention=fast", "model.dtype=fp16", "parallel.recompute=some",
             "stage.schedule=step", "hardware.device=tpu", "model.projector.pool=sum"],
-        ["model.attention=fast: choose one of sdpa, flash, te, flex",
-         "model.dtype=fp16: choose one of fp32, bf16",
+        ["stage.schedule=step: choose one of cosine, linear, wsd, constant",
          "model.projector.pool=sum: choose one of none, average, max, bilinear, channel_fusion",
+         "model.attention=fast: choose one of sdpa, flash, te, flex",
+         "model.dtype=fp16: choose one of bf16, fp32",
          "parallel.recompute=some: choose one of none, selective, full",
-         "stage.schedule=step: choose one of cosine, linear, wsd, constant",
          "hardware.device=tpu: choose one of auto, cpu, cuda"],
     ),
     "layer numbers": (
@@ -177,8 +177,50 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "multiplier": (
         1, ["optimizer.lr_multipliers={vision.*: 0}", "stage.warmup_steps=-1"],
-        ["optimizer.lr_multipliers[vision.*]=0: must be a number greater than 0 (stage.train says "
-         "what is frozen)", "stage.warmup_steps=-1: must be 0 or more"],
+        ["stage.warmup_steps=-1: must be 0 or more",
+         "optimizer.lr_multipliers[vision.*]=0: must be a finite number greater than 0 "
+         "(stage.train says what is frozen)"],
+    ),
+    "no numbers": (
+        1, ["optimizer.lr=nan", "optimizer.clip_grad=-1", "stage.video_fps=inf",
+            "stage.mixture.text=-5", "optimizer.lr_multipliers={vision.*: nan}"],
+        ["stage.mixture.text=-5.0: must be 0 or more",
+         "stage.video_fps=inf: must be a finite number, greater than 0",
+         "optimizer.lr=nan: must be a finite number, greater than 0",
+         "optimizer.clip_grad=-1.0: must be 0 (no clipping) or more",
+         "optimizer.lr_multipliers[vision.*]=nan: must be a finite number greater than 0 "
+         "(stage.train says what is frozen)"],
+    ),
+    "nought is not unset": (
+        1, ["data.samples=0", "data.sequence_length=0", "hardware.threads=0"],
+        ["data.samples=0: must be greater than 0",
+         "data.sequence_length=0: must be greater than 1",
+         "hardware.threads=0: must be greater than 0"],
+    ),
+    "less than a step": (
+        1, ["data.samples=3"], ["data.samples=3: must be at least data.global_batch=16: one step"],
+    ),
+    "sources": (
+        1, ["data.sources=[{name: a, path: x, modality: vidoe}, {name: a, path: x, modality: text, "
+            "weight: 0}, {name: org/chat, path: x, modality: text, weight: -1}]",
+            "data.eval_sources=[{name: '', path: x, modality: sound}]"],
+        ["data.sources[a].modality=vidoe: choose one of text, image, video",
+         "data.sources[a].weight=0.0: must be greater than 0",
+         "data.sources[org/chat].weight=-1.0: must be greater than 0",
+         "data.eval_sources[].modality=sound: choose one of text, image, video",
+         "data.sources[a].name=a: 2 sources have it: choose different names",
+         "data.sources[org/chat].name=org/chat: must be a name without /, such as org-chat",
+         "data.eval_sources[].name=: must be a name without /, such as my-data"],
+    ),
+    "rotary positions": (
+        1, ["model.text.hidden_size=136", "model.text.rope_scaling.high_freq_factor=1"],
+        ["model.text.hidden_size=136: gives heads of 17 with num_heads=8: rotary positions want an "
+         "even number",
+         "model.text.rope_scaling.low_freq_factor=1.0: must be less than high_freq_factor=1.0"],
+    ),
+    "layers twice": (
+        1, ["model.text.cross_attention_layers=[1,1,4]"],
+        ["model.text.cross_attention_layers=[1]: name each layer once"],
     ),
     "no cuda": (
         1, ["hardware.device=cuda"],

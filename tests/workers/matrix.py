@@ -130,7 +130,13 @@ def uneven(read):
 
 def small_model(dtype: str):
     """4 layers for 4 stages, or 2 of 2 chunks each; some of them without a cross-attention."""
-    from moss_train.config import InitConfig, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
+    from moss_train.model_config import (
+        InitConfig,
+        ModelConfig,
+        ProjectorConfig,
+        TextConfig,
+        VisionConfig,
+    )
 
     return ModelConfig(
         name="small",

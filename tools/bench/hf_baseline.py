@@ -30,9 +30,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_outputs import BaseModelOutput
 
 from data_pipeline.batch import IGNORED_LABEL, MicroBatch
-from moss_train.config import Config, ModelConfig, from_hydra
+from moss_train.config import Config, from_hydra
 from moss_train.convert.hf_files import vision_section
 from moss_train.model.hf_mapping import normalize_name
+from moss_train.model_config import ModelConfig
 from moss_train.presets import conf_dir
 
 # Trained parts by the first word of our names -> how names on disk begin.

@@ -24,8 +24,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from data_pipeline.commands import CommandParser
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD, tile_image
 from data_pipeline.video import frames_at
-from moss_train.config import VisionConfig
 from moss_train.model.normalize import normalize
+from moss_train.model_config import VisionConfig
 
 RATE = 30  # frames a second of the file
 Contestant = Callable[[], int]  # returns the number of frames it has made

@@ -15,7 +15,7 @@ from inference.hf import (
     processing_moss_video,
     vision_moss_video,
 )
-from moss_train import config, hardware
+from moss_train import hardware, model_config
 from moss_train.model import vision
 
 
@@ -33,7 +33,7 @@ def test_copies_are_equal() -> None:
     assert processing_moss_video.IMAGE == schema.IMAGE_MARK
     assert processing_moss_video.VIDEO == schema.VIDEO_MARK
     assert vision_moss_video.PATCH_MULTIPLE == vision.PATCH_MULTIPLE
-    assert configuration_moss_video.POOLS == config.POOLS
+    assert configuration_moss_video.POOLS == model_config.POOLS
 
 
 def test_the_engine_and_training_name_dtypes_alike() -> None:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
 
 from data_pipeline.tokens import build_toy_tokenizer
-from moss_train.config import Config, ModelConfig, StageConfig
+from moss_train.config import Config, StageConfig
 from moss_train.convert.hf_files import HfFiles
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
+from moss_train.model_config import ModelConfig
 from moss_train.verify.case import Case, read_case
 from tests.golden.make_mllama import CONFIG, IMAGE
 from tests.moss_train.convert.sources import WEIGHTS, load_folder, mllama_weights, save_folder

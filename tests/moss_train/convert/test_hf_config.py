@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from transformers import MllamaConfig
 
-from moss_train.config import ConfigError, ModelConfig, RopeScalingConfig
+from moss_train.config import ConfigError
 from moss_train.convert.hf_config import model_config_from_hf
+from moss_train.model_config import ModelConfig, RopeScalingConfig
 from tests.moss_train.model.build import preset
 
 LLAMA = MllamaConfig(

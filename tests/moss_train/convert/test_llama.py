@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moss_train.config import ConfigError, InitConfig, ModelConfig, ParallelConfig, TextConfig
+from moss_train.config import ConfigError, ParallelConfig
 from moss_train.convert.llama import check_llama, initial_reader
 from moss_train.convert.weights import fill
 from moss_train.model.frame_plan import plan_frames
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
+from moss_train.model_config import InitConfig, ModelConfig, TextConfig
 from tests.moss_train.model.build import preset
 
 IMAGE = 320  # the first row beyond the vocabulary

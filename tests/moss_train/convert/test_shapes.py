@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
-from moss_train.config import ModelConfig
 from moss_train.convert.to_hf import Tensors, header, plan_shards
 from moss_train.model.hf_mapping import hf_shapes, normalize_name, our_shape, table
+from moss_train.model_config import ModelConfig
 from tests.moss_train.model.build import preset
 
 GB = 10**9

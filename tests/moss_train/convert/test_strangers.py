@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
-from moss_train.config import ConfigError, ModelConfig
+from moss_train.config import ConfigError
 from moss_train.convert.folders import why_no_checkpoint
 from moss_train.convert.hf_config import model_config_from_hf, text_config_from_llama
 from moss_train.convert.llama import check_llama
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
+from moss_train.model_config import ModelConfig
 from tests.golden.make_mllama import CONFIG
 from tests.moss_train.convert.sources import differing, load_folder, mllama_weights, save_folder
 from tests.moss_train.convert.test_llama import save_llama

@@ -10,11 +10,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from moss_train.config import ModelConfig, ParallelConfig
+from moss_train.config import ParallelConfig
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
 from moss_train.model.groups import Groups
 from moss_train.model.moss_video import MossVideo
+from moss_train.model_config import ModelConfig
 
 PRESETS = Path(__file__).resolve().parents[3] / "conf" / "model"
 

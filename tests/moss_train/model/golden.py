@@ -13,12 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moss_train.config import ModelConfig, ParallelConfig
+from moss_train.config import ParallelConfig
 from moss_train.convert.hf_config import model_config_from_hf
 from moss_train.convert.weights import export, fill
 from moss_train.model.groups import Groups
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.vision import concatenate_states
+from moss_train.model_config import ModelConfig
 from moss_train.parallel.schedule import run_logits, run_schedule
 from moss_train.verify.case import Case
 from moss_train.verify.forward import greedy_tokens, row_input

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
+from moss_train.config import AdapterConfig, ParallelConfig
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import export, fill
 from moss_train.model.frame_plan import plan_frames
@@ -14,6 +14,7 @@ from moss_train.model.hf_mapping import unmatched_targets
 from moss_train.model.lora import is_adapter, merge
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
+from moss_train.model_config import ModelConfig
 from moss_train.train.param_groups import freeze
 from tests.moss_train.model.build import preset
 

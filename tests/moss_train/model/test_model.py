@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moss_train import hardware
-from moss_train.config import AdapterConfig, ModelConfig, ParallelConfig
+from moss_train.config import AdapterConfig, ParallelConfig
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
 from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
@@ -18,6 +18,7 @@ from moss_train.model.lora import is_adapter
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
+from moss_train.model_config import ModelConfig
 from tests.moss_train.model.build import preset, random_model
 
 LENGTH = 24

@@ -6,10 +6,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from moss_train.config import ModelConfig, ParallelConfig
+from moss_train.config import ParallelConfig
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import export, fill
 from moss_train.model.moss_video import MossVideo
+from moss_train.model_config import ModelConfig
 from tests.moss_train.model.build import PRESETS, preset
 
 NAMES = ("toy", "tiny", "11b", "90b")

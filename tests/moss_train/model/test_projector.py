@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moss_train.config import ProjectorConfig
 from moss_train.model.projector import Projector, pooled_tokens
 from moss_train.model.vision import concatenate_states
+from moss_train.model_config import ProjectorConfig
 from tests.moss_train.model.build import preset
 
 STRIDE = 2

@@ -7,8 +7,8 @@ import torch
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding, apply_rotary_pos_emb
 
-from moss_train.config import RopeScalingConfig, TextConfig
 from moss_train.model.rope import Rotation, inverse_frequencies
+from moss_train.model_config import RopeScalingConfig, TextConfig
 
 
 def reference(text: TextConfig) -> MllamaRotaryEmbedding:

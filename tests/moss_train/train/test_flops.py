@@ -10,13 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from moss_train.config import (
-    ModelConfig,
-    ParallelConfig,
-    ProjectorConfig,
-    TextConfig,
-    VisionConfig,
-)
+from moss_train.config import ParallelConfig
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
 from moss_train.model.frame_plan import FramePlan, plan_frames
@@ -24,6 +18,7 @@ from moss_train.model.groups import Groups
 from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
+from moss_train.model_config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 from moss_train.train.flops import (
     Part,
     StepCounts,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from math import cos, pi
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moss_train.config import Config, ConfigError
 from moss_train.model.moss_video import MossVideo
-from moss_train.train.optimizer import TrainState, make_train_state
+from moss_train.train.optimizer import TrainState, make_train_state, schedule_warnings, scheduler
 from moss_train.train.param_groups import Counts, freeze
 from tests.moss_train.model.build import preset, random_model
 
@@ -120,24 +122,24 @@ def test_an_update_is_that_of_adamw_with_the_same_groups(build, embeddings):
 def wsd(step: int) -> float:
     if step <= 2:
         return step / 2
-    return 1.0 if step <= 6 else 0.1 + 0.9 * (10 - step) / 4
+    return 1.0 if step <= 6 else 0.1 + 0.9 * (11 - step) / 5  # four steps fall
 
 
 def cosine(step: int) -> float:
-    return step / 3 if step <= 3 else 0.1 + 0.9 * (1 + cos(pi * (step - 3) / 7)) / 2
+    return step / 3 if step <= 3 else 0.1 + 0.9 * (1 + cos(pi * (step - 3) / 8)) / 2
 
 
 SCHEDULES: dict[str, tuple[Callable[[int], float], dict]] = {
     "wsd": (wsd, {"warmup_steps": 2, "decay_ratio": 0.4}),
     "cosine": (cosine, {"warmup_steps": None, "warmup_ratio": 0.3}),
-    "linear": (lambda step: 0.1 + 0.9 * (10 - step) / 10, {}),
+    "linear": (lambda step: 0.1 + 0.9 * (11 - step) / 10, {}),
     "constant": (lambda step: min(1.0, step / 4), {"warmup_steps": 4, "warmup_ratio": 0.9}),
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_rate_of_each_step(build, schedule):
-    """By hand: of 10 steps, down to a tenth, and a group that learns at a tenth throughout."""
+    """By hand: of 10 steps, down to a tenth after them; a group learns at a tenth throughout."""
     factor, options = SCHEDULES[schedule]
     _, state, _ = build(
         ["vision.*", "projector.*"],
@@ -153,6 +155,58 @@ def test_the_rate_of_each_step(build, schedule):
         state.zero_gradients()
         state.update(lambda norm: True)
         assert state.last_lr == pytest.approx(LR * factor(step))
+
+
+def rates(**options) -> list[float]:
+    """The rates of a run's steps, of a peak of 1, as megatron's scheduler computes them."""
+    config = Config()
+    config.optimizer.lr, config.trainer.steps = 1.0, options.pop("steps")
+    for name, value in options.items():
+        setattr(config.stage, name, value)
+    optimizer = SimpleNamespace(param_groups=[{}])
+    schedule = scheduler(config, optimizer)
+    found = []
+    for _ in range(config.steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        schedule.step(1)
+    return found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_every_step_trains_and_some_step_has_the_peak(schedule, steps):
+    for warmup, decay in itertools.product([None, 0, 1, steps - 1, steps, 50], [0.0, 0.1, 0.5, 1]):
+        options = {"warmup_steps": warmup, "schedule": schedule, "decay_ratio": decay}
+        found = rates(steps=steps, **options)
+        assert min(found) > 0, options
+        assert max(found) == 1.0, options
+        peak = found.index(1.0)
+        assert found[: peak + 1] == sorted(found[: peak + 1])
+        assert found[peak:] == sorted(found[peak:], reverse=True)
+
+
+def test_the_rate_reaches_its_floor_one_step_after_the_last():
+    assert rates(steps=4, schedule="linear", warmup_steps=0) == [1.0, 0.75, 0.5, 0.25]
+    assert rates(steps=4, schedule="wsd", warmup_ratio=0, decay_ratio=0.5) == pytest.approx(
+        [1.0, 1.0, 2 / 3, 1 / 3]
+    )
+
+
+def test_a_warm_up_or_a_fall_that_does_not_fit_is_announced():
+    config = Config()
+    config.trainer.steps = 10
+    assert list(schedule_warnings(config)) == []
+    config.stage.warmup_steps = 11
+    (line,) = schedule_warnings(config)
+    assert line.startswith("the warm-up of 11 steps does not fit into the 10 of the run: ")
+    config.stage.warmup_steps, config.stage.schedule, config.stage.decay_ratio = 4, "wsd", 0.8
+    (line,) = schedule_warnings(config)
+    assert line == (
+        "stage.decay_ratio=0.8: 8 of 10 steps, of which the warm-up takes 4: the rate falls in the "
+        "last 6"
+    )
+    config.stage.decay_ratio = 0.6
+    assert list(schedule_warnings(config)) == []
 
 
 def test_a_multiplier_without_parameters_is_an_error(build):

@@ -1,0 +1,158 @@
+"""Every number of every configuration has a range, every name its choices, and both are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from data_pipeline.fields import ALLOWED, Range, choice, number, numbers, wrong_values
+from moss_train.config import Config
+from moss_train.data_config import SourceConfig
+
+# Texts that are free: names that a user gives, paths, patterns.
+FREE = {
+    "Config.init_from", "RunConfig.dir", "StageConfig.name", "StageConfig.train",
+    "StageConfig.also", "ModelConfig.name", "InitConfig.from_llama", "DataConfig.name",
+    "DataConfig.root", "DataConfig.tokenizer", "SourceConfig.name", "SourceConfig.path",
+    "AdapterConfig.target", "TrainerConfig.resume", "LoggerConfig.project",
+}  # fmt: skip
+
+Entry = tuple[type, Field, set[type]]
+
+
+def entries(kind: type, seen: set[type]) -> Iterator[Entry]:
+    """Each field of a dataclass and of those inside it, with the types that its value can have."""
+    if kind in seen:
+        return
+    seen.add(kind)
+    hints = get_type_hints(kind)
+    for entry in fields(kind):
+        inside = [hints[entry.name]]
+        kinds: set[type] = set()
+        while inside:
+            hint = inside.pop()
+            inside += get_args(hint)
+            if isinstance(hint, type) and not get_args(hint):
+                kinds.add(hint)
+        yield kind, entry, kinds
+        for inner in kinds:
+            if is_dataclass(inner):
+                yield from entries(inner, seen)
+
+
+ENTRIES = list(entries(Config, set()))
+
+
+def named(kinds: set[type]) -> list[Any]:
+    return [
+        pytest.param(kind, entry, id=f"{kind.__name__}.{entry.name}")
+        for kind, entry, found in ENTRIES
+        if found & kinds
+    ]
+
+
+def filled(kind: type) -> Any:
+    """One with its defaults; a source has none."""
+    return SourceConfig("a", "x", "text") if kind is SourceConfig else kind()
+
+
+def step(bound: float, sign: int, whole: bool) -> float:
+    """The number next to a bound."""
+    return bound + sign if whole else math.nextafter(bound, sign * math.inf)
+
+
+@pytest.mark.parametrize(("kind", "entry"), named({int, float}))
+def test_every_number_has_a_range_that_is_kept(kind: type, entry: Field) -> None:
+    allowed = entry.metadata[ALLOWED]
+    assert isinstance(allowed, Range)
+    whole = "int" in str(entry.type)
+    outside: list[Any] = [math.nan, math.inf, -math.inf, "3"]
+    inside: list[Any] = []
+    for bound, sign, closed in (
+        (allowed.least, -1, True), (allowed.above, -1, False),
+        (allowed.most, 1, True), (allowed.below, 1, False),
+    ):  # fmt: skip
+        if bound is not None:
+            beyond = step(bound, sign, whole)
+            outside.append(beyond if closed else bound)
+            inside.append(bound if closed else step(bound, -sign, whole))
+    if whole:
+        outside.append(2.5)
+    config = filled(kind)
+    is_list = isinstance(getattr(config, entry.name), list)
+    assert list(wrong_values(config)) == []
+    for value in outside:
+        setattr(config, entry.name, [value] if is_list else value)
+        (line,) = wrong_values(config, "group.")
+        assert line.startswith(f"group.{entry.name}={[value] if is_list else value}: must be ")
+    for value in inside:
+        setattr(config, entry.name, [value] if is_list else value)
+        assert list(wrong_values(config)) == []
+
+
+@pytest.mark.parametrize(("kind", "entry"), named({str}))
+def test_every_name_has_its_choices(kind: type, entry: Field) -> None:
+    if f"{kind.__name__}.{entry.name}" in FREE:
+        assert ALLOWED not in entry.metadata
+        return
+    config = filled(kind)
+    for value in entry.metadata[ALLOWED]:
+        setattr(config, entry.name, value)
+        assert list(wrong_values(config)) == []
+    setattr(config, entry.name, value + "x")
+    listed = ", ".join(entry.metadata[ALLOWED])
+    assert list(wrong_values(config)) == [f"{entry.name}={value}x: choose one of {listed}"]
+
+
+def test_the_dtypes_are_those_of_the_hardware() -> None:
+    from moss_train.hardware import DTYPES
+
+    (dtype,) = (entry for _, entry, _ in ENTRIES if entry.name == "dtype")
+    assert set(dtype.metadata[ALLOWED]) == set(DTYPES)
+
+
+@dataclass
+class Inner:
+    weight: float = number(1.0, above=0)
+    name: str = ""
+
+
+@dataclass
+class Outer:
+    share: float = number(0.5, least=0, below=1)
+    often: int | None = number(None, least=0, zero="never")
+    any_sign: float = number(0.0)
+    angle: float = number(0.0, above=-2, most=2)
+    cold: float = number(0.0, below=3)
+    mode: str = choice("on", ("on", "off"))
+    places: list[int] = numbers([1], least=0)  # noqa: RUF009
+    inner: Inner = field(default_factory=Inner)
+    several: list[Inner] = field(default_factory=list)
+
+
+def test_a_line_names_field_value_and_what_is_allowed() -> None:
+    wrong = Outer(
+        1.0, -1, math.inf, -2.0, 3.0, "auto", [3, -1, 2], Inner(0.0), [Inner(), Inner(-1.0, "b")]
+    )
+    assert list(wrong_values(wrong)) == [
+        "share=1.0: must be 0 or more and less than 1",
+        "often=-1: must be 0 (never) or more",
+        "any_sign=inf: must be a finite number",
+        "angle=-2.0: must be greater than -2 and at most 2",
+        "cold=3.0: must be less than 3",
+        "mode=auto: choose one of on, off",
+        "places=[-1]: must be 0 or more",
+        "inner.weight=0.0: must be greater than 0",
+        "several[b].weight=-1.0: must be greater than 0",
+    ]
+    assert list(wrong_values(Outer(often=2.5))) == [  # type: ignore[arg-type]
+        "often=2.5: must be a whole number, 0 (never) or more"
+    ]
+    assert list(wrong_values(Outer(share=None))) == [  # type: ignore[arg-type]
+        "share=None: must be a finite number, 0 or more and less than 1"
+    ]
+    assert list(wrong_values(Outer())) == []
