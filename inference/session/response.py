@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from data_pipeline.prompts import PromptBuilder
 from data_pipeline.tokens import SpecialTokens
+from inference.session.detokenize import TextStream
 from inference.session.events import LOG_LIMIT, EventLog
 from inference.session.stats import Stats
 
@@ -24,6 +24,8 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+        """Raises ValueError where a token is missing, or text cannot be written of tokens."""
+        TextStream(tokenizer)
         special = SpecialTokens.from_tokenizer(tokenizer)
         return cls(tokenizer, special, PromptBuilder(tokenizer, special))
 
@@ -38,24 +40,20 @@ class Response:
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
         self.name = name
         self.tokens: list[int] = []
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._emitted = ""
+        self._stream = TextStream(tokenizer)
+        self._pieces: list[str] = []
 
     def append(self, token: int) -> str:
         """Takes a token and returns the text that it completes, often none."""
         self.tokens.append(token)
-        piece = self._stream.step(self._tokenizer, token) or ""
-        self._emitted += piece
+        piece = self._stream.append(token)
+        self._pieces.append(piece)
         return piece
-
-    def flush(self) -> str:
-        """What `append` has held back, if the response ends in the middle of a character."""
-        return self.text[len(self._emitted) :] if self.text.startswith(self._emitted) else ""
 
     @property
     def text(self) -> str:
-        return self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        """All pieces; without the half of a character in whose middle the response ended."""
+        return "".join(self._pieces)
 
 
 class ResponseWriter:
@@ -89,7 +87,9 @@ class ResponseWriter:
             self.stats.add("inter_token", now - self._last_token_time)
         self._last_token_time = now
         self.stats.count("tokens")
-        self._emit_text(self.response, self.response.append(token))
+        text = self.response.append(token)
+        if text:
+            self.emit("response.output_text.delta", response_id=name, delta=text)
         return self.response
 
     def _finish(self, status: str, reason: str) -> None:
@@ -97,7 +97,6 @@ class ResponseWriter:
         if self.response is None:
             return
         response, self.response = self.response, None
-        self._emit_text(response, response.flush())
         count, spent = len(response.tokens), self._last_token_time - self._first_token_time
         usage: dict[str, float] = {"output_tokens": count}
         if count > 1 and spent > 0:
@@ -110,7 +109,3 @@ class ResponseWriter:
             text=response.text,
             usage=usage,
         )
-
-    def _emit_text(self, response: Response, text: str) -> None:
-        if text:
-            self.emit("response.output_text.delta", response_id=response.name, delta=text)
