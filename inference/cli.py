@@ -29,7 +29,7 @@ _SAMPLING_HELP = {
     "top_p": "sample from the most likely tokens that together have this probability only",
     "repetition_penalty": "factor by which the logits of tokens in the context are lowered",
     "silence_bias": "added to the logit of <|silence|>; above 0 the model speaks less",
-    "seed": "seed of sampling",
+    "seed": "seed of sampling (default: a new one each time)",
 }
 
 
@@ -98,7 +98,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of Sampling."""
     for entry in fields(Sampling):
-        kind = type(entry.default)
+        kind = int if entry.default is None else type(entry.default)
         flag(parser, entry.name, type=kind, default=entry.default, metavar="X",
              help=_SAMPLING_HELP[entry.name])  # fmt: skip
 
@@ -112,9 +112,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling(args: argparse.Namespace) -> Sampling:
-    """CommandError where a value is out of range."""
+    """CommandError where a value is out of range. A seed that is drawn is told."""
     with refusing_values():
-        return Sampling(**{entry.name: getattr(args, entry.name) for entry in fields(Sampling)})
+        made = Sampling(**{entry.name: getattr(args, entry.name) for entry in fields(Sampling)})
+    if args.seed is None and made.temperature > 0:
+        note(f"--seed {made.seed} draws the same again")
+    return made
 
 
 def export_info(args: argparse.Namespace) -> ExportInfo:

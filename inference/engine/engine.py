@@ -198,6 +198,9 @@ class Engine:
         self.check(steps)
         if not steps:
             return []
+        for step in steps:
+            if step.slot.sampling.repetition_penalty != 1:
+                self.sampler.add_context(step.slot.index, step.tokens)
         if self.graph_runner is not None and self.graph_runner.fits(steps):
             self._make_room([(s.slot, 1 + len(s.tokens)) for s in steps])
             tokens = self.graph_runner.run(steps)
@@ -305,9 +308,6 @@ class Engine:
         sampled = [step.slot for step in steps if step.sample]
         if not sampled:
             return []
-        for slot in sampled:
-            if slot.sampling.repetition_penalty != 1:
-                self.sampler.add_context(slot.index, slot.tokens)
         logits = self.model.lm_head(torch.stack([last[slot.index] for slot in sampled]))
         plain = all(slot.sampling.plain for slot in sampled)
         where, at = (

@@ -6,10 +6,16 @@ beside it, a restored session draws what it would have drawn, and CUDA graphs ne
 
 from __future__ import annotations
 
+import math
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+SEEDS = (-(2**63), 2**63 - 1)  # allowed
+DRAWN_SEEDS = 2**53  # a seed that is drawn is below: every reader of JSON holds it exactly
 
 
 @dataclass
@@ -17,12 +23,14 @@ class Sampling:
     """How one slot samples.
 
     temperature: 0 takes the most likely token.
-    top_k: only the k most likely tokens (0: all).
+    top_k: only the k most likely tokens (0, and -1 as vLLM writes it: all).
     top_p: only the most likely of those that together have this probability.
     repetition_penalty: logits of tokens in the context are divided (if positive) or multiplied by
         it, as in transformers; `<|silence|>` is exempt, which a stream repeats all the time.
     silence_bias: added to the logit of `<|silence|>`: above 0 the model speaks less.
-    seed: of the draws.
+    seed: of the draws, a signed 64-bit number; None: a new one, which `seed` then holds.
+
+    Raises ValueError that names a field out of range.
     """
 
     temperature: float = 0.0
@@ -30,16 +38,18 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     silence_bias: float = 0.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
+        self.top_k = 0 if self.top_k == -1 else self.top_k
+        self.seed = secrets.randbelow(DRAWN_SEEDS) if self.seed is None else self.seed
         limits = {
-            "temperature": self.temperature >= 0,
+            "temperature": 0 <= self.temperature < math.inf,
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
-            "silence_bias": abs(self.silence_bias) < float("inf"),
-            "seed": self.seed >= 0,
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "silence_bias": abs(self.silence_bias) < math.inf,
+            "seed": isinstance(self.seed, int) and SEEDS[0] <= self.seed <= SEEDS[1],
         }
         for name, right in limits.items():
             if not right:
@@ -57,8 +67,9 @@ class Sampler:
     def __init__(self, slots: int, vocabulary: int, silence: int | None, device: torch.device):
         self.silence = silence
         self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
-        # Columns in the order of Sampling's fields; fp64 holds a seed exactly up to 2^53.
-        self.settings = torch.zeros(slots, 6, dtype=torch.float64, device=device)
+        # Columns in the order of Sampling's fields, without the last.
+        self.settings = torch.zeros(slots, 5, dtype=torch.float64, device=device)
+        self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def open(self, slot: int, sampling: Sampling) -> None:
         """A new context with these settings."""
@@ -67,13 +78,16 @@ class Sampler:
 
     def set(self, slot: int, sampling: Sampling) -> None:
         """Other settings for the same context."""
-        row = [float(getattr(sampling, field.name)) for field in fields(Sampling)]
+        row = [float(getattr(sampling, field.name)) for field in fields(Sampling)[:-1]]
         self.settings[slot] = torch.tensor(row, dtype=torch.float64)
+        assert sampling.seed is not None
+        self.seeds[slot] = sampling.seed
 
-    def add_context(self, slot: int, tokens: list[int]) -> None:
+    def add_context(self, slot: int, tokens: Sequence[int]) -> None:
         """Adds tokens to the context that the repetition penalty counts."""
         known = [t for t in tokens if t < self.seen.shape[1] and t != self.silence]
-        self.seen[slot, torch.tensor(known, dtype=torch.long, device=self.seen.device)] = True
+        if known:
+            self.seen[slot, torch.tensor(known, dtype=torch.long, device=self.seen.device)] = True
 
     def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, plain: bool) -> Tensor:
         """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`.
@@ -82,15 +96,15 @@ class Sampler:
         """
         if plain:
             return logits.argmax(-1)
-        settings = self.settings[slots][..., None]  # [n, 6, 1]
-        temperature, top_k, top_p, penalty, bias, seed = settings.unbind(1)
+        settings = self.settings[slots][..., None]  # [n, 5, 1]
+        temperature, top_k, top_p, penalty, bias = settings.unbind(1)
         scores = logits.float()
         penalty = penalty.float()
         penalized = torch.where(scores > 0, scores / penalty, scores * penalty)
         scores = torch.where(self.seen[slots], penalized, scores)
         if self.silence is not None:
             scores[:, self.silence] += bias[:, 0].float()
-        drawn = _draw(scores, temperature, top_k, top_p, seed.long(), positions)
+        drawn = _draw(scores, temperature, top_k, top_p, self.seeds[slots][:, None], positions)
         return torch.where(temperature[:, 0] > 0, drawn, scores.argmax(-1))
 
 

@@ -62,7 +62,7 @@ class ShardedEngine(Engine):
 
     def open(self, sampling: Sampling | None = None) -> Slot:
         self.check_free()
-        return self._call(Engine.open, sampling)
+        return self._call(Engine.open, sampling or Sampling())  # the same seed on every rank
 
     def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
         self._call(Engine.set_sampling, slot, sampling)

@@ -57,7 +57,7 @@ class QueueModel:
         top_p: float = Sampling.top_p,
         repetition_penalty: float = Sampling.repetition_penalty,
         silence_bias: float = Sampling.silence_bias,
-        seed: int = Sampling.seed,
+        seed: int | None = None,
         **session: Any,
     ) -> None:
         """Runs until `stop_real_time_generate`, or until an image that is None ends the input.
