@@ -117,7 +117,9 @@ def read_picture(picture: Any) -> Tensor:
     """
     if isinstance(picture, str | Path):
         picture = Path(picture).read_bytes()
-    return decode_image(picture) if isinstance(picture, bytes) else picture_pixels(picture)
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return decode_image(bytes(picture))
+    return picture_pixels(picture)
 
 
 def _pixels(image: Image.Image) -> Tensor:

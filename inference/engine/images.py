@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data_pipeline.images import decode_image, picture_pixels, tile_into
+from data_pipeline.images import read_picture, tile_into
 from data_pipeline.schema import SampleError
 
-Picture = Tensor | np.ndarray | Image.Image | bytes
+_STILLS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif")  # brands of the file
+Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 
 
 def as_picture(image: Picture) -> Tensor:
-    """A PIL image, an array [H, W, 3], a tensor [3, H, W] (uint8 each) or a JPEG's bytes.
+    """A file's path or bytes, a PIL image, an array or a tensor -> uint8 [3, H, W].
 
-    Bytes and PIL images have the pixels of `data_pipeline.pixels.to_rgb`. Raises
-    SampleError(`undecodable_image`) where they are broken or have no stated range, TypeError for
-    anything else.
+    The pixels are those of `data_pipeline.pixels.to_rgb`, as in training. Raises
+    SampleError(`undecodable_image`) for what is broken or has no stated range, OSError where a file
+    cannot be read.
     """
-    if isinstance(image, bytes):
-        return decode_image(image)
-    if isinstance(image, Image.Image):
-        return picture_pixels(image)
-    kind: Any = image
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
-        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape[:-2] == (3,):
-        return image
-    given = f"{type(kind).__name__} {getattr(kind, 'dtype', '')} {getattr(kind, 'shape', '')}"
-    raise TypeError(f"a picture is a uint8 [3, H, W], [H, W, 3], a PIL image or bytes: {given}")
+        return image  # what `read_picture` would copy
+    return read_picture(image)
 
 
 def fit(picture: Tensor, tile: int) -> Tensor:
-    """The picture as the one tile that the model sees of it, uint8 [3, tile, tile]."""
+    """The picture as the one tile that the model sees of it, uint8 [3, tile, tile], a copy."""
     if picture.shape == (3, tile, tile):
-        return picture
+        return picture.clone()
     out = torch.zeros(1, 3, tile, tile, dtype=torch.uint8)
     tile_into(out, picture)
     return out[0]
@@ -54,9 +47,24 @@ def check_header(data: bytes, max_pixels: int) -> None:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise SampleError("undecodable_image", f"{len(data)} bytes: {_other(data)}") from None
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
     _check_pixels(width, height, max_pixels)
+
+
+def _other(data: bytes) -> str:
+    """What it is that Pillow does not know, where that is plain."""
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    known = [
+        (b"<svg" in head, "an SVG drawing: send it as PNG, JPEG, WebP or GIF"),
+        (head.startswith((b"<!doctype", b"<html")), "an HTML page"),
+        (head.startswith(b"%pdf"), "a PDF: send its pages as pictures"),
+        (head[4:8] == b"ftyp" and head[8:12] in _STILLS, "a HEIC picture: send it as JPEG or PNG"),
+        (head[4:8] == b"ftyp" or head.startswith(b"\x1ae\xdf\xa3"), "a video: send it as one"),
+    ]
+    return next((words for right, words in known if right), "no picture in a format that is known")
 
 
 def check_video(data: bytes, max_pixels: int) -> None:

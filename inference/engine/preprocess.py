@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.images import IMAGE_MEAN, IMAGE_STD, tile_into
+from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
+from inference.engine.images import as_picture, fit
 
 
 class Pixels:
@@ -32,8 +32,5 @@ class Pixels:
                 wanted = (3, self.size, self.size)
                 raise ValueError(f"normalized pixels of {tuple(image.shape)}, expected {wanted}")
             return image[None].to(self.device)
-        if isinstance(image, Image.Image):
-            image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        tile = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8)
-        tile_into(tile, image.cpu())
+        tile = fit(as_picture(image).cpu(), self.size)[None]
         return tile.to(self.device).float().div_(255).sub_(self.mean).div_(self.std)

@@ -114,7 +114,7 @@ def test_an_error_is_put_and_raised(model: QueueModel) -> None:
     demo.images.put("no picture")
     assert demo.read(DONE, ERROR)[-1] == ERROR
     demo.thread.join()
-    assert isinstance(demo.error, TypeError)
+    assert isinstance(demo.error, FileNotFoundError)
 
 
 def test_prompts_wait_for_room(model: QueueModel) -> None:
