@@ -26,7 +26,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from data_pipeline.batch import IGNORED_LABEL
-from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message, Role, SampleError
+from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, Message, Role, SampleError
 from data_pipeline.tokens import SpecialTokens
 
 PromptForm = Literal["pretrain", "chat", "realtime"]
@@ -40,6 +40,19 @@ STAGE_FORMS: dict[str | None, PromptForm] = {
 
 # Special tokens that a content may contain; any other one that it spells is text.
 _CONTENT = re.compile(r"(<\|image\|>|<\|video\|>|<\|silence\|>|<\|\.\.\.\|>)")
+TYPED = "\ufdd0"  # no character: Unicode keeps it for a program's own use
+
+
+def as_typed(text: str) -> str:
+    """A text for a content in which nothing has a meaning, marks and `<|silence|>` neither: what
+    people write is told apart from what a program puts beside it."""
+    return text.replace("<|", f"<{TYPED}|")
+
+
+def as_system(text: str) -> str:
+    """A system prompt for a content: `<|silence|>` and `<|...|>` are those of training, whose
+    records speak of them there; there is nothing to show, so marks of media are text."""
+    return MARK.sub(lambda mark: as_typed(mark.group()), text)
 
 
 @dataclass
@@ -127,16 +140,24 @@ class PromptBuilder:
         return prompt
 
     def question(
-        self, messages: Sequence[Message], frames_per_mark: Sequence[int], form: PromptForm
+        self,
+        messages: Sequence[Message],
+        frames_per_mark: Sequence[int],
+        form: PromptForm,
+        *,
+        unfinished: bool = False,
     ) -> Prompt:
-        """As `build`, without labels, up to the place where the assistant is to go on."""
+        """As `build`, without labels, up to the place where the assistant is to go on: at the start
+        of an answer, or where the last message, its own, is `unfinished`."""
         prompt, counts = Prompt(), iter(frames_per_mark)
         prompt.add([self._special.begin_of_text], learn=False)
         for message in messages:
             self._add_message(prompt, message, counts, form)
         if next(counts, None) is not None:
             raise SampleError("mark_media_mismatch", "more media than marks")
-        if form != "pretrain":
+        if unfinished and form != "pretrain":
+            del prompt.tokens[-1], prompt.labels[-1]  # <|eot_id|>
+        elif form != "pretrain":
             prompt.add(self.header("assistant"), learn=False)
         return prompt
 
@@ -158,11 +179,11 @@ class PromptBuilder:
         return [special.start_header_id, *name, special.end_header_id, *self._encode("\n\n")]
 
     def turn(self, role: Role, text: str) -> list[int]:
-        """A whole turn without media, and its `<|eot_id|>`; SampleError for a mark of a medium."""
-        if IMAGE_MARK in text or VIDEO_MARK in text:
-            raise SampleError("control_token", "the text contains a mark of a picture")
+        """A whole turn without media and its `<|eot_id|>`; what is not a system prompt is typed by
+        people (`as_typed`)."""
         prompt = Prompt()
-        self._add_content(prompt, text, iter(()), learn=False)
+        content = as_system(text) if role == "system" else as_typed(text)
+        self._add_content(prompt, content, iter(()), learn=False)
         return [*self.header(role), *prompt.tokens, self._special.eot_id]
 
     def _add_message(
@@ -208,6 +229,7 @@ class PromptBuilder:
                 prompt.add(self._encode(piece), learn=learn)
 
     def _encode(self, text: str) -> list[int]:
+        text = text.replace(TYPED, "")
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             if self._control.intersection(ids):

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from data_pipeline.images import read_picture
+from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference.cli import MAX_NEW_TOKENS
 from inference.engine.engine import Engine
@@ -95,7 +96,7 @@ class Model:
             sampling: (default: the most likely token each time).
 
         Raises:
-            SourceError, SampleError: what is shown cannot be read, or `text` has a control token.
+            SourceError, SampleError: what is shown cannot be read.
             EngineFull: all `max_sessions` are in use.
             RuntimeError: the engine failed.
         """
@@ -112,8 +113,8 @@ class Model:
         else:
             marks = IMAGE_MARK * len(frames) + (VIDEO_MARK if shown else "")
             counts = [1] * len(frames) + ([len(shown)] if shown else [])
-            system = [Message("system", system_prompt)] if system_prompt else []
-            messages = [*system, Message("user", marks + text)]
+            system = [Message("system", as_system(system_prompt))] if system_prompt else []
+            messages = [*system, Message("user", marks + as_typed(text))]
             tokens = prompts.question(messages, counts, self.info.question_form).tokens
         with self.runner.answer(
             tokens,

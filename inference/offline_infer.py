@@ -17,7 +17,7 @@ if __name__ == "__main__":  # run as a file: imports start at the repository
 from torch import Tensor
 
 from data_pipeline.commands import DONE, CommandParser, report_error
-from data_pipeline.prompts import Prompt, PromptForm
+from data_pipeline.prompts import Prompt, PromptForm, as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
 from inference.session.answer import LARGE_CHUNK_FRAMES
@@ -75,8 +75,9 @@ def question(
 ) -> Prompt:
     """The tokens before the answer."""
     mark = {"video": VIDEO_MARK, "image": IMAGE_MARK, "": ""}[kind]
-    text = mark + (args.prompt or f"Describe the {kind}.")
-    messages = [Message("system", args.system_prompt)] if args.system_prompt else []
+    text = mark + as_typed(args.prompt or f"Describe the {kind}.")
+    system = as_system(args.system_prompt)
+    messages = [Message("system", system)] if system else []
     counts = [frames] if kind else []
     return vocabulary.prompts.question([*messages, Message("user", text)], counts, form)
 

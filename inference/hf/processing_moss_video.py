@@ -30,6 +30,7 @@ from .pixels_moss_video import to_rgb
 
 IMAGE, VIDEO, HEADER_END = "<|image|>", "<|video|>", "<|end_header_id|>"
 INLINE = {IMAGE, VIDEO, "<|silence|>", "<|...|>"}  # special tokens that a content may hold
+TYPED = "\ufdd0"  # no character: stands in what looks like a special token and is text
 
 
 class MossVideoProcessor(ProcessorMixin):
@@ -104,27 +105,18 @@ class MossVideoProcessor(ProcessorMixin):
         return BatchFeature(data=data, tensor_type=tensors)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, with contents checked: a content that holds a control token could end
-        its turn and forge another's.
+        """transformers' own. A special token that a content spells stays text, as in training: it
+        ends no turn and forges no other's. In a content that is a string, `<|image|>`, `<|video|>`,
+        `<|silence|>` and `<|...|>` are what they are; in a list of parts media are parts, and all
+        of a text is text, but of a system prompt, where the last two are what they are in training.
+        A content of None is an empty one.
 
-        Raises:
-            ValueError: a content holds a special token that is not a mark.
+        A text that is returned has U+FDD0 in such places, which this processor's call takes out.
         """
         one = conversation and isinstance(conversation[0], dict)
-        for turns in [conversation] if one else conversation:
-            for number, message in enumerate(turns):
-                self._check(message["content"], f"messages[{number}].content")
-        return super().apply_chat_template(conversation, *args, **kwargs)
-
-    def _check(self, content: Any, name: str) -> None:
-        parts = [content] if isinstance(content, str) else [p.get("text") or "" for p in content]
-        special = set(self.tokenizer.all_special_tokens) | {
-            str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special
-        }
-        for part in parts:
-            for token in re.findall(r"<\|.*?\|>", part):
-                if token in special - INLINE:
-                    raise ValueError(f"{name} contains {token}, which only a template may write")
+        chats = [conversation] if one else conversation
+        typed = [[{**turn, "content": _typed(turn)} for turn in turns] for turns in chats]
+        return super().apply_chat_template(typed[0] if one else typed, *args, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -184,8 +176,25 @@ class MossVideoProcessor(ProcessorMixin):
             text = bos + text
         tokens: list[int] = []
         for piece in re.split(r"(?<=<\|end_header_id\|>)(\n\n)", text):
-            if piece:
+            if TYPED in piece:
+                tokens += self._encode_typed(piece)
+            elif piece:
                 tokens += self.tokenizer.encode(piece, add_special_tokens=False)
+        return tokens
+
+    def _encode_typed(self, text: str) -> list[int]:
+        """Special tokens, and between them text that may spell others."""
+        added = self.tokenizer.added_tokens_decoder
+        special = {str(token): number for number, token in added.items() if token.special}
+        tokens: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            if piece in special:
+                tokens.append(special[piece])
+            elif piece:
+                letters = piece.replace(TYPED, "")
+                tokens += self.tokenizer.encode(
+                    letters, add_special_tokens=False, split_special_tokens=True
+                )
         return tokens
 
     def _pad(self, tokens: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +224,23 @@ class MossVideoProcessor(ProcessorMixin):
         for n, count in enumerate(counts):
             out["aspect_ratio_mask"][n, count:, 0] = 1  # as transformers has it
         return out
+
+
+def _typed(turn: dict[str, Any]) -> Any:
+    """A turn's content with TYPED in every special token that has no meaning there."""
+    content = turn.get("content") or []
+    if isinstance(content, str):
+        return _with_meanings(content, INLINE)
+    kept = INLINE - {IMAGE, VIDEO} if turn.get("role") == "system" else set()
+    return [
+        {**part, "text": _with_meanings(part["text"], kept)} if part.get("text") else part
+        for part in content
+    ]
+
+
+def _with_meanings(text: str, kept: set[str]) -> str:
+    meant = "".join(f"(?!{re.escape(mark[1:])})" for mark in kept)
+    return re.sub(rf"<{meant}(?=\|)", f"<{TYPED}", text)
 
 
 def read_video(path: str | Path, fps: float, min_frames: int, max_frames: int) -> list[Image.Image]:

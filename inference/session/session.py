@@ -159,7 +159,7 @@ class Session(ResponseWriter):
         self.frames.append(frame)
 
     def ask(self, prompt: Prompt) -> None:
-        """Queues a prompt; QueueFull, and SampleError for text with control tokens."""
+        """Queues a prompt; QueueFull, and SampleError for half characters."""
         self._check_texts(prompt.text)
         if len(self.prompts) >= self.config.max_waiting_prompts:
             raise QueueFull(f"{len(self.prompts)} prompts wait: the limit of max_waiting_prompts")

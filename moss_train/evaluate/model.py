@@ -101,7 +101,7 @@ class TrainedModel:
                 real-time model watches it in silence and is asked at its end.
 
         Raises:
-            SampleError: a file cannot be decoded, or `prompt` holds a control token.
+            SampleError: a file cannot be decoded.
             OSError: a file cannot be read.
         """
         form = STAGE_FORMS.get(self.config.stage.name, self.config.stage.prompt)

@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.batch import IGNORED_LABEL, EncodedSample
 from data_pipeline.images import read_picture, tile_into
-from data_pipeline.prompts import PromptBuilder, PromptForm
+from data_pipeline.prompts import PromptBuilder, PromptForm, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from data_pipeline.video import open_video, sample_times
 from moss_train.evaluate.generate import SPEAK, Model, Talk, generate, script_of
@@ -43,7 +43,7 @@ def answer(
     else:
         marks = IMAGE_MARK * len(pictures) + (VIDEO_MARK if clip else "")
         counts = [1] * len(pictures) + ([len(clip)] if clip else [])
-        asked = [Message("user", marks + prompt)]
+        asked = [Message("user", marks + as_typed(prompt))]
         form: PromptForm = "pretrain" if config.prompt == "pretrain" else "chat"
         tokens = prompts.question(asked, counts, form).tokens
     sample = _encoded(model, tokens, [*pictures, *clip])

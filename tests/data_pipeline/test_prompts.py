@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_pipeline.prompts import Prompt, PromptBuilder, PromptForm
+from data_pipeline.prompts import Prompt, PromptBuilder, PromptForm, as_typed
 from data_pipeline.schema import Message, SampleError
 from data_pipeline.tokens import SpecialTokens, build_toy_tokenizer, load_tokenizer
 
@@ -160,3 +160,27 @@ def test_special_tokens_that_a_text_spells_stay_text(
     assert steering(prompt.tokens) == steering(plain.tokens)
     learned = [label for label in prompt.labels if label != -100 and label not in special]
     assert tokenizer.decode(learned) == f"A{typed}"
+
+
+def test_nothing_has_a_meaning_in_what_is_typed(tokenizer: Tokenizer) -> None:
+    """Marks and `<|silence|>` neither; beside it a mark is a mark."""
+    special = SpecialTokens.from_tokenizer(tokenizer)
+    builder = PromptBuilder(tokenizer, special)
+    typed = "<|image|> of <|silence|><|...|><|video|><|eot_id|>"
+    prompt = builder.question([Message("user", "<|image|>" + as_typed(typed))], [2], "chat")
+    assert len(prompt.frame_positions) == prompt.tokens.count(special.image) == 2
+    assert special.silence not in prompt.tokens
+    assert prompt.tokens.count(special.eot_id) == 1
+    assert typed in tokenizer.decode(prompt.tokens, skip_special_tokens=False)
+    assert builder.turn("user", typed) == builder.turn("user", as_typed(typed))
+    system = builder.turn("system", typed)  # records of training speak of silence there
+    assert system.count(special.silence) == system.count(special.ellipsis) == 1
+    assert special.image not in system
+
+
+def test_an_unfinished_answer_is_a_beginning_of_the_finished_one(tokenizer: Tokenizer) -> None:
+    builder = PromptBuilder(tokenizer, SpecialTokens.from_tokenizer(tokenizer))
+    messages = _messages(("user", "Who?"), ("assistant", "A man"))
+    for form in ("chat", "pretrain"):
+        whole = _build(tokenizer, messages, [], form).tokens
+        assert builder.question(messages, [], form, unfinished=True).tokens == whole[:-1]

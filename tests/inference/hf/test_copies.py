@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from data_pipeline import batch, clock, pixels, schema
+from data_pipeline import batch, clock, pixels, prompts, schema
 from inference.engine import load
 from inference.hf import (
     clock_moss_video,
@@ -32,6 +32,7 @@ def test_copies_are_equal() -> None:
     assert modeling_moss_video.IGNORED_LABEL == batch.IGNORED_LABEL == -100
     assert processing_moss_video.IMAGE == schema.IMAGE_MARK
     assert processing_moss_video.VIDEO == schema.VIDEO_MARK
+    assert processing_moss_video.TYPED == prompts.TYPED
     assert vision_moss_video.PATCH_MULTIPLE == vision.PATCH_MULTIPLE
     assert configuration_moss_video.POOLS == model_config.POOLS
 
