@@ -10,9 +10,10 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from data_pipeline.commands import CommandParser
 from inference import cli
@@ -65,8 +66,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
              help="maximum number of sessions and answers at once")  # fmt: skip
     cli.flag(parser, "api_key", default=os.environ.get("MOSS_API_KEY"), metavar="KEY",
              help="key that clients must send (default: $MOSS_API_KEY, else none)")  # fmt: skip
-    cli.flag(parser, "allow_origin", action="append", default=[], metavar="URL",
-             help="another site whose pages may open sessions; may be given again")  # fmt: skip
+    cli.flag(parser, "allow_origin", action="append", default=[], metavar="URL", type=origin,
+             help="another site whose pages may use the server, https://app.example; *: any site; "
+             "may be given again")  # fmt: skip
     defaults = Limits()
     for name, text in _LIMIT_HELP.items():
         default = getattr(defaults, name)
@@ -75,7 +77,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def server_config(app: FastAPI, host: str, port: int, limits: Limits) -> uvicorn.Config:
+def origin(text: str) -> str:
+    """A flag's origin, as browsers write it."""
+    parts = urlsplit(text.lower().rstrip("/"))
+    if text not in ("*", "null") and not (parts.scheme and parts.netloc and not parts.path):
+        raise argparse.ArgumentTypeError(f"{text}: write SCHEME://HOST[:PORT], *, or null")
+    return text.lower().rstrip("/")
+
+
+def server_config(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn.Config:
     """How uvicorn runs the routes."""
     return uvicorn.Config(
         app,

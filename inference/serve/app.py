@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
 from inference.engine.engine import EngineFull
 from inference.serve.chat import complete, refusal
+from inference.serve.cors import Cors, may_ask
 from inference.serve.hub import GOING_AWAY, MODEL, POLICY, TRY_LATER, UNKNOWN, Hub
 from inference.serve.limits import Refused
 from inference.serve.socket import Connection
 from inference.session.handle import SessionClosed
 
 PAGE = Path(__file__).parent / "static" / "index.html"
+_MODEL_CARD = {"id": MODEL, "object": "model", "created": 0, "owned_by": "moss"}
 _PROTOCOL, _KEY_PROTOCOL = "realtime", "openai-insecure-api-key."  # how browsers send a key
 
 
-def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
-    """The routes over a hub. `origins`: other sites whose pages may open sessions."""
-    app = FastAPI(title="MOSS-Video", docs_url=None, redoc_url=None, openapi_url=None)
+def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) -> ASGIApp:
+    """The routes over a hub. `origins`: other sites whose pages may ask and open sessions."""
+    app = FastAPI(
+        title="MOSS-Video", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
 
     def allowed(connection: HTTPConnection) -> bool:
         return api_key is None or hmac.compare_digest(_given_key(connection), api_key.encode())
@@ -52,13 +60,6 @@ def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) 
             return refusal(_UNAUTHORIZED)
         return Response(hub.metrics.page(hub.runner), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        if not allowed(request):
-            return refusal(_UNAUTHORIZED)
-        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "moss"}
-        return JSONResponse({"object": "list", "data": [model]})
-
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         if not allowed(request):
@@ -73,22 +74,71 @@ def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) 
         await socket.accept(subprotocol=chosen)
         if not allowed(socket):
             return await _refuse(socket, hub, POLICY, "unauthorized", "a wrong or no API key")
-        if not _same_origin(socket, origins):
+        if not may_ask(socket.headers.get("origin"), socket.headers.get("host"), origins):
             return await _refuse(socket, hub, POLICY, "origin", "this page may not open sessions")
         if hub.export.watches is False:
             words = "this model has not learned to watch: use /v1/chat/completions"
             return await _refuse(socket, hub, POLICY, "not_realtime", words)
         await _serve(socket, hub)
 
-    return app
+    _add_models(app, allowed)
+    _add_errors(app)
+    return Cors(app, origins, partial(_methods, app))
+
+
+def _add_models(app: FastAPI, allowed: Callable[[HTTPConnection], bool]) -> None:
+    """The list of the one model, and it by its name."""
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        if not allowed(request):
+            return refusal(_UNAUTHORIZED)
+        return JSONResponse({"object": "list", "data": [_MODEL_CARD]})
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> Response:
+        if not allowed(request):
+            return refusal(_UNAUTHORIZED)
+        if name != MODEL:
+            return refusal(Refused("model_not_found", f"{name!r:.60}: this server has {MODEL}"))
+        return JSONResponse(_MODEL_CARD)
+
+
+def _add_errors(app: FastAPI) -> None:
+    """What no route refuses is refused in the same form."""
+
+    @app.exception_handler(HTTPException)
+    async def wrong(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path:.80}"
+        if error.status_code == 405:
+            return refusal(Refused("method_not_allowed", f"{where}: this route has no such method"))
+        return refusal(Refused("not_found", f"{where}: there is no such route"))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return refusal(Refused("failed", f"the server failed: {type(error).__name__}"))
+
+
+def _methods(app: FastAPI, path: str) -> list[str]:
+    """Those of a path; none where there is no such route."""
+    known: set[str] = set()
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.path_regex.match(path):
+            known |= route.methods or set()
+    return sorted({*known, "OPTIONS", *(["HEAD"] if "GET" in known else [])} if known else [])
 
 
 async def _serve(socket: WebSocket, hub: Hub) -> None:
     """Opens a session, or resumes one: `?session=ID&last_seq=N`."""
-    name, last = socket.query_params.get("session"), socket.query_params.get("last_seq", "0")
+    query = socket.query_params
+    name, last = query.get("session"), query.get("last_seq", "0")
+    unknown = [key for key in query if key not in ("session", "last_seq", "model")]
+    if unknown or query.get("model", MODEL) != MODEL:
+        words = f"?{unknown[0]}: known are session, last_seq" if unknown else f"model: {MODEL}"
+        return await _refuse(socket, hub, POLICY, "unknown_field", words)
     if name is not None:
         live = hub.find(name)
-        if live is None or not last.isdigit():
+        if live is None or not re.fullmatch("[0-9]{1,18}", last):
             words = "last_seq must be a number" if live else "no such session, or it was closed"
             return await _refuse(socket, hub, UNKNOWN, "unknown_session", words)
         return await Connection(hub, live, socket, int(last)).run()
@@ -117,12 +167,3 @@ def _given_key(connection: HTTPConnection) -> bytes:
         if offered.strip().startswith(_KEY_PROTOCOL):
             return offered.strip().removeprefix(_KEY_PROTOCOL).encode()
     return b""
-
-
-def _same_origin(socket: WebSocket, origins: Sequence[str]) -> bool:
-    """Browsers send the origin of the page that opens a socket: other sites are refused, for they
-    could reach a server on this machine."""
-    origin = socket.headers.get("origin")
-    if origin is None or origin in origins:
-        return True
-    return urlsplit(origin).netloc == socket.headers.get("host")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from inference.engine.sampling import SEEDS
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -28,11 +30,11 @@ class Limits:
 # Least and largest value of a client's sampling settings.
 SAMPLING_RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
-    "top_k": (0, 10**6),
+    "top_k": (-1, 10**6),
     "top_p": (1e-6, 1),
     "repetition_penalty": (0.1, 10),
     "silence_bias": (-100, 100),
-    "seed": (0, 2**53),
+    "seed": SEEDS,
 }
 
 

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from inference.engine.sampling import Sampling
+from inference.serve.data_urls import data_url, media_bytes
+from inference.serve.fields import EVENTS, INPUT_IMAGE, INPUT_TEXT, ITEM, SESSION
 from inference.serve.limits import SAMPLING_RANGES, Limits, Refused
 
-TYPES = (
-    "session.update",
-    "input_image_buffer.append",
-    "input_image_buffer.end",
-    "conversation.item.create",
-    "response.cancel",
-    "session.close",
-)
 # Name in session.update -> (name in SessionConfig, least, largest, whole numbers only).
 _NUMBERS = {
     "pace": ("pace", 1, 1000, True),
@@ -45,9 +37,10 @@ def parse(text: str) -> dict[str, Any]:
         raise Refused("invalid_json", f"the message is not JSON: {error}") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise Refused("invalid_message", "a message is an object with a `type`", "type")
-    if message["type"] not in TYPES:
-        known = ", ".join(TYPES)
-        raise Refused("unknown_type", f"type {message['type']:.60}: known are {known}", "type")
+    if message["type"] not in EVENTS:
+        known = ", ".join(EVENTS)
+        raise Refused("unknown_type", f"type {message['type']!r:.60}: known are {known}", "type")
+    EVENTS[message["type"]].check(message)
     return message
 
 
@@ -56,29 +49,26 @@ def read_update(message: dict[str, Any], now: Sampling, limits: Limits) -> dict[
     update = message.get("session")
     if not isinstance(update, dict):
         raise Refused("invalid_message", "session: expected an object", "session")
+    SESSION.check(update, "session.")
     changes: dict[str, Any] = {}
     sampling = asdict(now)
     for key, value in update.items():
         field = f"session.{key}"
-        if key in ("instructions", "prompt"):
+        if value is None:  # as if it was left out, where it is no value
+            changes |= {"pace": None} if key == "pace" else {}
+        elif key in ("instructions", "prompt"):
             name = "system_prompt" if key == "instructions" else key
             changes[name] = _text(value, field, limits)
         elif key == "source":
             if value not in ("live", "file"):
                 raise Refused("invalid_value", f"{field}: live or file, not {value!r:.60}", field)
             changes |= {"live": value == "live", "clock": "wall" if value == "live" else "media"}
-        elif key == "pace" and value is None:
-            changes["pace"] = None
         elif key in _NUMBERS:
             name, least, largest, whole = _NUMBERS[key]
             changes[name] = read_number(value, field, least, largest, whole=whole)
-        elif key in SAMPLING_RANGES:
-            whole = isinstance(sampling[key], int)
-            sampling[key] = read_number(value, field, *SAMPLING_RANGES[key], whole=whole)
-            changes["sampling"] = Sampling(**sampling)
         else:
-            known = ", ".join(("instructions", "prompt", "source", *_NUMBERS, *SAMPLING_RANGES))
-            raise Refused("unknown_field", f"{field:.80}: known are {known}", field[:80])
+            sampling[key] = read_setting(value, key, field)
+            changes["sampling"] = Sampling(**sampling)
     return changes
 
 
@@ -90,16 +80,17 @@ def read_image(message: dict[str, Any], limits: Limits) -> ImageMessage:
     if prompt is not None:
         prompt = _text(prompt, "prompt", limits)
     if data is not None:
-        data = decode_base64(data, "image", limits.frame_bytes)
+        data = media_bytes(data, "image", limits.frame_bytes)
     return ImageMessage(data, at, prompt or None)
 
 
 def read_item(message: dict[str, Any], limits: Limits) -> tuple[str, bytes | None]:
     """A `conversation.item.create`: the user's text and, if there is one, a picture."""
     item = message.get("item")
-    if not isinstance(item, dict) or item.get("type", "message") != "message":
+    if not isinstance(item, dict) or item.get("type") not in (None, "message"):
         raise Refused("invalid_message", "item: expected an object of type `message`", "item")
-    if item.get("role", "user") != "user":
+    ITEM.check(item, "item.")
+    if item.get("role") not in (None, "user"):
         raise Refused("invalid_value", "item.role: only `user` may write items", "item.role")
     content = item.get("content")
     if isinstance(content, str):
@@ -111,10 +102,12 @@ def read_item(message: dict[str, Any], limits: Limits) -> tuple[str, bytes | Non
         field = f"item.content[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "input_text":
-            texts.append(_text(part.get("text"), f"{field}.text", limits))
+            INPUT_TEXT.check(part, f"{field}.")
+            texts.append(_text(part.get("text") or "", f"{field}.text", limits))
         elif kind == "input_image":
+            INPUT_IMAGE.check(part, f"{field}.")
             url = part.get("image_url")
-            pictures.append(data_url(url, f"{field}.image_url", "image/", limits.frame_bytes))
+            pictures.append(data_url(url, f"{field}.image_url", limits.frame_bytes))
         else:
             raise Refused("invalid_value", f"{field}.type: input_text or input_image", field)
     if len(pictures) > 1 or not "".join(texts).strip():
@@ -122,34 +115,22 @@ def read_item(message: dict[str, Any], limits: Limits) -> tuple[str, bytes | Non
     return _text("\n".join(texts), "item.content", limits), pictures[0] if pictures else None
 
 
-def data_url(url: object, field: str, kind: str, most: int) -> bytes:
-    """The bytes of a `data:` URL; Refused for any other URL and for file paths."""
-    head, comma, body = url.partition(",") if isinstance(url, str) else ("", "", "")
-    if not comma or not head.startswith(f"data:{kind}") or not head.endswith(";base64"):
-        raise Refused("invalid_url", f"{field}: only data:{kind}...;base64 URLs are taken", field)
-    return decode_base64(body, field, most)
-
-
-def decode_base64(text: object, field: str, most: int) -> bytes:
-    """The bytes; Refused if the text is not base64, or stands for more than `most` bytes."""
-    if not isinstance(text, str):
-        raise Refused("invalid_value", f"{field}: expected base64", field)
-    if len(text) * 3 // 4 > most + 2:
-        raise Refused("too_large", f"{field}: more than {most} bytes", field)
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise Refused("invalid_value", f"{field}: is not base64", field) from None
-
-
 def read_number(value: object, field: str, least: float, largest: float, *, whole: bool) -> Any:
-    """A finite number from `least` to `largest`; Refused names the field."""
-    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or not least <= value <= largest:  # type: ignore[arg-type,operator]
+    """A finite number from `least` to `largest`; Refused names the field. 7.0 is a whole number."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if whole and isinstance(number, float):
+        number = int(number) if number.is_integer() else math.nan
+    if not least <= number <= largest:  # NaN is not
         kind = "a whole number" if whole else "a number"
-        detail = f"{field}: {value!r:.60}: expected {kind} from {least:g} to {largest:g}"
+        detail = f"{field}: {value!r:.60}: expected {kind} from {least:.19g} to {largest:.19g}"
         raise Refused("invalid_value", detail, field)
-    return value
+    return number
+
+
+def read_setting(value: object, name: str, field: str = "") -> Any:
+    """A value of a field of Sampling; Refused."""
+    whole = name in ("top_k", "seed")
+    return read_number(value, field or name, *SAMPLING_RANGES[name], whole=whole)
 
 
 def _text(value: object, field: str, limits: Limits) -> str:

@@ -17,7 +17,10 @@ LARGE_CHUNK_FRAMES = 32  # the same where no other session waits
 
 
 class Answer(ResponseWriter):
-    """Takes a question in, `chunk` frames per step, so that other sessions do not wait long."""
+    """Takes a question in, `chunk` frames per step, so that other sessions do not wait long.
+
+    stop_ids: further tokens that end the answer. ignore_end: the model's own do not.
+    """
 
     def __init__(
         self,
@@ -30,6 +33,8 @@ class Answer(ResponseWriter):
         sampling: Sampling,
         max_new_tokens: int,
         chunk: int = CHUNK_FRAMES,
+        stop_ids: Sequence[int] = (),
+        ignore_end: bool = False,
     ) -> None:
         super().__init__(name, vocabulary, stats)
         self.sampling = sampling
@@ -39,7 +44,8 @@ class Answer(ResponseWriter):
         self._max_new_tokens, self._chunk = max_new_tokens, chunk
         self._prompt_time: float | None = None
         special = vocabulary.special
-        self._ends = (special.eot_id, special.end_of_text, special.silence)
+        own = () if ignore_end else (special.eot_id, special.end_of_text, special.silence)
+        self._ends = {*own, *stop_ids}
 
     def next_step(self, now: float) -> StepRequest | None:
         """The next chunk of the question; after the last, one token per step."""

@@ -54,7 +54,7 @@ class Runner:
         self, config: SessionConfig | None = None, *, log_limit: int = LOG_LIMIT, **fields: Any
     ) -> SessionHandle:
         """Opens a session; `fields` are SessionConfig's; `log_limit`: events that are kept for
-        readers. EngineFull where no slot is free, SampleError for texts with control tokens.
+        readers. EngineFull where no slot is free, SampleError for half characters.
         """
         config = config or SessionConfig(**fields)
         name = f"session{next(self._numbers)}"
@@ -68,13 +68,15 @@ class Runner:
         sampling: Sampling | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         chunk: int = CHUNK_FRAMES,
+        **ends: Any,
     ) -> SessionHandle:
-        """Answers a whole question once: tokens, and uint8 [3, H, W] for each `<|image|>`."""
+        """Answers a whole question once: tokens, and uint8 [3, H, W] for each `<|image|>`.
+        `ends`: stop_ids and ignore_end of Answer."""
         name = f"answer{next(self._numbers)}"
         sampling = sampling or Sampling()
         task = Answer(
             name, tokens, images, self.vocabulary, self._stats(),
-            sampling=sampling, max_new_tokens=max_new_tokens, chunk=chunk,
+            sampling=sampling, max_new_tokens=max_new_tokens, chunk=chunk, **ends,
         )  # fmt: skip
         return self._start(task)
 

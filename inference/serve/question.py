@@ -1,0 +1,289 @@
+"""A request for `/v1/chat/completions`, read and checked: messages, media, how to answer."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from data_pipeline.prompts import as_system, as_typed
+from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
+from inference.engine.sampling import Sampling
+from inference.serve import fields as known
+from inference.serve.data_urls import data_url
+from inference.serve.hub import MODEL
+from inference.serve.limits import Limits, Refused
+from inference.serve.protocol import read_number, read_setting
+from inference.session.answer import MAX_NEW_TOKENS
+
+_MOST_STOPS = 64
+_FPS = (0.01, 1000)
+
+
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a video are shown; what is None follows the server's defaults."""
+
+    fps: float | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    num_frames: int | None = None  # exactly so many, spread evenly
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What one mark of the messages shows. field: its place in the request."""
+
+    kind: Literal["image", "video"]
+    data: bytes
+    field: str
+    frames: FrameChoice = FrameChoice()
+
+
+@dataclass
+class Question:
+    """A checked request. `media` are those of the messages' marks, in order."""
+
+    messages: list[Message]
+    media: list[Medium]
+    sampling: Sampling
+    max_tokens: int
+    stop: list[str]
+    stop_in_answer: bool  # a stop text that was said is part of the answer
+    stop_ids: list[int]
+    ignore_end: bool  # the answer goes on where the model ends it
+    unfinished: bool  # the last message is an answer that is to be continued
+    stream: bool
+    usage: bool  # a stream ends with a piece that has the counts
+    ignored: list[str]  # fields that the model does not see, for the answer's header
+    name: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def read_question(body: Any, limits: Limits) -> Question:
+    """Checks a request; Refused names the field."""
+    if not isinstance(body, dict):
+        raise Refused("invalid_value", "the request must be an object")
+    known.REQUEST.check(body)
+    _check_model(body.get("model"))
+    _check_tools(body)
+    reader = _Messages(limits, _frame_choice(body, limits))
+    goes_on = _flag(body, "continue_final_message")
+    messages = reader.read(body.get("messages"), goes_on)
+    _check_last(body, messages[-1].role, goes_on)
+    most = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    largest, default = limits.max_tokens, min(MAX_NEW_TOKENS, limits.max_tokens)
+    options = _object(body.get("stream_options"), "stream_options", known.STREAM_OPTIONS)
+    return Question(
+        messages=messages,
+        media=reader.media,
+        sampling=_sampling(body),
+        max_tokens=_number(body, most, 1, largest) or default,
+        stop=_stop(body.get("stop"), limits),
+        stop_in_answer=_flag(body, "include_stop_str_in_output"),
+        stop_ids=_stop_ids(body.get("stop_token_ids")),
+        ignore_end=_flag(body, "ignore_eos"),
+        unfinished=goes_on,
+        stream=_flag(body, "stream"),
+        usage=_flag(options, "include_usage", "stream_options."),
+        ignored=reader.ignored,
+    )
+
+
+def _check_model(name: object) -> None:
+    if name is not None and name != MODEL:
+        raise Refused("model_not_found", f"model: {name!r:.60}: this server has {MODEL}", "model")
+
+
+def _check_tools(body: Mapping[str, Any]) -> None:
+    choice = body.get("tool_choice")
+    if choice not in (None, "none", "auto"):
+        words = f"tool_choice: {choice!r:.60} is not supported: this model has no tools"
+        raise Refused("unsupported", words, "tool_choice")
+    if body.get("tools") and choice != "none":
+        words = "tools: not supported: this model has no tools (taken with tool_choice none)"
+        raise Refused("unsupported", words, "tools")
+
+
+def _check_last(body: Mapping[str, Any], role: str, goes_on: bool) -> None:
+    """Refuses a last message that is not the one to answer or, with `goes_on`, to continue."""
+    field = "add_generation_prompt"
+    if body.get(field) is not None and _flag(body, field) == goes_on:
+        words = f"{field}: must be the opposite of continue_final_message"
+        raise Refused("invalid_value", words, field)
+    if goes_on and role != "assistant":
+        field = "continue_final_message"
+        raise Refused("invalid_value", f"{field}: the last message is not the assistant's", field)
+    if not goes_on and role != "user":
+        words = "messages: the last one must be the user's"
+        if role == "assistant":
+            words += ", or continue_final_message true, to go on from it"
+        raise Refused("invalid_value", words, "messages")
+
+
+class _Messages:
+    """Reads the messages, and collects their media and what the model does not see."""
+
+    def __init__(self, limits: Limits, frames: Mapping[str, Any]) -> None:
+        """`frames`: fields of FrameChoice for videos that do not say themselves."""
+        self._limits, self._frames = limits, frames
+        self.media: list[Medium] = []
+        self.ignored: list[str] = []
+        self._left = 0  # characters that the message may still have
+        self._written: Callable[[str], str] = as_typed  # its texts as the prompt takes them
+
+    def read(self, turns: object, goes_on: bool) -> list[Message]:
+        """Without an empty answer at the end, which a page sends after a stop, unless the request
+        goes on from it."""
+        if not isinstance(turns, list) or not turns:
+            raise Refused("invalid_value", "messages: expected a list of messages", "messages")
+        messages = [self._message(turn, f"messages[{n}]") for n, turn in enumerate(turns)]
+        if not goes_on and messages[-1] == Message("assistant", "") and len(messages) > 1:
+            messages.pop()
+        return messages
+
+    def _message(self, turn: Any, field: str) -> Message:
+        role: Any = turn.get("role") if isinstance(turn, dict) else None
+        role = "system" if role == "developer" else role
+        if role in ("tool", "function"):
+            words = f"{field}.role: {role}: this model has no tools"
+            raise Refused("unsupported", words, f"{field}.role")
+        if role not in ("system", "user", "assistant"):
+            words = f"{field}.role: {role!r:.60}: expected system, user or assistant"
+            raise Refused("invalid_value", words, f"{field}.role")
+        (known.ANSWER if role == "assistant" else known.MESSAGE).check(turn, f"{field}.")
+        if turn.get("name") is not None:
+            self.ignored.append(f"{field}.name")
+        content = turn.get("content")
+        if content is None and role != "assistant":
+            words = f"{field}.content: needed: a text or a list of parts"
+            raise Refused("invalid_value", words, f"{field}.content")
+        self._left = self._limits.prompt_chars
+        self._written = as_system if role == "system" else as_typed
+        text = self._content(content, f"{field}.content", role)
+        return Message(role, text + self._text(turn.get("refusal"), f"{field}.refusal"))
+
+    def _content(self, content: Any, field: str, role: str) -> str:
+        if content is None or isinstance(content, str):
+            return self._text(content, field)
+        if not isinstance(content, list):
+            raise Refused("invalid_value", f"{field}: expected a text or a list of parts", field)
+        return "".join(self._part(part, f"{field}[{n}]", role) for n, part in enumerate(content))
+
+    def _part(self, part: Any, field: str, role: str) -> str:
+        """The text of a part: for a picture or video its mark."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" or (kind == "refusal" and role == "assistant"):
+            fields = known.TEXT_PART if kind == "text" else known.REFUSAL_PART
+            fields.check(part, f"{field}.")
+            return self._text(part.get(kind), f"{field}.{kind}")
+        if kind == "image_url":
+            known.IMAGE_PART.check(part, f"{field}.")
+            return self._image(part.get(kind), f"{field}.{kind}")
+        if kind == "video_url":
+            known.VIDEO_PART.check(part, f"{field}.")
+            own = {**self._frames, **_frame_fields(part, f"{field}.", self._limits)}
+            return self._video(part.get(kind), f"{field}.{kind}", own)
+        words = f"{field}.type: {kind!r:.60}: expected text, image_url or video_url"
+        raise Refused("invalid_value", words, f"{field}.type")
+
+    def _image(self, given: Any, field: str) -> str:
+        url = {"url": given} if isinstance(given, str) else _object(given, field, known.IMAGE_URL)
+        data = data_url(url.get("url"), field, self._limits.frame_bytes)
+        self.media.append(Medium("image", data, field))
+        return IMAGE_MARK
+
+    def _video(self, given: Any, field: str, frames: Mapping[str, Any]) -> str:
+        url = {"url": given} if isinstance(given, str) else _object(given, field, known.VIDEO_URL)
+        data = data_url(url.get("url"), field, self._limits.body_bytes)
+        chosen = {**frames, **_frame_fields(url, f"{field}.", self._limits)}
+        if "num_frames" in chosen and len(chosen) > 1:
+            words = f"{field}: num_frames leaves nothing for {', '.join(chosen)}: give one of them"
+            raise Refused("invalid_value", words, field)
+        if chosen.get("min_frames", 1) > chosen.get("max_frames", math.inf):
+            raise Refused("invalid_value", f"{field}: min_frames is more than max_frames", field)
+        self.media.append(Medium("video", data, field, FrameChoice(**chosen)))
+        return VIDEO_MARK
+
+    def _text(self, text: object, field: str) -> str:
+        """A text for the prompt; null is an empty one."""
+        if text is None:
+            return ""
+        if not isinstance(text, str):
+            raise Refused("invalid_value", f"{field}: expected a text", field)
+        self._left -= len(text)
+        if self._left < 0:
+            most = self._limits.prompt_chars
+            raise Refused("too_large", f"{field}: more than {most} characters", field)
+        return self._written(text)
+
+
+def _frame_choice(body: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    """Of all videos of the request, which a video's own fields come before."""
+    processor = _object(body.get("mm_processor_kwargs"), "mm_processor_kwargs", known.PROCESSOR)
+    reading = _object(body.get("media_io_kwargs"), "media_io_kwargs", known.MEDIA_IO)
+    video = _object(reading.get("video"), "media_io_kwargs.video", known.PROCESSOR)
+    return {
+        **_frame_fields(video, "media_io_kwargs.video.", limits),
+        **_frame_fields(processor, "mm_processor_kwargs.", limits),
+    }
+
+
+def _frame_fields(given: Mapping[str, Any], where: str, limits: Limits) -> dict[str, Any]:
+    chosen: dict[str, Any] = {}
+    for name in known.FRAMES:
+        value = given.get(name)
+        if value is not None and name == "fps":
+            chosen[name] = float(read_number(value, where + name, *_FPS, whole=False))
+        elif value is not None:
+            chosen[name] = read_number(value, where + name, 1, limits.frames, whole=True)
+    return chosen
+
+
+def _object(value: Any, field: str, fields: known.Fields) -> dict[str, Any]:
+    """A checked object; null is an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise Refused("invalid_value", f"{field}: {value!r:.60}: expected an object", field)
+    fields.check(value, f"{field}.")
+    return value
+
+
+def _sampling(body: Mapping[str, Any]) -> Sampling:
+    names = [entry.name for entry in fields(Sampling) if body.get(entry.name) is not None]
+    return Sampling(**{name: read_setting(body[name], name) for name in names})
+
+
+def _number(body: Mapping[str, Any], name: str, least: int, largest: int) -> int | None:
+    value = body.get(name)
+    return None if value is None else read_number(value, name, least, largest, whole=True)
+
+
+def _flag(body: Mapping[str, Any], name: str, where: str = "") -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        words = f"{where}{name}: {value!r:.60}: expected true or false"
+        raise Refused("invalid_value", words, where + name)
+    return bool(value)
+
+
+def _stop(value: Any, limits: Limits) -> list[str]:
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise Refused("invalid_value", "stop: expected a text, or a list of texts", "stop")
+    if len(texts) > _MOST_STOPS or sum(map(len, texts)) > limits.prompt_chars:
+        words = f"stop: more than {_MOST_STOPS} texts or {limits.prompt_chars} characters"
+        raise Refused("too_large", words, "stop")
+    return texts
+
+
+def _stop_ids(value: Any) -> list[int]:
+    ids = value or []
+    if not isinstance(ids, list) or not all(type(one) is int and one >= 0 for one in ids):
+        words = "stop_token_ids: expected a list of token ids"
+        raise Refused("invalid_value", words, "stop_token_ids")
+    return ids

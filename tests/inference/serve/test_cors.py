@@ -1,0 +1,146 @@
+"""What every route has: HEAD, OPTIONS, headers for pages of other sites; on real sockets."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
+from inference.serve.__main__ import origin as read_origin
+from tests.inference.serve.serving import Running, serving
+
+MINE, OTHER = "https://mine.example", "https://other.example"
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    return load_engine(tiny, device="cpu", window=4, max_tokens=256, max_sessions=2)
+
+
+@pytest.fixture(scope="module")
+def server(engine: Engine) -> Iterator[Running]:
+    """With a key, and two sites."""
+    with serving(engine, key="secret", origins=[MINE, "null"]) as running:
+        yield running
+
+
+class Answer:
+    def __init__(self, server: Running, method: str, path: str, body: str | None, **headers: str):
+        connection = http.client.HTTPConnection(server.host, timeout=20)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, named)
+        answer = connection.getresponse()
+        self.status, self.headers, self.body = answer.status, answer.headers, answer.read()
+        connection.close()
+
+    @property
+    def allowed(self) -> str | None:
+        return self.headers["access-control-allow-origin"]
+
+
+def ask(server: Running, method: str, path: str, body: str | None = None, **headers: str) -> Answer:
+    return Answer(server, method, path, body, **headers)
+
+
+def preflight(server: Running, path: str, method: str, origin: str) -> Answer:
+    return ask(
+        server, "OPTIONS", path, origin=origin, access_control_request_method=method,
+        access_control_request_headers="authorization,content-type,x-stainless-os",
+        access_control_request_private_network="true",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "method"), [(CHAT, "POST"), ("/v1/models", "GET"), ("/metrics", "GET"),
+                         (CHAT + "/", "POST"), ("/v1/models/moss-video", "GET")],
+)  # fmt: skip
+def test_a_preflight_needs_no_key(server: Running, path: str, method: str) -> None:
+    for origin in (MINE, "null"):
+        answer = preflight(server, path, method, origin)
+        assert (answer.status, answer.allowed, answer.body) == (204, origin, b"")
+        assert method in answer.headers["access-control-allow-methods"].split(", ")
+        wanted = answer.headers["access-control-allow-headers"].split(",")
+        assert {"authorization", "content-type"} <= set(wanted)
+        assert answer.headers["access-control-allow-private-network"] == "true"
+        assert answer.headers["vary"] == "Origin"
+    refused = preflight(server, path, method, OTHER)
+    assert (refused.status, refused.allowed) == (403, None)
+    assert "--allow_origin" in json.loads(refused.body)["error"]["message"]
+
+
+def test_answers_and_errors_carry_the_sites_name(server: Running) -> None:
+    key = {"authorization": "Bearer secret"}
+    stream = json.dumps({"messages": [{"role": "user", "content": "A"}], "stream": True,
+                         "max_tokens": 3})  # fmt: skip
+    for method, path, body, headers, status in (
+        ("GET", "/v1/models", None, key, 200),
+        ("GET", "/v1/models", None, {}, 401),
+        ("POST", CHAT, "{", key, 400),
+        ("POST", CHAT, stream, key, 200),
+        ("POST", CHAT + "/", stream, key, 200),
+        ("GET", CHAT, None, key, 405),
+        ("GET", "/nothing", None, key, 404),
+        ("GET", "/health", None, {}, 200),
+    ):
+        mine = ask(server, method, path, body, origin=MINE, **headers)
+        assert (mine.status, mine.allowed) == (status, MINE), path
+        assert ask(server, method, path, body, origin=OTHER, **headers).allowed is None
+        assert ask(server, method, path, body, **headers).allowed is None
+        if status >= 400:
+            assert set(json.loads(mine.body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_without_a_site_nothing_is_said(engine: Engine) -> None:
+    with serving(engine) as server:
+        assert ask(server, "GET", "/v1/models", origin=OTHER).allowed is None
+        assert preflight(server, CHAT, "POST", OTHER).status == 403
+        own = preflight(server, CHAT, "POST", server.http)
+        assert own.status == 204
+    with serving(engine, origins=["*"]) as server:
+        assert preflight(server, CHAT, "POST", OTHER).allowed == OTHER
+        with server.open(origin=OTHER) as client:
+            assert client.until("session.created")
+
+
+def test_head_is_get_without_a_body(server: Running) -> None:
+    key = {"authorization": "Bearer secret"}
+    for path in ("/", "/health", "/v1/models", "/metrics"):
+        head, whole = (ask(server, method, path, **key) for method in ("HEAD", "GET"))
+        assert (head.status, head.body) == (200, b"")
+        assert head.headers["content-type"] == whole.headers["content-type"]
+        assert whole.body
+    assert ask(server, "HEAD", CHAT, **key).status == 405
+    assert ask(server, "HEAD", "/v1/models").status == 401
+    options = ask(server, "OPTIONS", "/health")
+    assert (options.status, options.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
+    assert ask(server, "OPTIONS", "/nothing").status == 404
+
+
+def test_one_model_is_there_by_its_name(server: Running) -> None:
+    key = {"authorization": "Bearer secret"}
+    assert json.loads(ask(server, "GET", "/v1/models/moss-video", **key).body)["id"] == "moss-video"
+    assert ask(server, "GET", "/v1/models/gpt-4o", **key).status == 404
+
+
+def test_sockets_have_parameters_that_are_known(server: Running) -> None:
+    header = {"Authorization": "Bearer secret"}
+    for query in ("?sesion=x", "?model=gpt", "?last_seq=1&at=2"):
+        with server.open(query, additional_headers=header) as client:
+            assert client.close_code == 1008
+    with server.open("?model=moss-video", additional_headers=header) as client:
+        assert client.until("session.created")
+
+
+def test_origins_are_written_as_browsers_write_them() -> None:
+    assert read_origin("HTTPS://App.example/") == "https://app.example"
+    assert [read_origin(text) for text in ("*", "null")] == ["*", "null"]
+    for wrong in ("app.example", "https://app.example/page", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="SCHEME://HOST"):
+            read_origin(wrong)
