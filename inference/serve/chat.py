@@ -149,7 +149,6 @@ async def _start_answer(
                     frames,
                     sampling=question.sampling,
                     max_new_tokens=question.max_tokens,
-                    stop_ids=question.stop_ids,
                     ignore_end=question.ignore_end,
                 )
             except EngineFull:

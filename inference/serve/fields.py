@@ -51,7 +51,8 @@ class Fields:
         if near:
             return f"is not a field here: did you mean {near[0]}?"
         known = [*self.read, *self.harmless]
-        return f"is not a field here: known are {', '.join(known)}"
+        few = f"known are {', '.join(known)}" if len(known) < 16 else "docs/streaming.md lists them"
+        return f"is not a field here: {few}"
 
 
 def _numbers(values: tuple[Any, ...]) -> list[Any]:
@@ -68,7 +69,7 @@ _ONE_TILE = "every picture is seen as one tile of the model's size"
 REQUEST = Fields(
     read=(
         "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
-        "repetition_penalty", "silence_bias", "seed", "stop", "stop_token_ids", "ignore_eos",
+        "repetition_penalty", "silence_bias", "seed", "stop", "ignore_eos",
         "include_stop_str_in_output", "stream", "stream_options", "continue_final_message",
         "add_generation_prompt", "mm_processor_kwargs", "media_io_kwargs", "tools", "tool_choice",
     ),
@@ -90,6 +91,7 @@ REQUEST = Fields(
         "frequency_penalty": ((0,), "use repetition_penalty"),
         "presence_penalty": ((0,), "use repetition_penalty"),
         "length_penalty": ((1,), _GREEDY),
+        "stop_token_ids": (([],), "the answer is text: use stop"),
         "min_p": ((0,), _GREEDY),
         "min_tokens": ((0,), "the model ends its answer; ignore_eos goes on to max_tokens"),
         "bad_words": (([],), _GREEDY),

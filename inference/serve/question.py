@@ -53,7 +53,6 @@ class Question:
     max_tokens: int
     stop: list[str]
     stop_in_answer: bool  # a stop text that was said is part of the answer
-    stop_ids: list[int]
     ignore_end: bool  # the answer goes on where the model ends it
     unfinished: bool  # the last message is an answer that is to be continued
     stream: bool
@@ -84,7 +83,6 @@ def read_question(body: Any, limits: Limits) -> Question:
         max_tokens=_number(body, most, 1, largest) or default,
         stop=_stop(body.get("stop"), limits),
         stop_in_answer=_flag(body, "include_stop_str_in_output"),
-        stop_ids=_stop_ids(body.get("stop_token_ids")),
         ignore_end=_flag(body, "ignore_eos"),
         unfinished=goes_on,
         stream=_flag(body, "stream"),
@@ -279,11 +277,3 @@ def _stop(value: Any, limits: Limits) -> list[str]:
         words = f"stop: more than {_MOST_STOPS} texts or {limits.prompt_chars} characters"
         raise Refused("too_large", words, "stop")
     return texts
-
-
-def _stop_ids(value: Any) -> list[int]:
-    ids = value or []
-    if not isinstance(ids, list) or not all(type(one) is int and one >= 0 for one in ids):
-        words = "stop_token_ids: expected a list of token ids"
-        raise Refused("invalid_value", words, "stop_token_ids")
-    return ids

@@ -19,7 +19,7 @@ LARGE_CHUNK_FRAMES = 32  # the same where no other session waits
 class Answer(ResponseWriter):
     """Takes a question in, `chunk` frames per step, so that other sessions do not wait long.
 
-    stop_ids: further tokens that end the answer. ignore_end: the model's own do not.
+    ignore_end: it goes on where the model ends it.
     """
 
     def __init__(
@@ -33,7 +33,6 @@ class Answer(ResponseWriter):
         sampling: Sampling,
         max_new_tokens: int,
         chunk: int = CHUNK_FRAMES,
-        stop_ids: Sequence[int] = (),
         ignore_end: bool = False,
     ) -> None:
         super().__init__(name, vocabulary, stats)
@@ -44,8 +43,8 @@ class Answer(ResponseWriter):
         self._max_new_tokens, self._chunk = max_new_tokens, chunk
         self._prompt_time: float | None = None
         special = vocabulary.special
-        own = () if ignore_end else (special.eot_id, special.end_of_text, special.silence)
-        self._ends = {*own, *stop_ids}
+        ends = (special.eot_id, special.end_of_text, special.silence)
+        self._ends = () if ignore_end else ends
 
     def next_step(self, now: float) -> StepRequest | None:
         """The next chunk of the question; after the last, one token per step."""

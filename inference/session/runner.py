@@ -68,15 +68,15 @@ class Runner:
         sampling: Sampling | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         chunk: int = CHUNK_FRAMES,
-        **ends: Any,
+        ignore_end: bool = False,
     ) -> SessionHandle:
         """Answers a whole question once: tokens, and uint8 [3, H, W] for each `<|image|>`.
-        `ends`: stop_ids and ignore_end of Answer."""
+        ignore_end: it goes on to `max_new_tokens` where the model ends it."""
         name = f"answer{next(self._numbers)}"
         sampling = sampling or Sampling()
         task = Answer(
             name, tokens, images, self.vocabulary, self._stats(),
-            sampling=sampling, max_new_tokens=max_new_tokens, chunk=chunk, **ends,
+            sampling=sampling, max_new_tokens=max_new_tokens, chunk=chunk, ignore_end=ignore_end,
         )  # fmt: skip
         return self._start(task)
 
