@@ -9,7 +9,7 @@ from typing import Any
 
 from inference.engine.sampling import Sampling
 from inference.serve.data_urls import data_url, media_bytes
-from inference.serve.fields import EVENTS, INPUT_IMAGE, INPUT_TEXT, ITEM, SESSION
+from inference.serve.known_fields import EVENTS, INPUT_IMAGE, INPUT_TEXT, ITEM, SESSION
 from inference.serve.limits import SAMPLING_RANGES, Limits, Refused
 
 # Name in session.update -> (name in SessionConfig, least, largest, whole numbers only).

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference.engine.sampling import Sampling
-from inference.serve import fields as known
+from inference.serve import known_fields as known
 from inference.serve.data_urls import data_url
 from inference.serve.hub import MODEL
 from inference.serve.limits import Limits, Refused

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from inference.serve import fields
-from inference.serve.fields import Fields
+from inference.serve import known_fields as fields
+from inference.serve.known_fields import Fields
 from tests.conftest import REPO
 
 TABLE: list[tuple[str, Fields]] = [
