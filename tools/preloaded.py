@@ -44,6 +44,7 @@ class Command:
         arguments: list[str],
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
+        folder: Path | None = None,
     ):
         """Starts `python -m module arguments`.
 
@@ -52,10 +53,11 @@ class Command:
             environment: all of the command's; None: this process's.
             log: file for what the command prints; the command then leads a session of its own.
                 None: it prints where this process does.
+            folder: where the command works; None: where this process does.
         """
         own = dict(os.environ if environment is None else environment)
         self.args = [module, *arguments]
-        start = (self.args, own, log and str(log))
+        start = (self.args, own, log and str(log), folder or Path.cwd())
         self.process: BaseProcess = _context().Process(target=_run, args=start)  # type: ignore
         self.process.start()
         assert self.process.pid is not None
@@ -108,8 +110,9 @@ def _context() -> BaseContext:
     return context
 
 
-def _run(command: list[str], environment: Mapping[str, str], log: str | None) -> None:
+def _run(command: list[str], environment: Mapping[str, str], log: str | None, folder: Path) -> None:
     """In the new process."""
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     if log is not None:

@@ -32,12 +32,20 @@ def process_group(config: Config) -> Iterator[None]:
     start_process_group(config)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         # With others: they would notice, and report that before this rank's error.
         if dist.get_world_size() == 1:
             leave_process_group()
+        elif _comes_from_another_rank(error):
+            time.sleep(1.1)  # torchrun names the rank with the earliest second as the root cause
         raise
     leave_process_group()
+
+
+def _comes_from_another_rank(error: BaseException) -> bool:
+    """True where a collective met a rank that is gone."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in lost)
 
 
 def start_process_group(config: Config) -> None:

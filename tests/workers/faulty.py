@@ -28,7 +28,7 @@ def main() -> None:
     resume_from = check(config)
     from moss_train.parallel.distribute import StepBatch
     from moss_train.train.loop import Job
-    from moss_train.train.process import start_process_group
+    from moss_train.train.process import process_group
 
     class Faulty(Job):
         """A job with a bad day."""
@@ -42,8 +42,8 @@ def main() -> None:
                 self.reader.batches = spoiled(self.reader.batches)
             return super()._read()
 
-    start_process_group(config)
-    Faulty(config, resume_from).run()
+    with process_group(config):
+        Faulty(config, resume_from).run()
 
 
 def spoiled(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:

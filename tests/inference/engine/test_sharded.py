@@ -30,9 +30,7 @@ def test_two_ranks_stream_what_one_does(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_dead_rank_ends_all(tiny: Path, tmp_path: Path) -> None:
-    result = run_ranks(
-        WORKER, 2, str(tiny), "die", out=tmp_path, timeout=60, check=False, preloaded=False
-    )
+    result = run_ranks(WORKER, 2, str(tiny), "die", out=tmp_path, timeout=60, check=False)
     assert result.returncode != 0
     assert result.seconds < 45
     assert not list(tmp_path.glob("result*"))

@@ -51,9 +51,9 @@ def start(job, tmp_path) -> Iterator[Callable[..., Run]]:
     """Starts the job, again and again, in one run folder."""
     number = iter(range(100))
 
-    def again(*more: str) -> Run:
+    def again(*more: str, preloaded: bool = True) -> Run:
         out, run = tmp_path / f"start{next(number)}", f"run.dir={tmp_path}/run"
-        return start_ranks(ENTRY, 2, *job, *more, run, out=out, preloaded=False)
+        return start_ranks(ENTRY, 2, *job, *more, run, out=out, preloaded=preloaded)
 
     yield again
     end_orphans(tmp_path)
@@ -109,7 +109,7 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
 
 def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    running = start("trainer.checkpoint_every=1000")
+    running = start("trainer.checkpoint_every=1000", preloaded=False)
     wait_for_step(folder, 1)
     for pid in running.rank_pids():
         os.kill(pid, signal.SIGTERM)
@@ -123,7 +123,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
     assert f"Stopped after step {first} of {STEPS}" in page.text
 
     # A batch system's signal reaches torchrun too, which passes it on: the ranks get it twice.
-    running = start("trainer.checkpoint_every=1000")
+    running = start("trainer.checkpoint_every=1000", preloaded=False)
     wait_for_step(folder, first + 1)
     ranks = running.rank_pids()
     running.signal(signal.SIGTERM)
@@ -159,7 +159,9 @@ def test_a_signal_to_all_processes_stops_a_single_one_cleanly(small, tmp_path, n
 def test_an_error_on_one_rank_ends_the_job(small, tmp_path, how, rank, layout, error):
     options = [*small, f"parallel={layout}", f"run.dir={tmp_path}/run"]
     worker = "tests/workers/faulty.py"
-    running = start_ranks(worker, 2, how, str(rank), *options, out=tmp_path, preloaded=False)
+    running = start_ranks(
+        worker, 2, how, str(rank), *options, out=tmp_path, preloaded=how != "raise"
+    )
     wait_for(lambda: len(running.rank_pids()) == 2)
     ranks = running.rank_pids()
     wait_for(lambda: not all(is_running(pid) for pid in ranks))
