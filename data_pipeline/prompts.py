@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -40,6 +41,7 @@ STAGE_FORMS: dict[str | None, PromptForm] = {
 
 # Special tokens that a content may contain; any other one that it spells is text.
 _CONTENT = re.compile(r"(<\|image\|>|<\|video\|>|<\|silence\|>|<\|\.\.\.\|>)")
+_SPELLING = threading.Lock()  # a tokenizer's setting, which threads of a server share
 TYPED = "\ufdd0"  # no character: Unicode keeps it for a program's own use
 
 
@@ -242,9 +244,10 @@ class PromptBuilder:
 
     def _encode_spelled(self, text: str) -> list[int]:
         """A special token that a text spells stays text: it ends no turn and forges no header."""
-        self._tokenizer.encode_special_tokens = True
-        try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            self._tokenizer.encode_special_tokens = False
+        with _SPELLING:
+            self._tokenizer.encode_special_tokens = True
+            try:
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            finally:
+                self._tokenizer.encode_special_tokens = False
         return ids

@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
             cli.note(f"warning: {args.host} is open to the network, and there is no --api_key")
+        if "*" in args.allow_origin and not args.api_key:
+            cli.note("warning: any site's page may use this server, and there is no --api_key")
         metrics = Metrics()
         with Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, limits, metrics, export)

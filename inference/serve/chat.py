@@ -19,6 +19,7 @@ from inference.engine.engine import EngineFull
 from inference.engine.images import check_header, check_video, fit
 from inference.serve.hub import MODEL, Hub
 from inference.serve.limits import Limits, Refused
+from inference.serve.protocol import read_json
 from inference.serve.question import Medium, Question, read_question
 from inference.serve.stop import StopFilter
 from inference.session.handle import SessionHandle
@@ -66,6 +67,10 @@ def refusal(error: Refused) -> JSONResponse:
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        field = "Content-Encoding"
+        raise Refused("unsupported", f"{field}: {coding:.20}: send the body as it is", field)
     body = bytearray()
     async for piece in request.stream():
         body += piece
@@ -76,10 +81,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
 
 def _read(body: bytes, hub: Hub) -> tuple[Question, list[int], list[Tensor]]:
     """What is asked, its tokens and its frames; in a thread."""
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused("invalid_json", f"the request is not JSON: {error}") from None
+    given = read_json(body, "the request")
     question = read_question(given, hub.limits)
     return question, *prepare(question, hub)
 

@@ -35,11 +35,12 @@ class Fields:
         where: what `given` is of the request, `messages[0].`
         """
         for name, value in given.items():
-            path = where + name.encode("utf-8", "replace").decode()[:60]  # JSON has half characters
+            short = name[:60].encode("utf-8", "replace").decode()  # JSON has half characters
+            path = where + short
             if value is None or name in self.read or name in self.harmless:
                 continue
             if name not in self.neutral:
-                raise Refused("unknown_field", f"{path}: {self._hint(name)}", path)
+                raise Refused("unknown_field", f"{path}: {self._hint(short)}", path)
             values, why = self.neutral[name]
             if not any(value == one and type(value) is type(one) for one in _numbers(values)):
                 allowed = f" (taken: {', '.join(map(repr, values))})" if values else ""

@@ -29,12 +29,30 @@ class ImageMessage:
     prompt: str | None
 
 
+def read_json(data: str | bytes, what: str) -> Any:
+    """What a client sends; Refused for what is not JSON, and for a field that stands twice."""
+    try:
+        return json.loads(data, object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise Refused("invalid_json", f"{what} is not JSON: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise Refused("invalid_value", f"{name!r:.60} is given twice")
+        fields[name] = value
+    return fields
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
 def parse(text: str) -> dict[str, Any]:
     """A text message; Refused if it is not an object with a known type."""
-    try:
-        message = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Refused("invalid_json", f"the message is not JSON: {error}") from None
+    message = read_json(text, "the message")
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise Refused("invalid_message", "a message is an object with a `type`", "type")
     if message["type"] not in EVENTS:

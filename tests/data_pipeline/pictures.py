@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 SIDE = 56
@@ -153,3 +154,47 @@ def _made() -> list[Known]:
 
 
 PICTURES = _made()
+
+
+@dataclass(frozen=True)
+class Array:
+    """Pixels in a program's memory."""
+
+    name: str
+    given: Any
+    pixels: np.ndarray | None  # uint8 [H, W, 3]; None: refused
+    refusal: str = ""  # what the reason names
+
+
+def _arrays() -> list[Array]:
+    grey = np.array([[0, 100, 255]] * 5, np.uint8)  # [5, 3]
+    three = grey[..., None].repeat(3, 2)  # [5, 3, 3]
+    color = np.stack([grey, 255 - grey, grey], axis=2)
+    wide = np.tile(color, (1, 4, 1))  # [5, 12, 3]
+    clear = np.dstack([color, np.zeros((5, 3), np.uint8)])
+    opaque = np.dstack([color, np.full((5, 3), 255, np.uint8)])
+    return [
+        Array("[H, W]", grey, three),
+        Array("[H, W, 1]", grey[..., None], three),
+        Array("[H, W, 3]", color, color),
+        Array("[H, W, 3], wide", wide, wide),
+        Array("[H, W, 3], not contiguous", wide[:, ::2], wide[:, ::2]),
+        Array("[3, H, W]", wide.transpose(2, 0, 1), wide),
+        Array("[H, W, 4], clear", clear, np.full_like(color, 255)),
+        Array("[H, W, 4], opaque", opaque, color),
+        Array("bool [H, W]", grey > 50, (three > 50).astype(np.uint8) * 255),
+        Array("tensor [H, W]", torch.tensor(grey), three),
+        Array("tensor [1, H, W]", torch.tensor(grey)[None], three),
+        Array("tensor [3, H, W]", torch.tensor(color).permute(2, 0, 1), color),
+        Array("tensor [4, H, W]", torch.tensor(opaque).permute(2, 0, 1), color),
+        Array("floats", np.zeros((4, 4, 3), np.float32), None, r"float32 \[4, 4, 3\]"),
+        Array("uint16", np.zeros((4, 4), np.uint16), None, r"uint16 \[4, 4\]"),
+        Array("int64", np.zeros((4, 4, 3), np.int64), None, "int64"),
+        Array("seven channels", np.zeros((5, 6, 7), np.uint8), None, r"uint8 \[5, 6, 7\]"),
+        Array("a batch", np.zeros((2, 4, 4, 3), np.uint8), None, r"uint8 \[2, 4, 4, 3\]"),
+        Array("no rows", np.zeros((0, 4, 3), np.uint8), None, r"uint8 \[0, 4, 3\]"),
+        Array("a tensor of floats", torch.zeros(3, 4, 4), None, r"float32 \[3, 4, 4\]"),
+    ]
+
+
+ARRAYS = _arrays()

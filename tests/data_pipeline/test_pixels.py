@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_pipeline.build import build_shards
-from data_pipeline.images import decode_image, picture_pixels
+from data_pipeline.images import decode_image, picture_pixels, read_picture
 from data_pipeline.schema import SampleError
+from inference.engine.images import as_picture
 from inference.hf.processing_moss_video import _picture
-from tests.data_pipeline.pictures import PICTURES, Known
+from tests.data_pipeline.pictures import ARRAYS, PICTURES, Known
 from tests.samples import imported
 
 each = pytest.mark.parametrize("known", PICTURES, ids=lambda known: known.name)
@@ -79,35 +81,14 @@ def test_a_picture_given_by_hand_is_not_changed(turn: bool) -> None:
     assert (image.size, image.mode, image.getpixel((0, 0))) == ((4, 2), "RGBA", (0, 0, 0, 0))
 
 
-def test_arrays_and_tensors() -> None:
-    grey = np.array([[0, 100, 255]] * 5, np.uint8)  # [5, 3]
-    color = np.stack([grey, 255 - grey, grey], axis=2)  # [5, 3, 3]
-    wanted = torch.tensor(color).permute(2, 0, 1)
-    wide = np.tile(color, (1, 4, 1))  # [5, 12, 3]
-    assert torch.equal(picture_pixels(color), wanted)
-    assert torch.equal(picture_pixels(wide), torch.tensor(wide).permute(2, 0, 1))
-    assert torch.equal(picture_pixels(wide.transpose(2, 0, 1)), torch.tensor(wide).permute(2, 0, 1))
-    assert torch.equal(picture_pixels(wanted), wanted)
-    assert torch.equal(picture_pixels(grey), torch.tensor(grey).expand(3, 5, 3))
-    assert torch.equal(picture_pixels(grey[..., None]), picture_pixels(grey))
-    assert picture_pixels(grey > 50)[0].tolist() == [[0, 255, 255]] * 5
-    clear = np.dstack([color, np.full((5, 3), 0, np.uint8)])
-    assert picture_pixels(clear).unique().tolist() == [255]
-
-
-@pytest.mark.parametrize(
-    ("array", "named"),
-    [
-        (np.zeros((4, 4, 3), np.float32), r"float32 \[4, 4, 3\]"),
-        (np.zeros((4, 4), np.uint16), r"uint16 \[4, 4\]"),
-        (np.zeros((4, 4, 3), np.int64), "int64"),
-        (np.zeros((5, 6, 7), np.uint8), r"uint8 \[5, 6, 7\]"),
-        (np.zeros((2, 4, 4, 3), np.uint8), r"uint8 \[2, 4, 4, 3\]"),
-        (np.zeros((0, 4, 3), np.uint8), r"uint8 \[0, 4, 3\]"),
-        (torch.zeros(3, 4, 4), r"float32 \[3, 4, 4\]"),
-        ("a.png", "<U5"),
-    ],
-)
-def test_an_array_without_a_stated_range_or_shape_is_refused(array, named: str) -> None:
-    with pytest.raises(SampleError, match=named):
-        picture_pixels(array)
+@pytest.mark.parametrize("way", [picture_pixels, read_picture, as_picture, _picture])
+def test_every_way_takes_and_refuses_the_same_arrays(way: Callable[[Any], Any]) -> None:
+    """Training and evaluation; the engine; the exported processor."""
+    for array in ARRAYS:
+        if array.pixels is None:
+            with pytest.raises((SampleError, ValueError), match=array.refusal):
+                way(array.given)
+            continue
+        made = way(array.given)
+        pixels = np.asarray(made) if isinstance(made, Image.Image) else made.permute(1, 2, 0)
+        assert np.array_equal(pixels, array.pixels), array.name

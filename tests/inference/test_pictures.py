@@ -77,19 +77,6 @@ def test_every_way_gives_the_same_pixels(hub: Hub, known: Known) -> None:
             assert np.array_equal(way(known).permute(1, 2, 0).numpy(), known.pixels()), name
 
 
-def test_arrays_are_what_training_takes_them_for() -> None:
-    grey = np.array([[0, 100, 255]] * 5, np.uint8)  # [5, 3]
-    wanted = torch.tensor(grey).expand(3, 5, 3)
-    clear = np.dstack([grey, grey, grey, np.zeros_like(grey)])
-    for given in (grey, grey[..., None], torch.tensor(grey), torch.tensor(grey)[None], wanted):
-        assert torch.equal(as_picture(given), wanted)
-    assert as_picture(clear).unique().tolist() == [255]
-    assert as_picture(grey > 50)[0].tolist() == [[0, 255, 255]] * 5
-    for wrong, named in ((np.zeros((4, 4), np.uint16), "uint16"), (torch.zeros(3, 4, 4), "float")):
-        with pytest.raises(SampleError, match=named):
-            as_picture(wrong)
-
-
 def test_a_frame_is_not_the_callers_memory() -> None:
     """A camera's program may write the next picture into the same array."""
     for given in (

@@ -109,3 +109,21 @@ def test_a_greedy_slot_stays_greedy_beside_one_that_draws() -> None:
 def test_settings_out_of_range_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"sampling: {next(iter(wrong))}"):
         Sampling(**wrong)
+
+
+def test_a_seed_that_is_not_given_is_drawn() -> None:
+    seeds = {Sampling().seed for _ in range(8)} | {Sampling(seed=None).seed}
+    assert len(seeds) == 9
+    assert all(seed is not None and 0 <= seed < 2**53 for seed in seeds)
+    logits = torch.zeros(1, 40)
+    own = [
+        draws(sampler_of(Sampling(1.0, seed=s)), logits, 50) for s in (1, 2**53 + 1, -1, -(2**63))
+    ]
+    assert len({tuple(draw.tolist()) for draw in own}) == 4
+    for wrong in (2**63, -(2**63) - 1, 1.5):
+        with pytest.raises(ValueError, match="sampling: seed"):
+            Sampling(seed=wrong)  # type: ignore[arg-type]
+
+
+def test_top_k_may_be_written_as_vllm_does() -> None:
+    assert Sampling(top_k=-1).top_k == 0

@@ -291,6 +291,16 @@ def test_answers_without_a_seed_differ_and_with_one_repeat(http: httpx.Client) -
     assert len({said(ask(http)) for _ in range(2)}) == 1  # greedy
 
 
+def test_a_field_stands_once(http: httpx.Client) -> None:
+    body = '{"messages": [{"role": "user", "content": "A"}], "seed": 1, "seed": 2}'
+    answer = http.post("chat/completions", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "'seed' is given twice"
+    assert http.post("chat/completions", content='{"temperature": NaN}').status_code == 400
+    packed = http.post("chat/completions", content=b"x", headers={"Content-Encoding": "gzip"})
+    assert refused(packed) == "Content-Encoding"
+
+
 # Data URLs
 
 

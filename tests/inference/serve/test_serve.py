@@ -179,7 +179,7 @@ WRONG = [
     ('{"type": "session.update"}', "invalid_message"),
     ('{"type": "session.update", "session": {"pace": 0}}', "invalid_value"),
     ('{"type": "session.update", "session": {"pace": true}}', "invalid_value"),
-    ('{"type": "session.update", "session": {"temperature": NaN}}', "invalid_value"),
+    ('{"type": "session.update", "session": {"temperature": NaN}}', "invalid_json"),
     ('{"type": "session.update", "session": {"model": "x"}}', "unknown_field"),
     ('{"type": "session.update", "session": {"source": "/etc/passwd"}}', "invalid_value"),
     ('{"type": "session.update", "session": {"seed": 1.5}}', "invalid_value"),
@@ -268,6 +268,16 @@ def test_a_picture_may_come_in_json_and_with_a_question(server: Running) -> None
         client.until("input_frame.processed")
         client.send("session.close")
         client.rest()
+
+
+def test_two_sessions_have_seeds_of_their_own(server: Running) -> None:
+    with server.open() as first, server.open() as second:
+        seeds = [c.until("session.created")["session"]["seed"] for c in (first, second)]
+        assert seeds[0] != seeds[1]
+        first.update(seed=7, temperature=None)
+        assert first.until("session.updated")["session"]["seed"] == 7
+        first.update(seed=None, top_k=-1)  # null: as it is
+        assert first.until("session.updated")["session"]["seed"] == 7
 
 
 def test_a_session_is_refused_when_all_places_are_taken(server: Running) -> None:
