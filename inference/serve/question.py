@@ -73,14 +73,12 @@ def read_question(body: Any, limits: Limits) -> Question:
     goes_on = _flag(body, "continue_final_message")
     messages = reader.read(body.get("messages"), goes_on)
     _check_last(body, messages[-1].role, goes_on)
-    most = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    largest, default = limits.max_tokens, min(MAX_NEW_TOKENS, limits.max_tokens)
     options = _object(body.get("stream_options"), "stream_options", known.STREAM_OPTIONS)
     return Question(
         messages=messages,
         media=reader.media,
         sampling=_sampling(body),
-        max_tokens=_number(body, most, 1, largest) or default,
+        max_tokens=_max_tokens(body, limits.max_tokens),
         stop=_stop(body.get("stop"), limits),
         stop_in_answer=_flag(body, "include_stop_str_in_output"),
         ignore_end=_flag(body, "ignore_eos"),
@@ -256,9 +254,12 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
     return Sampling(**{name: read_setting(body[name], name) for name in names})
 
 
-def _number(body: Mapping[str, Any], name: str, least: int, largest: int) -> int | None:
-    value = body.get(name)
-    return None if value is None else read_number(value, name, least, largest, whole=True)
+def _max_tokens(body: Mapping[str, Any], largest: int) -> int:
+    names = [n for n in ("max_completion_tokens", "max_tokens") if body.get(n) is not None]
+    given = [read_number(body[name], name, 1, largest, whole=True) for name in names]
+    if len(set(given)) > 1:
+        raise Refused("invalid_value", f"{names[1]}: is not {names[0]}: give one", names[1])
+    return given[0] if given else min(MAX_NEW_TOKENS, largest)
 
 
 def _flag(body: Mapping[str, Any], name: str, where: str = "") -> bool:

@@ -108,7 +108,7 @@ class Connection:
         kind = message["type"]
         if kind in ("session.close", "input_image_buffer.end"):
             self._emit_skipped(0.0)
-        if self._announced and kind == "input_image_buffer.append":
+        if self._announced and kind in ("input_image_buffer.append", "input_image_buffer.end"):
             self._announced = None
             raise Refused("wrong_order", "the picture of the append before has not come")
         if kind == "session.update":

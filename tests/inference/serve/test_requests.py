@@ -241,6 +241,8 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(http: httpx.Cli
         part = {"type": "image_url", **changes, "image_url": url}
         field = refused(ask(http, [{"role": "user", "content": [part]}]))
         assert field.startswith("messages[0].content[0].")
+    assert refused(ask(http, max_completion_tokens=5)) == "max_tokens"  # 4
+    said(ask(http, max_completion_tokens=4))
     unknown = ask(http, model="gpt-4o")
     assert unknown.status_code == 404
     assert unknown.json()["error"]["code"] == "model_not_found"
