@@ -181,7 +181,7 @@ class _Messages:
             return self._image(part.get(kind), f"{field}.{kind}")
         if kind == "video_url":
             known.VIDEO_PART.check(part, f"{field}.")
-            own = {**self._frames, **_frame_fields(part, f"{field}.", self._limits)}
+            own = _frame_fields(part, f"{field}.", self._limits)
             return self._video(part.get(kind), f"{field}.{kind}", own)
         words = f"{field}.type: {kind!r:.60}: expected text, image_url or video_url"
         raise Refused("invalid_value", words, f"{field}.type")
@@ -195,7 +195,11 @@ class _Messages:
     def _video(self, given: Any, field: str, frames: Mapping[str, Any]) -> str:
         url = {"url": given} if isinstance(given, str) else _object(given, field, known.VIDEO_URL)
         data = data_url(url.get("url"), field, self._limits.body_bytes)
-        chosen = {**frames, **_frame_fields(url, f"{field}.", self._limits)}
+        own = _frame_fields(url, f"{field}.", self._limits)
+        twice = next((name for name in own if frames.get(name, own[name]) != own[name]), None)
+        if twice:
+            raise Refused("invalid_value", f"{field}.{twice}: is given twice", f"{field}.{twice}")
+        chosen = {**frames, **own} or self._frames
         if "num_frames" in chosen and len(chosen) > 1:
             words = f"{field}: num_frames leaves nothing for {', '.join(chosen)}: give one of them"
             raise Refused("invalid_value", words, field)
@@ -218,14 +222,17 @@ class _Messages:
 
 
 def _frame_choice(body: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """Of all videos of the request, which a video's own fields come before."""
+    """Of the videos of the request that say nothing themselves."""
     processor = _object(body.get("mm_processor_kwargs"), "mm_processor_kwargs", known.PROCESSOR)
     reading = _object(body.get("media_io_kwargs"), "media_io_kwargs", known.MEDIA_IO)
     video = _object(reading.get("video"), "media_io_kwargs.video", known.PROCESSOR)
-    return {
-        **_frame_fields(video, "media_io_kwargs.video.", limits),
-        **_frame_fields(processor, "mm_processor_kwargs.", limits),
-    }
+    processed = _frame_fields(processor, "mm_processor_kwargs.", limits)
+    read = _frame_fields(video, "media_io_kwargs.video.", limits)
+    if processed and read:
+        field = "media_io_kwargs.video"
+        words = f"{field}: mm_processor_kwargs says which frames, too: give one of them"
+        raise Refused("invalid_value", words, field)
+    return processed or read
 
 
 def _frame_fields(given: Mapping[str, Any], where: str, limits: Limits) -> dict[str, Any]:

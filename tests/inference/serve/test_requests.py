@@ -266,6 +266,9 @@ def test_frames_of_a_video_follow_the_request(http: httpx.Client, video: str) ->
         assert field == f"messages[0].content[0].video_url.{next(iter(wrong))}"
     assert refused(shown(http, {**url, "num_frames": 4, "fps": 1})).endswith("video_url")
     assert refused(shown(http, {**url, "min_frames": 9, "max_frames": 4})).endswith("video_url")
+    both = shown(http, url, mm_processor_kwargs={"fps": 2}, media_io_kwargs={"video": {"fps": 2}})
+    assert refused(both) == "media_io_kwargs.video"
+    assert refused(shown(http, {**url, "fps": 2}, part={"fps": 1})).endswith("video_url.fps")
     many = shown(http, {**url, "fps": 4})
     assert many.status_code == 413
     assert "12.0 s at 4 a second are more than 30 frames" in many.json()["error"]["message"]
