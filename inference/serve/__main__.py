@@ -61,7 +61,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_engine_flags(parser)
     cli.flag(parser, "host", default="127.0.0.1", metavar="ADDRESS",
              help="address to listen on; 127.0.0.1: this machine only")  # fmt: skip
-    cli.flag(parser, "port", type=int, default=8000, metavar="N", help="port to listen on")
+    cli.flag(parser, "port", type=port, default=8000, metavar="N",
+             help="port to listen on; 0: a free one")  # fmt: skip
     cli.flag(parser, "max_sessions", type=cli.positive_int, default=4, metavar="N",
              help="maximum number of sessions and answers at once")  # fmt: skip
     cli.flag(parser, "api_key", default=os.environ.get("MOSS_API_KEY"), metavar="KEY",
@@ -83,6 +84,23 @@ def origin(text: str) -> str:
     if text not in ("*", "null") and not (parts.scheme and parts.netloc and not parts.path):
         raise argparse.ArgumentTypeError(f"{text}: write SCHEME://HOST[:PORT], *, or null")
     return text.lower().rstrip("/")
+
+
+def port(text: str) -> int:
+    """A flag's port."""
+    if not 0 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to {2**16 - 1}")
+    return int(text)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The socket of an address; CommandError where it cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        words = f"{error.strerror or error}: give another --host or --port"
+        raise cli.CommandError(f"--host {host} --port {port}: {words}") from None
 
 
 def server_config(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn.Config:
@@ -113,14 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             cli.note(f"warning: {args.host} is open to the network, and there is no --api_key")
         if "*" in args.allow_origin and not args.api_key:
             cli.note("warning: any site's page may use this server, and there is no --api_key")
+        # Before the model is loaded, which takes long; other ranks of torchrun serve nothing.
+        leads = os.environ.get("RANK", "0") == "0"
+        door = listen(args.host, args.port) if leads else socket.socket()
         metrics = Metrics()
-        with Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
+        with door, Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, limits, metrics, export)
             app = make_app(hub, args.api_key, args.allow_origin)
             # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
             signal.signal(signal.SIGTERM, lambda *_: None)
-            cli.note(f"http://{args.host}:{args.port}/")
-            Server(server_config(app, args.host, args.port, limits), hub).run()
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            cli.note(f"http://{host}:{door.getsockname()[1]}/")
+            config = server_config(app, args.host, args.port, limits)
+            Server(config, hub).run(sockets=[door])
     return 0
 
 

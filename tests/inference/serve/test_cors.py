@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from inference.cli import CommandError
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
+from inference.serve.__main__ import listen, parse
 from inference.serve.__main__ import origin as read_origin
 from tests.inference.serve.serving import Running, serving
 
@@ -144,3 +146,14 @@ def test_origins_are_written_as_browsers_write_them() -> None:
     for wrong in ("app.example", "https://app.example/page", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="SCHEME://HOST"):
             read_origin(wrong)
+
+
+def test_an_address_that_cannot_be_had_is_told_before_a_model_is_loaded() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        number = taken.getsockname()[1]
+        with pytest.raises(CommandError, match=f"--port {number}: Address already in use"):
+            listen("127.0.0.1", number)
+    with pytest.raises(CommandError, match=r"--host no\.such\.host\.invalid"):
+        listen("no.such.host.invalid", 8000)
+    with pytest.raises(SystemExit):
+        parse(["--port", "70000"])
