@@ -21,11 +21,11 @@ TABLE: list[tuple[str, Fields]] = [
     ("its `video_url`", fields.VIDEO_URL),
     ("`mm_processor_kwargs`, `media_io_kwargs.video`", fields.PROCESSOR),
     ("`media_io_kwargs`", fields.MEDIA_IO),
-    *((f"event `{name}`", event) for name, event in fields.EVENTS.items()),
-    ("its `session`", fields.SESSION),
-    ("its `item`", fields.ITEM),
-    ("part `input_text`", fields.INPUT_TEXT),
-    ("part `input_image`", fields.INPUT_IMAGE),
+    *((f"event `{name}`", fields.EVENTS[name]) for name in fields.EVENTS),
+    ("`session` of `session.update`", fields.SESSION),
+    ("`item` of `conversation.item.create`", fields.ITEM),
+    ("its part `input_text`", fields.INPUT_TEXT),
+    ("its part `input_image`", fields.INPUT_IMAGE),
 ]
 
 

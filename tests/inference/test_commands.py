@@ -82,6 +82,19 @@ def test_a_stream_is_watched_second_by_second(run: Run, tiny: Path, clip: Path) 
     assert texts[0] == texts[1] != []
 
 
+def test_a_seed_that_is_not_given_is_drawn_and_told(run: Run, sft: Path) -> None:
+    def ask(*more: object) -> tuple[str, str]:
+        args = ("--checkpoint", sft, "--device", "cpu", "--temperature", 2, "--max_new_tokens", 20)
+        code, out, err = run(offline_infer, *args, "--prompt", "Tell me.", *more)
+        assert code == 0
+        return out, err
+
+    (first, told), (second, _) = ask(), ask()
+    assert first != second
+    seed = next(line for line in told.splitlines() if "draws the same again" in line).split()[1]
+    assert ask("--seed", seed)[0] == first
+
+
 def test_the_view_shows_silence_and_responses_with_their_time(
     run: Run, tiny: Path, clip: Path, tmp_path: Path
 ) -> None:
