@@ -109,6 +109,10 @@ REQUEST = Fields(
         "add_special_tokens": ((False,), "prompts are written as in training"),
         "chat_template_kwargs": (({},), "prompts are written as in training"),
         "documents": (([],), "prompts are written as in training"),
+        "chat_template": ((), "prompts are written as in training"),
+        "extra_body": ((), "its fields belong into the request itself"),
+        **{f"guided_{name}": ((), _FREE) for name in ("choice", "json", "regex", "grammar")},
+        "structured_outputs": ((), _FREE),
     },
 )  # fmt: skip
 
