@@ -4,6 +4,7 @@
 1    failed: the work could not be done, or what it checked is wrong
 2    wrong usage: an argument, a flag or a field of a configuration
 130  stopped before the end, by Ctrl-C or SIGTERM
+141  nobody reads the output any more (`| head`), as after SIGPIPE
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 from typing import Any
 
-DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 130
+DONE, FAILED, WRONG_USAGE, STOPPED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,28 @@ import transformers
 from data_pipeline.images import read_picture
 from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
+from data_pipeline.seconds import parse_seconds
 from inference.cli import MAX_NEW_TOKENS
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.export_info import ExportInfo, read_export_info
 from inference.feed import Schedule, follow
+from inference.live import LiveSource
 from inference.session.answer import LARGE_CHUNK_FRAMES
 from inference.session.events import Event
-from inference.session.handle import SessionHandle
+from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 from inference.sources import (
     CLIP_FPS,
     CLIP_MAX_FRAMES,
     CLIP_MIN_FRAMES,
+    RECONNECT,
     WATCHED_MAX_FRAMES,
-    Source,
+    FileSource,
     clip,
+    open_source,
 )
 
 # A file's path or bytes, a PIL image, an array [H, W, 3], a tensor [3, H, W].
@@ -129,10 +134,11 @@ class Model:
         self,
         video: str | Path | int,
         prompt: str = "",
-        ask: Mapping[float, str] | None = None,
+        ask: Mapping[Any, str] | None = None,
         *,
         fps: float = 1 / SessionConfig.frame_interval,
         speed: float | None = None,
+        reconnect: float = RECONNECT,
         **session: Any,
     ) -> Iterator[Event]:
         """Watches a video and yields what happens, as it happens, until it is over.
@@ -144,28 +150,33 @@ class Model:
         Args:
             video: a file, the number of a camera, or an rtsp:// or http:// URL.
             prompt: the first user turn (default: none, the model watches first).
-            ask: second of the video -> a question that is asked then.
+            ask: second of the video (`75`, "75.5s", "1:15") -> a question that is asked then.
             fps: frames per second of the video.
-            speed: seconds of the video per second of the wall clock (default: of a file 0, as fast
-                as possible; of what is live 1).
+            speed: seconds of a file per second of the wall clock (default: 0, as fast as
+                possible); what is live has a speed of its own.
+            reconnect: seconds for which a camera or stream that is lost is tried again; 0: not.
             session: further fields of `SessionConfig`: `system_prompt`, `pace`, `sampling`, ...
 
         Raises:
             ValueError: the model has not learned to watch, or an argument is wrong.
-            SourceError: there is no such file. Later errors are events of the type `error`.
+            SourceError: there is no such file, camera or stream. Later errors are events of the
+                type `error`.
         """
         self._check_watches()
-        source = Source(str(video))
-        source.check()
-        if fps <= 0 or (speed is not None and speed < 0):
-            raise ValueError(f"fps={fps}, speed={speed}: must be more than 0, and not less than 0")
+        if not (0 < fps < math.inf and 0 <= (speed or 0) < math.inf and 0 <= reconnect < math.inf):
+            raise ValueError(
+                f"fps={fps}, speed={speed}, reconnect={reconnect}: fps must be more than 0, the "
+                "others not less than 0, and all of them finite"
+            )
+        questions = sorted((parse_seconds(second), text) for second, text in (ask or {}).items())
+        source = open_source(str(video), reconnect)
         pace = float(source.live) if speed is None else speed
-        schedule = Schedule(fps, pace or float(source.live), sorted((ask or {}).items()))
+        schedule = Schedule(fps, 1.0 if source.live else pace, questions)
         fields = {**schedule.session_fields(source.live), **session, "prompt": prompt}
         return self._watch(source, schedule, fields)
 
     def _watch(
-        self, source: Source, schedule: Schedule, fields: Mapping[str, Any]
+        self, source: FileSource | LiveSource, schedule: Schedule, fields: Mapping[str, Any]
     ) -> Iterator[Event]:
         with self.runner.session(**fields) as session:
             yield from follow(session, source, schedule)
@@ -207,10 +218,12 @@ class Model:
 
 
 def _text_of(answer: SessionHandle) -> str:
-    text = ""
+    text, said = "", False
     for event in answer.events():
         if event.type == "response.done":
-            text = event.data["text"]
+            text, said = event.data["text"], event.data["status"] != "cancelled"
         elif event.type == "error":
             raise RuntimeError(f"{answer.name}: {event.data['message']}")
+        elif event.type == "session.closed" and not said:
+            raise SessionClosed(f"{answer.name}: {event.data['reason']}")
     return text

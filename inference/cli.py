@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, report_error
 from data_pipeline.schema import SampleError
@@ -18,9 +18,8 @@ from inference.engine.load import DTYPES, RankFinished, load_engine
 from inference.engine.quantize import FORMATS
 from inference.engine.sampling import Sampling
 from inference.export_info import FORM_KEY, ExportError, ExportInfo, read_export_info
-from inference.session.events import Event
+from inference.live import SourceError
 from inference.session.handle import SessionClosed
-from inference.sources import SourceError
 
 MAX_NEW_TOKENS = 512  # of an answer or a response, where a command does not say
 _SAMPLING_HELP = {
@@ -37,25 +36,6 @@ class CommandError(Exception):
     """Wrong usage of a command; the message names the flag."""
 
 
-class Sink:
-    """Where `--jsonl` goes: a file, `-` for stdout, or nowhere."""
-
-    def __init__(self, name: str | None) -> None:
-        self.terminal = name == "-"
-        self._out: TextIO | None = None
-        if name:
-            self._out = sys.stdout if self.terminal else open(name, "w")  # noqa: SIM115
-
-    def show(self, event: Event) -> None:
-        """Writes an event as a line of JSON."""
-        if self._out:
-            print(json.dumps(event.as_dict(), ensure_ascii=False), file=self._out, flush=True)
-
-    def close(self) -> None:
-        if self._out and not self.terminal:
-            self._out.close()
-
-
 def flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
     """Adds a flag that may be spelled with `_`, as published, or with `-`."""
     names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
@@ -64,8 +44,15 @@ def flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
 
 def positive(text: str) -> float:
     """A flag's number, which must be more than 0."""
-    if not float(text) > 0:
+    if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+    return float(text)
+
+
+def not_negative(text: str) -> float:
+    """A flag's number, which must be 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must not be less than 0")
     return float(text)
 
 
@@ -171,7 +158,8 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
 def note(text: str) -> None:
     """A word to the person at the terminal; results go to stdout."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal was closed
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

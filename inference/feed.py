@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import threading
 import time
 from collections import deque
@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.schema import SampleError
+from inference.live import LiveSource, Notice, SourceError
 from inference.session.events import Event
 from inference.session.handle import SessionClosed, SessionHandle
-from inference.sources import Source, SourceError
+from inference.session.session import QueueFull
+from inference.sources import FileSource
+
+_ROOM = 0.05  # seconds between looks at whether a queue has room for a question
+_PATIENCE = 1.0  # seconds for a source to notice that nobody watches: a camera may be silent
 
 
 @dataclass(frozen=True)
@@ -38,42 +44,109 @@ class Schedule:
         return {"live": live, "clock": clock, "frame_interval": interval}
 
 
-def feed(session: SessionHandle, source: Source, schedule: Schedule) -> None:
-    """Gives the session its frames and questions at their times, then ends its input."""
-    questions, speed = deque(schedule.questions), schedule.speed
-    began = time.monotonic()
-    give = session.push_frame if source.live else session.put_frame
-    ask = session.prompt if speed else session.put_prompt
+class Feeder:
+    """Gives a session its frames and questions at their times, then ends its input."""
 
-    def wait(second: float) -> None:
-        due = began + second / speed if speed else 0.0
-        session.log.wait_closed(due - time.monotonic())
+    def __init__(
+        self, session: SessionHandle, source: FileSource | LiveSource, schedule: Schedule
+    ) -> None:
+        self._session, self._source, self._schedule = session, source, schedule
+        self._questions = deque(schedule.questions)
+        self._began = 0.0  # wall clock at second 0 of the source
+        self._over = threading.Event()  # no more frames come
 
-    def ask_until(second: float) -> None:
-        while questions and questions[0][0] < second:
-            wait(questions[0][0])
-            ask(questions.popleft()[1])
+    def run(self) -> None:
+        """To be called once. What is wrong with the source becomes an `error` event."""
+        session, source = self._session, self._source
+        try:
+            last = self._live(source) if isinstance(source, LiveSource) else self._file(source)
+            session.emit("source.ended", frame_at=last, questions=len(self._questions))
+            while self._questions:
+                # What is asked after the end is asked at the end.
+                self._wait(min(self._questions[0][0], last + 1 / self._schedule.fps))
+                self._ask()
+            session.end()
+        except SessionClosed:
+            return
+        except Exception as error:
+            session.emit("error", code="source", message=str(error))
+            session.end()
+            if not isinstance(error, SourceError):
+                raise
 
-    try:
-        for second, picture in source.frames(schedule.fps):
-            ask_until(second)
-            wait(second)
+    def _file(self, source: FileSource) -> float:
+        """Frames wait for their time, and for room. Returns the second of the last one."""
+        questions, second = self._questions, 0.0
+        for second, picture in source.frames(self._schedule.fps):
+            self._began = self._began or time.monotonic()
+            while questions and questions[0][0] < second:
+                self._wait(questions[0][0])
+                self._ask()
+            self._wait(second)
             together = questions and questions[0][0] == second
-            give(picture, second, questions.popleft()[1] if together else None)
-        ask_until(math.inf)
-        session.end()
-    except SessionClosed:
-        return
-    except Exception as error:
-        session.emit("error", code="source", message=str(error))
-        session.end()
-        if not isinstance(error, SourceError):
-            raise
+            self._session.put_frame(picture, second, questions.popleft()[1] if together else None)
+        return second
+
+    def _live(self, source: LiveSource) -> float:
+        """Frames come when they come, questions at their own time, also while the source is lost.
+
+        Returns the second of the last frame.
+        """
+        session, second = self._session, 0.0
+        asker = threading.Thread(target=self._ask_in_time, name="moss-ask", daemon=True)
+        try:
+            for item in source.frames(self._schedule.fps, session.log.wait_closed):
+                if isinstance(item, Notice):
+                    session.emit(item.type, **item.data)
+                    continue
+                second, picture = item
+                if not self._began:
+                    self._began = time.monotonic()
+                    while self._questions and self._questions[0][0] <= second:
+                        self._ask()
+                    asker.start()
+                self._wait(second)  # in a burst they come before their time
+                session.push_frame(picture, second)
+        finally:
+            self._over.set()
+            if asker.ident:
+                asker.join()
+            source.close()
+        return second
+
+    def _ask_in_time(self) -> None:
+        with contextlib.suppress(SessionClosed):
+            while self._questions:
+                if self._over.wait(self._due(self._questions[0][0]) - time.monotonic()):
+                    return
+                self._ask()
+
+    def _ask(self) -> None:
+        """Asks the next question, as soon as there is room for it."""
+        _, text = self._questions.popleft()
+        ask = self._session.prompt if self._schedule.speed else self._session.put_prompt
+        while True:
+            try:
+                return ask(text)
+            except QueueFull:
+                self._session.log.wait_closed(_ROOM)
+            except SampleError as error:  # the others are asked all the same
+                return self._session.emit("error", code=error.reason, message=f"{text}: {error}")
+
+    def _due(self, second: float) -> float:
+        """When it is this second of the source, on the wall clock."""
+        return self._began + second / self._schedule.speed if self._schedule.speed else 0.0
+
+    def _wait(self, second: float) -> None:
+        """Waits until this second of the source, or until the session is closed."""
+        self._session.log.wait_closed(self._due(second) - time.monotonic())
 
 
-def follow(session: SessionHandle, source: Source, schedule: Schedule) -> Iterator[Event]:
+def follow(
+    session: SessionHandle, source: FileSource | LiveSource, schedule: Schedule
+) -> Iterator[Event]:
     """Feeds the session in a thread, and yields its events until it is over."""
-    feeder = threading.Thread(target=feed, args=(session, source, schedule), daemon=True)
+    feeder = threading.Thread(target=Feeder(session, source, schedule).run, daemon=True)
     feeder.start()
     yield from session.events()
-    feeder.join()
+    feeder.join(_PATIENCE)

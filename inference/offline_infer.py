@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ if __name__ == "__main__":  # run as a file: imports start at the repository
 
 from torch import Tensor
 
-from data_pipeline.commands import DONE, CommandParser, report_error
+from data_pipeline.commands import CommandParser, report_error
 from data_pipeline.prompts import Prompt, PromptForm, as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
+from inference.present import Sink, present
 from inference.session.answer import LARGE_CHUNK_FRAMES
+from inference.session.events import Event
 from inference.session.handle import SessionHandle
 from inference.session.response import Vocabulary
 from inference.session.runner import Runner
@@ -84,24 +86,28 @@ def question(
 
 def show(program: str, answer: SessionHandle, jsonl: str | None) -> int:
     """Prints the answer as it comes; the exit code."""
-    sink, code = cli.Sink(jsonl), DONE
-    for event in answer.events():
-        sink.show(event)
-        if event.type == "response.output_text.delta" and not sink.terminal:
-            print(event.data["delta"], end="", flush=True)
-        elif event.type == "response.done":
-            if not sink.terminal:
-                print(flush=True)
-            _note_speed(event.data, answer.stats())
-        elif event.type == "error":
-            code = report_error(program, event.data["message"])
-    sink.close()
-    return code
+
+    def conclude(newest: Mapping[str, Event]) -> None:
+        if "error" in newest:
+            report_error(program, newest["error"].data["message"])
+        elif "response.done" in newest:
+            _note_speed(newest["response.done"].data, newest["session.metrics"].data)
+
+    return present(answer, answer.events(), jsonl, _print, conclude)
+
+
+def _print(event: Event) -> None:
+    if event.type == "response.output_text.delta":
+        print(event.data["delta"], end="", flush=True)
+    elif event.type == "response.done":
+        print(flush=True)
 
 
 def _note_speed(done: dict[str, Any], stats: dict[str, Any]) -> None:
     usage = done["usage"]
-    words = f"{usage['output_tokens']} tokens, the first after {stats['ttft_ms']['p50']:.0f} ms"
+    words = f"{usage['output_tokens']} tokens"
+    if "ttft_ms" in stats:
+        words += f", the first after {stats['ttft_ms']['p50']:.0f} ms"
     if "tokens_per_second" in usage:
         words += f", then {usage['tokens_per_second']:.1f} a second"
     cli.note(f"{words}; {done['reason']}")
@@ -110,6 +116,7 @@ def _note_speed(done: dict[str, Any], stats: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser(PROGRAM, __doc__, max_frames=CLIP_MAX_FRAMES).parse_args(argv)
     with cli.one_line_errors(PROGRAM):
+        Sink.check(args.jsonl)
         sampling = cli.sampling(args)
         info = cli.require_use(args, watching=False)
         kind, frames = media(args)

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # run as a file: imports start at the repository
 
 from inference import cli
 from inference.offline_infer import media, parser, question, show
+from inference.present import Sink
 from inference.session.answer import LARGE_CHUNK_FRAMES
 from inference.session.runner import Runner
 from inference.sources import WATCHED_MAX_FRAMES
@@ -27,6 +28,7 @@ PROGRAM = "python -m inference.realtime_offline_infer"
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser(PROGRAM, __doc__, max_frames=WATCHED_MAX_FRAMES).parse_args(argv)
     with cli.one_line_errors(PROGRAM):
+        Sink.check(args.jsonl)
         sampling = cli.sampling(args)
         info = cli.require_use(args, watching=True)
         kind, frames = media(args)

@@ -7,23 +7,32 @@ torchrun --nproc-per-node 2 inference/realtime_streaming_infer.py ...   (tensor 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_pipeline.commands import DONE, FAILED, CommandParser
+from data_pipeline.commands import CommandParser
+from data_pipeline.seconds import clock, is_time, parse_seconds
 from inference import cli
 from inference.feed import Schedule, follow
-from inference.session.handle import SessionHandle
+from inference.live import LiveSource
+from inference.present import Sink, present
+from inference.session.events import Event
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 from inference.session.view import View, summary
-from inference.sources import Source
+from inference.sources import RECONNECT, open_source
 
 PROGRAM = "python -m inference.realtime_streaming_infer"
+# As much as may be a time, a colon (ASCII or full-width), the text.
+_QUESTION = re.compile(
+    r"\s*(\d[\d.]*(?:[:\uff1a]\d[\d.]*)*\s*s?|[^:\uff1a]*?)\s*[:\uff1a](.*)", re.DOTALL
+)
+_MORE_TIME = re.compile(r"\d\d(?:\.\d+)?(?!\d)")  # at the start of a text
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,18 +40,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(PROGRAM, description=__doc__)
     cli.add_engine_flags(parser)
     cli.flag(parser, "video_path", required=True, metavar="SOURCE",
-             help="video file, number of a camera, or rtsp:// or http:// URL")  # fmt: skip
+             help="video file, number of a camera, rtsp:// or http:// URL, -: stdin")  # fmt: skip
     cli.flag(parser, "prompt", default=default.prompt, metavar="TEXT",
              help="first user turn (default: none, the model watches first)")  # fmt: skip
     cli.flag(parser, "ask", action="append", default=[], metavar="SECOND:TEXT", type=question,
-             help="ask TEXT in this second of the video; may be given again")  # fmt: skip
+             help="ask TEXT at this time of the video: 3, 12.5, 00:03 or 1:02:03; may be given "
+             "again")  # fmt: skip
     cli.flag(parser, "system_prompt", default=default.system_prompt, metavar="TEXT",
              help="system prompt")  # fmt: skip
     cli.flag(parser, "fps", type=cli.positive, default=1 / default.frame_interval, metavar="N",
              help="frames per second of the video")  # fmt: skip
-    cli.flag(parser, "speed", type=speed, default=1.0, metavar="X",
-             help="seconds of the video per second of the wall clock; 0: as fast as possible "
-             "(a file; a live source stays at 1)")  # fmt: skip
+    cli.flag(parser, "speed", type=cli.not_negative, default=1.0, metavar="X",
+             help="seconds of a file per second of the wall clock; 0: as fast as possible (a live "
+             "source has a speed of its own)")  # fmt: skip
+    cli.flag(parser, "reconnect", type=cli.not_negative, default=RECONNECT, metavar="SECONDS",
+             help="seconds for which a camera or stream that is lost is tried again; 0: it is "
+             "not")  # fmt: skip
     cli.flag(parser, "pace", type=pace, default=default.pace, metavar="N",
              help="maximum number of tokens between two frames; none: no limit")  # fmt: skip
     cli.add_output_flags(parser)
@@ -51,21 +64,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def question(text: str) -> tuple[float, str]:
-    """`12.5:Where is it?` -> (12.5, "Where is it?")"""
-    second, colon, words = text.partition(":")
-    try:
-        at = float(second)
-    except ValueError:
-        colon = ""
-    if not colon:
+    """`12.5:Where is it?` -> (12.5, "Where is it?"); the time in all forms of `parse_seconds`."""
+    match = _QUESTION.fullmatch(text)
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r}: write SECOND:TEXT")
-    return at, words.strip()
-
-
-def speed(text: str) -> float:
-    if not float(text) >= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must not be less than 0")
-    return float(text)
+    time, words = match[1], match[2]
+    try:
+        second = parse_seconds(time)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not words.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no text after the time {time}")
+    digits = _MORE_TIME.match(words)
+    if digits and is_time(f"{time}:{digits[0]}"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: the time may be {time} or {time}:{digits[0]}: write "
+            f"'{time}: {words.strip()}' or '{time}:{digits[0]}:TEXT'"
+        )
+    return second, words.strip()
 
 
 def pace(text: str) -> int | None:
@@ -73,10 +89,12 @@ def pace(text: str) -> int | None:
 
 
 def schedule_of(args: argparse.Namespace, live: bool) -> Schedule:
-    """A live source cannot be faster than it is: its speed is never 0."""
-    as_fast_as_possible = args.speed == 0 and not live
-    speed = 0.0 if as_fast_as_possible else args.speed or 1.0
-    return Schedule(args.fps, speed, sorted(args.ask))
+    """A live source has a speed of its own, which is 1."""
+    if live and args.speed not in (0, 1):
+        cli.note(f"--speed {args.speed:g}: {args.video_path} is live and has a speed of its own")
+    for second, text in args.ask:
+        cli.note(f"asked at {clock(second)} ({second:g} s): {text}")
+    return Schedule(args.fps, 1.0 if live else args.speed, sorted(args.ask))
 
 
 def session_config(args: argparse.Namespace, schedule: Schedule, live: bool) -> SessionConfig:
@@ -90,32 +108,24 @@ def session_config(args: argparse.Namespace, schedule: Schedule, live: bool) -> 
     )
 
 
-def watch(session: SessionHandle, source: Source, schedule: Schedule, jsonl: str | None) -> int:
-    """Shows the session until it is over; the exit code."""
-    sink, view = cli.Sink(jsonl), View(sys.stdout)
-    code, last = DONE, None
-    for event in follow(session, source, schedule):
-        sink.show(event)
-        if not sink.terminal:
-            view.show(event)
-        code = FAILED if event.type == "error" else code
-        last = event if event.type == "session.metrics" else last
-    sink.close()
-    if last:
-        cli.note(summary(last))
-    return code
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with cli.one_line_errors(PROGRAM):
-        source = Source(args.video_path)
-        source.check()
+        Sink.check(args.jsonl)
+        cli.require_use(args, watching=True)
+        cli.sampling(args)
+        source = open_source(args.video_path, args.reconnect, cli.note)
         schedule = schedule_of(args, source.live)
         config = session_config(args, schedule, source.live)
-        cli.require_use(args, watching=True)
+        if isinstance(source, LiveSource):
+            source.skip()
         with Runner(cli.load(args)) as runner, runner.session(config) as session:
-            return watch(session, source, schedule, args.jsonl)
+            events = follow(session, source, schedule)
+            return present(session, events, args.jsonl, View(sys.stdout).show, conclude)
+
+
+def conclude(newest: Mapping[str, Event]) -> None:
+    cli.note(summary(newest["session.metrics"]))
 
 
 if __name__ == "__main__":

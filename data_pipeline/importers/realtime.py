@@ -17,6 +17,7 @@ from typing import Any
 from data_pipeline import files
 from data_pipeline.importers.draft import Draft, Medium, Turn
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
+from data_pipeline.seconds import parse_seconds
 
 _REALTIME = "[RealTime QA]"
 _EVENTS = "[Streaming Event Caption]"
@@ -91,13 +92,11 @@ def _spread(messages: list[Turn], ends: list[float]) -> tuple[list[Turn], list[f
 
 
 def _seconds(stamp: Any) -> float:
-    """`01:05` -> 65.0; hours may stand before, fractions of a second behind."""
-    total = 0.0
-    if isinstance(stamp, int | float) and not isinstance(stamp, bool):
-        total = float(stamp)
-    else:
-        for part in stamp.split(":"):
-            total = total * 60 + float(part)
-    if not 0 <= total <= _LONGEST:  # nor is NaN
+    """Seconds of a stamp as `parse_seconds` takes it, `01:05` among them."""
+    try:
+        total = parse_seconds(stamp)
+    except ValueError as error:
+        raise ValueError(f"time_info: {error}") from None
+    if total > _LONGEST:
         raise ValueError(f"time_info: {stamp!r}: expected seconds from 0 to {_LONGEST}")
     return total

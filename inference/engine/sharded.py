@@ -12,6 +12,7 @@ import atexit
 import io
 import os
 import pickle
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -54,6 +55,10 @@ class ShardedEngine(Engine):
 
     def follow(self) -> None:
         """What other ranks do: the calls of rank 0, until it shuts down."""
+        # Ctrl-C in a terminal goes to all processes; rank 0 then ends its sessions, for which it
+        # needs the others. They notice when it has gone.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         while self.running:
             function, arguments = self._receive()
             function(self, *arguments)

@@ -173,7 +173,7 @@ async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[tu
                     yield piece, "stop", answer.stats()["tokens"]
                     return
                 yield piece, "", count
-            elif event.type == "response.done":
+            elif event.type == "response.done" and event.data["status"] != "cancelled":
                 count = event.data["usage"]["output_tokens"]
                 cut = event.data["reason"] == "max_new_tokens"
                 yield text.flush(), "length" if cut else "stop", count

@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipeline.images import decode_image
 from inference.engine.images import fit
 from inference.export_info import ExportInfo
+from inference.live_clock import LiveClock
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
 from inference.session.handle import SessionHandle
@@ -38,6 +39,7 @@ class LiveSession:
         self.close_code = NORMAL
         self.untouched = True  # no input has come yet: the session ends with its socket
         self.last_input = self.detached_at = time.monotonic()
+        self.clock = LiveClock()  # of frames that come without a second
 
     def attach(self, socket: object) -> asyncio.Event:
         """Gives the session to a socket; sets the event of the socket that held it."""

@@ -28,7 +28,6 @@ class Connection:
         self._skipped = 0  # frames over the rate that are not reported yet
         self._errors = 0
         self._done = False  # the session's end was sent, or the client asked for it
-        self._first_at: float | None = None
 
     async def run(self) -> None:
         """Serves the socket until it closes; the session may live on."""
@@ -163,11 +162,12 @@ class Connection:
 
     def _second(self, image: ImageMessage) -> float | None:
         """The frame's second: what the client says; else, of a live source, when it arrived."""
-        if image.at is not None or not self._session.config.live:
-            return image.at
-        now = time.monotonic()
-        self._first_at = now if self._first_at is None else self._first_at
-        return round(now - self._first_at, 3)
+        clock, now = self._live.clock, time.monotonic()
+        if image.at is not None:
+            clock.set(image.at, now)
+        elif self._session.config.live:
+            return round(clock.second(None, now), 3)
+        return image.at
 
     async def _close(self, code: int, reason: str) -> None:
         try:

@@ -52,7 +52,6 @@ class SessionHandle:
         self._running, self._changed, self._tile = running, changed, tile
         self._call, self._save = call, save
         self.name, self.log = running.task.name, running.task.log
-        self._count = 0
 
     @property
     def config(self) -> SessionConfig:
@@ -70,9 +69,8 @@ class SessionHandle:
         changed, task = self._open()
         with changed:
             self._refuse_if_closed()
-            at = self._count * task.config.frame_interval if at is None else at
+            at = task.next_second if at is None else at
             task.push(Frame(picture, at, time.monotonic(), prompt))
-            self._count += 1
             changed.notify_all()
 
     def put_frame(self, image: Picture, at: float | None = None, prompt: str | None = None) -> None:

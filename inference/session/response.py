@@ -109,3 +109,7 @@ class ResponseWriter:
             text=response.text,
             usage=usage,
         )
+
+    def close(self, status: str, reason: str) -> None:
+        """Ends what is being said, for the session is about to be closed."""
+        self._finish(status, reason)

@@ -160,6 +160,7 @@ class Runner:
         except BaseException as error:  # every session emits it: no caller waits here
             log.exception("the engine's thread ended")
             self._stopping = f"the engine failed: {error}"
+            self._fail(self._running, error)
         with self.changed:
             for running in self._running:
                 running.closing = running.closing or self._stopping
@@ -169,9 +170,14 @@ class Runner:
         self._close_finished()
 
     def _wait(self) -> list[tuple[RunningSession, StepRequest]]:
-        """Waits for work: the next steps, one of each session that has one. Runs `call`s."""
+        """Runs `call`s, then waits for work: the next steps, one of each session that has one."""
         with self.changed:
             calls, self._calls = self._calls, []
+        # Before the steps are planned: a planned step is in no queue any more, and not yet in the
+        # engine, so that a session which is saved then would have lost it.
+        for function, future in calls:
+            _resolve(function, future)
+        with self.changed:
             now = time.monotonic()
             batch = []
             for running in self._running:
@@ -180,13 +186,11 @@ class Runner:
                     batch.append((running, request))
             if batch:
                 self.changed.notify_all()  # frames were taken: there is room
-            elif not calls and not self._finished() and not self._stopping:
+            elif not (self._calls or self._finished() or self._stopping):
                 wakes = [
                     running.task.wake for running in self._running if running.task.wake is not None
                 ]
                 self.changed.wait(max(0.0, min(wakes) - now) if wakes else None)
-        for function, future in calls:
-            _resolve(function, future)
         return batch
 
     def _step(self, batch: Sequence[tuple[RunningSession, StepRequest]]) -> None:
@@ -207,13 +211,12 @@ class Runner:
                 for one in batch:
                     self._step([one])
             else:
-                self._fail(batch, error)
+                self._fail([batch[0][0]], error)
             return
         except Exception as error:
-            log.exception(
-                "a step of %s failed", ", ".join(running.task.name for running, _ in batch)
-            )
-            self._fail(batch, error)
+            failed = [running for running, _ in batch]
+            log.exception("a step of %s failed", ", ".join(one.task.name for one in failed))
+            self._fail(failed, error)
             return
         now = time.monotonic()
         with self.changed:
@@ -221,10 +224,11 @@ class Runner:
                 running.task.on_token(request, token, now)
                 self._report(running, now)
 
-    def _fail(self, batch: Sequence[tuple[RunningSession, StepRequest]], error: Exception) -> None:
+    def _fail(self, sessions: Sequence[RunningSession], error: BaseException) -> None:
         with self.changed:
-            for running, _ in batch:
+            for running in sessions:
                 running.task.emit("error", code="engine_error", message=str(error))
+                running.task.close("failed", "engine_error")
                 running.closing = f"the engine failed: {error}"
 
     def _report(self, running: RunningSession, now: float) -> None:
@@ -250,13 +254,20 @@ class Runner:
             for running in self._finished():
                 self._running.remove(running)
                 cached = len(running.slot.frames) if running.slot else 0
-                if running.slot is not None:
-                    self.engine.close(running.slot)
+                self._release(running.slot)
                 task = running.task
+                task.close("cancelled", "session_closed")
                 task.emit("session.metrics", cached_frames=cached, **task.stats.summary())
                 task.emit("session.closed", reason=running.closing or "the input has ended")
                 task.log.close()
             self.changed.notify_all()
+
+    def _release(self, slot: Slot | None) -> None:
+        try:
+            if slot is not None:
+                self.engine.close(slot)
+        except Exception:  # another rank has gone; readers wait for the session's last event
+            log.exception("the engine did not give back slot %d", slot.index if slot else -1)
 
 
 def _sampling(task: Session | Answer) -> Sampling:

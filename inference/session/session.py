@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -90,7 +89,7 @@ class StepRequest:
 
 # Fields that can be changed in the middle of a stream.
 _ANY_TIME = ("pace", "max_new_tokens", "sampling")
-_STATE_VERSION = 2  # of `Session.state`
+_STATE_VERSION = 3  # of `Session.state`
 _FLAGS = {  # name in a saved state -> attribute
     "media": "media",
     "started": "_started",
@@ -98,6 +97,8 @@ _FLAGS = {  # name in a saved state -> attribute
     "tokens_since_frame": "_tokens_since_frame",
     "cancelled": "_cancelled",
     "input_ended": "_input_ended",
+    "next_second": "next_second",
+    "responses": "_responses",
 }
 
 
@@ -117,7 +118,8 @@ class Session(ResponseWriter):
         self.frames: deque[Frame] = deque()
         self.prompts: deque[Prompt] = deque()
         self.wake: float | None = None  # time at which `next_step` has work without new input
-        self._numbers = itertools.count(1)
+        self.next_second = 0.0  # of a frame that comes without one
+        self._responses = 0  # so many have begun
         # Tokens that the next step takes in before all else. The start is written with the first
         # input: a prompt that comes before any frame is the first user turn.
         self._queued_tokens: list[int] = []
@@ -148,14 +150,19 @@ class Session(ResponseWriter):
         """
         if frame.prompt:
             self._check_texts(frame.prompt)
+        following = self.next_second
+        if frame.image is not None:
+            following = frame.at + self.config.frame_interval
         if len(self.frames) >= self.config.max_waiting_frames:
             loose = next((waiting for waiting in self.frames if not waiting.prompt), None)
             if not self.config.live or (loose is None and frame.prompt):
                 raise QueueFull(f"{len(self.frames)} frames wait: the limit of max_waiting_frames")
             self.drop("queue_full", (loose or frame).at)
+            self.next_second = following
             if loose is None:
                 return
             self.frames.remove(loose)
+        self.next_second = following
         self.frames.append(frame)
 
     def ask(self, prompt: Prompt) -> None:
@@ -193,7 +200,7 @@ class Session(ResponseWriter):
             "flags": {name: getattr(self, attribute) for name, attribute in _FLAGS.items()},
             "queued_tokens": list(self._queued_tokens),
             "response": self.response and (self.response.name, list(self.response.tokens)),
-            "responses": self.stats.counts["responses"],
+            "response_seconds": self._last_token_time - self._first_token_time,
             "frames": [(frame.image, frame.at, frame.prompt) for frame in self.frames],
             "prompts": [prompt.text for prompt in self.prompts],
         }
@@ -216,8 +223,9 @@ class Session(ResponseWriter):
         for name, attribute in _FLAGS.items():
             setattr(session, attribute, state["flags"][name])
         session._queued_tokens = list(state["queued_tokens"])
-        session._numbers = itertools.count(state["responses"] + 1)
         if state["response"]:
+            session._last_token_time = now
+            session._first_token_time = now - state["response_seconds"]
             session.response = Response(vocabulary.tokenizer, state["response"][0])
             for token in state["response"][1]:
                 session.response.append(token)
@@ -356,7 +364,8 @@ class Session(ResponseWriter):
     def _continue_response(self, token: int, now: float, ttft: float | None) -> None:
         if self.response is None:
             self.emit("session.state", state="speaking")
-            name = f"{self.name}-{next(self._numbers)}"
+            self._responses += 1
+            name = f"{self.name}-{self._responses}"
         else:
             name = self.response.name
         self._tokens_since_frame += 1
@@ -364,6 +373,9 @@ class Session(ResponseWriter):
         if len(response.tokens) >= self.config.max_new_tokens:
             self._end_response("incomplete", "max_new_tokens")
             self._queued_tokens.append(self._vocabulary.special.silence)
+
+    def close(self, status: str, reason: str) -> None:
+        self._end_response(status, reason)
 
     def _end_response(self, status: str, reason: str) -> None:
         if self.response is not None:

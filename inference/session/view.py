@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import TextIO
 
+from data_pipeline.seconds import clock
 from inference.session.events import Event
 
 _QUIET, _PLAIN = "\x1b[2m", "\x1b[0m"
-
-
-def clock(seconds: float) -> str:
-    """75.2 -> 01:15"""
-    whole = int(seconds + 1e-6)
-    return f"{whole // 60:02d}:{whole % 60:02d}"
 
 
 class View:
@@ -51,10 +46,25 @@ class View:
         elif kind == "session.evicted":
             forgot = f"{clock(event.t_media)}  forgot {data['count']} of {data['kind']}"
             self._line(self._aside(forgot))
+        elif kind.startswith("source."):
+            self._source(event)
         elif kind == "error":
             self._line(f"error: {data['message']}")
         elif kind == "session.closed":
             self._line("", end="")
+
+    def _source(self, event: Event) -> None:
+        data, now = event.data, clock(event.t_media)
+        if event.type == "source.lost":
+            self._line(f"{now}  {data['message']}; tried again in {data['retry_s']:g} s")
+        elif event.type == "source.back":
+            self._line(f"{clock(data['frame_at'])}  back after {data['lost_s']:.1f} s")
+        elif event.type == "source.clock":
+            jump = f"the source's clock has jumped by {data['jump_s']:+.1f} s"
+            self._line(self._aside(f"{clock(data['frame_at'])}  {jump}"))
+        elif data["questions"]:
+            left = f"{data['questions']} questions of later seconds are asked now"
+            self._line(f"{now}  the source has ended: {left}")
 
     def _quiet(self, second: float) -> None:
         if self._speaking:

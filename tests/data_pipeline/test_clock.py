@@ -18,7 +18,7 @@ from data_pipeline.importers.media import MediaOptions
 from data_pipeline.schema import SampleError
 from data_pipeline.video import frames_at, probe_video, sample_times
 from inference.hf.processing_moss_video import read_video
-from inference.sources import Source, clip_frames
+from inference.sources import FileSource, clip_frames
 from tests.data_pipeline.clips import CLIPS, Clip, every, number, silence, still, video
 from tests.samples import imported
 
@@ -37,7 +37,9 @@ def test_every_way_shows_the_same_frame_at_a_second(clip: Clip, tmp_path: Path) 
     # A command, an API's clip and the processor of an export choose the same moments.
     moments = sample_times(info, 2, 1, 1000)
     wanted = numbers(data, moments)
-    by_command = [(second, number(f.permute(1, 2, 0))) for second, f in Source(str(path)).frames(2)]
+    by_command = [
+        (second, number(f.permute(1, 2, 0))) for second, f in FileSource(str(path)).frames(2)
+    ]
     assert by_command == list(zip(moments, wanted, strict=True))
     by_server = [number(frame.permute(1, 2, 0)) for frame in clip_frames(data, 2, 1, 1000)]
     by_export = [number(image) for image in read_video(path, 2, 1, 1000)]

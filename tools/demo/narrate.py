@@ -8,9 +8,9 @@ import tarfile
 from pathlib import Path
 
 from data_pipeline.commands import CommandParser, report_error
+from data_pipeline.seconds import clock
 from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
-from inference.session.view import clock
 
 Sentences = list[tuple[int, str]]  # seconds, and what is said in them
 

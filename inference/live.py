@@ -1,0 +1,216 @@
+"""A live source: a camera, a stream on the network, a pipe. It is connected to again when lost."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import av
+from av.format import Flags
+from av.video.frame import VideoFrame
+from torch import Tensor
+
+from data_pipeline.clock import best_stream
+from data_pipeline.video import upright_pixels
+from inference.live_clock import AHEAD, Grid, LiveClock
+
+_CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
+_TIMEOUT = "10000000"  # microseconds after which a network stream counts as dead
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries; the last one again and again
+_BROKEN = 50  # so many broken pictures one after the other are no stream
+_HOUR = 3600.0
+_PLAYLISTS = ("hls", "dash")  # they say where a stream ends; others end because somebody has gone
+
+
+class SourceError(Exception):
+    """A source that cannot be read; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What happened to a source: an event's type and its data."""
+
+    type: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class LiveSource:
+    """Frames come at their own time.
+
+    Args:
+        name: URL, `pipe:0`, path of a named pipe; of a camera, for messages.
+        camera: its number; empty: it is not one.
+        piped: it can be read only once.
+        reconnect: seconds for which it is tried again once it is lost.
+    """
+
+    live: ClassVar[bool] = True
+
+    def __init__(self, name: str, camera: str, piped: bool, reconnect: float) -> None:
+        self.name = f"camera {camera}" if camera else name
+        self.file_size = 0  # bytes of what turns out to be a whole file, not a stream
+        self._url, self._camera, self._piped, self._reconnect = name, camera, piped, reconnect
+        self._ends = False  # whether its end is an end, not a loss
+        self._ahead = AHEAD
+        self._frames = self._connection()
+        self._wanted = threading.Event()
+        self._reader: threading.Thread | None = None
+        self._problem: Exception | None = None  # found before anybody wanted a frame
+
+    def connect(self, tell: Callable[[str], None]) -> None:
+        """Connects, and waits for the first picture. SourceError.
+
+        A server that is not ready (HTTP 5xx) is asked again, as one that is lost.
+        """
+        if self._piped:
+            return
+        began, tries = time.monotonic(), 0
+        while not self._answers(began, tries, tell):
+            self._frames = self._connection()
+            tries += 1
+
+    def skip(self) -> None:
+        """Lets pictures pass unseen until they are wanted: else those that are sent while a model
+        is loaded would be seen, too late."""
+        if not self._piped:
+            self._reader = threading.Thread(target=self._skip, name="moss-source", daemon=True)
+            self._reader.start()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._take_over()
+        self._frames.close()
+
+    def frames(
+        self, fps: float, pause: Callable[[float], bool]
+    ) -> Iterator[tuple[float, Tensor] | Notice]:
+        """(second, uint8 [3, H, W]) `fps` times a second, and notices of what happens between.
+
+        `source.lost`, with the number of the try and its time; `source.back`; `source.clock`: the
+        source's own clock has jumped. `pause` waits so many seconds; true: nobody waits any more.
+        Raises SourceError when it has been away for too long.
+        """
+        clock, grid = LiveClock(self._ahead), Grid(fps)
+        lost, tries = 0.0, 0  # since when; how often it was tried since then
+        self._take_over()
+        while True:
+            try:
+                for stamp, frame in self._frames:
+                    now = time.monotonic()
+                    if tries:
+                        clock.restart()
+                    second = clock.second(stamp, now)
+                    at = round(second, 3)
+                    if tries:
+                        yield Notice("source.back", {"frame_at": at, "attempt": tries,
+                                                     "lost_s": round(now - lost, 3)})  # fmt: skip
+                        tries = 0
+                    if clock.jump:
+                        yield Notice("source.clock", {"frame_at": at, "jump_s": clock.jump})
+                    if (taken := grid.take(second)) is not None:
+                        yield round(taken, 3), upright_pixels(frame)
+                error: Exception | None = self._problem
+            except (av.FFmpegError, OSError) as caught:
+                error = caught
+            if error is None and self._ends:
+                return
+            self._problem, now = None, time.monotonic()
+            lost = lost if tries else now
+            left = self._reconnect - (now - lost)
+            wait = min(_pause(tries), left)
+            if left <= 0 or self._piped:
+                if error is None:
+                    return
+                raise self._error(error)
+            tries += 1
+            words = _words(error) if error else "the stream has ended"
+            yield Notice("source.lost", {"message": f"{self.name}: {words}", "attempt": tries,
+                                         "retry_s": wait})  # fmt: skip
+            if pause(wait):
+                return
+            self._frames = self._connection()
+
+    def _connection(self) -> Generator[tuple[float | None, VideoFrame]]:
+        """One connection's frames, each with its own time stamp in seconds if it has one."""
+        with self._open() as container:
+            stream = best_stream(container)
+            if stream is None:
+                raise OSError("it has no video stream")
+            form: str = container.format.name
+            flags: Any = container.format.flags  # an integer in PyAV 18
+            bare = bool(getattr(flags, "value", flags) & Flags.no_timestamps.value)
+            # Cameras' stamps may be the time of day, which somebody sets.
+            bare = bare or form.endswith("pipe") or bool(self._camera)
+            playlist = form.startswith(_PLAYLISTS)
+            self._ends = self._piped or playlist or bool(container.duration)
+            if container.duration:
+                self._ahead = _HOUR
+                whole = self._url.startswith("http") and not playlist
+                self.file_size = max(container.size, 0) if whole else 0
+            broken = 0
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                    broken = 0
+                except av.InvalidDataError:
+                    broken += 1
+                    if broken > _BROKEN:
+                        raise
+                    continue
+                for frame in frames:
+                    yield (None if bare else frame.time), frame
+
+    def _open(self) -> av.container.InputContainer:
+        if not self._camera:
+            options = {"timeout": _TIMEOUT}
+            if self._url.startswith("rtsp"):
+                options["rtsp_transport"] = "tcp"
+            return av.open(self._url, options=options)
+        if sys.platform not in _CAMERAS:
+            raise OSError("cameras are read on Linux and macOS only")
+        form, device = _CAMERAS[sys.platform]
+        return av.open(device.format(self._camera), format=form)
+
+    def _answers(self, began: float, tries: int, tell: Callable[[str], None]) -> bool:
+        """Whether the first picture is there; False after a pause in which a server gets ready."""
+        try:
+            next(self._frames)
+            return True
+        except StopIteration:
+            raise SourceError(f"{self.name}: cannot be read: it has no picture") from None
+        except (av.FFmpegError, OSError) as error:
+            left = self._reconnect - (time.monotonic() - began)
+            pause = min(_pause(tries), left)
+            if left <= 0 or not isinstance(error, av.HTTPServerError):
+                raise self._error(error) from None
+            tell(f"{self.name}: {_words(error)}; tried again in {pause:g} s")
+            time.sleep(pause)
+            return False
+
+    def _skip(self) -> None:
+        try:
+            for _ in self._frames:
+                if self._wanted.is_set():
+                    return
+        except (av.FFmpegError, OSError) as error:
+            self._problem = error
+
+    def _take_over(self) -> None:
+        self._wanted.set()
+        if self._reader:
+            self._reader.join()
+
+    def _error(self, error: Exception) -> SourceError:
+        return SourceError(f"{self.name}: cannot be read: {_words(error)}")
+
+
+def _pause(tries: int) -> float:
+    return _PAUSES[min(tries, len(_PAUSES) - 1)]
+
+
+def _words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -1,0 +1,128 @@
+"""Shows a session's events until the last one, also where somebody ends the command before."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from data_pipeline.commands import DONE, FAILED, PIPE_CLOSED, STOPPED
+from inference import cli
+from inference.session.events import Event
+from inference.session.handle import SessionHandle
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; a batch system; a closed window
+
+
+class Sink:
+    """Where `--jsonl` goes: a file, `-` for stdout, or nowhere."""
+
+    def __init__(self, name: str | None) -> None:
+        self.terminal = name == "-"
+        self._out: TextIO | None = None
+        if name:
+            self._out = sys.stdout if self.terminal else open(name, "w")  # noqa: SIM115
+
+    @staticmethod
+    def check(name: str | None) -> None:
+        """Raises CommandError for a file that cannot be written, before a model is loaded."""
+        if not name or name == "-":
+            return
+        path = Path(name)
+        if path.is_dir() or not path.parent.is_dir():
+            problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise cli.CommandError(f"--jsonl {name}: {problem}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise cli.CommandError(f"--jsonl {name}: it may not be written")
+
+    def show(self, event: Event) -> None:
+        """Writes an event as a line of JSON."""
+        if self._out:
+            print(json.dumps(event.as_dict(), ensure_ascii=False), file=self._out, flush=True)
+
+    def close(self) -> None:
+        if self._out and not self.terminal:
+            self._out.close()
+
+
+class Stop:
+    """Who has ended the command before its session was over."""
+
+    def __init__(self, session: SessionHandle) -> None:
+        self._session = session
+        self.signal = 0  # the first one that came
+        self.unread = False  # nobody reads the terminal or pipe any more
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Closes the session at the first signal. A second Ctrl-C ends the command at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as `nohup` and `&` have it
+                signal.signal(number, self._take)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, _frame: object) -> None:
+        if self.signal and number == signal.SIGINT:
+            os._exit(STOPPED)
+        # The same request may come twice, from a terminal and from torchrun.
+        self.signal = self.signal or number
+        # In a thread, for this one may hold the lock of the session's log.
+        threading.Thread(target=self._session.close, args=("interrupted",), daemon=True).start()
+
+    def show(self, show: Callable[[Event], Any], event: Event) -> None:
+        """Shows an event on the terminal; where nobody reads it any more, closes the session."""
+        if self.unread:
+            return
+        try:
+            show(event)
+        except OSError:  # a closed pipe (`| head`), or a closed window
+            self.unread = True
+            self._session.close("nobody reads the output")
+            # Else Python complains when it writes what is left at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def present(
+    session: SessionHandle,
+    events: Iterable[Event],
+    jsonl: str | None,
+    show: Callable[[Event], Any],
+    conclude: Callable[[dict[str, Event]], Any],
+) -> int:
+    """Shows events until the session is over, on the terminal and in `--jsonl`; the exit code.
+
+    show: takes each event, unless `--jsonl` is the terminal.
+    conclude: takes the last event of each type, at the end.
+    """
+    sink, stop = Sink(jsonl), Stop(session)
+    newest: dict[str, Event] = {}
+    with stop.listening(), contextlib.closing(sink):
+        for event in events:
+            if sink.terminal:
+                stop.show(sink.show, event)
+            else:
+                sink.show(event)
+                stop.show(show, event)
+            newest[event.type] = event
+    if stop.signal:
+        cli.note("interrupted")
+    conclude(newest)
+    if stop.signal:
+        return STOPPED
+    if stop.unread:
+        return PIPE_CLOSED
+    return FAILED if "error" in newest else DONE
