@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -18,6 +19,7 @@ if __name__ == "__main__":  # run as a file: imports start at the repository
 from data_pipeline.commands import CommandParser
 from data_pipeline.seconds import clock, is_time, parse_seconds
 from inference import cli
+from inference.engine.sampling import Sampling
 from inference.feed import Schedule, follow
 from inference.live import LiveSource
 from inference.present import Sink, present
@@ -97,14 +99,17 @@ def schedule_of(args: argparse.Namespace, live: bool) -> Schedule:
     return Schedule(args.fps, 1.0 if live else args.speed, sorted(args.ask))
 
 
-def session_config(args: argparse.Namespace, schedule: Schedule, live: bool) -> SessionConfig:
+def session_config(
+    args: argparse.Namespace, sampling: Sampling, fields: Mapping[str, Any]
+) -> SessionConfig:
+    """`fields`: what follows from the source and its speed."""
     return SessionConfig(
         system_prompt=args.system_prompt,
         prompt=args.prompt,
-        sampling=cli.sampling(args),
+        sampling=sampling,
         pace=args.pace,
         max_new_tokens=args.max_new_tokens,
-        **schedule.session_fields(live),
+        **fields,
     )
 
 
@@ -113,10 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with cli.one_line_errors(PROGRAM):
         Sink.check(args.jsonl)
         cli.require_use(args, watching=True)
-        cli.sampling(args)
+        sampling = cli.sampling(args)
         source = open_source(args.video_path, args.reconnect, cli.note)
         schedule = schedule_of(args, source.live)
-        config = session_config(args, schedule, source.live)
+        config = session_config(args, sampling, schedule.session_fields(source.live))
         if isinstance(source, LiveSource):
             source.skip()
         with Runner(cli.load(args)) as runner, runner.session(config) as session:

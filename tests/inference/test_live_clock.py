@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from inference.live_clock import Grid, LiveClock
 
-Frames = list[tuple[float | None, float]]  # (stamp, wall clock when it came)
+Frames = Sequence[tuple[float | None, float]]  # (stamp, wall clock when it came)
 
 
 def told(frames: Frames) -> tuple[list[float], list[int]]:
@@ -19,7 +21,7 @@ def told(frames: Frames) -> tuple[list[float], list[int]]:
     return seconds, jumps
 
 
-TEN: Frames = [(i / 10, i / 10) for i in range(10)]  # one second at ten frames a second
+TEN: list[tuple[float, float]] = [(i / 10, i / 10) for i in range(10)]  # a second, ten frames
 # What a source sends -> the second of its last frame, and where its clock jumps.
 TABLE: dict[str, tuple[Frames, float, list[int]]] = {
     "stamps from 0": (TEN, 0.9, []),
