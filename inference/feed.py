@@ -69,7 +69,8 @@ class Feeder:
         except SessionClosed:
             return
         except Exception as error:
-            session.emit("error", code="source", message=str(error))
+            left = f" ({len(self._questions)} questions were not asked)" if self._questions else ""
+            session.emit("error", code="source", message=f"{error}{left}")
             session.end()
             if not isinstance(error, SourceError):
                 raise

@@ -1,0 +1,128 @@
+"""A command that is ended before its session: last events, summary, exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.commands import PIPE_CLOSED, STOPPED
+from inference import realtime_streaming_infer
+from tests.inference.cameras import camera, jpegs
+from tests.samples import graded_video
+
+TALK = ["--silence_bias=-100", "--pace=8", "--max_new_tokens=1000", "--device=cpu"]
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def when(condition: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
+    """Acts once the condition holds, in a thread."""
+
+    def wait() -> None:
+        until = time.monotonic() + 30
+        while not condition() and time.monotonic() < until:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_writes_its_last_events(
+    number: int, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a camera, which has no other end, in the middle of a response."""
+    log = tmp_path / "events.jsonl"
+    before = signal.getsignal(number)
+    with camera(jpegs(20, 60)) as url:
+        args = ["--checkpoint", str(tiny), "--video_path", url, "--jsonl", str(log), *TALK]
+        stop = when(
+            lambda: log.exists() and "output_text.delta" in log.read_text(),
+            lambda: os.kill(os.getpid(), number),
+        )
+        code = realtime_streaming_infer.main(args)
+        stop.join()
+    assert code == STOPPED
+    assert signal.getsignal(number) == before
+    told = events(log)
+    assert [event["type"] for event in told[-4:]] == [
+        "response.done", "session.state", "session.metrics", "session.closed",
+    ]  # fmt: skip
+    assert (told[-4]["status"], told[-4]["reason"]) == ("cancelled", "session_closed")
+    assert told[-1]["reason"] == "interrupted"
+    kinds = [event["type"] for event in told]
+    assert kinds.count("response.created") == kinds.count("response.done")
+    shown = capsys.readouterr()
+    assert "[session_closed]" in shown.out
+    said = shown.err.splitlines()
+    assert said[-2] == "interrupted"
+    assert said[-1].startswith(f"{kinds.count('input_frame.processed')} frames, ")
+
+
+def test_a_closed_pipe_ends_the_run_quietly(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `| head` does; the events in the file are whole."""
+    log, clip = tmp_path / "events.jsonl", tmp_path / "clip.mp4"
+    graded_video(clip, [i / 5 for i in range(30)])
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        args = ["--checkpoint", str(tiny), "--video_path", str(clip), "--jsonl", str(log), *TALK]
+        assert realtime_streaming_infer.main(args) == PIPE_CLOSED
+    assert "error" not in capfd.readouterr().err
+    told = events(log)
+    assert told[-1]["type"] == "session.closed"
+    assert told[-1]["reason"] == "nobody reads the output"
+    assert sum(event["type"] == "input_frame.processed" for event in told) < 6
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("none/a.jsonl", "there is no folder"), (".", "it is a folder")]
+)
+def test_a_file_that_cannot_be_written_is_refused_first(
+    name: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything else is looked at."""
+    args = ["--checkpoint", "none", "--video_path", "none", "--jsonl", str(tmp_path / name)]
+    with pytest.raises(SystemExit) as stopped:
+        realtime_streaming_infer.main(args)
+    assert stopped.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_questions_come_in_time_while_a_camera_is_away(tiny: Path, tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    args = ["--checkpoint", str(tiny), "--jsonl", str(log), "--fps=5", "--device=cpu"]
+    asks = ["--silence_bias=50", "--ask=0:Who?", "--ask=00:01.2:Where?", "--ask=2:00:30:Later?"]
+    with camera(jpegs(20, 0.8), down=(1, 1.5)) as url:
+        stop = when(
+            lambda: log.exists() and "source.back" in log.read_text(),
+            lambda: os.kill(os.getpid(), signal.SIGINT),
+        )
+        assert realtime_streaming_infer.main([*args, *asks, "--video_path", url]) == STOPPED
+        stop.join()
+    told = [event for event in events(log) if event["type"] != "session.metrics"]
+    began = next(event for event in told if event["type"] == "input_frame.processed")
+    asked = {e["text"]: e for e in told if e["type"] == "conversation.item.created"}
+    assert list(asked) == ["Who?", "Where?"]
+    since = asked["Where?"]["t_server"] - began["t_server"]
+    assert since == pytest.approx(1.2, abs=0.3)
+    kinds = [event["type"] for event in told]
+    away = kinds[kinds.index("source.lost") : kinds.index("source.back")]
+    assert "conversation.item.created" in away
+    assert kinds[-1] == "session.closed"
