@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
     ("moss_train.overrides",),
     ("moss_train.hardware", "moss_train.checkpoint_dir", "moss_train.compose", "inference.session"),
+    ("moss_train.transfer",),
     ("moss_train.model", "inference"),  # inference: cli and sources
     ("moss_train.parallel", "inference.serve", "inference.bench"),
     ("moss_train.convert",),

@@ -15,14 +15,16 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.model_config import ModelConfig
 
 
-def fill(model: MossVideo, read: Reader) -> None:
-    """Sets every parameter of this rank from `read(hf name, shape)`.
+def fill(model: MossVideo, read: Reader, adapters_only: bool = False) -> None:
+    """Sets every parameter of this rank, or of its adapters alone, from `read(hf name, shape)`.
 
     Raises:
         ValueError: a tensor has another shape than the model needs; names it, and both shapes.
     """
     with torch.no_grad():
         for rule, parameter, group in _parameters(model):
+            if adapters_only and not is_adapter(rule.ours):
+                continue
             size, rank = group.size(), group.rank()
             tensors = []
             for name, shape in _hf_shapes(model.config, rule, parameter, size).items():

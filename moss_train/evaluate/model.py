@@ -30,6 +30,7 @@ from moss_train.parallel.process_groups import build_groups
 from moss_train.train.checkpoint import load_weights
 from moss_train.train.data import encode_config
 from moss_train.train.process import leave_process_group, start_process_group
+from moss_train.transfer import move
 
 # Files that an export carries, so that transformers can open it.
 HF_CODE = Path(__file__).resolve().parents[2] / "inference" / "hf"
@@ -159,7 +160,7 @@ class TrainedModel:
         `positions` are the indexes of a sequence's `<|image|>` tokens, `states` and `ratios` its
         frames in that order, of which there may be more than tokens: the later ones stay unseen.
         """
-        lengths, device = [len(sequence) for sequence in sequences], hardware.device()
+        lengths = [len(sequence) for sequence in sequences]
         counts = [len(where) for where in positions]
         model, tiles = self.config.model, self.config.data.max_tiles
         seen = torch.cat([ratio[:count] for ratio, count in zip(ratios, counts, strict=True)])
@@ -171,9 +172,10 @@ class TrainedModel:
             tiles=tiles_used(seen, model.vision).clamp(max=tiles),
             max_tiles=tiles,
             attend_all=model.tokens_before_first_frame == "attend_all",
-        ).to(device)
+        )
+        text = PackedText(torch.tensor(list(chain.from_iterable(sequences))), lengths)
+        move(frames, text)
         shown = [state[:count] for state, count in zip(states, counts, strict=True) if count]
         frames.states = torch.cat(shown) if shown else states[0][:0]
-        tokens = torch.tensor(list(chain.from_iterable(sequences)), device=device)
         (decoder,) = self.model.chunks
-        return list(decoder(PackedText(tokens, lengths), frames).float().split(lengths))
+        return list(decoder(text, frames).float().split(lengths))

@@ -167,7 +167,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
         mask = block.mask
         if mask is not None:  # [tokens, frames x T] -> [tokens, frames x T x P]
             per_tile = k.shape[2] // mask.shape[1]
-            mask = mask.to(query.device).repeat_interleave(per_tile, dim=1)
+            mask = mask.repeat_interleave(per_tile, dim=1)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         out.append(attended[0].transpose(0, 1))
     return torch.cat(out)
@@ -223,8 +223,7 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) ->
         _flex = torch.compile(flex_attention) if query.is_cuda else flex_attention
     query = frames.attending.scatter(query)
     device, patches, tiles = query.device, key.shape[1], frames.tiles.shape[1]
-    first, last, sees = (x.to(device) for x in (frames.first, frames.last, frames.sees))
-    real = frames.tiles.flatten().to(device)
+    first, last, sees, real = frames.first, frames.last, frames.sees, frames.tiles.flatten()
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         frame = kv // patches

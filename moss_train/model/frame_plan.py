@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Block:
     `mask` is None where all of them see all of it, else True where a token sees a tile:
     `[stop - start, (last - first) x T]`.
     """
+
+    on_device: ClassVar = ("mask",)
 
     start: int
     stop: int
@@ -58,6 +61,10 @@ class FramePlan:
     padded: the same as a padded batch, where that computes no more pairs.
     """
 
+    on_device: ClassVar = (
+        "positions", "first", "last", "sees", "tiles", "tokens", "attending", "blocks", "padded",
+    )  # fmt: skip
+
     positions: Tensor
     first: Tensor
     last: Tensor
@@ -84,16 +91,8 @@ class FramePlan:
         return self.padded.pairs if self.padded else sum(block.pairs for block in self.blocks)
 
     def attended(self) -> int:
-        """(Token, frame) pairs that are needed, for the FLOP count."""
+        """(Token, frame) pairs that are needed, for the FLOP count (before the plan is moved)."""
         return int((self.last - self.first).sum())
-
-    def to(self, device: torch.device) -> FramePlan:
-        """Moves what every layer needs; the plan stays on the host."""
-        for name in ("positions", "sees", "tokens"):
-            setattr(self, name, getattr(self, name).to(device))
-        if self.padded is not None:
-            self.padded = self.padded.to(device)
-        return self
 
 
 def plan_frames(

@@ -9,6 +9,8 @@ from torch import Tensor
 class RowMap:
     """Row `source[i]` of n belongs at place `places[i]` of m; each occurs once at most."""
 
+    on_device = ("source", "places")
+
     def __init__(self, source: Tensor, places: Tensor, sizes: tuple[int, int]):
         """`source`, `places`: `[k]`; `sizes`: n, m."""
         n, m = sizes
@@ -26,11 +28,6 @@ class RowMap:
     def gather(self, x: Tensor) -> Tensor:
         """`[m, ...]` -> `[n, ...]`, zeros for rows that belong nowhere."""
         return _SelectRows.apply(x, (self.places, self.empties), (self.source, self.fills))
-
-    def to(self, device: torch.device) -> RowMap:
-        """Moves the indices to `device`, in place."""
-        self.source, self.places = self.source.to(device), self.places.to(device)
-        return self
 
 
 class RowSubset(RowMap):

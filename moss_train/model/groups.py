@@ -14,12 +14,14 @@ class Groups:
 
     decoder, vision: megatron's collections for the two halves of the model.
     replica: the tensor x pipeline ranks that work on one share of the global batch.
+    host: the same ranks, for what is in host memory.
     """
 
     decoder: ProcessGroupCollection
     vision: ProcessGroupCollection
     replica: ProcessGroup
     world: ProcessGroup
+    host: ProcessGroup
 
     @property
     def data_rank(self) -> int:

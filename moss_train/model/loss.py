@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -47,21 +48,14 @@ class Targets:
         for it and the last stage has run.
     """
 
+    on_device: ClassVar = ("positions", "tokens", "weights")
+
     positions: Tensor
     tokens: Tensor
     weights: Tensor
     count: int
     options: LossOptions
     hits: Tensor | None = None
-
-    def to(self, device: torch.device) -> Targets:
-        """A copy with its tensors on `device`."""
-        return replace(
-            self,
-            positions=self.positions.to(device),
-            tokens=self.tokens.to(device),
-            weights=self.weights.to(device),
-        )
 
 
 def find_targets(labels: Tensor, lengths: list[int], options: LossOptions) -> Targets:

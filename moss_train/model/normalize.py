@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,27 @@ def normalize(
 
     (byte / 255 - mean) / std in two passes, tile by tile: a third of the time on a CPU.
     """
-    scale = 1 / (255 * torch.tensor(IMAGE_STD, device=frames.device).view(3, 1, 1))
-    shift = torch.tensor(IMAGE_MEAN, device=frames.device).view(3, 1, 1) * 255 * scale
+    scale, shift = _scale_and_shift(frames.device)
     tiles = frames.shape[1]
-    used = tiles_used(ratio_ids, vision) if tiles > 1 else torch.ones_like(ratio_ids)
+    used = tiles_used(ratio_ids, vision) if tiles > 1 else None
     pixels = torch.zeros(frames.shape, dtype=dtype, device=frames.device)
-    for tile in range(min(tiles, int(used.max())) if len(used) else 0):
+    for tile in range(_most_tiles(used, tiles)):
         torch.sub(frames[:, tile].float().mul_(scale), shift, out=pixels[:, tile])
-        pixels[used <= tile, tile] = 0
+        if used is not None:
+            pixels[:, tile].masked_fill_((used <= tile)[:, None, None, None], 0)
     return pixels
+
+
+def _most_tiles(used: Tensor | None, tiles: int) -> int:
+    """How many tiles to compute: on a CPU those that some frame uses. A GPU would be waited for."""
+    if used is None or used.is_cuda:
+        return tiles
+    return min(tiles, int(used.max())) if len(used) else 0
+
+
+@lru_cache
+def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        scale = 1 / (255 * torch.tensor(IMAGE_STD).view(3, 1, 1))
+        shift = torch.tensor(IMAGE_MEAN).view(3, 1, 1) * 255 * scale
+        return scale.to(device), shift.to(device)

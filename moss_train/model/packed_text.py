@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,12 +21,16 @@ SMALL = 64 * 64  # (token, token) pairs below which attention costs its call, no
 
 @dataclass
 class PackedText:
-    """T tokens of a microbatch, on the device.
+    """T tokens of a microbatch.
+
+    What is made of their lengths is made where the tokens are: best on the host, before `move`.
 
     tokens: `[T]`.
     lengths: tokens of each sequence; what is left of T after them is padding, for which the last
         sequence goes on (a causal model does not notice).
     """
+
+    on_device: ClassVar = ("tokens", "positions", "bounds", "groups")
 
     tokens: Tensor
     lengths: list[int]
@@ -63,6 +68,8 @@ class PackedText:
 
 class Group:
     """Neighbouring sequences and how to pad them to `[B, S]` and back."""
+
+    on_device = ("rows",)
 
     def __init__(self, spans: list[int], device: torch.device):
         self.tokens, self.shape = sum(spans), (len(spans), max(spans))

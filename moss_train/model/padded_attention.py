@@ -7,6 +7,7 @@ with the frames of its neighbours, too; side by side they are a few products of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class PaddedAttention:
     mask: what is added to scores `[B, S, F x tiles]`: 0 where a token sees a tile, else HIDDEN.
     """
 
+    on_device: ClassVar = ("tokens", "frames", "mask")
+
     shape: tuple[int, int, int]
     tokens: RowMap
     frames: RowMap
@@ -36,12 +39,6 @@ class PaddedAttention:
         """(Token, frame) pairs that are computed."""
         batch, tokens, frames = self.shape
         return batch * tokens * frames
-
-    def to(self, device: torch.device) -> PaddedAttention:
-        """A copy on `device`."""
-        return PaddedAttention(
-            self.shape, self.tokens.to(device), self.frames.to(device), self.mask.to(device)
-        )
 
 
 def plan_padded(

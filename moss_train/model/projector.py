@@ -7,7 +7,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
+from torch.nn.utils import skip_init
 
+from moss_train import hardware
 from moss_train.model.vision import VisionTower, concatenate_states
 from moss_train.model_config import ModelConfig
 
@@ -26,11 +28,14 @@ class Projector(nn.Module):
         super().__init__()
         self.pool, self.stride = model.projector.pool, model.projector.stride
         width = model.vision.output_size
-        self.linear = nn.Linear(width, model.text.hidden_size, dtype=dtype)
+        made = {"dtype": dtype, "device": hardware.device()}
+        self.linear = skip_init(nn.Linear, width, model.text.hidden_size, **made)
         self.merge = None
         if self.pool == "channel_fusion":
             kernel = self.stride
-            self.merge = nn.Conv2d(width, width, kernel, stride=kernel, bias=False, dtype=dtype)
+            self.merge = skip_init(
+                nn.Conv2d, width, width, kernel, stride=kernel, bias=False, **made
+            )
 
     def forward(self, features: Tensor) -> Tensor:
         """Pooled features `[N, T, P, D]` (see `pool_states`) -> `[N, T x P, H]`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moss_train.model_config import TextConfig
+from moss_train.transfer import constant
 
 
 def inverse_frequencies(text: TextConfig) -> Tensor:
@@ -39,7 +40,8 @@ class Rotation:
     @classmethod
     def of(cls, text: TextConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """Angles are computed in fp32, whatever `dtype` the cosines are kept in."""
-        angles = positions.float()[:, None] * inverse_frequencies(text).to(positions.device)
+        inverse = tuple(inverse_frequencies(text).tolist())
+        angles = positions.float()[:, None] * constant(inverse, torch.float32, positions.device)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 

@@ -58,6 +58,7 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
         # With overlap_p2p_comm=False the interleaved schedule of two stages gives wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # a wait for the device, which old releases of torch needed
         # Over gloo an overlapped send still reads the output when the schedule has freed it.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and not (interleaved and on_cpu),
         recompute_granularity="selective" if selective else None,

@@ -12,11 +12,14 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils import skip_init
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
+from moss_train import hardware
 from moss_train.model.mlp import FeedForward
 from moss_train.model.self_attention import SelfAttention
 from moss_train.model_config import ModelConfig, VisionConfig
+from moss_train.transfer import constant
 
 PATCH_MULTIPLE = 8  # the patches of a tile are padded with zeros to a multiple of this
 MANY_PADS = 0.1  # of a tile's patches: from here on a tile's padding is computed as one row
@@ -40,8 +43,8 @@ def rows_of_tile(vision: VisionConfig, backend: str) -> tuple[int, int]:
 
 def tiles_used(ratio_ids: Tensor, vision: VisionConfig) -> Tensor:
     """Real tiles of each frame `[N]`, from its aspect-ratio id."""
-    counts = [0, *(high * wide for high, wide in supported_aspect_ratios(vision.max_tiles))]
-    return torch.tensor(counts, device=ratio_ids.device)[ratio_ids]
+    counts = (0, *(high * wide for high, wide in supported_aspect_ratios(vision.max_tiles)))
+    return constant(counts, torch.int64, ratio_ids.device)[ratio_ids]
 
 
 class TileEmbedding(nn.Module):
@@ -119,7 +122,10 @@ class VisionTower(MegatronModule):
         self.vision = vision = model.vision
         self.rows, self.copies = rows_of_tile(vision, model.attention)
         width, patch, dtype = vision.hidden_size, vision.patch_size, config.params_dtype
-        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False, dtype=dtype)
+        made = {"dtype": dtype, "device": hardware.device()}
+        self.patch_embedding = skip_init(
+            nn.Conv2d, 3, width, patch, stride=patch, bias=False, **made
+        )
         self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
         self.pre_tile = TileEmbedding(vision, dtype)
         self.position = PositionEmbedding(vision, dtype)

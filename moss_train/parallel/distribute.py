@@ -18,6 +18,7 @@ from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch
 from moss_train import hardware
 from moss_train.model.groups import Groups
 from moss_train.parallel.packing import Bounds, pack
+from moss_train.transfer import concatenated, to_device
 
 
 @dataclass
@@ -100,7 +101,7 @@ def read_step(
     pixels = [sample.frames for samples in packed for sample in samples]
     frames = _scatter(pixels, counts, frame_shape, groups)
     first = sum(counts[:share])
-    own = ratio_ids[first : first + counts[share]].to(hardware.device())
+    (own,) = to_device([ratio_ids[first : first + counts[share]]])
     return StepBatch(step, frames, own, counts, keys, dict(skipped))
 
 
@@ -156,13 +157,12 @@ def _broadcast(text: Tensor | None, groups: Groups) -> Tensor:
     if groups.replica.size() == 1:
         assert text is not None
         return text
-    device, leader = hardware.device(), dist.get_global_rank(groups.replica, 0)
-    size = torch.tensor([0 if text is None else len(text)], device=device)
-    dist.broadcast(size, leader, group=groups.replica)
-    sent = torch.empty(int(size), dtype=torch.int64, device=device) if text is None else text
-    sent = sent.to(device)
-    dist.broadcast(sent, leader, group=groups.replica)
-    return sent.cpu()
+    leader = dist.get_global_rank(groups.replica, 0)
+    size = torch.tensor([0 if text is None else len(text)])
+    dist.broadcast(size, leader, group=groups.host)
+    sent = torch.empty(int(size), dtype=torch.int64) if text is None else text
+    dist.broadcast(sent, leader, group=groups.host)
+    return sent
 
 
 def _scatter(
@@ -170,9 +170,10 @@ def _scatter(
 ) -> Tensor:
     """Sends each rank its share of the frames; `pixels`: the samples' (on the leader), in order."""
     device, size = hardware.device(), groups.replica.size()
-    frames = torch.cat(pixels).to(device) if pixels else None
+    frames = concatenated(pixels) if pixels else None
     if size == 1 or sum(counts) == 0:
-        return torch.empty(0, *frame_shape, dtype=torch.uint8) if frames is None else frames
+        none = torch.empty(0, *frame_shape, dtype=torch.uint8, device=device)
+        return none if frames is None else frames
     out = torch.empty(max(counts), *frame_shape, dtype=torch.uint8, device=device)
     per_share = size // len(counts)
     parts = None

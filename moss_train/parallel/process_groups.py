@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
+from moss_train import hardware
 from moss_train.config import ParallelConfig
 from moss_train.model.groups import Groups
 
@@ -36,7 +37,19 @@ def build_groups(parallel: ParallelConfig, seed: int) -> Groups:
     assert world is not None
     decoder = ProcessGroupCollection.use_mpu_process_groups()
     decoder.intra_dist_opt = world  # gradient norms are summed over all ranks
-    return Groups(decoder, _vision_groups(parallel, decoder, world), decoder.mp, world)
+    vision = _vision_groups(parallel, decoder, world)
+    return Groups(decoder, vision, decoder.mp, world, _host_group(decoder.mp))
+
+
+def _host_group(group: ProcessGroup) -> ProcessGroup:
+    """The ranks of `group`, over gloo: text need not go through a GPU to be read by Python."""
+    if hardware.device().type == "cpu" or group.size() == 1:
+        return group
+    own = tuple(dist.get_process_group_ranks(group))
+    everywhere: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    groups = {ranks: dist.new_group([*ranks], backend="gloo") for ranks in sorted(set(everywhere))}
+    return groups[own]
 
 
 def _vision_groups(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -17,11 +17,14 @@ from moss_train.model.packed_text import PackedText
 from moss_train.model.vision import tiles_used
 from moss_train.model_config import ModelConfig
 from moss_train.parallel.distribute import TextBatch
+from moss_train.transfer import move
 
 
 @dataclass
 class DecoderInput:
-    """One microbatch as the decoder takes it, on the device."""
+    """One microbatch as the decoder takes it."""
+
+    on_device: ClassVar = ("text", "frames", "targets")
 
     text: PackedText
     frames: FramePlan
@@ -45,29 +48,25 @@ def decoder_input(
         states: projected frames `[N, T x P, H]`, already on the device.
         options: of the loss.
     """
-    device = hardware.device()
-    plan = plan.to(device)
+    item = DecoderInput(PackedText(tokens, lengths), plan, find_targets(labels, lengths, options))
+    move(item)
     plan.states = states
-    targets = find_targets(labels, lengths, options).to(device)
-    return DecoderInput(PackedText(tokens.to(device), lengths), plan, targets)
+    return item
 
 
-def decoder_inputs(
-    batches: list[TextBatch],
-    states: list[Tensor],
-    model: ModelConfig,
-    max_tiles: int,
-    options: LossOptions,
+def plan_inputs(
+    batches: list[TextBatch], model: ModelConfig, max_tiles: int, options: LossOptions
 ) -> list[DecoderInput]:
-    """Plans the attention of each microbatch, and moves it to the device.
+    """Plans the attention and the loss of each microbatch, on the host.
+
+    The caller moves them to the device, and gives them their states (`FramePlan.states`).
 
     Args:
-        states: projected frames of each microbatch `[N, T x P, H]`.
         max_tiles: T.
         options: of the loss.
     """
     inputs = []
-    for batch, own in zip(batches, states, strict=True):
+    for batch in batches:
         plan = plan_frames(
             batch.frame_sequences,
             batch.frame_positions,
@@ -77,7 +76,9 @@ def decoder_inputs(
             max_tiles=max_tiles,
             attend_all=model.tokens_before_first_frame == "attend_all",
         )
-        inputs.append(decoder_input(batch.tokens, batch.labels, batch.lengths, plan, own, options))
+        text = PackedText(batch.tokens, batch.lengths)
+        targets = find_targets(batch.labels, batch.lengths, options)
+        inputs.append(DecoderInput(text, plan, targets))
     return inputs
 
 

@@ -12,11 +12,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
 
 class FusedShapeAdam(torch.optim.Optimizer):
-    """Decoupled-weight-decay Adam (Loshchilov & Hutter 2019), computed by torch's fused kernel."""
+    """Decoupled-weight-decay Adam (Loshchilov & Hutter 2019), computed by torch's fused kernel.
+
+    refused: 1 on the device where the step must change nothing, 0 where it may; the step counts
+        all the same, until `take_back`.
+    """
+
+    refused: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -44,14 +49,15 @@ class FusedShapeAdam(torch.optim.Optimizer):
             if not params:
                 continue
             states = [self._state(p) for p in params]
-            adamw(
+            step = torch.full((), float(group["step"]), device=params[0].device)
+            # Not `torch.optim.adamw.adamw`, which counts up a step of its own for each parameter.
+            torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
                 [s["exp_avg"] for s in states],
                 [s["exp_avg_sq"] for s in states],
                 [],
-                # The kernel counts up first.
-                [torch.tensor(group["step"] - 1.0, device=p.device) for p in params],
+                [step] * len(params),
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -59,8 +65,13 @@ class FusedShapeAdam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
-                fused=True,
+                found_inf=self.refused,
             )
+
+    def take_back(self) -> None:
+        """The last step was refused: it does not count."""
+        for group in self.param_groups:
+            group["step"] -= 1
 
     def _state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[parameter]
@@ -71,14 +82,15 @@ class FusedShapeAdam(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Makes megatron use FusedShapeAdam where neither Transformer Engine nor Apex is there."""
+    """Makes megatron use FusedShapeAdam, also where it would find another one.
+
+    Those of Transformer Engine and Apex cannot be refused on the device.
+    """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     package: Any = optimizer
     module: Any = distrib_optimizer
-    if module.USING_TE_OPTIMIZER or module.USING_APEX_OPTIMIZER:
-        return
     package.Adam = module.Adam = FusedShapeAdam
-    package.USING_PYTORCH_OPTIMIZER = False
+    package.USING_PYTORCH_OPTIMIZER = module.USING_TE_OPTIMIZER = False
     module.HAVE_APEX_OR_TE = module.USING_APEX_OPTIMIZER = True

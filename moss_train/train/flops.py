@@ -141,7 +141,7 @@ def count_microbatch(lengths: list[int], loss_positions: Tensor, frames: FramePl
     seeing, text = [0, 0, 0], [0, 0, 0]
     ends = torch.tensor(lengths).cumsum(0)
     labels = torch.bincount(
-        torch.searchsorted(ends, loss_positions.cpu(), right=True), minlength=len(lengths)
+        torch.searchsorted(ends, loss_positions, right=True), minlength=len(lengths)
     )
     attends = (frames.last > frames.first)[: sum(lengths)].split(lengths)
     for length, count, attending in zip(lengths, labels.tolist(), attends, strict=True):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import torch
 import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer
+from torch import Tensor
 
 from moss_train.train.metrics import read_metrics
 
@@ -24,22 +24,6 @@ REASONS = (
     "the gradient is not finite",
     "the loss is not finite",
 )
-
-
-class GuardedOptimizer(ChainedOptimizer):
-    """megatron's optimizer, which asks between the gradient norm and the update."""
-
-    allows: Callable[[float], bool]
-
-    def get_grad_norm(self) -> float:
-        """Norm of all gradients before clipping; decides about the update."""
-        norm = super().get_grad_norm()
-        self.allowed = self.allows(float(norm or 0.0))
-        return norm
-
-    def step_with_ready_grads(self) -> bool:
-        """Updates the weights where that was allowed."""
-        return super().step_with_ready_grads() if self.allowed else False
 
 
 class Guard:
@@ -75,19 +59,20 @@ class Guard:
             self.in_a_row += 1
         return reason
 
-    def verdict(self, loss: float, grad_norm: float) -> int:
-        """A verdict, a place in REASONS. It is this rank's: numbers may differ by rounding.
+    def verdict(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """A verdict, a place in REASONS, as a number on the device that nobody has to read yet.
+
+        It is this rank's: numbers may differ by rounding.
 
         Args:
-            loss: of the global batch. grad_norm: of all parameters.
+            loss: of the global batch. grad_norm: of all parameters. fp64 scalars.
         """
-        if not math.isfinite(loss):
-            return 3
-        if not math.isfinite(grad_norm):
-            return 2
-        if self.spike_factor is None or len(self.losses) < ENOUGH:
-            return 0
-        return int(loss > self.spike_factor * median(self.losses))
+        limit = math.inf
+        if self.spike_factor is not None and len(self.losses) >= ENOUGH:
+            limit = self.spike_factor * median(self.losses)
+        verdict = (loss > limit).to(loss.dtype)
+        verdict = torch.where(grad_norm.isfinite(), verdict, 2.0)
+        return torch.where(loss.isfinite(), verdict, 3.0)
 
 
 def _history(run: Path, done: int) -> tuple[list[float], int]:

@@ -71,7 +71,9 @@ class Job:
         self.groups = build_groups(config.parallel, config.trainer.seed)
         self.model = MossVideo(config.model, config.parallel, self.groups, config.adapter)
         if resume_from is None:
-            fill(self.model, initial_reader(config.model, config.trainer.seed))
+            # What a checkpoint holds is not drawn first: of 11B that takes minutes.
+            given = config.init_from is not None
+            fill(self.model, initial_reader(config.model, config.trainer.seed), adapters_only=given)
         self.counts = freeze(self.model, [*config.stage.train, *config.stage.also])
         self.state = make_train_state(self.model, config, self.counts)
         self.checkpointer = Checkpointer(config, self.model, self.state)

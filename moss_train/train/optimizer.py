@@ -15,14 +15,14 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import nn
+from torch import Tensor, nn
 
 from moss_train import hardware
 from moss_train.config import Config, ConfigError
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.data_parallel import DataParallel
 from moss_train.train import adam
-from moss_train.train.guard import GuardedOptimizer
+from moss_train.train.guarded import GuardedOptimizer
 from moss_train.train.param_groups import Counts, group_overrides
 
 
@@ -58,13 +58,24 @@ class TrainState:
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
 
-    def update(self, allows: Callable[[float], bool]) -> float:
-        """Clips and updates, if `allows` returns True for the gradient norm, which is returned."""
-        self.optimizer.allows = allows
-        _, norm, _ = self.optimizer.step()
+    def update(self, refuses: Callable[[Tensor], Tensor]) -> Tensor:
+        """Clips and updates; where `refuses` says 1 for the gradient norm, nothing changes.
+
+        Nobody waits for the device here: norm and answer stay on it. A caller that learns of a
+        refusal calls `take_back`.
+
+        Returns:
+            The norm of all gradients before clipping, an fp64 scalar.
+        """
+        norm = self.optimizer.update(refuses)
         self.last_lr = self.scheduler.get_lr({})
         self.scheduler.step(1)  # to the rate of the next update
-        return float(norm or 0.0)
+        return norm
+
+    def take_back(self) -> None:
+        """The last update was refused: Adam does not count it."""
+        for part in self.optimizer.adams():
+            part.take_back()
 
     def zero_gradients(self) -> None:
         """Clears the gradients before a step."""

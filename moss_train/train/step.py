@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,13 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.gradients import reduce_gradients
-from moss_train.parallel.schedule import DecoderInput, decoder_inputs, run_schedule
+from moss_train.parallel.schedule import DecoderInput, plan_inputs, run_schedule
 from moss_train.train.flops import StepCounts, count_microbatch
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import TrainState
+from moss_train.transfer import HostCopy, move, to_device
+
+_NAMES = [field.name for field in fields(StepCounts)]
 
 
 @dataclass
@@ -47,29 +50,6 @@ class StepResult:
     memory_gb: float
 
 
-class StepDecision:
-    """Whether a step may update the weights, made by all ranks together.
-
-    The optimizer asks between the gradient norm and the update. What all ranks need the maximum of
-    travels in the same reduction.
-
-    maxima: over the ranks, of `peaks`, once it is decided.
-    refused: why the weights may not be updated; None: they may.
-    """
-
-    def __init__(self, guard: Guard, loss: float, peaks: list[float]):
-        """`loss`: of the global batch. `peaks`: of this rank."""
-        self.guard, self.loss, self.maxima = guard, loss, peaks
-        self.refused: str | None = None
-
-    def __call__(self, grad_norm: float) -> bool:
-        """Decides, once the gradient norm is known. A collective."""
-        verdict = self.guard.verdict(self.loss, grad_norm)
-        worst, *self.maxima = _reduce([verdict, *self.maxima], dist.ReduceOp.MAX)
-        self.refused = self.guard.record(int(worst), self.loss)
-        return self.refused is None
-
-
 class TrainStep:
     """Runs steps on this rank; every rank calls it together."""
 
@@ -91,24 +71,44 @@ class TrainStep:
     def __call__(
         self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False
     ) -> StepResult:
-        """Forward, backward and update on `batch`; `stop`: this rank wants the job to end."""
-        own_loss, counts, padded = self.forward_backward(batch)
+        """Forward, backward and update on `batch`; `stop`: this rank wants the job to end.
+
+        All is given to the device before the host reads what came of it, once, at the end. Whether
+        the weights may be updated is decided by all ranks together, on the device.
+        """
+        loss, counts = self.forward_backward(batch)
         frames = len(batch.frames)
         names = [source.name for source in self.config.data.sources]
         read = Counter(key.partition("/")[0] for key in batch.keys)
-        sums = [own_loss.item() if self.model.groups.reports_loss else 0.0]
-        sums += [sum(batch.skipped.values()), stop, frames, *(read[name] for name in names)]
-        loss, skipped, stops, encoded, *samples = _reduce(sums, dist.ReduceOp.SUM)
-        peaks = [frames, data_wait_s, hardware.peak_memory_gb()]
-        decision = StepDecision(self.guard, loss, peaks)
-        grad_norm = self.state.update(decision)
-        most_frames, longest_wait, most_memory = decision.maxima
+        own = [0.0, sum(batch.skipped.values()), stop, frames, *(read[name] for name in names)]
+        sums, maxima = _numbers(own, [0.0, frames, data_wait_s, hardware.peak_memory_gb()])
+        if self.model.groups.reports_loss:
+            sums[0] = loss
+        dist.all_reduce(sums)
+
+        def refuses(grad_norm: Tensor) -> Tensor:
+            maxima[0] = self.guard.verdict(sums[0], grad_norm)
+            dist.all_reduce(maxima, dist.ReduceOp.MAX)
+            return (maxima[0] > 0).float()
+
+        grad_norm = self.state.update(refuses)
+        seen = HostCopy(torch.cat((grad_norm[None], maxima, sums, counts.double())))
+        return self._result(seen.wait(), names)
+
+    def _result(self, numbers: list[float], names: list[str]) -> StepResult:
+        """From what the device says: see `__call__`."""
+        norm, verdict, most_frames, longest_wait, most_memory, *rest = numbers
+        loss, skipped, stops, encoded, *rest = rest
+        samples, (*counts, padded) = rest[: len(names)], rest[len(names) :]
+        refused = self.guard.record(int(verdict), loss)
+        if refused is not None:
+            self.state.take_back()
         return StepResult(
             loss=loss,
-            grad_norm=grad_norm,
-            refused=decision.refused,
-            counts=counts,
-            padded_tokens=padded,
+            grad_norm=norm,
+            refused=refused,
+            counts=StepCounts(*map(int, counts)),
+            padded_tokens=int(padded),
             skipped=int(skipped),
             sources=dict(zip(names, map(int, samples), strict=True)),
             frames_per_rank_max=int(most_frames),
@@ -118,45 +118,59 @@ class TrainStep:
             memory_gb=most_memory,
         )
 
-    def forward_backward(self, batch: StepBatch) -> tuple[Tensor, StepCounts, int]:
-        """Reduced gradients of `batch`; its loss on this rank, counts and padded tokens."""
+    def forward_backward(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Reduced gradients of `batch`.
+
+        Returns:
+            This rank's loss, and the counts of the step over all replicas: those of StepCounts,
+            then its tokens with padding, int64. All on the device.
+        """
         self.state.zero_gradients()
-        inputs = self.prepare(batch)
-        counts, padded = self._count(batch, inputs)
-        total = torch.tensor(float(counts.labels + counts.text_labels), device=hardware.device())
+        inputs, counts = self._prepare(batch, self.loss)
+        dist.all_reduce(counts, group=self.model.groups.decoder.dp)
+        labels, text_labels = (counts[_NAMES.index(name)] for name in ("labels", "text_labels"))
+        total = (labels + text_labels).float()
         loss = run_schedule(self.state.chunks, inputs, total)
         self.exchange.return_gradient()
         state = self.state
         reduce_gradients(state.wrapped_chunks, state.encoder, self.model.groups)
-        return loss, counts, padded
+        return loss, counts
 
-    def prepare(self, batch: StepBatch, loss: LossOptions | None = None) -> list[DecoderInput]:
-        """Encodes the frames and plans each microbatch; `loss`: None for that of training."""
-        states = self.exchange.encode(batch)
-        return decoder_inputs(
-            batch.microbatches,
-            states,
-            self.config.model,
-            self.config.data.max_tiles,
-            loss or self.loss,
-        )
+    def prepare(self, batch: StepBatch, loss: LossOptions) -> list[DecoderInput]:
+        """Encodes the frames and plans each microbatch."""
+        return self._prepare(batch, loss)[0]
 
-    def _count(self, batch: StepBatch, inputs: list[DecoderInput]) -> tuple[StepCounts, int]:
-        """Counts of the step over all replicas, and its tokens with padding."""
+    def _prepare(self, batch: StepBatch, loss: LossOptions) -> tuple[list[DecoderInput], Tensor]:
+        """Inputs and this replica's counts, on the device."""
+        states = self.exchange.encode(batch)  # the device works on that while the host plans
+        model, tiles = self.config.model, self.config.data.max_tiles
+        planned = _Planned(plan_inputs(batch.microbatches, model, tiles, loss))
+        planned.count(batch)
+        move(planned)
+        for item, own in zip(planned.inputs, states, strict=True):
+            item.frames.states = own
+        return planned.inputs, planned.counts
+
+
+class _Planned:
+    """What goes to the device in one copy."""
+
+    on_device = ("inputs", "counts")
+    counts: Tensor
+
+    def __init__(self, inputs: list[DecoderInput]):
+        self.inputs = inputs
+
+    def count(self, batch: StepBatch) -> None:
+        """The counts of this replica's microbatches, before they are moved."""
         counts = StepCounts()
-        for text, item in zip(batch.microbatches, inputs, strict=True):
+        for text, item in zip(batch.microbatches, self.inputs, strict=True):
             counts += count_microbatch(
                 text.lengths, item.targets.positions[: item.targets.count], item.frames
             )
-        padded = sum(len(item.text.tokens) for item in inputs)
-        sums = torch.tensor([*astuple(counts), padded], device=hardware.device())
-        dist.all_reduce(sums, group=self.model.groups.decoder.dp)
-        *totals, padded = sums.tolist()
-        return StepCounts(*totals), padded
+        padded = sum(len(item.text.tokens) for item in self.inputs)
+        self.counts = torch.tensor([*astuple(counts), padded])
 
 
-def _reduce(values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
-    """Reduces a few numbers over all ranks."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=hardware.device())
-    dist.all_reduce(tensor, op)
-    return tensor.tolist()
+def _numbers(*rows: list[float]) -> list[Tensor]:
+    return to_device([torch.tensor(row, dtype=torch.float64) for row in rows])

@@ -64,14 +64,16 @@ class Validator:
             if self.groups.reports_loss:
                 sums[0] += loss
                 sums[1] += sum(item.targets.count for item in inputs)
-                sums[2] += sum(int(item.targets.hits or 0) for item in inputs)
+                for item in inputs:
+                    if item.targets.hits is not None:
+                        sums[2] += item.targets.hits
         return sums
 
     def _agree(self, batches: list[MicroBatch]) -> int:
         """The number of batches that the replica's leader has."""
-        count = torch.tensor(len(batches), device=hardware.device())
+        count = torch.tensor(len(batches))
         leader = dist.get_global_rank(self.groups.replica, 0)
-        dist.broadcast(count, leader, group=self.groups.replica)
+        dist.broadcast(count, leader, group=self.groups.host)
         return int(count)
 
     def _next(self, samples: Iterator[EncodedSample]) -> list[MicroBatch]:

@@ -19,6 +19,8 @@ def pooled(mode: str) -> tuple[Projector, Tensor, Tensor]:
     torch.manual_seed(0)
     model = preset("tiny", projector=ProjectorConfig(mode, STRIDE))
     projector = Projector(model, torch.float32)
+    for parameter in projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
     size = (3, 2, model.vision.num_patches, model.vision.hidden_size)
     final, *states = (torch.randn(size) for _ in range(4))
     out = projector(projector.pool_states(final, states))
@@ -66,6 +68,8 @@ def test_no_pooling_keeps_every_patch():
     torch.manual_seed(0)
     model = preset("tiny", projector=ProjectorConfig("none", 1))
     projector = Projector(model, torch.float32)
+    for parameter in projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
     final = torch.randn(1, 1, model.vision.num_patches, model.vision.hidden_size)
     states = [torch.randn_like(final) for _ in range(3)]
     features = concatenate_states(final, states)

@@ -91,7 +91,8 @@ def test_there_is_no_spike_before_there_is_a_median():
     guard = Guard(3.0, [1.0] * 8, skipped=0)
 
     def step(loss: float, norm: float = 1.0) -> str | None:
-        return guard.record(guard.verdict(loss, norm), loss)
+        numbers = (torch.tensor(x, dtype=torch.float64) for x in (loss, norm))
+        return guard.record(int(guard.verdict(*numbers)), loss)
 
     assert step(9.0) is None
     assert step(1.0) is None

@@ -39,6 +39,11 @@ def build(groups) -> Callable[..., Built]:
     return built
 
 
+def accept(_: torch.Tensor) -> torch.Tensor:
+    """Refuses nothing."""
+    return torch.zeros(())
+
+
 def test_counts_are_those_of_the_model(build):
     model, _, counts = build(["projector.*", "*norm.weight", "*.q_norm.weight"])
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -106,14 +111,17 @@ def test_an_update_is_that_of_adamw_with_the_same_groups(build, embeddings):
             gradient = torch.randn(parameter.shape, generator=generator)
             parameter.main_grad.copy_(gradient)
             exact[name].grad = gradient.double()
-        assert state.update(lambda norm: True) > 0
+        assert state.update(accept) > 0
         reference.step()
     parameter.main_grad.fill_(torch.inf)
-    assert state.update(lambda norm: norm < torch.inf) == torch.inf  # refused: nothing changes
+    # Refused: nothing changes, whatever the gradient is, and Adam does not count it.
+    assert state.update(lambda norm: norm.isinf().float()) == torch.inf
+    state.take_back()
     for name, parameter in named.items():
         torch.testing.assert_close(
             parameter.detach().double(), exact[name].detach(), rtol=1e-5, atol=1e-7, msg=name
         )
+    assert {group["step"] for group in state.optimizer.param_groups} == {3}
     assert state.last_lr == LR
     rates = sorted({group["lr"] for group in state.optimizer.param_groups})
     assert rates == pytest.approx([0.1 * LR, 0.5 * LR, LR, 2 * LR])
@@ -153,7 +161,7 @@ def test_the_rate_of_each_step(build, schedule):
         assert rates[1.0] == pytest.approx(LR * factor(step))
         assert rates[0.1] == pytest.approx(0.1 * LR * factor(step))
         state.zero_gradients()
-        state.update(lambda norm: True)
+        state.update(accept)
         assert state.last_lr == pytest.approx(LR * factor(step))
 
 

@@ -1,0 +1,108 @@
+"""What crosses between host and device memory, without a wait.
+
+A copy from ordinary memory to a GPU, or a value that Python reads from it, makes the host wait
+until the GPU has done all that it was given so far, and the GPU wait for what the host gives next.
+Here copies go through page-locked memory, many tensors in one, and numbers are fetched while both
+go on. On a CPU nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moss_train import hardware
+
+ALIGNMENT = 16  # bytes, of each tensor in a common buffer: no type and no kernel asks for more
+
+
+class Movable(Protocol):
+    """An object whose attributes named in `on_device` belong into the device's memory.
+
+    They are tensors, objects of this kind, lists of these, or None.
+    """
+
+    @property
+    def on_device(self) -> tuple[str, ...]:
+        """Names of attributes."""
+
+
+def move(*owners: Movable) -> None:
+    """Moves what `owners` hold for the device, in place, by one copy that nobody waits for."""
+    if hardware.device().type == "cpu":
+        return
+    slots = [slot for owner in owners for slot in _slots(owner)]
+    moved = to_device([getattr(owner, name) for owner, name in slots])
+    for (owner, name), tensor in zip(slots, moved, strict=True):
+        setattr(owner, name, tensor)
+
+
+def _slots(owner: Any) -> Iterator[tuple[Any, str]]:
+    for name in owner.on_device:
+        value = getattr(owner, name, None)
+        if isinstance(value, Tensor):
+            yield owner, name
+        elif value is not None:
+            for inner in value if isinstance(value, list) else [value]:
+                yield from _slots(inner)
+
+
+def to_device(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the device's memory, by one copy that nobody waits for."""
+    device = hardware.device()
+    if device.type == "cpu":
+        return list(tensors)
+    starts, size = [], 0
+    for tensor in tensors:
+        starts.append(size)
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    for start, tensor in zip(starts, tensors, strict=True):
+        _part(pinned, start, tensor).copy_(tensor)
+    # torch keeps the page-locked memory until the copy has ended.
+    buffer = pinned.to(device, non_blocking=True)
+    return [_part(buffer, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+
+
+def _part(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat(tensors)` in the device's memory, copied once on the host."""
+    device = hardware.device()
+    if device.type == "cpu":
+        return torch.cat([*tensors])
+    shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+    pinned = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)
+    torch.cat([*tensors], out=pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector of numbers on `device`, made once in a process. Not to be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+class HostCopy:
+    """A vector of the device on its way to the host."""
+
+    def __init__(self, numbers: Tensor):
+        # From a GPU into page-locked memory: torch allocates it for such a copy.
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> list[float]:
+        """The numbers, once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()
