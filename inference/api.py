@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ class Model:
                 f"fps={fps}, speed={speed}, reconnect={reconnect}: fps must be more than 0, the "
                 "others not less than 0, and all of them finite"
             )
-        questions = sorted((parse_seconds(second), text) for second, text in (ask or {}).items())
+        asked = [(parse_seconds(second), text) for second, text in (ask or {}).items()]
+        questions = sorted(asked, key=itemgetter(0))
         source = open_source(str(video), reconnect)
         pace = float(source.live) if speed is None else speed
         schedule = Schedule(fps, 1.0 if source.live else pace, questions)

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def schedule_of(args: argparse.Namespace, live: bool) -> Schedule:
         cli.note(f"--speed {args.speed:g}: {args.video_path} is live and has a speed of its own")
     for second, text in args.ask:
         cli.note(f"asked at {clock(second)} ({second:g} s): {text}")
-    return Schedule(args.fps, 1.0 if live else args.speed, sorted(args.ask))
+    return Schedule(args.fps, 1.0 if live else args.speed, sorted(args.ask, key=itemgetter(0)))
 
 
 def session_config(

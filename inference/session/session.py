@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -53,8 +54,8 @@ class SessionConfig:
         for entry in fields(self):
             value = getattr(self, entry.name)
             number = entry.name.startswith("max_") or entry.name in ("frame_interval", "pace")
-            if number and value is not None and not value > 0:
-                raise ValueError(f"{entry.name}: {value!r}: must be greater than 0")
+            if number and value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{entry.name}: {value!r}: must be greater than 0, and finite")
         if self.clock not in ("wall", "media"):
             raise ValueError(f"clock: {self.clock!r}, allowed: wall, media")
 
@@ -150,6 +151,8 @@ class Session(ResponseWriter):
         """
         if frame.prompt:
             self._check_texts(frame.prompt)
+        if not math.isfinite(frame.at):
+            raise ValueError(f"at: {frame.at!r} is not a second")
         following = self.next_second
         if frame.image is not None:
             following = frame.at + self.config.frame_interval

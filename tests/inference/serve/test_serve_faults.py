@@ -176,3 +176,27 @@ def until(condition: Any, seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+def test_the_seconds_of_a_live_session_go_on_on_another_socket(server: Running) -> None:
+    with server.open() as first:
+        created = first.until("session.created")
+        first.update(silence_bias=50)
+        first.frame(jpeg())
+        first.until("input_frame.processed", frame_at=0.0)
+        last = first.seen[-1]["seq"]
+    time.sleep(0.2)
+    with server.open(f"?session={created['session']['id']}&last_seq={last}") as again:
+        again.frame(jpeg())
+        assert again.until("input_frame.processed")["frame_at"] >= 0.2
+        again.frame(jpeg(), ts=30.0)
+        again.until("input_frame.processed", frame_at=30.0)
+        again.frame(jpeg())
+        assert 30 <= again.until("input_frame.processed")["frame_at"] < 40
+        again.update(silence_bias=-50, pace=10)
+        again.ask("Tell me a story.")
+        again.until("response.output_text.delta")
+        again.send("session.close")
+        types = [event["type"] for event in again.rest()]
+    assert types[-4:] == ["response.done", "session.state", "session.metrics", "session.closed"]
+    assert types.count("response.created") == types.count("response.done")

@@ -180,6 +180,34 @@ def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) ->
             assert names <= {e.data.get("response_id") for e in last}
 
 
+def test_a_state_saved_at_any_moment_has_all_that_was_given(runner: Runner) -> None:
+    """Also while a frame with a prompt is on its way from the queue into the engine."""
+    image, asks = runner.vocabulary.special.image, {1: "Who is it?", 2: "And now?"}
+    fields = options(2, max_waiting_frames=9)
+
+    def settled(session: SessionHandle, frames: int) -> bool:
+        return quiet(session, frames) and not session._running.task.frames  # type: ignore[union-attr]
+
+    states = []
+    with runner.session(**fields) as session:
+        watch(session, PICTURES[:4], asks)
+        session.put_prompt("Where is he?")
+        watch(session, PICTURES[4:6], {})
+        while not settled(session, 6):
+            states.append(session.save())
+        whole = context(session)
+    assert len(states) > 10
+    for state in states:
+        taken = state["slot"]["slot"]["tokens"].count(image) if state["slot"] else 0
+        waiting = [at for picture, at, _ in state["session"]["frames"] if picture is not None]
+        assert taken + len(waiting) == 6
+    for state in states[:: len(states) // 7]:
+        left = sum(picture is not None for picture, *_ in state["session"]["frames"])
+        with runner.restore(state) as resumed:
+            wait_for(lambda s=resumed, n=left: settled(s, n))
+            assert context(resumed) == whole
+
+
 def test_endless_streams_drop_the_oldest_and_report_it(tiny: Path) -> None:
     engine = load_engine(tiny, device="cpu", window=4, max_tokens=64)
     with Runner(engine) as runner, runner.session(**options(live=False)) as session:
@@ -241,7 +269,11 @@ def test_it_ends_cleanly_in_every_order(engine: Engine, order: str) -> None:
     session.close()
     if order == "twice":
         session.close()
-    assert list(session.events())[-1].type == "session.closed"
+    last = [event.type for event in session.events()]
+    assert last[-1] == "session.closed"
+    assert last.count("response.created") == last.count("response.done")
+    if order == "in_the_middle":
+        assert last[-4:-1] == ["response.done", "session.state", "session.metrics"]
     with pytest.raises(SessionClosed):
         session.push_frame(PICTURES[0])
     with pytest.raises(SessionClosed):

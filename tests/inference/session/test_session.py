@@ -3,11 +3,15 @@ model, and held to what training would have made of the same conversation."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from data_pipeline.prompts import PromptBuilder
@@ -255,6 +259,56 @@ def test_a_prompt_may_wait_for_the_frames_before_it(tokenizer: Tokenizer, words:
     shapes = [len(model.step(token).images) for token in (silence, silence, words[0], words[1])]
     assert shapes == [1, 1, 0, 0]
     assert len(model.step(silence).images) == 1  # after the words that fit between
+
+
+def test_a_session_saved_between_any_two_inputs_goes_on_the_same(
+    tokenizer: Tokenizer, words: list[int]
+) -> None:
+    """Words, names of responses, seconds: also in the middle of a response, with a question that
+    waits, a response that is cancelled or full, an end that is due."""
+    special = SpecialTokens.from_tokenizer(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer)
+
+    def restore(model: Model) -> None:
+        state = torch.load(_file(model.session.state()), weights_only=True)
+        model.session = Session.resume(state, vocabulary, Stats(), model.now)
+
+    def frame(model: Model) -> None:
+        model.session.push(Frame(BLACK, model.session.next_second, model.now))
+
+    say = [lambda model, token=token: model.step(token) for token in (*words, special.silence)]
+    script: list[Callable[[Model], object]] = [
+        frame, *say[:2], frame, say[2], lambda model: model.ask("Who is it?"), *say[:2],
+        lambda model: model.session.cancel(), frame, *say[:3], frame, say[-1],
+        lambda model: model.frame(7.0, "And now?"), *say[:2], lambda model: model.session.end(),
+        frame, say[0],
+    ]  # fmt: skip
+
+    def play_script(cut: int) -> tuple[list[int], float, list[str]]:
+        model = started(tokenizer, max_new_tokens=3, pace=None)
+        for number, action in enumerate(script):
+            if number in (cut, cut + 3):
+                restore(model)
+            action(model)
+        gaps = model.session.stats.summary().get("inter_token_ms", {"p99": 250.0})
+        assert gaps["p99"] == 250  # a step of the scripted model
+        assert model.session.over
+        names = [done["response_id"] for done in model.emitted("response.done")]
+        return model.context, model.session.next_second, names
+
+    whole = play_script(-9)
+    assert whole[2] == [f"s-{number}" for number in range(1, len(whole[2]) + 1)]
+    for cut in range(len(script)):
+        context, second, names = play_script(cut)
+        assert (context, second) == whole[:2]
+        assert names == whole[2][len(whole[2]) - len(names) :]
+
+
+def _file(state: dict[str, Any]) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
 
 
 def test_a_saved_session_of_another_version_is_refused(tokenizer: Tokenizer) -> None:
