@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, report_error
+from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
 from inference.engine.engine import Engine, EngineConfig, EngineFull
 from inference.engine.load import DTYPES, RankFinished, load_engine
@@ -180,6 +181,10 @@ def one_line_errors(program: str) -> Iterator[None]:
         raise SystemExit(DONE) from None
     except CommandError as error:
         _end(program, error, WRONG_USAGE)
+    except RanksError as error:
+        _end_alone(program, error, WRONG_USAGE)
+    except JoinError as error:
+        _end_alone(program, error, FAILED)
     except (SourceError, SampleError, SessionClosed, EngineFull) as error:
         _end(program, error, FAILED)
     except (ValueError, OSError) as error:
@@ -195,3 +200,8 @@ def _end(program: str, error: object, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         report_error(program, " ".join(str(error).split()))
     raise SystemExit(code)
+
+
+def _end_alone(program: str, error: object, code: int) -> NoReturn:
+    """As `_end`, on any rank: it may be the only one that has started."""
+    raise SystemExit(report_error(program, error, code))

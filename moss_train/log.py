@@ -26,6 +26,11 @@ def configure(quiet: bool = False) -> None:
     silence_advice()
 
 
+def print_line(text: str) -> None:
+    """A warning of any rank; the logger drops those of all but the first."""
+    log.handle(log.makeRecord(log.name, logging.WARNING, __file__, 0, text, (), None))
+
+
 def silence_advice() -> None:
     """Hides what other libraries advise, when they are imported and later."""
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-import yaml
 from omegaconf import DictConfig
 
 from data_pipeline.commands import WRONG_USAGE, report_error
-from moss_train.config import Config, ConfigError, from_hydra, to_dict
+from data_pipeline.ranks import JoinError, RanksError, ranks_of
+from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.log import configure
 
 PROGRAM = "moss-train"  # in front of errors
@@ -26,6 +26,10 @@ def train(raw: DictConfig) -> None:
         run(from_hydra(raw))
     except ConfigError as error:
         _refuse(error)
+    except RanksError as error:  # every rank speaks: it may be the only one that has started
+        sys.exit(report_error(PROGRAM, error, WRONG_USAGE))
+    except JoinError as error:
+        sys.exit(report_error(PROGRAM, error))
 
 
 def run(config: Config, console: TextIO | None = None) -> bool:
@@ -36,6 +40,7 @@ def run(config: Config, console: TextIO | None = None) -> bool:
 
     Raises:
         ConfigError: the configuration is wrong; nothing has been started.
+        RanksError, JoinError: this is a rank of a job that cannot start.
     """
     resume_from = check(config)
     # megatron is imported only now: a wrong configuration is refused in two seconds, not ten.
@@ -48,25 +53,31 @@ def run(config: Config, console: TextIO | None = None) -> bool:
 
 
 def check(config: Config) -> Path | None:
-    """Validates `config`, writes config.yaml, and finds what to resume from.
+    """Validates `config` and finds what to resume from; nothing is written.
 
     Raises:
         ConfigError: anything is wrong. No process group has been started.
+        RanksError: the environment says a job that cannot start.
     """
     from moss_train.resume import find_resume
     from moss_train.validate import validate
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # 1 without torchrun
+    world_size = ranks_of().size
     validate(config, world_size)
-    folder = Path(config.run.dir)
+    _check_folder(Path(config.run.dir))
+    return find_resume(config, world_size)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ConfigError where the run folder cannot be made or written."""
     for path in (folder, *folder.absolute().parents):
-        if path.exists() and not path.is_dir():
+        if not path.exists():
+            continue
+        if not path.is_dir():
             raise ConfigError([f"run.dir={folder}: {path} is not a folder: give another one"])
-    resume_from = find_resume(config, world_size)
-    if os.environ.get("RANK", "0") == "0":
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    return resume_from
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ConfigError([f"run.dir={folder}: {path} cannot be written: give another one"])
+        return
 
 
 def _refuse(error: ConfigError) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moss_train.checkpoint_dir import find, read_run, read_streams
-from moss_train.config import AdapterConfig, Config, ConfigError, to_dict
+from moss_train.config import AdapterConfig, Config, ConfigError, flatten, to_dict
 from moss_train.convert.folders import why_no_checkpoint
 
 
@@ -30,6 +30,13 @@ def find_resume(config: Config, world_size: int) -> Path | None:
         )
     if checkpoint is not None:
         saved = read_run(checkpoint)
+        if checkpoint != own and saved["step"] >= config.steps:
+            raise ConfigError(
+                [
+                    f"trainer.resume={checkpoint}: is at step {saved['step']}, and the run has "
+                    f"{config.steps} steps: raise trainer.steps"
+                ]
+            )
         if saved.get("weights_only"):
             raise ConfigError(
                 [f"trainer.resume={checkpoint}: holds weights alone: start from it with init_from"]
@@ -37,12 +44,21 @@ def find_resume(config: Config, world_size: int) -> Path | None:
         check_architecture(config, saved["config"], checkpoint)
         check_adapter(config, saved["config"], checkpoint, resume=True)
         check_streams(config, len(read_streams(checkpoint)), checkpoint, world_size)
+        check_sources(config, saved["config"], checkpoint)
     elif init_from is not None:
         source = _must_find("init_from", init_from)
         saved = read_run(source)
         check_architecture(config, saved["config"], source)
         check_adapter(config, saved["config"], source, resume=False)
     return checkpoint
+
+
+def changed_fields(config: Config, saved: dict) -> Iterator[str]:
+    """A line for each field that `saved` (the checkpoint's configuration) has otherwise."""
+    before = dict(flatten(saved))
+    for name, value in flatten(to_dict(config)):
+        if name not in ("run.dir", "trainer.resume") and before.get(name, value) != value:
+            yield f"{name}={value} (was {before[name]})"
 
 
 def _must_find(field: str, value: str) -> Path:
@@ -88,6 +104,31 @@ def check_adapter(config: Config, saved: dict, checkpoint: Path, resume: bool) -
     raise ConfigError(
         [f"adapter ({', '.join(different)}): the checkpoint {checkpoint} has another one: {theirs}"]
     )
+
+
+def check_sources(config: Config, saved: dict, checkpoint: Path) -> None:
+    """Raises ConfigError where the checkpoint's data streams read other sources than this run."""
+    mine = to_dict(config)
+    read, before = _sources_read(mine), _sources_read(saved)
+    problems = []
+    if read != before:
+        problems.append(
+            f"data.sources, with a share in stage.mixture: {', '.join(read)}: the checkpoint "
+            f"{checkpoint} is in the middle of {', '.join(before)}: give the same, or start a new "
+            "run from its weights (init_from)"
+        )
+    name = "shuffle_buffer"
+    problems += _differences(
+        {name: mine["data"][name]}, saved["data"], "data", ignored=(), checkpoint=checkpoint
+    )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _sources_read(plain: dict) -> list[str]:
+    """Names of the sources that a configuration reads, in their order."""
+    shares = plain["stage"]["mixture"]
+    return [one["name"] for one in plain["data"]["sources"] if shares[one["modality"]] > 0]
 
 
 def check_streams(config: Config, streams: int, checkpoint: Path, world_size: int) -> None:

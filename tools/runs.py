@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error
 from data_pipeline.tables import format_table
+from moss_train.config import flatten
 from moss_train.train.curves import smooth
 from moss_train.train.metrics import read_metrics
 
@@ -53,15 +52,6 @@ class Run:
         """The last value of a key."""
         _, values = self.curve(key)
         return f"{values[-1]:.6g}" if values else ABSENT
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": 1}}` -> `("a.b", 1)`."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def differences(runs: list[Run]) -> list[list[str]]:

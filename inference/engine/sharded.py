@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import atexit
 import io
-import os
 import pickle
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.ranks import joining, ranks_of
 from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
@@ -29,11 +31,16 @@ IDLE = timedelta(days=3650)  # other ranks wait for the next call without a time
 
 
 def join() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says; the process group is made."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return int(os.environ.get("RANK", "0")), size
+    """This process's rank and how many there are, as torchrun says; the process group is made.
+
+    Raises:
+        RanksError, JoinError: the environment is wrong, or the ranks do not come together.
+    """
+    ranks = ranks_of()
+    if ranks.size > 1 and not dist.is_initialized():
+        with joining(ranks, partial(print, file=sys.stderr, flush=True)):
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return ranks.rank, ranks.size
 
 
 class ShardedEngine(Engine):

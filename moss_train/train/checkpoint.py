@@ -40,19 +40,22 @@ _STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else 
 
 
 class Checkpointer:
-    """Saves and loads the state of a run. Every method is a collective."""
+    """Saves and loads the state of a run. Every method is a collective, but for one."""
 
     def __init__(self, config: Config, model: MossVideo, state: TrainState):
         self.config, self.model, self.state = config, model, state
         self.folder = checkpoints_folder(Path(config.run.dir))
         self.writing: Path | None = None
         self.queue = AsyncCallsQueue() if config.trainer.async_save else None
-        if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*step_*"):
-                log.warning("removing %s: a save or a removal that was cut off", leftover)
-                shutil.rmtree(leftover)
-        dist.barrier()
+
+    def open_folder(self) -> None:
+        """On rank 0, before the first `save`: makes the folder, and removes what a killed job left
+        there. No collective.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*step_*"):
+            log.warning("removing %s: a save or a removal that was cut off", leftover)
+            shutil.rmtree(leftover)
 
     def save(self, step: int, samples: int, streams: list[bytes] | None) -> None:
         """Saves after `step`. `streams`: the data state of this rank's replica, on its leader."""

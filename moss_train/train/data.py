@@ -13,7 +13,7 @@ from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.loader.loader import Loader, Source, build_loader
 from data_pipeline.shards import check_source
-from moss_train.config import Config
+from moss_train.config import Config, ConfigError
 from moss_train.model.groups import Groups
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.packing import Bounds
@@ -44,7 +44,10 @@ def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> 
         shuffle_buffer=config.data.shuffle_buffer,
     )
     if streams is not None:
-        loader.load_state(streams[rank * each : (rank + 1) * each])
+        try:
+            loader.load_state(streams[rank * each : (rank + 1) * each])
+        except ValueError as error:
+            raise ConfigError([f"data.sources: not those of the checkpoint: {error}"]) from None
     return loader
 
 

@@ -1,4 +1,5 @@
-"""run.json of a run folder: configuration, versions, commit, layout, parameter counts."""
+"""What a run folder says of its run: config.yaml, and run.json with the configuration, versions,
+commit, layout and parameter counts."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data_pipeline.atomic import write_atomically
 from moss_train import hardware
 from moss_train.config import Config, to_dict
 
-RUN_FILE = "run.json"
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 PACKAGES = (
     "torch", "megatron-core", "megatron-energon", "numpy", "av", "tokenizers", "hydra-core",
     "transformer-engine", "flash-attn",
@@ -25,14 +28,15 @@ REPO = Path(__file__).resolve().parents[2]
 def write_description(
     run: Path, config: Config, layout: dict[str, int], parameters: dict[str, Any], device: str
 ) -> None:
-    """Writes `run`/run.json.
+    """Writes `run`/run.json and `run`/config.yaml.
 
     Args:
         layout: ranks in all, and in each direction.
         parameters: counts of the model's parameters.
     """
+    plain = to_dict(config)
     description = {
-        "config": to_dict(config),
+        "config": plain,
         "versions": {"python": sys.version.split()[0], **_versions(PACKAGES)},
         "git": git_commit(REPO),
         "layout": layout,
@@ -41,6 +45,7 @@ def write_description(
         "parameters": parameters,
     }
     write_atomically(run / RUN_FILE, json.dumps(description, indent=1) + "\n")
+    write_atomically(run / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

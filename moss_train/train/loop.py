@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
-from moss_train.checkpoint_dir import find, read_streams
+from moss_train.checkpoint_dir import find, read_run, read_streams
 from moss_train.config import Config, to_dict
 from moss_train.convert.llama import initial_reader
 from moss_train.convert.weights import fill
@@ -22,6 +22,7 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
+from moss_train.resume import changed_fields
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
@@ -49,9 +50,11 @@ def run(config: Config, resume_from: Path | None, console: TextIO | None = None)
     start_writer_queue()
     with process_group(config):
         # Ranks that started in different seconds may name different folders: all take rank 0's.
-        decided: list[Any] = [config.run.dir, resume_from]
+        decided: list[Any] = [config.run.dir, resume_from, what_is_left(config, resume_from)]
         dist.broadcast_object_list(decided, src=0)
-        config.run.dir, resume_from = decided
+        config.run.dir, resume_from, left = decided
+        if not left:
+            return False
         job = Job(config, resume_from, console)
         try:
             return job.run()
@@ -59,6 +62,25 @@ def run(config: Config, resume_from: Path | None, console: TextIO | None = None)
             if dist.get_world_size() == 1:  # else the process ends, and its workers with it
                 job.reader.close()
             raise
+
+
+def what_is_left(config: Config, resume_from: Path | None) -> int:
+    """Steps that the run has not done yet. Logs what a run that goes on does otherwise than before,
+    and that there is nothing to do; nothing is written then.
+    """
+    if resume_from is None:
+        return config.steps
+    saved = read_run(resume_from)
+    done = int(saved["step"])
+    for line in changed_fields(config, saved["config"]):
+        log.info("changed since step %d: %s", done, line)
+    left = max(0, config.steps - done)
+    if not left:
+        log.warning(
+            "nothing to do: step %d of %d is done, %s: for more steps raise trainer.steps",
+            done, config.steps, resume_from,
+        )  # fmt: skip
+    return left
 
 
 class Job:
@@ -91,11 +113,6 @@ class Job:
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
             self.epochs = Epochs(config, self.done)
-            self.audit.cut(self.folder, self.done)
-            layout = {"world": dist.get_world_size(), "data": self.groups.data_size}
-            layout |= {"pipeline": config.parallel.pipeline, "tensor": config.parallel.tensor}
-            kind = hardware.device().type
-            write_description(self.folder, config, layout, asdict(self.counts), kind)
 
     def _restore(self, resume_from: Path | None) -> list[bytes] | None:
         """Loads a checkpoint; returns where the data streams stood, None for a new run."""
@@ -120,17 +137,20 @@ class Job:
         """Steps until `config.steps` or a signal asks to stop (then True); saves at the end."""
         self._announce()
         steps = self.config.steps
-        with self._sinks() as (writer, progress), stop_signals() as asked:
-            stopped = False
+        with ExitStack() as opened, stop_signals() as asked:
+            stopped, sinks = False, None
             while self.done < steps and not stopped:
                 started = time.perf_counter()
                 batch = self._read()
                 waited = time.perf_counter() - started
                 result = self.step(batch, waited, bool(asked))
+                seconds = time.perf_counter() - started
+                if sinks is None:
+                    sinks = opened.enter_context(self._records())
+                writer, progress = sinks
                 self.done += 1
                 self.samples += self.config.data.global_batch
                 self._check(result)
-                seconds = time.perf_counter() - started
                 measured = self._validate(result)
                 self._report(result, seconds, measured, batch, writer, progress)
                 if result.refused is not None:
@@ -143,7 +163,7 @@ class Job:
                     self._save()
             self.checkpointer.close()
         self.reader.close()
-        if self.first_rank:
+        if self.first_rank and sinks is not None:
             self._finish(stopped)
         return stopped
 
@@ -206,12 +226,22 @@ class Job:
         self.bad_samples.add(self.done, self.config.data.global_batch, result.skipped)
 
     @contextmanager
-    def _sinks(self) -> Iterator[tuple[MetricsWriter | None, StepLine | None]]:
-        """Metrics and console, on rank 0 only."""
+    def _records(self) -> Iterator[tuple[MetricsWriter | None, StepLine | None]]:
+        """Opens the run folder, after the first step that this process has done: a job that fails
+        before leaves the folder as it was. Metrics and console on rank 0 only. A collective.
+        """
+        config = self.config
+        if self.first_rank:
+            self.checkpointer.open_folder()
+            layout = {"world": dist.get_world_size(), "data": self.groups.data_size}
+            layout |= {"pipeline": config.parallel.pipeline, "tensor": config.parallel.tensor}
+            kind = hardware.device().type
+            write_description(self.folder, config, layout, asdict(self.counts), kind)
+            self.audit.cut(self.folder, self.done)
+        dist.barrier()  # other replicas write to their audits
         if not self.first_rank:
             yield None, None
             return
-        config = self.config
         with MetricsWriter(self.folder, config.logger, to_dict(config), self.done) as writer:
             progress = StepLine(config.steps, config.trainer.console_every, self.console)
             try:
@@ -292,8 +322,6 @@ class Job:
         )
 
     def _finish(self, stopped: bool) -> None:
-        if self.done == 0 or not (self.folder / "metrics.jsonl").exists():
-            return
         write_report_or_warn(self.folder)
         table = summary_table(
             self.folder,

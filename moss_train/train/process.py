@@ -19,8 +19,10 @@ import torch.multiprocessing
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from data_pipeline.ranks import joining, ranks_of
 from moss_train import hardware
 from moss_train.config import Config
+from moss_train.log import print_line
 
 _users = 0  # jobs and models of this process that need its process group
 _started = False  # by this module: then it is ended by it, too
@@ -52,6 +54,9 @@ def start_process_group(config: Config) -> None:
     """Joins the job under torchrun; without it, a job of one rank, which needs no network.
 
     A process that is in one already (a job after a model that is still open) shares it.
+
+    Raises:
+        JoinError: the ranks do not come together.
     """
     global _users, _started
     if config.trainer.deterministic:
@@ -61,14 +66,15 @@ def start_process_group(config: Config) -> None:
     threads = config.hardware.threads or max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(threads)
     if not dist.is_initialized():
-        alone = "RANK" not in os.environ  # not under torchrun, which names the address of a store
-        dist.init_process_group(
-            hardware.backend(device.type),
-            timeout=timedelta(seconds=config.hardware.timeout_s),
-            store=dist.HashStore() if alone else None,
-            rank=0 if alone else -1,
-            world_size=1 if alone else -1,
-        )
+        ranks = ranks_of()
+        with joining(ranks, print_line):
+            dist.init_process_group(
+                hardware.backend(device.type),
+                timeout=timedelta(seconds=config.hardware.timeout_s),
+                store=dist.HashStore() if ranks.size == 1 else None,
+                rank=ranks.rank,
+                world_size=ranks.size,
+            )
         _started = True
     elif dist.get_backend() != hardware.backend(device.type):
         raise RuntimeError(

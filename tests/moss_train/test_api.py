@@ -131,6 +131,19 @@ def test_two_runs_of_a_process_are_equal_to_the_bit(seen: dict[str, Any]) -> Non
     assert first == second
 
 
+def test_a_run_that_is_done_or_refused_leaves_its_folder_as_it_was(seen, out: Path) -> None:
+    changed, done = seen["again"].splitlines()[-2:]
+    assert changed.endswith("changed since step 3: optimizer.lr=0.5 (was None)")
+    assert "nothing to do: step 3 of 3 is done" in done
+    assert seen["refused"] == [
+        "stage.train=['nothing.*']: matches no parameter of the model",
+        f"data.shuffle_buffer=7: the checkpoint {out}/first/checkpoints/step_00000003 has 100",
+        f"trainer.resume=none: {out}/first/checkpoints/step_00000003 is ahead of that: "
+        "choose another run.dir",
+    ]
+    assert seen["untouched"]
+
+
 def test_training_leaves_the_process_as_it_was(seen: dict[str, Any]) -> None:
     assert seen["draws_after"] == seen["draws"]
     assert seen["threads_kept"]

@@ -20,12 +20,13 @@ from tests.torchrun import save_result
 def main(toy: Path, out: Path) -> dict[str, Any]:
     import moss_train
 
-    def config(name: str, steps: int) -> moss_train.Config:
+    def config(name: str, steps: int, *more: str) -> moss_train.Config:
         return moss_train.load_config(
             "pt2", model="tiny", run={"dir": out / name},
             data={"root": toy, "global_batch": 2, "micro_batch": 2, "workers": 0},
             trainer={"steps": steps}, stage={"mixture": {"text": 0, "image": 1, "video": 1}},
-            hardware={"device": "cpu", "threads": 1}, overrides=["model.text.vocab_size=512"],
+            hardware={"device": "cpu", "threads": 1},
+            overrides=["model.text.vocab_size=512", *more],
         )  # fmt: skip
 
     import torch
@@ -52,6 +53,19 @@ def main(toy: Path, out: Path) -> dict[str, Any]:
     seen["rank"] = os.environ.get("RANK")
     seen["group_ended"] = not dist.is_initialized()
 
+    before = contents(out / "first")
+    with contextlib.redirect_stderr(io.StringIO()) as lines:
+        moss_train.train(config("first", 3, "optimizer.lr=0.5"))
+        seen["again"] = lines.getvalue()
+    seen["refused"] = []
+    for wrong in (["stage.train=[nothing.*]"], ["data.audit=true", "data.shuffle_buffer=7"],
+                  ["trainer.resume=none"]):  # fmt: skip
+        try:
+            moss_train.train(config("first", 4, *wrong), quiet=True)
+        except moss_train.ConfigError as error:
+            seen["refused"] += error.problems
+    seen["untouched"] = contents(out / "first") == before
+
     model, other = first.model(threads=1), second.model(threads=1)
     picture = torch.full((3, 40, 30), 200, dtype=torch.uint8)
     seen["answers"] = [m.generate("", images=[picture], max_new_tokens=4) for m in (model, other)]
@@ -72,6 +86,10 @@ def main(toy: Path, out: Path) -> dict[str, Any]:
     thread.join()
     seen["thread"] = len(found[0].metrics)
     return seen
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _interrupt(train: Callable[[], Any], out: Path) -> Any:
