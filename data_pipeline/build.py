@@ -20,6 +20,7 @@ from pathlib import Path
 
 from data_pipeline import files
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
+from data_pipeline.fields import check_values, number
 from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.forms import FORMS, OpenSource, SourceOptions, open_source
 from data_pipeline.importers.journal import REJECTED, Journal, Summary
@@ -40,21 +41,15 @@ class BuildOptions:
 
     source: SourceOptions = field(default_factory=SourceOptions)
     media: MediaOptions = field(default_factory=MediaOptions)
-    samples_per_shard: int = 1000
-    shard_size: float = 512.0  # MB (10^6 bytes) after which the next shard begins
-    max_rejected: float | None = None  # records, or, below 1, their share
-    workers: int = 0  # processes; 0: this one alone
-    timeout: float = 60.0  # seconds that a server may not answer
+    samples_per_shard: int = number(1000, above=0)
+    # MB (10^6 bytes) after which the next shard begins.
+    shard_size: float = number(512.0, above=0)
+    max_rejected: float | None = number(None, least=0)  # records, or, below 1, their share
+    workers: int = number(0, least=0, zero="this process alone")  # processes
+    timeout: float = number(60.0, above=0)  # seconds that a server may not answer
 
     def __post_init__(self) -> None:
-        for name, least in (("samples_per_shard", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}: must be at least {least}")
-        for name in ("shard_size", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)}: must be greater than 0")
-        if self.max_rejected is not None and self.max_rejected < 0:
-            raise ValueError(f"max_rejected: {self.max_rejected}: must be at least 0")
+        check_values(self)
 
 
 class TooManyRejectedError(ShardError):

@@ -92,6 +92,13 @@ def wrong_values(config: Any, prefix: str = "") -> Iterator[str]:
             yield from _wrong(name, value, entry.metadata[ALLOWED], str(hints[entry.name]))
 
 
+def check_values(config: Any) -> None:
+    """Raises ValueError with all that `wrong_values` says of a dataclass."""
+    problems = list(wrong_values(config))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 def _wrong(name: str, value: Any, allowed: Range | tuple[str, ...], hint: str) -> Iterator[str]:
     if value is None and "None" in hint:
         return

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_pipeline import files
 from data_pipeline.clock import EPSILON
+from data_pipeline.fields import check_values, number
 from data_pipeline.images import decode_image
 from data_pipeline.importers.draft import Draft, Entry, Group, Medium
 from data_pipeline.schema import Sample, SampleError, parse_sample
@@ -34,14 +35,11 @@ _H264 = {"crf": "20", "preset": "medium", "g": "250"}
 class MediaOptions:
     """Limits; media beyond them are encoded anew. None: they are kept as they are."""
 
-    max_side: int | None = None  # pixels of the longer side
-    video_fps: float | None = None  # frames a second
+    max_side: int | None = number(None, least=16)  # pixels of the longer side
+    video_fps: float | None = number(None, above=0)  # frames a second
 
     def __post_init__(self) -> None:
-        if self.max_side is not None and self.max_side < 16:
-            raise ValueError(f"max_side: {self.max_side}: must be at least 16")
-        if self.video_fps is not None and not self.video_fps > 0:
-            raise ValueError(f"video_fps: {self.video_fps}: must be greater than 0")
+        check_values(self)
 
 
 @dataclass(frozen=True)

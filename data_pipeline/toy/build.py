@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.atomic import write_atomically
+from data_pipeline.fields import check_values, number
 from data_pipeline.index import prepare_index
 from data_pipeline.progress import Progress
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK
@@ -35,19 +36,17 @@ _VERSION = 14  # changes with pictures and texts: folders of another version are
 class ToyConfig:
     """`train`, `heldout`: samples of each modality of each stage; `size`: side in pixels."""
 
-    train: int = 500
-    heldout: int = 50
-    seed: int = 0
-    size: int = 56
-    fps: int = 2
-    samples_per_shard: int = 500
-    vocab_size: int = 512
+    train: int = number(500, above=0)
+    heldout: int = number(50, above=0)
+    seed: int = number(0)
+    size: int = number(56, least=32)
+    fps: int = number(2, least=2)
+    samples_per_shard: int = number(500, above=0)
+    vocab_size: int = number(512, above=0)
     stages: tuple[str, ...] = STAGES
 
     def __post_init__(self) -> None:
-        for name, least in (("train", 1), ("heldout", 1), ("size", 32), ("fps", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}: must be at least {least}")
+        check_values(self)
         if self.size % 2:
             raise ValueError(f"size: {self.size}: must be even, H.264 needs it")
         if not self.stages or not set(self.stages) <= set(STAGES):

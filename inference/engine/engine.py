@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.fields import check_values, choice, number
 from inference.engine import slot_state
 from inference.engine.batches import PackedBatch, Segment
 from inference.engine.cache import KVCache, put_frames
@@ -54,25 +55,20 @@ class EngineConfig:
             frames that come in the same step (what checkpoints of the published code do offline).
     """
 
-    window: int = 256
-    sinks: int = 0
-    max_tokens: int = 8192
-    max_sessions: int = 1
+    window: int = number(256, above=0)
+    sinks: int = number(0, least=0)
+    max_tokens: int = number(8192, above=0)
+    max_sessions: int = number(1, above=0)
     compile: bool = False
     graphs: bool = True
-    tokens_before_first_frame: Literal["zero", "attend_all"] = "zero"
+    tokens_before_first_frame: Literal["zero", "attend_all"] = choice(
+        "zero", ("zero", "attend_all")
+    )
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("sinks", 0), ("max_tokens", 1), ("max_sessions", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        check_values(self)
         if self.sinks >= self.window:
             raise ValueError(f"sinks={self.sinks}: must be less than window={self.window}")
-        if self.tokens_before_first_frame not in ("zero", "attend_all"):
-            raise ValueError(
-                f"tokens_before_first_frame={self.tokens_before_first_frame}: "
-                "allowed: zero, attend_all"
-            )
 
 
 class Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_pipeline.fields import check_values, number
 from inference.engine.sampling import SEEDS
 
 
@@ -11,20 +12,24 @@ from inference.engine.sampling import SEEDS
 class Limits:
     """Sizes in bytes, times in seconds."""
 
-    frame_bytes: int = 4 * 2**20
-    body_bytes: int = 64 * 2**20  # of a chat request
-    pixels: int = 3840 * 2160  # of a picture, read from its header
-    prompt_chars: int = 8000
-    fps: float = 8.0  # frames a second of a session, on average
-    frames: int = 256  # of a chat request
-    max_tokens: int = 4096  # of a chat answer
-    replay: int = 1024  # past events that a client which comes back can get
-    grace: float = 45.0  # how long a session lives on without a socket
-    idle: float = 600.0  # how long a session lives on without input
-    send: float = 10.0  # how long a client may take to read an event
-    errors: int = 32  # wrong messages of one socket, after which it is closed
-    waiting: int = 64  # chat requests that wait for a free place in the engine
-    wait: float = 60.0  # how long a chat request waits
+    frame_bytes: int = number(4 * 2**20, above=0)
+    body_bytes: int = number(64 * 2**20, above=0)  # of a chat request
+    pixels: int = number(3840 * 2160, above=0)  # of a picture, read from its header
+    prompt_chars: int = number(8000, above=0)
+    fps: float = number(8.0, above=0)  # frames a second of a session, on average
+    frames: int = number(256, above=0)  # of a chat request
+    max_tokens: int = number(4096, above=0)  # of a chat answer
+    replay: int = number(1024, above=0)  # past events that a client which comes back can get
+    grace: float = number(45.0, above=0)  # how long a session lives on without a socket
+    idle: float = number(600.0, above=0)  # how long a session lives on without input
+    send: float = number(10.0, above=0)  # how long a client may take to read an event
+    errors: int = number(32, above=0)  # wrong messages of one socket, after which it is closed
+    waiting: int = number(64, above=0)  # chat requests that wait for a free place in the engine
+    wait: float = number(60.0, above=0)  # how long a chat request waits
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names a limit out of range."""
+        check_values(self)
 
 
 # Least and largest value of a client's sampling settings.

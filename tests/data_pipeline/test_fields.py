@@ -9,7 +9,12 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from data_pipeline.build import BuildOptions
 from data_pipeline.fields import ALLOWED, Range, choice, number, numbers, wrong_values
+from data_pipeline.importers.media import MediaOptions
+from data_pipeline.toy.build import ToyConfig
+from inference.engine.engine import EngineConfig
+from inference.serve.limits import Limits
 from moss_train.config import Config
 from moss_train.data_config import SourceConfig
 
@@ -18,7 +23,9 @@ FREE = {
     "Config.init_from", "RunConfig.dir", "StageConfig.name", "StageConfig.train",
     "StageConfig.also", "ModelConfig.name", "InitConfig.from_llama", "DataConfig.name",
     "DataConfig.root", "DataConfig.tokenizer", "SourceConfig.name", "SourceConfig.path",
-    "AdapterConfig.target", "TrainerConfig.resume", "LoggerConfig.project",
+    "AdapterConfig.target", "TrainerConfig.resume", "LoggerConfig.project", "ToyConfig.stages",
+    "SourceOptions.form", "SourceOptions.media_dir", "SourceOptions.datasets",
+    "SourceOptions.media_column", "SourceOptions.caption_column",
 }  # fmt: skip
 
 Entry = tuple[type, Field, set[type]]
@@ -44,7 +51,9 @@ def entries(kind: type, seen: set[type]) -> Iterator[Entry]:
                 yield from entries(inner, seen)
 
 
-ENTRIES = list(entries(Config, set()))
+SEEN: set[type] = set()
+ROOTS = (Config, BuildOptions, ToyConfig, EngineConfig, Limits)
+ENTRIES = [entry for root in ROOTS for entry in entries(root, SEEN)]
 
 
 def named(kinds: set[type]) -> list[Any]:
@@ -58,6 +67,11 @@ def named(kinds: set[type]) -> list[Any]:
 def filled(kind: type) -> Any:
     """One with its defaults; a source has none."""
     return SourceConfig("a", "x", "text") if kind is SourceConfig else kind()
+
+
+def put(config: Any, name: str, value: Any) -> None:
+    """Sets a field, of a frozen dataclass too."""
+    object.__setattr__(config, name, value)
 
 
 def step(bound: float, sign: int, whole: bool) -> float:
@@ -86,11 +100,11 @@ def test_every_number_has_a_range_that_is_kept(kind: type, entry: Field) -> None
     is_list = isinstance(getattr(config, entry.name), list)
     assert list(wrong_values(config)) == []
     for value in outside:
-        setattr(config, entry.name, [value] if is_list else value)
+        put(config, entry.name, [value] if is_list else value)
         (line,) = wrong_values(config, "group.")
         assert line.startswith(f"group.{entry.name}={[value] if is_list else value}: must be ")
     for value in inside:
-        setattr(config, entry.name, [value] if is_list else value)
+        put(config, entry.name, [value] if is_list else value)
         assert list(wrong_values(config)) == []
 
 
@@ -106,6 +120,19 @@ def test_every_name_has_its_choices(kind: type, entry: Field) -> None:
     setattr(config, entry.name, value + "x")
     listed = ", ".join(entry.metadata[ALLOWED])
     assert list(wrong_values(config)) == [f"{entry.name}={value}x: choose one of {listed}"]
+
+
+def test_those_that_check_themselves_raise_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"^shard_size=nan: must be .*; workers=-1: must be 0 \("):
+        BuildOptions(shard_size=math.nan, workers=-1)
+    with pytest.raises(ValueError, match=r"^window=inf: must be a whole number, greater than 0$"):
+        EngineConfig(window=math.inf)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^fps=inf: must be a finite number, greater than 0$"):
+        Limits(fps=math.inf)
+    with pytest.raises(ValueError, match=r"^max_side=15: must be 16 or more$"):
+        MediaOptions(max_side=15)
+    with pytest.raises(ValueError, match=r"^size=30: must be 32 or more$"):
+        ToyConfig(size=30)
 
 
 def test_the_dtypes_are_those_of_the_hardware() -> None:

@@ -53,19 +53,7 @@ def main(toy: Path, out: Path) -> dict[str, Any]:
     seen["rank"] = os.environ.get("RANK")
     seen["group_ended"] = not dist.is_initialized()
 
-    before = contents(out / "first")
-    with contextlib.redirect_stderr(io.StringIO()) as lines:
-        moss_train.train(config("first", 3, "optimizer.lr=0.5"))
-        seen["again"] = lines.getvalue()
-    seen["refused"] = []
-    for wrong in (["stage.train=[nothing.*]"], ["data.audit=true", "data.shuffle_buffer=7"],
-                  ["trainer.resume=none"]):  # fmt: skip
-        try:
-            moss_train.train(config("first", 4, *wrong), quiet=True)
-        except moss_train.ConfigError as error:
-            seen["refused"] += error.problems
-    seen["untouched"] = contents(out / "first") == before
-
+    seen |= _once_more(config, out / "first")
     model, other = first.model(threads=1), second.model(threads=1)
     picture = torch.full((3, 40, 30), 200, dtype=torch.uint8)
     seen["answers"] = [m.generate("", images=[picture], max_new_tokens=4) for m in (model, other)]
@@ -88,7 +76,24 @@ def main(toy: Path, out: Path) -> dict[str, Any]:
     return seen
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def _once_more(config: Callable[..., Any], run: Path) -> dict[str, Any]:
+    """What commands for a run say that is done, and whether they leave its folder as it was."""
+    import moss_train
+
+    before = _contents(run)
+    with contextlib.redirect_stderr(io.StringIO()) as lines:
+        moss_train.train(config("first", 3, "optimizer.lr=0.5"))
+    refused: list[str] = []
+    for wrong in ("stage.train=[nothing.*]", "data.shuffle_buffer=7", "trainer.resume=none"):
+        try:
+            moss_train.train(config("first", 4, wrong), quiet=True)
+        except moss_train.ConfigError as error:
+            refused += error.problems
+    untouched = _contents(run) == before
+    return {"again": lines.getvalue(), "refused": refused, "untouched": untouched}
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
