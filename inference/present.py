@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ from inference import cli
 from inference.session.events import Event
 from inference.session.handle import SessionHandle
 
+_AGAIN = 1.0  # seconds after which another Ctrl-C is a second one
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; a batch system; a closed window
 
 
@@ -56,7 +58,7 @@ class Stop:
 
     def __init__(self, session: SessionHandle) -> None:
         self._session = session
-        self.signal = 0  # the first one that came
+        self.signal, self._since = 0, 0.0  # the first one that came, and when
         self.unread = False  # nobody reads the terminal or pipe any more
 
     @contextlib.contextmanager
@@ -76,10 +78,13 @@ class Stop:
                 signal.signal(number, handler)
 
     def _take(self, number: int, _frame: object) -> None:
-        if self.signal and number == signal.SIGINT:
-            os._exit(STOPPED)
-        # The same request may come twice, from a terminal and from torchrun.
-        self.signal = self.signal or number
+        now = time.monotonic()
+        if self.signal:
+            # The same request may come twice at once, from a terminal and from torchrun.
+            if number == signal.SIGINT and now - self._since > _AGAIN:
+                os._exit(STOPPED)
+            return
+        self.signal, self._since = number, now
         # In a thread, for this one may hold the lock of the session's log.
         threading.Thread(target=self._session.close, args=("interrupted",), daemon=True).start()
 

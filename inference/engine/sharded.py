@@ -13,7 +13,9 @@ import io
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -62,15 +64,12 @@ class ShardedEngine(Engine):
 
     def follow(self) -> None:
         """What other ranks do: the calls of rank 0, until it shuts down."""
-        # Ctrl-C in a terminal goes to all processes; rank 0 then ends its sessions, for which it
-        # needs the others. They notice when it has gone.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        while self.running:
-            function, arguments = self._receive()
-            function(self, *arguments)
-            for slot in self.slots.values():
-                slot.evictions.clear()  # rank 0 reports them
+        with _outliving_signals():
+            while self.running:
+                function, arguments = self._receive()
+                function(self, *arguments)
+                for slot in self.slots.values():
+                    slot.evictions.clear()  # rank 0 reports them
 
     def open(self, sampling: Sampling | None = None) -> Slot:
         self.check_free()
@@ -147,6 +146,22 @@ class ShardedEngine(Engine):
         messages: list[Any] = [None]
         dist.broadcast_object_list(messages, src=0, group=self.control)
         return _Unpickler(io.BytesIO(messages[0]), self.slots, self.device).load()
+
+
+@contextmanager
+def _outliving_signals() -> Iterator[None]:
+    """Ctrl-C in a terminal goes to all processes. Rank 0 then ends its sessions, for which it needs
+    the others; they notice when it has gone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Pickler(pickle.Pickler):

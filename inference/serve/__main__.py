@@ -142,8 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: None)
             host = f"[{args.host}]" if ":" in args.host else args.host
             cli.note(f"http://{host}:{door.getsockname()[1]}/")
-            config = server_config(app, args.host, args.port, limits)
-            Server(config, hub).run(sockets=[door])
+            server = Server(server_config(app, args.host, args.port, limits), hub)
+            if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+                signal.signal(signal.SIGHUP, server.handle_exit)  # as SIGTERM, which uvicorn takes
+            server.run(sockets=[door])
     return 0
 
 

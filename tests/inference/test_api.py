@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +106,7 @@ def test_watching_gives_the_events_of_the_command(
     watcher: inference.Model, live: Path, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip = files / "clip.mp4"
-    ask = {1.5: "Who?"}
+    ask = {"00:01.5": "Who?"}
     events = watcher.watch(clip, "Tell me.", ask, sampling=QUIET, pace=5, max_new_tokens=9)
     seen = list(events)
     options = ["--video_path", str(clip), "--speed", "0", "--pace", "5", "--max_new_tokens", "9"]
@@ -146,6 +148,40 @@ def test_a_live_session_takes_frames_and_prompts(watcher: inference.Model, files
         "What is it?"
     ]
     assert seen[-1].type == "session.closed"
+
+
+def test_an_answer_that_is_cut_off_is_not_taken_for_a_whole_one(live: Path) -> None:
+    talk = inference.Sampling(silence_bias=-100.0)
+    with inference.load(live, device="cpu") as model:
+
+        def close() -> None:
+            while not model.runner.sessions:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            model.close()
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        with pytest.raises(SessionClosed, match="the runner was closed"):
+            model.chat("Who?", sampling=talk, max_new_tokens=10**6)
+        closing.join()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"ask": {"soon": "Who?"}}, "'soon' is not a time"),
+        ({"ask": {-1: "Who?"}}, "-1 is not a time"),
+        ({"speed": float("nan")}, "speed=nan"),
+        ({"fps": 0}, "fps=0"),
+        ({"reconnect": -1}, "reconnect=-1"),
+    ],
+)
+def test_wrong_times_are_refused(
+    watcher: inference.Model, files: Path, wrong: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        watcher.watch(files / "clip.mp4", **wrong)
 
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, live: Path) -> None:
