@@ -7,12 +7,30 @@ microbatch, N: frames of a microbatch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What the assistant says in some conversations, and training does not learn.
+
+    truncated_samples: conversations that were longer than `sequence_length`, and cut there.
+    truncated_labels: their labels behind the cut.
+    turns: the assistant's turns. masked_turns: of these, the ones that the data mark as context.
+    """
+
+    truncated_samples: int = 0
+    truncated_labels: int = 0
+    turns: int = 0
+    masked_turns: int = 0
+
+    def __add__(self, other: Unlearned) -> Unlearned:
+        return Unlearned(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
@@ -25,7 +43,12 @@ class EncodedSample:
     frames: Tensor  # uint8 [F, T, 3, h, w], RGB, not normalized, unused tiles zero
     frame_positions: Tensor  # int64 [F], index of each frame's <|image|> token in `tokens`
     aspect_ratio_ids: Tensor  # int64 [F], see aspect_ratios.py
-    truncated: bool = False  # the conversation was longer than sequence_length
+    unlearned: Unlearned = field(default_factory=Unlearned)
+
+    @property
+    def truncated(self) -> bool:
+        """True where the conversation was longer than `sequence_length`."""
+        return self.unlearned.truncated_samples > 0
 
 
 @dataclass
@@ -41,7 +64,7 @@ class MicroBatch:
     aspect_ratio_ids: Tensor  # int64 [N]
     keys: list[str]  # B sample keys
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples skipped before this
-    truncated: int = 0  # conversations cut at sequence_length
+    unlearned: Unlearned = field(default_factory=Unlearned)  # of all B
 
     def samples(self) -> list[EncodedSample]:
         """The conversations, each by itself, without padding (views of this batch)."""
@@ -91,5 +114,5 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> MicroBatch:
         frame_positions=torch.cat([sample.frame_positions for sample in samples]),
         aspect_ratio_ids=torch.cat([sample.aspect_ratio_ids for sample in samples]),
         keys=[sample.key for sample in samples],
-        truncated=sum(sample.truncated for sample in samples),
+        unlearned=sum((sample.unlearned for sample in samples), Unlearned()),
     )

@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data_pipeline.batch import EncodedSample
+from data_pipeline.batch import EncodedSample, Unlearned
 from data_pipeline.images import decode_image, tile_into
-from data_pipeline.prompts import PromptBuilder, PromptForm
+from data_pipeline.prompts import Prompt, PromptBuilder, PromptForm
 from data_pipeline.schema import Media, Sample, SampleError, parse_sample
 from data_pipeline.tokens import SpecialTokens
 from data_pipeline.video import open_video, sample_times
@@ -117,7 +117,7 @@ class SampleEncoder:
             frames=frames,
             frame_positions=torch.tensor(prompt.frame_positions, dtype=torch.int64),
             aspect_ratio_ids=torch.tensor(ratios, dtype=torch.int64),
-            truncated=prompt.truncated,
+            unlearned=_unlearned(sample, prompt),
         )
 
     def _form(self, sample: Sample) -> PromptForm:
@@ -160,3 +160,10 @@ class SampleEncoder:
         for out, source in zip(frames, sources, strict=True):
             ratios.append(tile_into(out, next(following[source])))
         return frames, ratios
+
+
+def _unlearned(sample: Sample, prompt: Prompt) -> Unlearned:
+    learns = [message.learn for message in sample.messages if message.role == "assistant"]
+    return Unlearned(
+        int(prompt.truncated), prompt.truncated_labels, len(learns), learns.count(False)
+    )

@@ -39,6 +39,22 @@ STAGE_FORMS: dict[str | None, PromptForm] = {
     "realtime_sft": "realtime",
 }
 
+
+def trained_form(stage: str | None, prompt: str, said: str | None = None) -> str | None:
+    """The form of the prompts that a run's weights know; None: unknown.
+
+    Args:
+        stage, prompt: the run's `stage.name` and `stage.prompt`; None: its training is not known.
+        said: the stage that a user names in place of the run's.
+    """
+    if said is not None and (said in STAGE_FORMS or said != stage):
+        return STAGE_FORMS.get(said)
+    # Runs of earlier versions say `chat` of this stage, though they learn streams.
+    if stage is None or (stage, prompt) == ("realtime_sft", "chat"):
+        return STAGE_FORMS.get(stage)
+    return prompt
+
+
 # Special tokens that a content may contain; any other one that it spells is text.
 _CONTENT = re.compile(r"(<\|image\|>|<\|video\|>|<\|silence\|>|<\|\.\.\.\|>)")
 _SPELLING = threading.Lock()  # a tokenizer's setting, which threads of a server share
@@ -66,6 +82,7 @@ class Prompt:
     frame_positions: list[int] = field(default_factory=list)
     swappable: list[int] = field(default_factory=list)  # of the F: numbers of those that may swap
     truncated: bool = False
+    truncated_labels: int = 0
 
     def add(self, tokens: Sequence[int], *, learn: bool) -> None:
         """Appends tokens; with `learn` they are labels, too."""
@@ -91,6 +108,7 @@ class Prompt:
     def cut(self, length: int) -> None:
         """Keeps the first `length` tokens and exactly the frames whose marks are among them."""
         self.truncated = len(self.tokens) > length
+        self.truncated_labels = _count_labels(self.labels[length:])
         del self.tokens[length:]
         del self.labels[length:]
         self.frame_positions = [p for p in self.frame_positions if p < length]
@@ -135,10 +153,8 @@ class PromptBuilder:
         if draws is not None:
             prompt.swap_frames(swap_probability, draws)
         prompt.cut(sequence_length)
-        if all(label == IGNORED_LABEL for label in prompt.labels):
-            raise SampleError(
-                "no_labels", f"no assistant token within the first {sequence_length} tokens"
-            )
+        if not _count_labels(prompt.labels):
+            raise _nothing_to_learn(prompt, sequence_length)
         return prompt
 
     def question(
@@ -251,3 +267,17 @@ class PromptBuilder:
             finally:
                 self._tokenizer.encode_special_tokens = False
         return ids
+
+
+def _count_labels(labels: Sequence[int]) -> int:
+    return len(labels) - labels.count(IGNORED_LABEL)
+
+
+def _nothing_to_learn(prompt: Prompt, sequence_length: int) -> SampleError:
+    if not prompt.truncated_labels:
+        return SampleError("no_labels", "no assistant's turn has a token to learn")
+    return SampleError(
+        "cut_before_answer",
+        f"the assistant's first token comes after {sequence_length} tokens, where the sample is cut"
+        ": raise data.sequence_length",
+    )

@@ -1,7 +1,7 @@
 """What is on disk of a run's checkpoints, read without megatron (so before the job starts).
 
 A checkpoint is a folder `checkpoints/step_00000100` of a run: megatron's distributed checkpoint
-(weights, optimizer, random state), `run.json` (configuration, step, layout, versions),
+(weights, optimizer, random state), `run.json` (configuration, step, layout, versions, tokenizer),
 `streams.json` (where each data stream stands) and, written last, `complete.json` (every file with
 its size). `checkpoints/latest` names the newest. What has no sound `complete.json` is not loaded.
 An imported one (tools.convert_checkpoint) has the same form, and `weights_only` in its run.json.
@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.prompts import STAGE_FORMS
 from moss_train.config import ConfigError, present_names
 from moss_train.log import log
 
@@ -65,7 +66,7 @@ def find(where: Path) -> Path | None:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """`run.json` of a checkpoint: config, step, samples, layout, versions.
+    """`run.json` of a checkpoint: config, step, samples, layout, versions, tokenizer's identity.
 
     Raises:
         ConfigError: `path` holds no readable one.
@@ -74,8 +75,12 @@ def read_run(path: Path) -> dict[str, Any]:
         run = json.loads((path / "run.json").read_text())
         if not {"step", "samples", "layout", "config"} <= run.keys():
             raise ValueError("it is not a run's")
-        return {**run, "config": present_names(run["config"])}
-    except (OSError, ValueError, AttributeError) as error:
+        config = present_names(run["config"])
+        if run.get("weights_only") and config["stage"]["prompt"] == "pretrain":
+            # Imports of earlier versions have a stage's name alone; the rest are defaults.
+            config["stage"]["prompt"] = STAGE_FORMS.get(config["stage"]["name"], "pretrain")
+        return {**run, "config": config}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError([f"checkpoint {path}: cannot read run.json ({error})"]) from None
 
 

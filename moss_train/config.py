@@ -31,6 +31,11 @@ RENAMED = {
 }
 
 
+# What wandb takes in WANDB_MODE, and what it means.
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+WANDB_MODES["disabled"] = "disabled"
+
+
 class ConfigError(ValueError):
     """A wrong configuration. Each line names a field, its value and what is allowed."""
 
@@ -140,8 +145,15 @@ class LoggerConfig:
 
     wandb: bool = False
     tensorboard: bool = False
-    project: str = "moss-video"
-    wandb_mode: str = choice("online", ("online", "offline"))
+    project: str | None = None  # None: that of WANDB_PROJECT, or moss-video
+    # None: that of WANDB_MODE, or online.
+    wandb_mode: str | None = choice(None, ("online", "offline", "disabled"))
+
+    @property
+    def mode(self) -> str:
+        """`wandb_mode`, else what the environment says (validated)."""
+        said = os.environ.get("WANDB_MODE") or "online"
+        return self.wandb_mode or WANDB_MODES.get(said, said)
 
 
 @dataclass

@@ -28,6 +28,7 @@ class DataConfig:
     name: str = "shards"
     root: str = ""  # a folder that the other paths of a preset refer to
     tokenizer: str = MISSING
+    new_tokenizer: bool = False  # true: it may be another one than that of the weights of init_from
     sources: list[SourceConfig] = field(default_factory=list)
     eval_sources: list[SourceConfig] = field(default_factory=list)  # held out, for validation
     eval_samples: int = number(256, above=0)  # of each, its first ones

@@ -9,6 +9,7 @@ from pathlib import Path
 from moss_train.checkpoint_dir import find, read_run, read_streams
 from moss_train.config import AdapterConfig, Config, ConfigError, flatten, to_dict
 from moss_train.convert.folders import why_no_checkpoint
+from moss_train.trained_tokenizer import check_llama, check_start, check_tokenizer
 
 
 def find_resume(config: Config, world_size: int) -> Path | None:
@@ -18,6 +19,7 @@ def find_resume(config: Config, world_size: int) -> Path | None:
         ConfigError: a named checkpoint is missing or damaged, or does not fit the configuration.
     """
     resume, init_from = config.trainer.resume, config.init_from
+    named = f"data.tokenizer={config.data.tokenizer}"
     own = checkpoint = find(Path(config.run.dir))
     if resume != "auto":
         checkpoint = None if resume == "none" else _must_find("trainer.resume", resume)
@@ -45,11 +47,17 @@ def find_resume(config: Config, world_size: int) -> Path | None:
         check_adapter(config, saved["config"], checkpoint, resume=True)
         check_streams(config, len(read_streams(checkpoint)), checkpoint, world_size)
         check_sources(config, saved["config"], checkpoint)
+        mend = f"give that one, or start a new run with init_from={checkpoint}"
+        check_tokenizer(saved, checkpoint, config.data.tokenizer, named, mend)
     elif init_from is not None:
         source = _must_find("init_from", init_from)
         saved = read_run(source)
         check_architecture(config, saved["config"], source)
         check_adapter(config, saved["config"], source, resume=False)
+        check_start(saved, source, config.data.tokenizer, named, config.data.new_tokenizer)
+    elif config.model.init.from_llama is not None:
+        llama = Path(config.model.init.from_llama)
+        check_llama(llama, config.data.tokenizer, named, config.data.new_tokenizer)
     return checkpoint
 
 

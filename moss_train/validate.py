@@ -16,7 +16,7 @@ from pathlib import Path
 from data_pipeline.fields import Range, wrong_values
 from data_pipeline.shards import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
-from moss_train.config import Config, ConfigError
+from moss_train.config import WANDB_MODES, Config, ConfigError
 from moss_train.data_config import SourceConfig
 from moss_train.hardware import has_cuda
 from moss_train.model.hf_mapping import unmatched_targets
@@ -60,6 +60,7 @@ def _relations(config: Config, world_size: int) -> Iterator[str]:
     yield from _model(config)
     yield from check_layout(config, world_size)
     yield from _batches(config, world_size)
+    yield from _loggers(config)
 
 
 def _numbers(config: Config) -> Iterator[str]:
@@ -239,6 +240,19 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
             f"microbatches a replica, which with parallel.virtual={parallel.virtual} must be a "
             f"multiple of parallel.pipeline={parallel.pipeline}"
         )
+
+
+def _loggers(config: Config) -> Iterator[str]:
+    logger = config.logger
+    if logger.wandb and logger.wandb_mode is None and logger.mode not in WANDB_MODES:
+        yield f"WANDB_MODE={logger.mode}: set it to online, offline or disabled"
+    wanted = {
+        "wandb": logger.wandb and logger.mode != "disabled",
+        "tensorboard": logger.tensorboard,
+    }
+    for package, used in wanted.items():
+        if used and importlib.util.find_spec(package) is None:
+            yield f"logger.{package}=true needs the package {package}: pip install {package}"
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -28,7 +28,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data_pipeline.build", "data_pipeline.toy"),
     ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
     ("moss_train.overrides",),
-    ("moss_train.hardware", "moss_train.checkpoint_dir", "moss_train.compose", "inference.session"),
+    (
+        "moss_train.hardware",
+        "moss_train.checkpoint_dir",
+        "moss_train.compose",
+        "moss_train.trained_tokenizer",
+        "inference.session",
+    ),
     ("moss_train.transfer",),
     ("moss_train.model", "inference"),  # inference: cli and sources
     ("moss_train.parallel", "inference.serve", "inference.bench"),

@@ -33,6 +33,7 @@ from moss_train.convert.hf_config import kind_of
 from moss_train.convert.job import check_manifest
 from moss_train.convert.source import ConversionError, read_json
 from moss_train.hardware import DTYPES
+from moss_train.trained_tokenizer import check_tokenizer
 from moss_train.validate import check_layout
 from moss_train.verify.case import Case, ForwardJob, VerificationError, make_case, read_case
 
@@ -101,6 +102,9 @@ def compare(options: argparse.Namespace) -> tuple[Difference, tuple[str, str]]:
         if checkpoint is None:
             raise VerificationError(f"{options.megatron}: no complete checkpoint there")
         check_parallel(checkpoint, options.layout)
+        if (options.hf / "tokenizer.json").is_file():
+            run, mend = read_run(checkpoint), "it was exported from another one: export this one"
+            check_tokenizer(run, checkpoint, options.hf, f"--hf {options.hf}", mend)
     model = load_hf(options.hf, DTYPES[options.dtype], options.trust_remote_code)
     case = the_case(model.config, options.inputs)
     if checkpoint is None and "logits" not in case.expected:

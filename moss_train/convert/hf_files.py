@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
-from data_pipeline.prompts import STAGE_FORMS
+from data_pipeline.prompts import trained_form
+from data_pipeline.tokenizer_identity import identify
 from data_pipeline.tokens import load_tokenizer, token_text
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import Config
@@ -23,6 +24,7 @@ from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.quantize import Quantizer
 from moss_train.convert.source import ConversionError, read_json
 from moss_train.model_config import ModelConfig
+from moss_train.trained_tokenizer import KEY, check_tokenizer
 
 TRAINING = "training.json"  # the run that made the weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -67,7 +69,7 @@ class HfFiles:
     config: Config
     run: dict[str, Any]  # the checkpoint's run.json
     target: str  # moss | mllama
-    stage: str | None
+    said: str | None  # stage that the user names in place of the run's
     tokenizer: Path | None  # folder
     source: Path  # folder of `SOURCE_FILES`, which need not exist
     code: Path  # folder of the model's files
@@ -83,11 +85,13 @@ class HfFiles:
         code: Path,
     ) -> HfFiles:
         """Raises ConversionError: there is no tokenizer where one is named, or it is too large."""
-        own = None if config.stage.name == IMPORTED else config.stage.name
         folder = _tokenizer_folder(checkpoint, config, tokenizer)
         source = checkpoint / SOURCE
-        files = cls(config, read_run(checkpoint), target, stage or own, folder, source, code)
+        files = cls(config, read_run(checkpoint), target, stage, folder, source, code)
         files.check_tokenizer()
+        if folder is not None:
+            mend = "give the one that it was trained with (--tokenizer)"
+            check_tokenizer(files.run, checkpoint, folder, f"tokenizer {folder}", mend)
         own_tokenizer = _tokenizer_folder(checkpoint, config, None)
         if tokenizer is not None and own_tokenizer is not None:
             differing = same_special_tokens(tokenizer, own_tokenizer)
@@ -111,9 +115,18 @@ class HfFiles:
     @property
     def prompt_form(self) -> str | None:
         """The form of the prompts that the weights were trained with, from which inference knows
-        what the model is for; None: unknown. Runs of before said `chat` of a real-time stage."""
-        own = self.config.stage
-        return STAGE_FORMS.get(self.stage) or (own.prompt if self.stage == own.name else None)
+        what the model is for; None: unknown."""
+        return trained_form(self._own, self.config.stage.prompt, self.said)
+
+    @property
+    def stage(self) -> str | None:
+        """The stage that made the weights; None: unknown."""
+        return self.said or self._own
+
+    @property
+    def _own(self) -> str | None:
+        name = self.config.stage.name
+        return None if name == IMPORTED else name
 
     @property
     def base(self) -> dict[str, Any]:
@@ -346,6 +359,8 @@ def _training(files: HfFiles) -> dict[str, Any]:
     config["data"]["sources"] = config["data"]["eval_sources"] = []
     config["init_from"] = None
     kept = {key: files.run.get(key) for key in ("step", "samples", "layout", "versions")}
+    if files.tokenizer is not None:
+        kept[KEY] = identify(files.tokenizer).to_dict()
     return {**kept, "config": config}
 
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipeline.progress import Progress
+from data_pipeline.prompts import STAGE_FORMS
+from data_pipeline.tokenizer_identity import identify
 from moss_train.checkpoint_dir import write_complete
 from moss_train.config import Config, RunConfig, StageConfig, from_dict, to_dict
 from moss_train.convert.beside import read_beside
@@ -55,6 +58,7 @@ from moss_train.model.hf_mapping import (
     to_ours,
 )
 from moss_train.model_config import ModelConfig
+from moss_train.trained_tokenizer import KEY, check_tokenizer
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_BOX = 256 * 2**20  # bytes: what a rank must read at once to get a part of it
@@ -108,6 +112,7 @@ def convert_hf(options: FromHf) -> list[str]:
             return _read_rows(folder, name, shape, rows)
 
     beside = read_beside(source, model)
+    _check_tokenizer(source)
     folder.notes += [*saved_rope(folder, model.text), *beside.notes]
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.dtype or len(dtypes) == 1:
@@ -304,9 +309,20 @@ def _describe(
         "weights_only": True,
         "config": to_dict(config),
     }
+    if "tokenizer.json" in tokenizer:
+        run[KEY] = identify(folder / "tokenizer").to_dict()
     (folder / "run.json").write_text(json.dumps(run, indent=1))
     (folder / "streams.json").write_text("[]")
     return lines
+
+
+def _check_tokenizer(source: Path) -> None:
+    """An export of ours says the tokenizer that its weights were trained with."""
+    training = source / TRAINING
+    run = read_json(training) if training.is_file() else {}
+    if KEY in run and (source / "tokenizer.json").is_file():
+        mend = f"put back the export's, or remove {KEY!r} from {training} if they were trained on"
+        check_tokenizer(run, source, source, str(source / "tokenizer.json"), mend)
 
 
 def _run_config(options: FromHf, model: ModelConfig) -> Config:
@@ -319,12 +335,24 @@ def _run_config(options: FromHf, model: ModelConfig) -> Config:
         config.stage.name = IMPORTED
         if model.projector.pool == "none":  # Llama-3.2-Vision: as many tiles as it has places for
             config.data.max_tiles = model.vision.max_tiles
+    config.stage.prompt = _prompt(options.stage, hf, config.stage)
     config.stage.name = options.stage or hf.get("moss_stage") or config.stage.name
     config.stage.silence_weight = float(hf.get("silence_weight") or 1.0)
     config.model, config.init_from = model, None
     config.adapter = Config().adapter
     config.data.tokenizer = ""
     return config
+
+
+def _prompt(said: str | None, hf: dict[str, Any], trained: StageConfig) -> str:
+    """The form of the prompts of a stage that a user names, else what the export says. Where only
+    a stage is known, its usual one."""
+    if said is None and hf.get("moss_prompt_form"):
+        return str(hf["moss_prompt_form"])
+    named = said or hf.get("moss_stage")
+    if said is None and named == trained.name:
+        return trained.prompt
+    return STAGE_FORMS.get(named, trained.prompt)
 
 
 def _copy(source: Path, out: Path, names: tuple[str, ...] | list[str]) -> None:

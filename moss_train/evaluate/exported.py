@@ -19,6 +19,7 @@ from moss_train.evaluate.items import EvaluationError
 from moss_train.evaluate.model import TrainedModel
 from moss_train.model.normalize import normalize
 from moss_train.train.data import encode_config
+from moss_train.trained_tokenizer import check_tokenizer
 
 FRAMES_AT_ONCE = 16
 
@@ -45,7 +46,8 @@ class ExportedModel(TrainedModel):
         `load`: opens its model: `from_pretrained` of the class in `inference`, which runs no code
         of the folder.
 
-        Raises EvaluationError where it does not say how samples were encoded, or cannot be opened.
+        Raises EvaluationError where it does not say how samples were encoded, or cannot be opened;
+        ConfigError where its tokenizer is not the one that it was exported with.
         """
         try:
             training = json.loads((checkpoint / "training.json").read_text())
@@ -54,6 +56,8 @@ class ExportedModel(TrainedModel):
             raise EvaluationError(
                 f"{checkpoint}: cannot read training.json ({error}): give the export of a run"
             ) from None
+        file = checkpoint / "tokenizer.json"
+        check_tokenizer(training, checkpoint, file, str(file), "put back the export's")
         config.data.tokenizer = str(checkpoint)
         where = hardware.activate(device)
         if threads is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.batch import EncodedSample
 from data_pipeline.encode import SampleEncoder
-from data_pipeline.prompts import STAGE_FORMS
+from data_pipeline.prompts import trained_form
 from data_pipeline.tokens import load_tokenizer
 from moss_train import hardware
 from moss_train.checkpoint_dir import find, read_run
@@ -30,6 +30,7 @@ from moss_train.parallel.process_groups import build_groups
 from moss_train.train.checkpoint import load_weights
 from moss_train.train.data import encode_config
 from moss_train.train.process import leave_process_group, start_process_group
+from moss_train.trained_tokenizer import check_tokenizer
 from moss_train.transfer import move
 
 # Files that an export carries, so that transformers can open it.
@@ -65,12 +66,16 @@ class TrainedModel:
 
         Raises:
             EvaluationError: there is no complete checkpoint.
+            ConfigError: its tokenizer's folder holds another one now.
         """
         source = find(Path(checkpoint))
         if source is None:
             raise EvaluationError(f"{checkpoint}: no complete checkpoint there: give a run folder")
         saved = read_run(source)
         config = from_dict(saved["config"])
+        tokenizer = config.data.tokenizer
+        mend = "put back the one that it was trained with"
+        check_tokenizer(saved, source, tokenizer, f"data.tokenizer={tokenizer}", mend)
         config.parallel = ParallelConfig()
         config.hardware = HardwareConfig(device=device, threads=threads)
         start_process_group(config)
@@ -105,8 +110,8 @@ class TrainedModel:
             SampleError: a file cannot be decoded.
             OSError: a file cannot be read.
         """
-        form = STAGE_FORMS.get(self.config.stage.name, self.config.stage.prompt)
-        watched = form == "realtime"
+        stage = self.config.stage
+        watched = trained_form(stage.name, stage.prompt) == "realtime"
         return answer(self, prompt, images, video, watched=watched, max_new_tokens=max_new_tokens)
 
     def export(

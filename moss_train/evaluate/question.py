@@ -83,5 +83,4 @@ def _encoded(
         frames=frames,
         frame_positions=(row == model.encoder.special.image).nonzero()[:, 0],
         aspect_ratio_ids=torch.tensor(ratios, dtype=torch.int64),
-        truncated=False,
     )

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch
+from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch, Unlearned
 from moss_train import hardware
 from moss_train.model.groups import Groups
 from moss_train.parallel.packing import Bounds, pack
@@ -44,7 +44,7 @@ class StepBatch:
     frames: this rank's share of the replica's frames, uint8 `[n, T, 3, h, w]`, on the device.
     ratio_ids: of this rank's share `[n]`, on the device.
     counts: frames of each rank's share, in order of rank in the replica.
-    keys, skipped: known on the leader.
+    keys, skipped, unlearned: known on the leader; of the samples of the replica.
     """
 
     microbatches: list[TextBatch]
@@ -53,6 +53,7 @@ class StepBatch:
     counts: list[int]
     keys: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
+    unlearned: Unlearned = field(default_factory=Unlearned)
 
 
 def even_shares(total: int, ranks: int) -> list[int]:
@@ -84,12 +85,14 @@ def read_step(
     samples: list[EncodedSample] = []
     keys: list[str] = []
     skipped: Counter[str] = Counter()
+    unlearned = Unlearned()
     packed: list[list[EncodedSample]] = []
     if groups.is_leader:
         assert loader is not None
         for batch in (next(loader) for _ in range(reads)):
             keys += batch.keys
             skipped.update(batch.skipped)
+            unlearned += batch.unlearned
             samples += batch.samples()
         packed = pack(samples, bounds)
     equal = groups.decoder.pp.size() > 1
@@ -102,7 +105,7 @@ def read_step(
     frames = _scatter(pixels, counts, frame_shape, groups)
     first = sum(counts[:share])
     (own,) = to_device([ratio_ids[first : first + counts[share]]])
-    return StepBatch(step, frames, own, counts, keys, dict(skipped))
+    return StepBatch(step, frames, own, counts, keys, dict(skipped), unlearned)
 
 
 def _serialize(packed: list[list[EncodedSample]], pad_multiple: int, equal: bool) -> Tensor:

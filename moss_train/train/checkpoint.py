@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_pipeline.atomic import write_atomically
+from data_pipeline.tokenizer_identity import identify
 from moss_train.checkpoint_dir import checkpoints_folder, is_complete, read_run, write_complete
 from moss_train.config import AdapterConfig, Config, to_dict
 from moss_train.convert.megatron_files import CONTENT
@@ -33,6 +34,7 @@ from moss_train.log import log
 from moss_train.model.lora import adapt, is_adapter, merge
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import TrainState
+from moss_train.trained_tokenizer import KEY
 
 # megatron-core 0.19's own default for asynchronous saving is another package.
 _HAS_STRATEGIES = "async_strategy" in signature(dist_checkpointing.save).parameters
@@ -45,6 +47,7 @@ class Checkpointer:
     def __init__(self, config: Config, model: MossVideo, state: TrainState):
         self.config, self.model, self.state = config, model, state
         self.folder = checkpoints_folder(Path(config.run.dir))
+        self.tokenizer = identify(config.data.tokenizer)
         self.writing: Path | None = None
         self.queue = AsyncCallsQueue() if config.trainer.async_save else None
 
@@ -174,6 +177,7 @@ class Checkpointer:
             "samples": samples,
             "layout": self._layout(),
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
+            KEY: self.tokenizer.to_dict(),
             "config": to_dict(self.config),
         }
         (folder / "run.json").write_text(json.dumps(run, indent=1))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from moss_train.model.groups import Groups
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.packing import Bounds
 from moss_train.train.metrics import read_metrics
+from moss_train.train.unlearned import reasons
 
 
 def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> Loader:
@@ -169,31 +170,37 @@ class Epochs:
 
 
 class BadSamples:
-    """The share of unreadable samples among the last `WINDOW` that the job has tried.
+    """The share of unusable samples among the last `WINDOW` that the job has tried.
 
     A window, since a long run would take days to notice that its storage is gone.
     """
 
     WINDOW = 10_000  # samples, or one step's where these are more
-    LEAST = 10  # unreadable ones, before their share means anything
+    LEAST = 10  # unusable ones, before their share means anything
 
     def __init__(self, limit: float):
         self.limit = limit
-        self._steps: deque[tuple[int, int]] = deque()  # samples tried and unreadable
-        self._tried = self._bad = 0
+        self._steps: deque[tuple[int, Counter[str]]] = deque()  # samples tried; unusable: why
+        self._tried, self._bad = 0, Counter[str]()
 
-    def add(self, step: int, good: int, bad: int) -> None:
-        """Counts a step's samples. Raises RuntimeError where more than the limit is unreadable."""
-        self._steps.append((good + bad, bad))
-        self._tried, self._bad = self._tried + good + bad, self._bad + bad
+    def add(self, step: int, good: int, bad: Mapping[str, int]) -> None:
+        """Counts a step's samples, the bad ones by reason.
+
+        Raises RuntimeError where more than the limit is unusable.
+        """
+        self._steps.append((good + sum(bad.values()), Counter(bad)))
+        self._tried += self._steps[-1][0]
+        self._bad += self._steps[-1][1]
         while self._tried - self._steps[0][0] >= self.WINDOW:
             tried, of_them = self._steps.popleft()
             self._tried, self._bad = self._tried - tried, self._bad - of_them
-        ratio = self._bad / self._tried
-        if self._bad >= self.LEAST and ratio > self.limit:
+        count = self._bad.total()
+        ratio = count / self._tried
+        if count >= self.LEAST and ratio > self.limit:
             raise RuntimeError(
-                f"step {step}: {self._bad} of the last {self._tried} samples could not be read "
-                f"({ratio:.1%}, data.max_bad_ratio={self.limit:.1%}): see the warnings above"
+                f"step {step}: {count} of the last {self._tried} samples could not be used "
+                f"({ratio:.1%}, data.max_bad_ratio={self.limit:.1%}; {reasons(self._bad)}): see "
+                "the warnings above"
             )
 
 

@@ -1,5 +1,5 @@
 """What a run folder says of its run: config.yaml, and run.json with the configuration, versions,
-commit, layout and parameter counts."""
+commit, tokenizer, layout and parameter counts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from typing import Any
 import yaml
 
 from data_pipeline.atomic import write_atomically
+from data_pipeline.tokenizer_identity import identify
 from moss_train import hardware
 from moss_train.config import Config, to_dict
+from moss_train.trained_tokenizer import KEY
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 PACKAGES = (
@@ -39,6 +41,7 @@ def write_description(
         "config": plain,
         "versions": {"python": sys.version.split()[0], **_versions(PACKAGES)},
         "git": git_commit(REPO),
+        KEY: identify(config.data.tokenizer).to_dict(),
         "layout": layout,
         "device": device,
         "device_name": hardware.device_name(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
 from moss_train.checkpoint_dir import find, read_run, read_streams
-from moss_train.config import Config, to_dict
+from moss_train.config import Config
 from moss_train.convert.llama import initial_reader
 from moss_train.convert.weights import fill
 from moss_train.log import log
@@ -28,13 +28,15 @@ from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
 from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
-from moss_train.train.metrics import MetricsWriter, StepLine, StepMetrics
+from moss_train.train.loggers import open_loggers
+from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetrics, read_metrics
 from moss_train.train.optimizer import make_train_state, schedule_warnings
 from moss_train.train.param_groups import freeze
 from moss_train.train.process import process_group, start_writer_queue, stop_signals
 from moss_train.train.report import write_report_or_warn
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.summary import summary_table
+from moss_train.train.unlearned import UnlearnedWarnings
 from moss_train.train.validation import Validator, describe
 
 
@@ -48,14 +50,14 @@ def run(config: Config, resume_from: Path | None, console: TextIO | None = None)
         True where a signal stopped the run before its last step.
     """
     start_writer_queue()
-    with process_group(config):
+    with open_loggers(config, resume_from) as loggers, process_group(config):
         # Ranks that started in different seconds may name different folders: all take rank 0's.
         decided: list[Any] = [config.run.dir, resume_from, what_is_left(config, resume_from)]
         dist.broadcast_object_list(decided, src=0)
         config.run.dir, resume_from, left = decided
         if not left:
             return False
-        job = Job(config, resume_from, console)
+        job = Job(config, resume_from, console, loggers)
         try:
             return job.run()
         except BaseException:
@@ -86,8 +88,14 @@ def what_is_left(config: Config, resume_from: Path | None) -> int:
 class Job:
     """Everything that a rank holds while it trains."""
 
-    def __init__(self, config: Config, resume_from: Path | None, console: TextIO | None = None):
-        self.config, self.console = config, console
+    def __init__(
+        self,
+        config: Config,
+        resume_from: Path | None,
+        console: TextIO | None = None,
+        loggers: Sequence[Logger] = (),
+    ):
+        self.config, self.console, self.loggers = config, console, loggers
         self.folder = Path(config.run.dir)
         self.first_rank = dist.get_rank() == 0
         self.groups = build_groups(config.parallel, config.trainer.seed)
@@ -222,7 +230,7 @@ class Job:
         self.due = False
 
     def _check(self, result: StepResult) -> None:
-        """Ends the job on too many unreadable samples."""
+        """Ends the job on too many unusable samples."""
         self.bad_samples.add(self.done, self.config.data.global_batch, result.skipped)
 
     @contextmanager
@@ -242,7 +250,8 @@ class Job:
         if not self.first_rank:
             yield None, None
             return
-        with MetricsWriter(self.folder, config.logger, to_dict(config), self.done) as writer:
+        with MetricsWriter(self.folder, self.loggers, self.done) as writer:
+            self.unlearned = UnlearnedWarnings(read_metrics(self.folder), config.steps)
             progress = StepLine(config.steps, config.trainer.console_every, self.console)
             try:
                 yield writer, progress
@@ -265,6 +274,7 @@ class Job:
         metrics = self._metrics(result, seconds, measured)
         writer.write(metrics)
         progress.update(metrics)
+        self.unlearned.add(asdict(metrics))
 
     def _metrics(
         self, result: StepResult, seconds: float, measured: dict[str, Any] | None
@@ -286,12 +296,15 @@ class Job:
             grad_norm=result.grad_norm,
             samples=config.data.global_batch,
             tokens=tokens,
+            labels=counts.labels + counts.text_labels,
             frames=counts.frames,
             step_time_s=seconds,
             model_tflops_per_s_per_rank=flops.total / seconds / dist.get_world_size() / 1e12,
             memory_gb=result.memory_gb,
             data_wait_s=min(result.data_wait_s, seconds),
-            skipped_samples=result.skipped,
+            skipped_samples=sum(result.skipped.values()),
+            skipped_reasons=result.skipped,
+            **asdict(result.unlearned),
             skipped_steps=self.guard.skipped,
             frames_per_rank_max=result.frames_per_rank_max,
             frames_per_rank_mean=result.frames_per_rank_mean,

@@ -1,4 +1,4 @@
-"""What a step reports, and where it goes: metrics.jsonl, wandb, TensorBoard, the console.
+"""What a step reports, and where it goes: metrics.jsonl and the console; loggers.py copies it.
 
 Everything here runs on rank 0 only, with numbers that are already reduced over the ranks.
 """
@@ -7,28 +7,26 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import shutil
 import sys
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from data_pipeline.atomic import write_atomically
 from data_pipeline.progress import ConsoleLine, eta, rate
-from moss_train.config import LoggerConfig
 from moss_train.log import log
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_ID_FILE = "wandb_id"
 TENSORBOARD_DIR = "tensorboard"
 
 GROUPS = {
     "loss": ("loss", "lr", "grad_norm", "skipped_steps"),
     "data": (
-        "samples", "tokens", "frames", "skipped_samples",
+        "samples", "tokens", "labels", "frames", "skipped_samples",
+        "truncated_samples", "truncated_labels", "turns", "masked_turns",
         "frames_per_rank_max", "frames_per_rank_mean", "padding_ratio",
     ),
     "speed": (
@@ -48,12 +46,17 @@ class StepMetrics:
     lr: learning rate of this step's update.
     grad_norm: of all parameters, before clipping.
     samples, tokens, frames: conversations, text tokens without padding, frames of the step.
+    labels: tokens that have a loss.
+    turns: the assistant's. masked_turns: of these, the ones that the data mark as context.
+    truncated_samples: conversations that were cut at the sequence length; truncated_labels: tokens
+        that would have had a loss, behind the cuts.
     step_time_s: wall time from asking for the batch to updated weights, seconds; without
         validation and saving.
     model_tflops_per_s_per_rank: 1e12 model FLOPs a second on a rank (flops.py), mean over ranks.
     memory_gb: peak memory of the rank that used most, 1e9 bytes.
     data_wait_s: of step_time_s, the time that the slowest rank waited for its batch, seconds.
-    skipped_samples: samples left out on the way to this step, as they could not be read.
+    skipped_samples: samples left out on the way to this step, as they could not be used;
+        skipped_reasons: how many for each reason.
     skipped_steps: steps so far whose update was left out (guard.py), this one included.
     frames_per_rank_max, frames_per_rank_mean: frames encoded by a rank in this step; the busiest
         rank sets the pace, not the mean.
@@ -70,12 +73,18 @@ class StepMetrics:
     grad_norm: float
     samples: int
     tokens: int
+    labels: int
     frames: int
+    turns: int
+    masked_turns: int
+    truncated_samples: int
+    truncated_labels: int
     step_time_s: float
     model_tflops_per_s_per_rank: float
     memory_gb: float
     data_wait_s: float
     skipped_samples: int
+    skipped_reasons: dict[str, int]
     skipped_steps: int
     frames_per_rank_max: int
     frames_per_rank_mean: float
@@ -100,46 +109,43 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for _, record in _whole_lines(run_dir / METRICS_FILE)]
 
 
-class MetricsWriter:
-    """Writes each step to metrics.jsonl, wandb and TensorBoard. A context manager."""
+class Logger(Protocol):
+    """Something that shows the steps elsewhere (loggers.py)."""
 
-    def __init__(
-        self, run_dir: Path, logger: LoggerConfig, config: dict[str, Any], resume_step: int = 0
-    ):
-        """Opens the files of a run that goes on after `resume_step` (0: a new run).
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds a step."""
+
+    def rewind(self, step: int) -> None:
+        """Forgets the steps after `step`, which metrics.jsonl no longer has."""
+
+
+class MetricsWriter:
+    """Writes each step to metrics.jsonl and to loggers. A context manager."""
+
+    def __init__(self, run_dir: Path, loggers: Sequence[Logger] = (), resume_step: int = 0):
+        """Opens the file of a run that goes on after `resume_step` (0: a new run).
 
         Later steps that an earlier process left in metrics.jsonl are removed, so that no step is
-        there twice. TensorBoard hides them. wandb keeps one run (its id is in `run_dir`/wandb_id)
-        and shows repeated steps twice.
-
-        Args:
-            config: the run's configuration as plain containers, shown by wandb.
-
-        Raises:
-            ValueError: a chosen logger is not installed, or its mode is unknown.
-            RuntimeError: wandb cannot start.
+        there twice.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks: list[_Wandb | _TensorBoard] = []
-        if logger.wandb:
-            self._sinks.append(_Wandb(run_dir, logger, config))
-        if logger.tensorboard:
-            self._sinks.append(_TensorBoard(run_dir, resume_step))
+        self._loggers = loggers
         self._path = run_dir / METRICS_FILE
         _truncate(self._path, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def rewind(self, step: int) -> None:
-        """Removes the steps after `step`, from which the run goes on, from metrics.jsonl."""
+        """Removes the steps after `step`, from which the run goes on, here and from loggers."""
         self._file.close()
         _truncate(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
+        for logger in self._loggers:
+            logger.rewind(step)
 
     def write(self, metrics: StepMetrics) -> None:
         """Appends the step's line and flushes it; a value that is not finite becomes null."""
         values = asdict(metrics)
-        measured = values["validation"]
-        if measured is None:
+        if values["validation"] is None:
             del values["validation"]
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
@@ -147,74 +153,29 @@ class MetricsWriter:
         }
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
-        grouped = {f"{group}/{k}": values[k] for group, names in GROUPS.items() for k in names}
-        grouped |= {f"data/epochs/{source}": epochs for source, epochs in metrics.epochs.items()}
-        if measured is not None:
-            grouped |= {k: v for k, v in _flat("validation", measured).items() if v is not None}
-        for sink in self._sinks:
-            sink.write(metrics.step, grouped)
+        for logger in self._loggers:
+            logger.write(metrics.step, logged_values(values))
 
-    def close(self, failed: bool = False) -> None:
-        """Closes the file, and hands over what the loggers still hold; `failed` marks the run."""
+    def close(self) -> None:
+        """Closes the file."""
         self._file.close()
-        while self._sinks:
-            self._sinks.pop().close(failed)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-class _Wandb:
-    def __init__(self, run_dir: Path, logger: LoggerConfig, config: dict[str, Any]):
-        online = logger.wandb_mode == "online"
-        if not online and logger.wandb_mode != "offline":
-            raise ValueError(f"logger.wandb_mode={logger.wandb_mode}: online or offline")
-        _require("wandb", "logger.wandb=true")
-        import wandb
-
-        id_file = run_dir / WANDB_ID_FILE
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4) + "\n")
-        try:
-            self._run = wandb.init(
-                project=logger.project,
-                name=run_dir.resolve().name,
-                id=id_file.read_text().strip(),
-                resume="allow" if online else None,  # offline there is nothing to resume from
-                mode="online" if online else "offline",
-                dir=str(run_dir),
-                config=config,
-                settings=wandb.Settings(console="off", silent=not online),
-            )
-        except wandb.Error as error:
-            hint = "(logger.wandb_mode=offline needs neither network nor account)"
-            raise RuntimeError(f"logger.wandb=true: wandb cannot start {hint}: {error}") from error
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._run.log({"step": step, **values})
-
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-
-class _TensorBoard:
-    def __init__(self, run_dir: Path, resume_step: int):
-        _require("tensorboard", "logger.tensorboard=true")
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = str(run_dir / TENSORBOARD_DIR)
-        self._writer = SummaryWriter(folder, purge_step=resume_step + 1, flush_secs=10)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self, failed: bool) -> None:
-        self._writer.close()
+def logged_values(row: Mapping[str, Any]) -> dict[str, float]:
+    """`{group/name: value}` of a step, as loggers show it; NaN for what was not finite."""
+    values = {f"{group}/{k}": row[k] for group, names in GROUPS.items() for k in names if k in row}
+    values |= {f"data/epochs/{source}": epochs for source, epochs in row["epochs"].items()}
+    skipped = row.get("skipped_reasons") or {}
+    values |= {f"data/skipped/{reason}": count for reason, count in skipped.items()}
+    shown = {name: math.nan if value is None else value for name, value in values.items()}
+    measured = _flat("validation", row.get("validation") or {})
+    return shown | {k: v for k, v in measured.items() if v is not None}
 
 
 class StepLine:
@@ -280,11 +241,6 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, own in value.items() for k, v in _flat(f"{name}/{key}", own).items()}
-
-
-def _require(package: str, option: str) -> None:
-    if find_spec(package) is None:
-        raise ValueError(f"{option} needs the package {package}: pip install {package}")
 
 
 def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -26,6 +26,7 @@ from moss_train.train.curves import Row, column, number, panel_svgs
 from moss_train.train.description import RUN_FILE
 from moss_train.train.metrics import METRICS_FILE, read_metrics
 from moss_train.train.page import render
+from moss_train.train.unlearned import Totals
 
 REPORT_FILE = "report.html"
 EVALUATION_FILE = "evaluation.json"
@@ -85,6 +86,7 @@ def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
         panels=panel_svgs(rows),
         speed=list(_speed(rows, peak_tflops)),
         sources=_sources(rows[-1], config),
+        unlearned=list(_unlearned(rows)),
         mixture=[f"{m} {v:g} %" for m, v in _mixture(config).items()],
         validation=_validation(rows),
         scores=score_rows(evaluated),
@@ -151,9 +153,8 @@ def _warnings(rows: Sequence[Row], config: Config | None) -> Iterator[str]:
         yield f"Stopped after step {last['step']} of {config.steps}: start again to go on."
     if last.get("skipped_steps"):
         yield f"{last['skipped_steps']} steps were left out (bad_steps.jsonl)."
-    skipped = sum(s for s in column(rows, "skipped_samples") if math.isfinite(s))
-    if skipped:
-        yield f"{skipped:.0f} samples could not be read."
+    for line in Totals.of(rows).warnings().values():
+        yield f"{line}."
     losses = column(rows, "loss")
     strange = sum(not math.isfinite(loss) for loss in losses)
     if strange:
@@ -221,6 +222,13 @@ def _mixture(config: Config | None) -> dict[str, float]:
     shares = asdict(config.stage.mixture) if config is not None else {}
     whole = sum(shares.values()) or 1
     return {modality: round(100 * share / whole, 1) for modality, share in shares.items()}
+
+
+def _unlearned(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """What of the data was not learned: how many, of how many, the share."""
+    for name, (part, whole) in Totals.of(rows).shares().items():
+        share = _show(100 * part / whole if whole else math.nan, ".2f")
+        yield [name, f"{part:,}", f"{whole:,}", share]
 
 
 def _validation(rows: Sequence[Row]) -> dict[str, Any] | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.batch import Unlearned
 from moss_train import hardware
 from moss_train.config import Config
 from moss_train.model.loss import LossOptions
@@ -23,6 +25,7 @@ from moss_train.train.optimizer import TrainState
 from moss_train.transfer import HostCopy, move, to_device
 
 _NAMES = [field.name for field in fields(StepCounts)]
+_UNLEARNED = len(fields(Unlearned))
 
 
 @dataclass
@@ -30,7 +33,7 @@ class StepResult:
     """The result of a step, over the whole job.
 
     loss: of the global batch, per label. padded_tokens: tokens with padding.
-    sources: samples by source.
+    sources: samples by source. skipped: samples left out on the way to this step, by reason.
     refused: why the weights were not updated; None: they were.
     stop: how many ranks asked to stop (a signal).
     data_wait_s, memory_gb: of the rank that waited longest, used most.
@@ -41,7 +44,8 @@ class StepResult:
     refused: str | None
     counts: StepCounts
     padded_tokens: int
-    skipped: int
+    skipped: dict[str, int]
+    unlearned: Unlearned
     sources: dict[str, int]
     frames_per_rank_max: int
     frames_per_rank_mean: float
@@ -80,7 +84,8 @@ class TrainStep:
         frames = len(batch.frames)
         names = [source.name for source in self.config.data.sources]
         read = Counter(key.partition("/")[0] for key in batch.keys)
-        own = [0.0, sum(batch.skipped.values()), stop, frames, *(read[name] for name in names)]
+        own = [0.0, sum(batch.skipped.values()), stop, frames, *astuple(batch.unlearned)]
+        own += [read[name] for name in names]
         sums, maxima = _numbers(own, [0.0, frames, data_wait_s, hardware.peak_memory_gb()])
         if self.model.groups.reports_loss:
             sums[0] = loss
@@ -93,12 +98,15 @@ class TrainStep:
 
         grad_norm = self.state.update(refuses)
         seen = HostCopy(torch.cat((grad_norm[None], maxima, sums, counts.double())))
-        return self._result(seen.wait(), names)
+        return self._result(seen.wait(), names, batch.skipped)
 
-    def _result(self, numbers: list[float], names: list[str]) -> StepResult:
+    def _result(
+        self, numbers: list[float], names: list[str], own_skipped: Mapping[str, int]
+    ) -> StepResult:
         """From what the device says: see `__call__`."""
         norm, verdict, most_frames, longest_wait, most_memory, *rest = numbers
         loss, skipped, stops, encoded, *rest = rest
+        unlearned, rest = rest[:_UNLEARNED], rest[_UNLEARNED:]
         samples, (*counts, padded) = rest[: len(names)], rest[len(names) :]
         refused = self.guard.record(int(verdict), loss)
         if refused is not None:
@@ -109,7 +117,8 @@ class TrainStep:
             refused=refused,
             counts=StepCounts(*map(int, counts)),
             padded_tokens=int(padded),
-            skipped=int(skipped),
+            skipped=gather_counts(own_skipped) if skipped else {},
+            unlearned=Unlearned(*map(int, unlearned)),
             sources=dict(zip(names, map(int, samples), strict=True)),
             frames_per_rank_max=int(most_frames),
             frames_per_rank_mean=encoded / dist.get_world_size(),
@@ -174,3 +183,10 @@ class _Planned:
 
 def _numbers(*rows: list[float]) -> list[Tensor]:
     return to_device([torch.tensor(row, dtype=torch.float64) for row in rows])
+
+
+def gather_counts(own: Mapping[str, int]) -> dict[str, int]:
+    """Sums the counts of all ranks, whose keys may differ. A collective."""
+    everywhere: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, dict(own))
+    return dict(sum(map(Counter, everywhere), Counter()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipeline.tables import format_table
 from moss_train.train.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
 from moss_train.train.report import REPORT_FILE
+from moss_train.train.unlearned import Totals, lines
 
 WRITTEN = {
     METRICS_FILE: "metrics, one JSON object a step",
@@ -43,12 +44,11 @@ def _totals(run_dir: Path) -> list[str]:
     if not rows:
         return ["no step was finished"]
     first, last = rows[0], rows[-1]
-    keys = ("samples", "skipped_samples", "frames", "step_time_s")
-    sums = {key: sum(row[key] for row in rows) for key in keys}
+    sums = {key: sum(row[key] for row in rows) for key in ("frames", "step_time_s")}
     return [
         f"steps    {first['step']} to {last['step']}",
         f"loss     {_number(first['loss'])} -> {_number(last['loss'])}",
-        f"samples  {sums['samples']:,} ({sums['skipped_samples']:,} skipped)",
+        *lines(Totals.of(rows)),
         f"frames   {sums['frames']:,}",
         f"time     {timedelta(seconds=round(sums['step_time_s']))}",
         *(f"epochs   {epochs:.2f} of {source}" for source, epochs in last["epochs"].items()),

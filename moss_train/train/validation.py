@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple, replace
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch, collate
+from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch, Unlearned, collate
 from data_pipeline.encode import SampleEncoder
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import read_samples
@@ -21,7 +22,8 @@ from moss_train.log import log
 from moss_train.model.loss import LossOptions
 from moss_train.parallel.schedule import run_schedule
 from moss_train.train.data import StepReader, encode_config
-from moss_train.train.step import TrainStep
+from moss_train.train.step import TrainStep, gather_counts
+from moss_train.train.unlearned import Totals
 
 
 class Validator:
@@ -38,19 +40,28 @@ class Validator:
         self.options = LossOptions(step.loss.silence_id, step.loss.silence_weight, count_hits=True)
         encode = encode_config(self.config)
         self.encoder = SampleEncoder(encode, load_tokenizer(encode.tokenizer))
-        self.unreadable = 0  # samples of this validation that this rank had to leave out
+        self._warned: set[str] = set()
+        self._count_anew()
 
     def __call__(self) -> dict[str, Any]:
-        """`loss`, `accuracy`, each by `source` and `modality`; `skipped_samples`. A collective."""
-        self.unreadable = 0
+        """What `validation` returns. A collective."""
+        self._count_anew()
         self.step.state.gather_parameters()
         sources = self.config.data.eval_sources
         with torch.no_grad():
             sums = torch.stack([self._sums(source) for source in sources])
         dist.all_reduce(sums)
-        skipped = torch.tensor(self.unreadable, device=sums.device)
-        dist.all_reduce(skipped)
-        return validation(sources, sums.tolist(), int(skipped))
+        counts = torch.tensor([self.samples, *astuple(self.unlearned)], device=sums.device)
+        dist.all_reduce(counts)
+        samples, *unlearned = counts.tolist()
+        skipped = gather_counts(self.skipped)
+        measured = validation(sources, sums.tolist(), samples, skipped, Unlearned(*unlearned))
+        Totals.of([measured]).warn(self._warned, "validation: ")
+        return measured
+
+    def _count_anew(self) -> None:
+        """Of a validation, on this rank: samples, those left out, what the others lost."""
+        self.samples, self.skipped, self.unlearned = 0, Counter[str](), Unlearned()
 
     def _sums(self, source: SourceConfig) -> torch.Tensor:
         """This rank's part of (losses, labels, hits), summed over `source`, fp64 `[3]`."""
@@ -93,19 +104,28 @@ class Validator:
         raw = islice(read_samples(source.path), rank, self.config.data.eval_samples, size)
         for key, parts in raw:
             try:
-                yield self.encoder.encode(f"{source.name}/{key}", parts)
+                encoded = self.encoder.encode(f"{source.name}/{key}", parts)
             except SampleError as error:
-                self.unreadable += 1
+                self.skipped[error.reason] += 1
                 log.warning("validation: left out %s", error)
+            else:
+                self.samples += 1
+                self.unlearned += encoded.unlearned
+                yield encoded
 
 
 def validation(
-    sources: list[SourceConfig], sums: list[list[float]], skipped: int
+    sources: list[SourceConfig],
+    sums: list[list[float]],
+    samples: int,
+    skipped: Mapping[str, int],
+    unlearned: Unlearned,
 ) -> dict[str, Any]:
     """Means over labels of (losses, labels, hits) of each source; None where there is no label.
 
     `{loss, source: {name: loss}, modality: {name: loss}, accuracy: {all, source, modality},
-    skipped_samples}`
+    samples, labels, skipped_samples, skipped_reasons: {reason: number}, truncated_samples,
+    truncated_labels, turns, masked_turns}`
     """
     modalities = sorted({source.modality for source in sources})
     pairs = list(zip(sources, sums, strict=True))
@@ -126,7 +146,11 @@ def validation(
         "loss": loss,
         **losses,
         "accuracy": {"all": accuracy, **accuracies},
-        "skipped_samples": skipped,
+        "samples": samples,
+        "labels": int(sum(row[1] for row in sums)),
+        "skipped_samples": sum(skipped.values()),
+        "skipped_reasons": dict(skipped),
+        **asdict(unlearned),
     }
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_pipeline.batch import EncodedSample, collate
+from data_pipeline.batch import EncodedSample, Unlearned, collate
 
 
 def _sample(key: str, length: int, positions: list[int]) -> EncodedSample:
@@ -15,7 +15,7 @@ def _sample(key: str, length: int, positions: list[int]) -> EncodedSample:
         frames=torch.full((frames, 2, 3, 4, 4), length, dtype=torch.uint8),
         frame_positions=torch.tensor(positions, dtype=torch.int64),
         aspect_ratio_ids=torch.ones(frames, dtype=torch.int64),
-        truncated=length == 4,
+        unlearned=Unlearned(int(length == 4), 10 * length, length, 1),
     )
 
 
@@ -33,7 +33,9 @@ def test_rows_are_padded_right_and_frames_are_listed_row_after_row() -> None:
     assert batch.frame_rows.tolist() == [0, 2, 2]
     assert batch.frame_positions.tolist() == [1, 0, 2]
     assert batch.keys == ["a", "b", "c"]
-    assert batch.truncated == 1
+    assert batch.unlearned == Unlearned(
+        truncated_samples=1, truncated_labels=90, turns=9, masked_turns=3
+    )
 
 
 def test_a_batch_of_text_alone_has_no_frames() -> None:

@@ -119,7 +119,7 @@ def test_a_cut_keeps_marks_and_frames_together(tokenizer: Tokenizer, data: st.Da
     whole = _build(tokenizer, messages, frames, form)
     image = SpecialTokens.from_tokenizer(tokenizer).image
     if set(whole.labels[:length]) == {-100}:
-        with pytest.raises(SampleError, match="no_labels"):
+        with pytest.raises(SampleError, match="cut_before_answer"):
             _build(tokenizer, messages, frames, form, length)
         return
     prompt = _build(tokenizer, messages, frames, form, length)
@@ -127,6 +127,7 @@ def test_a_cut_keeps_marks_and_frames_together(tokenizer: Tokenizer, data: st.Da
     assert prompt.labels == whole.labels[:length]
     assert prompt.frame_positions == [i for i, t in enumerate(prompt.tokens) if t == image]
     assert prompt.truncated == (len(whole.tokens) > length)
+    assert prompt.truncated_labels == sum(label != -100 for label in whole.labels[length:])
 
 
 @pytest.mark.parametrize(

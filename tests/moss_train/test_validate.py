@@ -228,7 +228,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "wandb mode": (
         1, ["logger.wandb_mode=dryrun"],
-        ["logger.wandb_mode=dryrun: choose one of online, offline"],
+        ["logger.wandb_mode=dryrun: choose one of online, offline, disabled"],
     ),
     "patterns": (
         1, ["stage.train=[adapter.*]"],

@@ -194,6 +194,8 @@ def test_quantized_exports_load_and_stay_near(kind, bound, plain_case, tmp_path)
 @pytest.mark.parametrize(
     ("name", "prompt", "stage", "form"),
     [
+        ("sft", "realtime", None, "realtime"),
+        ("sft", "realtime", "sft", "chat"),  # --stage sft
         ("cooking", "realtime", "cooking", "realtime"),
         ("cooking", "chat", "cooking", "chat"),
         ("realtime_sft", "chat", "realtime_sft", "realtime"),  # runs made before

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from data_pipeline.build import build_shards
+from data_pipeline.tokenizer_identity import identify
 from tests.moss_train.train.runs import ENTRY, audit, metrics, saved_steps, steps
 from tests.pages import open_page
 from tests.torchrun import run_ranks
@@ -84,6 +85,7 @@ def test_overrides_hold_in_every_preset_and_four_ranks_may_share_one_frame(toy, 
     checkpoint = json.loads((run / "checkpoints/step_00000002/run.json").read_text())
     assert checkpoint["layout"] == {"world": 4, "tensor": 2, "pipeline": 2, "virtual": 1}
     assert checkpoint["config"] == config
+    assert checkpoint["tokenizer"] == identify(toy / "tokenizer").to_dict()
 
 
 def test_the_job_trains_on_imported_files(shared: Path, toy, tmp_path):

@@ -68,7 +68,7 @@ def test_too_many_broken_samples_end_the_job(outcomes):
     result, runs = outcomes
     error = result.load("many")["error"]
     found = re.fullmatch(
-        r"RuntimeError: step (\d+): (\d+) of the last (\d+) samples could not be read \((.*)%, "
+        r"RuntimeError: step (\d+): (\d+) of the last (\d+) samples could not be used \((.*)%, "
         r"data.max_bad_ratio=20.0%\): see the warnings above",
         error,
     )
@@ -86,27 +86,27 @@ def test_the_share_of_bad_samples_is_that_of_the_last_ones():
 
     bad = BadSamples(0.1)
     for _ in range(1000):
-        bad.add(1, good=100, bad=1)
+        bad.add(1, good=100, bad={"bad_json": 1})
     for _ in range(9):  # the share of the last 10,000: 9 x 50 + 91 of them, below a tenth
-        bad.add(1, good=50, bad=50)
+        bad.add(1, good=50, bad={"bad_json": 50})
 
     def only_bad_ones() -> None:
         for _ in range(11):
-            bad.add(1, good=0, bad=100)
+            bad.add(1, good=0, bad={"bad_json": 100})
 
     with pytest.raises(RuntimeError) as caught:
         only_bad_ones()
     found = re.match(
-        r"step 1: (\d+) of the last (\d+) samples could not be read", str(caught.value)
+        r"step 1: (\d+) of the last (\d+) samples could not be used", str(caught.value)
     )
     assert found
     unreadable, tried = int(found[1]), int(found[2])
     assert 10_000 <= tried < 10_000 + 101
     assert 0.1 * tried < unreadable < 0.1 * tried + 100
     few = BadSamples(0.0)
-    few.add(2, good=10, bad=9)
+    few.add(2, good=10, bad={"bad_json": 9})
     with pytest.raises(RuntimeError, match=r"step 2: 10 of the last 21 samples"):
-        few.add(2, good=1, bad=1)
+        few.add(2, good=1, bad={"bad_json": 1})
 
 
 def test_losses_that_are_no_numbers_end_the_job(outcomes):

@@ -42,7 +42,9 @@ def test_the_page_shows_what_metrics_hold(run_dir):
     assert page.row("toy")[-1] == "50.00"  # 200 steps of a quarter
     assert "steps 1 to 200" in page.text
     assert "0:01:40" in page.text
-    assert "100 samples could not be read." in page.text
+    assert "100 of 1,700 (5.9%) samples were skipped: bad_json 100." in page.text
+    assert page.row("samples skipped") == ["100", "1,700", "5.88"]
+    assert page.row("turns masked") == ["0", "2,000", "0.00"]
     assert "pt1 <toy>" in page.text  # escaped, not a tag
     assert page.commands == [f"python -m moss_train.train.report {run_dir}"]
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from data_pipeline.batch import Unlearned
 from moss_train.data_config import SourceConfig
 from moss_train.train.metrics import read_metrics
 from moss_train.train.validation import describe, validation
@@ -74,7 +75,8 @@ def test_validation_is_the_same_in_every_layout_and_falls(small, toy, run_jobs, 
 def test_means_are_over_labels():
     sources = [SourceConfig(n, "", m) for n, m in (("a", "text"), ("b", "video"), ("c", "video"))]
     sums = [[2.0, 4.0, 3.0], [6.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
-    measured = validation(sources, sums, skipped=1)
+    unlearned = Unlearned(truncated_samples=2, truncated_labels=5, turns=9, masked_turns=3)
+    measured = validation(sources, sums, 8, {"bad_json": 1}, unlearned)
     assert measured == {
         "loss": 8 / 6,
         "source": {"a": 0.5, "b": 3.0, "c": None},
@@ -84,7 +86,14 @@ def test_means_are_over_labels():
             "source": {"a": 0.75, "b": 0.0, "c": None},
             "modality": {"text": 0.75, "video": 0.0},
         },
+        "samples": 8,
+        "labels": 6,
         "skipped_samples": 1,
+        "skipped_reasons": {"bad_json": 1},
+        "truncated_samples": 2,
+        "truncated_labels": 5,
+        "turns": 9,
+        "masked_turns": 3,
     }
     assert describe(measured) == (
         "loss 1.3333 accuracy 0.500 (text 0.5000 0.750, video 3.0000 0.000)"
