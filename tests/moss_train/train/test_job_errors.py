@@ -69,7 +69,7 @@ def test_too_many_broken_samples_end_the_job(outcomes):
     error = result.load("many")["error"]
     found = re.fullmatch(
         r"RuntimeError: step (\d+): (\d+) of the last (\d+) samples could not be used \((.*)%, "
-        r"data.max_bad_ratio=20.0%\): see the warnings above",
+        r"data.max_bad_ratio=20.0%; undecodable_image \d+\): see the warnings above",
         error,
     )
     assert found, error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,14 +74,21 @@ def records(file: Path) -> Iterator[bytes]:
 
 
 def wandb_records(run_dir: Path) -> list:
-    """Records of all offline files of a run, oldest file first."""
+    """Records of all offline files of a run that has ended, oldest file first."""
     from wandb.proto import wandb_internal_pb2 as protocol
 
     read = []
     for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
-        for content in records(file):
-            read.append(protocol.Record())  # type: ignore[attr-defined]
-            read[-1].ParseFromString(content)
+        found: list = []
+        until = time.monotonic() + 30
+        # wandb's own process writes the last records when `finish` has returned.
+        while not (found and found[-1].HasField("exit")) and time.monotonic() < until:
+            time.sleep(0.05)
+            found = []
+            for content in records(file):
+                found.append(protocol.Record())  # type: ignore[attr-defined]
+                found[-1].ParseFromString(content)
+        read += found
     return read
 
 
