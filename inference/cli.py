@@ -156,9 +156,14 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
     return engine
 
 
+def leads() -> bool:
+    """Whether this is rank 0, which alone reads sources and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text: str) -> None:
     """A word to the person at the terminal; results go to stdout."""
-    if os.environ.get("RANK", "0") == "0":
+    if leads():
         with contextlib.suppress(OSError):  # the terminal was closed
             print(text, file=sys.stderr, flush=True)
 
@@ -197,7 +202,7 @@ def one_line_errors(program: str) -> Iterator[None]:
 
 
 def _end(program: str, error: object, code: int) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
+    if leads():
         report_error(program, " ".join(str(error).split()))
     raise SystemExit(code)
 

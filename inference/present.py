@@ -26,7 +26,7 @@ class Sink:
     """Where `--jsonl` goes: a file, `-` for stdout, or nowhere."""
 
     def __init__(self, name: str | None) -> None:
-        self.terminal = name == "-"
+        self.terminal, self._name = name == "-", name
         self._out: TextIO | None = None
         if name:
             self._out = sys.stdout if self.terminal else open(name, "w")  # noqa: SIM115
@@ -44,13 +44,18 @@ class Sink:
             raise cli.CommandError(f"--jsonl {name}: it may not be written")
 
     def show(self, event: Event) -> None:
-        """Writes an event as a line of JSON."""
-        if self._out:
+        """Writes an event as a line of JSON. OSError that names the file."""
+        if not self._out:
+            return
+        try:
             print(json.dumps(event.as_dict(), ensure_ascii=False), file=self._out, flush=True)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._name) from None
 
     def close(self) -> None:
         if self._out and not self.terminal:
-            self._out.close()
+            with contextlib.suppress(OSError):  # what is not written yet is not writable
+                self._out.close()
 
 
 class Stop:

@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Sink.check(args.jsonl)
         cli.require_use(args, watching=True)
         sampling = cli.sampling(args)
+        if not cli.leads():
+            cli.load(args)  # follows rank 0 until that is done
         source = open_source(args.video_path, args.reconnect, cli.note)
         schedule = schedule_of(args, source.live)
         config = session_config(args, sampling, schedule.session_fields(source.live))

@@ -46,7 +46,7 @@ class FileSource:
 
 
 def open_source(
-    name: str, reconnect: float = RECONNECT, tell: Callable[[str], None] | None = None
+    name: str, reconnect: float = RECONNECT, tell: Callable[[str], None] = lambda text: None
 ) -> FileSource | LiveSource:
     """A video by its name: a path, the number of a camera, a URL, or `-` for stdin.
 
@@ -67,10 +67,11 @@ def open_source(
     if camera or piped or files.is_url(name):
         device = camera[1] if camera else ""
         live = LiveSource("pipe:0" if name == "-" else name, device, piped, reconnect)
-        live.connect(tell or (lambda text: None))
+        live.connect(tell)
         if not 0 < live.file_size <= _LARGEST:
             return live
         live.close()
+        tell(f"{name}: a file of {live.file_size / 2**20:.1f} MiB, fetched first")
     return FileSource(name)
 
 

@@ -132,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "*" in args.allow_origin and not args.api_key:
             cli.note("warning: any site's page may use this server, and there is no --api_key")
         # Before the model is loaded, which takes long; other ranks of torchrun serve nothing.
-        leads = os.environ.get("RANK", "0") == "0"
-        door = listen(args.host, args.port) if leads else socket.socket()
+        door = listen(args.host, args.port) if cli.leads() else socket.socket()
         metrics = Metrics()
         with door, Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, limits, metrics, export)

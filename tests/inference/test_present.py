@@ -91,6 +91,17 @@ def test_a_closed_pipe_ends_the_run_quietly(
     assert sum(event["type"] == "input_frame.processed" for event in told) < 6
 
 
+def test_a_full_disk_is_an_error_that_names_the_file(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graded_video(tmp_path / "clip.mp4", [0.1, 0.2])
+    args = ["--checkpoint", str(tiny), "--video_path", str(tmp_path / "clip.mp4"), *TALK]
+    with pytest.raises(SystemExit) as stopped:
+        realtime_streaming_infer.main([*args, "--jsonl", "/dev/full"])
+    assert stopped.value.code == 1
+    assert "No space left on device: '/dev/full'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "problem"), [("none/a.jsonl", "there is no folder"), (".", "it is a folder")]
 )
