@@ -1,0 +1,93 @@
+"""tools.gpu_check on a CPU: every section runs, what is wrong is found, what is done is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moss_train.train.trace import summarize
+from tools.gpu_check.__main__ import main
+from tools.gpu_check.cases import CASES
+from tools.gpu_check.report import PAGE, last_measured, report
+from tools.gpu_check.sections import CPU_LOSSES, GPU_LOSSES, LIMITS, compare_losses
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory) -> tuple[int, Path]:
+    """The exit code of a rehearsal, and its folder."""
+    out = tmp_path_factory.mktemp("check")
+    return main(["--rehearse", "--out", str(out)]), out
+
+
+def test_every_section_is_rehearsed_and_correct(rehearsed):
+    code, out = rehearsed
+    found = json.loads((out / "all.json").read_text())
+    assert code == 0
+    assert list(found) == list(LIMITS)
+    assert all(section["correct"] for section in found.values())
+    assert max(found[GPU_LOSSES]["apart"].values()) == 0  # here both are the CPU
+    assert found["resume"]["resumed"] == found["resume"]["losses"]
+    for name in CASES:
+        case = found[name]
+        assert case["step_s"] > 0
+        assert case["tflop"] > 0
+        assert case["profile"]["launches"] > 100
+    assert found["pt1"]["frames"] == 4
+    assert found["short"]["tokens"] == found["decoder"]["tokens"] / 2 == 64
+
+
+def test_what_is_done_is_kept_and_what_is_wrong_fails(rehearsed, capsys):
+    _, out = rehearsed
+    path = out / "decoder.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({"correct": False, "error": "not done within 120 s"}))
+    assert main(["--rehearse", "--out", str(out), "--sections", "decoder"]) == 1
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("decoder  "))
+    assert line.split(maxsplit=2) == ["decoder", "WRONG", "not done within 120 s"]
+    path.write_text(json.dumps(found))
+    assert main(["--rehearse", "--out", str(out), "--sections", "decoder"]) == 0
+    assert json.loads(path.read_text()) == found
+
+
+def test_without_a_gpu_it_says_so(tmp_path, capsys, groups):
+    assert main(["--out", str(tmp_path / "none")]) == 1
+    assert "torch finds no CUDA device: try --rehearse" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_losses_that_differ_are_wrong():
+    def findings(loss: float) -> dict:
+        sides = {CPU_LOSSES: [2.0, 1.0], GPU_LOSSES: [2.0, loss]}
+        return {name: {"correct": True, "losses": {"pt1": x}} for name, x in sides.items()}
+
+    for loss, correct in ((1.00009, True), (1.0002, False)):
+        found = findings(loss)
+        compare_losses(found)
+        assert found[GPU_LOSSES]["correct"] == correct
+        assert found[GPU_LOSSES]["apart"]["pt1"] == pytest.approx(loss - 1.0)
+
+
+def test_the_pages_table_is_what_steps_are_compared_with(rehearsed):
+    before = last_measured(PAGE.read_text())
+    assert before["pt1"] == 1.97
+    assert set(before) <= set(CASES)
+    page = (
+        "## Last measured\n| `pt1` | 4 s | 1 |\n| `short` | - | 1 |\n## Next\n| `decoder` | 1 s |"
+    )
+    assert last_measured(page) == {"pt1": 4.0}
+    found = json.loads((rehearsed[1] / "all.json").read_text())
+    found = {"pt1": {**found["pt1"], "step_s": 2.0}}
+    (line,) = (x for x in report(found, page).splitlines() if "(2.00x)" in x)
+    assert line.split()[:4] == ["pt1", "2", "4", "(2.00x)"]
+
+
+def test_a_profile_counts_what_overlaps_once():
+    seen = summarize([("b", 2.0, 4.0), ("a", 0.0, 1.0), ("c", 3.0, 3.5), ("a", 6.0, 8.0)])
+    assert seen.span_ms == 8.0
+    assert seen.busy_ms == 1.0 + 2.0 + 2.0
+    assert seen.idle == pytest.approx(3 / 8)
+    assert seen.top == [("a", 3.0, 2), ("b", 2.0, 1), ("c", 0.5, 1)]
+    assert seen.gaps == [(2.0, "b", "a"), (1.0, "a", "b")]
+    assert summarize([]).idle == 0

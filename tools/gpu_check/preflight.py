@@ -1,0 +1,108 @@
+"""The machine: versions, memory, the speed of products and copies, and whether they are right."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from moss_train import hardware
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "triton")
+# [m, k] x [k, n] of the 11B model: the tower's MLP for 16 frames, the decoder's for 4,096 tokens.
+PRODUCTS = {"tower MLP": (25728, 1280, 5120), "decoder MLP": (4096, 4096, 14336)}
+REHEARSED = {"tower MLP": (64, 32, 128), "decoder MLP": (32, 64, 128)}
+FP8_SINCE = (8, 9)  # compute capability
+ERROR = 2e-2  # relative, of a product in bf16
+
+
+def preflight(rehearse: bool) -> dict[str, Any]:
+    """Everything that later figures are compared with."""
+    device = hardware.device()
+    rates = {
+        name: _product(shape, device)
+        for name, shape in (REHEARSED if rehearse else PRODUCTS).items()
+    }
+    return {
+        "correct": all(rate["error"] < ERROR for rate in rates.values()),
+        "device": hardware.device_name(),
+        "versions": _versions(),
+        "memory_gb": _memory_gb(device),
+        "peak_tflops": hardware.peak_tflops_of(hardware.device_name()),
+        "products": rates,
+        "copies_gb_per_s": _copies(1 << (20 if rehearse else 30), device),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    if hardware.device().type == "cuda":
+        cudnn = torch.backends.cudnn.version()
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
+    return found
+
+
+def _memory_gb(device: torch.device) -> dict[str, float]:
+    if device.type == "cpu":
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"free": free / 1e9, "total": total / 1e9}
+
+
+def _product(shape: tuple[int, int, int], device: torch.device) -> dict[str, float]:
+    """1e12 FLOPs a second of a product in bf16, in FP8 where the GPU has it; and its error."""
+    m, k, n = shape
+    generator = torch.Generator(device).manual_seed(1)
+    x, w = (
+        torch.randn(size, device=device, generator=generator).bfloat16()
+        for size in ((m, k), (n, k))
+    )
+    flop = 2e-12 * m * k * n
+    rows = slice(0, 64)
+    exact = x[rows].double() @ w.double().T
+    error = ((x[rows] @ w.T).double() - exact).norm() / exact.norm()
+    found = {"bf16_tflops": flop / timed(lambda: x @ w.T), "error": float(error)}
+    if device.type == "cuda" and torch.cuda.get_device_capability() >= FP8_SINCE:
+        one = torch.ones((), device=device)
+        x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+
+        def scaled() -> torch.Tensor:
+            return torch._scaled_mm(
+                x8, w8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+        found["fp8_tflops"] = flop / timed(scaled)
+    return found
+
+
+def _copies(size: int, device: torch.device) -> dict[str, float]:
+    """GB a second of copies of `size` bytes: on the device (read and written), from the host."""
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    other, host = torch.empty_like(there), torch.empty(size, dtype=torch.uint8)
+    found = {"on the device": 2e-9 * size / timed(lambda: other.copy_(there))}
+    if device.type == "cuda":
+        pinned = host.pin_memory()
+        found["from page-locked memory"] = 1e-9 * size / timed(lambda: there.copy_(pinned))
+        found["from ordinary memory"] = 1e-9 * size / timed(lambda: there.copy_(host))
+    return found
+
+
+def timed(work: Callable[[], Any], times: int = 10, warm: int = 2) -> float:
+    """Seconds of one call, the mean of several after some."""
+    for _ in range(warm):
+        work()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / times

@@ -1,0 +1,83 @@
+"""The sections of a check, each a function of its own process: from a device to its findings.
+
+Every finding has "correct", which the exit code is made of; speeds never make it fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from moss_train.train.process import (
+    leave_process_group,
+    start_process_group,
+    start_writer_queue,
+)
+from tools.gpu_check import saving
+from tools.gpu_check.cases import CASES, REHEARSED, STAGES, Case
+from tools.gpu_check.preflight import preflight
+from tools.gpu_check.workbench import Workbench
+
+TOLERANCE = 1e-4  # relative difference of a loss between CPU and GPU
+CPU_LOSSES, GPU_LOSSES = "losses on the CPU", "losses"
+# In the order of a run, with the seconds that each may take.
+LIMITS = {
+    "preflight": 60,
+    CPU_LOSSES: 90,
+    GPU_LOSSES: 90,
+    "resume": 60,
+    **dict.fromkeys(CASES, 120),
+    "save": 150,
+}
+
+
+def run_section(name: str, device: str, rehearse: bool) -> dict[str, Any]:
+    """The findings of a section on this process's device."""
+    case = (REHEARSED if rehearse else CASES).get(name, STAGES["pt1"])
+    on = "cpu" if name == CPU_LOSSES else device
+    config = case.config(on, "unused")
+    if rehearse:
+        config.hardware.threads = 1  # more only disturb other work, with shapes as small
+    start_writer_queue()
+    start_process_group(config)
+    try:
+        return _section(name, case, on, rehearse)()
+    finally:
+        leave_process_group()
+
+
+def _section(name: str, case: Case, device: str, rehearse: bool) -> Callable[[], dict[str, Any]]:
+    if name == "preflight":
+        return partial(preflight, rehearse)
+    if name in (CPU_LOSSES, GPU_LOSSES):
+        return partial(stage_losses, device, 2 if rehearse else None)
+    if name == "resume":
+        return partial(saving.resume, device)
+    if name == "save":
+        return partial(saving.save, device, rehearse)
+    return lambda: Workbench(case, device, "unused").measure()
+
+
+def stage_losses(device: str, steps: int | None) -> dict[str, Any]:
+    """Losses of the first steps of every stage: small model, fp32."""
+    losses: dict[str, list[float]] = {}
+    for stage, case in STAGES.items():
+        bench = Workbench(case, device, "unused")
+        batch = bench.batch()
+        losses[stage] = [bench.step(batch).loss for _ in range(steps or case.steps)]
+    falls = all(own[-1] < own[0] for own in losses.values())
+    return {"correct": falls, "losses": losses}
+
+
+def compare_losses(findings: dict[str, dict[str, Any]]) -> None:
+    """Holds the GPU's losses against the CPU's, in place, where both are there."""
+    if not all("losses" in findings.get(name, {}) for name in (CPU_LOSSES, GPU_LOSSES)):
+        return
+    theirs, ours = findings[CPU_LOSSES]["losses"], findings[GPU_LOSSES]["losses"]
+    worst = {
+        stage: max(abs(a - b) / abs(a) for a, b in zip(theirs[stage], ours[stage], strict=True))
+        for stage in theirs
+    }
+    findings[GPU_LOSSES]["apart"] = worst
+    findings[GPU_LOSSES]["correct"] &= max(worst.values()) <= TOLERANCE
