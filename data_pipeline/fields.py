@@ -31,8 +31,8 @@ class Range:
     below: float | None = None
     zero: str = ""
 
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+    def __contains__(self, value: Any) -> bool:
+        if not _is_finite(value):
             return False
         return (
             (self.least is None or value >= self.least)
@@ -92,11 +92,11 @@ def wrong_values(config: Any, prefix: str = "") -> Iterator[str]:
             yield from _wrong(name, value, entry.metadata[ALLOWED], str(hints[entry.name]))
 
 
-def check_values(config: Any) -> None:
-    """Raises ValueError with all that `wrong_values` says of a dataclass."""
+def check_values(config: Any, before: str = "") -> None:
+    """Raises ValueError with all that `wrong_values` says of a dataclass, `before` in front."""
     problems = list(wrong_values(config))
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError(f"{before}{'; '.join(problems)}")
 
 
 def _wrong(name: str, value: Any, allowed: Range | tuple[str, ...], hint: str) -> Iterator[str]:
@@ -114,10 +114,18 @@ def _wrong(name: str, value: Any, allowed: Range | tuple[str, ...], hint: str) -
         yield f"{name}={shown}: must be {_described(allowed, bad[0], whole)}"
 
 
-def _described(allowed: Range, value: object, whole: bool) -> str:
+def _is_finite(value: object) -> bool:
+    """True for numbers; an integer must fit into 64 bits, as tensors and files hold it."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _described(allowed: Range, value: Any, whole: bool) -> str:
     """The range; with the kind of number where the value is of another."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_finite(value):
         kind = "a whole number" if whole else "a finite number"
+        kind += " of 64 bits" if isinstance(value, int) else ""
     elif whole and value != int(value):
         kind = "a whole number"
     else:

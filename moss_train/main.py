@@ -15,6 +15,7 @@ from data_pipeline.commands import WRONG_USAGE, report_error
 from data_pipeline.ranks import JoinError, RanksError, ranks_of
 from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.log import configure
+from moss_train.run_lock import check_free
 
 PROGRAM = "moss-train"  # in front of errors
 
@@ -65,6 +66,8 @@ def check(config: Config) -> Path | None:
     world_size = ranks_of().size
     validate(config, world_size)
     _check_folder(Path(config.run.dir))
+    if os.environ.get("RANK", "0") == "0":
+        check_free(Path(config.run.dir))
     return find_resume(config, world_size)
 
 

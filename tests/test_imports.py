@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "moss_train.checkpoint_dir",
         "moss_train.compose",
         "moss_train.trained_tokenizer",
+        "moss_train.run_lock",
         "inference.session",
     ),
     ("moss_train.transfer",),

@@ -6,13 +6,14 @@ beside it, a restored session draws what it would have drawn, and CUDA graphs ne
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from data_pipeline.fields import check_values, number
 
 SEEDS = (-(2**63), 2**63 - 1)  # allowed
 DRAWN_SEEDS = 2**53  # a seed that is drawn is below: every reader of JSON holds it exactly
@@ -33,27 +34,17 @@ class Sampling:
     Raises ValueError that names a field out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    silence_bias: float = 0.0
-    seed: int | None = None
+    temperature: float = number(0.0, least=0)
+    top_k: int = number(0, least=0)
+    top_p: float = number(1.0, above=0, most=1)
+    repetition_penalty: float = number(1.0, above=0)
+    silence_bias: float = number(0.0)
+    seed: int | None = number(None, least=SEEDS[0], most=SEEDS[1])
 
     def __post_init__(self) -> None:
         self.top_k = 0 if self.top_k == -1 else self.top_k
         self.seed = secrets.randbelow(DRAWN_SEEDS) if self.seed is None else self.seed
-        limits = {
-            "temperature": 0 <= self.temperature < math.inf,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
-            "silence_bias": abs(self.silence_bias) < math.inf,
-            "seed": isinstance(self.seed, int) and SEEDS[0] <= self.seed <= SEEDS[1],
-        }
-        for name, right in limits.items():
-            if not right:
-                raise ValueError(f"sampling: {name} {getattr(self, name)} is out of range")
+        check_values(self, "sampling: ")
 
     @property
     def plain(self) -> bool:

@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
+from data_pipeline.fields import check_values, choice, number
 from inference.engine.sampling import Sampling
 from inference.session.events import LOG_LIMIT
 from inference.session.response import Response, ResponseWriter, Vocabulary
@@ -43,21 +44,16 @@ class SessionConfig:
     prompt: str = ""  # of the first user turn; empty: the model watches before it is asked
     sampling: Sampling = field(default_factory=Sampling)
     live: bool = True  # a full queue drops its oldest frame; False: the source waits
-    clock: Literal["wall", "media"] = "wall"
-    pace: int | None = 40  # maximum number of tokens between two frames; None: no limit
-    frame_interval: float = 1.0  # seconds between two frames
-    max_new_tokens: int = 4096  # maximum length of a response
-    max_waiting_frames: int = 4
-    max_waiting_prompts: int = 16
+    clock: Literal["wall", "media"] = choice("wall", ("wall", "media"))
+    # Maximum number of tokens between two frames; None: no limit.
+    pace: int | None = number(40, above=0)
+    frame_interval: float = number(1.0, above=0)  # seconds between two frames
+    max_new_tokens: int = number(4096, above=0)  # maximum length of a response
+    max_waiting_frames: int = number(4, above=0)
+    max_waiting_prompts: int = number(16, above=0)
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            number = entry.name.startswith("max_") or entry.name in ("frame_interval", "pace")
-            if number and value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{entry.name}: {value!r}: must be greater than 0, and finite")
-        if self.clock not in ("wall", "media"):
-            raise ValueError(f"clock: {self.clock!r}, allowed: wall, media")
+        check_values(self)
 
 
 @dataclass(eq=False)

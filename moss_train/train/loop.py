@@ -23,6 +23,7 @@ from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.resume import changed_fields
+from moss_train.run_lock import running_in
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
@@ -239,17 +240,26 @@ class Job:
         before leaves the folder as it was. Metrics and console on rank 0 only. A collective.
         """
         config = self.config
-        if self.first_rank:
+        if not self.first_rank:
+            dist.barrier()
+            yield None, None
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with running_in(self.folder):
             self.checkpointer.open_folder()
             layout = {"world": dist.get_world_size(), "data": self.groups.data_size}
             layout |= {"pipeline": config.parallel.pipeline, "tensor": config.parallel.tensor}
             kind = hardware.device().type
             write_description(self.folder, config, layout, asdict(self.counts), kind)
             self.audit.cut(self.folder, self.done)
-        dist.barrier()  # other replicas write to their audits
-        if not self.first_rank:
-            yield None, None
-            return
+            dist.barrier()  # from now on other replicas write to their audits
+            with self._sinks() as sinks:
+                yield sinks
+
+    @contextmanager
+    def _sinks(self) -> Iterator[tuple[MetricsWriter, StepLine]]:
+        """Metrics and console, on rank 0."""
+        config = self.config
         with MetricsWriter(self.folder, self.loggers, self.done) as writer:
             self.unlearned = UnlearnedWarnings(read_metrics(self.folder), config.steps)
             progress = StepLine(config.steps, config.trainer.console_every, self.console)

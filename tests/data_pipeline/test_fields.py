@@ -14,7 +14,9 @@ from data_pipeline.fields import ALLOWED, Range, choice, number, numbers, wrong_
 from data_pipeline.importers.media import MediaOptions
 from data_pipeline.toy.build import ToyConfig
 from inference.engine.engine import EngineConfig
+from inference.engine.sampling import Sampling
 from inference.serve.limits import Limits
+from inference.session.session import SessionConfig
 from moss_train.config import Config
 from moss_train.data_config import SourceConfig
 
@@ -24,8 +26,9 @@ FREE = {
     "StageConfig.also", "ModelConfig.name", "InitConfig.from_llama", "DataConfig.name",
     "DataConfig.root", "DataConfig.tokenizer", "SourceConfig.name", "SourceConfig.path",
     "AdapterConfig.target", "TrainerConfig.resume", "LoggerConfig.project", "ToyConfig.stages",
-    "SourceOptions.form", "SourceOptions.media_dir", "SourceOptions.datasets",
-    "SourceOptions.media_column", "SourceOptions.caption_column",
+    "SessionConfig.system_prompt", "SessionConfig.prompt", "SourceOptions.form",
+    "SourceOptions.media_dir", "SourceOptions.datasets", "SourceOptions.media_column",
+    "SourceOptions.caption_column",
 }  # fmt: skip
 
 Entry = tuple[type, Field, set[type]]
@@ -52,7 +55,7 @@ def entries(kind: type, seen: set[type]) -> Iterator[Entry]:
 
 
 SEEN: set[type] = set()
-ROOTS = (Config, BuildOptions, ToyConfig, EngineConfig, Limits)
+ROOTS = (Config, BuildOptions, ToyConfig, EngineConfig, Limits, SessionConfig)
 ENTRIES = [entry for root in ROOTS for entry in entries(root, SEEN)]
 
 
@@ -129,6 +132,10 @@ def test_those_that_check_themselves_raise_what_is_wrong() -> None:
         EngineConfig(window=math.inf)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^fps=inf: must be a finite number, greater than 0$"):
         Limits(fps=math.inf)
+    with pytest.raises(ValueError, match=r"^clock=sun: choose .*; pace=0: must be greater than 0"):
+        SessionConfig(pace=0, clock="sun")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^sampling: top_p=0: must be greater than 0 and at most"):
+        Sampling(top_p=0)
     with pytest.raises(ValueError, match=r"^max_side=15: must be 16 or more$"):
         MediaOptions(max_side=15)
     with pytest.raises(ValueError, match=r"^size=30: must be 32 or more$"):
@@ -178,6 +185,9 @@ def test_a_line_names_field_value_and_what_is_allowed() -> None:
     ]
     assert list(wrong_values(Outer(often=2.5))) == [  # type: ignore[arg-type]
         "often=2.5: must be a whole number, 0 (never) or more"
+    ]
+    assert list(wrong_values(Outer(often=2**63))) == [
+        f"often={2**63}: must be a whole number of 64 bits, 0 (never) or more"
     ]
     assert list(wrong_values(Outer(share=None))) == [  # type: ignore[arg-type]
         "share=None: must be a finite number, 0 or more and less than 1"

@@ -1,0 +1,48 @@
+"""One job at a time in a run folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moss_train.config import ConfigError
+from moss_train.run_lock import LOCK_FILE, check_free, running_in
+
+# Another process that trains there, until it is killed.
+OTHER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("node7, process 12\\n")
+file.flush()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_job_is_refused_while_the_first_one_lives(tmp_path: Path):
+    path = tmp_path / LOCK_FILE
+    check_free(tmp_path / "new")
+    check_free(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    command = [sys.executable, "-c", OTHER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        said = rf"^run.dir={tmp_path}: another job trains there \(node7, process 12\): choose"
+        with pytest.raises(ConfigError, match=said):
+            check_free(tmp_path)
+        with pytest.raises(ConfigError, match=said), running_in(tmp_path):
+            pass
+        other.kill()
+    assert path.read_text() == "node7, process 12\n"  # a killed job leaves it, free
+    check_free(tmp_path)
+    with running_in(tmp_path):
+        assert ", process " in path.read_text()
+    assert not path.exists()
+    with pytest.raises(RuntimeError, match="it failed"), running_in(tmp_path):
+        raise RuntimeError("it failed")
+    assert not path.exists()
