@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from data_pipeline.fields import Range
 
 DONE, FAILED, WRONG_USAGE, STOPPED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
@@ -37,6 +40,30 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             prog, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **options}
         )
+
+
+def whole_number(**bounds: Any) -> Callable[[str], int]:
+    """The `type` of an option that takes a whole number of `Range(**bounds)`."""
+
+    def number(text: str) -> int:
+        return _in_range(int(text), text, Range(**bounds))
+
+    return number
+
+
+def finite_number(**bounds: Any) -> Callable[[str], float]:
+    """The `type` of an option that takes a finite number of `Range(**bounds)`."""
+
+    def number(text: str) -> float:
+        return _in_range(float(text), text, Range(**bounds))
+
+    return number
+
+
+def _in_range(value: Any, text: str, allowed: Range) -> Any:
+    if value not in allowed:
+        raise argparse.ArgumentTypeError(f"{text}: must be {allowed}")
+    return value
 
 
 def report_error(program: str, error: object, code: int = FAILED) -> int:

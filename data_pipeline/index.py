@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron.energon import CrudeWebdataset
 
-from data_pipeline.commands import CommandParser, report_error
+from data_pipeline.commands import CommandParser, report_error, whole_number
 from data_pipeline.shards import (
     INDEX_FOLDER,
     INDEX_MARK,
@@ -56,7 +56,9 @@ def prepare_index(path: str | Path, workers: int = 2) -> SourceInfo:
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m data_pipeline.index", description=__doc__)
     parser.add_argument("folder", nargs="+", type=Path, metavar="FOLDER", help="folder of shards")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read the shards")
+    parser.add_argument(
+        "--workers", type=whole_number(above=0), default=2, help="processes that read the shards"
+    )
     options = parser.parse_args(arguments)
     try:
         for folder in options.folder:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import inference.hf
-from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
+from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error, whole_number
 from data_pipeline.tables import format_table
 from moss_train.config import RENAMED, ConfigError
 from moss_train.convert.source import ConversionError
@@ -97,7 +97,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         add("--dtype", choices=tuple(DTYPES), help="dtype to cast to (default: as stored)")
         add("--stage", help="training stage that made the weights (default: as SRC or RUN says)")
         add("--check-finite", action="store_true", help="refuse weights with NaN or infinity")
-        add("--workers", type=int, default=2, help="threads that read and write")
+        add("--workers", type=whole_number(above=0), default=2, help="threads that read and write")
     options = parser.parse_args(arguments)
     if options.direction is None and not options.list:
         parser.error("give hf-to-megatron, megatron-to-hf or --list")
@@ -115,10 +115,15 @@ def _add_to_megatron(add: Callable[..., object]) -> None:
     add("--model", type=Path, metavar="FILE.yaml",
         help="for a text-only SRC: sizes of the tower and the projector and the layers with "
         "cross-attention, as in conf/model (default: 11b's)")  # fmt: skip
-    add("--tensor-parallel", type=int, default=1, metavar="N",
+    add("--tensor-parallel", type=whole_number(above=0), default=1, metavar="N",
         help="pad the embedding to rows that N tensor ranks share evenly; an export drops the "
         "padding")  # fmt: skip
-    add("--seed", type=int, default=1234, help="for a text-only SRC: seed of the new weights")
+    add(
+        "--seed",
+        type=whole_number(least=0),
+        default=1234,
+        help="for a text-only SRC: seed of the new weights",
+    )
     add("--allow-pickle", action="store_true", help="also read *.bin, with weights_only")
 
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from data_pipeline.commands import CommandParser, report_error
+from data_pipeline.commands import CommandParser, report_error, whole_number
 from data_pipeline.schema import SampleError
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import ConfigError
@@ -33,12 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
         help="toy: stages whose samples are used (default: the run's own)")  # fmt: skip
     add("--data", type=Path, metavar="FOLDER",
         help="toy: folder of the toy world (default: data.root of the run)")  # fmt: skip
-    add("--limit", type=int, metavar="N",
+    add("--limit", type=whole_number(above=0), metavar="N",
         help="toy: maximum number of samples of each source (default: all)")  # fmt: skip
     add("--out", type=Path, metavar="FILE",
         help="JSON file of the scores (default: RUN/evaluation.json)")  # fmt: skip
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    add("--threads", type=int, metavar="N", help="threads on the CPU (default: all cores)")
+    add(
+        "--threads",
+        type=whole_number(above=0),
+        metavar="N",
+        help="threads on the CPU (default: all cores)",
+    )
     options = parser.parse_args(arguments)
     try:
         model = open_model(options.checkpoint, options.device, options.threads)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL
-from data_pipeline.commands import CommandParser, report_error
+from data_pipeline.commands import CommandParser, finite_number, report_error, whole_number
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.checkpoint_dir import find, read_run
@@ -288,8 +288,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--layout", default="single", help="layout of RUN's ranks, such as tp2_pp2")
     add("--inputs", type=Path, metavar="FILE", help="inputs (default: some of our own)")
     add("--dtype", default="fp32", choices=tuple(DTYPES), help="dtype of both models")
-    add("--greedy", type=int, metavar="N", default=8, help="greedy tokens to compare")
-    add("--tolerance", type=float, metavar="X",
+    add(
+        "--greedy",
+        type=whole_number(least=0),
+        metavar="N",
+        default=8,
+        help="greedy tokens to compare",
+    )
+    add("--tolerance", type=finite_number(above=0), metavar="X",
         help="allowed difference of logits (default: 1e-4 in fp32, 0.25 in bf16)")  # fmt: skip
     add("--device", default="cpu", choices=("cpu", "cuda"), help="device of RUN's ranks")
     add("--trust-remote-code", action="store_true", help="run the code in DIR, not our own")

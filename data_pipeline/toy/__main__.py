@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error
+from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error, whole_number
 from data_pipeline.shards import ShardError
 from data_pipeline.toy.build import STAGES, ToyConfig, build_toy
 
@@ -31,7 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
             parser.add_argument(flag, nargs="+", choices=STAGES, default=STAGES, help=words)
         else:
             parser.add_argument(flag, type=int, default=option.default, metavar="N", help=words)
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that render")
+    parser.add_argument(
+        "--workers",
+        type=whole_number(above=0),
+        default=2,
+        metavar="N",
+        help="processes that render",
+    )
     options = vars(parser.parse_args(arguments))
     out, workers = options.pop("out"), options.pop("workers")
     options["stages"] = tuple(options["stages"])

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.atomic import write_atomically
-from data_pipeline.commands import CommandParser, report_error
+from data_pipeline.commands import CommandParser, finite_number, report_error
 from moss_train.config import Config, ConfigError, from_dict
 from moss_train.hardware import peak_tflops_of
 from moss_train.log import log
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--peak-tflops",
-        type=float,
+        type=finite_number(above=0),
         metavar="N",
         help="1e12 FLOPs a second that a rank's device can compute, for MFU (default: that of the "
         "GPU that run.json names, in bf16)",

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from data_pipeline.commands import CommandParser, report_error
+from data_pipeline.commands import CommandParser, finite_number, report_error, whole_number
 from tests.conftest import REPO
 
 
@@ -36,6 +36,26 @@ def test_a_flag_cannot_be_abbreviated(capsys):
     assert capsys.readouterr().err.endswith(
         "python -m tools.thing: error: unrecognized arguments: --work 3\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (["--workers", "0"], "argument --workers: 0: must be greater than 0"),
+        (["--workers", "1.5"], "argument --workers: invalid number value: '1.5'"),
+        (["--speed", "nan"], "argument --speed: nan: must be 0 or more"),
+        (["--speed", "inf"], "argument --speed: inf: must be 0 or more"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(capsys, value, says):
+    parser = CommandParser("python -m tools.thing")
+    parser.add_argument("--workers", type=whole_number(above=0))
+    parser.add_argument("--speed", type=finite_number(least=0))
+    given = parser.parse_args(["--workers", "3", "--speed", "0"])
+    assert (given.workers, given.speed) == (3, 0.0)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(value)
+    assert capsys.readouterr().err.splitlines()[-1] == f"python -m tools.thing: error: {says}"
 
 
 def test_an_error_of_ours_reads_like_one_of_argparse(capsys):

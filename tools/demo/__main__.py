@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.atomic import write_atomically
-from data_pipeline.commands import FAILED, CommandParser, report_error
+from data_pipeline.commands import FAILED, CommandParser, finite_number, report_error, whole_number
 from tools import preloaded
 from tools.demo.parts import RECORD, Part, full, short
 
@@ -45,13 +45,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--full", action="store_true", help="train all four stages, from random weights")
     add("--out", type=Path, metavar="FOLDER",
         help="folder of the demo (default: runs/demo, with --full runs/demo-full)")  # fmt: skip
-    add("--train", type=int, metavar="N",
+    add("--train", type=whole_number(above=0), metavar="N",
         help="training samples of each source (default: 1500, with --full 4000)")  # fmt: skip
-    add("--heldout", type=int, metavar="N",
+    add("--heldout", type=whole_number(above=0), metavar="N",
         help="held-out samples of each source (default: 60, with --full 100)")  # fmt: skip
-    add("--ranks", type=int, default=min(2, os.cpu_count() or 1), metavar="N",
+    add("--ranks", type=whole_number(above=0), default=min(2, os.cpu_count() or 1), metavar="N",
         help="processes that train")  # fmt: skip
-    add("--scale", type=float, default=1.0, metavar="X",
+    add("--scale", type=finite_number(above=0), default=1.0, metavar="X",
         help="factor of the samples that each stage trains on")  # fmt: skip
     add("overrides", nargs="*", metavar="FIELD=VALUE",
         help="field of the configuration of all stages, such as model.dtype=bf16")  # fmt: skip

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error
+from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error, whole_number
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, check_source, shard_files
@@ -108,7 +108,7 @@ def _parser() -> CommandParser:
         each.add_argument("tree", type=Path, metavar="TREE", help="folder with sources below it")
     for each in (counted, checked):
         each.add_argument(
-            "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+            "--workers", type=whole_number(least=0), default=os.cpu_count() or 1, metavar="N",
             help="processes; 0: this one (default: one a core)",
         )  # fmt: skip
     for each in (shown, counted, checked):
@@ -124,8 +124,12 @@ def _add_encoding_options(parser: argparse.ArgumentParser, required: bool) -> No
     parser.add_argument(
         "--stage", default="sft", choices=stage_names(), help="training stage to encode for"
     )
-    parser.add_argument("--tile-size", type=int, default=560, help="side of a tile in pixels")
-    parser.add_argument("--max-tiles", type=int, default=1, help="tiles of a frame at most")
+    parser.add_argument(
+        "--tile-size", type=whole_number(above=0), default=560, help="side of a tile in pixels"
+    )
+    parser.add_argument(
+        "--max-tiles", type=whole_number(above=0), default=1, help="tiles of a frame at most"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
