@@ -99,6 +99,16 @@ def check_values(config: Any, before: str = "") -> None:
         raise ValueError(f"{before}{'; '.join(problems)}")
 
 
+def check_number(name: str, value: float | None, *, whole: bool = False, **bounds: Any) -> None:
+    """Raises ValueError where an argument is no number of `Range(**bounds)`; None is not checked.
+
+    Args:
+        whole: it must be a whole number.
+    """
+    for line in _wrong(name, value, Range(**bounds), f"{'int' if whole else 'float'} | None"):
+        raise ValueError(line)
+
+
 def _wrong(name: str, value: Any, allowed: Range | tuple[str, ...], hint: str) -> Iterator[str]:
     if value is None and "None" in hint:
         return

@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 import transformers
 
+from data_pipeline.fields import check_number
 from data_pipeline.images import read_picture
 from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
@@ -102,14 +103,18 @@ class Model:
             sampling: (default: the most likely token each time).
 
         Raises:
+            ValueError: a number is out of its range.
             SourceError, SampleError: what is shown cannot be read.
             EngineFull: all `max_sessions` are in use.
             RuntimeError: the engine failed.
         """
+        check_number("fps", fps, above=0)
+        check_number("max_frames", max_frames, whole=True, above=0)
+        check_number("max_new_tokens", max_new_tokens, whole=True, above=0)
         frames = [read_picture(image) for image in images]
         if isinstance(video, str | Path):
             default = WATCHED_MAX_FRAMES if self.info.watches else CLIP_MAX_FRAMES
-            most = max_frames or default
+            most = default if max_frames is None else max_frames
             shown = clip(str(video), fps, min(CLIP_MIN_FRAMES, most), most)
         else:
             shown = [read_picture(frame) for frame in video or ()]

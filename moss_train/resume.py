@@ -63,10 +63,21 @@ def find_resume(config: Config, world_size: int) -> Path | None:
 
 def changed_fields(config: Config, saved: dict) -> Iterator[str]:
     """A line for each field that `saved` (the checkpoint's configuration) has otherwise."""
-    before = dict(flatten(saved))
-    for name, value in flatten(to_dict(config)):
+    before = dict(flatten(_fields(saved)))
+    for name, value in flatten(_fields(to_dict(config))):
         if name not in ("run.dir", "trainer.resume") and before.get(name, value) != value:
             yield f"{name}={value} (was {before[name]})"
+
+
+def _fields(plain: dict) -> dict:
+    """The configuration with a part `data.sources[NAME]` for each source, in place of a list; the
+    multipliers, whose keys are patterns, are one value."""
+    data = dict(plain["data"])
+    for field in ("sources", "eval_sources"):
+        data |= {f"{field}[{source['name']}]": source for source in data.pop(field, [])}
+    optimizer = {**plain["optimizer"]}
+    optimizer["lr_multipliers"] = str(optimizer.get("lr_multipliers"))
+    return {**plain, "data": data, "optimizer": optimizer}
 
 
 def _must_find(field: str, value: str) -> Path:

@@ -112,6 +112,11 @@ def mixed_sources(config: Config) -> list[Source]:
     ]
 
 
+def unread_sources(config: Config) -> list[str]:
+    """Names of the sources whose modality has no share of the run's samples."""
+    return [s.name for s in config.data.sources if s.modality not in config.stage.mixture.wanted]
+
+
 def encode_config(config: Config) -> EncodeConfig:
     """How samples become tensors in this run."""
     stage, data = config.stage, config.data

@@ -25,7 +25,7 @@ from moss_train.parallel.replicas import differing_replicas
 from moss_train.resume import changed_fields
 from moss_train.run_lock import running_in
 from moss_train.train.checkpoint import Checkpointer
-from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
+from moss_train.train.data import Audit, BadSamples, Epochs, StepReader, unread_sources
 from moss_train.train.description import write_description
 from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
@@ -338,6 +338,9 @@ class Job:
         )
         for line in self.counts.lines():
             log.info("%s", line)
+        unread = unread_sources(config)
+        if unread:
+            log.info("not read, as stage.mixture gives them no share: %s", ", ".join(unread))
         for line in schedule_warnings(config):
             log.warning("%s", line)
         log.info(

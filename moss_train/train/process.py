@@ -63,7 +63,9 @@ def start_process_group(config: Config) -> None:
         hardware.make_deterministic()
     device = hardware.activate(config.hardware.device)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = config.hardware.threads or max(1, len(os.sched_getaffinity(0)) // local)
+    threads = config.hardware.threads
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(threads)
     if not dist.is_initialized():
         ranks = ranks_of()

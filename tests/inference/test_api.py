@@ -134,6 +134,20 @@ def test_a_video_that_nobody_watches_to_its_end_frees_its_place(
         watcher.watch(files / "none.mp4")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"fps": float("nan")}, "fps=nan: must be a finite number, greater than 0"),
+        ({"fps": 0}, "fps=0: must be greater than 0"),
+        ({"max_frames": 0}, "max_frames=0: must be greater than 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: must be a whole number, greater than 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(watcher, files: Path, wrong, says) -> None:
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        watcher.chat("What is it?", video=files / "clip.mp4", **wrong)
+
+
 def test_a_live_session_takes_frames_and_prompts(watcher: inference.Model, files: Path) -> None:
     picture = Image.open(files / "noise.png")
     with watcher.session("Tell me.", live=False, clock="media", sampling=QUIET) as session:
