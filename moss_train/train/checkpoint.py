@@ -21,7 +21,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -34,6 +38,7 @@ from moss_train.log import log
 from moss_train.model.lora import adapt, is_adapter, merge
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import TrainState
+from moss_train.train.optimizer_state import load_rest, sharded_state
 from moss_train.trained_tokenizer import KEY
 
 # megatron-core 0.19's own default for asynchronous saving is another package.
@@ -50,6 +55,12 @@ class Checkpointer:
         self.tokenizer = identify(config.data.tokenizer)
         self.writing: Path | None = None
         self.queue = AsyncCallsQueue() if config.trainer.async_save else None
+        # Every rank of a data-parallel group writes a part of the weights that all of them hold.
+        self.strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(),
+            model.groups.decoder.dp_cp,
+            do_cache_distribution=True,
+        )
 
     def open_folder(self) -> None:
         """On rank 0, before the first `save`: makes the folder, and removes what a killed job left
@@ -74,6 +85,7 @@ class Checkpointer:
             request = dist_checkpointing.save(
                 self._sharded_state(loading=False),
                 str(temporary),
+                sharded_strategy=self.strategy,
                 async_sharded_save=self.queue is not None,
                 content_metadata=CONTENT,
                 **_STRATEGY,
@@ -131,7 +143,7 @@ class Checkpointer:
             str(path),
         )
         _set_model(self.model, state["model"])
-        self.state.optimizer.load_state_dict(state["optimizer"])
+        load_rest(self.state.optimizer, state["optimizer"])
         if "random" in state:
             _set_random_state(state["random"])
         return run
@@ -146,9 +158,7 @@ class Checkpointer:
         flat = {key: value for part in model.values() for key, value in part.items()}
         state: dict[str, Any] = {
             "model": model,
-            "optimizer": self.state.optimizer.sharded_state_dict(
-                flat, is_loading=loading, metadata=CONTENT
-            ),
+            "optimizer": sharded_state(self.state.optimizer, flat, loading),
         }
         if random_state:
             world, rank = dist.get_world_size(), dist.get_rank()
