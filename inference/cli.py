@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -179,9 +181,13 @@ def refusing_values() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Ends the command `program` with one line for what its user can mend, and an exit code."""
+    """Ends the command `program` with one line for what its user can mend, and an exit code.
+
+    SIGTERM does what Ctrl-C does, unless what runs inside takes both itself.
+    """
     try:
-        yield
+        with _terminated_as_interrupted():
+            yield
     except RankFinished:
         raise SystemExit(DONE) from None
     except CommandError as error:
@@ -199,6 +205,18 @@ def one_line_errors(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         note("\ninterrupted")
         raise SystemExit(STOPPED) from None
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(program: str, error: object, code: int) -> NoReturn:
