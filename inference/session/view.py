@@ -63,8 +63,8 @@ class View:
             jump = f"the source's clock has jumped by {data['jump_s']:+.1f} s"
             self._line(self._aside(f"{clock(data['frame_at'])}  {jump}"))
         elif data["questions"]:
-            left = f"{data['questions']} questions of later seconds are asked now"
-            self._line(f"{now}  the source has ended: {left}")
+            left = f"questions of later seconds, asked now: {data['questions']}"
+            self._line(f"{now}  the source has ended; {left}")
 
     def _quiet(self, second: float) -> None:
         if self._speaking:

@@ -129,6 +129,20 @@ def test_frames_keep_the_pace_of_the_wall_clock(run: Run, tiny: Path, clip: Path
     assert starts[-1] - starts[0] == pytest.approx(5 / 20, abs=0.1)
 
 
+def test_what_is_asked_after_the_end_is_asked_at_the_end(run: Run, tiny: Path, clip: Path) -> None:
+    late = ["--ask", "2:45:00:Late?", "--ask", "5.5:And now?", "--ask", "99:Later?"]
+    for speed in (0, 20):
+        args = stream(tiny, clip, "--speed", speed, "--jsonl", "-", "--max_new_tokens", 3)
+        code, out, err = run(realtime_streaming_infer, *args, *late)
+        assert code == 0
+        told = events(out)
+        (ended,) = [e for e in told if e["type"] == "source.ended"]
+        assert (ended["frame_at"], ended["questions"]) == (5.0, 3)
+        asked = [e["text"] for e in told if e["type"] == "conversation.item.created"]
+        assert asked == ["And now?", "Later?", "Late?"]
+        assert "asked at 2:45:00 (9900 s): Late?" in err
+
+
 @pytest.fixture(scope="module")
 def site(clip: Path) -> Iterator[str]:
     handler = partial(SimpleHTTPRequestHandler, directory=str(clip.parent))
