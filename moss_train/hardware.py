@@ -54,6 +54,27 @@ def peak_tflops_of(name: str) -> float | None:
     return next((peak for gpu, peak in PEAK_BF16_TFLOPS.items() if gpu in words), None)
 
 
+def peak_tflops() -> float | None:
+    """1e12 bf16 FLOPs a second of this process's GPU: those of its data sheet; for one that is not
+    known, those that a large product reaches. None on a CPU.
+    """
+    if device().type == "cpu":
+        return None
+    return peak_tflops_of(device_name()) or _measured_tflops()
+
+
+def _measured_tflops(size: int = 8192, times: int = 10) -> float:
+    x = torch.randn(size, size, device=device()).bfloat16()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for number in range(2 * times):
+        if number == times:
+            begin.record()
+        x @ x
+    end.record()
+    end.synchronize()
+    return 2e-12 * size**3 * times / (begin.elapsed_time(end) / 1e3)
+
+
 def backend(kind: str) -> str:
     """torch.distributed backend for `hardware.device` `kind` ("cpu" or "cuda")."""
     return "nccl" if kind == "cuda" else "gloo"

@@ -86,6 +86,7 @@ def run_schedule(
     chunks: Sequence[nn.Module],
     inputs: list[DecoderInput],
     total: Tensor,
+    ended: Callable[[str], None] = lambda phase: None,
     forward_only: bool = False,
 ) -> Tensor:
     """Forward and backward of all microbatches of a step. A collective.
@@ -93,6 +94,8 @@ def run_schedule(
     Args:
         chunks: this rank's decoder chunks, wrapped for data parallelism or bare.
         total: labels in the global batch, fp32 scalar on the device.
+        ended: told of each end of a "forward" of a chunk, and of the "backward" before it: all
+            else, what a pipeline waits for included.
         forward_only: nothing is differentiated.
 
     Returns:
@@ -101,7 +104,10 @@ def run_schedule(
 
     def forward(iterator: Iterator[DecoderInput], chunk: nn.Module):
         item = next(iterator)
-        return chunk(item.text, item.frames, item.targets, total), _report
+        ended("backward")
+        loss = chunk(item.text, item.frames, item.targets, total)
+        ended("forward")
+        return loss, _report
 
     losses = _schedule(chunks, inputs, forward, forward_only=forward_only)
     if not losses:

@@ -117,6 +117,8 @@ class Job:
         self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
         self.reader = StepReader(config, self.groups, self.step.exchange.shares, streams)
         self.validator = Validator(self.step, self.reader)
+        # What its GPU can compute, which fp32 is no measure of.
+        self.peak = hardware.peak_tflops() if config.model.dtype == "bf16" else None
         self.due = False  # a checkpoint should have been saved, but the last step was left out
         self.recovered = -1  # steps accepted until the last return to a checkpoint
         self.audit = Audit(self.folder, self.groups.data_rank)
@@ -299,6 +301,8 @@ class Job:
             config.model, trains, counts, config.data.max_tiles, config.parallel.recompute
         )
         tokens = counts.tokens + counts.text_tokens
+        rank_seconds = seconds * dist.get_world_size()
+        of_peak = None if self.peak is None else 1 / (rank_seconds * self.peak * 1e12)
         return StepMetrics(
             step=self.done,
             loss=result.loss,
@@ -309,7 +313,10 @@ class Job:
             labels=counts.labels + counts.text_labels,
             frames=counts.frames,
             step_time_s=seconds,
-            model_tflops_per_s_per_rank=flops.total / seconds / dist.get_world_size() / 1e12,
+            model_tflops_per_s_per_rank=flops.total / rank_seconds / 1e12,
+            mfu=of_peak and flops.total * of_peak,
+            hfu=of_peak and (flops.total + flops.recomputed) * of_peak,
+            phase_s=result.phase_s,
             memory_gb=result.memory_gb,
             data_wait_s=min(result.data_wait_s, seconds),
             skipped_samples=sum(result.skipped.values()),

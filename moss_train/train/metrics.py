@@ -30,7 +30,7 @@ GROUPS = {
         "frames_per_rank_max", "frames_per_rank_mean", "padding_ratio",
     ),
     "speed": (
-        "step_time_s", "data_wait_s", "model_tflops_per_s_per_rank",
+        "step_time_s", "data_wait_s", "model_tflops_per_s_per_rank", "mfu", "hfu",
         "samples_per_s", "tokens_per_s", "frames_per_s",
     ),
     "memory": ("memory_gb",),
@@ -63,6 +63,9 @@ class StepMetrics:
     epochs: how often each source has been read so far, in the whole run; 1.5: half of it twice.
     validation: losses and accuracies after this step on held-out sources (validation.py); None:
         not measured, and not written.
+    mfu, hfu: model FLOPs a second, and with what is recomputed, as shares of what a rank's GPU can
+        compute in bf16; None (not written): on a CPU, in fp32.
+    phase_s: seconds of each phase on rank 0 (phases.py).
     padding_ratio: padding tokens / all tokens that the decoder computed, 0 to 1.
     samples_per_s, tokens_per_s, frames_per_s: all ranks together; made from the numbers above.
     """
@@ -91,6 +94,9 @@ class StepMetrics:
     padding_ratio: float
     epochs: dict[str, float]
     validation: dict[str, Any] | None = None
+    mfu: float | None = None
+    hfu: float | None = None
+    phase_s: dict[str, float] = field(default_factory=dict)
     samples_per_s: float = field(init=False)
     tokens_per_s: float = field(init=False)
     frames_per_s: float = field(init=False)
@@ -145,8 +151,9 @@ class MetricsWriter:
     def write(self, metrics: StepMetrics) -> None:
         """Appends the step's line and flushes it; a value that is not finite becomes null."""
         values = asdict(metrics)
-        if values["validation"] is None:
-            del values["validation"]
+        for name in ("validation", "mfu", "hfu"):
+            if values[name] is None:
+                del values[name]
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
@@ -171,6 +178,8 @@ def logged_values(row: Mapping[str, Any]) -> dict[str, float]:
     """`{group/name: value}` of a step, as loggers show it; NaN for what was not finite."""
     values = {f"{group}/{k}": row[k] for group, names in GROUPS.items() for k in names if k in row}
     values |= {f"data/epochs/{source}": epochs for source, epochs in row["epochs"].items()}
+    phases = row.get("phase_s") or {}
+    values |= {f"speed/phase_s/{phase}": seconds for phase, seconds in phases.items()}
     skipped = row.get("skipped_reasons") or {}
     values |= {f"data/skipped/{reason}": count for reason, count in skipped.items()}
     shown = {name: math.nan if value is None else value for name, value in values.items()}
@@ -225,13 +234,15 @@ def progress_line(
         "samples": f"{rate(metrics.samples_per_s)} samples/s",
         "frames": f"{rate(metrics.frames_per_s)} frames/s",
         "tokens": f"{rate(metrics.tokens_per_s)} tokens/s",
+        "mfu": "" if metrics.mfu is None else f"MFU {metrics.mfu:.0%}",
         "eta": eta(eta_s),
     }
+    parts = {name: part for name, part in parts.items() if part}
     line = "  ".join(parts.values())
-    for least in ("grad_norm", "samples", "lr", "tokens", "frames", "eta"):
+    for least in ("grad_norm", "samples", "lr", "tokens", "mfu", "frames", "eta"):
         if width is None or len(line) <= width:
             break
-        del parts[least]
+        parts.pop(least, None)
         line = " ".join(parts.values()).removeprefix("step ")
     return line
 

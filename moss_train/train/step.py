@@ -22,6 +22,7 @@ from moss_train.parallel.schedule import DecoderInput, plan_inputs, run_schedule
 from moss_train.train.flops import StepCounts, count_microbatch
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import TrainState
+from moss_train.train.phases import Phases
 from moss_train.transfer import HostCopy, move, to_device
 
 _NAMES = [field.name for field in fields(StepCounts)]
@@ -37,6 +38,7 @@ class StepResult:
     refused: why the weights were not updated; None: they were.
     stop: how many ranks asked to stop (a signal).
     data_wait_s, memory_gb: of the rank that waited longest, used most.
+    phase_s: seconds of each phase, of this rank alone (phases.py).
     """
 
     loss: float
@@ -52,6 +54,7 @@ class StepResult:
     stop: int
     data_wait_s: float
     memory_gb: float
+    phase_s: dict[str, float]
 
 
 class TrainStep:
@@ -67,6 +70,7 @@ class TrainStep:
     ):
         self.config, self.model, self.state, self.guard = config, model, state, guard
         self.exchange = FrameExchange(config.model, model.encoder, model.groups)
+        self.phases = Phases()
         stage = config.stage
         self.loss = LossOptions(
             silence_id, stage.silence_weight, stage.label_smoothing, stage.z_loss
@@ -80,6 +84,7 @@ class TrainStep:
         All is given to the device before the host reads what came of it, once, at the end. Whether
         the weights may be updated is decided by all ranks together, on the device.
         """
+        self.phases = Phases()
         loss, counts = self.forward_backward(batch)
         frames = len(batch.frames)
         names = [source.name for source in self.config.data.sources]
@@ -97,6 +102,7 @@ class TrainStep:
             return (maxima[0] > 0).float()
 
         grad_norm = self.state.update(refuses)
+        self.phases.end("update")
         seen = HostCopy(torch.cat((grad_norm[None], maxima, sums, counts.double())))
         return self._result(seen.wait(), names, batch.skipped)
 
@@ -125,6 +131,7 @@ class TrainStep:
             stop=int(stops),
             data_wait_s=longest_wait,
             memory_gb=most_memory,
+            phase_s=self.phases.seconds(),
         )
 
     def forward_backward(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
@@ -139,10 +146,13 @@ class TrainStep:
         dist.all_reduce(counts, group=self.model.groups.decoder.dp)
         labels, text_labels = (counts[_NAMES.index(name)] for name in ("labels", "text_labels"))
         total = (labels + text_labels).float()
-        loss = run_schedule(self.state.chunks, inputs, total)
+        self.phases.end("plan")
+        loss = run_schedule(self.state.chunks, inputs, total, self.phases.end)
+        self.phases.end("backward")
         self.exchange.return_gradient()
         state = self.state
         reduce_gradients(state.wrapped_chunks, state.encoder, self.model.groups)
+        self.phases.end("exchange")
         return loss, counts
 
     def prepare(self, batch: StepBatch, loss: LossOptions) -> list[DecoderInput]:
@@ -152,6 +162,7 @@ class TrainStep:
     def _prepare(self, batch: StepBatch, loss: LossOptions) -> tuple[list[DecoderInput], Tensor]:
         """Inputs and this replica's counts, on the device."""
         states = self.exchange.encode(batch)  # the device works on that while the host plans
+        self.phases.end("encode")
         model, tiles = self.config.model, self.config.data.max_tiles
         planned = _Planned(plan_inputs(batch.microbatches, model, tiles, loss))
         planned.count(batch)

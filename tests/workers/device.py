@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,8 +45,8 @@ def train(
     ParallelConfig.
 
     Returns:
-        losses and gradient norms, what was seen while the second step's batch was read and while
-        it ran (`Record`), and the parameters that are not on the device.
+        losses and gradient norms; what was seen while the second step's batch was read and while
+        it ran (`Record`), its phases and its seconds; the parameters that are not on the device.
     """
     from moss_train.config import ParallelConfig
     from moss_train.convert.random_init import random_reader
@@ -72,12 +73,14 @@ def train(
     reads = GLOBAL // micro // groups.data_size
     batches = samples(data, groups.data_rank, reads, micro) if groups.is_leader else None
     shape, shares = (tiles, 3, 56, 56), step.exchange.shares
-    results = []
+    results, seconds = [], 0.0
     for _ in range(STEPS):
         with simulated_cuda.recording() as reading:
             batch = read_step(batches, reads, Bounds(micro), 8, shape, groups, shares)
         with simulated_cuda.recording() as stepping:
+            began = time.perf_counter()
             results.append(step(batch))
+            seconds = time.perf_counter() - began
     elsewhere = [name for name, p in model.named_parameters() if not simulated_cuda.on_device(p)]
     return {
         "losses": [result.loss for result in results],
@@ -85,6 +88,8 @@ def train(
         "reading": reading,
         "stepping": stepping,
         "elsewhere": elsewhere,
+        "phase_s": results[-1].phase_s,
+        "seconds": seconds,
     }
 
 

@@ -81,13 +81,13 @@ class Workbench:
         }
 
     def speed(self, result: StepResult, seconds: float) -> dict[str, Any]:
-        """What a step of `seconds` comes to. MFU and HFU: None where the GPU's peak is unknown."""
+        """What a step of `seconds` comes to. MFU and HFU: None on a CPU."""
         trained, config = self.counts.trained, self.config
         parts = TrainedParts(*(trained[part] > 0 for part in ("vision", "projector", "decoder")))
         flops = step_flops(
             config.model, parts, result.counts, config.data.max_tiles, config.parallel.recompute
         )
-        peak = hardware.peak_tflops_of(hardware.device_name())
+        peak = hardware.peak_tflops()
         of_peak = None if peak is None else 1 / (seconds * peak * 1e12)
         tokens = result.counts.tokens + result.counts.text_tokens
         return {

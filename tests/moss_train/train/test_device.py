@@ -92,6 +92,16 @@ def test_the_losses_are_those_of_a_cpu(seen, groups, name):
         assert ours[kind] == pytest.approx(expected[kind], rel=tolerance)
 
 
+def test_phases_fill_a_step(groups):
+    """On a CPU, by the clock; on a GPU, by events, of which none is waited for."""
+    from tests.workers.device import train
+
+    seen = train("pt2")
+    assert list(seen["phase_s"]) == ["encode", "plan", "forward", "backward", "exchange", "update"]
+    assert all(seconds > 0 for seconds in seen["phase_s"].values())
+    assert 0.9 * seen["seconds"] < sum(seen["phase_s"].values()) <= seen["seconds"]
+
+
 def test_layouts_have_the_losses_of_a_single_device(seen):
     assert seen["pt2_tp2"][0]["losses"] == pytest.approx(seen["pt2"][0]["losses"], rel=1e-6)
 

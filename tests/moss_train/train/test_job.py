@@ -42,6 +42,8 @@ def test_all_ranks_write_into_one_run_folder(small, tmp_path):
         assert row["skipped_samples"] == 0
         assert min(row[key] for key in PROMISED - {"skipped_samples"}) > 0
         assert row["data_wait_s"] <= row["step_time_s"]
+        assert 0 < sum(row["phase_s"].values()) <= row["step_time_s"]
+        assert "mfu" not in row  # a CPU has no peak to compare with
         assert sum(row["epochs"].values()) > 0
         assert row["tokens_per_s"] * row["step_time_s"] == pytest.approx(row["tokens"])
     assert audit(run).keys() == {1, 2, 3}

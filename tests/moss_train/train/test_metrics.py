@@ -17,6 +17,7 @@ from moss_train.train.metrics import (
     MetricsWriter,
     StepLine,
     StepMetrics,
+    logged_values,
     progress_line,
     read_metrics,
 )
@@ -65,7 +66,8 @@ def test_a_line_holds_every_number_and_the_rates_made_from_them(tmp_path):
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line)
     expected = asdict(step_metrics())
-    assert expected.pop("validation") is None  # of steps that measured it only
+    for name in ("validation", "mfu", "hfu"):  # of steps that measured it only
+        assert expected.pop(name) is None
     assert row == expected
     assert (row["samples_per_s"], row["tokens_per_s"], row["frames_per_s"]) == (4.0, 1500.0, 32.0)
 
@@ -129,10 +131,19 @@ def test_no_file_means_no_steps(tmp_path):
 
 def test_every_metric_has_a_group():
     grouped = {name for names in GROUPS.values() for name in names}
-    # Named by source or reason.
+    # Named by source, reason or phase.
     assert grouped == set(asdict(step_metrics())) - {
-        "step", "epochs", "skipped_reasons", "validation",
+        "step", "epochs", "skipped_reasons", "validation", "phase_s",
     }  # fmt: skip
+
+
+def test_where_a_gpu_spends_a_step_is_shown():
+    measured = replace(step_metrics(), mfu=0.441, hfu=0.5, phase_s={"encode": 1.5})
+    assert "MFU 44%" in progress_line(measured, 9, 60.0)
+    assert "MFU" not in progress_line(step_metrics(), 9, 60.0)
+    values = logged_values(asdict(measured))
+    assert values["speed/mfu"] == 0.441
+    assert values["speed/phase_s/encode"] == 1.5
 
 
 class Terminal(io.StringIO):

@@ -1,0 +1,50 @@
+"""Where the time of a step goes, without a wait for the device."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from moss_train import hardware
+
+NAMES = ("encode", "plan", "forward", "backward", "exchange", "update")
+
+
+class Phases:
+    """Seconds of a step's phases on this rank, from one `end` to the next.
+
+    On a GPU they are measured by events among its work: what the host does beside it does not
+    count, what the device waits for does. On a CPU by the clock.
+    """
+
+    def __init__(self) -> None:
+        """Begins the first phase."""
+        self._on_gpu = hardware.device().type == "cuda"
+        self._ends: list[tuple[str, torch.cuda.Event | float]] = [("", self._now())]
+
+    def end(self, name: str) -> None:
+        """Ends phase `name`, which may come several times, and begins the next one."""
+        self._ends.append((name, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase. On a GPU the step's results must have been waited for."""
+        sums = dict.fromkeys(NAMES, 0.0)
+        for (_, begin), (name, end) in zip(self._ends, self._ends[1:], strict=False):
+            sums[name] += _between(begin, end)
+        return sums
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _between(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(begin, float) and isinstance(end, float):
+        return end - begin
+    assert not isinstance(begin, float)
+    assert not isinstance(end, float)
+    return begin.elapsed_time(end) / 1e3
