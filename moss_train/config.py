@@ -162,8 +162,8 @@ class HardwareConfig:
 
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     # CPU threads of each rank; None: cores / ranks of this machine.
-    threads: int | None = number(None, above=0)
-    timeout_s: int = number(600, above=0)  # a collective that waits longer ends the job
+    threads: int | None = number(None, above=0, most=4096)
+    timeout_s: int = number(600, above=0, most=10**9)  # a collective that waits longer ends the job
 
 
 @dataclass

@@ -131,6 +131,8 @@ def explain_override(override: str, reason: str) -> str:
         )
     if not re.fullmatch(r"[~+]*[\w./@:$-]+", key):
         return f"{override}: {key} is not the name of a field"
+    if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
+        return f"{override}: a bracket is not closed (in a text: '{key}={quoted(value)}')"
     if value.lstrip().startswith(("{", "[")):
         spelt = re.sub(r"""(["'])([^"']*)\1(\s*:)""", r"\2\3", value)
         hint = f": write '{key}={spelt}'" if spelt != value else f" ({reason})"
@@ -156,9 +158,19 @@ def explain_composing(line: str) -> str:
         return explain_override(override, "Ambiguous")
     if line.startswith("Sweep parameters"):
         return f"{override}: {sweep_instead([override])}"
+    asked = re.match(r"Interpolation key '(.*)' not found", line)
+    if asked is not None:
+        return f"${{{asked[1]}}}: {_not_a_field(asked[1])}"
+    variable = re.search(r"Environment variable '(.*)' not found", line)
+    if variable is not None:
+        return f"${{oc.env:{variable[1]}}}: the environment has no variable {variable[1]}: set it"
     if line.startswith("Could not delete"):
         return f"~{override}: a field cannot be left out: set it, {override}=..."
     if line.startswith("Could not override"):
-        meant = similar(override, Config)
-        return f"{override}: is not a field" + (f": did you mean {meant[0]}?" if meant else "")
+        return f"{override}: {_not_a_field(override)}"
     return line
+
+
+def _not_a_field(name: str) -> str:
+    meant = similar(name, Config)
+    return "is not a field" + (f": did you mean {' or '.join(meant)}?" if meant else "")

@@ -19,7 +19,7 @@ import torch.multiprocessing
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from data_pipeline.ranks import joining, ranks_of
+from data_pipeline.ranks import Ranks, joining, ranks_of
 from moss_train import hardware
 from moss_train.config import Config
 from moss_train.log import print_line
@@ -68,7 +68,8 @@ def start_process_group(config: Config) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(threads)
     if not dist.is_initialized():
-        ranks = ranks_of()
+        # A model that is opened needs one process, whatever WORLD_SIZE says; a job has checked it.
+        ranks = ranks_of() if "RANK" in os.environ else Ranks()
         with joining(ranks, print_line):
             dist.init_process_group(
                 hardware.backend(device.type),

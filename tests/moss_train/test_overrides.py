@@ -100,6 +100,12 @@ def test_the_home_folder_stands_for_a_tilde(monkeypatch):
         ),
         ("stage=pt1,pt2", "for x in pt1 pt2; do ... stage=$x run.dir=runs/stage-$x; done"),
         ("trainer.seed=choice(1, 2)", "for x in 1 2; do ... trainer.seed=$x run.dir=runs/seed-$x"),
+        (
+            "trainer.steps=${trainer.step}",
+            "${trainer.step}: is not a field: did you mean trainer.st",
+        ),
+        ("logger.project=${oc.env:NO_SUCH}", "${oc.env:NO_SUCH}: the environment has no variable"),
+        ("stage.train=[a", "stage.train=[a: a bracket is not closed (in a text: 'stage.train='[a'"),
         ("trainer.seed=range(1,3)", "one command is one run"),
         ("steps", "steps: must be FIELD=VALUE"),
     ],

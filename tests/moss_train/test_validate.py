@@ -195,7 +195,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         1, ["data.samples=0", "data.sequence_length=0", "hardware.threads=0"],
         ["data.samples=0: must be greater than 0",
          "data.sequence_length=0: must be greater than 1",
-         "hardware.threads=0: must be greater than 0"],
+         "hardware.threads=0: must be greater than 0 and at most 4096"],
     ),
     "less than a step": (
         1, ["data.samples=3"], ["data.samples=3: must be at least data.global_batch=16: one step"],
