@@ -229,6 +229,16 @@ def test_a_stage_of_another_name_is_known_by_its_prompt_form(
     assert "prompt_form" not in err
 
 
+def test_world_size_without_a_rank_is_refused_at_once(
+    run: Run, tiny: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    code, _, err = run(STREAM, *stream(tiny, clip, "--speed", 0))
+    assert code == 2
+    assert "error: WORLD_SIZE=2, but RANK is not set: start with torchrun" in err.splitlines()[-1]
+
+
 def test_two_ranks_say_what_one_process_says(run: Run, tiny: Path, clip: Path) -> None:
     """They share the model under torchrun; rank 0 alone speaks."""
     args = stream(tiny, clip, "--speed", 0, "--jsonl", "-", "--pace", 5)
