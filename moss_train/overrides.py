@@ -16,6 +16,8 @@ PATHS = (
     "init_from", "run.dir", "data.root", "data.tokenizer", "trainer.resume",
     "model.init.from_llama",
 )  # fmt: skip
+# Arguments with which Hydra looks for presets in other places, too.
+SEARCHED = r"\+*hydra\.searchpath\b|--config-(path|name)\b|-c[pn]\b"
 
 
 def as_typed(arguments: Sequence[str], conf: Path) -> list[str]:
@@ -93,7 +95,8 @@ def _missing_preset(argument: str, arguments: Sequence[str], conf: Path) -> str 
     if value in choices:
         chosen = f"{group}={value}"
         return f"{argument}: {group} has a value: write {chosen}" if key != group else None
-    if value and value != "null" and not re.fullmatch(r"[\w.-]+", value):
+    elsewhere = any(re.match(SEARCHED, one) for one in arguments)
+    if value and value != "null" and (elsewhere or not re.fullmatch(r"[\w.-]+", value)):
         return None
     return f"{argument}: choose one of {', '.join(choices)}"
 

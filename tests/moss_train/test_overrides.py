@@ -145,6 +145,8 @@ def test_a_folder_of_own_presets_has_recipes_too(tmp_path: Path):
     (tmp_path / "recipe/mine.yaml").write_text("")
     for flag in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
         assert as_typed([*flag, "recipe=mine"], conf_dir()) == [*flag, "recipe=mine"]
+    for flag in ([f"hydra.searchpath=[file://{tmp_path}]"], ["--config-path", str(tmp_path)]):
+        assert as_typed([*flag, "recipe=own"], conf_dir()) == [*flag, "recipe=own"]
     with pytest.raises(ConfigError, match="choose one of mine, toy_pt1"):
         as_typed(["--config-dir", str(tmp_path), "recipe=yours"], conf_dir())
 
