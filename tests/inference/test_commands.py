@@ -188,7 +188,7 @@ def test_both_offline_commands_answer(run: Run, sft: Path, tiny: Path, clip: Pat
         (ASK, "--checkpoint {sft} --image_path {broken}", 1, "undecodable_image"),
         (ASK, "--checkpoint {sft}", 2, "give --video_path, --image_path or --prompt"),
         (ASK, "--checkpoint {sft} --image_path a --video_path b", 2, "give one of them"),
-        (ASK, "--checkpoint {sft} --prompt Hi --temperature -1", 2, "temperature -1.0"),
+        (ASK, "--checkpoint {sft} --prompt Hi --temperature -1", 2, "temperature=-1.0: must be"),
         (ASK, "--checkpoint {sft} --prompt Hi --sinks 300", 2, "sinks=300: must be less than"),
         (ASK, "--checkpoint {sft} --video_path b --video_minlen 20", 2, "--video_minlen 20"),
         (STREAM, "--checkpoint {tiny} --video_path no.mp4", 1, "no such file"),
