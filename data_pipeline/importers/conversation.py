@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from data_pipeline.importers.draft import (
@@ -60,22 +61,27 @@ class Dialect:
     videos: tuple[str, ...] = VIDEO_FIELDS
     others: tuple[str, ...] = ()  # that are read elsewhere
 
-    def known(self) -> set[str]:
+    @cached_property
+    def known(self) -> frozenset[str]:
         """All fields of a record that are used."""
         columns = (*self.tools, *self.images, *self.videos, *self.others)
-        return {self.messages, self.system or "", *columns}
+        return frozenset((self.messages, self.system or "", *columns))
+
+
+_DIALECTS = {name: Dialect(messages=name) for name in ("messages", "conversations")}
 
 
 def conversation_draft(record: dict[str, Any], base: str, dialect: Dialect | None = None) -> Draft:
     """A record -> a draft; media paths are relative to `base`. Raises SampleError."""
     if dialect is None:
-        dialect = Dialect(messages="messages" if "messages" in record else "conversations")
+        dialect = _DIALECTS["messages" if "messages" in record else "conversations"]
     entries = record.get(dialect.messages)
     if not isinstance(entries, list):
         raise SampleError("bad_schema", f"a record must be an object with a list `messages`: "
                           f"its keys are {', '.join(map(str, record))}")  # fmt: skip
     messages = [_message(entry, i, dialect) for i, entry in enumerate(entries)]
-    notes = [note for entry in entries for note in _message_notes(entry, dialect)]
+    longer = [entry for entry in entries if len(entry) > 2]  # than a role and a content
+    notes = [note for entry in longer for note in _message_notes(entry, dialect)]
     return with_media(system_turn(record, dialect) + messages, record, base, dialect, notes)
 
 
@@ -94,7 +100,7 @@ def with_media(
     (images, image_field), (videos, video_field) = (
         _media(record, columns) for columns in (dialect.images, dialect.videos)
     )
-    notes = (notes or []) + unused_fields(record, dialect.known())
+    notes = (notes or []) + unused_fields(record, dialect.known)
     text = "".join(message["content"] for message in messages)
     if not images and not videos:
         notes += [f"{mark} in a record without media" for mark in _THEIRS if mark in text]
@@ -107,14 +113,14 @@ def with_media(
     pictures = [medium("image", image, base) for image in images]
     if is_realtime(videos):
         draft = realtime_draft(messages, pictures, videos, base)
-    else:
-        given: dict[MediaType, list[Any]] = {
-            "image": pictures,
-            "video": [medium("video", video, base) for video in videos],
-        }
-        draft = Draft(messages, in_order(messages, given))
-        _check_answers(messages)
-    return Draft(draft.messages, draft.media, draft.kind, notes=tuple(notes))
+        return Draft(draft.messages, draft.media, draft.kind, notes=tuple(notes))
+    given: dict[MediaType, list[Any]] = {
+        "image": pictures,
+        "video": [medium("video", video, base) for video in videos],
+    }
+    media = in_order(messages, given)
+    _check_answers(messages)
+    return Draft(messages, media, notes=tuple(notes))
 
 
 def _message(entry: Any, index: int, dialect: Dialect) -> Turn:
@@ -128,7 +134,9 @@ def _message(entry: Any, index: int, dialect: Dialect) -> Turn:
     if role is None:
         allowed = ", ".join(dialect.roles)
         raise SampleError("bad_schema", f"messages[{index}].{role_key}: {name!r}: not of {allowed}")
-    calls = _calls(entry, index)
+    # Most messages have a role and a content alone.
+    more = len(entry) > 2 or content is None
+    calls = _calls(entry, index) if more else []
     if calls and role != "assistant":
         raise SampleError("bad_schema", f"messages[{index}]: a call of a tool by the {role}")
     if content is None and calls:
@@ -138,8 +146,10 @@ def _message(entry: Any, index: int, dialect: Dialect) -> Turn:
         raise SampleError(
             "bad_schema", f"messages[{index}].{content_key}: {content!r:.80} is not a text{hint}"
         )
-    turn: Turn = {"role": role, "content": "\n".join(filter(None, [content, *calls]))}
-    if role == "assistant" and not _learned(entry, index):
+    if calls:
+        content = "\n".join(filter(None, [content, *calls]))
+    turn: Turn = {"role": role, "content": content}
+    if more and role == "assistant" and not _learned(entry, index):
         turn["learn"] = False
     return turn
 

@@ -97,12 +97,19 @@ def unused_fields(record: Mapping[str, Any], known: Container[str], where: str =
     ]
 
 
+_CHOICES = ("chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response")
+_VERDICTS = ("label", "kto_tag")
+_PREFERENCES = frozenset((*_CHOICES, *_VERDICTS))
+
+
 def refuse_preferences(record: Mapping[str, Any]) -> None:
     """SampleError for a record that says which of two answers is better, or that one is bad."""
-    for name in ("chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response"):
+    if _PREFERENCES.isdisjoint(record):
+        return
+    for name in _CHOICES:
         if record.get(name):
             raise SampleError("preference_data", f"{name}: preferences cannot be imported")
-    for name in ("label", "kto_tag"):
+    for name in _VERDICTS:
         if record.get(name) is False:
             raise SampleError("preference_data", f"{name} is false: an answer not to be given")
 
@@ -119,7 +126,8 @@ def in_order(messages: list[Turn], given: dict[MediaType, list[Medium]]) -> list
     """The media in the order of their marks; SampleError where counts do not agree."""
     left = {kind: list(media) for kind, media in given.items()}
     media: list[Medium] = []
-    for mark in MARK.findall("".join(message["content"] for message in messages)):
+    text = "".join([message["content"] for message in messages])
+    for mark in MARK.findall(text) if "<|" in text else ():
         kind: MediaType = "image" if mark == IMAGE_MARK else "video"
         if not left.get(kind):
             raise SampleError("mark_media_mismatch", f"more {mark} marks than {kind}s")

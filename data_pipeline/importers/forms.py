@@ -228,10 +228,11 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
 
 def _record_entries(record_files: list[RecordFile]) -> Iterator[Entry]:
     for at, record_file in enumerate(record_files):
+        name = files.name(record_file.path)
         for record in itertools.islice(read_records(record_file.path), record_file.limit):
             yield Entry(
                 key=f"{record_file.stem}-{record.number:06d}",
-                file=files.name(record_file.path),
+                file=name,
                 share=(at + record.share) / len(record_files),
                 draft=_draft_or_reason(record.value, record_file),
             )

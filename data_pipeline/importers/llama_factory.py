@@ -171,7 +171,7 @@ def alpaca_draft(record: dict[str, Any], base: str, columns: Columns = ALPACA) -
         others=_names(*parts),
     )
     if columns.response is None:
-        notes = unused_fields(record, dialect.known())
+        notes = unused_fields(record, dialect.known)
         return text_draft(record.get(columns.prompt or ""), tuple(notes))
     messages = system_turn(record, dialect)
     history = record.get(columns.history) if columns.history else None

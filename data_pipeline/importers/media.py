@@ -20,7 +20,7 @@ from data_pipeline import files
 from data_pipeline.clock import EPSILON
 from data_pipeline.fields import check_values, number
 from data_pipeline.images import decode_image
-from data_pipeline.importers.draft import Draft, Entry, Group, Medium
+from data_pipeline.importers.draft import Draft, Entry, Group, Medium, Turn
 from data_pipeline.schema import Sample, SampleError, parse_sample
 from data_pipeline.shards import ShardError
 from data_pipeline.video import Video, check_end, open_video, probe_video
@@ -86,9 +86,7 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions, notes: list[str]
         if not caption.strip():
             raise SampleError("missing_caption", f"{draft.caption_file} has no text")
         messages = [*messages[:-1], messages[-1] | {"content": caption.strip()}]
-    messages = [
-        message | {"content": _plain(message["content"], i)} for i, message in enumerate(messages)
-    ]
+    messages = [_plain(message, i) for i, message in enumerate(messages)]
     media: list[dict[str, Any]] = []
     members: dict[str, bytes] = {}
     for index, medium in enumerate(draft.media):
@@ -109,8 +107,11 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions, notes: list[str]
     return {"__key__": entry.key, "json": encoded, **members}
 
 
-def _plain(text: str, index: int) -> str:
-    """A text without byte order marks; SampleError for what only a wrong decoding leaves behind."""
+def _plain(message: Turn, index: int) -> Turn:
+    """Without byte order marks; SampleError for what only a wrong decoding leaves behind."""
+    text = message["content"]
+    if text.isascii() and "\0" not in text:
+        return message
     if _MARK in text:
         text = text.replace(_MARK, "")
     for name, sign in _BROKEN.items():
@@ -118,7 +119,7 @@ def _plain(text: str, index: int) -> str:
             place = text.index(sign)
             raise SampleError("bad_text", f"message {index}, character {place}: {name}: the text "
                               "was read in a wrong encoding")  # fmt: skip
-    return text
+    return message | {"content": text}
 
 
 def is_animated(data: bytes) -> bool:
