@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,25 @@ class TrainerConfig:
     spike_factor: float | None = number(None, above=1)
     # In a row; then back to the last checkpoint, on with other data.
     max_skipped_steps: int = number(5, above=0)
+    # Steps that torch's profiler watches on rank 0, like 10..12, into run.dir/profile.
+    profile: str | None = None
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first and the last step of `profile`.
+
+        Raises:
+            ValueError: it is not of that form, or the last comes before the first.
+        """
+        if self.profile is None:
+            return None
+        found = re.fullmatch(r"(?:steps=)?(\d+)(?:\.\.(\d+))?", self.profile)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"trainer.profile={self.profile}: give the first and the last step, like 10..12"
+            )
+        return first, last
 
 
 @dataclass

@@ -75,6 +75,10 @@ def _numbers(config: Config) -> Iterator[str]:
             f"stage.video_max_frames={stage.video_max_frames}: must be at least "
             f"stage.video_min_frames={stage.video_min_frames}"
         )
+    try:
+        _ = config.trainer.profiled_steps
+    except ValueError as error:
+        yield str(error)
     if config.trainer.steps is None and config.samples < config.data.global_batch:
         field = "stage.samples" if config.data.samples is None else "data.samples"
         yield (

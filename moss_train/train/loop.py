@@ -34,6 +34,7 @@ from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetric
 from moss_train.train.optimizer import make_train_state, schedule_warnings
 from moss_train.train.param_groups import freeze
 from moss_train.train.process import process_group, start_writer_queue, stop_signals
+from moss_train.train.profiler import StepProfiler
 from moss_train.train.report import write_report_or_warn
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.summary import summary_table
@@ -119,6 +120,8 @@ class Job:
         self.validator = Validator(self.step, self.reader)
         # What its GPU can compute, which fp32 is no measure of.
         self.peak = hardware.peak_tflops() if config.model.dtype == "bf16" else None
+        profiled = config.trainer.profiled_steps if self.first_rank else None
+        self.profiler = StepProfiler(profiled, self.folder / "profile")
         self.due = False  # a checkpoint should have been saved, but the last step was left out
         self.recovered = -1  # steps accepted until the last return to a checkpoint
         self.audit = Audit(self.folder, self.groups.data_rank)
@@ -152,9 +155,10 @@ class Job:
             stopped, sinks = False, None
             while self.done < steps and not stopped:
                 started = time.perf_counter()
-                batch = self._read()
-                waited = time.perf_counter() - started
-                result = self.step(batch, waited, bool(asked))
+                with self.profiler.step(self.done + 1):
+                    batch = self._read()
+                    waited = time.perf_counter() - started
+                    result = self.step(batch, waited, bool(asked))
                 seconds = time.perf_counter() - started
                 if sinks is None:
                     sinks = opened.enter_context(self._records())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,15 +44,18 @@ def profiled(work: Callable[[], Any]) -> Profile:
     with profile(activities=[kind]) as watched:
         work()
         torch.cuda.synchronize()
-    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    return summarize(
-        (event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
-        for event in watched.events()
-        if event.device_type == wanted and event.cpu_parent is None
-    )
+    return summarize(device_spans(watched))
 
 
-def summarize(spans: Any) -> Profile:
+def device_spans(watched: profile) -> Iterator[tuple[str, float, float]]:
+    """(Name, begin, end) in ms of all that the device did; on a CPU of torch's outermost calls."""
+    wanted = DeviceType.CUDA if hardware.device().type == "cuda" else DeviceType.CPU
+    for event in watched.events() or []:
+        if event.device_type == wanted and event.cpu_parent is None:
+            yield event.name, event.time_range.start / 1e3, event.time_range.end / 1e3
+
+
+def summarize(spans: Iterable[tuple[str, float, float]]) -> Profile:
     """The profile of (name, begin, end) in milliseconds, in any order; they may overlap."""
     ordered = sorted(spans, key=lambda span: span[1])
     if not ordered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -26,7 +27,7 @@ PROMISED = {
 def test_all_ranks_write_into_one_run_folder(small, tmp_path):
     """The default folder has the second of the start in its name, and rank 1 starts later."""
     loggers = ["logger=wandb", "logger.wandb_mode=offline", "logger.tensorboard=true"]
-    options = [*small, "parallel=dp2", "trainer.steps=3", *loggers]
+    options = [*small, "parallel=dp2", "trainer.steps=3", "trainer.profile=2..3", *loggers]
     run_ranks("tests/workers/late.py", 2, str(tmp_path), *options, out=tmp_path / "out")
     (run,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"pt2-\d{8}-\d{6}", run.name)
@@ -56,6 +57,12 @@ def test_all_ranks_write_into_one_run_folder(small, tmp_path):
     assert config["trainer"]["steps"] == 3
     assert config["data"]["micro_batch"] == 2
     assert config["run"]["dir"] == f"runs/{run.name}"
+    profiled = open_page(run / "profile" / "profile.html")
+    assert [table[0][1] for table in profiled.tables] == ["ms", "after"]
+    assert len(profiled.tables[0]) > 10  # operators
+    assert profiled.text.startswith("Steps 2 to 3") or "Steps 2 to 3" in profiled.text
+    trace = gzip.decompress((run / "profile" / "trace.json.gz").read_bytes())
+    assert "aten::linear" in {event.get("name") for event in json.loads(trace)["traceEvents"]}
     page = open_page(run / "report.html")
     assert page.row("loss per label")[:2] == [f"{rows[0]['loss']:.4f}", f"{rows[2]['loss']:.4f}"]
     assert "loss per label" in page.captions

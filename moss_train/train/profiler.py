@@ -1,0 +1,83 @@
+"""`trainer.profile`: some steps under torch's profiler, and a page of what it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from data_pipeline.atomic import write_atomically
+from moss_train import hardware
+from moss_train.log import log
+from moss_train.train.page import render
+from moss_train.train.trace import Profile, device_spans, summarize
+
+ALLOCATIONS = 200_000  # that a memory snapshot goes back at most
+
+
+class StepProfiler:
+    """Watches the steps [first, last] of a run on this rank, and writes what it saw to a folder.
+
+    trace.json.gz: for chrome://tracing or ui.perfetto.dev. memory.pickle (on a GPU): for
+    docs.pytorch.org/memory_viz. profile.html: the kernels that took longest, and the longest gaps.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        """`steps`: None for none."""
+        self.steps, self.folder = steps, folder
+        self._watched: Any = None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """The time of step `number`. Of a step that fails nothing is written."""
+        if self.steps is None or not self.steps[0] <= number <= self.steps[1]:
+            yield
+            return
+        if self._watched is None:
+            self._start()
+            self._first = number
+        yield
+        if number == self.steps[1]:
+            self._finish(number)
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if hardware.device().type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
+        self._watched = profile(activities=activities)
+        self._watched.__enter__()
+
+    def _finish(self, last: int) -> None:
+        torch.cuda.synchronize()
+        watched, self.steps = self._watched, None
+        watched.__exit__(None, None, None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        watched.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        if hardware.device().type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        page = profile_page(summarize(device_spans(watched)), self._first, last)
+        write_atomically(self.folder / "profile.html", page)
+        log.info("steps %d to %d are profiled in %s", self._first, last, self.folder)
+
+
+def profile_page(seen: Profile, first: int, last: int) -> str:
+    """The page of steps `first` to `last`."""
+    span = seen.span_ms or 1.0
+    return render(
+        "profile.html.jinja",
+        title=f"Steps {first} to {last}",
+        what=[
+            hardware.device_name(),
+            f"{seen.span_ms:.1f} ms",
+            f"{seen.launches:,} launches",
+            f"{seen.idle:.0%} of the time without one",
+        ],
+        top=[(name, f"{ms:.2f}", f"{ms / span:.1%}", f"{n:,}") for name, ms, n in seen.top],
+        gaps=[(f"{ms:.2f}", before, after) for ms, before, after in seen.gaps],
+    )
