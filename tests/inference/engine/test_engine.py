@@ -280,7 +280,10 @@ def test_an_impossible_step_is_refused_before_anything_changes(model) -> None:
     [
         ({"window": 0}, "window=0"),
         ({"window": 4, "sinks": 4}, "sinks=4: must be less"),
-        ({"tokens_before_first_frame": "none"}, "tokens_before_first_frame=none: allowed"),
+        (
+            {"tokens_before_first_frame": "none"},
+            "tokens_before_first_frame=none: choose one of zero, attend_all",
+        ),
     ],
 )
 def test_wrong_options_are_named(model, options: dict, message: str) -> None:
