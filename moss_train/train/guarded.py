@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
 from moss_train import hardware
@@ -52,9 +52,7 @@ class GuardedOptimizer(ChainedOptimizer):
     def _norm(self) -> Tensor:
         """Norm of all gradients, each counted once. A collective."""
         gradients = [
-            gradient
-            for part in self.chained_optimizers
-            for gradient in part.get_main_grads_for_grad_norm()
+            gradient for part in self.chained_optimizers for gradient in _counted_gradients(part)
         ]
         square = torch.zeros(1, device=hardware.device())
         if gradients:
@@ -70,3 +68,10 @@ class GuardedOptimizer(ChainedOptimizer):
             if limit > 0.0 and gradients:
                 factor = (limit / (norm + EPSILON)).clamp(max=1.0).float()
                 torch._foreach_mul_(gradients, factor)
+
+
+def _counted_gradients(part: MegatronOptimizer) -> list[Tensor]:
+    """Gradients that count for the norm on this rank; megatron-core 0.19 renamed the method."""
+    if hasattr(part, "get_grads_for_grad_norm"):
+        return part.get_grads_for_grad_norm()
+    return part.get_main_grads_for_grad_norm()
