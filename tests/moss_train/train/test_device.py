@@ -6,6 +6,7 @@ Real steps, in real processes where there are several; only the device is not on
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +29,8 @@ class Asked(NamedTuple):
 
 
 COPIES = 3  # text and plan, numbers, results
+# megatron-core 0.19 reduces and gathers also in groups of one rank, once for each part that trains.
+MORE_COLLECTIVES = 0 if version("megatron-core").startswith("0.16.") else 2
 # Today's figures are the bounds; a change that needs more says why. The first run took 2,196
 # launches and 218 waits before, 148 of them for the gradient norm and the update.
 SINGLE = {
@@ -78,7 +81,7 @@ def test_a_step_waits_for_the_device_once_when_all_is_given(seen, name):
 def test_a_step_asks_for_no_more_than_it_did(seen, name):
     counts, asked = seen[name][0]["stepping"].counts, RUNS[name]
     assert counts["launches"] <= asked.launches
-    assert counts["collectives"] <= asked.collectives
+    assert counts["collectives"] <= asked.collectives + MORE_COLLECTIVES
     assert counts["copies"] <= COPIES
 
 
