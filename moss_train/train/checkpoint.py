@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_pipeline.atomic import write_atomically
-from data_pipeline.tokenizer_identity import identify
+from data_pipeline.tokenizer_identity import TokenizerIdentity
 from moss_train.checkpoint_dir import checkpoints_folder, is_complete, read_run, write_complete
 from moss_train.config import AdapterConfig, Config, to_dict
 from moss_train.convert.megatron_files import CONTENT
@@ -49,10 +49,16 @@ _STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else 
 class Checkpointer:
     """Saves and loads the state of a run. Every method is a collective, but for one."""
 
-    def __init__(self, config: Config, model: MossVideo, state: TrainState):
-        self.config, self.model, self.state = config, model, state
+    def __init__(
+        self,
+        config: Config,
+        model: MossVideo,
+        state: TrainState,
+        tokenizer: TokenizerIdentity | None,
+    ):
+        """`tokenizer`: the one that the weights are trained with; None: it is not known."""
+        self.config, self.model, self.state, self.tokenizer = config, model, state, tokenizer
         self.folder = checkpoints_folder(Path(config.run.dir))
-        self.tokenizer = identify(config.data.tokenizer)
         self.writing: Path | None = None
         self.queue = AsyncCallsQueue() if config.trainer.async_save else None
         # Every rank of a data-parallel group writes a part of the weights that all of them hold.
@@ -187,7 +193,7 @@ class Checkpointer:
             "samples": samples,
             "layout": self._layout(),
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
-            KEY: self.tokenizer.to_dict(),
+            KEY: self.tokenizer and self.tokenizer.to_dict(),
             "config": to_dict(self.config),
         }
         (folder / "run.json").write_text(json.dumps(run, indent=1))

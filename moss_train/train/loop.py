@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from data_pipeline.tokenizer_identity import identify
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
 from moss_train.checkpoint_dir import find, read_run, read_streams
@@ -108,7 +109,8 @@ class Job:
             fill(self.model, initial_reader(config.model, config.trainer.seed), adapters_only=given)
         self.counts = freeze(self.model, [*config.stage.train, *config.stage.also])
         self.state = make_train_state(self.model, config, self.counts)
-        self.checkpointer = Checkpointer(config, self.model, self.state)
+        trained_with = identify(config.data.tokenizer)
+        self.checkpointer = Checkpointer(config, self.model, self.state, trained_with)
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokens = SpecialTokens.from_tokenizer(tokenizer, config.data.tokenizer)
         self.done = self.samples = 0

@@ -28,7 +28,7 @@ FREE = {
     "AdapterConfig.target", "TrainerConfig.resume", "LoggerConfig.project", "ToyConfig.stages",
     "SessionConfig.system_prompt", "SessionConfig.prompt", "SourceOptions.form",
     "SourceOptions.media_dir", "SourceOptions.datasets", "SourceOptions.media_column",
-    "SourceOptions.caption_column",
+    "SourceOptions.caption_column", "TrainerConfig.profile",
 }  # fmt: skip
 
 Entry = tuple[type, Field, set[type]]

@@ -66,7 +66,9 @@ def save(name: str, config, checkpoint: Path) -> None:
         def _sharded_state(self, loading: bool, random_state: bool = True) -> dict[str, Any]:
             return {"model": _model_state(self.model)}
 
-    checkpointer = WeightsAlone(config, model, cast(Any, None))
+    checkpointer = WeightsAlone(config, model, cast(Any, None), tokenizer=None)
+    if dist.get_rank() == 0:
+        checkpointer.open_folder()
     checkpointer.save(1, 0, [b""] if groups.is_leader else None)
     checkpointer.close()
     weights = whole_weights(model)

@@ -1,7 +1,5 @@
 """Optimizer states in files: optimizer_state.py '[["dp4", {}], ...]', after a step in each layout.
 
-TOKENIZER in the environment: a tokenizer's folder.
-
 OUT/NAME/megatron has what megatron-core's own gathering form writes, OUT/NAME/run our checkpoint.
 OUT/NAME/again is our checkpoint of a new job that has read what megatron wrote in the layout
 before.
@@ -89,7 +87,7 @@ def job(folder: Path, layout: dict, groups: Any, steps: int) -> Any:
         optimizer=OptimizerConfig(lr=1e-3),
         trainer=TrainerConfig(steps=5),
     )
-    config.run.dir, config.data.tokenizer = str(folder), os.environ["TOKENIZER"]
+    config.run.dir = str(folder)
     model = MossVideo(config.model, parallel, groups, None)
     fill(model, random_reader(config.model, seed=8 + steps))
     state = make_train_state(model, config, freeze(model, ["*"]))
@@ -99,7 +97,7 @@ def job(folder: Path, layout: dict, groups: Any, steps: int) -> Any:
     for _ in range(steps):
         size = (1, 3, 56, 56)
         step(read_step(data, each, Bounds(MICRO), 8, size, groups, step.exchange.shares))
-    checkpointer = Checkpointer(config, model, state)
+    checkpointer = Checkpointer(config, model, state, tokenizer=None)
     if dist.get_rank() == 0:
         checkpointer.open_folder()
     return checkpointer

@@ -59,4 +59,4 @@ def _save(bench: Workbench, step: int) -> float:
 
 
 def _checkpointer(bench: Workbench) -> Checkpointer:
-    return Checkpointer(bench.config, bench.model, bench.state)
+    return Checkpointer(bench.config, bench.model, bench.state, tokenizer=None)

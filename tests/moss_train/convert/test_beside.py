@@ -15,6 +15,8 @@ from transformers import AutoProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_pipeline.tokens import build_toy_tokenizer
+from moss_train.checkpoint_dir import write_complete
+from moss_train.config import ConfigError
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
@@ -133,8 +135,17 @@ def test_a_tokenizer_of_other_ids_is_no_tokenizer_of_the_run(source, tmp_path):
     text = (other / "tokenizer.json").read_text()
     swapped = text.replace("<|silence|>", "<|x|>").replace("<|eot_id|>", "<|silence|>")
     (other / "tokenizer.json").write_text(swapped.replace("<|x|>", "<|eot_id|>"))
-    with pytest.raises(ConversionError, match=r"<\|silence\|> is \d+, in the run's tokenizer"):
+    with pytest.raises(ConfigError, match=r"<\|silence\|> is \d+, not \d+.*--tokenizer"):
         exported(source, tmp_path, tokenizer=other)
+    # An earlier version's checkpoint does not say which one it was, but has it beside it.
+    checkpoint = tmp_path / "megatron"
+    run = json.loads((checkpoint / "run.json").read_text())
+    write(checkpoint / "run.json", run | {"tokenizer": None})
+    (checkpoint / "complete.json").unlink()
+    write_complete(checkpoint)
+    again = ToHf(checkpoint, tmp_path / "again", REPO / "inference/hf", tokenizer=other)
+    with pytest.raises(ConversionError, match=r"<\|silence\|> is \d+, in the run's tokenizer"):
+        convert_megatron(again)
 
 
 def test_a_tokenizer_without_marks_is_told(source, tmp_path):

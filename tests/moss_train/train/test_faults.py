@@ -51,9 +51,9 @@ def start(job, tmp_path) -> Iterator[Callable[..., Run]]:
     """Starts the job, again and again, in one run folder."""
     number = iter(range(100))
 
-    def again(*more: str, preloaded: bool = True) -> Run:
+    def again(*more: str) -> Run:
         out, run = tmp_path / f"start{next(number)}", f"run.dir={tmp_path}/run"
-        return start_ranks(ENTRY, 2, *job, *more, run, out=out, preloaded=preloaded)
+        return start_ranks(ENTRY, 2, *job, *more, run, out=out, preloaded=False)
 
     yield again
     end_orphans(tmp_path)
@@ -109,7 +109,7 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
 
 def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    running = start("trainer.checkpoint_every=1000", preloaded=False)
+    running = start("trainer.checkpoint_every=1000")
     wait_for_step(folder, 1)
     for pid in running.rank_pids():
         os.kill(pid, signal.SIGTERM)
@@ -123,7 +123,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
     assert f"Stopped after step {first} of {STEPS}" in page.text
 
     # A batch system's signal reaches torchrun too, which passes it on: the ranks get it twice.
-    running = start("trainer.checkpoint_every=1000", preloaded=False)
+    running = start("trainer.checkpoint_every=1000")
     wait_for_step(folder, first + 1)
     ranks = running.rank_pids()
     running.signal(signal.SIGTERM)

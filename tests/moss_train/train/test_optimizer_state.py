@@ -11,7 +11,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data_pipeline.tokens import build_toy_tokenizer
 from moss_train.checkpoint_dir import checkpoints_folder
 from moss_train.train.optimizer_state import boxes
 from tests.torchrun import Result, run_ranks
@@ -43,8 +42,7 @@ def test_boxes_are_the_range_in_order(shape: tuple[int, ...]) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Result:
     out = tmp_path_factory.mktemp("states")
     layouts = json.dumps(list(LAYOUTS.items()))
-    environment = {"TOKENIZER": str(build_toy_tokenizer(out / "tokenizer", ["Some words."]))}
-    return run_ranks("tests/workers/optimizer_state.py", 4, layouts, env=environment, out=out)
+    return run_ranks("tests/workers/optimizer_state.py", 4, layouts, out=out)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
