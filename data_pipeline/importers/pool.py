@@ -7,10 +7,7 @@ Each worker has a pipe of its own, which closes when the worker is killed, so th
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -19,6 +16,7 @@ import torch
 
 from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.media import MediaOptions, Outcome, finish
+from data_pipeline.parent import end_with_parent
 from data_pipeline.shards import ShardError
 
 # Relative cost of an entry. Entries are sent in chunks of cost _CHUNK: a video makes one alone.
@@ -118,7 +116,7 @@ def _work(pipe: Connection) -> None:
     """The main loop of a worker. Ctrl-C is its parent's; it ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     with suppress(EOFError, OSError):  # the parent has no more work
         while True:
             chunk, options = pipe.recv()
@@ -132,9 +130,3 @@ def _finish_all(chunk: list[Entry], options: MediaOptions) -> list[Outcome] | Sh
         return error
     except MemoryError:
         return ShardError(f"{chunk[0].key}: not enough memory: use fewer --workers")
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)

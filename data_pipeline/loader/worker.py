@@ -1,4 +1,4 @@
-"""Signals in loader processes: the training process decides when they stop."""
+"""The end of loader processes: the training process decides when, or takes them with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+
+from data_pipeline.parent import end_with_parent
 
 
 def init_worker(inner: Callable[[int], None] | None, worker: int) -> None:
@@ -16,6 +18,7 @@ def init_worker(inner: Callable[[int], None] | None, worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    end_with_parent()
     threading.Thread(target=_obey_parent, daemon=True).start()
     if inner is not None:
         inner(worker)

@@ -1,0 +1,38 @@
+"""Workers of a killed process are gone, whatever they wait for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.moss_train.train.runs import is_running, wait_for
+from tests.torchrun import REPO
+
+# The worker waits for a lock that nobody gives back.
+PARENT = """
+import multiprocessing, time
+from data_pipeline.parent import end_with_parent
+
+def work(lock):
+    end_with_parent()
+    lock.acquire()
+
+context = multiprocessing.get_context("fork")
+lock = context.Lock()
+lock.acquire()
+worker = context.Process(target=work, args=(lock,))
+worker.start()
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_ends_with_a_parent_that_is_killed() -> None:
+    command = [sys.executable, "-c", PARENT]
+    parent = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    assert is_running(worker)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not is_running(worker), timeout=10)
