@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 import time
@@ -16,9 +15,8 @@ def end_with_parent() -> None:
     A worker may wait for a lock that a killed parent or another worker held; nothing but its end
     frees it then. It also keeps its parent's sockets open, and so other ranks from noticing.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "not a worker of multiprocessing"
-    threading.Thread(target=_watch, args=(parent.pid,), daemon=True).start()
+    # Not multiprocessing.parent_process(): a fork server is the parent of what it forks.
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from multiprocessing.managers import SyncManager
 
 import torch
@@ -59,6 +60,8 @@ def start_process_group(config: Config) -> None:
         JoinError: the ranks do not come together.
     """
     global _users, _started
+    if "RANK" in os.environ and sys.platform == "linux":
+        _take_forks_along()
     if config.trainer.deterministic:
         hardware.make_deterministic()
     device = hardware.activate(config.hardware.device)
@@ -141,9 +144,32 @@ def start_writer_queue() -> None:
     filesystem_async._results_queue = server.Queue()
 
 
+@cache
+def _take_forks_along() -> None:
+    """Every later fork of this rank (loader workers, megatron's checkpoint writers) ends with it.
+
+    A writer of a rank that is killed while it waits for it waits for that rank for ever, and keeps
+    the rank's sockets open: the other ranks would not notice that it has gone.
+    """
+    by_main = [False]
+
+    def before() -> None:  # the signal comes when the thread that forked ends
+        by_main[0] = threading.current_thread() is threading.main_thread()
+
+    def in_child() -> None:
+        if by_main[0]:
+            _end_with_parent()
+
+    os.register_at_fork(before=before, after_in_child=in_child)
+
+
+def _end_with_parent() -> None:
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+
+
 def _outlive_signals() -> None:
     """In the queue's process: it ends with its rank (with the thread that started it), however
     that ends, and not before: torchrun and batch systems signal every process of a job, and the
     rank saves then."""
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    _end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
