@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -27,6 +27,7 @@ def test_text_comes_in_whole_characters(tokenizer: Tokenizer) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 511), max_size=40))
+@example([169, 94])
 def test_the_pieces_of_a_response_are_its_text(tokenizer: Tokenizer, tokens: list[int]) -> None:
     """Whatever the tokens: halves of characters, special ones. At the end, half a character is left
     out; each piece comes as early as it can."""
@@ -35,7 +36,9 @@ def test_the_pieces_of_a_response_are_its_text(tokenizer: Tokenizer, tokens: lis
     for number, token in enumerate(tokens, 1):
         said += response.append(token)
         whole = tokenizer.decode(tokens[:number], skip_special_tokens=True)
-        assert said in (whole, whole.removesuffix("\ufffd"))
+        # Up to three bytes that may become a character are held back; each may be a mark.
+        kept = [n for n in range(4) if whole.endswith("\ufffd" * n)]
+        assert said in [whole[: len(whole) - n] for n in kept]
     assert response.text == said
 
 
