@@ -86,7 +86,7 @@ def _part_state(
 ) -> dict[str, Any]:
     rest = part.state_dict()
     if loading:
-        part.load_state_dict(part.state_dict())  # makes the tensors that will be filled
+        part.load_state_dict(rest)  # makes the tensors that will be filled
     tensors = {
         number: {
             name: list(_pieces(sharded[parameter], name, start, flat))
@@ -141,7 +141,4 @@ def _pieces(
 
 def _tensors(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
     """The tensors that a parameter is in a checkpoint: gate and up of SwiGLU are parts of one."""
-    if isinstance(sharded, ShardedTensor):
-        return [sharded]
-    built = sharded.build()
-    return list(built) if isinstance(built, list | tuple) else list(built.values())
+    return [sharded] if isinstance(sharded, ShardedTensor) else list(sharded.build())
