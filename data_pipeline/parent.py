@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 import time
@@ -9,14 +10,18 @@ import time
 INTERVAL = 0.5  # seconds between two looks
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """Called in a worker: ends it at once when its parent has gone.
 
     A worker may wait for a lock that a killed parent or another worker held; nothing but its end
     frees it then. It also keeps its parent's sockets open, and so other ranks from noticing.
+
+    parent: the process that started the worker. It may have gone before this is called.
     """
-    # Not multiprocessing.parent_process(): a fork server is the parent of what it forks.
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    # Not multiprocessing.parent_process(): its pipe stays open in the parent's other forks.
+    if multiprocessing.get_start_method() == "forkserver":
+        parent = os.getppid()  # the server forks, and ends when `parent` does
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts whole files; `--no-loadscope-reorder` keeps pytest-xdist from sorting them again."""
     order = {str(REPO / name): place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(str(item.path), len(LONG)))
+
+
+@pytest.fixture(autouse=True)
+def unconfigured_logger() -> None:
+    """The logger as a new process has it: an earlier test may have called log.configure, and what
+    `caplog` sees once or twice would hang on the order of the tests."""
+    from moss_train.log import log
+
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ Each worker has a pipe of its own, which closes when the worker is killed, so th
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -36,7 +37,7 @@ class Pool:
         self._pipes: list[Connection] = []
         for _ in range(workers):
             ours, theirs = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=_work, args=(theirs,), daemon=True)
+            process = multiprocessing.Process(target=_work, args=(theirs, os.getpid()), daemon=True)
             process.start()
             theirs.close()  # so that the pipe closes with the worker
             self._processes.append(process)
@@ -112,11 +113,11 @@ def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _work(pipe: Connection) -> None:
+def _work(pipe: Connection, parent: int) -> None:
     """The main loop of a worker. Ctrl-C is its parent's; it ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    end_with_parent()
+    end_with_parent(parent)
     with suppress(EOFError, OSError):  # the parent has no more work
         while True:
             chunk, options = pipe.recv()

@@ -81,7 +81,8 @@ class Loader:
         )
         # energon always asks for pinned memory, which warns where there is no accelerator.
         self._inner.pin_memory = torch.accelerator.is_available()
-        self._inner.worker_init_fn = partial(init_worker, self._inner.worker_init_fn)
+        starting = partial(init_worker, os.getpid(), self._inner.worker_init_fn)
+        self._inner.worker_init_fn = starting
         self._iterator: Iterator[MicroBatch] | None = None
 
     def __iter__(self) -> Iterator[MicroBatch]:

@@ -140,7 +140,7 @@ def start_writer_queue() -> None:
     if filesystem_async._results_queue is not None or sys.platform != "linux" or not on_main:
         return
     server = SyncManager(ctx=multiprocessing.get_context("fork"))
-    server.start(_outlive_signals)
+    server.start(_outlive_signals, (os.getpid(),))
     filesystem_async._results_queue = server.Queue()
 
 
@@ -151,25 +151,28 @@ def _take_forks_along() -> None:
     A writer of a rank that is killed while it waits for it waits for that rank for ever, and keeps
     the rank's sockets open: the other ranks would not notice that it has gone.
     """
-    by_main = [False]
+    rank: list[int] = []
 
     def before() -> None:  # the signal comes when the thread that forked ends
-        by_main[0] = threading.current_thread() is threading.main_thread()
+        on_main = threading.current_thread() is threading.main_thread()
+        rank[:] = [os.getpid()] if on_main else []
 
     def in_child() -> None:
-        if by_main[0]:
-            _end_with_parent()
+        if rank:
+            _end_with_parent(rank[0])
 
     os.register_at_fork(before=before, after_in_child=in_child)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    if os.getppid() != parent:  # it ended before this was asked for
+        os._exit(1)
 
 
-def _outlive_signals() -> None:
+def _outlive_signals(rank: int) -> None:
     """In the queue's process: it ends with its rank (with the thread that started it), however
     that ends, and not before: torchrun and batch systems signal every process of a job, and the
     rank saves then."""
-    _end_with_parent()
+    _end_with_parent(rank)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

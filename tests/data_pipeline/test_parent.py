@@ -5,30 +5,34 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.moss_train.train.runs import is_running, wait_for
 from tests.torchrun import REPO
 
 # The worker waits for a lock that nobody gives back.
 PARENT = """
-import multiprocessing, time
+import multiprocessing, os, sys, time
 from data_pipeline.parent import end_with_parent
 
-def work(lock):
-    end_with_parent()
+def work(lock, parent, late):
+    time.sleep(late)
+    end_with_parent(parent)
     lock.acquire()
 
 context = multiprocessing.get_context("fork")
 lock = context.Lock()
 lock.acquire()
-worker = context.Process(target=work, args=(lock,))
+worker = context.Process(target=work, args=(lock, os.getpid(), float(sys.argv[1])))
 worker.start()
 print(worker.pid, flush=True)
 time.sleep(60)
 """
 
 
-def test_a_worker_ends_with_a_parent_that_is_killed() -> None:
-    command = [sys.executable, "-c", PARENT]
+@pytest.mark.parametrize("late", [0, 1], ids=["at work", "not begun"])
+def test_a_worker_ends_with_a_parent_that_is_killed(late: float) -> None:
+    command = [sys.executable, "-c", PARENT, str(late)]
     parent = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())

@@ -10,15 +10,6 @@ import pytest
 from moss_train.log import configure, log
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    """The logger as it was before: other tests read its messages."""
-    before = log.handlers, log.propagate, log.level
-    yield
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
-
-
 @pytest.mark.parametrize(("rank", "levels"), [("0", ["INFO", "ERROR"]), ("3", ["ERROR"])])
 def test_a_line_has_date_host_rank_and_level(monkeypatch, capsys, rank, levels):
     monkeypatch.setenv("RANK", rank)

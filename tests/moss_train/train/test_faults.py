@@ -225,9 +225,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints, caplog, damage):
     from moss_train.checkpoint_dir import find
-    from moss_train.log import log
 
-    log.propagate = True
     newest, before = checkpoints / f"step_{STEPS:08d}", checkpoints / f"step_{STEPS - EVERY:08d}"
     assert find(checkpoints.parent) == newest
     assert not caplog.messages

@@ -92,8 +92,7 @@ def row(step: int, **counts: object) -> dict:
     return {"step": step, **usual, "truncated_labels": 0, "masked_turns": 0} | counts
 
 
-def test_a_warning_comes_once_and_only_over_one_percent(caplog, monkeypatch):
-    monkeypatch.setattr(log, "propagate", True)  # as before moss_train.log.configure
+def test_a_warning_comes_once_and_only_over_one_percent(caplog):
     watch = UnlearnedWarnings([row(1, truncated_samples=1)], steps=9)
     with caplog.at_level(logging.WARNING, log.name):
         watch.add(row(2, masked_turns=2))  # 80 samples: too few to say
