@@ -7,6 +7,7 @@ This is the only file that knows how many processes there are.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from data_pipeline.tokenizer_identity import TokenizerIdentity, identify
 from inference.engine.engine import Engine, EngineConfig
 from inference.engine.quantize import quantize_decoder, take_scales
 from inference.engine.sharded import ShardedEngine, join
@@ -66,6 +68,7 @@ def load_engine(
     """
     config = replace(config or EngineConfig(), **changes)
     rank, ranks = join()
+    _check_tokenizer(Path(checkpoint))
     model = load_model(checkpoint, device, dtype, quantize, rank, ranks)
     processor = load_processor(checkpoint)
     if ranks == 1:
@@ -183,6 +186,24 @@ def _layer(name: str) -> str:
     for old, new in OLD_NAMES.items():
         name = re.sub(old, new, name)
     return name.removesuffix(".weight_scale")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """The folder's tokenizer is the one that its weights were trained with, where it says which."""
+    training, file = folder / "training.json", folder / "tokenizer.json"
+    if not (training.is_file() and file.is_file()):
+        return
+    try:
+        kept = json.loads(training.read_text()).get("tokenizer")
+        saved = None if kept is None else TokenizerIdentity.from_dict(kept)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{training}: tokenizer: cannot be read: {error!r}") from None
+    differences = "" if saved is None else identify(file).differences(saved)
+    if differences:
+        raise ValueError(
+            f"{file}: is not the tokenizer that the model was trained with ({differences}): put "
+            "back the export's"
+        )
 
 
 def load_processor(checkpoint: str | Path) -> Any:

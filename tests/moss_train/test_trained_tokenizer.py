@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 
 from data_pipeline.tokenizer_identity import identify
 from data_pipeline.tokens import build_toy_tokenizer, load_tokenizer
+from inference.engine.load import load_engine
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.checkpoint_dir import read_run, write_complete
 from moss_train.config import Config, ConfigError, from_dict
@@ -82,6 +83,18 @@ DOORS: dict[str, Callable[[Path], object]] = {
 }
 
 
+def test_inference_refuses_another_tokenizer_before_it_loads_weights(made, swapped):
+    shutil.rmtree(swapped / "checkpoint")
+    (weights,) = (swapped / "export").glob("*.safetensors")
+    weights.unlink()
+    own, other = identify(made / "source").digest, identify(made / "other").digest
+    with pytest.raises(ValueError, match=f"digest {other}, not {own}: other vocabulary"):
+        load_engine(swapped / "export")
+    (swapped / "export/training.json").write_text('{"tokenizer": {"text": 1}}')
+    with pytest.raises(ValueError, match=r"training\.json: tokenizer: cannot be read"):
+        load_engine(swapped / "export")
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_another_tokenizer_in_the_folder_is_refused(made, swapped, door):
     with pytest.raises(ConfigError) as caught:
@@ -124,10 +137,7 @@ def test_a_run_that_starts_from_weights_says_how_to_change_the_tokenizer(made, t
     assert find_resume(start(made, other, new_tokenizer=True), 1) is None
 
 
-def test_more_added_tokens_are_taken_from_weights_with_a_warning(
-    made, tmp_path, caplog, monkeypatch
-):
-    monkeypatch.setattr(log, "propagate", True)  # as before moss_train.log.configure
+def test_more_added_tokens_are_taken_from_weights_with_a_warning(made, tmp_path, caplog):
     tokenizer = load_tokenizer(made / "source")
     tokenizer.add_special_tokens([AddedToken("<|tool|>", special=True)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -151,14 +161,13 @@ def resumed(made: Path, folder: Path, tokenizer: Path, known: bool = True) -> Co
     return config
 
 
-def test_a_resumed_run_keeps_its_tokenizer(made, tmp_path, caplog, monkeypatch):
+def test_a_resumed_run_keeps_its_tokenizer(made, tmp_path, caplog):
     checkpoint = tmp_path / "checkpoints/step_00000003"
     assert find_resume(resumed(made, tmp_path, made / "source"), 1) == checkpoint
     mend = f"start a new run with init_from={checkpoint}"
     with pytest.raises(ConfigError, match=mend):
         find_resume(resumed(made, tmp_path, made / "other"), 1)
     # Checkpoints of before do not say it.
-    monkeypatch.setattr(log, "propagate", True)  # as before moss_train.log.configure
     with caplog.at_level(logging.WARNING, log.name):
         find_resume(resumed(made, tmp_path, made / "other", known=False), 1)
     assert "does not say which tokenizer it was trained with" in caplog.text
