@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from inference.engine.cache import SPARE, KVCache
+from inference.engine.cache import KVCache
 from inference.engine.slots import Slot
+from inference.engine.upload import upload
 from inference.hf.decoder_moss_video import attend, attend_few
 
 
@@ -82,7 +84,8 @@ class PackedFrames:
         self.masks = [mask for mask, _ in views]
         seen = torch.cat([sees for _, sees in views])  # [N]
         self.any = bool(seen.any())
-        self.sees = None if bool(seen.all()) else seen[None, :, None].to(cache.device, cache.dtype)
+        blind = not bool(seen.all())
+        self.sees = upload(seen[None, :, None].to(cache.dtype), cache.device) if blind else None
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """`q` `[1, heads, N, D]`."""
@@ -113,7 +116,7 @@ class PackedFrames:
         if bool(seen.all()) and bool(sees_any.all()):
             return None, sees_any
         mask = seen | ~sees_any[:, None]  # a softmax over nothing is NaN
-        mask = mask.to(self.cache.device).repeat_interleave(self.cache.patches, dim=1)
+        mask = upload(mask, self.cache.device).repeat_interleave(self.cache.patches, dim=1)
         return mask[None, None], sees_any
 
 
@@ -141,8 +144,8 @@ class StaticTokens:
     def __init__(self, cache: KVCache, places: Tensor):
         self.cache, self.places = cache, places
         self.slots = torch.arange(cache.slots, device=cache.device)[:, None]
-        key = torch.arange(cache.max_tokens + SPARE, device=cache.device)
-        self.mask = (key <= places[..., None])[:, None]  # [slots, 1, count, max_tokens + SPARE]
+        key = torch.arange(cache.text.shape[-2], device=cache.device)
+        self.mask = (key <= places[..., None])[:, None]  # [slots, 1, count, places]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[slots, heads, count, D]`, `k` and `v` `[slots, KV heads, count, D]`."""
@@ -162,7 +165,8 @@ class StaticFrames:
         sees_any = seen.any(-1, keepdim=True)
         self.sees = sees_any.to(cache.dtype)
         # A softmax over nothing is NaN: such tokens attend all, and `sees` drops the result.
-        self.mask = (seen | ~sees_any).repeat_interleave(cache.patches, dim=-1)[:, None]
+        mask = (seen | ~sees_any).repeat_interleave(cache.patches, dim=-1)
+        self.mask = F.pad(mask, (0, cache.frames.shape[-2] - mask.shape[-1]))[:, None]
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """`q` `[slots, heads, count, D]`."""

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.engine.slots import NEVER, Eviction, Slot
-from inference.hf.decoder_moss_video import Decoder, Rotation
+from inference.engine.upload import upload
+from inference.hf.decoder_moss_video import PIECE, Decoder, Rotation
 
-# Places behind `max_tokens`: an idle slot of a static batch writes its keys and values there (2
-# tokens at most; 8 keep the mask's rows aligned for CUDA).
-SPARE = 8
+# Places behind `max_tokens`, at least: an idle slot of a static batch writes its keys and values
+# there (2 tokens at most).
+SPARE = 2
 
 
 class KVCache:
@@ -51,8 +52,9 @@ class KVCache:
         kv_heads = decoder.cross_attention(decoder.cross[0]).k_proj.weight.shape[0] // head_dim
 
         def buffer(layers: int, length: int) -> Tensor:
-            # Zeros: what a mask hides must still be a number.
-            shape = (layers, 2, slots, kv_heads, length, head_dim)
+            # Zeros: what a mask hides must still be a number. Whole pieces: see `attend_few`.
+            whole = -(-length // PIECE) * PIECE
+            shape = (layers, 2, slots, kv_heads, whole, head_dim)
             return torch.zeros(shape, device=device, dtype=dtype)
 
         self.text = buffer(len(self.own), max_tokens + SPARE)
@@ -60,13 +62,13 @@ class KVCache:
         self.tokens_of = {layer: self.text[n] for n, layer in enumerate(self.own)}
         self.frames_of = {layer: self.frames[n] for n, layer in enumerate(decoder.cross)}
         # Positions between which a frame is seen, for static batches.
-        self.first = torch.full((slots, window + 1), NEVER, device=device)
-        self.last = torch.full((slots, window + 1), NEVER, device=device)
+        self.views = torch.full((2, slots, window + 1), NEVER, device=device)
+        self.first, self.last = self.views
         self._projection = _fuse(frame_projections(decoder))
 
     def reset(self, slot: Slot) -> None:
         """Forgets a slot's frames; its tokens are overwritten."""
-        self.first[slot.index], self.last[slot.index] = NEVER, NEVER
+        self.views[:, slot.index] = NEVER
 
     def write_frames(self, slot: Slot, place: int, states: Tensor, rotation: Rotation) -> None:
         """Keys and values of states `[n x P, H]` into the slot's ring, from `place` on."""
@@ -86,17 +88,18 @@ class KVCache:
         if victim is None:
             return
         size, slot_kv = self.patches, self.frames[:, :, slot.index]
-        slot_kv[..., victim * size : (victim + 1) * size, :] = slot_kv[..., self.window * size :, :]
+        slot_kv[..., victim * size : (victim + 1) * size, :] = slot_kv[
+            ..., self.window * size : (self.window + 1) * size, :
+        ]
         self._write_views(slot)
 
     def _write_views(self, slot: Slot) -> None:
-        self.first[slot.index] = torch.tensor(slot.ring.first)
-        self.last[slot.index] = torch.tensor(slot.ring.last)
+        self.views[:, slot.index] = upload([slot.ring.first, slot.ring.last], self.device)
 
     def compact(self, slot: Slot, indices: list[int]) -> None:
         """Keeps a slot's tokens at these indices and moves them together."""
         slot_kv = self.text[:, :, slot.index]  # [layers, 2, KV heads, max_tokens, D]
-        where = torch.tensor(indices, device=self.device)
+        where = upload(indices, self.device)
         for n in range(
             len(slot_kv)
         ):  # a layer at a time: a copy of all would be as large as the slot
@@ -130,7 +133,7 @@ def put_frames(cache: KVCache, slot: Slot, tokens: Sequence[int], frames: Sequen
     image = cache.decoder.config.image_token_index
     positions = [slot.position + i for i, token in enumerate(tokens) if token == image]
     states = torch.stack(tuple(frames)).to(cache.device, cache.dtype)  # [n, P, H]
-    each = torch.tensor(positions, device=cache.device)
+    each = upload(positions, cache.device)
     each = each.repeat_interleave(cache.patches)[None]  # [1, n x P]
     rotation = cache.decoder.rotation(each, cache.dtype)
     places, replaced = zip(*(slot.ring.put(p) for p in positions), strict=True)

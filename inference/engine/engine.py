@@ -29,6 +29,7 @@ from inference.engine.graphs import GraphRunner
 from inference.engine.preprocess import Pixels
 from inference.engine.sampling import Sampler, Sampling
 from inference.engine.slots import FrameRing, Slot, Step, tokens_to_keep
+from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 VISION_BATCH = 16  # frames that the vision tower encodes at once
@@ -115,6 +116,7 @@ class Engine:
         graphs = options.graphs and self.device.type == "cuda"
         if options.compile or graphs:
             self.graph_runner = self.make_graph_runner(graphs, options.compile)
+            self.graph_runner.capture()
         self.pixels = Pixels(self.config, processor, self.device)
 
     def make_graph_runner(self, graphs: bool, compile: bool) -> GraphRunner:
@@ -197,19 +199,31 @@ class Engine:
         for step in steps:
             if step.slot.sampling.repetition_penalty != 1:
                 self.sampler.add_context(step.slot.index, step.tokens)
-        if self.graph_runner is not None and self.graph_runner.fits(steps):
-            self._make_room([(s.slot, 1 + len(s.tokens)) for s in steps])
-            tokens = self.graph_runner.run(steps)
-        else:
-            tokens = self._packed(steps)
         results: list[int | None] = []
-        following = iter(tokens)
+        sampled = self._forward(steps)
         for step in steps:
-            step.slot.pending = next(following) if step.sample else None
+            step.slot.pending = sampled.get(step.slot.index)
             if step.slot.pending is not None and step.slot.sampling.repetition_penalty != 1:
                 self.sampler.add_context(step.slot.index, [step.slot.pending])
             results.append(step.slot.pending)
         return results
+
+    def _forward(self, steps: Sequence[Step]) -> dict[int, int]:
+        """The sampled tokens by slot. Steps of fixed shape go by kind, each a pass of its own: one
+        session's prompt or frame does not take the others out of their graph. The host waits once,
+        for the tokens of all passes."""
+        rest, slots, tokens = list(steps), list[int](), list[Tensor]()
+        if self.graph_runner is not None:
+            kinds, rest = self.graph_runner.divide(steps)
+            for kind in kinds:
+                self._make_room([(step.slot, 1 + len(step.tokens)) for step in kind])
+                tokens.append(self.graph_runner.run(kind))
+                slots += [step.slot.index for step in kind]
+        sampled = self._packed(rest) if rest else None
+        if sampled is not None:
+            tokens.append(sampled)
+            slots += [step.slot.index for step in rest if step.sample]
+        return dict(zip(slots, torch.cat(tokens).tolist() if tokens else [], strict=True))
 
     def save(self, slot: Slot) -> dict[str, Any]:
         """All of a slot, on the CPU, for `restore` in this engine or another of the same model,
@@ -288,8 +302,8 @@ class Engine:
             self.cache.compact(slot, indices)
             slot.keep(indices)
 
-    def _packed(self, steps: Sequence[Step]) -> list[int]:
-        """Runs packed batches until all tokens are in; returns the sampled tokens."""
+    def _packed(self, steps: Sequence[Step]) -> Tensor | None:
+        """Runs packed batches until all tokens are in; the tokens of those that sample one."""
         waiting = [(step, *_tokens(step)) for step in steps]
         last: dict[int, Tensor] = {}  # hidden state of a slot's last token
         while waiting:
@@ -303,14 +317,12 @@ class Engine:
             waiting = following
         sampled = [step.slot for step in steps if step.sample]
         if not sampled:
-            return []
+            return None
         logits = self.model.lm_head(torch.stack([last[slot.index] for slot in sampled]))
-        plain = all(slot.sampling.plain for slot in sampled)
-        where, at = (
-            torch.tensor(values, device=self.device)
-            for values in zip(*((s.index, s.position) for s in sampled), strict=True)
-        )
-        return self.sampler(logits, where, at, plain).tolist()
+        draw = max(slot.sampling.draw for slot in sampled)
+        indices = [slot.index for slot in sampled]
+        where, at = upload([indices, [slot.position for slot in sampled]], self.device)
+        return self.sampler(logits, where, at, draw)
 
     def _fitting(self, slot: Slot, tokens: list[int]) -> tuple[int, int]:
         """How many tokens and frames go into the next pass: no more frames than the ring takes."""
@@ -340,8 +352,8 @@ class Engine:
             ids += tokens
             positions += range(slot.position, slot.position + len(tokens))
         decoder = self.model.model.language_model
-        x = decoder.embed_tokens(torch.tensor([ids], device=self.device))  # [1, N, H]
-        at = torch.tensor([positions], device=self.device)
+        inputs, at = upload([[ids], [positions]], self.device)
+        x = decoder.embed_tokens(inputs)  # [1, N, H]
         x = decoder(x, at, packed.tokens, packed.frames)[0]
         last_hidden, end = {}, 0
         for slot, tokens, _ in parts:

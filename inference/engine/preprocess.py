@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
 from inference.engine.images import as_picture, fit
+from inference.engine.upload import upload
 
 
 class Pixels:
@@ -24,13 +25,22 @@ class Pixels:
         self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
 
     def __call__(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
-        return torch.stack([self._one(image) for image in images])
+        given = [isinstance(image, Tensor) and image.is_floating_point() for image in images]
+        pairs = list(zip(images, given, strict=True))
+        made = iter(self._made([image for image, floats in pairs if not floats]))
+        parts = [self._given(image) if floats else next(made) for image, floats in pairs]
+        return torch.stack(parts)[:, None]
 
-    def _one(self, image: Image.Image | Tensor) -> Tensor:
-        if isinstance(image, Tensor) and image.is_floating_point():
-            if image.shape != (3, self.size, self.size):
-                wanted = (3, self.size, self.size)
-                raise ValueError(f"normalized pixels of {tuple(image.shape)}, expected {wanted}")
-            return image[None].to(self.device)
-        tile = fit(as_picture(image).cpu(), self.size)[None]
-        return tile.to(self.device).float().div_(255).sub_(self.mean).div_(self.std)
+    def _made(self, images: list[Image.Image | Tensor]) -> Tensor | tuple[()]:
+        """All in one copy to the device, of bytes."""
+        if not images:
+            return ()
+        tiles = torch.stack([fit(as_picture(image).cpu(), self.size) for image in images])
+        return upload(tiles, self.device).float().div_(255).sub_(self.mean).div_(self.std)
+
+    def _given(self, image: Image.Image | Tensor) -> Tensor:
+        assert isinstance(image, Tensor)
+        wanted = (3, self.size, self.size)
+        if image.shape != wanted:
+            raise ValueError(f"normalized pixels of {tuple(image.shape)}, expected {wanted}")
+        return upload(image, self.device)

@@ -9,14 +9,24 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from data_pipeline.fields import check_values, number
+from inference.engine.upload import upload
 
 SEEDS = (-(2**63), 2**63 - 1)  # allowed
 DRAWN_SEEDS = 2**53  # a seed that is drawn is below: every reader of JSON holds it exactly
+
+
+class Draw(IntEnum):
+    """What choosing a token takes. A batch does for all slots what one of them needs most."""
+
+    GREEDY = 0  # the largest logit, unchanged
+    WHOLE = 1  # changed logits; a draw from all tokens
+    CUT = 2  # a draw from the most likely tokens, for which the vocabulary is sorted
 
 
 @dataclass
@@ -47,9 +57,12 @@ class Sampling:
         check_values(self, "sampling: ")
 
     @property
-    def plain(self) -> bool:
-        """Whether it is greedy on unchanged logits."""
-        return (self.temperature, self.repetition_penalty, self.silence_bias) == (0.0, 1.0, 0.0)
+    def draw(self) -> Draw:
+        """What it takes."""
+        if self.temperature > 0:
+            return Draw.CUT if self.top_k or self.top_p < 1 else Draw.WHOLE
+        unchanged = (self.repetition_penalty, self.silence_bias) == (1.0, 0.0)
+        return Draw.GREEDY if unchanged else Draw.WHOLE
 
 
 class Sampler:
@@ -70,7 +83,7 @@ class Sampler:
     def set(self, slot: int, sampling: Sampling) -> None:
         """Other settings for the same context."""
         row = [float(getattr(sampling, field.name)) for field in fields(Sampling)[:-1]]
-        self.settings[slot] = torch.tensor(row, dtype=torch.float64)
+        self.settings[slot] = upload(row, self.settings.device, torch.float64)
         assert sampling.seed is not None
         self.seeds[slot] = sampling.seed
 
@@ -78,14 +91,14 @@ class Sampler:
         """Adds tokens to the context that the repetition penalty counts."""
         known = [t for t in tokens if t < self.seen.shape[1] and t != self.silence]
         if known:
-            self.seen[slot, torch.tensor(known, dtype=torch.long, device=self.seen.device)] = True
+            self.seen[slot, upload(known, self.seen.device)] = True
 
-    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, plain: bool) -> Tensor:
+    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, draw: Draw) -> Tensor:
         """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`.
 
-        plain: all slots are `Sampling.plain`.
+        draw: the most that one of the slots takes.
         """
-        if plain:
+        if draw is Draw.GREEDY:
             return logits.argmax(-1)
         settings = self.settings[slots][..., None]  # [n, 5, 1]
         temperature, top_k, top_p, penalty, bias = settings.unbind(1)
@@ -95,23 +108,31 @@ class Sampler:
         scores = torch.where(self.seen[slots], penalized, scores)
         if self.silence is not None:
             scores[:, self.silence] += bias[:, 0].float()
-        drawn = _draw(scores, temperature, top_k, top_p, self.seeds[slots][:, None], positions)
+        scaled = scores / torch.where(temperature > 0, temperature, 1.0).float()
+        seed = self.seeds[slots][:, None]
+        if draw is Draw.CUT:
+            drawn = _draw_cut(scaled, top_k, top_p, seed, positions)
+        else:
+            tokens = torch.arange(scores.shape[1], device=scores.device)
+            drawn = (scaled + _gumbel(seed, positions, tokens)).argmax(-1)
         return torch.where(temperature[:, 0] > 0, drawn, scores.argmax(-1))
 
 
-def _draw(
-    scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, at: Tensor
-) -> Tensor:
-    """Samples from softmax(scores / temperature) cut to top_k and top_p, by Gumbel's maximum."""
-    scaled = scores / torch.where(temperature > 0, temperature, 1.0).float()
+def _gumbel(seed: Tensor, at: Tensor, tokens: Tensor) -> Tensor:
+    """Noise with which the largest of `scores + noise` is a draw from softmax(scores)."""
+    return -torch.log(-torch.log(uniform(seed, at[:, None], tokens))).float()
+
+
+def _draw_cut(scaled: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, at: Tensor) -> Tensor:
+    """Samples from softmax(scaled) cut to top_k and top_p; a row that cuts nothing draws what it
+    would without the cut."""
     ordered, tokens = scaled.sort(-1, descending=True)
-    rank = torch.arange(scores.shape[1], device=scores.device)
+    rank = torch.arange(scaled.shape[1], device=scaled.device)
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
     chances = ordered.softmax(-1)
     before = chances.cumsum(-1) - chances  # probability of all tokens that are likelier
     ordered = ordered.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
-    noise = -torch.log(-torch.log(uniform(seed, at[:, None], tokens))).float()
-    best = (ordered + noise).argmax(-1, keepdim=True)
+    best = (ordered + _gumbel(seed, at, tokens)).argmax(-1, keepdim=True)
     return tokens.gather(1, best)[:, 0]
 
 

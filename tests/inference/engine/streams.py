@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from inference.engine.engine import Engine
-from inference.engine.sampling import Sampling
+from inference.engine.sampling import Draw, Sampler, Sampling
 from inference.engine.slots import Slot, Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
@@ -84,21 +85,28 @@ class Player:
 
 def play(engine: Engine, players: list[Player], until: int | None = None) -> None:
     """Plays streams side by side to their ends (or `until` so many steps)."""
-    recorded: list[Tensor] = []
-    head = engine.model.lm_head
-    hook = head.register_forward_hook(lambda module, inputs, out: recorded.append(out))
+    recorded: list[tuple[Tensor, Tensor, Tensor]] = []
+    choose = Sampler.__call__
+
+    def record(sampler: Sampler, logits: Tensor, slots: Tensor, positions: Tensor, draw: Draw):
+        recorded.append((logits.clone(), slots, positions))
+        return choose(sampler, logits, slots, positions, draw)
+
     done = 0
-    while until is None or done < until:
-        running = [(player, step) for player in players if (step := player.step())]
-        if not running:
-            break
-        engine.step([step for _, step in running])
-        logits = recorded.pop()
-        for n, (player, _) in enumerate(running):
-            row = n if len(logits) == len(running) else player.slot.index
-            player.logits[player.at - 1] = logits[row].clone()
-        done += 1
-    hook.remove()
+    with mock.patch.object(Sampler, "__call__", record):
+        while until is None or done < until:
+            running = [(player, step) for player in players if (step := player.step())]
+            if not running:
+                break
+            recorded.clear()
+            engine.step([step for _, step in running])
+            for player, _ in running:
+                # Idle slots take part in passes of fixed shape, at other positions than their own.
+                for logits, slots, at in recorded:
+                    own = (slots == player.slot.index) & (at == player.slot.position)
+                    if own.any():
+                        player.logits[player.at - 1] = logits[own][0]
+            done += 1
 
 
 def offline(

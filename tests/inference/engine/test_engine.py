@@ -126,6 +126,32 @@ def test_slots_side_by_side_stream_as_alone(model, static: bool) -> None:
             torch.testing.assert_close(player.logits[i], logits, atol=1e-4, rtol=0)
 
 
+def test_a_prompt_or_a_frame_leaves_the_other_slots_in_fixed_shapes(model, monkeypatch) -> None:
+    found, passes = [], []
+    for static in (True, False):
+        engine = engine_of(model, static, window=4, max_sessions=4)
+        frames = engine.encode([torch.full((3, 30, 40), 60 * i, dtype=torch.uint8) for i in (1, 2)])
+        slots = [engine.open() for _ in range(4)]
+        engine.step([Step(slot, [5, 6, 7 + i]) for i, slot in enumerate(slots)])
+        if static:
+            runner = engine.graph_runner
+            assert runner is not None
+            run = runner.run
+
+            def record(steps, run=run):
+                passes.append(len(steps[0].tokens))
+                return run(steps)
+
+            monkeypatch.setattr(runner, "run", record)
+        tokens = engine.step([
+            Step(slots[0]), Step(slots[1], [IMAGE], frames[:1]), Step(slots[2], [8, 9, 10]),
+            Step(slots[3], [IMAGE], frames[1:]),
+        ])  # fmt: skip
+        found.append([tokens, *(engine.step([Step(s) for s in slots]) for _ in range(6))])
+    assert passes == [0, 1, *[0] * 6]
+    assert found[0] == found[1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_p=0.9, seed=2)])
 def test_graphs_equal_eager(sampling: Sampling) -> None:

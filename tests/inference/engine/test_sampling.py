@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference.engine.sampling import Sampler, Sampling, uniform
+from inference.engine.sampling import Draw, Sampler, Sampling, uniform
 
 CPU = torch.device("cpu")
 SILENCE = 3
@@ -28,7 +28,7 @@ def draws(sampler: Sampler, logits: torch.Tensor, count: int, slot: int = 0) -> 
     """Tokens at `count` positions from the same logits."""
     rows = logits.expand(count, -1).clone()
     slots = torch.full((count,), slot)
-    return sampler(rows, slots, torch.arange(count), plain=False)
+    return sampler(rows, slots, torch.arange(count), Draw.CUT)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,25 @@ def test_draws_depend_on_seed_and_position_alone() -> None:
     alone = draws(sampler_of(one), logits, 50)
     assert torch.equal(draws(sampler, logits, 50, slot=1), alone)
     assert not torch.equal(draws(sampler, logits, 50, slot=0), alone)
-    mixed = sampler(torch.zeros(2, 40), torch.tensor([1, 0]), torch.tensor([7, 7]), False)
+    mixed = sampler(torch.zeros(2, 40), torch.tensor([1, 0]), torch.tensor([7, 7]), Draw.CUT)
     assert mixed[0] == alone[7]
+
+
+def test_a_draw_is_the_same_beside_slots_that_sort_the_vocabulary() -> None:
+    logits = torch.randn(1, 400, generator=torch.Generator().manual_seed(2))
+    whole = Sampling(temperature=0.8, seed=5)
+    assert whole.draw is Draw.WHOLE
+    assert Sampling(temperature=0.8, top_p=0.9).draw is Draw.CUT
+    assert Sampling(silence_bias=1.0, top_p=0.9).draw is Draw.WHOLE
+    assert Sampling(top_p=0.9).draw is Draw.GREEDY
+    sampler = sampler_of(whole, vocabulary=400)
+    slots, at = torch.zeros(200, dtype=torch.long), torch.arange(200)
+    drawn = {
+        draw: sampler(logits.expand(200, -1).clone(), slots, at, draw)
+        for draw in (Draw.WHOLE, Draw.CUT)
+    }
+    assert len(drawn[Draw.WHOLE].unique()) > 50
+    assert torch.equal(drawn[Draw.WHOLE], drawn[Draw.CUT])
 
 
 def test_uniform_numbers_are_even_and_unrelated() -> None:
@@ -98,7 +115,7 @@ def test_silence_bias_moves_the_decision() -> None:
 def test_a_greedy_slot_stays_greedy_beside_one_that_draws() -> None:
     logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(3))
     sampler = sampler_of(Sampling(), Sampling(temperature=5.0, seed=1))
-    got = sampler(logits.clone(), torch.tensor([0, 1]), torch.tensor([4, 4]), False)
+    got = sampler(logits.clone(), torch.tensor([0, 1]), torch.tensor([4, 4]), Draw.CUT)
     assert got[0] == logits[0].argmax()
 
 
