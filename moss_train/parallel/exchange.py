@@ -1,20 +1,26 @@
 """The frame exchange: the vision encoder is data-parallel over all ranks of a replica.
 
-1. encode: each rank runs the encoder on its share of the frames. The projected states are gathered,
-   so that every rank has those of all frames, one tensor for each microbatch. These tensors are
-   detached (leaves of the autograd graph): the cross-attention layers of every pipeline stage read
-   their keys and values from them.
+1. encode: each rank runs the encoder on its share of the frames, some at a time (a *chunk*). The
+   projected states are gathered, so that every rank has those of all frames, one tensor for each
+   microbatch. These tensors are detached (leaves of the autograd graph): the cross-attention layers
+   of every pipeline stage read their keys and values from them.
 2. (megatron's schedules run the decoder; the gradient of the states adds up in their `.grad`.)
-3. return_gradient: the gradients, of which each rank has a part (its stages, its heads), are summed
-   and scattered to the ranks that encoded the frames, which run the encoder's backward pass.
+3. collect: the gradients, of which each rank has a part (its stages, its heads), are summed in fp32
+   at the rank that encoded the frames: without a pipeline each time that a microbatch has passed.
+4. return_gradient: the ranks run the encoder's backward pass, chunk by chunk. Where the tower is
+   recomputed, nothing of a chunk was kept: one chunk's activations are there at a time. Each chunk
+   is a backward pass of its own, after which megatron adds the parameters' gradients in fp32; in
+   one pass over many chunks autograd would add them in the parameters' type, which for bf16 and
+   hundreds of chunks is off by a quarter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moss_train.model.groups import Groups
 from moss_train.model.normalize import normalize
@@ -31,9 +37,14 @@ class FrameExchange:
         trains = [name for name, p in encoder.named_parameters() if p.requires_grad]
         self.tower_trains = any(name.startswith("vision.") for name in trains)
         self.trains = bool(trains)
-        self._own: Tensor | None = None  # this rank's projected share, with its graph
+        # Of this rank's share: frames, aspect-ratio ids, states with their graph; None: to be
+        # encoded again.
+        self._chunks: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._states: list[Tensor] = []  # of each microbatch, detached
         self._counts: list[int] = []  # frames of each share
+        self._begun = 0  # microbatches
+        self._collected = 0  # microbatches
+        self._gradients: list[Tensor] = []  # of this rank's frames, in order
 
     @property
     def shares(self) -> int:
@@ -45,45 +56,41 @@ class FrameExchange:
         parts = self.states(step).split([len(batch.ratio_ids) for batch in step.microbatches])
         wanted = self.trains and torch.is_grad_enabled()
         self._states = [part.detach().requires_grad_(wanted) for part in parts]
+        self._begun = self._collected = 0
         return self._states
 
     def states(self, step: StepBatch) -> Tensor:
         """States of all frames of a step, in order. A collective."""
-        chunks = [
-            self._encode_chunk(frames, ratio_ids)
-            for frames, ratio_ids in zip(
-                step.frames.split(self.model.vision.frames_per_chunk),
-                step.ratio_ids.split(self.model.vision.frames_per_chunk),
-                strict=True,
-            )
-            if len(frames)
-        ]
-        self._own = torch.cat(chunks) if chunks else None
-        self._counts = step.counts
-        return self._gather(step.frames.shape[1])
+        wanted = self.trains and torch.is_grad_enabled()
+        again = wanted and self.tower_trains and self.model.vision.recompute
+        size, out = self.model.vision.frames_per_chunk, []
+        self._chunks, self._counts = [], step.counts
+        for frames, ratio_ids in zip(
+            step.frames.split(size), step.ratio_ids.split(size), strict=True
+        ):
+            if not len(frames):
+                continue
+            with torch.set_grad_enabled(wanted and not again):
+                states = self._encode(frames, ratio_ids)
+            out.append(states.detach())
+            if wanted:
+                self._chunks.append((frames, ratio_ids, None if again else states))
+        return self._gather(out, step.frames.shape[1])
 
-    def _encode_chunk(self, frames: Tensor, ratio_ids: Tensor) -> Tensor:
-        encoder, vision = self.encoder, self.model.vision
+    def _encode(self, frames: Tensor, ratio_ids: Tensor) -> Tensor:
+        """States of some frames. With their graph, where gradients are enabled."""
+        encoder = self.encoder
         dtype = encoder.vision.class_embedding.dtype
+        with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
+            pixels = normalize(frames, ratio_ids, self.model.vision, dtype)
+            features = encoder.features(pixels, ratio_ids)
+        return encoder.projector(features)
 
-        def features(frames: Tensor) -> Tensor:
-            return encoder.features(normalize(frames, ratio_ids, vision, dtype), ratio_ids)
-
-        if not self.tower_trains:
-            with torch.no_grad():
-                x = features(frames)
-        elif vision.recompute and torch.is_grad_enabled():
-            x = checkpoint(features, frames, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = features(frames)
-        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
-            return encoder.projector(x)
-
-    def _gather(self, tiles: int) -> Tensor:
+    def _gather(self, parts: list[Tensor], tiles: int) -> Tensor:
         """This rank's share -> every rank's, in order of frames."""
         weight = self.encoder.projector.linear.weight
         shape = (tiles * pooled_tokens(self.model), self.model.text.hidden_size)
-        own = weight.new_zeros(0, *shape) if self._own is None else self._own.detach()
+        own = torch.cat(parts) if parts else weight.new_zeros(0, *shape)
         counts = self._counts
         if len(counts) == 1 or sum(counts) == 0:
             return own
@@ -92,30 +99,76 @@ class FrameExchange:
         out = own.new_empty(ranks * max(counts), *shape)
         dist.all_gather_into_tensor(out, padded, group=self.groups.replica)
         # Tensor ranks that share a tower hold the same frames: take one of each.
-        parts = out.view(ranks, max(counts), *shape)[:: ranks // len(counts)]
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        gathered = out.view(ranks, max(counts), *shape)[:: ranks // len(counts)]
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    def begin_microbatch(self) -> None:
+        """The schedule begins one. Without a pipeline those before it have passed: a collective.
+
+        In a pipeline each stage is at another microbatch then, and would wait for the others.
+        """
+        if self.groups.decoder.pp.size() == 1:
+            self._collect(self._begun)
+        self._begun += 1
 
     def return_gradient(self) -> None:
         """Runs the encoder's backward pass from the gradients of the states. A collective."""
-        states, own, self._states, self._own = self._states, self._own, [], None
+        self._collect(len(self._states))
+        self._states, chunks, gradients = [], self._chunks, self._gradients
+        self._chunks, self._gradients = [], []
+        first = 0
+        while chunks:
+            frames, ratio_ids, states = chunks.pop(0)
+            if states is None:
+                states = self._encode(frames, ratio_ids)
+            gradient = _rows(gradients, first, first + len(frames))
+            torch.autograd.backward(states, gradient)
+            first += len(frames)
+            del states  # before the next ones are encoded
+
+    def _collect(self, until: int) -> None:
+        """Sums the gradients of the microbatches before `until`, each frame's at its rank."""
         if not self.trains or sum(self._counts) == 0:
             return
+        begin = sum(map(len, self._states[: self._collected]))
+        states, self._collected = self._states[self._collected : until], until
+        if not states:
+            return
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in states]
-        gradient = self._scatter(torch.cat(gradients))
-        if own is not None:
-            torch.autograd.backward(own, gradient[: len(own)].to(own.dtype))
+        for x in states:
+            x.grad = None  # freed once it is summed
+        if self.groups.replica.size() == 1:
+            self._gradients += gradients
+            return
+        first = 0  # frame of each share
+        for share, count in enumerate(self._counts):
+            part = _rows(gradients, first - begin, first + count - begin)
+            first += count
+            if len(part):
+                self._sum_at(share, part)
 
-    def _scatter(self, gradient: Tensor) -> Tensor:
-        """Sums over the replica in fp32; returns the part of this rank's frames."""
-        counts, ranks = self._counts, self.groups.replica.size()
+    def _sum_at(self, share: int, gradient: Tensor) -> None:
+        """Sums in fp32 over the replica; kept by the ranks that have the share."""
+        group = self.groups.replica
+        summed, ranks = gradient.float(), group.size() // self.shares
         if ranks == 1:
-            return gradient
-        gradient = gradient.float()
-        parts = [
-            torch.cat((part, part.new_zeros(max(counts) - len(part), *part.shape[1:])))
-            for part in gradient.split(counts)
-            for _ in range(ranks // len(counts))
-        ]
-        out = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(out, torch.cat(parts), group=self.groups.replica)
-        return out
+            dist.reduce(summed, dist.get_global_rank(group, share), group=group)
+        else:  # tensor ranks share a tower
+            dist.all_reduce(summed, group=group)
+        if group.rank() // ranks == share:
+            self._gradients.append(summed.to(gradient.dtype))
+
+
+def _rows(parts: list[Tensor], first: int, last: int) -> Tensor:
+    """Rows [first, last) of what `torch.cat(parts)` would be; bounds outside of it are cut."""
+    slices = [*_slices(parts, first, last)] or [parts[0][:0]]
+    return slices[0] if len(slices) == 1 else torch.cat(slices)
+
+
+def _slices(parts: list[Tensor], first: int, last: int) -> Iterator[Tensor]:
+    start = 0
+    for part in parts:
+        end = start + len(part)
+        if max(first, start) < min(last, end):
+            yield part[max(first - start, 0) : last - start]
+        start = end

@@ -147,13 +147,21 @@ class TrainStep:
         labels, text_labels = (counts[_NAMES.index(name)] for name in ("labels", "text_labels"))
         total = (labels + text_labels).float()
         self.phases.end("plan")
-        loss = run_schedule(self.state.chunks, inputs, total, self.phases.end)
+        loss = run_schedule(self.state.chunks, inputs, total, self._ended)
         self.phases.end("backward")
+        del inputs  # and with them the states of all frames
         self.exchange.return_gradient()
         state = self.state
         reduce_gradients(state.wrapped_chunks, state.encoder, self.model.groups)
         self.phases.end("exchange")
         return loss, counts
+
+    def _ended(self, phase: str) -> None:
+        """Told by the schedule (`run_schedule`): before each forward of a chunk, and after it."""
+        self.phases.end(phase)
+        if phase == "backward":
+            self.exchange.begin_microbatch()
+            self.phases.end("exchange")
 
     def prepare(self, batch: StepBatch, loss: LossOptions) -> list[DecoderInput]:
         """Encodes the frames and plans each microbatch."""

@@ -1,0 +1,115 @@
+"""The encoder's gradients, summed over many chunks of frames."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moss_train.config import Config
+from moss_train.model.moss_video import MossVideo
+from moss_train.parallel.distribute import StepBatch, TextBatch
+from moss_train.parallel.exchange import FrameExchange
+from moss_train.train.optimizer import make_train_state
+from moss_train.train.param_groups import freeze
+from tests.kept import Kept
+from tests.moss_train.model.build import preset, random_model
+
+FRAMES = 256
+
+
+def built(groups, dtype: str, chunk: int, recompute: bool = True) -> MossVideo:
+    """Weights of both types are equal: those that bf16 has."""
+    tiny = preset("tiny", dtype=dtype)
+    tiny.vision = replace(tiny.vision, frames_per_chunk=chunk, recompute=recompute)
+    model = random_model(tiny, groups)
+    for parameter in model.encoder.parameters():
+        parameter.data.copy_(parameter.data.bfloat16())
+    return model
+
+
+def batch(frames: int) -> StepBatch:
+    """One microbatch of frames that are all different."""
+    none = torch.zeros(0, dtype=torch.int64)
+    ratio_ids = torch.ones(frames, dtype=torch.int64)
+    text = TextBatch(none, none, [], none, none, ratio_ids)
+    generator = torch.Generator().manual_seed(5)
+    pixels = torch.randint(0, 255, (frames, 1, 3, 56, 56), generator=generator)
+    return StepBatch([text], pixels.to(torch.uint8), ratio_ids, [frames])
+
+
+def returned(states: Tensor) -> Tensor:
+    """A gradient for the states, with a mean: its sums grow with the number of frames."""
+    generator = torch.Generator().manual_seed(6)
+    return (0.3 + torch.rand(states.shape, generator=generator)).bfloat16().to(states.dtype)
+
+
+def gradients(groups, dtype: str, chunk: int, recompute: bool = True) -> dict[str, Tensor]:
+    """The main gradients of the encoder."""
+    model = built(groups, dtype, chunk, recompute)
+    config = Config(model=model.config)
+    config.trainer.steps = 2
+    state = make_train_state(model, config, freeze(model, ["vision.*", "projector.*"]))
+    state.zero_gradients()
+    exchange = FrameExchange(model.config, model.encoder, groups)
+    (states,) = exchange.encode(batch(FRAMES))
+    states.grad = returned(states)
+    exchange.return_gradient()
+    return {name: p.main_grad.clone() for name, p in model.encoder.named_parameters()}
+
+
+def in_one_pass(groups) -> dict[str, Tensor]:
+    """bf16, a frame a chunk, all chunks in one backward pass of autograd."""
+    model = built(groups, "bf16", 1)
+    exchange = FrameExchange(model.config, model.encoder, groups)
+    all_frames = batch(FRAMES)
+    parts = zip(all_frames.frames.split(1), all_frames.ratio_ids.split(1), strict=True)
+    states = torch.cat([exchange._encode(*part) for part in parts])
+    states.backward(returned(states))
+    return {name: p.grad.float() for name, p in model.encoder.named_parameters()}
+
+
+def errors(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative, of each parameter that has a gradient."""
+    return {
+        name: float((ours[name] - expected).norm() / expected.norm())
+        for name, expected in exact.items()
+        if expected.any()
+    }
+
+
+@pytest.fixture(scope="module")
+def exact(groups) -> dict[str, Tensor]:
+    return gradients(groups, "fp32", chunk=FRAMES, recompute=False)
+
+
+def test_gradients_of_many_chunks_are_added_in_fp32(groups, exact) -> None:
+    """What remains is the rounding of activations, whatever the number of chunks."""
+    many = errors(gradients(groups, "bf16", chunk=1), exact)
+    assert max(many.values()) < 0.01
+    # What it is for: autograd adds in bf16.
+    assert max(errors(in_one_pass(groups), exact).values()) > 0.05
+
+
+@pytest.mark.parametrize(("chunk", "recompute"), [(7, True), (64, False)])
+def test_chunks_change_no_gradient(groups, exact, chunk, recompute) -> None:
+    ours = errors(gradients(groups, "fp32", chunk, recompute), exact)
+    assert max(ours.values()) < 1e-5
+
+
+def test_one_chunk_is_kept_at_a_time(groups) -> None:
+    peaks = {}
+    for frames in (3, 24):
+        model = built(groups, "fp32", chunk=3)
+        exchange = FrameExchange(model.config, model.encoder, groups)
+        kept = Kept(model.encoder.parameters())
+        with kept:
+            (states,) = exchange.encode(batch(frames))
+            assert kept.peak == 0
+            states.grad = returned(states)
+            exchange.return_gradient()
+        assert kept.now == 0
+        peaks[frames] = kept.peak
+    assert 0 < peaks[24] < 1.01 * peaks[3]
