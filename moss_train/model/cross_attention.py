@@ -18,7 +18,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from moss_train.model.attention import attend
 from moss_train.model.frame_plan import FramePlan
@@ -38,7 +37,6 @@ class CrossAttentionLayer(MegatronModule):
         super().__init__(config)
         self.rotate, self.backend = model.cross_attention_rope, model.attention
         self.tp_group = groups.tp
-        self.recompute_core = config.recompute_granularity == "selective"
         width, eps = config.hidden_size, config.layernorm_epsilon
         head_dim = config.kv_channels
         assert head_dim is not None
@@ -138,10 +136,7 @@ class CrossAttentionLayer(MegatronModule):
             core = attend_padded
         else:
             core = attend_flex if self.backend == "flex" else attend_blocks
-        if self.recompute_core and torch.is_grad_enabled():
-            out = checkpoint(core, query, key, value, frames, use_reentrant=False)
-        else:
-            out = core(query, key, value, frames)
+        out = core(query, key, value, frames)
         if self.config.sequence_parallel:
             out = frames.attending.scatter(out)
         return out.flatten(1)[:, None]  # [n or T, 1, heads x D]

@@ -27,6 +27,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from moss_train.model.recompute import recomputed
+
 
 class _Adaptable(nn.Module):
     """What both kinds share: the pair of matrices, absent until `adapt`."""
@@ -92,11 +94,12 @@ class ColumnLinear(_Adaptable, ColumnParallelLinear):
             self.lora_a.partial_over_tensor = True
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if self.config.tensor_model_parallel_size > 1:
-            out, bias = super().forward(input_, *args, **kwargs)
-        else:
-            out, bias = linear(input_, self.weight, self.bias), None
-        return (out if self.lora_a is None else out + self._low_rank(input_)), bias
+        with recomputed(input_):
+            if self.config.tensor_model_parallel_size > 1:
+                out, bias = super().forward(input_, *args, **kwargs)
+            else:
+                out, bias = linear(input_, self.weight, self.bias), None
+            return (out if self.lora_a is None else out + self._low_rank(input_)), bias
 
     def _low_rank(self, x: Tensor) -> Tensor:
         hidden = linear(x, self.lora_a)
@@ -119,11 +122,12 @@ class RowLinear(_Adaptable, RowParallelLinear):
             self.lora_b.partial_over_tensor = True
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.config.tensor_model_parallel_size > 1:
-            out, bias = super().forward(input_)
-        else:
-            out, bias = linear(input_, self.weight, self.bias), None
-        return (out if self.lora_a is None else out + self._low_rank(input_)), bias
+        with recomputed(input_):
+            if self.config.tensor_model_parallel_size > 1:
+                out, bias = super().forward(input_)
+            else:
+                out, bias = linear(input_, self.weight, self.bias), None
+            return (out if self.lora_a is None else out + self._low_rank(input_)), bias
 
     def _low_rank(self, x: Tensor) -> Tensor:
         hidden = linear(x, self.lora_a)  # of this rank's features: a part of a sum

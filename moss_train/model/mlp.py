@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_sharded_factory
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from moss_train.model.linear import ColumnLinear, RowLinear
+from moss_train.model.recompute import recomputable, selective
 
 
 class FeedForward(MLP):
@@ -34,10 +36,32 @@ class FeedForward(MLP):
         """`[..., H]` -> `[..., H]`."""
         hidden, bias = self.linear_fc1(x)
         hidden = hidden if bias is None else hidden + bias
-        if self.config.gated_linear_unit:
-            gate, up = hidden.unflatten(-1, (2, -1)).unbind(-2)
-            hidden = silu(gate) * up
-        else:
-            hidden = gelu(hidden)
+        activation = swiglu if self.config.gated_linear_unit else gelu
+        hidden = recomputable(selective(self.config), activation, hidden)
         out, bias = self.linear_fc2(hidden)
         return out if bias is None else out + bias
+
+
+def swiglu(hidden: Tensor) -> Tensor:
+    """`[..., 2 F]`, gate and up -> silu(gate) * up `[..., F]` (Shazeer 2020)."""
+    return _SwiGLU.apply(hidden)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input only, not silu(gate) beside it, and writes both gradients in place."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        gate, up = hidden.unflatten(-1, (2, -1)).unbind(-2)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (hidden,) = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        gate, up = hidden.unflatten(-1, (2, -1)).unbind(-2)
+        to_gate, to_up = to_hidden.unflatten(-1, (2, -1)).unbind(-2)
+        torch.mul(grad, silu(gate), out=to_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        return to_hidden

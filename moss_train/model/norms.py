@@ -1,4 +1,4 @@
-"""RMSNorm that knows about sequence parallelism."""
+"""Norms: the decoder's RMSNorm, which knows about sequence parallelism, the tower's LayerNorm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+
+from moss_train.model.recompute import recomputable, selective
 
 
 class RMSNorm(nn.Module):
@@ -17,40 +19,62 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
         super().__init__()
-        self.eps = eps
+        self.eps, self.recompute = eps, selective(config)
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
         # On a sequence shard each rank sees other tokens: its gradient is one part of a sum.
         if config.sequence_parallel:
             self.weight.partial_over_tensor = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.float32:
-            return _RMSNorm.apply(x, self.weight, self.eps)
-        normed = nn.functional.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return self.weight * normed.to(x.dtype)
+        """Keeps x and a factor for each position, nothing in fp32 of the size of x."""
+        norm = rms_norm if _FUSED else _RMSNorm.apply
+        return recomputable(self.recompute, norm, x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, which the layer behind it need not keep the output of."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(
+            config.hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype
+        )
+        self.recompute = selective(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recomputable(self.recompute, super().forward, x)
+
+
+# One kernel forward and two backward; elsewhere autograd takes torch's norm apart into some twenty
+# operations, which keep x in fp32 (on a CPU a small model's norms took half as long again).
+_FUSED = torch.version.cuda is not None and hasattr(torch.ops.aten, "_fused_rms_norm")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), by torch's kernel."""
+    return nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019).
-
-    Autograd takes torch's own apart into some twenty operations; on a CPU a small model's norms
-    took half as long again.
-    """
+    """The same, computed in fp32 and rounded once."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        scale = _upcast(x).square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (x * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         normed, to_x, to_weight = x * scale, None, None
         if ctx.needs_input_grad[1]:
-            to_weight = (grad * normed).flatten(0, -2).sum(0)
+            to_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            grad = grad * weight
+            grad = _upcast(grad) * weight
             along = (grad * normed).mean(-1, keepdim=True)
-            to_x = grad.addcmul_(normed, along, value=-1).mul_(scale)
+            to_x = grad.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
         return to_x, to_weight, None
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.float() if x.dtype is torch.bfloat16 else x

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moss_train.model.attention import attention_core
 from moss_train.model.gather_rows import RowSubset
@@ -35,7 +33,6 @@ class SelfAttention(MegatronModule):
         assert head_dim is not None
         assert kv_heads is not None
         self.head_dim, self.shared = head_dim, heads // kv_heads  # query heads of a KV head
-        self.recompute_core = config.recompute_granularity == "selective"
         linear = {"bias": False, "skip_bias_add": True, "init_method": unset, "config": config}
         self.linear_qkv = ColumnLinear(
             config.hidden_size,
@@ -79,11 +76,7 @@ class SelfAttention(MegatronModule):
             rotated, value = mixed.split((self.shared + 1, 1), dim=-2)
             query, key = rotation(rotated).split((self.shared, 1), dim=-2)
         heads = (query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2))  # [..., heads, D]
-        if self.recompute_core and torch.is_grad_enabled():
-            out = checkpoint(self.core, *heads, layout, use_reentrant=False)
-        else:
-            out = self.core(*heads, layout)
-        out = out.reshape(*whole, -1)
+        out = self.core(*heads, layout).reshape(*whole, -1)
         return self.linear_proj(out if only is None else only.gather(out))[0]
 
 

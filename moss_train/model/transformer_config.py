@@ -11,7 +11,7 @@ from moss_train.config import ParallelConfig
 from moss_train.model_config import ModelConfig
 
 
-def _common(model: ModelConfig) -> dict:
+def _common(model: ModelConfig, selective: bool) -> dict:
     dtype = hardware.DTYPES[model.dtype]
     return {
         "params_dtype": dtype,
@@ -30,6 +30,9 @@ def _common(model: ModelConfig) -> dict:
         "apply_rope_fusion": False,
         # The loss is divided by the global count of labels in model/loss.py, not by megatron.
         "calculate_per_token_loss": True,
+        # Read in model/recompute.py, by our own norms and activations.
+        "recompute_granularity": "selective" if selective else None,
+        "recompute_modules": ["layernorm"],
     }
 
 
@@ -38,7 +41,6 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
     text = model.text
     interleaved = parallel.virtual > 1
     on_cpu = hardware.device().type == "cpu"
-    selective = parallel.recompute == "selective"
     return TransformerConfig(
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,
@@ -61,9 +63,7 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
         batch_p2p_sync=False,  # a wait for the device, which old releases of torch needed
         # Over gloo an overlapped send still reads the output when the schedule has freed it.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and not (interleaved and on_cpu),
-        recompute_granularity="selective" if selective else None,
-        recompute_modules=["core_attn"] if selective else None,
-        **_common(model),
+        **_common(model, parallel.recompute == "selective"),
     )
 
 
@@ -80,5 +80,5 @@ def vision_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerCo
         add_bias_linear=True,
         activation_func=gelu,
         tensor_model_parallel_size=parallel.tensor if parallel.vision_tensor else 1,
-        **_common(model),
+        **_common(model, parallel.recompute != "none"),
     )

@@ -17,6 +17,7 @@ from torch.nn.utils import skip_init
 from data_pipeline.aspect_ratios import supported_aspect_ratios
 from moss_train import hardware
 from moss_train.model.mlp import FeedForward
+from moss_train.model.norms import LayerNorm
 from moss_train.model.self_attention import SelfAttention
 from moss_train.model_config import ModelConfig, VisionConfig
 from moss_train.transfer import constant
@@ -95,10 +96,10 @@ class VisionLayer(MegatronModule):
     ):
         super().__init__(config)
         self.tp_group = groups.tp
-        width, eps, dtype = config.hidden_size, config.layernorm_epsilon, config.params_dtype
-        self.input_norm = nn.LayerNorm(width, eps=eps, dtype=dtype)
+        dtype = config.params_dtype
+        self.input_norm = LayerNorm(config)
         self.attention = SelfAttention(config, groups, backend, number, text=False)
-        self.mlp_norm = nn.LayerNorm(width, eps=eps, dtype=dtype)
+        self.mlp_norm = LayerNorm(config)
         self.mlp = FeedForward(config, groups)
         self.gate_attn = nn.Parameter(torch.empty(1, dtype=dtype)) if gated else None
         self.gate_ffn = nn.Parameter(torch.empty(1, dtype=dtype)) if gated else None

@@ -164,8 +164,9 @@ def step_flops(
         trained: what is trained.
         counts: sums over the step's microbatches and ranks.
         tiles: tiles T of every frame (`data.max_tiles`), unused ones included: they are computed.
-        recompute: `parallel.recompute`: none, selective (attention) or full (decoder layers).
-            `model.vision.recompute` says whether a tower that trains runs twice.
+        recompute: `parallel.recompute`: full (decoder layers), none or selective, which runs no
+            product again. `model.vision.recompute` says whether a tower that trains runs twice,
+            and the projector behind it.
     """
     vision_tokens = tiles * pooled_tokens(model)  # of a frame
     seeing = _Sequences(
@@ -178,10 +179,12 @@ def step_flops(
     )
     text = _Sequences(counts.text_tokens, counts.text_pairs, counts.text_labels, 0, 0, 0)
     vision = _vision(model, trained, counts.frames, tiles)
+    projector = _projector(model, trained, counts.frames * tiles)
+    twice = trained.vision and model.vision.recompute
     encoder = StepFlops(
         vision=vision,
-        projector=_projector(model, trained, counts.frames * tiles),
-        recomputed=vision.forward if trained.vision and model.vision.recompute else 0,
+        projector=projector,
+        recomputed=vision.forward + projector.forward if twice else 0,
     )
     halves = [_decoder(model, trained, part, recompute) for part in (seeing, text)]
     return encoder + halves[0] + halves[1]
@@ -256,8 +259,8 @@ def _decoder(
         else:
             continue
         sums += layer
-        if inputs:  # nothing is run again where no gradient passes
-            sums += StepFlops(recomputed=_recomputed(layer, recompute))
+        if inputs and recompute == "full":  # nothing is run again where no gradient passes
+            sums += StepFlops(recomputed=layer.model.forward)
     head = 2 * sequences.labels * text.hidden_size * text.vocab_size
     return sums + StepFlops(head=_linear(head, inputs, trained.decoder))
 
@@ -296,11 +299,3 @@ def _cross_layer(
         decoder_linear=query + rest + kv,
         cross_attention=_attention(sequences.vision_pairs, width, products),
     )
-
-
-def _recomputed(layer: StepFlops, recompute: str) -> int:
-    if recompute == "full":
-        return layer.model.forward
-    if recompute == "selective":
-        return layer.self_attention.forward + layer.cross_attention.forward
-    return 0
