@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def test_selective_keeps_no_output_of_a_norm_or_activation_in_the_decoder(groups
     tiny = preset("tiny", dtype=dtype)
     kept = {}
     for recompute in ("none", "selective"):
-        layer = random_model(tiny, groups, recompute=recompute).chunks[0].layers["0"]
+        layer: Any = random_model(tiny, groups, recompute=recompute).chunks[0].layers["0"]
         x = torch.randn(ROWS, 1, tiny.text.hidden_size).to(layer.mlp_norm.weight.dtype)
         x.requires_grad_()
         kept[recompute] = kept_by(layer, lambda: layer.mlp(layer.mlp_norm(x)))  # noqa: B023
