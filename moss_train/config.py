@@ -132,6 +132,8 @@ class TrainerConfig:
     eval_every: int | None = number(None, above=0)
     async_save: bool = False
     resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
+    # Begin at step 1 where run.dir has checkpoints and none can be loaded; they become .damaged_*.
+    start_over: bool = False
     console_every: int = number(1, above=0)
     # A step is left out where loss or gradient is not finite, or the loss exceeds the median of the
     # last 100 by this factor; null: whatever it is.

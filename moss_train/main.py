@@ -14,8 +14,9 @@ from omegaconf import DictConfig
 from data_pipeline.commands import WRONG_USAGE, report_error
 from data_pipeline.ranks import JoinError, RanksError, ranks_of
 from moss_train.config import Config, ConfigError, from_hydra
-from moss_train.log import configure
+from moss_train.log import configure, print_line
 from moss_train.run_lock import check_free
+from moss_train.storage import StorageError
 
 PROGRAM = "moss-train"  # in front of errors
 
@@ -29,7 +30,7 @@ def train(raw: DictConfig) -> None:
         _refuse(error)
     except RanksError as error:  # every rank speaks: it may be the only one that has started
         sys.exit(report_error(PROGRAM, error, WRONG_USAGE))
-    except JoinError as error:
+    except (JoinError, StorageError) as error:
         sys.exit(report_error(PROGRAM, error))
 
 
@@ -42,6 +43,7 @@ def run(config: Config, console: TextIO | None = None) -> bool:
     Raises:
         ConfigError: the configuration is wrong; nothing has been started.
         RanksError, JoinError: this is a rank of a job that cannot start.
+        StorageError: the storage of a checkpoint does not answer.
     """
     resume_from = check(config)
     # megatron is imported only now: a wrong configuration is refused in two seconds, not ten.
@@ -84,9 +86,11 @@ def _check_folder(folder: Path) -> None:
 
 
 def _refuse(error: ConfigError) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        for problem in error.problems:
-            report_error(PROGRAM, problem)
-    else:  # torchrun ends all ranks when the first one exits: let that be the one that has spoken
+    if os.environ.get("RANK", "0") != "0":
+        # torchrun ends all ranks when the first one exits: let that be the one that has spoken. A
+        # rank that lives on is the only one that refuses, since its machine is another.
         time.sleep(10)
+        print_line("this rank refuses what others may have taken:")
+    for problem in error.problems:
+        report_error(PROGRAM, problem)
     sys.exit(WRONG_USAGE)

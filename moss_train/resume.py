@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from moss_train.checkpoint_dir import find, read_run, read_streams
+from moss_train.checkpoint_dir import (
+    checkpoints_folder,
+    find,
+    flaw,
+    read_run,
+    read_streams,
+    steps_in,
+)
 from moss_train.config import AdapterConfig, Config, ConfigError, flatten, to_dict
 from moss_train.convert.folders import why_no_checkpoint
 from moss_train.trained_tokenizer import check_llama, check_start, check_tokenizer
 
 
-def find_resume(config: Config, world_size: int) -> Path | None:
+def find_resume(
+    config: Config, world_size: int, damaged: Mapping[Path, str] | None = None
+) -> Path | None:
     """The checkpoint that this run continues, None for a new one; checks `init_from` too.
 
+    damaged: checkpoints whose contents are known to be wrong, and what is wrong of them.
+
     Raises:
-        ConfigError: a named checkpoint is missing or damaged, or does not fit the configuration.
+        ConfigError: a named checkpoint is missing or damaged, or does not fit the configuration; or
+            the run folder has checkpoints, and none of them is whole.
+        StorageError: the storage does not answer.
     """
     resume, init_from = config.trainer.resume, config.init_from
     named = f"data.tokenizer={config.data.tokenizer}"
-    own = checkpoint = find(Path(config.run.dir))
+    damaged = damaged or {}
+    own = checkpoint = find(Path(config.run.dir), damaged)
+    if own is None and resume == "auto" and not config.trainer.start_over:
+        _check_new(Path(config.run.dir), damaged)
     if resume != "auto":
         checkpoint = None if resume == "none" else _must_find("trainer.resume", resume)
     if own is not None and (
@@ -78,6 +94,22 @@ def _fields(plain: dict) -> dict:
     optimizer = {**plain["optimizer"]}
     optimizer["lr_multipliers"] = str(optimizer.get("lr_multipliers"))
     return {**plain, "data": data, "optimizer": optimizer}
+
+
+def _check_new(run: Path, damaged: Mapping[Path, str]) -> None:
+    """Raises ConfigError where a run would begin again in a folder of damaged checkpoints."""
+    problems = [
+        f"checkpoint {path}: is damaged: {damaged.get(path) or flaw(path)}"
+        for path in steps_in(checkpoints_folder(run))
+    ]
+    if problems:
+        raise ConfigError(
+            [
+                *problems,
+                f"run.dir={run}: none of its checkpoints can be loaded: bring one back, or begin "
+                "at step 1 with trainer.start_over=true, which renames them to .damaged_*",
+            ]
+        )
 
 
 def _must_find(field: str, value: str) -> Path:

@@ -7,6 +7,8 @@ each rank encodes its share of the frames, so its data-parallel group spans the 
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,12 +16,16 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
 from moss_train import hardware
-from moss_train.config import ParallelConfig
+from moss_train.config import HardwareConfig, ParallelConfig
 from moss_train.model.groups import Groups
 
 
-def build_groups(parallel: ParallelConfig, seed: int) -> Groups:
+def build_groups(
+    parallel: ParallelConfig, seed: int, timeout_s: float = HardwareConfig.timeout_s
+) -> Groups:
     """Creates all groups. torch.distributed must be initialized.
+
+    timeout_s: seconds after which a collective of any of them ends the job.
 
     Raises:
         RuntimeError: the world size is not a multiple of tensor x pipeline.
@@ -31,31 +37,39 @@ def build_groups(parallel: ParallelConfig, seed: int) -> Groups:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_s / 60,  # it makes a timedelta of it
     )
     model_parallel_cuda_manual_seed(seed)
     world = dist.group.WORLD
     assert world is not None
     decoder = ProcessGroupCollection.use_mpu_process_groups()
     decoder.intra_dist_opt = world  # gradient norms are summed over all ranks
-    vision = _vision_groups(parallel, decoder, world)
-    return Groups(decoder, vision, decoder.mp, world, _host_group(decoder.mp))
+    timeout = timedelta(seconds=timeout_s)
+    vision = _vision_groups(parallel, decoder, world, timeout)
+    return Groups(decoder, vision, decoder.mp, world, _host_group(decoder.mp, timeout))
 
 
-def _host_group(group: ProcessGroup) -> ProcessGroup:
+def _host_group(group: ProcessGroup, timeout: timedelta) -> ProcessGroup:
     """The ranks of `group`, over gloo: text need not go through a GPU to be read by Python."""
     if hardware.device().type == "cpu" or group.size() == 1:
         return group
     own = tuple(dist.get_process_group_ranks(group))
     everywhere: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
-    groups = {ranks: dist.new_group([*ranks], backend="gloo") for ranks in sorted(set(everywhere))}
+    groups = {
+        ranks: dist.new_group([*ranks], timeout, backend="gloo")
+        for ranks in sorted(set(everywhere))
+    }
     return groups[own]
 
 
 def _vision_groups(
-    parallel: ParallelConfig, decoder: ProcessGroupCollection, world: ProcessGroup
+    parallel: ParallelConfig,
+    decoder: ProcessGroupCollection,
+    world: ProcessGroup,
+    timeout: timedelta,
 ) -> ProcessGroupCollection:
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    alone = dist.new_group([dist.get_rank()], timeout, use_local_synchronization=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.tp, groups.mp = alone, alone
     groups.pp = groups.tp_ep_pp = groups.expt_dp = alone
@@ -63,6 +77,8 @@ def _vision_groups(
     if parallel.vision_tensor and parallel.tensor > 1:
         groups.tp = groups.mp = decoder.tp
         ranks = range(decoder.tp.rank(), world.size(), parallel.tensor)
-        groups.dp = groups.dp_cp = dist.new_group(list(ranks), use_local_synchronization=True)
+        groups.dp = groups.dp_cp = dist.new_group(
+            list(ranks), timeout, use_local_synchronization=True
+        )
     groups.intra_dist_opt = world
     return groups

@@ -9,8 +9,7 @@ import base64
 import json
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -27,18 +26,25 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
-from data_pipeline.atomic import write_atomically
 from data_pipeline.tokenizer_identity import TokenizerIdentity
-from moss_train.checkpoint_dir import checkpoints_folder, is_complete, read_run, write_complete
+from moss_train.checkpoint_dir import (
+    checkpoints_folder,
+    flaw,
+    is_complete,
+    read_run,
+    set_aside,
+    steps_in,
+)
 from moss_train.config import AdapterConfig, Config, to_dict
 from moss_train.convert.megatron_files import CONTENT
 from moss_train.log import log
 from moss_train.model.lora import adapt, is_adapter, merge
 from moss_train.model.moss_video import MossVideo
+from moss_train.storage import StorageError
 from moss_train.train.optimizer import TrainState
 from moss_train.train.optimizer_state import load_rest, sharded_state
+from moss_train.train.save import Save, SaveError
 from moss_train.trained_tokenizer import KEY
 
 # megatron-core 0.19's own default for asynchronous saving is another package.
@@ -59,7 +65,7 @@ class Checkpointer:
         """`tokenizer`: the one that the weights are trained with; None: it is not known."""
         self.config, self.model, self.state, self.tokenizer = config, model, state, tokenizer
         self.folder = checkpoints_folder(Path(config.run.dir))
-        self.writing: Path | None = None
+        self.last = False  # the save that was begun last ends the job
         self.queue = AsyncCallsQueue() if config.trainer.async_save else None
         # Every rank of a data-parallel group writes a part of the weights that all of them hold.
         self.strategy = FullyParallelSaveStrategyWrapper(
@@ -68,72 +74,79 @@ class Checkpointer:
             do_cache_distribution=True,
         )
 
-    def open_folder(self) -> None:
-        """On rank 0, before the first `save`: makes the folder, and removes what a killed job left
-        there. No collective.
+    def open_folder(self, damaged: Collection[Path] = ()) -> None:
+        """On rank 0, before the first `save`: makes the folder, removes what a killed job left
+        there, and gives damaged checkpoints (those in `damaged`, too) another name. No collective.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*step_*"):
-            log.warning("removing %s: a save or a removal that was cut off", leftover)
-            shutil.rmtree(leftover)
+        for pattern in (".writing_*", ".removing_*"):
+            for leftover in self.folder.glob(pattern):
+                log.warning("removing %s: a save or a removal that was cut off", leftover)
+                shutil.rmtree(leftover)
+        for path in steps_in(self.folder):
+            if path in damaged or flaw(path) is not None:
+                set_aside(path)
 
-    def save(self, step: int, samples: int, streams: list[bytes] | None) -> None:
-        """Saves after `step`. `streams`: the data state of this rank's replica, on its leader."""
+    def save(self, step: int, samples: int, streams: list[bytes] | None, last: bool = True) -> None:
+        """Saves after `step`. One that fails is a warning, and leaves no file; the checkpoints that
+        are there stay.
+
+        Args:
+            streams: the data state of this rank's replica, on its leader.
+            last: the job ends with it: a failure is an error.
+
+        Raises:
+            SaveError: on all ranks.
+        """
         self.finish()
-        name = f"step_{step:08d}"
-        target, temporary = self.folder / name, self.folder / f".writing_{name}"
+        self.last = last
         gathered = self._gather_streams(streams)
-        self.writing = temporary
-        if dist.get_rank() == 0:
-            temporary.mkdir()
-        dist.barrier()
-        with self._named_errors():
+        saving = Save(self.folder, step)
+        try:
+            saving.open()
             request = dist_checkpointing.save(
                 self._sharded_state(loading=False),
-                str(temporary),
+                str(saving.temporary),
                 sharded_strategy=self.strategy,
-                async_sharded_save=self.queue is not None,
+                async_sharded_save=True,
                 content_metadata=CONTENT,
                 **_STRATEGY,
             )
+        except SaveError as error:
+            self._failed(error)
+            return
+        assert isinstance(request, AsyncRequest)
+        finalize_fns = request.finalize_fns
 
         def finalize() -> None:
-            if dist.get_rank() == 0:
-                self._write_rest(temporary, step, samples, gathered)
-                self._publish(temporary, target)
-            dist.barrier()
+            try:
+                saving.complete(finalize_fns, lambda: self._rest(step, samples, gathered))
+            except SaveError as error:
+                self._failed(error)
+            else:
+                if dist.get_rank() == 0:
+                    self._remove_old()
 
+        request = saving.summing(request)._replace(finalize_fns=[finalize])
         if self.queue is None:
-            with self._named_errors():
-                finalize()
+            request.execute_sync()
         else:
-            assert isinstance(request, AsyncRequest)
-            request.add_finalize_fn(finalize)
             self.queue.schedule_async_request(request)
+
+    def _failed(self, error: SaveError) -> None:
+        if self.last:
+            raise error
+        log.warning("%s: training goes on, the last checkpoint stays", error)
 
     def poll(self) -> None:
         """Completes an asynchronous save whose files are written."""
         if self.queue is not None:
-            with self._named_errors():
-                self.queue.maybe_finalize_async_calls(blocking=False)
+            self.queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Waits for an asynchronous save."""
         if self.queue is not None:
-            with self._named_errors():
-                self.queue.maybe_finalize_async_calls(blocking=True)
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Says which checkpoint could not be written; torch's own errors name no path."""
-        try:
-            yield
-        except (CheckpointException, OSError) as error:
-            free = shutil.disk_usage(self.folder).free / 1e9
-            cause = str(error).strip().splitlines()[-1]
-            raise RuntimeError(
-                f"{self.writing} could not be written ({free:.1f} GB are free there): {cause}"
-            ) from error
+            self.queue.maybe_finalize_async_calls(blocking=True)
 
     def close(self) -> None:
         """Ends the writer process."""
@@ -187,7 +200,8 @@ class Checkpointer:
             "virtual": parallel.virtual,
         }
 
-    def _write_rest(self, folder: Path, step: int, samples: int, streams: list[bytes]) -> None:
+    def _rest(self, step: int, samples: int, streams: list[bytes]) -> dict[str, str]:
+        """The files of a checkpoint that are not megatron's: their contents, by name."""
         run = {
             "step": step,
             "samples": samples,
@@ -196,26 +210,17 @@ class Checkpointer:
             KEY: self.tokenizer and self.tokenizer.to_dict(),
             "config": to_dict(self.config),
         }
-        (folder / "run.json").write_text(json.dumps(run, indent=1))
         encoded = [base64.b64encode(stream).decode() for stream in streams]
-        (folder / "streams.json").write_text(json.dumps(encoded))
-        write_complete(folder)
+        return {"run.json": json.dumps(run, indent=1), "streams.json": json.dumps(encoded)}
 
-    def _publish(self, temporary: Path, target: Path) -> None:
-        """Gives the checkpoint its name; removes old ones, and those that are damaged."""
-        if target.exists():  # damaged, or the run would have gone on after it
-            self._remove(target)
-        temporary.rename(target)
-        write_atomically(self.folder / "latest", target.name + "\n")
-        everything = sorted(self.folder.glob("step_*"))
-        kept = [path for path in everything if is_complete(path)][-self.config.trainer.keep_last :]
-        for path in everything:
-            if path not in kept:
-                self._remove(path)
-        log.info("saved %s", target)
-
-    def _remove(self, path: Path) -> None:
-        shutil.rmtree(path.rename(self.folder / f".removing_{path.name}"))
+    def _remove_old(self) -> None:
+        """Removes complete checkpoints beyond the newest `keep_last`. A failure is a warning."""
+        try:
+            complete = [path for path in steps_in(self.folder) if is_complete(path)]
+            for path in complete[: -self.config.trainer.keep_last]:
+                shutil.rmtree(path.rename(self.folder / f".removing_{path.name}"))
+        except (OSError, StorageError) as error:
+            log.warning("an old checkpoint could not be removed: %s", error)
 
 
 def load_weights(model: MossVideo, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from data_pipeline.tokenizer_identity import identify
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
-from moss_train.checkpoint_dir import find, read_run, read_streams
+from moss_train.checkpoint_dir import find, read_streams
 from moss_train.config import Config
 from moss_train.convert.llama import initial_reader
 from moss_train.convert.weights import fill
@@ -23,7 +23,6 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
-from moss_train.resume import changed_fields
 from moss_train.run_lock import running_in
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader, unread_sources
@@ -37,6 +36,7 @@ from moss_train.train.param_groups import freeze
 from moss_train.train.process import process_group, start_writer_queue, stop_signals
 from moss_train.train.profiler import StepProfiler
 from moss_train.train.report import write_report_or_warn
+from moss_train.train.start import agree_on_start, steps_left
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.summary import summary_table
 from moss_train.train.unlearned import UnlearnedWarnings
@@ -54,38 +54,16 @@ def run(config: Config, resume_from: Path | None, console: TextIO | None = None)
     """
     start_writer_queue()
     with open_loggers(config, resume_from) as loggers, process_group(config):
-        # Ranks that started in different seconds may name different folders: all take rank 0's.
-        decided: list[Any] = [config.run.dir, resume_from, what_is_left(config, resume_from)]
-        dist.broadcast_object_list(decided, src=0)
-        config.run.dir, resume_from, left = decided
-        if not left:
+        resume_from, damaged = agree_on_start(config, resume_from)
+        if not steps_left(config, resume_from):
             return False
-        job = Job(config, resume_from, console, loggers)
+        job = Job(config, resume_from, console, loggers, damaged)
         try:
             return job.run()
         except BaseException:
             if dist.get_world_size() == 1:  # else the process ends, and its workers with it
                 job.reader.close()
             raise
-
-
-def what_is_left(config: Config, resume_from: Path | None) -> int:
-    """Steps that the run has not done yet. Logs what a run that goes on does otherwise than before,
-    and that there is nothing to do; nothing is written then.
-    """
-    if resume_from is None:
-        return config.steps
-    saved = read_run(resume_from)
-    done = int(saved["step"])
-    for line in changed_fields(config, saved["config"]):
-        log.info("changed since step %d: %s", done, line)
-    left = max(0, config.steps - done)
-    if not left:
-        log.warning(
-            "nothing to do: step %d of %d is done, %s: for more steps raise trainer.steps",
-            done, config.steps, resume_from,
-        )  # fmt: skip
-    return left
 
 
 class Job:
@@ -97,11 +75,15 @@ class Job:
         resume_from: Path | None,
         console: TextIO | None = None,
         loggers: Sequence[Logger] = (),
+        damaged: Collection[Path] = (),
     ):
+        """`damaged`: checkpoints of the run that cannot be used."""
+        self.damaged = damaged
         self.config, self.console, self.loggers = config, console, loggers
         self.folder = Path(config.run.dir)
         self.first_rank = dist.get_rank() == 0
-        self.groups = build_groups(config.parallel, config.trainer.seed)
+        timeout_s = config.hardware.timeout_s
+        self.groups = build_groups(config.parallel, config.trainer.seed, timeout_s)
         self.model = MossVideo(config.model, config.parallel, self.groups, config.adapter)
         if resume_from is None:
             # What a checkpoint holds is not drawn first: of 11B that takes minutes.
@@ -176,8 +158,9 @@ class Job:
                 self.checkpointer.poll()
                 self.due |= self.done % self.config.trainer.checkpoint_every == 0
                 # Weights that steps fail with are not worth a checkpoint.
-                if stopped or self.done == steps or (self.due and not self.guard.in_a_row):
-                    self._save()
+                last = stopped or self.done == steps
+                if last or (self.due and not self.guard.in_a_row):
+                    self._save(last)
             self.checkpointer.close()
         self.reader.close()
         if self.first_rank and sinks is not None:
@@ -227,7 +210,7 @@ class Job:
             writer.rewind(self.done)
             self.audit.cut(self.folder, self.done)
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
         self.state.gather_parameters()
         differing = differing_replicas(self.model)
         if differing:
@@ -235,7 +218,7 @@ class Job:
                 f"step {self.done}: ranks that should hold the same weights differ in {differing}: "
                 "go on from the last checkpoint, and report this as a bug"
             )
-        self.checkpointer.save(self.done, self.samples, self.reader.state())
+        self.checkpointer.save(self.done, self.samples, self.reader.state(), last)
         self.due = False
 
     def _check(self, result: StepResult) -> None:
@@ -254,7 +237,7 @@ class Job:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with running_in(self.folder):
-            self.checkpointer.open_folder()
+            self.checkpointer.open_folder(self.damaged)
             layout = {"world": dist.get_world_size(), "data": self.groups.data_size}
             layout |= {"pipeline": config.parallel.pipeline, "tensor": config.parallel.tensor}
             kind = hardware.device().type

@@ -96,7 +96,8 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
     os.truncate(weights, weights.stat().st_size // 2)
     (folder / "checkpoints" / "latest").unlink()
     said = start().wait(timeout=300).stderr()
-    assert f"WARNING checkpoint {last} is damaged or half written: trying the one before" in said
+    assert f"WARNING checkpoint {last} is damaged: {weights.name} has " in said
+    assert f"WARNING {last} is damaged: it is .damaged_{last.name} now" in said
     assert re.search(r"WARNING removing .*/\.writing_step_\d+: a save .* was cut off", said)
     assert f"resumed {before} after step {before.name[-2:].lstrip('0')}" in said
     assert steps(folder) == list(range(1, STEPS + 1))
@@ -104,7 +105,7 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
     assert audit(folder) == audit(uninterrupted)
     assert saved_steps(folder) == [STEPS - EVERY, STEPS]
     assert (folder / "checkpoints" / "latest").read_text() == f"step_{STEPS:08d}\n"
-    assert not list(folder.glob("checkpoints/.*"))
+    assert [path.name for path in folder.glob("checkpoints/.*")] == [f".damaged_{last.name}"]
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path):
@@ -231,9 +232,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints, caplog,
     assert not caplog.messages
     DAMAGES[damage](newest)
     assert find(checkpoints.parent) == before
-    assert caplog.messages == [
-        f"checkpoint {newest} is damaged or half written: trying the one before"
-    ]
+    (said,) = caplog.messages
+    assert said.startswith(f"checkpoint {newest} is damaged: ")
+    assert said.endswith(": trying the one before")
     assert find(newest) is None
     DAMAGES[damage](before)
     assert find(checkpoints.parent) is None
@@ -245,3 +246,33 @@ def test_a_folder_that_is_being_written_is_no_checkpoint(checkpoints):
     newest, before = checkpoints / f"step_{STEPS:08d}", checkpoints / f"step_{STEPS - EVERY:08d}"
     newest.rename(checkpoints / f".writing_{newest.name}")
     assert find(checkpoints.parent) == before
+
+
+def flip_a_bit(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_bit_that_flipped_is_found_and_the_checkpoint_before_is_loaded(
+    checkpoints, job, tmp_path
+):
+    newest, before = checkpoints / f"step_{STEPS:08d}", checkpoints / f"step_{STEPS - EVERY:08d}"
+    weights = weights_file(newest)
+    flip_a_bit(weights)
+    folder = f"run.dir={tmp_path}/run"
+    said = run_ranks(ENTRY, 2, *job, folder, out=tmp_path / "out").stderr()
+    wrong = f"{weights.name}: not the bytes that were written"
+    assert f"checkpoint {newest} is damaged: {wrong}: trying the one before" in said
+    assert f"resumed {before} after step {STEPS - EVERY}" in said
+    assert saved_steps(tmp_path / "run") == [STEPS - EVERY, STEPS]
+    assert [path.name for path in checkpoints.glob(".*")] == [f".damaged_{newest.name}"]
+
+    for path in (newest, before):
+        flip_a_bit(weights_file(path))
+    result = run_ranks(ENTRY, 2, *job, folder, out=tmp_path / "none", check=False)
+    assert result.returncode == 1
+    assert "none of its checkpoints can be loaded: bring one back, or begin at" in result.stderr()
+    assert saved_steps(tmp_path / "run") == [STEPS - EVERY, STEPS]

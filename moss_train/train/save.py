@@ -1,0 +1,147 @@
+"""One save of a checkpoint: written under a temporary name, summed, renamed when it is complete.
+
+A rank that fails alone would leave the others in a collective. So whatever may fail for want of
+space or of storage is either agreed on by all ranks, or megatron's own, which does that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data_pipeline.atomic import write_atomically
+from moss_train.checkpoint_dir import set_aside, write_complete
+from moss_train.log import log
+from moss_train.storage import describe_files
+
+RESERVE = 4 << 20  # bytes for each eight ranks: what rank 0 writes alone, most of it .metadata
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written. All ranks raise it."""
+
+
+class Save:
+    """A checkpoint that is being written. `open`, then the writing, then `complete`."""
+
+    def __init__(self, folder: Path, step: int):
+        """`folder`: of the run's checkpoints."""
+        self.folder, name = folder, f"step_{step:08d}"
+        self.target, self.temporary = folder / name, folder / f".writing_{name}"
+        self.reserve = self.temporary / ".reserve"
+        self.sums = self.temporary / f".sums_{dist.get_rank()}.json"
+
+    def open(self) -> None:
+        """Makes the folder, and sees to it that what rank 0 writes alone will fit. A collective.
+
+        Raises:
+            SaveError: it does not.
+        """
+
+        def make() -> None:
+            self.temporary.mkdir()
+            with self.reserve.open("wb") as file:
+                size = RESERVE * (1 + dist.get_world_size() // 8)
+                os.posix_fallocate(file.fileno(), 0, 2 * size)
+                os.truncate(self.reserve, size)  # half of it is for megatron's common.pt
+
+        self._on_first_rank(make)
+
+    def summing(self, request: AsyncRequest) -> AsyncRequest:
+        """A `request` of megatron's whose writer also computes this rank's checksums."""
+        if request.async_fn is None:  # this rank has nothing to write
+            return request
+        write = partial(_write_and_sum, request.async_fn, self.temporary, self.sums)
+        return request._replace(async_fn=write)
+
+    def complete(
+        self, finalize_fns: Sequence[Callable[[], None]], rest: Callable[[], dict[str, str]]
+    ) -> None:
+        """After the writing: the remaining files, then the checkpoint's name. A collective.
+
+        Args:
+            finalize_fns: megatron's.
+            rest: contents of our own files, by name.
+
+        Raises:
+            SaveError: something was not written; what was is removed.
+        """
+        problem = None
+        if dist.get_rank() == 0:
+            self.reserve.unlink(missing_ok=True)
+        try:
+            for finalize in finalize_fns:
+                finalize()
+        except CheckpointException as error:  # on all ranks; rank 0 knows the cause
+            problem = _cause(error)
+        sums: dict[str, Any] = {}
+        try:
+            if problem is None and self.sums.exists():
+                sums = json.loads(self.sums.read_text())
+                self.sums.unlink()
+        except (OSError, ValueError) as error:
+            problem = _cause(error)
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (problem, sums))
+        problems = [found for found, _ in everywhere if found is not None]
+        known = {name: about for _, part in everywhere for name, about in part.items()}
+
+        def publish() -> None:
+            if problems:
+                raise SaveError(problems[0])
+            for name, content in rest().items():
+                (self.temporary / name).write_text(content)
+            write_complete(self.temporary, known)
+            if self.target.exists():  # damaged, or the run would have gone on after it
+                set_aside(self.target)
+            self.temporary.rename(self.target)
+            write_atomically(self.folder / "latest", self.target.name + "\n")
+            log.info("saved %s", self.target)
+
+        self._on_first_rank(publish)
+
+    def _on_first_rank(self, work: Callable[[], None]) -> None:
+        """Raises SaveError on all ranks where `work` fails on rank 0."""
+        problem = [None]
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except (OSError, SaveError) as error:
+                problem[0] = self._describe(error)
+                shutil.rmtree(self.temporary, ignore_errors=True)
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise SaveError(problem[0])
+
+    def _describe(self, error: Exception) -> Any:
+        free = shutil.disk_usage(self.folder).free / 1e9
+        return (
+            f"{self.temporary} could not be written ({free:.1f} GB are free there): {_cause(error)}"
+        )
+
+
+def _write_and_sum(
+    write: Callable[..., None], folder: Path, sums: Path, *args: Any, **options: Any
+) -> None:
+    """In the writer: `write`, then the checksums of what this rank wrote, read back while the
+    system still has it in memory."""
+    write(*args, **options)
+    rank = sums.stem.rpartition("_")[2]
+    try:
+        written = describe_files(folder, folder.glob(f"*__{rank}_*.distcp"))
+        sums.write_text(json.dumps(written))
+    except OSError as error:
+        log.error("%s: the files of rank %s could not be read back: %s", folder, rank, error)
+
+
+def _cause(error: BaseException) -> str:  # CheckpointException is no Exception
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

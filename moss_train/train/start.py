@@ -1,0 +1,132 @@
+"""Where a job begins: at which checkpoint, whose files are as they were written, and what is left.
+
+The size of every file has been compared before (checkpoint_dir.py). Here the ranks read all of them
+together, each its share, and compare checksums: a file system may give back other bytes than it
+took, and torch's reader would load them.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moss_train.checkpoint_dir import find, listed_files, read_run
+from moss_train.config import Config, ConfigError
+from moss_train.log import log
+from moss_train.resume import changed_fields, find_resume
+from moss_train.storage import NOT_THERE, StorageError, describe_files, patiently
+
+
+def agree_on_start(config: Config, resume_from: Path | None) -> tuple[Path | None, list[Path]]:
+    """The checkpoint that the job goes on from, None for a new run, and those of the run that are
+    damaged and newer. A collective: all ranks take rank 0's folder and answer.
+
+    Raises:
+        ConfigError: a checkpoint that the configuration names is damaged, or none of the run is
+            whole.
+        StorageError: the storage does not answer.
+    """
+    damaged: dict[Path, str] = {}
+    # Ranks that started in different seconds may name different folders.
+    config.run.dir, resume_from = _from_first((config.run.dir, resume_from))
+    if resume_from is None and config.init_from is not None:
+        source = _from_first(find(Path(config.init_from)))
+        wrong = damage(source)
+        if wrong is not None:
+            raise ConfigError([f"init_from={config.init_from}: {source} is damaged: {wrong}"])
+    while resume_from is not None:
+        wrong = damage(resume_from)
+        if wrong is None:
+            break
+        if config.trainer.resume != "auto":
+            raise ConfigError(
+                [f"trainer.resume={config.trainer.resume}: {resume_from} is damaged: {wrong}"]
+            )
+        log.warning("checkpoint %s is damaged: %s: trying the one before", resume_from, wrong)
+        damaged[resume_from] = wrong
+        resume_from = _again(config, damaged)
+    return resume_from, list(damaged)
+
+
+def _again(config: Config, damaged: dict[Path, str]) -> Path | None:
+    """`find_resume` without the `damaged` ones, on rank 0; its answer or error on all ranks."""
+    answer: Path | ConfigError | StorageError | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer = find_resume(config, dist.get_world_size(), damaged)
+        except ConfigError as error:
+            answer = ConfigError(error.problems)
+        except StorageError as error:
+            answer = StorageError(str(error))
+    told = _from_first(answer.problems if isinstance(answer, ConfigError) else answer)
+    if isinstance(told, list):
+        raise ConfigError(told)
+    if isinstance(told, StorageError):
+        raise told
+    return told
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Which file of a checkpoint has not the bytes that were written; None: all have, or nobody
+    wrote down what they were. A collective: each rank reads its share.
+
+    Raises:
+        StorageError: a rank cannot read its share.
+    """
+    began = time.perf_counter()
+    files = patiently(lambda: listed_files(checkpoint), checkpoint)
+    told = {name: about for name, about in files.items() if "crc32" in about}
+    # The largest ones first, one after the other: even shares.
+    ordered = sorted(told, key=lambda name: (-told[name]["size"], name))
+    share = ordered[dist.get_rank() :: dist.get_world_size()]
+    found, failed = "", ""
+    try:
+        paths = [checkpoint / name for name in share]
+        read = patiently(lambda: describe_files(checkpoint, paths), checkpoint)
+        wrong = [name for name in share if read[name] != told[name]]
+        if wrong:
+            found = f"{', '.join(wrong)}: not the bytes that were written"
+    except NOT_THERE as error:
+        found = f"{error.filename} is not there"
+    except StorageError as error:
+        failed = str(error)
+    everywhere: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (found, failed))
+    for _, failed in everywhere:
+        if failed:
+            raise StorageError(failed)
+    size = sum(about["size"] for about in told.values()) / 1e9
+    log.info(
+        "%s: %.2f GB compared with their checksums, %.1f s",
+        checkpoint, size, time.perf_counter() - began,
+    )  # fmt: skip
+    return next((found for found, _ in everywhere if found), None)
+
+
+def steps_left(config: Config, resume_from: Path | None) -> int:
+    """Steps that the run has not done yet. Logs what a run that goes on does otherwise than before,
+    and that there is nothing to do; nothing is written then.
+    """
+    if resume_from is None:
+        return config.steps
+    saved = read_run(resume_from)
+    done = int(saved["step"])
+    for line in changed_fields(config, saved["config"]):
+        log.info("changed since step %d: %s", done, line)
+    left = max(0, config.steps - done)
+    if not left:
+        log.warning(
+            "nothing to do: step %d of %d is done, %s: for more steps raise trainer.steps",
+            done, config.steps, resume_from,
+        )  # fmt: skip
+    return left
+
+
+def _from_first(value: Any) -> Any:
+    """`value` of rank 0, on every rank. A collective."""
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
