@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -86,6 +87,20 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
                 report_error(name, line)
         return WRONG_USAGE
     return 0
+
+
+def _when_job_started(form: str) -> str:
+    """The time, as strftime writes it; in a rank of torchrun, when that was started: ranks that it
+    starts again go on in the same run folder."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return time.strftime(form)
+    fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+    since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # of the launcher
+    age = float(Path("/proc/uptime").read_text().split()[0]) - since_boot
+    return time.strftime(form, time.localtime(time.time() - age))
+
+
+OmegaConf.register_new_resolver("job_started", _when_job_started, replace=True)
 
 
 def explain(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from omegaconf import DictConfig
 
-from data_pipeline.commands import WRONG_USAGE, report_error
+from data_pipeline.commands import STOPPED, WRONG_USAGE, report_error
 from data_pipeline.ranks import JoinError, RanksError, ranks_of
 from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.log import configure, print_line
@@ -19,13 +19,26 @@ from moss_train.run_lock import check_free
 from moss_train.storage import StorageError
 
 PROGRAM = "moss-train"  # in front of errors
+STOPPED_NOTE = "MOSS_TRAIN_STOPPED"  # environment: the file that says that a signal stopped the job
 
 
 def train(raw: DictConfig) -> None:
-    """Runs a training job on this rank. A wrong configuration exits with 2 and a line for each."""
+    """Runs a training job on this rank.
+
+    Raises:
+        SystemExit: with 2 and a line for each field that is wrong, with 1 where the job cannot
+            start, with 130 where a signal stopped it. torchrun takes that for a failure, and would
+            start the ranks again: under it they end with 0 and leave a note for
+            launch/torchrun.py, which ends with 130.
+    """
     configure()
+    note = os.environ.get(STOPPED_NOTE)
     try:
-        run(from_hydra(raw))
+        stopped = run(from_hydra(raw))
+        if stopped and note is not None:
+            Path(note).touch()
+        if stopped and "TORCHELASTIC_RUN_ID" not in os.environ:
+            sys.exit(STOPPED)
     except ConfigError as error:
         _refuse(error)
     except RanksError as error:  # every rank speaks: it may be the only one that has started

@@ -53,7 +53,7 @@ def run(config: Config, resume_from: Path | None, console: TextIO | None = None)
         True where a signal stopped the run before its last step.
     """
     start_writer_queue()
-    with open_loggers(config, resume_from) as loggers, process_group(config):
+    with open_loggers(config, resume_from) as loggers, process_group(config), stop_signals():
         resume_from, damaged = agree_on_start(config, resume_from)
         if not steps_left(config, resume_from):
             return False
@@ -150,7 +150,7 @@ class Job:
                 self.done += 1
                 self.samples += self.config.data.global_batch
                 self._check(result)
-                measured = self._validate(result)
+                measured = self._validate(result, asked)
                 self._report(result, seconds, measured, batch, writer, progress)
                 if result.refused is not None:
                     self._skip(result, batch, writer)
@@ -170,14 +170,18 @@ class Job:
     def _read(self) -> StepBatch:
         return self.reader.read(self.done + 1)
 
-    def _validate(self, result: StepResult) -> dict[str, Any] | None:
-        """Losses and accuracies on held-out data, where they are due after this step."""
+    def _validate(self, result: StepResult, asked: Sequence[float]) -> dict[str, Any] | None:
+        """Losses and accuracies on held-out data, where they are due after this step, and nobody
+        asks to stop."""
         every = self.config.trainer.eval_every
         due = every is not None and (self.done % every == 0 or self.done == self.config.steps)
-        if not due or result.refused is not None:
+        if not due or result.refused is not None or result.stop:
             return None
         started = time.perf_counter()
-        measured = self.validator()
+        measured = self.validator(asked)
+        if measured is None:
+            log.warning("step %d: validation is left out: asked to stop", self.done)
+            return None
         seconds = time.perf_counter() - started
         log.info("step %d: validation %s, %.1f s", self.done, describe(measured), seconds)
         return measured

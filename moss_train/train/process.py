@@ -26,6 +26,8 @@ from moss_train.config import Config
 from moss_train.log import print_line
 
 _users = 0  # jobs and models of this process that need its process group
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a job saves and ends
+_asked: list[float] | None = None  # when they came, while they are collected
 _started = False  # by this module: then it is ended by it, too
 
 
@@ -62,6 +64,9 @@ def start_process_group(config: Config) -> None:
     global _users, _started
     if "RANK" in os.environ and sys.platform == "linux":
         _take_forks_along()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # A launcher that is killed stops the job as a signal does; its ranks would go on.
+            _end_with_parent(os.getppid(), signal.SIGTERM)
     if config.trainer.deterministic:
         hardware.make_deterministic()
     device = hardware.activate(config.hardware.device)
@@ -103,17 +108,18 @@ def leave_process_group() -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[float]]:
-    """Collects SIGTERM and SIGINT instead of dying of them (in the main thread alone: others get
-    no signals).
+    """Collects SIGTERM, SIGINT and SIGUSR1 instead of dying of them (in the main thread alone:
+    others get no signals). Within another `stop_signals` it is that one's list.
 
     The same request may come twice, from a batch system and from torchrun. A second Ctrl-C of an
     impatient user (after a second or more) has its usual effect.
     """
-    caught: list[float] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
+    global _asked
+    if _asked is not None or threading.current_thread() is not threading.main_thread():
+        yield [] if _asked is None else _asked
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    caught: list[float] = []
+    before = {number: signal.getsignal(number) for number in STOPS}
 
     def note(number: int, _frame: object) -> None:
         caught.append(time.monotonic())
@@ -122,9 +128,11 @@ def stop_signals() -> Iterator[list[float]]:
 
     for number in before:
         signal.signal(number, note)
+    _asked = caught
     try:
         yield caught
     finally:
+        _asked = None
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -164,8 +172,8 @@ def _take_forks_along() -> None:
     os.register_at_fork(before=before, after_in_child=in_child)
 
 
-def _end_with_parent(parent: int) -> None:
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+def _end_with_parent(parent: int, how: int = signal.SIGKILL) -> None:
+    torch.multiprocessing._prctl_pr_set_pdeathsig(how)  # type: ignore[attr-defined]
     if os.getppid() != parent:  # it ended before this was asked for
         os._exit(1)
 
@@ -175,4 +183,5 @@ def _outlive_signals(rank: int) -> None:
     that ends, and not before: torchrun and batch systems signal every process of a job, and the
     rank saves then."""
     _end_with_parent(rank)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from moss_train.parallel.schedule import run_schedule
 from moss_train.train.data import StepReader, encode_config
 from moss_train.train.step import TrainStep, gather_counts
 from moss_train.train.unlearned import Totals
+
+T = TypeVar("T")
 
 
 class Validator:
@@ -43,24 +46,34 @@ class Validator:
         self._warned: set[str] = set()
         self._count_anew()
 
-    def __call__(self) -> dict[str, Any]:
-        """What `validation` returns. A collective."""
+    def __call__(self, asked: Sequence[float] = ()) -> dict[str, Any] | None:
+        """What `validation` returns; None where it was cut short. A collective.
+
+        asked: a signal to stop puts something in it; a replica whose leader got one reads no
+        further.
+        """
         self._count_anew()
+        self.asked = asked
         self.step.state.gather_parameters()
         sources = self.config.data.eval_sources
         with torch.no_grad():
             sums = torch.stack([self._sums(source) for source in sources])
         dist.all_reduce(sums)
-        counts = torch.tensor([self.samples, *astuple(self.unlearned)], device=sums.device)
+        own = [self.cut, self.samples, *astuple(self.unlearned)]
+        counts = torch.tensor(own, device=sums.device)
         dist.all_reduce(counts)
-        samples, *unlearned = counts.tolist()
+        cut, samples, *unlearned = counts.tolist()
+        if cut:
+            return None
         skipped = gather_counts(self.skipped)
         measured = validation(sources, sums.tolist(), samples, skipped, Unlearned(*unlearned))
         Totals.of([measured]).warn(self._warned, "validation: ")
         return measured
 
     def _count_anew(self) -> None:
-        """Of a validation, on this rank: samples, those left out, what the others lost."""
+        """Of a validation, on this rank: was it cut short; samples, those left out, what the others
+        lost."""
+        self.cut = False
         self.samples, self.skipped, self.unlearned = 0, Counter[str](), Unlearned()
 
     def _sums(self, source: SourceConfig) -> torch.Tensor:
@@ -89,6 +102,9 @@ class Validator:
 
     def _next(self, samples: Iterator[EncodedSample]) -> list[MicroBatch]:
         """Batches of as many samples as a training step has, or of those that are left."""
+        if self.asked:
+            self.cut = True
+            return []
         size, multiple = self.config.data.micro_batch, self.reader.bounds.multiple
         chosen = list(islice(samples, self.reader.reads * size))
         while chosen and len(chosen) < multiple:  # no stage's microbatch may be empty
@@ -102,7 +118,7 @@ class Validator:
     def _samples(self, source: SourceConfig) -> Iterator[EncodedSample]:
         rank, size = self.groups.data_rank, self.groups.data_size
         raw = islice(read_samples(source.path), rank, self.config.data.eval_samples, size)
-        for key, parts in raw:
+        for key, parts in self._readable(source, raw):
             try:
                 encoded = self.encoder.encode(f"{source.name}/{key}", parts)
             except SampleError as error:
@@ -112,6 +128,15 @@ class Validator:
                 self.samples += 1
                 self.unlearned += encoded.unlearned
                 yield encoded
+
+    def _readable(self, source: SourceConfig, raw: Iterator[T]) -> Iterator[T]:
+        """Samples until a shard cannot be read: that ends the source, not the job, which would come
+        to it again after each start."""
+        try:
+            yield from raw
+        except (OSError, ValueError, tarfile.TarError) as error:
+            self.skipped["unreadable_shard"] += 1
+            log.error("validation: the rest of %s is left out: %s", source.path, error)
 
 
 def validation(
