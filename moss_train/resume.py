@@ -18,6 +18,10 @@ from moss_train.config import AdapterConfig, Config, ConfigError, flatten, to_di
 from moss_train.convert.folders import why_no_checkpoint
 from moss_train.trained_tokenizer import check_llama, check_start, check_tokenizer
 
+# What a resumed run must have as before, beside the model's sizes.
+STAGE = ("name", "train", "also", "prompt")
+NUMBERS = ("dtype", "tokens_before_first_frame")
+
 
 def find_resume(
     config: Config, world_size: int, damaged: Mapping[Path, str] | None = None
@@ -61,6 +65,7 @@ def find_resume(
             )
         check_architecture(config, saved["config"], checkpoint)
         check_adapter(config, saved["config"], checkpoint, resume=True)
+        check_stage(config, saved["config"], checkpoint)
         check_streams(config, len(read_streams(checkpoint)), checkpoint, world_size)
         check_sources(config, saved["config"], checkpoint)
         mend = f"give that one, or start a new run with init_from={checkpoint}"
@@ -131,6 +136,22 @@ def check_architecture(config: Config, saved: dict, checkpoint: Path) -> None:
         problems += _differences(mine[part], theirs[part], f"model.{part}", ignored, checkpoint)
     if problems:
         raise ConfigError(problems)
+
+
+def check_stage(config: Config, saved: dict, checkpoint: Path) -> None:
+    """Raises ConfigError where the checkpoint is of another stage: it is in the middle of that."""
+    mine = to_dict(config)
+    problems = [
+        *_differences(
+            {name: mine["stage"][name] for name in STAGE}, saved["stage"], "stage", (), checkpoint
+        ),
+        *_differences(
+            {name: mine["model"][name] for name in NUMBERS}, saved["model"], "model", (), checkpoint
+        ),
+    ]
+    if problems:
+        end = f"a new run may start from its weights (init_from={checkpoint}, another run.dir)"
+        raise ConfigError([*problems, f"trainer.resume={config.trainer.resume}: {end}"])
 
 
 def _differences(

@@ -32,7 +32,7 @@ from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.loggers import open_loggers
 from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetrics, read_metrics
 from moss_train.train.optimizer import make_train_state, schedule_warnings
-from moss_train.train.param_groups import freeze
+from moss_train.train.param_groups import check_gradients, freeze
 from moss_train.train.process import process_group, start_writer_queue, stop_signals
 from moss_train.train.profiler import StepProfiler
 from moss_train.train.report import write_report_or_warn
@@ -98,6 +98,7 @@ class Job:
         self.done = self.samples = 0
         self.bad_samples = BadSamples(config.data.max_bad_ratio)
         streams = self._restore(resume_from)
+        check_gradients(self.model, self.counts, config.stage.name)
         self.guard = Guard.resume(config.trainer.spike_factor, self.folder, self.done)
         self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
         self.reader = StepReader(config, self.groups, self.step.exchange.shares, streams)

@@ -43,10 +43,15 @@ def sharded_state(
 
 
 def load_rest(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
-    """Takes what is no tensor (steps, rates) from a loaded state, whose tensors are in place."""
-    single = len(optimizer.chained_optimizers) == 1
-    for part in [state] if single else state.values():
-        del part["param_state"], part["param_state_sharding_type"]
+    """Takes the step from a loaded state, whose tensors are in place. Rates, betas, eps and decay
+    are those of this run: what is changed in its configuration takes effect."""
+    parts = optimizer.chained_optimizers
+    for number, part in enumerate(parts):
+        saved = state if len(parts) == 1 else state[number]
+        del saved["param_state"], saved["param_state_sharding_type"]
+        step = max(group.get("step", 0) for group in saved["optimizer"]["param_groups"])
+        groups = part.state_dict()["optimizer"]["param_groups"]
+        saved["optimizer"]["param_groups"] = [{**group, "step": step} for group in groups]
     optimizer.load_state_dict(state)
 
 

@@ -74,6 +74,28 @@ def match(model: MossVideo, field: str, patterns: list[str]) -> dict[str, list[s
     return hits
 
 
+def check_gradients(model: MossVideo, counts: Counts, stage: str) -> None:
+    """Refuses a stage in which a part trains that gets no gradient: vision and projector reach the
+    loss only through the gates of the cross-attention. A collective.
+
+    Raises:
+        ConfigError: every `attn_gate` is 0 and none of them trains.
+    """
+    gates = [p for name, p in model.named_parameters() if name.endswith("attn_gate")]
+    opened = any(bool(gate.requires_grad) or bool(gate.detach().any()) for gate in gates)
+    anywhere = torch.tensor(float(opened), device=hardware.device())
+    dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+    trained = [part for part in ("vision", "projector") if counts.trained[part]]
+    if trained and not anywhere:
+        raise ConfigError(
+            [
+                f"stage {stage}: {' and '.join(trained)} would get no gradient: every gate of the "
+                "cross-attention is 0, and none of them trains: train them too, "
+                "'stage.also=[decoder.*attn_gate]'"
+            ]
+        )
+
+
 def _count(model: MossVideo, patterns: list[str], hits: dict[str, list[str]]) -> Counts:
     groups = model.groups
     keys = [("trained", part) for part in PARTS] + [("total", part) for part in PARTS]

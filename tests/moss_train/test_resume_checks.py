@@ -8,7 +8,7 @@ import pytest
 
 from moss_train.compose import load_config
 from moss_train.config import Config, ConfigError, to_dict
-from moss_train.resume import changed_fields, check_sources
+from moss_train.resume import changed_fields, check_sources, check_stage
 
 
 def composed(*overrides: str) -> Config:
@@ -49,4 +49,19 @@ def test_data_streams_go_on_with_their_sources_alone():
         f"{checkpoint} is in the middle of toy-text, toy-image, toy-video: give the same, or start "
         "a new run from its weights (init_from)",
         f"data.shuffle_buffer=7: the checkpoint {checkpoint} has 100",
+    ]
+
+
+def test_another_stage_is_not_the_rest_of_this_one():
+    checkpoint = Path("runs/a/checkpoints/step_00000004")
+    check_stage(
+        composed("stage.lr=1", "trainer.steps=9", "data.global_batch=8"), BEFORE, checkpoint
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_stage(composed("stage.train=[projector.*]", "model.dtype=bf16"), BEFORE, checkpoint)
+    assert caught.value.problems == [
+        f"stage.train=['projector.*']: the checkpoint {checkpoint} has ['*']",
+        f"model.dtype=bf16: the checkpoint {checkpoint} has fp32",
+        f"trainer.resume=auto: a new run may start from its weights (init_from={checkpoint}, "
+        "another run.dir)",
     ]

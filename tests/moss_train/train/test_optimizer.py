@@ -14,7 +14,7 @@ import torch
 from moss_train.config import Config, ConfigError
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import TrainState, make_train_state, schedule_warnings, scheduler
-from moss_train.train.param_groups import Counts, freeze
+from moss_train.train.param_groups import Counts, check_gradients, freeze
 from tests.moss_train.model.build import preset, random_model
 
 Built = tuple[MossVideo, TrainState, Counts]
@@ -220,3 +220,21 @@ def test_a_warm_up_or_a_fall_that_does_not_fit_is_announced():
 def test_a_multiplier_without_parameters_is_an_error(build):
     with pytest.raises(ConfigError, match=r"optimizer.lr_multipliers=\['tower.\*'\]: matches no"):
         build(["*"], lr_multipliers={"tower.*": 0.1})
+
+
+def test_a_stage_whose_gates_are_closed_and_do_not_train_is_refused(build):
+    model, _, counts = build(["projector.*"])
+    gates = [p for name, p in model.named_parameters() if name.endswith("attn_gate")]
+    assert len(gates) == 2
+    check_gradients(model, counts, "pt1")
+    for gate in gates:
+        gate.data.zero_()
+    with pytest.raises(
+        ConfigError, match=r"stage pt1: projector would get no gradient: every gate"
+    ):
+        check_gradients(model, counts, "pt1")
+    gates[1].data.fill_(0.1)
+    check_gradients(model, counts, "pt1")
+    gates[1].data.zero_()
+    gates[0].requires_grad = True
+    check_gradients(model, counts, "pt1")

@@ -34,6 +34,9 @@ def alone(runs, small, run_jobs):
         task("whole", whole, small, *saving),
         task("same_first", runs / "same", small, stop_after=3),
         task("same_rest", runs / "same", small),
+        task("slower", runs / "slower", small, "optimizer.lr=1e-12", "optimizer.beta1=0.5",
+             "optimizer.lr_multipliers={vision.*: 0.5}",
+             f"trainer.resume={runs / 'same'}/checkpoints/step_00000003"),
         task("chain_single", runs / "chain", small, stop_after=2),
         task("async", runs / "async", small, *saving, "trainer.async_save=true"),
         task("weights", runs / "weights", small, "trainer.steps=2", "optimizer.lr=1e-12",
@@ -80,6 +83,17 @@ def test_same_layout_resumes_bit_for_bit(alone, runs):
     assert same["weights"].keys() == whole["weights"].keys()
     for name, tensor in whole["weights"].items():
         assert torch.equal(same["weights"][name], tensor), name
+
+
+def test_what_is_changed_of_the_optimizer_takes_effect(alone, runs):
+    assert alone.load("slower")["error"] is None
+    before, after = alone.load("same_first")["weights"], alone.load("slower")["weights"]
+    for name, tensor in before.items():
+        assert torch.allclose(after[name], tensor, rtol=0, atol=1e-9), name
+    assert set(alone.load("slower")["adam_steps"]) == {8}
+    assert max(row["lr"] for row in metrics(runs / "slower")) <= 1e-12
+    for line in ("optimizer.lr=1e-12 (was 0.001)", "optimizer.beta1=0.5 (was 0.9)"):
+        assert f"changed since step 3: {line}" in alone.stderr()
 
 
 def test_training_changed_every_part_of_the_model(alone):
