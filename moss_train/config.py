@@ -140,6 +140,8 @@ class TrainerConfig:
     spike_factor: float | None = number(None, above=1)
     # In a row; then back to the last checkpoint, on with other data.
     max_skipped_steps: int = number(5, above=0)
+    # Steps after which ranks are named that were slower than 1.25 times the median; null: never.
+    slow_ranks_every: int | None = number(100, above=0)
     # Steps that torch's profiler watches on rank 0, like 10..12, into run.dir/profile.
     profile: str | None = None
 
@@ -180,12 +182,15 @@ class LoggerConfig:
 
 @dataclass
 class HardwareConfig:
-    """Device, CPU threads and time-out of each rank."""
+    """Device, CPU threads and time limits of each rank."""
 
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     # CPU threads of each rank; None: cores / ranks of this machine.
     threads: int | None = number(None, above=0, most=4096)
     timeout_s: int = number(600, above=0, most=10**9)  # a collective that waits longer ends the job
+    # Seconds without a sign of life of a rank, after which the job is ended, with who is late and
+    # where; five times as long while it starts, loads or saves. null: nobody watches.
+    hang_s: float | None = number(300.0, above=0)
 
 
 @dataclass

@@ -126,6 +126,11 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def stderr_of_start(self, number: int, rank: int) -> str:
+        """What `rank` printed to stderr in the ranks' first start (0), or in a later one."""
+        (log,) = self.out.glob(f"logs/*/attempt_{number}/{rank}/stderr.log")
+        return _text(log)
+
     def wait(self, timeout: float = 300.0, check: bool = True) -> Result:
         """The result of the run.
 
@@ -158,6 +163,7 @@ def start_ranks(
     env: dict[str, str] | None = None,
     out: Path | None = None,
     preloaded: bool = True,
+    restarts: int = 0,
 ) -> Run:
     """Starts `world_size` processes of a script (a path) or a module (a dotted name).
 
@@ -167,13 +173,14 @@ def start_ranks(
         env: added to this process's environment.
         out: folder of results and logs; None: a new temporary one.
         preloaded: as forks; False: by the command, every rank from the beginning.
+        restarts: how often torchrun may start the ranks again.
     """
     out = Path(tempfile.mkdtemp(prefix="moss-ranks-")) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     options = [
         "--nproc-per-node", str(world_size),
         "--standalone",  # a port that is free when it is bound, not a moment before
-        "--log-dir", str(out / "logs"), "--redirects", "3",
+        "--log-dir", str(out / "logs"), "--redirects", "3", "--max-restarts", str(restarts),
     ]  # fmt: skip
     path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, OUT: str(out), **(env or {})}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,16 @@ from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader, unread_sources
 from moss_train.train.description import write_description
 from moss_train.train.flops import TrainedParts, step_flops
+from moss_train.train.goodput import Around
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
+from moss_train.train.heartbeat import beat
+from moss_train.train.history import (
+    Before,
+    all_hosts,
+    note,
+    note_start,
+    noting_errors,
+)
 from moss_train.train.loggers import open_loggers
 from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetrics, read_metrics
 from moss_train.train.optimizer import make_train_state, schedule_warnings
@@ -38,9 +47,11 @@ from moss_train.train.profiler import StepProfiler
 from moss_train.train.report import write_report_or_warn
 from moss_train.train.start import agree_on_start, steps_left
 from moss_train.train.step import StepResult, TrainStep
+from moss_train.train.stragglers import Stragglers
 from moss_train.train.summary import summary_table
 from moss_train.train.unlearned import UnlearnedWarnings
 from moss_train.train.validation import Validator, describe
+from moss_train.train.watchdog import tell_run_folder, watched
 
 
 def run(config: Config, resume_from: Path | None, console: TextIO | None = None) -> bool:
@@ -53,11 +64,19 @@ def run(config: Config, resume_from: Path | None, console: TextIO | None = None)
         True where a signal stopped the run before its last step.
     """
     start_writer_queue()
-    with open_loggers(config, resume_from) as loggers, process_group(config), stop_signals():
+    with (
+        watched(config),
+        open_loggers(config, resume_from) as loggers,
+        process_group(config),
+        stop_signals(),
+    ):
         resume_from, damaged = agree_on_start(config, resume_from)
-        if not steps_left(config, resume_from):
+        left, changed = steps_left(config, resume_from)
+        if not left:
             return False
-        job = Job(config, resume_from, console, loggers, damaged)
+        tell_run_folder(Path(config.run.dir))
+        before = Before(resume_from, damaged, changed)
+        job = Job(config, resume_from, console, loggers, before)
         try:
             return job.run()
         except BaseException:
@@ -75,10 +94,9 @@ class Job:
         resume_from: Path | None,
         console: TextIO | None = None,
         loggers: Sequence[Logger] = (),
-        damaged: Collection[Path] = (),
+        before: Before | None = None,
     ):
-        """`damaged`: checkpoints of the run that cannot be used."""
-        self.damaged = damaged
+        self.before = before or Before(resume_from)
         self.config, self.console, self.loggers = config, console, loggers
         self.folder = Path(config.run.dir)
         self.first_rank = dist.get_rank() == 0
@@ -109,6 +127,8 @@ class Job:
         self.profiler = StepProfiler(profiled, self.folder / "profile")
         self.due = False  # a checkpoint should have been saved, but the last step was left out
         self.recovered = -1  # steps accepted until the last return to a checkpoint
+        self.around = Around()
+        self.stragglers = Stragglers(config.trainer.slow_ranks_every)
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
             self.epochs = Epochs(config, self.done)
@@ -139,6 +159,7 @@ class Job:
         with ExitStack() as opened, stop_signals() as asked:
             stopped, sinks = False, None
             while self.done < steps and not stopped:
+                beat("data", self.done + 1)
                 started = time.perf_counter()
                 with self.profiler.step(self.done + 1):
                     batch = self._read()
@@ -151,17 +172,24 @@ class Job:
                 self.done += 1
                 self.samples += self.config.data.global_batch
                 self._check(result)
+                self.around.time = time.time()
                 measured = self._validate(result, asked)
                 self._report(result, seconds, measured, batch, writer, progress)
+                slow = self.stragglers.add(result.phase_s | {"data": waited})
+                for line in slow if self.first_rank else ():
+                    log.warning("step %d: slow: %s", self.done, line)
                 if result.refused is not None:
                     self._skip(result, batch, writer)
                 stopped = result.stop > 0
-                self.checkpointer.poll()
+                with self.around.saving():
+                    self.checkpointer.poll()
                 self.due |= self.done % self.config.trainer.checkpoint_every == 0
                 # Weights that steps fail with are not worth a checkpoint.
                 last = stopped or self.done == steps
                 if last or (self.due and not self.guard.in_a_row):
-                    self._save(last)
+                    with self.around.saving():
+                        self._save(last)
+            beat("save")
             self.checkpointer.close()
         self.reader.close()
         if self.first_rank and sinks is not None:
@@ -183,7 +211,7 @@ class Job:
         if measured is None:
             log.warning("step %d: validation is left out: asked to stop", self.done)
             return None
-        seconds = time.perf_counter() - started
+        self.around.validation_s = seconds = time.perf_counter() - started
         log.info("step %d: validation %s, %.1f s", self.done, describe(measured), seconds)
         return measured
 
@@ -216,6 +244,7 @@ class Job:
             self.audit.cut(self.folder, self.done)
 
     def _save(self, last: bool) -> None:
+        beat("save")
         self.state.gather_parameters()
         differing = differing_replicas(self.model)
         if differing:
@@ -236,17 +265,19 @@ class Job:
         before leaves the folder as it was. Metrics and console on rank 0 only. A collective.
         """
         config = self.config
+        hosts = all_hosts()
         if not self.first_rank:
             dist.barrier()
             yield None, None
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with running_in(self.folder):
-            self.checkpointer.open_folder(self.damaged)
+        with running_in(self.folder), noting_errors(self.folder):
+            self.checkpointer.open_folder(self.before.damaged)
             layout = {"world": dist.get_world_size(), "data": self.groups.data_size}
             layout |= {"pipeline": config.parallel.pipeline, "tensor": config.parallel.tensor}
             kind = hardware.device().type
             write_description(self.folder, config, layout, asdict(self.counts), kind)
+            note_start(self.folder, self.before, self.done, hosts, layout)
             self.audit.cut(self.folder, self.done)
             dist.barrier()  # from now on other replicas write to their audits
             with self._sinks() as sinks:
@@ -322,6 +353,7 @@ class Job:
             padding_ratio=1 - tokens / result.padded_tokens,
             epochs=self.epochs.add(result.sources),
             validation=measured,
+            **self.around.take(),
         )
 
     def _announce(self) -> None:
@@ -349,6 +381,7 @@ class Job:
         )
 
     def _finish(self, stopped: bool) -> None:
+        note(self.folder, "stopped" if stopped else "end", step=self.done)
         write_report_or_warn(self.folder)
         table = summary_table(
             self.folder,

@@ -31,7 +31,7 @@ GROUPS = {
     ),
     "speed": (
         "step_time_s", "data_wait_s", "model_tflops_per_s_per_rank", "mfu", "hfu",
-        "samples_per_s", "tokens_per_s", "frames_per_s",
+        "samples_per_s", "tokens_per_s", "frames_per_s", "validation_s", "save_s",
     ),
     "memory": ("memory_gb",),
 }  # fmt: skip
@@ -66,6 +66,9 @@ class StepMetrics:
     mfu, hfu: model FLOPs a second, and with what is recomputed, as shares of what a rank's GPU can
         compute in bf16; None (not written): on a CPU, in fp32.
     phase_s: seconds of each phase on rank 0 (phases.py).
+    time: when the step ended, seconds since 1970 (UTC).
+    validation_s: of the validation after this step. save_s: that training waited for saving since
+        the step before.
     padding_ratio: padding tokens / all tokens that the decoder computed, 0 to 1.
     samples_per_s, tokens_per_s, frames_per_s: all ranks together; made from the numbers above.
     """
@@ -97,6 +100,9 @@ class StepMetrics:
     mfu: float | None = None
     hfu: float | None = None
     phase_s: dict[str, float] = field(default_factory=dict)
+    time: float = 0.0
+    validation_s: float = 0.0
+    save_s: float = 0.0
     samples_per_s: float = field(init=False)
     tokens_per_s: float = field(init=False)
     frames_per_s: float = field(init=False)

@@ -7,6 +7,7 @@ import time
 import torch
 
 from moss_train import hardware
+from moss_train.train.heartbeat import beat
 
 NAMES = ("encode", "plan", "forward", "backward", "exchange", "update")
 
@@ -21,11 +22,13 @@ class Phases:
     def __init__(self) -> None:
         """Begins the first phase."""
         self._on_gpu = hardware.device().type == "cuda"
+        beat("encode")
         self._ends: list[tuple[str, torch.cuda.Event | float]] = [("", self._now())]
 
     def end(self, name: str) -> None:
         """Ends phase `name`, which may come several times, and begins the next one."""
         self._ends.append((name, self._now()))
+        beat(f"after {name}")
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase. On a GPU the step's results must have been waited for."""

@@ -24,6 +24,8 @@ from moss_train.hardware import peak_tflops_of
 from moss_train.log import log
 from moss_train.train.curves import Row, column, number, panel_svgs
 from moss_train.train.description import RUN_FILE
+from moss_train.train.goodput import PARTS, spent
+from moss_train.train.history import read_history
 from moss_train.train.metrics import METRICS_FILE, read_metrics
 from moss_train.train.page import render
 from moss_train.train.unlearned import Totals
@@ -85,6 +87,7 @@ def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
         progress=_progress(rows),
         panels=panel_svgs(rows),
         speed=list(_speed(rows, peak_tflops)),
+        goodput=_goodput(spent(read_history(run_dir), rows)),
         sources=_sources(rows[-1], config),
         unlearned=list(_unlearned(rows)),
         mixture=[f"{m} {v:g} %" for m, v in _mixture(config).items()],
@@ -215,6 +218,12 @@ def _sources(last: Row, config: Config | None) -> list[list[str]]:
         ]
         for source in config.data.sources
     ]
+
+
+def _goodput(seconds: Mapping[str, float]) -> list[list[str]]:
+    """What the run's wall time went into: which part, seconds, the share."""
+    wall = sum(seconds.values())
+    return [[PARTS[name], f"{s:,.1f}", f"{s / wall:.1%}"] for name, s in seconds.items() if s]
 
 
 def _mixture(config: Config | None) -> dict[str, float]:

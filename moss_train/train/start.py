@@ -106,15 +106,16 @@ def damage(checkpoint: Path) -> str | None:
     return next((found for found, _ in everywhere if found), None)
 
 
-def steps_left(config: Config, resume_from: Path | None) -> int:
-    """Steps that the run has not done yet. Logs what a run that goes on does otherwise than before,
-    and that there is nothing to do; nothing is written then.
+def steps_left(config: Config, resume_from: Path | None) -> tuple[int, list[str]]:
+    """Steps that the run has not done yet, and what it does otherwise than before. Logs that, and
+    that there is nothing to do; nothing is written then.
     """
     if resume_from is None:
-        return config.steps
+        return config.steps, []
     saved = read_run(resume_from)
     done = int(saved["step"])
-    for line in changed_fields(config, saved["config"]):
+    changed = list(changed_fields(config, saved["config"]))
+    for line in changed:
         log.info("changed since step %d: %s", done, line)
     left = max(0, config.steps - done)
     if not left:
@@ -122,7 +123,7 @@ def steps_left(config: Config, resume_from: Path | None) -> int:
             "nothing to do: step %d of %d is done, %s: for more steps raise trainer.steps",
             done, config.steps, resume_from,
         )  # fmt: skip
-    return left
+    return left, changed
 
 
 def _from_first(value: Any) -> Any:

@@ -7,12 +7,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from data_pipeline.tables import format_table
+from moss_train.train.goodput import goodput_line, spent
+from moss_train.train.history import HISTORY_FILE, read_history
 from moss_train.train.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
 from moss_train.train.report import REPORT_FILE
 from moss_train.train.unlearned import Totals, lines
 
 WRITTEN = {
     METRICS_FILE: "metrics, one JSON object a step",
+    HISTORY_FILE: "each start and end of a job",
     REPORT_FILE: "curves, speed, data and scores on a page",
     TENSORBOARD_DIR: "TensorBoard",
     "wandb": "Weights & Biases",
@@ -40,7 +43,7 @@ def summary_table(run_dir: Path, written: Mapping[str, str] | None = None) -> st
 
 
 def _totals(run_dir: Path) -> list[str]:
-    rows = read_metrics(run_dir)
+    rows, history = read_metrics(run_dir), read_history(run_dir)
     if not rows:
         return ["no step was finished"]
     first, last = rows[0], rows[-1]
@@ -51,6 +54,7 @@ def _totals(run_dir: Path) -> list[str]:
         *lines(Totals.of(rows)),
         f"frames   {sums['frames']:,}",
         f"time     {timedelta(seconds=round(sums['step_time_s']))}",
+        *(f"goodput  {goodput_line(seconds)}" for seconds in [spent(history, rows)] if seconds),
         *(f"epochs   {epochs:.2f} of {source}" for source, epochs in last["epochs"].items()),
     ]
 

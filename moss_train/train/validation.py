@@ -23,6 +23,7 @@ from moss_train.log import log
 from moss_train.model.loss import LossOptions
 from moss_train.parallel.schedule import run_schedule
 from moss_train.train.data import StepReader, encode_config
+from moss_train.train.heartbeat import beat
 from moss_train.train.step import TrainStep, gather_counts
 from moss_train.train.unlearned import Totals
 
@@ -81,6 +82,7 @@ class Validator:
         samples = self._samples(source) if self.groups.is_leader else iter(())
         sums = torch.zeros(3, dtype=torch.float64, device=hardware.device())
         while reads := self._agree(batches := self._next(samples)):
+            beat("validation")
             batch = self.reader.distribute(iter(batches) if self.groups.is_leader else None, reads)
             inputs = self.step.prepare(batch, self.options)
             one = torch.ones((), device=hardware.device())

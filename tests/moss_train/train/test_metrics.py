@@ -132,7 +132,7 @@ def test_every_metric_has_a_group():
     grouped = {name for names in GROUPS.values() for name in names}
     # Named by source, reason or phase.
     assert grouped == set(asdict(step_metrics())) - {
-        "step", "epochs", "skipped_reasons", "validation", "phase_s",
+        "step", "epochs", "skipped_reasons", "validation", "phase_s", "time",
     }  # fmt: skip
 
 

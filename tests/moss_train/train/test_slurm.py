@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_stopped_job_is_queued_again_until_it_is_done(submit, tmp_path):
     job = submit()
     wait_for(lambda: len(children(job.pid)) == 1 and len(children(children(job.pid)[0])) == 2)
     for pid in children(children(job.pid)[0]):  # before the first step, for the most part
-        wait_for(lambda pid=pid: catches_usr1(pid))
+        wait_for(partial(catches_usr1, pid))
         os.kill(pid, signal.SIGUSR1)
     assert job.wait(120) == 130, (tmp_path / "log2").read_text()[-2000:]
     third = saved_steps(run)[-1]

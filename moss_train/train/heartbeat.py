@@ -1,0 +1,104 @@
+"""Where each rank of this machine is, in files that no server keeps: /dev/shm, a page each.
+
+A rank writes its step, what it does and the time (a microsecond); the machine's watchdog reads them
+(watchdog.py). The clock is the machine's, so the times of its ranks can be compared.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_FORM = struct.Struct("<dqqqq24s")  # time, rank, process, step, beats in the step, what it does
+_SIZE = 4096
+STACK_FILE = "stack_{}.txt"  # of a rank: Python's stacks, when the watchdog asks for them
+RUN_FILE = "run"  # the run folder's path
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's last sign of life.
+
+    at: seconds of `time.monotonic`. count: signs in this step so far; of two ranks in the same step
+    the one with fewer is behind. doing: such as `data`, `save`, `after forward`.
+    """
+
+    at: float
+    rank: int
+    pid: int
+    step: int
+    count: int
+    doing: str
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far the rank has come."""
+        return self.step, self.count
+
+
+def folder_of_job() -> Path | None:
+    """The folder that the ranks of this machine share; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return None
+    shared = Path("/dev/shm")
+    base = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return base / f"moss-train-{os.getuid()}-{os.getppid()}-{again}"
+
+
+class Heart:
+    """Writes this rank's signs of life."""
+
+    def __init__(self, folder: Path, rank: int):
+        self._rank, self._step, self._count = rank, 0, 0
+        with (folder / f"rank_{rank}").open("w+b") as file:
+            file.truncate(_SIZE)
+            self._page = mmap.mmap(file.fileno(), _SIZE)
+        self.beat("start", 0)
+
+    def beat(self, doing: str, step: int | None = None) -> None:
+        """The rank does that now; `step`: a new one begins."""
+        self._count += 1
+        if step is not None and step != self._step:
+            self._step, self._count = step, 0
+        now = time.monotonic()
+        values = (now, self._rank, os.getpid(), self._step, self._count, doing.encode()[:24])
+        _FORM.pack_into(self._page, 0, *values)
+
+
+_heart: Heart | None = None
+
+
+def start(folder: Path, rank: int) -> None:
+    """From now on `beat` writes into `folder`."""
+    global _heart
+    _heart = Heart(folder, rank)
+
+
+def stop() -> None:
+    """`beat` writes nowhere any more."""
+    global _heart
+    _heart = None
+
+
+def beat(doing: str, step: int | None = None) -> None:
+    """A sign of life of this rank, where somebody watches it."""
+    if _heart is not None:
+        _heart.beat(doing, step)
+
+
+def read(folder: Path) -> list[Beat]:
+    """The last signs of life of this machine's ranks, in order of rank."""
+    beats = []
+    for path in folder.glob("rank_*"):
+        page = path.read_bytes()
+        if len(page) == _SIZE:
+            at, rank, pid, step, count, doing = _FORM.unpack_from(page)
+            beats.append(Beat(at, rank, pid, step, count, doing.rstrip(b"\0").decode()))
+    return sorted((beat for beat in beats if beat.pid), key=lambda beat: beat.rank)

@@ -1,0 +1,156 @@
+"""A process on each machine that ends a job that hangs, and says who hangs where.
+
+It reads the signs of life of the machine's ranks (heartbeat.py). Where one gives none for
+`hardware.hang_s` seconds, the ranks have their Python stacks written, all machines put what they
+see into `hangs/` of the run folder, each names the ranks that are furthest behind, and kills its
+own: torchrun starts them again if it may.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from moss_train.config import Config
+from moss_train.train import heartbeat
+from moss_train.train.heartbeat import Beat
+
+SLOW = ("start", "load", "save")  # they may take LONGER times as long
+LONGER = 5
+OTHERS = 10.0  # seconds in which the other machines must have told what they see
+STACKS = 2.0  # seconds in which a rank must have written its stacks
+HANGS = "hangs"  # in a run folder
+
+
+@contextmanager
+def watched(config: Config) -> Iterator[None]:
+    """A job's time under a watchdog, on ranks of torchrun's. Begins before any thread."""
+    folder = heartbeat.folder_of_job()
+    if folder is None or config.hardware.hang_s is None:
+        yield
+        return
+    folder.mkdir(exist_ok=True)
+    rank = int(os.environ["RANK"])
+    guard = _start(folder, config.hardware.hang_s) if os.environ["LOCAL_RANK"] == "0" else None
+    heartbeat.start(folder, rank)
+    with (folder / heartbeat.STACK_FILE.format(rank)).open("w") as stacks:
+        faulthandler.register(signal.SIGUSR2, stacks)
+        try:
+            yield
+        finally:
+            faulthandler.unregister(signal.SIGUSR2)
+            heartbeat.stop()
+            if guard is not None:
+                os.kill(guard, signal.SIGKILL)
+                os.waitpid(guard, 0)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def tell_run_folder(run: Path) -> None:
+    """Tells the machine's watchdog where stacks belong."""
+    folder = heartbeat.folder_of_job()
+    if folder is not None and folder.is_dir() and os.environ["LOCAL_RANK"] == "0":
+        (folder / heartbeat.RUN_FILE).write_text(str(run.absolute()))
+
+
+def _start(folder: Path, hang_s: float) -> int:
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        watch(folder, hang_s, parent)
+    finally:
+        os._exit(0)
+
+
+def watch(folder: Path, hang_s: float, parent: int) -> None:
+    """The watchdog's work, until `parent`, the rank that has started it, has gone."""
+    while os.getppid() == parent:
+        time.sleep(min(1.0, hang_s / 4))
+        beats = heartbeat.read(folder)
+        if silent(beats, hang_s, time.monotonic()):
+            end_job(folder, beats, hang_s, parent)
+            break
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def silent(beats: list[Beat], hang_s: float, now: float) -> list[Beat]:
+    """The ranks that have given no sign of life for too long."""
+    return [
+        beat
+        for beat in beats
+        if now - beat.at > hang_s * (LONGER if beat.doing in SLOW else 1) and _runs(beat.pid)
+    ]
+
+
+def end_job(folder: Path, beats: list[Beat], hang_s: float, parent: int) -> None:
+    """Writes down what this machine sees, names who is behind, and kills its ranks."""
+    now, host = time.monotonic(), socket.gethostname()
+    for beat in beats:
+        with suppress(ProcessLookupError):
+            os.kill(beat.pid, signal.SIGUSR2)  # faulthandler's
+    time.sleep(STACKS)
+    out = _folder_of_hang(folder)
+    for beat in beats:
+        stack = folder / heartbeat.STACK_FILE.format(beat.rank)
+        text = stack.read_text(errors="replace") if stack.exists() else ""
+        state = f"process {beat.pid}, {_state(beat.pid)}\n"
+        (out / f"rank_{beat.rank:05d}.txt").write_text(state + (text or "it wrote no stacks\n"))
+    seen = [asdict(beat) | {"host": host, "silent_s": now - beat.at} for beat in beats]
+    (out / f"{host}.json").write_text(json.dumps(seen, indent=1))
+    time.sleep(min(OTHERS, hang_s))
+    everywhere = [row for path in out.glob("*.json") for row in json.loads(path.read_text())]
+    print(f"{verdict(everywhere, hang_s)}; stacks: {out}", file=sys.stderr, flush=True)
+    for pid in sorted((beat.pid for beat in beats), key=lambda pid: pid == parent):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def verdict(seen: list[dict], hang_s: float) -> str:
+    """Which ranks are furthest behind, in a line. `seen`: of each rank what `Beat` has, `host`, and
+    `silent_s`."""
+    least = min((row["step"], row["count"]) for row in seen)
+    late = [row for row in seen if (row["step"], row["count"]) == least]
+    where = ", ".join(
+        f"rank {row['rank']} on {row['host']} (step {row['step']}, {row['doing']}, silent for "
+        f"{row['silent_s']:.0f} s)"
+        for row in sorted(late, key=lambda row: row["rank"])[:8]
+    )
+    more = f" and {len(late) - 8} more" if len(late) > 8 else ""
+    return f"the job hangs (hardware.hang_s={hang_s:g}): furthest behind: {where}{more}"
+
+
+def _folder_of_hang(folder: Path) -> Path:
+    """In the run folder, a new one for each start of the ranks; in `folder` before it is known."""
+    told = folder / heartbeat.RUN_FILE
+    number = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    out = (Path(told.read_text()) if told.exists() else folder) / HANGS / "-".join(number)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _runs(pid: int) -> bool:
+    return _state(pid) not in ("gone", "ended")
+
+
+def _state(pid: int) -> str:
+    """What the system says of a process."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+    words = {"T": "stopped by a signal", "D": "waits for a device", "S": "waits", "R": "runs"}
+    return {"Z": "ended", "X": "ended"}.get(letter) or words.get(letter, letter)

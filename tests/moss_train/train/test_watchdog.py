@@ -1,0 +1,94 @@
+"""A job in which a rank stops is ended, with who is behind and where; others are not disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from moss_train.train.heartbeat import Beat, Heart, read
+from moss_train.train.stragglers import slow_ranks
+from moss_train.train.watchdog import silent, verdict
+from tests.moss_train.train.runs import ENTRY, is_running, losses, saved_steps, steps, wait_for
+from tests.torchrun import start_ranks
+
+HANG_S = 15
+
+
+def test_a_stopped_rank_is_named_and_the_job_goes_on_after_a_restart(small, tmp_path):
+    run = tmp_path / "run"
+    job = [*small, "parallel=tp2", "trainer.steps=10", "trainer.checkpoint_every=2"]
+    running = start_ranks(
+        ENTRY, 2, *job, f"hardware.hang_s={HANG_S}", f"run.dir={run}",
+        out=tmp_path, restarts=1,
+    )  # fmt: skip
+    wait_for(lambda: max(steps(run, whole=False), default=0) >= 3)
+    stopped = running.rank_pids()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    wait_for(lambda: not is_running(stopped), timeout=HANG_S + 60)
+    assert time.monotonic() - began > HANG_S - 1
+    running.wait(timeout=240)
+    assert steps(run) == list(range(1, 11))
+    assert saved_steps(run)[-1] == 10
+    assert len(losses(run)) == 10
+
+    (hang,) = (run / "hangs").iterdir()
+    assert hang.name.endswith("-0")  # the first start of the ranks
+    assert "stopped by a signal" in (hang / "rank_00001.txt").read_text()
+    waiting = (hang / "rank_00000.txt").read_text()
+    assert "most recent call first" in waiting
+    assert "loop.py" in waiting
+    said = running.stderr_of_start(0, rank=0)
+    assert f"the job hangs (hardware.hang_s={HANG_S}): furthest behind: rank 1 on " in said
+    assert not [path for path in Path("/dev/shm").glob(f"moss-train-*-{running.process.pid}-*")]
+
+
+def test_the_rank_with_the_least_progress_is_behind():
+    def row(rank: int, step: int, count: int) -> dict:
+        return {
+            "rank": rank, "step": step, "count": count, "host": f"node{rank}",
+            "doing": "after forward", "silent_s": 61.2,
+        }  # fmt: skip
+
+    seen = [row(0, 12, 7), row(1, 12, 7), row(2, 12, 4), row(3, 12, 7)]
+    assert verdict(seen, 60) == (
+        "the job hangs (hardware.hang_s=60): furthest behind: rank 2 on node2 (step 12, after "
+        "forward, silent for 61 s)"
+    )
+    assert "rank 0 on node0" in verdict([row(0, 11, 9), *seen[1:]], 60)
+
+
+def test_signs_of_life_are_read_back_and_saving_may_take_longer(tmp_path):
+    heart = Heart(tmp_path, 3)
+    heart.beat("data", 7)
+    heart.beat("after forward")
+    (beat,) = read(tmp_path)
+    assert (beat.rank, beat.pid, beat.step, beat.doing) == (3, os.getpid(), 7, "after forward")
+    assert beat.place > (7, 0)
+    assert abs(time.monotonic() - beat.at) < 5
+    assert silent([beat], 60, beat.at + 59) == []
+    assert silent([beat], 60, beat.at + 61) == [beat]
+    saving = Beat(beat.at, 3, os.getpid(), 7, 2, "save")
+    assert silent([saving], 60, beat.at + 299) == []
+    assert silent([saving], 60, beat.at + 301) == [saving]
+
+
+def test_a_sign_of_life_costs_microseconds(tmp_path):
+    heart = Heart(tmp_path, 0)
+    began = time.perf_counter()
+    for _ in range(1000):
+        heart.beat("after forward")
+    assert (time.perf_counter() - began) / 1000 < 200e-6
+
+
+def test_slow_ranks_are_named_by_phase_with_their_host():
+    def rank(host: str, **phases: float) -> tuple[str, dict[str, float]]:
+        usual = {"data": 0.1, "encode": 2.0, "plan": 0.1, "forward": 3.0, "backward": 6.0}
+        return host, {**usual, "all": 12.0, **phases}
+
+    ranks = [rank("a"), rank("a", plan=0.2), rank("b", forward=4.2, encode=2.4), rank("b")]
+    assert slow_ranks(ranks) == ["forward: rank 2 on b takes 1.40 times the median"]
+    ranks[0] = rank("a", backward=9.0)
+    assert slow_ranks(ranks)[0] == "backward: rank 0 on a takes 1.50 times the median"
