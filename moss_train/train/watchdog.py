@@ -30,6 +30,7 @@ LONGER = 5
 OTHERS = 10.0  # seconds in which the other machines must have told what they see
 STACKS = 2.0  # seconds in which a rank must have written its stacks
 HANGS = "hangs"  # in a run folder
+STOPPED = "stopped by a signal"  # a process, not running
 
 
 @contextmanager
@@ -103,13 +104,16 @@ def end_job(folder: Path, beats: list[Beat], hang_s: float, parent: int) -> None
         with suppress(ProcessLookupError):
             os.kill(beat.pid, signal.SIGUSR2)  # faulthandler's
     time.sleep(STACKS)
-    out = _folder_of_hang(folder)
+    out, states = _folder_of_hang(folder), {beat.rank: _state(beat.pid) for beat in beats}
     for beat in beats:
         stack = folder / heartbeat.STACK_FILE.format(beat.rank)
         text = stack.read_text(errors="replace") if stack.exists() else ""
-        state = f"process {beat.pid}, {_state(beat.pid)}\n"
+        state = f"process {beat.pid}, {states[beat.rank]}\n"
         (out / f"rank_{beat.rank:05d}.txt").write_text(state + (text or "it wrote no stacks\n"))
-    seen = [asdict(beat) | {"host": host, "silent_s": now - beat.at} for beat in beats]
+    seen = [
+        asdict(beat) | {"host": host, "silent_s": now - beat.at, "state": states[beat.rank]}
+        for beat in beats
+    ]
     (out / f"{host}.json").write_text(json.dumps(seen, indent=1))
     time.sleep(min(OTHERS, hang_s))
     everywhere = [row for path in out.glob("*.json") for row in json.loads(path.read_text())]
@@ -120,13 +124,16 @@ def end_job(folder: Path, beats: list[Beat], hang_s: float, parent: int) -> None
 
 
 def verdict(seen: list[dict], hang_s: float) -> str:
-    """Which ranks are furthest behind, in a line. `seen`: of each rank what `Beat` has, `host`, and
-    `silent_s`."""
+    """Which ranks are furthest behind, in a line; of several the ones that are stopped.
+
+    seen: of each rank what `Beat` has, its `host`, `silent_s`, and the `state` of its process.
+    """
     least = min((row["step"], row["count"]) for row in seen)
     late = [row for row in seen if (row["step"], row["count"]) == least]
+    late = [row for row in late if row["state"] == STOPPED] or late
     where = ", ".join(
         f"rank {row['rank']} on {row['host']} (step {row['step']}, {row['doing']}, silent for "
-        f"{row['silent_s']:.0f} s)"
+        f"{row['silent_s']:.0f} s, {row['state']})"
         for row in sorted(late, key=lambda row: row["rank"])[:8]
     )
     more = f" and {len(late) - 8} more" if len(late) > 8 else ""
@@ -152,5 +159,5 @@ def _state(pid: int) -> str:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "gone"
-    words = {"T": "stopped by a signal", "D": "waits for a device", "S": "waits", "R": "runs"}
+    words = {"T": STOPPED, "D": "waits for a device", "S": "waits", "R": "runs"}
     return {"Z": "ended", "X": "ended"}.get(letter) or words.get(letter, letter)

@@ -74,7 +74,7 @@ def test_a_stopped_job_is_queued_again_until_it_is_done(submit, tmp_path):
         launcher,
     ):  # as --signal=TERM@300 does: each process of the step
         os.kill(pid, signal.SIGTERM)
-    assert job.wait(120) == 130, (tmp_path / "log0").read_text()[-2000:]
+    assert job.wait(240) == 130, (tmp_path / "log0").read_text()[-2000:]
     assert requeued.read_text() == "requeue 17\n"
     first = saved_steps(run)[-1]
     assert first == steps(run)[-1] < STEPS
@@ -84,8 +84,8 @@ def test_a_stopped_job_is_queued_again_until_it_is_done(submit, tmp_path):
     (launcher,) = children(job.pid)
     ranks = children(launcher)
     os.kill(launcher, signal.SIGKILL)
-    assert job.wait(120) == 137
-    wait_for(lambda: not any(is_running(pid) for pid in ranks), timeout=60)
+    assert job.wait(240) == 137
+    wait_for(lambda: not any(is_running(pid) for pid in ranks))
     second = saved_steps(run)[-1]
     assert first < second == steps(run)[-1] < STEPS
 
@@ -94,7 +94,7 @@ def test_a_stopped_job_is_queued_again_until_it_is_done(submit, tmp_path):
     for pid in children(children(job.pid)[0]):  # before the first step, for the most part
         wait_for(partial(catches_usr1, pid))
         os.kill(pid, signal.SIGUSR1)
-    assert job.wait(120) == 130, (tmp_path / "log2").read_text()[-2000:]
+    assert job.wait(240) == 130, (tmp_path / "log2").read_text()[-2000:]
     third = saved_steps(run)[-1]
     assert second < third < STEPS
 

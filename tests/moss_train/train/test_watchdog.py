@@ -49,15 +49,17 @@ def test_the_rank_with_the_least_progress_is_behind():
     def row(rank: int, step: int, count: int) -> dict:
         return {
             "rank": rank, "step": step, "count": count, "host": f"node{rank}",
-            "doing": "after forward", "silent_s": 61.2,
+            "doing": "after forward", "silent_s": 61.2, "state": "waits",
         }  # fmt: skip
 
     seen = [row(0, 12, 7), row(1, 12, 7), row(2, 12, 4), row(3, 12, 7)]
     assert verdict(seen, 60) == (
         "the job hangs (hardware.hang_s=60): furthest behind: rank 2 on node2 (step 12, after "
-        "forward, silent for 61 s)"
+        "forward, silent for 61 s, waits)"
     )
     assert "rank 0 on node0" in verdict([row(0, 11, 9), *seen[1:]], 60)
+    stopped = row(1, 12, 4) | {"state": "stopped by a signal"}
+    assert "behind: rank 1 on node1" in verdict([seen[0], stopped, *seen[2:]], 60)
 
 
 def test_signs_of_life_are_read_back_and_saving_may_take_longer(tmp_path):
