@@ -29,6 +29,8 @@ from moss_train.main import STOPPED_NOTE
 def main(arguments: list[str] | None = None) -> int:
     """Runs torchrun with `arguments`; its exit code, or 130."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "270")
+    # Else ranks that are started again may find the addresses of those that have ended.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="moss-train-") as folder:
         note = Path(folder) / "stopped"
         os.environ[STOPPED_NOTE] = str(note)

@@ -82,7 +82,7 @@ def start_process_group(config: Config) -> None:
             dist.init_process_group(
                 hardware.backend(device.type),
                 timeout=timedelta(seconds=config.hardware.timeout_s),
-                store=dist.HashStore() if ranks.size == 1 else None,
+                store=_store(ranks),
                 rank=ranks.rank,
                 world_size=ranks.size,
             )
@@ -94,6 +94,23 @@ def start_process_group(config: Config) -> None:
         )
     _users += 1
     hardware.seed_everything(config.trainer.seed)
+
+
+def _store(ranks: Ranks) -> dist.Store | None:
+    """Where the ranks find each other; None: torch's own way.
+
+    torchrun keeps its store when it starts the ranks again: a rank that is early would find the
+    addresses of those that have ended. (On several machines their numbers of starts may differ;
+    launch/torchrun.py has torchrun make a new store.)
+    """
+    if ranks.size == 1:
+        return dist.HashStore()
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if start == "0" or not kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(f"start_{start}", dist.TCPStore(host, port, is_master=False))
 
 
 def leave_process_group() -> None:
