@@ -13,8 +13,8 @@ from data_pipeline.parent import end_with_parent
 def init_worker(parent: int, inner: Callable[[int], None] | None, worker: int) -> None:
     """Runs first in a loader process: afterwards only `parent` can end it with SIGTERM.
 
-    The SIGTERM or SIGUSR1 of a batch system and Ctrl-C in a terminal go to all processes. Training then
-    finishes its step and saves the position in the data, and needs its workers for both.
+    The SIGTERM or SIGUSR1 of a batch system and Ctrl-C in a terminal go to all processes. Training
+    then finishes its step and saves the position in the data, and needs its workers for both.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
