@@ -32,8 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
-CUDA = torch.device("cuda", 0)
-HOST = torch.device("cpu")
+CUDA, HOST = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
 
 # Operators that cannot be launched before the host knows some values.
@@ -58,7 +57,7 @@ class DeviceMixError(AssertionError):
 class Record:
     """What was seen while it was current.
 
-    counts: launches, collectives, copies (asynchronous, through pinned memory), waits.
+    counts: launches, collectives, asynchronous copies, waits, math (attention that keeps scores).
     waits: each wait of the host: what for, and where in the code.
     """
 
@@ -293,10 +292,11 @@ class _Functions(TorchFunctionMode):
     """Functions that are told a device, and those that are one kernel on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             record.counts["launches"] += 1
+            math = kwargs.get("attn_mask") is not None or args[0].dtype is torch.float32
+            record.counts["math"] += math and bool(kwargs.get("enable_gqa"))
             with _as_one():
                 return func(*args, **kwargs)
         if kwargs.get("device") is not None and name != "to":

@@ -17,20 +17,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from moss_train.model.packed_text import PackedText
+from moss_train.model.sdpa import attend
 
 Core = Callable[..., Tensor]  # (query, key, value, mask or text) -> as query
 
 
-SHORT = 128  # positions
-
-
 def attend_whole(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """torch's attention over a batch; `mask` is added to the scores, like `[N, heads, L, L]`."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return attend(q, k, v, mask, causal=False).transpose(1, 2)
+    return attend(query, key, value, mask)
 
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -> Tensor:
@@ -39,31 +35,9 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -
     parts = zip(text.groups, *(x.split(sizes) for x in (query, key, value)), strict=True)
     out = []
     for group, *part in parts:
-        q, k, v = (group.pad(x).transpose(1, 2) for x in part)  # [B, heads, S, D]
-        out.append(group.unpad(attend(q, k, v, None, causal=True).transpose(1, 2)))
+        q, k, v = (group.pad(x) for x in part)  # [B, S, heads, D]
+        out.append(group.unpad(attend(q, k, v, causal=True)))
     return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    """`[B, heads, S, D]` each. Many short sequences on a CPU are faster as plain products: torch's
-    fused kernel took 2.3 times as long for 112 x 4 heads of 24 positions, forward and backward.
-    """
-    if q.is_cuda or q.dtype is torch.bfloat16 or q.shape[2] > SHORT:
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
-        )
-    shared = q.shape[1] // k.shape[1]
-    q = q.unflatten(1, (-1, shared)) * q.shape[-1] ** -0.5
-    q = q.flatten(2, 3)  # the query heads of a KV head as more queries: [B, kv heads, n x S, D]
-    scores = q @ k.transpose(-1, -2)
-    if causal:
-        hidden = torch.full((k.shape[2], k.shape[2]), -torch.inf, dtype=q.dtype).triu(1)
-        scores = scores + hidden.repeat(shared, 1)
-    if mask is not None:
-        scores = scores + mask.repeat(1, 1, shared, 1)
-    return (scores.softmax(-1) @ v).unflatten(2, (shared, -1)).flatten(1, 2)
 
 
 def attention_core(

@@ -17,14 +17,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from moss_train.model.attention import attend
 from moss_train.model.frame_plan import FramePlan
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import RMSNorm
 from moss_train.model.rope import Rotation
+from moss_train.model.sdpa import attend, attend_fused
 from moss_train.model_config import ModelConfig
 
 
@@ -158,13 +157,8 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
     keys, values = (_Windows.apply(x.flatten(0, 1), windows) for x in (key, value))
     out = []
     for block, *heads in zip(blocks, queries, keys, values, strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in heads)  # [1, heads, tokens, D]
-        mask = block.mask
-        if mask is not None:  # [tokens, frames x T] -> [tokens, frames x T x P]
-            per_tile = k.shape[2] // mask.shape[1]
-            mask = mask.repeat_interleave(per_tile, dim=1)
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        out.append(attended[0].transpose(0, 1))
+        q, k, v = (x[None] for x in heads)  # [1, tokens, heads, D]
+        out.append(attend_fused(q, k, v, block.mask)[0])
     return torch.cat(out)
 
 
@@ -173,14 +167,12 @@ def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
     padded = frames.padded
     assert padded is not None
     batch = padded.shape[0]
-    q = padded.tokens.scatter(query).unflatten(0, (batch, -1)).transpose(1, 2)  # [B, heads, S, D]
+    q = padded.tokens.scatter(query).unflatten(0, (batch, -1))  # [B, S, heads, D]
     k, v = (
-        padded.frames.scatter(x).unflatten(0, (batch, -1)).flatten(1, 2).transpose(1, 2)
-        for x in (key, value)
-    )  # [B, kv heads, F x T x P, D]
-    mask = padded.mask.repeat_interleave(k.shape[2] // padded.mask.shape[2], dim=2)[:, None]
-    attended = attend(q, k, v, mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
-    return padded.tokens.gather(attended)
+        padded.frames.scatter(x).unflatten(0, (batch, -1)).flatten(1, 2) for x in (key, value)
+    )  # [B, F x T x P, kv heads, D]
+    mask = None if padded.mask is None else padded.mask[:, None]
+    return padded.tokens.gather(attend(q, k, v, mask).flatten(0, 1))
 
 
 class _Windows(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moss_train.model.gather_rows import RowSubset
-from moss_train.model.padded_attention import PaddedAttention, plan_padded
+from moss_train.model.padded_attention import PaddedAttention, additive_mask, plan_padded
 
 MIN_BLOCK = 128  # tokens
 SMALL_BLOCK = 128 * 128  # (token, frame) pairs that a block may have, however few are needed
@@ -29,8 +29,8 @@ NEVER = 2**40  # `visible_from` of a padding frame
 class Block:
     """Tokens [start, stop) of `FramePlan.tokens` attend frames [first, last) of the microbatch.
 
-    `mask` is None where all of them see all of it, else True where a token sees a tile:
-    `[stop - start, (last - first) x T]`.
+    `mask` is None where all of them see all of it, else what is added to scores, HIDDEN where a
+    token does not see a tile: `[stop - start, (last - first) x T]`, or one row of all tokens alike.
     """
 
     on_device: ClassVar = ("mask",)
@@ -150,8 +150,9 @@ def plan_frames(
     blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real).blocks
     plan = FramePlan(positions, first, last, sees, real, tokens, blocks)
     if blocks:
-        padded = plan_padded(tokens, sequence, (first, last), unmasked, real, frame_sequences)
-        plan.padded = padded if padded.pairs <= plan.pairs else None
+        plan.padded = plan_padded(
+            tokens, sequence, (first, last), unmasked, real, frame_sequences, plan.pairs
+        )
     return plan
 
 
@@ -210,7 +211,7 @@ class _Blocks:
         frame = torch.arange(self.lowest, self.highest)
         seen = ((frame >= first) & (frame < last))[..., None]  # [tokens, frames, 1]
         real = self.real[self.lowest : self.highest] | self.unmasked[tokens, None, None]
-        mask = (seen & real).flatten(1)
-        mask_or_none = None if bool(mask.all()) else mask
-        self.blocks.append(Block(self.start, self.stop, self.lowest, self.highest, mask_or_none))
+        mask = additive_mask(~(seen & real).flatten(1)[None])
+        mask = None if mask is None else mask[0]
+        self.blocks.append(Block(self.start, self.stop, self.lowest, self.highest, mask))
         self._open(self.stop)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moss_train.model.gather_rows import RowMap
 
-# Not infinity, nor what bf16 rounds to it: a padding token sees nothing, and no NaN may come of it.
+# Not infinity, nor what bf16 rounds to it: where no tile of a token's frames is real, it sees
+# nothing, and no NaN may come of it.
 HIDDEN = -1e30
 
 
@@ -24,7 +25,8 @@ class PaddedAttention:
 
     tokens, frames: maps of the attending tokens into `[B x S]` places, of its frames into
         `[B x F]`; zeros where there is none.
-    mask: what is added to scores `[B, S, F x tiles]`: 0 where a token sees a tile, else HIDDEN.
+    mask: what is added to scores `[B, S, F x tiles]`: 0 where a token sees a tile, else HIDDEN;
+        `[B, 1, F x tiles]` where all tokens of a sequence see the same; None where they see all.
     """
 
     on_device: ClassVar = ("tokens", "frames", "mask")
@@ -32,7 +34,7 @@ class PaddedAttention:
     shape: tuple[int, int, int]
     tokens: RowMap
     frames: RowMap
-    mask: Tensor
+    mask: Tensor | None
 
     @property
     def pairs(self) -> int:
@@ -48,8 +50,10 @@ def plan_padded(
     unmasked: Tensor,
     real: Tensor,
     frame_sequences: Tensor,
-) -> PaddedAttention:
-    """Lays the n attending tokens of a microbatch of T tokens and F frames out as a padded batch.
+    most_pairs: int,
+) -> PaddedAttention | None:
+    """Lays the n attending tokens of a microbatch of T tokens and F frames out as a padded batch;
+    None where that computes more than `most_pairs` (token, frame) pairs.
 
     Args:
         tokens: those that attend a frame `[n]`, ascending.
@@ -65,6 +69,8 @@ def plan_padded(
     begin = torch.searchsorted(frame_sequences, attending)
     until = torch.searchsorted(frame_sequences, attending, right=True)
     batch, most, width = len(attending), int(counts.max()), int((until - begin).max())
+    if batch * most * width > most_pairs:
+        return None
     places = own * most + torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[own]
     token_map = RowMap(torch.arange(len(tokens)), places, (len(tokens), batch * most))
 
@@ -72,11 +78,23 @@ def plan_padded(
     there = frame < until[:, None]
     frame_map = RowMap(frame[there], there.flatten().nonzero()[:, 0], (len(real), batch * width))
 
-    first, last = (x.new_zeros(batch * most).index_copy_(0, places, x[tokens]) for x in runs)
-    free = unmasked.new_zeros(batch * most).index_copy_(0, places, unmasked[tokens])
-    first, last, free = (x.view(batch, most, 1) for x in (first, last, free))
+    # What pads a sequence sees what its last token sees: nobody reads it.
+    ends = counts.cumsum(0)[:, None]
+    row = torch.minimum(ends - counts[:, None] + torch.arange(most), ends - 1)  # [B, S]
+    first, last, free = (x[tokens][row][..., None] for x in (*runs, unmasked))
     seen = (frame[:, None] >= first) & (frame[:, None] < last)  # [B, S, F]
     tiles = real[frame.clamp(max=len(real) - 1)][:, None]  # [B, 1, F, tiles]
-    hidden = ~(seen[..., None] & (tiles | free[..., None]))
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, HIDDEN)
-    return PaddedAttention((batch, most, width), token_map, frame_map, mask.flatten(2))
+    hidden = ~(seen[..., None] & (tiles | free[..., None])).flatten(2)
+    shape = (batch, most, width)
+    return PaddedAttention(shape, token_map, frame_map, additive_mask(hidden))
+
+
+def additive_mask(hidden: Tensor) -> Tensor | None:
+    """What is added to scores for `hidden` `[B, S, K]`, or one row of all S that see the same; None
+    where all is seen.
+    """
+    if not hidden.any():
+        return None
+    if (hidden == hidden[:, :1]).all():
+        hidden = hidden[:, :1]
+    return torch.zeros(hidden.shape).masked_fill(hidden, HIDDEN)

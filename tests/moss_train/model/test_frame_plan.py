@@ -74,7 +74,7 @@ def spread(frames: FramePlan, max_tiles: int) -> Tensor:
         done = block.stop
         part = torch.zeros(block.stop - block.start, out.shape[1], dtype=torch.bool)
         shown = part[:, block.first * max_tiles : block.last * max_tiles]
-        shown.copy_(torch.ones_like(shown) if block.mask is None else block.mask)
+        shown.copy_(torch.ones_like(shown) if block.mask is None else block.mask == 0)
         out[frames.tokens[block.start : block.stop]] = part
     assert done == len(frames.tokens)
     return out.unflatten(1, (frames.count, max_tiles))
