@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.fields import choice, number
-from moss_train.data_config import DataConfig, MixtureConfig
+from moss_train.data_config import PACKED_TILES, PACKED_TOKENS, DataConfig, MixtureConfig
 from moss_train.field_errors import explain_field
 from moss_train.model_config import ModelConfig
 
@@ -246,6 +246,19 @@ class Config:
     def decay_steps(self) -> int:
         """Last steps in which the rate of the schedule wsd falls."""
         return round(self.steps * self.stage.decay_ratio)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of a microbatch, at most."""
+        own = self.data.max_tokens_per_batch
+        return max(PACKED_TOKENS, self.sequence_length) if own is None else own
+
+    @property
+    def microbatch_frames(self) -> int:
+        """Frames of a microbatch, at most."""
+        own = self.data.max_frames_per_batch
+        packed = PACKED_TILES // self.data.max_tiles
+        return max(packed, self.stage.video_max_frames) if own is None else own
 
     @property
     def sequence_length(self) -> int:

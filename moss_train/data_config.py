@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 
 from omegaconf import MISSING
@@ -9,6 +10,8 @@ from omegaconf import MISSING
 from data_pipeline.fields import choice, number
 
 MODALITIES = ("text", "image", "video")
+PACKED_TOKENS = 4096  # enough that a GPU computes longer than the host takes to say what
+PACKED_TILES = 256  # their encoder takes a GPU longer than all else, however they are packed
 
 
 @dataclass
@@ -23,7 +26,7 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    """Shards and batches. Batches count samples (conversations)."""
+    """Shards and batches. A global batch counts samples (conversations)."""
 
     name: str = "shards"
     root: str = ""  # a folder that the other paths of a preset refer to
@@ -34,11 +37,12 @@ class DataConfig:
     eval_samples: int = number(256, above=0)  # of each, its first ones
     samples: int | None = number(None, above=0)  # samples of the run; None: stage.samples
     global_batch: int = number(256, above=0)
-    # At most so many samples share a microbatch, packed into one sequence.
-    micro_batch: int = number(1, above=0)
-    # A microbatch with more tokens or frames is divided, down to single samples; null: no bound.
+    # A microbatch: as many samples, packed into one sequence, as these bounds allow, or one that is
+    # larger by itself. None: PACKED_TOKENS, or sequence_length where that is more.
     max_tokens_per_batch: int | None = number(None, above=0)
+    # None: PACKED_TILES / max_tiles, or stage.video_max_frames where that is more.
     max_frames_per_batch: int | None = number(None, above=0)
+    micro_batch: int | None = number(None, above=0)  # samples; None: no bound
     max_tiles: int = number(1, above=0)
     sequence_length: int | None = number(None, above=1)  # None: stage.sequence_length
     # Of each decoder; more help where there are more cores than workers.
@@ -51,6 +55,12 @@ class DataConfig:
     # Stop when more than this share of the samples cannot be read.
     max_bad_ratio: float = number(0.01, least=0, most=1)
     audit: bool = False  # write the keys of every step to audit.jsonl
+
+    def read_together(self, replicas: int) -> int:
+        """Samples that a replica's loader gives at once: those of a microbatch, where these make up
+        a step.
+        """
+        return math.gcd(self.micro_batch or 1, self.global_batch // replicas)
 
 
 @dataclass

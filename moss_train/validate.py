@@ -229,20 +229,20 @@ def _optional_package(config: Config) -> Iterator[str]:
 def _batches(config: Config, world_size: int) -> Iterator[str]:
     parallel, data = config.parallel, config.data
     ranks = parallel.tensor * parallel.pipeline
-    if ranks < 1 or world_size % ranks or data.micro_batch < 1:
+    if ranks < 1 or world_size % ranks:
         return
     replicas = world_size // ranks
-    unit = data.micro_batch * replicas
-    if data.global_batch % unit:
+    samples = data.global_batch // replicas
+    if data.global_batch % replicas:
         yield (
-            f"data.global_batch={data.global_batch}: must be a multiple of data.micro_batch="
-            f"{data.micro_batch} x {replicas} data-parallel replicas"
+            f"data.global_batch={data.global_batch}: must be a multiple of the {replicas} "
+            "data-parallel replicas"
         )
-    elif parallel.virtual > 1 and (data.global_batch // unit) % parallel.pipeline:
+    elif parallel.virtual > 1 and samples < parallel.pipeline:
         yield (
-            f"data.global_batch={data.global_batch}: gives {data.global_batch // unit} "
-            f"microbatches a replica, which with parallel.virtual={parallel.virtual} must be a "
-            f"multiple of parallel.pipeline={parallel.pipeline}"
+            f"data.global_batch={data.global_batch}: gives {samples} samples a replica, which with "
+            f"parallel.virtual={parallel.virtual} must be at least parallel.pipeline="
+            f"{parallel.pipeline}: a microbatch for each stage"
         )
 
 

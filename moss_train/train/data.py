@@ -37,7 +37,7 @@ def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> 
     loader = build_loader(
         mixed_sources(config),
         encode_config(config),
-        micro_batch=config.data.micro_batch,
+        micro_batch=config.data.read_together(size),
         data_parallel_rank=rank,
         data_parallel_size=size,
         workers=workers,
@@ -57,19 +57,14 @@ class StepReader:
 
     def __init__(self, config: Config, groups: Groups, shares: int, streams: list[bytes] | None):
         """`shares`: as in `read_step`; `streams`: as in `open_loader`."""
-        data, parallel, vision = config.data, config.parallel, config.model.vision
+        data, vision = config.data, config.model.vision
         self.config, self.groups, self.shares = config, groups, shares
         self.loader = open_loader(config, groups, streams) if groups.is_leader else None
         self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
         self.frame_shape = (data.max_tiles, 3, vision.image_size, vision.image_size)
-        self.reads = data.global_batch // (data.micro_batch * groups.data_size)
-        self.bounds = Bounds(
-            data.micro_batch,
-            data.max_tokens_per_batch,
-            data.max_frames_per_batch,
-            # What megatron's interleaved schedule asks for.
-            multiple=parallel.pipeline if parallel.virtual > 1 else 1,
-        )
+        self.samples = data.global_batch // groups.data_size  # of a step of this replica
+        self.reads = self.samples // data.read_together(groups.data_size)
+        self.bounds = microbatch_bounds(config)
 
     def read(self, step: int) -> StepBatch:
         """The batch of `step` for this rank. A collective of the replica."""
@@ -92,6 +87,19 @@ class StepReader:
         """Ends the loader's worker processes."""
         if self.loader is not None:
             self.loader.close()
+
+
+def microbatch_bounds(config: Config) -> Bounds:
+    """How the samples of a step are packed."""
+    parallel = config.parallel
+    return Bounds(
+        config.data.micro_batch,
+        config.microbatch_tokens,
+        config.microbatch_frames,
+        least=parallel.pipeline,  # with fewer, stages would have nothing to do
+        # What megatron's interleaved schedule asks for.
+        multiple=parallel.pipeline if parallel.virtual > 1 else 1,
+    )
 
 
 def mixed_sources(config: Config) -> list[Source]:

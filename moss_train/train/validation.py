@@ -107,15 +107,12 @@ class Validator:
         if self.asked:
             self.cut = True
             return []
-        size, multiple = self.config.data.micro_batch, self.reader.bounds.multiple
-        chosen = list(islice(samples, self.reader.reads * size))
+        multiple = self.reader.bounds.multiple
+        chosen = list(islice(samples, self.reader.samples))
         while chosen and len(chosen) < multiple:  # no stage's microbatch may be empty
             silent = torch.full_like(chosen[0].labels, IGNORED_LABEL)
             chosen.append(replace(chosen[0], labels=silent))
-        return [
-            collate(chosen[first : first + size], pad_token_id=0)
-            for first in range(0, len(chosen), size)
-        ]
+        return [collate([sample], pad_token_id=0) for sample in chosen]
 
     def _samples(self, source: SourceConfig) -> Iterator[EncodedSample]:
         rank, size = self.groups.data_rank, self.groups.data_size

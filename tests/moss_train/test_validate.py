@@ -44,14 +44,13 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
          "start a multiple of 2"],
     ),
     "batch": (
-        2, ["data.global_batch=6", "data.micro_batch=2"],
-        ["data.global_batch=6: must be a multiple of data.micro_batch=2 x 2 data-parallel "
-         "replicas"],
+        4, ["data.global_batch=6", "data.micro_batch=2"],
+        ["data.global_batch=6: must be a multiple of the 4 data-parallel replicas"],
     ),
     "batch of virtual stages": (
-        2, ["parallel=pp2_vp2", "data.global_batch=6", "data.micro_batch=2"],
-        ["data.global_batch=6: gives 3 microbatches a replica, which with parallel.virtual=2 must "
-         "be a multiple of parallel.pipeline=2"],
+        4, ["parallel=pp2_vp2", "data.global_batch=2"],
+        ["data.global_batch=2: gives 1 samples a replica, which with parallel.virtual=2 must be at "
+         "least parallel.pipeline=2: a microbatch for each stage"],
     ),
     "sequence parallel alone": (
         1, ["parallel.sequence=true"],
@@ -287,7 +286,7 @@ def test_only_rank_0_prints_what_is_wrong(folder, toy):
     assert result.returncode == 1
     said = result.stderr(0).splitlines()
     assert len(said) == 1
-    assert "data.global_batch=5: must be a multiple of data.micro_batch=4 x 2" in said[0]
+    assert "data.global_batch=5: must be a multiple of the 2 data-parallel" in said[0]
     assert result.stderr(1) == ""
     assert "exitcode  : 2" in result.launcher()
     assert not (out / "run").exists()

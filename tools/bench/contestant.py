@@ -171,7 +171,7 @@ def prepare(config: Config, job: dict[str, Any]) -> dict[str, float]:
     batches = [next(reads)]  # the first waits for the loader's processes to start
     began = time.perf_counter()
     batches += [next(reads) for _ in range(max(job["microbatches"] - 1, 50))]
-    rate = (len(batches) - 1) * config.data.micro_batch / (time.perf_counter() - began)
+    rate = (len(batches) - 1) * config.data.read_together(1) / (time.perf_counter() - began)
     loader.close()
     torch.save(batches[: job["microbatches"]], Path(job["folder"]) / "batches.pt")
     torch.save(export(training.model), Path(job["folder"]) / "weights.pt")

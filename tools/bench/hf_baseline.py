@@ -226,7 +226,7 @@ def make_step(
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else None
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = _adamw(config, trained)
-    count = config.data.global_batch // config.data.micro_batch // ranks
+    count = config.data.global_batch // config.data.read_together(1) // ranks
 
     done = itertools.count()
 

@@ -55,7 +55,7 @@ def run_stage(args: argparse.Namespace, stage: str) -> dict[str, Any]:
         for layout, config in configs.items():
             validate(config, LAYOUTS[layout])
         data = configs["single"].data
-        per_step = data.global_batch // data.micro_batch
+        per_step = data.global_batch // data.read_together(1)
         count = (args.warmup + args.rounds * args.steps) * per_step
         job = {"folder": name, "warmup": args.warmup, "microbatches": count}
 

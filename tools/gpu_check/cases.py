@@ -49,14 +49,14 @@ class Sample:
 class Case:
     """A training step that is measured.
 
-    model: preset of conf/model. samples: of a step. micro: samples of a microbatch, at most.
-    steps: that are timed, the first of which also plans kernels.
+    model: preset of conf/model. samples: of a step. micro: samples of a microbatch, at most; None:
+    as many as by default. steps: that are timed, the first of which also plans kernels.
     """
 
     stage: str
     model: str
     samples: tuple[Sample, ...]
-    micro: int
+    micro: int | None
     overrides: tuple[str, ...] = ()
     steps: int = 4
 
@@ -68,17 +68,17 @@ class Case:
                 f"model={self.model}", "parallel=single", f"hardware={device}",
                 "data=shards", f"data.tokenizer='{TOKENIZER}'",
                 f"run.dir='{folder}'", "trainer.steps=100",
-                f"data.global_batch={len(self.samples)}", f"data.micro_batch={self.micro}",
+                f"data.global_batch={len(self.samples)}",
+                f"data.micro_batch={self.micro or 'null'}",
                 *self.overrides,
             ],
         )  # fmt: skip
 
     def batches(self, config: Config) -> Iterator[MicroBatch]:
-        """The loader's batches of one step."""
+        """The samples of one step, as the loader gives them."""
         generator = torch.Generator().manual_seed(7)
-        for first in range(0, len(self.samples), self.micro):
-            own = self.samples[first : first + self.micro]
-            yield collate([s.encoded(config, generator) for s in own], pad_token_id=0)
+        for sample in self.samples:
+            yield collate([sample.encoded(config, generator)], pad_token_id=0)
 
 
 # 11B with 5 of its 40 decoder layers, one of them cross-attention: what fits on a GPU with all
@@ -88,7 +88,7 @@ CASES = {
     "pt1": Case("pt1", "11b", (Sample(6, 64, 0, 400),) * 4, 4),
     "everything": Case("pt2", "11b", (Sample(6, 16, 0, 400),) * 8, 8, CUT),
     "decoder": Case("pt2", "11b", (Sample(0, 0, 0, 512),) * 64, 8, CUT),
-    "short": Case("pt2", "11b", (Sample(0, 0, 0, 512),) * 64, 1, CUT),
+    "short": Case("pt2", "11b", (Sample(0, 0, 0, 512),) * 64, None, CUT),
     "realtime": Case("realtime_sft", "11b", (Sample(40, 256, 8, 0),), 1, CUT, steps=3),
 }
 # The same on a CPU in a second each.
@@ -96,7 +96,7 @@ REHEARSED = {
     "pt1": Case("pt1", "tiny", (Sample(6, 2, 0, 20),) * 2, 2, steps=2),
     "everything": Case("pt2", "tiny", (Sample(6, 2, 0, 20),) * 2, 2, steps=2),
     "decoder": Case("pt2", "tiny", (Sample(0, 0, 0, 32),) * 4, 2, steps=2),
-    "short": Case("pt2", "tiny", (Sample(0, 0, 0, 32),) * 2, 1, steps=2),
+    "short": Case("pt2", "tiny", (Sample(0, 0, 0, 32),) * 2, None, steps=2),
     "realtime": Case("realtime_sft", "tiny", (Sample(8, 6, 3, 0),), 1, steps=2),
 }
 SAVED = Case("pt2", "11b", (Sample(6, 4, 0, 100),), 1, CUT, steps=1)

@@ -14,8 +14,8 @@ from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch, read_step
-from moss_train.parallel.packing import Bounds
 from moss_train.parallel.process_groups import build_groups
+from moss_train.train.data import microbatch_bounds
 from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import make_train_state
@@ -51,8 +51,8 @@ class Workbench:
         data, vision = self.config.data, self.config.model.vision
         return read_step(
             self.case.batches(self.config),
-            -(-len(self.case.samples) // self.case.micro),
-            Bounds(data.micro_batch, data.max_tokens_per_batch, data.max_frames_per_batch),
+            len(self.case.samples),
+            microbatch_bounds(self.config),
             data.pad_multiple,
             (data.max_tiles, 3, vision.image_size, vision.image_size),
             self.groups,
