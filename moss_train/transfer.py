@@ -31,14 +31,28 @@ class Movable(Protocol):
         """Names of attributes."""
 
 
+class Staged:
+    """What `owners` hold for the device, in page-locked memory: all but the copy is done."""
+
+    def __init__(self, *owners: Movable):
+        self._slots: list[tuple[Any, str]] = []
+        if hardware.device().type == "cpu":
+            return
+        self._slots = [slot for owner in owners for slot in _slots(owner)]
+        self._buffer = _Buffer([getattr(owner, name) for owner, name in self._slots])
+
+    def move(self) -> None:
+        """Moves it, in place, by one copy that nobody waits for. Once; then it is there."""
+        slots, self._slots = self._slots, []
+        if slots:
+            for (owner, name), tensor in zip(slots, self._buffer.to_device(), strict=True):
+                setattr(owner, name, tensor)
+            del self._buffer
+
+
 def move(*owners: Movable) -> None:
     """Moves what `owners` hold for the device, in place, by one copy that nobody waits for."""
-    if hardware.device().type == "cpu":
-        return
-    slots = [slot for owner in owners for slot in _slots(owner)]
-    moved = to_device([getattr(owner, name) for owner, name in slots])
-    for (owner, name), tensor in zip(slots, moved, strict=True):
-        setattr(owner, name, tensor)
+    Staged(*owners).move()
 
 
 def _slots(owner: Any) -> Iterator[tuple[Any, str]]:
@@ -53,34 +67,39 @@ def _slots(owner: Any) -> Iterator[tuple[Any, str]]:
 
 def to_device(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the device's memory, by one copy that nobody waits for."""
-    device = hardware.device()
-    if device.type == "cpu":
-        return list(tensors)
-    starts, size = [], 0
-    for tensor in tensors:
-        starts.append(size)
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    for start, tensor in zip(starts, tensors, strict=True):
-        _part(pinned, start, tensor).copy_(tensor)
-    # torch keeps the page-locked memory until the copy has ended.
-    buffer = pinned.to(device, non_blocking=True)
-    return [_part(buffer, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+    return list(tensors) if hardware.device().type == "cpu" else _Buffer(tensors).to_device()
 
 
-def _part(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+class _Buffer:
+    """Tensors one after the other in page-locked memory."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._tensors, self._starts, size = tensors, list[int](), 0
+        for tensor in tensors:
+            self._starts.append(size)
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self._pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        for own, tensor in zip(self._parts(self._pinned), tensors, strict=True):
+            own.copy_(tensor)
+
+    def to_device(self) -> list[Tensor]:
+        # torch keeps the page-locked memory until the copy has ended.
+        return self._parts(self._pinned.to(hardware.device(), non_blocking=True))
+
+    def _parts(self, buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+            for start, like in zip(self._starts, self._tensors, strict=True)
+        ]
 
 
 def concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.cat(tensors)` in the device's memory, copied once on the host."""
-    device = hardware.device()
-    if device.type == "cpu":
+    """`torch.cat(tensors)` on the host, page-locked where there is a GPU."""
+    if hardware.device().type == "cpu":
         return torch.cat([*tensors])
     shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
     pinned = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)
-    torch.cat([*tensors], out=pinned)
-    return pinned.to(device, non_blocking=True)
+    return torch.cat([*tensors], out=pinned)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ class Groups:
 
     decoder, vision: megatron's collections for the two halves of the model.
     replica: the tensor x pipeline ranks that work on one share of the global batch.
-    host: the same ranks, for what is in host memory.
+    host: the same ranks, for what is in host memory: the next step's text, while one is computed.
     """
 
     decoder: ProcessGroupCollection

@@ -56,6 +56,25 @@ class StepBatch:
     unlearned: Unlearned = field(default_factory=Unlearned)
 
 
+@dataclass
+class HostStep:
+    """A step of a replica in host memory: its text, and on the leader all of its frames.
+
+    frames: uint8 `[N, T, 3, h, w]`, page-locked where there is a GPU; None where there are none.
+    keys, skipped, unlearned: as in `StepBatch`.
+    """
+
+    microbatches: list[TextBatch]
+    frames: Tensor | None
+    keys: list[str]
+    skipped: dict[str, int]
+    unlearned: Unlearned
+
+
+class NoMoreStepsError(RuntimeError):
+    """The leader of the replica has stopped reading (`end_reading`)."""
+
+
 def even_shares(total: int, ranks: int) -> list[int]:
     """`total` frames over `ranks`, within one of even."""
     return [total // ranks + (rank < total % ranks) for rank in range(ranks)]
@@ -70,7 +89,20 @@ def read_step(
     groups: Groups,
     shares: int,
 ) -> StepBatch:
-    """Reads (on the leader) and distributes the next step of this replica. A collective.
+    """`assemble`, then `distribute`: the next step of this replica."""
+    step = assemble(loader, reads, bounds, pad_multiple, groups)
+    return distribute(step, frame_shape, groups, shares)
+
+
+def assemble(
+    loader: Iterator[MicroBatch] | None,
+    reads: int,
+    bounds: Bounds,
+    pad_multiple: int,
+    groups: Groups,
+) -> HostStep:
+    """Reads the next step of this replica (on the leader) and hands its text to all ranks. A
+    collective of `groups.host`: what else the replica does may go on beside it.
 
     The samples read are packed into microbatches anew, so that these are about equally long.
 
@@ -78,9 +110,9 @@ def read_step(
         loader: of this replica; None on all ranks but the leader.
         reads: batches of the loader that make up this replica's share of the global batch.
         pad_multiple: microbatches are padded to a multiple of this, in tokens.
-        frame_shape: `(T, 3, h, w)`.
-        shares: ranks among which the frames are split: all of the replica, or its pipeline ranks
-            where the tower is sharded over tensor ranks.
+
+    Raises:
+        NoMoreStepsError: on the others, where the leader calls `end_reading` instead.
     """
     samples: list[EncodedSample] = []
     keys: list[str] = []
@@ -97,15 +129,37 @@ def read_step(
         packed = pack(samples, bounds)
     equal = groups.decoder.pp.size() > 1
     text = _broadcast(_serialize(packed, pad_multiple, equal) if packed else None, groups)
-    step = _deserialize(text)
-    ratio_ids = torch.cat([batch.ratio_ids for batch in step])
+    pixels = [sample.frames for samples in packed for sample in samples]
+    frames = concatenated(pixels) if pixels else None
+    return HostStep(_deserialize(text), frames, keys, dict(skipped), unlearned)
+
+
+def end_reading(groups: Groups) -> None:
+    """Instead of the leader's `assemble`: that of the other ranks fails."""
+    if groups.replica.size() > 1:
+        leader = dist.get_global_rank(groups.replica, 0)
+        dist.broadcast(torch.tensor([0]), leader, group=groups.host)
+
+
+def distribute(
+    step: HostStep, frame_shape: tuple[int, ...], groups: Groups, shares: int
+) -> StepBatch:
+    """Gives each rank its share of a step's frames. A collective of the replica.
+
+    Args:
+        frame_shape: `(T, 3, h, w)`.
+        shares: ranks among which the frames are split: all of the replica, or its pipeline ranks
+            where the tower is sharded over tensor ranks.
+    """
+    ratio_ids = torch.cat([batch.ratio_ids for batch in step.microbatches])
     counts = even_shares(len(ratio_ids), shares)
     share = groups.replica.rank() * shares // groups.replica.size()
-    pixels = [sample.frames for samples in packed for sample in samples]
-    frames = _scatter(pixels, counts, frame_shape, groups)
+    frames = _scatter(step.frames, counts, frame_shape, groups)
     first = sum(counts[:share])
     (own,) = to_device([ratio_ids[first : first + counts[share]]])
-    return StepBatch(step, frames, own, counts, keys, dict(skipped), unlearned)
+    return StepBatch(
+        step.microbatches, frames, own, counts, step.keys, step.skipped, step.unlearned
+    )
 
 
 def _serialize(packed: list[list[EncodedSample]], pad_multiple: int, equal: bool) -> Tensor:
@@ -163,17 +217,20 @@ def _broadcast(text: Tensor | None, groups: Groups) -> Tensor:
     leader = dist.get_global_rank(groups.replica, 0)
     size = torch.tensor([0 if text is None else len(text)])
     dist.broadcast(size, leader, group=groups.host)
+    if not size:
+        raise NoMoreStepsError("the replica's leader reads no more")
     sent = torch.empty(int(size), dtype=torch.int64) if text is None else text
     dist.broadcast(sent, leader, group=groups.host)
     return sent
 
 
 def _scatter(
-    pixels: list[Tensor], counts: list[int], frame_shape: tuple[int, ...], groups: Groups
+    frames: Tensor | None, counts: list[int], frame_shape: tuple[int, ...], groups: Groups
 ) -> Tensor:
-    """Sends each rank its share of the frames; `pixels`: the samples' (on the leader), in order."""
+    """Sends each rank its share of the frames, which the leader has."""
     device, size = hardware.device(), groups.replica.size()
-    frames = concatenated(pixels) if pixels else None
+    if frames is not None:
+        frames = frames.to(device, non_blocking=True)
     if size == 1 or sum(counts) == 0:
         none = torch.empty(0, *frame_shape, dtype=torch.uint8, device=device)
         return none if frames is None else frames

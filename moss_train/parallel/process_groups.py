@@ -15,7 +15,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
-from moss_train import hardware
 from moss_train.config import HardwareConfig, ParallelConfig
 from moss_train.model.groups import Groups
 
@@ -50,8 +49,10 @@ def build_groups(
 
 
 def _host_group(group: ProcessGroup, timeout: timedelta) -> ProcessGroup:
-    """The ranks of `group`, over gloo: text need not go through a GPU to be read by Python."""
-    if hardware.device().type == "cpu" or group.size() == 1:
+    """The ranks of `group` once more, over gloo: text need not go through a GPU to be read by
+    Python, and comes while the other group is at work (train/data.py).
+    """
+    if group.size() == 1:
         return group
     own = tuple(dist.get_process_group_ranks(group))
     everywhere: list[tuple[int, ...]] = [()] * dist.get_world_size()

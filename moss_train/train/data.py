@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +16,19 @@ from data_pipeline.loader.loader import Loader, Source, build_loader
 from data_pipeline.shards import check_source
 from moss_train.config import Config, ConfigError
 from moss_train.model.groups import Groups
-from moss_train.parallel.distribute import StepBatch, read_step
+from moss_train.model.loss import LossOptions
+from moss_train.parallel.distribute import (
+    HostStep,
+    StepBatch,
+    assemble,
+    distribute,
+    end_reading,
+    read_step,
+)
 from moss_train.parallel.packing import Bounds
+from moss_train.train.ahead import Ahead
 from moss_train.train.metrics import read_metrics
+from moss_train.train.plan import StepPlan
 from moss_train.train.unlearned import reasons
 
 
@@ -52,12 +63,43 @@ def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> 
     return loader
 
 
-class StepReader:
-    """Reads the steps of this replica, and distributes each to its ranks."""
+@dataclass
+class Ready:
+    """A step that has been read. state: of the loader after it, on the leader."""
 
-    def __init__(self, config: Config, groups: Groups, shares: int, streams: list[bytes] | None):
-        """`shares`: as in `read_step`; `streams`: as in `open_loader`."""
+    step: HostStep
+    plan: StepPlan
+    state: list[bytes] | None
+
+
+class StopReading(Exception):
+    """The reader has been stopped in the middle of a step."""
+
+
+class StepReader:
+    """Reads the steps of this replica, and distributes each to its ranks.
+
+    While a step is computed, a thread of each rank prepares the next one up to what it asks of the
+    device: the leader's reads samples, packs them and gathers their frames; text goes to the other
+    ranks over `groups.host`, which nothing else uses then (`settle`); each plans its step.
+    """
+
+    LONGEST_STOP_S = 10.0
+
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        shares: int,
+        loss: LossOptions,
+        streams: list[bytes] | None,
+    ):
+        """`shares`: as in `read_step`; `loss`: of training; `streams`: as in `open_loader`."""
         data, vision = config.data, config.model.vision
+        self.loss = loss
+        self._ahead: Ahead[Ready] | None = None
+        self._stopping = False
+        self._state: list[bytes] | None = None
         self.config, self.groups, self.shares = config, groups, shares
         self.loader = open_loader(config, groups, streams) if groups.is_leader else None
         self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
@@ -66,11 +108,49 @@ class StepReader:
         self.reads = self.samples // data.read_together(groups.data_size)
         self.bounds = microbatch_bounds(config)
 
-    def read(self, step: int) -> StepBatch:
-        """The batch of `step` for this rank. A collective of the replica."""
-        batch = self.distribute(self.batches, self.reads)
+    def read(self, step: int) -> tuple[StepBatch, StepPlan]:
+        """The batch of `step` for this rank, and its plan. A collective of the replica.
+
+        Raises what the thread that has prepared it met.
+        """
+        ahead, self._ahead = self._ahead, None
+        # The first one here: loader processes are forks of the thread that begins to read.
+        ready = self._prepare() if ahead is None else ahead.result()
+        self._state = ready.state
+        if step < self.config.steps:
+            self._ahead = Ahead(self._prepare, "next step")
+        batch = distribute(ready.step, self.frame_shape, self.groups, self.shares)
         check_tokens(batch, self.config, step)
-        return batch
+        return batch, ready.plan
+
+    def _prepare(self) -> Ready:
+        """The next step."""
+        batches = self.batches and self._until_stopped(self.batches)
+        multiple = self.config.data.pad_multiple
+        try:
+            step = assemble(batches, self.reads, self.bounds, multiple, self.groups)
+        except StopReading:
+            end_reading(self.groups)
+            raise
+        plan = StepPlan(step.microbatches, self.config, self.loss)
+        return Ready(step, plan, self.loader.state() if self.loader else None)
+
+    def _until_stopped(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for batch in batches:
+            if self._stopping:
+                raise StopReading
+            yield batch
+
+    def settle(self) -> None:
+        """Waits until the next step has been prepared, and `groups.host` is free."""
+        if self._ahead is not None:
+            self._ahead.wait()
+
+    def stop(self) -> None:
+        """Ends the preparation of a next step, which nobody will ask for."""
+        self._stopping = True
+        if self._ahead is not None:
+            self._ahead.wait(self.LONGEST_STOP_S)
 
     def distribute(self, batches: Iterator[MicroBatch] | None, reads: int) -> StepBatch:
         """The next `reads` of `batches` (of the leader), distributed to the replica's ranks."""
@@ -80,11 +160,12 @@ class StepReader:
         )
 
     def state(self) -> list[bytes] | None:
-        """States of this replica's data streams (on its leader)."""
-        return self.loader.state() if self.loader else None
+        """States of this replica's data streams after the last step given (on its leader)."""
+        return self._state
 
     def close(self) -> None:
-        """Ends the loader's worker processes."""
+        """Ends the thread and the loader's worker processes."""
+        self.stop()
         if self.loader is not None:
             self.loader.close()
 

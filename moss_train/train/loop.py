@@ -42,6 +42,7 @@ from moss_train.train.loggers import open_loggers
 from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetrics, read_metrics
 from moss_train.train.optimizer import make_train_state, schedule_warnings
 from moss_train.train.param_groups import check_gradients, freeze
+from moss_train.train.plan import StepPlan
 from moss_train.train.process import process_group, start_writer_queue, stop_signals
 from moss_train.train.profiler import StepProfiler
 from moss_train.train.report import write_report_or_warn
@@ -119,7 +120,8 @@ class Job:
         check_gradients(self.model, self.counts, config.stage.name)
         self.guard = Guard.resume(config.trainer.spike_factor, self.folder, self.done)
         self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
-        self.reader = StepReader(config, self.groups, self.step.exchange.shares, streams)
+        shares = self.step.exchange.shares
+        self.reader = StepReader(config, self.groups, shares, self.step.loss, streams)
         self.validator = Validator(self.step, self.reader)
         # What its GPU can compute, which fp32 is no measure of.
         self.peak = hardware.peak_tflops() if config.model.dtype == "bf16" else None
@@ -157,14 +159,15 @@ class Job:
         self._announce()
         steps = self.config.steps
         with ExitStack() as opened, stop_signals() as asked:
+            opened.callback(self.reader.stop)
             stopped, sinks = False, None
             while self.done < steps and not stopped:
                 beat("data", self.done + 1)
                 started = time.perf_counter()
                 with self.profiler.step(self.done + 1):
-                    batch = self._read()
+                    batch, plan = self._read()
                     waited = time.perf_counter() - started
-                    result = self.step(batch, waited, bool(asked))
+                    result = self.step(batch, plan, waited, bool(asked))
                 seconds = time.perf_counter() - started
                 if sinks is None:
                     sinks = opened.enter_context(self._records())
@@ -196,7 +199,7 @@ class Job:
             self._finish(stopped)
         return stopped
 
-    def _read(self) -> StepBatch:
+    def _read(self) -> tuple[StepBatch, StepPlan]:
         return self.reader.read(self.done + 1)
 
     def _validate(self, result: StepResult, asked: Sequence[float]) -> dict[str, Any] | None:

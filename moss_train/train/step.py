@@ -18,12 +18,13 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.gradients import reduce_gradients
-from moss_train.parallel.schedule import DecoderInput, plan_inputs, run_schedule
-from moss_train.train.flops import StepCounts, count_microbatch
+from moss_train.parallel.schedule import run_schedule
+from moss_train.train.flops import StepCounts
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import TrainState
 from moss_train.train.phases import Phases
-from moss_train.transfer import HostCopy, move, to_device
+from moss_train.train.plan import StepPlan
+from moss_train.transfer import HostCopy, to_device
 
 _NAMES = [field.name for field in fields(StepCounts)]
 _UNLEARNED = len(fields(Unlearned))
@@ -77,15 +78,23 @@ class TrainStep:
         )
 
     def __call__(
-        self, batch: StepBatch, data_wait_s: float = 0.0, stop: bool = False
+        self,
+        batch: StepBatch,
+        plan: StepPlan | None = None,
+        data_wait_s: float = 0.0,
+        stop: bool = False,
     ) -> StepResult:
-        """Forward, backward and update on `batch`; `stop`: this rank wants the job to end.
+        """Forward, backward and update on `batch`.
+
+        Args:
+            plan: of this batch; None: it is made here.
+            stop: this rank wants the job to end.
 
         All is given to the device before the host reads what came of it, once, at the end. Whether
         the weights may be updated is decided by all ranks together, on the device.
         """
         self.phases = Phases()
-        loss, counts = self.forward_backward(batch)
+        loss, counts = self.forward_backward(batch, plan)
         frames = len(batch.frames)
         names = [source.name for source in self.config.data.sources]
         read = Counter(key.partition("/")[0] for key in batch.keys)
@@ -134,7 +143,9 @@ class TrainStep:
             phase_s=self.phases.seconds(),
         )
 
-    def forward_backward(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+    def forward_backward(
+        self, batch: StepBatch, plan: StepPlan | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Reduced gradients of `batch`.
 
         Returns:
@@ -142,7 +153,8 @@ class TrainStep:
             then its tokens with padding, int64. All on the device.
         """
         self.state.zero_gradients()
-        inputs, counts = self._prepare(batch, self.loss)
+        plan = self.prepare(batch, self.loss, plan)
+        inputs, counts = plan.inputs, plan.counts
         dist.all_reduce(counts, group=self.model.groups.decoder.dp)
         labels, text_labels = (counts[_NAMES.index(name)] for name in ("labels", "text_labels"))
         total = (labels + text_labels).float()
@@ -163,41 +175,17 @@ class TrainStep:
             self.exchange.begin_microbatch()
             self.phases.end("exchange")
 
-    def prepare(self, batch: StepBatch, loss: LossOptions) -> list[DecoderInput]:
-        """Encodes the frames and plans each microbatch."""
-        return self._prepare(batch, loss)[0]
-
-    def _prepare(self, batch: StepBatch, loss: LossOptions) -> tuple[list[DecoderInput], Tensor]:
-        """Inputs and this replica's counts, on the device."""
+    def prepare(
+        self, batch: StepBatch, loss: LossOptions, plan: StepPlan | None = None
+    ) -> StepPlan:
+        """Encodes the frames, and plans what has not been planned. All on the device."""
         states = self.exchange.encode(batch)  # the device works on that while the host plans
         self.phases.end("encode")
-        model, tiles = self.config.model, self.config.data.max_tiles
-        planned = _Planned(plan_inputs(batch.microbatches, model, tiles, loss))
-        planned.count(batch)
-        move(planned)
-        for item, own in zip(planned.inputs, states, strict=True):
+        plan = plan or StepPlan(batch.microbatches, self.config, loss)
+        plan.move()
+        for item, own in zip(plan.inputs, states, strict=True):
             item.frames.states = own
-        return planned.inputs, planned.counts
-
-
-class _Planned:
-    """What goes to the device in one copy."""
-
-    on_device = ("inputs", "counts")
-    counts: Tensor
-
-    def __init__(self, inputs: list[DecoderInput]):
-        self.inputs = inputs
-
-    def count(self, batch: StepBatch) -> None:
-        """The counts of this replica's microbatches, before they are moved."""
-        counts = StepCounts()
-        for text, item in zip(batch.microbatches, self.inputs, strict=True):
-            counts += count_microbatch(
-                text.lengths, item.targets.positions[: item.targets.count], item.frames
-            )
-        padded = sum(len(item.text.tokens) for item in self.inputs)
-        self.counts = torch.tensor([*astuple(counts), padded])
+        return plan
 
 
 def _numbers(*rows: list[float]) -> list[Tensor]:

@@ -55,6 +55,7 @@ class Validator:
         """
         self._count_anew()
         self.asked = asked
+        self.reader.settle()
         self.step.state.gather_parameters()
         sources = self.config.data.eval_sources
         with torch.no_grad():
@@ -84,7 +85,7 @@ class Validator:
         while reads := self._agree(batches := self._next(samples)):
             beat("validation")
             batch = self.reader.distribute(iter(batches) if self.groups.is_leader else None, reads)
-            inputs = self.step.prepare(batch, self.options)
+            inputs = self.step.prepare(batch, self.options).inputs
             one = torch.ones((), device=hardware.device())
             loss = run_schedule(self.step.state.chunks, inputs, one, forward_only=True)
             if self.groups.reports_loss:

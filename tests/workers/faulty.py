@@ -1,7 +1,7 @@
-"""A job in which a rank meets an error in its third step: faulty.py raise|tokens RANK OVERRIDE...
+"""A job in which a rank meets an error in its third step: faulty.py HOW RANK OVERRIDE...
 
 raise: the rank raises. tokens: the rank, which leads a replica, reads a token that the vocabulary
-does not have.
+does not have. loader: the rank, which leads a replica, cannot read.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ def main() -> None:
     resume_from = check(config)
     from moss_train.parallel.distribute import StepBatch
     from moss_train.train.loop import Job
+    from moss_train.train.plan import StepPlan
     from moss_train.train.process import process_group
 
     class Faulty(Job):
         """A job with a bad day."""
 
-        def _read(self) -> StepBatch:
-            unlucky = dist.get_rank() == int(rank) and self.done == STEP - 1
-            if unlucky and how == "raise":
+        def _read(self) -> tuple[StepBatch, StepPlan]:
+            unlucky = dist.get_rank() == int(rank)
+            if unlucky and self.done == STEP - 1 and how == "raise":
                 raise ValueError(f"rank {rank} has a bad day")
-            if unlucky and how == "tokens":
+            if unlucky and self.done == STEP - 2 and how in SPOILED:  # the next step is read ahead
                 assert self.reader.batches is not None
-                self.reader.batches = spoiled(self.reader.batches)
+                self.reader.batches = SPOILED[how](self.reader.batches)
             return super()._read()
 
     with process_group(config):
@@ -51,6 +52,15 @@ def spoiled(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     for batch in batches:
         batch.tokens[0, 0] = 70_000
         yield batch
+
+
+def failing(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """One batch, then an error."""
+    yield next(batches)
+    raise OSError("the storage has a bad day")
+
+
+SPOILED = {"tokens": spoiled, "loader": failing}
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def run(task: Task, config: Config) -> None:
 def run_checked(task: Task, config: Config) -> None:
     from moss_train.parallel.distribute import StepBatch
     from moss_train.train.loop import Job
+    from moss_train.train.plan import StepPlan
     from moss_train.train.step import StepResult
 
     class Watched(Job):
@@ -90,7 +91,7 @@ def run_checked(task: Task, config: Config) -> None:
 
         batch = 0
 
-        def _read(self) -> StepBatch:
+        def _read(self) -> tuple[StepBatch, StepPlan]:
             self.batch += 1
             return super()._read()
 

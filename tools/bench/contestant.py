@@ -144,7 +144,7 @@ def _our_step(config: Config, job: dict[str, Any]) -> Step:
     training.reader.bounds = replace(training.reader.bounds, samples=samples)
 
     def step() -> tuple[float, float]:
-        result = training.step(training._read())
+        result = training.step(*training._read())
         return result.loss, result.padded_tokens / torch.distributed.get_world_size()
 
     return step

@@ -155,6 +155,7 @@ def test_a_signal_to_all_processes_stops_a_single_one_cleanly(small, tmp_path, n
         ("raise", 1, "tp2", "ValueError: rank 1 has a bad day"),
         ("tokens", 1, "dp2", "ValueError: step 3: token 70000"),
         ("tokens", 0, "pp2", "ValueError: step 3: token 70000"),
+        ("loader", 0, "tp2", "OSError: the storage has a bad day"),
     ],
 )
 def test_an_error_on_one_rank_ends_the_job(small, tmp_path, how, rank, layout, error):

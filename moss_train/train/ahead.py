@@ -1,0 +1,48 @@
+"""Work that a thread does while this one does something else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+from moss_train import hardware
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """What `work` returns, as soon as it is asked for.
+
+    The thread does not keep the process from ending.
+    """
+
+    def __init__(self, work: Callable[[], T], name: str):
+        """Starts the thread; `name`: what tools that list threads call it."""
+        self._work, self._device = work, hardware.device()
+        self._done: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # each thread has its own, and begins with 0
+            self._done.append(self._work())
+        except BaseException as error:
+            self._error = error
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether it has ended, well or not, within `seconds` (None: however long it takes)."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """Waits for it. Raises what `work` has raised."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._done.pop()
