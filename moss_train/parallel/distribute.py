@@ -71,8 +71,8 @@ class HostStep:
     unlearned: Unlearned
 
 
-class NoMoreStepsError(RuntimeError):
-    """The leader of the replica has stopped reading (`end_reading`)."""
+class NoMoreStepsError(dist.DistError):
+    """The leader of the replica has stopped reading (`end_reading`): its error, if any, is why."""
 
 
 def even_shares(total: int, ranks: int) -> list[int]:

@@ -15,11 +15,13 @@ from moss_train.convert.weights import fill
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.process_groups import build_groups
+from moss_train.train.ahead import Ahead
 from moss_train.train.data import microbatch_bounds
 from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
+from moss_train.train.plan import StepPlan
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.trace import profiled
 from tools.gpu_check.cases import Case
@@ -62,12 +64,15 @@ class Workbench:
     def measure(self) -> dict[str, Any]:
         """Times the case's steps; then profiles one more."""
         batch, seconds, results = self.batch(), [], []
+        plan = self._plan(batch)
         if hardware.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for _ in range(self.case.steps):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            results.append(self.step(batch))
+            following = Ahead(lambda: self._plan(batch), "next step")  # as in a job
+            results.append(self.step(batch, plan))
+            plan = following.result()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
         return {
@@ -77,8 +82,11 @@ class Workbench:
             "built_s": self.built_s,
             "first_step_s": seconds[0],
             **self.speed(results[-1], min(seconds[1:])),
-            "profile": asdict(profiled(lambda: self.step(batch))),
+            "profile": asdict(profiled(lambda: self.step(batch, plan))),
         }
+
+    def _plan(self, batch: StepBatch) -> StepPlan:
+        return StepPlan(batch.microbatches, self.config, self.step.loss)
 
     def speed(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """What a step of `seconds` comes to. MFU and HFU: None on a CPU."""
