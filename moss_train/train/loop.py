@@ -101,8 +101,8 @@ class Job:
         self.config, self.console, self.loggers = config, console, loggers
         self.folder = Path(config.run.dir)
         self.first_rank = dist.get_rank() == 0
-        timeout_s = config.hardware.timeout_s
-        self.groups = build_groups(config.parallel, config.trainer.seed, timeout_s)
+        timeout = config.hardware.timeout_s
+        self.groups = build_groups(config.parallel, config.trainer.seed, timeout)
         self.model = MossVideo(config.model, config.parallel, self.groups, config.adapter)
         if resume_from is None:
             # What a checkpoint holds is not drawn first: of 11B that takes minutes.
@@ -110,18 +110,17 @@ class Job:
             fill(self.model, initial_reader(config.model, config.trainer.seed), adapters_only=given)
         self.counts = freeze(self.model, [*config.stage.train, *config.stage.also])
         self.state = make_train_state(self.model, config, self.counts)
-        trained_with = identify(config.data.tokenizer)
-        self.checkpointer = Checkpointer(config, self.model, self.state, trained_with)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        tokens = SpecialTokens.from_tokenizer(tokenizer, config.data.tokenizer)
+        path = config.data.tokenizer
+        self.checkpointer = Checkpointer(config, self.model, self.state, identify(path))
+        tokens = SpecialTokens.from_tokenizer(load_tokenizer(path), path)
         self.done = self.samples = 0
         self.bad_samples = BadSamples(config.data.max_bad_ratio)
         streams = self._restore(resume_from)
         check_gradients(self.model, self.counts, config.stage.name)
         self.guard = Guard.resume(config.trainer.spike_factor, self.folder, self.done)
         self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
-        shares = self.step.exchange.shares
-        self.reader = StepReader(config, self.groups, shares, self.step.loss, streams)
+        step = self.step
+        self.reader = StepReader(config, self.groups, step.exchange.shares, step.loss, streams)
         self.validator = Validator(self.step, self.reader)
         # What its GPU can compute, which fp32 is no measure of.
         self.peak = hardware.peak_tflops() if config.model.dtype == "bf16" else None
