@@ -37,6 +37,11 @@ class StepPlan:
         self.counts = torch.tensor([*astuple(counts), padded])
         self._staged = Staged(self)
 
+    def forget_states(self) -> None:
+        """Frees the states of all frames, once the decoder has done with them."""
+        for item in self.inputs:
+            item.frames.states = None
+
     def move(self) -> None:
         """To the device, where it has not been moved yet."""
         self._staged.move()

@@ -154,14 +154,14 @@ class TrainStep:
         """
         self.state.zero_gradients()
         plan = self.prepare(batch, self.loss, plan)
-        inputs, counts = plan.inputs, plan.counts
+        counts = plan.counts
         dist.all_reduce(counts, group=self.model.groups.decoder.dp)
         labels, text_labels = (counts[_NAMES.index(name)] for name in ("labels", "text_labels"))
         total = (labels + text_labels).float()
         self.phases.end("plan")
-        loss = run_schedule(self.state.chunks, inputs, total, self._ended)
+        loss = run_schedule(self.state.chunks, plan.inputs, total, self._ended)
         self.phases.end("backward")
-        del inputs  # and with them the states of all frames
+        plan.forget_states()
         self.exchange.return_gradient()
         state = self.state
         reduce_gradients(state.wrapped_chunks, state.encoder, self.model.groups)
