@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import webdataset
+import yaml
+from braceexpand import braceexpand
 
 from data_pipeline.atomic import PARTIAL_SUFFIX, partial_path, publish
 
@@ -142,13 +144,22 @@ def read_samples(path: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 def check_source(path: str | Path) -> SourceInfo:
     """Checks, reading no shard, that a folder can be loaded; ShardError says what is wrong."""
+    counts = training_shards(path)
+    return SourceInfo(shards=len(counts), samples=sum(counts.values()))
+
+
+def training_shards(path: str | Path) -> dict[str, int]:
+    """The shards that a folder's index has for training, by name, with their numbers of samples.
+
+    All of them where the index is ours; `energon prepare` may leave some to other parts. Raises
+    ShardError where the index is missing or does not match the folder.
+    """
     folder = Path(path)
     names = {shard.name for shard in shard_files(folder)}
     prepare = f"run `python -m data_pipeline.index {folder}`"
     index = folder / INDEX_FOLDER
-    info = index / ".info.json"
-    needed = (index / INDEX_MARK, index / "split.yaml", index / "index.sqlite", info)
-    if not all(file.is_file() for file in needed):
+    info, split = index / ".info.json", index / "split.yaml"
+    if not all(file.is_file() for file in (index / INDEX_MARK, split, info)):
         raise ShardError(f"{folder} has no complete index: {prepare}")
     try:
         counts: dict[str, int] = json.loads(info.read_text())["shard_counts"]
@@ -157,4 +168,21 @@ def check_source(path: str | Path) -> SourceInfo:
     changed = sorted(names.symmetric_difference(counts))
     if changed:
         raise ShardError(f"{folder}: the index does not match the shards ({changed[0]}): {prepare}")
-    return SourceInfo(shards=len(counts), samples=sum(counts.values()))
+    try:
+        chosen = _training_part(yaml.safe_load(split.read_text()))
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(f"{split} cannot be read ({error!r}): {prepare}") from None
+    used = {name: counts[name] for name in sorted(counts) if name in chosen and counts[name]}
+    if not used:
+        raise ShardError(f"{split}: no sample is left for training: {prepare}")
+    return used
+
+
+def _training_part(split: dict[str, Any]) -> set[str]:
+    """Names of shards: patterns such as `shard-{000000..000004}.tar` for the part `train`."""
+    excluded = {name for pattern in split.get("exclude") or () for name in braceexpand(pattern)}
+    single = sorted(name for name in excluded if not name.endswith(".tar"))
+    if single:
+        raise ShardError(f"exclude of {single[0]}: only whole shards can be left out: rebuild it")
+    names = {name for pattern in split["split_parts"]["train"] for name in braceexpand(pattern)}
+    return names - excluded

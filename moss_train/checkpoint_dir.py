@@ -1,22 +1,22 @@
 """What is on disk of a run's checkpoints, read without megatron (so before the job starts).
 
 A checkpoint is a folder `checkpoints/step_00000100` of a run: megatron's distributed checkpoint
-(weights, optimizer, random state), `run.json` (configuration, step, layout, versions, tokenizer),
-`streams.json` (where each data stream stands) and, written last, `complete.json` (every file with
-its size and checksum). `checkpoints/latest` names the newest. What has no sound `complete.json` is
-not loaded; sizes are compared here, checksums by the job (train/start.py).
+(weights, optimizer, random state), `run.json` (configuration, step, position in the data, layout,
+versions, tokenizer) and, written last, `complete.json` (every file with its size and checksum).
+`checkpoints/latest` names the newest. What has no sound `complete.json` is not loaded; sizes are
+compared here, checksums by the job (train/start.py).
 An imported one (tools.convert_checkpoint) has the same form, and `weights_only` in its run.json.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.loader.state import OrderState
 from data_pipeline.prompts import STAGE_FORMS
 from moss_train.config import ConfigError, present_names
 from moss_train.log import log
@@ -52,7 +52,6 @@ def _flaw(path: Path) -> str | None:
             if size != about["size"]:
                 return f"{name} has {size} bytes, not {about['size']}"
         read_run(path)
-        read_streams(path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read ({error})"
     return None
@@ -132,7 +131,8 @@ def set_aside(path: Path) -> None:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """`run.json` of a checkpoint: config, step, samples, layout, versions, tokenizer's identity.
+    """`run.json` of a checkpoint: config, step, samples, position in the data, layout, versions,
+    tokenizer's identity.
 
     Raises:
         ConfigError: `path` holds no readable one.
@@ -142,6 +142,8 @@ def read_run(path: Path) -> dict[str, Any]:
         run = json.loads(patiently((path / "run.json").read_text, path))
         if not {"step", "samples", "layout", "config"} <= run.keys():
             raise ValueError("it is not a run's")
+        if run.get("data_order") is not None:
+            OrderState.from_dict(run["data_order"])
         config = present_names(run["config"])
         if run.get("weights_only") and config["stage"]["prompt"] == "pretrain":
             # Imports of earlier versions have a stage's name alone; the rest are defaults.
@@ -149,8 +151,3 @@ def read_run(path: Path) -> dict[str, Any]:
         return {**run, "config": config}
     except (*NOT_THERE, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError([f"checkpoint {path}: cannot read run.json ({error})"]) from None
-
-
-def read_streams(path: Path) -> list[bytes]:
-    """State of every data stream of the job that saved `path`, in global order."""
-    return [base64.b64decode(text) for text in json.loads((path / "streams.json").read_text())]

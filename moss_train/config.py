@@ -29,6 +29,7 @@ from moss_train.model_config import ModelConfig
 # refused; files that an earlier version wrote are read.
 RENAMED = {
     "model.blind_rows": "model.tokens_before_first_frame",
+    "data.shuffle_buffer": "data.shuffle_window",
 }
 
 
@@ -134,6 +135,9 @@ class TrainerConfig:
     resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
     # Begin at step 1 where run.dir has checkpoints and none can be loaded; they become .damaged_*.
     start_over: bool = False
+    # A run that goes on with other data or shares is refused (exact), or goes on, and what has
+    # changed begins anew (fresh).
+    resume_data: str = choice("exact", ("exact", "fresh"))
     console_every: int = number(1, above=0)
     # A step is left out where loss or gradient is not finite, or the loss exceeds the median of the
     # last 100 by this factor; null: whatever it is.

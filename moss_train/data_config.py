@@ -49,7 +49,8 @@ class DataConfig:
     video_threads: int = number(1, above=0)
     # Loader processes for each data-parallel rank; 0: in the training process.
     workers: int = number(2, least=0, zero="no worker processes")
-    shuffle_buffer: int = number(1000, above=0)
+    # Samples of a source that are mixed with each other.
+    shuffle_window: int = number(10_000, above=0)
     # Microbatches are padded to a multiple of this, in tokens.
     pad_multiple: int = number(64, above=0)
     # Stop when more than this share of the samples cannot be read.

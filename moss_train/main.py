@@ -83,7 +83,7 @@ def check(config: Config) -> Path | None:
     _check_folder(Path(config.run.dir))
     if os.environ.get("RANK", "0") == "0":
         check_free(Path(config.run.dir))
-    return find_resume(config, world_size)
+    return find_resume(config)
 
 
 def _check_folder(folder: Path) -> None:

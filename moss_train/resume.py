@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from moss_train.checkpoint_dir import (
-    checkpoints_folder,
-    find,
-    flaw,
-    read_run,
-    read_streams,
-    steps_in,
-)
+from moss_train.checkpoint_dir import checkpoints_folder, find, flaw, read_run, steps_in
 from moss_train.config import AdapterConfig, Config, ConfigError, flatten, to_dict
 from moss_train.convert.folders import why_no_checkpoint
+from moss_train.sources import order_changes
 from moss_train.trained_tokenizer import check_llama, check_start, check_tokenizer
 
 # What a resumed run must have as before, beside the model's sizes.
@@ -23,9 +18,7 @@ STAGE = ("name", "train", "also", "prompt")
 NUMBERS = ("dtype", "tokens_before_first_frame")
 
 
-def find_resume(
-    config: Config, world_size: int, damaged: Mapping[Path, str] | None = None
-) -> Path | None:
+def find_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Path | None:
     """The checkpoint that this run continues, None for a new one; checks `init_from` too.
 
     damaged: checkpoints whose contents are known to be wrong, and what is wrong of them.
@@ -66,8 +59,7 @@ def find_resume(
         check_architecture(config, saved["config"], checkpoint)
         check_adapter(config, saved["config"], checkpoint, resume=True)
         check_stage(config, saved["config"], checkpoint)
-        check_streams(config, len(read_streams(checkpoint)), checkpoint, world_size)
-        check_sources(config, saved["config"], checkpoint)
+        check_order(config, saved, checkpoint)
         mend = f"give that one, or start a new run with init_from={checkpoint}"
         check_tokenizer(saved, checkpoint, config.data.tokenizer, named, mend)
     elif init_from is not None:
@@ -178,38 +170,15 @@ def check_adapter(config: Config, saved: dict, checkpoint: Path, resume: bool) -
     )
 
 
-def check_sources(config: Config, saved: dict, checkpoint: Path) -> None:
-    """Raises ConfigError where the checkpoint's data streams read other sources than this run."""
-    mine = to_dict(config)
-    read, before = _sources_read(mine), _sources_read(saved)
-    problems = []
-    if read != before:
-        problems.append(
-            f"data.sources, with a share in stage.mixture: {', '.join(read)}: the checkpoint "
-            f"{checkpoint} is in the middle of {', '.join(before)}: give the same, or start a new "
-            "run from its weights (init_from)"
-        )
-    name = "shuffle_buffer"
-    problems += _differences(
-        {name: mine["data"][name]}, saved["data"], "data", ignored=(), checkpoint=checkpoint
-    )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _sources_read(plain: dict) -> list[str]:
-    """Names of the sources that a configuration reads, in their order."""
-    shares = plain["stage"]["mixture"]
-    return [one["name"] for one in plain["data"]["sources"] if shares[one["modality"]] > 0]
-
-
-def check_streams(config: Config, streams: int, checkpoint: Path, world_size: int) -> None:
-    """Raises ConfigError where the checkpoint's data streams cannot be assigned to the replicas."""
-    replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    if streams % replicas:
+def check_order(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises ConfigError where a run would not go on with the data of `saved` (the checkpoint's
+    run.json) and `trainer.resume_data=exact` wants it to.
+    """
+    changes = order_changes(config, saved)
+    if changes and config.trainer.resume_data == "exact":
         raise ConfigError(
             [
-                f"data-parallel size {replicas}: the {streams} data streams of the checkpoint "
-                f"{checkpoint} cannot be assigned evenly: choose one that divides {streams}"
+                f"trainer.resume_data=exact: {checkpoint} has other data: {'; '.join(changes)}: "
+                "give what it has, or take trainer.resume_data=fresh: what has changed begins anew"
             ]
         )

@@ -1,63 +1,108 @@
-"""Reads samples from indexed shards; one that cannot be read becomes a marked sample.
-
-energon ends a stream at the first tar that has been cut off, damaged or deleted since it was
-indexed. Here the task (task.py) gets the marked sample, and counts, logs and skips it.
-"""
+"""Reads a sample by its number: the bytes that the index of its shard says, as members by name."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from typing import Any
+import io
+import os
+import re
+import tarfile
+from pathlib import Path
 
-from megatron.energon import CrudeWebdataset
-from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.tariterators import base_plus_ext
 
-UNREADABLE = "__unreadable__"  # a member of a marked sample: why it could not be read
+from data_pipeline.shards import ShardError
 
-
-class ShardSource(CrudeWebdataset):
-    """energon's indexed folder of shards, with tolerant readers."""
-
-    def build(self, worker_rotation_offset: int = 0) -> Any:
-        dataset = super().build(worker_rotation_offset)
-        loader = dataset.dataset
-        loader.join_readers = [TolerantReader(reader) for reader in loader.join_readers]
-        return dataset
+_OPEN = 128  # shards of a process that stay open, of all sources
+_COMMENT = re.compile(r"__[^/]*__(/|$)")  # members in which webdataset keeps notes
 
 
-class TolerantReader:
-    """energon's reader of samples by their number, with marked samples for those it cannot read."""
+class OpenShards:
+    """Shards that are open in this process, with the offsets of their samples; the last used."""
 
-    def __init__(self, reader: ShardInfosITarReader) -> None:
-        self._reader = reader
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[int, NDArray[np.uint64]]] = {}
+
+    def read(self, shard: Path, place: int) -> bytes:
+        """The bytes of a shard's sample. Raises OSError, ValueError: they are not there."""
+        kept = self._open.pop(shard) if shard in self._open else self._opened(shard)
+        self._open[shard] = descriptor, offsets = kept  # now the last one
+        if place + 1 >= len(offsets):
+            raise ValueError(f"{shard.name}.idx ends before sample {place}")
+        first, end = int(offsets[place]), int(offsets[place + 1])
+        size = os.fstat(descriptor).st_size
+        if not first < end <= size:
+            raise ValueError(f"the sample lies at {first}..{end} of {size} bytes")
+        return os.pread(descriptor, end - first, first)
+
+    def close(self, shard: Path) -> None:
+        """Forgets a shard: a broken handle would fail again, an old one would hide a new file."""
+        if shard in self._open:
+            os.close(self._open.pop(shard)[0])
+
+    def _opened(self, shard: Path) -> tuple[int, NDArray[np.uint64]]:
+        while len(self._open) >= _OPEN:
+            self.close(next(iter(self._open)))
+        offsets = np.fromfile(shard.with_suffix(".tar.idx"), "<u8")
+        return os.open(shard, os.O_RDONLY | os.O_CLOEXEC), offsets
+
+
+class SourceReader:
+    """The samples of a folder of shards, numbered through all of them."""
+
+    def __init__(self, name: str, folder: str, counts: dict[str, int], opened: OpenShards) -> None:
+        """`counts`: samples of each shard, as in `training_shards`."""
+        self.name, self._folder, self._shards = name, Path(folder), opened
+        self._names = list(counts)
+        self.counts = np.array(list(counts.values()), np.int64)
+        self._ends = np.cumsum(self.counts)
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def place(self, sample: int) -> tuple[str, int]:
+        """The shard of a sample, and its place there."""
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        return self._names[shard], sample - int(self._ends[shard] - self.counts[shard])
+
+    def read(self, sample: int) -> tuple[str, dict[str, bytes]]:
+        """Key and undecoded members (`json`, `0.jpg`, ...) of a sample.
+
+        Raises ShardError where it cannot be read, for whatever reason.
+        """
+        name, place = self.place(sample)
+        shard = self._folder / name
         try:
-            return self._reader[index]
+            return members(self._shards.read(shard, place))
         except MemoryError:
             raise
         except Exception as error:  # of any kind, from tarfile on damaged data
-            self._forget()
-            return self._unreadable(index, error)
+            self._shards.close(shard)
+            raise ShardError(f"{type(error).__name__}: {error}") from None
 
-    def _forget(self) -> None:
-        """Closes open files: a broken handle would fail again, an old one would hide a new file."""
-        self._reader.close()
-        self._reader.cached_offset_reader.tar_index_reader_cache.clear()
 
-    def _unreadable(self, index: int, error: Exception) -> dict[str, Any]:
-        """The marked sample. Its key, which cannot be read, is its place in the shard."""
-        reader = self._reader
-        number = bisect_right(reader.shard_count_cumsum, index) - 1
-        place = index - reader.shard_count_cumsum[number]
-        shard = reader.shard_infos[number].name
-        return {
-            "__key__": f"{shard}#{place}",
-            "__shard__": shard,
-            "__restore_key__": ("Webdataset", index),
-            "__sources__": (),
-            UNREADABLE: f"{type(error).__name__}: {error}",
-        }
+def members(data: bytes) -> tuple[str, dict[str, bytes]]:
+    """Key and members of the one sample that `data`, a piece of a tar, holds.
+
+    Raises ValueError, TarError.
+    """
+    key: str | None = None
+    found: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for entry in tar:
+            prefix, name = base_plus_ext(entry.name)
+            if not entry.isreg() or prefix is None or _COMMENT.match(entry.name):
+                continue
+            if key not in (None, prefix):
+                raise ValueError(f"members of two samples, {key} and {prefix}")
+            key = prefix
+            content = data[entry.offset_data : entry.offset_data + entry.size]
+            if len(content) != entry.size:
+                raise ValueError(f"{entry.name} is cut off")
+            found[name] = content
+        if tar.offset < len(data):  # tarfile takes a header that it cannot read for the end
+            raise ValueError(f"no member is at byte {tar.offset} of the sample")
+    if key is None:
+        raise ValueError("no members of a sample are there")
+    return key, found

@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
 
 from data_pipeline.parent import end_with_parent
 
 
-def init_worker(parent: int, inner: Callable[[int], None] | None, worker: int) -> None:
-    """Runs first in a loader process: afterwards only `parent` can end it with SIGTERM.
+def init_worker(parent: int, worker: int) -> None:
+    """Runs first in loader process `worker`: afterwards only `parent` can end it with SIGTERM.
 
     The SIGTERM or SIGUSR1 of a batch system and Ctrl-C in a terminal go to all processes. Training
-    then finishes its step and saves the position in the data, and needs its workers for both.
+    then finishes its step, and needs its workers for it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     end_with_parent(parent)
     threading.Thread(target=_obey_parent, daemon=True).start()
-    if inner is not None:
-        inner(worker)
 
 
 def _obey_parent() -> None:

@@ -285,7 +285,7 @@ def _linear_layers(model: ModelConfig) -> Iterator[str]:
 def _describe(
     folder: Path, options: FromHf, model: ModelConfig, max_tiles: int | None
 ) -> list[str]:
-    """run.json, streams.json, tokenizer/ and what an export needs from the source."""
+    """run.json, tokenizer/ and what an export needs from the source."""
     lines = []
     tokenizer = [name for name in TOKENIZER_FILES if (options.source / name).is_file()]
     if "tokenizer.json" in tokenizer:
@@ -312,7 +312,6 @@ def _describe(
     if "tokenizer.json" in tokenizer:
         run[KEY] = identify(folder / "tokenizer").to_dict()
     (folder / "run.json").write_text(json.dumps(run, indent=1))
-    (folder / "streams.json").write_text("[]")
     return lines
 
 

@@ -5,7 +5,6 @@ What a checkpoint holds, and how one is found, is in moss_train/checkpoint_dir.p
 
 from __future__ import annotations
 
-import base64
 import json
 import random
 import shutil
@@ -87,12 +86,14 @@ class Checkpointer:
             if path in damaged or flaw(path) is not None:
                 set_aside(path)
 
-    def save(self, step: int, samples: int, streams: list[bytes] | None, last: bool = True) -> None:
+    def save(
+        self, step: int, samples: int, order: dict[str, Any] | None, last: bool = True
+    ) -> None:
         """Saves after `step`. One that fails is a warning, and leaves no file; the checkpoints that
         are there stay.
 
         Args:
-            streams: the data state of this rank's replica, on its leader.
+            order: where the run stands in its data, on rank 0.
             last: the job ends with it: a failure is an error.
 
         Raises:
@@ -100,7 +101,6 @@ class Checkpointer:
         """
         self.finish()
         self.last = last
-        gathered = self._gather_streams(streams)
         saving = Save(self.folder, step)
         try:
             saving.open()
@@ -120,7 +120,7 @@ class Checkpointer:
 
         def finalize() -> None:
             try:
-                saving.complete(finalize_fns, lambda: self._rest(step, samples, gathered))
+                saving.complete(finalize_fns, lambda: self._rest(step, samples, order))
             except SaveError as error:
                 self._failed(error)
             else:
@@ -184,13 +184,6 @@ class Checkpointer:
             state["random"] = ShardedObject("random", _random_state(), (world,), (rank,))
         return state
 
-    def _gather_streams(self, streams: list[bytes] | None) -> list[bytes]:
-        everywhere: list[tuple[int, list[bytes]] | None] = [None] * dist.get_world_size()
-        mine = None if streams is None else (self.model.groups.data_rank, streams)
-        dist.all_gather_object(everywhere, mine)
-        ordered = sorted(item for item in everywhere if item is not None)
-        return [stream for _, part in ordered for stream in part]
-
     def _layout(self) -> dict[str, int]:
         parallel = self.config.parallel
         return {
@@ -200,18 +193,18 @@ class Checkpointer:
             "virtual": parallel.virtual,
         }
 
-    def _rest(self, step: int, samples: int, streams: list[bytes]) -> dict[str, str]:
+    def _rest(self, step: int, samples: int, order: dict[str, Any] | None) -> dict[str, str]:
         """The files of a checkpoint that are not megatron's: their contents, by name."""
         run = {
             "step": step,
             "samples": samples,
+            "data_order": order,
             "layout": self._layout(),
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
             KEY: self.tokenizer and self.tokenizer.to_dict(),
             "config": to_dict(self.config),
         }
-        encoded = [base64.b64encode(stream).decode() for stream in streams]
-        return {"run.json": json.dumps(run, indent=1), "streams.json": json.dumps(encoded)}
+        return {"run.json": json.dumps(run, indent=1)}
 
     def _remove_old(self) -> None:
         """Removes complete checkpoints beyond the newest `keep_last`. A failure is a warning."""

@@ -12,9 +12,10 @@ from typing import Any, cast
 from data_pipeline.atomic import write_atomically
 from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig
-from data_pipeline.loader.loader import Loader, Source, build_loader
+from data_pipeline.loader.loader import Loader, build_loader
+from data_pipeline.loader.order import Part
 from data_pipeline.shards import check_source
-from moss_train.config import Config, ConfigError
+from moss_train.config import Config
 from moss_train.model.groups import Groups
 from moss_train.model.loss import LossOptions
 from moss_train.parallel.distribute import (
@@ -26,50 +27,43 @@ from moss_train.parallel.distribute import (
     read_step,
 )
 from moss_train.parallel.packing import Bounds
+from moss_train.sources import mixed_sources
 from moss_train.train.ahead import Ahead
 from moss_train.train.metrics import read_metrics
 from moss_train.train.plan import StepPlan
 from moss_train.train.unlearned import reasons
 
 
-def open_loader(config: Config, groups: Groups, streams: list[bytes] | None) -> Loader:
+def open_loader(config: Config, groups: Groups, order: dict[str, Any] | None) -> Loader:
     """Opens this replica's loader (on its leader).
 
     Args:
-        streams: state of all streams of the job that saved a checkpoint; they are assigned to
-            this job's replicas, whatever their number was then (moss_train/validate.py has checked
-            that each gets as many). None for a new run.
+        order: where a run that goes on stood, from its run.json; what has changed since begins
+            anew (moss_train/resume.py has asked whether it may). None for a new run.
     """
-    size, rank = groups.data_size, groups.data_rank
-    workers = config.data.workers
-    if streams is not None:
-        each = len(streams) // size
-        workers = 0 if each == 1 and workers == 0 else each
-    loader = build_loader(
+    data = config.data
+    return build_loader(
         mixed_sources(config),
         encode_config(config),
-        micro_batch=config.data.read_together(size),
-        data_parallel_rank=rank,
-        data_parallel_size=size,
-        workers=workers,
+        Part(
+            data.global_batch,
+            data.read_together(groups.data_size),
+            groups.data_rank,
+            groups.data_size,
+        ),
+        workers=data.workers,
         seed=config.trainer.seed,
-        shuffle_buffer=config.data.shuffle_buffer,
+        shuffle_window=data.shuffle_window,
+        state=order,
     )
-    if streams is not None:
-        try:
-            loader.load_state(streams[rank * each : (rank + 1) * each])
-        except ValueError as error:
-            raise ConfigError([f"data.sources: not those of the checkpoint: {error}"]) from None
-    return loader
 
 
 @dataclass
 class Ready:
-    """A step that has been read. state: of the loader after it, on the leader."""
+    """A step that has been read."""
 
     step: HostStep
     plan: StepPlan
-    state: list[bytes] | None
 
 
 class StopReading(Exception):
@@ -92,18 +86,18 @@ class StepReader:
         groups: Groups,
         shares: int,
         loss: LossOptions,
-        streams: list[bytes] | None,
+        order: dict[str, Any] | None,
     ):
-        """`shares`: as in `read_step`; `loss`: of training; `streams`: as in `open_loader`."""
+        """`shares`: as in `read_step`; `loss`: of training; `order`: as in `open_loader`."""
         data, vision = config.data, config.model.vision
         self.loss = loss
         self._ahead: Ahead[Ready] | None = None
         self._stopping = False
-        self._state: list[bytes] | None = None
         self.config, self.groups, self.shares = config, groups, shares
-        self.loader = open_loader(config, groups, streams) if groups.is_leader else None
+        self.loader = open_loader(config, groups, order) if groups.is_leader else None
         self.batches: Iterator[MicroBatch] | None = iter(self.loader) if self.loader else None
         self.frame_shape = (data.max_tiles, 3, vision.image_size, vision.image_size)
+        self.steps = 0  # that `read` has given
         self.samples = data.global_batch // groups.data_size  # of a step of this replica
         self.reads = self.samples // data.read_together(groups.data_size)
         self.bounds = microbatch_bounds(config)
@@ -116,7 +110,7 @@ class StepReader:
         ahead, self._ahead = self._ahead, None
         # The first one here: loader processes are forks of the thread that begins to read.
         ready = self._prepare() if ahead is None else ahead.result()
-        self._state = ready.state
+        self.steps += 1
         if step < self.config.steps:
             self._ahead = Ahead(self._prepare, "next step")
         batch = distribute(ready.step, self.frame_shape, self.groups, self.shares)
@@ -133,7 +127,7 @@ class StepReader:
             end_reading(self.groups)
             raise
         plan = StepPlan(step.microbatches, self.config, self.loss)
-        return Ready(step, plan, self.loader.state() if self.loader else None)
+        return Ready(step, plan)
 
     def _until_stopped(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for batch in batches:
@@ -159,9 +153,9 @@ class StepReader:
             batches, reads, self.bounds, multiple, self.frame_shape, self.groups, self.shares
         )
 
-    def state(self) -> list[bytes] | None:
-        """States of this replica's data streams after the last step given (on its leader)."""
-        return self._state
+    def state(self) -> dict[str, Any] | None:
+        """Where the run stands in its data, for run.json (on leaders, the same on each)."""
+        return self.loader.state(self.steps).to_dict() if self.loader else None
 
     def close(self) -> None:
         """Ends the thread and the loader's worker processes."""
@@ -181,29 +175,6 @@ def microbatch_bounds(config: Config) -> Bounds:
         # What megatron's interleaved schedule asks for.
         multiple=parallel.pipeline if parallel.virtual > 1 else 1,
     )
-
-
-def mixed_sources(config: Config) -> list[Source]:
-    """The sources with their share of all samples: the modality's, divided by their weights."""
-    shares = config.stage.mixture.wanted
-    wanted = [source for source in config.data.sources if source.modality in shares]
-    sums = dict.fromkeys(shares, 0.0)
-    for source in wanted:
-        sums[source.modality] += source.weight
-    return [
-        Source(
-            name=source.name,
-            path=source.path,
-            modality=cast(Any, source.modality),  # validated
-            weight=shares[source.modality] * source.weight / sums[source.modality],
-        )
-        for source in wanted
-    ]
-
-
-def unread_sources(config: Config) -> list[str]:
-    """Names of the sources whose modality has no share of the run's samples."""
-    return [s.name for s in config.data.sources if s.modality not in config.stage.mixture.wanted]
 
 
 def encode_config(config: Config) -> EncodeConfig:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from data_pipeline.tokenizer_identity import identify
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
-from moss_train.checkpoint_dir import find, read_streams
+from moss_train.checkpoint_dir import find
 from moss_train.config import Config
 from moss_train.convert.llama import initial_reader
 from moss_train.convert.weights import fill
@@ -24,8 +24,9 @@ from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.run_lock import running_in
+from moss_train.sources import unread_sources
 from moss_train.train.checkpoint import Checkpointer
-from moss_train.train.data import Audit, BadSamples, Epochs, StepReader, unread_sources
+from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
 from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.goodput import Around
@@ -115,12 +116,12 @@ class Job:
         tokens = SpecialTokens.from_tokenizer(load_tokenizer(path), path)
         self.done = self.samples = 0
         self.bad_samples = BadSamples(config.data.max_bad_ratio)
-        streams = self._restore(resume_from)
+        order = self._restore(resume_from)
         check_gradients(self.model, self.counts, config.stage.name)
         self.guard = Guard.resume(config.trainer.spike_factor, self.folder, self.done)
         self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
         step = self.step
-        self.reader = StepReader(config, self.groups, step.exchange.shares, step.loss, streams)
+        self.reader = StepReader(config, self.groups, step.exchange.shares, step.loss, order)
         self.validator = Validator(self.step, self.reader)
         # What its GPU can compute, which fp32 is no measure of.
         self.peak = hardware.peak_tflops() if config.model.dtype == "bf16" else None
@@ -128,30 +129,29 @@ class Job:
         self.profiler = StepProfiler(profiled, self.folder / "profile")
         self.due = False  # a checkpoint should have been saved, but the last step was left out
         self.recovered = -1  # steps accepted until the last return to a checkpoint
-        self.around = Around()
-        self.stragglers = Stragglers(config.trainer.slow_ranks_every)
+        self.around, self.stragglers = Around(), Stragglers(config.trainer.slow_ranks_every)
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
             self.epochs = Epochs(config, self.done)
 
-    def _restore(self, resume_from: Path | None) -> list[bytes] | None:
-        """Loads a checkpoint; returns where the data streams stood, None for a new run."""
-        init_from = self.config.init_from
+    def _restore(self, resume_from: Path | None) -> dict[str, Any] | None:
+        """Loads a checkpoint; returns where the run stood in its data, None for a new order."""
         if resume_from is not None:
-            self._load(resume_from)
+            order = self._load(resume_from)
             log.info("resumed %s after step %d", resume_from, self.done)
-            return read_streams(resume_from)
-        if init_from is not None:
-            source = find(Path(init_from))
+            return order
+        if self.config.init_from is not None:
+            source = find(Path(self.config.init_from))
             assert source is not None  # validated
             self.checkpointer.load_weights(source)
             log.info("weights from %s", source)
         return None
 
-    def _load(self, checkpoint: Path) -> None:
+    def _load(self, checkpoint: Path) -> dict[str, Any] | None:
         run = self.checkpointer.load(checkpoint)
         self.done, self.samples = run["step"], run["samples"]
         self.state.set_step(self.done)
+        return run.get("data_order")
 
     def run(self) -> bool:
         """Steps until `config.steps` or a signal asks to stop (then True); saves at the end."""

@@ -17,6 +17,7 @@ from moss_train.checkpoint_dir import find, listed_files, read_run
 from moss_train.config import Config, ConfigError
 from moss_train.log import log
 from moss_train.resume import changed_fields, find_resume
+from moss_train.sources import order_changes
 from moss_train.storage import NOT_THERE, StorageError, describe_files, patiently
 
 
@@ -56,7 +57,7 @@ def _again(config: Config, damaged: dict[Path, str]) -> Path | None:
     answer: Path | ConfigError | StorageError | None = None
     if dist.get_rank() == 0:
         try:
-            answer = find_resume(config, dist.get_world_size(), damaged)
+            answer = find_resume(config, damaged)
         except ConfigError as error:
             answer = ConfigError(error.problems)
         except StorageError as error:
@@ -117,6 +118,8 @@ def steps_left(config: Config, resume_from: Path | None) -> tuple[int, list[str]
     changed = list(changed_fields(config, saved["config"]))
     for line in changed:
         log.info("changed since step %d: %s", done, line)
+    for line in order_changes(config, saved):
+        log.warning("data since step %d: %s: what has changed begins anew", done, line)
     left = max(0, config.steps - done)
     if not left:
         log.warning(

@@ -137,7 +137,9 @@ def test_a_run_that_is_done_or_refused_leaves_its_folder_as_it_was(seen, out: Pa
     assert "nothing to do: step 3 of 3 is done" in done
     assert seen["refused"] == [
         "stage.train=['nothing.*']: matches no parameter of the model",
-        f"data.shuffle_buffer=7: the checkpoint {out}/first/checkpoints/step_00000003 has 100",
+        f"trainer.resume_data=exact: {out}/first/checkpoints/step_00000003 has other data: "
+        "shuffle_window 7 (was 100): give what it has, or take trainer.resume_data=fresh: what has "
+        "changed begins anew",
         f"trainer.resume=none: {out}/first/checkpoints/step_00000003 is ahead of that: "
         "choose another run.dir",
     ]

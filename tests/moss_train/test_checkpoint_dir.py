@@ -46,7 +46,7 @@ def checkpoints(tmp_path: Path) -> tuple[Path, Path]:
         path.mkdir(parents=True)
         run = {"step": step, "samples": step, "layout": {}, "config": config}
         (path / "run.json").write_text(json.dumps(run))
-        (path / "streams.json").write_text("[]")
+        (path / "common.pt").write_bytes(b"")
         (path / "__0_0.distcp").write_bytes(b"weights" * 1000)
         write_complete(path)
         made.append(path)
@@ -57,7 +57,7 @@ def test_complete_json_has_the_size_and_the_crc32_of_each_file(checkpoints) -> N
     files = listed_files(checkpoints[0])
     content = b"weights" * 1000
     assert files["__0_0.distcp"] == {"size": 7000, "crc32": f"{binascii.crc32(content):08x}"}
-    assert files.keys() == {"__0_0.distcp", "run.json", "streams.json"}
+    assert files.keys() == {"__0_0.distcp", "run.json", "common.pt"}
 
 
 def test_checkpoints_of_earlier_versions_have_sizes_alone(checkpoints) -> None:
@@ -73,23 +73,23 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_again_only_when_told(
 ) -> None:
     config = load_config("sft", model="tiny", run={"dir": str(tmp_path)})
     older, newer = checkpoints
-    (older / "streams.json").unlink()
+    (older / "common.pt").unlink()
     with pytest.raises(ConfigError) as caught:
-        find_resume(config, 1, {newer: "__0_0.distcp: other bytes"})
+        find_resume(config, {newer: "__0_0.distcp: other bytes"})
     assert caught.value.problems == [
-        f"checkpoint {older}: is damaged: {older}/streams.json is not there",
+        f"checkpoint {older}: is damaged: {older}/common.pt is not there",
         f"checkpoint {newer}: is damaged: __0_0.distcp: other bytes",
         f"run.dir={tmp_path}: none of its checkpoints can be loaded: bring one back, or begin at "
         "step 1 with trainer.start_over=true, which renames them to .damaged_*",
     ]
     again = replace(config, trainer=replace(config.trainer, start_over=True))
-    assert find_resume(again, 1, {newer: "__0_0.distcp: other bytes"}) is None
+    assert find_resume(again, {newer: "__0_0.distcp: other bytes"}) is None
 
 
 def test_a_storage_that_fails_is_tried_again_and_is_no_damage(checkpoints, caplog) -> None:
     older, newer = checkpoints
-    (newer / "streams.json").unlink()
-    (newer / "streams.json").symlink_to("streams.json")  # ELOOP, whatever is asked of it
+    (newer / "common.pt").unlink()
+    (newer / "common.pt").symlink_to("common.pt")  # ELOOP, whatever is asked of it
     with pytest.raises(StorageError, match=r"step_00000002: cannot be read, 4 times \(.*symbolic"):
         find(older.parent.parent)
     assert len(caplog.messages) == 3

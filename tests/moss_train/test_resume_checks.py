@@ -1,14 +1,21 @@
-"""What a run that goes on does otherwise than before is listed; other sources are refused."""
+"""What a run that goes on does otherwise than before is listed; other data are refused."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.index import prepare_index
+from data_pipeline.loader.state import start
+from data_pipeline.shards import training_shards, write_shards
 from moss_train.compose import load_config
 from moss_train.config import Config, ConfigError, to_dict
-from moss_train.resume import changed_fields, check_sources, check_stage
+from moss_train.data_config import MODALITIES
+from moss_train.resume import changed_fields, check_order, check_stage
+from moss_train.sources import mixed_sources
 
 
 def composed(*overrides: str) -> Config:
@@ -39,17 +46,50 @@ def test_every_changed_field_has_a_line():
     assert list(changed_fields(composed(), BEFORE)) == []
 
 
-def test_data_streams_go_on_with_their_sources_alone():
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of the toy world, with three texts each."""
+    root = tmp_path_factory.mktemp("toy")
+    for modality in MODALITIES:
+        folder = root / "pt2/train" / modality
+        write_shards(({"__key__": f"{i}", "json": {"i": i}} for i in range(3)), folder)
+        prepare_index(folder)
+    return root
+
+
+def run_json(config: Config) -> dict[str, object]:
+    """What a checkpoint of `config` says of its data."""
+    sources = mixed_sources(config)
+    counts = {source.name: training_shards(source.path) for source in sources}
+    state = start(sources, counts, config.trainer.seed, config.data.shuffle_window)
+    return {"data_order": json.loads(json.dumps(state.to_dict()))}
+
+
+def test_a_run_goes_on_with_the_data_that_it_had(shards: Path, tmp_path: Path):
     checkpoint = Path("runs/a/checkpoints/step_00000004")
-    check_sources(composed("data.root=/moved"), BEFORE, checkpoint)
+    saved = run_json(composed(f"data.root={shards}"))
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    check_order(composed(f"data.root={moved}", "data.workers=7"), saved, checkpoint)
+
+    others = (
+        f"data.root={shards}", "stage.mixture.text=0", "data.shuffle_window=7", "trainer.seed=9",
+    )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
-        check_sources(composed("stage.mixture.text=0", "data.shuffle_buffer=7"), BEFORE, checkpoint)
+        check_order(composed(*others), saved, checkpoint)
     assert caught.value.problems == [
-        "data.sources, with a share in stage.mixture: toy-image, toy-video: the checkpoint "
-        f"{checkpoint} is in the middle of toy-text, toy-image, toy-video: give the same, or start "
-        "a new run from its weights (init_from)",
-        f"data.shuffle_buffer=7: the checkpoint {checkpoint} has 100",
+        f"trainer.resume_data=exact: {checkpoint} has other data: seed 9 (was 1234); "
+        "shuffle_window 7 (was 100); source toy-image has 27.78% of the samples (was 25.00%); "
+        "source toy-text is gone; source toy-video has 72.22% of the samples (was 65.00%): give "
+        "what it has, or take trainer.resume_data=fresh: what has changed begins anew"
     ]
+    check_order(composed(*others, "trainer.resume_data=fresh"), saved, checkpoint)
+
+
+def test_a_checkpoint_that_knows_no_order_for_all_layouts_is_refused(shards: Path):
+    now = f"data.root={shards}"
+    with pytest.raises(ConfigError, match="saved by an earlier version, in an order that cannot"):
+        check_order(composed(now), {}, Path("old"))
+    check_order(composed(now, "trainer.resume_data=fresh"), {}, Path("old"))
 
 
 def test_another_stage_is_not_the_rest_of_this_one():

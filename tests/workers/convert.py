@@ -69,7 +69,7 @@ def save(name: str, config, checkpoint: Path) -> None:
     checkpointer = WeightsAlone(config, model, cast(Any, None), tokenizer=None)
     if dist.get_rank() == 0:
         checkpointer.open_folder()
-    checkpointer.save(1, 0, [b""] if groups.is_leader else None)
+    checkpointer.save(1, 0, None)
     checkpointer.close()
     weights = whole_weights(model)
     if dist.get_rank() == 0:

@@ -84,7 +84,7 @@ def _once_more(config: Callable[..., Any], run: Path) -> dict[str, Any]:
     with contextlib.redirect_stderr(io.StringIO()) as lines:
         moss_train.train(config("first", 3, "optimizer.lr=0.5"))
     refused: list[str] = []
-    for wrong in ("stage.train=[nothing.*]", "data.shuffle_buffer=7", "trainer.resume=none"):
+    for wrong in ("stage.train=[nothing.*]", "data.shuffle_window=7", "trainer.resume=none"):
         try:
             moss_train.train(config("first", 4, wrong), quiet=True)
         except moss_train.ConfigError as error:

@@ -32,7 +32,9 @@ from data_pipeline.commands import CommandParser
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.images import fit_size, tile_image
 from data_pipeline.index import prepare_index
-from data_pipeline.loader.loader import Loader, Source, build_loader
+from data_pipeline.loader.loader import Loader, build_loader
+from data_pipeline.loader.order import Part
+from data_pipeline.loader.state import Source
 from data_pipeline.shards import INDEX_FOLDER, write_shards
 from data_pipeline.tokens import build_toy_tokenizer
 from data_pipeline.video import open_video, sample_times
@@ -113,8 +115,8 @@ def open_loader(folder: Path, tokenizer: Path, workers: int = 0) -> Loader:
     )  # fmt: skip
     return build_loader(
         [Source("bench", str(folder), "image", 1.0)], encode,
-        micro_batch=1, data_parallel_rank=0, data_parallel_size=1,
-        workers=workers, seed=1, shuffle_buffer=100,
+        Part(global_batch=1, micro_batch=1, rank=0, size=1),
+        workers=workers, seed=1, shuffle_window=10_000,
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def _save(bench: Workbench, step: int) -> float:
     checkpointer = _checkpointer(bench)
     checkpointer.open_folder()
     started = time.perf_counter()
-    checkpointer.save(step, step * len(bench.case.samples), [b""])
+    checkpointer.save(step, step * len(bench.case.samples), None)
     checkpointer.close()
     return time.perf_counter() - started
 

@@ -8,7 +8,9 @@ from PIL import Image
 
 from data_pipeline.build import build_shards, main
 from data_pipeline.encode import EncodeConfig, SampleEncoder
-from data_pipeline.loader.loader import Source, build_loader
+from data_pipeline.loader.loader import build_loader
+from data_pipeline.loader.order import Part
+from data_pipeline.loader.state import Source
 from data_pipeline.shards import ShardError, check_source
 from data_pipeline.tokens import load_tokenizer
 
@@ -34,9 +36,8 @@ def test_the_real_files_become_shards_and_three_records_are_rejected(
     ]
     frames = {}
     with build_loader(
-        sources, encode, micro_batch=1, data_parallel_rank=1, data_parallel_size=3, workers=0,
-        seed=0, shuffle_buffer=4,
-    ) as loader:  # fmt: skip
+        sources, encode, Part(3, micro_batch=1, rank=1, size=3), workers=0, seed=0, shuffle_window=4
+    ) as loader:
         for _, batch in zip(range(12), loader, strict=False):
             assert batch.skipped == {}
             frames[batch.keys[0]] = len(batch.frames)

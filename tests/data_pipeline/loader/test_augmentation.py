@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.index import prepare_index
-from data_pipeline.loader.loader import Loader, Source, build_loader
+from data_pipeline.loader.loader import Loader, build_loader
+from data_pipeline.loader.order import Part
+from data_pipeline.loader.state import Source
 from data_pipeline.shards import write_shards
 from data_pipeline.toy.render import mp4
 from data_pipeline.toy.world import simulate
@@ -33,13 +36,20 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_talks(
-    toy: Path, talks: Path, rank: int, size: int, workers: int, swap: float = 0.5, seed: int = 3
+    toy: Path,
+    talks: Path,
+    rank: int,
+    size: int,
+    workers: int,
+    swap: float = 0.5,
+    seed: int = 3,
+    state: dict[str, Any] | None = None,
 ) -> Loader:
     config = encode_config(toy, prompt="chat", swap_probability=swap)
     return build_loader(
         [Source("talks", str(talks), "video", 1)], config,
-        micro_batch=1, data_parallel_rank=rank, data_parallel_size=size,
-        workers=workers, seed=seed, shuffle_buffer=4,
+        Part(global_batch=2, micro_batch=1, rank=rank, size=size),
+        workers=workers, seed=seed, shuffle_window=4, state=state,
     )  # fmt: skip
 
 
@@ -60,11 +70,10 @@ def test_frames_land_in_the_same_places_in_every_layout_and_after_a_resume(
     assert [found for pair in zip(*ranks, strict=True) for found in pair] == whole
 
     with open_talks(toy, talks, 0, 1, 2) as loader:
-        head = take(loader, 17)
-        state = loader.state()
-    with open_talks(toy, talks, 0, 1, 2) as loader:
-        loader.load_state(state)
-        assert head + take(loader, 31) == whole
+        head = take(loader, 18)
+        state = loader.state(9).to_dict()
+    with open_talks(toy, talks, 0, 1, 3, state=state) as loader:
+        assert head + take(loader, 30) == whole
 
     with open_talks(toy, talks, 0, 1, 0, swap=0.0) as loader:
         still = take(loader, 1)[0][1]

@@ -48,7 +48,6 @@ def save(folder: Path, update: float) -> dict[str, Tensor]:
     config.data.tokenizer = ""
     run = {"step": 3, "samples": 12, "layout": {}, "versions": {}, "config": to_dict(config)}
     (folder / "run.json").write_text(json.dumps(run))
-    (folder / "streams.json").write_text("[]")
     write_complete(folder)
     return tensors
 

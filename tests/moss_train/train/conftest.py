@@ -18,7 +18,7 @@ def small(toy: Path) -> list[str]:
     return [
         "stage=pt2", "model=toy", "data=toy", "hardware=cpu", "hardware.threads=1",
         f"data.root={toy}", "data.global_batch=4", "data.micro_batch=2", "data.workers=2",
-        "data.shuffle_buffer=10", "data.audit=true", "stage.video_max_frames=8",
+        "data.shuffle_window=10", "data.audit=true", "stage.video_max_frames=8",
         "stage.mixture={text: 20, image: 40, video: 40}",
         "model.text.num_layers=4", "model.text.cross_attention_layers=[1,3]",
         "optimizer.lr=1e-3", "trainer.steps=8",

@@ -194,7 +194,7 @@ def truncate(folder: Path) -> None:
 
 
 def change_size(folder: Path) -> None:
-    with (folder / "streams.json").open("a") as out:
+    with (folder / ".metadata").open("a") as out:
         out.write("x")
 
 

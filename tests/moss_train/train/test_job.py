@@ -110,7 +110,7 @@ def test_the_job_trains_on_imported_files(shared: Path, toy, tmp_path):
         "stage=sft", "model=toy", "data=shards", "parallel=tp2", "hardware=cpu",
         f"data.tokenizer={toy}/tokenizer", f"data.sources=[{found}]", f"stage.mixture={{{shares}}}",
         "data.global_batch=4", "data.sequence_length=1024", "data.workers=1", "data.audit=true",
-        "data.shuffle_buffer=4", "stage.video_max_frames=12", "trainer.steps=3",
+        "data.shuffle_window=4", "stage.video_max_frames=12", "trainer.steps=3",
         "hardware.threads=1", f"run.dir={tmp_path}/run",
     ]  # fmt: skip
     run_ranks(ENTRY, 2, *options, out=tmp_path / "out", preloaded=False)

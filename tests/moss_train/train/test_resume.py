@@ -12,6 +12,8 @@ import torch
 from tests.moss_train.train.runs import audit, losses, metrics, saved_steps, steps
 
 ALL = list(range(1, 9))
+# Adam divides gradients by themselves, and differences of 1e-7 in small ones with them.
+STEADY = ["optimizer.eps=0.01", "trainer.steps=4"]
 
 
 def task(name: str, run: Path, overrides: list[str], *more: str, **options: Any) -> dict[str, Any]:
@@ -28,6 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(runs, small, run_jobs):
     """One process: an uninterrupted run, and others that are compared with it."""
     saving = ["trainer.checkpoint_every=2", "trainer.keep_last=9"]
+    fewer = ["stage.mixture={text: 20, image: 80, video: 0}"]
     whole = runs / "whole"
     return run_jobs(
         1,
@@ -43,6 +46,12 @@ def alone(runs, small, run_jobs):
              f"init_from={whole}"),
         task("ahead", whole, small, "trainer.resume=none"),
         task("back", whole, small, f"trainer.resume={whole}/checkpoints/step_00000004"),
+        task("steady", runs / "steady", small, *STEADY),
+        task("fewer_first", runs / "fewer", small, stop_after=3),
+        task("fewer_exact", runs / "fewer", small, *fewer),
+        task("fewer_fresh", runs / "fewer", small, *fewer, "trainer.resume_data=fresh",
+             stop_after=5),
+        task("fewer_again", runs / "fewer", small, *fewer, "trainer.resume_data=fresh"),
         task("wider", runs / "wider", small, "model.text.mlp_size=256",
              f"init_from={whole}"),
     )  # fmt: skip
@@ -61,12 +70,15 @@ def two_ranks(alone, runs, small, run_jobs):
         2,
         task("chain_tp2", runs / "chain", small, "parallel=tp2", stop_after=4),
         task("chain_pp2", runs / "chain", small, "parallel=pp2", stop_after=6),
-        task("chain_dp2", runs / "chain", small, "parallel=dp2"),
+        task("chain_dp2", runs / "chain", small, "parallel=dp2", "data.workers=1"),
+        task("dp2", runs / "dp2", small, *STEADY, "parallel=dp2", "data.workers=3"),
+        task("tp2", runs / "tp2", small, *STEADY, "parallel=tp2", "data.workers=0"),
         task("pt1_whole", runs / "pt1", small, *pt1, "parallel=pp2"),
         task("pt1_first", runs / "pt1_again", small, *pt1, "parallel=pp2", stop_after=3),
         task("pt1_rest", runs / "pt1_again", small, *pt1, "parallel=pp2"),
-        task("uneven", runs / "pt1_again", small, *pt1, "parallel=dp2", "trainer.steps=9"),
-    )
+        task("pt1_dp2", runs / "pt1_dp2", small, *pt1, "parallel=dp2", "trainer.steps=9",
+             f"trainer.resume={runs}/pt1/checkpoints/step_00000008"),
+    )  # fmt: skip
 
 
 def test_same_layout_resumes_bit_for_bit(alone, runs):
@@ -137,13 +149,32 @@ def test_pt1_resumes_bit_for_bit_where_rank_0_of_the_pipeline_has_a_frozen_decod
     assert all("projector" in name for name in changed)
 
 
-def test_streams_that_cannot_be_dealt_evenly_are_refused(two_ranks, runs):
-    assert two_ranks.load("uneven")["error"] == (
-        "ConfigError: data-parallel size 2: the 1 data streams of the checkpoint "
-        f"{runs}/pt1_again/checkpoints/step_00000008 cannot be assigned evenly: choose one that "
-        "divides 1"
+def test_a_checkpoint_of_one_replica_goes_on_with_two(two_ranks, runs):
+    assert two_ranks.load("pt1_dp2")["error"] is None
+    assert steps(runs / "pt1_dp2") == [9]
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2"])
+def test_layouts_have_the_same_samples_and_losses(alone, two_ranks, runs, layout):
+    assert two_ranks.load(layout)["error"] is None
+    assert audit(runs / layout) == audit(runs / "steady")
+    assert losses(runs / layout) == pytest.approx(losses(runs / "steady"), rel=1e-6)
+
+
+def test_other_shares_are_refused_or_announced(alone, runs):
+    """With the shares of the rest of the run the samples go on where they were, and stay so."""
+    checkpoint = runs / "fewer" / "checkpoints" / "step_00000003"
+    assert alone.load("fewer_exact")["error"] == (
+        f"ConfigError: trainer.resume_data=exact: {checkpoint} has other data: source toy-image "
+        "has 80.00% of the samples (was 40.00%); source toy-video is gone: give what it has, or "
+        "take trainer.resume_data=fresh: what has changed begins anew"
     )
-    assert steps(runs / "pt1_again") == ALL
+    whole, fewer = audit(runs / "whole"), audit(runs / "fewer")
+    assert list(fewer) == ALL
+    assert [fewer[step] for step in (1, 2, 3)] == [whole[step] for step in (1, 2, 3)]
+    pictures = [key for step in ALL for key in fewer[step] if key.startswith("toy-image")]
+    assert len(set(pictures)) == len(pictures)  # less than an epoch: none of them twice
+    assert not any(key.startswith("toy-video") for step in ALL[3:] for key in fewer[step])
 
 
 def test_asynchronous_saving_changes_nothing(alone, runs):
