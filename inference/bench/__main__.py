@@ -195,8 +195,8 @@ def _row(
 
 def memory_row(engine: Engine, compared: bool) -> Row:
     """Keys and values of a frame: theirs are repeated to all heads."""
-    frame = engine.cache.frames.numel() * engine.cache.frames.element_size()
-    megabytes = frame / (engine.window + 1) / engine.max_sessions / 1e6
+    frame = engine.cache.frames[..., : engine.cache.patches, :]  # [layers, 2, slots, ...]
+    megabytes = frame.numel() * frame.element_size() / engine.max_sessions / 1e6
     text = engine.config.text_config
     repeated = megabytes * text.num_attention_heads / text.num_key_value_heads
     return Row("keys and values of a frame", "MB", megabytes, repeated if compared else None)

@@ -136,7 +136,10 @@ def test_a_run_that_is_done_or_refused_leaves_its_folder_as_it_was(seen, out: Pa
     assert changed.endswith("changed since step 3: optimizer.lr=0.5 (was None)")
     assert "nothing to do: step 3 of 3 is done" in done
     assert seen["refused"] == [
-        "stage.train=['nothing.*']: matches no parameter of the model",
+        f"stage.train=['nothing.*']: the checkpoint {out}/first/checkpoints/step_00000003 has "
+        "['*']",
+        "trainer.resume=auto: a new run may start from its weights "
+        f"(init_from={out}/first/checkpoints/step_00000003, another run.dir)",
         f"trainer.resume_data=exact: {out}/first/checkpoints/step_00000003 has other data: "
         "shuffle_window 7 (was 100): give what it has, or take trainer.resume_data=fresh: what has "
         "changed begins anew",

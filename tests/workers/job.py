@@ -84,6 +84,7 @@ def run_checked(task: Task, config: Config) -> None:
     from moss_train.parallel.distribute import StepBatch
     from moss_train.train.loop import Job
     from moss_train.train.plan import StepPlan
+    from moss_train.train.start import steps_left
     from moss_train.train.step import StepResult
 
     class Watched(Job):
@@ -105,7 +106,9 @@ def run_checked(task: Task, config: Config) -> None:
                 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (task.file_limit[1], hard))
 
-    job = Watched(config, check(config))
+    resume_from = check(config)
+    steps_left(config, resume_from)  # says what has changed
+    job = Watched(config, resume_from)
     if task.poison and dist.get_rank() == dist.get_world_size() - 1:
         poison(job, task.poison)
     job.run()
