@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Keeps x and a factor for each position, nothing in fp32 of the size of x."""
-        norm = rms_norm if _FUSED else _RMSNorm.apply
+        norm = rms_norm if _FUSED and x.is_cuda else _RMSNorm.apply
         return recomputable(self.recompute, norm, x, self.weight, self.eps)
 
 
