@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def submit(small, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     slurm = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "REQUEUED": str(tmp_path / "requeued"),
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "REQUEUED": str(tmp_path / "requeued"),
         "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node[1]",
         "GPUS_PER_NODE": "2", "HARDWARE": "cpu", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
