@@ -24,6 +24,7 @@ from moss_train.config import RENAMED, Config, ConfigError, from_hydra
 from moss_train.field_errors import cause_of, explain_field
 from moss_train.overrides import as_typed, explain_composing, explain_override
 from moss_train.presets import conf_dir
+from moss_train.processes import age_s
 
 ROOT = "config"  # conf/config.yaml
 VERSION = "1.3"  # of Hydra's behaviour
@@ -94,10 +95,7 @@ def _when_job_started(form: str) -> str:
     starts again go on in the same run folder."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return time.strftime(form)
-    fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
-    since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # of the launcher
-    age = float(Path("/proc/uptime").read_text().split()[0]) - since_boot
-    return time.strftime(form, time.localtime(time.time() - age))
+    return time.strftime(form, time.localtime(time.time() - age_s(os.getppid())))
 
 
 OmegaConf.register_new_resolver("job_started", _when_job_started, replace=True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moss_train.log import log
+from moss_train.processes import age_s
 from moss_train.train.description import REPO, git_commit
 from moss_train.train.metrics import read_metrics
 
@@ -77,7 +78,7 @@ def note_start(
     lost = [row for row in rows if row["step"] > step]
     signs = [entry["time"] for entry in read_history(run)]
     signs += [row["time"] for row in rows if "time" in row]
-    started = time.time() - age_s()
+    started = time.time() - _own_age_s()
     note(
         run,
         "start",
@@ -106,12 +107,10 @@ def noting_errors(run: Path) -> Iterator[None]:
         raise
 
 
-def age_s() -> float:
+def _own_age_s() -> float:
     """Seconds since this process was started (Linux), else since this was imported."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        begun = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return float(Path("/proc/uptime").read_text().split()[0]) - begun
+        return age_s(os.getpid())
     except (OSError, ValueError, IndexError):
         return time.monotonic() - _IMPORTED
 

@@ -118,7 +118,8 @@ def steps_left(config: Config, resume_from: Path | None) -> tuple[int, list[str]
     changed = list(changed_fields(config, saved["config"]))
     for line in changed:
         log.info("changed since step %d: %s", done, line)
-    for line in order_changes(config, saved):
+    exact = config.trainer.resume_data == "exact"  # then find_resume has found no change
+    for line in () if exact else order_changes(config, saved):
         log.warning("data since step %d: %s: what has changed begins anew", done, line)
     left = max(0, config.steps - done)
     if not left:

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moss_train.config import Config
+from moss_train.processes import stat_fields
 from moss_train.train import heartbeat
 from moss_train.train.heartbeat import Beat
 
@@ -156,7 +157,7 @@ def _runs(pid: int) -> bool:
 def _state(pid: int) -> str:
     """What the system says of a process."""
     try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        letter = stat_fields(pid)[0]
     except OSError:
         return "gone"
     words = {"T": STOPPED, "D": "waits for a device", "S": "waits", "R": "runs"}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from moss_train.train.history import HISTORY_FILE, age_s, note, noting_errors, read_history
+from moss_train.processes import age_s
+from moss_train.train.history import HISTORY_FILE, note, noting_errors, read_history
 
 
 def test_entries_are_kept_and_a_line_that_was_cut_off_is_left_out(tmp_path):
@@ -25,4 +28,4 @@ def test_what_cannot_be_written_is_a_warning(tmp_path, caplog):
 
 
 def test_the_age_of_this_process_grows():
-    assert 0 < age_s() <= age_s()
+    assert 0 < age_s(os.getpid()) <= age_s(os.getpid())
