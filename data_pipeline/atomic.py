@@ -36,8 +36,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
-    partial_path(path).write_bytes(content)
-    publish(partial_path(path))
+    partial = partial_path(path)
+    try:
+        partial.write_bytes(content)
+        publish(partial)
+    except OSError:  # a full disk: what was written of it takes space, too
+        partial.unlink(missing_ok=True)
+        raise
 
 
 class FolderInUse(ValueError):

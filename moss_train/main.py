@@ -16,7 +16,7 @@ from data_pipeline.ranks import JoinError, RanksError, ranks_of
 from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.log import configure, print_line
 from moss_train.run_lock import check_free
-from moss_train.storage import StorageError
+from moss_train.storage import StorageError, or_warning
 
 PROGRAM = "moss-train"  # in front of errors
 STOPPED_NOTE = "MOSS_TRAIN_STOPPED"  # environment: the file that says that a signal stopped the job
@@ -36,7 +36,8 @@ def train(raw: DictConfig) -> None:
     try:
         stopped = run(from_hydra(raw))
         if stopped and note is not None:
-            Path(note).touch()
+            with or_warning(note, "the launcher takes the job for done"):
+                Path(note).write_text("stopped")
         if stopped and "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(STOPPED)
     except ConfigError as error:

@@ -6,10 +6,11 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from moss_train.config import ConfigError
+from moss_train.storage import or_warning
 
 LOCK_FILE = "running"  # in a run folder while a job trains there; a killed job leaves it
 
@@ -29,15 +30,15 @@ def running_in(folder: Path) -> Iterator[None]:
         ConfigError: another process has it.
     """
     path = folder / LOCK_FILE
-    with path.open("a+") as file:
-        _lock(file.fileno(), folder)
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    with ExitStack() as held:
+        with or_warning(path, "a second job in this folder will not be refused"):
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            held.callback(os.close, file)
+            _lock(file, folder)
+            held.callback(path.unlink, missing_ok=True)
+            os.ftruncate(file, 0)
+            os.write(file, f"{socket.gethostname()}, process {os.getpid()}\n".encode())
+        yield
 
 
 def _lock(descriptor: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading storage that fails now and then: what is damaged, what only does not answer.
+"""Storage that fails now and then: what is damaged, what only does not answer, what ends no job.
 
 A file that is not there, or is not what was written, is damage. Any other error of the operating
 system (a server that does not answer, a stale handle, no permission) says nothing about the files:
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from moss_train.log import log
+from moss_train.log import log, print_line
 
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 WAITS = (0.5, 1.0, 2.0)  # seconds before the second, third and fourth try
@@ -48,6 +49,17 @@ def patiently(read: Callable[[], T], path: Path) -> T:
             log.warning("%s: cannot be read (%s): again in %g s", path, error, wait)
             time.sleep(wait)
     raise AssertionError
+
+
+@contextmanager
+def or_warning(what: object, then: str = "training goes on without it") -> Iterator[None]:
+    """Where something is written that is no checkpoint: an error of the operating system is a
+    warning of any rank.
+    """
+    try:
+        yield
+    except OSError as error:
+        print_line(f"{what} cannot be written ({error}): {then}")
 
 
 def checksum(path: Path) -> str:

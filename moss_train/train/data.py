@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from data_pipeline.atomic import write_atomically
 from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.loader.loader import Loader, build_loader
@@ -28,6 +26,7 @@ from moss_train.parallel.distribute import (
 )
 from moss_train.parallel.packing import Bounds
 from moss_train.sources import mixed_sources
+from moss_train.train import lines
 from moss_train.train.ahead import Ahead
 from moss_train.train.metrics import read_metrics
 from moss_train.train.plan import StepPlan
@@ -279,11 +278,8 @@ class Audit:
     def cut(run: Path, last: int) -> None:
         """Removes the steps after `last`, which the job goes on from, from all replicas' files."""
         for path in run.glob("audit.*.jsonl"):
-            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= last)
-            write_atomically(path, kept)
+            lines.cut(path, last)
 
     def write(self, step: int, keys: list[str]) -> None:
         """Appends the keys of a step."""
-        with self.path.open("a") as out:
-            out.write(json.dumps({"step": step, "keys": keys}) + "\n")
+        lines.append(self.path, {"step": step, "keys": keys})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moss_train.train import lines
 from moss_train.train.metrics import read_metrics
 
 WINDOW = 100  # accepted losses whose median a spike is measured against
@@ -100,5 +100,4 @@ def write_bad_step(
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "keys": [key for part in everywhere for key in part],
         }
-        with (run / BAD_STEPS_FILE).open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        lines.append(run / BAD_STEPS_FILE, record)

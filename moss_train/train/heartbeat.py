@@ -58,7 +58,7 @@ class Heart:
     def __init__(self, folder: Path, rank: int):
         self._rank, self._step, self._count = rank, 0, 0
         with (folder / f"rank_{rank}").open("w+b") as file:
-            file.truncate(_SIZE)
+            os.posix_fallocate(file.fileno(), 0, _SIZE)  # a page without memory kills who writes it
             self._page = mmap.mmap(file.fileno(), _SIZE)
         self.beat("start", 0)
 
@@ -76,7 +76,7 @@ _heart: Heart | None = None
 
 
 def start(folder: Path, rank: int) -> None:
-    """From now on `beat` writes into `folder`."""
+    """From now on `beat` writes into `folder`. Raises OSError where there is no space for it."""
     global _heart
     _heart = Heart(folder, rank)
 

@@ -5,7 +5,6 @@ A job that was killed leaves no end.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moss_train.log import log
 from moss_train.processes import age_s
+from moss_train.train import lines
 from moss_train.train.description import REPO, git_commit
 from moss_train.train.metrics import read_metrics
 
@@ -27,29 +26,13 @@ HISTORY_FILE = "history.jsonl"
 
 
 def note(run: Path, event: str, **what: Any) -> None:
-    """Appends a line: `event`, `time` (seconds since 1970, UTC), and what else is given. Where it
-    cannot be written, a warning: no job should end because of it."""
-    line = json.dumps({"event": event, "time": round(time.time(), 3), **what})
-    try:
-        with (run / HISTORY_FILE).open("a") as out:
-            out.write(line + "\n")
-    except OSError as error:
-        log.warning("%s: %s is not written down: %s", run / HISTORY_FILE, event, error)
+    """Appends a line: `event`, `time` (seconds since 1970, UTC), and what else is given."""
+    lines.append(run / HISTORY_FILE, {"event": event, "time": round(time.time(), 3), **what})
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's history that are whole; [] where there is none."""
-    path = run / HISTORY_FILE
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # a killed job's, or a full disk's
-        if isinstance(entry, dict) and {"event", "time"} <= entry.keys():
-            found.append(entry)
-    return found
+    return lines.read(run / HISTORY_FILE, "event", "time")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import Config, ConfigError, to_dict
 from moss_train.log import log
+from moss_train.storage import or_warning
 from moss_train.train.metrics import TENSORBOARD_DIR, logged_values, read_metrics
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def open_loggers(config: Config, resume_from: Path | None) -> Iterator[list[Wand
         failed = False
     finally:
         for logger in loggers:
-            logger.close(failed)
+            with or_warning(f"{type(logger).__name__}'s files"):
+                logger.close(failed)
 
 
 class Wandb:

@@ -25,6 +25,7 @@ from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import differing_replicas
 from moss_train.run_lock import running_in
 from moss_train.sources import unread_sources
+from moss_train.storage import or_warning
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
@@ -32,13 +33,7 @@ from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.goodput import Around
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.heartbeat import beat
-from moss_train.train.history import (
-    Before,
-    all_hosts,
-    note,
-    note_start,
-    noting_errors,
-)
+from moss_train.train.history import Before, all_hosts, note, note_start, noting_errors
 from moss_train.train.loggers import open_loggers
 from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetrics, read_metrics
 from moss_train.train.optimizer import make_train_state, schedule_warnings
@@ -278,7 +273,8 @@ class Job:
             layout = {"world": dist.get_world_size(), "data": self.groups.data_size}
             layout |= {"pipeline": config.parallel.pipeline, "tensor": config.parallel.tensor}
             kind = hardware.device().type
-            write_description(self.folder, config, layout, asdict(self.counts), kind)
+            with or_warning("run.json and config.yaml"):
+                write_description(self.folder, config, layout, asdict(self.counts), kind)
             note_start(self.folder, self.before, self.done, hosts, layout)
             self.audit.cut(self.folder, self.done)
             dist.barrier()  # from now on other replicas write to their audits
@@ -289,13 +285,13 @@ class Job:
     def _sinks(self) -> Iterator[tuple[MetricsWriter, StepLine]]:
         """Metrics and console, on rank 0."""
         config = self.config
-        with MetricsWriter(self.folder, self.loggers, self.done) as writer:
-            self.unlearned = UnlearnedWarnings(read_metrics(self.folder), config.steps)
-            progress = StepLine(config.steps, config.trainer.console_every, self.console)
-            try:
-                yield writer, progress
-            finally:
-                progress.close()
+        writer = MetricsWriter(self.folder, self.loggers, self.done)
+        self.unlearned = UnlearnedWarnings(read_metrics(self.folder), config.steps)
+        progress = StepLine(config.steps, config.trainer.console_every, self.console)
+        try:
+            yield writer, progress
+        finally:
+            progress.close()
 
     def _report(
         self,
@@ -395,6 +391,7 @@ class Job:
                 BAD_STEPS_FILE: "steps left out, with their sample keys",
             },
         )
-        print(table, file=self.console, flush=True)
+        with or_warning("the table of the run"):
+            print(table, file=self.console, flush=True)
         if stopped:
             log.warning("stopped by a signal after step %d: start again to go on", self.done)

@@ -5,19 +5,19 @@ Everything here runs on rank 0 only, with numbers that are already reduced over 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from data_pipeline.atomic import write_atomically
 from data_pipeline.progress import ConsoleLine, eta, rate
-from moss_train.log import log
+from moss_train.storage import or_warning
+from moss_train.train import lines
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -118,7 +118,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     A line that is not whole (a killed run wrote it) is left out, with a warning. A value that was
     not finite is None.
     """
-    return [record for _, record in _whole_lines(run_dir / METRICS_FILE)]
+    return lines.read(run_dir / METRICS_FILE, "step")
 
 
 class Logger(Protocol):
@@ -132,7 +132,7 @@ class Logger(Protocol):
 
 
 class MetricsWriter:
-    """Writes each step to metrics.jsonl and to loggers. A context manager."""
+    """Writes each step to metrics.jsonl and to loggers."""
 
     def __init__(self, run_dir: Path, loggers: Sequence[Logger] = (), resume_step: int = 0):
         """Opens the file of a run that goes on after `resume_step` (0: a new run).
@@ -141,21 +141,17 @@ class MetricsWriter:
         there twice.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._loggers = loggers
+        self._loggers = list(loggers)
         self._path = run_dir / METRICS_FILE
-        _truncate(self._path, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        lines.cut(self._path, resume_step)
 
     def rewind(self, step: int) -> None:
         """Removes the steps after `step`, from which the run goes on, here and from loggers."""
-        self._file.close()
-        _truncate(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
-        for logger in self._loggers:
-            logger.rewind(step)
+        lines.cut(self._path, step)
+        self._tell("rewind", step)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Appends the step's line and flushes it; a value that is not finite becomes null."""
+        """Appends the step's line; a value that is not finite becomes null."""
         values = asdict(metrics)
         for name in ("validation", "mfu", "hfu"):
             if values[name] is None:
@@ -164,20 +160,17 @@ class MetricsWriter:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
-        for logger in self._loggers:
-            logger.write(metrics.step, logged_values(values))
+        lines.append(self._path, finite)
+        self._tell("write", metrics.step, logged_values(values))
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _tell(self, method: str, *what: Any) -> None:
+        """Calls all loggers; one that cannot write is not called again."""
+        for logger in list(self._loggers):
+            name = type(logger).__name__
+            with or_warning(f"{name}'s files", "it gets no more steps of this job"):
+                self._loggers.remove(logger)
+                getattr(logger, method)(*what)
+                self._loggers.append(logger)
 
 
 def logged_values(row: Mapping[str, Any]) -> dict[str, float]:
@@ -212,7 +205,8 @@ class StepLine:
         width = shutil.get_terminal_size().columns - 1 if self._line.live else None
         text = progress_line(metrics, self.total, self.eta_s(metrics.step), width)
         due = metrics.step % self.every == 0 or metrics.step == self.total
-        self._line.update(text, due)
+        with _patient():
+            self._line.update(text, due)
 
     def eta_s(self, step: int) -> float | None:
         """Seconds that the steps after `step` will take; None before there is a measure."""
@@ -225,7 +219,19 @@ class StepLine:
 
     def close(self) -> None:
         """Ends the progress line."""
-        self._line.close()
+        with _patient():
+            self._line.close()
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Where the console is a file on a full disk, Python keeps the text until it can be written."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads it any more
+        raise
+    except OSError:
+        pass
 
 
 def progress_line(
@@ -258,27 +264,3 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, own in value.items() for k, v in _flat(f"{name}/{key}", own).items()}
-
-
-def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    records = [(line, record) for line in lines if (record := _parse(line)) is not None]
-    if len(records) < len(lines):
-        log.warning("%s: %d line(s) not whole, left out", path, len(lines) - len(records))
-    return records
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def _truncate(path: Path, last: int) -> None:
-    """Keeps the whole lines up to step `last`; the file is replaced at once, or not at all."""
-    kept = b"".join(line + b"\n" for line, record in _whole_lines(path) if record["step"] <= last)
-    if not path.exists() or kept == path.read_bytes():
-        return
-    write_atomically(path, kept)

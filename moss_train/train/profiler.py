@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from data_pipeline.atomic import write_atomically
 from moss_train import hardware
 from moss_train.log import log
+from moss_train.storage import or_warning
 from moss_train.train.page import render
 from moss_train.train.trace import Profile, device_spans, summarize
 
@@ -56,11 +57,16 @@ class StepProfiler:
         torch.cuda.synchronize()
         watched, self.steps = self._watched, None
         watched.__exit__(None, None, None)
+        with or_warning(self.folder):
+            self._write(watched, last)
+        if hardware.device().type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, watched: Any, last: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         watched.export_chrome_trace(str(self.folder / "trace.json.gz"))
         if hardware.device().type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
         page = profile_page(summarize(device_spans(watched)), self._first, last)
         write_atomically(self.folder / "profile.html", page)
         log.info("steps %d to %d are profiled in %s", self._first, last, self.folder)

@@ -17,12 +17,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from moss_train.config import Config
 from moss_train.processes import stat_fields
+from moss_train.storage import or_warning
 from moss_train.train import heartbeat
 from moss_train.train.heartbeat import Beat
 
@@ -41,28 +42,26 @@ def watched(config: Config) -> Iterator[None]:
     if folder is None or config.hardware.hang_s is None:
         yield
         return
-    folder.mkdir(exist_ok=True)
-    rank = int(os.environ["RANK"])
-    guard = _start(folder, config.hardware.hang_s) if os.environ["LOCAL_RANK"] == "0" else None
-    heartbeat.start(folder, rank)
-    with (folder / heartbeat.STACK_FILE.format(rank)).open("w") as stacks:
-        faulthandler.register(signal.SIGUSR2, stacks)
-        try:
-            yield
-        finally:
-            faulthandler.unregister(signal.SIGUSR2)
-            heartbeat.stop()
-            if guard is not None:
-                os.kill(guard, signal.SIGKILL)
-                os.waitpid(guard, 0)
-                shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as opened:
+        with or_warning(folder, "nobody watches this rank"):
+            folder.mkdir(exist_ok=True)
+            if os.environ["LOCAL_RANK"] == "0":
+                opened.callback(_end, _start(folder, config.hardware.hang_s), folder)
+            rank = int(os.environ["RANK"])
+            heartbeat.start(folder, rank)
+            opened.callback(heartbeat.stop)
+            stacks = opened.enter_context((folder / heartbeat.STACK_FILE.format(rank)).open("w"))
+            faulthandler.register(signal.SIGUSR2, stacks)
+            opened.callback(faulthandler.unregister, signal.SIGUSR2)
+        yield
 
 
 def tell_run_folder(run: Path) -> None:
     """Tells the machine's watchdog where stacks belong."""
     folder = heartbeat.folder_of_job()
     if folder is not None and folder.is_dir() and os.environ["LOCAL_RANK"] == "0":
-        (folder / heartbeat.RUN_FILE).write_text(str(run.absolute()))
+        with or_warning(folder, "the stacks of ranks that hang stay on their machine"):
+            (folder / heartbeat.RUN_FILE).write_text(str(run.absolute()))
 
 
 def _start(folder: Path, hang_s: float) -> int:
@@ -76,6 +75,12 @@ def _start(folder: Path, hang_s: float) -> int:
         watch(folder, hang_s, parent)
     finally:
         os._exit(0)
+
+
+def _end(guard: int, folder: Path) -> None:
+    os.kill(guard, signal.SIGKILL)
+    os.waitpid(guard, 0)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def watch(folder: Path, hang_s: float, parent: int) -> None:
@@ -99,25 +104,29 @@ def silent(beats: list[Beat], hang_s: float, now: float) -> list[Beat]:
 
 
 def end_job(folder: Path, beats: list[Beat], hang_s: float, parent: int) -> None:
-    """Writes down what this machine sees, names who is behind, and kills its ranks."""
+    """Writes down what this machine sees, names who is behind, and kills its ranks: also where
+    nothing can be written."""
     now, host = time.monotonic(), socket.gethostname()
     for beat in beats:
         with suppress(ProcessLookupError):
             os.kill(beat.pid, signal.SIGUSR2)  # faulthandler's
     time.sleep(STACKS)
     out, states = _folder_of_hang(folder), {beat.rank: _state(beat.pid) for beat in beats}
-    for beat in beats:
-        stack = folder / heartbeat.STACK_FILE.format(beat.rank)
-        text = stack.read_text(errors="replace") if stack.exists() else ""
-        state = f"process {beat.pid}, {states[beat.rank]}\n"
-        (out / f"rank_{beat.rank:05d}.txt").write_text(state + (text or "it wrote no stacks\n"))
-    seen = [
+    seen = everywhere = [
         asdict(beat) | {"host": host, "silent_s": now - beat.at, "state": states[beat.rank]}
         for beat in beats
     ]
-    (out / f"{host}.json").write_text(json.dumps(seen, indent=1))
-    time.sleep(min(OTHERS, hang_s))
-    everywhere = [row for path in out.glob("*.json") for row in json.loads(path.read_text())]
+    with or_warning(out, "the job is ended without it"):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{host}.json").write_text(json.dumps(seen, indent=1))
+        for beat in beats:
+            stack = folder / heartbeat.STACK_FILE.format(beat.rank)
+            text = stack.read_text(errors="replace") if stack.exists() else ""
+            (out / f"rank_{beat.rank:05d}.txt").write_text(
+                f"process {beat.pid}, {states[beat.rank]}\n{text or 'it wrote no stacks'}\n"
+            )
+        time.sleep(min(OTHERS, hang_s))
+        everywhere = [row for path in out.glob("*.json") for row in json.loads(path.read_text())]
     print(f"{verdict(everywhere, hang_s)}; stacks: {out}", file=sys.stderr, flush=True)
     for pid in sorted((beat.pid for beat in beats), key=lambda pid: pid == parent):
         with suppress(ProcessLookupError):
@@ -145,9 +154,7 @@ def _folder_of_hang(folder: Path) -> Path:
     """In the run folder, a new one for each start of the ranks; in `folder` before it is known."""
     told = folder / heartbeat.RUN_FILE
     number = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    out = (Path(told.read_text()) if told.exists() else folder) / HANGS / "-".join(number)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    return (Path(told.read_text()) if told.exists() else folder) / HANGS / "-".join(number)
 
 
 def _runs(pid: int) -> bool:

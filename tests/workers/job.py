@@ -32,7 +32,8 @@ from tests.torchrun import save_result
 class Task:
     """stop_after: this step is the last one, for rank 0 sends itself a SIGTERM in it.
 
-    file_limit: (step, bytes): from this step on no file can grow beyond `bytes`, as on a full disk.
+    file_limit: (step, bytes): from this step on no file can grow beyond `bytes`, as on a full disk;
+        (step, bytes, last): up to that one.
     poison: for each batch (the first is 1) what is wrong with it, on the last rank alone: "loss"
         (no number) or "gradient" (infinite).
     """
@@ -40,7 +41,7 @@ class Task:
     name: str
     overrides: list[str]
     stop_after: int | None = None
-    file_limit: tuple[int, int] | None = None
+    file_limit: tuple[int, ...] | None = None
     poison: dict[str, str] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
 
@@ -101,10 +102,12 @@ def run_checked(task: Task, config: Config) -> None:
             first = dist.get_rank() == 0
             if task.stop_after is not None and self.done == task.stop_after - 1 and first:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if task.file_limit is not None and self.done == task.file_limit[0]:
+            begin, size, end = (*(task.file_limit or ()), -1, -1, -1)[:3]
+            if self.done in (begin, end):
                 self.checkpointer.finish()  # what is being written fits
                 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (task.file_limit[1], hard))
+                soft = size if self.done == begin else hard
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     resume_from = check(config)
     steps_left(config, resume_from)  # says what has changed

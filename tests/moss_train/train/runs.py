@@ -53,20 +53,20 @@ def metrics(run: Path, whole: bool = True) -> list[dict[str, Any]]:
 
 def write_metrics(folder: Path, losses: list[float]) -> None:
     """A real metrics.jsonl of steps with these losses, each of half a second."""
-    with MetricsWriter(folder) as writer:
-        for step, loss in enumerate(losses, start=1):
-            writer.write(
-                StepMetrics(
-                    step=step, loss=loss, lr=2e-5 * min(1.0, step / 20), grad_norm=1.0,
-                    samples=8, tokens=500, labels=100, frames=16, turns=10, masked_turns=0,
-                    truncated_samples=0, truncated_labels=0, step_time_s=0.5,
-                    model_tflops_per_s_per_rank=0.1, memory_gb=1.0, data_wait_s=0.0,
-                    skipped_samples=step % 2, skipped_reasons={"bad_json": 1} if step % 2 else {},
-                    skipped_steps=0, frames_per_rank_max=8,
-                    frames_per_rank_mean=8.0, padding_ratio=0.2,
-                    epochs={"toy": 0.25 * step},
-                )
-            )  # fmt: skip
+    writer = MetricsWriter(folder)
+    for step, loss in enumerate(losses, start=1):
+        writer.write(
+            StepMetrics(
+                step=step, loss=loss, lr=2e-5 * min(1.0, step / 20), grad_norm=1.0,
+                samples=8, tokens=500, labels=100, frames=16, turns=10, masked_turns=0,
+                truncated_samples=0, truncated_labels=0, step_time_s=0.5,
+                model_tflops_per_s_per_rank=0.1, memory_gb=1.0, data_wait_s=0.0,
+                skipped_samples=step % 2, skipped_reasons={"bad_json": 1} if step % 2 else {},
+                skipped_steps=0, frames_per_rank_max=8,
+                frames_per_rank_mean=8.0, padding_ratio=0.2,
+                epochs={"toy": 0.25 * step},
+            )
+        )  # fmt: skip
 
 
 def steps(run: Path, whole: bool = True) -> list[int]:

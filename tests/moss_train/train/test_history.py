@@ -22,9 +22,15 @@ def test_entries_are_kept_and_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert first["time"] <= second["time"]
 
 
-def test_what_cannot_be_written_is_a_warning(tmp_path, caplog):
-    note(tmp_path / "none", "start")
-    assert "start is not written down" in caplog.text
+def test_what_cannot_be_written_is_a_warning_and_waits(tmp_path, caplog):
+    folder = tmp_path / "none"
+    for event in ("start", "stopped"):
+        note(folder, event)
+    (said,) = caplog.messages
+    assert said.startswith(f"{folder}/{HISTORY_FILE} cannot be written ")
+    folder.mkdir()
+    note(folder, "start")
+    assert [entry["event"] for entry in read_history(folder)] == ["start", "stopped", "start"]
 
 
 def test_the_age_of_this_process_grows():

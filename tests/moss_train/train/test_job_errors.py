@@ -10,7 +10,8 @@ import pytest
 from data_pipeline.index import prepare_index
 from data_pipeline.shards import write_shards
 from data_pipeline.toy.build import ToyConfig, make_sample
-from tests.moss_train.train.runs import metrics, saved_steps, steps
+from moss_train.train.lines import read
+from tests.moss_train.train.runs import audit, metrics, saved_steps, steps
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def outcomes(small, broken, run_jobs, tmp_path_factory):
     full = ["trainer.checkpoint_every=2", "trainer.steps=6"]
     # Less than what is reserved at first; less than the weights.
     none, some = (3, 200_000), (3, 10_000_000)
+    # Nothing at all in steps 2 to 4.
     result = run_jobs(
         1,
         task("few", *pictures("few")),
@@ -53,6 +55,15 @@ def outcomes(small, broken, run_jobs, tmp_path_factory):
         task("full", *full, file_limit=none),
         task("full_weights", *full, file_limit=some),
         task("full_async", *full, "trainer.async_save=true", file_limit=some),
+        task(
+            "nothing",
+            "trainer.checkpoint_every=2",
+            "trainer.steps=6",
+            "trainer.profile=3..4",
+            "logger.tensorboard=true",
+            file_limit=(2, 1, 5),
+            poison={"3": "loss"},
+        ),
         task("full_again", *full, f"trainer.resume={runs / 'full'}"),
     )
     return result, runs
@@ -143,3 +154,17 @@ def test_a_full_disk_is_a_warning_and_at_the_end_an_error_and_harms_no_checkpoin
     if name == "full":
         assert result.load("full_again")["error"] is None
         assert steps(runs / "full_again") == [3, 4, 5, 6]
+
+
+def test_where_nothing_can_be_written_training_goes_on_and_the_lines_come_later(outcomes):
+    result, runs = outcomes
+    run = runs / "nothing"
+    assert result.load("nothing")["error"] is None
+    assert steps(run) == list(range(1, 7))
+    assert sorted(audit(run)) == list(range(1, 7))
+    assert [row["step"] for row in read(run / "bad_steps.jsonl")] == [3]
+    assert [row["event"] for row in read(run / "history.jsonl")] == ["start", "end"]
+    assert saved_steps(run)[-1] == 6
+    said = result.stderr()
+    assert f"{run}/metrics.jsonl can be written again: 3 line(s) have waited" in said
+    assert not [path for path in run.rglob("*") if path.name.endswith(".partial")]

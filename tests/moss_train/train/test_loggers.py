@@ -45,10 +45,8 @@ def run_steps(
     """A process of the run; `back`: after its last step it goes back after a step, and on with
     another loss."""
     folder = Path(made.run.dir)
-    with (
-        open_loggers(made, checkpoint(folder, first - 1)) as loggers,
-        MetricsWriter(folder, loggers, first - 1) as writer,
-    ):
+    with open_loggers(made, checkpoint(folder, first - 1)) as loggers:
+        writer = MetricsWriter(folder, loggers, first - 1)
         for step in range(first, last + 1):
             writer.write(step_metrics(step, loss))
         if back is not None:
@@ -144,7 +142,8 @@ def test_tensorboard_has_every_step_once_after_resumes_and_steps_back(tmp_path):
 def test_loggers_show_what_validation_measured_and_what_was_not_finite(tmp_path):
     losses = {"loss": 1.5, "source": {"a": 1.5, "b": None}, "accuracy": {"source": {"a": 0.5}}}
     made = config(tmp_path, tensorboard=True)
-    with open_loggers(made, None) as loggers, MetricsWriter(tmp_path, loggers) as writer:
+    with open_loggers(made, None) as loggers:
+        writer = MetricsWriter(tmp_path, loggers)
         writer.write(replace(step_metrics(1, math.nan), validation=losses))
     events = tensorboard(tmp_path)
     found = {tag for tag in events.Tags()["scalars"] if tag.startswith("validation/")}

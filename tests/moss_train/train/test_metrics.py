@@ -52,9 +52,9 @@ def step_metrics(step: int = 1, loss: float = 2.5, step_time_s: float = 2.0) -> 
 
 
 def write_steps(run_dir: Path, first: int, last: int, resume_step: int = 0, loss: float = 2.5):
-    with MetricsWriter(run_dir, resume_step=resume_step) as writer:
-        for step in range(first, last + 1):
-            writer.write(step_metrics(step, loss))
+    writer = MetricsWriter(run_dir, resume_step=resume_step)
+    for step in range(first, last + 1):
+        writer.write(step_metrics(step, loss))
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -73,10 +73,10 @@ def test_a_line_holds_every_number_and_the_rates_made_from_them(tmp_path):
 
 
 def test_each_step_can_be_read_before_the_next(tmp_path):
-    with MetricsWriter(tmp_path / "new" / "run") as writer:
-        for step in (1, 2, 3):
-            writer.write(step_metrics(step))
-            assert steps(tmp_path / "new" / "run") == list(range(1, step + 1))
+    writer = MetricsWriter(tmp_path / "new" / "run")
+    for step in (1, 2, 3):
+        writer.write(step_metrics(step))
+        assert steps(tmp_path / "new" / "run") == list(range(1, step + 1))
 
 
 def test_a_loss_that_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
