@@ -118,6 +118,9 @@ class ModelConfig:
     init: InitConfig = field(default_factory=InitConfig)
     # flex: for the cross-attention only.
     attention: str = choice("sdpa", ("sdpa", "flash", "te", "flex"))
+    # Whether lengths in calls of attention are rounded up, so that a GPU's kernels are planned for
+    # few shapes; auto: on a GPU.
+    round_lengths: str = choice("auto", ("auto", "on", "off"))
     # What tokens that see no frame attend in the cross-attention: zero: nothing | attend_all: every
     # frame of their sample, as the published code does.
     tokens_before_first_frame: str = choice("zero", ("zero", "attend_all"))

@@ -23,6 +23,7 @@ from moss_train.evaluate.question import Clip, Image, answer
 from moss_train.model.frame_plan import plan_frames
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
+from moss_train.model.shape_grid import rounds_lengths
 from moss_train.model.vision import tiles_used
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
@@ -177,8 +178,10 @@ class TrainedModel:
             tiles=tiles_used(seen, model.vision).clamp(max=tiles),
             max_tiles=tiles,
             attend_all=model.tokens_before_first_frame == "attend_all",
+            rounded=rounds_lengths(model),
         )
-        text = PackedText(torch.tensor(list(chain.from_iterable(sequences))), lengths)
+        tokens = torch.tensor(list(chain.from_iterable(sequences)))
+        text = PackedText(tokens, lengths, rounds_lengths(model))
         move(frames, text)
         shown = [state[:count] for state, count in zip(states, counts, strict=True) if count]
         frames.states = torch.cat(shown) if shown else states[0][:0]

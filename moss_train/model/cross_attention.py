@@ -17,6 +17,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from moss_train.model.frame_plan import FramePlan
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
@@ -152,14 +153,16 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
         `[n, heads, D]`.
     """
     blocks, patches = frames.blocks, key.shape[1]
-    queries = query.split([block.stop - block.start for block in blocks])
+    if frames.slots > len(key):
+        key, value = (pad(x, (0,) * 7 + (frames.slots - len(key),)) for x in (key, value))
+    queries = frames.rows.scatter(query).split([block.size for block in blocks])
     windows = [(b.first * patches, b.last * patches) for b in blocks]
     keys, values = (_Windows.apply(x.flatten(0, 1), windows) for x in (key, value))
     out = []
     for block, *heads in zip(blocks, queries, keys, values, strict=True):
         q, k, v = (x[None] for x in heads)  # [1, tokens, heads, D]
         out.append(attend_fused(q, k, v, block.mask)[0])
-    return torch.cat(out)
+    return frames.rows.gather(torch.cat(out))
 
 
 def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:

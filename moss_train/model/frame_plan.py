@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from moss_train.model.gather_rows import RowSubset
 from moss_train.model.padded_attention import PaddedAttention, additive_mask, plan_padded
+from moss_train.model.shape_grid import round_up
 
 MIN_BLOCK = 128  # tokens
+SHORTEST = 32  # tokens that a block is rounded up to at least
 SMALL_BLOCK = 128 * 128  # (token, frame) pairs that a block may have, however few are needed
 NEVER = 2**40  # `visible_from` of a padding frame
 
@@ -30,7 +32,8 @@ class Block:
     """Tokens [start, stop) of `FramePlan.tokens` attend frames [first, last) of the microbatch.
 
     `mask` is None where all of them see all of it, else what is added to scores, HIDDEN where a
-    token does not see a tile: `[stop - start, (last - first) x T]`, or one row of all tokens alike.
+    token does not see a tile: `[size, (last - first) x T]`, or one row of all tokens alike. `size`:
+    the tokens, and what pads them to a rounded length.
     """
 
     on_device: ClassVar = ("mask",)
@@ -39,12 +42,13 @@ class Block:
     stop: int
     first: int
     last: int
+    size: int
     mask: Tensor | None = None
 
     @property
     def pairs(self) -> int:
         """(Token, frame) pairs that are computed."""
-        return (self.stop - self.start) * (self.last - self.first)
+        return self.size * (self.last - self.first)
 
 
 @dataclass
@@ -58,11 +62,14 @@ class FramePlan:
     tiles: True for the real tiles of each frame `[F, T]`.
     tokens: those that attend a frame at all `[n]`, ascending.
     blocks: what the attention computes, of all of `tokens`.
+    rows: where `tokens` are among the rows of all blocks, one block after the other.
+    slots: frames that blocks reach to: F, or more where a rounded block has more.
     padded: the same as a padded batch, where that computes no more pairs.
     """
 
     on_device: ClassVar = (
-        "positions", "first", "last", "sees", "tiles", "tokens", "attending", "blocks", "padded",
+        "positions", "first", "last", "sees", "tiles", "tokens", "attending", "blocks", "rows",
+        "padded",
     )  # fmt: skip
 
     positions: Tensor
@@ -72,6 +79,8 @@ class FramePlan:
     tiles: Tensor
     tokens: Tensor
     blocks: list[Block]
+    rows: RowSubset
+    slots: int
     padded: PaddedAttention | None = None
     states: Tensor | None = field(default=None)  # projected frames [F, T x P, H]
 
@@ -106,6 +115,7 @@ def plan_frames(
     tiles: Tensor | None = None,
     max_tiles: int = 1,
     attend_all: bool = False,
+    rounded: bool = False,
 ) -> FramePlan:
     """Plans the cross-attention of a microbatch of packed sequences.
 
@@ -119,6 +129,7 @@ def plan_frames(
         visible_until: first token that no longer sees it `[F]`; None: all later tokens see it.
         tiles: real tiles of each frame `[F]`, of `max_tiles`; None: all are real.
         attend_all: tokens that see no frame attend every frame slot of their sequence, unmasked.
+        rounded: whether what is computed has rounded lengths (shape_grid.py).
 
     Raises:
         ValueError: the frames of a sequence are not sorted by visibility.
@@ -147,11 +158,12 @@ def plan_frames(
     count = torch.full_like(start, max_tiles) if tiles is None else tiles
     real = torch.arange(max_tiles) < count[:, None]
     tokens = (last > first).nonzero()[:, 0]
-    blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real).blocks
-    plan = FramePlan(positions, first, last, sees, real, tokens, blocks)
+    blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real, rounded).blocks
+    slots = max([len(real), *(block.last for block in blocks)])
+    plan = FramePlan(positions, first, last, sees, real, tokens, blocks, _rows(blocks), slots)
     if blocks:
         plan.padded = plan_padded(
-            tokens, sequence, (first, last), unmasked, real, frame_sequences, plan.pairs
+            tokens, sequence, (first, last), unmasked, real, frame_sequences, plan.pairs, rounded
         )
     return plan
 
@@ -167,11 +179,22 @@ def _check_order(frame_sequences: Tensor, start: Tensor, stop: Tensor) -> None:
             )
 
 
+def _rows(blocks: list[Block]) -> RowSubset:
+    """Where the tokens of all blocks are among their rows."""
+    starts = [0, *accumulate(block.size for block in blocks)]
+    places = [
+        torch.arange(start, start + block.stop - block.start)
+        for start, block in zip(starts, blocks, strict=False)
+    ]
+    return RowSubset(torch.cat(places) if places else torch.arange(0), starts[-1])
+
+
 class _Blocks:
     """Cuts the tokens that attend a frame into blocks, from left to right."""
 
-    def __init__(self, first: Tensor, last: Tensor, unmasked: Tensor, real: Tensor):
+    def __init__(self, first: Tensor, last: Tensor, unmasked: Tensor, real: Tensor, rounded: bool):
         self.first, self.last, self.unmasked, self.real = first, last, unmasked, real
+        self.rounded = rounded
         self.blocks: list[Block] = []
         self._open(0)
         changes = (first.diff() != 0) | (last.diff() != 0) | (unmasked.diff() != 0)
@@ -191,7 +214,14 @@ class _Blocks:
         # A long run needs no mask: keep it apart.
         if end - begin >= MIN_BLOCK or self._wasteful(end, first, last):
             self._close()
-        self.stop = end
+        full = self.start + MIN_BLOCK
+        if self.rounded and begin > self.start and end > full:  # the block becomes just full
+            self._take(full, first, last)
+            begin = full
+        self._take(end, first, last)
+
+    def _take(self, end: int, first: int, last: int) -> None:
+        begin, self.stop = self.stop, end
         self.lowest, self.highest = min(self.lowest, first), max(self.highest, last)
         self.needed += (end - begin) * (last - first)
         if self.stop - self.start >= MIN_BLOCK:
@@ -206,12 +236,18 @@ class _Blocks:
     def _close(self) -> None:
         if self.start == self.stop:
             return
-        tokens = slice(self.start, self.stop)
-        first, last = self.first[tokens, None], self.last[tokens, None]
-        frame = torch.arange(self.lowest, self.highest)
-        seen = ((frame >= first) & (frame < last))[..., None]  # [tokens, frames, 1]
-        real = self.real[self.lowest : self.highest] | self.unmasked[tokens, None, None]
+        size, lowest, highest = self.stop - self.start, self.lowest, self.highest
+        if self.rounded:
+            size, width = round_up(size, SHORTEST), round_up(highest - lowest)
+            lowest = max(0, min(lowest, len(self.real) - width))
+            highest = lowest + width
+        token = torch.arange(self.start, self.start + size).clamp(max=self.stop - 1)
+        first, last = self.first[token, None], self.last[token, None]
+        frame = torch.arange(lowest, highest)
+        seen = ((frame >= first) & (frame < last))[..., None]  # [size, frames, 1]
+        tiles = self.real[frame.clamp(max=len(self.real) - 1)]
+        real = tiles | self.unmasked[token, None, None]
         mask = additive_mask(~(seen & real).flatten(1)[None])
         mask = None if mask is None else mask[0]
-        self.blocks.append(Block(self.start, self.stop, self.lowest, self.highest, mask))
+        self.blocks.append(Block(self.start, self.stop, lowest, highest, size, mask))
         self._open(self.stop)

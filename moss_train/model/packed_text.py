@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from moss_train.model.gather_rows import RowSubset
+from moss_train.model.shape_grid import round_up
 
+# A sequence is rounded up to at least so many tokens, and from there in so many steps to twice as
+# many: finer than elsewhere, since attention costs the square of a length.
+SHORTEST, STEPS = 64, 4
 SMALL = 64 * 64  # (token, token) pairs below which attention costs its call, not its pairs
 
 
@@ -28,12 +32,14 @@ class PackedText:
     tokens: `[T]`.
     lengths: tokens of each sequence; what is left of T after them is padding, for which the last
         sequence goes on (a causal model does not notice).
+    rounded: whether batches for the attention have rounded sizes (shape_grid.py).
     """
 
     on_device: ClassVar = ("tokens", "positions", "bounds", "groups")
 
     tokens: Tensor
     lengths: list[int]
+    rounded: bool = False
 
     @cached_property
     def spans(self) -> list[int]:
@@ -63,7 +69,7 @@ class PackedText:
                 groups[-1] = spans
             else:
                 groups.append([span])
-        return [Group(spans, self.tokens.device) for spans in groups]
+        return [Group(spans, self.tokens.device, self.rounded) for spans in groups]
 
 
 class Group:
@@ -71,9 +77,13 @@ class Group:
 
     on_device = ("rows",)
 
-    def __init__(self, spans: list[int], device: torch.device):
-        self.tokens, self.shape = sum(spans), (len(spans), max(spans))
-        real = torch.arange(self.shape[1]) < torch.tensor(spans)[:, None]  # [B, S]
+    def __init__(self, spans: list[int], device: torch.device, rounded: bool = False):
+        batch, longest = len(spans), max(spans)
+        if rounded:
+            batch, longest = round_up(batch), round_up(longest, SHORTEST, STEPS)
+        self.tokens, self.shape = sum(spans), (batch, longest)
+        lengths = torch.tensor(spans + [0] * (batch - len(spans)))
+        real = torch.arange(longest) < lengths[:, None]  # [B, S]
         self.rows = RowSubset(real.flatten().nonzero()[:, 0].to(device), real.numel())
 
     def pad(self, x: Tensor) -> Tensor:

@@ -11,8 +11,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moss_train.model.gather_rows import RowMap
+from moss_train.model.shape_grid import round_up
+
+SHORTEST = 32  # tokens that a sequence is rounded up to at least
 
 # Not infinity, nor what bf16 rounds to it: where no tile of a token's frames is real, it sees
 # nothing, and no NaN may come of it.
@@ -51,6 +55,7 @@ def plan_padded(
     real: Tensor,
     frame_sequences: Tensor,
     most_pairs: int,
+    rounded: bool,
 ) -> PaddedAttention | None:
     """Lays the n attending tokens of a microbatch of T tokens and F frames out as a padded batch;
     None where that computes more than `most_pairs` (token, frame) pairs.
@@ -62,15 +67,20 @@ def plan_padded(
         unmasked: those that attend also the tiles that are not real `[T]`.
         real: whether a tile is `[F, tiles]`.
         frame_sequences: sequence of each frame `[F]`, ascending.
+        rounded: whether B, S and the frames of a sequence are rounded (shape_grid.py).
     """
     attending, own, counts = torch.unique_consecutive(
         sequences[tokens], return_inverse=True, return_counts=True
     )
     begin = torch.searchsorted(frame_sequences, attending)
     until = torch.searchsorted(frame_sequences, attending, right=True)
-    batch, most, width = len(attending), int(counts.max()), int((until - begin).max())
+    used, most, width = len(attending), int(counts.max()), int((until - begin).max())
+    batch = used
+    if rounded:
+        batch, most, width = round_up(used), round_up(most, SHORTEST), round_up(width)
     if batch * most * width > most_pairs:
         return None
+    begin, until = (pad(x, (0, batch - used)) for x in (begin, until))
     places = own * most + torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[own]
     token_map = RowMap(torch.arange(len(tokens)), places, (len(tokens), batch * most))
 
@@ -78,13 +88,17 @@ def plan_padded(
     there = frame < until[:, None]
     frame_map = RowMap(frame[there], there.flatten().nonzero()[:, 0], (len(real), batch * width))
 
-    # What pads a sequence sees what its last token sees: nobody reads it.
+    # What pads a sequence sees what its last token sees, a sequence that pads the batch sees all:
+    # nobody reads it.
+    counts = pad(counts, (0, batch - used), value=1)
     ends = counts.cumsum(0)[:, None]
     row = torch.minimum(ends - counts[:, None] + torch.arange(most), ends - 1)  # [B, S]
+    row = row.clamp(max=len(tokens) - 1)
     first, last, free = (x[tokens][row][..., None] for x in (*runs, unmasked))
     seen = (frame[:, None] >= first) & (frame[:, None] < last)  # [B, S, F]
     tiles = real[frame.clamp(max=len(real) - 1)][:, None]  # [B, 1, F, tiles]
     hidden = ~(seen[..., None] & (tiles | free[..., None])).flatten(2)
+    hidden[used:] = False
     shape = (batch, most, width)
     return PaddedAttention(shape, token_map, frame_map, additive_mask(hidden))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     from tests.torchrun import save_result
 
     for name, layout, cases in runs:
-        options = {key: layout.pop(key) for key in ("dtype", "micro", "steps") if key in layout}
+        names = ("dtype", "micro", "steps", "round_lengths")
+        options = {key: layout.pop(key) for key in names if key in layout}
         parallel = ParallelConfig(**layout)
         groups = build_groups(parallel, seed=1)  # once a layout: gloo's threads stay when they go
         for train, kind in cases:
@@ -54,10 +56,8 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     dist.destroy_process_group()
 
 
-def train_case(
-    parallel, groups, train: str, kind: str, dtype="fp32", micro=MICRO, steps=STEPS
-) -> dict:
-    """Trains in one layout; what came of it."""
+def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS, **fields) -> dict:
+    """Trains in one layout; what came of it. `fields`: of its model, other ones."""
     from moss_train.config import AdapterConfig, Config, OptimizerConfig, TrainerConfig
     from moss_train.convert.random_init import random_reader
     from moss_train.convert.weights import export, fill
@@ -71,7 +71,7 @@ def train_case(
     from moss_train.train.step import TrainStep
 
     config = Config(
-        model=small_model(dtype),
+        model=replace(small_model("fp32"), **fields),
         parallel=parallel,
         # Adam divides by the gradient's size: a larger eps keeps rounding of zeros out of weights.
         optimizer=OptimizerConfig(lr=1e-3, eps=1e-6),

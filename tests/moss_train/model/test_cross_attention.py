@@ -27,7 +27,7 @@ def softmax_reference(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor
 
 
 def random_inputs(
-    seed: int, longest: int, most: int, attend_all: bool
+    seed: int, longest: int, most: int, attend_all: bool, rounded: bool = False
 ) -> tuple[list[Tensor], FramePlan, Tensor]:
     """[query, key, value] (fp64) of a random layout, its plan and its dense mask."""
     rng = random.Random(seed)
@@ -43,7 +43,8 @@ def random_inputs(
 
     key_shape = (count, TILES * PATCHES, KV_HEADS, WIDTH)
     inputs = [draw(length, HEADS, WIDTH), draw(*key_shape), draw(*key_shape)]
-    return inputs, plan(layout, TILES, attend_all), allowed.flatten(1).repeat_interleave(PATCHES, 1)
+    frames = plan(layout, TILES, attend_all, rounded)
+    return inputs, frames, allowed.flatten(1).repeat_interleave(PATCHES, 1)
 
 
 def whole(core, query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
@@ -52,10 +53,11 @@ def whole(core, query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) ->
     return rows.scatter(core(rows.gather(query), key, value, frames))
 
 
-def test_padded_batches_give_the_dense_softmax_and_its_gradients():
+@pytest.mark.parametrize("rounded", [False, True])
+def test_padded_batches_give_the_dense_softmax_and_its_gradients(rounded):
     checked = 0
     for seed in range(20):
-        inputs, frames, allowed = random_inputs(seed, 30, 8, attend_all=seed % 2 == 1)
+        inputs, frames, allowed = random_inputs(seed, 30, 8, seed % 2 == 1, rounded)
         if frames.padded is None:
             continue
         checked += 1
@@ -63,11 +65,12 @@ def test_padded_batches_give_the_dense_softmax_and_its_gradients():
     assert checked >= 5
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("attend_all", [False, True])
 @pytest.mark.parametrize(("longest", "most"), [(12, 4), (30, 8), (600, 40)])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_blocks_give_the_dense_softmax_and_its_gradients(longest, most, seed, attend_all):
-    inputs, frames, allowed = random_inputs(seed, longest, most, attend_all)
+def test_blocks_give_the_dense_softmax_and_its_gradients(longest, most, seed, attend_all, rounded):
+    inputs, frames, allowed = random_inputs(seed, longest, most, attend_all, rounded)
     compare(lambda q, k, v: whole(attend_blocks, q, k, v, frames), inputs, allowed)
 
 

@@ -30,6 +30,7 @@ VARIANTS: dict[int, dict[str, dict]] = {
         "selective": {"recompute": "selective"},
         "micro_batch_of_1": {"micro": 1},  # other accumulation, and microbatches without a frame
         "micro_batch_of_4": {"micro": 4},
+        "rounded": {"round_lengths": "on"},
     },
     2: {
         "tp2_vision": {"tensor": 2, "vision_tensor": True},
@@ -45,6 +46,13 @@ VARIANTS: dict[int, dict[str, dict]] = {
             "overlap_param_gather": True,
         },
         "dp2_tp2_sp": {"tensor": 2, "sequence": True},
+        "rounded_tp2_sp_pp2": {
+            "tensor": 2,
+            "sequence": True,
+            "pipeline": 2,
+            "recompute": "full",
+            "round_lengths": "on",
+        },
         "pp4": {"pipeline": 4},
     },
 }
@@ -112,6 +120,14 @@ def test_layout_trains_like_a_single_process(
     assert _worst(ours["adapters"], single["adapters"]) < 1e-4
     assert ours["differing"] == []
     _check_shares(ours["encoded"], ours["shares"])
+
+
+def test_rounded_lengths_have_the_losses_of_exact_ones(load: Load) -> None:
+    exact = load("fewer", "all", "mixed")
+    for layout in ("rounded", "rounded_tp2_sp_pp2"):
+        ours = load(layout, "all", "mixed")
+        assert ours["losses"] == pytest.approx(exact["losses"], rel=1e-6)
+    assert _worst(load("rounded", "all", "mixed")["gradients"], exact["gradients"]) < 2e-6
 
 
 def test_bf16_follows_fp32(load: Load) -> None:
