@@ -80,13 +80,14 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0, :3]
 
 
-def decode_image(data: bytes) -> Tensor:
+def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> Tensor:
     """JPEG, PNG, ... bytes -> uint8 [3, H, W], with the pixels of `to_rgb`.
 
+    formats: Pillow's names of those that it may be in; None: all that are known.
     Strides are those of [H, W, 3] or [H, W, 4]. Raises SampleError(`undecodable_image`).
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=formats) as opened:
             return _pixels(to_rgb(opened)).permute(2, 0, 1)
     except MemoryError:
         raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
 from av.video.frame import VideoFrame
 from torch import Tensor
 
@@ -81,14 +82,23 @@ def check_end(times: Sequence[float], info: VideoInfo) -> None:
 
 
 @contextmanager
-def open_video(data: bytes, threads: int = 1) -> Iterator[Video]:
+def open_video(
+    data: bytes, threads: int = 1, *, formats: str = "", max_pixels: int = 0
+) -> Iterator[Video]:
     """Opens a video file's bytes and reads all its packets, decoding nothing.
 
-    `threads` decode it. Raises SampleError, from inside the context too: `undecodable_video`,
+    Args:
+        threads: that decode it.
+        formats: as in `open_container`.
+        max_pixels: of a frame, wherever in the file it is; 0: no limit.
+
+    Raises SampleError, from inside the context too: `undecodable_video`, `too_many_pixels`,
     `empty_video`, or `truncated_video` where the file ends before what its header states.
     """
     try:
-        with open_container(data) as container:
+        with open_container(data, formats) as container:
+            if max_pixels:
+                _limit_pixels(container, max_pixels)
             track = read_track(container, data)
             times = track.times
             info = VideoInfo(times[-1], track.end, len(times), times[0])
@@ -97,6 +107,17 @@ def open_video(data: bytes, threads: int = 1) -> Iterator[Video]:
         raise SampleError(error.reason, error.detail) from None
     except (av.FFmpegError, ValueError) as error:
         raise SampleError("undecodable_video", f"{len(data)} bytes: {error}") from None
+
+
+def _limit_pixels(container: InputContainer, most: int) -> None:
+    """Refuses a file by its headers, and has its decoders refuse a frame that is larger."""
+    for stream in container.streams.video:
+        if stream.codec_context is None:
+            continue  # there is no decoder for it
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > most:
+            raise SampleError("too_many_pixels", f"{width} x {height} pixels are more than {most}")
+        stream.codec_context.options = {"max_pixels": str(most)}
 
 
 def probe_video(data: bytes) -> VideoInfo:

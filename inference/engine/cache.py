@@ -80,7 +80,7 @@ class KVCache:
             values = parts[2 * n + 1].unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
             self.frames_of[layer][0, slot.index, :, span] = keys[0]
             self.frames_of[layer][1, slot.index, :, span] = values[0]
-        self._write_views(slot)
+        self.write_views(slot)
 
     def commit_eviction(self, slot: Slot) -> None:
         """After the pass in which a frame arrived, moves it to the place of the one it replaces."""
@@ -91,9 +91,10 @@ class KVCache:
         slot_kv[..., victim * size : (victim + 1) * size, :] = slot_kv[
             ..., self.window * size : (self.window + 1) * size, :
         ]
-        self._write_views(slot)
+        self.write_views(slot)
 
-    def _write_views(self, slot: Slot) -> None:
+    def write_views(self, slot: Slot) -> None:
+        """What static batches read of a slot's ring."""
         self.views[:, slot.index] = upload([slot.ring.first, slot.ring.last], self.device)
 
     def compact(self, slot: Slot, indices: list[int]) -> None:
@@ -118,7 +119,7 @@ class KVCache:
         for name, buffer in (("text", self.text), ("frames", self.frames)):
             saved = state[name]
             buffer[:, :, slot.index, :, : saved.shape[-2]] = saved.to(self.device, self.dtype)
-        self._write_views(slot)
+        self.write_views(slot)
 
 
 def put_frames(cache: KVCache, slot: Slot, tokens: Sequence[int], frames: Sequence[Tensor]) -> None:

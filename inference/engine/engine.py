@@ -28,7 +28,7 @@ from inference.engine.cache import KVCache, put_frames
 from inference.engine.graphs import GraphRunner
 from inference.engine.preprocess import Pixels
 from inference.engine.sampling import Sampler, Sampling
-from inference.engine.slots import FrameRing, Slot, Step, tokens_to_keep
+from inference.engine.slots import FrameRing, Mark, Slot, Step, tokens_to_keep
 from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
@@ -123,8 +123,13 @@ class Engine:
         """What runs static batches of this engine's slots."""
         return GraphRunner(self.model, self.cache, self.sampler, self.slots, graphs, compile)
 
+    recovers = True  # a step that failed may be tried again
+
     def shutdown(self) -> None:
         """Ends the other ranks under torchrun. Calling it is optional: it is done at exit."""
+
+    def abandon(self) -> None:
+        """No more calls, after a failure from which the engine does not recover."""
 
     def open(self, sampling: Sampling | None = None) -> Slot:
         """Takes a free slot.
@@ -192,6 +197,8 @@ class Engine:
 
         Raises:
             ValueError: before anything has changed, if a step is not possible.
+            Exception: a pass failed. The slots are as they were before, so that each step can be
+                tried again, or `broken`, which takes no step any more.
         """
         self.check(steps)
         if not steps:
@@ -200,7 +207,13 @@ class Engine:
             if step.slot.sampling.repetition_penalty != 1:
                 self.sampler.add_context(step.slot.index, step.tokens)
         results: list[int | None] = []
-        sampled = self._forward(steps)
+        marks = [step.slot.mark() for step in steps]
+        try:
+            sampled = self._forward(steps)
+        except Exception:
+            for step, mark in zip(steps, marks, strict=True):
+                self._undo(step.slot, mark)
+            raise
         for step in steps:
             step.slot.pending = sampled.get(step.slot.index)
             if step.slot.pending is not None and step.slot.sampling.repetition_penalty != 1:
@@ -212,18 +225,32 @@ class Engine:
         """The sampled tokens by slot. Steps of fixed shape go by kind, each a pass of its own: one
         session's prompt or frame does not take the others out of their graph. The host waits once,
         for the tokens of all passes."""
-        rest, slots, tokens = list(steps), list[int](), list[Tensor]()
+        kinds, rest, slots, tokens = list[list[Step]](), list(steps), list[int](), list[Tensor]()
         if self.graph_runner is not None:
             kinds, rest = self.graph_runner.divide(steps)
-            for kind in kinds:
-                self._make_room([(step.slot, 1 + len(step.tokens)) for step in kind])
-                tokens.append(self.graph_runner.run(kind))
-                slots += [step.slot.index for step in kind]
+        # First what takes memory, and may not get it: the others are then as they were.
         sampled = self._packed(rest) if rest else None
         if sampled is not None:
             tokens.append(sampled)
             slots += [step.slot.index for step in rest if step.sample]
+        for kind in kinds:
+            assert self.graph_runner is not None
+            self._make_room([(step.slot, 1 + len(step.tokens)) for step in kind])
+            tokens.append(self.graph_runner.run(kind))
+            slots += [step.slot.index for step in kind]
         return dict(zip(slots, torch.cat(tokens).tolist() if tokens else [], strict=True))
+
+    def _undo(self, slot: Slot, mark: Mark) -> None:
+        slot.undo(mark)
+        try:
+            self.cache.write_views(slot)
+        except Exception:  # the device takes nothing any more
+            slot.broken = True
+
+    def free_memory(self) -> None:
+        """Gives back what the allocator keeps for later, after a step that found too little."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def save(self, slot: Slot) -> dict[str, Any]:
         """All of a slot, on the CPU, for `restore` in this engine or another of the same model,
@@ -257,6 +284,8 @@ class Engine:
             slot = step.slot
             if slot.closed:
                 raise ValueError(f"slot {slot.index} is closed")
+            if slot.broken:
+                raise ValueError(f"slot {slot.index} lost its context when a step failed")
             if slot.index in taken:
                 raise ValueError(f"slot {slot.index} has two steps at once")
             taken.add(slot.index)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -39,19 +38,21 @@ def fit(picture: Tensor, tile: int) -> Tensor:
     return out[0]
 
 
-def check_header(data: bytes, max_pixels: int) -> None:
-    """Refuses a picture by its header, before anything is decoded.
+def check_header(data: bytes, max_pixels: int, formats: tuple[str, ...] | None = None) -> None:
+    """Refuses a picture by its header, before anything is decoded. formats: as in `decode_image`.
 
     Raises SampleError: `undecodable_image`, or `too_many_pixels`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=formats) as opened:
             width, height = opened.size
     except UnidentifiedImageError:
         raise SampleError("undecodable_image", f"{len(data)} bytes: {_other(data)}") from None
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
-    _check_pixels(width, height, max_pixels)
+    if width * height > max_pixels:
+        words = f"{width} x {height} pixels are more than {max_pixels}"
+        raise SampleError("too_many_pixels", words)
 
 
 def _other(data: bytes) -> str:
@@ -65,21 +66,3 @@ def _other(data: bytes) -> str:
         (head[4:8] == b"ftyp" or head.startswith(b"\x1ae\xdf\xa3"), "a video: send it as one"),
     ]
     return next((words for right, words in known if right), "no picture in a format that is known")
-
-
-def check_video(data: bytes, max_pixels: int) -> None:
-    """Refuses a video by its header, before a frame is decoded; SampleError as `check_header`."""
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            sizes = [
-                (s.codec_context.width, s.codec_context.height) for s in container.streams.video
-            ]
-    except (av.FFmpegError, ValueError, AttributeError) as error:
-        raise SampleError("undecodable_video", f"{len(data)} bytes: {error}") from None
-    for width, height in sizes:
-        _check_pixels(width, height, max_pixels)
-
-
-def _check_pixels(width: int, height: int, most: int) -> None:
-    if width * height > most:
-        raise SampleError("too_many_pixels", f"{width} x {height} pixels are more than {most}")

@@ -48,6 +48,8 @@ def join() -> tuple[int, int]:
 class ShardedEngine(Engine):
     """An engine whose model is a slice. Rank 0 is used like any engine; other ranks `follow`."""
 
+    recovers = False  # whether the other ranks failed too is not known: they may wait for this one
+
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.leads = dist.get_rank() == 0
@@ -61,6 +63,10 @@ class ShardedEngine(Engine):
         """Ends the other ranks."""
         if self.leads and self.running:
             self._call(ShardedEngine._stop)
+
+    def abandon(self) -> None:
+        """No more calls: a step has failed, and the other ranks may wait in the middle of it."""
+        self.running = False
 
     def follow(self) -> None:
         """What other ranks do: the calls of rank 0, until it shuts down."""
@@ -133,6 +139,8 @@ class ShardedEngine(Engine):
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs `function(self, *arguments)` on every rank; rank 0's result."""
+        if not self.running:
+            raise RuntimeError("the other ranks have gone")
         file = io.BytesIO()
         pickler = _Pickler(file, self.device)
         pickler.dump((function, arguments))

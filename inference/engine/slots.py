@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -72,6 +72,16 @@ class FrameRing:
         return victim
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What `Slot.undo` brings back: counts, and copies of the ring's lists."""
+
+    tokens: int
+    position: int
+    evictions: int
+    ring: dict[str, Any]
+
+
 @dataclass
 class Slot:
     """One session in the engine.
@@ -91,6 +101,7 @@ class Slot:
     pending: int | None = None
     evictions: list[Eviction] = field(default_factory=list)
     closed: bool = False
+    broken: bool = False  # a step failed when part of the context was already overwritten
 
     @property
     def length(self) -> int:
@@ -115,6 +126,24 @@ class Slot:
         self.tokens = [self.tokens[i] for i in indices]
         self.positions = [self.positions[i] for i in indices]
         self.evictions.append(Eviction("text", gone))
+
+    def mark(self) -> Mark:
+        """Before a step."""
+        ring = {**vars(self.ring), "first": [*self.ring.first], "last": [*self.ring.last]}
+        return Mark(self.length, self.position, len(self.evictions), ring)
+
+    def undo(self, mark: Mark) -> None:
+        """After a step that failed: as before it, but for text that was dropped to make room. What
+        cannot be undone, because a pass has overwritten a frame or moved the text, is `broken`."""
+        new = self.evictions[mark.evictions :]
+        if self.position > mark.position:
+            if new:
+                self.broken = True
+                return
+            del self.tokens[mark.tokens :], self.positions[mark.tokens :]
+            self.position = mark.position
+        self.evictions[mark.evictions :] = [one for one in new if one.kind == "text"]
+        vars(self.ring).update(mark.ring)
 
 
 @dataclass

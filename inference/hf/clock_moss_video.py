@@ -61,11 +61,18 @@ class Track:
         return self.times[min(index, len(self.times) - 1)]
 
 
-def open_container(data: bytes) -> InputContainer:
-    """A video file's bytes for reading; an animated WebP, which FFmpeg does not know, as PNG."""
+def open_container(data: bytes, formats: str = "") -> InputContainer:
+    """A video file's bytes for reading; an animated WebP, which FFmpeg does not know, as PNG.
+
+    formats: names of FFmpeg's demuxers that may read it; empty: any. None of them opens other files
+    or addresses, which playlists and scripts name.
+    """
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and b"ANIM" in data[:64]:
         data = _webp_to_png(data)
-    return av.open(io.BytesIO(data), "r")
+    options = {"protocol_whitelist": "none"}
+    if formats:
+        options["format_whitelist"] = formats
+    return av.open(io.BytesIO(data), "r", options=options)
 
 
 def read_track(container: InputContainer, data: bytes) -> Track:

@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 import uvicorn
 from starlette.types import ASGIApp
 
-from data_pipeline.commands import CommandParser
+from data_pipeline.commands import DONE, FAILED, CommandParser, report_error
 from inference import cli
 from inference.serve.app import make_app
+from inference.serve.connections import http_protocol
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
@@ -32,6 +33,10 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
         super().__init__(config)
         self._hub = hub
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: also where the engine has, which nothing in this process can replace."""
+        return bool(self._hub.runner.failed) or await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -49,8 +54,16 @@ _LIMIT_HELP = {  # the limits that have a flag, --limit_NAME
     "pixels": "maximum number of pixels of a picture",
     "prompt_chars": "maximum number of characters of a prompt",
     "fps": "maximum number of frames per second of a session",
+    "body_wall": "seconds that a chat request may take to come",
+    "clip_cpu": "seconds of processor time for decoding a medium of a chat request",
+    "clip_wall": "seconds for the same on the clock",
+    "decoders": "number of processes that decode pictures of sessions, and of those for chat",
+    "memory": "maximum memory in bytes for decoding a medium",
+    "held": "maximum memory in bytes of all chat requests that are read or wait",
+    "connections": "maximum number of connections",
     "grace": "seconds that a session without a client waits for it to come back",
     "idle": "seconds without input after which a session is closed",
+    "step": "seconds of one step of the engine after which /health says that it is stuck",
     "send": "seconds that a client may take to read an event",
     "replay": "number of past events kept for a client that comes back",
 }
@@ -65,11 +78,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
              help="port to listen on; 0: a free one")  # fmt: skip
     cli.flag(parser, "max_sessions", type=cli.positive_int, default=4, metavar="N",
              help="maximum number of sessions and answers at once")  # fmt: skip
-    cli.flag(parser, "api_key", default=os.environ.get("MOSS_API_KEY"), metavar="KEY",
+    cli.flag(parser, "api_key", type=key, default=os.environ.get("MOSS_API_KEY"), metavar="KEY",
              help="key that clients must send (default: $MOSS_API_KEY, else none)")  # fmt: skip
     cli.flag(parser, "allow_origin", action="append", default=[], metavar="URL", type=origin,
              help="another site whose pages may use the server, https://app.example; *: any site; "
              "may be given again")  # fmt: skip
+    cli.flag(parser, "allow_host", action="append", default=[], metavar="NAME", type=str.lower,
+             help="a name by which clients reach the server, video.example; *: any; an address, "
+             "localhost and the machine's name need none; may be given again")  # fmt: skip
     defaults = Limits()
     for name, text in _LIMIT_HELP.items():
         default = getattr(defaults, name)
@@ -84,6 +100,13 @@ def origin(text: str) -> str:
     if text not in ("*", "null") and not (parts.scheme and parts.netloc and not parts.path):
         raise argparse.ArgumentTypeError(f"{text}: write SCHEME://HOST[:PORT], *, or null")
     return text.lower().rstrip("/")
+
+
+def key(text: str) -> str:
+    """A flag's key: an empty one is a mistake (an unset variable), not the wish to have none."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: for none, leave it out and unset $MOSS_API_KEY")
+    return text
 
 
 def port(text: str) -> int:
@@ -112,8 +135,10 @@ def server_config(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn
         log_level="warning",
         ws_max_size=2 * limits.frame_bytes,  # base64 in JSON is a third larger
         ws_per_message_deflate=False,
-        ws_ping_interval=20,
-        ws_ping_timeout=20,
+        http=http_protocol(limits),
+        ws_max_queue=4,  # messages that wait to be read; the client waits with more
+        ws_ping_interval=5,
+        ws_ping_timeout=10,
         timeout_graceful_shutdown=5,
     )
 
@@ -136,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = Metrics()
         with door, Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, limits, metrics, export)
-            app = make_app(hub, args.api_key, args.allow_origin)
+            app = make_app(hub, args.api_key, args.allow_origin, args.allow_host)
             # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
             signal.signal(signal.SIGTERM, lambda *_: None)
             host = f"[{args.host}]" if ":" in args.host else args.host
@@ -145,7 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
                 signal.signal(signal.SIGHUP, server.handle_exit)  # as SIGTERM, which uvicorn takes
             server.run(sockets=[door])
-    return 0
+            if runner.failed:
+                report_error(PROGRAM, runner.failed)
+    return FAILED if runner.failed else DONE
 
 
 if __name__ == "__main__":

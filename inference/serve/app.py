@@ -18,10 +18,11 @@ from starlette.websockets import WebSocket
 
 from inference.engine.engine import EngineFull
 from inference.serve.chat import complete, refusal
+from inference.serve.connections import known_host
 from inference.serve.cors import Cors, may_ask
 from inference.serve.hub import GOING_AWAY, MODEL, POLICY, TRY_LATER, UNKNOWN, Hub
 from inference.serve.limits import Refused
-from inference.serve.socket import Connection
+from inference.serve.socket import Connection, cut
 from inference.session.handle import SessionClosed
 
 PAGE = Path(__file__).parent / "static" / "index.html"
@@ -29,8 +30,16 @@ _MODEL_CARD = {"id": MODEL, "object": "model", "created": 0, "owned_by": "moss"}
 _PROTOCOL, _KEY_PROTOCOL = "realtime", "openai-insecure-api-key."  # how browsers send a key
 
 
-def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) -> ASGIApp:
-    """The routes over a hub. `origins`: other sites whose pages may ask and open sessions."""
+def make_app(
+    hub: Hub, api_key: str | None = None, origins: Sequence[str] = (), hosts: Sequence[str] = ()
+) -> ASGIApp:
+    """The routes over a hub.
+
+    Args:
+        api_key: that clients must send; None: none.
+        origins: other sites whose pages may ask and open sessions.
+        hosts: names of this server beside its addresses and those that the machine knows.
+    """
     app = FastAPI(
         title="MOSS-Video", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
@@ -45,14 +54,15 @@ def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) 
     @app.get("/health")
     async def health() -> Response:
         body = {
-            "status": "closing" if hub.closing else "ok",
+            "status": hub.status,
+            "step_seconds": round(hub.runner.busy, 3),
             "model": MODEL,
             "stage": hub.export.stage,
             "prompt_form": hub.export.prompt_form,
             "sessions": hub.runner.sessions,
             "max_sessions": hub.runner.engine.max_sessions,
         }
-        return JSONResponse(body, 503 if hub.closing else 200)
+        return JSONResponse(body, 200 if body["status"] == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -72,6 +82,8 @@ def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) 
         offered = socket.headers.get("sec-websocket-protocol", "")
         chosen = _PROTOCOL if _PROTOCOL in [p.strip() for p in offered.split(",")] else None
         await socket.accept(subprotocol=chosen)
+        if not known_host(socket.headers.get("host"), hosts):
+            return await _refuse(socket, hub, POLICY, "host", "not a name of this server")
         if not allowed(socket):
             return await _refuse(socket, hub, POLICY, "unauthorized", "a wrong or no API key")
         if not may_ask(socket.headers.get("origin"), socket.headers.get("host"), origins):
@@ -83,7 +95,7 @@ def make_app(hub: Hub, api_key: str | None = None, origins: Sequence[str] = ()) 
 
     _add_models(app, allowed)
     _add_errors(app)
-    return Cors(app, origins, partial(_methods, app))
+    return Cors(app, origins, hosts, partial(_methods, app))
 
 
 def _add_models(app: FastAPI, allowed: Callable[[HTTPConnection], bool]) -> None:
@@ -131,7 +143,7 @@ def _methods(app: FastAPI, path: str) -> list[str]:
 async def _serve(socket: WebSocket, hub: Hub) -> None:
     """Opens a session, or resumes one: `?session=ID&last_seq=N`."""
     query = socket.query_params
-    name, last = query.get("session"), query.get("last_seq", "0")
+    name, last, live = query.get("session"), query.get("last_seq", "0"), None
     unknown = [key for key in query if key not in ("session", "last_seq", "model")]
     if unknown or query.get("model", MODEL) != MODEL:
         words = f"?{unknown[0]}: known are session, last_seq" if unknown else f"model: {MODEL}"
@@ -141,19 +153,21 @@ async def _serve(socket: WebSocket, hub: Hub) -> None:
         if live is None or not re.fullmatch("[0-9]{1,18}", last):
             words = "last_seq must be a number" if live else "no such session, or it was closed"
             return await _refuse(socket, hub, UNKNOWN, "unknown_session", words)
-        return await Connection(hub, live, socket, int(last)).run()
     try:
-        live = hub.open()
+        if live is None:
+            live, last = await hub.open(), "0"
+        else:
+            await hub.revive(live)
     except EngineFull as error:
         return await _refuse(socket, hub, TRY_LATER, "full", str(error))
     except SessionClosed as error:
         return await _refuse(socket, hub, GOING_AWAY, "closing", str(error))
-    await Connection(hub, live, socket, 0).run()
+    await Connection(hub, live, socket, int(last)).run()
 
 
 async def _refuse(socket: WebSocket, hub: Hub, code: int, reason: str, words: str) -> None:
     hub.metrics.refused(reason)
-    await socket.close(code, words[:120])
+    await socket.close(code, cut(words))
 
 
 _UNAUTHORIZED = Refused("unauthorized", "a wrong or no API key: Authorization: Bearer KEY")
@@ -162,8 +176,8 @@ _UNAUTHORIZED = Refused("unauthorized", "a wrong or no API key: Authorization: B
 def _given_key(connection: HTTPConnection) -> bytes:
     scheme, _, key = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return key.encode()
+        return key.encode("latin-1")  # as it came
     for offered in connection.headers.get("sec-websocket-protocol", "").split(","):
         if offered.strip().startswith(_KEY_PROTOCOL):
-            return offered.strip().removeprefix(_KEY_PROTOCOL).encode()
+            return offered.strip().removeprefix(_KEY_PROTOCOL).encode("latin-1")
     return b""

@@ -1,55 +1,108 @@
-"""`/v1/chat/completions`, as OpenAI's clients call it: offline questions about media."""
+"""`/v1/chat/completions`, as OpenAI's clients call it: offline questions about media.
+
+A request on its way: body -> question (a thread) -> frames (processes) -> tokens -> a free place in
+the engine -> answer (answers.py). Its client may leave at any of these.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import Coroutine
+from typing import TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
-from data_pipeline.images import decode_image
 from data_pipeline.schema import SampleError
-from data_pipeline.video import VideoInfo, open_video, sample_times
 from inference.engine.engine import EngineFull
-from inference.engine.images import check_header, check_video, fit
-from inference.serve.hub import MODEL, Hub
-from inference.serve.limits import Limits, Refused
+from inference.serve.answers import Stream, whole
+from inference.serve.decoding import Task
+from inference.serve.hub import Hub
+from inference.serve.limits import Limits, Refused, Share
 from inference.serve.protocol import read_json
 from inference.serve.question import Medium, Question, read_question
-from inference.serve.stop import StopFilter
+from inference.session.answer import MAX_NEW_TOKENS
 from inference.session.handle import SessionHandle
-from inference.sources import CLIP_FPS, CLIP_MIN_FRAMES
 
 _STATUS = {  # of a refusal's code; else 400
     "too_large": 413, "overloaded": 503, "unauthorized": 401, "failed": 500, "model_not_found": 404,
-    "not_found": 404, "method_not_allowed": 405, "origin": 403,
+    "not_found": 404, "method_not_allowed": 405, "origin": 403, "host": 403, "timeout": 408,
+    "unsupported_media_type": 415,
 }  # fmt: skip
+_HELD = 4  # a request's text, its JSON and its pictures' bytes are there at the same time
+Result = TypeVar("Result")
+
+
+class Left(Exception):
+    """The client of a request has gone."""
+
+
+class Client:
+    """Whether who has sent a request, whose body is read, is still there."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.gone = asyncio.create_task(self._watch())
+
+    async def or_left(self, work: Coroutine[None, None, Result]) -> Result:
+        """What the work returns; it is cancelled when the client goes, and Left is raised."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait({task, self.gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Left
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
 
 
 async def complete(request: Request, hub: Hub) -> Response:
     """Answers a request to the route."""
+    share = hub.budget.share()
+    client = None
     try:
-        body = await _body(request, hub.limits)
-        question, tokens, frames = await asyncio.get_running_loop().run_in_executor(
-            hub.decoders, _read, body, hub
-        )
-        answer = await _start_answer(hub, question, tokens, frames)
-    except Refused as error:
-        hub.metrics.refused(error.code)
-        return refusal(error)
-    except SampleError as error:
-        hub.metrics.refused(error.reason)
-        return refusal(Refused(error.reason, error.detail, "messages"))
+        body = await _body(request, hub.limits, share)
+        client = Client(request)
+        question, tokens, frames = await client.or_left(_prepare(body, hub, share))
+        answer = await client.or_left(_start_answer(hub, question, tokens, frames))
+        client.gone.add_done_callback(lambda _: answer.close("its client has left"))
+    except (Refused, SampleError) as error:
+        _end(client, share)
+        return _refused(hub, error)
+    except BaseException as error:
+        _end(client, share)
+        if not isinstance(error, Left):
+            raise
+        hub.metrics.refused("client_left")
+        return Response(status_code=499)
     if question.stream:
-        pieces = _stream(question, answer, len(tokens))
-        headers = _headers(question)
-        return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
-    return await _whole(request, question, answer, len(tokens))
+        return Stream(question, answer, len(tokens), lambda: _end(client, share))
+    try:
+        return JSONResponse(await whole(question, answer, len(tokens)), headers=question.headers())
+    except Refused as error:
+        return _refused(hub, error)
+    finally:
+        _end(client, share)
+
+
+def _end(client: Client | None, share: Share) -> None:
+    """What a request holds is free."""
+    share.give_back()
+    if client is not None:
+        client.gone.cancel()
+
+
+def _refused(hub: Hub, error: Refused | SampleError) -> Response:
+    if isinstance(error, SampleError):
+        error = Refused(error.reason, error.detail, "messages")
+    hub.metrics.refused(error.code)
+    return refusal(error)
 
 
 def refusal(error: Refused) -> JSONResponse:
@@ -66,73 +119,86 @@ def refusal(error: Refused) -> JSONResponse:
     return JSONResponse({"error": body}, code, headers)
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
+async def _body(request: Request, limits: Limits, share: Share) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page of another site may send anything else unasked
+        field = "Content-Type"
+        words = f"{field}: {kind!r:.60}: must be application/json"
+        raise Refused("unsupported_media_type", words, field)
     coding = request.headers.get("content-encoding", "identity")
     if coding.lower() != "identity":
         field = "Content-Encoding"
         raise Refused("unsupported", f"{field}: {coding:.20}: send the body as it is", field)
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limits.body_bytes:
-            raise Refused("too_large", f"the request is larger than {limits.body_bytes} bytes")
+    try:
+        async with asyncio.timeout(limits.body_wall):
+            async for piece in request.stream():
+                if len(body) + len(piece) > limits.body_bytes:
+                    most = limits.body_bytes
+                    raise Refused("too_large", f"the request is larger than {most} bytes")
+                share.take(_HELD * len(piece))
+                body += piece
+    except TimeoutError:
+        words = f"the request has not come within {limits.body_wall:g} s"
+        raise Refused("timeout", words) from None
     return bytes(body)
 
 
-def _read(body: bytes, hub: Hub) -> tuple[Question, list[int], list[Tensor]]:
-    """What is asked, its tokens and its frames; in a thread."""
-    given = read_json(body, "the request")
-    question = read_question(given, hub.limits)
-    return question, *prepare(question, hub)
+async def _prepare(body: bytes, hub: Hub, share: Share) -> tuple[Question, list[int], list[Tensor]]:
+    """What is asked, its tokens and its frames."""
+    loop = asyncio.get_running_loop()
+    question = await loop.run_in_executor(hub.readers, _read, body, hub)
+    frames, counts = await decode(question.media, hub, share)
+    tokens = await loop.run_in_executor(hub.readers, _tokens, question, counts, hub)
+    return question, tokens, frames
 
 
-def prepare(question: Question, hub: Hub) -> tuple[list[int], list[Tensor]]:
-    """Decodes the media and writes the tokens."""
-    counts: list[int] = []
-    frames: list[Tensor] = []
-    for medium in question.media:
-        left = hub.limits.frames - len(frames)
+def _read(body: bytes, hub: Hub) -> Question:
+    return read_question(read_json(body, "the request", hub.limits.json_values), hub.limits)
+
+
+async def decode(media: list[Medium], hub: Hub, share: Share) -> tuple[list[Tensor], list[int]]:
+    """The frames of a question's media, uint8 [3, tile, tile] each, and how many each has."""
+    limits, frames, counts = hub.limits, list[Tensor](), list[int]()
+    most = min(limits.frames, hub.runner.engine.window)  # the model sees no more at once
+    for medium in media:
+        left = most - len(frames)
         if left <= 0:
-            raise Refused("too_large", f"more than {hub.limits.frames} frames", "messages")
+            raise Refused("too_large", f"more than {most} frames", "messages")
+        size = limits.frame_bytes if medium.kind == "image" else limits.body_bytes
+        task = Task(
+            medium.kind, medium.url, medium.where, hub.runner.tile, size, limits.pixels,
+            limits.clip_cpu, left, most, medium.frames,
+        )  # fmt: skip
         try:
-            new = _frames_of(medium, hub, left)
+            new = await hub.clips.frames(task, share.take)
         except SampleError as error:
-            words = f"{medium.field}: {error.reason}: {error.detail}"
-            raise Refused(error.reason, words, medium.field) from None
-        counts.append(len(new))
+            words = f"{medium.where}: {error.reason}: {error.detail}"
+            raise Refused(error.reason, words, medium.where) from None
+        except Refused as error:
+            if error.field is None and error.code != "overloaded":
+                error = Refused(error.code, f"{medium.where}: {error}", medium.where)
+            raise error from None
         frames += new
-    prompt = hub.runner.vocabulary.prompts.question(
-        question.messages, counts, hub.export.question_form, unfinished=question.unfinished
-    )
-    return prompt.tokens, frames
+        counts.append(len(new))
+    return frames, counts
 
 
-def _frames_of(medium: Medium, hub: Hub, left: int) -> list[Tensor]:
-    """What a medium shows, at most `left` frames, uint8 [3, H, W] each; Refused, SampleError."""
-    if medium.kind == "image":
-        check_header(medium.data, hub.limits.pixels)
-        return [fit(decode_image(medium.data), hub.runner.tile)]
-    check_video(medium.data, hub.limits.pixels)
-    with open_video(medium.data) as video:
-        times = _times(medium, video.info, left, hub.limits.frames)
-        return [fit(frame, hub.runner.tile) for frame in video.frames(times)]
-
-
-def _times(medium: Medium, info: VideoInfo, left: int, limit: int) -> list[float]:
-    """Which moments of a video are shown. What a request says of it is kept, or refused."""
-    chosen = medium.frames
-    # A rate that is asked for is kept, however few frames that are.
-    few = 1 if chosen.fps else min(CLIP_MIN_FRAMES, left)
-    most = chosen.num_frames or chosen.max_frames
-    least = chosen.num_frames or chosen.min_frames or min(few, most or few)
-    most = most or max(least, left + 1 if chosen.fps else left)
-    times = sample_times(info, chosen.fps or CLIP_FPS, least, most)
-    if len(times) > left:
-        rate = f" at {chosen.fps:g} a second" if chosen.fps else ""
-        words = f"{medium.field}: {info.duration - info.first:.1f} s{rate} are more than {left} "
-        words += f"frames, what is left of {limit}: lower fps, or give max_frames"
-        raise Refused("too_large", words, medium.field)
-    return times
+def _tokens(question: Question, counts: list[int], hub: Hub) -> list[int]:
+    """The prompt; Refused(`context_length_exceeded`)."""
+    prompts = hub.runner.vocabulary.prompts
+    form = hub.export.question_form
+    tokens = prompts.question(
+        question.messages, counts, form, unfinished=question.unfinished
+    ).tokens
+    most = hub.runner.engine.max_tokens
+    asked = question.max_tokens
+    if len(tokens) + (asked or 1) > most:
+        words = f"the model's context is {most} tokens: the messages have {len(tokens)}"
+        words += f", and max_tokens asks for {asked}" if asked else ""
+        raise Refused("context_length_exceeded", f"messages: {words}", "messages")
+    question.max_tokens = asked or min(MAX_NEW_TOKENS, hub.limits.max_tokens, most - len(tokens))
+    return tokens
 
 
 async def _start_answer(
@@ -150,99 +216,14 @@ async def _start_answer(
                     tokens,
                     frames,
                     sampling=question.sampling,
-                    max_new_tokens=question.max_tokens,
+                    max_new_tokens=question.max_tokens or MAX_NEW_TOKENS,
                     ignore_end=question.ignore_end,
                 )
             except EngineFull:
                 if time.monotonic() > until:
                     break
-                await asyncio.sleep(0.02)
+                if not await hub.make_room():
+                    await asyncio.sleep(0.02)
         raise Refused("overloaded", "all sessions are taken")
     finally:
         hub.waiting -= 1
-
-
-async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[tuple[str, str, int]]:
-    """(text, reason of the end or "", tokens so far); Refused if the engine failed."""
-    text, count = StopFilter(question.stop, keep=question.stop_in_answer), 0
-    try:
-        async for event in answer.events():
-            if event.type == "response.output_text.delta":
-                piece = text.append(event.data["delta"])
-                if text.stopped:
-                    yield piece, "stop", answer.stats()["tokens"]
-                    return
-                yield piece, "", count
-            elif event.type == "response.done" and event.data["status"] != "cancelled":
-                count = event.data["usage"]["output_tokens"]
-                cut = event.data["reason"] == "max_new_tokens"
-                yield text.flush(), "length" if cut else "stop", count
-                return
-            elif event.type in ("error", "session.closed"):
-                words = event.data.get("message") or event.data.get("reason", "")
-                raise Refused("failed", f"the answer failed: {words}")
-    finally:
-        answer.close("its request is over")
-
-
-async def _whole(
-    request: Request, question: Question, answer: SessionHandle, asked: int
-) -> Response:
-    said, end, count = [], "stop", 0
-    try:
-        async for piece, reason, tokens in _pieces(question, answer):
-            said.append(piece)
-            end, count = reason or end, tokens
-            if await request.is_disconnected():
-                answer.close("its client has left")
-    except Refused as error:
-        return refusal(error)
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": "".join(said)},
-        "logprobs": None,
-        "finish_reason": end,
-    }
-    head = _head(question, "chat.completion")
-    body = {**head, "choices": [choice], "usage": _usage(asked, count)}
-    return JSONResponse(body, headers=_headers(question))
-
-
-async def _stream(question: Question, answer: SessionHandle, asked: int) -> AsyncIterator[str]:
-    head = _head(question, "chat.completion.chunk")
-
-    def chunk(delta: dict[str, str], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return _sse({**head, "choices": [choice]})
-
-    yield chunk({"role": "assistant", "content": ""})
-    count = 0
-    try:
-        async for piece, reason, tokens in _pieces(question, answer):
-            if piece:
-                yield chunk({"content": piece})
-            if reason:
-                count = tokens
-                yield chunk({}, reason)
-    except Refused as error:
-        yield _sse({"error": {"message": str(error), "type": "server_error", "code": error.code}})
-    if question.usage:
-        yield _sse({**head, "choices": [], "usage": _usage(asked, count)})
-    yield "data: [DONE]\n\n"
-
-
-def _headers(question: Question) -> dict[str, str]:
-    """Names what was given and the model does not see."""
-    return {"X-Moss-Ignored": ", ".join(question.ignored)} if question.ignored else {}
-
-
-def _head(question: Question, kind: str) -> dict[str, Any]:
-    return {"id": question.name, "object": kind, "created": question.created, "model": MODEL}
-
-
-def _usage(asked: int, said: int) -> dict[str, int]:
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
-
-
-def _sse(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference.serve.chat import refusal
+from inference.serve.connections import known_host
 from inference.serve.limits import Refused
 
 _LONG = "600"  # seconds for which a browser need not ask again
@@ -25,17 +26,23 @@ def may_ask(origin: str | None, host: str | None, origins: Sequence[str]) -> boo
 
 
 class Cors:
-    """Around the routes. Preflights are answered here: they carry no key.
+    """Around the routes. Preflights are answered here: they carry no key. What a page that may not
+    ask sends without one is refused, and what is meant for another host.
 
     Args:
-        origins: sites whose pages may read answers, in lower case; `*`: any.
+        origins: sites whose pages may ask and read answers, in lower case; `*`: any.
+        hosts: names of this server, as in `known_host`.
         methods: those of a path, empty where there is no such route.
     """
 
     def __init__(
-        self, app: ASGIApp, origins: Sequence[str], methods: Callable[[str], Sequence[str]]
+        self,
+        app: ASGIApp,
+        origins: Sequence[str],
+        hosts: Sequence[str],
+        methods: Callable[[str], Sequence[str]],
     ) -> None:
-        self._app, self._origins, self._methods = app, origins, methods
+        self._app, self._origins, self._hosts, self._methods = app, origins, hosts, methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -51,11 +58,25 @@ class Cors:
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
+        wrong = self._refused(headers, scope["method"])
+        if wrong:
+            return await refusal(wrong)(scope, receive, write)
         if scope["method"] == "OPTIONS":
             return await self._options(headers, scope["path"])(scope, receive, write)
         if scope["method"] == "HEAD":  # the server sends no body to one
             scope["method"] = "GET"
         await self._app(scope, receive, write)
+
+    def _refused(self, headers: Headers, method: str) -> Refused | None:
+        if not known_host(headers.get("host"), self._hosts):
+            words = f"{headers['host']:.80} is no name of this server: see --allow_host"
+            return Refused("host", words)
+        origin = headers.get("origin")
+        asks = method not in ("GET", "HEAD", "OPTIONS")
+        if asks and not may_ask(origin, headers.get("host"), self._origins):
+            words = f"pages of {origin:.80} may not ask: start the server with --allow_origin"
+            return Refused("origin", words)
+        return None
 
     def _headers(self, origin: str | None) -> list[tuple[bytes, bytes]]:
         """Of every answer, errors too."""

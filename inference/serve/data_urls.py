@@ -15,17 +15,23 @@ _LONGEST_HEAD = 1024
 _NO_BASE64 = re.compile(r"[^A-Za-z0-9+/_=%\s-]", re.ASCII)
 
 
+def data_name(url: object, field: str) -> str:
+    """A `data:` URL as it is; Refused: it is another URL, or a path."""
+    text = url.lstrip() if isinstance(url, str) else ""
+    if text[:5].lower() != "data:":
+        shown = f"{url!r:.60}: " if isinstance(url, str) else ""
+        words = f"{field}: {shown}only data: URLs are taken (data:image/jpeg;base64,...)"
+        raise Refused("invalid_url", words, field)
+    return text
+
+
 def data_url(url: object, field: str, most: int) -> bytes:
     """The bytes of a `data:` URL, at most `most`; what they are is not its media type's to say.
 
     Raises:
         Refused: it is another URL or a path, is broken, or is too large.
     """
-    text = url.lstrip() if isinstance(url, str) else ""
-    if text[:5].lower() != "data:":
-        shown = f"{url!r:.60}: " if isinstance(url, str) else ""
-        words = f"{field}: {shown}only data: URLs are taken (data:image/jpeg;base64,...)"
-        raise Refused("invalid_url", words, field)
+    text = data_name(url, field)
     head = _BASE64.search(text, 5, 5 + _LONGEST_HEAD)
     if head:
         return decode_base64(text[head.end() :], field, most)

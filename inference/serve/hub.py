@@ -12,11 +12,12 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from data_pipeline.images import decode_image
-from inference.engine.images import fit
+from inference.engine.engine import EngineFull
 from inference.export_info import ExportInfo
 from inference.live_clock import LiveClock
-from inference.serve.limits import Limits
+from inference.serve.decoding import Task
+from inference.serve.limits import Budget, Limits
+from inference.serve.media import MediaPool
 from inference.serve.metrics import Metrics
 from inference.session.handle import SessionHandle
 from inference.session.runner import Runner
@@ -24,6 +25,7 @@ from inference.session.session import SessionConfig
 
 MODEL = "moss-video"  # its name in the protocols
 NORMAL, GOING_AWAY, POLICY, TRY_LATER = 1000, 1001, 1008, 1013  # WebSocket close codes
+FAILED = 1011
 UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and our own
 
 
@@ -37,8 +39,10 @@ class LiveSession:
         self.socket: object | None = None  # the one that holds it now
         self.replaced = asyncio.Event()  # set when another socket takes the session
         self.close_code = NORMAL
+        self.parked = False  # others have its place in the engine
         self.untouched = True  # no input has come yet: the session ends with its socket
         self.last_input = self.detached_at = time.monotonic()
+        self.newest = 0.0  # second of the last frame
         self.clock = LiveClock()  # of frames that come without a second
 
     def attach(self, socket: object) -> asyncio.Event:
@@ -64,22 +68,76 @@ class Hub:
     ) -> None:
         self.runner, self.limits, self.metrics, self.export = runner, limits, metrics, export
         self.sessions: dict[str, LiveSession] = {}
-        self.decoders = ThreadPoolExecutor(2, thread_name_prefix="moss-decode")
+        # Frames of sessions never wait behind the clips of chat requests.
+        self.pictures, self.clips = (
+            MediaPool(name, limits.decoders, limits.media, seconds, limits.memory)
+            for name, seconds in (
+                ("moss-picture", limits.picture_wall),
+                ("moss-clip", limits.clip_wall),
+            )
+        )
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="moss-read")  # of chat requests
+        self.budget = Budget(limits.held)
         self.closing = False
         self.waiting = 0  # chat requests without a place in the engine
         self._reaper: asyncio.Task[None] | None = None
+
+    @property
+    def status(self) -> str:
+        """`ok`, `closing`, `failed` (the engine has ended), or `stuck` (a step takes too long)."""
+        if self.runner.failed:
+            return "failed"
+        if self.closing:
+            return "closing"
+        return "stuck" if self.runner.busy > self.limits.step else "ok"
 
     def start(self) -> None:
         """Begins to close sessions whose time is over; in the event loop."""
         self._reaper = asyncio.create_task(self._reap())
 
-    def open(self) -> LiveSession:
-        """A new session; EngineFull where all are taken."""
-        handle = self.runner.session(SessionConfig(), log_limit=self.limits.replay)
+    async def open(self) -> LiveSession:
+        """A new session; EngineFull where all places are taken by clients that are there."""
+        while True:
+            try:
+                handle = self.runner.session(SessionConfig(), log_limit=self.limits.replay)
+                break
+            except EngineFull:
+                if not await self.make_room():
+                    raise
         live = LiveSession(handle)
         self.sessions[live.id] = live
         handle.emit("session.created", session=self.describe(live))
         return live
+
+    async def revive(self, live: LiveSession) -> None:
+        """A session whose client has come back gets a place again; EngineFull."""
+        while live.parked:
+            try:
+                await asyncio.wrap_future(self.runner.unpark(live.handle))
+                live.parked = False
+            except EngineFull:
+                if not await self.make_room():
+                    raise
+
+    async def make_room(self) -> bool:
+        """Takes the place of the session whose client has been away longest; False: there is none.
+        The session waits for its client all the same, but no more than `parked` of them do."""
+        away = [
+            live
+            for live in self.sessions.values()
+            if live.socket is None and not (live.handle.reason or live.handle.log.closed)
+        ]
+        away.sort(key=lambda live: live.detached_at)
+        parked = [live for live in away if live.parked]
+        holding = [live for live in away if not live.parked]
+        if not holding:
+            return False
+        if len(parked) >= self.limits.parked:
+            parked[0].close("others needed its place")
+            self.forget(parked[0])
+        holding[0].parked = True
+        await asyncio.wrap_future(self.runner.park(holding[0].handle))
+        return True
 
     def describe(self, live: LiveSession) -> dict[str, object]:
         """`session` of `session.created` and `session.updated`."""
@@ -105,12 +163,17 @@ class Hub:
         }
 
     async def decode(self, data: bytes) -> Tensor:
-        """A picture as the model sees it, made outside of the event loop; SampleError."""
+        """A session's picture as the model sees it, made in another process.
 
-        def make() -> Tensor:
-            return fit(decode_image(data), self.runner.tile)
-
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, make)
+        Raises SampleError, and Refused for what exceeds the limits.
+        """
+        limits = self.limits
+        task = Task(
+            "image", data, "image", self.runner.tile, limits.frame_bytes, limits.pixels,
+            limits.picture_cpu,
+        )  # fmt: skip
+        (picture,) = await self.pictures.frames(task)
+        return picture
 
     def forget(self, live: LiveSession) -> None:
         """Removes a session that nobody will resume, unless a socket holds it."""
@@ -133,7 +196,13 @@ class Hub:
         while any(live.socket for live in self.sessions.values()) and time.monotonic() < until:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self.runner.close, "the server is shutting down")
-        self.decoders.shutdown(wait=False, cancel_futures=True)
+        self.close_decoders()
+
+    def close_decoders(self) -> None:
+        """Ends the processes that decode media."""
+        self.readers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pictures, self.clips):
+            pool.close()
 
     async def _reap(self) -> None:
         while True:

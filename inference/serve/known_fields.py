@@ -1,6 +1,6 @@
 """Which fields a client's objects may have: read, taken without effect, or refused by name.
 
-docs/streaming.md has these tables for users; a test holds it to them.
+docs/serving.md has these tables for users; a test holds it to them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Fields:
         if near:
             return f"is not a field here: did you mean {near[0]}?"
         known = [*self.read, *self.harmless]
-        few = f"known are {', '.join(known)}" if len(known) < 16 else "docs/streaming.md lists them"
+        few = f"known are {', '.join(known)}" if len(known) < 16 else "docs/serving.md lists them"
         return f"is not a field here: {few}"
 
 

@@ -13,34 +13,26 @@ from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference.engine.sampling import Sampling
 from inference.serve import known_fields as known
-from inference.serve.data_urls import data_url
+from inference.serve.data_urls import data_name
+from inference.serve.decoding import FrameChoice
 from inference.serve.hub import MODEL
 from inference.serve.limits import Limits, Refused
 from inference.serve.protocol import read_number, read_setting
-from inference.session.answer import MAX_NEW_TOKENS
 
 _MOST_STOPS = 64
+_MOST_NAMED = 32  # fields in a header of the answer
 _FPS = (0.01, 1000)
 
 
 @dataclass(frozen=True)
-class FrameChoice:
-    """Which frames of a video are shown; what is None follows the server's defaults."""
-
-    fps: float | None = None
-    min_frames: int | None = None
-    max_frames: int | None = None
-    num_frames: int | None = None  # exactly so many, spread evenly
-
-
-@dataclass(frozen=True)
 class Medium:
-    """What one mark of the messages shows. field: its place in the request."""
+    """What one mark of the messages shows. url: `data:`, not yet read. where: its place in the
+    request."""
 
     kind: Literal["image", "video"]
-    data: bytes
-    field: str
-    frames: FrameChoice = FrameChoice()
+    url: str
+    where: str
+    frames: FrameChoice = field(default_factory=FrameChoice)
 
 
 @dataclass
@@ -50,7 +42,7 @@ class Question:
     messages: list[Message]
     media: list[Medium]
     sampling: Sampling
-    max_tokens: int
+    max_tokens: int | None  # None: as many as usual, or as the context has room for
     stop: list[str]
     stop_in_answer: bool  # a stop text that was said is part of the answer
     ignore_end: bool  # the answer goes on where the model ends it
@@ -60,6 +52,13 @@ class Question:
     ignored: list[str]  # fields that the model does not see, for the answer's header
     name: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def headers(self) -> dict[str, str]:
+        """Of the answer: they name what was given and the model does not see."""
+        if not self.ignored:
+            return {}
+        more = ", ..." if len(self.ignored) > _MOST_NAMED else ""
+        return {"X-Moss-Ignored": ", ".join(self.ignored[:_MOST_NAMED]) + more}
 
 
 def read_question(body: Any, limits: Limits) -> Question:
@@ -129,6 +128,7 @@ class _Messages:
         self.media: list[Medium] = []
         self.ignored: list[str] = []
         self._left = 0  # characters that the message may still have
+        self._left_in_all = limits.text_chars
         self._written: Callable[[str], str] = as_typed  # its texts as the prompt takes them
 
     def read(self, turns: object, goes_on: bool) -> list[Message]:
@@ -188,13 +188,12 @@ class _Messages:
 
     def _image(self, given: Any, field: str) -> str:
         url = {"url": given} if isinstance(given, str) else _object(given, field, known.IMAGE_URL)
-        data = data_url(url.get("url"), field, self._limits.frame_bytes)
-        self.media.append(Medium("image", data, field))
+        self._add_medium(Medium("image", data_name(url.get("url"), field), field))
         return IMAGE_MARK
 
     def _video(self, given: Any, field: str, frames: Mapping[str, Any]) -> str:
         url = {"url": given} if isinstance(given, str) else _object(given, field, known.VIDEO_URL)
-        data = data_url(url.get("url"), field, self._limits.body_bytes)
+        address = data_name(url.get("url"), field)
         own = _frame_fields(url, f"{field}.", self._limits)
         twice = next((name for name in own if frames.get(name, own[name]) != own[name]), None)
         if twice:
@@ -205,8 +204,14 @@ class _Messages:
             raise Refused("invalid_value", words, field)
         if chosen.get("min_frames", 1) > chosen.get("max_frames", math.inf):
             raise Refused("invalid_value", f"{field}: min_frames is more than max_frames", field)
-        self.media.append(Medium("video", data, field, FrameChoice(**chosen)))
+        self._add_medium(Medium("video", address, field, FrameChoice(**chosen)))
         return VIDEO_MARK
+
+    def _add_medium(self, medium: Medium) -> None:
+        if len(self.media) >= self._limits.frames:
+            words = f"{medium.where}: more than {self._limits.frames} frames"
+            raise Refused("too_large", words, medium.where)
+        self.media.append(medium)
 
     def _text(self, text: object, field: str) -> str:
         """A text for the prompt; null is an empty one."""
@@ -215,6 +220,10 @@ class _Messages:
         if not isinstance(text, str):
             raise Refused("invalid_value", f"{field}: expected a text", field)
         self._left -= len(text)
+        self._left_in_all -= len(text)
+        if self._left_in_all < 0:
+            most = self._limits.text_chars
+            raise Refused("too_large", f"messages: more than {most} characters", "messages")
         if self._left < 0:
             most = self._limits.prompt_chars
             raise Refused("too_large", f"{field}: more than {most} characters", field)
@@ -261,12 +270,12 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
     return Sampling(**{name: read_setting(body[name], name) for name in names})
 
 
-def _max_tokens(body: Mapping[str, Any], largest: int) -> int:
+def _max_tokens(body: Mapping[str, Any], largest: int) -> int | None:
     names = [n for n in ("max_completion_tokens", "max_tokens") if body.get(n) is not None]
     given = [read_number(body[name], name, 1, largest, whole=True) for name in names]
     if len(set(given)) > 1:
         raise Refused("invalid_value", f"{names[1]}: is not {names[0]}: give one", names[1])
-    return given[0] if given else min(MAX_NEW_TOKENS, largest)
+    return given[0] if given else None
 
 
 def _flag(body: Mapping[str, Any], name: str, where: str = "") -> bool:

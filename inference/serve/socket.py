@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from data_pipeline.schema import SampleError
-from inference.engine.images import check_header
-from inference.serve.hub import POLICY, REPLACED, Hub, LiveSession
+from inference.serve.hub import FAILED, POLICY, REPLACED, Hub, LiveSession
 from inference.serve.limits import Bucket, Refused
 from inference.serve.protocol import ImageMessage, parse, read_image, read_item, read_update
 from inference.session.handle import SessionClosed
-from inference.session.session import QueueFull
+from inference.session.session import PromptTooLong, QueueFull
+
+log = logging.getLogger(__name__)
+
+_LARGE = 2**16  # characters of a message
+Result = TypeVar("Result")
 
 
 class Connection:
@@ -26,7 +33,8 @@ class Connection:
         self._announced: ImageMessage | None = None  # second and prompt of the next binary message
         self._bucket = Bucket(hub.limits.fps)
         self._skipped = 0  # frames over the rate that are not reported yet
-        self._errors = 0
+        self._errors = Bucket(hub.limits.errors / 60, hub.limits.errors)
+        self._too_many = False  # errors
         self._done = False  # the session's end was sent, or the client asked for it
 
     async def run(self) -> None:
@@ -60,7 +68,8 @@ class Connection:
             self._hub.metrics.refused("slow_client")
             return  # a close message would not get through either
         self._done = True
-        await self._close(self._live.close_code, "the session is over")
+        code = FAILED if self._session.failed else self._live.close_code
+        await self._close(code, self._session.reason or "the session is over")
 
     async def _read(self) -> None:
         try:
@@ -86,24 +95,32 @@ class Connection:
             self._emit_error(error.code, str(error), error.field)
         except SampleError as error:
             self._emit_error(error.reason, error.detail)
-        except (QueueFull, ValueError) as error:
-            self._emit_error(
-                "queue_full" if isinstance(error, QueueFull) else "invalid_value", str(error)
-            )
+        except QueueFull as error:
+            self._emit_error("queue_full", str(error))
+        except PromptTooLong as error:
+            self._emit_error("context_length_exceeded", str(error))
+        except ValueError as error:
+            self._emit_error("invalid_value", str(error))
         except SessionClosed:
             return True  # the writer sends the event
-        if self._errors > self._hub.limits.errors:
+        except Exception as error:  # a fault of ours: the client hears of it, its session lives
+            log.exception("a message of %s", self._session.name)
+            self._emit_error("failed", f"the server failed: {type(error).__name__}")
+        if self._too_many:
             self._hub.metrics.refused("protocol_errors")
             await self._close(POLICY, "too many wrong messages")
             return False
         return True
 
     def _emit_error(self, code: str, message: str, field: str | None = None) -> None:
-        self._errors += 1
+        # Both may be nobody's fault: what was said has just ended, the queue is that of a moment.
+        if code not in ("nothing_to_cancel", "queue_full"):
+            self._too_many = not self._errors.take(time.monotonic())
         self._session.emit("error", code=code, message=message, field=field)
 
     async def _command(self, text: str) -> None:
-        message, session, limits = parse(text), self._session, self._hub.limits
+        session, limits = self._session, self._hub.limits
+        message = await _off_loop(parse, text, limits.json_values)
         kind = message["type"]
         if kind in ("session.close", "input_image_buffer.end"):
             self._emit_skipped(0.0)
@@ -114,13 +131,13 @@ class Connection:
             session.configure(**read_update(message, session.config.sampling, limits))
             session.emit("session.updated", session=self._hub.describe(self._live))
         elif kind == "input_image_buffer.append":
-            image = read_image(message, limits)
+            image = await _off_loop(read_image, message, limits, size=len(text))
             if image.data is None:
                 self._announced = image
             else:
                 await self._frame(image.data, image)
         elif kind == "conversation.item.create":
-            words, picture = read_item(message, limits)
+            words, picture = await _off_loop(read_item, message, limits, size=len(text))
             if picture is None:
                 session.prompt(words)
                 self._live.untouched = False
@@ -137,8 +154,11 @@ class Connection:
 
     async def _frame(self, data: bytes, image: ImageMessage) -> None:
         """Checks a picture, decodes it outside of the event loop, queues it."""
-        limits, session = self._hub.limits, self._session
-        at = self._second(image)
+        limits, session, arrived = self._hub.limits, self._session, time.monotonic()
+        at = self._second(image, arrived)
+        if at is not None and at < self._live.newest:
+            words = f"ts: {at:g} is before the last frame, {self._live.newest:g}"
+            raise Refused("invalid_value", words, "ts")
         while not self._bucket.take(time.monotonic()):
             if session.config.live and not image.prompt:
                 self._skipped += 1
@@ -147,30 +167,42 @@ class Connection:
         self._emit_skipped(at or 0.0)
         if len(data) > limits.frame_bytes:
             raise Refused("too_large", f"{len(data)} bytes are more than {limits.frame_bytes}")
-        check_header(data, limits.pixels)
         picture = await self._hub.decode(data)
         self._live.untouched = False
         if session.config.live:
             session.push_frame(picture, at, image.prompt)
         else:
             await session.aput_frame(picture, at, image.prompt)
+        if at is not None:
+            self._live.newest = at
+        if image.at is not None:
+            self._live.clock.set(image.at, arrived)
 
     def _emit_skipped(self, at: float) -> None:
         if self._skipped and not self._session.log.closed:
             self._session.drop("rate_limited", at, self._skipped)
             self._skipped = 0
 
-    def _second(self, image: ImageMessage) -> float | None:
+    def _second(self, image: ImageMessage, arrived: float) -> float | None:
         """The frame's second: what the client says; else, of a live source, when it arrived."""
-        clock, now = self._live.clock, time.monotonic()
-        if image.at is not None:
-            clock.set(image.at, now)
-        elif self._session.config.live:
-            return round(clock.second(None, now), 3)
+        if image.at is None and self._session.config.live:
+            return round(self._live.clock.second(None, arrived), 3)
         return image.at
 
     async def _close(self, code: int, reason: str) -> None:
         try:
-            await asyncio.wait_for(self._socket.close(code, reason), 1.0)
+            await asyncio.wait_for(self._socket.close(code, cut(reason)), 1.0)
         except (RuntimeError, TimeoutError, WebSocketDisconnect):
             return  # it is closed already, or its client does not read
+
+
+def cut(reason: str) -> str:
+    """As much as a close frame holds: 123 bytes."""
+    return reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
+
+
+async def _off_loop(function: Callable[..., Result], *arguments: Any, size: int = 0) -> Result:
+    """The result of reading a message; of a large one in a thread, for others are served here."""
+    if max(size, len(arguments[0])) < _LARGE:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from inference.engine.sampling import Sampling
 from inference.session.response import Response, ResponseWriter, Vocabulary
-from inference.session.session import StepRequest
+from inference.session.session import CHUNK_TOKENS, StepRequest
 from inference.session.stats import Stats
 
 MAX_NEW_TOKENS = 1024  # of an answer, by default
-CHUNK_FRAMES, CHUNK_TOKENS = 8, 512  # maximum of a question in one step
+CHUNK_FRAMES = 8  # maximum of a question in one step
 LARGE_CHUNK_FRAMES = 32  # the same where no other session waits
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import re
 import threading
 import time
 from collections import deque
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LOG_LIMIT = 65536  # events that a log keeps
+_HALVES = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can spell one, UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,24 @@ class Event:
         return {**head, "t_server": self.t_server, "t_media": self.t_media, **self.data}
 
 
+def writable(value: Any) -> Any:
+    """A value as JSON can hold it: half characters become U+FFFD, numbers beyond 64 bits None, and
+    what JSON does not know its text."""
+    if isinstance(value, str):
+        return value if value.isascii() else _HALVES.sub("\ufffd", value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**63 else None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {writable(str(name)): writable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [writable(one) for one in value]
+    return writable(str(value))
+
+
 class EventLog:
     """The last `limit` events of a session, numbered from 1; ends with `close`.
 
@@ -47,6 +68,7 @@ class EventLog:
         self.closed = False
 
     def append(self, type: str, t_media: float, data: dict[str, Any]) -> Event:
+        data = writable(data)  # an event that no reader can write would stop each of them
         with self._changed:
             self.last_seq += 1
             event = Event(type, self.last_seq, time.time(), t_media, data)

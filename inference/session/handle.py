@@ -13,6 +13,7 @@ from inference.engine.images import Picture, as_picture, fit
 from inference.engine.slots import Slot
 from inference.session.answer import Answer
 from inference.session.events import Event
+from inference.session.saved import state_of
 from inference.session.session import Frame, Prompt, Session, SessionConfig
 
 
@@ -27,6 +28,8 @@ class RunningSession:
     task: Session | Answer
     slot: Slot | None = None
     closing: str = ""  # why it is to be closed; empty: it is not
+    failed: bool = False  # it is closed because something is broken
+    parked: dict[str, Any] | None = None  # its slot, saved, while it has no place in the engine
     last_report: float = 0.0
 
 
@@ -52,6 +55,21 @@ class SessionHandle:
         self._running, self._changed, self._tile = running, changed, tile
         self._call, self._save = call, save
         self.name, self.log = running.task.name, running.task.log
+
+    @property
+    def running(self) -> RunningSession:
+        """What the Runner runs."""
+        return self._running
+
+    @property
+    def failed(self) -> bool:
+        """It was closed because something is broken, not because it was over."""
+        return self._running.failed
+
+    @property
+    def reason(self) -> str:
+        """Why it was closed; empty: its input has ended, or it is open."""
+        return self._running.closing
 
     @property
     def config(self) -> SessionConfig:
@@ -154,9 +172,9 @@ class SessionHandle:
 
         def state() -> dict[str, Any]:
             self._refuse_if_closed()
-            slot = None if running.slot is None else self._save(running.slot)
+            slot = running.parked if running.slot is None else self._save(running.slot)
             with self._changed:
-                return {"session": task.state(), "slot": slot}
+                return {"session": state_of(task), "slot": slot}
 
         return self._call(state).result()
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from inference.session.answer import CHUNK_FRAMES, MAX_NEW_TOKENS, Answer
 from inference.session.events import LOG_LIMIT
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle
 from inference.session.response import Vocabulary
+from inference.session.saved import resume
 from inference.session.session import Session, SessionConfig, StepRequest
 from inference.session.stats import Measure, Stats
 
@@ -43,10 +45,13 @@ class Runner:
         self.tile: int = engine.config.vision_config.image_size  # pixels of a frame's side
         self._measured = measured
         self._running: list[RunningSession] = []
+        self._parked: list[RunningSession] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._numbers = itertools.count(1)
         self.changed = threading.Condition()
         self._stopping = ""
+        self.failed = ""  # why the engine's thread has ended; empty: it has not failed
+        self._busy_since: float | None = None  # when what the engine does now began
         self._thread = threading.Thread(target=self._run, name="moss-engine", daemon=True)
         self._thread.start()
 
@@ -58,7 +63,8 @@ class Runner:
         """
         config = config or SessionConfig(**fields)
         name = f"session{next(self._numbers)}"
-        return self._start(Session(name, config, self.vocabulary, self._stats(), log_limit))
+        most = self.engine.max_tokens // 2
+        return self._start(Session(name, config, self.vocabulary, self._stats(), log_limit, most))
 
     def answer(
         self,
@@ -82,7 +88,8 @@ class Runner:
 
     def restore(self, state: Mapping[str, Any]) -> SessionHandle:
         """Continues a session that `SessionHandle.save` returned, of this process or another."""
-        task = Session.resume(state["session"], self.vocabulary, self._stats(), time.monotonic())
+        now, most = time.monotonic(), self.engine.max_tokens // 2
+        task = resume(state["session"], self.vocabulary, self._stats(), now, most)
 
         # Between two steps, so that no step finds the session without its slot.
         def start() -> SessionHandle:
@@ -96,15 +103,30 @@ class Runner:
 
         return self.call(start).result()
 
+    def park(self, handle: SessionHandle) -> Future[None]:
+        """Gives a session's place to others. Until `unpark` it keeps its context, on the CPU, and
+        its input waits. A session that is over stays as it is."""
+        return self.call(partial(self._park, handle.running))
+
+    def unpark(self, handle: SessionHandle) -> Future[None]:
+        """Takes a place again, if the session has none; EngineFull."""
+        return self.call(partial(self._unpark, handle.running))
+
     @property
     def sessions(self) -> int:
-        """How many are open."""
+        """How many have a place."""
         return len(self._running)
 
     @property
     def cached_frames(self) -> int:
         """Frames in the rings of all sessions."""
         return sum(len(running.slot.frames) for running in list(self._running) if running.slot)
+
+    @property
+    def busy(self) -> float:
+        """Seconds for which the engine has been at one step; 0 where it waits for work."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Runs a function in the engine's thread, between two steps."""
@@ -136,13 +158,16 @@ class Runner:
         running = RunningSession(task, slot, last_report=time.monotonic())
         with self.changed:
             self._refuse_if_stopped()
-            if len(self._running) >= self.engine.max_sessions:
-                raise EngineFull(f"all {self.engine.max_sessions} sessions are taken")
+            self._check_room()
             self._running.append(running)
             self.changed.notify_all()
         return SessionHandle(
             running, changed=self.changed, tile=self.tile, call=self.call, save=self.engine.save
         )
+
+    def _check_room(self) -> None:
+        if len(self._running) >= self.engine.max_sessions:
+            raise EngineFull(f"all {self.engine.max_sessions} sessions are taken")
 
     def _refuse_if_stopped(self) -> None:
         if self._stopping:
@@ -156,18 +181,43 @@ class Runner:
                 self._close_finished()
                 batch = self._wait()
                 if batch:
+                    self._busy_since = time.monotonic()
                     self._step(batch)
+                    self._busy_since = None
         except BaseException as error:  # every session emits it: no caller waits here
             log.exception("the engine's thread ended")
-            self._stopping = f"the engine failed: {error}"
-            self._fail(self._running, error)
+            self.engine.abandon()
+            self._stopping = self.failed = f"the engine failed: {_words(error)}"
+            self._fail([*self._running, *self._parked], error)
+        self._busy_since = None
         with self.changed:
-            for running in self._running:
+            for running in (*self._running, *self._parked):
                 running.closing = running.closing or self._stopping
             for _, future in self._calls:
                 future.set_exception(SessionClosed(self._stopping))
             self._calls.clear()
         self._close_finished()
+
+    def _park(self, running: RunningSession) -> None:
+        if running not in self._running or running.closing:
+            return
+        if running.slot is not None:
+            running.parked = self.engine.save(running.slot)
+            self._release(running.slot)
+            running.slot = None
+        with self.changed:
+            self._running.remove(running)
+            self._parked.append(running)
+
+    def _unpark(self, running: RunningSession) -> None:
+        if running not in self._parked:
+            return
+        with self.changed:
+            self._check_room()
+            self._parked.remove(running)
+            self._running.append(running)
+        if running.parked is not None:
+            running.slot, running.parked = self.engine.restore(running.parked), None
 
     def _wait(self) -> list[tuple[RunningSession, StepRequest]]:
         """Runs `call`s, then waits for work: the next steps, one of each session that has one."""
@@ -181,7 +231,11 @@ class Runner:
             now = time.monotonic()
             batch = []
             for running in self._running:
-                request = None if running.closing else running.task.next_step(now)
+                try:
+                    request = None if running.closing else running.task.next_step(now)
+                except Exception as error:  # of this session alone
+                    self._fail([running], error)
+                    continue
                 if request:
                     batch.append((running, request))
             if batch:
@@ -194,42 +248,53 @@ class Runner:
         return batch
 
     def _step(self, batch: Sequence[tuple[RunningSession, StepRequest]]) -> None:
+        """One step of the engine. Where it fails, each session's is tried alone, the oldest first:
+        that which fails again ends its session; where memory is short, the newest bear it."""
         try:
-            images = [image for _, request in batch for image in request.images]
-            features = iter(self.engine.encode(images) if images else [])
-            steps = []
-            for running, request in batch:
-                if running.slot is None:
-                    running.slot = self.engine.open(_sampling(running.task))
-                elif running.slot.sampling != _sampling(running.task):
-                    self.engine.set_sampling(running.slot, _sampling(running.task))
-                frames = list(itertools.islice(features, len(request.images)))
-                steps.append(Step(running.slot, request.tokens, frames, request.sample))
-            tokens = self.engine.step(steps)
-        except ValueError as error:  # nothing has changed: the other sessions' steps are possible
+            tokens = self._compute(batch)
+        except Exception as error:
+            if not (isinstance(error, ValueError) or self.engine.recovers):
+                raise
             if len(batch) > 1:
+                log.warning("a step of %d sessions failed: %s", len(batch), _words(error))
+                self.engine.free_memory()
                 for one in batch:
                     self._step([one])
             else:
                 self._fail([batch[0][0]], error)
             return
-        except Exception as error:
-            failed = [running for running, _ in batch]
-            log.exception("a step of %s failed", ", ".join(one.task.name for one in failed))
-            self._fail(failed, error)
-            return
         now = time.monotonic()
         with self.changed:
             for (running, request), token in zip(batch, tokens, strict=True):
-                running.task.on_token(request, token, now)
-                self._report(running, now)
+                try:
+                    running.task.on_token(request, token, now)
+                    self._report(running, now)
+                except Exception as error:  # of this session alone
+                    self._fail([running], error)
+
+    def _compute(self, batch: Sequence[tuple[RunningSession, StepRequest]]) -> list[int | None]:
+        """The tokens that the engine samples for these sessions."""
+        images = [image for _, request in batch for image in request.images]
+        features = iter(self.engine.encode(images) if images else [])
+        steps = []
+        for running, request in batch:
+            if running.slot is None:
+                running.slot = self.engine.open(_sampling(running.task))
+            elif running.slot.sampling != _sampling(running.task):
+                self.engine.set_sampling(running.slot, _sampling(running.task))
+            frames = list(itertools.islice(features, len(request.images)))
+            steps.append(Step(running.slot, request.tokens, frames, request.sample))
+        return self.engine.step(steps)
 
     def _fail(self, sessions: Sequence[RunningSession], error: BaseException) -> None:
+        """Ends sessions that cannot go on."""
         with self.changed:
             for running in sessions:
-                running.task.emit("error", code="engine_error", message=str(error))
-                running.task.close("failed", "engine_error")
-                running.closing = f"the engine failed: {error}"
+                task, words = running.task, _words(error)
+                log.error("%s ended: %s", task.name, words, exc_info=error)
+                running.closing, running.failed = f"the engine failed: {words}", True
+                _attempt(partial(task.emit, "error", code="engine_error", message=words))
+                _attempt(partial(task.close, "failed", "engine_error"))
 
     def _report(self, running: RunningSession, now: float) -> None:
         assert running.slot is not None
@@ -242,23 +307,22 @@ class Runner:
         running.slot.evictions.clear()
         if now - running.last_report >= METRICS_EVERY:
             running.last_report = now
-            task.emit(
-                "session.metrics", cached_frames=len(running.slot.frames), **task.stats.summary()
-            )
+            _emit_metrics(task, len(running.slot.frames))
 
     def _finished(self) -> list[RunningSession]:
-        return [running for running in self._running if running.closing or running.task.over]
+        known = (*self._running, *self._parked)
+        return [running for running in known if running.closing or running.task.over]
 
     def _close_finished(self) -> None:
         with self.changed:
             for running in self._finished():
-                self._running.remove(running)
+                (self._running if running in self._running else self._parked).remove(running)
                 cached = len(running.slot.frames) if running.slot else 0
                 self._release(running.slot)
-                task = running.task
-                task.close("cancelled", "session_closed")
-                task.emit("session.metrics", cached_frames=cached, **task.stats.summary())
-                task.emit("session.closed", reason=running.closing or "the input has ended")
+                task, reason = running.task, running.closing or "the input has ended"
+                _attempt(partial(task.close, "cancelled", "session_closed"))
+                _attempt(partial(_emit_metrics, task, cached))
+                _attempt(partial(task.emit, "session.closed", reason=reason))
                 task.log.close()
             self.changed.notify_all()
 
@@ -272,6 +336,23 @@ class Runner:
 
 def _sampling(task: Session | Answer) -> Sampling:
     return task.config.sampling if isinstance(task, Session) else task.sampling
+
+
+def _emit_metrics(task: Session | Answer, cached: int) -> None:
+    task.emit("session.metrics", cached_frames=cached, **task.stats.summary())
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, or what kind it is; its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _attempt(function: Callable[[], object]) -> None:
+    """A part of ending a session: where it fails, the rest is done all the same."""
+    try:
+        function()
+    except Exception:
+        log.exception("a session did not end as it should")
 
 
 def _resolve(function: Callable[[], Any], future: Future[Any]) -> None:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -24,12 +23,19 @@ from torch import Tensor
 from data_pipeline.fields import check_values, choice, number
 from inference.engine.sampling import Sampling
 from inference.session.events import LOG_LIMIT
-from inference.session.response import Response, ResponseWriter, Vocabulary
+from inference.session.response import ResponseWriter, Vocabulary
 from inference.session.stats import Stats
 
 
 class QueueFull(Exception):
     """A queue of a session is full; the message names it and its size."""
+
+
+class PromptTooLong(ValueError):
+    """A text has more tokens than the session takes at once."""
+
+
+CHUNK_TOKENS = 256  # maximum of a step: other sessions' steps go between those of a long prompt
 
 
 @dataclass(frozen=True)
@@ -86,17 +92,6 @@ class StepRequest:
 
 # Fields that can be changed in the middle of a stream.
 _ANY_TIME = ("pace", "max_new_tokens", "sampling")
-_STATE_VERSION = 3  # of `Session.state`
-_FLAGS = {  # name in a saved state -> attribute
-    "media": "media",
-    "started": "_started",
-    "turn_over": "_turn_over",
-    "tokens_since_frame": "_tokens_since_frame",
-    "cancelled": "_cancelled",
-    "input_ended": "_input_ended",
-    "next_second": "next_second",
-    "responses": "_responses",
-}
 
 
 class Session(ResponseWriter):
@@ -109,9 +104,11 @@ class Session(ResponseWriter):
         vocabulary: Vocabulary,
         stats: Stats,
         log_limit: int = LOG_LIMIT,
+        most: int | None = None,
     ) -> None:
+        """most: tokens of a prompt, and of the system prompt; None: no limit."""
         super().__init__(name, vocabulary, stats, log_limit)
-        self.config = config
+        self.config, self._most = config, most
         self.frames: deque[Frame] = deque()
         self.prompts: deque[Prompt] = deque()
         self.wake: float | None = None  # time at which `next_step` has work without new input
@@ -120,6 +117,7 @@ class Session(ResponseWriter):
         # Tokens that the next step takes in before all else. The start is written with the first
         # input: a prompt that comes before any frame is the first user turn.
         self._queued_tokens: list[int] = []
+        self._unfinished: StepRequest | None = None  # the rest of a request that is taken in
         self._started = False
         self._turn_over = False  # the model has closed its turn itself
         self._prompt_time: float | None = None  # when the prompt arrived whose answer is due
@@ -186,58 +184,26 @@ class Session(ResponseWriter):
 
     @property
     def over(self) -> bool:
-        return self._input_ended and not (self.frames or self.prompts or self.response)
-
-    # Saving
-
-    def state(self) -> dict[str, Any]:
-        """All that `resume` needs, between two steps: plain values and tensors."""
-        return {
-            "version": _STATE_VERSION,
-            "name": self.name,
-            "config": asdict(self.config),
-            "flags": {name: getattr(self, attribute) for name, attribute in _FLAGS.items()},
-            "queued_tokens": list(self._queued_tokens),
-            "response": self.response and (self.response.name, list(self.response.tokens)),
-            "response_seconds": self._last_token_time - self._first_token_time,
-            "frames": [(frame.image, frame.at, frame.prompt) for frame in self.frames],
-            "prompts": [prompt.text for prompt in self.prompts],
-        }
-
-    @classmethod
-    def resume(
-        cls, state: Mapping[str, Any], vocabulary: Vocabulary, stats: Stats, now: float
-    ) -> Session:
-        """The session that `state()` describes; its log and its measurements begin anew.
-
-        Raises ValueError for a state of another version of the program.
-        """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"a saved session of version {state.get('version', 1)}: this program reads version "
-                f"{_STATE_VERSION}; save it again with this program"
-            )
-        given = {**state["config"], "sampling": Sampling(**state["config"]["sampling"])}
-        session = cls(state["name"], SessionConfig(**given), vocabulary, stats)
-        for name, attribute in _FLAGS.items():
-            setattr(session, attribute, state["flags"][name])
-        session._queued_tokens = list(state["queued_tokens"])
-        if state["response"]:
-            session._last_token_time = now
-            session._first_token_time = now - state["response_seconds"]
-            session.response = Response(vocabulary.tokenizer, state["response"][0])
-            for token in state["response"][1]:
-                session.response.append(token)
-        for image, at, prompt in state["frames"]:
-            session.frames.append(Frame(image, at, now, prompt))
-        session.prompts.extend(Prompt(text, now) for text in state["prompts"])
-        return session
+        waiting = self.frames or self.prompts or self.response or self._unfinished
+        return self._input_ended and not waiting
 
     # Steps
 
     def next_step(self, now: float) -> StepRequest | None:
         """The next step at time `now`; None: nothing to do before `wake` or new input."""
         self.wake = None
+        request, self._unfinished = self._unfinished, None
+        if request is None:
+            request = self._next_request(now)
+        if request is None or len(request.tokens) <= CHUNK_TOKENS:
+            return request
+        # A picture is that of the last token.
+        part = StepRequest(request.tokens[:CHUNK_TOKENS], sample=False, began=now)
+        del request.tokens[:CHUNK_TOKENS]
+        self._unfinished = request
+        return part
+
+    def _next_request(self, now: float) -> StepRequest | None:
         if self._cancelled and self.response:
             self._end_response("cancelled", "client_cancelled")
             self._queued_tokens.append(self._vocabulary.special.silence)
@@ -383,4 +349,6 @@ class Session(ResponseWriter):
 
     def _check_texts(self, *texts: str) -> None:
         for text in texts:
-            self._vocabulary.prompts.turn("user", text)
+            count = len(self._vocabulary.prompts.turn("user", text))
+            if self._most is not None and count > self._most:
+                raise PromptTooLong(f"the text has {count} tokens: at most {self._most} are taken")

@@ -1,4 +1,4 @@
-"""docs/streaming.md lists the fields that a client may send, as the server checks them."""
+"""docs/serving.md lists the fields that a client may send, as the server checks them."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def row(title: str, known: Fields) -> str:
 def test_the_page_has_the_servers_fields() -> None:
     head = "| of | read | taken, changes nothing | taken with this value alone | refused |"
     table = "\n".join([head, "|---|---|---|---|---|", *(row(*entry) for entry in TABLE)])
-    assert table in (REPO / "docs" / "streaming.md").read_text(), f"write there:\n{table}"
+    assert table in (REPO / "docs" / "serving.md").read_text(), f"write there:\n{table}"

@@ -1,4 +1,4 @@
-"""The table of the server's limits (docs/streaming.md) has all of them, their defaults, and where
+"""The table of the server's limits (docs/serving.md) has all of them, their defaults, and where
 each is enforced."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 def rows() -> dict[str, list[str]]:
     """Cells of the rows whose first cell begins with a name in backticks, by that name."""
-    page = (REPO / "docs/streaming.md").read_text()
+    page = (REPO / "docs/serving.md").read_text()
     table = page[page.index("| limit | default |") :].split("\n\n")[0]
     cells = [line.strip("| ").split(" | ") for line in table.splitlines()]
     return {row[0].split("`")[1]: row for row in cells if row[0].startswith("`")}

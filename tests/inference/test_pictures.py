@@ -18,7 +18,7 @@ from data_pipeline.schema import SampleError
 from inference.engine.images import as_picture, check_header, fit
 from inference.engine.load import load_engine
 from inference.export_info import ExportInfo
-from inference.serve.chat import prepare
+from inference.serve.chat import decode
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused
 from inference.serve.metrics import Metrics
@@ -36,7 +36,9 @@ Way = Callable[[Known], Tensor]
 def hub(tiny: Path) -> Iterator[Hub]:
     engine = load_engine(tiny, device="cpu", window=4, max_tokens=256)
     with Runner(engine) as runner:
-        yield Hub(runner, Limits(), Metrics(), ExportInfo("chat", "sft"))
+        made = Hub(runner, Limits(), Metrics(), ExportInfo("chat", "sft"))
+        yield made
+        made.close_decoders()
 
 
 def test_the_tile_is_the_tables_picture(hub: Hub) -> None:
@@ -55,7 +57,7 @@ def ways(hub: Hub) -> dict[str, Way]:
     def chat(known: Known) -> Tensor:
         part = {"type": "image_url", "image_url": {"url": data_url(known.data, "image/png")}}
         question = read_question({"messages": [{"role": "user", "content": [part]}]}, hub.limits)
-        _, (frame,) = prepare(question, hub)
+        (frame,), _ = asyncio.run(decode(question.media, hub, hub.budget.share()))
         return frame
 
     return {

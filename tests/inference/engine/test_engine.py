@@ -47,6 +47,42 @@ def test_a_stream_equals_one_pass_over_the_whole(model, static: bool) -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("window", [3, 8])
+def test_a_step_that_failed_can_be_tried_again(
+    model, static: bool, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's first pass fails once in the last layer: frames have been put into the ring."""
+    engine = engine_of(model, static, window=window, max_sessions=2)
+    players = [Player(engine, make_stream(seed, frames=9)) for seed in (1, 2)]
+    last, step, fails = engine.model.model.language_model.layers[-1], engine.step, [False]
+    forward = last.forward
+
+    def failing(*args, **kwargs):
+        if fails[0]:
+            raise RuntimeError("a pass failed")
+        return forward(*args, **kwargs)
+
+    def again(steps):
+        fails[0] = True
+        with pytest.raises(RuntimeError, match="a pass failed"):
+            step(steps)
+        fails[0] = False
+        return step(steps)
+
+    monkeypatch.setattr(last, "forward", failing)
+    monkeypatch.setattr(engine, "step", again)
+    play(engine, players)
+    twins = [Player(engine_of(model, static, window=window), p.stream) for p in players]
+    monkeypatch.setattr(last, "forward", forward)
+    for player, twin in zip(players, twins, strict=True):
+        play(twin.engine, [twin])
+        assert player.logits.keys() == twin.logits.keys()
+        assert all(torch.allclose(player.logits[t], twin.logits[t], atol=1e-5) for t in twin.logits)
+        assert player.slot.evictions == twin.slot.evictions
+        assert player.slot.tokens == twin.slot.tokens
+
+
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_after_wrapping_only_the_kept_frames_are_seen(model, static: bool, sinks: int) -> None:
     engine = engine_of(model, static, window=3, sinks=sinks)

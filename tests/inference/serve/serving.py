@@ -35,6 +35,7 @@ class Running:
     host: str
     hub: Hub
     server: Server
+    thread: threading.Thread
 
     @property
     def http(self) -> str:
@@ -59,11 +60,12 @@ def serving(
     key: str | None = None,
     stage: str | None = "realtime_sft",
     origins: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> Iterator[Running]:
     metrics, limits = Metrics(), limits or Limits()
     runner = Runner(engine, metrics.measured)
     hub = Hub(runner, limits, metrics, ExportInfo(STAGE_FORMS.get(stage), stage))
-    server = Server(server_config(make_app(hub, key, origins), "127.0.0.1", 0, limits), hub)
+    server = Server(server_config(make_app(hub, key, origins, hosts), "127.0.0.1", 0, limits), hub)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     until = time.monotonic() + 20
@@ -72,7 +74,7 @@ def serving(
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"127.0.0.1:{port}", hub, server)
+        yield Running(f"127.0.0.1:{port}", hub, server, thread)
     finally:
         server.should_exit = True
         thread.join(timeout=20)

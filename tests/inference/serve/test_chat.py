@@ -151,8 +151,9 @@ def test_wrong_requests_are_refused_by_name(server: Running) -> None:
             assert answer.status_code == status, body
             assert field in f"{error['param']}", error
             assert "Traceback" not in error["message"]
-        assert http.post(url, content=b"{").status_code == 400
-        assert http.post(url, content=b" " * (10**6 + 1)).status_code == 413
+        json = {"Content-Type": "application/json"}
+        assert http.post(url, content=b"{", headers=json).status_code == 400
+        assert http.post(url, content=b" " * (10**6 + 1), headers=json).status_code == 413
     server.wait(0)
 
 

@@ -37,6 +37,8 @@ class Answer:
     def __init__(self, server: Running, method: str, path: str, body: str | None, **headers: str):
         connection = http.client.HTTPConnection(server.host, timeout=20)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if body is not None:
+            named["Content-Type"] = "application/json"
         connection.request(method, path, body, named)
         answer = connection.getresponse()
         self.status, self.headers, self.body = answer.status, answer.headers, answer.read()

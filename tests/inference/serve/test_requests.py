@@ -297,12 +297,16 @@ def test_answers_without_a_seed_differ_and_with_one_repeat(http: httpx.Client) -
 
 
 def test_a_field_stands_once(http: httpx.Client) -> None:
+    def post(body: str, **headers: str) -> httpx.Response:
+        headers["Content-Type"] = "application/json"
+        return http.post("chat/completions", content=body, headers=headers)
+
     body = '{"messages": [{"role": "user", "content": "A"}], "seed": 1, "seed": 2}'
-    answer = http.post("chat/completions", content=body)
+    answer = post(body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "'seed' is given twice"
-    assert http.post("chat/completions", content='{"temperature": NaN}').status_code == 400
-    packed = http.post("chat/completions", content=b"x", headers={"Content-Encoding": "gzip"})
+    assert post('{"temperature": NaN}').status_code == 400
+    packed = post("x", **{"Content-Encoding": "gzip"})
     assert refused(packed) == "Content-Encoding"
 
 

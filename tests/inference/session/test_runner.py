@@ -24,7 +24,7 @@ from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
 from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.runner import Runner
-from inference.session.session import QueueFull
+from inference.session.session import PromptTooLong, QueueFull
 
 BIAS = 4.0  # at which the random model is silent about as often as not
 PICTURES = [
@@ -302,14 +302,55 @@ def test_no_more_sessions_than_the_engine_has_slots(runner: Runner) -> None:
 
 
 def test_the_failure_of_one_session_does_not_touch_others(runner: Runner) -> None:
-    """A prompt that is longer than the context is refused by the engine, in the same batch."""
+    """A step that the engine refuses, in the same batch."""
     with runner.session(**options()) as good, runner.session(**options()) as bad:
-        bad.prompt("word " * 2000)
+        task: Any = bad.running.task
+        task._queued_tokens = [10**9]
+        bad.prompt("What?")
         watch(good, PICTURES, {})
         events = list(bad.events())
-        assert "does not fit" in next(e.data["message"] for e in events if e.type == "error")
+        assert "tokens must be" in next(e.data["message"] for e in events if e.type == "error")
         assert events[-1].type == "session.closed"
         wait_for(lambda: quiet(good, 8))
+
+
+def test_a_long_prompt_goes_in_between_the_steps_of_others(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what it says in one piece; what is longer than half of the context is refused."""
+    engine = load_engine(tiny, device="cpu", window=16, max_tokens=4096, max_sessions=2)
+    text = "word " * 250
+
+    def ask(runner: Runner) -> tuple[list[int], str]:
+        with runner.session(**options()) as session:
+            session.put_frame(PICTURES[0], 0.0)
+            session.put_prompt(text)
+            wait_for(lambda: answering(session))
+            done = [e.data["delta"] for e in session.log.after(0) if "delta" in e.data]
+            return context(session), "".join(done)
+
+    counts: list[list[int]] = []
+    step = engine.step
+
+    def counted(steps: Any) -> Any:
+        counts.append(sorted(len(one.tokens) for one in steps))
+        return step(steps)
+
+    engine.step = counted  # type: ignore[method-assign]
+    with Runner(engine) as runner:
+        talk = options(pace=None, sampling=Sampling(silence_bias=-100.0), max_new_tokens=10**6)
+        with runner.session(**talk) as talking:
+            talking.prompt("Talk.")
+            wait_for(lambda: talking.running.task.response)
+            counts.clear()
+            said = ask(runner)
+            with pytest.raises(PromptTooLong, match="at most 2048"):
+                talking.prompt(text * 3)
+    assert max(max(count) for count in counts) == 256
+    assert all(count[0] == 0 for count in counts[1:-1] if len(count) > 1)  # the other goes on
+    monkeypatch.setattr("inference.session.session.CHUNK_TOKENS", 10**6)
+    with Runner(engine) as runner:
+        assert ask(runner) == said
 
 
 def test_pictures_come_in_many_forms_and_wrong_ones_are_refused(runner: Runner) -> None:

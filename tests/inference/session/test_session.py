@@ -18,7 +18,8 @@ from data_pipeline.prompts import PromptBuilder
 from data_pipeline.schema import Message, SampleError
 from data_pipeline.tokens import SpecialTokens
 from inference.session.response import Vocabulary
-from inference.session.session import Frame, QueueFull, Session, SessionConfig
+from inference.session.saved import resume, state_of
+from inference.session.session import Frame, QueueFull, SessionConfig
 from inference.session.stats import Stats
 from tests.inference.session.scripted import BLACK, Model, make, started
 
@@ -270,8 +271,8 @@ def test_a_session_saved_between_any_two_inputs_goes_on_the_same(
     vocabulary = Vocabulary.of(tokenizer)
 
     def restore(model: Model) -> None:
-        state = torch.load(_file(model.session.state()), weights_only=True)
-        model.session = Session.resume(state, vocabulary, Stats(), model.now)
+        state = torch.load(_file(state_of(model.session)), weights_only=True)
+        model.session = resume(state, vocabulary, Stats(), model.now, None)
 
     def frame(model: Model) -> None:
         model.session.push(Frame(BLACK, model.session.next_second, model.now))
@@ -313,11 +314,11 @@ def _file(state: dict[str, Any]) -> io.BytesIO:
 
 def test_a_saved_session_of_another_version_is_refused(tokenizer: Tokenizer) -> None:
     made = make(tokenizer)
-    state, vocabulary = made.state(), Vocabulary.of(tokenizer)
-    assert Session.resume(state, vocabulary, Stats(), 0.0).config == made.config
+    state, vocabulary = state_of(made), Vocabulary.of(tokenizer)
+    assert resume(state, vocabulary, Stats(), 0.0, None).config == made.config
     del state["version"]  # as the first version had it
     with pytest.raises(ValueError, match="of version 1: this program reads version 3"):
-        Session.resume(state, vocabulary, Stats(), 0.0)
+        resume(state, vocabulary, Stats(), 0.0, None)
 
 
 def test_typed_special_tokens_are_text_and_cannot_forge_a_turn(tokenizer: Tokenizer) -> None:

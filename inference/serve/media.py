@@ -1,0 +1,212 @@
+"""Processes that decode clients' media: as many as wanted, each with one task at a time.
+
+A task that takes too long, or whose client has left, ends with its process, and another process is
+started; so does a task that takes more memory or processor time than it may, or finds a fault in a
+decoder. Processes are forked from one that has the imports and nothing else of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import torch
+from torch import Tensor
+
+from data_pipeline.schema import SampleError
+from inference.serve.decoding import Task, work
+from inference.serve.limits import Refused
+
+log = logging.getLogger(__name__)
+
+_LOOK = 0.05  # seconds between looks at whether the client has left
+# Imported once, in the process from which the others are forked.
+_IMPORTED = ["inference.serve.decoding", "inference.serve.__main__"]
+
+
+@dataclass
+class _Job:
+    """A task on its way. taken: is called with the bytes of each frame, and may raise Refused."""
+
+    task: Task
+    seconds: float
+    taken: Callable[[int], None]
+    future: Future[list[Tensor]] = field(default_factory=Future)
+    abandoned: bool = False
+
+
+class MediaPool:
+    """Processes that decode.
+
+    Args:
+        name: of its threads.
+        processes: tasks at once.
+        waiting: tasks that wait for a process; one more is refused.
+        seconds: of wall time that a task may take, once it has a process.
+        memory: bytes that it may take.
+    """
+
+    def __init__(self, name: str, processes: int, waiting: int, seconds: float, memory: int):
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
+        self._seconds = seconds
+        self._closing = False
+        self._workers = [_Worker(memory) for _ in range(processes)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(worker,), name=name, daemon=True)
+            for worker in self._workers
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def processes(self) -> list[int]:
+        """Their numbers."""
+        found = [worker.pid for worker in self._workers]
+        return [pid for pid in found if pid is not None]
+
+    async def frames(
+        self, task: Task, taken: Callable[[int], None] = lambda size: None
+    ) -> list[Tensor]:
+        """What a medium shows, uint8 [3, tile, tile] each; cancelling it ends the decoding.
+
+        Raises:
+            Refused: `overloaded`, `too_slow`, or what is wrong with the request.
+            SampleError: the medium cannot be decoded.
+        """
+        job = _Job(task, self._seconds, taken)
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            raise Refused("overloaded", "too many media wait to be decoded") from None
+        try:
+            return await asyncio.wrap_future(job.future)
+        except asyncio.CancelledError:
+            job.abandoned = True
+            raise
+
+    def close(self) -> None:
+        """Ends the processes. What waits is refused."""
+        self._closing = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None:
+                    job.future.cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, worker: _Worker) -> None:
+        worker.start()  # before the first task comes
+        while (job := self._jobs.get()) is not None:
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            try:
+                job.future.set_result(worker.run(job, partial(self._unwanted, job)))
+            except Exception as error:
+                job.future.set_exception(error)
+        worker.kill()
+
+    def _unwanted(self, job: _Job) -> bool:
+        return job.abandoned or self._closing
+
+
+class _Worker:
+    """One process, started where there is none."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def run(self, job: _Job, unwanted: Callable[[], bool]) -> list[Tensor]:
+        """The frames of a task; the errors are those of MediaPool.frames."""
+        try:
+            return self._ask(job, unwanted)
+        except (EOFError, OSError):  # the process has ended
+            code = self.kill(patience=2.0)
+            if code in (-signal.SIGXCPU, -signal.SIGKILL):
+                raise _too_slow(job.task.cpu, "of processor time") from None
+            detail = f"its decoder failed ({code})"
+            raise SampleError(f"undecodable_{job.task.kind}", detail) from None
+
+    def kill(self, patience: float = 0.0) -> int | None:
+        """Ends the process; its exit code, negative for a signal. One that is about to end gets
+        `patience` seconds to say why."""
+        process, self._process = self._process, None
+        if self._connection is not None:
+            self._connection.close()
+        if process is None:
+            return None
+        process.join(patience)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    def start(self) -> None:
+        """A new process."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTED)
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=work, args=(other, self._memory), daemon=True)
+        self._process.start()
+        other.close()
+
+    def _ask(self, job: _Job, unwanted: Callable[[], bool]) -> list[Tensor]:
+        if self._process is None or not self._process.is_alive():
+            self.kill()
+            self.start()
+        assert self._connection is not None
+        connection, task, frames = self._connection, job.task, list[Tensor]()
+        connection.send(task)
+        until = time.monotonic() + job.seconds
+        while True:
+            if not connection.poll(_LOOK):
+                if unwanted():
+                    self.kill()
+                    raise Refused("failed", "its client has left")
+                if time.monotonic() > until:
+                    self.kill()
+                    raise _too_slow(job.seconds, "to decode")
+                continue
+            message = bytearray(connection.recv_bytes())
+            if message[:1] == b"D":
+                return frames
+            if message[:1] == b"E":
+                raise _error(message[1:])
+            try:
+                job.taken(len(message))
+            except Refused:
+                self.kill()
+                raise
+            frame = torch.frombuffer(message, dtype=torch.uint8, offset=1)
+            frames.append(frame.view(3, task.tile, task.tile))
+
+
+def _too_slow(seconds: float, words: str) -> Refused:
+    return Refused("too_slow", f"the medium takes more than {seconds:g} s {words}")
+
+
+def _error(message: bytearray) -> Exception:
+    said = json.loads(message)
+    if "reason" in said:
+        return SampleError(said["reason"], said["detail"])
+    return Refused(said["code"], said["message"], said["field"])

@@ -1,0 +1,61 @@
+"""What the tests of attacks share: limits, requests written by hand, errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from typing import Any
+
+import httpx
+
+from inference.serve.limits import Limits
+from tests.inference.serve.serving import Running, data_url
+
+LIMITS = Limits(
+    decoders=1, media=1, clip_cpu=0.5, pixels=10**7, headers=1.0, body_wall=2.0, connections=40,
+    grace=20, parked=2, fps=100, frame_bytes=2**21, held=40 * 2**20,
+)  # fmt: skip
+USER = {"role": "user", "content": "A"}
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def raw(server: Running, text: str, body: bytes = b"") -> socket.socket:
+    """A connection on which a request's head and body are written by hand."""
+    host, port = server.host.split(":")
+    made = socket.create_connection((host, int(port)), timeout=10)
+    made.sendall(text.replace("\n", "\r\n").encode() + body)
+    return made
+
+
+def reset(one: socket.socket) -> None:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.close()
+
+
+def until(condition: Any, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def ask(server: Running, *parts: tuple[str, bytes | str], **fields: Any) -> httpx.Response:
+    media = [
+        {"type": kind, kind: {"url": data if isinstance(data, str) else data_url(data, "x/y")}}
+        for kind, data in parts
+    ]
+    content = [*media, {"type": "text", "text": "What?"}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, **fields}
+    return httpx.post(f"{server.http}/v1/chat/completions", json=body, timeout=60)
+
+
+def refused(answer: httpx.Response, status: int, code: str) -> str:
+    """The message of an error in OpenAI's form."""
+    assert answer.status_code == status, answer.text[:300]
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    return str(error["message"])

@@ -1,0 +1,278 @@
+"""Requests, messages and connections that are meant to stop the server, or to get in: over real
+sockets. docs/serving.md has the table of attacks and results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
+from inference.serve.__main__ import key, parse
+from tests.inference.serve.attacking import JSON, LIMITS, USER, ask, raw, refused, until
+from tests.inference.serve.serving import Running, jpeg, serving
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    return load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)
+
+
+@pytest.fixture(scope="module")
+def server(engine: Engine) -> Iterator[Running]:
+    with serving(engine, LIMITS) as running:
+        assert ask(running, ("image_url", jpeg())).status_code == 200  # its processes are there
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _all_free(server: Running) -> Iterator[None]:
+    yield
+    for live in list(server.hub.sessions.values()):
+        live.close("the test is over")
+    server.wait(0)
+    until(lambda: server.hub.budget.held == 0)
+
+
+# One request
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages": ' + b"[" * 5_000_000,
+        b'{"stop": [' + b'"a",' * 1_500_000 + b'"a"]}',
+        b'{"x": "' + b"\\u0041" * 1_000_000 + b'"}',
+        b'{"seed": ' + b"1" * 5_000_000 + b"}",
+    ],
+    ids=["brackets", "values", "escapes", "digits"],
+)
+def test_a_large_json_is_refused_before_it_is_parsed(server: Running, body: bytes) -> None:
+    pauses: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        with httpx.Client() as http:
+            while not over.is_set():
+                began = time.monotonic()
+                http.get(f"{server.http}/health")
+                pauses.append(time.monotonic() - began)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    answer = httpx.post(f"{server.http}/v1/chat/completions", content=body, headers=JSON)
+    over.set()
+    watcher.join()
+    assert answer.status_code in (400, 413)
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert max(pauses) < 1.0
+
+
+def test_a_socket_takes_no_large_json(server: Running) -> None:
+    with server.open() as client:
+        client.socket.send('{"type": "session.update", "session": ' + "[" * 10**6)
+        assert client.until("error")["code"] == "too_large"
+        client.send("session.close")
+        client.rest()
+
+
+def exif(data: bytes) -> bytes:
+    """The JPEG with an EXIF block that ends in the middle of an entry."""
+    block = b"Exif\0\0MM\0*\0\0\0\x08\0\x20\x01\x12\0\x03"
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
+
+
+DDS = b"DDS " + struct.pack("<I", 124) + b"\xff" * 208
+POISON: list[Any] = [
+    '{"type": "\\ud800"}',
+    '{"type": "session.update", "session": {"seed": 1%s}}' % ("0" * 400),
+    '{"type": "session.update", "session": {"seed": 1%s}}' % ("0" * 5000),
+    '{"type": "session.update", "session": {"pace": 1e999}}',
+    '{"type": "session.update", "session": {"\\udc00": 1}}',
+    '{"type": "session.update", "session": {"instructions": "\\ud800"}}',
+    '{"type": "conversation.item.create", "item": {"content": "\\ud800"}}',
+    '{"type": "input_image_buffer.append", "image": "\\ud800"}',
+    '{"type": "input_image_buffer.append", "ts": 1e308, "prompt": ["\\udfff"]}',
+    '{"type": null}', "null", "[]", '"', "", "{" * 3000,
+    DDS, b"", b"\xff\xd8\xff", exif(jpeg())[:60], b"GIF89a" + b"\xff" * 40,
+]  # fmt: skip
+
+
+def test_no_message_ends_a_session_without_a_word(server: Running) -> None:
+    """Each gets one error event, which is written and can be read again; the session lives."""
+    with server.open() as client:
+        created = client.until("session.created")
+        for message in POISON:
+            client.socket.send(message)
+            client.update(pace=40)
+            kinds = list(iter(lambda: client.next()["type"], "session.updated"))
+            assert kinds == ["error"], message
+        client.frame(exif(jpeg()))  # shown as it is
+        client.until("input_frame.processed")
+        last = client.seen[-1]["seq"]
+    with server.open(f"?session={created['session']['id']}&last_seq=0") as again:
+        seen = [again.next() for _ in range(last)]
+        assert seen == client.seen
+        again.send("session.close")
+        again.rest()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"messages": [{"role": "\udfff", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]},
+        {"messages": [{"role": "user", "content": "x", "\ud800": 1}]},
+        {"messages": [USER], "model": "\ud800"},
+        {"messages": [USER], "stop": ["\ud800"], "temperature": -1},
+        {"messages": [USER], "seed": 10**400},
+        {"messages": [USER], "stream_options": {"\ud800": 1}},
+        {"messages": [USER], "\ud800": 1},
+    ],
+    ids=str,
+)
+def test_wrong_characters_are_an_error_of_the_request(server: Running, fields: Any) -> None:
+    body = json.dumps(fields).encode()
+    answer = httpx.post(f"{server.http}/v1/chat/completions", content=body, headers=JSON)
+    assert 400 <= answer.status_code < 500
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_the_context_cannot_hold_is_refused(server: Running) -> None:
+    """Counted in tokens: a long prompt, a long answer, a question to a session."""
+    long = [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "No."}]
+    answer = ask(server, messages=[*long, *long, USER])
+    words = refused(answer, 400, "context_length_exceeded")
+    assert "context is 512 tokens" in words
+    refused(ask(server, max_tokens=510), 400, "context_length_exceeded")
+    assert ask(server, max_tokens=400).status_code == 200
+    with server.open() as client:
+        client.until("session.created")
+        client.ask("word " * 300)
+        assert client.until("error")["code"] == "context_length_exceeded"
+        client.update(instructions="word " * 300)
+        assert client.until("error")["code"] == "context_length_exceeded"
+        client.ask("Who?")
+        client.until("conversation.item.created")
+        client.send("session.close")
+        client.rest()
+
+
+def test_seconds_of_frames_do_not_go_back(server: Running) -> None:
+    with server.open() as client:
+        client.until("session.created")
+        client.update(silence_bias=50)
+        client.frame(jpeg(), ts=5.0)
+        client.until("input_frame.processed")
+        client.frame(jpeg(), ts=4.0)
+        assert "before the last frame" in client.until("error")["message"]
+        client.frame(jpeg())  # the clock is where it was
+        assert client.until("input_frame.processed")["frame_at"] >= 5.0
+        client.send("session.close")
+        client.rest()
+
+
+# Connections
+
+
+def test_errors_are_forgiven_with_time_and_a_late_cancel_is_none(server: Running) -> None:
+    with server.open() as client:
+        client.until("session.created")
+        for _ in range(60):
+            client.send("response.cancel")
+            assert client.until("error")["code"] == "nothing_to_cancel"
+        for _ in range(30):
+            client.socket.send("no json")
+            client.until("error")
+        time.sleep(4)  # two are forgiven
+        for _ in range(3):
+            client.socket.send("no json")
+            client.until("error")
+        client.send("session.close")
+        assert client.close_code == 1000
+
+
+def test_slow_heads_and_bodies_are_cut_off(server: Running) -> None:
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\nHost: {server.host}\nContent-Type: application/json\n"
+    )
+    silent, slow = raw(server, ""), raw(server, head)
+    began = time.monotonic()
+    assert silent.recv(1) == b""
+    with contextlib.suppress(OSError):
+        while slow.send(b"X-A: b\r\n"):
+            assert time.monotonic() - began < 10
+            time.sleep(0.05)
+    body = raw(server, head + "Content-Length: 100\n\n", b'{"mess')
+    assert b" 408 " in body.recv(4096)
+    again = raw(server, f"GET /health HTTP/1.1\nHost: {server.host}\n\n")
+    answer = again.recv(4096)
+    while b"}" not in answer:
+        answer += again.recv(4096)
+    assert b"200 OK" in answer
+    again.sendall(b"GET /health HTTP/1.1\r\n")  # a second request on it, never ended
+    assert again.recv(4096) == b""
+
+
+def test_connections_are_bounded(server: Running) -> None:
+    sockets = [raw(server, "") for _ in range(60)]
+    until(lambda: len(server.server.server_state.connections) <= 41)
+    for one in sockets:
+        one.close()
+    until(lambda: httpx.get(f"{server.http}/health").status_code == 200)
+
+
+# Pages of other sites
+
+
+def test_other_hosts_and_sites_ask_nothing(server: Running) -> None:
+    port = server.host.partition(":")[2]
+    url = f"{server.http}/v1/chat/completions"
+    body = {"messages": [USER], "max_tokens": 1}
+    for host, status in (
+        (f"evil.example:{port}", 403), (f"localhost:{port}", 200), (f"[::1]:{port}", 200),
+        (f"127.0.0.1.evil.example:{port}", 403), ("", 403), (f"10.0.0.7:{port}", 200),
+    ):  # fmt: skip
+        assert httpx.post(url, json=body, headers={"Host": host}).status_code == status, host
+    refused(httpx.get(f"{server.http}/health", headers={"Host": "evil.example"}), 403, "host")
+    site = {"Origin": "https://evil.example"}
+    refused(httpx.post(url, json=body, headers=site), 403, "origin")
+    assert httpx.post(url, json=body, headers={"Origin": server.http}).status_code == 200
+    for kind in ("text/plain", "application/x-www-form-urlencoded", None):
+        headers = {"Content-Type": kind} if kind else {}
+        answer = httpx.post(url, content=json.dumps(body), headers=headers)
+        refused(answer, 415, "unsupported_media_type")
+    head = "GET /v1/realtime HTTP/1.1\nHost: evil.example\nUpgrade: websocket\n"
+    head += "Connection: Upgrade\nSec-WebSocket-Version: 13\n"
+    one = raw(server, head + "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\n\n")
+    said = b""
+    while b"not a name of this server" not in said:
+        said += one.recv(4096)
+
+
+def test_names_of_the_server_are_given(engine: Engine) -> None:
+    with serving(engine, hosts=["video.example"]) as server:
+        headers = {"Host": "Video.Example:8000"}
+        assert httpx.get(f"{server.http}/health", headers=headers).status_code == 200
+
+
+def test_an_empty_key_is_not_a_server_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is empty"):
+        key(" ")
+    monkeypatch.setenv("MOSS_API_KEY", "")
+    with pytest.raises(SystemExit):
+        parse(["--checkpoint", "x"])
+    monkeypatch.delenv("MOSS_API_KEY")
+    assert parse(["--checkpoint", "x"]).api_key is None

@@ -1,0 +1,244 @@
+"""Media that are meant to stop the server, and clients that leave: over real sockets."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import io
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
+from tests.inference.serve.attacking import JSON, LIMITS, USER, ask, raw, refused, reset, until
+from tests.inference.serve.serving import Client, Running, data_url, jpeg, serving
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    return load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)
+
+
+@pytest.fixture(scope="module")
+def server(engine: Engine) -> Iterator[Running]:
+    with serving(engine, LIMITS) as running:
+        assert ask(running, ("image_url", jpeg())).status_code == 200  # its processes are there
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _all_free(server: Running) -> Iterator[None]:
+    yield
+    for live in list(server.hub.sessions.values()):
+        live.close("the test is over")
+    server.wait(0)
+    until(lambda: server.hub.budget.held == 0)
+
+
+# Media
+
+
+SDP = (
+    b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\n"
+    b"m=video 5004 RTP/AVP 96\r\na=rtpmap:96 H264/90000\r\n"
+)
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://%s\n#EXT-X-ENDLIST\n"
+
+
+def clip(*sizes: tuple[int, int]) -> bytes:
+    """An AVI of a JPEG of each size, as its header does not say."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="avi") as container:
+        stream: Any = container.add_stream("mjpeg", rate=1)
+        stream.width, stream.height = sizes[0]
+        stream.pix_fmt = "yuvj420p"
+        for number, size in enumerate(sizes):
+            packet = av.Packet(jpeg(number, size))
+            packet.stream, packet.time_base = stream, Fraction(1)
+            packet.pts = packet.dts = number
+            packet.is_keyframe = True
+            container.mux(packet)
+    return out.getvalue()
+
+
+def test_files_that_name_others_are_not_opened(server: Running, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.mp4"
+    with av.open(str(secret), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height = 64, 64
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    scripts = [SDP, b"ffconcat version 1.0\nfile %s\n", PLAYLIST]
+    began = time.monotonic()
+    for script in scripts:
+        data = script.replace(b"%s", str(secret).encode())
+        refused(ask(server, ("video_url", data)), 400, "undecodable_video")
+    assert time.monotonic() - began < 20  # SDP alone: 25 s of waiting for packets
+    assert ask(server, ("video_url", secret.read_bytes())).status_code == 200
+
+
+def test_a_video_whose_frames_grow_is_refused_at_the_first_large_one(server: Running) -> None:
+    small, large = (320, 240), (4000, 2600)
+    assert ask(server, ("video_url", clip(small, small))).status_code == 200
+    refused(ask(server, ("video_url", clip(small, large, small))), 400, "undecodable_video")
+    refused(ask(server, ("video_url", clip(large))), 400, "too_many_pixels")
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG of 8 million pixels that repeats its last scan."""
+    out = io.BytesIO()
+    Image.new("L", (3264, 2448), 90).save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
+def test_clips_that_take_long_stop_nobody(server: Running) -> None:
+    """One is decoded, one waits, the third is refused at once; a session's frames go on."""
+    bomb = scans(6000)
+    assert len(bomb) < LIMITS.frame_bytes
+    with server.open() as client, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        client.until("session.created")
+        client.update(silence_bias=50)
+        answers = [pool.submit(ask, server, ("image_url", bomb)) for _ in range(3)]
+        lags = []
+        while not all(answer.done() for answer in answers):
+            client.frame(jpeg(1))
+            sent = time.monotonic()
+            client.until("input_frame.processed")
+            lags.append(time.monotonic() - sent)
+        statuses = sorted(answer.result().status_code for answer in answers)
+        assert statuses == [400, 400, 503]
+        for answer in answers:
+            if answer.result().status_code == 400:
+                words = refused(answer.result(), 400, "too_slow")
+                assert "messages[0].content[0].image_url" in words
+            else:
+                assert answer.result().headers["retry-after"] == "1"
+        assert sorted(lags)[len(lags) // 2] < 0.5
+        client.send("session.close")
+        client.rest()
+    assert ask(server, ("image_url", jpeg())).status_code == 200  # on another process
+
+
+def test_what_all_requests_hold_is_bounded(server: Running) -> None:
+    body = b'{"x": "' + b"y" * (11 * 2**20)  # four times of it
+    answer = httpx.post(f"{server.http}/v1/chat/completions", content=body, headers=JSON)
+    assert "memory" in refused(answer, 503, "overloaded")
+    assert server.hub.budget.held == 0
+
+
+# Clients that leave
+
+
+def post(server: Running, **fields: Any) -> socket.socket:
+    body = json.dumps({"messages": [USER], "max_tokens": 400, "ignore_eos": True, **fields})
+    head = f"POST /v1/chat/completions HTTP/1.1\nHost: {server.host}\n"
+    head += f"Content-Type: application/json\nContent-Length: {len(body)}\n\n"
+    return raw(server, head, body.encode())
+
+
+def test_requests_whose_clients_left_take_no_turn(
+    server: Running, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight wait behind two, and all ten go: who comes then is answered at once."""
+    step = engine.step
+
+    def slow(steps: Any) -> Any:
+        time.sleep(0.01)
+        return step(steps)
+
+    monkeypatch.setattr(engine, "step", slow)
+    sockets = [post(server, stream=number % 2 == 0) for number in range(2)]
+    server.wait(2)
+    sockets += [post(server) for _ in range(8)]
+    until(lambda: server.hub.waiting == 8)
+    for one in sockets:
+        reset(one)
+    server.wait(0, seconds=1)
+    assert server.hub.waiting == 0
+
+
+def test_a_client_that_leaves_in_the_prefill_frees_its_place(
+    server: Running, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, begun = engine.encode, threading.Event()
+
+    def slow(images: Any) -> Any:
+        begun.set()
+        time.sleep(0.3)
+        return encode(images)
+
+    monkeypatch.setattr(engine, "encode", slow)
+    parts = [{"type": "image_url", "image_url": data_url(jpeg(), "image/jpeg")}] * 16
+    one = post(
+        server, messages=[{"role": "user", "content": [*parts, {"type": "text", "text": "x"}]}]
+    )
+    assert begun.wait(20)
+    reset(one)
+    server.wait(0, seconds=1)
+
+
+def begin(client: Client) -> dict[str, Any]:
+    created = client.until("session.created")
+    client.update(source="file", pace=4, silence_bias=2.0, max_output_tokens=9)
+    for second in range(4):
+        client.frame(jpeg(second), ts=float(second))
+        client.until("input_frame.processed", frame_at=float(second))
+    return created
+
+
+def finish(client: Client) -> list[str]:
+    """The frames and the question after those of `begin`; what was said to them."""
+    client.frame(jpeg(4), ts=4.0, prompt="Who is it?")
+    client.frame(jpeg(5), ts=5.0)
+    client.send("input_image_buffer.end")
+    events = client.rest()
+    asked = max(n for n, e in enumerate(events) if e["type"] == "conversation.item.created")
+    return [e["text"] for e in events[asked:] if e["type"] == "response.done"]
+
+
+def test_places_of_sessions_whose_clients_left_go_to_others(server: Running) -> None:
+    """And who comes back finds the session as it was, word for word."""
+    with server.open() as client:
+        begin(client)
+        undisturbed = finish(client)
+    with server.open() as first:
+        created = begin(first)
+        last = first.seen[-1]["seq"]
+    with server.open() as second, server.open() as third:
+        for other in (second, third):  # two places: the first one's is taken
+            other.until("session.created")
+            other.frame(jpeg())
+            other.until("input_frame.processed")
+        name = f"?session={created['session']['id']}&last_seq={last}"
+        with server.open(name) as early:
+            assert early.close_code == 1013  # its session waits, but all are there
+        for other in (second, third):
+            other.send("session.close")
+            other.rest()
+    with server.open(name) as again:
+        assert finish(again) == undisturbed != []
+    assert [e["seq"] for e in again.seen] == list(range(last + 1, last + 1 + len(again.seen)))
+
+
+def test_processes_that_decode_end_with_the_server(engine: Engine) -> None:
+    with serving(engine) as server:
+        assert ask(server, ("image_url", jpeg())).status_code == 200
+        children = [w for pool in (server.hub.pictures, server.hub.clips) for w in pool.processes]
+        assert len(children) == 4
+    assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")]
