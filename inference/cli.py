@@ -21,6 +21,7 @@ from inference.engine.load import DTYPES, RankFinished, load_engine
 from inference.engine.quantize import FORMATS
 from inference.engine.sampling import Sampling
 from inference.export_info import FORM_KEY, ExportError, ExportInfo, read_export_info
+from inference.kernels.choose import KINDS
 from inference.live import SourceError
 from inference.session.handle import SessionClosed
 
@@ -83,6 +84,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flag(parser, "quantize", choices=list(FORMATS),
          help="quantize the decoder's linear layers (default: no)")  # fmt: skip
     flag(parser, "compile", action="store_true", help="compile single-token steps (torch.compile)")
+    kernels = "what decoding steps are made of; auto: Triton kernels where they prove right on CUDA"
+    flag(parser, "kernels", choices=KINDS, default="auto", help=f"{kernels} (default: auto)")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +152,7 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
             max_tokens=args.max_context,
             max_sessions=max_sessions,
             compile=args.compile,
+            kernels=args.kernels,
         )
     note(f"loading {args.checkpoint}")
     engine = load_engine(

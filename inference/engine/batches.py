@@ -1,9 +1,8 @@
-"""One pass over tokens of several slots: which keys and values each token attends.
+"""One pass over any number of tokens of several slots, one after the other: which keys and values
+each token attends.
 
-`PackedBatch` is a pass over any number of tokens of some slots, one after the other: each slot
-attends exactly what it has. `StaticBatch` is a pass over the same number of tokens of every slot,
-in shapes that never change: what a CUDA graph needs. Each has the two caches that the decoder
-attends: `tokens` (self-attention) and `frames` (cross-attention).
+Each slot attends exactly what it has. A `PackedBatch` has the two caches that the decoder attends:
+`tokens` (self-attention) and `frames` (cross-attention).
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from inference.engine.cache import KVCache
 from inference.engine.slots import Slot
 from inference.engine.upload import upload
-from inference.hf.decoder_moss_video import attend, attend_few
+from inference.hf.decoder_moss_video import attend
 
 
 @dataclass
@@ -122,53 +120,3 @@ class PackedFrames:
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-class StaticBatch:
-    """`count` new tokens of every slot: hidden states `[slots, count, H]`.
-
-    Args:
-        length, position: cached tokens of each slot, and the position of its next one `[slots]`.
-    """
-
-    def __init__(self, cache: KVCache, count: int, length: Tensor, position: Tensor):
-        new = torch.arange(count, device=cache.device)
-        self.positions = position[:, None] + new  # [slots, count]
-        self.tokens = StaticTokens(cache, length[:, None] + new)
-        self.frames = StaticFrames(cache, self.positions)
-
-
-class StaticTokens:
-    """`TokenCache` of a static batch, whose tokens are written to `places` `[slots, count]`."""
-
-    def __init__(self, cache: KVCache, places: Tensor):
-        self.cache, self.places = cache, places
-        self.slots = torch.arange(cache.slots, device=cache.device)[:, None]
-        key = torch.arange(cache.text.shape[-2], device=cache.device)
-        self.mask = (key <= places[..., None])[:, None]  # [slots, 1, count, places]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`q` `[slots, heads, count, D]`, `k` and `v` `[slots, KV heads, count, D]`."""
-        keys, values = self.cache.tokens_of[layer]
-        keys[self.slots, :, self.places] = k.transpose(1, 2)
-        values[self.slots, :, self.places] = v.transpose(1, 2)
-        return attend_few(q, keys, values, self.mask)
-
-
-class StaticFrames:
-    """`FrameCache` of a static batch, whose tokens are at `positions` `[slots, count]`."""
-
-    def __init__(self, cache: KVCache, positions: Tensor):
-        self.cache = cache
-        at = positions[..., None]
-        seen = (cache.first[:, None] <= at) & (at < cache.last[:, None])  # [slots, count, window+1]
-        sees_any = seen.any(-1, keepdim=True)
-        self.sees = sees_any.to(cache.dtype)
-        # A softmax over nothing is NaN: such tokens attend all, and `sees` drops the result.
-        mask = (seen | ~sees_any).repeat_interleave(cache.patches, dim=-1)
-        self.mask = F.pad(mask, (0, cache.frames.shape[-2] - mask.shape[-1]))[:, None]
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """`q` `[slots, heads, count, D]`."""
-        keys, values = self.cache.frames_of[layer]
-        return attend_few(q, keys, values, self.mask) * self.sees[:, None]

@@ -3,7 +3,8 @@
 Self-attention: `max_tokens` of each slot, in the order of arrival. Cross-attention: a ring of
 `window` frames and one place more (slots.FrameRing says which place holds which frame). A frame
 may lie anywhere in the ring: its position is in its keys. Keys and values are kept once per KV
-head. How a pass attends them is in batches.py.
+head. How a pass attends them is in batches.py (any number of tokens) and inference/kernels (passes
+of fixed shape).
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from inference.engine.slots import NEVER, Eviction, Slot
 from inference.engine.upload import upload
-from inference.hf.decoder_moss_video import PIECE, Decoder, Rotation
+from inference.hf.decoder_moss_video import PIECE, Decoder, Rotation, rotate
+from inference.kernels import plain
 
-# Places behind `max_tokens`, at least: an idle slot of a static batch writes its keys and values
-# there (2 tokens at most).
-SPARE = 2
+# Places behind `max_tokens`: a pass of fixed shape writes keys and values of all its tokens, also
+# of those that only fill it up.
+SPARE = 128
 
 
 class KVCache:
@@ -65,6 +67,10 @@ class KVCache:
         self.views = torch.full((2, slots, window + 1), NEVER, device=device)
         self.first, self.last = self.views
         self._projection = _fuse(frame_projections(decoder))
+        first = decoder.cross_attention(decoder.cross[0])
+        self._rotates, self._eps = first.rope, first.k_norm.eps
+        norms = [decoder.cross_attention(layer).k_norm.weight.detach() for layer in decoder.cross]
+        self._k_norms = torch.stack(norms)[:, None, None]  # [layers, 1, 1, D]
 
     def reset(self, slot: Slot) -> None:
         """Forgets a slot's frames; its tokens are overwritten."""
@@ -72,14 +78,14 @@ class KVCache:
 
     def write_frames(self, slot: Slot, place: int, states: Tensor, rotation: Rotation) -> None:
         """Keys and values of states `[n x P, H]` into the slot's ring, from `place` on."""
-        projected = F.linear(states, self._projection)[None]
+        kept = self.frames[:, :, slot.index]  # [layers, 2, KV heads, L, D]
+        layers, _, heads, _, width = kept.shape
+        projected = F.linear(states, self._projection).view(-1, layers, 2, heads, width)
+        projected = projected.permute(1, 2, 3, 0, 4)
+        keys = rotate(projected[:, 0], rotation) if self._rotates else projected[:, 0]
         span = slice(place * self.patches, place * self.patches + len(states))
-        parts = projected.chunk(2 * len(self.decoder.cross), dim=-1)
-        for n, layer in enumerate(self.decoder.cross):
-            keys = self.decoder.cross_attention(layer).rotate_keys(parts[2 * n], rotation)
-            values = parts[2 * n + 1].unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
-            self.frames_of[layer][0, slot.index, :, span] = keys[0]
-            self.frames_of[layer][1, slot.index, :, span] = values[0]
+        kept[:, 0, :, span] = plain.norm(keys, self._k_norms, self._eps)
+        kept[:, 1, :, span] = projected[:, 1]
         self.write_views(slot)
 
     def commit_eviction(self, slot: Slot) -> None:

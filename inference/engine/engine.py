@@ -25,14 +25,18 @@ from data_pipeline.fields import check_values, choice, number
 from inference.engine import slot_state
 from inference.engine.batches import PackedBatch, Segment
 from inference.engine.cache import KVCache, put_frames
+from inference.engine.decode import sizes_of
 from inference.engine.graphs import GraphRunner
 from inference.engine.preprocess import Pixels
+from inference.engine.quantize import use_product
 from inference.engine.sampling import Sampler, Sampling
-from inference.engine.slots import FrameRing, Mark, Slot, Step, tokens_to_keep
+from inference.engine.slots import FrameRing, Mark, Slot, Step, check_steps, tokens_to_keep
+from inference.engine.tower import BATCHES, Tower
 from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.kernels.choose import KINDS, Kernels, choose
 
-VISION_BATCH = 16  # frames that the vision tower encodes at once
+VISION_BATCH = BATCHES[-1]  # frames that the vision tower encodes at once
 LONGEST_PASS = 1024  # tokens of a slot in one pass: bounds the mask over many frames
 
 
@@ -50,8 +54,11 @@ class EngineConfig:
         max_tokens: cached tokens of a slot. When they are more, the oldest pairs of
             `<|silence|>` and `<|image|>` go, then other old text; positions of the rest stay.
         max_sessions: slots.
-        compile: static batches are compiled with torch.compile.
-        graphs: static batches (one token, or a frame, of each slot) run as CUDA graphs, on CUDA.
+        compile: passes of fixed shape (a token, a frame, a short prompt) are compiled with
+            torch.compile.
+        graphs: passes of fixed shape, and the vision tower, run as CUDA graphs, on CUDA.
+        kernels: what these passes are made of: "auto": on CUDA the Triton kernels that prove right
+            there, else plain torch; "triton": without a proof; "torch": plain torch.
         tokens_before_first_frame: "zero": they attend no frame; "attend_all": they attend all
             frames that come in the same step (what checkpoints of the published code do offline).
     """
@@ -62,6 +69,7 @@ class EngineConfig:
     max_sessions: int = number(1, above=0)
     compile: bool = False
     graphs: bool = True
+    kernels: Literal["auto", "triton", "torch"] = choice("auto", KINDS)
     tokens_before_first_frame: Literal["zero", "attend_all"] = choice(
         "zero", ("zero", "attend_all")
     )
@@ -114,14 +122,30 @@ class Engine:
         self.sampler = Sampler(self.max_sessions, vocabulary, self.silence_token, self.device)
         self.graph_runner: GraphRunner | None = None
         graphs = options.graphs and self.device.type == "cuda"
-        if options.compile or graphs:
-            self.graph_runner = self.make_graph_runner(graphs, options.compile)
+        kind = "torch" if options.compile else options.kernels
+        sizes = sizes_of(decoder, self.cache)
+        kernels = choose(kind, self.device, self.dtype, sizes)
+        if graphs or options.compile or kernels.any_rows:
+            self.graph_runner = self.make_graph_runner(kernels, graphs, options.compile)
             self.graph_runner.capture()
         self.pixels = Pixels(self.config, processor, self.device)
+        self.tower = Tower(self._encode, self.pixels.size, self.device)
+        if graphs:
+            self.tower.capture()
 
-    def make_graph_runner(self, graphs: bool, compile: bool) -> GraphRunner:
-        """What runs static batches of this engine's slots."""
-        return GraphRunner(self.model, self.cache, self.sampler, self.slots, graphs, compile)
+    def make_graph_runner(self, kernels: Kernels, graphs: bool, compile: bool) -> GraphRunner:
+        """What runs passes of fixed shape of this engine's slots, made of `kernels`."""
+        use_product(self.model, kernels.product8)
+        return GraphRunner(
+            self.model,
+            self.cache,
+            self.sampler,
+            self.slots,
+            kernels,
+            attend_all=self.attend_all,
+            graphs=graphs,
+            compile=compile,
+        )
 
     recovers = True  # a step that failed may be tried again
 
@@ -182,8 +206,11 @@ class Engine:
     @torch.inference_mode()
     def encode_pixels(self, pixels: Tensor) -> list[Tensor]:
         """Features of one batch of normalized pictures `[n, 1, 3, h, w]`."""
+        return list(self.tower(pixels).unbind())
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         ones = torch.ones(len(pixels), dtype=torch.long, device=self.device)
-        return list(self.model.model.encode(pixels, ones, ones[:, None].bool()).unbind())
+        return self.model.model.encode(pixels, ones, ones[:, None].bool())
 
     @torch.inference_mode()
     def step(self, steps: Sequence[Step]) -> list[int | None]:
@@ -215,7 +242,7 @@ class Engine:
                 self._undo(step.slot, mark)
             raise
         for step in steps:
-            step.slot.pending = sampled.get(step.slot.index)
+            step.slot.pending = sampled[step.slot.index] if step.sample else None
             if step.slot.pending is not None and step.slot.sampling.repetition_penalty != 1:
                 self.sampler.add_context(step.slot.index, [step.slot.pending])
             results.append(step.slot.pending)
@@ -235,9 +262,11 @@ class Engine:
             slots += [step.slot.index for step in rest if step.sample]
         for kind in kinds:
             assert self.graph_runner is not None
-            self._make_room([(step.slot, 1 + len(step.tokens)) for step in kind])
-            tokens.append(self.graph_runner.run(kind))
-            slots += [step.slot.index for step in kind]
+            self._make_room([(step.slot, len(_tokens(step)[0])) for step in kind])
+            drawn = self.graph_runner.run(kind)
+            if drawn is not None:
+                tokens.append(drawn)
+                slots += [step.slot.index for step in kind]
         return dict(zip(slots, torch.cat(tokens).tolist() if tokens else [], strict=True))
 
     def _undo(self, slot: Slot, mark: Mark) -> None:
@@ -278,36 +307,14 @@ class Engine:
 
     def check(self, steps: Sequence[Step]) -> None:
         """Raises ValueError for steps that are not possible."""
-        vocabulary = self.model.model.language_model.embed_tokens.weight.shape[0]
-        taken: set[int] = set()
-        for step in steps:
-            slot = step.slot
-            if slot.closed:
-                raise ValueError(f"slot {slot.index} is closed")
-            if slot.broken:
-                raise ValueError(f"slot {slot.index} lost its context when a step failed")
-            if slot.index in taken:
-                raise ValueError(f"slot {slot.index} has two steps at once")
-            taken.add(slot.index)
-            count = len(step.tokens) + (slot.pending is not None)
-            if count == 0:
-                raise ValueError(f"slot {slot.index} has no pending token and gets none")
-            if count > self.max_tokens // 2 and slot.length + count > self.max_tokens:
-                raise ValueError(
-                    f"a step of {count} tokens does not fit: slot {slot.index} has {slot.length} "
-                    f"of max_tokens={self.max_tokens}"
-                )
-            images = sum(token == self.image_token for token in step.tokens)
-            if images != len(step.frames):
-                raise ValueError(
-                    f"slot {slot.index}: {images} <|image|> tokens, but {len(step.frames)} frames"
-                )
-            if not all(0 <= token < vocabulary for token in step.tokens):
-                raise ValueError(f"slot {slot.index}: tokens must be from 0 to {vocabulary - 1}")
-            shape = (self.cache.patches, self.config.text_config.hidden_size)
-            for frame in step.frames:
-                if tuple(frame.shape) != shape:
-                    raise ValueError(f"a frame of {tuple(frame.shape)}, expected {shape}")
+        embedding = self.model.model.language_model.embed_tokens.weight
+        check_steps(
+            steps,
+            max_tokens=self.max_tokens,
+            vocabulary=len(embedding),
+            image_token=self.image_token,
+            frame_shape=(self.cache.patches, self.config.text_config.hidden_size),
+        )
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state of another model or other sizes."""

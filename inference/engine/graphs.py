@@ -1,27 +1,37 @@
-"""Passes of fixed shape: one token of every slot, or a pending token and a frame.
+"""Passes of fixed shape: one token of some slots, a pending token and a frame, or a short prompt.
 
-CUDA graphs and torch.compile need passes like these. What changes from step to step (tokens,
-lengths, positions) is in one device tensor, which the host fills before a pass; sampling is part of
-the pass. Idle slots take part: their keys and values are written behind their last token, where
-their next token overwrites them.
+CUDA graphs and torch.compile need passes like these. What changes from step to step (slots, tokens,
+lengths, positions) is in one device tensor, which the host fills before a pass. A step that fits no
+shape is padded to the next larger one: a row too many repeats the first row, and so writes what
+that writes; a token too many is written behind the last one, where the slot's next token
+overwrites it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from inference.engine.batches import StaticBatch
-from inference.engine.cache import KVCache, put_frames
+from data_pipeline.progress import Progress
+from inference.engine.cache import SPARE, KVCache, put_frames
+from inference.engine.capture import capture, check_same
+from inference.engine.decode import FixedDecoder
 from inference.engine.sampling import Draw, Sampler
 from inference.engine.slots import Slot, Step
 from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.kernels.choose import Kernels
+from inference.kernels.rows import Rows
 
-WARM_UP = 3  # passes before a capture, in which libraries choose their kernels
+log = logging.getLogger(__name__)
+
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32)  # slots in a pass
+PROMPTS = (8, 16, 32, 64, SPARE)  # tokens of a prompt, of one slot
+HEAD = 4  # rows of the input before its tokens: slot, length, position, last token
 
 
 class GraphRunner:
@@ -29,6 +39,9 @@ class GraphRunner:
 
     Args:
         slots: the open ones by index; it is read at each pass.
+        kernels: what a pass is made of. Where they cannot read a choice of slots (plain torch),
+            each pass has a row for every slot, and prompts do not fit.
+        attend_all: EngineConfig's tokens_before_first_frame.
         graphs: capture and replay CUDA graphs; False: the same passes without a graph.
         compile: passes are compiled with torch.compile.
     """
@@ -39,92 +52,152 @@ class GraphRunner:
         cache: KVCache,
         sampler: Sampler,
         slots: Mapping[int, Slot],
+        kernels: Kernels,
+        *,
+        attend_all: bool,
         graphs: bool,
         compile: bool,
     ):
-        self.model, self.cache, self.sampler = model, cache, sampler
-        self.slots, self.graphs = slots, graphs
-        count, device = cache.slots, cache.device
-        # Rows: length, position, token, second token.
-        self.inputs = torch.zeros(4, count, dtype=torch.long, device=device)
-        self.all = torch.arange(count, device=device)
-        self.compute: Callable[[int, Draw], Tensor] = self._compute
+        self.model, self.cache, self.sampler, self.slots = model, cache, sampler, slots
+        self.decoder = FixedDecoder(model.model.language_model, cache, kernels)
+        self.any_rows, self.attend_all, self.graphs = kernels.any_rows, attend_all, graphs
+        most, device = cache.slots, cache.device
+        self.rows = [rows for rows in ROWS if rows < most and self.any_rows] + [most]
+        # Tokens of a pass: the pending one, one and a frame, and prompts.
+        self.counts = [1, 2, *(PROMPTS if self.any_rows else ())]
+        shape = HEAD + self.counts[-1], most
+        self.inputs = torch.zeros(shape, dtype=torch.long, device=device)
+        vocabulary = model.config.text_config.vocab_size
+        self.logits = torch.zeros(most, vocabulary, dtype=cache.dtype, device=device)
+        self.compute: Callable[[int, int], None] = self._compute
         if compile:
             self.compute = torch.compile(self._compute, dynamic=False)
-        self.captured: dict[tuple[int, Draw], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-
-    def capture(self) -> None:
-        """Captures all graphs, before a session is open: a capture stops everything else for a
-        quarter of a second."""
-        if self.graphs:
-            pool = torch.cuda.graph_pool_handle()  # only one of them runs at a time
-            for count in (1, 2):
-                for draw in Draw:
-                    self.captured[count, draw] = self._capture(count, draw, pool)
+        self.passes: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.draws: dict[tuple[int, Draw], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def divide(self, steps: Sequence[Step]) -> tuple[list[list[Step]], list[Step]]:
-        """Those that fit, by kind (the pending token alone, or with one frame after it), and the
-        others."""
+        """Those that fit, one pass each (a prompt is a pass of its own), and the others."""
         kinds: dict[int, list[Step]] = {}
-        rest = []
+        prompts, rest = [], []
         for step in steps:
-            fits = step.sample and step.slot.pending is not None
-            if fits and list(step.tokens) in ([], [self.model.config.image_token_index]):
-                kinds.setdefault(len(step.tokens), []).append(step)
-            else:
+            count = _count(step)
+            blind = self.attend_all and step.slot.ring.count == 0 and step.frames
+            if blind or count > self.counts[-1] or len(step.frames) > step.slot.ring.room:
                 rest.append(step)
-        return list(kinds.values()), rest
+            elif count > 2:
+                prompts.append([step])
+            else:
+                kinds.setdefault(count, []).append(step)
+        return [*kinds.values(), *prompts], rest
 
-    def run(self, steps: Sequence[Step]) -> Tensor:
-        """The sampled tokens of steps of one kind, on the device; nothing waits for them."""
-        count = 1 + len(steps[0].tokens)
-        host = torch.zeros(4, self.cache.slots, dtype=torch.long)
+    def run(self, steps: Sequence[Step]) -> Tensor | None:
+        """A pass of steps of one kind: their sampled tokens on the device, for which nothing
+        waits; None where no step samples."""
+        count = next(c for c in self.counts if c >= _count(steps[0]))
+        columns = [self._column(step, count) for step in steps]
+        if self.any_rows:
+            rows, picked = next(r for r in self.rows if r >= len(steps)), list(range(len(steps)))
+            columns += columns[:1] * (rows - len(steps))
+        else:
+            rows, picked = self.cache.slots, [step.slot.index for step in steps]
+            columns = self._all_slots(dict(zip(picked, columns, strict=True)), count)
+        host = torch.tensor(columns).T.contiguous()
+        self.inputs[: HEAD + count, :rows].copy_(upload(host, self.cache.device))
+        self._pass(count, rows)
+        draws = [step.slot.sampling.draw for step in steps if step.sample]
+        out = None
+        if draws:
+            # A copy: the next pass of this step may write its tokens to the same place.
+            out = self._draw(rows, max(draws))[upload(picked, self.cache.device)]
         for step in steps:
-            slot = step.slot
-            pending = slot.pending
-            assert pending is not None
-            tokens = [pending, *step.tokens]
-            if step.frames:
-                put_frames(self.cache, slot, tokens, step.frames)
-            column = [slot.length, slot.position, *tokens]
-            host[: len(column), slot.index] = torch.tensor(column)
-        busy = [step.slot.index for step in steps]
-        for index, slot in self.slots.items():
-            if index not in busy:  # its keys and values go behind its last token
-                host[:2, index] = torch.tensor([slot.length, slot.position])
-        self.inputs.copy_(upload(host, self.cache.device))
-        draw = max(step.slot.sampling.draw for step in steps)
-        out = self._run(count, draw)[upload(busy, self.cache.device)]
-        for step in steps:
-            step.slot.append([step.slot.pending, *step.tokens])  # type: ignore[list-item]
+            pending = [] if step.slot.pending is None else [step.slot.pending]
+            step.slot.append([*pending, *step.tokens])
             self.cache.commit_eviction(step.slot)
         return out
 
-    def _run(self, count: int, draw: Draw) -> Tensor:
-        if not self.graphs:
-            return self.compute(count, draw)
-        graph, out = self.captured[count, draw]
+    def _column(self, step: Step, count: int) -> list[int]:
+        """A step's part of the input; its frames are written to the cache."""
+        slot = step.slot
+        tokens = [*([] if slot.pending is None else [slot.pending]), *step.tokens]
+        if step.frames:
+            put_frames(self.cache, slot, tokens, step.frames)
+        head = [slot.index, slot.length, slot.position, len(tokens) - 1]
+        return head + tokens + [0] * (count - len(tokens))
+
+    def _all_slots(self, busy: dict[int, list[int]], count: int) -> list[list[int]]:
+        """A column for every slot: the keys and values of idle ones go behind their last token."""
+        columns = [[index, *[0] * (HEAD - 1 + count)] for index in range(self.cache.slots)]
+        for index, slot in self.slots.items():
+            columns[index][1:3] = slot.length, slot.position
+        for index, column in busy.items():
+            columns[index] = column
+        return columns
+
+    def _pass(self, count: int, rows: int) -> None:
+        graph = self.passes.get((count, rows))
+        if graph is None:
+            self.compute(count, rows)
+        else:
+            graph.replay()
+
+    def _draw(self, rows: int, draw: Draw) -> Tensor:
+        if (rows, draw) not in self.draws:
+            return self._sample(rows, draw)
+        graph, tokens = self.draws[rows, draw]
         graph.replay()
-        return out
+        return tokens
+
+    def _compute(self, count: int, rows: int) -> None:
+        """Logits after the last token of each row, from `self.inputs` alone."""
+        slot, length, position, last = self.inputs[:HEAD, :rows]
+        where = Rows(slot if self.any_rows else None, length, position, count)
+        hidden = self.decoder(self.inputs[HEAD : HEAD + count, :rows].T, where)  # [B, S, H]
+        picked = (
+            hidden[:, 0] if count == 1 else hidden[torch.arange(rows, device=last.device), last]
+        )
+        self.logits[:rows] = self.model.lm_head(picked)
+
+    def _sample(self, rows: int, draw: Draw) -> Tensor:
+        slot, _, position, last = self.inputs[:HEAD, :rows]
+        return self.sampler(self.logits[:rows], slot, position + last + 1, draw)
 
     @torch.inference_mode()
-    def _capture(self, count: int, draw: Draw, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.compute(count, draw)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            out = self.compute(count, draw)
-        return graph, out
+    def capture(self) -> None:
+        """Captures all graphs, before a session is open: a capture stops everything else for a
+        quarter of a second. Where it fails, or a graph computes something else than the pass
+        without it, passes run without graphs, and a line says so."""
+        if not self.graphs:
+            return
+        kinds = [(count, rows) for count in self.counts for rows in self.rows]
+        kinds = [(count, rows) for count, rows in kinds if count <= 2 or rows == self.rows[0]]
+        progress = Progress("CUDA graphs", len(kinds) + len(self.rows) * len(Draw), "graphs")
+        pool = torch.cuda.graph_pool_handle()  # only one of them runs at a time
+        try:
+            for kind in kinds:
+                self.passes[kind] = capture(partial(self.compute, *kind), pool)[0]
+                self._check(kind)
+                progress.step()
+            for rows in self.rows:
+                for draw in Draw:
+                    self.draws[rows, draw] = capture(partial(self._sample, rows, draw), pool)
+                    progress.step()
+        except RuntimeError as error:
+            log.warning("no CUDA graphs: passes run without them: %s", str(error).splitlines()[0])
+            self.passes.clear()
+            self.draws.clear()
+        progress.end()
 
-    def _compute(self, count: int, draw: Draw) -> Tensor:
-        """Tokens sampled for all slots `[slots]`, from `self.inputs` alone."""
-        length, position = self.inputs[0], self.inputs[1]
-        decoder = self.model.model.language_model
-        batch = StaticBatch(self.cache, count, length, position)
-        x = decoder.embed_tokens(self.inputs[2 : 2 + count].T)  # [slots, count, H]
-        x = decoder(x, batch.positions, batch.tokens, batch.frames)[:, -1]
-        return self.sampler(self.model.lm_head(x), self.all, position + count, draw)
+    def _check(self, kind: tuple[int, int]) -> None:
+        """Raises RuntimeError where a graph's logits are not those of the pass without it."""
+        self.inputs.fill_(1)
+        self.inputs[:3].zero_()
+        self._compute(*kind)
+        wanted = self.logits[: kind[1]].clone()
+        self.logits.zero_()
+        self.passes[kind].replay()
+        check_same("{} tokens of {} slots".format(*kind), self.logits[: kind[1]], wanted)
+
+
+def _count(step: Step) -> int:
+    """Tokens that a step forwards."""
+    return len(step.tokens) + (step.slot.pending is not None)

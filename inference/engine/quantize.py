@@ -6,14 +6,15 @@ model's dtype. Not quantized: the projections of frames, embeddings, norms and t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.engine.cache import frame_projections
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.kernels import plain
 
 INT8_KERNEL_TOKENS = 8  # up to so many tokens, torch's int8 kernel beats a product in full weights
 
@@ -39,15 +40,19 @@ class QuantizedLinear(nn.Module):
     """`x @ (weight * scale).T`, without bias.
 
     weight: `[out, in]` in int8 or fp8. scale: `[out]` in the model's dtype.
+    product: computes it (`use_product`).
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor):
+    def __init__(
+        self, weight: Tensor, scale: Tensor, product: Callable[..., Tensor] = plain.product8
+    ):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.product = product
 
     @classmethod
     def of(cls, linear: nn.Linear, kind: str) -> QuantizedLinear:
@@ -62,8 +67,8 @@ class QuantizedLinear(nn.Module):
         if self._has_kernel(x):
             out = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
             return out.unflatten(0, x.shape[:-1])
-        # torch.compile makes one kernel of this on CUDA, which reads a byte a weight.
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+        out = self.product(x.flatten(0, -2), self.weight, self.scale)
+        return out.unflatten(0, x.shape[:-1])
 
     def _has_kernel(self, x: Tensor) -> bool:
         """int8 weights and a few tokens in bf16 on a CPU: there torch reads the weights in 8 bits,
@@ -89,6 +94,13 @@ def quantize_decoder(model: MossVideoForConditionalGeneration, kind: str) -> Non
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and id(child) not in kept:
                 setattr(parent, name, QuantizedLinear.of(child, kind))
+
+
+def use_product(model: nn.Module, product: Callable[..., Tensor]) -> None:
+    """How all quantized layers of a model compute: like `plain.product8`."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.product = product
 
 
 def take_scales(

@@ -187,3 +187,47 @@ def tokens_to_keep(
             break
         gone.add(i)
     return [i for i in range(len(tokens)) if i not in gone]
+
+
+def check_steps(
+    steps: Sequence[Step],
+    *,
+    max_tokens: int,
+    vocabulary: int,
+    image_token: int,
+    frame_shape: tuple[int, int],
+) -> None:
+    """Raises ValueError for steps that are not possible.
+
+    Args:
+        max_tokens: of a slot.
+        frame_shape: of a frame's features.
+    """
+    taken: set[int] = set()
+    for step in steps:
+        slot = step.slot
+        if slot.closed:
+            raise ValueError(f"slot {slot.index} is closed")
+        if slot.broken:
+            raise ValueError(f"slot {slot.index} lost its context when a step failed")
+        if slot.index in taken:
+            raise ValueError(f"slot {slot.index} has two steps at once")
+        taken.add(slot.index)
+        count = len(step.tokens) + (slot.pending is not None)
+        if count == 0:
+            raise ValueError(f"slot {slot.index} has no pending token and gets none")
+        if count > max_tokens // 2 and slot.length + count > max_tokens:
+            raise ValueError(
+                f"a step of {count} tokens does not fit: slot {slot.index} has {slot.length} "
+                f"of max_tokens={max_tokens}"
+            )
+        images = sum(token == image_token for token in step.tokens)
+        if images != len(step.frames):
+            raise ValueError(
+                f"slot {slot.index}: {images} <|image|> tokens, but {len(step.frames)} frames"
+            )
+        if not all(0 <= token < vocabulary for token in step.tokens):
+            raise ValueError(f"slot {slot.index}: tokens must be from 0 to {vocabulary - 1}")
+        for frame in step.frames:
+            if tuple(frame.shape) != frame_shape:
+                raise ValueError(f"a frame of {tuple(frame.shape)}, expected {frame_shape}")

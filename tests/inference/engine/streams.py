@@ -89,7 +89,7 @@ def play(engine: Engine, players: list[Player], until: int | None = None) -> Non
     choose = Sampler.__call__
 
     def record(sampler: Sampler, logits: Tensor, slots: Tensor, positions: Tensor, draw: Draw):
-        recorded.append((logits.clone(), slots, positions))
+        recorded.append((logits.clone(), slots.clone(), positions.clone()))
         return choose(sampler, logits, slots, positions, draw)
 
     done = 0

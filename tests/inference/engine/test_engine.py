@@ -14,6 +14,8 @@ from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.kernels import plain
+from inference.kernels.choose import Kernels
 from tests.inference.engine.streams import IMAGE, Player, largest_error, make_stream, offline, play
 from tests.inference.tiny import tiny_model
 
@@ -25,17 +27,25 @@ def model() -> MossVideoForConditionalGeneration:
     return tiny_model(silence_token_id=SILENCE)
 
 
-def engine_of(model: MossVideoForConditionalGeneration, static: bool, **options) -> Engine:
-    """`static`: one-token and frame steps in the shapes of a CUDA graph, without the graph."""
+class AnyRows(plain.Attention):
+    """Plain attention that takes a choice of slots, as the kernels do."""
+
+
+FORMS = {"static": Kernels(), "rows": Kernels(attention=AnyRows)}
+
+
+def engine_of(model: MossVideoForConditionalGeneration, form: str, **options) -> Engine:
+    """`form`: "packed"; "static": one-token and frame steps in the shapes of a CUDA graph, without
+    the graph, all slots in each; "rows": prompts too, and only the slots that have a step."""
     engine = Engine(model, max_tokens=options.pop("max_tokens", 128), **options)
-    if static:
-        engine.graph_runner = engine.make_graph_runner(graphs=False, compile=False)
+    if form != "packed":
+        engine.graph_runner = engine.make_graph_runner(FORMS[form], graphs=False, compile=False)
     return engine
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_a_stream_equals_one_pass_over_the_whole(model, static: bool) -> None:
-    engine = engine_of(model, static, window=8)
+@pytest.mark.parametrize("form", ["packed", "static", "rows"])
+def test_a_stream_equals_one_pass_over_the_whole(model, form: str) -> None:
+    engine = engine_of(model, form, window=8)
     player = Player(engine, make_stream(1))
     play(engine, [player])
     assert len(player.logits) > 8
@@ -46,16 +56,16 @@ def test_a_stream_equals_one_pass_over_the_whole(model, static: bool) -> None:
     assert player.slot.evictions == []
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("form", ["packed", "static", "rows"])
 @pytest.mark.parametrize("window", [3, 8])
 def test_a_step_that_failed_can_be_tried_again(
-    model, static: bool, window: int, monkeypatch: pytest.MonkeyPatch
+    model, form: str, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step's first pass fails once in the last layer: frames have been put into the ring."""
-    engine = engine_of(model, static, window=window, max_sessions=2)
+    engine = engine_of(model, form, window=window, max_sessions=2)
     players = [Player(engine, make_stream(seed, frames=9)) for seed in (1, 2)]
-    last, step, fails = engine.model.model.language_model.layers[-1], engine.step, [False]
-    forward = last.forward
+    last = engine.model.model.language_model.layers[-1].mlp.down_proj
+    step, fails, forward = engine.step, [False], last.forward
 
     def failing(*args, **kwargs):
         if fails[0]:
@@ -72,7 +82,7 @@ def test_a_step_that_failed_can_be_tried_again(
     monkeypatch.setattr(last, "forward", failing)
     monkeypatch.setattr(engine, "step", again)
     play(engine, players)
-    twins = [Player(engine_of(model, static, window=window), p.stream) for p in players]
+    twins = [Player(engine_of(model, form, window=window), p.stream) for p in players]
     monkeypatch.setattr(last, "forward", forward)
     for player, twin in zip(players, twins, strict=True):
         play(twin.engine, [twin])
@@ -82,10 +92,10 @@ def test_a_step_that_failed_can_be_tried_again(
         assert player.slot.tokens == twin.slot.tokens
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("form", ["packed", "static", "rows"])
 @pytest.mark.parametrize("sinks", [0, 1])
-def test_after_wrapping_only_the_kept_frames_are_seen(model, static: bool, sinks: int) -> None:
-    engine = engine_of(model, static, window=3, sinks=sinks)
+def test_after_wrapping_only_the_kept_frames_are_seen(model, form: str, sinks: int) -> None:
+    engine = engine_of(model, form, window=3, sinks=sinks)
     player = Player(engine, make_stream(2, frames=9))
     play(engine, [player])
     image_positions = player.stream.image_positions
@@ -103,9 +113,9 @@ def test_after_wrapping_only_the_kept_frames_are_seen(model, static: bool, sinks
     assert gone == [p for p in image_positions if p not in kept]
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_dropped_text_is_not_seen_and_the_rest_keeps_its_place(model, static: bool) -> None:
-    engine = engine_of(model, static, window=64, max_tokens=48)
+@pytest.mark.parametrize("form", ["packed", "static", "rows"])
+def test_dropped_text_is_not_seen_and_the_rest_keeps_its_place(model, form: str) -> None:
+    engine = engine_of(model, form, window=64, max_tokens=48)
     player = Player(engine, make_stream(3, frames=45, silence=SILENCE))
     forgotten: dict[int, int] = {}  # token -> first token that no longer sees it
     seen = 0
@@ -133,7 +143,7 @@ def test_dropped_text_is_not_seen_and_the_rest_keeps_its_place(model, static: bo
 
 
 def test_when_pairs_are_gone_old_words_go_but_not_the_head_or_the_last_turns(model) -> None:
-    engine = engine_of(model, False, max_tokens=16)
+    engine = engine_of(model, "packed", max_tokens=16)
     engine.end_of_turn = 300
     slot = engine.open()
     engine.step([Step(slot, [1, 2, 300, 20, 21, 22, 23, 24, 25, 26])])
@@ -145,9 +155,9 @@ def test_when_pairs_are_gone_old_words_go_but_not_the_head_or_the_last_turns(mod
     assert [e.kind for e in slot.evictions] == ["text"] * 6
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_slots_side_by_side_stream_as_alone(model, static: bool) -> None:
-    engine = engine_of(model, static, window=3, max_sessions=3)
+@pytest.mark.parametrize("form", ["packed", "static", "rows"])
+def test_slots_side_by_side_stream_as_alone(model, form: str) -> None:
+    engine = engine_of(model, form, window=3, max_sessions=3)
     streams = [make_stream(seed, frames=3 + 2 * seed) for seed in range(3)]
     together = [Player(engine, stream) for stream in streams]
     play(engine, together)
@@ -164,14 +174,13 @@ def test_slots_side_by_side_stream_as_alone(model, static: bool) -> None:
 
 def test_a_prompt_or_a_frame_leaves_the_other_slots_in_fixed_shapes(model, monkeypatch) -> None:
     found, passes = [], []
-    for static in (True, False):
-        engine = engine_of(model, static, window=4, max_sessions=4)
+    for form in ("static", "rows", "packed"):
+        engine = engine_of(model, form, window=4, max_sessions=4)
         frames = engine.encode([torch.full((3, 30, 40), 60 * i, dtype=torch.uint8) for i in (1, 2)])
         slots = [engine.open() for _ in range(4)]
         engine.step([Step(slot, [5, 6, 7 + i]) for i, slot in enumerate(slots)])
-        if static:
-            runner = engine.graph_runner
-            assert runner is not None
+        runner = engine.graph_runner
+        if runner is not None:
             run = runner.run
 
             def record(steps, run=run):
@@ -184,7 +193,20 @@ def test_a_prompt_or_a_frame_leaves_the_other_slots_in_fixed_shapes(model, monke
             Step(slots[3], [IMAGE], frames[1:]),
         ])  # fmt: skip
         found.append([tokens, *(engine.step([Step(s) for s in slots]) for _ in range(6))])
-    assert passes == [0, 1, *[0] * 6]
+    assert passes == [0, 1, *[0] * 6, 0, 1, 3, *[0] * 6]
+    assert found[0] == found[1] == found[2]
+
+
+def test_prompts_that_ask_for_no_token_and_prompts_that_are_too_long(model) -> None:
+    found = []
+    for form in ("packed", "rows"):
+        engine = engine_of(model, form, max_tokens=256, max_sessions=3)
+        slots = [engine.open() for _ in range(3)]
+        long = [20 + n % 200 for n in range(130)]
+        steps = [Step(slots[0], [5, 6, 7], sample=False), Step(slots[1], long), Step(slots[2], [9])]
+        tokens = engine.step(steps)
+        assert tokens[0] is None
+        found.append([tokens, engine.step([Step(slots[0], [8]), Step(slots[1]), Step(slots[2])])])
     assert found[0] == found[1]
 
 
@@ -193,8 +215,10 @@ def test_a_prompt_or_a_frame_leaves_the_other_slots_in_fixed_shapes(model, monke
 def test_graphs_equal_eager(sampling: Sampling) -> None:
     model = tiny_model(silence_token_id=SILENCE).cuda()
     found = []
-    for graphs in (True, False):
-        engine = Engine(model, max_tokens=128, window=3, max_sessions=2, graphs=graphs)
+    for graphs, kernels in ((True, "auto"), (True, "torch"), (False, "torch")):
+        engine = Engine(
+            model, max_tokens=128, window=3, max_sessions=2, graphs=graphs, kernels=kernels
+        )
         assert (engine.graph_runner is not None) is graphs
         player, tokens = Player(engine, make_stream(2, frames=9)), []
         while step := player.step():
@@ -204,12 +228,12 @@ def test_graphs_equal_eager(sampling: Sampling) -> None:
         for _ in range(20):
             tokens += engine.step([Step(slot)])
         found.append(tokens)
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_an_interruption_equals_its_transcript(model) -> None:
     """What was sampled and not yet cached stays in the context before the user's turn."""
-    engine = engine_of(model, False, window=8)
+    engine = engine_of(model, "packed", window=8)
     slot = engine.open()
     frames = list(make_stream(4).pixels)
     transcript = [9, 10, 11, IMAGE]
@@ -228,7 +252,7 @@ def test_an_interruption_equals_its_transcript(model) -> None:
 
 
 def test_tokens_are_taken_in_without_sampling(model) -> None:
-    engine = engine_of(model, False, window=8)
+    engine = engine_of(model, "packed", window=8)
     stream = make_stream(5)
     slot = engine.open()
     features = engine.encode(list(stream.pixels))
@@ -240,7 +264,7 @@ def test_tokens_are_taken_in_without_sampling(model) -> None:
 
 def test_a_saved_session_goes_on_as_it_would_have(model) -> None:
     stream = make_stream(6, frames=8)
-    engine = engine_of(model, False, window=3, max_sessions=2)
+    engine = engine_of(model, "packed", window=3, max_sessions=2)
     whole = Player(engine, stream)
     play(engine, [whole])
     engine.close(whole.slot)
@@ -250,7 +274,7 @@ def test_a_saved_session_goes_on_as_it_would_have(model) -> None:
     file = io.BytesIO()
     torch.save(engine.save(part.slot), file)
     file.seek(0)
-    other = engine_of(model, False, window=3, max_sessions=2)
+    other = engine_of(model, "packed", window=3, max_sessions=2)
     other.open()  # so that it lands in another slot
     part.engine, part.slot = other, other.restore(torch.load(file))
     assert part.slot.evictions  # not yet read: they come along
@@ -259,11 +283,11 @@ def test_a_saved_session_goes_on_as_it_would_have(model) -> None:
     for i, logits in whole.logits.items():
         torch.testing.assert_close(part.logits[i], logits, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="other window"):
-        engine_of(model, False, window=4).restore(engine.save(part.slot))
+        engine_of(model, "packed", window=4).restore(engine.save(part.slot))
 
 
 def test_a_slot_that_is_opened_again_sees_nothing_of_before(model) -> None:
-    engine = engine_of(model, True, window=3)
+    engine = engine_of(model, "rows", window=3)
     first = Player(engine, make_stream(7, frames=6))
     play(engine, [first])
     with pytest.raises(EngineFull, match="all 1 sessions"):
@@ -274,9 +298,9 @@ def test_a_slot_that_is_opened_again_sees_nothing_of_before(model) -> None:
     assert largest_error(second, offline(model, second.stream)) < 1e-4
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_sampling_can_change_on_the_way(model, static: bool) -> None:
-    engine = engine_of(model, static)
+@pytest.mark.parametrize("form", ["packed", "static", "rows"])
+def test_sampling_can_change_on_the_way(model, form: str) -> None:
+    engine = engine_of(model, form)
     slot = engine.open()
     [token] = engine.step([Step(slot, [5, 6, 7])])
     assert token != SILENCE
@@ -316,7 +340,7 @@ def test_an_export_is_loaded_with_its_processor(tiny: Path) -> None:
 
 
 def test_an_impossible_step_is_refused_before_anything_changes(model) -> None:
-    engine = engine_of(model, False, max_tokens=16)
+    engine = engine_of(model, "packed", max_tokens=16)
     slot, frame = engine.open(), torch.zeros(5, 64)
     for step, message in (
         (Step(slot), "has no pending token"),

@@ -1,0 +1,59 @@
+"""The vision tower as CUDA graphs: a frame is many small kernels, which a host gives one by one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from data_pipeline.progress import Progress
+from inference.engine.capture import capture, check_same
+
+log = logging.getLogger(__name__)
+
+BATCHES = (1, 2, 4, 8, 16)  # frames; a number between is padded
+
+
+class Tower:
+    """Runs `encode`: normalized pictures `[n, 1, 3, size, size]` -> features `[n, P, H]`.
+
+    Until `capture` it is `encode`; then each batch is a graph.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], size: int, device: torch.device):
+        self.encode = encode
+        self.shape, self.device = (BATCHES[-1], 1, 3, size, size), device
+        self.pixels: Tensor | None = None  # where the graphs read
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        count = len(pixels)
+        batch = next((batch for batch in self.graphs if batch >= count), None)
+        if batch is None or self.pixels is None:
+            return self.encode(pixels)
+        self.pixels[:count].copy_(pixels)
+        graph, features = self.graphs[batch]
+        graph.replay()
+        return features[:count].clone()  # the next replay writes there
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Captures all batches. Where it fails, or a graph computes something else, frames are
+        encoded without graphs, and a line says so."""
+        self.pixels = torch.zeros(self.shape, device=self.device)
+        progress = Progress("vision graphs", len(BATCHES), "graphs")
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            for batch in BATCHES:
+                self.graphs[batch] = capture(partial(self.encode, self.pixels[:batch]), pool)
+                self.pixels.normal_()
+                wanted = self.encode(self.pixels[:batch])
+                check_same(f"{batch} frames", self(self.pixels[:batch].clone()), wanted)
+                progress.step()
+        except RuntimeError as error:
+            log.warning("frames are encoded without CUDA graphs: %s", str(error).splitlines()[0])
+            self.graphs.clear()
+        progress.end()

@@ -1,0 +1,86 @@
+"""Which form of each operation a device uses: a Triton kernel that is right there, or torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.proof import Proofs
+from inference.kernels import plain
+from inference.kernels.rows import Attention, Rows
+from inference.kernels.trials import Cases, Sizes
+
+KINDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations of a decoding pass, each with the signature that it has in plain.py."""
+
+    add_norm: Callable[..., Tensor] = plain.add_norm
+    swiglu: Callable[[Tensor], Tensor] = plain.swiglu
+    rotate_and_keep: Callable[..., Tensor] = plain.rotate_and_keep
+    norm_and_rotate: Callable[..., Tensor] = plain.norm_and_rotate
+    product8: Callable[..., Tensor] = plain.product8
+    attention: Callable[[Any, Rows], Attention] = plain.Attention
+
+    @property
+    def any_rows(self) -> bool:
+        """Attention reads the slots of its rows where they are; plain torch would copy them."""
+        return self.attention is not plain.Attention
+
+
+def choose(kind: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Kernels:
+    """The operations for a device.
+
+    Args:
+        kind: `auto`: on CUDA the Triton kernels that prove right, else plain torch; `triton`: the
+            Triton kernels, unproven; `torch`: plain torch.
+
+    Raises:
+        ValueError: `triton` where it cannot run.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kernels={kind}: allowed: {', '.join(KINDS)}")
+    if kind == "torch" or (kind == "auto" and device.type != "cuda"):
+        return Kernels()
+    try:
+        fused = _triton()
+    except ImportError as error:
+        if kind == "triton":
+            raise ValueError(f"kernels=triton: {error}: install triton") from None
+        return Kernels()
+    if kind == "triton":
+        return fused
+    return _proven(fused, device, dtype, sizes)
+
+
+def _triton() -> Kernels:
+    from inference.kernels import triton_attention, triton_eight_bit, triton_rows
+
+    return Kernels(
+        triton_rows.add_norm,
+        triton_rows.swiglu,
+        triton_rows.rotate_and_keep,
+        triton_rows.norm_and_rotate,
+        triton_eight_bit.product8,
+        triton_attention.Attention,
+    )
+
+
+def _proven(fused: Kernels, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Kernels:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    proofs = Proofs(device, sources, {"triton": version("triton")})
+    chosen = Kernels()
+    for name in Kernels.__dataclass_fields__:
+        label = f"{name} {dtype} {sizes}"
+        cases = Cases(device, dtype, sizes)
+        if proofs.right(label, getattr(cases, name)(getattr(fused, name), getattr(chosen, name))):
+            chosen = replace(chosen, **{name: getattr(fused, name)})
+    return chosen

@@ -1,0 +1,162 @@
+"""Attention of a few new tokens over many keys, as Triton kernels.
+
+A decoding step has few queries: a kernel that gives a KV head to one block of threads leaves most
+of a GPU idle. Here the keys are split: each program goes over one part of a row's keys for all
+query heads of one KV head, which read each key once; a second kernel joins the parts by their
+log-sum-exp (Flash-Decoding, Dao et al. 2023). How many keys a row has is read on the device, so
+that a captured graph serves any length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inference.kernels.rows import Buffers, Rows
+
+KEYS = 64  # a program reads at once
+PROGRAMS = 528  # aimed at: four for each of the 132 processors of an H100 or H200
+MOST_PARTS = 64
+MOST_QUERIES = 64  # of a program: query heads of a KV head x new tokens
+
+
+@triton.jit
+def _attend_part(
+    q, keys, values, slot, limit, position, first, last, sums, stats,
+    scale, places, patches, window, new,
+    KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    QUERIES: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, FRAMES: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys of one KV head, for one tile of a row's queries.
+
+    q `[B, new, KV, GROUP, D]`; keys, values `[slots, KV, places, D]`; limit: keys of each row
+    `[B]`; sums `[B, KV, new x GROUP, PARTS, D]`; stats: the same with a maximum and a sum for D.
+    FRAMES: keys are of frames, of `patches` each, seen as `first` and `last` `[slots, window]` say;
+    else of tokens, the last `new` of which are the queries' own.
+    """
+    row, head = tl.program_id(0) // KV, tl.program_id(0) % KV
+    tile, part = tl.program_id(1), tl.program_id(2)
+    at = tile * QUERIES + tl.arange(0, QUERIES)  # of this row and head: token, then group
+    token, real = at // GROUP, at < new * GROUP
+    d, j = tl.arange(0, D2), tl.arange(0, KEYS)
+    inside = d < D
+    where = ((row * new + token) * KV + head) * GROUP + at % GROUP
+    queries = tl.load(
+        q + where[:, None] * D + d[None, :], mask=real[:, None] & inside[None, :], other=0.0
+    )
+    index = tl.load(slot + row)
+    base = (index * KV + head) * places * D
+    count = tl.load(limit + row)
+    each = tl.cdiv(tl.cdiv(count, PARTS), KEYS) * KEYS
+    begin = part * each
+    end = tl.minimum(begin + each, count)
+    stands = tl.load(position + row) + token
+    most = tl.full([QUERIES], -1.0e30, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    out = tl.zeros([QUERIES, D2], tl.float32)
+    for start in range(begin, end, KEYS):
+        key = start + j
+        there = key < end
+        block = base + key[:, None] * D + d[None, :]
+        k = tl.load(keys + block, mask=there[:, None] & inside[None, :], other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        if FRAMES:
+            frame = index * window + key // patches
+            seen = (tl.load(first + frame, mask=there, other=0)[None, :] <= stands[:, None]) & (
+                stands[:, None] < tl.load(last + frame, mask=there, other=0)[None, :]
+            )
+        else:
+            seen = key[None, :] <= (count - new + token)[:, None]
+        seen = seen & there[None, :]
+        scores = tl.where(seen, scores, -1.0e30)
+        larger = tl.maximum(most, tl.max(scores, 1))
+        fade = tl.exp(most - larger)
+        weights = tl.where(seen, tl.exp(scores - larger[:, None]), 0.0)
+        v = tl.load(values + block, mask=there[:, None] & inside[None, :], other=0.0)
+        out = out * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total = total * fade + tl.sum(weights, 1)
+        most = larger
+    place = (((row * KV + head) * new * GROUP) + at) * PARTS + part
+    tl.store(sums + place[:, None] * D + d[None, :], out, mask=real[:, None] & inside[None, :])
+    tl.store(stats + place * 2, most, mask=real)
+    tl.store(stats + place * 2 + 1, total, mask=real)
+
+
+@triton.jit
+def _join_parts(
+    sums, stats, out, new,
+    KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The whole of one query's parts; 0 for one that sees no key. out `[B, new, KV, GROUP, D]`."""
+    pair, at = tl.program_id(0), tl.program_id(1)
+    row, head = pair // KV, pair % KV
+    part, d = tl.arange(0, PARTS), tl.arange(0, D2)
+    inside = d < D
+    place = (pair * new * GROUP + at) * PARTS + part
+    most, total = tl.load(stats + place * 2), tl.load(stats + place * 2 + 1)
+    weight = tl.where(total > 0, tl.exp(most - tl.max(tl.where(total > 0, most, -1.0e30), 0)), 0.0)
+    whole = tl.sum(total * weight, 0)
+    each = tl.load(sums + place[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)
+    joined = tl.sum(each * weight[:, None], 0) / tl.where(whole > 0, whole, 1.0)
+    where = ((row * new + at // GROUP) * KV + head) * GROUP + at % GROUP
+    tl.store(out + where * D + d, joined.to(out.dtype.element_ty), mask=inside)
+
+
+class Attention:
+    """As `plain.Attention`."""
+
+    def __init__(self, buffers: Buffers, rows: Rows):
+        self.buffers, self.rows = buffers, rows
+        slots = len(buffers.first)
+        self.slot = (
+            torch.arange(slots, device=rows.length.device) if rows.slot is None else rows.slot
+        )
+        first = buffers.first[self.slot]  # [B, window + 1]
+        # Keys up to the last place that is in use: a frame there has a position that is reached.
+        place = torch.arange(1, first.shape[1] + 1, device=first.device)
+        end = rows.position[:, None] + rows.count
+        self.frame_limit = (place * (first < end)).amax(1) * buffers.patches
+        self.token_limit = rows.length + rows.count
+        at = rows.positions[..., None]
+        last = buffers.last[self.slot]
+        self.sees = ((first[:, None] <= at) & (at < last[:, None])).any(-1)
+
+    def tokens(self, layer: int, q: Tensor) -> Tensor:
+        keys, values = self.buffers.tokens_of[layer]
+        return self._attend(q, keys, values, self.token_limit, frames=False)
+
+    def frames(self, layer: int, q: Tensor) -> Tensor:
+        keys, values = self.buffers.frames_of[layer]
+        return self._attend(q, keys, values, self.frame_limit, frames=True)
+
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, limit: Tensor, frames: bool
+    ) -> Tensor:
+        (_, kv, places, width), rows, new = keys.shape, len(limit), self.rows.count
+        group = q.shape[1] // kv
+        queries = min(max(16, triton.next_power_of_2(new * group)), MOST_QUERIES)
+        tiles = triton.cdiv(new * group, queries)
+        parts = _parts(rows * kv * tiles, places)
+        sums = q.new_empty(rows * kv * new * group, parts, width, dtype=torch.float32)
+        stats = q.new_empty(rows * kv * new * group, parts, 2, dtype=torch.float32)
+        padded = max(16, triton.next_power_of_2(width))
+        _attend_part[(rows * kv, tiles, parts)](
+            q.contiguous(), keys, values, self.slot, limit, self.rows.position,
+            self.buffers.first, self.buffers.last, sums, stats,
+            width**-0.5, places, self.buffers.patches, self.buffers.first.shape[1], new,
+            KV=kv, GROUP=group, D=width, D2=padded, QUERIES=queries, PARTS=parts, KEYS=KEYS,
+            FRAMES=frames, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        _join_parts[(rows * kv, new * group)](
+            sums, stats, out, new, KV=kv, GROUP=group, D=width, D2=padded, PARTS=parts, num_warps=4
+        )
+        return out.flatten(1)
+
+
+def _parts(pairs: int, places: int) -> int:
+    """Into how many parts keys are split, a power of two, for about `PROGRAMS` programs."""
+    wanted = triton.next_power_of_2(max(1, PROGRAMS // (2 * pairs) + 1))
+    return min(MOST_PARTS, wanted, triton.next_power_of_2(triton.cdiv(places, KEYS)))
