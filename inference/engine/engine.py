@@ -262,7 +262,7 @@ class Engine:
             slots += [step.slot.index for step in rest if step.sample]
         for kind in kinds:
             assert self.graph_runner is not None
-            self._make_room([(step.slot, len(_tokens(step)[0])) for step in kind])
+            self._make_room([(step.slot, len(step.inputs)) for step in kind])
             drawn = self.graph_runner.run(kind)
             if drawn is not None:
                 tokens.append(drawn)
@@ -340,7 +340,7 @@ class Engine:
 
     def _packed(self, steps: Sequence[Step]) -> Tensor | None:
         """Runs packed batches until all tokens are in; the tokens of those that sample one."""
-        waiting = [(step, *_tokens(step)) for step in steps]
+        waiting = [(step, step.inputs, step.frames) for step in steps]
         last: dict[int, Tensor] = {}  # hidden state of a slot's last token
         while waiting:
             parts, following = [], []
@@ -398,8 +398,3 @@ class Engine:
             slot.append(tokens)
             self.cache.commit_eviction(slot)
         return last_hidden
-
-
-def _tokens(step: Step) -> tuple[list[int], Sequence[Tensor]]:
-    pending = [] if step.slot.pending is None else [step.slot.pending]
-    return [*pending, *step.tokens], step.frames

@@ -80,7 +80,7 @@ class GraphRunner:
         kinds: dict[int, list[Step]] = {}
         prompts, rest = [], []
         for step in steps:
-            count = _count(step)
+            count = len(step.inputs)
             blind = self.attend_all and step.slot.ring.count == 0 and step.frames
             if blind or count > self.counts[-1] or len(step.frames) > step.slot.ring.room:
                 rest.append(step)
@@ -93,7 +93,7 @@ class GraphRunner:
     def run(self, steps: Sequence[Step]) -> Tensor | None:
         """A pass of steps of one kind: their sampled tokens on the device, for which nothing
         waits; None where no step samples."""
-        count = next(c for c in self.counts if c >= _count(steps[0]))
+        count = next(c for c in self.counts if c >= len(steps[0].inputs))
         columns = [self._column(step, count) for step in steps]
         if self.any_rows:
             rows, picked = next(r for r in self.rows if r >= len(steps)), list(range(len(steps)))
@@ -110,15 +110,13 @@ class GraphRunner:
             # A copy: the next pass of this step may write its tokens to the same place.
             out = self._draw(rows, max(draws))[upload(picked, self.cache.device)]
         for step in steps:
-            pending = [] if step.slot.pending is None else [step.slot.pending]
-            step.slot.append([*pending, *step.tokens])
+            step.slot.append(step.inputs)
             self.cache.commit_eviction(step.slot)
         return out
 
     def _column(self, step: Step, count: int) -> list[int]:
         """A step's part of the input; its frames are written to the cache."""
-        slot = step.slot
-        tokens = [*([] if slot.pending is None else [slot.pending]), *step.tokens]
+        slot, tokens = step.slot, step.inputs
         if step.frames:
             put_frames(self.cache, slot, tokens, step.frames)
         head = [slot.index, slot.length, slot.position, len(tokens) - 1]
@@ -196,8 +194,3 @@ class GraphRunner:
         self.logits.zero_()
         self.passes[kind].replay()
         check_same("{} tokens of {} slots".format(*kind), self.logits[: kind[1]], wanted)
-
-
-def _count(step: Step) -> int:
-    """Tokens that a step forwards."""
-    return len(step.tokens) + (step.slot.pending is not None)

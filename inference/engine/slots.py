@@ -160,6 +160,12 @@ class Step:
     frames: Sequence[Tensor] = ()
     sample: bool = True
 
+    @property
+    def inputs(self) -> list[int]:
+        """The tokens that it forwards: the slot's pending one, and its own."""
+        pending = self.slot.pending
+        return [*([] if pending is None else [pending]), *self.tokens]
+
 
 def tokens_to_keep(
     tokens: Sequence[int], drop: int, *, silence: int | None, image: int, end_of_turn: int | None
@@ -213,7 +219,7 @@ def check_steps(
         if slot.index in taken:
             raise ValueError(f"slot {slot.index} has two steps at once")
         taken.add(slot.index)
-        count = len(step.tokens) + (slot.pending is not None)
+        count = len(step.inputs)
         if count == 0:
             raise ValueError(f"slot {slot.index} has no pending token and gets none")
         if count > max_tokens // 2 and slot.length + count > max_tokens:
