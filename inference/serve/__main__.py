@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from data_pipeline.commands import DONE, FAILED, CommandParser, report_error
 from inference import cli
+from inference.serve import media
 from inference.serve.app import make_app
 from inference.serve.connections import http_protocol
 from inference.serve.hub import Hub
@@ -158,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cli.note("warning: any site's page may use this server, and there is no --api_key")
         # Before the model is loaded, which takes long; other ranks of torchrun serve nothing.
         door = listen(args.host, args.port) if cli.leads() else socket.socket()
+        if cli.leads():
+            media.prepare()
         metrics = Metrics()
         with door, Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, limits, metrics, export)

@@ -77,7 +77,8 @@ async def _stream(question: Question, answer: SessionHandle, asked: int) -> Asyn
 
     def chunk(delta: dict[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return _sse({**head, "choices": [choice]})
+        counts = {"usage": None} if question.usage else {}
+        return _sse({**head, "choices": [choice], **counts})
 
     yield chunk({"role": "assistant", "content": ""})
     count = 0
@@ -89,7 +90,8 @@ async def _stream(question: Question, answer: SessionHandle, asked: int) -> Asyn
                 count = tokens
                 yield chunk({}, reason)
     except Refused as error:
-        yield _sse({"error": {"message": str(error), "type": "server_error", "code": error.code}})
+        said = {"message": str(error), "type": "server_error", "param": None, "code": error.code}
+        yield _sse({"error": said})
     if question.usage:
         yield _sse({**head, "choices": [], "usage": _usage(asked, count)})
     yield "data: [DONE]\n\n"

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from data_pipeline.schema import SampleError
@@ -24,7 +25,7 @@ from inference.serve.limits import Limits, Refused, Share
 from inference.serve.protocol import read_json
 from inference.serve.question import Medium, Question, read_question
 from inference.session.answer import MAX_NEW_TOKENS
-from inference.session.handle import SessionHandle
+from inference.session.handle import SessionClosed, SessionHandle
 
 _STATUS = {  # of a refusal's code; else 400
     "too_large": 413, "overloaded": 503, "unauthorized": 401, "failed": 500, "model_not_found": 404,
@@ -77,7 +78,7 @@ async def complete(request: Request, hub: Hub) -> Response:
         return _refused(hub, error)
     except BaseException as error:
         _end(client, share)
-        if not isinstance(error, Left):
+        if not isinstance(error, Left | ClientDisconnect):
             raise
         hub.metrics.refused("client_left")
         return Response(status_code=499)
@@ -222,8 +223,10 @@ async def _start_answer(
             except EngineFull:
                 if time.monotonic() > until:
                     break
-                if not await hub.make_room():
-                    await asyncio.sleep(0.02)
+            if not await hub.make_room():
+                await asyncio.sleep(0.02)
         raise Refused("overloaded", "all sessions are taken")
+    except SessionClosed as error:  # the engine ends, or has failed
+        raise Refused("overloaded", str(error)) from None
     finally:
         hub.waiting -= 1

@@ -72,7 +72,8 @@ class Budget:
     """Bytes that all requests together may hold. Any thread may call it."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._held, self._lock = most, 0, threading.Lock()
+        self._most, self._held = most, 0
+        self.lock = threading.RLock()
 
     @property
     def held(self) -> int:
@@ -84,7 +85,7 @@ class Budget:
 
     def change(self, size: int) -> None:
         """Takes bytes, or gives them back; Refused(`overloaded`) where there are not so many."""
-        with self._lock:
+        with self.lock:
             if size > 0 and self._held + size > self._most:
                 raise Refused("overloaded", "the requests of others take all memory")
             self._held += size
@@ -94,17 +95,21 @@ class Share:
     """What one request holds of a Budget."""
 
     def __init__(self, budget: Budget) -> None:
-        self._budget, self._size = budget, 0
+        self._budget, self._size, self._over = budget, 0, False
 
     def take(self, size: int) -> None:
-        """Refused(`overloaded`) where there is no room."""
-        self._budget.change(size)
-        self._size += size
+        """Refused: `overloaded`, where there is no room; the request is over."""
+        with self._budget.lock:
+            if self._over:  # a decoder's thread hears of it late
+                raise Refused("failed", "the request is over")
+            self._budget.change(size)
+            self._size += size
 
     def give_back(self) -> None:
         """All of it. Calling it twice is not an error."""
-        size, self._size = self._size, 0
-        self._budget.change(-size)
+        with self._budget.lock:
+            self._budget.change(-self._size)
+            self._size, self._over = 0, True
 
 
 class Bucket:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -46,6 +47,12 @@ class _Job:
     taken: Callable[[int], None]
     future: Future[list[Tensor]] = field(default_factory=Future)
     abandoned: bool = False
+
+
+def prepare() -> None:
+    """Starts the process from which the others are forked; its imports take seconds."""
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    forkserver.ensure_running()
 
 
 class MediaPool:
@@ -111,7 +118,10 @@ class MediaPool:
             thread.join()
 
     def _run(self, worker: _Worker) -> None:
-        worker.start()  # before the first task comes
+        try:
+            worker.start()  # before the first task comes
+        except Exception:
+            log.exception("a process that decodes did not start: it is tried again with a task")
         while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
@@ -163,8 +173,8 @@ class _Worker:
 
     def start(self) -> None:
         """A new process."""
+        prepare()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
         self._connection, other = context.Pipe()
         self._process = context.Process(target=work, args=(other, self._memory), daemon=True)
         self._process.start()

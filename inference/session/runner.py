@@ -216,8 +216,12 @@ class Runner:
             self._check_room()
             self._parked.remove(running)
             self._running.append(running)
-        if running.parked is not None:
-            running.slot, running.parked = self.engine.restore(running.parked), None
+        try:
+            if running.parked is not None:
+                running.slot, running.parked = self.engine.restore(running.parked), None
+        except Exception as error:  # it must not go on without its context
+            self._fail([running], error)
+            raise
 
     def _wait(self) -> list[tuple[RunningSession, StepRequest]]:
         """Runs `call`s, then waits for work: the next steps, one of each session that has one."""

@@ -99,6 +99,7 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
         )
     )  # fmt: skip
     assert pieces[-1].usage == whole.usage
+    assert all(piece.usage is None for piece in pieces[:-1])
     choices = [piece.choices[0] for piece in pieces[:-1]]
     said = "".join(choice.delta.content or "" for choice in choices)
     assert said == whole.choices[0].message.content
@@ -210,3 +211,21 @@ def test_a_client_that_leaves_frees_its_place(
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["moss-video"]
+    assert client.models.retrieve("moss-video").id == "moss-video"
+
+
+def test_errors_are_those_of_openais_client(client: openai.OpenAI) -> None:
+    """Its exceptions, with code and field, also where an answer would be a stream."""
+    for stream in (False, True):
+        with pytest.raises(openai.NotFoundError) as unknown:
+            ask(client, with_media("x"), model="gpt-4o", stream=stream)
+        assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+        with pytest.raises(openai.BadRequestError) as long:
+            ask(client, with_media("word " * 90) * 3, stream=stream)
+        assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
+        with pytest.raises(openai.BadRequestError) as value:
+            ask(client, with_media("x"), temperature=-1, stream=stream)
+        assert (value.value.code, value.value.param) == ("invalid_value", "temperature")
+    with pytest.raises(openai.NotFoundError) as retrieved:
+        client.models.retrieve("gpt-4o")
+    assert retrieved.value.code == "model_not_found"
