@@ -116,8 +116,8 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     text: TextConfig = field(default_factory=TextConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    # flex: for the cross-attention only.
-    attention: str = choice("sdpa", ("sdpa", "flash", "te", "flex"))
+    # auto: the fastest that is right on this GPU; on a CPU sdpa. flex: cross-attention only.
+    attention: str = choice("auto", ("auto", "flex", "sdpa", "flash", "te"))
     # Whether lengths in calls of attention are rounded up, so that a GPU's kernels are planned for
     # few shapes; auto: on a GPU.
     round_lengths: str = choice("auto", ("auto", "on", "off"))

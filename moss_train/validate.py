@@ -151,8 +151,14 @@ def _model(config: Config) -> Iterator[str]:
             yield f"adapter.target={wrong}: matches no linear layer of the decoder"
     if config.model.init.from_llama is not None:
         yield from _llama(config)
-    if config.model.attention == "flash" and not vision.full_attention:
-        yield "model.attention=flash: takes no mask, which model.vision.full_attention=false needs"
+    kernel = config.model.attention
+    if kernel in ("flash", "te") and not vision.full_attention:
+        yield (
+            f"model.attention={kernel}: takes no mask, which model.vision.full_attention=false "
+            "needs: use auto"
+        )
+    if kernel == "flash" and config.model.dtype == "fp32":
+        yield "model.attention=flash: computes in half precision, model.dtype is fp32: use auto"
 
 
 def _llama(config: Config) -> Iterator[str]:
@@ -211,19 +217,27 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
     yield from _optional_package(config)
     if config.hardware.device == "cuda" and not has_cuda():
         yield "hardware.device=cuda: torch finds no CUDA device: use cpu"
-    if config.model.attention == "te" and config.hardware.device == "cpu":
-        yield "model.attention=te: Transformer Engine needs CUDA, hardware.device is cpu: use sdpa"
 
 
 def _optional_package(config: Config) -> Iterator[str]:
-    packages = {"flash": ("flash_attn", "flash"), "te": ("transformer_engine", "te")}
-    if config.model.attention in packages:
-        package, extra = packages[config.model.attention]
-        if importlib.util.find_spec(package) is None:
-            yield (
-                f"model.attention={config.model.attention}: the package {package} is not "
-                f"installed: pip install 'moss-train[{extra}]', or choose sdpa"
-            )
+    packages = {
+        "flash": ("flash_attn", "moss-train[flash]"),
+        "te": ("transformer_engine", "moss-train[te]"),
+        "flex": ("triton", "triton"),
+    }
+    name = config.model.attention
+    if name not in packages:
+        return
+    package, extra = packages[name]
+    device = config.hardware.device
+    if device == "cpu" or not has_cuda():
+        why = "hardware.device is cpu" if device == "cpu" else "torch finds no CUDA device"
+        yield f"model.attention={name}: trains on CUDA only, {why}: use auto"
+    elif importlib.util.find_spec(package) is None:
+        yield (
+            f"model.attention={name}: the package {package} is not installed: "
+            f"pip install '{extra}', or use auto"
+        )
 
 
 def _batches(config: Config, world_size: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The attention switch: `model.attention` = sdpa | flash | te | flex.
+"""The attention switch: `model.attention` = auto | flex | sdpa | flash | te.
 
 The core of a self-attention takes heads and returns heads. Its input is a batch of frames
 `[N, L, heads, D]`, in each of which all positions attend each other, or a microbatch's packed text
@@ -98,7 +98,8 @@ def _te(config: TransformerConfig, groups: ProcessGroupCollection, number: int, 
 
     def packed(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -> Tensor:
         bounds, longest = text.bounds, max(text.spans)
-        layout = PackedSeqParams("thd", bounds, bounds, bounds, bounds, longest, longest)
+        # No cu_seqlens_*_padded: there is nothing between sequences.
+        layout = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
         out = attend(query, key, value, None, kind, packed_seq_params=layout)
         return out.view_as(query)
 

@@ -11,7 +11,6 @@ alone with one weight, so K stays at the number of KV heads here, with the same 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,6 +18,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from moss_train.model.flex_attention import attend_flex
 from moss_train.model.frame_plan import FramePlan
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
 from moss_train.model.mlp import FeedForward
@@ -35,7 +35,7 @@ class CrossAttentionLayer(MegatronModule):
         self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
     ):
         super().__init__(config)
-        self.rotate, self.backend = model.cross_attention_rope, model.attention
+        self.rotate = model.cross_attention_rope
         self.tp_group = groups.tp
         width, eps = config.hidden_size, config.layernorm_epsilon
         head_dim = config.kv_channels
@@ -93,7 +93,7 @@ class CrossAttentionLayer(MegatronModule):
             frames: the microbatch's frames with their states; x is returned where none is attended.
             token_rotation: of the attending tokens. frame_rotation: of the frames' positions.
         """
-        if not frames.blocks:  # no frames, or only padding that no token attends
+        if not len(frames.tokens):  # no frames, or only padding that no token attends
             return _Touch.apply(x, *(p for p in self.parameters() if p.requires_grad))
         # Tokens that attend nothing pass by. Of sequence shards each rank would have another count
         # of them: these go through whole.
@@ -132,18 +132,14 @@ class CrossAttentionLayer(MegatronModule):
             assert frame_rotation is not None
             query, key = token_rotation(query), frame_rotation(key)
         key = self.k_norm(key)
-        if frames.padded is not None:
-            core = attend_padded
-        else:
-            core = attend_flex if self.backend == "flex" else attend_blocks
-        out = core(query, key, value, frames)
+        out = attend_frames(query, key, value, frames)
         if self.config.sequence_parallel:
             out = frames.attending.scatter(out)
         return out.flatten(1)[:, None]  # [n or T, 1, heads x D]
 
 
-def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
-    """Softmax attention, block by block of `frames.blocks`.
+def attend_frames(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
+    """Softmax attention of tokens over frames, in the form that was planned.
 
     Args:
         query: of the tokens that attend a frame, `frames.tokens`: `[n, heads, D]`.
@@ -152,6 +148,15 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
     Returns:
         `[n, heads, D]`.
     """
+    if frames.padded is not None:
+        return attend_padded(query, key, value, frames)
+    if frames.flex is not None:
+        return attend_flex(query, key, value, frames.flex)
+    return attend_blocks(query, key, value, frames)
+
+
+def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
+    """The same, block by block of `frames.blocks`."""
     blocks, patches = frames.blocks, key.shape[1]
     if frames.slots > len(key):
         key, value = (pad(x, (0,) * 7 + (frames.slots - len(key),)) for x in (key, value))
@@ -166,7 +171,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
 
 
 def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
-    """The same as `attend_blocks` for many short sequences, all of them at once."""
+    """The same for many short sequences, all of them at once."""
     padded = frames.padded
     assert padded is not None
     batch = padded.shape[0]
@@ -192,39 +197,12 @@ class _Windows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        total = grads[0].new_zeros(ctx.length, *grads[0].shape[1:])
+        # In fp32 where they are bf16: many blocks of a stream see the same frame.
+        dtype = torch.promote_types(grads[0].dtype, torch.float32)
+        total = grads[0].new_zeros(ctx.length, *grads[0].shape[1:], dtype=dtype)
         for (start, stop), grad in zip(ctx.windows, grads, strict=True):
             total[start:stop] += grad
-        return total, None
-
-
-_flex: Callable | None = None
-
-
-def attend_flex(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
-    """The same as `attend_blocks`, as one FlexAttention call with a block mask: for CUDA.
-
-    Pays where there are many blocks (a long video): one kernel in place of one a block.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    global _flex
-    if _flex is None:
-        _flex = torch.compile(flex_attention) if query.is_cuda else flex_attention
-    query = frames.attending.scatter(query)
-    device, patches, tiles = query.device, key.shape[1], frames.tiles.shape[1]
-    first, last, sees, real = frames.first, frames.last, frames.sees, frames.tiles.flatten()
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        frame = kv // patches
-        attended = (frame >= first[q]) & (frame < last[q])
-        return attended & (real[kv // (patches // tiles)] | ~sees[q])
-
-    keys = key.shape[0] * patches
-    mask = create_block_mask(mask_mod, None, None, len(query), keys, device=str(device))
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key.flatten(0, 1), value.flatten(0, 1)))
-    out = _flex(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-    return frames.attending.gather(out)
+        return total.to(grads[0].dtype), None
 
 
 class _Touch(torch.autograd.Function):

@@ -136,7 +136,7 @@ class Decoder(MegatronModule):
         token_rotation = Rotation.of(self.text, text.positions, x.dtype)
         attending_rotation = Rotation.of(self.text, text.positions[frames.tokens], x.dtype)
         frame_rotation = (
-            Rotation.of(self.text, frames.positions, x.dtype) if frames.blocks else None
+            Rotation.of(self.text, frames.positions, x.dtype) if len(frames.tokens) else None
         )
         loss_positions = self._loss_positions(targets, len(text.tokens))
         for index, layer in self.layers.items():

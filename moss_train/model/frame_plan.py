@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moss_train.model.flex_attention import FlexPlan, plan_flex
 from moss_train.model.gather_rows import RowSubset
 from moss_train.model.padded_attention import PaddedAttention, additive_mask, plan_padded
 from moss_train.model.shape_grid import round_up
@@ -64,12 +65,13 @@ class FramePlan:
     blocks: what the attention computes, of all of `tokens`.
     rows: where `tokens` are among the rows of all blocks, one block after the other.
     slots: frames that blocks reach to: F, or more where a rounded block has more.
+    flex: the same for FlexAttention, in place of blocks, where that was asked for.
     padded: the same as a padded batch, where that computes no more pairs.
     """
 
     on_device: ClassVar = (
         "positions", "first", "last", "sees", "tiles", "tokens", "attending", "blocks", "rows",
-        "padded",
+        "flex", "padded",
     )  # fmt: skip
 
     positions: Tensor
@@ -81,6 +83,7 @@ class FramePlan:
     blocks: list[Block]
     rows: RowSubset
     slots: int
+    flex: FlexPlan | None = None
     padded: PaddedAttention | None = None
     states: Tensor | None = field(default=None)  # projected frames [F, T x P, H]
 
@@ -97,7 +100,8 @@ class FramePlan:
     @property
     def pairs(self) -> int:
         """(Token, frame) pairs that are computed."""
-        return self.padded.pairs if self.padded else sum(block.pairs for block in self.blocks)
+        one_call = self.padded or self.flex
+        return one_call.pairs if one_call else sum(block.pairs for block in self.blocks)
 
     def attended(self) -> int:
         """(Token, frame) pairs that are needed, for the FLOP count (before the plan is moved)."""
@@ -116,6 +120,7 @@ def plan_frames(
     max_tiles: int = 1,
     attend_all: bool = False,
     rounded: bool = False,
+    flex: int | None = None,
 ) -> FramePlan:
     """Plans the cross-attention of a microbatch of packed sequences.
 
@@ -130,6 +135,8 @@ def plan_frames(
         tiles: real tiles of each frame `[F]`, of `max_tiles`; None: all are real.
         attend_all: tokens that see no frame attend every frame slot of their sequence, unmasked.
         rounded: whether what is computed has rounded lengths (shape_grid.py).
+        flex: P, vision tokens of a tile: FlexAttention is to run in place of blocks, where there
+            are enough tokens.
 
     Raises:
         ValueError: the frames of a sequence are not sorted by visibility.
@@ -158,10 +165,14 @@ def plan_frames(
     count = torch.full_like(start, max_tiles) if tiles is None else tiles
     real = torch.arange(max_tiles) < count[:, None]
     tokens = (last > first).nonzero()[:, 0]
-    blocks = _Blocks(first[tokens], last[tokens], unmasked[tokens], real, rounded).blocks
+    runs = first[tokens], last[tokens], unmasked[tokens], real
+    planned = plan_flex(*runs, flex) if flex else None
+    blocks = [] if planned else _Blocks(*runs, rounded).blocks
     slots = max([len(real), *(block.last for block in blocks)])
-    plan = FramePlan(positions, first, last, sees, real, tokens, blocks, _rows(blocks), slots)
-    if blocks:
+    plan = FramePlan(
+        positions, first, last, sees, real, tokens, blocks, _rows(blocks), slots, planned
+    )
+    if len(tokens):
         plan.padded = plan_padded(
             tokens, sequence, (first, last), unmasked, real, frame_sequences, plan.pairs, rounded
         )

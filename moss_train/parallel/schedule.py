@@ -14,6 +14,7 @@ from moss_train import hardware
 from moss_train.model.frame_plan import FramePlan, plan_frames
 from moss_train.model.loss import LossOptions, Targets, find_targets
 from moss_train.model.packed_text import PackedText
+from moss_train.model.projector import pooled_tokens
 from moss_train.model.shape_grid import rounds_lengths
 from moss_train.model.vision import tiles_used
 from moss_train.model_config import ModelConfig
@@ -77,6 +78,7 @@ def plan_inputs(
             max_tiles=max_tiles,
             attend_all=model.tokens_before_first_frame == "attend_all",
             rounded=rounds_lengths(model),
+            flex=pooled_tokens(model) if model.attention == "flex" else None,
         )
         text = PackedText(batch.tokens, batch.lengths, rounds_lengths(model))
         targets = find_targets(batch.labels, batch.lengths, options)

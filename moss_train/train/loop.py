@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +19,7 @@ from moss_train.config import Config
 from moss_train.convert.llama import initial_reader
 from moss_train.convert.weights import fill
 from moss_train.log import log
+from moss_train.model.choose_attention import choose_attention
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
@@ -99,6 +100,8 @@ class Job:
         self.first_rank = dist.get_rank() == 0
         timeout = config.hardware.timeout_s
         self.groups = build_groups(config.parallel, config.trainer.seed, timeout)
+        model = choose_attention(config.model, config.parallel, self.groups)
+        config = replace(config, model=model)  # self.config keeps what was asked for
         self.model = MossVideo(config.model, config.parallel, self.groups, config.adapter)
         if resume_from is None:
             # What a checkpoint holds is not drawn first: of 11B that takes minutes.
@@ -107,7 +110,7 @@ class Job:
         self.counts = freeze(self.model, [*config.stage.train, *config.stage.also])
         self.state = make_train_state(self.model, config, self.counts)
         path = config.data.tokenizer
-        self.checkpointer = Checkpointer(config, self.model, self.state, identify(path))
+        self.checkpointer = Checkpointer(self.config, self.model, self.state, identify(path))
         tokens = SpecialTokens.from_tokenizer(load_tokenizer(path), path)
         self.done = self.samples = 0
         self.bad_samples = BadSamples(config.data.max_bad_ratio)

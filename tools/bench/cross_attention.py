@@ -22,22 +22,33 @@ from torch.nn.functional import scaled_dot_product_attention
 from data_pipeline.commands import CommandParser
 from data_pipeline.tables import format_table
 from moss_train import hardware
-from moss_train.model.cross_attention import attend_blocks, attend_flex
+from moss_train.model.cross_attention import attend_blocks
+from moss_train.model.flex_attention import attend_flex
 from moss_train.model.frame_plan import FramePlan, plan_frames
+from moss_train.transfer import move
 
 
-def plan(layout: str, tokens: int, frames: int) -> FramePlan:
-    """One row; every frame is seen from its mark on."""
+def plan(layout: str, tokens: int, frames: int, flex: int | None = None) -> FramePlan:
+    """One row; every frame is seen from its mark on. On the device."""
     step = tokens // frames if layout == "realtime" else 1
-    return plan_frames(
-        torch.zeros(frames, dtype=torch.long), torch.arange(frames) * step, [tokens], tokens
+    planned = plan_frames(
+        torch.zeros(frames, dtype=torch.long),
+        torch.arange(frames) * step,
+        [tokens],
+        tokens,
+        flex=flex,
     )
+    move(planned)
+    return planned
 
 
 def dense_mask(frames: FramePlan, tokens: int, patches: int, dtype: torch.dtype) -> Tensor:
     """0 where a token may see a key, else -inf: `[tokens, frames x patches]`."""
-    allowed = torch.arange(tokens)[:, None] >= frames.positions
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, float("-inf"))
+    device = frames.positions.device
+    allowed = torch.arange(tokens, device=device)[:, None] >= frames.positions
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(
+        ~allowed, float("-inf")
+    )
     return mask.repeat_interleave(patches, dim=1)
 
 
@@ -127,7 +138,7 @@ def compare(layout: str, args: argparse.Namespace) -> None:
 
     def dense() -> Tensor:
         # The mask is part of the cost: a training step builds it for every microbatch.
-        mask = dense_mask(frames, args.tokens, args.patches, dtype).to(device)
+        mask = dense_mask(frames, args.tokens, args.patches, dtype)
         return attend_dense(query, key, value, mask)
 
     computed = sum(block.pairs for block in frames.blocks)
@@ -136,7 +147,9 @@ def compare(layout: str, args: argparse.Namespace) -> None:
         ("dense mask", args.tokens * args.frames, dense),
     ]
     if device.type == "cuda":
-        rows.insert(1, ("flex", float("nan"), lambda: attend_flex(query, key, value, frames)))
+        flex = plan(layout, args.tokens, args.frames, args.patches).flex
+        assert flex is not None
+        rows.insert(1, ("flex", flex.pairs, lambda: attend_flex(query, key, value, flex)))
     lines: list[tuple[str, ...]] = [("layout", "core", "computed", "seconds", "CPU s", "extra GB")]
     best = {}
     for name, pairs, attend in rows:

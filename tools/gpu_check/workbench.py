@@ -12,6 +12,7 @@ import torch
 from moss_train import hardware
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
+from moss_train.model.choose_attention import choose_attention
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.process_groups import build_groups
@@ -37,6 +38,7 @@ class Workbench:
         self.case, self.config = case, case.config(device, folder)
         config = self.config
         self.groups = build_groups(config.parallel, seed=1)
+        config.model = choose_attention(config.model, config.parallel, self.groups)
         self.model = MossVideo(config.model, config.parallel, self.groups)
         self.size = sum(p.numel() for _, p in self.model.named_parameters())
         if self.size < DRAWN_ON_THE_CPU:

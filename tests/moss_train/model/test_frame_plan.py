@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def random_layout(rng: random.Random, longest: int, most: int, max_tiles: int) -
     return {"lengths": lengths, "rows": rows, "start": start, "stop": stop, "tiles": tiles}
 
 
-def plan(layout: dict, max_tiles: int, attend_all: bool, rounded: bool = False) -> FramePlan:
+def plan(layout: dict, max_tiles: int, attend_all: bool, **options: Any) -> FramePlan:
     """plan_frames of a layout, five tokens of padding behind its packed rows."""
     start = torch.tensor(layout["start"], dtype=torch.long)
     return plan_frames(
@@ -42,7 +43,7 @@ def plan(layout: dict, max_tiles: int, attend_all: bool, rounded: bool = False) 
         tiles=torch.tensor(layout["tiles"], dtype=torch.long),
         max_tiles=max_tiles,
         attend_all=attend_all,
-        rounded=rounded,
+        **options,
     )
 
 

@@ -1,0 +1,215 @@
+"""A kernel that nobody has seen on a device proves itself there before it is used.
+
+It is compared once with plain torch, output and gradients, over the shapes that matter; the verdict
+is kept in the user's cache folder by device, versions and code. Where it fails or differs, the
+caller takes the plain path, and one line says so:
+
+    if proven(Kernel("FlexAttention", "heads of 128", ("torch", "triton"), (__name__,), cases)):
+        ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.atomic import write_atomically
+from moss_train import hardware
+from moss_train.log import log
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a kernel, and the same by plain torch.
+
+    run, plain: from `inputs` to one tensor.
+    inputs: floating-point tensors on the device; all of them are differentiated.
+    """
+
+    name: str
+    run: Function
+    plain: Function
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is to be proven.
+
+    name: as a user knows it. shapes: what else tells its cases apart.
+    packages: whose versions matter. modules: whose code does.
+    cases: makes the cases, when they are needed.
+    """
+
+    name: str
+    shapes: str
+    packages: tuple[str, ...]
+    modules: tuple[str, ...]
+    cases: Callable[[], Iterable[Case]]
+
+
+def proven(kernel: Kernel) -> bool:
+    """Whether it computes what plain torch does on this process's device. Logs one line.
+
+    Raises:
+        RuntimeError: it has left the device unusable. The verdict is kept: the next start will not
+            try it.
+    """
+    started = time.perf_counter()
+    where = _file(kernel.name, kernel.shapes, kernel.packages, kernel.modules)
+    kept = _read(where)
+    wrong = kept["wrong"] if kept else _first_wrong(kernel)
+    if not kept:
+        _write(where, {"wrong": wrong})
+    device = hardware.device_name()
+    if wrong:
+        log.warning("%s is not used on %s: %s (%s)", kernel.name, device, wrong, where)
+        _check_device(kernel.name)
+    else:
+        seconds = "before" if kept else f"in {time.perf_counter() - started:.1f} s"
+        log.info("%s computes what torch does on %s, compared %s", kernel.name, device, seconds)
+    return not wrong
+
+
+def remembered(
+    name: str,
+    shapes: str,
+    packages: Sequence[str],
+    modules: Sequence[str],
+    measure: Callable[[], Any],
+) -> Any:
+    """What `measure()` once gave on this device with these versions, as JSON holds it."""
+    where = _file(name, shapes, packages, modules)
+    kept = _read(where)
+    if not kept:
+        kept = {"measured": measure()}
+        _write(where, kept)
+    return kept["measured"]
+
+
+def _first_wrong(kernel: Kernel) -> str:
+    """What is wrong with it, in a few words; "" where nothing is."""
+    case = None
+    try:
+        for case in kernel.cases():
+            wrong = difference(case)
+            if wrong:
+                return f"{case.name}: {wrong}"
+    except torch.OutOfMemoryError:  # says nothing of the kernel
+        raise
+    except Exception as error:  # whatever a kernel of others raises: then the plain path runs
+        said = str(error).strip().split("\n")[0][:160]
+        return f"{case.name if case else 'no case'}: {type(error).__name__}: {said}"
+    return ""
+
+
+def difference(case: Case) -> str:
+    """How the output or a gradient is further from an exact one than torch's own; "" if none is.
+
+    The exact ones are plain torch's on the same numbers, in fp32 (of fp32 ones, in fp64). An error
+    may be twice that of torch and a quarter of the type's spacing (of fp32: 1e-5), both in its
+    largest element and in the mean square: the first finds a wrong row, the second a wrong factor.
+    """
+    dtype = case.inputs[0].dtype
+    wider = torch.float64 if dtype is torch.float32 else torch.float32
+    spacing = max(torch.finfo(dtype).eps / 4, 1e-5)
+    exact = _results(case.plain, [x.to(wider) for x in case.inputs])
+    plain = _results(case.plain, case.inputs)
+    names = ("the output", *(f"gradient {number}" for number in range(1, len(exact))))
+    for name, ours, theirs, right in zip(
+        names, _results(case.run, case.inputs), plain, exact, strict=True
+    ):
+        if ours.shape != right.shape:
+            return f"{name} has the shape {[*ours.shape]}, torch's {[*right.shape]}"
+        for size in (_largest, _mean):
+            scale = size(right) or 1.0
+            allowed = 2 * size(theirs - right) / scale + spacing
+            error = size(ours - right) / scale
+            if not error <= allowed:  # nor where it is NaN
+                return f"{name} differs by {error:.1e} of its size, {allowed:.1e} is allowed"
+    return ""
+
+
+def _results(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Output and gradients, for a gradient of the output that is always the same."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    places = torch.arange(out.numel(), device=out.device).view(out.shape)
+    gradient = torch.cos(places.double() % 1009).to(out.dtype)
+    return [x.double() for x in (out.detach(), *torch.autograd.grad(out, leaves, gradient))]
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _mean(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _check_device(name: str) -> None:
+    """Raises RuntimeError where the GPU does not work any more, as after a wrong memory access."""
+    if hardware.device().type == "cpu":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        said = str(error).split("\n")[0]
+        raise RuntimeError(
+            f"{name} has left the GPU unusable ({said}): start again, it will not be used"
+        ) from None
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can find out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moss-train"
+
+
+def _file(name: str, shapes: str, packages: Sequence[str], modules: Sequence[str]) -> Path:
+    """The file of a verdict. Its name tells shapes, device, versions and code apart."""
+    exact = torch.are_deterministic_algorithms_enabled()
+    parts = [
+        name,
+        shapes,
+        hardware.device_name(),
+        f"CUDA {torch.version.cuda}",
+        f"deterministic {exact}",
+    ]
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            parts.append(f"{package} {version(package)}")
+    digest = sha256("\n".join(parts).encode())
+    for module in (__name__, *modules):
+        spec = find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        digest.update(Path(spec.origin).read_bytes())
+    stem = "".join(sign if sign.isalnum() else "-" for sign in name)
+    return cache_folder() / f"{stem}-{digest.hexdigest()[:16]}.json"
+
+
+def _read(where: Path) -> dict[str, Any]:
+    try:
+        return json.loads(where.read_text())
+    except (OSError, ValueError):  # none, or half of one
+        return {}
+
+
+def _write(where: Path, kept: dict[str, Any]) -> None:
+    with suppress(OSError):  # a home that cannot be written: it is found out again at each start
+        where.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(where, json.dumps(kept) + "\n")
