@@ -119,6 +119,14 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def free_memory() -> int:
+    """Bytes of the GPU's memory that this process can still get: what is free, and what torch has
+    taken and does not use.
+    """
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + unused
+
+
 def peak_memory_gb() -> float:
     """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
     if device().type == "cuda":

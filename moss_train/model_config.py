@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from data_pipeline.aspect_ratios import supported_aspect_ratios
 from data_pipeline.fields import choice, number, numbers
 
+MOST_FRAMES_PER_CHUNK = 16
 POOLS = ("none", "average", "max", "bilinear", "channel_fusion")
 
 
@@ -25,8 +26,9 @@ class VisionConfig:
     intermediate_layers: list[int] = numbers([3, 7, 15, 23, 30], least=0)  # noqa: RUF009
     norm_eps: float = number(1e-5, above=0)
     full_attention: bool = True  # False: mask padding as Llama-3.2-Vision does
-    # Frames encoded at once; bounds the tower's activation memory.
-    frames_per_chunk: int = number(16, above=0)
+    # Frames encoded at once; bounds the tower's activation memory. None: as many as fit half of the
+    # memory that is free on the GPU when training starts, 16 at most; on a CPU 16.
+    frames_per_chunk: int | None = number(None, above=0)
     recompute: bool = True  # run a training tower's forward pass again for its backward pass
 
     @property

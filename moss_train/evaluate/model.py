@@ -25,6 +25,7 @@ from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
 from moss_train.model.shape_grid import rounds_lengths
 from moss_train.model.vision import tiles_used
+from moss_train.model_config import MOST_FRAMES_PER_CHUNK
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.process_groups import build_groups
@@ -51,7 +52,8 @@ class TrainedModel:
     def __init__(self, config: Config, model: MossVideo, path: Path, step: int):
         """Takes a model that is alone in its groups. `path`, `step`: where its weights are from."""
         self.config, self.model, self.path, self.step = config, model, path, step
-        self.exchange = FrameExchange(config.model, model.encoder, model.groups)
+        chunk = config.model.vision.frames_per_chunk or MOST_FRAMES_PER_CHUNK
+        self.exchange = FrameExchange(config.model, model.encoder, model.groups, chunk)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.encoder = SampleEncoder(encode_config(config), self.tokenizer)
 

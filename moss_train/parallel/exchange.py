@@ -25,14 +25,22 @@ from torch import Tensor
 from moss_train.model.groups import Groups
 from moss_train.model.normalize import normalize
 from moss_train.model.projector import VisionEncoder, pooled_tokens
-from moss_train.model_config import ModelConfig
+from moss_train.model_config import MOST_FRAMES_PER_CHUNK, ModelConfig
 from moss_train.parallel.distribute import StepBatch
 
 
 class FrameExchange:
     """Encodes the frames of a step over the ranks of a replica. One step at a time."""
 
-    def __init__(self, model: ModelConfig, encoder: VisionEncoder, groups: Groups):
+    def __init__(
+        self,
+        model: ModelConfig,
+        encoder: VisionEncoder,
+        groups: Groups,
+        chunk: int = MOST_FRAMES_PER_CHUNK,
+    ):
+        """chunk: frames that are encoded at once."""
+        self.chunk = chunk
         self.model, self.encoder, self.groups = model, encoder, groups
         trains = [name for name, p in encoder.named_parameters() if p.requires_grad]
         self.tower_trains = any(name.startswith("vision.") for name in trains)
@@ -63,7 +71,7 @@ class FrameExchange:
         """States of all frames of a step, in order. A collective."""
         wanted = self.trains and torch.is_grad_enabled()
         again = wanted and self.tower_trains and self.model.vision.recompute
-        size, out = self.model.vision.frames_per_chunk, []
+        size, out = self.chunk, []
         self._chunks, self._counts = [], step.counts
         for frames, ratio_ids in zip(
             step.frames.split(size), step.ratio_ids.split(size), strict=True

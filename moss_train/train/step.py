@@ -19,6 +19,7 @@ from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.gradients import reduce_gradients
 from moss_train.parallel.schedule import run_schedule
+from moss_train.train.chunk_size import frames_per_chunk
 from moss_train.train.flops import StepCounts
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import TrainState
@@ -70,7 +71,8 @@ class TrainStep:
         guard: Guard,
     ):
         self.config, self.model, self.state, self.guard = config, model, state, guard
-        self.exchange = FrameExchange(config.model, model.encoder, model.groups)
+        chunk = frames_per_chunk(config, model, state)
+        self.exchange = FrameExchange(config.model, model.encoder, model.groups, chunk)
         self.phases = Phases()
         stage = config.stage
         self.loss = LossOptions(

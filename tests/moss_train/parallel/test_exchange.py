@@ -30,6 +30,12 @@ def built(groups, dtype: str, chunk: int, recompute: bool = True) -> MossVideo:
     return model
 
 
+def exchange_of(model: MossVideo) -> FrameExchange:
+    chunk = model.config.vision.frames_per_chunk
+    assert chunk is not None
+    return FrameExchange(model.config, model.encoder, model.groups, chunk)
+
+
 def batch(frames: int) -> StepBatch:
     """One microbatch of frames that are all different."""
     none = torch.zeros(0, dtype=torch.int64)
@@ -53,7 +59,7 @@ def gradients(groups, dtype: str, chunk: int, recompute: bool = True) -> dict[st
     config.trainer.steps = 2
     state = make_train_state(model, config, freeze(model, ["vision.*", "projector.*"]))
     state.zero_gradients()
-    exchange = FrameExchange(model.config, model.encoder, groups)
+    exchange = exchange_of(model)
     (states,) = exchange.encode(batch(FRAMES))
     states.grad = returned(states)
     exchange.return_gradient()
@@ -63,7 +69,7 @@ def gradients(groups, dtype: str, chunk: int, recompute: bool = True) -> dict[st
 def in_one_pass(groups) -> dict[str, Tensor]:
     """bf16, a frame a chunk, all chunks in one backward pass of autograd."""
     model = built(groups, "bf16", 1)
-    exchange = FrameExchange(model.config, model.encoder, groups)
+    exchange = exchange_of(model)
     all_frames = batch(FRAMES)
     parts = zip(all_frames.frames.split(1), all_frames.ratio_ids.split(1), strict=True)
     states = torch.cat([exchange._encode(*part) for part in parts])
@@ -103,7 +109,7 @@ def test_one_chunk_is_kept_at_a_time(groups) -> None:
     peaks = {}
     for frames in (3, 24):
         model = built(groups, "fp32", chunk=3)
-        exchange = FrameExchange(model.config, model.encoder, groups)
+        exchange = exchange_of(model)
         kept = Kept(model.encoder.parameters())
         with kept:
             (states,) = exchange.encode(batch(frames))
