@@ -1,8 +1,8 @@
 """Decodes clients' media: in a process of its own, which `media.py` starts and may kill.
 
 A process answers each Task with messages of one letter and data: `F` a frame, uint8
-[3, tile, tile]; `E` why it cannot, as JSON; `D` done. Nothing that comes back is unpickled: a
-decoder that a file has taken over cannot reach further.
+[3, tile, tile], `L` the last one; `E` why it cannot, as JSON. Nothing that comes back is unpickled:
+a decoder that a file has taken over cannot reach further.
 """
 
 from __future__ import annotations
@@ -123,11 +123,14 @@ def work(connection: Connection, memory: int) -> None:
 
 
 def _answer(connection: Connection, task: Task) -> bytes:
-    """Sends a task's frames; the message that ends them."""
+    """Sends a task's frames but for the last; the message that ends them."""
     try:
-        for frame in frames_of(task):
-            connection.send_bytes(b"F" + frame.contiguous().numpy().tobytes())
-        return b"D"
+        frames = frames_of(task)
+        last = next(frames)
+        for frame in frames:
+            connection.send_bytes(b"F" + last.contiguous().numpy().tobytes())
+            last = frame
+        return b"L" + last.contiguous().numpy().tobytes()
     except Refused as error:
         said = {"code": error.code, "message": str(error), "field": error.field}
     except SampleError as error:

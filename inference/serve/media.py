@@ -198,8 +198,6 @@ class _Worker:
                     raise _too_slow(job.seconds, "to decode")
                 continue
             message = bytearray(connection.recv_bytes())
-            if message[:1] == b"D":
-                return frames
             if message[:1] == b"E":
                 raise _error(message[1:])
             try:
@@ -209,6 +207,8 @@ class _Worker:
                 raise
             frame = torch.frombuffer(message, dtype=torch.uint8, offset=1)
             frames.append(frame.view(3, task.tile, task.tile))
+            if message[:1] == b"L":
+                return frames
 
 
 def _too_slow(seconds: float, words: str) -> Refused:
