@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "moss_train.sources",
         "inference.session",
     ),
-    ("moss_train.transfer", "moss_train.kernel_proof"),
+    ("moss_train.transfer",),
     ("moss_train.model", "inference"),  # inference: cli and sources
     ("moss_train.parallel", "inference.serve", "inference.bench"),
     ("moss_train.convert",),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.proof import Proofs
+from data_pipeline.kernel_proof import Kernel, proven
 from inference.kernels import plain
 from inference.kernels.rows import Attention, Rows
-from inference.kernels.trials import Cases, Sizes
+from inference.kernels.trials import Sizes, Trials
 
 KINDS = ("auto", "triton", "torch")
 
@@ -58,7 +57,7 @@ def choose(kind: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) ->
         return Kernels()
     if kind == "triton":
         return fused
-    return _proven(fused, device, dtype, sizes)
+    return proven_ones(fused, device, dtype, sizes)
 
 
 def _triton() -> Kernels:
@@ -74,13 +73,16 @@ def _triton() -> Kernels:
     )
 
 
-def _proven(fused: Kernels, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Kernels:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    proofs = Proofs(device, sources, {"triton": version("triton")})
-    chosen = Kernels()
+def proven_ones(fused: Kernels, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Kernels:
+    """Of each operation `fused`'s where it computes what plain torch does, else plain torch."""
+    trials, chosen = Trials(device, dtype, sizes), Kernels()
     for name in Kernels.__dataclass_fields__:
-        label = f"{name} {dtype} {sizes}"
-        cases = Cases(device, dtype, sizes)
-        if proofs.right(label, getattr(cases, name)(getattr(fused, name), getattr(chosen, name))):
-            chosen = replace(chosen, **{name: getattr(fused, name)})
+        ours, others = getattr(fused, name), getattr(chosen, name)
+        modules = (ours.__module__, plain.__name__, Trials.__module__)
+        cases = partial(getattr(trials, name), ours, others)
+        shapes = f"{dtype}, {sizes}"
+        if proven(
+            Kernel(f"the kernel {name}", shapes, ("torch", "triton"), modules, cases), device
+        ):
+            chosen = replace(chosen, **{name: ours})
     return chosen

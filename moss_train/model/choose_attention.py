@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.kernel_proof import Case, Kernel, proven, remembered
 from moss_train import hardware
 from moss_train.config import ParallelConfig
-from moss_train.kernel_proof import Case, Kernel, proven, remembered
 from moss_train.log import log
 from moss_train.model.attention import attend_packed, attend_whole, attention_core
 from moss_train.model.cross_attention import attend_blocks, attend_frames
@@ -102,8 +102,8 @@ class Trial:
             return "sdpa"
         packages = sorted({package for name in able for package in PACKAGES[name]})
         times = remembered(
-            "attention", f"{able}, {self.shapes}, {asdict(self.model)}", packages, MODULES,
-            lambda: {name: self._milliseconds(name) for name in able},
+            self.device, "attention", f"{able}, {self.shapes}, {asdict(self.model)}", packages,
+            MODULES, lambda: {name: self._milliseconds(name) for name in able},
         )  # fmt: skip
         fastest = min(able, key=lambda name: times[name])
         told = ", ".join(f"{name} {times[name]:.1f} ms" for name in able)
@@ -124,7 +124,8 @@ class Trial:
     def _proven(self, name: str) -> bool:
         cases = self._cross_cases if name == "flex" else partial(self._core_cases, name)
         return proven(
-            Kernel(f"model.attention={name}", self.shapes, PACKAGES[name], MODULES, cases)
+            Kernel(f"model.attention={name}", self.shapes, PACKAGES[name], MODULES, cases),
+            self.device,
         )
 
     def _core_cases(self, name: str) -> Iterator[Case]:

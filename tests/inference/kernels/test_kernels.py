@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from inference.engine.engine import Engine, EngineConfig
 from inference.engine.quantize import FORMATS
 from inference.engine.slots import Step
 from inference.kernels import plain
-from inference.kernels.choose import Kernels, choose
+from inference.kernels.choose import Kernels, choose, proven_ones
 from inference.kernels.rows import Rows
 from inference.kernels.trials import Sizes
 from tests.inference.engine.streams import Player, largest_error, make_stream, offline, play
@@ -201,6 +202,20 @@ def test_a_stream_through_the_kernels_equals_one_pass_over_the_whole() -> None:
         return arrived - 2 <= f < arrived
 
     assert largest_error(player, offline(model, stream, sees)) < 1e-4
+
+
+def test_only_what_computes_what_torch_does_is_used(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sizes = Sizes(hidden=24, inner=40, heads=2, kv_heads=1, head_dim=16, patches=9)
+    wrong = replace(kernels, swiglu=lambda gate_up: 1.01 * kernels.swiglu(gate_up))
+    for _ in range(2):
+        chosen = proven_ones(wrong, DEVICE, torch.float32, sizes)
+        assert chosen == replace(kernels, swiglu=plain.swiglu)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 2
+    assert lines[0].startswith("the kernel swiglu is not used on")
 
 
 class Counting(torch.utils._python_dispatch.TorchDispatchMode):

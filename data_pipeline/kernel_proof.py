@@ -4,13 +4,15 @@ It is compared once with plain torch, output and gradients, over the shapes that
 is kept in the user's cache folder by device, versions and code. Where it fails or differs, the
 caller takes the plain path, and one line says so:
 
-    if proven(Kernel("FlexAttention", "heads of 128", ("torch", "triton"), (__name__,), cases)):
+    kernel = Kernel("FlexAttention", "heads of 128", ("torch", "triton"), (__name__,), cases)
+    if proven(kernel, device):
         ...
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,8 +28,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.atomic import write_atomically
-from moss_train import hardware
-from moss_train.log import log
+
+# Below the logger of training, which is set up there; elsewhere warnings go to stderr.
+log = logging.getLogger("moss_train.kernels")
 
 Function = Callable[..., Tensor]
 
@@ -37,13 +40,15 @@ class Case:
     """One call of a kernel, and the same by plain torch.
 
     run, plain: from `inputs` to one tensor.
-    inputs: floating-point tensors on the device; all of them are differentiated.
+    inputs: floating-point tensors on the device.
+    gradients: whether those of the inputs are compared, too.
     """
 
     name: str
     run: Function
     plain: Function
     inputs: tuple[Tensor, ...]
+    gradients: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,38 +67,39 @@ class Kernel:
     cases: Callable[[], Iterable[Case]]
 
 
-def proven(kernel: Kernel) -> bool:
-    """Whether it computes what plain torch does on this process's device. Logs one line.
+def proven(kernel: Kernel, device: torch.device) -> bool:
+    """Whether it computes what plain torch does on a device. Logs one line.
 
     Raises:
         RuntimeError: it has left the device unusable. The verdict is kept: the next start will not
             try it.
     """
     started = time.perf_counter()
-    where = _file(kernel.name, kernel.shapes, kernel.packages, kernel.modules)
+    where = _file(device, kernel.name, kernel.shapes, kernel.packages, kernel.modules)
     kept = _read(where)
     wrong = kept["wrong"] if kept else _first_wrong(kernel)
     if not kept:
         _write(where, {"wrong": wrong})
-    device = hardware.device_name()
+    machine = device_name(device)
     if wrong:
-        log.warning("%s is not used on %s: %s (%s)", kernel.name, device, wrong, where)
-        _check_device(kernel.name)
+        log.warning("%s is not used on %s: %s (%s)", kernel.name, machine, wrong, where)
+        _check_device(kernel.name, device)
     else:
         seconds = "before" if kept else f"in {time.perf_counter() - started:.1f} s"
-        log.info("%s computes what torch does on %s, compared %s", kernel.name, device, seconds)
+        log.info("%s computes what torch does on %s, compared %s", kernel.name, machine, seconds)
     return not wrong
 
 
 def remembered(
+    device: torch.device,
     name: str,
     shapes: str,
     packages: Sequence[str],
     modules: Sequence[str],
     measure: Callable[[], Any],
 ) -> Any:
-    """What `measure()` once gave on this device with these versions, as JSON holds it."""
-    where = _file(name, shapes, packages, modules)
+    """What `measure()` once gave on a device with these versions, as JSON holds it."""
+    where = _file(device, name, shapes, packages, modules)
     kept = _read(where)
     if not kept:
         kept = {"measured": measure()}
@@ -127,12 +133,10 @@ def difference(case: Case) -> str:
     dtype = case.inputs[0].dtype
     wider = torch.float64 if dtype is torch.float32 else torch.float32
     spacing = max(torch.finfo(dtype).eps / 4, 1e-5)
-    exact = _results(case.plain, [x.to(wider) for x in case.inputs])
-    plain = _results(case.plain, case.inputs)
+    exact = _results(case, case.plain, [x.to(wider) for x in case.inputs])
+    plain, found = (_results(case, f, case.inputs) for f in (case.plain, case.run))
     names = ("the output", *(f"gradient {number}" for number in range(1, len(exact))))
-    for name, ours, theirs, right in zip(
-        names, _results(case.run, case.inputs), plain, exact, strict=True
-    ):
+    for name, ours, theirs, right in zip(names, found, plain, exact, strict=True):
         if ours.shape != right.shape:
             return f"{name} has the shape {[*ours.shape]}, torch's {[*right.shape]}"
         for size in (_largest, _mean):
@@ -144,8 +148,11 @@ def difference(case: Case) -> str:
     return ""
 
 
-def _results(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _results(case: Case, function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Output and gradients, for a gradient of the output that is always the same."""
+    if not case.gradients:
+        with torch.no_grad():
+            return [function(*inputs).double()]
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     places = torch.arange(out.numel(), device=out.device).view(out.shape)
@@ -161,12 +168,12 @@ def _mean(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def _check_device(name: str) -> None:
+def _check_device(name: str, device: torch.device) -> None:
     """Raises RuntimeError where the GPU does not work any more, as after a wrong memory access."""
-    if hardware.device().type == "cpu":
+    if device.type == "cpu":
         return
     try:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     except RuntimeError as error:
         said = str(error).split("\n")[0]
         raise RuntimeError(
@@ -179,13 +186,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moss-train"
 
 
-def _file(name: str, shapes: str, packages: Sequence[str], modules: Sequence[str]) -> Path:
+def device_name(device: torch.device) -> str:
+    """The GPU's name as its driver has it, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _file(
+    device: torch.device, name: str, shapes: str, packages: Sequence[str], modules: Sequence[str]
+) -> Path:
     """The file of a verdict. Its name tells shapes, device, versions and code apart."""
     exact = torch.are_deterministic_algorithms_enabled()
     parts = [
         name,
         shapes,
-        hardware.device_name(),
+        device_name(device),
         f"CUDA {torch.version.cuda}",
         f"deterministic {exact}",
     ]

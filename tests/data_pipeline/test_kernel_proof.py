@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moss_train import kernel_proof
-from moss_train.kernel_proof import Case, Kernel, proven, remembered
+from data_pipeline import kernel_proof
+from data_pipeline.kernel_proof import Case, Kernel, proven, remembered
+
+CPU = torch.device("cpu")
 
 
 def plain(x: Tensor, weight: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def kernel(run: Callable[..., Tensor], tried: list[str], dtype=torch.bfloat16) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_right_kernel_is_proven_once(dtype, caplog, cache):
     tried: list[str] = []
-    assert [proven(kernel(same, tried, dtype)) for _ in range(2)] == [True, True]
+    assert [proven(kernel(same, tried, dtype), CPU) for _ in range(2)] == [True, True]
     assert tried == ["short", "long"]
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     assert len(list(cache.iterdir())) == 1
@@ -87,7 +89,7 @@ def test_a_right_kernel_is_proven_once(dtype, caplog, cache):
 )
 def test_a_wrong_kernel_is_not_used_and_not_tried_again(run, said, caplog, cache):
     tried: list[str] = []
-    assert [proven(kernel(run, tried)) for _ in range(2)] == [False, False]
+    assert [proven(kernel(run, tried), CPU) for _ in range(2)] == [False, False]
     assert tried == ["short"]
     (file,) = cache.iterdir()
     lines = [record.getMessage() for record in caplog.records]
@@ -106,7 +108,8 @@ def test_another_device_version_or_code_is_another_proof(monkeypatch, tmp_path):
         tried.clear()
         made = kernel(same, tried)
         assert proven(
-            Kernel(made.name, made.shapes, made.packages, (__name__, "some_kernel"), made.cases)
+            Kernel(made.name, made.shapes, made.packages, (__name__, "some_kernel"), made.cases),
+            CPU,
         )
         return len(tried)
 
@@ -115,22 +118,21 @@ def test_another_device_version_or_code_is_another_proof(monkeypatch, tmp_path):
     assert [prove(), prove()] == [2, 0]
     monkeypatch.setattr(kernel_proof, "version", lambda package: "99")
     assert [prove(), prove()] == [2, 0]
-    monkeypatch.setattr(kernel_proof.hardware, "device_name", lambda: "another GPU")
+    monkeypatch.setattr(kernel_proof, "device_name", lambda device: "another GPU")
     assert [prove(), prove()] == [2, 0]
 
 
 def test_a_kernel_that_broke_the_device_ends_the_job_and_is_not_tried_again(monkeypatch):
-    def broken() -> None:
+    def broken(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     tried: list[str] = []
     with monkeypatch.context() as patched:
-        patched.setattr(kernel_proof.hardware, "device", lambda: torch.device("cuda", 0))
-        patched.setattr(kernel_proof.hardware, "device_name", lambda: "CPU")
+        patched.setattr(kernel_proof, "device_name", lambda device: "CPU")
         patched.setattr(torch.cuda, "synchronize", broken)
         with pytest.raises(RuntimeError, match="has left the GPU unusable"):
-            proven(kernel(raises, tried))
-    assert not proven(kernel(raises, tried))
+            proven(kernel(raises, tried), torch.device("cuda", 0))
+    assert not proven(kernel(raises, tried), CPU)
     assert tried == ["short"]
 
 
@@ -139,12 +141,12 @@ def test_without_a_usable_cache_it_is_found_out_again(damage, cache, monkeypatch
     measured = iter((3.5, 4.5))
     if damage == "/":  # no folder can be made there
         cache.write_text("a file")
-    assert remembered("speed", "", (), (__name__,), lambda: next(measured)) == 3.5
+    assert remembered(CPU, "speed", "", (), (__name__,), lambda: next(measured)) == 3.5
     if damage == "[":
         (file,) = cache.iterdir()
         file.write_text(damage)
     again = 4.5 if damage else 3.5
-    assert remembered("speed", "", (), (__name__,), lambda: next(measured)) == again
+    assert remembered(CPU, "speed", "", (), (__name__,), lambda: next(measured)) == again
 
 
 def test_out_of_memory_says_nothing_of_a_kernel(cache):
@@ -152,5 +154,5 @@ def test_out_of_memory_says_nothing_of_a_kernel(cache):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        proven(kernel(exhausted, []))
+        proven(kernel(exhausted, []), CPU)
     assert not cache.exists()
