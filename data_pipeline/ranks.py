@@ -103,7 +103,8 @@ def _explained(error: RuntimeError, ranks: Ranks, where: str) -> Exception:
             f"MASTER_PORT={port}: another process listens there (another job, or a second rank 0): "
             "choose a free port; torchrun --standalone finds one"
         )
-    if "imed out" in line or "annot be retrieved" in line or "failed to connect" in line:
+    vain = ("imed out", "wait timeout", "annot be retrieved", "failed to connect")
+    if any(words in line for words in vain):
         return JoinError(
             f"rank {ranks.rank} waited in vain for {where}: start all ranks within the time-out, "
             f"with the same MASTER_ADDR and MASTER_PORT ({line.partition('Exception raised')[0]})"

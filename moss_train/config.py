@@ -146,6 +146,9 @@ class TrainerConfig:
     max_skipped_steps: int = number(5, above=0)
     # Steps after which ranks are named that were slower than 1.25 times the median; null: never.
     slow_ranks_every: int | None = number(100, above=0)
+    # Steps between comparisons, bit for bit, of ranks that hold the same weights; null: before each
+    # save alone.
+    compare_replicas_every: int | None = number(None, above=0)
     # Steps that torch's profiler watches on rank 0, like 10..12, into run.dir/profile.
     profile: str | None = None
 

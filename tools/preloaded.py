@@ -21,6 +21,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 MODULES = [
@@ -121,7 +122,23 @@ def _run(command: list[str], environment: Mapping[str, str], log: str | None, fo
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
     sys.argv = command
+    if "--start-method" in command:
+        _release_ended_ranks()
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
+def _release_ended_ranks() -> None:
+    """In torchrun: a rank that is a fork and has ended waits until all have. Where torchrun is told
+    to stop nothing would tell it so, and it would wait until it is killed."""
+    from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
+
+    close = MultiprocessContext._close
+
+    def release_and_close(self: MultiprocessContext, *arguments: Any, **options: Any) -> None:
+        self._worker_finished_event.set()
+        close(self, *arguments, **options)
+
+    MultiprocessContext._close = release_and_close  # type: ignore[method-assign]
 
 
 def _rank() -> None:

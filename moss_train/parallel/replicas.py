@@ -15,6 +15,16 @@ from moss_train.model.moss_video import MossVideo
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def check_replicas(model: MossVideo, step: int) -> None:
+    """A collective. Raises RuntimeError on all ranks where some of them differ."""
+    differing = differing_replicas(model)
+    if differing:
+        raise RuntimeError(
+            f"step {step}: ranks that should hold the same weights differ in {differing}: go on "
+            "from the last checkpoint, and report this as a bug"
+        )
+
+
 def differing_replicas(model: MossVideo) -> list[str]:
     """Names of parameters whose replicas are not the same to the bit. A collective.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 _FORM = struct.Struct("<dqqqq24s")  # time, rank, process, step, beats in the step, what it does
 _SIZE = 4096
 STACK_FILE = "stack_{}.txt"  # of a rank: Python's stacks, when the watchdog asks for them
-RUN_FILE = "run"  # the run folder's path
+RUN_FILE = "run"  # where the watchdog of this machine leaves what it sees of a hang
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from moss_train.model.choose_attention import choose_attention
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
-from moss_train.parallel.replicas import differing_replicas
+from moss_train.parallel.replicas import check_replicas
 from moss_train.run_lock import running_in
 from moss_train.sources import unread_sources
 from moss_train.storage import or_warning
@@ -43,7 +43,7 @@ from moss_train.train.plan import StepPlan
 from moss_train.train.process import process_group, start_writer_queue, stop_signals
 from moss_train.train.profiler import StepProfiler
 from moss_train.train.report import write_report_or_warn
-from moss_train.train.start import agree_on_start, steps_left
+from moss_train.train.start import agree_on_start, last_whole, steps_left
 from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.stragglers import Stragglers
 from moss_train.train.summary import summary_table
@@ -180,6 +180,9 @@ class Job:
                     log.warning("step %d: slow: %s", self.done, line)
                 if result.refused is not None:
                     self._skip(result, batch, writer)
+                every = self.config.trainer.compare_replicas_every
+                if every is not None and self.done % every == 0:
+                    self._compare()
                 stopped = result.stop > 0
                 with self.around.saving():
                     self.checkpointer.poll()
@@ -226,9 +229,7 @@ class Job:
         if in_a_row < limit:
             return
         self.checkpointer.finish()
-        latest = [find(self.folder) if self.first_rank else None]
-        dist.broadcast_object_list(latest, src=0)
-        source = latest[0]
+        source = last_whole(self.folder)
         if source is None or self.guard.accepted == self.recovered:
             why = "there is no checkpoint" if source is None else f"{source} did not help"
             raise RuntimeError(
@@ -243,15 +244,13 @@ class Job:
             writer.rewind(self.done)
             self.audit.cut(self.folder, self.done)
 
+    def _compare(self) -> None:
+        self.state.gather_parameters()
+        check_replicas(self.model, self.done)
+
     def _save(self, last: bool) -> None:
         beat("save")
-        self.state.gather_parameters()
-        differing = differing_replicas(self.model)
-        if differing:
-            raise RuntimeError(
-                f"step {self.done}: ranks that should hold the same weights differ in {differing}: "
-                "go on from the last checkpoint, and report this as a bug"
-            )
+        self._compare()
         self.checkpointer.save(self.done, self.samples, self.reader.state(), last)
         self.due = False
 

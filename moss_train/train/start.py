@@ -52,6 +52,19 @@ def agree_on_start(config: Config, resume_from: Path | None) -> tuple[Path | Non
     return resume_from, list(damaged)
 
 
+def last_whole(run: Path) -> Path | None:
+    """The newest checkpoint of a run whose files have the bytes that were written; None: there is
+    none. A collective."""
+    damaged: list[Path] = []
+    while True:
+        source = _from_first(find(run, damaged) if dist.get_rank() == 0 else None)
+        wrong = None if source is None else damage(source)
+        if wrong is None:
+            return source
+        log.warning("checkpoint %s is damaged: %s: trying the one before", source, wrong)
+        damaged.append(source)
+
+
 def _again(config: Config, damaged: dict[Path, str]) -> Path | None:
     """`find_resume` without the `damaged` ones, on rank 0; its answer or error on all ranks."""
     answer: Path | ConfigError | StorageError | None = None

@@ -25,6 +25,7 @@ from moss_train.compose import load_config
 from moss_train.config import Config
 from moss_train.log import configure
 from moss_train.main import check
+from tests.moss_train.train.runs import flip_a_bit
 from tests.torchrun import save_result
 
 
@@ -35,7 +36,8 @@ class Task:
     file_limit: (step, bytes): from this step on no file can grow beyond `bytes`, as on a full disk;
         (step, bytes, last): up to that one.
     poison: for each batch (the first is 1) what is wrong with it, on the last rank alone: "loss"
-        (no number) or "gradient" (infinite).
+        (no number), "gradient" (infinite), "weights" (others than on other ranks) or "file" (a bit
+        of the newest checkpoint flips).
     """
 
     name: str
@@ -99,6 +101,14 @@ def run_checked(task: Task, config: Config) -> None:
 
         def _check(self, result: StepResult) -> None:
             super()._check(result)
+            last = dist.get_rank() == dist.get_world_size() - 1
+            how = task.poison.get(str(self.batch)) if last else None
+            if how == "weights":
+                with torch.no_grad():
+                    self.model.encoder.projector.linear.weight[0, 0] += 1e-3
+            if how == "file":
+                newest = max(self.folder.glob("checkpoints/step_*"))
+                flip_a_bit(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
             first = dist.get_rank() == 0
             if task.stop_after is not None and self.done == task.stop_after - 1 and first:
                 os.kill(os.getpid(), signal.SIGTERM)

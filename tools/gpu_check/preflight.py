@@ -24,13 +24,13 @@ def preflight(rehearse: bool) -> dict[str, Any]:
     """Everything that later figures are compared with."""
     device = hardware.device()
     rates = {
-        name: _product(shape, device)
+        name: product(shape, device)
         for name, shape in (REHEARSED if rehearse else PRODUCTS).items()
     }
     return {
         "correct": all(rate["error"] < ERROR for rate in rates.values()),
         "device": hardware.device_name(),
-        "versions": _versions(),
+        "versions": versions(),
         "memory_gb": _memory_gb(device),
         "peak_tflops": hardware.peak_tflops_of(hardware.device_name()),
         "products": rates,
@@ -38,7 +38,7 @@ def preflight(rehearse: bool) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -58,7 +58,7 @@ def _memory_gb(device: torch.device) -> dict[str, float]:
     return {"free": free / 1e9, "total": total / 1e9}
 
 
-def _product(shape: tuple[int, int, int], device: torch.device) -> dict[str, float]:
+def product(shape: tuple[int, int, int], device: torch.device) -> dict[str, float]:
     """1e12 FLOPs a second of a product in bf16, in FP8 where the GPU has it; and its error."""
     m, k, n = shape
     generator = torch.Generator(device).manual_seed(1)

@@ -115,6 +115,15 @@ def end_orphans(folder: Path) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
 
 
+def flip_a_bit(path: Path) -> None:
+    """One in the middle of a file."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
 def is_running(pid: int) -> bool:
     """True for a process that is neither gone nor only waits to be reaped."""
     try:

@@ -18,6 +18,7 @@ from tests.moss_train.train.runs import (
     Process,
     audit,
     end_orphans,
+    flip_a_bit,
     is_running,
     losses,
     saved_steps,
@@ -247,14 +248,6 @@ def test_a_folder_that_is_being_written_is_no_checkpoint(checkpoints):
     newest, before = checkpoints / f"step_{STEPS:08d}", checkpoints / f"step_{STEPS - EVERY:08d}"
     newest.rename(checkpoints / f".writing_{newest.name}")
     assert find(checkpoints.parent) == before
-
-
-def flip_a_bit(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
 
 
 def test_a_bit_that_flipped_is_found_and_the_checkpoint_before_is_loaded(

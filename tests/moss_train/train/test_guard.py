@@ -35,6 +35,14 @@ def outcomes(small, run_jobs, runs):
         2,
         task("skips", {4: "loss", 6: "gradient"}, "parallel=dp2", *saving),
         task("returns", {5: "loss", 6: "gradient"}, "parallel=dp2", *saving),
+        task(
+            "damaged",
+            {7: "file", 8: "loss", 9: "loss"},
+            "parallel=dp2",
+            *saving,
+            "trainer.steps=10",
+        ),
+        task("drifts", {5: "weights"}, "parallel=dp2", "trainer.compare_replicas_every=1"),
         task("hopeless", dict.fromkeys(range(5, 99), "loss"), "parallel=pp2", *saving),
     )
 
@@ -76,6 +84,27 @@ def test_after_several_the_run_goes_back_and_on_with_other_data(outcomes, runs):
     assert keys[3] == straight[3]
     assert keys[4] == straight[7]
     assert keys[5] == straight[8]
+
+
+def test_it_does_not_go_back_to_a_damaged_checkpoint(outcomes, runs):
+    run = runs / "damaged"
+    assert outcomes.load("damaged")["error"] is None
+    said = outcomes.stderr()
+    newest, before = (run / "checkpoints" / f"step_{step:08d}" for step in (6, 3))
+    assert f"WARNING checkpoint {newest} is damaged: " in said
+    assert f"WARNING back to {before} after 2 steps left out; on with other data" in said
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert saved_steps(run)[-1] == 10
+    assert set(outcomes.load("damaged")["adam_steps"]) == {10}
+
+
+def test_ranks_that_hold_other_weights_than_their_replicas_end_the_job(outcomes, runs):
+    assert outcomes.load("drifts")["error"] == (
+        "RuntimeError: step 5: ranks that should hold the same weights differ in "
+        "['projector.linear.weight']: go on from the last checkpoint, and report this as a bug"
+    )
+    assert saved_steps(runs / "drifts") == []
 
 
 def test_going_back_in_vain_ends_the_job(outcomes, runs):

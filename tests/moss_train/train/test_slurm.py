@@ -1,4 +1,4 @@
-"""The job script against a stand-in for Slurm, which starts the real processes on this machine."""
+"""The job scripts against a stand-in for Slurm, which starts the real processes on this machine."""
 
 from __future__ import annotations
 
@@ -12,39 +12,66 @@ from pathlib import Path
 import pytest
 
 from tests.moss_train.train.runs import is_running, losses, saved_steps, steps, wait_for
-from tests.torchrun import REPO
+from tests.torchrun import REPO, free_port
 
-STEPS = 14
+STEPS = 8
+# Two nodes: the command twice. As srun, it gives its children a signal that it gets, and ends with
+# the worst of their codes.
 SRUN = """#!/bin/bash
+echo "$@" >> "$SAID"
 while [[ "$1" == --* ]]; do shift; done
-exec "$@"
+"$@" & first=$!
+"$@" & second=$!
+trap 'kill -TERM $first $second' TERM
+worst=0
+for node in $first $second; do
+  wait $node; code=$?
+  while kill -0 $node 2> /dev/null; do wait $node; code=$?; done
+  [ $code -gt $worst ] && worst=$code
+done
+exit $worst
 """
-SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$REQUEUED"; fi
+SLURM = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$(basename "$0") $*" >> "$SAID"; fi
+"""
+# Of nvidia-resiliency-ext, which has no wheel for every system: torchrun with more options.
+FT_LAUNCHER = """
+from torch.distributed import run
+
+def main(arguments):
+    own = [word for word in arguments if word.startswith("--ft-")]
+    assert own == ["--ft-rank-heartbeat-timeout=600"], own
+    run.main([word for word in arguments if word not in own])
+    raise SystemExit(0)
 """
 
 
 @pytest.fixture
 def submit(small, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Runs the job script, again and again, in one run folder."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    """Runs a job script, again and again, in one run folder."""
+    for name, text in (("srun", SRUN), ("scontrol", SLURM), ("scancel", SLURM)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    package = tmp_path / "nvidia_resiliency_ext" / "fault_tolerance"
+    package.mkdir(parents=True)
+    (package / "launcher.py").write_text(FT_LAUNCHER)
     slurm = {
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "REQUEUED": str(tmp_path / "requeued"),
-        "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node[1]",
-        "GPUS_PER_NODE": "2", "HARDWARE": "cpu", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(tmp_path), "SAID": str(tmp_path / "said"), "PORT": str(free_port()),
+        "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2", "SLURM_ARRAY_JOB_ID": "16", "GPUS_PER_NODE": "1", "HARDWARE": "cpu",
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    job = [*(o for o in small if o != "hardware=cpu"), "parallel=tp2", f"trainer.steps={STEPS}"]
+    job = [*(o for o in small if o not in ("hardware=cpu", "model=toy")), "model=tiny"]
+    job += ["model.text.vocab_size=512", "parallel=dp2", f"trainer.steps={STEPS}"]
     started: list[subprocess.Popen] = []
 
-    def start() -> subprocess.Popen:
+    def start(script: str, **more: str) -> subprocess.Popen:
         with (tmp_path / f"log{len(started)}").open("w") as log:
             started.append(
                 subprocess.Popen(
-                    ["bash", "launch/slurm/train.sbatch", *job, f"run.dir={tmp_path}/run"],
-                    cwd=REPO, env={**os.environ, **slurm}, stdout=log, stderr=log,
+                    ["bash", f"launch/slurm/{script}", *job, f"run.dir={tmp_path}/run"],
+                    cwd=REPO, env={**os.environ, **slurm, **more}, stdout=log, stderr=log,
                     start_new_session=True,
                 )
             )  # fmt: skip
@@ -61,37 +88,32 @@ def children(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def step_done(run: Path, step: int) -> bool:
-    return max(steps(run, whole=False), default=0) >= step
-
-
-def test_a_stopped_job_is_queued_again_until_it_is_done(submit, tmp_path):
-    run, requeued = tmp_path / "run", tmp_path / "requeued"
-    job = submit()
-    wait_for(lambda: step_done(run, 2))
-    (launcher,) = children(job.pid)  # srun has become it
-    for pid in (
-        *children(launcher),
-        launcher,
-    ):  # as --signal=TERM@300 does: each process of the step
+def test_a_stopped_job_is_queued_again_and_the_last_of_a_chain_removes_the_rest(submit, tmp_path):
+    run, said = tmp_path / "run", tmp_path / "said"
+    job = submit("train.sbatch", CONTAINER="moss.sqsh", CONTAINER_MOUNTS="/data:/data")
+    wait_for(lambda: max(steps(run, whole=False), default=0) >= 2, timeout=480)
+    (srun,) = children(job.pid)
+    launchers = children(srun)
+    processes = [*launchers, *(rank for launcher in launchers for rank in children(launcher))]
+    for pid in processes:  # as --signal=TERM@300 does: each process of the step
         os.kill(pid, signal.SIGTERM)
-    assert job.wait(240) == 130, (tmp_path / "log0").read_text()[-2000:]
-    assert requeued.read_text() == "requeue 17\n"
+    assert job.wait(480) == 130, (tmp_path / "log0").read_text()[-2000:]
+    checked, trained, queued = said.read_text().splitlines()
+    inside = f"--container-image=moss.sqsh --container-workdir={REPO} --container-mounts={REPO}"
+    for line in (checked, trained):
+        assert line.startswith(f"--kill-on-bad-exit=1 {inside}:{REPO},/data:/data python launch/")
+    assert "-m tools.preflight hardware=cpu stage=pt2" in checked
+    assert queued == "scontrol requeue 17"
+    assert not any(is_running(pid) for pid in processes)
     first = saved_steps(run)[-1]
     assert first == steps(run)[-1] < STEPS
 
-    job = submit()
-    wait_for(lambda: step_done(run, first + 1))
-    (launcher,) = children(job.pid)
-    ranks = children(launcher)
-    os.kill(launcher, signal.SIGKILL)
-    assert job.wait(240) == 137
-    wait_for(lambda: not any(is_running(pid) for pid in ranks))
-    second = saved_steps(run)[-1]
-    assert first < second == steps(run)[-1] < STEPS
-
-    assert submit().wait(240) == 0, (tmp_path / "log2").read_text()[-2000:]
-    assert requeued.read_text() == "requeue 17\n"
+    options = "--ft-rank-heartbeat-timeout=600"
+    job = submit("chain.sbatch", PREFLIGHT="0", FT="1", FT_OPTIONS=options)
+    assert job.wait(480) == 0, (tmp_path / "log1").read_text()[-2000:]
+    trained, removed = said.read_text().splitlines()[3:]
+    assert trained.startswith(f"--kill-on-bad-exit=1 python launch/torchrun.py --ft {options} ")
+    assert removed == "scancel --state=PENDING 16"
     assert steps(run) == list(range(1, STEPS + 1))
     assert saved_steps(run)[-1] == STEPS
     assert len(set(losses(run))) == STEPS

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
+from moss_train.processes import stat_fields
+from moss_train.train import flight_recorder
 from moss_train.train.heartbeat import Beat, Heart, read
 from moss_train.train.stragglers import slow_ranks
-from moss_train.train.watchdog import silent, verdict
+from moss_train.train.watchdog import report, silent, verdict, wake
 from tests.moss_train.train.runs import ENTRY, is_running, losses, saved_steps, steps, wait_for
 from tests.torchrun import start_ranks
 
@@ -35,7 +38,7 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on_after_a_restart(small, tmp_
     assert len(losses(run)) == 10
 
     (hang,) = (run / "hangs").iterdir()
-    assert hang.name.endswith("-0")  # the first start of the ranks
+    assert "rank 1 on " in (hang / "report.txt").read_text()
     assert "stopped by a signal" in (hang / "rank_00001.txt").read_text()
     waiting = (hang / "rank_00000.txt").read_text()
     assert "most recent call first" in waiting
@@ -43,6 +46,51 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on_after_a_restart(small, tmp_
     said = running.stderr_of_start(0, rank=0)
     assert f"the job hangs (hardware.hang_s={HANG_S}): furthest behind: rank 1 on " in said
     assert not [path for path in Path("/dev/shm").glob(f"moss-train-*-{running.process.pid}-*")]
+
+
+def test_the_report_has_all_ranks_of_all_machines_the_late_ones_first():
+    def row(rank: int, host: str, step: int, state: str) -> dict:
+        return {
+            "rank": rank, "step": step, "count": 3, "host": host, "doing": "data", "pid": 70 + rank,
+            "silent_s": 61.2, "state": state,
+        }  # fmt: skip
+
+    seen = [row(0, "node0", 12, "waits"), row(1, "node1", 11, "stopped by a signal")]
+    lines = report(seen, 60).splitlines()
+    assert lines[0] == verdict(seen, 60)
+    assert [line.split() for line in lines[3:]] == [
+        ["1", "node1", "11", "data", "61", "71,", "stopped", "by", "a", "signal"],
+        ["0", "node0", "12", "data", "61", "70,", "waits"],
+    ]
+
+
+def test_the_flight_recorder_is_asked_and_its_dump_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    flight_recorder.prepare(tmp_path)
+    # What torch does with these names on a GPU (ProcessGroupNCCL.hpp, DumpPipe).
+    pipe = f"{os.environ['TORCH_NCCL_DEBUG_INFO_PIPE_FILE']}1.pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    flight_recorder.ask(tmp_path, [0, 1])
+    assert os.read(reader, 128) == b"1\n"
+    os.close(reader)
+    Path(f"{os.environ['TORCH_FR_DUMP_TEMP_FILE']}1").write_bytes(b"collectives")
+    (tmp_path / "hang").mkdir()
+    flight_recorder.collect(tmp_path, [0, 1], tmp_path / "hang")
+    assert [path.name for path in (tmp_path / "hang").iterdir()] == ["nccl_1"]
+
+
+def test_a_stopped_launcher_is_continued():
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        os.kill(launcher.pid, signal.SIGSTOP)
+        wait_for(lambda: stat_fields(launcher.pid)[0] == "T", timeout=20)
+        began = time.monotonic()
+        assert wake(launcher.pid, began, 60) == began
+        assert stat_fields(launcher.pid)[0] == "T"
+        assert wake(launcher.pid, began - 61, 60) == began - 61
+        wait_for(lambda: stat_fields(launcher.pid)[0] == "S", timeout=20)
+        assert wake(launcher.pid, began - 61, 60) >= began
+        launcher.kill()
 
 
 def test_the_rank_with_the_least_progress_is_behind():

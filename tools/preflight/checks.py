@@ -1,0 +1,162 @@
+"""What one rank finds out about its machine, its network and its storage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.loader.reader import OpenShards, SourceReader
+from data_pipeline.shards import training_shards
+from data_pipeline.tokenizer_identity import identify
+from moss_train import hardware
+from moss_train.config import Config, to_dict
+from moss_train.sources import mixed_sources
+from moss_train.storage import describe_files
+from moss_train.train.description import REPO, git_commit
+from tools.gpu_check.preflight import ERROR, PRODUCTS, REHEARSED, product, timed, versions
+
+WRITTEN = {"cuda": 256 << 20, "cpu": 8 << 20}  # bytes of a rank's file
+SUMMED = {"cuda": 256 << 20, "cpu": 1 << 20}  # bytes of an all-reduce
+SAMPLES = 8  # that a rank reads
+
+
+@dataclass
+class Findings:
+    """A rank's. wrong: what alone makes it unfit, a line each. same: what all ranks must have
+    alike. speed: more is better, with its unit in the name.
+    """
+
+    rank: int
+    host: str
+    node: int
+    wrong: list[str] = field(default_factory=list)
+    same: dict[str, str] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+    clock: float = 0.0
+
+
+def here() -> Findings:
+    """Those of this rank, empty."""
+    node = os.environ.get("GROUP_RANK", "0")
+    return Findings(dist.get_rank(), socket.gethostname(), int(node))
+
+
+def check(config: Config, found: Findings, begin: Callable[[str], None]) -> None:
+    """Fills `found`. A collective. `begin` is told what comes next."""
+    for name, work in (
+        ("device", lambda: _device(found)),
+        ("matrix product", lambda: _product(found)),
+        ("storage", lambda: _storage(Path(config.run.dir), found)),
+        ("data", lambda: _data(config, found)),
+        ("versions", lambda: _versions(config, found)),
+        ("all-reduce", lambda: _all_reduce(found)),
+    ):
+        begin(name)
+        try:
+            work()
+        except Exception as error:  # of any kind: it is what this is for
+            found.wrong.append(f"{name}: {type(error).__name__}: {error}")
+    begin("clock")
+    dist.barrier()
+    found.clock = time.time()
+
+
+def _device(found: Findings) -> None:
+    found.same["device"] = hardware.device_name()
+    if hardware.device().type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        if free < 0.9 * total:
+            used = (total - free) / 1e9
+            found.wrong.append(f"device: {used:.1f} GB of its memory are taken already")
+
+
+def _product(found: Findings) -> None:
+    """Against the exact result, and against the GPU's data sheet."""
+    device = hardware.device()
+    peak = hardware.peak_tflops_of(hardware.device_name())
+    for name, shape in (REHEARSED if device.type == "cpu" else PRODUCTS).items():
+        rate = product(shape, device)
+        found.speed[f"{name} TFLOP/s"] = rate["bf16_tflops"]
+        if not rate["error"] < ERROR:
+            found.wrong.append(f"matrix product: {name}: relative error {rate['error']:.1e}")
+        if peak is not None and rate["bf16_tflops"] < peak / 4:
+            found.wrong.append(
+                f"matrix product: {name}: {rate['bf16_tflops']:.0f} TFLOP/s of {peak:.0f}"
+            )
+
+
+def _storage(run: Path, found: Findings) -> None:
+    """A file as a rank writes it in a checkpoint, read back with its checksum."""
+    folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
+    path = folder / f".preflight_{found.rank}"
+    size = WRITTEN[hardware.device().type]
+    content = random.Random(found.rank).randbytes(1 << 20) * (size >> 20)
+    try:
+        began = time.perf_counter()
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        wrote = time.perf_counter()
+        first, again = (describe_files(folder, [path]) for _ in range(2))
+        read = time.perf_counter()
+        if first != again or path.stat().st_size != size or path.read_bytes() != content:
+            found.wrong.append(f"storage: {folder} gives back other bytes than it took")
+    finally:
+        path.unlink(missing_ok=True)
+    found.speed["write MB/s"] = size / 1e6 / (wrote - began)
+    found.speed["read MB/s"] = 2 * size / 1e6 / (read - wrote)
+
+
+def _data(config: Config, found: Findings) -> None:
+    """Samples of each source, anywhere in its shards."""
+    chance, opened = random.Random(found.rank), OpenShards()
+    began, size = time.perf_counter(), 0
+    for source in mixed_sources(config):
+        reader = SourceReader(source.name, source.path, training_shards(source.path), opened)
+        for _ in range(SAMPLES):
+            _, members = reader.read(chance.randrange(len(reader)))
+            size += sum(map(len, members.values()))
+    found.speed["data MB/s"] = size / 1e6 / (time.perf_counter() - began)
+
+
+def _versions(config: Config, found: Findings) -> None:
+    plain = json.dumps(to_dict(config), sort_keys=True)
+    found.same |= versions()
+    found.same["commit"] = json.dumps(git_commit(REPO))
+    found.same["configuration"] = hashlib.sha256(plain.encode()).hexdigest()[:16]
+    found.same["tokenizer"] = json.dumps(identify(config.data.tokenizer).to_dict())[:200]
+
+
+def _all_reduce(found: Findings) -> None:
+    """Within each machine, then between machines, where each rank has one of every other."""
+    size, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = found.rank % local
+    inside = range(found.rank - place, min(found.rank - place + local, size))
+    across = range(place, size, local)
+    for name, ranks in (("within GB/s", inside), ("between GB/s", across)):
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks), use_local_synchronization=True)
+            found.speed[name] = _bandwidth(group, len(ranks), found)
+
+
+def _bandwidth(group: Any, size: int, found: Findings) -> float:
+    """GB a second through each rank's link (as nccl-tests count them)."""
+    device = hardware.device()
+    numbers = torch.full((SUMMED[device.type] // 4,), float(group.rank() + 1), device=device)
+    dist.all_reduce(numbers, group=group)
+    if not bool((numbers == size * (size + 1) / 2).all()):
+        found.wrong.append("all-reduce: the sum is wrong")
+    seconds = timed(lambda: dist.all_reduce(numbers.zero_(), group=group), times=5)
+    return 2e-9 * (size - 1) / size * SUMMED[device.type] / seconds
