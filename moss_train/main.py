@@ -63,9 +63,10 @@ def run(config: Config, console: TextIO | None = None) -> bool:
     # megatron is imported only now: a wrong configuration is refused in two seconds, not ten.
     # Python's collector finds nothing among what is imported, and took a sixth of that time.
     gc.disable()
-    from moss_train.train import loop
+    from moss_train.train import fits, loop
 
     gc.enable()
+    fits.check_fits(config)
     return loop.run(config, resume_from, console)
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from data_pipeline.fields import check_values, choice, number
+from inference.engine.graphs import PROMPTS
 from inference.engine.sampling import Sampling
 from inference.session.events import LOG_LIMIT
 from inference.session.response import ResponseWriter, Vocabulary
@@ -35,7 +36,9 @@ class PromptTooLong(ValueError):
     """A text has more tokens than the session takes at once."""
 
 
-CHUNK_TOKENS = 256  # maximum of a step: other sessions' steps go between those of a long prompt
+# Maximum of a step: other sessions' steps go between those of a long prompt. With the pending token
+# it is a pass of fixed shape.
+CHUNK_TOKENS = PROMPTS[-1] - 1
 
 
 @dataclass(frozen=True)
