@@ -34,6 +34,7 @@ from inference.serve.limits import Refused
 log = logging.getLogger(__name__)
 
 _LOOK = 0.05  # seconds between looks at whether the client has left
+_LAST = 2.0  # seconds in which a process must end when the server does
 # Imported once, in the process from which the others are forked.
 _IMPORTED = ["inference.serve.decoding", "inference.serve.__main__"]
 
@@ -105,17 +106,18 @@ class MediaPool:
             raise
 
     def close(self) -> None:
-        """Ends the processes. What waits is refused."""
+        """Ends the processes. What waits is refused; a process that is still being started ends
+        when it finds its server gone."""
         self._closing = True
         with contextlib.suppress(queue.Empty):
             while True:
                 job = self._jobs.get_nowait()
                 if job is not None:
                     job.future.cancel()
-        for _ in self._threads:
-            self._jobs.put(None)
+        self._wake()
+        until = time.monotonic() + _LAST
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self, worker: _Worker) -> None:
         try:
@@ -130,6 +132,12 @@ class MediaPool:
             except Exception as error:
                 job.future.set_exception(error)
         worker.kill()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Lets one thread see that the pool closes; each wakes the next."""
+        with contextlib.suppress(queue.Full):
+            self._jobs.put_nowait(None)
 
     def _unwanted(self, job: _Job) -> bool:
         return job.abandoned or self._closing

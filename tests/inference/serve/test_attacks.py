@@ -60,7 +60,7 @@ def _all_free(server: Running) -> Iterator[None]:
 )
 def test_a_large_json_is_refused_before_it_is_parsed(server: Running, body: bytes) -> None:
     pauses: list[float] = []
-    over = threading.Event()
+    watching, over = threading.Event(), threading.Event()
 
     def watch() -> None:
         with httpx.Client() as http:
@@ -68,9 +68,11 @@ def test_a_large_json_is_refused_before_it_is_parsed(server: Running, body: byte
                 began = time.monotonic()
                 http.get(f"{server.http}/health")
                 pauses.append(time.monotonic() - began)
+                watching.set()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    assert watching.wait(20)
     answer = httpx.post(f"{server.http}/v1/chat/completions", content=body, headers=JSON)
     over.set()
     watcher.join()

@@ -22,6 +22,7 @@ from PIL import Image
 
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
+from inference.serve import media
 from tests.inference.serve.attacking import JSON, LIMITS, USER, ask, raw, refused, reset, until
 from tests.inference.serve.serving import Client, Running, data_url, jpeg, serving
 
@@ -242,3 +243,22 @@ def test_processes_that_decode_end_with_the_server(engine: Engine) -> None:
         children = [w for pool in (server.hub.pictures, server.hub.clips) for w in pool.processes]
         assert len(children) == 4
     assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")]
+
+
+def test_a_server_that_stops_while_its_decoders_start_does_not_wait_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their imports take tens of seconds on a busy machine."""
+    imported, starting = threading.Event(), threading.Event()
+
+    def start(worker: media._Worker) -> None:
+        starting.set()
+        imported.wait(60)
+
+    monkeypatch.setattr(media._Worker, "start", start)
+    pool = media.MediaPool("decoder", processes=2, waiting=1, seconds=1, memory=2**30)
+    assert starting.wait(10)
+    began = time.monotonic()
+    pool.close()
+    assert time.monotonic() - began < 10
+    imported.set()
