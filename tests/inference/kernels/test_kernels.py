@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from inference.kernels import plain
 from inference.kernels.choose import Kernels, choose, proven_ones
 from inference.kernels.rows import Rows
 from inference.kernels.trials import Sizes
+from tests.conftest import REPO
 from tests.inference.engine.streams import Player, largest_error, make_stream, offline, play
 from tests.inference.tiny import tiny_model
 
@@ -202,6 +206,20 @@ def test_a_stream_through_the_kernels_equals_one_pass_over_the_whole() -> None:
         return arrived - 2 <= f < arrived
 
     assert largest_error(player, offline(model, stream, sees)) < 1e-4
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter takes what a GPU's compiler does not."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.workers.compile_kernels"],
+        cwd=REPO, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(sizes) == 11
+    assert min(sizes) > 1000
 
 
 def test_only_what_computes_what_torch_does_is_used(
