@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils import _device
 
+from data_pipeline import kernel_proof
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by what configurations call them
 
 _FACTORIES = (
@@ -45,7 +47,7 @@ def device() -> torch.device:
 
 def device_name() -> str:
     """The GPU's name as its driver has it, or "CPU"."""
-    return torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
+    return kernel_proof.device_name(device())
 
 
 def peak_tflops_of(name: str) -> float | None:

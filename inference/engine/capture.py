@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 WARM_UP = 3  # runs before a capture, in which libraries choose their kernels
 TOLERANCE = 1e-2  # of the largest number: kernels may be chosen anew
@@ -29,6 +33,18 @@ def capture(compute: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGr
     with torch.cuda.graph(graph, pool=pool):
         out = compute()
     return graph, out
+
+
+@contextmanager
+def or_without(what: str, *graphs: dict[Any, Any]) -> Iterator[None]:
+    """Where a capture fails, or a graph computes something else, `what` runs without: its `graphs`
+    are emptied, and a line says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        log.warning("no CUDA graphs: %s run without them: %s", what, str(error).partition("\n")[0])
+        for captured in graphs:
+            captured.clear()
 
 
 def check_same(what: str, got: Tensor, wanted: Tensor) -> None:

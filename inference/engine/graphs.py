@@ -9,7 +9,6 @@ overwrites it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from data_pipeline.progress import Progress
 from inference.engine.cache import SPARE, KVCache, put_frames
-from inference.engine.capture import capture, check_same
+from inference.engine.capture import capture, check_same, or_without
 from inference.engine.decode import FixedDecoder
 from inference.engine.sampling import Draw, Sampler
 from inference.engine.slots import Slot, Step
@@ -26,8 +25,6 @@ from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.kernels.choose import Kernels
 from inference.kernels.rows import Rows
-
-log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32)  # slots in a pass
 PROMPTS = (8, 16, 32, 64, SPARE)  # tokens of a prompt, of one slot
@@ -170,7 +167,7 @@ class GraphRunner:
         kinds = [(count, rows) for count, rows in kinds if count <= 2 or rows == self.rows[0]]
         progress = Progress("CUDA graphs", len(kinds) + len(self.rows) * len(Draw), "graphs")
         pool = torch.cuda.graph_pool_handle()  # only one of them runs at a time
-        try:
+        with or_without("passes", self.passes, self.draws):
             for kind in kinds:
                 self.passes[kind] = capture(partial(self.compute, *kind), pool)[0]
                 self._check(kind)
@@ -179,10 +176,6 @@ class GraphRunner:
                 for draw in Draw:
                     self.draws[rows, draw] = capture(partial(self._sample, rows, draw), pool)
                     progress.step()
-        except RuntimeError as error:
-            log.warning("no CUDA graphs: passes run without them: %s", str(error).splitlines()[0])
-            self.passes.clear()
-            self.draws.clear()
         progress.end()
 
     def _check(self, kind: tuple[int, int]) -> None:

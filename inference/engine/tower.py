@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.progress import Progress
-from inference.engine.capture import capture, check_same
-
-log = logging.getLogger(__name__)
+from inference.engine.capture import capture, check_same, or_without
 
 BATCHES = (1, 2, 4, 8, 16)  # frames; a number between is padded
 
@@ -46,14 +43,11 @@ class Tower:
         self.pixels = torch.zeros(self.shape, device=self.device)
         progress = Progress("vision graphs", len(BATCHES), "graphs")
         pool = torch.cuda.graph_pool_handle()
-        try:
+        with or_without("frames", self.graphs):
             for batch in BATCHES:
                 self.graphs[batch] = capture(partial(self.encode, self.pixels[:batch]), pool)
                 self.pixels.normal_()
                 wanted = self.encode(self.pixels[:batch])
                 check_same(f"{batch} frames", self(self.pixels[:batch].clone()), wanted)
                 progress.step()
-        except RuntimeError as error:
-            log.warning("frames are encoded without CUDA graphs: %s", str(error).splitlines()[0])
-            self.graphs.clear()
         progress.end()

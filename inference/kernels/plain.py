@@ -49,7 +49,7 @@ def rotate_and_keep(
     kv, head_dim = keys.shape[1], keys.shape[3]
     split = qkv.unflatten(-1, (-1, head_dim))  # [N, heads + 2 KV, D]
     turned = _rotate(split[:, :-kv], rotation)
-    slots = torch.arange(len(keys), device=keys.device) if rows.slot is None else rows.slot
+    slots = rows.slots(len(keys))
     where = slots[:, None], slice(None), rows.places
     new = (len(slots), rows.count, kv, head_dim)
     keys[where] = turned[:, -kv:].reshape(new)

@@ -34,6 +34,11 @@ class Rows:
         """Of the new tokens `[B, S]`."""
         return self.position[:, None] + torch.arange(self.count, device=self.position.device)
 
+    def slots(self, count: int) -> Tensor:
+        """The slot of each row `[B]`, of `count` slots."""
+        device = self.length.device
+        return torch.arange(count, device=device) if self.slot is None else self.slot
+
     def of(self, buffer: Tensor) -> Tensor:
         """The rows of a buffer that has one row a slot."""
         return buffer if self.slot is None else buffer[self.slot]

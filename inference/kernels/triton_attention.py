@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inference.kernels.rows import Buffers, Rows
+from inference.kernels.rows import Buffers, Rows, seen_frames
 
 KEYS = 64  # a program reads at once
 PROGRAMS = 528  # aimed at: four for each of the 132 processors of an H100 or H200
@@ -109,19 +109,14 @@ class Attention:
 
     def __init__(self, buffers: Buffers, rows: Rows):
         self.buffers, self.rows = buffers, rows
-        slots = len(buffers.first)
-        self.slot = (
-            torch.arange(slots, device=rows.length.device) if rows.slot is None else rows.slot
-        )
-        first = buffers.first[self.slot]  # [B, window + 1]
+        self.slot = rows.slots(len(buffers.first))
+        first = rows.of(buffers.first)  # [B, window + 1]
         # Keys up to the last place that is in use: a frame there has a position that is reached.
         place = torch.arange(1, first.shape[1] + 1, device=first.device)
         end = rows.position[:, None] + rows.count
         self.frame_limit = (place * (first < end)).amax(1) * buffers.patches
         self.token_limit = rows.length + rows.count
-        at = rows.positions[..., None]
-        last = buffers.last[self.slot]
-        self.sees = ((first[:, None] <= at) & (at < last[:, None])).any(-1)
+        self.sees = seen_frames(buffers, rows).any(-1)
 
     def tokens(self, layer: int, q: Tensor) -> Tensor:
         keys, values = self.buffers.tokens_of[layer]

@@ -102,12 +102,9 @@ def rotate_and_keep(
     """As `plain.rotate_and_keep`."""
     _, kv, places, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv
-    slot = rows.slot
-    if slot is None:
-        slot = torch.arange(len(keys), device=keys.device)
     q = qkv.new_empty(len(qkv), heads, width)
     _rotate_and_keep[(len(qkv), heads + 2 * kv)](
-        qkv, *rotation, q, keys, values, slot, rows.length, rows.count, places,
+        qkv, *rotation, q, keys, values, rows.slots(len(keys)), rows.length, rows.count, places,
         HEADS=heads, KV=kv, HALF=width // 2, BLOCK=triton.next_power_of_2(width // 2), num_warps=1,
     )  # fmt: skip
     return q

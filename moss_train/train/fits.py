@@ -13,11 +13,10 @@ from data_pipeline.ranks import ranks_of
 from moss_train import hardware
 from moss_train.config import Config, ConfigError
 from moss_train.model.hf_mapping import our_shape, table
-from moss_train.train.chunk_size import kept_by_frame
+from moss_train.train.chunk_size import MOMENTS, kept_by_frame
 
 GRADIENT = 4  # bytes a trained parameter, in fp32
-MOMENTS = 8  # of Adam, in fp32; shared by the data-parallel ranks
-MAIN = 4  # the fp32 copy of weights in bf16; shared too
+MAIN = 4  # the fp32 copy of weights in bf16; shared by the data-parallel ranks, as the moments are
 
 
 def check_fits(config: Config) -> None:
