@@ -5,12 +5,16 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Running, data_url
+from tests.inference.serve.serving import Running, data_url, jpeg, serving
 
 LIMITS = Limits(
     decoders=1, media=1, clip_cpu=0.5, pixels=10**7, headers=1.0, body_wall=2.0, connections=40,
@@ -20,6 +24,26 @@ USER = {"role": "user", "content": "A"}
 
 
 JSON = {"Content-Type": "application/json"}
+
+
+def small_engine(export: Path) -> Engine:
+    """Of two sessions."""
+    return load_engine(export, device="cpu", window=16, max_tokens=512, max_sessions=2)
+
+
+def attacked(engine: Engine) -> Iterator[Running]:
+    """A server whose decoding processes are there."""
+    with serving(engine, LIMITS) as running:
+        assert ask(running, ("image_url", jpeg())).status_code == 200
+        yield running
+
+
+def free(server: Running) -> None:
+    """Ends what a test has left, and sees that nothing is held any more."""
+    for live in list(server.hub.sessions.values()):
+        live.close("the test is over")
+    server.wait(0)
+    until(lambda: server.hub.budget.held == 0)
 
 
 def raw(server: Running, text: str, body: bytes = b"") -> socket.socket:

@@ -18,31 +18,35 @@ import httpx
 import pytest
 
 from inference.engine.engine import Engine
-from inference.engine.load import load_engine
 from inference.serve.__main__ import key, parse
-from tests.inference.serve.attacking import JSON, LIMITS, USER, ask, raw, refused, until
+from tests.inference.serve.attacking import (
+    JSON,
+    USER,
+    ask,
+    attacked,
+    free,
+    raw,
+    refused,
+    small_engine,
+    until,
+)
 from tests.inference.serve.serving import Running, jpeg, serving
 
 
 @pytest.fixture(scope="module")
 def engine(tiny: Path) -> Engine:
-    return load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)
+    return small_engine(tiny)
 
 
 @pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Running]:
-    with serving(engine, LIMITS) as running:
-        assert ask(running, ("image_url", jpeg())).status_code == 200  # its processes are there
-        yield running
+    yield from attacked(engine)
 
 
 @pytest.fixture(autouse=True)
 def _all_free(server: Running) -> Iterator[None]:
     yield
-    for live in list(server.hub.sessions.values()):
-        live.close("the test is over")
-    server.wait(0)
-    until(lambda: server.hub.budget.held == 0)
+    free(server)
 
 
 # One request
