@@ -195,9 +195,11 @@ class HardwareConfig:
     # CPU threads of each rank; None: cores / ranks of this machine.
     threads: int | None = number(None, above=0, most=4096)
     timeout_s: int = number(600, above=0, most=10**9)  # a collective that waits longer ends the job
-    # Seconds without a sign of life of a rank, after which the job is ended, with who is late and
-    # where; five times as long while it starts, loads or saves. null: nobody watches.
-    hang_s: float | None = number(300.0, above=0)
+    # Seconds without a sign of life of a rank in a step, after which the job is ended, with who is
+    # late and where (five usual steps where those are longer). null: nobody watches.
+    hang_s: float | None = number(60.0, above=0)
+    # The same while a rank starts, loads, saves or waits for data: a storage may be slow.
+    hang_io_s: float = number(500.0, above=0)
 
 
 @dataclass

@@ -36,11 +36,6 @@ class Beat:
     count: int
     doing: str
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """How far the rank has come."""
-        return self.step, self.count
-
 
 def folder_of_job() -> Path | None:
     """The folder that the ranks of this machine share; None without torchrun."""

@@ -146,6 +146,7 @@ class Job:
         return None
 
     def _load(self, checkpoint: Path) -> dict[str, Any] | None:
+        beat("load")
         run = self.checkpointer.load(checkpoint)
         self.done, self.samples = run["step"], run["samples"]
         self.state.set_step(self.done)

@@ -109,8 +109,14 @@ def _store(ranks: Ranks) -> dist.Store | None:
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if start == "0" or not kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
         return None
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore(f"start_{start}", dist.TCPStore(host, port, is_master=False))
+    return store_of(ranks, f"start_{start}")
+
+
+def store_of(ranks: Ranks, name: str) -> dist.Store:
+    """The part `name` of torchrun's store, over a connection of its own: one that a thread waits in
+    (as gloo does) answers no other. Raises RuntimeError where nobody listens."""
+    host, _, port = ranks.address.rpartition(":")
+    return dist.PrefixStore(name, dist.TCPStore(host, int(port), is_master=False))
 
 
 def leave_process_group() -> None:

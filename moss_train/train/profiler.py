@@ -14,6 +14,7 @@ from data_pipeline.atomic import write_atomically
 from moss_train import hardware
 from moss_train.log import log
 from moss_train.storage import or_warning
+from moss_train.train.heartbeat import beat
 from moss_train.train.page import render
 from moss_train.train.trace import Profile, device_spans, summarize
 
@@ -56,6 +57,7 @@ class StepProfiler:
     def _finish(self, last: int) -> None:
         torch.cuda.synchronize()
         watched, self.steps = self._watched, None
+        beat("profile")  # minutes, where many kernels ran
         watched.__exit__(None, None, None)
         with or_warning(self.folder):
             self._write(watched, last)

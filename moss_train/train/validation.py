@@ -108,6 +108,7 @@ class Validator:
         if self.asked:
             self.cut = True
             return []
+        beat("data")
         multiple = self.reader.bounds.multiple
         chosen = list(islice(samples, self.reader.samples))
         while chosen and len(chosen) < multiple:  # no stage's microbatch may be empty

@@ -1,43 +1,53 @@
 """A process on each machine that ends a job that hangs, and says who hangs where.
 
-It reads the signs of life of the machine's ranks (heartbeat.py). Where one gives none for
-`hardware.hang_s` seconds, the ranks have their Python stacks written, all machines put what they
-see into `hangs/` of the run folder, each names the ranks that are furthest behind, and kills its
-own: torchrun starts them again if it may.
+It reads the signs of life of the machine's ranks (heartbeat.py). Where one has given none for too
+long (silence.py), the ranks have their Python stacks written, each machine puts what it sees into
+`hangs/` of the run folder, names the ranks that are furthest behind, and kills its own: torchrun
+starts them again if it may. On several machines they decide by what all see (machines.py): the rank
+that the others wait for may be anywhere.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from data_pipeline.atomic import write_atomically
-from data_pipeline.tables import format_table
-from moss_train.config import Config
+from data_pipeline.ranks import ranks_of
+from moss_train.config import Config, HardwareConfig
 from moss_train.processes import stat_fields
 from moss_train.storage import or_warning
 from moss_train.train import flight_recorder, heartbeat
 from moss_train.train.heartbeat import Beat
+from moss_train.train.machines import Machines
+from moss_train.train.process import store_of
+from moss_train.train.silence import (
+    STOPPED,
+    Limits,
+    Pace,
+    Seen,
+    describe_late,
+    furthest_behind,
+    hangs,
+    report,
+    verdict,
+)
 
-SLOW = ("start", "load", "save")  # they may take LONGER times as long
-LONGER = 5
-NAMED = 60.0  # seconds of silence after which a line says who is late
-OTHERS = 10.0  # seconds in which the other machines must have told what they see
+NAMED = 60.0  # seconds of silence after which a line says who is late, whatever it does
+OTHERS = 10.0  # seconds in which the other machines write down what they see
 STACKS = 2.0  # seconds in which a rank must have written its stacks
 HANGS, REPORT = "hangs", "report.txt"  # in a run folder; in one of its folders
-STOPPED = "stopped by a signal"  # a process, not running
 
 
 @contextmanager
@@ -52,7 +62,7 @@ def watched(config: Config) -> Iterator[None]:
             folder.mkdir(exist_ok=True)
             flight_recorder.prepare(folder)
             if os.environ["LOCAL_RANK"] == "0":
-                opened.callback(_end, _start(folder, config.hardware.hang_s), folder)
+                opened.callback(_end, _start(folder, config.hardware), folder)
             rank = int(os.environ["RANK"])
             heartbeat.start(folder, rank)
             opened.callback(heartbeat.stop)
@@ -73,7 +83,7 @@ def tell_run_folder(run: Path) -> None:
             (folder / heartbeat.RUN_FILE).write_text(str(run.absolute() / HANGS / started[0]))
 
 
-def _start(folder: Path, hang_s: float) -> int:
+def _start(folder: Path, hardware: HardwareConfig) -> int:
     parent, launcher = os.getpid(), os.getppid()
     child = os.fork()
     if child:
@@ -81,7 +91,9 @@ def _start(folder: Path, hang_s: float) -> int:
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        watch(folder, hang_s, parent, launcher)
+        assert hardware.hang_s is not None
+        machines = Machines.of_job(lambda: store_of(ranks_of(), "watchdogs"))
+        watch(folder, Limits(hardware.hang_s, hardware.hang_io_s), parent, launcher, machines)
     finally:
         os._exit(0)
 
@@ -92,20 +104,25 @@ def _end(guard: int, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def watch(folder: Path, hang_s: float, parent: int, launcher: int) -> None:
+def watch(folder: Path, limits: Limits, parent: int, launcher: int, machines: Machines) -> None:
     """The watchdog's work, until `parent`, the rank that has started it, has gone."""
-    ran, told = time.monotonic(), False  # the launcher, as far as is known; who is late
+    pace, ran, told = Pace(), time.monotonic(), False  # `ran`, `told`: the launcher; who is late
     while os.getppid() == parent:
-        time.sleep(min(1.0, hang_s / 4))
-        ran = wake(launcher, ran, hang_s)
+        time.sleep(min(1.0, limits.step_s / 4))
+        ran = wake(launcher, ran, limits.step_s)
         beats = heartbeat.read(folder)
-        late = bool(silent(beats, NAMED, time.monotonic()))
+        pace.add(beats, time.monotonic())
+        limits = replace(limits, usual_step_s=pace.usual_step_s)
+        own = _seen(beats)
+        machines.tell(own)
+        if not own:
+            continue
+        late = max(rank.silent_s for rank in own) > NAMED
         if late and not told:
-            said = furthest_behind(_seen(beats))
-            print(f"no sign of life for {NAMED:g} s: {said}", file=sys.stderr, flush=True)
+            _name_late(own, machines.all())
         told = late
-        if silent(beats, hang_s, time.monotonic()):
-            end_job(folder, beats, hang_s, parent)
+        if machines.hang or (hangs(own, limits) and hangs(machines.all(), limits)):
+            end_job(folder, machines, limits, parent)
             break
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -121,98 +138,60 @@ def wake(launcher: int, ran: float, hang_s: float) -> float:
     return ran
 
 
-def silent(beats: list[Beat], hang_s: float, now: float) -> list[Beat]:
-    """The ranks that have given no sign of life for too long."""
-    return [
-        beat
-        for beat in beats
-        if now - beat.at > hang_s * (LONGER if beat.doing in SLOW else 1) and _runs(beat.pid)
-    ]
+def _name_late(own: Sequence[Seen], everywhere: Sequence[Seen]) -> None:
+    """On the machine of the rank that is furthest behind."""
+    hosts = {rank.host for rank in furthest_behind(everywhere)}
+    if own[0].host in hosts:
+        line = f"no sign of life for {NAMED:g} s: {describe_late(everywhere)}"
+        print(line, file=sys.stderr, flush=True)
 
 
-def end_job(folder: Path, beats: list[Beat], hang_s: float, parent: int) -> None:
+def end_job(folder: Path, machines: Machines, limits: Limits, parent: int) -> None:
     """Writes down what this machine sees, names who is behind, and kills its ranks: also where
     nothing can be written."""
-    ranks = [beat.rank for beat in beats]
+    beats = heartbeat.read(folder)
+    own, ranks = _seen(beats), [beat.rank for beat in beats]
+    machines.tell(own)
     flight_recorder.ask(folder, ranks)
     for beat in beats:
         with suppress(ProcessLookupError):
             os.kill(beat.pid, signal.SIGUSR2)  # faulthandler's
+    everywhere = machines.say_hang()
     time.sleep(STACKS)
     out = _folder_of_hang(folder)
-    seen = everywhere = _seen(beats)
     with or_warning(out, "the job is ended without it"):
         out.mkdir(parents=True, exist_ok=True)
-        # By machine; several "machines" of a test may be one.
-        write_atomically(out / f"machine_{ranks[0]:05d}.json", json.dumps(seen, indent=1))
-        for row in seen:
-            stack = folder / heartbeat.STACK_FILE.format(row["rank"])
+        for seen in own:
+            stack = folder / heartbeat.STACK_FILE.format(seen.rank)
             text = stack.read_text(errors="replace") if stack.exists() else ""
-            (out / f"rank_{row['rank']:05d}.txt").write_text(
-                f"process {row['pid']}, {row['state']}\n{text or 'it wrote no stacks'}\n"
+            (out / f"rank_{seen.rank:05d}.txt").write_text(
+                f"process {seen.pid}, {seen.state}\n{text or 'it wrote no stacks'}\n"
             )
         flight_recorder.collect(folder, ranks, out)
-        time.sleep(min(OTHERS, hang_s))
-        machines = sorted(out.glob("machine_*.json"))
-        everywhere = [row for path in machines for row in json.loads(path.read_text())]
-        # Each machine writes it, the last one with what all have seen.
-        write_atomically(out / REPORT, report(everywhere, hang_s))
-    print(f"{verdict(everywhere, hang_s)}; stacks: {out}", file=sys.stderr, flush=True)
+        # Each machine writes it: the store may not answer one of them.
+        write_atomically(out / REPORT, report(everywhere, limits.step_s))
+    print(f"{verdict(everywhere, limits.step_s)}; stacks: {out}", file=sys.stderr, flush=True)
+    if len(everywhere) > len(own):
+        time.sleep(OTHERS)  # their ranks end when ours do, before they have told where they are
     for pid in sorted((beat.pid for beat in beats), key=lambda pid: pid == parent):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _seen(beats: list[Beat]) -> list[dict]:
-    """What this machine sees of its ranks, as `furthest_behind` takes it."""
+def _seen(beats: list[Beat]) -> list[Seen]:
+    """What this machine sees of its ranks."""
     now, host = time.monotonic(), socket.gethostname()
     return [
-        asdict(beat) | {"host": host, "silent_s": now - beat.at, "state": _state(beat.pid)}
+        Seen(beat.rank, host, beat.pid, beat.step, beat.count, beat.doing, now - beat.at,
+             _state(beat.pid))
         for beat in beats
-    ]
-
-
-def report(seen: list[dict], hang_s: float) -> str:
-    """`verdict`, and where each rank is."""
-    rows = [("rank", "machine", "step", "doing", "silent s", "process")]
-    rows += [
-        (str(row["rank"]), row["host"], str(row["step"]), row["doing"], f"{row['silent_s']:.0f}",
-         f"{row['pid']}, {row['state']}")
-        for row in sorted(seen, key=lambda row: (row["step"], row["count"], row["rank"]))
     ]  # fmt: skip
-    return f"{verdict(seen, hang_s)}\n\n{format_table(rows, 'rlrlrl')}\n"
-
-
-def verdict(seen: list[dict], hang_s: float) -> str:
-    """That the job hangs, and who is behind, in a line."""
-    return f"the job hangs (hardware.hang_s={hang_s:g}): {furthest_behind(seen)}"
-
-
-def furthest_behind(seen: list[dict]) -> str:
-    """Which ranks are; of several the ones that are stopped.
-
-    seen: of each rank what `Beat` has, its `host`, `silent_s`, and the `state` of its process.
-    """
-    least = min((row["step"], row["count"]) for row in seen)
-    late = [row for row in seen if (row["step"], row["count"]) == least]
-    late = [row for row in late if row["state"] == STOPPED] or late
-    where = ", ".join(
-        f"rank {row['rank']} on {row['host']} (step {row['step']}, {row['doing']}, silent for "
-        f"{row['silent_s']:.0f} s, {row['state']})"
-        for row in sorted(late, key=lambda row: row["rank"])[:8]
-    )
-    more = f" and {len(late) - 8} more" if len(late) > 8 else ""
-    return f"furthest behind: {where}{more}"
 
 
 def _folder_of_hang(folder: Path) -> Path:
     """In the run folder, as rank 0 has named it; in `folder` before it is known."""
     told = folder / heartbeat.RUN_FILE
     return Path(told.read_text()) if told.exists() else folder / HANGS
-
-
-def _runs(pid: int) -> bool:
-    return _state(pid) not in ("gone", "ended")
 
 
 def _state(pid: int) -> str:

@@ -118,15 +118,13 @@ def _judge(store: dist.Store, size: int, until: float, device: str) -> int:
 
 
 def _store() -> dist.Store:
-    """Where ranks leave their answers: a connection of its own, for one that a thread waits in
-    (as gloo does) answers no other."""
+    """Where ranks leave their answers."""
     import torch.distributed as dist
 
+    from moss_train.train.process import store_of
+
     ranks = ranks_of()
-    if ranks.size == 1:
-        return dist.HashStore()
-    host, _, port = ranks.address.rpartition(":")
-    return dist.PrefixStore("preflight", dist.TCPStore(host, int(port), is_master=False))
+    return dist.HashStore() if ranks.size == 1 else store_of(ranks, "preflight")
 
 
 def _wait(store: dist.Store, keys: list[str], until: float) -> bool:

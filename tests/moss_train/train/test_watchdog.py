@@ -6,15 +6,21 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
 
 from moss_train.processes import stat_fields
 from moss_train.train import flight_recorder
 from moss_train.train.heartbeat import Beat, Heart, read
+from moss_train.train.machines import Machines
+from moss_train.train.silence import STOPPED, Limits, Pace, Seen, hangs, report, verdict
 from moss_train.train.stragglers import slow_ranks
-from moss_train.train.watchdog import report, silent, verdict, wake
+from moss_train.train.watchdog import wake
 from tests.moss_train.train.runs import ENTRY, is_running, losses, saved_steps, steps, wait_for
-from tests.torchrun import start_ranks
+from tests.torchrun import free_port, start_ranks
 
 HANG_S = 15
 
@@ -48,16 +54,16 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on_after_a_restart(small, tmp_
     assert not [path for path in Path("/dev/shm").glob(f"moss-train-*-{running.process.pid}-*")]
 
 
-def test_the_report_has_all_ranks_of_all_machines_the_late_ones_first():
-    def row(rank: int, host: str, step: int, state: str) -> dict:
-        return {
-            "rank": rank, "step": step, "count": 3, "host": host, "doing": "data", "pid": 70 + rank,
-            "silent_s": 61.2, "state": state,
-        }  # fmt: skip
+def seen(rank: int, step: int, doing: str, silent_s: float, **other: Any) -> Seen:
+    given: dict[str, Any] = {"host": f"node{rank}", "count": 3, "pid": 70 + rank, "state": "waits"}
+    given |= other
+    return Seen(rank=rank, step=step, doing=doing, silent_s=silent_s, **given)
 
-    seen = [row(0, "node0", 12, "waits"), row(1, "node1", 11, "stopped by a signal")]
-    lines = report(seen, 60).splitlines()
-    assert lines[0] == verdict(seen, 60)
+
+def test_the_report_has_all_ranks_of_all_machines_the_late_ones_first():
+    ranks = [seen(0, 12, "data", 61.2), seen(1, 11, "data", 61.2, state=STOPPED)]
+    lines = report(ranks, 60).splitlines()
+    assert lines[0] == verdict(ranks, 60)
     assert [line.split() for line in lines[3:]] == [
         ["1", "node1", "11", "data", "61", "71,", "stopped", "by", "a", "signal"],
         ["0", "node0", "12", "data", "61", "70,", "waits"],
@@ -94,35 +100,82 @@ def test_a_stopped_launcher_is_continued():
 
 
 def test_the_rank_with_the_least_progress_is_behind():
-    def row(rank: int, step: int, count: int) -> dict:
-        return {
-            "rank": rank, "step": step, "count": count, "host": f"node{rank}",
-            "doing": "after forward", "silent_s": 61.2, "state": "waits",
-        }  # fmt: skip
-
-    seen = [row(0, 12, 7), row(1, 12, 7), row(2, 12, 4), row(3, 12, 7)]
-    assert verdict(seen, 60) == (
+    ranks = [seen(rank, 12, "after forward", 61.2, count=7) for rank in range(4)]
+    ranks[2] = replace(ranks[2], count=4)
+    assert verdict(ranks, 60) == (
         "the job hangs (hardware.hang_s=60): furthest behind: rank 2 on node2 (step 12, after "
         "forward, silent for 61 s, waits)"
     )
-    assert "rank 0 on node0" in verdict([row(0, 11, 9), *seen[1:]], 60)
-    stopped = row(1, 12, 4) | {"state": "stopped by a signal"}
-    assert "behind: rank 1 on node1" in verdict([seen[0], stopped, *seen[2:]], 60)
+    assert "rank 0 on node0" in verdict([replace(ranks[0], step=11, count=9), *ranks[1:]], 60)
+    ranks[1] = replace(ranks[1], count=4, state=STOPPED)
+    assert "behind: rank 1 on node1" in verdict(ranks, 60)
 
 
-def test_signs_of_life_are_read_back_and_saving_may_take_longer(tmp_path):
+def test_a_step_has_a_minute_and_storage_has_more():
+    limits = Limits(60, 500, usual_step_s=2)
+    stuck = seen(0, 12, "after forward", 61)
+    assert hangs([stuck], limits)
+    assert not hangs([replace(stuck, silent_s=59)], limits)
+    assert not hangs([replace(stuck, state="ended")], limits)
+    for doing in ("start", "load", "save", "data"):
+        assert not hangs([seen(0, 12, doing, 499)], limits)
+        assert hangs([seen(0, 12, doing, 501)], limits)
+        assert hangs([seen(0, 12, doing, 61, state=STOPPED)], limits)
+    # In the first step kernels are compiled; the steps of a large model may take long.
+    assert not hangs([replace(stuck, silent_s=499)], Limits(60, 500))
+    assert not hangs([replace(stuck, silent_s=149)], Limits(60, 500, usual_step_s=30))
+    assert hangs([replace(stuck, silent_s=151)], Limits(60, 500, usual_step_s=30))
+
+
+def test_ranks_that_wait_for_a_slow_storage_elsewhere_are_no_hang():
+    limits = Limits(60, 500, usual_step_s=2)
+    waiting = seen(0, 12, "after plan", 100)
+    assert not hangs([waiting, seen(1, 12, "data", 100)], limits)
+    assert not hangs([waiting, seen(1, 11, "save", 10)], limits)
+    assert hangs([waiting, seen(1, 13, "data", 100)], limits)  # it is ahead: nobody waits for it
+    assert hangs([waiting, seen(1, 12, "data", 100, state=STOPPED)], limits)
+    assert hangs([waiting, seen(1, 12, "data", 501)], limits)
+
+
+def test_a_usual_step_is_the_median_of_those_that_were_seen():
+    def at(step: int) -> list[Beat]:
+        return [Beat(0.0, 0, 1, step, 0, "data")]
+
+    pace = Pace()
+    for now, step in ((0.0, 0), (30.0, 1), (31.0, 1), (90.0, 2), (92.0, 4), (93.0, 5)):
+        pace.add(at(step), now)
+        assert (pace.usual_step_s is None) == (step < 2)
+    assert pace.usual_step_s == 1.0  # of 60, 1, 1; the start is no step
+
+
+def test_machines_learn_what_the_others_see_and_that_one_says_hang():
+    port = free_port()
+    store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    ranks = [seen(number, 12, "data", 1) for number in range(2)]
+
+    def connect() -> TCPStore:
+        return TCPStore("localhost", port, is_master=False)
+
+    both = [Machines(connect, number, 2) for number in range(2)]
+    for machine, own in zip(both, ranks, strict=True):
+        machine.tell([own])
+    wait_for(lambda: both[0].all() == ranks, timeout=20)
+    assert not both[1].hang
+    assert both[0].say_hang() == ranks
+    wait_for(lambda: both[1].hang, timeout=20)
+    del store
+    # Where the store has gone, a machine decides by itself.
+    assert both[0].all() == ranks[:1]
+
+
+def test_signs_of_life_are_read_back(tmp_path):
     heart = Heart(tmp_path, 3)
     heart.beat("data", 7)
     heart.beat("after forward")
     (beat,) = read(tmp_path)
     assert (beat.rank, beat.pid, beat.step, beat.doing) == (3, os.getpid(), 7, "after forward")
-    assert beat.place > (7, 0)
+    assert beat.count > 0
     assert abs(time.monotonic() - beat.at) < 5
-    assert silent([beat], 60, beat.at + 59) == []
-    assert silent([beat], 60, beat.at + 61) == [beat]
-    saving = Beat(beat.at, 3, os.getpid(), 7, 2, "save")
-    assert silent([saving], 60, beat.at + 299) == []
-    assert silent([saving], 60, beat.at + 301) == [saving]
 
 
 def test_a_sign_of_life_costs_microseconds(tmp_path):

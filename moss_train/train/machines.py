@@ -1,0 +1,92 @@
+"""What the watchdogs of all machines see, over torchrun's store.
+
+Each tells what it sees of its ranks every few seconds, and reads what the others have told when a
+rank of its own is late: with 1,000 machines 200 small writes a second, and no reading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+
+import torch.distributed as dist
+
+from moss_train.train.silence import Seen
+
+EVERY = 3.0  # seconds between two tellings
+PATIENCE = 6.0  # seconds in which the store must have answered
+_HANG = "hang"  # a key: one of the machines has found that the job hangs
+
+
+class Machines:
+    """A connection of this process's own, in a thread: a store that does not answer (its launcher
+    is stopped) must not stop the watchdog, which would continue that launcher."""
+
+    def __init__(self, connect: Callable[[], dist.Store], number: int, count: int):
+        """`connect`: makes the connection. number, count: of this machine, of all."""
+        self._connect, self._number, self._count = connect, number, count
+        self._own: Sequence[Seen] = ()
+        self._all: list[Seen] = []
+        self._read_at = -1.0  # when `_all` was read
+        self._hang = False
+        self._asked = threading.Event()
+        self._thread = threading.Thread(target=self._share, daemon=True)
+        if count > 1:
+            self._thread.start()
+
+    @classmethod
+    def of_job(cls, connect: Callable[[], dist.Store]) -> Machines:
+        """Those that torchrun's environment names."""
+        number = int(os.environ.get("GROUP_RANK", "0"))
+        return cls(connect, number, int(os.environ.get("GROUP_WORLD_SIZE", "1")))
+
+    def tell(self, own: Sequence[Seen]) -> None:
+        """What this machine sees now; the others learn it within seconds."""
+        self._own = own
+
+    def all(self) -> list[Seen]:
+        """What all machines see, of the last seconds; this one's own where the store does not
+        answer in time."""
+        asked = time.monotonic()
+        self._asked.set()
+        until = asked + PATIENCE
+        while self._thread.is_alive() and self._read_at < asked and time.monotonic() < until:
+            time.sleep(0.05)
+        return self._all if self._read_at >= asked else list(self._own)
+
+    def say_hang(self) -> list[Seen]:
+        """Tells the others that the job hangs: they write down what they see. Returns `all`."""
+        self._hang = True
+        return self.all()
+
+    @property
+    def hang(self) -> bool:
+        """Whether a machine has said so."""
+        return self._hang
+
+    def _share(self) -> None:
+        with suppress(RuntimeError, OSError):  # the job ends, or never had such a store
+            store = self._connect()
+            while True:
+                self._asked.wait(EVERY)
+                asked = self._asked.is_set()
+                self._asked.clear()
+                own = [asdict(seen) for seen in self._own]
+                store.set(f"seen_{self._number}", json.dumps(own))
+                if self._hang:
+                    store.set(_HANG, "")
+                self._hang = store.check([_HANG])
+                if asked:
+                    self._read(store)
+
+    def _read(self, store: dist.Store) -> None:
+        started = time.monotonic()
+        names = [f"seen_{number}" for number in range(self._count)]
+        told = [json.loads(store.get(name)) for name in names if store.check([name])]
+        self._all = [Seen(**row) for rows in told for row in rows]
+        self._read_at = started
