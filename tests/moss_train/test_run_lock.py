@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from moss_train import run_lock
 from moss_train.config import ConfigError
 from moss_train.run_lock import LOCK_FILE, check_free, running_in
 
@@ -21,6 +23,16 @@ file.flush()
 print("locked", flush=True)
 sys.stdin.read()
 """
+LOCK = """
+import fcntl, sys
+fcntl.lockf(open(sys.argv[1], "r+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "EVERY", 0.1)
+    monkeypatch.setattr(run_lock, "STALE", 1.0)
 
 
 def test_a_second_job_is_refused_while_the_first_one_lives(tmp_path: Path):
@@ -45,4 +57,27 @@ def test_a_second_job_is_refused_while_the_first_one_lives(tmp_path: Path):
     assert not path.exists()
     with pytest.raises(RuntimeError, match="it failed"), running_in(tmp_path):
         raise RuntimeError("it failed")
+    assert not path.exists()
+
+
+def test_where_a_lock_says_nothing_signs_of_life_do(tmp_path: Path):
+    path = tmp_path / LOCK_FILE
+    # The holder's process on another machine, whose locks do not reach this one: it gives signs of
+    # life, then it is killed.
+    touching = "import os, sys, time\nwhile True:\n os.utime(sys.argv[1])\n time.sleep(0.1)"
+    path.write_text("node7, process 12\n")
+    with subprocess.Popen([sys.executable, "-c", touching, str(path)]) as other:
+        with pytest.raises(ConfigError, match=r"another job trains there \(node7, process 12\)"):
+            check_free(tmp_path)
+        other.kill()
+    other.wait()
+    check_free(tmp_path)
+    began = time.monotonic()
+    with running_in(tmp_path):
+        assert time.monotonic() - began < 1  # it is not watched a second time
+        with pytest.raises(subprocess.CalledProcessError):
+            subprocess.run([sys.executable, "-c", LOCK, str(path)], check=True, stderr=-3)
+        before = path.stat().st_mtime_ns
+        time.sleep(0.5)
+        assert path.stat().st_mtime_ns > before
     assert not path.exists()
