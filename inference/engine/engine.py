@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from data_pipeline.fields import check_values, choice, number
 from inference.engine import slot_state
 from inference.engine.batches import PackedBatch, Segment
 from inference.engine.cache import KVCache, put_frames
+from inference.engine.choice import choose_tokens
 from inference.engine.decode import sizes_of
 from inference.engine.graphs import GraphRunner
 from inference.engine.preprocess import Pixels
@@ -351,14 +353,14 @@ class Engine:
                     following.append((step, tokens[count:], frames[images:]))
             last |= self._pass(parts)
             waiting = following
-        sampled = [step.slot for step in steps if step.sample]
-        if not sampled:
+        steps = [step for step in steps if step.sample]
+        if not steps:
             return None
-        logits = self.model.lm_head(torch.stack([last[slot.index] for slot in sampled]))
-        draw = max(slot.sampling.draw for slot in sampled)
-        indices = [slot.index for slot in sampled]
-        where, at = upload([indices, [slot.position for slot in sampled]], self.device)
-        return self.sampler(logits, where, at, draw)
+        slots = [step.slot for step in steps]
+        logits = self.model.lm_head(torch.stack([last[slot.index] for slot in slots]))
+        where, at = upload([[s.index for s in slots], [s.position for s in slots]], self.device)
+        draw = partial(self.sampler, logits, where, at, max(s.sampling.draw for s in slots))
+        return choose_tokens(logits, steps, range(len(steps)), draw)
 
     def _fitting(self, slot: Slot, tokens: list[int]) -> tuple[int, int]:
         """How many tokens and frames go into the next pass: no more frames than the ring takes."""
@@ -382,15 +384,13 @@ class Engine:
                 put_frames(self.cache, slot, tokens, frames)
             segments.append(Segment(slot, len(tokens), blind))
         packed = PackedBatch(self.cache, segments)
-        ids: list[int] = []
-        positions: list[int] = []
+        ids, positions = list[int](), list[int]()
         for slot, tokens, _ in parts:
             ids += tokens
             positions += range(slot.position, slot.position + len(tokens))
         decoder = self.model.model.language_model
         inputs, at = upload([[ids], [positions]], self.device)
-        x = decoder.embed_tokens(inputs)  # [1, N, H]
-        x = decoder(x, at, packed.tokens, packed.frames)[0]
+        x = decoder(decoder.embed_tokens(inputs), at, packed.tokens, packed.frames)[0]  # [N, H]
         last_hidden, end = {}, 0
         for slot, tokens, _ in parts:
             end += len(tokens)

@@ -18,6 +18,7 @@ from torch import Tensor
 from data_pipeline.progress import Progress
 from inference.engine.cache import SPARE, KVCache, put_frames
 from inference.engine.capture import capture, check_same, or_without
+from inference.engine.choice import choose_tokens
 from inference.engine.decode import FixedDecoder
 from inference.engine.sampling import Draw, Sampler
 from inference.engine.slots import Slot, Step
@@ -101,11 +102,14 @@ class GraphRunner:
         host = torch.tensor(columns).T.contiguous()
         self.inputs[: HEAD + count, :rows].copy_(upload(host, self.cache.device))
         self._pass(count, rows)
-        draws = [step.slot.sampling.draw for step in steps if step.sample]
+        sampled = [(row, step) for row, step in zip(picked, steps, strict=True) if step.sample]
         out = None
-        if draws:
+        if sampled:
+            draw = partial(self._draw, rows, max(step.slot.sampling.draw for _, step in sampled))
+            own = [row for row, _ in sampled]
+            tokens = choose_tokens(self.logits, [step for _, step in sampled], own, draw)
             # A copy: the next pass of this step may write its tokens to the same place.
-            out = self._draw(rows, max(draws))[upload(picked, self.cache.device)]
+            out = tokens[upload(picked, self.cache.device)]
         for step in steps:
             step.slot.append(step.inputs)
             self.cache.commit_eviction(step.slot)

@@ -89,6 +89,7 @@ class Slot:
     tokens, positions: the cached tokens and where in the stream each stands.
     position: of the next token; it only grows, also when tokens are dropped.
     pending: the sampled token that is not cached yet: the next step begins with it.
+    likely: of the last step that asked for it, on the device: see `choice.read_likely`.
     evictions: what was dropped, oldest first; the reader empties it.
     """
 
@@ -99,6 +100,7 @@ class Slot:
     positions: list[int] = field(default_factory=list)
     position: int = 0
     pending: int | None = None
+    likely: Tensor | None = None
     evictions: list[Eviction] = field(default_factory=list)
     closed: bool = False
     broken: bool = False  # a step failed when part of the context was already overwritten
@@ -153,12 +155,16 @@ class Step:
     tokens: appended after the slot's pending token.
     frames: features from `encode`, one for each `<|image|>` in `tokens`.
     sample: False: no token is sampled, nothing is pending, and the next step must bring tokens.
+    allowed: tokens that may be sampled, a bit each (int32, on the CPU; choice.py); None: all.
+    likely: how many of the most likely tokens `slot.likely` shall tell; None: it is not told.
     """
 
     slot: Slot
     tokens: Sequence[int] = ()
     frames: Sequence[Tensor] = ()
     sample: bool = True
+    allowed: Tensor | None = None
+    likely: int | None = None
 
     @property
     def inputs(self) -> list[int]:

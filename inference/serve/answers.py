@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+from tokenizers import Tokenizer
 
 from inference.serve.hub import MODEL
 from inference.serve.limits import Refused
 from inference.serve.question import Question
 from inference.serve.stop import StopFilter
+from inference.session.detokenize import special_tokens, token_bytes
 from inference.session.handle import SessionHandle
 
 
-async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[tuple[str, str, int]]:
-    """(text, reason of the end or "", tokens so far); Refused if the engine failed."""
-    text, count = StopFilter(question.stop, keep=question.stop_in_answer), 0
+@dataclass
+class _Piece:
+    """text: may be empty. reason: of the end; empty: it goes on. tokens: of the answer so far."""
+
+    text: str
+    logprobs: list[Any]
+    reason: str = ""
+    tokens: int = 0
+
+
+class _Likelihoods:
+    """Log-probabilities of tokens: they come with their text, and wait as long as it is held."""
+
+    def __init__(self) -> None:
+        self._waiting = deque[tuple[int, Any]]()  # where the text begins that they came with
+        self._taken = self._given = 0  # characters
+
+    def append(self, text: str, entries: Sequence[Any]) -> None:
+        self._waiting.extend((self._taken, entry) for entry in entries)
+        self._taken += len(text)
+
+    def give(self, text: str, *, all: bool = False) -> list[Any]:
+        """Those of a text that is given out, and of what is left where it is the last."""
+        self._given += len(text)
+        given = []
+        while self._waiting and (all or self._waiting[0][0] < self._given):
+            given.append(self._waiting.popleft()[1])
+        return given
+
+
+async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[_Piece]:
+    """Refused if the engine failed."""
+    text, likely = StopFilter(question.stop, keep=question.stop_in_answer), _Likelihoods()
     try:
         async for event in answer.events():
             if event.type == "response.output_text.delta":
+                likely.append(event.data["delta"], event.data.get("logprobs", ()))
                 piece = text.append(event.data["delta"])
-                if text.stopped:
-                    yield piece, "stop", answer.stats()["tokens"]
+                end = "stop" if text.stopped else ""
+                count = answer.stats()["tokens"] if end else 0
+                yield _Piece(piece, likely.give(piece), end, count)
+                if end:
                     return
-                yield piece, "", count
             elif event.type == "response.done" and event.data["status"] != "cancelled":
-                count = event.data["usage"]["output_tokens"]
-                cut = event.data["reason"] == "max_new_tokens"
-                yield text.flush(), "length" if cut else "stop", count
+                cut, rest = event.data["reason"] == "max_new_tokens", text.flush()
+                count, end = event.data["usage"]["output_tokens"], "length" if cut else "stop"
+                yield _Piece(rest, likely.give(rest, all=True), end, count)
                 return
             elif event.type in ("error", "session.closed"):
                 words = event.data.get("message") or event.data.get("reason", "")
@@ -39,30 +76,141 @@ async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[tu
         answer.close("its request is over")
 
 
-async def whole(question: Question, answer: SessionHandle, asked: int) -> dict[str, Any]:
-    """`asked`: tokens of the prompt. Refused if the engine failed."""
-    said, end, count = [], "stop", 0
-    async for piece, reason, tokens in _pieces(question, answer):
-        said.append(piece)
-        end, count = reason or end, tokens
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": "".join(said), "refusal": None},
-        "logprobs": None,
-        "finish_reason": end,
-    }
-    head = _head(question, "chat.completion")
-    return {**head, "choices": [choice], "usage": _usage(asked, count)}
+def close(answers: Sequence[SessionHandle], reason: str) -> None:
+    for answer in answers:
+        answer.close(reason)
+
+
+class Writer:
+    """Writes the answers to a question.
+
+    Args:
+        asked: tokens of the prompt.
+    """
+
+    def __init__(
+        self, question: Question, answers: Sequence[SessionHandle], asked: int, tokenizer: Tokenizer
+    ) -> None:
+        self.question, self._answers, self._asked = question, answers, asked
+        self._tokenizer, self._special = tokenizer, special_tokens(tokenizer)
+        self._counts = [0] * len(answers)  # tokens of each
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of a response; Refused if the engine failed."""
+        texts, likely = [""] * len(self._answers), [list[Any]() for _ in self._answers]
+        ends = ["stop"] * len(self._answers)
+        async for number, piece in self._merged():
+            texts[number] += piece.text
+            likely[number] += piece.logprobs
+            ends[number] = piece.reason or ends[number]
+        choices = [
+            {
+                "index": number,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": self._logprobs(likely[number]),
+                "finish_reason": ends[number],
+            }
+            for number, text in enumerate(texts)
+        ]
+        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Events of a stream, the last of them `[DONE]`."""
+        for number in range(len(self._answers)):
+            yield self._chunk(number, {"role": "assistant", "content": ""})
+        try:
+            async for number, piece in self._merged():
+                if piece.text or piece.logprobs:
+                    yield self._chunk(number, {"content": piece.text}, piece.logprobs)
+                if piece.reason:
+                    yield self._chunk(number, {}, reason=piece.reason)
+        except Refused as error:
+            said = {"message": str(error), "type": "server_error", "param": None}
+            yield _sse({"error": {**said, "code": error.code}})
+        if self.question.usage:
+            head = self._head("chat.completion.chunk")
+            yield _sse({**head, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    async def _merged(self) -> AsyncIterator[tuple[int, _Piece]]:
+        """The pieces of all answers as they come. Where one fails, all end."""
+        came = asyncio.Queue[tuple[int, _Piece] | Exception]()
+        tasks = [
+            asyncio.create_task(self._read(number, answer, came))
+            for number, answer in enumerate(self._answers)
+        ]
+        open_ones = len(tasks)
+        try:
+            while open_ones:
+                one = await came.get()
+                if isinstance(one, Exception):
+                    raise one
+                number, piece = one
+                if piece.reason:
+                    open_ones, self._counts[number] = open_ones - 1, piece.tokens
+                yield number, piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            close(self._answers, "its request is over")
+
+    async def _read(
+        self,
+        number: int,
+        answer: SessionHandle,
+        came: asyncio.Queue[tuple[int, _Piece] | Exception],
+    ) -> None:
+        try:
+            async for piece in _pieces(self.question, answer):
+                came.put_nowait((number, piece))
+        except Exception as error:
+            came.put_nowait(error)
+
+    def _chunk(
+        self,
+        number: int,
+        delta: dict[str, str],
+        logprobs: Sequence[Any] = (),
+        reason: str | None = None,
+    ) -> str:
+        likely = self._logprobs(logprobs) if logprobs else None
+        choice = {"index": number, "delta": delta, "logprobs": likely, "finish_reason": reason}
+        counts = {"usage": None} if self.question.usage else {}
+        return _sse({**self._head("chat.completion.chunk"), "choices": [choice], **counts})
+
+    def _logprobs(self, entries: Sequence[Any]) -> dict[str, Any] | None:
+        if self.question.likely is None:
+            return None
+        content = [
+            {
+                **self._likelihood(token, own),
+                "top_logprobs": [self._likelihood(*one) for one in top],
+            }
+            for token, own, top in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _likelihood(self, token: int, logprob: float) -> dict[str, Any]:
+        written = token_bytes(self._tokenizer, token)
+        said = [] if token in self._special else list(written)  # what the text has of it
+        return {"token": written.decode("utf-8", "replace"), "logprob": logprob, "bytes": said}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        name, created = self.question.name, self.question.created
+        return {"id": name, "object": kind, "created": created, "model": MODEL}
+
+    def _usage(self) -> dict[str, int]:
+        said = sum(self._counts)
+        total = self._asked + said
+        return {"prompt_tokens": self._asked, "completion_tokens": said, "total_tokens": total}
 
 
 class Stream(StreamingResponse):
-    """An answer in pieces; `over` is called when it has ended, however it does."""
+    """Answers in pieces; `over` is called when they have ended, however they do."""
 
-    def __init__(
-        self, question: Question, answer: SessionHandle, asked: int, over: Callable[[], None]
-    ) -> None:
-        pieces = _stream(question, answer, asked)
-        super().__init__(pieces, headers=question.headers(), media_type="text/event-stream")
+    def __init__(self, written: Writer, over: Callable[[], None]) -> None:
+        headers = written.question.headers()
+        super().__init__(written.stream(), headers=headers, media_type="text/event-stream")
         self._over = over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,39 +218,6 @@ class Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._over()
-
-
-async def _stream(question: Question, answer: SessionHandle, asked: int) -> AsyncIterator[str]:
-    head = _head(question, "chat.completion.chunk")
-
-    def chunk(delta: dict[str, str], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        counts = {"usage": None} if question.usage else {}
-        return _sse({**head, "choices": [choice], **counts})
-
-    yield chunk({"role": "assistant", "content": ""})
-    count = 0
-    try:
-        async for piece, reason, tokens in _pieces(question, answer):
-            if piece:
-                yield chunk({"content": piece})
-            if reason:
-                count = tokens
-                yield chunk({}, reason)
-    except Refused as error:
-        said = {"message": str(error), "type": "server_error", "param": None, "code": error.code}
-        yield _sse({"error": said})
-    if question.usage:
-        yield _sse({**head, "choices": [], "usage": _usage(asked, count)})
-    yield "data: [DONE]\n\n"
-
-
-def _head(question: Question, kind: str) -> dict[str, Any]:
-    return {"id": question.name, "object": kind, "created": question.created, "model": MODEL}
-
-
-def _usage(asked: int, said: int) -> dict[str, int]:
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 
 def _sse(data: dict[str, Any]) -> str:

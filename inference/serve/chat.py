@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import Request
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from data_pipeline.schema import SampleError
 from inference.engine.engine import EngineFull
-from inference.serve.answers import Stream, whole
+from inference.serve.answers import Stream, Writer, close
 from inference.serve.decoding import Task
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused, Share
 from inference.serve.protocol import read_json
 from inference.serve.question import Medium, Question, read_question
 from inference.session.answer import MAX_NEW_TOKENS
+from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import SessionClosed, SessionHandle
 
 _STATUS = {  # of a refusal's code; else 400
@@ -70,9 +72,10 @@ async def complete(request: Request, hub: Hub) -> Response:
     try:
         body = await _body(request, hub.limits, share)
         client = Client(request)
-        question, tokens, frames = await client.or_left(_prepare(body, hub, share))
-        answer = await client.or_left(_start_answer(hub, question, tokens, frames))
-        client.gone.add_done_callback(lambda _: answer.close("its client has left"))
+        asked = await client.or_left(_prepare(body, hub, share))
+        question, tokens = asked.question, asked.tokens
+        answers = await client.or_left(_start_answers(hub, asked))
+        client.gone.add_done_callback(lambda _: close(answers, "its client has left"))
     except (Refused, SampleError) as error:
         _end(client, share)
         return _refused(hub, error)
@@ -82,10 +85,11 @@ async def complete(request: Request, hub: Hub) -> Response:
             raise
         hub.metrics.refused("client_left")
         return Response(status_code=499)
+    written = Writer(question, answers, len(tokens), hub.runner.vocabulary.tokenizer)
     if question.stream:
-        return Stream(question, answer, len(tokens), lambda: _end(client, share))
+        return Stream(written, lambda: _end(client, share))
     try:
-        return JSONResponse(await whole(question, answer, len(tokens)), headers=question.headers())
+        return JSONResponse(await written.whole(), headers=question.headers())
     except Refused as error:
         return _refused(hub, error)
     finally:
@@ -145,17 +149,38 @@ async def _body(request: Request, limits: Limits, share: Share) -> bytes:
     return bytes(body)
 
 
-async def _prepare(body: bytes, hub: Hub, share: Share) -> tuple[Question, list[int], list[Tensor]]:
-    """What is asked, its tokens and its frames."""
+@dataclass(frozen=True)
+class _Asked:
+    question: Question
+    tokens: list[int]  # of the prompt
+    frames: list[Tensor]  # uint8 [3, tile, tile] each
+    grammar: Grammar | None
+
+
+async def _prepare(body: bytes, hub: Hub, share: Share) -> _Asked:
     loop = asyncio.get_running_loop()
     question = await loop.run_in_executor(hub.readers, _read, body, hub)
     frames, counts = await decode(question.media, hub, share)
     tokens = await loop.run_in_executor(hub.readers, _tokens, question, counts, hub)
-    return question, tokens, frames
+    grammar = await loop.run_in_executor(hub.readers, _grammar, question, hub)
+    return _Asked(question, tokens, frames, grammar)
 
 
 def _read(body: bytes, hub: Hub) -> Question:
-    return read_question(read_json(body, "the request", hub.limits.json_values), hub.limits)
+    question = read_question(read_json(body, "the request", hub.limits.json_values), hub.limits)
+    places = hub.runner.engine.max_sessions
+    if question.count > places:
+        words = f"n: {question.count}: this server has {places} places (--max_sessions)"
+        raise Refused("invalid_value", words, "n")
+    return question
+
+
+def _grammar(question: Question, hub: Hub) -> Grammar | None:
+    try:
+        return None if question.schema is None else hub.grammars.of_schema(question.schema)
+    except GrammarError as error:
+        words = f"response_format: the schema is not supported: {error}"
+        raise Refused("invalid_value", words, "response_format") from None
 
 
 async def decode(media: list[Medium], hub: Hub, share: Share) -> tuple[list[Tensor], list[int]]:
@@ -202,10 +227,9 @@ def _tokens(question: Question, counts: list[int], hub: Hub) -> list[int]:
     return tokens
 
 
-async def _start_answer(
-    hub: Hub, question: Question, tokens: list[int], frames: list[Tensor]
-) -> SessionHandle:
-    """Waits for a free place in the engine; Refused(`overloaded`)."""
+async def _start_answers(hub: Hub, asked: _Asked) -> list[SessionHandle]:
+    """Waits for free places in the engine, for all answers at once; Refused(`overloaded`)."""
+    question = asked.question
     if hub.waiting >= hub.limits.waiting:
         raise Refused("overloaded", "too many requests wait")
     hub.waiting += 1
@@ -213,12 +237,14 @@ async def _start_answer(
     try:
         while not hub.closing:
             try:
-                return hub.runner.answer(
-                    tokens,
-                    frames,
-                    sampling=question.sampling,
+                return hub.runner.answers(
+                    asked.tokens,
+                    asked.frames,
+                    question.samplings,
                     max_new_tokens=question.max_tokens or MAX_NEW_TOKENS,
                     ignore_end=question.ignore_end,
+                    grammar=asked.grammar,
+                    likely=question.likely,
                 )
             except EngineFull:
                 if time.monotonic() > until:

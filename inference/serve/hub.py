@@ -19,6 +19,7 @@ from inference.serve.decoding import Task
 from inference.serve.limits import Budget, Limits
 from inference.serve.media import MediaPool
 from inference.serve.metrics import Metrics
+from inference.session.grammar import Grammars
 from inference.session.handle import SessionHandle
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
@@ -78,6 +79,8 @@ class Hub:
         )
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="moss-read")  # of chat requests
         self.budget = Budget(limits.held)
+        logits = runner.engine.config.text_config.vocab_size
+        self.grammars = Grammars(runner.vocabulary, logits)
         self.closing = False
         self.waiting = 0  # chat requests without a place in the engine
         self._reaper: asyncio.Task[None] | None = None

@@ -64,7 +64,8 @@ def _numbers(values: tuple[Any, ...]) -> list[Any]:
 
 _NO_TOOLS = "this model has no tools"
 _GREEDY = "the engine samples by temperature, top_k, top_p and repetition_penalty alone"
-_FREE = "the answer is free text"
+_FREE = "the answer is text"
+_SCHEMA = "use response_format"
 _ONE_TILE = "every picture is seen as one tile of the model's size"
 
 REQUEST = Fields(
@@ -73,6 +74,7 @@ REQUEST = Fields(
         "repetition_penalty", "silence_bias", "seed", "stop", "ignore_eos",
         "include_stop_str_in_output", "stream", "stream_options", "continue_final_message",
         "add_generation_prompt", "mm_processor_kwargs", "media_io_kwargs", "tools", "tool_choice",
+        "n", "logprobs", "top_logprobs", "response_format",
     ),
     harmless=(
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -80,12 +82,9 @@ REQUEST = Fields(
         "cache_salt",
     ),
     neutral={
-        "n": ((1,), "one answer a request: ask again, with another seed"),
         "best_of": ((1,), "one answer a request"),
         "use_beam_search": ((False,), _GREEDY),
-        "logprobs": ((False,), "no log-probabilities"),
-        "top_logprobs": ((0,), "no log-probabilities"),
-        "prompt_logprobs": ((0,), "no log-probabilities"),
+        "prompt_logprobs": ((0,), "no log-probabilities of prompts"),
         "functions": (([],), _NO_TOOLS),
         "function_call": (("none", "auto"), _NO_TOOLS),
         "logit_bias": (({},), _GREEDY),
@@ -97,7 +96,6 @@ REQUEST = Fields(
         "min_tokens": ((0,), "the model ends its answer; ignore_eos goes on to max_tokens"),
         "bad_words": (([],), _GREEDY),
         "allowed_token_ids": (([],), _GREEDY),
-        "response_format": (({"type": "text"},), _FREE),
         "modalities": ((["text"],), _FREE),
         "verbosity": (("medium",), _FREE),
         "reasoning_effort": (("none",), "the model does not reason before it answers"),
@@ -111,8 +109,8 @@ REQUEST = Fields(
         "documents": (([],), "prompts are written as in training"),
         "chat_template": ((), "prompts are written as in training"),
         "extra_body": ((), "its fields belong into the request itself"),
-        **{f"guided_{name}": ((), _FREE) for name in ("choice", "json", "regex", "grammar")},
-        "structured_outputs": ((), _FREE),
+        **{f"guided_{name}": ((), _SCHEMA) for name in ("choice", "json", "regex", "grammar")},
+        "structured_outputs": ((), _SCHEMA),
     },
 )  # fmt: skip
 
@@ -121,6 +119,8 @@ STREAM_OPTIONS = Fields(
     harmless=("include_obfuscation",),
     neutral={"continuous_usage_stats": ((False,), "the last piece has the counts")},
 )
+RESPONSE_FORMAT = Fields(read=("type", "json_schema"))
+JSON_SCHEMA = Fields(read=("schema",), harmless=("name", "description", "strict"))
 
 _MESSAGE: dict[str, Neutral] = {
     "tool_calls": (([],), _NO_TOOLS),

@@ -34,6 +34,7 @@ class Limits:
     fps: float = number(8.0, above=0)  # frames a second of a session, on average
     frames: int = number(256, above=0)  # of a chat request
     max_tokens: int = number(4096, above=0)  # of a chat answer
+    answers: int = number(8, above=0)  # to one chat request; no more than there are places
     replay: int = number(1024, above=0)  # past events that a client which comes back can get
     parked: int = number(8, above=0)  # sessions without a socket whose place others have taken
     grace: float = number(45.0, above=0)  # how long a session lives on without a socket

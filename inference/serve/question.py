@@ -6,12 +6,13 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
-from inference.engine.sampling import Sampling
+from inference.engine.choice import MOST_LIKELY
+from inference.engine.sampling import SEEDS, Sampling
 from inference.serve import known_fields as known
 from inference.serve.data_urls import data_name
 from inference.serve.decoding import FrameChoice
@@ -49,9 +50,21 @@ class Question:
     unfinished: bool  # the last message is an answer that is to be continued
     stream: bool
     usage: bool  # a stream ends with a piece that has the counts
+    count: int  # of answers
+    likely: int | None  # log-probabilities of so many tokens beside each that is said; None: none
+    schema: dict[str, Any] | None  # of the JSON that the answer is
     ignored: list[str]  # fields that the model does not see, for the answer's header
     name: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def samplings(self) -> list[Sampling]:
+        """Of each answer: the first as for one alone, the others with seeds of their own."""
+        seed = self.sampling.seed
+        assert seed is not None
+        lowest, highest = SEEDS
+        seeds = (lowest + (seed + n - lowest) % (highest - lowest + 1) for n in range(self.count))
+        return [replace(self.sampling, seed=own) for own in seeds]
 
     def headers(self) -> dict[str, str]:
         """Of the answer: they name what was given and the model does not see."""
@@ -72,6 +85,10 @@ def read_question(body: Any, limits: Limits) -> Question:
     goes_on = _flag(body, "continue_final_message")
     messages = reader.read(body.get("messages"), goes_on)
     _check_last(body, messages[-1].role, goes_on)
+    schema = _schema(body.get("response_format"))
+    ignore_end = _flag(body, "ignore_eos")
+    if schema is not None and ignore_end:
+        raise Refused("invalid_value", "ignore_eos: response_format says the end", "ignore_eos")
     options = _object(body.get("stream_options"), "stream_options", known.STREAM_OPTIONS)
     return Question(
         messages=messages,
@@ -80,10 +97,13 @@ def read_question(body: Any, limits: Limits) -> Question:
         max_tokens=_max_tokens(body, limits.max_tokens),
         stop=_stop(body.get("stop"), limits),
         stop_in_answer=_flag(body, "include_stop_str_in_output"),
-        ignore_end=_flag(body, "ignore_eos"),
+        ignore_end=ignore_end,
         unfinished=goes_on,
         stream=_flag(body, "stream"),
         usage=_flag(options, "include_usage", "stream_options."),
+        count=_count(body.get("n"), limits.answers),
+        likely=_likely(body),
+        schema=schema,
         ignored=reader.ignored,
     )
 
@@ -276,6 +296,37 @@ def _max_tokens(body: Mapping[str, Any], largest: int) -> int | None:
     if len(set(given)) > 1:
         raise Refused("invalid_value", f"{names[1]}: is not {names[0]}: give one", names[1])
     return given[0] if given else None
+
+
+def _count(value: Any, most: int) -> int:
+    return 1 if value is None else int(read_number(value, "n", 1, most, whole=True))
+
+
+def _likely(body: Mapping[str, Any]) -> int | None:
+    value = body.get("top_logprobs")
+    count = 0 if value is None else read_number(value, "top_logprobs", 0, MOST_LIKELY, whole=True)
+    if _flag(body, "logprobs"):
+        return int(count)
+    if count:
+        raise Refused("invalid_value", "top_logprobs: needs logprobs true", "top_logprobs")
+    return None
+
+
+def _schema(value: Any) -> dict[str, Any] | None:
+    """Of `response_format`; None: the answer is text."""
+    given = _object(value, "response_format", known.RESPONSE_FORMAT)
+    kind, field = given.get("type", "text"), "response_format.json_schema"
+    if kind not in ("text", "json_object", "json_schema"):
+        words = f"response_format.type: {kind!r:.60}: expected text, json_object or json_schema"
+        raise Refused("invalid_value", words, "response_format.type")
+    if (kind == "json_schema") != (given.get("json_schema") is not None):
+        raise Refused("invalid_value", f"{field}: goes with type json_schema, and only so", field)
+    if kind != "json_schema":
+        return {"type": "object"} if kind == "json_object" else None
+    schema = _object(given["json_schema"], field, known.JSON_SCHEMA).get("schema")
+    if not isinstance(schema, dict):
+        raise Refused("invalid_value", f"{field}.schema: expected a JSON Schema", f"{field}.schema")
+    return schema
 
 
 def _flag(body: Mapping[str, Any], name: str, where: str = "") -> bool:

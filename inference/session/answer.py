@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from inference.engine.sampling import Sampling
+from inference.session.grammar import Grammar
 from inference.session.response import Response, ResponseWriter, Vocabulary
 from inference.session.session import CHUNK_TOKENS, StepRequest
 from inference.session.stats import Stats
@@ -19,7 +20,11 @@ LARGE_CHUNK_FRAMES = 32  # the same where no other session waits
 class Answer(ResponseWriter):
     """Takes a question in, `chunk` frames per step, so that other sessions do not wait long.
 
-    ignore_end: it goes on where the model ends it.
+    Args:
+        ignore_end: it goes on where the model ends it.
+        grammar: its text follows it, and ends with it.
+        likely: how many of the most likely tokens the log-probabilities of each token tell; None:
+            there are none.
     """
 
     def __init__(
@@ -31,9 +36,11 @@ class Answer(ResponseWriter):
         stats: Stats,
         *,
         sampling: Sampling,
-        max_new_tokens: int,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         chunk: int = CHUNK_FRAMES,
         ignore_end: bool = False,
+        grammar: Grammar | None = None,
+        likely: int | None = None,
     ) -> None:
         super().__init__(name, vocabulary, stats)
         self.sampling = sampling
@@ -41,6 +48,7 @@ class Answer(ResponseWriter):
         self.over = False
         self._tokens, self._images = list(tokens), list(images)
         self._max_new_tokens, self._chunk = max_new_tokens, chunk
+        self._grammar, self._likely_tokens = grammar, likely
         self._prompt_time: float | None = None
         special = vocabulary.special
         ends = (special.eot_id, special.end_of_text, special.silence)
@@ -60,6 +68,9 @@ class Answer(ResponseWriter):
         request = StepRequest(self._tokens[:count], self._images[:frames], began=now)
         del self._tokens[:count], self._images[:frames]
         request.sample = not self._tokens
+        if request.sample:
+            request.allowed = None if self._grammar is None else self._grammar.mask()
+            request.likely = self._likely_tokens
         return request
 
     def on_token(self, request: StepRequest, token: int | None, now: float) -> None:
@@ -71,12 +82,20 @@ class Answer(ResponseWriter):
             if self.response is None:  # an answer without a word is a response, too
                 self.emit("response.created", response_id=self.name)
                 self.response = Response(self._vocabulary.tokenizer, self.name)
-            self._finish("completed", "turn_ended")
-            self.over = True
+            self._end("completed", "turn_ended")
             return
+        if request.likelihoods is not None:
+            self.likelihoods.append((token, *request.likelihoods))
         response = self._append_token(token, now, self.name, now - self._prompt_time)
         if len(response.tokens) == 1:
             self.stats.add("ttft", now - self._prompt_time)
+        if self._grammar is not None:
+            self._grammar.take(token)
+            if self._grammar.complete:
+                return self._end("completed", "turn_ended")
         if len(response.tokens) >= self._max_new_tokens:
-            self._finish("incomplete", "max_new_tokens")
-            self.over = True
+            self._end("incomplete", "max_new_tokens")
+
+    def _end(self, status: str, reason: str) -> None:
+        self._finish(status, reason)
+        self.over = True

@@ -23,14 +23,24 @@ class TextStream:
             found = type(tokenizer.decoder).__name__
             raise ValueError(f"the tokenizer's decoder is {found}: needed is ByteLevel, of Llama-3")
         self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = {number for number, token in added.items() if token.special}
+        self._special = special_tokens(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def append(self, token: int) -> str:
         """Takes a token and returns the text that it completes, often none."""
         written = None if token in self._special else self._tokenizer.id_to_token(token)
         return "" if written is None else self._decoder.decode(_bytes(written))
+
+
+def special_tokens(tokenizer: Tokenizer) -> set[int]:
+    """Those that are no text."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {number for number, token in added.items() if token.special}
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """What a token is in bytes: of a special one its name; of a number without a token nothing."""
+    return _bytes(tokenizer.id_to_token(token) or "")
 
 
 def _alphabet() -> dict[str, int]:

@@ -66,6 +66,8 @@ class ResponseWriter:
         self.log = EventLog(log_limit)
         self.media = 0.0  # seconds of the newest frame that the model has seen
         self.response: Response | None = None
+        # Log-probabilities of tokens whose text has not been told: (token, its own, the likeliest).
+        self.likelihoods: list[tuple[int, float, list[tuple[int, float]]]] = []
         self._vocabulary = vocabulary
         self._first_token_time = self._last_token_time = (
             0.0  # when the first and the last token of the response came
@@ -89,14 +91,21 @@ class ResponseWriter:
         self.stats.count("tokens")
         text = self.response.append(token)
         if text:
-            self.emit("response.output_text.delta", response_id=name, delta=text)
+            self._emit_delta(name, text)
         return self.response
+
+    def _emit_delta(self, name: str, text: str) -> None:
+        more = {"logprobs": self.likelihoods} if self.likelihoods else {}
+        self.likelihoods = []
+        self.emit("response.output_text.delta", response_id=name, delta=text, **more)
 
     def _finish(self, status: str, reason: str) -> None:
         """Ends the response, if any. status: completed, cancelled, incomplete or failed."""
         if self.response is None:
             return
         response, self.response = self.response, None
+        if self.likelihoods:  # of the half of a character
+            self._emit_delta(response.name, "")
         count, spent = len(response.tokens), self._last_token_time - self._first_token_time
         usage: dict[str, float] = {"output_tokens": count}
         if count > 1 and spent > 0:

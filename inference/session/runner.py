@@ -21,11 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
+from inference.engine.choice import read_likely
 from inference.engine.engine import Engine, EngineFull
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
-from inference.session.answer import CHUNK_FRAMES, MAX_NEW_TOKENS, Answer
+from inference.session.answer import Answer
 from inference.session.events import LOG_LIMIT
+from inference.session.grammar import Grammar
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle
 from inference.session.response import Vocabulary
 from inference.session.saved import resume
@@ -72,19 +74,33 @@ class Runner:
         images: Sequence[Tensor] = (),
         *,
         sampling: Sampling | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        chunk: int = CHUNK_FRAMES,
-        ignore_end: bool = False,
+        **options: Any,
     ) -> SessionHandle:
         """Answers a whole question once: tokens, and uint8 [3, H, W] for each `<|image|>`.
-        ignore_end: it goes on to `max_new_tokens` where the model ends it."""
-        name = f"answer{next(self._numbers)}"
-        sampling = sampling or Sampling()
-        task = Answer(
-            name, tokens, images, self.vocabulary, self._stats(),
-            sampling=sampling, max_new_tokens=max_new_tokens, chunk=chunk, ignore_end=ignore_end,
-        )  # fmt: skip
-        return self._start(task)
+        `options`: of Answer."""
+        (answer,) = self.answers(tokens, images, [sampling or Sampling()], **options)
+        return answer
+
+    def answers(
+        self,
+        tokens: Sequence[int],
+        images: Sequence[Tensor],
+        samplings: Sequence[Sampling],
+        *,
+        grammar: Grammar | None = None,
+        **options: Any,
+    ) -> list[SessionHandle]:
+        """As `answer`, once for each sampling: all of them, or EngineFull."""
+        tasks = [
+            Answer(
+                f"answer{next(self._numbers)}", tokens, images, self.vocabulary, self._stats(),
+                sampling=sampling, grammar=grammar and grammar.copy(), **options,
+            )
+            for sampling in samplings
+        ]  # fmt: skip
+        with self.changed:
+            self._check_room(len(tasks))
+            return [self._start(task) for task in tasks]
 
     def restore(self, state: Mapping[str, Any]) -> SessionHandle:
         """Continues a session that `SessionHandle.save` returned, of this process or another."""
@@ -165,8 +181,8 @@ class Runner:
             running, changed=self.changed, tile=self.tile, call=self.call, save=self.engine.save
         )
 
-    def _check_room(self) -> None:
-        if len(self._running) >= self.engine.max_sessions:
+    def _check_room(self, count: int = 1) -> None:
+        if len(self._running) + count > self.engine.max_sessions:
             raise EngineFull(f"all {self.engine.max_sessions} sessions are taken")
 
     def _refuse_if_stopped(self) -> None:
@@ -287,8 +303,14 @@ class Runner:
             elif running.slot.sampling != _sampling(running.task):
                 self.engine.set_sampling(running.slot, _sampling(running.task))
             frames = list(itertools.islice(features, len(request.images)))
-            steps.append(Step(running.slot, request.tokens, frames, request.sample))
-        return self.engine.step(steps)
+            wanted = request.sample, request.allowed, request.likely
+            steps.append(Step(running.slot, request.tokens, frames, *wanted))
+        tokens = self.engine.step(steps)
+        for (_, request), step in zip(batch, steps, strict=True):
+            if step.sample and step.likely is not None:
+                assert step.slot.likely is not None
+                request.likelihoods = read_likely(step.slot.likely, step.likely)
+        return tokens
 
     def _fail(self, sessions: Sequence[RunningSession], error: BaseException) -> None:
         """Ends sessions that cannot go on."""

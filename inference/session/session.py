@@ -84,13 +84,20 @@ class Prompt:
 
 @dataclass
 class StepRequest:
-    """Input of one step: tokens, the picture of each `<|image|>` among them."""
+    """Input of one step: tokens, the picture of each `<|image|>` among them.
+
+    allowed, likely: as in the engine's Step. likelihoods: what `likely` asked for, after the step:
+    log-probability of the sampled token; the most likely tokens and theirs.
+    """
 
     tokens: list[int]
     images: list[Tensor] = field(default_factory=list)
     sample: bool = True
     began: float = 0.0
     frame: Frame | None = None
+    allowed: Tensor | None = None
+    likely: int | None = None
+    likelihoods: tuple[float, list[tuple[int, float]]] | None = None
 
 
 # Fields that can be changed in the middle of a stream.

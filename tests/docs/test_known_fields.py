@@ -11,6 +11,8 @@ from tests.conftest import REPO
 TABLE: list[tuple[str, Fields]] = [
     ("the request", fields.REQUEST),
     ("`stream_options`", fields.STREAM_OPTIONS),
+    ("`response_format`", fields.RESPONSE_FORMAT),
+    ("its `json_schema`", fields.JSON_SCHEMA),
     ("a message", fields.MESSAGE),
     ("an assistant's", fields.ANSWER),
     ("part `text`", fields.TEXT_PART),

@@ -205,9 +205,9 @@ HARMLESS: dict[str, Any] = {
     "skip_special_tokens": True, "add_special_tokens": False, "stop_token_ids": [],
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
-    "temprature": 1, "n": 2, "logprobs": True, "logit_bias": {"5": 1}, "min_p": 0.9,
+    "temprature": 1, "n": 3, "prompt_logprobs": 1, "logit_bias": {"5": 1}, "min_p": 0.9,
     "min_tokens": 4, "guided_choice": ["yes"], "bad_words": ["a"], "frequency_penalty": 0.5,
-    "response_format": {"type": "json_object"}, "extra_body": {"repetition_penalty": 1.2},
+    "response_format": {"type": "xml"}, "extra_body": {"repetition_penalty": 1.2},
     "stream": "yes", "ignore_eos": 1, "stop_token_ids": ["a"], "max_tokens": 1.5, "top_k": 2.5,
     "seed": 1.5, "temperature": True, "mm_processor_kwargs": {"max_pixels": 9}, "top_p": 0,
     "media_io_kwargs": {"video": {"frames": 4}}, "stream_options": {"include": True},
