@@ -28,6 +28,7 @@ from data_pipeline.commands import (
 from data_pipeline.ranks import JoinError, RanksError, ranks_of
 from moss_train.compose import load_config
 from moss_train.config import Config, ConfigError
+from moss_train.imports import quick_imports
 from moss_train.log import configure
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ def _run(config: Config, limit: int) -> int:
     """The verdict, once all ranks have answered, or `limit` seconds are over."""
     import torch.distributed as dist
 
-    from moss_train import hardware
-    from moss_train.train.process import leave_process_group, start_process_group
-    from tools.preflight.checks import check, here
+    with quick_imports():
+        from moss_train import hardware
+        from moss_train.train.process import leave_process_group, start_process_group
+        from tools.preflight.checks import check, here
 
     until = time.monotonic() + limit
     start_process_group(config)
