@@ -1,10 +1,10 @@
 """Imports data sets of many forms into shards.
 
 SOURCE is a file or folder, a path or URL (s3://, gs://, https://): records in ShareGPT or alpaca
-form, a LLaMA-Factory dataset_info.json, plain text, tables of captions, folders of pictures or
-videos with captions, or shards of others. OUT gets a folder of indexed shards for each of `text`,
-`image`, `video` and `realtime` that occurs, and `rejected.jsonl`. An import that was
-stopped goes on with the same command.
+form, of real-time data sets, a LLaMA-Factory dataset_info.json, plain text, tables of captions,
+folders of pictures or videos with captions or transcripts, or shards of others. OUT gets a folder
+of indexed shards for each of `text`, `image`, `video` and `realtime` that occurs, and
+`rejected.jsonl`. An import that was stopped goes on with the same command.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, ShardWriter, check_source
 
-_VERSION = 2  # of the importers: what a source becomes changes with it
+_VERSION = 3  # of the importers: what a source becomes changes with it
 _SHARE_FROM = 1000  # records, before which a share means little
 
 
@@ -196,6 +196,7 @@ def _options(given: argparse.Namespace) -> BuildOptions:
             datasets=tuple(given.dataset.split(",")) if given.dataset else (),
             media_column=given.media_column,
             caption_column=given.caption_column,
+            window=given.window,
         ),
         media=MediaOptions(max_side=given.max_side, video_fps=given.video_fps),
         samples_per_shard=given.samples_per_shard,
@@ -214,9 +215,8 @@ def _parser() -> argparse.ArgumentParser:
         "out", metavar="OUT", type=Path, help="folder of the shards; an unfinished one is continued"
     )
     add("--form", choices=FORMS, help="form of SOURCE (default: found from its files)")
-    add(
-        "--media-dir", help="folder that media paths are relative to (default: the records' folder)"
-    )
+    add("--media-dir", "--media-root", help="folder that media paths are relative to, or tar that "
+        "has them (default: the records' folder)")  # fmt: skip
     add(
         "--dataset",
         metavar="NAME[,NAME...]",
@@ -224,6 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--media-column", help="a table's column of media paths (default: found by its name)")
     add("--caption-column", help="a table's column of captions (default: found by its name)")
+    add("--window", type=int, default=options.source.window, metavar="SECONDS",
+        help="commentary and narrations that are longer become several samples")  # fmt: skip
     add(
         "--samples-per-shard",
         type=int,

@@ -21,6 +21,7 @@ from data_pipeline.importers.draft import (
     refuse_preferences,
     unused_fields,
 )
+from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.realtime import is_realtime, realtime_draft
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, MediaType, Role, SampleError
 
@@ -75,14 +76,21 @@ def conversation_draft(record: dict[str, Any], base: str, dialect: Dialect | Non
     """A record -> a draft; media paths are relative to `base`. Raises SampleError."""
     if dialect is None:
         dialect = _DIALECTS["messages" if "messages" in record else "conversations"]
+    record = plain_contents(record, dialect.messages)
+    messages = message_turns(record, dialect)
+    longer = [entry for entry in record[dialect.messages] if len(entry) > 2]
+    notes = [note for entry in longer for note in _message_notes(entry, dialect)]
+    return with_media(messages, record, base, dialect, notes)
+
+
+def message_turns(record: dict[str, Any], dialect: Dialect) -> list[Turn]:
+    """The system's turn and those of the messages; SampleError."""
     entries = record.get(dialect.messages)
     if not isinstance(entries, list):
         raise SampleError("bad_schema", f"a record must be an object with a list `messages`: "
                           f"its keys are {', '.join(map(str, record))}")  # fmt: skip
     messages = [_message(entry, i, dialect) for i, entry in enumerate(entries)]
-    longer = [entry for entry in entries if len(entry) > 2]  # than a role and a content
-    notes = [note for entry in longer for note in _message_notes(entry, dialect)]
-    return with_media(system_turn(record, dialect) + messages, record, base, dialect, notes)
+    return system_turn(record, dialect) + messages
 
 
 def with_media(

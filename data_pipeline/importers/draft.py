@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_pipeline import files
+from data_pipeline.importers.timeline import Timeline
 from data_pipeline.schema import (
     IMAGE_MARK,
     MARK,
@@ -25,13 +26,29 @@ _PLAIN_SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
 
 
 @dataclass(frozen=True)
+class TarMember:
+    """A file inside a tar that is not compressed: where its bytes lie."""
+
+    tar: str
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with files.open_file(self.tar) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
 class Medium:
-    """A picture or video: its path or URL, or its bytes."""
+    """A picture or video: its path or URL, its bytes, or where they lie in a tar."""
 
     type: MediaType
-    content: str | bytes
+    content: str | bytes | TarMember
     suffix: str = ""
     times: tuple[float, ...] | None = None  # seconds of a real-time clip's frames
+    part: tuple[float, float] | None = None  # seconds of the file that are the clip
 
     def member(self, index: int) -> str:
         """Its name in the shard: `0.jpg`."""
@@ -40,13 +57,17 @@ class Medium:
 
 @dataclass(frozen=True)
 class Draft:
-    """A record whose media have not been read yet, in the order of their marks."""
+    """A record whose media have not been read yet, in the order of their marks.
+
+    timeline: of a real-time clip whose messages are not made before its length is known.
+    """
 
     messages: list[Turn]
     media: list[Medium] = field(default_factory=list)
     kind: Kind = "chat"
     caption_file: str | None = None  # a text file: the content of the last message
     notes: tuple[str, ...] = ()  # what was given and is not used: counted in the summary
+    timeline: Timeline | None = None
 
     @property
     def group(self) -> Group:
@@ -72,6 +93,20 @@ class Entry:
         return self.draft.group if isinstance(self.draft, Draft) else "text"
 
 
+# Under which names an object has its path.
+PATH_FIELDS = ("path", "url", "video_path", "image_path", "file", "file_name")
+_WINDOWS = re.compile(r"(?:file:///)?[A-Za-z]:[\\/]|\\\\")
+
+
+def plain_path(path: str) -> str:
+    """A path as it is written here: of Windows without its drive, of a `file://` URL its path."""
+    if windows := _WINDOWS.match(path):
+        return "/" + path[windows.end() :].replace("\\", "/")
+    if path.startswith("file://"):
+        return path.removeprefix("file://")
+    return path if "/" in path else path.replace("\\", "/")
+
+
 def medium(kind: MediaType, value: Any, base: str) -> Medium:
     """The picture or video that a record names, by path or URL, or holds as `{"bytes": ...}`.
 
@@ -79,9 +114,12 @@ def medium(kind: MediaType, value: Any, base: str) -> Medium:
     """
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return Medium(kind, value["bytes"], files.suffix(value.get("path") or ""))
-    path = value.get("path") or value.get("url") if isinstance(value, dict) else value
+    path = value
+    if isinstance(value, dict):
+        path = next((value[name] for name in PATH_FIELDS if value.get(name)), None)
     if not isinstance(path, str) or not path:
         raise SampleError("bad_schema", f"{kind}: {value!r:.80} is not a path")
+    path = plain_path(path)
     try:
         return Medium(kind, files.join(base, path), files.suffix(path))
     except ValueError as error:  # a URL that cannot be one

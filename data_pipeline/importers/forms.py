@@ -1,7 +1,7 @@
 """Finds the form of a source, and gives its records one after the other.
 
 A form of your own is a function in RECORD_FORMS, and, to be recognized without --form, a line in
-`_record_form`: docs/extending.md adds one.
+`KNOWN` of recognize.py: docs/extending.md adds one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,26 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline import files
-from data_pipeline.importers import captions, conversation, llama_factory
+from data_pipeline.fields import check_values, number
+from data_pipeline.importers import (
+    captions,
+    conversation,
+    llama_factory,
+    segments,
+    speech,
+    streaming,
+    transcripts,
+)
 from data_pipeline.importers.draft import Draft, Entry, distinct_stems, text_draft
-from data_pipeline.importers.records import first_record, read_records
+from data_pipeline.importers.locate import Finder
+from data_pipeline.importers.recognize import form_beside, form_of_all, nearest
+from data_pipeline.importers.records import first_records, read_records
 from data_pipeline.importers.webdataset import shard_entries
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
@@ -26,7 +37,8 @@ from data_pipeline.shards import ShardError
 _INFO = "dataset_info.json"
 _METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
 
-Convert = Callable[[dict[str, Any], str], Draft]
+# A record and the folder of its media -> what it becomes; a long one may become several samples.
+Convert = Callable[[dict[str, Any], str], Draft | list[Draft]]
 
 
 def _text_draft(record: dict[str, Any], base: str) -> Draft:
@@ -42,8 +54,16 @@ RECORD_FORMS: dict[str, Convert] = {
     "sharegpt": conversation.conversation_draft,
     "alpaca": llama_factory.alpaca_draft,
     "text": _text_draft,
+    "moss-vl": segments.mossvl_draft,
+    "realtime-qa": segments.realtime_qa_draft,
+    "streamo": streaming.streamo_draft,
+    "streamo-stream": streaming.frames_draft,
+    "joyai": streaming.joyai_draft,
+    "livechat": streaming.livechat_draft,
+    "narrations": speech.narration_draft,
+    "speech": speech.speech_draft,
 }
-FORMS = (*RECORD_FORMS, "table", "llamafactory", "captions", "webdataset")
+FORMS = (*RECORD_FORMS, "transcripts", "table", "llamafactory", "captions", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -55,16 +75,21 @@ class SourceOptions:
     datasets: tuple[str, ...] = ()  # of a dataset_info.json; none: all
     media_column: str | None = None
     caption_column: str | None = None
+    window: int = number(speech.WINDOW, above=0)  # seconds of a sample of commentary, at most
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A file of records, and what turns one into a draft."""
+    """A file of records, and what turns one into drafts."""
 
     path: str
     stem: str  # what the keys of its records start with
     base: str  # the folder of its media
     convert: Convert
+    form: str
     limit: int | None = None  # records that are taken at most
 
 
@@ -75,6 +100,7 @@ class OpenSource:
     form: str
     files: list[str]
     entries: Callable[[], Iterator[Entry]]
+    found: tuple[str, ...] = ()  # the forms of its records
 
     def fingerprint(self) -> str:
         """Changes with the names and sizes of the source's files."""
@@ -109,6 +135,8 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
     if form == "webdataset":
         tars = [path for path in paths if _is_tar(path)]
         return OpenSource(form, tars, partial(shard_entries, tars))
+    if form == "transcripts":
+        return _transcripts(source, folder, paths, options)
     if form == "llamafactory":
         return _llama_factory(source, folder, options)
     chosen = _record_files(source, folder, paths)
@@ -121,7 +149,8 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
         entries = partial(_folder_entries, record_files, media, other)
     else:
         entries = partial(_record_entries, record_files)
-    return OpenSource(form, [file.path for file in record_files], entries)
+    found = tuple(sorted({file.form for file in record_files}))
+    return OpenSource(form, [file.path for file in record_files], entries, found)
 
 
 def _form(source: str, folder: bool, paths: list[str]) -> str:
@@ -131,8 +160,12 @@ def _form(source: str, folder: bool, paths: list[str]) -> str:
         return "llamafactory"
     if any(_is_tar(path) for path in paths):
         return "webdataset"
+    if not folder and files.suffix(source) in (".srt", ".vtt"):
+        return "transcripts"
     if not folder or names.intersection(_METADATA):
         return "records"
+    if any(video for _, video in transcripts.pairs(paths)):
+        return "transcripts"
     if captions.is_captioned(paths):
         return "captions"
     if any(files.suffix(path) in files.RECORD_SUFFIXES for path in paths):
@@ -165,15 +198,28 @@ def _record_files(source: str, folder: bool, paths: list[str]) -> list[str]:
 
 def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> RecordFile:
     base = options.media_dir or files.parent(path)
-    form = form if form in (*RECORD_FORMS, "table") else _record_form(path, options)
-    if form == "table" and (record := first_record(path)):
-        captions.check_columns(record, options.media_column, options.caption_column)
-    convert: Convert = RECORD_FORMS.get(form) or partial(
-        captions.table_draft,
-        media_column=options.media_column,
-        caption_column=options.caption_column,
-    )
-    return RecordFile(path, stem, base, convert)
+    records = first_records(path)
+    named = form in (*RECORD_FORMS, "table")
+    form = form if named else _record_form(path, records, options)
+    if form == "table" and records:
+        captions.check_columns(records[0], options.media_column, options.caption_column)
+    converts: dict[str, Convert] = {
+        **RECORD_FORMS,
+        "narrations": partial(speech.narration_draft, window=options.window),
+        "speech": partial(speech.speech_draft, window=options.window),
+        "table": partial(
+            captions.table_draft,
+            media_column=options.media_column,
+            caption_column=options.caption_column,
+        ),
+    }
+    if named:
+        return RecordFile(path, stem, base, converts[form], form)
+
+    def convert(record: dict[str, Any], base: str) -> Draft | list[Draft]:
+        return converts[form_beside(record, form)](record, base)
+
+    return RecordFile(path, stem, base, convert, form)
 
 
 def _stem(path: str) -> str:
@@ -182,22 +228,45 @@ def _stem(path: str) -> str:
     return files.name(files.parent(path)) if name in _METADATA else name.rpartition(".")[0]
 
 
-def _record_form(path: str, options: SourceOptions) -> str:
-    record = first_record(path)
+def _record_form(path: str, records: list[dict[str, Any]], options: SourceOptions) -> str:
     if options.media_column or options.caption_column:
         return "table"
-    if conversation.looks_like_one(record) or not record:
+    if not records:
         return "sharegpt"
-    if "instruction" in record:
-        return "alpaca"
-    if captions.looks_like_a_table(record):
-        return "table"
-    if "text" in record:
-        return "text"
+    form = form_of_all(records)
+    if form is not None:
+        return form
     raise ShardError(
-        f"{path}: keys {', '.join(map(str, record))}: not of a known form: give --form "
+        f"{path}: fields {', '.join(map(str, records[0]))}: not a known form. The nearest: "
+        f"{nearest(records[0])}. Rename the fields, or give --form "
         f"({', '.join([*RECORD_FORMS, 'table'])}), or a table's --media-column and --caption-column"
     )
+
+
+def _transcripts(source: str, folder: bool, paths: list[str], options: SourceOptions) -> OpenSource:
+    """Transcripts and the videos of their names, beside them or in the folder of the media."""
+    elsewhere = options.media_dir or (None if folder else files.parent(source))
+    around = files.list_files(elsewhere) if elsewhere else []
+    found = transcripts.pairs(paths)
+    if elsewhere:
+        by_stem = {files.name(p).rpartition(".")[0]: p for p in around if captions.media_type(p)}
+        found = [
+            (path, next((by_stem[s] for s in transcripts.stems(path) if s in by_stem), video))
+            for path, video in found
+        ]
+    if not found:
+        raise ShardError(f"{source}: no .srt, .vtt or whisper's .json with a video of its name")
+    stems = distinct_stems([_stem(path) for path, _ in found])
+
+    def entries() -> Iterator[Entry]:
+        for at, ((path, video), stem) in enumerate(zip(found, stems, strict=True)):
+            drafts = _drafts_or_reason(lambda p=path, v=video: speech.speech_draft(  # type: ignore[misc]
+                transcripts.read_transcript(p, v), "", options.window))  # fmt: skip
+            for part, draft in enumerate(drafts):
+                key = f"{stem}-{part:06d}"
+                yield Entry(key, files.name(path), (at + 1) / len(found), draft)
+
+    return OpenSource("transcripts", [path for path, _ in found], entries, ("transcripts",))
 
 
 def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSource:
@@ -214,7 +283,7 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
             parts += [(data_set, path) for path in inside]
     stems = distinct_stems([data_set.name for data_set, _ in parts])
     record_files = [
-        RecordFile(path, stem, base, data_set.draft, data_set.limit)
+        RecordFile(path, stem, base, data_set.draft, "llamafactory", data_set.limit)
         for (data_set, path), stem in zip(parts, stems, strict=True)
     ]
 
@@ -228,14 +297,30 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
 
 def _record_entries(record_files: list[RecordFile]) -> Iterator[Entry]:
     for at, record_file in enumerate(record_files):
-        name = files.name(record_file.path)
+        name, finder = files.name(record_file.path), Finder(record_file.base)
+        ids: set[int] = set()
         for record in itertools.islice(read_records(record_file.path), record_file.limit):
-            yield Entry(
-                key=f"{record_file.stem}-{record.number:06d}",
-                file=name,
-                share=(at + record.share) / len(record_files),
-                draft=_draft_or_reason(record.value, record_file),
-            )
+            again = _seen(record.value, ids)
+            for part, draft in enumerate(_record_drafts(record.value, record_file)):
+                if isinstance(draft, Draft):
+                    draft = finder.placed(draft)
+                    draft = replace(draft, notes=draft.notes + again) if again else draft
+                yield Entry(
+                    key=f"{record_file.stem}-{record.number:06d}" + (f"-{part}" if part else ""),
+                    file=name,
+                    share=(at + record.share) / len(record_files),
+                    draft=draft,
+                )
+
+
+def _seen(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]:
+    """A note for a record whose `id` another one has, too."""
+    own = value.get("id") if isinstance(value, dict) else None
+    if not isinstance(own, str | int) or own == "":
+        return ()
+    known = hash(own) in ids
+    ids.add(hash(own))
+    return ("id of an earlier record",) if known else ()
 
 
 def _folder_entries(record_files: list[RecordFile], media: list[str], stem: str) -> Iterator[Entry]:
@@ -247,21 +332,28 @@ def _folder_entries(record_files: list[RecordFile], media: list[str], stem: str)
             named.update(os.path.normpath(path) for path in paths if isinstance(path, str))
         yield entry
     left = [path for path in media if os.path.normpath(path) not in named]
-    for number, path in enumerate(left):
+    for place, path in enumerate(left):
         reason = SampleError("missing_caption", "no record of the metadata names it")
-        yield Entry(f"{stem}-{number:06d}", files.name(path), 1.0, reason)
+        yield Entry(f"{stem}-{place:06d}", files.name(path), 1.0, reason)
 
 
-def _draft_or_reason(
+def _record_drafts(
     value: dict[str, Any] | SampleError, record_file: RecordFile
-) -> Draft | SampleError:
+) -> list[Draft | SampleError]:
     if isinstance(value, SampleError):
-        return value
+        return [value]
+    return _drafts_or_reason(lambda: record_file.convert(value, record_file.base), value)
+
+
+def _drafts_or_reason(
+    made: Callable[[], Draft | list[Draft]], value: object = ""
+) -> list[Draft | SampleError]:
     try:
-        return record_file.convert(value, record_file.base)
+        drafts = made()
     except SampleError as error:
-        return error
+        return [error]
     except MemoryError:
         raise
     except Exception as error:  # whatever a strange value leads to: one record ends no import
-        return SampleError("bad_schema", f"{type(error).__name__}: {error}: {value!r:.200}")
+        return [SampleError("bad_schema", f"{type(error).__name__}: {error}: {value!r:.200}")]
+    return list(drafts) if isinstance(drafts, list) else [drafts]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -20,7 +21,8 @@ from data_pipeline import files
 from data_pipeline.clock import EPSILON
 from data_pipeline.fields import check_values, number
 from data_pipeline.images import decode_image
-from data_pipeline.importers.draft import Draft, Entry, Group, Medium, Turn
+from data_pipeline.importers.draft import Draft, Entry, Group, Medium, TarMember, Turn
+from data_pipeline.importers.timeline import Timeline, unroll
 from data_pipeline.schema import Sample, SampleError, parse_sample
 from data_pipeline.shards import ShardError
 from data_pipeline.video import Video, check_end, open_video, probe_video
@@ -28,6 +30,7 @@ from data_pipeline.video import Video, check_end, open_video, probe_video
 _JPEG_QUALITY = 92
 _MARK, _BROKEN = "\ufeff", {"U+FFFD": "\ufffd", "NUL": "\0"}
 _TICK = Fraction(1, 90000)  # seconds
+_WORTH_A_CUT = 1.5  # times the seconds that are shown: a longer video is cut
 _H264 = {"crf": "20", "preset": "medium", "g": "250"}
 
 
@@ -86,11 +89,14 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions, notes: list[str]
         if not caption.strip():
             raise SampleError("missing_caption", f"{draft.caption_file} has no text")
         messages = [*messages[:-1], messages[-1] | {"content": caption.strip()}]
-    messages = [_plain(message, i) for i, message in enumerate(messages)]
     media: list[dict[str, Any]] = []
     members: dict[str, bytes] = {}
-    for index, medium in enumerate(draft.media):
-        fitted, suffix = _fitted(medium, options)
+    shown = draft.media
+    if draft.timeline is not None:
+        messages, shown = _unrolled(draft, draft.timeline, notes)
+    messages = [_plain(message, i) for i, message in enumerate(messages)]
+    for index, medium in enumerate(shown):
+        fitted, suffix = _fitted(medium, options, notes)
         if medium.type == "image" and is_animated(fitted):
             notes.append("animated picture, of which the first one is shown")
         name = Medium(medium.type, b"", suffix).member(index)
@@ -105,6 +111,35 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions, notes: list[str]
     except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
         raise SampleError("bad_text", str(error)) from None
     return {"__key__": entry.key, "json": encoded, **members}
+
+
+def _unrolled(
+    draft: Draft, timeline: Timeline, notes: list[str]
+) -> tuple[list[Turn], list[Medium]]:
+    """The conversation of a timeline, and the clip with the seconds of its frames."""
+    if timeline.pictures:
+        unrolled = unroll(timeline, None)
+        clips = draft.media
+    else:
+        (clip,) = draft.media
+        data = _bytes(clip)
+        info = probe_video(data)
+        unrolled = unroll(timeline, info)
+        first, last = unrolled.times[0], unrolled.times[-1]
+        clip = replace(clip, content=data, times=unrolled.times)
+        if info.duration > _WORTH_A_CUT * (last + 1 - first):
+            times = tuple(time - first for time in unrolled.times)
+            clip = replace(clip, part=(first, last + 1), times=times)
+        clips = [clip]
+    notes += unrolled.notes
+    return [dict(message) for message in unrolled.messages], clips
+
+
+def _bytes(medium: Medium) -> bytes:
+    content = medium.content
+    if isinstance(content, str):
+        return files.read_bytes(content)
+    return content.read() if isinstance(content, TarMember) else content
 
 
 def _plain(message: Turn, index: int) -> Turn:
@@ -132,10 +167,9 @@ def is_animated(data: bytes) -> bool:
         return bool(getattr(image, "is_animated", False))
 
 
-def _fitted(medium: Medium, options: MediaOptions) -> tuple[bytes, str]:
-    """The bytes and suffix of a medium that has been decoded, and shrunk where it must be."""
-    content = medium.content
-    data = files.read_bytes(content) if isinstance(content, str) else content
+def _fitted(medium: Medium, options: MediaOptions, notes: list[str]) -> tuple[bytes, str]:
+    """The bytes and suffix of a medium that has been decoded, cut or shrunk where it must be."""
+    data = _bytes(medium)
     if medium.type == "image":
         picture = decode_image(data)
         if options.max_side is None or max(picture.shape[-2:]) <= options.max_side:
@@ -148,9 +182,13 @@ def _fitted(medium: Medium, options: MediaOptions) -> tuple[bytes, str]:
     rate = info.frames / length if length else 0.0
     slower = options.video_fps is not None and rate > options.video_fps * 1.01
     smaller = options.max_side is not None and max(frame.shape[-2:]) > options.max_side
-    if not slower and not smaller:
+    if medium.part is None and not slower and not smaller:
         return data, medium.suffix
-    return shrink_video(data, options.max_side, options.video_fps if slower else None), ".mp4"
+    if medium.part is not None:
+        check_end([medium.part[0]], info)
+        notes.append("clip cut out of a longer video, encoded anew")
+    fps = options.video_fps if slower else None
+    return shrink_video(data, options.max_side, fps, medium.part), ".mp4"
 
 
 def shrink_image(picture: Tensor, max_side: int) -> bytes:
@@ -162,20 +200,30 @@ def shrink_image(picture: Tensor, max_side: int) -> bytes:
     return out.getvalue()
 
 
-def shrink_video(data: bytes, max_side: int | None, fps: float | None) -> bytes:
+def shrink_video(
+    data: bytes,
+    max_side: int | None,
+    fps: float | None,
+    part: tuple[float, float] | None = None,
+) -> bytes:
     """An upright H.264 MP4 without sound, whose frames are on screen when they were.
 
-    `fps`: one frame each 1/fps s from 0; None keeps every frame.
+    `fps`: one frame each 1/fps s from 0; None keeps every frame. `part`: the seconds that are kept;
+    the first of them becomes 0.
     """
     out, packets = io.BytesIO(), []
     with open_video(data) as video, av.open(out, "w", format="mp4") as container:
+        start, end = part or (0.0, math.inf)
+        end = min(end, video.info.duration)
         times = _moments(video, fps)
+        if part is not None:
+            times = [start, *(time for time in times if start + EPSILON < time < end - EPSILON)]
         stream = None
         for moment, frame in zip(times, video.frames(times), strict=True):
             height, width = frame.shape[-2:]
             scale = min(1.0, (max_side or max(height, width)) / max(height, width))
             if stream is None:
-                rate = fps or len(times) / video.info.duration
+                rate = fps or len(times) / (end - start)
                 exact = Fraction(rate).limit_denominator(1001)
                 stream = container.add_stream("libx264", rate=exact, options=_H264)
                 stream.width, stream.height = (_even(side * scale) for side in (width, height))
@@ -183,11 +231,11 @@ def shrink_video(data: bytes, max_side: int | None, fps: float | None) -> bytes:
             pixels = np.ascontiguousarray(frame.permute(1, 2, 0).numpy())
             picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             small = picture.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")
-            small.pts, small.time_base = round(moment / _TICK), _TICK
+            small.pts, small.time_base = round((moment - start) / _TICK), _TICK
             packets += stream.encode(small)
         if stream is not None:
             packets += stream.encode()
-            stays = video.info.duration - times[-1]
+            stays = end - times[-1]
             packets[-1].duration = round(stays / (packets[-1].time_base or _TICK))
         container.mux(packets)
     return out.getvalue()

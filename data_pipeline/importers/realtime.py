@@ -16,12 +16,12 @@ from typing import Any
 
 from data_pipeline import files
 from data_pipeline.importers.draft import Draft, Medium, Turn
+from data_pipeline.importers.timeline import LONGEST
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
 from data_pipeline.seconds import parse_seconds
 
 _REALTIME = "[RealTime QA]"
 _EVENTS = "[Streaming Event Caption]"
-_LONGEST = 100 * 3600  # seconds: a mark is written for each, and no clip is longer
 
 
 def is_realtime(videos: Any) -> bool:
@@ -97,6 +97,6 @@ def _seconds(stamp: Any) -> float:
         total = parse_seconds(stamp)
     except ValueError as error:
         raise ValueError(f"time_info: {error}") from None
-    if total > _LONGEST:
-        raise ValueError(f"time_info: {stamp!r}: expected seconds from 0 to {_LONGEST}")
+    if total > LONGEST:
+        raise ValueError(f"time_info: {stamp!r}: expected seconds from 0 to {LONGEST}")
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -15,6 +16,13 @@ from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
 csv.field_size_limit(2**31 - 1)
+_CHUNK = 1 << 16  # characters that are read at a time from a list of records
+_LONGEST_RECORD = 1 << 28  # characters
+# Fields of a record, none of which is an id.
+_FIELDS = frozenset({
+    "messages", "conversations", "conversation", "question", "response", "segments", "words",
+    "images", "videos", "narrations", "content", "subtitles",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,16 +47,18 @@ def read_records(path: str) -> Iterator[Record]:
             yield Record(number, value, share)
 
 
-def first_record(path: str) -> dict[str, Any]:
-    """The first record that can be read, empty where there is none."""
-    records = itertools.islice(read_records(path), 100)
-    return next((record.value for record in records if isinstance(record.value, dict)), {})
+def first_records(path: str, most: int = 100) -> list[dict[str, Any]]:
+    """Those of the first records that can be read."""
+    records = itertools.islice(read_records(path), most)
+    return [record.value for record in records if isinstance(record.value, dict)]
 
 
 def _json(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
     start = file.readline()
     form = files.encoding(start)
-    if form != "utf-8":  # in UTF-16 a line's end is another byte
+    if form == "utf-8-sig":
+        start = start.removeprefix(codecs.BOM_UTF8)
+    elif form != "utf-8":  # in UTF-16 a line's end is another byte
         try:
             text = (start + file.read()).decode(form)
         except UnicodeDecodeError as error:
@@ -57,18 +67,21 @@ def _json(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
         start, size = file.readline(), len(file.getbuffer())
     while start and not start.strip():
         start = file.readline()
-    if start.lstrip().startswith(b"[") or not _is_json(start):
-        yield from _json_list(start + file.read(), path)
-        return
+    lines = files.suffix(path) == ".jsonl"
+    if start.lstrip().startswith(b"[") and not (lines and _is_record(_line(start))):
+        yield from _elements(start, file, path, size)
+    elif lines or not isinstance(_line(start), SampleError):
+        yield from _json_lines(start, file, size)
+    else:
+        yield from _whole(start + file.read(), path)
+
+
+def _json_lines(start: bytes, file: BinaryIO, size: int) -> Iterator[tuple[Any, float]]:
     at = 0
     for line in itertools.chain([start], file):
         at += len(line)
         if line.strip():
-            yield _line(line), min(1.0, at / size) if size else 0.0
-
-
-def _is_json(line: bytes) -> bool:
-    return not isinstance(_line(line), SampleError)
+            yield _as_record(_line(line)), min(1.0, at / size) if size else 0.0
 
 
 def _line(line: bytes) -> Any:
@@ -78,18 +91,72 @@ def _line(line: bytes) -> Any:
         return SampleError("bad_json", str(error))
 
 
-def _json_list(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
-    try:
-        records = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        if files.suffix(path) == ".jsonl":  # only its first line is bad
-            yield from ((_line(line), 0.0) for line in data.splitlines() if line.strip())
+def _is_record(value: Any) -> bool:
+    """Whether a list is the messages of one record, as in LiveCC's lines."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(entry, dict) and "role" in entry for entry in value
+    )  # fmt: skip
+
+
+def _as_record(value: Any) -> Any:
+    if _is_record(value):
+        return {"messages": value}
+    if isinstance(value, list) and value and all(isinstance(entry, int) for entry in value):
+        return SampleError("index_line", "the places of a file's lines, as LiveCC's last line has")
+    return value
+
+
+def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
+    """The elements of a list that may be larger than memory, one after the other."""
+    decoder, scan = codecs.getincrementaldecoder("utf-8")("surrogateescape"), json.JSONDecoder()
+    text = decoder.decode(start).lstrip()[1:]
+    read, found, ended = len(start), 0, False
+    while True:
+        text = text.lstrip(" \t\r\n,")
+        if text.startswith("]"):
             return
+        try:
+            value, end = scan.raw_decode(text) if text else (None, 0)
+            error: Exception | None = None
+        except (ValueError, RecursionError) as problem:
+            value, end, error = None, 0, problem
+        if end > 0 and (end < len(text) or ended):
+            text, found = text[end:], found + 1
+            yield _as_record(value), min(1.0, read / size) if size else 0.0
+            continue
+        if ended or len(text) > _LONGEST_RECORD or isinstance(error, RecursionError):
+            damage = SampleError("bad_json", f"after {found} records: {error or 'no end'}")
+            if not found:
+                raise ShardError(f"{path} cannot be read: {damage.detail}")
+            yield damage, 1.0
+            return
+        chunk = file.read(max(_CHUNK, len(text)))
+        read, ended = read + len(chunk), not chunk
+        text += decoder.decode(chunk, final=ended)
+
+
+def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
+    """One record over many lines, or an object that has the records by their ids."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
-    if not isinstance(records, list):
-        raise ShardError(f"{path}: expected a list of records")
+    records = list(_by_id(value)) if isinstance(value, dict) else [value]
     for number, record in enumerate(records):
         yield record, (number + 1) / len(records)
+
+
+def _by_id(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Ego4D's `{"videos": {id: {...}}}`, VideoLLM-online's `{id: {...}}`, or one record."""
+    inner = value["videos"] if isinstance(value.get("videos"), dict) else value
+    if not inner or _FIELDS & set(inner) or not all(
+        isinstance(entry, dict | list) for entry in inner.values()
+    ):  # fmt: skip
+        yield value
+        return
+    for name, entry in inner.items():
+        fields = entry if isinstance(entry, dict) else {"narrations": entry}
+        yield {"video_uid": name} | fields
 
 
 def _csv(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from data_pipeline import files
@@ -59,7 +60,7 @@ def shard_entries(paths: list[str]) -> Iterator[Entry]:
 
 
 def _noted(draft: Draft, notes: tuple[str, ...]) -> Draft:
-    return Draft(draft.messages, draft.media, draft.kind, draft.caption_file, draft.notes + notes)
+    return replace(draft, notes=draft.notes + notes)
 
 
 class _Media:

@@ -357,5 +357,5 @@ def test_a_source_that_is_nothing_is_refused_with_what_to_do(tmp_path: Path) -> 
     with pytest.raises(ShardError, match=r"a.json does not exist"):
         run(tmp_path / "a.json", tmp_path / "out")
     write_jsonl(tmp_path / "b.jsonl", [{"colour": 1}])
-    with pytest.raises(ShardError, match="keys colour: not of a known form: give --form"):
+    with pytest.raises(ShardError, match=r"fields colour: not a known form. The nearest: share"):
         run(tmp_path / "b.jsonl", tmp_path / "out")

@@ -1,0 +1,96 @@
+"""Finds the media that records name: by their paths, by the ends of them, in tars.
+
+A path is tried as it stands. Then, below the root of the media, each end of it is tried, the
+longest first (`/home/someone/data/clips/1.mp4`: `data/clips/1.mp4`, `clips/1.mp4`, `1.mp4`); as a
+file, then as a member of a tar: the root itself, or tars that lie in it.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+
+from data_pipeline import files
+from data_pipeline.importers.draft import Draft, Medium, TarMember
+from data_pipeline.schema import MediaType
+from data_pipeline.shards import ShardError
+
+_SUFFIXES: dict[MediaType, frozenset[str]] = {
+    "image": files.IMAGE_SUFFIXES,
+    "video": files.VIDEO_SUFFIXES,
+}
+
+
+class Finder:
+    """The media below one root; a URL is not searched."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._searched = not files.is_url(root)
+
+    def placed(self, draft: Draft) -> Draft:
+        """The draft with its media where they are; one that is nowhere keeps its path."""
+        if not self._searched:
+            return draft
+        media = [self._place(medium) for medium in draft.media]
+        if all(new is old for new, old in zip(media, draft.media, strict=True)):
+            return draft
+        notes = draft.notes
+        for new, old in zip(media, draft.media, strict=True):
+            if isinstance(new.content, TarMember):
+                notes += ("medium in a tar",)
+            elif new is not old and not str(new.content).startswith(str(old.content)):
+                notes += ("medium found by the end of its path",)
+        return replace(draft, media=media, notes=notes)
+
+    def _place(self, medium: Medium) -> Medium:
+        path = medium.content
+        if not isinstance(path, str) or files.is_url(path) or os.path.exists(path):
+            return medium
+        for end in _ends(path.removeprefix(self._root.rstrip("/") + "/")):
+            found = os.path.join(self._root, end)
+            if os.path.isfile(found):
+                return replace(medium, content=found, suffix=files.suffix(found))
+            if member := self._members.get(end):
+                return replace(medium, content=member, suffix=files.suffix(end))
+        if files.suffix(path) not in _SUFFIXES[medium.type]:  # an id, of YouTube say
+            for suffix in sorted(_SUFFIXES[medium.type]):
+                if os.path.isfile(path + suffix):
+                    return replace(medium, content=path + suffix, suffix=suffix)
+                if member := self._members.get(files.name(path) + suffix):
+                    return replace(medium, content=member, suffix=suffix)
+        return medium
+
+    @cached_property
+    def _members(self) -> dict[str, TarMember]:
+        """By their whole names in their tars; read when the first medium is not a file."""
+        found: dict[str, TarMember] = {}
+        for tar in _tars(self._root):
+            try:
+                with tarfile.open(tar, "r:") as archive:
+                    for member in archive:
+                        if member.isfile():
+                            name = member.name.removeprefix("./")
+                            where = TarMember(tar, name, member.offset_data, member.size)
+                            found.setdefault(name, where)
+            except tarfile.TarError as error:
+                raise ShardError(f"{tar}: {error}: media are read from tars that are whole and "
+                                 "not compressed") from None  # fmt: skip
+        return found
+
+
+def _tars(root: str) -> list[str]:
+    if os.path.isfile(root):
+        return [root]
+    if not os.path.isdir(root):
+        return []
+    return sorted(entry.path for entry in os.scandir(root) if entry.name.endswith(".tar"))
+
+
+def _ends(path: str) -> Iterator[str]:
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    for first in range(len(parts)):
+        yield "/".join(parts[first:])

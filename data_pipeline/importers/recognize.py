@@ -1,0 +1,108 @@
+"""Which form a record has, and which forms are nearest to one that has none.
+
+A form of your own is a line in `KNOWN`, with the fields that are told where it is nearly met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.importers import captions, conversation, segments, speech, streaming
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A form of records: its name, what has it, and sets of fields of which it needs one."""
+
+    form: str
+    test: Callable[[Record], bool]
+    needs: tuple[tuple[str, ...], ...]
+
+
+def _events(record: Record) -> bool:
+    return all(isinstance(record.get(name), list | dict) for name in ("question", "response"))
+
+
+def _with_spans(record: Record) -> bool:
+    responses = record.get("response")
+    responses = [responses] if isinstance(responses, dict) else responses or []
+    return _events(record) and any(
+        isinstance(response, dict) and "st_time" in response for response in responses
+    )
+
+
+def _livechat(record: Record) -> bool:
+    turns = record.get("conversation")
+    return isinstance(turns, list) and bool(turns) and all(
+        isinstance(turn, dict) and "time" in turn for turn in turns[:3]
+    )  # fmt: skip
+
+
+def _spoken(record: Record) -> bool:
+    return speech.words_field(record) is not None and streaming.names_clip(record)
+
+
+_CLIP = ("video_path", "video", "video_uid")
+# The first that fits is a record's form: the narrower ones stand before the wider ones.
+KNOWN: tuple[Known, ...] = (
+    Known("realtime-qa", segments.has_frame_timestamps, (("messages", "video"),)),
+    Known("moss-vl", segments.has_segments, (("messages", "videos"), ("conversations", "videos"))),
+    Known("moss-vl", segments.has_prompt, (("prompt", "response"),)),
+    Known("streamo-stream", streaming.is_by_frames, (("messages", "videos"),)),
+    Known("speech", speech.has_text_stream, (("messages",),)),
+    Known("streamo", _with_spans, (("question", "response", "video_path"),)),
+    Known("joyai", _events, (("question", "response", "video_path"),)),
+    Known("livechat", _livechat, (("conversation", "video_uid"),)),
+    Known("sharegpt", conversation.looks_like_one, (("messages",), ("conversations",))),
+    Known("speech", _spoken, tuple((name, "video") for name in ("words", "segments", "content"))),
+    Known("narrations", speech.looks_like_narrations, (("narrations", "video_uid"),)),
+    Known("alpaca", lambda record: "instruction" in record, (("instruction", "output"),)),
+    Known("table", captions.looks_like_a_table,
+          tuple((media, "caption") for media in captions.MEDIA_COLUMNS)),
+    Known("text", lambda record: "text" in record, (("text",),)),
+)  # fmt: skip
+# Records of these may stand in one file; of which of the last two they are, all of them tell.
+_MIXED = frozenset(known.form for known in KNOWN) - {"alpaca", "table", "text"}
+_ALIKE = frozenset({"streamo", "joyai"})
+
+
+def form_of(record: Record) -> str | None:
+    """A record's form; None: it has none that is known."""
+    return next((known.form for known in KNOWN if known.test(record)), None)
+
+
+def form_of_all(records: Sequence[Record]) -> str | None:
+    """The form of a file, by its first records."""
+    forms = [form_of(record) for record in records]
+    first = next(iter(forms), None)
+    return "streamo" if first in _ALIKE and "streamo" in forms else first
+
+
+def form_beside(record: Record, form: str) -> str:
+    """The form of one record in a file of a form."""
+    own = form_of(record)
+    if own is None or own not in _MIXED or form not in _MIXED or {own, form} <= _ALIKE:
+        return form
+    return own
+
+
+def nearest(record: Record) -> str:
+    """The forms that a record nearly has, and what it lacks for each."""
+    lacking: dict[str, tuple[str, ...]] = {}
+    scores: dict[str, float] = {}
+    for known in KNOWN:
+        for needs in known.needs:
+            missing = tuple(name for name in needs if name not in record)
+            score = 1 - len(missing) / len(needs) - 0.01 * len(missing)
+            if score > scores.get(known.form, -1.0):
+                lacking[known.form], scores[known.form] = missing, score
+    shared = [form for form in scores if scores[form] > 0]
+    best = sorted(shared, key=lambda form: -scores[form])[:3] or ["sharegpt", "streamo", "table"]
+    return "; ".join(
+        f"{form} (missing: {', '.join(lacking[form])})" if lacking[form] else
+        f"{form} (its fields are there, of another kind than it has)" for form in best
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""Commentary with times, to real-time drafts: what people said, word by word, and narrations.
+
+Words are said after the first frame at or after their end, as LiveCC takes them. A text of which
+only start and end are known is spread evenly over its words. A long commentary becomes several
+samples, each of which shows a window of its video.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from typing import Any
+
+from data_pipeline.importers.draft import Draft, Medium, unused_fields
+from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of
+from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of, words_of
+from data_pipeline.schema import SampleError
+
+WINDOW = 240  # seconds of a sample at most: LiveCC's clips have 30 to 240
+_LEAD = 2  # seconds that are watched before the first word of a window
+_NOISE = re.compile(r"[\[(♪][^\])]*[\])♪]?|>>+")
+# What may stand in place of the words, and what is known beside it.
+_LISTS = ("words", "content", "subtitles", "text_stream", "word_segments", "segments", "narrations")
+_ABOUT = ("title", "category", "previous", "language", "text", "preasr", "task_type", "source",
+          "status", "duration")  # fmt: skip
+_EGO4D = re.compile(r"#\s?(?:C|O|Unsure)\b|@c\b|#", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Word:
+    start: float
+    end: float
+    text: str
+
+
+def speech_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> list[Draft]:
+    """Words with times -> drafts; a record of LiveCC, of whisper, or with a list of triples."""
+    record, question, span = _livecc(record)
+    name = words_field(record)
+    if name is None:
+        raise SampleError("missing_text", f"no words with times: one of {', '.join(_LISTS)}")
+    notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, *_LISTS})
+    words = list(_words(record[name], name, notes))
+    if span is not None:
+        words = _inside(words, span, notes)
+    said = _phrases(words, notes)
+    return _windows(said, clip_of(record, base), question, span, window, notes)
+
+
+def narration_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> list[Draft]:
+    """Ego4D's narrations of a video -> drafts: each is said whole, at its time.
+
+    Each pass of an annotator is a commentary of its own.
+    """
+    passes = _passes(record)
+    clip, drafts = clip_of(record, base), []
+    for entries in passes:
+        notes: list[str] = []
+        said = _sentences(entries, notes)
+        drafts += _windows(said, clip, INSTRUCTION, None, window, notes) if said else []
+    if not drafts:
+        raise SampleError("missing_text", "narrations: none has a time and a sentence")
+    return drafts
+
+
+def _sentences(entries: list[dict[str, Any]], notes: list[str]) -> list[Said]:
+    said: list[Said] = []
+    for i, entry in enumerate(entries):
+        text = entry.get("text", entry.get("narration_text"))
+        time = entry.get("time", entry.get("timestamp_sec"))
+        try:
+            second = second_of(time, f"narrations[{i}].time")
+        except SampleError:
+            notes.append("narration with a bad time, left out")
+            continue
+        words = _EGO4D.sub("", text).strip(" .,\n").split() if isinstance(text, str) else []
+        if len(words) < 2:  # somebody and what is done
+            notes.append("narration without a sentence, left out")
+            continue
+        said.append(Said(second, " ".join([words[0].capitalize(), *words[1:]]) + "."))
+    notes += order_notes(said, "narrations")
+    ordered = sorted(said, key=lambda one: one.second)
+    kept = [said for said, before in zip(ordered, [None, *ordered], strict=False)
+            if before is None or said.text != before.text]  # fmt: skip
+    notes += ["narration repeated, left out"] * (len(ordered) - len(kept))
+    return kept
+
+
+def _passes(record: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The narrations of each pass: under `narrations`, in Ego4D's own files under
+    `narration_pass_1`, ..., in VideoLLM-online's under the ids of the passes."""
+    fields = [value for name, value in record.items() if name not in (*CLIP_FIELDS, *_ABOUT)]
+    lists = [record["narrations"]] if "narrations" in record else [
+        value["narrations"] if isinstance(value, dict) and "narrations" in value else value
+        for value in fields
+    ]  # fmt: skip
+    passes: dict[Any, list[dict[str, Any]]] = {}
+    for number, one in enumerate(lists):
+        for entry in one if isinstance(one, list) else []:
+            if not isinstance(entry, dict):
+                raise SampleError("bad_schema", "narrations: expected objects with time and text")
+            passes.setdefault((number, entry.get("_annotation_uid")), []).append(entry)
+    return list(passes.values())
+
+
+def words_field(record: dict[str, Any]) -> str | None:
+    """The field that has the words with their times; None: there is none."""
+    for name in _LISTS:
+        first = next(iter(record[name]), None) if isinstance(record.get(name), list) else None
+        triple = isinstance(first, list | tuple) and len(first) == 3
+        if triple or (isinstance(first, dict) and {"start", "end"} <= set(first)):
+            return name
+    return None
+
+
+def looks_like_narrations(record: dict[str, Any]) -> bool:
+    try:
+        passes = _passes(record)
+    except SampleError:
+        return False
+    first = passes[0][0] if passes else {}
+    return {"time", "text"} <= set(first) or {"timestamp_sec", "narration_text"} <= set(first)
+
+
+def _livecc(
+    record: dict[str, Any],
+) -> tuple[dict[str, Any], str, tuple[float, float] | None]:
+    """A record's words and clip where they are parts of two messages; what the user asks; the
+    seconds of the video that are shown."""
+    question, span = INSTRUCTION, None
+    if "text_stream" not in record and isinstance(record.get("messages"), list):
+        flat: dict[str, Any] = {}
+        for message in record["messages"]:
+            for part in message.get("content", []) if isinstance(message, dict) else []:
+                flat |= {k: v for k, v in part.items() if k != "type"}
+        question = flat.pop("text", "") or question
+        record = {k: v for k, v in record.items() if k != "messages"} | flat
+    start, end = record.get("video_start"), record.get("video_end")
+    if start is not None and end is not None:
+        span = second_of(start, "video_start"), second_of(end, "video_end")
+        if span[1] <= span[0]:
+            raise SampleError("bad_time", f"video_end: {end!r} is not after video_start {start!r}")
+    rest = {k: v for k, v in record.items() if k not in ("video_start", "video_end")}
+    return rest, question, span
+
+
+def has_text_stream(record: dict[str, Any]) -> bool:
+    """Whether the messages are LiveCC's: a part of one of them has the words."""
+    messages = record.get("messages")
+    return isinstance(messages, list) and any(
+        isinstance(part, dict) and "text_stream" in part
+        for message in messages if isinstance(message, dict)
+        for part in (message["content"] if isinstance(message.get("content"), list) else [])
+    )  # fmt: skip
+
+
+def _words(entries: list[Any], name: str, notes: list[str]) -> Iterator[Word]:
+    for i, entry in enumerate(entries):
+        inner = entry.get("words") if isinstance(entry, dict) else None
+        if isinstance(inner, list) and inner:
+            yield from _words(inner, f"{name}[{i}].words", notes)
+            continue
+        if isinstance(entry, dict):
+            start, end = entry.get("start"), entry.get("end")
+            text = entry.get("text", entry.get("word"))
+        else:
+            start, end, text = entry if len(entry) == 3 else (None, None, None)
+        if not isinstance(text, str):
+            notes.append("word without a text, left out")
+            continue
+        text, described = _NOISE.subn(" ", text)
+        notes += ["sound described in brackets, left out"] if described else []
+        try:
+            first, last = second_of(start, f"{name}[{i}]"), second_of(end, f"{name}[{i}]")
+        except SampleError:
+            notes.append("word with a bad time, left out")
+            continue
+        if last < first:
+            notes.append("word that ends before it starts, left out")
+            continue
+        yield from spread(first, last, text)
+
+
+def spread(start: float, end: float, text: str) -> Iterator[Word]:
+    """The words of a text, evenly from start to end."""
+    words = words_of(text)
+    each = (end - start) / max(len(words), 1)
+    for i, word in enumerate(words):
+        yield Word(start + i * each, start + (i + 1) * each, word)
+
+
+def _inside(words: list[Word], span: tuple[float, float], notes: list[str]) -> list[Word]:
+    """The words of a part of a video; their times may count from its start."""
+    start, end = span
+    if words and words[0].start < start - 1 and words[-1].end <= end - start + 1:
+        words = [replace(word, start=word.start + start, end=word.end + start) for word in words]
+        notes.append("times that count from video_start")
+    kept = [word for word in words if start <= word.end <= end + 1]
+    notes += ["word outside video_start and video_end, left out"] * (len(words) - len(kept))
+    return kept
+
+
+def _phrases(words: list[Word], notes: list[str]) -> list[Said]:
+    """What is said in each second."""
+    ordered = sorted(words, key=lambda word: word.end)
+    if [word.start for word in words] != sorted(word.start for word in words):
+        notes.append("words not in the order of time, sorted")
+    if any(b.start < a.end - 0.5 for a, b in pairwise(ordered)):
+        notes.append("words whose times overlap")
+    by_second = groupby(ordered, key=lambda word: math.ceil(word.end - 1e-3))
+    said = [Said(float(second), "".join(w.text for w in group)) for second, group in by_second]
+    following = [*said[1:], None]
+    return [
+        replace(one, goes_on=after is not None and after.second == one.second + 1)
+        for one, after in zip(said, following, strict=True)
+    ]
+
+
+def _windows(
+    said: list[Said],
+    clip: Medium,
+    question: str,
+    span: tuple[float, float] | None,
+    window: float,
+    notes: list[str],
+) -> list[Draft]:
+    if not said:
+        raise SampleError("missing_text", "no words with times are left")
+    drafts: list[Draft] = []
+    first, shown = 0, -1
+    while first < len(said):
+        second = math.floor(said[first].second)
+        begins = math.ceil(span[0]) if span is not None and not drafts else shown + 1
+        near = span is not None and not drafts and second - begins < window
+        start = min(begins if near else max(begins, second - _LEAD), second)
+        inside = [one for one in said[first:] if one.second <= start + window - 1] or [said[first]]
+        inside[-1] = replace(inside[-1], goes_on=False)
+        end = math.ceil(inside[-1].second) + 1
+        timeline = Timeline((Said(float(start), question),), tuple(inside), start=float(start),
+                            end=float(end), late=True)  # fmt: skip
+        drafts.append(Draft([], [clip], "realtime", notes=tuple(notes if not drafts else ()),
+                            timeline=timeline))  # fmt: skip
+        first, shown = first + len(inside), end
+    return drafts

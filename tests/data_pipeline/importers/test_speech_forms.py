@@ -1,0 +1,120 @@
+"""Commentary with times, narrations and transcripts become real-time samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.video import frames_at, probe_video
+from tests.data_pipeline.clips import number
+from tests.data_pipeline.importers.realtime import FRAME, SILENCE, WATCHED, run, said, write
+
+
+def test_ego4ds_narrations_of_each_pass_are_samples(folder: Path) -> None:
+    def narration(second: float, text: str, uid: str) -> dict[str, Any]:
+        return {"time": second, "text": text, "_annotation_uid": uid}
+
+    narrations = [
+        narration(4.4, "#C C opens the door", "x"),
+        narration(2.0, "#C C walks in.", "x"),
+        narration(2.0, "#unsure", "x"),
+        narration(3.0, "#O A man sits", "y"),
+        narration(50.0, "#C C sleeps well", "y"),
+        narration(-1.0, "#C C begins", "y"),
+    ]
+    path = folder / "all_narrations_redacted.json"
+    path.write_text(json.dumps({"videos": {"a": {"narrations": narrations}}}, indent=1))
+    (first, second), summary = run(path)
+    assert said(first)[1] == (
+        WATCHED * 1 + SILENCE + FRAME + SILENCE + FRAME + "C walks in." + WATCHED * 3
+        + "C opens the door." + WATCHED + SILENCE
+    )  # fmt: skip
+    assert said(second)[1].count("A man sits.") == 1
+    assert summary.notes == {
+        "narrations not in the order of time, sorted": 1,
+        "narration without a sentence, left out": 1,
+        "narration with a bad time, left out": 1,
+        "answer after the clip's end, left out": 1,
+    }
+
+
+WORDS = [[0.2, 0.6, "Here"], [0.6, 1.4, "we"], [1.4, 1.9, "go"], [6.0, 6.5, "again"]]
+COMMENTARY = (
+    WATCHED + SILENCE + FRAME + "Here" + FRAME + " we go"
+    + WATCHED * 5 + "again" + WATCHED + SILENCE
+)  # fmt: skip
+
+
+def livecc(**video: Any) -> list[dict[str, Any]]:
+    shown = {"type": "video", "video": "a.mp4"} | video
+    return [
+        {"role": "user", "content": [shown, {"type": "text", "text": "Comment.", "title": "T"}]},
+        {"role": "assistant", "content": [{"type": "text_stream", "text_stream": WORDS}]},
+    ]
+
+
+def test_liveccs_words_are_said_after_the_frame_at_their_end(folder: Path) -> None:
+    source = write(folder / "l.jsonl", livecc(video_start=0.0, video_end=9.0), [0, 412])
+    (sample,), summary = run(source)
+    assert said(sample) == ["Comment.", COMMENTARY]
+    assert summary.rejected == {"index_line": 1}
+
+
+SRT = """\ufeff1\r
+00:00:00,200 --> 00:00:01,400\r
+<i>Here we</i>\r
+\r
+2\r
+00:00:01,400 --> 00:00:01,900\r
+go\r
+\r
+3\r
+00:00:03,000 --> 00:00:04,000\r
+[Music]\r
+\r
+4\r
+00:00:06,000 --> 00:00:06,500\r
+again"""
+VTT = """WEBVTT
+
+00:00.200 --> 00:01.900
+Here<00:00:00.600><c> we</c><00:00:01.400><c> go</c>
+
+00:06.000 --> 00:06.500
+Here we go
+again
+"""
+WHISPER = {"text": "...", "language": "en", "segments": [
+    {"start": 0.2, "end": 6.5, "text": "Here we go again",
+     "words": [{"start": s, "end": e, "word": w} for s, e, w in WORDS]},
+]}  # fmt: skip
+
+
+def test_transcripts_beside_a_video_become_the_same_commentary(folder: Path) -> None:
+    spoken = []
+    for name, text in (("a.en.srt", SRT), ("a.vtt", VTT), ("a.json", json.dumps(WHISPER))):
+        path = folder / name
+        path.write_bytes(text.encode())
+        (sample,), _ = run(folder if name == "a.json" else path)
+        spoken.append(said(sample)[1])
+        path.unlink()
+    assert spoken == [COMMENTARY] * 3  # of .srt the words are spread evenly: 0.8 and 1.4 s
+
+
+def test_a_long_commentary_is_cut_into_windows(folder: Path) -> None:
+    record = {"video": "a.mp4", "content": [[s, s + 0.5, f"w{s}"] for s in (1, 2, 7, 8)]}
+    (first, second), summary = run(write(folder / "w.jsonl", record), window=4)
+    assert (
+        said(first)[1] == WATCHED * 2 + SILENCE + FRAME + "w1" + FRAME + " w2" + WATCHED + SILENCE
+    )
+    assert said(second)[1] == WATCHED * 3 + "w7" + FRAME + " w8" + SILENCE
+    # Seconds 6 to 9 of the video: its frames 30 to 49.
+    assert second["media"][0]["times"] == [0.0, 1.0, 2.0, 3.0]
+    clip = second["members"]["0.mp4"]
+    assert probe_video(clip).duration == pytest.approx(4.0, abs=0.01)
+    shown = [number(frame.permute(1, 2, 0)) for frame in frames_at(clip, [0.0, 1.0, 3.9])]
+    assert shown == [30, 35, 49]
+    assert summary.imported["realtime"] == 2
