@@ -22,6 +22,7 @@ from inference.serve.connections import known_host
 from inference.serve.cors import Cors, may_ask
 from inference.serve.hub import GOING_AWAY, MODEL, POLICY, TRY_LATER, UNKNOWN, Hub
 from inference.serve.limits import Refused
+from inference.serve.openapi import document
 from inference.serve.socket import Connection, cut
 from inference.session.handle import SessionClosed
 
@@ -99,7 +100,11 @@ def make_app(
 
 
 def _add_models(app: FastAPI, allowed: Callable[[HTTPConnection], bool]) -> None:
-    """The list of the one model, and it by its name."""
+    """The list of the one model, and it by its name; the document that describes all routes."""
+
+    @app.get("/openapi.json")
+    def described() -> Response:  # in a thread: it is written at the first request
+        return JSONResponse(document())
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from data_pipeline.schema import SampleError
 from inference.serve.hub import FAILED, POLICY, REPLACED, Hub, LiveSession
 from inference.serve.limits import Bucket, Refused
+from inference.serve.messages import CreateItem, ImageAppend, SessionUpdate
 from inference.serve.protocol import ImageMessage, parse, read_image, read_item, read_update
 from inference.session.handle import SessionClosed
 from inference.session.session import PromptTooLong, QueueFull
@@ -120,24 +121,24 @@ class Connection:
 
     async def _command(self, text: str) -> None:
         session, limits = self._session, self._hub.limits
-        message = await _off_loop(parse, text, limits.json_values)
-        kind = message["type"]
+        message = await _off_loop(len(text), parse, text, limits)
+        kind = message.type
         if kind in ("session.close", "input_image_buffer.end"):
             self._emit_skipped(0.0)
         if self._announced and kind in ("input_image_buffer.append", "input_image_buffer.end"):
             self._announced = None
             raise Refused("wrong_order", "the picture of the append before has not come")
-        if kind == "session.update":
-            session.configure(**read_update(message, session.config.sampling, limits))
+        if isinstance(message, SessionUpdate):
+            session.configure(**read_update(message, session.config.sampling))
             session.emit("session.updated", session=self._hub.describe(self._live))
-        elif kind == "input_image_buffer.append":
-            image = await _off_loop(read_image, message, limits, size=len(text))
+        elif isinstance(message, ImageAppend):
+            image = await _off_loop(len(text), read_image, message, limits)
             if image.data is None:
                 self._announced = image
             else:
                 await self._frame(image.data, image)
-        elif kind == "conversation.item.create":
-            words, picture = await _off_loop(read_item, message, limits, size=len(text))
+        elif isinstance(message, CreateItem):
+            words, picture = await _off_loop(len(text), read_item, message, limits)
             if picture is None:
                 session.prompt(words)
                 self._live.untouched = False
@@ -201,8 +202,8 @@ def cut(reason: str) -> str:
     return reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
 
 
-async def _off_loop(function: Callable[..., Result], *arguments: Any, size: int = 0) -> Result:
+async def _off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
     """The result of reading a message; of a large one in a thread, for others are served here."""
-    if max(size, len(arguments[0])) < _LARGE:
+    if size < _LARGE:
         return function(*arguments)
     return await asyncio.to_thread(function, *arguments)

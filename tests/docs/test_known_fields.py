@@ -4,45 +4,48 @@ from __future__ import annotations
 
 import json
 
-from inference.serve import known_fields as fields
-from inference.serve.known_fields import Fields
+from inference.serve import messages, requests
+from inference.serve.typed_fields import Fields, kind
 from tests.conftest import REPO
 
-TABLE: list[tuple[str, Fields]] = [
-    ("the request", fields.REQUEST),
-    ("`stream_options`", fields.STREAM_OPTIONS),
-    ("`response_format`", fields.RESPONSE_FORMAT),
-    ("its `json_schema`", fields.JSON_SCHEMA),
-    ("a message", fields.MESSAGE),
-    ("an assistant's", fields.ANSWER),
-    ("part `text`", fields.TEXT_PART),
-    ("part `refusal`", fields.REFUSAL_PART),
-    ("part `image_url`", fields.IMAGE_PART),
-    ("its `image_url`", fields.IMAGE_URL),
-    ("part `video_url`", fields.VIDEO_PART),
-    ("its `video_url`", fields.VIDEO_URL),
-    ("`mm_processor_kwargs`, `media_io_kwargs.video`", fields.PROCESSOR),
-    ("`media_io_kwargs`", fields.MEDIA_IO),
-    *((f"event `{name}`", fields.EVENTS[name]) for name in fields.EVENTS),
-    ("`session` of `session.update`", fields.SESSION),
-    ("`item` of `conversation.item.create`", fields.ITEM),
-    ("its part `input_text`", fields.INPUT_TEXT),
-    ("its part `input_image`", fields.INPUT_IMAGE),
+TABLE: list[tuple[str, type[Fields]]] = [
+    ("the request", requests.ChatRequest),
+    ("`stream_options`", requests.StreamOptions),
+    ("`response_format`", requests.ResponseFormat),
+    ("its `json_schema`", requests.JsonSchema),
+    ("a message", requests.Message),
+    ("an assistant's", requests.Answer),
+    ("part `text`", requests.TextPart),
+    ("part `refusal`", requests.RefusalPart),
+    ("part `image_url`", requests.ImagePart),
+    ("its `image_url`", requests.ImageUrl),
+    ("part `video_url`", requests.VideoPart),
+    ("its `video_url`", requests.VideoUrl),
+    ("`mm_processor_kwargs`, `media_io_kwargs.video`", requests.Processor),
+    ("`media_io_kwargs`", requests.MediaIO),
+    *((f"event `{name}`", model) for name, model in messages.EVENTS.items()),
+    ("`session` of `session.update`", messages.Session),
+    ("`item` of `conversation.item.create`", messages.Item),
+    ("its part `input_text`", messages.TextInput),
+    ("its part `input_image`", messages.ImageInput),
 ]
 
 
-def cell(names: tuple[str, ...]) -> str:
+def cell(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def row(title: str, known: Fields) -> str:
+def row(title: str, model: type[Fields]) -> str:
+    kinds = {name: kind(model, name) for name in model.names()}
+    read, harmless = ([n for n, (k, _) in kinds.items() if k == one] for one in ("read", "none"))
+    refused = {name: values for name, (k, values) in kinds.items() if k == "refused"}
     neutral = [
-        f"`{name}` {' or '.join(map(json.dumps, values))}".rstrip()
-        for name, (values, _) in known.neutral.items()
+        f"`{name}` {' or '.join(map(json.dumps, values))}"
+        for name, values in refused.items()
         if values
     ]
-    never = [f"`{name}`" for name, (values, _) in known.neutral.items() if not values]
-    cells = (title, cell(known.read), cell(known.harmless), ", ".join(neutral), ", ".join(never))
+    never = [name for name, values in refused.items() if not values]
+    cells = (title, cell(read), cell(harmless), ", ".join(neutral), cell(never))
     return f"| {' | '.join(cells)} |"
 
 

@@ -15,6 +15,7 @@ from data_pipeline.schema import Message
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
+from inference.serve.messages import ImageAppend
 from inference.serve.protocol import parse, read_image
 from tests.inference.serve.serving import Running, data_url, jpeg, serving
 from tests.samples import graded_video
@@ -369,4 +370,7 @@ def test_a_sockets_picture_may_be_a_data_url(server: Running) -> None:
     images = [plain, data_url(data, "image/jpeg"), base64.encodebytes(data).decode()]
     for image in images:
         message = json.dumps({"type": "input_image_buffer.append", "image": image})
-        assert read_image(parse(message), server.hub.limits).data == data
+        limits = server.hub.limits
+        appended = parse(message, limits)
+        assert isinstance(appended, ImageAppend)
+        assert read_image(appended, limits).data == data

@@ -1,0 +1,112 @@
+"""What the server answers, for `/openapi.json`: as OpenAI's API has it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorBody(_Reply):
+    """param: the field that is wrong. code: a short word."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(_Reply):
+    error: ErrorBody
+
+
+class ModelCard(_Reply):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(_Reply):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Likelihood(_Reply):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLikelihood(Likelihood):
+    top_logprobs: list[Likelihood]
+
+
+class Logprobs(_Reply):
+    content: list[TokenLikelihood]
+    refusal: None
+
+
+class AnswerMessage(_Reply):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(_Reply):
+    index: int
+    message: AnswerMessage
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Usage(_Reply):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(_Reply):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Delta(_Reply):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(_Reply):
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Chunk(_Reply):
+    """An event of a stream; after the last one comes `[DONE]`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class Health(_Reply):
+    status: Literal["ok", "closing", "failed", "stuck"]
+    step_seconds: float
+    model: str
+    stage: str | None
+    prompt_form: Any
+    sessions: int
+    max_sessions: int

@@ -1,0 +1,280 @@
+"""What a chat request may have: its fields, their types and ranges, and what is refused by name.
+
+docs/serving.md has these tables for users, `/openapi.json` for programs; tests hold both to them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag, WithJsonSchema
+
+from inference.engine.choice import MOST_LIKELY
+from inference.serve.limits import SAMPLING_RANGES
+from inference.serve.typed_fields import Choice, Fields, Range, harmless, neutral
+
+_NO_TOOLS = "this model has no tools"
+_SAMPLING = "the engine samples by temperature, top_k, top_p and repetition_penalty alone"
+_TEXT = "the answer is text"
+_AS_TRAINED = "prompts are written as in training"
+_ONE_TILE = "every picture is seen as one tile of the model's size"
+_SCHEMA = "use response_format"
+
+_FRAMES = Range(1, lambda limits: limits.frames, whole=True)
+_TOKENS = Range(1, lambda limits: limits.max_tokens, whole=True)
+Url = Annotated[Any, WithJsonSchema({"type": "string"})]  # read by data_urls.py, which may be long
+
+
+class Frames(Fields):
+    """Which frames of a video are shown."""
+
+    fps: Annotated[float | None, Range(0.01, 1000)] = None
+    min_frames: Annotated[int | None, _FRAMES] = None
+    max_frames: Annotated[int | None, _FRAMES] = None
+    num_frames: Annotated[int | None, _FRAMES] = None
+    min_pixels: Any = neutral(_ONE_TILE)
+    max_pixels: Any = neutral(_ONE_TILE)
+    total_pixels: Any = neutral(_ONE_TILE)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Fields of FrameChoice that are given."""
+        names = ("fps", "min_frames", "max_frames", "num_frames")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class ImageUrl(Fields):
+    url: Url = None
+    detail: Any = neutral(_ONE_TILE, "auto")
+    min_pixels: Any = neutral(_ONE_TILE)
+    max_pixels: Any = neutral(_ONE_TILE)
+    total_pixels: Any = neutral(_ONE_TILE)
+
+
+class VideoUrl(Frames):
+    url: Url = None
+    detail: Any = neutral(_ONE_TILE, "auto")
+
+
+def _as_object(given: Any) -> Any:
+    return {"url": given} if isinstance(given, str) else given
+
+
+class TextPart(Fields):
+    type: Annotated[str, Choice({"text": "text"})]
+    text: str = ""
+
+
+class RefusalPart(Fields):
+    type: Annotated[str, Choice({"refusal": "refusal"})]
+    refusal: str = ""
+
+
+class ImagePart(Fields):
+    type: Annotated[str, Choice({"image_url": "image_url"})]
+    image_url: Annotated[
+        ImageUrl, BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str)
+    ]
+    uuid: Any = harmless()
+    min_pixels: Any = neutral(_ONE_TILE)
+    max_pixels: Any = neutral(_ONE_TILE)
+    total_pixels: Any = neutral(_ONE_TILE)
+
+
+class VideoPart(Frames):
+    type: Annotated[str, Choice({"video_url": "video_url"})]
+    video_url: Annotated[
+        VideoUrl, BeforeValidator(_as_object, json_schema_input_type=VideoUrl | str)
+    ]
+    uuid: Any = harmless()
+
+
+def branch(value: Any) -> str:
+    """Of a content or a part, as pydantic's tags of unions."""
+    if isinstance(value, str | list):
+        return "<text>" if isinstance(value, str) else "<parts>"
+    given = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{given}>" if isinstance(given, str) and given.isascii() else "<none>"
+
+
+_Text = Annotated[TextPart, Tag("<text>")]
+_Image = Annotated[ImagePart, Tag("<image_url>")]
+_Video = Annotated[VideoPart, Tag("<video_url>")]
+_Refusal = Annotated[RefusalPart, Tag("<refusal>")]
+_Whole = Annotated[str, Tag("<text>")]
+_PARTS = Discriminator(
+    branch,
+    custom_error_type="wrong_part",
+    custom_error_message="expected text, image_url or video_url",
+)
+_CONTENT = Discriminator(
+    branch,
+    custom_error_type="invalid_value",
+    custom_error_message="expected a text or a list of parts",
+)
+Part = Annotated[_Text | _Image | _Video, _PARTS]
+AnswerPart = Annotated[_Text | _Image | _Video | _Refusal, _PARTS]
+
+
+class Turn(Fields):
+    """A message."""
+
+    name: str | None = None
+    tool_calls: Any = neutral(_NO_TOOLS, [])
+    function_call: Any = neutral(_NO_TOOLS)
+    audio: Any = neutral("the model hears nothing")
+
+
+class Message(Turn):
+    """A system's or a user's."""
+
+    role: Annotated[
+        str,
+        Choice({"system": "system", "developer": "system", "user": "user"}),
+    ]
+    content: Annotated[_Whole | Annotated[list[Part], Tag("<parts>")], _CONTENT]
+
+
+class Answer(Turn):
+    """What a server has said before, as clients send it back."""
+
+    role: Annotated[str, Choice({"assistant": "assistant"})]
+    content: Annotated[_Whole | Annotated[list[AnswerPart], Tag("<parts>")], _CONTENT] = ""
+    refusal: str = ""
+    annotations: Any = harmless()
+    reasoning: Any = harmless()
+    reasoning_content: Any = harmless()
+
+
+def _speaker(value: Any) -> str:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    if role == "assistant":
+        return "<answer>"
+    return "<message>" if role in ("system", "developer", "user") else "<none>"
+
+
+AnyMessage = Annotated[
+    Annotated[Message, Tag("<message>")] | Annotated[Answer, Tag("<answer>")],
+    Discriminator(
+        _speaker,
+        custom_error_type="wrong_role",
+        custom_error_message="expected system, user or assistant: this model has no tools",
+    ),
+]
+
+
+class StreamOptions(Fields):
+    include_usage: bool = False
+    include_obfuscation: Any = harmless()
+    continuous_usage_stats: Any = neutral("the last piece has the counts", False)
+
+
+class JsonSchema(Fields):
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: Any = harmless()
+    description: Any = harmless()
+    strict: Any = harmless()
+
+
+class ResponseFormat(Fields):
+    type: Annotated[
+        str, Choice({name: name for name in ("text", "json_object", "json_schema")})
+    ] = "text"
+    json_schema: JsonSchema | None = None
+
+
+class Processor(Frames):
+    """`mm_processor_kwargs`, and `video` of `media_io_kwargs`: of videos that say nothing."""
+
+    do_sample_frames: Any = neutral("", True)
+
+
+class MediaIO(Fields):
+    video: Processor = Processor()
+    image: Any = neutral("pictures are read as they are", {})
+
+
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+class ChatRequest(Fields):
+    """A request for `/v1/chat/completions`. A field that is null counts as left out."""
+
+    model: Any = None
+    messages: Annotated[list[AnyMessage], Field(min_length=1)]
+    max_tokens: Annotated[int | None, _TOKENS] = None
+    max_completion_tokens: Annotated[int | None, _TOKENS] = None
+    temperature: Annotated[float | None, Range(*SAMPLING_RANGES["temperature"])] = None
+    top_p: Annotated[float | None, Range(*SAMPLING_RANGES["top_p"])] = None
+    top_k: Annotated[int | None, Range(*SAMPLING_RANGES["top_k"], whole=True)] = None
+    repetition_penalty: Annotated[float | None, Range(*SAMPLING_RANGES["repetition_penalty"])] = (
+        None
+    )
+    silence_bias: Annotated[float | None, Range(*SAMPLING_RANGES["silence_bias"])] = None
+    seed: Annotated[int | None, Range(*SAMPLING_RANGES["seed"], whole=True)] = None
+    n: Annotated[int, Range(1, lambda limits: limits.answers, whole=True)] = 1
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Range(0, MOST_LIKELY, whole=True)] = 0
+    response_format: ResponseFormat = ResponseFormat()
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Strict(False),
+        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+    ] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    mm_processor_kwargs: Processor = Processor()
+    media_io_kwargs: MediaIO = MediaIO()
+    tools: Annotated[tuple[Any, ...], Strict(False)] = ()
+    tool_choice: Any = None
+
+    user: Any = harmless()
+    metadata: Any = harmless()
+    store: Any = harmless()
+    service_tier: Any = harmless()
+    safety_identifier: Any = harmless()
+    prompt_cache_key: Any = harmless()
+    prompt_cache_retention: Any = harmless()
+    prediction: Any = harmless()
+    parallel_tool_calls: Any = harmless()
+    request_id: Any = harmless()
+    priority: Any = harmless()
+    cache_salt: Any = harmless()
+
+    best_of: Any = neutral("use n", 1)
+    use_beam_search: Any = neutral(_SAMPLING, False)
+    prompt_logprobs: Any = neutral("no log-probabilities of prompts", 0)
+    functions: Any = neutral(_NO_TOOLS, [])
+    function_call: Any = neutral(_NO_TOOLS, "none", "auto")
+    logit_bias: Any = neutral(_SAMPLING, {})
+    frequency_penalty: Any = neutral("use repetition_penalty", 0)
+    presence_penalty: Any = neutral("use repetition_penalty", 0)
+    length_penalty: Any = neutral(_SAMPLING, 1)
+    stop_token_ids: Any = neutral("the answer is text: use stop", [])
+    min_p: Any = neutral(_SAMPLING, 0)
+    min_tokens: Any = neutral("the model ends its answer; ignore_eos goes on to max_tokens", 0)
+    bad_words: Any = neutral(_SAMPLING, [])
+    allowed_token_ids: Any = neutral(_SAMPLING, [])
+    modalities: Any = neutral(_TEXT, ["text"])
+    verbosity: Any = neutral(_TEXT, "medium")
+    reasoning_effort: Any = neutral("the model does not reason before it answers", "none")
+    echo: Any = neutral("the answer is what is new", False)
+    skip_special_tokens: Any = neutral(_TEXT, True)
+    spaces_between_special_tokens: Any = neutral("", True, False)
+    return_token_ids: Any = neutral(_TEXT, False)
+    return_tokens_as_token_ids: Any = neutral(_TEXT, False)
+    add_special_tokens: Any = neutral(_AS_TRAINED, False)
+    chat_template_kwargs: Any = neutral(_AS_TRAINED, {})
+    documents: Any = neutral(_AS_TRAINED, [])
+    chat_template: Any = neutral(_AS_TRAINED)
+    extra_body: Any = neutral("its fields belong into the request itself")
+    guided_choice: Any = neutral(_SCHEMA)
+    guided_json: Any = neutral(_SCHEMA)
+    guided_regex: Any = neutral(_SCHEMA)
+    guided_grammar: Any = neutral(_SCHEMA)
+    structured_outputs: Any = neutral(_SCHEMA)
