@@ -1,11 +1,11 @@
-# make demo | make demo-full | make test | make check: each sets up .venv first, once.
+# make demo | make demo-full | make test | make check | make chaos: each sets up .venv first, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := 2.13.0
 
-.PHONY: demo demo-full test check setup clean
+.PHONY: demo demo-full test check chaos setup clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_sizes.py
+
+# A hundred faults by a seed, and the losses of a run in peace (docs/reliability.md): up to an hour.
+chaos: $(READY)
+	$(BIN)/python -m tools.chaos --faults 100
 
 clean:
 	rm -rf $(VENV) toy_world runs

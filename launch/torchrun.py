@@ -30,7 +30,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from data_pipeline.commands import DONE, STOPPED, WRONG_USAGE
-from moss_train.main import STOPPED_NOTE
+from moss_train.node_folders import claimed, remove, remove_unclaimed
+from moss_train.processes import STOPPED_NOTE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,8 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     launch: Callable[[list[str]], object] = run.main
     if arguments[:1] == ["--ft"]:
         arguments, launch = arguments[1:], _ft_launcher()
-    with _note() as note:
+    with _note() as note, _folder() as folder:
         os.environ[STOPPED_NOTE] = str(note)
+        os.environ.setdefault("PET_LOG_DIR", str(folder))  # the default of torchrun's --log-dir
         stopped, code = False, DONE
         try:
             launch(arguments)
@@ -80,6 +82,17 @@ def _note() -> Iterator[Path]:
     else:
         with tempfile.NamedTemporaryFile(prefix="moss-train-") as named:
             yield Path(named.name)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """For what ranks tell torchrun, which would make such a folder for each job and keep it."""
+    prefix = f"moss-train-torchrun-{os.getuid()}-"
+    remove_unclaimed(Path(tempfile.gettempdir()), prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    with claimed(folder):
+        yield folder
+        remove(folder)
 
 
 if __name__ == "__main__":

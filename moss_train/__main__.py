@@ -5,17 +5,21 @@ for one process. Where there is a checkout, launch/train.py is the same.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from moss_train.compose import run_command_line
-from moss_train.main import PROGRAM, train
+from data_pipeline.commands import DONE
+from moss_train.processes import end_with_launcher
 
 
-@record
 def main() -> int:
     """Composes the configuration and runs the job on this rank; the exit code."""
-    return run_command_line(train, PROGRAM)
+    end_with_launcher()  # before the imports, which take seconds
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from moss_train.compose import run_command_line
+    from moss_train.main import PROGRAM, train
+
+    return record(partial(run_command_line, train, PROGRAM))() or DONE
 
 
 if __name__ == "__main__":

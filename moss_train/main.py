@@ -15,11 +15,11 @@ from data_pipeline.ranks import JoinError, RanksError, ranks_of
 from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.imports import quick_imports
 from moss_train.log import configure, print_line
+from moss_train.processes import STOPPED_NOTE
 from moss_train.run_lock import check_free
 from moss_train.storage import StorageError, or_warning
 
 PROGRAM = "moss-train"  # in front of errors
-STOPPED_NOTE = "MOSS_TRAIN_STOPPED"  # environment: the file that says that a signal stopped the job
 
 
 def train(raw: DictConfig) -> None:

@@ -28,7 +28,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("data_pipeline.build", "data_pipeline.toy"),
     ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
-    ("moss_train.overrides", "moss_train.processes", "moss_train.storage"),
+    (
+        "moss_train.node_folders",
+        "moss_train.overrides",
+        "moss_train.processes",
+        "moss_train.storage",
+    ),
     (
         "moss_train.hardware",
         "moss_train.checkpoint_dir",

@@ -12,6 +12,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
@@ -23,12 +24,20 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from moss_train.processes import end_with_parent
+
 REPO = Path(__file__).resolve().parents[1]
 MODULES = [
     "torch.distributed.run",
     "hydra",
+    "moss_train.compose",
+    "moss_train.validate",
+    "moss_train.train.fits",
     "moss_train.train.loop",
     "moss_train.evaluate.exported",
+    "megatron.core.transformer.multi_token_prediction",  # a schedule's first forward pass
+    "pyarrow.compute",  # the first image
+    "matplotlib.figure",
     "matplotlib.backends.backend_svg",
     "jinja2",
 ]
@@ -113,6 +122,8 @@ def _context() -> BaseContext:
 
 def _run(command: list[str], environment: Mapping[str, str], log: str | None, folder: Path) -> None:
     """In the new process."""
+    if METHOD == "fork":  # of the server, which ends with the process that has asked for this one
+        end_with_parent(os.getppid(), signal.SIGTERM)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -144,6 +155,11 @@ def _release_ended_ranks() -> None:
 def _rank() -> None:
     """In a rank: runs the script that is named first, as an interpreter of its own would."""
     del sys.argv[0]
+    launcher = os.getppid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not torchrun's handlers
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # those of torchrun
+        signal.signal(number, signal.SIG_DFL)
     if METHOD == "fork":
         from moss_train.train.process import start_writer_queue
 
@@ -157,6 +173,8 @@ def _rank() -> None:
         traceback.print_exc()
         raise
     atexit._run_exitfuncs()  # a rank that has returned waits for the others, which may wait for it
+    if METHOD == "fork":
+        end_with_parent(launcher)  # it waits for torchrun to say that all have, without an end
 
 
 if __name__ == "__main__":

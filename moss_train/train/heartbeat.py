@@ -17,6 +17,7 @@ from pathlib import Path
 
 _FORM = struct.Struct("<dqqqq24s")  # time, rank, process, step, beats in the step, what it does
 _SIZE = 4096
+FOLDERS = "moss-train-ranks-"  # what the names of all jobs' folders begin with
 STACK_FILE = "stack_{}.txt"  # of a rank: Python's stacks, when the watchdog asks for them
 RUN_FILE = "run"  # where the watchdog of this machine leaves what it sees of a hang
 
@@ -44,7 +45,7 @@ def folder_of_job() -> Path | None:
     shared = Path("/dev/shm")
     base = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return base / f"moss-train-{os.getuid()}-{os.getppid()}-{again}"
+    return base / f"{FOLDERS}{os.getuid()}-{os.getppid()}-{again}"
 
 
 class Heart:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -16,7 +17,6 @@ from multiprocessing.managers import SyncManager
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -24,6 +24,7 @@ from data_pipeline.ranks import Ranks, joining, ranks_of
 from moss_train import hardware
 from moss_train.config import Config
 from moss_train.log import print_line
+from moss_train.processes import end_with_launcher, end_with_parent
 
 _users = 0  # jobs and models of this process that need its process group
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a job saves and ends
@@ -64,9 +65,7 @@ def start_process_group(config: Config) -> None:
     global _users, _started
     if "RANK" in os.environ and sys.platform == "linux":
         _take_forks_along()
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            # A launcher that is killed stops the job as a signal does; its ranks would go on.
-            _end_with_parent(os.getppid(), signal.SIGTERM)
+        end_with_launcher()
     if config.trainer.deterministic:
         hardware.make_deterministic()
     device = hardware.activate(config.hardware.device)
@@ -170,7 +169,9 @@ def start_writer_queue() -> None:
     on_main = threading.current_thread() is threading.main_thread()
     if filesystem_async._results_queue is not None or sys.platform != "linux" or not on_main:
         return
-    server = SyncManager(ctx=multiprocessing.get_context("fork"))
+    # A name of Linux's that is no file's: nothing is left of a rank that is killed.
+    address = f"\0moss-train-{os.getpid()}-{secrets.token_hex(8)}"
+    server = SyncManager(address, ctx=multiprocessing.get_context("fork"))
     server.start(_outlive_signals, (os.getpid(),))
     filesystem_async._results_queue = server.Queue()
 
@@ -190,21 +191,15 @@ def _take_forks_along() -> None:
 
     def in_child() -> None:
         if rank:
-            _end_with_parent(rank[0])
+            end_with_parent(rank[0])
 
     os.register_at_fork(before=before, after_in_child=in_child)
-
-
-def _end_with_parent(parent: int, how: int = signal.SIGKILL) -> None:
-    torch.multiprocessing._prctl_pr_set_pdeathsig(how)  # type: ignore[attr-defined]
-    if os.getppid() != parent:  # it ended before this was asked for
-        os._exit(1)
 
 
 def _outlive_signals(rank: int) -> None:
     """In the queue's process: it ends with its rank (with the thread that started it), however
     that ends, and not before: torchrun and batch systems signal every process of a job, and the
     rank saves then."""
-    _end_with_parent(rank)
+    end_with_parent(rank)
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from data_pipeline.atomic import write_atomically
 from data_pipeline.ranks import ranks_of
 from moss_train.config import Config, HardwareConfig
+from moss_train.node_folders import claimed, remove_unclaimed
 from moss_train.processes import stat_fields
 from moss_train.storage import or_warning
 from moss_train.train import flight_recorder, heartbeat
@@ -60,8 +61,10 @@ def watched(config: Config) -> Iterator[None]:
     with ExitStack() as opened:
         with or_warning(folder, "nobody watches this rank"):
             folder.mkdir(exist_ok=True)
+            opened.enter_context(claimed(folder))
             flight_recorder.prepare(folder)
             if os.environ["LOCAL_RANK"] == "0":
+                remove_unclaimed(folder.parent, f"{heartbeat.FOLDERS}{os.getuid()}-")
                 opened.callback(_end, _start(folder, config.hardware), folder)
             rank = int(os.environ["RANK"])
             heartbeat.start(folder, rank)

@@ -19,39 +19,8 @@ from moss_train.train.machines import Machines
 from moss_train.train.silence import STOPPED, Limits, Pace, Seen, hangs, report, verdict
 from moss_train.train.stragglers import slow_ranks
 from moss_train.train.watchdog import wake
-from tests.moss_train.train.runs import ENTRY, is_running, losses, saved_steps, steps, wait_for
-from tests.torchrun import free_port, start_ranks
-
-HANG_S = 15
-
-
-def test_a_stopped_rank_is_named_and_the_job_goes_on_after_a_restart(small, tmp_path):
-    run = tmp_path / "run"
-    job = [*small, "parallel=tp2", "trainer.steps=10", "trainer.checkpoint_every=2"]
-    running = start_ranks(
-        ENTRY, 2, *job, f"hardware.hang_s={HANG_S}", f"run.dir={run}",
-        out=tmp_path, restarts=1,
-    )  # fmt: skip
-    wait_for(lambda: max(steps(run, whole=False), default=0) >= 3)
-    stopped = running.rank_pids()[1]
-    os.kill(stopped, signal.SIGSTOP)
-    began = time.monotonic()
-    wait_for(lambda: not is_running(stopped), timeout=HANG_S + 60)
-    assert time.monotonic() - began > HANG_S - 1
-    running.wait(timeout=240)
-    assert steps(run) == list(range(1, 11))
-    assert saved_steps(run)[-1] == 10
-    assert len(losses(run)) == 10
-
-    (hang,) = (run / "hangs").iterdir()
-    assert "rank 1 on " in (hang / "report.txt").read_text()
-    assert "stopped by a signal" in (hang / "rank_00001.txt").read_text()
-    waiting = (hang / "rank_00000.txt").read_text()
-    assert "most recent call first" in waiting
-    assert "loop.py" in waiting
-    said = running.stderr_of_start(0, rank=0)
-    assert f"the job hangs (hardware.hang_s={HANG_S}): furthest behind: rank 1 on " in said
-    assert not [path for path in Path("/dev/shm").glob(f"moss-train-*-{running.process.pid}-*")]
+from tests.moss_train.train.runs import wait_for
+from tests.torchrun import free_port
 
 
 def seen(rank: int, step: int, doing: str, silent_s: float, **other: Any) -> Seen:

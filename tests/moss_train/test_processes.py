@@ -1,0 +1,47 @@
+"""A rank ends with its launcher, also where that is killed before the rank has begun to work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moss_train.node_folders import claimed, remove_unclaimed
+from moss_train.processes import STOPPED_NOTE
+from tests.moss_train.train.runs import ENTRY, is_running, wait_for
+
+RANK = {
+    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost", "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "one",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torchrun", "launch/torchrun.py"])
+def test_a_rank_that_still_imports_ends_with_its_launcher(ours, tmp_path):
+    note = f"export {STOPPED_NOTE}=/proc/$$/fd/1; " if ours else ""
+    script = (
+        f'{note}"{sys.executable}" "{ENTRY}" model=tiny run.dir="{tmp_path}/run" & echo $!; wait'
+    )
+    environment = {**os.environ, **RANK}
+    command = ["bash", "-c", script]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        rank = int(launcher.stdout.readline())
+        if not ours:  # before that nothing tells the rank whose child it was
+            wait_for(lambda: "libtorch" in Path(f"/proc/{rank}/maps").read_text(), 60)
+        launcher.kill()
+        wait_for(lambda: not is_running(rank), 60)
+
+
+def test_folders_of_processes_that_were_killed_are_removed(tmp_path):
+    for name in ("own-1", "own-2", "own-3", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "own-3" / "stderr.log").touch()
+    with claimed(tmp_path / "own-1"), claimed(tmp_path / "own-1"):
+        remove_unclaimed(tmp_path, "own-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "own-1", "own-3"]
+    remove_unclaimed(tmp_path, "own-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "own-3"]
