@@ -72,6 +72,7 @@ def build_shards(
     pool = Pool(options.workers)
     try:
         opened = open_source(str(source), options.source, out)
+        print(f"{source}: form {', '.join(opened.found) or opened.form}", file=sys.stderr)
         journal = Journal(out, _arguments(str(source), opened, options))
         try:
             if journal.finished:
@@ -188,7 +189,7 @@ def _index(out: Path, journal: Journal, workers: int) -> None:
             print(f"{out / group}: indexed in {seconds:.0f} s", file=sys.stderr)
 
 
-def _options(given: argparse.Namespace) -> BuildOptions:
+def options_of(given: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         source=SourceOptions(
             form=given.form,
@@ -207,13 +208,12 @@ def _options(given: argparse.Namespace) -> BuildOptions:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser("python -m data_pipeline.build", description=__doc__)
+def add_options(parser: argparse.ArgumentParser, out: str | None = None) -> None:
+    """The arguments of an import; `out`: "?" where OUT may be missing."""
     add, options = parser.add_argument, BuildOptions()
     add("source", metavar="SOURCE", help="file or folder, path or URL")
-    add(
-        "out", metavar="OUT", type=Path, help="folder of the shards; an unfinished one is continued"
-    )
+    add("out", metavar="OUT", type=Path, nargs=out,
+        help="folder of the shards; an unfinished one is continued")  # fmt: skip
     add("--form", choices=FORMS, help="form of SOURCE (default: found from its files)")
     add("--media-dir", "--media-root", help="folder that media paths are relative to, or tar that "
         "has them (default: the records' folder)")  # fmt: skip
@@ -246,20 +246,24 @@ def _parser() -> argparse.ArgumentParser:
         default=options.timeout,
         help="seconds that a server may not answer",
     )
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    given = parser.parse_args(arguments)
+    parser = CommandParser("python -m data_pipeline.build", description=__doc__)
+    add_options(parser)
+    return run(parser.parse_args(arguments), parser.prog)
+
+
+def run(given: argparse.Namespace, program: str) -> int:
+    """The import that `add_options` describes; returns the exit code."""
     try:
-        summary = build_shards(given.source, given.out, _options(given))
+        summary = build_shards(given.source, given.out, options_of(given))
     except ShardError as error:
-        return report_error(parser.prog, error)
+        return report_error(program, error)
     except ValueError as error:
-        return report_error(parser.prog, error, WRONG_USAGE)
+        return report_error(program, error, WRONG_USAGE)
     except KeyboardInterrupt:
-        return report_error(parser.prog, "interrupted: the same command goes on", STOPPED)
+        return report_error(program, "interrupted: the same command goes on", STOPPED)
     for group, count in summary.imported.items():
         print(f"{given.out / group}: {count} samples")
     for reason, count in summary.rejected.items():

@@ -54,8 +54,8 @@ def picture(seed: int) -> bytes:
     return out.getvalue()
 
 
-def clip(seed: int, seconds: int = 8, rate: int = 25) -> bytes:
-    """An H.264 clip of 640 x 360 in which the picture moves."""
+def clip(seed: int, seconds: int = 8, rate: int = 25, grain: int = 0) -> bytes:
+    """An H.264 clip of 640 x 360 in which the picture moves; `grain`: noise of a camera, of 255."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (60, 100, 3), dtype=np.uint8))
     scene = np.asarray(coarse.resize((1000, 600), Image.Resampling.BICUBIC))
@@ -67,6 +67,9 @@ def clip(seed: int, seconds: int = 8, rate: int = 25) -> bytes:
         for i in range(seconds * rate):
             left = i % 300
             frame = np.ascontiguousarray(scene[100:460, left : left + 640])
+            if grain:
+                noise = random.integers(-grain, grain + 1, frame.shape, np.int16)
+                frame = np.clip(frame + noise, 0, 255).astype(np.uint8)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         file.mux(stream.encode())
     return out.getvalue()

@@ -70,14 +70,8 @@ def _prompt(
     encoded: EncodedSample, frames: list[Frame], tokenizer: Tokenizer, color: bool
 ) -> Iterator[str]:
     numbers = {frame.position: number for number, frame in enumerate(frames)}
-    has_label = (encoded.labels != IGNORED_LABEL).tolist()
     tokens = encoded.tokens.tolist()
-
-    def sort(position: int) -> str:
-        return "frame" if position in numbers else "label" if has_label[position] else "text"
-
-    for what, run in groupby(range(len(tokens)), sort):
-        places = list(run)
+    for what, places in runs(encoded):
         if what == "frame":
             yield _painted(_frames([numbers[p] for p in places], frames), "frame", color)
             continue
@@ -86,6 +80,18 @@ def _prompt(
             yield _painted(text, "label", color) if color else f"«{text}»"
         else:
             yield _HEADER.sub(lambda m: f"\n{_painted(m[1], 'role', color)}: ", text)
+
+
+def runs(encoded: EncodedSample) -> Iterator[tuple[str, list[int]]]:
+    """The positions of tokens that follow each other and are alike: `frame`, `label`, `text`."""
+    shown = set(encoded.frame_positions.tolist())
+    has_label = (encoded.labels != IGNORED_LABEL).tolist()
+
+    def sort(position: int) -> str:
+        return "frame" if position in shown else "label" if has_label[position] else "text"
+
+    for what, run in groupby(range(len(has_label)), sort):
+        yield what, list(run)
 
 
 def _painted(text: str, what: str, color: bool) -> str:
