@@ -1,4 +1,4 @@
-"""Every layout trains like one process: real processes over gloo, 20 steps of what is mixed, 8 of
+"""Every layout trains like one process: real processes over gloo, 12 steps of what is mixed, 5 of
 one kind of samples, frozen tower or not."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ BF16: dict[int, dict[str, dict]] = {
 # Each linear layer has two parameters more then: one of them sliced, the other whole.
 LORA = {1: ["fewer"], 2: ["tp2", "tp2_sp", "pp2", "dp2"]}
 FEWER = 6  # steps of variants
-SINGLE_KIND = 8  # steps of texts alone, images alone, clips alone
+SINGLE_KIND = 5  # steps of texts alone, images alone, clips alone
 SMALL_RUNS = [("all", "mixed"), ("pt1", "mixed"), ("pt1", "text")]
 REPLICATED = ("q_norm", "k_norm", "gate", "norm", "projector", "vision_model")
 
