@@ -9,7 +9,10 @@ import argparse
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -87,6 +90,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.flag(parser, "allow_host", action="append", default=[], metavar="NAME", type=str.lower,
              help="a name by which clients reach the server, video.example; *: any; an address, "
              "localhost and the machine's name need none; may be given again")  # fmt: skip
+    cli.flag(parser, "ssl_certfile", metavar="FILE",
+             help="certificate (chain) in PEM form: the server speaks HTTPS, which browsers want "
+             "before they give a page of another machine a camera")  # fmt: skip
+    cli.flag(parser, "ssl_keyfile", metavar="FILE",
+             help="its private key, where that is not in the same file")  # fmt: skip
     defaults = Limits()
     for name, text in _LIMIT_HELP.items():
         default = getattr(defaults, name)
@@ -127,10 +135,41 @@ def listen(host: str, port: int) -> socket.socket:
         raise cli.CommandError(f"--host {host} --port {port}: {words}") from None
 
 
-def server_config(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn.Config:
+@dataclass(frozen=True)
+class Certificate:
+    """For HTTPS, in PEM form. key: of the private key; None: it is in `chain`, too."""
+
+    chain: Path
+    key: Path | None = None
+
+    @classmethod
+    def of_flags(cls, chain: str | None, key: str | None) -> Certificate | None:
+        """None: HTTP. CommandError where the files are not a certificate and its key."""
+        if chain is None and key is None:
+            return None
+        if chain is None:
+            raise cli.CommandError("--ssl_keyfile: --ssl_certfile is missing")
+        found = cls(Path(chain), Path(key) if key else None)
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # A key with a password would ask for it here.
+            context.load_cert_chain(found.chain, found.key, password=lambda: "")
+        except (OSError, ssl.SSLError) as error:
+            files = f"--ssl_certfile {chain}" + (f" --ssl_keyfile {key}" if key else "")
+            raise cli.CommandError(
+                f"{files}: not a certificate and its key without password, in PEM form ({error})"
+            ) from None
+        return found
+
+
+def server_config(
+    app: ASGIApp, host: str, port: int, limits: Limits, certificate: Certificate | None = None
+) -> uvicorn.Config:
     """How uvicorn runs the routes."""
     return uvicorn.Config(
         app,
+        ssl_certfile=certificate.chain if certificate else None,
+        ssl_keyfile=certificate.key if certificate else None,
         host=host,
         port=port,
         log_level="warning",
@@ -148,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with cli.one_line_errors(PROGRAM):
         limits = Limits(**{name: getattr(args, f"limit_{name}") for name in _LIMIT_HELP})
+        certificate = Certificate.of_flags(args.ssl_certfile, args.ssl_keyfile)
         export = cli.export_info(args)
         if export.watches is None:
             cli.note(
@@ -168,8 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
             signal.signal(signal.SIGTERM, lambda *_: None)
             host = f"[{args.host}]" if ":" in args.host else args.host
-            cli.note(f"http://{host}:{door.getsockname()[1]}/")
-            server = Server(server_config(app, args.host, args.port, limits), hub)
+            scheme = "https" if certificate else "http"
+            cli.note(f"{scheme}://{host}:{door.getsockname()[1]}/")
+            config = server_config(app, args.host, args.port, limits, certificate)
+            server = Server(config, hub)
             if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
                 signal.signal(signal.SIGHUP, server.handle_exit)  # as SIGTERM, which uvicorn takes
             server.run(sockets=[door])

@@ -26,7 +26,9 @@ from inference.serve.openapi import document
 from inference.serve.socket import Connection, cut
 from inference.session.handle import SessionClosed
 
-PAGE = Path(__file__).parent / "static" / "index.html"
+STATIC = Path(__file__).parent / "static"
+PAGE = STATIC / "index.html"
+_PIECES = {path.name: path for path in STATIC.iterdir() if path.suffix in (".css", ".js")}
 _MODEL_CARD = {"id": MODEL, "object": "model", "created": 0, "owned_by": "moss"}
 _PROTOCOL, _KEY_PROTOCOL = "realtime", "openai-insecure-api-key."  # how browsers send a key
 
@@ -51,6 +53,12 @@ def make_app(
     @app.get("/")
     async def page() -> Response:
         return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+
+    @app.get("/static/{name}")
+    async def piece(name: str) -> Response:
+        if name not in _PIECES:
+            raise HTTPException(404)
+        return FileResponse(_PIECES[name], headers={"Cache-Control": "no-cache"})
 
     @app.get("/health")
     async def health() -> Response:

@@ -60,8 +60,9 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
 
         def _look(self, seen: object) -> None:
             """Ends the connection if there was no new request since the last look."""
-            if self.transport.get_protocol() is not self:
-                return  # it is a WebSocket by now
+            # Of a connection that ends, TLS no longer knows the protocol. Another one: a WebSocket.
+            if self.transport.is_closing() or self.transport.get_protocol() is not self:
+                return
             idle = self.cycle is None or self.cycle.response_complete
             if idle and self.cycle is seen:
                 self.transport.abort()

@@ -20,7 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 from data_pipeline.prompts import STAGE_FORMS
 from inference.engine.engine import Engine
 from inference.export_info import ExportInfo
-from inference.serve.__main__ import Server, server_config
+from inference.serve.__main__ import Certificate, Server, server_config
 from inference.serve.app import make_app
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
@@ -33,13 +33,14 @@ class Running:
     """A server that runs: its address and what it holds."""
 
     host: str
+    secure: bool
     hub: Hub
     server: Server
     thread: threading.Thread
 
     @property
     def http(self) -> str:
-        return f"http://{self.host}"
+        return f"http{'s' if self.secure else ''}://{self.host}"
 
     def open(self, query: str = "", **options: Any) -> Client:
         return Client(connect(f"ws://{self.host}/v1/realtime{query}", max_size=None, **options))
@@ -61,11 +62,13 @@ def serving(
     stage: str | None = "realtime_sft",
     origins: Sequence[str] = (),
     hosts: Sequence[str] = (),
+    certificate: Certificate | None = None,
 ) -> Iterator[Running]:
     metrics, limits = Metrics(), limits or Limits()
     runner = Runner(engine, metrics.measured)
     hub = Hub(runner, limits, metrics, ExportInfo(STAGE_FORMS.get(stage), stage))
-    server = Server(server_config(make_app(hub, key, origins, hosts), "127.0.0.1", 0, limits), hub)
+    app = make_app(hub, key, origins, hosts)
+    server = Server(server_config(app, "127.0.0.1", 0, limits, certificate), hub)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     until = time.monotonic() + 20
@@ -74,7 +77,7 @@ def serving(
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"127.0.0.1:{port}", hub, server, thread)
+        yield Running(f"127.0.0.1:{port}", certificate is not None, hub, server, thread)
     finally:
         server.should_exit = True
         thread.join(timeout=20)
