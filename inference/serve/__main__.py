@@ -6,6 +6,7 @@ python -m inference.serve --checkpoint DIR
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import socket
@@ -43,6 +44,8 @@ class Server(uvicorn.Server):
         return bool(self._hub.runner.failed) or await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        while not (self._hub.decodes or self.should_exit):
+            await asyncio.sleep(0.02)
         await super().startup(sockets)
         self._hub.start()
 

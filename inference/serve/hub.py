@@ -94,6 +94,12 @@ class Hub:
             return "closing"
         return "stuck" if self.runner.busy > self.limits.step else "ok"
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the processes that decode have been started: the first one's imports take
+        seconds, in which pings of clients that have sent a picture would not be read."""
+        return self.pictures.started and self.clips.started
+
     def start(self) -> None:
         """Begins to close sessions whose time is over; in the event loop."""
         self._reaper = asyncio.create_task(self._reap())

@@ -71,6 +71,7 @@ class MediaPool:
         self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
         self._seconds = seconds
         self._closing = False
+        self._tried = threading.Event()
         self._workers = [_Worker(memory) for _ in range(processes)]
         self._threads = [
             threading.Thread(target=self._run, args=(worker,), name=name, daemon=True)
@@ -78,6 +79,11 @@ class MediaPool:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def started(self) -> bool:
+        """Whether a process is there, or could not be started: then a task tries again."""
+        return self._tried.is_set()
 
     @property
     def processes(self) -> list[int]:
@@ -124,6 +130,7 @@ class MediaPool:
             worker.start()  # before the first task comes
         except Exception:
             log.exception("a process that decodes did not start: it is tried again with a task")
+        self._tried.set()
         while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue

@@ -71,7 +71,7 @@ def serving(
     server = Server(server_config(app, "127.0.0.1", 0, limits, certificate), hub)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while not server.started:
         assert time.monotonic() < until, "the server did not start"
         time.sleep(0.01)
