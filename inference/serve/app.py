@@ -50,16 +50,6 @@ def make_app(
     def allowed(connection: HTTPConnection) -> bool:
         return api_key is None or hmac.compare_digest(_given_key(connection), api_key.encode())
 
-    @app.get("/")
-    async def page() -> Response:
-        return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
-
-    @app.get("/static/{name}")
-    async def piece(name: str) -> Response:
-        if name not in _PIECES:
-            raise HTTPException(404)
-        return FileResponse(_PIECES[name], headers={"Cache-Control": "no-cache"})
-
     @app.get("/health")
     async def health() -> Response:
         body = {
@@ -102,9 +92,22 @@ def make_app(
             return await _refuse(socket, hub, POLICY, "not_realtime", words)
         await _serve(socket, hub)
 
+    _add_page(app)
     _add_models(app, allowed)
     _add_errors(app)
     return Cors(app, origins, hosts, partial(_methods, app))
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/")
+    async def page() -> Response:
+        return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+
+    @app.get("/static/{name}")
+    async def piece(name: str) -> Response:
+        if name not in _PIECES:
+            raise HTTPException(404)
+        return FileResponse(_PIECES[name], headers={"Cache-Control": "no-cache"})
 
 
 def _add_models(app: FastAPI, allowed: Callable[[HTTPConnection], bool]) -> None:
