@@ -36,6 +36,10 @@ class Session(Fields):
     )
     silence_bias: Annotated[float | None, Range(*SAMPLING_RANGES["silence_bias"])] = None
     seed: Annotated[int | None, Range(*SAMPLING_RANGES["seed"], whole=True)] = None
+    type: Any = neutral("only sessions that watch", "realtime")
+    output_modalities: Any = neutral("it says text", ["text"])
+    tools: Any = neutral("this model has no tools", [])
+    tool_choice: Any = neutral("this model has no tools", "none", "auto")
 
 
 class TextInput(Fields):
@@ -103,8 +107,16 @@ class CreateItem(Event):
     item: Item
 
 
+class CreateResponse(Event):
+    """Changes nothing: what is asked is answered at once."""
+
+    response: Any = neutral("use session.update", {}, {"output_modalities": ["text"]})
+
+
 class Cancel(Event):
-    """Ends the response that is being said."""
+    """Ends the response that is being said, or only the one of this name."""
+
+    response_id: str | None = None
 
 
 class Close(Event):
@@ -116,6 +128,7 @@ EVENTS: dict[str, type[Event]] = {
     "input_image_buffer.append": ImageAppend,
     "input_image_buffer.end": ImageEnd,
     "conversation.item.create": CreateItem,
+    "response.create": CreateResponse,
     "response.cancel": Cancel,
     "session.close": Close,
 }

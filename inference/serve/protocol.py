@@ -17,7 +17,7 @@ from inference.serve.messages import (
     SessionUpdate,
     TextInput,
 )
-from inference.serve.typed_fields import read
+from inference.serve.typed_fields import kind, read
 
 # Name in session.update -> name in SessionConfig, where it is another.
 _NAMES = {"instructions": "system_prompt", "max_output_tokens": "max_new_tokens"}
@@ -77,7 +77,8 @@ def parse(text: str, limits: Limits) -> Event:
 def read_update(message: SessionUpdate, now: Sampling) -> dict[str, Any]:
     """The fields of SessionConfig that a `session.update` changes."""
     update = message.session
-    given = {name: getattr(update, name) for name in update.model_fields_set}
+    set_now = [n for n in update.model_fields_set if kind(type(update), n)[0] == "read"]
+    given = {name: getattr(update, name) for name in set_now}
     names = {entry.name for entry in fields(Sampling)} & set(given)
     changes = {_NAMES.get(name, name): given[name] for name in set(given) - names - {"source"}}
     if names:

@@ -14,8 +14,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from data_pipeline.schema import SampleError
 from inference.serve.hub import FAILED, POLICY, REPLACED, Hub, LiveSession
 from inference.serve.limits import Bucket, Refused
-from inference.serve.messages import CreateItem, ImageAppend, SessionUpdate
+from inference.serve.messages import Cancel, CreateItem, ImageAppend, SessionUpdate
 from inference.serve.protocol import ImageMessage, parse, read_image, read_item, read_update
+from inference.serve.realtime_events import as_message
 from inference.session.handle import SessionClosed
 from inference.session.session import PromptTooLong, QueueFull
 
@@ -63,7 +64,7 @@ class Connection:
         limits = self._hub.limits
         try:
             async for event in self._session.log.afollow(self._seq):
-                text = json.dumps(event.as_dict(), ensure_ascii=False)
+                text = json.dumps(as_message(event), ensure_ascii=False)
                 await asyncio.wait_for(self._socket.send_text(text), limits.send)
         except TimeoutError:
             self._hub.metrics.refused("slow_client")
@@ -144,12 +145,12 @@ class Connection:
                 self._live.untouched = False
             else:
                 await self._frame(picture, ImageMessage(picture, None, words))
-        elif kind == "response.cancel":
-            if not session.cancel():
+        elif isinstance(message, Cancel):
+            if not session.cancel(message.response_id):
                 raise Refused("nothing_to_cancel", "no response is being said")
         elif kind == "input_image_buffer.end":
             session.end()
-        else:
+        elif kind == "session.close":
             self._done = True
             session.close("closed by the client")
 

@@ -132,11 +132,13 @@ class SessionHandle:
             task.ask(Prompt(text, time.monotonic()))
             changed.notify_all()
 
-    def cancel(self) -> bool:
-        """Ends the response that is being said; False if there is none."""
+    def cancel(self, name: str | None = None) -> bool:
+        """Ends the response that is being said, or only the one of this name; False if it is
+        not."""
         changed, task = self._open()
         with changed:
-            cancelled = task.cancel()
+            said = task.response is not None and name in (None, task.response.name)
+            cancelled = said and task.cancel()
             changed.notify_all()
         return cancelled
 

@@ -185,7 +185,7 @@ WRONG = [
     ('{"type": "session.update", "session": {"seed": 1.5}}', "invalid_value"),
     ('{"type": "session.update", "sesion": {}}', "unknown_field"),
     ('{"type": "input_image_buffer.append", "timestamp": 1}', "unknown_field"),
-    ('{"type": "response.cancel", "response_id": "x"}', "unknown_field"),
+    ('{"type": "response.cancel", "response": "x"}', "unknown_field"),
     ('{"type": "input_image_buffer.append", "image": "?"}', "invalid_value"),
     ('{"type": "input_image_buffer.append", "image": "bm8gcGljdHVyZQ=="}', "undecodable_image"),
     ('{"type": "input_image_buffer.append", "ts": -1}', "invalid_value"),

@@ -1,0 +1,88 @@
+"""`/v1/realtime` through OpenAI's own client: events are read as its types."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai.types import realtime as types
+
+from inference.engine.load import load_engine
+from tests.inference.serve.serving import Running, data_url, jpeg, serving
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[Running]:
+    engine = load_engine(tiny, device="cpu", window=8, max_tokens=256, max_sessions=2)
+    with serving(engine) as running:
+        yield running
+
+
+def until(connection: Any, kind: str) -> Any:
+    """The next event of a type; each one on the way has what OpenAI's API gives it."""
+    for event in connection:
+        assert event.event_id
+        if event.type == kind:
+            return event
+        assert event.type != "error", event
+    raise AssertionError(f"no {kind}")
+
+
+def whole(model: type[Any], event: Any) -> Any:
+    """The event, checked as strictly as its type is written."""
+    return model.model_validate(event.to_dict())
+
+
+def test_openais_client_watches_asks_and_cancels(server: Running) -> None:
+    client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none")
+    with client.realtime.connect(model="moss-video") as connection:
+        created = whole(types.SessionCreatedEvent, until(connection, "session.created"))
+        assert (created.session.type, created.session.model) == ("realtime", "moss-video")
+        update: Any = {"type": "realtime", "output_modalities": ["text"], "max_output_tokens": 9,
+                       "instructions": "Be brief.", "tools": [], "silence_bias": -50}  # fmt: skip
+        connection.session.update(session=update)
+        updated = whole(types.SessionUpdatedEvent, until(connection, "session.updated"))
+        assert (updated.session.instructions, updated.session.max_output_tokens) == ("Be brief.", 9)
+        frame: Any = {"type": "input_image_buffer.append", "ts": 1.0,
+                      "image": base64.b64encode(jpeg()).decode()}  # fmt: skip
+        connection.send(frame)
+        assert until(connection, "input_frame.processed").frame_at == 1.0
+        content: Any = [
+            {"type": "input_text", "text": "Who is it?"},
+            {"type": "input_image", "image_url": data_url(jpeg(1), "image/jpeg")},
+        ]
+        connection.conversation.item.create(
+            item={"type": "message", "role": "user", "content": content}
+        )
+        connection.response.create()
+        asked = whole(
+            types.ConversationItemCreatedEvent, until(connection, "conversation.item.created")
+        )
+        assert asked.item.content[0].text == "Who is it?"
+        begun = whole(types.ResponseCreatedEvent, until(connection, "response.created"))
+        assert begun.response.status == "in_progress"
+        said = ""
+        for event in connection:
+            if event.type == "response.output_text.delta":
+                said += whole(types.ResponseTextDeltaEvent, event).delta
+                assert event.response_id == begun.response.id
+            if event.type == "response.done":
+                break
+        done = whole(types.ResponseDoneEvent, event).response
+        assert (done.id, done.status) == (begun.response.id, "incomplete")
+        assert done.status_details.reason == "max_output_tokens"
+        assert done.output[0].content[0].text == said
+        assert done.usage.output_tokens == 9
+        connection.response.cancel(response_id="another")
+        error = whole(types.RealtimeErrorEvent, until(connection, "error")).error
+        assert error.code == "nothing_to_cancel"
+        connection.session.update(session={"type": "transcription"})  # type: ignore[typeddict-item]
+        error = whole(types.RealtimeErrorEvent, until(connection, "error")).error
+        assert (error.type, error.param) == ("invalid_request_error", "session.type")
+    for live in list(server.hub.sessions.values()):
+        live.close("the test is over")
+    server.wait(0)
