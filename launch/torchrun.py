@@ -89,8 +89,11 @@ def _folder() -> Iterator[Path]:
     """For what ranks tell torchrun, which would make such a folder for each job and keep it."""
     prefix = f"moss-train-torchrun-{os.getuid()}-"
     remove_unclaimed(Path(tempfile.gettempdir()), prefix)
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    with claimed(folder):
+    # Under another name until it is claimed: a launcher that starts now would remove it.
+    new = Path(tempfile.mkdtemp(prefix=f"new-{prefix}"))
+    folder = new.with_name(new.name.removeprefix("new-"))
+    with claimed(new):
+        new.rename(folder)
         yield folder
         remove(folder)
 
