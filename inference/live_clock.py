@@ -49,6 +49,10 @@ class LiveClock:
         self._came, self._second = now, second
         return second
 
+    def passed(self, now: float) -> float | None:
+        """Seconds since second 0; None: there was no frame yet."""
+        return None if self._began is None else now - self._began
+
     def set(self, second: float, now: float) -> None:
         """Somebody else says the second of a frame; the seconds of further ones go on from it."""
         self._began, self._second, self._came = now - second, second, now

@@ -13,7 +13,7 @@ one token, which becomes pending. Steps of several slots are one pass. See docs/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -157,6 +157,10 @@ class Engine:
     def abandon(self) -> None:
         """No more calls, after a failure from which the engine does not recover."""
 
+    def on_all(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs `function(self, *arguments)`, on every rank."""
+        return function(self, *arguments)
+
     def open(self, sampling: Sampling | None = None) -> Slot:
         """Takes a free slot.
 
@@ -164,14 +168,14 @@ class Engine:
             EngineFull: there is none.
         """
         self.check_free()
-        return self._take(sampling)
+        return self.take(sampling)
 
     def check_free(self) -> None:
         """Raises EngineFull if no slot is free."""
         if len(self.slots) == self.max_sessions:
             raise EngineFull(f"all {self.max_sessions} sessions are in use")
 
-    def _take(self, sampling: Sampling | None) -> Slot:
+    def take(self, sampling: Sampling | None) -> Slot:
         free = set(range(self.max_sessions)) - set(self.slots)
         slot = Slot(min(free), sampling or Sampling(), FrameRing(self.window, self.sinks))
         self.slots[slot.index] = slot
@@ -297,7 +301,7 @@ class Engine:
         """
         self.check_state(state)
         self.check_free()
-        slot = self._take(Sampling(**state["sampling"]))
+        slot = self.take(Sampling(**state["sampling"]))
         slot_state.fill(slot, state, self.sampler, self.cache)
         return slot
 
@@ -330,13 +334,8 @@ class Engine:
                 continue
             # More than needed, because the kept tokens are moved, which costs time at each drop.
             drop = min(max(over, self.max_tokens // 16), slot.length - 1)
-            indices = tokens_to_keep(
-                slot.tokens,
-                drop,
-                silence=self.silence_token,
-                image=self.image_token,
-                end_of_turn=self.end_of_turn,
-            )
+            special = (self.silence_token, self.image_token, self.end_of_turn)
+            indices = tokens_to_keep(slot.tokens, drop, *special)
             self.cache.compact(slot, indices)
             slot.keep(indices)
 
@@ -351,7 +350,7 @@ class Engine:
                 parts.append((step.slot, tokens[:count], frames[:images]))
                 if count < len(tokens):
                     following.append((step, tokens[count:], frames[images:]))
-            last |= self._pass(parts)
+            last |= self.run(parts)
             waiting = following
         steps = [step for step in steps if step.sample]
         if not steps:
@@ -374,7 +373,7 @@ class Engine:
                 images += 1
         return longest, images
 
-    def _pass(self, parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]]) -> dict[int, Tensor]:
+    def run(self, parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]]) -> dict[int, Tensor]:
         """One forward pass; the last hidden state of each slot `[H]`."""
         self._make_room([(slot, len(tokens)) for slot, tokens, _ in parts])
         segments = []

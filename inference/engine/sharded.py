@@ -1,7 +1,7 @@
 """The engine in several processes, started by torchrun: each holds a slice of the model.
 
 Rank 0 is the engine that the program sees. Each of its calls that computes or changes something is
-broadcast (`_call`) and runs on every rank, on that rank's slice (see tensor_parallel.py). A call
+broadcast (`on_all`) and runs on every rank, on that rank's slice (see tensor_parallel.py). A call
 that is not possible is refused on rank 0 before it is broadcast, so all ranks stay in step; a rank
 that fails ends all of them (torchrun).
 """
@@ -62,7 +62,7 @@ class ShardedEngine(Engine):
     def shutdown(self) -> None:
         """Ends the other ranks."""
         if self.leads and self.running:
-            self._call(ShardedEngine._stop)
+            self.on_all(ShardedEngine._stop)
 
     def abandon(self) -> None:
         """No more calls: a step has failed, and the other ranks may wait in the middle of it."""
@@ -79,30 +79,30 @@ class ShardedEngine(Engine):
 
     def open(self, sampling: Sampling | None = None) -> Slot:
         self.check_free()
-        return self._call(Engine.open, sampling or Sampling())  # the same seed on every rank
+        return self.on_all(Engine.open, sampling or Sampling())  # the same seed on every rank
 
     def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
-        self._call(Engine.set_sampling, slot, sampling)
+        self.on_all(Engine.set_sampling, slot, sampling)
 
     def close(self, slot: Slot) -> None:
         if not slot.closed:
-            self._call(Engine.close, slot)
+            self.on_all(Engine.close, slot)
 
     def encode_pixels(self, pixels: Tensor) -> list[Tensor]:
-        return self._call(Engine.encode_pixels, pixels)
+        return self.on_all(Engine.encode_pixels, pixels)
 
     def step(self, steps: Sequence[Step]) -> list[int | None]:
         self.check(steps)
-        return self._call(Engine.step, steps)
+        return self.on_all(Engine.step, steps)
 
     def save(self, slot: Slot) -> dict[str, Any]:
         """The whole session, as one process would save it."""
-        return self._call(ShardedEngine._gather, slot)
+        return self.on_all(ShardedEngine._gather, slot)
 
     def restore(self, state: dict[str, Any]) -> Slot:
         self.check_state(state)
         self.check_free()
-        return self._call(ShardedEngine._restore, state)
+        return self.on_all(ShardedEngine._restore, state)
 
     def check_state(self, state: dict[str, Any]) -> None:
         super().check_state(state if state["text"].shape[2] == self._heads else self._own(state))
@@ -137,7 +137,7 @@ class ShardedEngine(Engine):
     # One call on all ranks. Its arguments are pickled, with two exceptions: a slot travels as its
     # index and its pending token, and a tensor on the engine's device is broadcast from there.
 
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def on_all(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs `function(self, *arguments)` on every rank; rank 0's result."""
         if not self.running:
             raise RuntimeError("the other ranks have gone")
@@ -150,7 +150,7 @@ class ShardedEngine(Engine):
         return function(self, *arguments)
 
     def _receive(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """On other ranks: the next function of `_call`, and its arguments."""
+        """On other ranks: the next function of `on_all`, and its arguments."""
         messages: list[Any] = [None]
         dist.broadcast_object_list(messages, src=0, group=self.control)
         return _Unpickler(io.BytesIO(messages[0]), self.slots, self.device).load()

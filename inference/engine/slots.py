@@ -174,7 +174,7 @@ class Step:
 
 
 def tokens_to_keep(
-    tokens: Sequence[int], drop: int, *, silence: int | None, image: int, end_of_turn: int | None
+    tokens: Sequence[int], drop: int, silence: int | None, image: int, end_of_turn: int | None
 ) -> list[int]:
     """Indices of the tokens that stay when at least `drop` of them are dropped.
 

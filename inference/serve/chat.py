@@ -32,7 +32,7 @@ from inference.session.handle import SessionClosed, SessionHandle
 _STATUS = {  # of a refusal's code; else 400
     "too_large": 413, "overloaded": 503, "unauthorized": 401, "failed": 500, "model_not_found": 404,
     "not_found": 404, "method_not_allowed": 405, "origin": 403, "host": 403, "timeout": 408,
-    "unsupported_media_type": 415,
+    "unsupported_media_type": 415, "replica_lost": 503,
 }  # fmt: skip
 _HELD = 4  # a request's text, its JSON and its pictures' bytes are there at the same time
 Result = TypeVar("Result")
@@ -70,7 +70,7 @@ async def complete(request: Request, hub: Hub) -> Response:
     share = hub.budget.share()
     client = None
     try:
-        body = await _body(request, hub.limits, share)
+        body = await read_body(request, hub.limits, share)
         client = Client(request)
         asked = await client.or_left(_prepare(body, hub, share))
         question, tokens = asked.question, asked.tokens
@@ -124,7 +124,8 @@ def refusal(error: Refused) -> JSONResponse:
     return JSONResponse({"error": body}, code, headers)
 
 
-async def _body(request: Request, limits: Limits, share: Share) -> bytes:
+async def read_body(request: Request, limits: Limits, share: Share) -> bytes:
+    """A request's body; Refused where it is too large, too slow, or not JSON by its type."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page of another site may send anything else unasked
         field = "Content-Type"

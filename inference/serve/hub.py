@@ -10,12 +10,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
+import psutil
+import torch
 from torch import Tensor
 
 from inference.engine.engine import EngineFull
 from inference.export_info import ExportInfo
 from inference.live_clock import LiveClock
 from inference.serve.decoding import Task
+from inference.serve.held import FAILED, GOING_AWAY, IDLE, NORMAL, Held
 from inference.serve.limits import Budget, Limits
 from inference.serve.media import MediaPool
 from inference.serve.metrics import Metrics
@@ -25,36 +28,38 @@ from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 
 MODEL = "moss-video"  # its name in the protocols
-NORMAL, GOING_AWAY, POLICY, TRY_LATER = 1000, 1001, 1008, 1013  # WebSocket close codes
-FAILED = 1011
-UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and our own
 
 
-class LiveSession:
-    """A session and the socket that holds it."""
+def memory_free(device: torch.device) -> int:
+    """Bytes that are free on the device; on a CPU, in the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
-    def __init__(self, handle: SessionHandle) -> None:
-        # Whoever knows the id may resume the session: it cannot be guessed.
-        self.id = f"sess_{secrets.token_urlsafe(16)}"
+
+def new_id() -> str:
+    """Of a session. Whoever knows it may resume the session: it cannot be guessed."""
+    return f"sess_{secrets.token_urlsafe(16)}"
+
+
+class LiveSession(Held):
+    """A session of the engine."""
+
+    def __init__(self, handle: SessionHandle, name: str = "") -> None:
+        super().__init__(handle.log)
+        self.id = name or new_id()
         self.handle = handle
-        self.socket: object | None = None  # the one that holds it now
-        self.replaced = asyncio.Event()  # set when another socket takes the session
         self.close_code = NORMAL
         self.parked = False  # others have its place in the engine
         self.untouched = True  # no input has come yet: the session ends with its socket
-        self.last_input = self.detached_at = time.monotonic()
+        self.last_input = time.monotonic()
         self.newest = 0.0  # second of the last frame
         self.clock = LiveClock()  # of frames that come without a second
 
-    def attach(self, socket: object) -> asyncio.Event:
-        """Gives the session to a socket; sets the event of the socket that held it."""
-        self.replaced.set()
-        self.socket, self.replaced = socket, asyncio.Event()
-        return self.replaced
-
-    def detach(self, socket: object) -> None:
-        if self.socket is socket:
-            self.socket, self.detached_at = None, time.monotonic()
+    @property
+    def end(self) -> tuple[int, str]:
+        code = FAILED if self.handle.failed else self.close_code
+        return code, self.handle.reason or "the session is over"
 
     def close(self, reason: str, code: int = NORMAL) -> None:
         self.close_code = code
@@ -86,6 +91,11 @@ class Hub:
         self._reaper: asyncio.Task[None] | None = None
 
     @property
+    def failed(self) -> str:
+        """Why the engine has ended; empty: it has not."""
+        return self.runner.failed
+
+    @property
     def status(self) -> str:
         """`ok`, `closing`, `failed` (the engine has ended), or `stuck` (a step takes too long)."""
         if self.runner.failed:
@@ -104,8 +114,9 @@ class Hub:
         """Begins to close sessions whose time is over; in the event loop."""
         self._reaper = asyncio.create_task(self._reap())
 
-    async def open(self) -> LiveSession:
-        """A new session; EngineFull where all places are taken by clients that are there."""
+    async def open(self, name: str = "", seq: int = 0) -> LiveSession:
+        """A new session; EngineFull where all places are taken by clients that are there. name: its
+        id; seq: the number before that of its first event."""
         while True:
             try:
                 handle = self.runner.session(SessionConfig(), log_limit=self.limits.replay)
@@ -113,7 +124,8 @@ class Hub:
             except EngineFull:
                 if not await self.make_room():
                     raise
-        live = LiveSession(handle)
+        handle.log.last_seq = seq
+        live = LiveSession(handle, name)
         self.sessions[live.id] = live
         handle.emit("session.created", session=self.describe(live))
         return live
@@ -186,8 +198,8 @@ class Hub:
 
     def forget(self, live: LiveSession) -> None:
         """Removes a session that nobody will resume, unless a socket holds it."""
-        if live.socket is None:
-            self.sessions.pop(live.id, None)
+        if live.socket is None and self.sessions.get(live.id) is live:
+            del self.sessions[live.id]
 
     def find(self, name: str) -> LiveSession | None:
         return self.sessions.get(name)

@@ -41,6 +41,7 @@ class Limits:
     idle: float = number(600.0, above=0)  # how long a session lives on without input
     send: float = number(10.0, above=0)  # how long a client may take to read an event
     step: float = number(60.0, above=0)  # of the engine, after which /health says that it is stuck
+    silence: float = number(10.0, above=0)  # of a replica, after which it is taken for dead
     errors: int = number(32, above=0)  # wrong messages of a socket in a minute, after which it ends
     waiting: int = number(64, above=0)  # chat requests that wait for a free place in the engine
     wait: float = number(60.0, above=0)  # how long a chat request waits

@@ -103,10 +103,15 @@ class Chunk(_Reply):
 
 
 class Health(_Reply):
-    status: Literal["ok", "closing", "failed", "stuck"]
-    step_seconds: float
+    status: Literal["ok", "closing", "failed", "stuck", "no_replica"]
+    step_seconds: float | None = None
     model: str
     stage: str | None
     prompt_form: Any
     sessions: int
     max_sessions: int
+    memory_free: int | None = None  # bytes, on the model's device
+    decoders: int | None = None  # processes that decode pictures of sessions
+    replicas: int | None = None  # of a front, as the next two
+    replicas_ready: int | None = None
+    waiting: int | None = None

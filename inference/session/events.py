@@ -76,6 +76,13 @@ class EventLog:
             self._wake()
         return event
 
+    def put(self, event: Event) -> None:
+        """An event of another log, with its number, which goes on from the last one here."""
+        with self._changed:
+            self.last_seq = event.seq
+            self._events.append(event)
+            self._wake()
+
     def close(self) -> None:
         """No more events: readers end after the last one."""
         with self._changed:

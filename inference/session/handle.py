@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -9,12 +10,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from inference.engine.images import Picture, as_picture, fit
 from inference.engine.slots import Slot
 from inference.session.answer import Answer
 from inference.session.events import Event
+from inference.session.journal import Journal, Record
 from inference.session.saved import state_of
-from inference.session.session import Frame, Prompt, Session, SessionConfig
+from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
 
 
 class SessionClosed(Exception):
@@ -31,6 +35,22 @@ class RunningSession:
     failed: bool = False  # it is closed because something is broken
     parked: dict[str, Any] | None = None  # its slot, saved, while it has no place in the engine
     last_report: float = 0.0
+    in_step: bool = False  # what a step has taken of its queues is nowhere else
+    rebuilding: bool = False  # its slot is not whole yet: it takes no step
+    journal: Journal | None = None
+
+    def stepped(self, request: StepRequest) -> None:
+        """After a step: what it has changed, into the journal."""
+        self.in_step = False
+        if self.journal is not None and request.frame is not None and self.slot is not None:
+            self.journal.add_frame(self.slot.position - 1, request.frame.source)
+        self.write()
+
+    def write(self) -> None:
+        """Into the journal, if there is one; what a step has begun is written when it is done."""
+        if self.journal is not None and not self.in_step:
+            assert isinstance(self.task, Session)
+            self.journal.write(self.task, self.slot)
 
 
 class SessionHandle:
@@ -76,19 +96,21 @@ class SessionHandle:
         return self._open()[1].config
 
     def push_frame(
-        self, image: Picture, at: float | None = None, prompt: str | None = None
+        self, image: Picture, at: float | None = None, prompt: str | None = None, source: int = 0
     ) -> None:
         """Gives a frame of second `at` (by default one interval after the last), and a prompt that
         is asked right before it. Does not wait: if the queue is full, a live session drops its
         oldest waiting frame (`input_frame.dropped`), another session raises QueueFull. Raises
-        SessionClosed, and as_picture's errors.
+        SessionClosed, and as_picture's errors. source: its number for the journal.
         """
         picture = fit(as_picture(image), self._tile)
         changed, task = self._open()
         with changed:
             self._refuse_if_closed()
             at = task.next_second if at is None else at
-            task.push(Frame(picture, at, time.monotonic(), prompt))
+            task.push(Frame(picture, at, time.monotonic(), prompt, source))
+            if self._running.journal is not None:
+                self._running.journal.add_picture(source, picture)
             changed.notify_all()
 
     def put_frame(self, image: Picture, at: float | None = None, prompt: str | None = None) -> None:
@@ -112,11 +134,34 @@ class SessionHandle:
         self, image: Picture, at: float | None = None, prompt: str | None = None
     ) -> None:
         """As `put_frame`, in an event loop; to be awaited by one task at a time."""
+        await self.room()
+        self.push_frame(image, at, prompt)
+
+    async def room(self) -> None:
+        """Waits for room in the queue of frames, or the end."""
         seen = self.log.last_seq
         while not (self._room() or self.log.closed):
             await self.log.wait(seen)
             seen = self.log.last_seq
-        self.push_frame(image, at, prompt)
+
+    def keep(self, journal: Journal) -> None:
+        """From now on all that changes is written into the journal."""
+        with self._changed:
+            self._running.journal = journal
+            self._running.write()
+
+    def read_journal(self) -> tuple[Record, dict[int, Tensor]] | None:
+        """What the journal has that was not read yet."""
+        with self._changed:
+            journal = self._running.journal
+            return None if journal is None else journal.read()
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[None]:
+        """Several changes that are one for the engine, and for the journal."""
+        with self._changed:
+            yield
+            self._running.write()
 
     def configure(self, **changes: Any) -> None:
         """Changes fields of the session's config: see Session.configure."""

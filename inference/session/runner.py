@@ -45,7 +45,7 @@ class Runner:
     def __init__(self, engine: Engine, measured: Measure | None = None) -> None:
         self.engine, self.vocabulary = engine, Vocabulary.of(engine.tokenizer.backend_tokenizer)
         self.tile: int = engine.config.vision_config.image_size  # pixels of a frame's side
-        self._measured = measured
+        self.measured = measured
         self._running: list[RunningSession] = []
         self._parked: list[RunningSession] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -66,7 +66,7 @@ class Runner:
         config = config or SessionConfig(**fields)
         name = f"session{next(self._numbers)}"
         most = self.engine.max_tokens // 2
-        return self._start(Session(name, config, self.vocabulary, self._stats(), log_limit, most))
+        return self.start(Session(name, config, self.vocabulary, self._stats(), log_limit, most))
 
     def answer(
         self,
@@ -100,7 +100,7 @@ class Runner:
         ]  # fmt: skip
         with self.changed:
             self._check_room(len(tasks))
-            return [self._start(task) for task in tasks]
+            return [self.start(task) for task in tasks]
 
     def restore(self, state: Mapping[str, Any]) -> SessionHandle:
         """Continues a session that `SessionHandle.save` returned, of this process or another."""
@@ -111,7 +111,7 @@ class Runner:
         def start() -> SessionHandle:
             slot = None if state["slot"] is None else self.engine.restore(state["slot"])
             try:
-                return self._start(task, slot)
+                return self.start(task, slot)
             except Exception:
                 if slot is not None:
                     self.engine.close(slot)
@@ -168,10 +168,13 @@ class Runner:
         self.close()
 
     def _stats(self) -> Stats:
-        return Stats(self._measured)
+        return Stats(self.measured)
 
-    def _start(self, task: Session | Answer, slot: Slot | None = None) -> SessionHandle:
-        running = RunningSession(task, slot, last_report=time.monotonic())
+    def start(
+        self, task: Session | Answer, slot: Slot | None = None, *, rebuilding: bool = False
+    ) -> SessionHandle:
+        """Gives a session or an answer a place; EngineFull. rebuilding: it takes no step yet."""
+        running = RunningSession(task, slot, last_report=time.monotonic(), rebuilding=rebuilding)
         with self.changed:
             self._refuse_if_stopped()
             self._check_room()
@@ -252,11 +255,13 @@ class Runner:
             batch = []
             for running in self._running:
                 try:
-                    request = None if running.closing else running.task.next_step(now)
+                    held = running.closing or running.rebuilding
+                    request = None if held else running.task.next_step(now)
                 except Exception as error:  # of this session alone
                     self._fail([running], error)
                     continue
                 if request:
+                    running.in_step = True
                     batch.append((running, request))
             if batch:
                 self.changed.notify_all()  # frames were taken: there is room
@@ -289,6 +294,7 @@ class Runner:
                 try:
                     running.task.on_token(request, token, now)
                     self._report(running, now)
+                    running.stepped(request)
                 except Exception as error:  # of this session alone
                     self._fail([running], error)
 
@@ -319,6 +325,7 @@ class Runner:
                 task, words = running.task, _words(error)
                 log.error("%s ended: %s", task.name, words, exc_info=error)
                 running.closing, running.failed = f"the engine failed: {words}", True
+                running.in_step = False
                 _attempt(partial(task.emit, "error", code="engine_error", message=words))
                 _attempt(partial(task.close, "failed", "engine_error"))
 
@@ -336,7 +343,7 @@ class Runner:
             _emit_metrics(task, len(running.slot.frames))
 
     def _finished(self) -> list[RunningSession]:
-        known = (*self._running, *self._parked)
+        known = [r for r in (*self._running, *self._parked) if not r.rebuilding]
         return [running for running in known if running.closing or running.task.over]
 
     def _close_finished(self) -> None:
@@ -350,6 +357,7 @@ class Runner:
                 _attempt(partial(_emit_metrics, task, cached))
                 _attempt(partial(task.emit, "session.closed", reason=reason))
                 task.log.close()
+                _attempt(running.write)
             self.changed.notify_all()
 
     def _release(self, slot: Slot | None) -> None:

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from inference.engine.sampling import Sampling
+from inference.session.events import LOG_LIMIT
 from inference.session.response import Response, Vocabulary
 from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
 from inference.session.stats import Stats
 
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 _FLAGS = {  # name in a saved state -> attribute
     "media": "media",
     "started": "_started",
@@ -24,8 +25,9 @@ _FLAGS = {  # name in a saved state -> attribute
 }
 
 
-def state_of(session: Session) -> dict[str, Any]:
-    """All that `resume` needs, between two steps: plain values and tensors."""
+def state_of(session: Session, *, pictures: bool = True) -> dict[str, Any]:
+    """All that `resume` needs, between two steps: plain values and tensors; without `pictures` None
+    in place of tensors."""
     response, unfinished = session.response, session._unfinished
     return {
         "version": _STATE_VERSION,
@@ -35,14 +37,20 @@ def state_of(session: Session) -> dict[str, Any]:
         "queued_tokens": list(session._queued_tokens),
         "response": response and (response.name, list(response.tokens)),
         "response_seconds": session._last_token_time - session._first_token_time,
-        "frames": [(frame.image, frame.at, frame.prompt) for frame in session.frames],
+        "frames": [_frame(frame, pictures) for frame in session.frames],
         "prompts": [prompt.text for prompt in session.prompts],
-        "unfinished": unfinished and _request(unfinished),
+        "unfinished": unfinished and _request(unfinished, pictures),
+        "counts": dict(session.stats.counts),
     }
 
 
 def resume(
-    state: Mapping[str, Any], vocabulary: Vocabulary, stats: Stats, now: float, most: int | None
+    state: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    stats: Stats,
+    now: float,
+    most: int | None,
+    log_limit: int = LOG_LIMIT,
 ) -> Session:
     """The session that `state_of` describes; its log and its measurements begin anew.
 
@@ -54,7 +62,8 @@ def resume(
             f"{_STATE_VERSION}; save it again with this program"
         )
     given = {**state["config"], "sampling": Sampling(**state["config"]["sampling"])}
-    session = Session(state["name"], SessionConfig(**given), vocabulary, stats, most=most)
+    config = SessionConfig(**given)
+    session = Session(state["name"], config, vocabulary, stats, log_limit, most)
     for name, attribute in _FLAGS.items():
         setattr(session, attribute, state["flags"][name])
     session._queued_tokens = list(state["queued_tokens"])
@@ -64,18 +73,23 @@ def resume(
         session.response = Response(vocabulary.tokenizer, state["response"][0])
         for token in state["response"][1]:
             session.response.append(token)
-    for image, at, prompt in state["frames"]:
-        session.frames.append(Frame(image, at, now, prompt))
+    for image, at, prompt, source in state["frames"]:
+        session.frames.append(Frame(image, at, now, prompt, source))
     session.prompts.extend(Prompt(text, now) for text in state["prompts"])
     if state.get("unfinished"):
-        tokens, image, at = state["unfinished"]
-        frame = None if image is None else Frame(image, at, now)
+        tokens, shown = state["unfinished"]
+        image, at, _, source = shown or (None, 0.0, None, 0)
+        frame = None if image is None else Frame(image, at, now, source=source)
         images = [] if image is None else [image]
         session._unfinished = StepRequest(list(tokens), images, began=now, frame=frame)
+    stats.counts.update(state.get("counts", {}))
     return session
 
 
-def _request(request: StepRequest) -> tuple[list[int], Any, float]:
-    """Tokens, and picture and second of its frame, if it has one."""
-    frame = request.frame
-    return request.tokens, frame.image if frame else None, frame.at if frame else 0.0
+def _frame(frame: Frame, pictures: bool) -> tuple[Any, float, str | None, int]:
+    return frame.image if pictures else None, frame.at, frame.prompt, frame.source
+
+
+def _request(request: StepRequest, pictures: bool) -> tuple[list[int], Any]:
+    """Its tokens, and its frame, if it has one."""
+    return list(request.tokens), request.frame and _frame(request.frame, pictures)

@@ -68,12 +68,14 @@ class SessionConfig:
 @dataclass(eq=False)
 class Frame:
     """A picture in the queue: uint8 [3, H, W], its second, and when it arrived (monotonic seconds).
-    Without a picture: a prompt that waits for the frames before it."""
+    Without a picture: a prompt that waits for the frames before it. source: the number of the
+    message that brought it, where a journal names it so."""
 
     image: Tensor | None
     at: float
     arrived: float
     prompt: str | None = None
+    source: int = 0
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.serve.__main__ import parse
+from inference.serve.flags import parse
 from inference.serve.limits import Limits
 
 REPO = Path(__file__).resolve().parents[2]

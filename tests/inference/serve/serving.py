@@ -20,11 +20,11 @@ from websockets.sync.client import ClientConnection, connect
 from data_pipeline.prompts import STAGE_FORMS
 from inference.engine.engine import Engine
 from inference.export_info import ExportInfo
-from inference.serve.__main__ import Certificate, Server, server_config
 from inference.serve.app import make_app
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
+from inference.serve.server import Certificate, Server, server_config
 from inference.session.runner import Runner
 
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from inference.engine.engine import Engine
-from inference.serve.__main__ import key, parse
+from inference.serve.flags import key, parse
 from tests.inference.serve.attacking import (
     JSON,
     USER,

@@ -13,8 +13,9 @@ import pytest
 from inference.cli import CommandError
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
-from inference.serve.__main__ import listen, parse
-from inference.serve.__main__ import origin as read_origin
+from inference.serve.flags import origin as read_origin
+from inference.serve.flags import parse
+from inference.serve.server import listen
 from tests.inference.serve.serving import Running, serving
 
 MINE, OTHER = "https://mine.example", "https://other.example"

@@ -17,7 +17,7 @@ import pytest
 
 from inference.cli import CommandError
 from inference.engine.load import load_engine
-from inference.serve.__main__ import Certificate
+from inference.serve.server import Certificate
 from tests.inference.serve.serving import Running, serving
 from tests.samples import graded_video
 

@@ -1,0 +1,1 @@
+"""Several replicas of a model behind one front, which holds the clients' sockets."""

@@ -1,0 +1,59 @@
+"""Routes for whoever runs the server, from this machine only: which replicas there are, to take one
+out of service, to restart all of them one by one."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import HTTPConnection
+
+from inference.replicas.front import Front
+from inference.replicas.replica import Replica
+from inference.serve.app import UNAUTHORIZED
+from inference.serve.chat import refusal
+from inference.serve.limits import Refused
+
+
+def add_admin_routes(app: FastAPI, front: Front, allowed: Callable[[HTTPConnection], bool]) -> None:
+    """`/admin/replicas` and what can be done with them."""
+
+    def refused(request: Request) -> Response | None:
+        if not allowed(request):
+            return refusal(UNAUTHORIZED)
+        client = request.client
+        if client is None or not ipaddress.ip_address(client.host).is_loopback:
+            return refusal(Refused("host", "only from the machine of the server"))
+        return None
+
+    def found(number: int) -> Replica | None:
+        return next((r for r in front.replicas if r.number == number), None)
+
+    @app.get("/admin/replicas")
+    async def replicas(request: Request) -> Response:
+        described = [replica.describe() for replica in front.replicas]
+        return refused(request) or JSONResponse({"replicas": described})
+
+    @app.post("/admin/restart")
+    async def restart(request: Request) -> Response:
+        wrong = refused(request)
+        if wrong is not None:
+            return wrong
+        if not front.restart():
+            return refusal(Refused("overloaded", "a restart is under way"))
+        return JSONResponse({"restarting": len(front.processes)}, 202)
+
+    @app.post("/admin/replicas/{number}/{action}")
+    async def act(request: Request, number: int, action: str) -> Response:
+        wrong, replica = refused(request), found(number)
+        if wrong is not None:
+            return wrong
+        if replica is None or action not in ("drain", "resume"):
+            return refusal(Refused("not_found", "/admin/replicas/NUMBER/drain, or resume"))
+        replica.held = action == "drain"
+        if replica.held:
+            await front.drain(replica)
+        front.places.pump()
+        return JSONResponse(replica.describe())

@@ -1,0 +1,94 @@
+"""What `python -m inference.serve` does with --replicas or --replica_urls: it is a front."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data_pipeline.commands import DONE, FAILED, report_error
+from inference import cli
+from inference.engine.engine import EngineConfig
+from inference.export_info import ExportInfo
+from inference.replicas.admin import add_admin_routes
+from inference.replicas.front import Front
+from inference.replicas.processes import Process, command, devices
+from inference.replicas.replica import Replica
+from inference.serve.app import guarded, key_check, make_routes
+from inference.serve.flags import PROGRAM
+from inference.serve.limits import Limits
+from inference.serve.server import Certificate, Server, listen, server_config, url_of
+
+
+def run_front(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    limits: Limits,
+    export: ExportInfo,
+    certificate: Certificate | None,
+) -> int:
+    """Serves until it is told to stop; the exit code. argv: the flags that it was given."""
+    visible = check(args)
+    keys = [args.api_key] if args.api_key else []
+    with (
+        listen(args.host, args.port) as door,
+        tempfile.TemporaryDirectory(prefix="moss-front-") as folder,
+    ):
+        front_key = args.front_key or secrets.token_urlsafe(32)
+        replicas, processes = list[Replica](), list[Process]()
+        for number in range(args.replicas):
+            path = Path(folder) / f"{number}.sock"
+            replicas.append(Replica(number, f"unix:{path}", front_key))
+            environment = devices(number, args.gpus_per_replica, visible)
+            environment |= {"MOSS_FRONT_KEY": front_key, "MOSS_END_WITH_PARENT": "1"}
+            started = command(argv, path, args.gpus_per_replica)
+            processes.append(Process(replicas[-1], started, environment))
+        for number, url in enumerate(args.replica_urls, args.replicas):
+            replicas.append(Replica(number, url, front_key))
+        front = Front(replicas, processes, limits, export)
+        app = make_routes(front, keys, args.allow_origin, args.allow_host)
+        add_admin_routes(app, front, key_check(keys))
+        routes = guarded(app, args.allow_origin, args.allow_host)
+        # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        server = Server(server_config(routes, args.host, args.port, limits, certificate), front)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+            signal.signal(signal.SIGHUP, server.handle_exit)
+        cli.note(f"{len(replicas)} replicas behind {url_of(args.host, door, certificate)}")
+        server.run(sockets=[door])
+    if front.failed:
+        report_error(PROGRAM, front.failed)
+    return FAILED if front.failed else DONE
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """The GPUs that the replicas share; CommandError for what cannot be, before anything starts."""
+    if args.unix_socket:
+        raise cli.CommandError("--unix_socket: a front has clients: give --host and --port")
+    if args.replica_urls and not args.front_key:
+        raise cli.CommandError("--replica_urls: give the --front_key that those replicas have")
+    if "RANK" in os.environ:
+        raise cli.CommandError("--replicas: not under torchrun: give --gpus_per_replica")
+    with cli.refusing_values():
+        EngineConfig(window=args.window, sinks=args.sinks, max_tokens=args.max_context)
+    if args.gpus_per_replica > 1 and args.device == "cpu":
+        return []
+    if args.device == "cpu" or not (count := torch.cuda.device_count()):
+        if args.device.startswith("cuda"):
+            raise cli.CommandError(f"--device {args.device}: this machine has no CUDA")
+        return []
+    if args.device not in ("auto", "cuda"):
+        words = f"--device {args.device}: replicas have GPUs of their own: give auto or cpu"
+        raise cli.CommandError(words)
+    wanted = args.replicas * args.gpus_per_replica
+    if wanted > count:
+        words = f"--replicas {args.replicas} --gpus_per_replica {args.gpus_per_replica}: these are"
+        raise cli.CommandError(f"{words} {wanted} GPUs, and this machine has {count}")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(number) for number in range(count)]

@@ -1,0 +1,231 @@
+"""The front: all sessions by id, the replicas that serve them, and who is moved where and when."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.websockets import WebSocket
+
+from inference.export_info import ExportInfo
+from inference.replicas.client import ClientSocket
+from inference.replicas.metrics import FrontMetrics
+from inference.replicas.places import Places
+from inference.replicas.processes import Process
+from inference.replicas.proxy import Proxy
+from inference.replicas.replica import Replica
+from inference.replicas.session import FrontSession
+from inference.serve.app import UNKNOWN_SESSION, refuse
+from inference.serve.held import GOING_AWAY, NORMAL, TRY_LATER, UNKNOWN
+from inference.serve.hub import new_id
+from inference.serve.limits import Limits
+
+log = logging.getLogger(__name__)
+
+_LOOK, _SOON = 1.0, 0.1  # seconds between looks at a replica, and at one that starts
+_CHATS = 60.0  # seconds for which a replica that is restarted finishes its chat requests
+
+
+class Front:
+    """What the routes serve where there are replicas.
+
+    Args:
+        processes: of those replicas that the front starts itself.
+    """
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        processes: Sequence[Process],
+        limits: Limits,
+        export: ExportInfo,
+    ) -> None:
+        self.replicas, self.processes = list(replicas), list(processes)
+        self.limits, self.export = limits, export
+        self.metrics = FrontMetrics()
+        self.refused = self.metrics.refused
+        self.places = Places(self.replicas, self._make_room)
+        self.sessions: dict[str, FrontSession] = {}
+        self.closing = self.restarting = False
+        self.failed = ""  # why no replica will ever serve; empty: one may
+        self._served = False  # a replica has been ready
+        self._proxy = Proxy(self.places, limits)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Service
+
+    async def health(self) -> dict[str, Any]:
+        ready = sum(replica.state == "ready" for replica in self.replicas)
+        status = "closing" if self.closing else "ok" if ready else "no_replica"
+        return {
+            "status": status,
+            "replicas": len(self.replicas),
+            "replicas_ready": ready,
+            "sessions": len(self.sessions),
+            "waiting": self.places.waiting,
+            "max_sessions": sum(r.seats for r in self.replicas if r.state == "ready"),
+        }
+
+    async def metrics_page(self) -> bytes:
+        kept = sum(session.size for session in self.sessions.values())
+        counts = len(self.sessions), self.places.waiting, kept
+        return await self.metrics.page(self.replicas, *counts)
+
+    async def complete(self, request: Request) -> Response:
+        return await self._proxy.complete(request)
+
+    async def realtime(self, socket: WebSocket, name: str | None, last_seq: int) -> None:
+        session = None if name is None else self.sessions.get(name)
+        if self.closing:
+            words = "the server is shutting down"
+            return await refuse(socket, self, GOING_AWAY, "closing", words)
+        if name is not None and session is None:
+            return await refuse(socket, self, UNKNOWN, "unknown_session", UNKNOWN_SESSION)
+        if session is None:
+            if self.places.waiting >= self.limits.waiting:
+                words = f"{self.places.waiting} sessions wait for a place"
+                return await refuse(socket, self, TRY_LATER, "full", words)
+            session = FrontSession(self, new_id())
+            self.sessions[session.id] = session
+        session.wake()
+        await ClientSocket(session, socket, last_seq, self.limits).run()
+
+    # Served
+
+    decodes = True  # its replicas do
+
+    def start(self) -> None:
+        """In the event loop: starts the replicas, and looks after them."""
+        for process in self.processes:
+            self._spawn(process.run(self._exited))
+        for replica in self.replicas:
+            own = next((p for p in self.processes if p.replica is replica), None)
+            self._spawn(self._watch(replica, own))
+        self._spawn(self._reap())
+
+    async def close(self) -> None:
+        """Ends all sessions, then the replicas."""
+        self.closing = True
+        reason = "the server is shutting down"
+        sessions = list(self.sessions.values())
+        await asyncio.gather(*(session.close(reason, GOING_AWAY) for session in sessions))
+        await asyncio.gather(*(process.stop() for process in self.processes))
+        for task in list(self._tasks):
+            task.cancel()
+        for replica in self.replicas:
+            await replica.http.aclose()
+
+    # Home of sessions
+
+    def passed(self, session: FrontSession, type: str, data: dict[str, Any]) -> None:
+        if type == "session.resumed":
+            self.metrics.resumed(data["reason"], session.away)
+
+    def forget(self, session: FrontSession) -> None:
+        if self.sessions.get(session.id) is session:
+            del self.sessions[session.id]
+
+    def _make_room(self, wanted: int) -> bool:
+        """Takes the places of sessions whose clients are away, longest first; whether so many
+        become free."""
+        having = [s for s in self.sessions.values() if s.socket is None and s.replica is not None]
+        leaving = sum(session.leaving for session in having)
+        away = sorted((s for s in having if not s.leaving), key=lambda s: s.detached_at)
+        for session in away[: max(0, wanted - leaving)]:
+            session.sleep()
+        return leaving + len(away) >= wanted
+
+    # Replicas
+
+    async def _watch(self, replica: Replica, process: Process | None) -> None:
+        """Follows a replica's health, for as long as the front lives."""
+        while True:
+            if process is None or process.running:
+                status = await replica.look(self.limits.silence)
+                if process is None or process.running:
+                    self._seen(replica, process, status)
+            await asyncio.sleep(_LOOK if replica.state == "ready" else _SOON)
+
+    def _seen(self, replica: Replica, process: Process | None, status: str) -> None:
+        if status == "ok":
+            if replica.state in ("starting", "dead"):
+                log.warning("replica %d is ready", replica.number)
+                replica.state, self._served = "ready", True
+            self.places.pump()
+            return
+        if status == "starting":  # or its only decoder is being replaced
+            return
+        quiet = time.monotonic() - replica.last_heard > self.limits.silence
+        if replica.state in ("ready", "draining") and (status != "silent" or quiet):
+            log.warning("replica %d is lost: %s", replica.number, status)
+            self._lose(replica)
+            if process is not None and status in ("silent", "stuck"):
+                process.end(signal.SIGKILL)
+
+    def _lose(self, replica: Replica) -> None:
+        """It serves no more: its sessions go on elsewhere."""
+        if replica.state == "dead":
+            return
+        replica.state = "dead"
+        self.metrics.ended(replica)
+        for session in list(replica.sessions):
+            session.move("replica_lost")
+        self.places.pump()
+
+    def _exited(self, process: Process, code: int) -> None:
+        replica = process.replica
+        if not self._served:
+            words = "see what it has written above"
+            self.failed = f"replica {replica.number} ended ({code}) before it was ready: {words}"
+        self._lose(replica)
+
+    async def drain(self, replica: Replica) -> None:
+        """Moves its sessions to others, and waits for its chat requests."""
+        for session in list(replica.sessions):
+            session.move("moved")
+        until = time.monotonic() + _CHATS
+        while (replica.chats or replica.sessions) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+
+    def restart(self) -> bool:
+        """Begins to restart the front's own replicas one by one; False: it does so already."""
+        if self.restarting:
+            return False
+        self.restarting = True
+        self._spawn(self._restart())
+        return True
+
+    async def _restart(self) -> None:
+        try:
+            for process in self.processes:
+                replica, starts = process.replica, process.starts
+                if replica.state == "ready":
+                    replica.state = "draining"
+                    await self.drain(replica)
+                process.restart()
+                while process.starts == starts or replica.state != "ready":
+                    await asyncio.sleep(_SOON)
+        finally:
+            self.restarting = False
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reap(self) -> None:
+        """Ends sessions whose clients do not come back."""
+        grace = self.limits.grace
+        while True:
+            await asyncio.sleep(min(1.0, grace / 4))
+            now = time.monotonic()
+            for session in list(self.sessions.values()):
+                if session.socket is None and now - session.detached_at > grace:
+                    self.forget(session)
+                    self._spawn(session.close(f"nobody came back within {grace:g} s", NORMAL))

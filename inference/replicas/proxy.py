@@ -1,0 +1,132 @@
+"""Chat requests at the front: passed on to a replica, and to another one if that ends before its
+answer has begun to go out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+
+import httpx
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from inference.replicas.places import Places
+from inference.replicas.replica import Replica
+from inference.serve.chat import Client, Left, read_body, refusal
+from inference.serve.limits import Budget, Limits, Refused, Share
+
+_ROUTE = "/v1/chat/completions"
+_LOST = "the replica that answered has ended: ask again"
+# Headers that go on: the rest is about one connection, or about the front's own name.
+_ASKED = ("content-type", "accept")
+_ANSWERED = ("content-type", "retry-after", "x-moss-ignored")
+
+
+class Proxy:
+    """Passes requests on."""
+
+    def __init__(self, places: Places, limits: Limits) -> None:
+        self._places, self._limits = places, limits
+        self._budget = Budget(limits.held)
+
+    async def complete(self, request: Request) -> Response:
+        """Answers a request to the route; Refused where no replica does."""
+        share, client = self._budget.share(), None
+        try:
+            body = await read_body(request, self._limits, share)
+            client = Client(request)
+            headers = {name: request.headers[name] for name in _ASKED if name in request.headers}
+            return await client.or_left(self._ask(body, headers, share))
+        except (Left, ClientDisconnect):
+            share.give_back()
+            return Response(status_code=499)
+        except Refused as error:
+            share.give_back()
+            return refusal(error)
+        except BaseException:
+            share.give_back()
+            raise
+        finally:
+            if client is not None:
+                client.gone.cancel()
+
+    async def _ask(self, body: bytes, headers: dict[str, str], share: Share) -> Response:
+        asked: list[Replica] = []
+        while True:
+            replica = await self._replica(asked)
+            asked.append(replica)
+            replica.chats += 1
+            streams = False
+            try:
+                answer = await self._begin(replica, body, headers)
+                if answer.status_code == 503 and len(asked) == 1 and self._others(asked):
+                    await answer.aclose()
+                    continue
+                kept = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
+                if kept.get("content-type", "").startswith("text/event-stream"):
+                    pieces = answer.aiter_raw()
+                    first = await anext(pieces, b"")
+                    streams = True
+                    rest = self._stream(first, pieces, answer, replica, share)
+                    return StreamingResponse(rest, answer.status_code, kept)
+                content = await answer.aread()
+                share.give_back()
+                return Response(content, answer.status_code, kept)
+            except httpx.TransportError:
+                if len(asked) > 1:
+                    raise Refused("replica_lost", _LOST) from None
+            finally:
+                if not streams:
+                    self._done(replica)
+
+    async def _begin(
+        self, replica: Replica, body: bytes, headers: dict[str, str]
+    ) -> httpx.Response:
+        headers = {**headers, **replica.authorization}
+        request = replica.http.build_request("POST", _ROUTE, content=body, headers=headers)
+        return await replica.http.send(request, stream=True)
+
+    async def _stream(
+        self,
+        first: bytes,
+        pieces: AsyncIterator[bytes],
+        answer: httpx.Response,
+        replica: Replica,
+        share: Share,
+    ) -> AsyncIterator[bytes]:
+        """The pieces as they come; an error as one of them, if the replica ends."""
+        try:
+            yield first
+            async for piece in pieces:
+                yield piece
+        except httpx.TransportError:
+            kind = {"type": "server_error", "param": None, "code": "replica_lost"}
+            said = json.dumps({"error": {"message": _LOST, **kind}})
+            yield f"\n\ndata: {said}\n\ndata: [DONE]\n\n".encode()
+        finally:
+            self._done(replica)
+            share.give_back()
+            with contextlib.suppress(Exception):
+                await answer.aclose()
+
+    def _done(self, replica: Replica) -> None:
+        replica.chats -= 1
+        self._places.pump()
+
+    def _others(self, asked: list[Replica]) -> bool:
+        return self._places.for_chat(asked) is not None
+
+    async def _replica(self, asked: list[Replica]) -> Replica:
+        """One that was not asked yet, if there is one; waits where none serves."""
+        until = time.monotonic() + self._limits.wait
+        while True:
+            replica = self._places.for_chat(asked) or self._places.for_chat([])
+            if replica is not None:
+                return replica
+            if time.monotonic() > until:
+                raise Refused("overloaded", "no replica serves")
+            await asyncio.sleep(0.05)

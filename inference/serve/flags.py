@@ -1,0 +1,119 @@
+"""The flags of `python -m inference.serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from data_pipeline.commands import CommandParser, whole_number
+from inference import cli
+from inference.serve.limits import Limits
+
+PROGRAM = "python -m inference.serve"
+DESCRIPTION = """Serves a model: sessions over WebSockets, chat completions, a page, metrics.
+
+python -m inference.serve --checkpoint DIR [--replicas N]
+"""
+LIMIT_HELP = {  # the limits that have a flag, --limit_NAME
+    "frame_bytes": "maximum size of a frame in bytes",
+    "pixels": "maximum number of pixels of a picture",
+    "prompt_chars": "maximum number of characters of a prompt",
+    "fps": "maximum number of frames per second of a session",
+    "body_wall": "seconds that a chat request may take to come",
+    "clip_cpu": "seconds of processor time for decoding a medium of a chat request",
+    "clip_wall": "seconds for the same on the clock",
+    "decoders": "number of processes that decode pictures of sessions, and of those for chat",
+    "memory": "maximum memory in bytes for decoding a medium",
+    "held": "maximum memory in bytes of all chat requests that are read or wait",
+    "connections": "maximum number of connections",
+    "grace": "seconds that a session without a client waits for it to come back",
+    "idle": "seconds without input after which a session is closed",
+    "silence": "seconds without an answer after which a replica is taken for dead",
+    "step": "seconds of one step of the engine after which /health says that it is stuck",
+    "send": "seconds that a client may take to read an event",
+    "replay": "number of past events kept for a client that comes back",
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(PROGRAM, description=DESCRIPTION)
+    cli.add_engine_flags(parser)
+    cli.flag(parser, "host", default="127.0.0.1", metavar="ADDRESS",
+             help="address to listen on; 127.0.0.1: this machine only")  # fmt: skip
+    cli.flag(parser, "port", type=port, default=8000, metavar="N",
+             help="port to listen on; 0: a free one")  # fmt: skip
+    cli.flag(parser, "max_sessions", type=cli.positive_int, default=4, metavar="N",
+             help="maximum number of sessions and answers at once")  # fmt: skip
+    cli.flag(parser, "api_key", type=key, default=os.environ.get("MOSS_API_KEY"), metavar="KEY",
+             help="key that clients must send (default: $MOSS_API_KEY, else none)")  # fmt: skip
+    cli.flag(parser, "allow_origin", action="append", default=[], metavar="URL", type=origin,
+             help="another site whose pages may use the server, https://app.example; *: any site; "
+             "may be given again")  # fmt: skip
+    cli.flag(parser, "allow_host", action="append", default=[], metavar="NAME", type=str.lower,
+             help="a name by which clients reach the server, video.example; *: any; an address, "
+             "localhost and the machine's name need none; may be given again")  # fmt: skip
+    cli.flag(parser, "ssl_certfile", metavar="FILE",
+             help="certificate (chain) in PEM form: the server speaks HTTPS, which browsers want "
+             "before they give a page of another machine a camera")  # fmt: skip
+    cli.flag(parser, "ssl_keyfile", metavar="FILE",
+             help="its private key, where that is not in the same file")  # fmt: skip
+    add_replica_flags(parser)
+    defaults = Limits()
+    for name, text in LIMIT_HELP.items():
+        default = getattr(defaults, name)
+        kind = cli.positive_int if isinstance(default, int) else cli.positive
+        cli.flag(parser, f"limit_{name}", type=kind, default=default, metavar="N", help=text)
+    return parser.parse_args(argv)
+
+
+def add_replica_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a front, and of a replica."""
+    cli.flag(parser, "replicas", type=whole_number(least=0), default=0, metavar="N",
+             help="number of replicas of the model on this machine, each a process on GPUs of its "
+             "own, behind this server; 0: the model runs in this process")  # fmt: skip
+    cli.flag(parser, "gpus_per_replica", type=cli.positive_int, default=1, metavar="N",
+             help="number of GPUs that a replica is shared among (tensor parallelism)")  # fmt: skip
+    cli.flag(parser, "replica_urls", type=urls, default=[], metavar="URLS",
+             help="replicas on other machines, http://HOST:PORT,...; they have the same "
+             "--front_key")  # fmt: skip
+    cli.flag(parser, "front_key", type=key, default=os.environ.get("MOSS_FRONT_KEY"), metavar="KEY",
+             help="of a replica on another machine: key of the front that may move sessions to it "
+             "(default: $MOSS_FRONT_KEY, else none)")  # fmt: skip
+    cli.flag(parser, "unix_socket", metavar="PATH",
+             help="listen on a Unix socket, in place of --host and --port")  # fmt: skip
+
+
+def urls(text: str) -> list[str]:
+    """A flag's list of addresses."""
+    found = [one.strip().rstrip("/") for one in text.split(",") if one.strip()]
+    for one in found:
+        parts = urlsplit(one)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.path:
+            raise argparse.ArgumentTypeError(f"{one}: write http://HOST:PORT")
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: a replica is named twice")
+    return found
+
+
+def origin(text: str) -> str:
+    """A flag's origin, as browsers write it."""
+    parts = urlsplit(text.lower().rstrip("/"))
+    if text not in ("*", "null") and not (parts.scheme and parts.netloc and not parts.path):
+        raise argparse.ArgumentTypeError(f"{text}: write SCHEME://HOST[:PORT], *, or null")
+    return text.lower().rstrip("/")
+
+
+def key(text: str) -> str:
+    """A flag's key: an empty one is a mistake (an unset variable), not the wish to have none."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: for none, leave it out and unset $MOSS_API_KEY")
+    return text
+
+
+def port(text: str) -> int:
+    """A flag's port."""
+    if not 0 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to {2**16 - 1}")
+    return int(text)

@@ -1,0 +1,116 @@
+"""A session that one socket at a time holds: what the socket reads of it, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from inference.serve.limits import Limits
+from inference.serve.realtime_events import as_message
+from inference.session.events import Event, EventLog
+
+NORMAL, GOING_AWAY, POLICY, TRY_LATER = 1000, 1001, 1008, 1013  # WebSocket close codes
+FAILED = 1011
+UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and our own
+
+
+class Held:
+    """A session and the socket that holds it."""
+
+    def __init__(self, log: EventLog) -> None:
+        self.log = log
+        self.socket: object | None = None  # the one that holds it now
+        self.replaced = asyncio.Event()  # set when another socket takes the session
+        self.detached_at = time.monotonic()
+
+    @property
+    def end(self) -> tuple[int, str]:
+        """Close code and reason, after the log has been closed."""
+        raise NotImplementedError
+
+    def attach(self, socket: object) -> asyncio.Event:
+        """Gives the session to a socket; sets the event of the socket that held it."""
+        self.replaced.set()
+        self.socket, self.replaced = socket, asyncio.Event()
+        return self.replaced
+
+    def detach(self, socket: object) -> None:
+        if self.socket is socket:
+            self.socket, self.detached_at = None, time.monotonic()
+
+
+class Holder:
+    """A socket that holds a session, until the socket closes or the session ends."""
+
+    def __init__(self, held: Held, socket: WebSocket, last_seq: int, limits: Limits) -> None:
+        self._held, self._socket, self._seq, self.limits = held, socket, last_seq, limits
+        self._done = False  # the session's end was sent, or the client asked for it
+
+    async def run(self) -> None:
+        """Serves the socket until it closes; the session may live on."""
+        replaced = self._held.attach(self)
+        tasks = [asyncio.create_task(work) for work in (self._read(), self._write())]
+        gone = asyncio.create_task(replaced.wait())
+        try:
+            await asyncio.wait([*tasks, gone], return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not any(task.done() for task in tasks):
+                await self.close(REPLACED, "another connection has taken the session")
+        finally:
+            for task in (*tasks, gone):
+                task.cancel()
+            await asyncio.gather(*tasks, gone, return_exceptions=True)
+            self._held.detach(self)
+            self._left()
+
+    def _left(self) -> None:
+        """The socket has closed."""
+
+    def _slow(self) -> None:
+        """The client does not read."""
+
+    async def _take(self, text: str | None, data: bytes | None) -> bool:
+        """Handles one message; False: it was the last."""
+        raise NotImplementedError
+
+    async def _write(self) -> None:
+        """Sends events until the log ends. Gives up a client that does not read."""
+        try:
+            async for event in self._held.log.afollow(self._seq):
+                await asyncio.wait_for(self._socket.send_text(written(event)), self.limits.send)
+        except TimeoutError:
+            self._slow()
+            return  # a close message would not get through either
+        self._done = True
+        await self.close(*self._held.end)
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message: Any = await self._socket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                if not await self._take(message.get("text"), message.get("bytes")):
+                    return
+        except (WebSocketDisconnect, RuntimeError):  # starlette raises it for a closed socket
+            return
+
+    async def close(self, code: int, reason: str) -> None:
+        """Closes the socket."""
+        try:
+            await asyncio.wait_for(self._socket.close(code, cut(reason)), 1.0)
+        except (RuntimeError, TimeoutError, WebSocketDisconnect):
+            return  # it is closed already, or its client does not read
+
+
+def written(event: Event) -> str:
+    """As it is sent."""
+    return json.dumps(as_message(event), ensure_ascii=False)
+
+
+def cut(reason: str) -> str:
+    """As much as a close frame holds: 123 bytes."""
+    return reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")

@@ -1,0 +1,133 @@
+"""uvicorn's server: how it listens, which limits it has, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from inference import cli
+from inference.serve.connections import http_protocol
+from inference.serve.limits import Limits
+
+
+class Served(Protocol):
+    """What a Server serves."""
+
+    @property
+    def failed(self) -> str:
+        """Why it has ended by itself; empty: it has not."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it may open its door."""
+
+    def start(self) -> None:
+        """In the event loop, before the first request."""
+
+    async def close(self) -> None:
+        """Ends all sessions."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which closes the sessions before it closes their sockets."""
+
+    def __init__(self, config: uvicorn.Config, served: Served) -> None:
+        super().__init__(config)
+        self._served = served
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: also where the engine has, which nothing in this process can replace."""
+        return bool(self._served.failed) or await super().on_tick(counter)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        while not (self._served.decodes or self.should_exit):
+            await asyncio.sleep(0.02)
+        await super().startup(sockets)
+        self._served.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        await self._served.close()
+        await super().shutdown(sockets)
+
+
+def url_of(host: str, door: socket.socket, certificate: Certificate | None) -> str:
+    """Where a socket is reached; `host` as it was given."""
+    if door.family == socket.AF_UNIX:
+        return f"unix:{door.getsockname()}"
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if certificate else 'http'}://{host}:{door.getsockname()[1]}/"
+
+
+def listen(host: str, port: int, path: str | None = None) -> socket.socket:
+    """The socket of an address, or of a path; CommandError where it cannot be had."""
+    if path is not None:
+        made = socket.socket(socket.AF_UNIX)
+        try:
+            made.bind(path)
+        except OSError as error:
+            raise cli.CommandError(f"--unix_socket {path}: {error.strerror or error}") from None
+        made.listen()
+        return made
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        words = f"{error.strerror or error}: give another --host or --port"
+        raise cli.CommandError(f"--host {host} --port {port}: {words}") from None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """For HTTPS, in PEM form. key: of the private key; None: it is in `chain`, too."""
+
+    chain: Path
+    key: Path | None = None
+
+    @classmethod
+    def of_flags(cls, chain: str | None, key: str | None) -> Certificate | None:
+        """None: HTTP. CommandError where the files are not a certificate and its key."""
+        if not (chain or key):
+            return None
+        if not chain:
+            raise cli.CommandError("--ssl_keyfile: --ssl_certfile is missing")
+        found = cls(Path(chain), Path(key) if key else None)
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # A key with a password would ask for it here.
+            context.load_cert_chain(found.chain, found.key, password=lambda: "")
+        except (OSError, ssl.SSLError) as error:
+            files = f"--ssl_certfile {chain}" + (f" --ssl_keyfile {key}" if key else "")
+            raise cli.CommandError(
+                f"{files}: not a certificate and its key without password, in PEM form ({error})"
+            ) from None
+        return found
+
+
+def server_config(
+    app: ASGIApp, host: str, port: int, limits: Limits, certificate: Certificate | None = None
+) -> uvicorn.Config:
+    """How uvicorn runs the routes."""
+    return uvicorn.Config(
+        app,
+        ssl_certfile=certificate.chain if certificate else None,
+        ssl_keyfile=certificate.key if certificate else None,
+        host=host,
+        port=port,
+        log_level="warning",
+        ws_max_size=2 * limits.frame_bytes,  # base64 in JSON is a third larger
+        ws_per_message_deflate=False,
+        http=http_protocol(limits),
+        ws_max_queue=4,  # messages that wait to be read; the client waits with more
+        ws_ping_interval=5,
+        ws_ping_timeout=10,
+        timeout_graceful_shutdown=5,
+    )

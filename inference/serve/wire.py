@@ -1,0 +1,32 @@
+"""Messages between a front and its replicas (inference/replicas/): values as JSON, then bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+ROUTE = "/v1/front"  # a replica's, for its front alone
+_HEAD = struct.Struct(">I")
+
+
+def pack(values: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
+    """One message; each of the bytes follows with its length."""
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+    parts = [_HEAD.pack(len(text)), text]
+    for blob in blobs:
+        parts += [_HEAD.pack(len(blob)), blob]
+    return b"".join(parts)
+
+
+def unpack(message: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """What was packed. Both ends are ours: a message that is not whole raises ValueError or
+    struct.error."""
+    parts, at = list[bytes](), 0
+    while at < len(message):
+        (size,) = _HEAD.unpack_from(message, at)
+        at += _HEAD.size
+        parts.append(message[at : at + size])
+        at += size
+    return json.loads(parts[0]), parts[1:]

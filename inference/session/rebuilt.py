@@ -1,0 +1,130 @@
+"""A session of another process from its journal: its tokens and pictures go through the model
+again, in pieces, so that the steps of other sessions go between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from inference.engine import rebuild as engine_rebuild
+from inference.engine.rebuild import PIECE_FRAMES, Outline, runs
+from inference.engine.sampling import Sampling
+from inference.engine.slots import Slot
+from inference.session.events import LOG_LIMIT
+from inference.session.handle import SessionHandle
+from inference.session.journal import Journal, Record
+from inference.session.runner import Runner
+from inference.session.saved import resume
+from inference.session.stats import Stats
+
+
+def rebuild(
+    runner: Runner,
+    kept: Record,
+    pictures: Mapping[int, Tensor],
+    *,
+    reason: str = "",
+    journal: Journal | None = None,
+    log_limit: int = LOG_LIMIT,
+) -> SessionHandle:
+    """Goes on with a session whose records were folded into `kept`; waits until it can.
+
+    Its next event, `session.resumed`, has the number after the last one of `kept`.
+
+    Args:
+        pictures: those of `journal.sources(kept)`.
+        reason: of `session.resumed`.
+        journal: the new one.
+
+    Raises:
+        EngineFull: no place is free.
+        ValueError: the session is of an engine of other sizes, or of another program.
+    """
+    state = _state(kept["session"], pictures)
+    stats, now, most = Stats(runner.measured), time.monotonic(), runner.engine.max_tokens // 2
+    task = resume(state, runner.vocabulary, stats, now, most, log_limit)
+    task.log.last_seq = kept["seq"]
+    outline = _outline(kept.get("slot"))
+    if outline is not None:
+        engine_rebuild.check(runner.engine, outline)
+    handle = runner.start(task, rebuilding=True)
+    running = handle.running
+    if journal is not None:
+        journal.go_on(kept)
+        running.journal = journal
+    try:
+        if outline is not None:
+            images = [pictures[source] for source in kept["slot"]["ring"]["sources"]]
+            running.slot = _slot(runner, outline, images)
+        took = round(1000 * (time.monotonic() - now), 1)
+        length = 0 if outline is None else len(outline.tokens)
+        task.emit(
+            "session.resumed", reason=reason, frames=len(pictures), tokens=length, rebuild_ms=took
+        )
+    except BaseException:
+        handle.close("it could not be rebuilt")
+        raise
+    finally:
+        with runner.changed:
+            running.rebuilding = False
+            runner.changed.notify_all()
+    return handle
+
+
+def _state(session: Record, pictures: Mapping[int, Tensor]) -> dict[str, Any]:
+    """A saved session, with its pictures in their places."""
+
+    def shown(frame: list[Any]) -> tuple[Any, ...]:
+        _, at, prompt, source = frame
+        return pictures.get(source), at, prompt, source
+
+    response, unfinished = session["response"], session["unfinished"]
+    if unfinished:
+        tokens, frame = unfinished
+        unfinished = tokens, frame and shown(frame)
+    return {
+        **session,
+        "frames": [shown(frame) for frame in session["frames"]],
+        "response": response and (response["name"], response["tokens"]),
+        "unfinished": unfinished,
+    }
+
+
+def _outline(slot: Record | None) -> Outline | None:
+    if slot is None:
+        return None
+    names = ("tokens", "positions", "position", "pending", "window", "sinks")
+    ring = slot["ring"]
+    return Outline(
+        sampling=Sampling(**slot["sampling"]),
+        first=ring["first"],
+        count=ring["count"],
+        **{name: slot[name] for name in names},
+    )
+
+
+def _slot(runner: Runner, outline: Outline, images: list[Tensor]) -> Slot:
+    """The slot, made between the steps of others."""
+    engine = runner.engine
+
+    def between(function: Callable[..., Any], *arguments: Any) -> Any:
+        return runner.call(partial(engine.on_all, function, *arguments)).result()
+
+    slot: Slot = between(engine_rebuild.begin, outline)
+    try:
+        for place in range(0, len(images), PIECE_FRAMES):
+            piece = images[place : place + PIECE_FRAMES]
+            features = runner.call(partial(engine.encode, piece)).result()
+            between(engine_rebuild.add_frames, slot, place, features)
+        for begin, end in runs(outline.positions):
+            tokens, position = outline.tokens[begin:end], outline.positions[begin]
+            between(engine_rebuild.add_tokens, slot, tokens, position)
+        between(engine_rebuild.finish, slot, outline.position, outline.pending)
+    except BaseException:
+        runner.call(partial(engine.close, slot))
+        raise
+    return slot
