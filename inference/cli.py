@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -158,8 +159,16 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
     engine = load_engine(
         args.checkpoint, config, device=args.device, dtype=args.dtype, quantize=args.quantize
     )
+    keep_for_life()
     note(f"ready on {engine.device}, {str(engine.dtype).removeprefix('torch.')}")
     return engine
+
+
+def keep_for_life() -> None:
+    """What is there by now, libraries and model, lives as long as the process: Python's collector
+    need not look at it, neither between two steps nor when the process ends (seconds)."""
+    gc.collect()
+    gc.freeze()
 
 
 def leads() -> bool:

@@ -61,6 +61,7 @@ def run_front(
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
             signal.signal(signal.SIGHUP, server.handle_exit)
         cli.note(f"{len(replicas)} replicas behind {url_of(args.host, door, certificate)}")
+        cli.keep_for_life()
         server.run(sockets=[door])
     if front.failed:
         report_error(PROGRAM, front.failed)
