@@ -101,9 +101,9 @@ def open_page(path: Path) -> Page:
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
         )
         shown = browser.new_page()
-        shown.on("pageerror", troubles.append)
+        shown.on("pageerror", lambda error: troubles.append(error))
         shown.on("console", lambda m: troubles.append(m.text) if m.type == "error" else None)
-        shown.on("requestfailed", troubles.append)
+        shown.on("requestfailed", lambda request: troubles.append(request))
         shown.goto(path.resolve().as_uri())
         content = shown.content()
         browser.close()
