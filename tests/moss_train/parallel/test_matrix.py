@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.torchrun import run_ranks
-from tests.workers.matrix import CASES
+from tests.workers.matrix import CASES, STEPS
 
 LAYOUTS: dict[int, dict[str, dict]] = {
     1: {"single": {}},
@@ -146,7 +146,7 @@ def test_bf16_follows_fp32(load: Load) -> None:
 def test_single_process_learns_and_moves_only_what_trains(load: Load) -> None:
     for train, kind in CASES:
         run = load("single", train, kind)
-        assert len(run["losses"]) == (20 if kind == "mixed" else SINGLE_KIND)
+        assert len(run["losses"]) == (STEPS if kind == "mixed" else SINGLE_KIND)
         assert run["losses"][-1] != run["losses"][0]
         moved = {n for n, g in run["gradients"].items() if g.abs().sum() > 0}
         assert any("lm_head" in n for n in moved)
