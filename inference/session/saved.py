@@ -52,7 +52,8 @@ def resume(
     most: int | None,
     log_limit: int = LOG_LIMIT,
 ) -> Session:
-    """The session that `state_of` describes; its log and its measurements begin anew.
+    """The session that `state_of` describes; its log and its times begin anew, its
+    counts go on.
 
     most: as in Session. Raises ValueError for a state of another version of the program.
     """
