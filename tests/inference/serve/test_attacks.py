@@ -234,7 +234,7 @@ def test_slow_heads_and_bodies_are_cut_off(server: Running) -> None:
 
 def test_connections_are_bounded(server: Running) -> None:
     sockets = [raw(server, "") for _ in range(60)]
-    until(lambda: len(server.server.server_state.connections) <= 41)
+    until(lambda: len(server.server.server_state.connections) <= 41, 30)
     for one in sockets:
         one.close()
     until(lambda: httpx.get(f"{server.http}/health").status_code == 200)
