@@ -1,13 +1,17 @@
-"""Worker processes that end with the process that they work for, however that ends."""
+"""Processes that end with the one that they work for, or that has started them, however it ends."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import time
 
 INTERVAL = 0.5  # seconds between two looks
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def end_with_parent(parent: int) -> None:
@@ -28,3 +32,14 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(INTERVAL)
     os._exit(1)
+
+
+def signalled_with_parent(parent: int, how: int = signal.SIGKILL) -> None:
+    """The system sends this process `how` when `parent` (its thread that has started this process)
+    ends; this process ends at once where that is no longer its parent. On Linux; elsewhere nothing.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
+    if os.getppid() != parent:  # it ended before this was asked for
+        os._exit(1)

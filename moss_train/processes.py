@@ -1,16 +1,16 @@
-"""What Linux says of a process, and how one ends with its parent."""
+"""What Linux says of a process, and how a rank ends with its launcher."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 from pathlib import Path
 
+from data_pipeline.parent import signalled_with_parent
+
 # Environment: the file that says that a signal stopped the job, for launch/torchrun.py.
 STOPPED_NOTE = "MOSS_TRAIN_STOPPED"
-_PR_SET_PDEATHSIG = 1
 
 
 def stat_fields(pid: int) -> list[str]:
@@ -28,20 +28,12 @@ def age_s(pid: int) -> float:
     return float(Path("/proc/uptime").read_text().split()[0]) - since_boot
 
 
-def end_with_parent(parent: int, how: int = signal.SIGKILL) -> None:
-    """The system sends this process `how` when `parent` (its thread that has started this process)
-    ends; this process ends at once where that is no longer its parent. Linux alone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
-    if os.getppid() != parent:  # it ended before this was asked for
-        os._exit(1)
-
-
 def end_with_launcher() -> None:
     """In a rank of torchrun's: a launcher that is killed stops it, as a signal does; else it would
     go on without one. To be called before anything that takes time: of a launcher that has gone
     already only launch/torchrun.py leaves a trace."""
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    end_with_parent(os.getppid(), signal.SIGTERM)
+    signalled_with_parent(os.getppid(), signal.SIGTERM)
     if not os.path.exists(os.environ.get(STOPPED_NOTE, os.devnull)):
         os._exit(1)

@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from moss_train.processes import end_with_parent
+from data_pipeline.parent import signalled_with_parent
 
 REPO = Path(__file__).resolve().parents[1]
 MODULES = [
@@ -123,7 +123,7 @@ def _context() -> BaseContext:
 def _run(command: list[str], environment: Mapping[str, str], log: str | None, folder: Path) -> None:
     """In the new process."""
     if METHOD == "fork":  # of the server, which ends with the process that has asked for this one
-        end_with_parent(os.getppid(), signal.SIGTERM)
+        signalled_with_parent(os.getppid(), signal.SIGTERM)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -174,7 +174,9 @@ def _rank() -> None:
         raise
     atexit._run_exitfuncs()  # a rank that has returned waits for the others, which may wait for it
     if METHOD == "fork":
-        end_with_parent(launcher)  # it waits for torchrun to say that all have, without an end
+        signalled_with_parent(
+            launcher
+        )  # it waits for torchrun to say that all have, without an end
 
 
 if __name__ == "__main__":

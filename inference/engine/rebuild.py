@@ -8,8 +8,7 @@ keys and values of what is left are computed anew without them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,14 +38,6 @@ class Outline:
     count: int = 0
     window: int = 0
     sinks: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Outline:
-        return cls(**{**values, "sampling": Sampling(**values["sampling"])})
 
 
 def check(engine: Engine, outline: Outline) -> None:

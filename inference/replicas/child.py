@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import sys
 
-from inference.serve.parent import end_with_parent
+from data_pipeline.parent import signalled_with_parent
 
 if __name__ == "__main__":
-    end_with_parent(int(sys.argv[1]))
+    signalled_with_parent(int(sys.argv[1]))
     os.execvp(sys.argv[2], sys.argv[2:])

@@ -78,8 +78,6 @@ def check(args: argparse.Namespace) -> list[str]:
         raise cli.CommandError("--replicas: not under torchrun: give --gpus_per_replica")
     with cli.refusing_values():
         EngineConfig(window=args.window, sinks=args.sinks, max_tokens=args.max_context)
-    if args.gpus_per_replica > 1 and args.device == "cpu":
-        return []
     if args.device == "cpu" or not (count := torch.cuda.device_count()):
         if args.device.startswith("cuda"):
             raise cli.CommandError(f"--device {args.device}: this machine has no CUDA")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.commands import DONE, FAILED, report_error
+from data_pipeline.parent import signalled_with_parent
 from inference import cli
 from inference.replicas.command import run_front
 from inference.serve import media
@@ -20,7 +21,6 @@ from inference.serve.flags import LIMIT_HELP, PROGRAM, parse
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
 from inference.serve.metrics import Metrics
-from inference.serve.parent import end_with_parent
 from inference.serve.server import Certificate, Server, listen, server_config, url_of
 from inference.session.runner import Runner
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if os.environ.pop("MOSS_END_WITH_PARENT", ""):
-        end_with_parent(os.getppid())  # torchrun's, which ends with the front
+        signalled_with_parent(os.getppid())  # torchrun's, which ends with the front
     with cli.one_line_errors(PROGRAM):
         limits = Limits(**{name: getattr(args, f"limit_{name}") for name in LIMIT_HELP})
         certificate = Certificate.of_flags(args.ssl_certfile, args.ssl_keyfile)

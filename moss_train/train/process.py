@@ -20,11 +20,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from data_pipeline.parent import signalled_with_parent
 from data_pipeline.ranks import Ranks, joining, ranks_of
 from moss_train import hardware
 from moss_train.config import Config
 from moss_train.log import print_line
-from moss_train.processes import end_with_launcher, end_with_parent
+from moss_train.processes import end_with_launcher
 
 _users = 0  # jobs and models of this process that need its process group
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a job saves and ends
@@ -191,7 +192,7 @@ def _take_forks_along() -> None:
 
     def in_child() -> None:
         if rank:
-            end_with_parent(rank[0])
+            signalled_with_parent(rank[0])
 
     os.register_at_fork(before=before, after_in_child=in_child)
 
@@ -200,6 +201,6 @@ def _outlive_signals(rank: int) -> None:
     """In the queue's process: it ends with its rank (with the thread that started it), however
     that ends, and not before: torchrun and batch systems signal every process of a job, and the
     rank saves then."""
-    end_with_parent(rank)
+    signalled_with_parent(rank)
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
