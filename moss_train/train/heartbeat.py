@@ -12,6 +12,8 @@ import struct
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +28,8 @@ RUN_FILE = "run"  # where the watchdog of this machine leaves what it sees of a 
 class Beat:
     """A rank's last sign of life.
 
-    at: seconds of `time.monotonic`. count: signs in this step so far; of two ranks in the same step
-    the one with fewer is behind. doing: such as `data`, `save`, `after forward`.
+    at: seconds of `time.monotonic`. count: signs in this step so far that all ranks give as often;
+    of two ranks in the same step the one with fewer is behind. doing: such as `data`, `save`, `after forward`.
     """
 
     at: float
@@ -49,10 +51,11 @@ def folder_of_job() -> Path | None:
 
 
 class Heart:
-    """Writes this rank's signs of life."""
+    """Writes this rank's signs of life; while `counts`, they are counted."""
 
     def __init__(self, folder: Path, rank: int):
         self._rank, self._step, self._count = rank, 0, 0
+        self.counts = True
         with (folder / f"rank_{rank}").open("w+b") as file:
             os.posix_fallocate(file.fileno(), 0, _SIZE)  # a page without memory kills who writes it
             self._page = mmap.mmap(file.fileno(), _SIZE)
@@ -60,7 +63,7 @@ class Heart:
 
     def beat(self, doing: str, step: int | None = None) -> None:
         """The rank does that now; `step`: a new one begins."""
-        self._count += 1
+        self._count += self.counts
         if step is not None and step != self._step:
             self._step, self._count = step, 0
         now = time.monotonic()
@@ -87,6 +90,20 @@ def beat(doing: str, step: int | None = None) -> None:
     """A sign of life of this rank, where somebody watches it."""
     if _heart is not None:
         _heart.beat(doing, step)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Signs of life in what some ranks do more often than others: they tell nothing about who is
+    behind."""
+    if _heart is None:
+        yield
+        return
+    _heart.counts = False
+    try:
+        yield
+    finally:
+        _heart.counts = True
 
 
 def read(folder: Path) -> list[Beat]:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATES = Path(__file__).parent
+# What HTML cannot hold (NUL) or nobody would see, as Unicode's pictures of it: `␀`, `␛`.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
 def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
-    """The page that a template of `folder` makes of `values`; text in them is escaped.
+    """The page that a template of `folder` makes of `values`; text in them is escaped, and its
+    control characters are seen.
 
     A template `{% extends "page.html.jinja" %}` for the frame, and imports `macros.html.jinja`.
     """
@@ -17,6 +20,10 @@ def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
 
     loader = FileSystemLoader([folder, TEMPLATES])
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_seen
     )
     return environment.get_template(template).render(values)
+
+
+def _seen(value: Any) -> Any:
+    return value.translate(_PICTURES) if isinstance(value, str) else value

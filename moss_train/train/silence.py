@@ -97,11 +97,11 @@ def hangs(ranks: Iterable[Seen], limits: Limits) -> bool:
 
 
 def furthest_behind(ranks: Sequence[Seen]) -> list[Seen]:
-    """The ranks with the least progress; of several the ones that are stopped."""
+    """The ranks with the least progress; of ranks that are stopped, which all others wait for."""
+    ranks = [rank for rank in ranks if rank.state == STOPPED] or ranks
     least = min((rank.step, rank.count) for rank in ranks)
     late = [rank for rank in ranks if (rank.step, rank.count) == least]
-    stopped = [rank for rank in late if rank.state == STOPPED]
-    return sorted(stopped or late, key=lambda rank: rank.rank)
+    return sorted(late, key=lambda rank: rank.rank)
 
 
 def describe_late(ranks: Sequence[Seen]) -> str:

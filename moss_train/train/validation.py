@@ -23,7 +23,7 @@ from moss_train.log import log
 from moss_train.model.loss import LossOptions
 from moss_train.parallel.schedule import run_schedule
 from moss_train.train.data import StepReader, encode_config
-from moss_train.train.heartbeat import beat
+from moss_train.train.heartbeat import beat, uncounted
 from moss_train.train.step import TrainStep, gather_counts
 from moss_train.train.unlearned import Totals
 
@@ -58,8 +58,9 @@ class Validator:
         self.reader.settle()
         self.step.state.gather_parameters()
         sources = self.config.data.eval_sources
-        with torch.no_grad():
+        with torch.no_grad(), uncounted():  # each replica has its own samples
             sums = torch.stack([self._sums(source) for source in sources])
+        beat("after validation")
         dist.all_reduce(sums)
         own = [self.cut, self.samples, *astuple(self.unlearned)]
         counts = torch.tensor(own, device=sums.device)

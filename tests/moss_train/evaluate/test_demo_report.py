@@ -16,6 +16,7 @@ from PIL import Image
 from data_pipeline.toy.stream import NARRATE
 from moss_train.config import to_dict
 from moss_train.evaluate.suite import Evaluation, evaluate, table, toy_items
+from moss_train.train.page import render
 from tests.pages import Page, open_page
 from tools.demo.report import strip, write_report
 
@@ -87,10 +88,25 @@ def test_the_narrated_clip_has_its_words_under_their_second(page: Page, live) ->
     assert [(s, w) for s, w in enumerate(happens[1:]) if w] == list(item.speech)
 
 
+def with_pictures(text: str) -> str:
+    """Control characters as Unicode's pictures of them: a page shows no others."""
+    control = {chr(code): chr(0x2400 + code) for code in range(32)} | {
+        "\x7f": "\N{SYMBOL FOR DELETE}"
+    }
+    return "".join(c if c in "\t\n" else control.get(c, c) for c in text)
+
+
+def test_a_page_shows_what_html_cannot_hold(tmp_path: Path) -> None:
+    (tmp_path / "words.html.jinja").write_text("<table><tr><td>{{ words }}</td></tr></table>")
+    page = tmp_path / "words.html"
+    page.write_text(render("words.html.jinja", tmp_path, words="a\0b<c>\r\n\x1b\x7f"))
+    assert open_page(page).tables == [[["a\N{SYMBOL FOR NULL}b<c>␍\n␛␡"]]]
+
+
 def test_answers_stand_beside_the_right_ones(page: Page, result: Evaluation) -> None:
     (table,) = (t for t in page.tables if t[0][0] == "stage")
     for row, sample in zip(table[1:], [*result.samples[:5], *result.samples[8:13]], strict=True):
-        assert row[2:] == [sample.asked, sample.wanted, sample.said]
+        assert row[2:] == [sample.asked, sample.wanted, with_pictures(sample.said)]
 
 
 def test_a_strip_shows_the_clip_s_frames_and_words(live) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from moss_train.processes import stat_fields
-from moss_train.train import flight_recorder
+from moss_train.train import flight_recorder, heartbeat
 from moss_train.train.heartbeat import Beat, Heart, read
 from moss_train.train.machines import Machines
 from moss_train.train.silence import STOPPED, Limits, Pace, Seen, hangs, report, verdict
@@ -76,7 +76,7 @@ def test_the_rank_with_the_least_progress_is_behind():
         "forward, silent for 61 s, waits)"
     )
     assert "rank 0 on node0" in verdict([replace(ranks[0], step=11, count=9), *ranks[1:]], 60)
-    ranks[1] = replace(ranks[1], count=4, state=STOPPED)
+    ranks[1] = replace(ranks[1], count=9, state=STOPPED)
     assert "behind: rank 1 on node1" in verdict(ranks, 60)
 
 
@@ -145,6 +145,19 @@ def test_signs_of_life_are_read_back(tmp_path):
     assert (beat.rank, beat.pid, beat.step, beat.doing) == (3, os.getpid(), 7, "after forward")
     assert beat.count > 0
     assert abs(time.monotonic() - beat.at) < 5
+
+
+def test_what_ranks_do_unequally_often_says_nothing_about_who_is_behind(tmp_path):
+    heartbeat.start(tmp_path, 0)
+    heartbeat.beat("data", 7)
+    with heartbeat.uncounted():
+        heartbeat.beat("validation")
+        (inside,) = read(tmp_path)
+    heartbeat.beat("after validation")
+    (after,) = read(tmp_path)
+    heartbeat.stop()
+    assert (inside.doing, inside.count) == ("validation", 0)
+    assert after.count == 1
 
 
 def test_a_sign_of_life_costs_microseconds(tmp_path):
