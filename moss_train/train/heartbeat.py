@@ -29,7 +29,8 @@ class Beat:
     """A rank's last sign of life.
 
     at: seconds of `time.monotonic`. count: signs in this step so far that all ranks give as often;
-    of two ranks in the same step the one with fewer is behind. doing: such as `data`, `save`, `after forward`.
+    of two ranks in the same step the one with fewer is behind. doing: such as `data`, `save`,
+    `after forward`.
     """
 
     at: float
