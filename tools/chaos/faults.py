@@ -20,6 +20,7 @@ from tools.chaos.training import EVERY, Training, kill
 SLOW_S = 5.0
 FAILED_SAVE = "could not be written"  # says a job
 PATIENCE_S = 60.0  # until something comes that must come
+CUT = 600  # bytes of a shard: within its first sample, however small that is
 SIZE = 256 << 20  # bytes of the small disk
 FULL = "full disk"
 
@@ -112,7 +113,7 @@ def _truncate(world: Path, job: Training, chance: random.Random) -> None:
         )
 
     content = shard.read_bytes()
-    os.truncate(shard, len(content) // 2)
+    os.truncate(shard, CUT)
     try:
         _until(job, noticed, "no validation has left out a sample")
     finally:
