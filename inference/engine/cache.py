@@ -15,14 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inference.engine.memory import CacheSizes
 from inference.engine.slots import NEVER, Eviction, Slot
 from inference.engine.upload import upload
-from inference.hf.decoder_moss_video import PIECE, Decoder, Rotation, rotate
+from inference.hf.decoder_moss_video import Decoder, Rotation, rotate
 from inference.kernels import plain
-
-# Places behind `max_tokens`: a pass of fixed shape writes keys and values of all its tokens, also
-# of those that only fill it up.
-SPARE = 128
 
 
 class KVCache:
@@ -33,6 +30,9 @@ class KVCache:
         slots: sessions at once.
         max_tokens: tokens of a slot.
         window: frames of a slot.
+
+    Raises:
+        ValueError: the device has not so much memory.
     """
 
     def __init__(
@@ -53,14 +53,19 @@ class KVCache:
         head_dim = text.hidden_size // text.num_attention_heads
         kv_heads = decoder.cross_attention(decoder.cross[0]).k_proj.weight.shape[0] // head_dim
 
+        self.sizes = CacheSizes(
+            own=len(self.own), cross=len(decoder.cross), kv_heads=kv_heads, head_dim=head_dim,
+            max_tokens=max_tokens, window=window, patches=self.patches, item=dtype.itemsize,
+        )  # fmt: skip
+        self.sizes.check(slots, device)
+
         def buffer(layers: int, length: int) -> Tensor:
-            # Zeros: what a mask hides must still be a number. Whole pieces: see `attend_few`.
-            whole = -(-length // PIECE) * PIECE
-            shape = (layers, 2, slots, kv_heads, whole, head_dim)
+            # Zeros: what a mask hides must still be a number.
+            shape = (layers, 2, slots, kv_heads, length, head_dim)
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        self.text = buffer(len(self.own), max_tokens + SPARE)
-        self.frames = buffer(len(decoder.cross), (window + 1) * self.patches)
+        self.text = buffer(len(self.own), self.sizes.text_length)
+        self.frames = buffer(len(decoder.cross), self.sizes.frames_length)
         self.tokens_of = {layer: self.text[n] for n, layer in enumerate(self.own)}
         self.frames_of = {layer: self.frames[n] for n, layer in enumerate(decoder.cross)}
         # Positions between which a frame is seen, for static batches.

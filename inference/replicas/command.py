@@ -16,6 +16,7 @@ from data_pipeline.commands import DONE, FAILED, report_error
 from inference import cli
 from inference.engine.engine import EngineConfig
 from inference.export_info import ExportInfo
+from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.replicas.admin import add_admin_routes
 from inference.replicas.front import Front
 from inference.replicas.processes import Process, command, devices
@@ -23,7 +24,9 @@ from inference.replicas.replica import Replica
 from inference.serve.app import guarded, key_check, make_routes
 from inference.serve.flags import PROGRAM
 from inference.serve.limits import Limits
+from inference.serve.memory import picture
 from inference.serve.server import Certificate, Server, listen, server_config, url_of
+from inference.session.session import SessionConfig
 
 
 def run_front(
@@ -51,7 +54,11 @@ def run_front(
             processes.append(Process(replicas[-1], started, environment))
         for number, url in enumerate(args.replica_urls, args.replicas):
             replicas.append(Replica(number, url, front_key))
-        front = Front(replicas, processes, limits, export)
+        tile = MossVideoConfig.from_pretrained(args.checkpoint).vision_config.image_size
+        pictures = args.window + SessionConfig().max_waiting_frames + 1
+        front = Front(replicas, processes, limits, export, pictures * picture(tile))
+        with cli.refusing_values():
+            front.check()
         app = make_routes(front, keys, args.allow_origin, args.allow_host)
         add_admin_routes(app, front, key_check(keys))
         routes = guarded(app, args.allow_origin, args.allow_host)

@@ -7,12 +7,15 @@ import logging
 import signal
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from fastapi import Request
 from fastapi.responses import Response
 from starlette.websockets import WebSocket
 
+from inference.engine.memory import memory_free
 from inference.export_info import ExportInfo
 from inference.replicas.client import ClientSocket
 from inference.replicas.metrics import FrontMetrics
@@ -20,11 +23,12 @@ from inference.replicas.places import Places
 from inference.replicas.processes import Process
 from inference.replicas.proxy import Proxy
 from inference.replicas.replica import Replica
-from inference.replicas.session import FrontSession
+from inference.replicas.session import UNTAKEN_BYTES, FrontSession
 from inference.serve.app import UNKNOWN_SESSION, refuse
 from inference.serve.held import GOING_AWAY, NORMAL, TRY_LATER, UNKNOWN
 from inference.serve.hub import new_id
 from inference.serve.limits import Limits
+from inference.serve.memory import Ceiling
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ class Front:
 
     Args:
         processes: of those replicas that the front starts itself.
+        each: bytes of a session's pictures that the front keeps at most.
     """
 
     def __init__(
@@ -45,11 +50,14 @@ class Front:
         processes: Sequence[Process],
         limits: Limits,
         export: ExportInfo,
+        each: int,
     ) -> None:
         self.replicas, self.processes = list(replicas), list(processes)
         self.limits, self.export = limits, export
         self.metrics = FrontMetrics()
         self.refused = self.metrics.refused
+        self.each = each + UNTAKEN_BYTES
+        self.memory = Ceiling(limits.sessions_memory or memory_free(torch.device("cpu")) // 2)
         self.places = Places(self.replicas, self._make_room)
         self.sessions: dict[str, FrontSession] = {}
         self.closing = self.restarting = False
@@ -57,6 +65,12 @@ class Front:
         self._served = False  # a replica has been ready
         self._proxy = Proxy(self.places, limits)
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def check(self) -> None:
+        """ValueError where not even one session may be kept."""
+        wrong = self.memory.lacks(self.each)
+        if wrong:
+            raise ValueError(f"pictures and messages of a session, kept at the front: {wrong}")
 
     # Service
 
@@ -73,9 +87,14 @@ class Front:
         }
 
     async def metrics_page(self) -> bytes:
-        kept = sum(session.size for session in self.sessions.values())
-        counts = len(self.sessions), self.places.waiting, kept
-        return await self.metrics.page(self.replicas, *counts)
+        return await self.metrics.page(
+            self.replicas,
+            sessions=len(self.sessions),
+            waiting=self.places.waiting,
+            kept_bytes=sum(session.size for session in self.sessions.values()),
+            held_bytes=self.memory.held,
+            ceiling_bytes=self.memory.most,
+        )
 
     async def complete(self, request: Request) -> Response:
         return await self._proxy.complete(request)
@@ -91,8 +110,13 @@ class Front:
             if self.places.waiting >= self.limits.waiting:
                 words = f"{self.places.waiting} sessions wait for a place"
                 return await refuse(socket, self, TRY_LATER, "full", words)
+            wrong = self._make_memory()
+            if wrong:
+                return await refuse(socket, self, TRY_LATER, "memory", wrong)
             session = FrontSession(self, new_id())
             self.sessions[session.id] = session
+            self.memory.take(session.log, self.each)
+            session.log.when_closed(partial(self.memory.give_back, session.log))
         session.wake()
         await ClientSocket(session, socket, last_seq, self.limits).run()
 
@@ -136,10 +160,22 @@ class Front:
         become free."""
         having = [s for s in self.sessions.values() if s.socket is None and s.replica is not None]
         leaving = sum(session.leaving for session in having)
-        away = sorted((s for s in having if not s.leaving), key=lambda s: s.detached_at)
+        away = sorted((s for s in having if not s.leaving), key=_left_at)
         for session in away[: max(0, wanted - leaving)]:
             session.sleep()
         return leaving + len(away) >= wanted
+
+    def _make_memory(self) -> str:
+        """Ends sessions whose clients are away, longest first, where one more could not be kept;
+        why it cannot be all the same."""
+        away = sorted((s for s in self.sessions.values() if s.socket is None), key=_left_at)
+        for session in away:
+            if not self.memory.lacks(self.each):
+                break
+            session.finish(NORMAL, "others needed its memory")
+            self.memory.give_back(session.log)
+            self.forget(session)
+        return self.memory.lacks(self.each)
 
     # Replicas
 
@@ -229,3 +265,8 @@ class Front:
                 if session.socket is None and now - session.detached_at > grace:
                     self.forget(session)
                     self._spawn(session.close(f"nobody came back within {grace:g} s", NORMAL))
+
+
+def _left_at(session: FrontSession) -> float:
+    """When its client left."""
+    return session.detached_at

@@ -17,7 +17,8 @@ from inference.replicas.replica import Replica
 
 _SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _WAIT = 2.0  # seconds for a replica's page
-_WORST = ("moss_inter_token_quantile_seconds",)  # of which a sum says nothing
+# Of which a sum says nothing.
+_WORST = ("moss_inter_token_quantile_seconds", "moss_session_bytes")
 _LEFT_OUT = ("moss_silence_ratio",)  # follows from moss_decisions_total
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
@@ -38,6 +39,8 @@ class FrontMetrics:
                 ("sessions", "sessions, with a replica or without"),
                 ("waiting", "sessions that wait for a seat"),
                 ("kept_bytes", "pictures and messages that are kept to go on elsewhere"),
+                ("held_bytes", "what that may become, of all sessions"),
+                ("ceiling_bytes", "what it may become at most"),
             )
         }
         self._states = Gauge(
@@ -73,14 +76,10 @@ class FrontMetrics:
             if not _is_gauge(key[0]):
                 self._ended[key] = self._ended.get(key, 0.0) + value
 
-    async def page(
-        self, replicas: Sequence[Replica], sessions: int, waiting: int, kept_bytes: int
-    ) -> bytes:
-        """In Prometheus' text format."""
+    async def page(self, replicas: Sequence[Replica], **gauges: int) -> bytes:
+        """In Prometheus' text format. gauges: what the front has now."""
         await asyncio.gather(*(self._read(replica) for replica in replicas))
-        for name, value in (
-            ("sessions", sessions), ("waiting", waiting), ("kept_bytes", kept_bytes)
-        ):  # fmt: skip
+        for name, value in gauges.items():
             self._gauges[name].set(value)
         for replica in replicas:
             self._states.labels(str(replica.number)).set(replica.state == "ready")

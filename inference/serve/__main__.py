@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = Metrics()
         with door, Runner(cli.load(args, args.max_sessions), metrics.measured) as runner:
             hub = Hub(runner, limits, metrics, export)
+            with cli.refusing_values():
+                hub.each.check(limits.sessions_memory)
             app = make_app(hub, args.api_key, args.allow_origin, args.allow_host, args.front_key)
             # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
             signal.signal(signal.SIGTERM, lambda *_: None)

@@ -18,12 +18,13 @@ from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
 from inference.engine.engine import EngineFull
+from inference.engine.memory import memory_free
 from inference.export_info import ExportInfo
 from inference.serve.chat import complete, refusal
 from inference.serve.connections import known_host
 from inference.serve.cors import Cors, may_ask
 from inference.serve.held import GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, cut
-from inference.serve.hub import MODEL, Hub, memory_free
+from inference.serve.hub import MODEL, Hub
 from inference.serve.limits import Refused
 from inference.serve.openapi import document
 from inference.serve.replica import add_front_route
@@ -156,10 +157,11 @@ class Model:
             "max_sessions": runner.engine.max_sessions,
             "decoders": len(self.hub.pictures.processes),
             "memory_free": memory_free(runner.engine.device),
+            "session_bytes": self.hub.each.total,
         }
 
     async def metrics_page(self) -> bytes:
-        return self.hub.metrics.page(self.hub.runner)
+        return self.hub.page()
 
     async def complete(self, request: Request) -> Response:
         return await complete(request, self.hub)

@@ -229,8 +229,12 @@ def _tokens(question: Question, counts: list[int], hub: Hub) -> list[int]:
 
 
 async def _start_answers(hub: Hub, asked: _Asked) -> list[SessionHandle]:
-    """Waits for free places in the engine, for all answers at once; Refused(`overloaded`)."""
-    question = asked.question
+    """Waits for free places in the engine, and memory, for all answers at once;
+    Refused(`overloaded`)."""
+    question, each, full = asked.question, hub.each.kept, "all sessions are taken"
+    size = each * question.count
+    if hub.limits.sessions_memory and size > hub.limits.sessions_memory:
+        raise Refused("too_large", f"{question.count} answers: {hub.memory.lacks(size)}")
     if hub.waiting >= hub.limits.waiting:
         raise Refused("overloaded", "too many requests wait")
     hub.waiting += 1
@@ -238,7 +242,8 @@ async def _start_answers(hub: Hub, asked: _Asked) -> list[SessionHandle]:
     try:
         while not hub.closing:
             try:
-                return hub.runner.answers(
+                hub.memory.check(size)
+                answers = hub.runner.answers(
                     asked.tokens,
                     asked.frames,
                     question.samplings,
@@ -247,12 +252,16 @@ async def _start_answers(hub: Hub, asked: _Asked) -> list[SessionHandle]:
                     grammar=asked.grammar,
                     likely=question.likely,
                 )
-            except EngineFull:
+                for answer in answers:
+                    hub.hold(answer.log, each)
+                return answers
+            except EngineFull as error:
+                full = str(error)
                 if time.monotonic() > until:
                     break
-            if not await hub.make_room():
+            if not await hub.make_room(size):
                 await asyncio.sleep(0.02)
-        raise Refused("overloaded", "all sessions are taken")
+        raise Refused("overloaded", full)
     except SessionClosed as error:  # the engine ends, or has failed
         raise Refused("overloaded", str(error)) from None
     finally:

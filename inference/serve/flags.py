@@ -26,6 +26,8 @@ LIMIT_HELP = {  # the limits that have a flag, --limit_NAME
     "clip_wall": "seconds for the same on the clock",
     "decoders": "number of processes that decode pictures of sessions, and of those for chat",
     "memory": "maximum memory in bytes for decoding a medium",
+    "sessions_memory": "maximum memory in bytes of all sessions: keys and values, pictures; 0: "
+    "what --max_sessions take, and those that are parked",
     "held": "maximum memory in bytes of all chat requests that are read or wait",
     "connections": "maximum number of connections",
     "grace": "seconds that a session without a client waits for it to come back",
@@ -63,7 +65,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = Limits()
     for name, text in LIMIT_HELP.items():
         default = getattr(defaults, name)
-        kind = cli.positive_int if isinstance(default, int) else cli.positive
+        whole = whole_number(above=0) if default else whole_number(least=0)
+        kind = whole if isinstance(default, int) else cli.positive
         cli.flag(parser, f"limit_{name}", type=kind, default=default, metavar="N", help=text)
     return parser.parse_args(argv)
 

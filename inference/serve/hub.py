@@ -9,9 +9,8 @@ import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 
-import psutil
-import torch
 from torch import Tensor
 
 from inference.engine.engine import EngineFull
@@ -21,20 +20,15 @@ from inference.serve.decoding import Task
 from inference.serve.held import FAILED, GOING_AWAY, IDLE, NORMAL, Held
 from inference.serve.limits import Budget, Limits
 from inference.serve.media import MediaPool
+from inference.serve.memory import Ceiling, SessionMemory, parked_size
 from inference.serve.metrics import Metrics
+from inference.session.events import EventLog
 from inference.session.grammar import Grammars
 from inference.session.handle import SessionHandle
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 
 MODEL = "moss-video"  # its name in the protocols
-
-
-def memory_free(device: torch.device) -> int:
-    """Bytes that are free on the device; on a CPU, in the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def new_id() -> str:
@@ -84,6 +78,8 @@ class Hub:
         )
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="moss-read")  # of chat requests
         self.budget = Budget(limits.held)
+        self.each = SessionMemory.of(runner.engine, runner.tile)
+        self.memory = Ceiling(limits.sessions_memory)
         logits = runner.engine.config.text_config.vocab_size
         self.grammars = Grammars(runner.vocabulary, logits)
         self.closing = False
@@ -115,17 +111,19 @@ class Hub:
         self._reaper = asyncio.create_task(self._reap())
 
     async def open(self, name: str = "", seq: int = 0) -> LiveSession:
-        """A new session; EngineFull where all places are taken by clients that are there. name: its
-        id; seq: the number before that of its first event."""
+        """A new session; EngineFull where all places, or all memory, are taken by clients that are
+        there. name: its id; seq: the number before that of its first event."""
         while True:
             try:
+                self.memory.check(self.each.total)
                 handle = self.runner.session(SessionConfig(), log_limit=self.limits.replay)
                 break
             except EngineFull:
-                if not await self.make_room():
+                if not await self.make_room(self.each.total):
                     raise
         handle.log.last_seq = seq
         live = LiveSession(handle, name)
+        self.hold(handle.log, self.each.total)
         self.sessions[live.id] = live
         handle.emit("session.created", session=self.describe(live))
         return live
@@ -134,15 +132,23 @@ class Hub:
         """A session whose client has come back gets a place again; EngineFull."""
         while live.parked:
             try:
+                self.memory.check(self.each.total, live.log)
                 await asyncio.wrap_future(self.runner.unpark(live.handle))
                 live.parked = False
+                self.memory.take(live.log, self.each.total)
             except EngineFull:
-                if not await self.make_room():
+                if not await self.make_room(self.each.total):
                     raise
 
-    async def make_room(self) -> bool:
+    def hold(self, log: EventLog, size: int) -> None:
+        """Counts the memory of a session or an answer until its end."""
+        self.memory.take(log, size)
+        log.when_closed(partial(self.memory.give_back, log))
+
+    async def make_room(self, size: int) -> bool:
         """Takes the place of the session whose client has been away longest; False: there is none.
-        The session waits for its client all the same, but no more than `parked` of them do."""
+        The session waits for its client all the same, but no more than `parked` of them do, and as
+        long as the memory of so many bytes is not needed."""
         away = [
             live
             for live in self.sessions.values()
@@ -151,13 +157,21 @@ class Hub:
         away.sort(key=lambda live: live.detached_at)
         parked = [live for live in away if live.parked]
         holding = [live for live in away if not live.parked]
+        short = bool(self.memory.lacks(size))
+        if parked and (len(parked) >= self.limits.parked or (short and not holding)):
+            parked[0].close("others needed its place")
+            self.memory.give_back(parked[0].log)
+            self.forget(parked[0])
+            if not holding:
+                return True
         if not holding:
             return False
-        if len(parked) >= self.limits.parked:
-            parked[0].close("others needed its place")
-            self.forget(parked[0])
-        holding[0].parked = True
-        await asyncio.wrap_future(self.runner.park(holding[0].handle))
+        live = holding[0]
+        live.parked = True
+        await asyncio.wrap_future(self.runner.park(live.handle))
+        if not live.log.closed:
+            kept = parked_size(live.handle.running.parked) + self.each.pixels
+            self.memory.take(live.log, min(kept, self.each.total))
         return True
 
     def describe(self, live: LiveSession) -> dict[str, object]:
@@ -195,6 +209,10 @@ class Hub:
         )  # fmt: skip
         (picture,) = await self.pictures.frames(task)
         return picture
+
+    def page(self) -> bytes:
+        """/metrics of what runs here."""
+        return self.metrics.page(self.runner, self.each, self.memory)
 
     def forget(self, live: LiveSession) -> None:
         """Removes a session that nobody will resume, unless a socket holds it."""

@@ -27,6 +27,7 @@ class Limits:
     decoders: int = number(2, above=0)  # processes for pictures of sessions; as many for chat
     media: int = number(32, above=0)  # that wait for a process
     memory: int = number(2**30, above=0)  # of decoding a medium
+    sessions_memory: int = number(0, least=0, zero="what the places take")  # bytes of all sessions
     held: int = number(2**30, above=0)  # bytes of chat requests that are read or wait: all of them
     prompt_chars: int = number(8000, above=0)
     text_chars: int = number(2**18, above=0)  # of all messages of a chat request

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from inference.serve.memory import Ceiling, SessionMemory
 from inference.session.runner import Runner
 from inference.session.stats import COUNTS, DECISIONS, DURATIONS, quantile
 
@@ -62,8 +64,13 @@ class Metrics:
                 ("cached_frames", "frames in the rings of all sessions"),
                 ("tokens_per_second", f"of all sessions, over {_RECENT:.0f} s"),
                 ("silence_ratio", "share of silent decisions"),
+                ("sessions_held_bytes", "that open sessions and answers may take"),
+                ("sessions_ceiling_bytes", "that they may take together; 0: no ceiling"),
             )
         }
+        self._session_bytes = Gauge(
+            "moss_session_bytes", "that a session may take", ["part"], registry=self._registry
+        )
         self._quantiles = Gauge(
             "moss_inter_token_quantile_seconds",
             "of the last 4096 tokens",
@@ -93,7 +100,7 @@ class Metrics:
         """A session or a request was turned away."""
         self._refused.labels(reason).inc()
 
-    def page(self, runner: Runner) -> bytes:
+    def page(self, runner: Runner, each: SessionMemory, ceiling: Ceiling) -> bytes:
         """All metrics in Prometheus' text format."""
         with self._lock:
             since = time.monotonic() - _RECENT
@@ -105,6 +112,10 @@ class Metrics:
         self._gauges["cached_frames"].set(runner.cached_frames)
         self._gauges["tokens_per_second"].set(recent / _RECENT)
         self._gauges["silence_ratio"].set(silent)
+        self._gauges["sessions_held_bytes"].set(ceiling.held)
+        self._gauges["sessions_ceiling_bytes"].set(ceiling.most)
+        for part, size in asdict(each).items():
+            self._session_bytes.labels(part).set(size)
         for percent in (50, 99) if gaps else ():
             self._quantiles.labels(str(percent / 100)).set(quantile(gaps, percent))
         return generate_latest(self._registry)

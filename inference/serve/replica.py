@@ -76,8 +76,10 @@ async def _rebuild(
 ) -> LiveSession:
     kept = {**opening["kept"], "seq": opening["seq"]}
     options = {"reason": opening["reason"], "journal": journal, "log_limit": hub.limits.replay}
+    hub.memory.check(hub.each.total)
     handle = await asyncio.to_thread(partial(rebuild, hub.runner, kept, pictures, **options))
     live = LiveSession(handle, opening["id"])
+    hub.hold(handle.log, hub.each.total)
     hub.sessions[live.id] = live
     connection = kept["connection"]
     live.untouched, live.newest = connection["untouched"], connection["newest"]

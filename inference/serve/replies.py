@@ -111,6 +111,7 @@ class Health(_Reply):
     sessions: int
     max_sessions: int
     memory_free: int | None = None  # bytes, on the model's device
+    session_bytes: int | None = None  # what a session takes at most
     decoders: int | None = None  # processes that decode pictures of sessions
     replicas: int | None = None  # of a front, as the next two
     replicas_ready: int | None = None

@@ -64,6 +64,7 @@ class EventLog:
         self._events: deque[Event] = deque(maxlen=limit)
         self._changed = threading.Condition()
         self._wakers: set[Callable[[], None]] = set()
+        self._ends: list[Callable[[], None]] = []
         self.last_seq = 0
         self.closed = False
 
@@ -86,8 +87,25 @@ class EventLog:
     def close(self) -> None:
         """No more events: readers end after the last one."""
         with self._changed:
+            ends, self._ends = self._ends, []
             self.closed = True
             self._wake()
+        for end in ends:
+            end()
+
+    def when_closed(self, end: Callable[[], None]) -> None:
+        """Calls `end` when the log is closed, in the event loop of the caller."""
+        loop = asyncio.get_running_loop()
+
+        def later() -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(end)
+
+        with self._changed:
+            if not self.closed:
+                self._ends.append(later)
+                return
+        later()
 
     def after(self, seq: int, limit: int = 256) -> list[Event]:
         """Up to `limit` events after number `seq`; before them `events_lost`, if some are gone."""

@@ -292,6 +292,7 @@ class Runner:
         with self.changed:
             for (running, request), token in zip(batch, tokens, strict=True):
                 try:
+                    running.task.stats.count("input_tokens", len(request.tokens))
                     running.task.on_token(request, token, now)
                     self._report(running, now)
                     running.stepped(request)
@@ -340,6 +341,7 @@ class Runner:
         running.slot.evictions.clear()
         if now - running.last_report >= METRICS_EVERY:
             running.last_report = now
+            task.emit("session.usage", **task.stats.usage())
             _emit_metrics(task, len(running.slot.frames))
 
     def _finished(self) -> list[RunningSession]:
@@ -355,7 +357,8 @@ class Runner:
                 task, reason = running.task, running.closing or "the input has ended"
                 _attempt(partial(task.close, "cancelled", "session_closed"))
                 _attempt(partial(_emit_metrics, task, cached))
-                _attempt(partial(task.emit, "session.closed", reason=reason))
+                usage = task.stats.usage()
+                _attempt(partial(task.emit, "session.closed", reason=reason, usage=usage))
                 task.log.close()
                 _attempt(running.write)
             self.changed.notify_all()

@@ -41,6 +41,7 @@ def state_of(session: Session, *, pictures: bool = True) -> dict[str, Any]:
         "prompts": [prompt.text for prompt in session.prompts],
         "unfinished": unfinished and _request(unfinished, pictures),
         "counts": dict(session.stats.counts),
+        "seconds": session.stats.seconds,
     }
 
 
@@ -84,6 +85,7 @@ def resume(
         images = [] if image is None else [image]
         session._unfinished = StepRequest(list(tokens), images, began=now, frame=frame)
     stats.counts.update(state.get("counts", {}))
+    stats.began = now - state.get("seconds", 0.0)
     return session
 
 

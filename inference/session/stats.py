@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Seconds: from a prompt's arrival to the first token after it; between two tokens of a response;
@@ -11,7 +12,8 @@ from typing import Any
 # arrival until it is in the context.
 DURATIONS = ("ttft", "inter_token", "frame_decision", "frame_lag", "interruption")
 # Dropped frames are counted as `drop:REASON`, decisions on frames by their names.
-COUNTS = ("frames", "tokens", "responses", "evicted_frame", "evicted_text")
+# `input_tokens`: given to the model, one for each frame among them; `tokens`: of its responses.
+COUNTS = ("frames", "input_tokens", "tokens", "responses", "evicted_frame", "evicted_text")
 DECISIONS = ("silence", "speech")
 Measure = Callable[[str, float], None]
 
@@ -23,6 +25,7 @@ class Stats:
 
     def __init__(self, measured: Measure | None = None) -> None:
         self.counts: Counter[str] = Counter()
+        self.began = time.monotonic()
         self._kept = {name: deque[float](maxlen=_KEPT) for name in DURATIONS}
         self._measured = measured
 
@@ -36,6 +39,15 @@ class Stats:
         self._kept[name].append(seconds)
         if self._measured:
             self._measured(name, seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Since the session was opened."""
+        return time.monotonic() - self.began
+
+    def usage(self) -> dict[str, float]:
+        """What the session has used so far."""
+        return usage_of(self.counts, self.seconds)
 
     def summary(self) -> dict[str, Any]:
         """Counts, the share of silent decisions, and p50 and p99 in milliseconds."""
@@ -55,6 +67,16 @@ class Stats:
         gaps = self._kept["inter_token"]
         summary["tokens_per_second"] = round(len(gaps) / sum(gaps), 2) if sum(gaps) else None
         return summary
+
+
+def usage_of(counts: Mapping[str, int], seconds: float) -> dict[str, float]:
+    """As events and logs tell it."""
+    return {
+        "frames": counts.get("frames", 0),
+        "input_tokens": counts.get("input_tokens", 0),
+        "output_tokens": counts.get("tokens", 0),
+        "seconds": round(seconds, 3),
+    }
 
 
 def quantile(values: deque[float], percent: int) -> float:

@@ -107,7 +107,7 @@ def test_a_client_that_does_not_read_loses_its_socket(server: Running) -> None:
         assert len(live.handle.log.after(0, 10**6)) <= 501
         until(lambda: live.id not in server.hub.sessions)
         quiet.close()
-    assert "slow_client" in server.hub.metrics.page(server.hub.runner).decode()
+    assert "slow_client" in server.hub.page().decode()
 
 
 def test_a_session_waits_for_a_client_that_vanished_and_then_closes(server: Running) -> None:
