@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "moss_train.data_config",
         "moss_train.model_config",
     ),
-    ("data_pipeline.build", "data_pipeline.toy"),
+    ("data_pipeline.build", "data_pipeline.toy", "data_pipeline.synthesis"),
     ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
     (
         "moss_train.node_folders",

@@ -12,6 +12,7 @@ import pytest
 from data_pipeline.build import BuildOptions
 from data_pipeline.fields import ALLOWED, Range, choice, number, numbers, wrong_values
 from data_pipeline.importers.media import MediaOptions
+from data_pipeline.synthesis.config import SynthesisConfig
 from data_pipeline.toy.build import ToyConfig
 from inference.engine.engine import EngineConfig
 from inference.engine.sampling import Sampling
@@ -29,6 +30,8 @@ FREE = {
     "SessionConfig.system_prompt", "SessionConfig.prompt", "SourceOptions.form",
     "SourceOptions.media_dir", "SourceOptions.datasets", "SourceOptions.media_column",
     "SourceOptions.caption_column", "TrainerConfig.profile",
+    "EndpointConfig.url", "EndpointConfig.model", "EndpointConfig.text_url",
+    "EndpointConfig.text_model", "EndpointConfig.api_key_env", "WriteConfig.roles",
 }  # fmt: skip
 
 Entry = tuple[type, Field, set[type]]
@@ -55,7 +58,7 @@ def entries(kind: type, seen: set[type]) -> Iterator[Entry]:
 
 
 SEEN: set[type] = set()
-ROOTS = (Config, BuildOptions, ToyConfig, EngineConfig, Limits, SessionConfig)
+ROOTS = (Config, BuildOptions, SynthesisConfig, ToyConfig, EngineConfig, Limits, SessionConfig)
 ENTRIES = [entry for root in ROOTS for entry in entries(root, SEEN)]
 
 

@@ -1,4 +1,4 @@
-"""Imports data of others, and shows what is in shards.
+"""Imports data of others, makes real-time samples of videos, and shows what is in shards.
 
 `import` recognizes the form of SOURCE and says which it is. With --check it writes no shards: it
 counts what would be skipped, by reason with three examples each, and writes a page with the first
@@ -27,6 +27,7 @@ from data_pipeline.commands import (
 from data_pipeline.importers.archive import DAMAGE
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, shard_files
+from tools.data import synthesize
 from tools.data.check import check_source
 from tools.data.mixture import histogram, mixture, table
 from tools.data.page import toy_tokenizer, write_page
@@ -114,6 +115,9 @@ def _parser() -> CommandParser:
         metavar="N",
         help="processes; 0: this one (default: one a core)",
     )
+    made = commands.add_parser("synthesize", help="videos -> real-time samples, by models",
+                               description=synthesize.__doc__)  # fmt: skip
+    synthesize.add_options(made)
     for each in (imported, shown):
         add = each.add_argument
         add("--tokenizer", help="folder with tokenizer.json (default: a toy one, of the samples)")
@@ -130,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
+        if given.command == "synthesize":
+            return synthesize.synthesize(given, parser.prog)
         return {"import": import_, "show": show}[given.command](given)
     except (ShardError, SampleError) as error:
         return report_error(parser.prog, error)

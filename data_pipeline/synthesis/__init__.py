@@ -1,0 +1,1 @@
+"""Real-time samples of videos, written and checked by models behind an OpenAI-compatible server."""

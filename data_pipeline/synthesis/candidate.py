@@ -1,0 +1,153 @@
+"""What a model writes, and what is wrong with it that needs no model to see."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from data_pipeline.importers.timeline import Said, words_of
+
+# Words that only somebody says who has the time stamps, the captions or a file before them.
+_LEAKS = re.compile(
+    r"\b\d+:\d\d\b"
+    r"|\b\d+(?:\.\d+)?\s?(?:s|sec|secs|seconds?|min|minutes?)\b"
+    r"|\bseconds?\s+(?:\d+|zero|one|two|three|four|five|six|seven|eight|nine|ten)\b"
+    r"|\b(?:time ?stamps?|captions?|footage|video|clip|frames?|transcript|timeline)\b",
+    re.IGNORECASE,
+)
+# Numbers of questions, and of answers, of each role.
+_SHAPES: dict[str, tuple[int, tuple[int, float]]] = {
+    "fire_once": (1, (1, 1)),
+    "resident": (1, (1, math.inf)),
+    "commentary": (1, (1, math.inf)),
+    "counting": (1, (1, math.inf)),
+    "interruption": (2, (2, math.inf)),
+    "self_correction": (1, (2, math.inf)),
+    "never": (1, (0, 0)),
+}
+_AT_ONCE = ("commentary", "interruption", "self_correction")  # roles whose answer may be at once
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A conversation about a clip; seconds count from its start."""
+
+    role: str
+    questions: tuple[Said, ...]
+    answers: tuple[Said, ...]
+
+    def data(self) -> dict[str, Any]:
+        """As the models and the records have it."""
+        return {
+            name: [{"second": int(said.second), "text": said.text} for said in getattr(self, name)]
+            for name in ("questions", "answers")
+        }
+
+    def question_at(self, second: float) -> Said:
+        """The latest question at a second; the first one before all."""
+        asked = [question for question in self.questions if question.second <= second]
+        return asked[-1] if asked else self.questions[0]
+
+
+def candidate_of(role: str, written: dict[str, Any]) -> Candidate:
+    """Of one sample of a `write` reply."""
+    questions, answers = (
+        tuple(sorted((Said(float(one["second"]), " ".join(one["text"].split()))
+                      for one in written[name]), key=lambda said: said.second))
+        for name in ("questions", "answers")
+    )  # fmt: skip
+    return Candidate(role, questions, answers)
+
+
+def fault(candidate: Candidate, seconds: int, pace: int) -> tuple[str, str] | None:
+    """A reason and a detail where the form, the words or the rate are wrong; None: they are not.
+
+    Args:
+        seconds: of the clip, a frame each.
+        pace: words that are said after a frame.
+    """
+    wrong = _form(candidate, seconds)
+    if wrong:
+        return "form", wrong
+    for said in (*candidate.questions, *candidate.answers):
+        leak = _LEAKS.search(said.text)
+        if leak:
+            return "leaked_time", f"{leak[0]!r} in {said.text!r}"
+    late = _too_fast(candidate, seconds, pace)
+    return ("emission_rate", late) if late else None
+
+
+def _form(candidate: Candidate, seconds: int) -> str:
+    asked, answers = candidate.questions, candidate.answers
+    wanted, (least, most) = _SHAPES[candidate.role]
+    if len(asked) != wanted:
+        return f"{len(asked)} questions, {candidate.role} has {wanted}"
+    if not least <= len(answers) <= most:
+        return f"{len(answers)} answers to {candidate.role}"
+    for said in (*asked, *answers):
+        if not said.text:
+            return f"an empty text at second {said.second:g}"
+        if not 0 <= said.second < seconds:
+            return f"second {said.second:g} is not in the clip, 0 to {seconds - 1}"
+    if len({said.second for said in answers}) < len(answers):
+        return "two answers in one second"
+    first = asked[0].second
+    if any(answer.second < first or (answer.second == first and candidate.role not in _AT_ONCE)
+           for answer in answers):  # fmt: skip
+        return "an answer before there is something to answer"
+    if candidate.role == "self_correction" and any(
+        same_words(a.text, b.text) for a, b in pairwise(answers)
+    ):
+        return "a correction that says the same"
+    if candidate.role == "interruption":
+        newer = asked[1].second
+        if not (asked[0].second < newer and answers[0].second < newer <= answers[-1].second):
+            return "the newer question must come after an answer to the older, and have one"
+    return ""
+
+
+def _too_fast(candidate: Candidate, seconds: int, pace: int) -> str:
+    """What is not said to its end before the next answer, or before the clip's end.
+
+    A newer question cuts an answer off: that is no fault.
+    """
+    ends_by = [*(answer.second for answer in candidate.answers), float(seconds)][1:]
+    for answer, following in zip(candidate.answers, ends_by, strict=True):
+        words = len(words_of(answer.text))
+        ends = answer.second + math.ceil(words / pace)
+        cut = any(answer.second < question.second < ends for question in candidate.questions)
+        if ends > following and not cut:
+            return f"{words} words from second {answer.second:g}, {following:g} is next"
+    return ""
+
+
+def same_words(a: str, b: str) -> bool:
+    """Equal but for case and signs."""
+    return _words(a) == _words(b)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def duplicate_of(candidate: Candidate, others: Sequence[Candidate], similar: float) -> str:
+    """The question of an earlier candidate of the clip that asks the same, with the same seconds
+    of answers; empty: there is none. `similar`: share of common words."""
+    for other in others:
+        seconds = [[a.second for a in one.answers] for one in (candidate, other)]
+        if candidate.role != other.role or seconds[0] != seconds[1]:
+            continue
+        pairs = zip(candidate.questions, other.questions, strict=True)
+        if all(_overlap(mine.text, theirs.text) >= similar for mine, theirs in pairs):
+            return other.questions[0].text
+    return ""
+
+
+def _overlap(a: str, b: str) -> float:
+    """Common words of all, as Jaccard has it."""
+    mine, theirs = set(_words(a)), set(_words(b))
+    return len(mine & theirs) / max(len(mine | theirs), 1)

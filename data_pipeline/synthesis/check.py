@@ -1,0 +1,122 @@
+"""Whether a candidate is right: by its timeline, and by what a model says that sees the frames.
+
+The model that watches is asked to be the assistant: it sees the frames up to one second and what
+has been said before, not what it should say. An answer stands where the model says the same at its
+second, and does not say it a second before. All verdicts are votes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from data_pipeline.importers.timeline import Said
+from data_pipeline.synthesis.candidate import Candidate, same_words
+from data_pipeline.synthesis.config import SynthesisConfig
+from data_pipeline.synthesis.model import Model, vote
+from data_pipeline.synthesis.prompts import Prompts
+from data_pipeline.synthesis.watch import Watched
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What must be so: the vote `ask(number)` comes out as wanted, else there is a reason."""
+
+    ask: Callable[[int], Awaitable[bool]]
+    wanted: bool
+    reason: str
+    detail: str
+
+
+class Check:
+    """Checks the candidates of one clip."""
+
+    def __init__(
+        self, watched: Watched, model: Model, prompts: Prompts, config: SynthesisConfig
+    ) -> None:
+        self._clip, self._timeline = watched.clip, watched.timeline
+        self._model, self._prompts = model, prompts
+        self._check, self._frames = config.check, config.cut.frames
+
+    async def fault(self, candidate: Candidate) -> tuple[str, str] | None:
+        """A reason and a detail of what is wrong first; None: nothing is."""
+        for claim in self._claims(candidate):
+            verdict = await vote(claim.ask, self._check.lead, self._check.most_votes)
+            if verdict is not claim.wanted:
+                return ("undecided" if verdict is None else claim.reason), claim.detail
+        return None
+
+    def _claims(self, candidate: Candidate) -> Iterator[_Claim]:
+        """The cheapest first, and those that wrong candidates fail most often."""
+        audit = partial(self._audit, candidate)
+        yield _Claim(audit, True, "audit", "the timeline does not bear it out")
+        for answer in candidate.answers:
+            now, before = int(answer.second), int(answer.second) - 1
+            text = repr(answer.text)
+            says = partial(self._says, candidate, answer)
+            yield _Claim(partial(says, now), True, "unseen", f"{text} at {now}")
+            if before >= candidate.question_at(answer.second).second:  # it was asked for then
+                yield _Claim(partial(says, before), False, "known_before", f"{text} at {before}")
+        for second in self._silences(candidate):
+            speaks = partial(self._speaks, candidate, second)
+            yield _Claim(speaks, False, "not_silent", f"an answer is due at {second}")
+
+    async def _audit(self, candidate: Candidate, number: int) -> bool:
+        data = {
+            "instruction": self._prompts.roles[candidate.role],
+            "seconds": len(self._clip.pictures),
+            **self._timeline.data(),
+            **candidate.data(),
+        }
+        return bool((await self._model.ask("audit", data, number))["right"])
+
+    async def _say(self, candidate: Candidate, now: int, number: int) -> dict[str, Any]:
+        said = candidate.data()
+        data = {
+            "now": now,
+            "questions": [one for one in said["questions"] if one["second"] <= now],
+            "said": [one for one in said["answers"] if one["second"] < now],
+        }
+        frames = [(second, self._clip.pictures[second]) for second in self._shown(now)]
+        reply: dict[str, Any] = await self._model.ask("say", data, number, frames)
+        return reply
+
+    async def _says(self, candidate: Candidate, answer: Said, now: int, number: int) -> bool:
+        """Whether the model says now what the answer says."""
+        reply = await self._say(candidate, now, number)
+        if not reply["speak"] or not reply["text"].strip():
+            return False
+        if same_words(reply["text"], answer.text):
+            return True
+        asked = candidate.question_at(answer.second).text
+        data = {"question": asked, "answers": [answer.text, reply["text"]]}
+        return bool((await self._model.ask("same", data, number))["same"])
+
+    async def _speaks(self, candidate: Candidate, now: int, number: int) -> bool:
+        reply = await self._say(candidate, now, number)
+        return bool(reply["speak"] and reply["text"].strip())
+
+    def _shown(self, now: int) -> list[int]:
+        """The seconds up to now; of too many the latest half, and some of the others."""
+        most = self._frames
+        if now < most:
+            return list(range(now + 1))
+        recent = most // 2
+        older, count = now + 1 - recent, most - recent
+        spread = [older * number // count for number in range(count)]
+        return [*spread, *range(older, now + 1)]
+
+    def _silences(self, candidate: Candidate) -> Iterator[int]:
+        """Seconds in which nothing is to be said: the last ones that leave nothing unchecked in
+        between, spread over those after the first question."""
+        begin = int(candidate.questions[0].second)
+        said = {int(answer.second) for answer in candidate.answers}
+        asked = {int(question.second) for question in candidate.questions}
+        # Where an answer is checked, the second before it is, too.
+        checked = said | {second - 1 for second in said} | (asked if candidate.answers else set())
+        free = [t for t in range(begin, len(self._clip.pictures)) if t not in checked]
+        wanted = self._check.silences + 2 * (not candidate.answers)
+        for number in range(min(wanted, len(free))):
+            yield free[-1 - number * len(free) // wanted]

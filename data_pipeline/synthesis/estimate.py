@@ -1,0 +1,116 @@
+"""What a synthesis will cost, before it starts: requests, tokens, money."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import av
+
+from data_pipeline import files
+from data_pipeline.synthesis.config import SynthesisConfig
+from data_pipeline.synthesis.cut import Source
+from data_pipeline.synthesis.prompts import KINDS, Prompts
+from data_pipeline.tables import format_table
+
+# Guesses that hold for videos of an event every few seconds; a run prints what it really took.
+_ANSWERS = 2.5  # of a sample
+_DECIDED = 0.8  # votes by which a verdict leads, for each vote: one in ten is wrong
+_LEFT = 0.7  # of candidates after the audit
+_OTHER_WORDS = 0.3  # of answers that must be compared by a model
+_EVENTS = 0.3  # in a second
+_WRITTEN = {"caption": 60, "confirm": 20, "write": 150, "audit": 25, "say": 15, "same": 8}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """requests, tokens: by kind; tokens of prompts and of replies."""
+
+    videos: int
+    seconds: float
+    clips: int
+    requests: dict[str, float]
+    tokens: dict[str, tuple[float, float]]
+
+    @property
+    def total(self) -> tuple[float, float]:
+        columns = zip(*self.tokens.values(), strict=True)
+        tokens_in, tokens_out = (sum(column) for column in columns)
+        return tokens_in, tokens_out
+
+    def lines(self, config: SynthesisConfig) -> list[str]:
+        rows = [["requests", "number", "tokens in", "tokens out"]]
+        rows += [[kind, f"{self.requests[kind]:.0f}", *(f"{n / 1e6:.2f}M" for n in tokens)]
+                 for kind, tokens in self.tokens.items()]  # fmt: skip
+        total = [f"{n / 1e6:.2f}M" for n in self.total]
+        rows.append(["all", f"{sum(self.requests.values()):.0f}", *total])
+        price = (config.output.price_in, config.output.price_out)
+        cost = sum(n * p for n, p in zip(self.total, price, strict=True)) / 1e6
+        head = (f"estimate: {self.videos} videos, {self.seconds:.0f} s, {self.clips} clips"
+                + (f", cost {cost:.2f}" if any(price) else ""))  # fmt: skip
+        return [head, *format_table(rows).splitlines()]
+
+
+def estimate(sources: Sequence[Source], config: SynthesisConfig, prompts: Prompts) -> Estimate:
+    """Reads the headers of the videos. What cannot be read counts nothing; nor does what was
+    asked before: it costs nothing."""
+    lengths = [length for length in map(_length, sources) if length >= config.cut.shortest]
+    clips = [math.ceil(length / config.cut.clip) for length in lengths]
+    requests = dict.fromkeys(KINDS, 0.0)
+    tokens_in = dict.fromkeys(KINDS, 0.0)
+    for length, count in zip(lengths, clips, strict=True):
+        for kind, number, size in _of_clip(length / count, config, prompts):
+            requests[kind] += count * number
+            tokens_in[kind] += count * number * size
+    tokens = {kind: (tokens_in[kind], requests[kind] * _WRITTEN[kind]) for kind in KINDS}
+    return Estimate(len(lengths), sum(lengths), sum(clips), requests, tokens)
+
+
+def _length(source: Source) -> float:
+    """Seconds, as the header states them; 0 where it does not."""
+    try:
+        with (
+            files.open_file(source.path) as file,
+            av.open(file, "r", options={"protocol_whitelist": "none"}) as container,
+        ):
+            return (container.duration or 0) / 1e6
+    except Exception:  # of any kind: the run itself says what is wrong with the file
+        return 0.0
+
+
+def _of_clip(
+    seconds: float, config: SynthesisConfig, prompts: Prompts
+) -> list[tuple[str, float, float]]:
+    """Kind, number and tokens of the prompts of a clip's requests."""
+    votes = config.check.lead / _DECIDED
+    windows = math.ceil(seconds / config.cut.window)
+    samples = len(config.write.roles) * config.write.per_role
+    checked = samples * _LEFT
+    looks = checked * votes * (2 * _ANSWERS + config.check.silences)
+    image = config.endpoint.image_tokens
+    shown = min(seconds / 2, config.cut.frames) * image
+    timeline = (windows + seconds * _EVENTS) * 20
+    fixed = {
+        kind: (len(prompts.system) + len(prompts.tasks[kind])
+               + len(json.dumps(prompts.schemas[kind]))) / 4
+        for kind in KINDS
+    }  # fmt: skip
+    sizes = {
+        "caption": 2 * config.cut.window * image,
+        "confirm": 2 * config.cut.window * image + 60,
+        "write": timeline + 100,
+        "audit": timeline + 200,
+        "say": shown + 80,
+        "same": 40.0,
+    }
+    numbers = {
+        "caption": 1.1 * windows,
+        "confirm": 1.1 * votes * windows,
+        "write": float(len(config.write.roles)),
+        "audit": samples * votes,
+        "say": looks,
+        "same": looks * _OTHER_WORDS,
+    }
+    return [(kind, numbers[kind], fixed[kind] + sizes[kind]) for kind in KINDS]

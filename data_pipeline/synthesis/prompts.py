@@ -1,0 +1,126 @@
+"""The templates of all requests (prompts.yaml), and the requests that are made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator, SchemaError
+from jsonschema.exceptions import best_match
+
+from data_pipeline.synthesis.config import ROLES, EndpointConfig
+
+TEMPLATES = Path(__file__).with_name("prompts.yaml")
+KINDS = ("caption", "confirm", "write", "audit", "say", "same")
+_VERSION = 1  # of what a request is made of
+
+
+class PromptError(ValueError):
+    """A file of templates that cannot be used; the text says where and what is missing."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question to a model.
+
+    kind: of KINDS. content: OpenAI's parts of the user's message. key: the same for the same
+    question to the same model with the same seed, whichever server answers it.
+    """
+
+    kind: str
+    url: str
+    model: str
+    system: str
+    content: tuple[dict[str, Any], ...]
+    schema: Mapping[str, Any]
+    validator: Draft202012Validator
+    temperature: float
+    max_tokens: int
+    seed: int
+    key: str
+    tokens: int  # estimated, of the prompt
+
+    def check(self, reply: Any) -> None:
+        """ValueError where a reply does not have the form that was asked for."""
+        wrong = best_match(self.validator.iter_errors(reply))
+        if wrong is not None:
+            place = "/".join(map(str, wrong.absolute_path))
+            raise ValueError(f"{place or 'reply'}: {wrong.message:.200}")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The templates; `text` is their file, for fingerprints."""
+
+    text: str
+    system: str
+    tasks: Mapping[str, str]
+    schemas: Mapping[str, Mapping[str, Any]]
+    validators: Mapping[str, Draft202012Validator]
+    roles: Mapping[str, str]
+
+    def request(
+        self,
+        kind: str,
+        data: Mapping[str, Any],
+        config: EndpointConfig,
+        seed: int = 0,
+        frames: Sequence[tuple[int, str]] = (),
+    ) -> Request:
+        """A request of one kind; `frames`: seconds and `data:` URLs of their pictures."""
+        url, model = (config.url, config.model) if frames else config.of_text()
+        # Frames before the data: requests about one clip then begin alike, and servers that keep
+        # prefixes read a frame once.
+        content: list[dict[str, Any]] = [{"type": "text", "text": self.tasks[kind]}]
+        for second, picture in frames:
+            content.append({"type": "text", "text": f"second {second}:"})
+            content.append({"type": "image_url", "image_url": {"url": picture}})
+        content.append({"type": "text", "text": json.dumps(data, ensure_ascii=False)})
+        schema = self.schemas[kind]
+        asked = [_VERSION, model, self.system, content, schema, config.temperature, seed]
+        digest = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode())
+        letters = len(self.system) + sum(len(part.get("text", "")) for part in content)
+        tokens = letters // 4 + len(frames) * config.image_tokens
+        return Request(
+            kind, url, model, self.system, tuple(content), schema, self.validators[kind],
+            config.temperature, config.max_tokens, seed, digest.hexdigest(), tokens,
+        )  # fmt: skip
+
+
+def load_prompts(path: Path | None = None) -> Prompts:
+    """The templates of a file (None: ours); PromptError."""
+    file = path or TEMPLATES
+    try:
+        text = file.read_text()
+        data = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise PromptError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise PromptError(f"{file}: expected system, roles and {', '.join(KINDS)}")
+    tasks, schemas = {}, {}
+    for kind in KINDS:
+        entry = data.get(kind)
+        entry = entry if isinstance(entry, dict) else {}
+        task, schema = entry.get("task"), entry.get("schema")
+        if not isinstance(task, str) or not isinstance(schema, dict):
+            raise PromptError(f"{file}: {kind}: needs a task (a text) and a schema (JSON Schema)")
+        try:
+            Draft202012Validator.check_schema(schema)
+        except SchemaError as error:
+            raise PromptError(f"{file}: {kind}.schema: {error.message}") from None
+        tasks[kind], schemas[kind] = task.strip(), schema
+    roles, system = data.get("roles"), data.get("system")
+    if not isinstance(system, str):
+        raise PromptError(f"{file}: system: is not a text")
+    for role in ROLES:
+        if not isinstance(roles, dict) or not isinstance(roles.get(role), str):
+            raise PromptError(f"{file}: roles.{role}: is not a text")
+    assert isinstance(roles, dict)
+    by_role = {role: roles[role].strip() for role in ROLES}
+    validators = {kind: Draft202012Validator(schema) for kind, schema in schemas.items()}
+    return Prompts(text, system.strip(), tasks, schemas, validators, by_role)

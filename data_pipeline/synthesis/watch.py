@@ -1,0 +1,88 @@
+"""A clip to a timeline: captions of its windows, each confirmed by a second look."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from data_pipeline.synthesis.config import SynthesisConfig
+from data_pipeline.synthesis.cut import Clip
+from data_pipeline.synthesis.model import Frames, Model, vote
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What happens in a clip: `second` and `text` of scenes and of events, by second."""
+
+    scenes: tuple[dict[str, Any], ...]
+    events: tuple[dict[str, Any], ...]
+
+    def data(self) -> dict[str, Any]:
+        return {"scenes": list(self.scenes), "events": list(self.events)}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The part of a clip of which everything is confirmed, and its timeline."""
+
+    clip: Clip
+    timeline: Timeline
+
+
+async def watch(clip: Clip, model: Model, config: SynthesisConfig) -> Watched | None:
+    """Captions all windows. Of a clip with windows that stay unconfirmed the longest part between
+    them is left; None: it is shorter than cut.shortest."""
+    size, count = config.cut.window, len(clip.pictures)
+    starts = range(0, count, size)
+    captions = await asyncio.gather(
+        *(_caption(clip, range(at, min(at + size, count)), model, config) for at in starts)
+    )
+    best: list[int] = []
+    run: list[int] = []
+    for number, caption in enumerate(captions):
+        run = [*run, number] if caption is not None else []
+        best = run if len(run) > len(best) else best
+    if not best:
+        return None
+    first = best[0] * size
+    length = min((best[-1] + 1) * size, count) - first
+    if length < config.cut.shortest:
+        return None
+    scenes: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
+    for number in best:
+        caption = captions[number]
+        assert caption is not None
+        scenes.append({"second": number * size - first, "text": caption["scene"]})
+        events += [event | {"second": event["second"] - first} for event in caption["events"]]
+    return Watched(clip.part(first, length), Timeline(tuple(scenes), tuple(events)))
+
+
+async def _caption(
+    clip: Clip, seconds: range, model: Model, config: SynthesisConfig
+) -> dict[str, Any] | None:
+    """A caption of some seconds that a second look confirms; None: there is none."""
+    shown = range(max(0, seconds[0] - config.cut.window), seconds[-1] + 1)
+    frames = [(second, clip.pictures[second]) for second in shown]
+    data: dict[str, Any] = {"seconds": list(seconds)}
+    known = {"speech": clip.speech(seconds[0], seconds[-1]), "about": clip.about}
+    asked = data | {name: text for name, text in known.items() if text}
+    for attempt in range(config.check.recaptions + 1):
+        caption = await model.ask("caption", asked, attempt, frames)
+        caption["events"].sort(key=lambda event: event["second"])
+        if any(event["second"] not in seconds for event in caption["events"]):
+            continue
+        # The same caption again has new votes.
+        ask = partial(_right, model, data | caption, frames, attempt * config.check.most_votes)
+        if await vote(ask, config.check.lead, config.check.most_votes):
+            return caption
+    return None
+
+
+async def _right(
+    model: Model, said: dict[str, Any], frames: Frames, before: int, number: int
+) -> bool:
+    """A vote on a description; `before`: votes on earlier ones."""
+    return bool((await model.ask("confirm", said, before + number, frames))["right"])
