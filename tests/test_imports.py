@@ -70,9 +70,17 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformer_engine": ("moss_train/model/attention.py",),
     "flash_attn": ("moss_train/model/attention.py",),
     "ray": (),
+    "opentelemetry": ("inference/serve/traces.py",),
     "triton": ("inference/kernels/triton_",),
 }
-OPTIONAL = ("transformer_engine", "flash_attn", "ray", "triton")  # loaded when they are chosen
+# Loaded when they are chosen.
+OPTIONAL = (
+    "transformer_engine",
+    "flash_attn",
+    "ray",
+    "triton",
+    "opentelemetry",
+)
 # Kernels cannot be written without their package: these files are what is loaded late.
 KERNELS = "inference/kernels/triton_"
 

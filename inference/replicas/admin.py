@@ -4,24 +4,23 @@ out of service, to restart all of them one by one."""
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.requests import HTTPConnection
 
 from inference.replicas.front import Front
 from inference.replicas.replica import Replica
+from inference.serve.access import Access
 from inference.serve.app import UNAUTHORIZED
 from inference.serve.chat import refusal
 from inference.serve.limits import Refused
 
 
-def add_admin_routes(app: FastAPI, front: Front, allowed: Callable[[HTTPConnection], bool]) -> None:
+def add_admin_routes(app: FastAPI, front: Front, access: Access) -> None:
     """`/admin/replicas` and what can be done with them."""
 
     def refused(request: Request) -> Response | None:
-        if not allowed(request):
+        if not access.is_operator(request):
             return refusal(UNAUTHORIZED)
         client = request.client
         if client is None or not ipaddress.ip_address(client.host).is_loopback:

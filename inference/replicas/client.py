@@ -19,7 +19,7 @@ class ClientSocket(Holder):
         self._session = session
 
     async def _take(self, text: str | None, data: bytes | None) -> bool:
-        await self._session.put(text, data)
+        await self._session.put(text, data, self._over)
         return True
 
     def _left(self) -> None:

@@ -8,6 +8,7 @@ import secrets
 import signal
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from inference.replicas.admin import add_admin_routes
 from inference.replicas.front import Front
 from inference.replicas.processes import Process, command, devices
 from inference.replicas.replica import Replica
-from inference.serve.app import guarded, key_check, make_routes
+from inference.serve.access import Access
+from inference.serve.app import guarded, make_routes
 from inference.serve.flags import PROGRAM
 from inference.serve.limits import Limits
 from inference.serve.memory import picture
@@ -38,8 +40,10 @@ def run_front(
 ) -> int:
     """Serves until it is told to stop; the exit code. argv: the flags that it was given."""
     visible = check(args)
-    keys = [args.api_key] if args.api_key else []
+    with cli.refusing_values():
+        access = Access.of_flags(args, limits)
     with (
+        closing(access),
         listen(args.host, args.port) as door,
         tempfile.TemporaryDirectory(prefix="moss-front-") as folder,
     ):
@@ -59,8 +63,8 @@ def run_front(
         front = Front(replicas, processes, limits, export, pictures * picture(tile))
         with cli.refusing_values():
             front.check()
-        app = make_routes(front, keys, args.allow_origin, args.allow_host)
-        add_admin_routes(app, front, key_check(keys))
+        app = make_routes(front, access, args.allow_origin, args.allow_host)
+        add_admin_routes(app, front, access)
         routes = guarded(app, args.allow_origin, args.allow_host)
         # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
         signal.signal(signal.SIGTERM, lambda *_: None)

@@ -24,6 +24,7 @@ from inference.replicas.processes import Process
 from inference.replicas.proxy import Proxy
 from inference.replicas.replica import Replica
 from inference.replicas.session import UNTAKEN_BYTES, FrontSession
+from inference.serve.accounts import Account, Visit
 from inference.serve.app import UNKNOWN_SESSION, refuse
 from inference.serve.held import GOING_AWAY, NORMAL, TRY_LATER, UNKNOWN
 from inference.serve.hub import new_id
@@ -96,15 +97,17 @@ class Front:
             ceiling_bytes=self.memory.most,
         )
 
-    async def complete(self, request: Request) -> Response:
-        return await self._proxy.complete(request)
+    async def complete(self, request: Request, visit: Visit) -> Response:
+        return await self._proxy.complete(request, visit)
 
-    async def realtime(self, socket: WebSocket, name: str | None, last_seq: int) -> None:
+    async def realtime(
+        self, socket: WebSocket, account: Account, name: str | None, last_seq: int
+    ) -> None:
         session = None if name is None else self.sessions.get(name)
         if self.closing:
             words = "the server is shutting down"
             return await refuse(socket, self, GOING_AWAY, "closing", words)
-        if name is not None and session is None:
+        if name is not None and not (session and session.belongs_to(account)):
             return await refuse(socket, self, UNKNOWN, "unknown_session", UNKNOWN_SESSION)
         if session is None:
             if self.places.waiting >= self.limits.waiting:
@@ -113,7 +116,9 @@ class Front:
             wrong = self._make_memory()
             if wrong:
                 return await refuse(socket, self, TRY_LATER, "memory", wrong)
+            visit = account.enter("realtime", socket.headers)
             session = FrontSession(self, new_id())
+            session.begin(visit)
             self.sessions[session.id] = session
             self.memory.take(session.log, self.each)
             session.log.when_closed(partial(self.memory.give_back, session.log))

@@ -20,6 +20,7 @@ _WAIT = 2.0  # seconds for a replica's page
 # Of which a sum says nothing.
 _WORST = ("moss_inter_token_quantile_seconds", "moss_session_bytes")
 _LEFT_OUT = ("moss_silence_ratio",)  # follows from moss_decisions_total
+_OWN = ("moss_key_", "moss_audit_")  # of the front itself, which has the clients
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
 Values = dict[Key, float]
@@ -108,7 +109,7 @@ class FrontMetrics:
             return
         values: Values = {}
         for family in text_string_to_metric_families(answer.text):
-            if family.name in _LEFT_OUT:
+            if family.name in _LEFT_OUT or family.name.startswith(_OWN):
                 continue
             self._families[family.name] = family
             for sample in family.samples:

@@ -108,7 +108,7 @@ def command(argv: Sequence[str], socket: Path, gpus: int) -> list[str]:
     if gpus > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
     own = ["--replicas", "0", "--replica_urls", "", "--unix_socket", str(socket)]
-    own += ["--ssl_certfile", "", "--ssl_keyfile", ""]
+    own += ["--ssl_certfile", "", "--ssl_keyfile", "", "--keys", "", "--audit_log", ""]
     return [*start, "inference.serve", *argv, *own]
 
 

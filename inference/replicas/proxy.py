@@ -16,8 +16,10 @@ from starlette.requests import ClientDisconnect
 
 from inference.replicas.places import Places
 from inference.replicas.replica import Replica
+from inference.serve.accounts import Visit
 from inference.serve.chat import Client, Left, read_body, refusal
 from inference.serve.limits import Budget, Limits, Refused, Share
+from inference.serve.wire import ASKED, USED, USED_LINE, usage_of
 
 _ROUTE = "/v1/chat/completions"
 _LOST = "the replica that answered has ended: ask again"
@@ -33,19 +35,21 @@ class Proxy:
         self._places, self._limits = places, limits
         self._budget = Budget(limits.held)
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: Request, visit: Visit) -> Response:
         """Answers a request to the route; Refused where no replica does."""
         share, client = self._budget.share(), None
         try:
             body = await read_body(request, self._limits, share)
             client = Client(request)
             headers = {name: request.headers[name] for name in _ASKED if name in request.headers}
-            return await client.or_left(self._ask(body, headers, share))
+            headers |= visit.trace.headers if visit.trace is not None else {}
+            return await client.or_left(self._ask(body, headers, share, visit))
         except (Left, ClientDisconnect):
             share.give_back()
             return Response(status_code=499)
         except Refused as error:
             share.give_back()
+            visit.code = error.code
             return refusal(error)
         except BaseException:
             share.give_back()
@@ -54,7 +58,9 @@ class Proxy:
             if client is not None:
                 client.gone.cancel()
 
-    async def _ask(self, body: bytes, headers: dict[str, str], share: Share) -> Response:
+    async def _ask(
+        self, body: bytes, headers: dict[str, str], share: Share, visit: Visit
+    ) -> Response:
         asked: list[Replica] = []
         while True:
             replica = await self._replica(asked)
@@ -66,14 +72,18 @@ class Proxy:
                 if answer.status_code == 503 and len(asked) == 1 and self._others(asked):
                     await answer.aclose()
                     continue
+                _note(visit, answer)
                 kept = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
                 if kept.get("content-type", "").startswith("text/event-stream"):
-                    pieces = answer.aiter_raw()
+                    pieces = _counted(answer.aiter_raw(), visit)
                     first = await anext(pieces, b"")
                     streams = True
                     rest = self._stream(first, pieces, answer, replica, share)
                     return StreamingResponse(rest, answer.status_code, kept)
                 content = await answer.aread()
+                if answer.is_error:
+                    with contextlib.suppress(ValueError, LookupError, TypeError):
+                        visit.code = json.loads(content)["error"]["code"]
                 share.give_back()
                 return Response(content, answer.status_code, kept)
             except httpx.TransportError:
@@ -130,3 +140,26 @@ class Proxy:
             if time.monotonic() > until:
                 raise Refused("overloaded", "no replica serves")
             await asyncio.sleep(0.05)
+
+
+def _note(visit: Visit, answer: httpx.Response) -> None:
+    """What a replica tells of a request beside its answer."""
+    if ASKED in answer.headers:
+        visit.asked = json.loads(answer.headers[ASKED])
+        visit.id = visit.asked.pop("id")
+        visit.told(usage_of(answer.headers[USED]))
+
+
+async def _counted(pieces: AsyncIterator[bytes], visit: Visit) -> AsyncIterator[bytes]:
+    """A stream without the lines that tell what it has used."""
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(USED_LINE):
+                visit.told(usage_of(line.removeprefix(USED_LINE)))
+        kept = b"".join(line + b"\n" for line in lines if not line.startswith(USED_LINE))
+        if kept:
+            yield kept
+    if rest:
+        yield rest

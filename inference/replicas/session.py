@@ -20,11 +20,13 @@ from websockets.exceptions import WebSocketException
 
 from inference.replicas.places import Places
 from inference.replicas.replica import Replica
-from inference.serve.held import FAILED, NORMAL, Held, Holder
+from inference.serve.accounts import Usage
+from inference.serve.held import FAILED, NORMAL, Held, Holder, settings, used
 from inference.serve.limits import Limits
 from inference.serve.wire import pack, unpack
 from inference.session.events import Event, EventLog
 from inference.session.journal import Record, fold, sources
+from inference.session.stats import usage_of
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +45,15 @@ class Message:
     arrived: float
     text: str | None
     data: bytes | None
+    over: str = ""  # a limit of its client's key that it exceeds
 
     @property
     def size(self) -> int:
         return len(self.text or "") + len(self.data or b"")
 
     def pack(self) -> bytes:
-        values = {"n": self.number, "age": time.monotonic() - self.arrived}
+        values: dict[str, Any] = {"n": self.number, "age": time.monotonic() - self.arrived}
+        values |= {"over": self.over} if self.over else {}
         if self.data is not None:
             return pack(values, [self.data])
         return pack({**values, "text": self.text})
@@ -77,6 +81,7 @@ class FrontSession(Held):
         self.replica: Replica | None = None
         self.kept: Record = {}  # all records, folded
         self.pictures: dict[int, bytes] = {}  # by the message that brought them
+        self._began = time.monotonic()
         self._recorded_at = self._lost_at = 0.0
         self._untaken: deque[Message] = deque()
         self._held_bytes = 0
@@ -124,15 +129,25 @@ class FrontSession(Held):
         """Of pictures and messages that are kept."""
         return self._held_bytes + sum(map(len, self.pictures.values()))
 
+    @property
+    def _counts(self) -> dict[str, int]:
+        return self.kept["session"]["counts"] if self.kept else {}
+
+    def used(self) -> Usage:
+        return used(self._counts)
+
+    def asked(self) -> dict[str, Any]:
+        return settings(self.kept["session"]["config"]) if self.kept else {}
+
     # The client's side
 
-    async def put(self, text: str | None, data: bytes | None) -> None:
+    async def put(self, text: str | None, data: bytes | None, over: str) -> None:
         """A message of the client; waits while too many are not taken."""
         while len(self._untaken) >= UNTAKEN or self._held_bytes > UNTAKEN_BYTES:
             self._room.clear()
             await self._room.wait()
         self._number += 1
-        message = Message(self._number, time.monotonic(), text, data)
+        message = Message(self._number, time.monotonic(), text, data, over)
         self._untaken.append(message)
         self._held_bytes += message.size
         self._more.set()
@@ -165,7 +180,8 @@ class FrontSession(Held):
     def finish(self, code: int, reason: str) -> None:
         """No more events."""
         if not self.log.closed:
-            self._emit("session.closed", reason=reason)
+            usage = usage_of(self._counts, time.monotonic() - self._began)
+            self._emit("session.closed", reason=reason, usage=usage)
             self._end = (code, reason)
             self.log.close()
         self.task.cancel()

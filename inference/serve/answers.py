@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
+from inference.serve.accounts import Usage
 from inference.serve.hub import MODEL
 from inference.serve.limits import Refused
 from inference.serve.question import Question
 from inference.serve.stop import StopFilter
+from inference.serve.wire import USED_LINE, usage_text
 from inference.session.detokenize import special_tokens, token_bytes
 from inference.session.handle import SessionHandle
 
@@ -206,11 +208,19 @@ class Writer:
 
 
 class Stream(StreamingResponse):
-    """Answers in pieces; `over` is called when they have ended, however they do."""
+    """Answers in pieces; `over` is called when they have ended, however they do. used: what they
+    have used, which is told before each piece; None: it is not."""
 
-    def __init__(self, written: Writer, over: Callable[[], None]) -> None:
-        headers = written.question.headers()
-        super().__init__(written.stream(), headers=headers, media_type="text/event-stream")
+    def __init__(
+        self,
+        written: Writer,
+        headers: Mapping[str, str],
+        over: Callable[[], None],
+        used: Callable[[], Usage] | None = None,
+    ) -> None:
+        pieces = written.stream()
+        pieces = pieces if used is None else _with_usage(pieces, used)
+        super().__init__(pieces, headers=headers, media_type="text/event-stream")
         self._over = over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -218,6 +228,11 @@ class Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._over()
+
+
+async def _with_usage(pieces: AsyncIterator[str], used: Callable[[], Usage]) -> AsyncIterator[str]:
+    async for piece in pieces:
+        yield f"{USED_LINE.decode()}{usage_text(used())}\n{piece}"
 
 
 def _sse(data: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hmac
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,29 +13,31 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
 from inference.engine.engine import EngineFull
 from inference.engine.memory import memory_free
 from inference.export_info import ExportInfo
+from inference.serve.access import Access, Visits, begin
+from inference.serve.accounts import Account, Visit
 from inference.serve.chat import complete, refusal
 from inference.serve.connections import known_host
 from inference.serve.cors import Cors, may_ask
-from inference.serve.held import GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, cut
+from inference.serve.held import GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, cut, written
 from inference.serve.hub import MODEL, Hub
 from inference.serve.limits import Refused
 from inference.serve.openapi import document
 from inference.serve.replica import add_front_route
 from inference.serve.socket import Connection
+from inference.session.events import Event
 from inference.session.handle import SessionClosed
 
 STATIC = Path(__file__).parent / "static"
 PAGE = STATIC / "index.html"
 _PIECES = {path.name: path for path in STATIC.iterdir() if path.suffix in (".css", ".js")}
 _MODEL_CARD = {"id": MODEL, "object": "model", "created": 0, "owned_by": "moss"}
-_PROTOCOL, _KEY_PROTOCOL = "realtime", "openai-insecure-api-key."  # how browsers send a key
+_PROTOCOL = "realtime"
 
 
 class Service(Protocol):
@@ -52,48 +54,48 @@ class Service(Protocol):
     async def metrics_page(self) -> bytes:
         """In Prometheus' form."""
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: Request, visit: Visit) -> Response:
         """Answers a chat request."""
 
-    async def realtime(self, socket: WebSocket, name: str | None, last_seq: int) -> None:
-        """Serves an accepted socket: a new session, or the one of this name."""
+    async def realtime(
+        self, socket: WebSocket, account: Account, name: str | None, last_seq: int
+    ) -> None:
+        """Serves an accepted socket: a new session, or the one of this name. Refused: by a limit
+        of the account."""
 
 
 def make_app(
     hub: Hub,
-    api_key: str | None = None,
+    access: Access | None = None,
     origins: Sequence[str] = (),
     hosts: Sequence[str] = (),
-    front_key: str | None = None,
 ) -> ASGIApp:
-    """The routes over a hub; as in `make_routes`. front_key: of the front whose replica this is."""
-    keys = [key for key in (api_key, front_key) if key is not None]
-    app = make_routes(Model(hub), keys, origins, hosts)
-    if front_key is not None:
-        add_front_route(app, hub, front_key)
+    """The routes over a hub; as in `make_routes`."""
+    access = access or Access()
+    app = make_routes(Model(hub), access, origins, hosts)
+    if access.front_key is not None:
+        add_front_route(app, hub, access.front_key)
     return guarded(app, origins, hosts)
 
 
 def guarded(app: FastAPI, origins: Sequence[str], hosts: Sequence[str]) -> ASGIApp:
     """Routes for browsers; as in `make_routes`."""
-    return Cors(app, origins, hosts, partial(_methods, app))
+    return Cors(Visits(app), origins, hosts, partial(_methods, app))
 
 
 def make_routes(
-    service: Service, keys: Sequence[str], origins: Sequence[str], hosts: Sequence[str]
+    service: Service, access: Access, origins: Sequence[str], hosts: Sequence[str]
 ) -> FastAPI:
     """The routes over a service.
 
     Args:
-        keys: of which clients must send one; empty: none.
+        access: who may ask.
         origins: other sites whose pages may ask and open sessions.
         hosts: names of this server beside its addresses and those that the machine knows.
     """
     app = FastAPI(
         title="MOSS-Video", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-
-    allowed = key_check(keys)
 
     @app.get("/health")
     async def health() -> Response:
@@ -107,16 +109,10 @@ def make_routes(
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        if not allowed(request):
+        if not access.is_operator(request):
             return refusal(UNAUTHORIZED)
-        return Response(await service.metrics_page(), media_type="text/plain; version=0.0.4")
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        if not allowed(request):
-            service.refused("unauthorized")
-            return refusal(UNAUTHORIZED)
-        return await service.complete(request)
+        page = await service.metrics_page() + access.page()
+        return Response(page, media_type="text/plain; version=0.0.4")
 
     @app.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
@@ -125,7 +121,9 @@ def make_routes(
         await socket.accept(subprotocol=chosen)
         if not known_host(socket.headers.get("host"), hosts):
             return await refuse(socket, service, POLICY, "host", "not a name of this server")
-        if not allowed(socket):
+        account = access.find(socket)
+        if account is None:
+            access.turned_away(None, "realtime", UNAUTHORIZED.code)
             return await refuse(socket, service, POLICY, "unauthorized", "a wrong or no API key")
         if not may_ask(socket.headers.get("origin"), socket.headers.get("host"), origins):
             words = "this page may not open sessions"
@@ -133,10 +131,11 @@ def make_routes(
         if service.export.watches is False:
             words = "this model has not learned to watch: use /v1/chat/completions"
             return await refuse(socket, service, POLICY, "not_realtime", words)
-        await _open(socket, service)
+        await _open(socket, service, account)
 
+    _add_chat(app, service, access)
     _add_page(app)
-    _add_models(app, allowed)
+    _add_models(app, access)
     _add_errors(app)
     return app
 
@@ -163,33 +162,44 @@ class Model:
     async def metrics_page(self) -> bytes:
         return self.hub.page()
 
-    async def complete(self, request: Request) -> Response:
-        return await complete(request, self.hub)
+    async def complete(self, request: Request, visit: Visit) -> Response:
+        return await complete(request, self.hub, visit)
 
-    async def realtime(self, socket: WebSocket, name: str | None, last_seq: int) -> None:
+    async def realtime(
+        self, socket: WebSocket, account: Account, name: str | None, last_seq: int
+    ) -> None:
         hub, live = self.hub, None if name is None else self.hub.find(name)
+        visit = account.enter("realtime", socket.headers) if name is None else None
         try:
-            if live is not None:
-                await hub.revive(live)
-            elif name is None:
+            if visit is not None:
                 live = await hub.open()
+                live.begin(visit)
+            elif live is not None and live.belongs_to(account):
+                await hub.revive(live)
             else:
                 return await refuse(socket, self, UNKNOWN, "unknown_session", UNKNOWN_SESSION)
         except EngineFull as error:
-            return await refuse(socket, self, TRY_LATER, "full", str(error))
+            return await refuse(socket, self, TRY_LATER, "full", str(error), visit)
         except SessionClosed as error:
-            return await refuse(socket, self, GOING_AWAY, "closing", str(error))
+            return await refuse(socket, self, GOING_AWAY, "closing", str(error), visit)
         await Connection(hub, live, socket, last_seq).run()
 
 
-def key_check(keys: Sequence[str]) -> Callable[[HTTPConnection], bool]:
-    """Whether a request has one of the keys, or needs none."""
-
-    def allowed(connection: HTTPConnection) -> bool:
-        given = _given_key(connection)
-        return not keys or any([hmac.compare_digest(given, key.encode()) for key in keys])
-
-    return allowed
+def _add_chat(app: FastAPI, service: Service, access: Access) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        account = access.find(request)
+        if account is None:
+            access.turned_away(None, "chat", UNAUTHORIZED.code)
+            service.refused(UNAUTHORIZED.code)
+            return refusal(UNAUTHORIZED)
+        try:
+            visit = account.enter("chat", request.headers)
+        except Refused as error:
+            service.refused(error.code)
+            return refusal(error)
+        begin(request, visit)
+        return await service.complete(request, visit)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -204,7 +214,7 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(_PIECES[name], headers={"Cache-Control": "no-cache"})
 
 
-def _add_models(app: FastAPI, allowed: Callable[[HTTPConnection], bool]) -> None:
+def _add_models(app: FastAPI, access: Access) -> None:
     """The list of the one model, and it by its name; the document that describes all routes."""
 
     @app.get("/openapi.json")
@@ -213,13 +223,13 @@ def _add_models(app: FastAPI, allowed: Callable[[HTTPConnection], bool]) -> None
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        if not allowed(request):
+        if access.find(request) is None:
             return refusal(UNAUTHORIZED)
         return JSONResponse({"object": "list", "data": [_MODEL_CARD]})
 
     @app.get("/v1/models/{name}")
     async def model(request: Request, name: str) -> Response:
-        if not allowed(request):
+        if access.find(request) is None:
             return refusal(UNAUTHORIZED)
         if name != MODEL:
             return refusal(Refused("model_not_found", f"{name!r:.60}: this server has {MODEL}"))
@@ -250,7 +260,7 @@ def _methods(app: FastAPI, path: str) -> list[str]:
     return sorted({*known, "OPTIONS", *(["HEAD"] if "GET" in known else [])} if known else [])
 
 
-async def _open(socket: WebSocket, service: Service) -> None:
+async def _open(socket: WebSocket, service: Service, account: Account) -> None:
     """Opens a session, or resumes one: `?session=ID&last_seq=N`."""
     query = socket.query_params
     name, last = query.get("session"), query.get("last_seq", "0")
@@ -261,24 +271,29 @@ async def _open(socket: WebSocket, service: Service) -> None:
     if name is not None and not re.fullmatch("[0-9]{1,18}", last):
         words = "last_seq must be a number"
         return await refuse(socket, service, UNKNOWN, "unknown_session", words)
-    await service.realtime(socket, name, 0 if name is None else int(last))
+    try:
+        await service.realtime(socket, account, name, 0 if name is None else int(last))
+    except Refused as error:
+        told = {"code": error.code, "message": str(error), "retry_after_s": error.retry}
+        await socket.send_text(written(Event("error", 0, time.time(), 0.0, told)))
+        await refuse(socket, service, TRY_LATER, error.code, str(error))
 
 
-async def refuse(socket: WebSocket, service: Service, code: int, reason: str, words: str) -> None:
-    """Closes a socket that was accepted, and counts it."""
+async def refuse(
+    socket: WebSocket,
+    service: Service,
+    code: int,
+    reason: str,
+    words: str,
+    visit: Visit | None = None,
+) -> None:
+    """Closes a socket that was accepted, and counts it. visit: ends with it."""
     service.refused(reason)
+    if visit is not None:
+        visit.code = reason
+        visit.end(code)
     await socket.close(code, cut(words))
 
 
 UNKNOWN_SESSION = "no such session, or it was closed"
 UNAUTHORIZED = Refused("unauthorized", "a wrong or no API key: Authorization: Bearer KEY")
-
-
-def _given_key(connection: HTTPConnection) -> bytes:
-    scheme, _, key = connection.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return key.encode("latin-1")  # as it came
-    for offered in connection.headers.get("sec-websocket-protocol", "").split(","):
-        if offered.strip().startswith(_KEY_PROTOCOL):
-            return offered.strip().removeprefix(_KEY_PROTOCOL).encode("latin-1")
-    return b""

@@ -7,10 +7,13 @@ the engine -> answer (answers.py). Its client may leave at any of these.
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -19,12 +22,14 @@ from torch import Tensor
 
 from data_pipeline.schema import SampleError
 from inference.engine.engine import EngineFull
+from inference.serve.accounts import Usage, Visit
 from inference.serve.answers import Stream, Writer, close
 from inference.serve.decoding import Task
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused, Share
 from inference.serve.protocol import read_json
 from inference.serve.question import Medium, Question, read_question
+from inference.serve.wire import ASKED, USED, usage_text
 from inference.session.answer import MAX_NEW_TOKENS
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import SessionClosed, SessionHandle
@@ -32,7 +37,7 @@ from inference.session.handle import SessionClosed, SessionHandle
 _STATUS = {  # of a refusal's code; else 400
     "too_large": 413, "overloaded": 503, "unauthorized": 401, "failed": 500, "model_not_found": 404,
     "not_found": 404, "method_not_allowed": 405, "origin": 403, "host": 403, "timeout": 408,
-    "unsupported_media_type": 415, "replica_lost": 503,
+    "unsupported_media_type": 415, "replica_lost": 503, "rate_limit_exceeded": 429,
 }  # fmt: skip
 _HELD = 4  # a request's text, its JSON and its pictures' bytes are there at the same time
 Result = TypeVar("Result")
@@ -65,20 +70,27 @@ class Client:
             pass
 
 
-async def complete(request: Request, hub: Hub) -> Response:
+async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
     """Answers a request to the route."""
     share = hub.budget.share()
     client = None
     try:
         body = await read_body(request, hub.limits, share)
         client = Client(request)
+        began = time.time()
         asked = await client.or_left(_prepare(body, hub, share))
         question, tokens = asked.question, asked.tokens
+        visit.id, visit.asked = question.name, asked.described()
+        began = visit.stage("decode", began)
         answers = await client.or_left(_start_answers(hub, asked))
+        began = visit.stage("queue", began)
+        for answer in answers:
+            visit.follow(answer.log, began)
+        visit.reads = partial(_used, answers, len(asked.frames))
         client.gone.add_done_callback(lambda _: close(answers, "its client has left"))
     except (Refused, SampleError) as error:
         _end(client, share)
-        return _refused(hub, error)
+        return _refused(hub, error, visit)
     except BaseException as error:
         _end(client, share)
         if not isinstance(error, Left | ClientDisconnect):
@@ -86,12 +98,15 @@ async def complete(request: Request, hub: Hub) -> Response:
         hub.metrics.refused("client_left")
         return Response(status_code=499)
     written = Writer(question, answers, len(tokens), hub.runner.vocabulary.tokenizer)
+    headers = {**question.headers(), **_told(visit)}
     if question.stream:
-        return Stream(written, lambda: _end(client, share))
+        used = visit.reads if visit.account.front else None
+        return Stream(written, headers, lambda: _end(client, share), used)
     try:
-        return JSONResponse(await written.whole(), headers=question.headers())
+        whole = await written.whole()
+        return JSONResponse(whole, headers={**headers, **_told(visit)})
     except Refused as error:
-        return _refused(hub, error)
+        return _refused(hub, error, visit)
     finally:
         _end(client, share)
 
@@ -103,16 +118,34 @@ def _end(client: Client | None, share: Share) -> None:
         client.gone.cancel()
 
 
-def _refused(hub: Hub, error: Refused | SampleError) -> Response:
+def _told(visit: Visit) -> dict[str, str]:
+    """Headers for a front, which counts for its clients."""
+    if not visit.account.front:
+        return {}
+    return {ASKED: json.dumps({"id": visit.id, **visit.asked}), USED: usage_text(visit.reads())}
+
+
+def _used(answers: Sequence[SessionHandle], frames: int) -> Usage:
+    """The prompt counts once, however many answers there are."""
+    counts = [answer.running.task.stats.counts for answer in answers]
+    said = sum(one["tokens"] for one in counts)
+    return Usage(frames, max(one["input_tokens"] for one in counts), said)
+
+
+def _refused(hub: Hub, error: Refused | SampleError, visit: Visit) -> Response:
     if isinstance(error, SampleError):
         error = Refused(error.reason, error.detail, "messages")
+    visit.code = error.code
     hub.metrics.refused(error.code)
     return refusal(error)
 
 
 def refusal(error: Refused) -> JSONResponse:
     """An error as OpenAI's API writes it."""
-    kinds = {503: "server_error", 500: "server_error", 401: "authentication_error"}
+    kinds = {
+        401: "authentication_error", 429: "rate_limit_error", 500: "server_error",
+        503: "server_error",
+    }  # fmt: skip
     code = _STATUS.get(error.code, 400)
     body = {
         "message": str(error),
@@ -120,7 +153,8 @@ def refusal(error: Refused) -> JSONResponse:
         "param": error.field,
         "code": error.code,
     }
-    headers = {"Retry-After": "1"} if code == 503 else None
+    retry = 1.0 if code == 503 and error.retry is None else error.retry
+    headers = None if retry is None else {"Retry-After": str(max(1, math.ceil(retry)))}
     return JSONResponse({"error": body}, code, headers)
 
 
@@ -156,6 +190,14 @@ class _Asked:
     tokens: list[int]  # of the prompt
     frames: list[Tensor]  # uint8 [3, tile, tile] each
     grammar: Grammar | None
+
+    def described(self) -> dict[str, Any]:
+        """Without its contents."""
+        question = self.question
+        return {
+            "messages": len(question.messages), "frames": len(self.frames), "n": question.count,
+            "max_tokens": question.max_tokens, "stream": question.stream,
+        }  # fmt: skip
 
 
 async def _prepare(body: bytes, hub: Hub, share: Share) -> _Asked:

@@ -31,6 +31,8 @@ LIMIT_HELP = {  # the limits that have a flag, --limit_NAME
     "held": "maximum memory in bytes of all chat requests that are read or wait",
     "connections": "maximum number of connections",
     "grace": "seconds that a session without a client waits for it to come back",
+    "audit_bytes": "size in bytes of a file of the audit log, after which a new one begins",
+    "audit_files": "number of its older files that are kept",
     "idle": "seconds without input after which a session is closed",
     "silence": "seconds without an answer after which a replica is taken for dead",
     "step": "seconds of one step of the engine after which /health says that it is stuck",
@@ -50,6 +52,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
              help="maximum number of sessions and answers at once")  # fmt: skip
     cli.flag(parser, "api_key", type=key, default=os.environ.get("MOSS_API_KEY"), metavar="KEY",
              help="key that clients must send (default: $MOSS_API_KEY, else none)")  # fmt: skip
+    cli.flag(parser, "keys", metavar="FILE",
+             help="API keys with names and limits, in YAML or JSON: docs/serving.md")  # fmt: skip
+    cli.flag(parser, "audit_log", metavar="FILE",
+             help="append a line of JSON for each session and request, without its contents, to "
+             "FILE")  # fmt: skip
+    cli.flag(parser, "otel", type=endpoint, metavar="URL",
+             help="send traces to URL by OTLP over HTTP, http://127.0.0.1:4318")  # fmt: skip
     cli.flag(parser, "allow_origin", action="append", default=[], metavar="URL", type=origin,
              help="another site whose pages may use the server, https://app.example; *: any site; "
              "may be given again")  # fmt: skip
@@ -98,6 +107,14 @@ def urls(text: str) -> list[str]:
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text}: a replica is named twice")
     return found
+
+
+def endpoint(text: str) -> str:
+    """A flag's address of a collector."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise argparse.ArgumentTypeError(f"{text}: write http://HOST:PORT")
+    return text.rstrip("/").removesuffix("/v1/traces")
 
 
 def origin(text: str) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from inference.serve.accounts import Account, Usage, Visit
+from inference.serve.gate import Gate
 from inference.serve.limits import Limits
 from inference.serve.realtime_events import as_message
 from inference.session.events import Event, EventLog
@@ -21,11 +24,37 @@ UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and our own
 class Held:
     """A session and the socket that holds it."""
 
+    id: str
+
     def __init__(self, log: EventLog) -> None:
         self.log = log
         self.socket: object | None = None  # the one that holds it now
         self.replaced = asyncio.Event()  # set when another socket takes the session
         self.detached_at = time.monotonic()
+        self.visit: Visit | None = None
+
+    def begin(self, visit: Visit) -> None:
+        """The session is this visit, from now to the end of its log."""
+        self.visit, visit.id, visit.reads = visit, self.id, self.used
+
+        def over() -> None:
+            visit.asked = self.asked()
+            visit.end(self.end[0])
+
+        visit.follow(self.log, visit.at)
+        self.log.when_closed(over)
+
+    def belongs_to(self, account: Account) -> bool:
+        """Whether an account may come back to it."""
+        return self.visit is not None and self.visit.account is account
+
+    def used(self) -> Usage:
+        """What it has used so far."""
+        raise NotImplementedError
+
+    def asked(self) -> dict[str, Any]:
+        """How it was configured, without its texts."""
+        raise NotImplementedError
 
     @property
     def end(self) -> tuple[int, str]:
@@ -49,6 +78,8 @@ class Holder:
     def __init__(self, held: Held, socket: WebSocket, last_seq: int, limits: Limits) -> None:
         self._held, self._socket, self._seq, self.limits = held, socket, last_seq, limits
         self._done = False  # the session's end was sent, or the client asked for it
+        self._gate = Gate(held.visit.account if held.visit else None)
+        self._over = ""  # which limit the message exceeds that is handled; empty: none
 
     async def run(self) -> None:
         """Serves the socket until it closes; the session may live on."""
@@ -93,7 +124,9 @@ class Holder:
                 message: Any = await self._socket.receive()
                 if message["type"] == "websocket.disconnect":
                     return
-                if not await self._take(message.get("text"), message.get("bytes")):
+                text, data = message.get("text"), message.get("bytes")
+                self._over = await self._gate.over(text, data)
+                if not await self._take(text, data):
                     return
         except (WebSocketDisconnect, RuntimeError):  # starlette raises it for a closed socket
             return
@@ -109,6 +142,18 @@ class Holder:
 def written(event: Event) -> str:
     """As it is sent."""
     return json.dumps(as_message(event), ensure_ascii=False)
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a session's config, what may be written down."""
+    names = ("pace", "frame_interval", "max_new_tokens")
+    source = "live" if config["live"] else "file"
+    return {"source": source, **{name: config[name] for name in names}}
+
+
+def used(counts: Mapping[str, int]) -> Usage:
+    """From a session's counts."""
+    return Usage(counts.get("frames", 0), counts.get("input_tokens", 0), counts.get("tokens", 0))
 
 
 def cut(reason: str) -> str:

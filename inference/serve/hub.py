@@ -10,14 +10,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from inference.engine.engine import EngineFull
 from inference.export_info import ExportInfo
 from inference.live_clock import LiveClock
+from inference.serve.accounts import Usage
 from inference.serve.decoding import Task
-from inference.serve.held import FAILED, GOING_AWAY, IDLE, NORMAL, Held
+from inference.serve.held import FAILED, GOING_AWAY, IDLE, NORMAL, Held, settings, used
 from inference.serve.limits import Budget, Limits
 from inference.serve.media import MediaPool
 from inference.serve.memory import Ceiling, SessionMemory, parked_size
@@ -54,6 +56,12 @@ class LiveSession(Held):
     def end(self) -> tuple[int, str]:
         code = FAILED if self.handle.failed else self.close_code
         return code, self.handle.reason or "the session is over"
+
+    def used(self) -> Usage:
+        return used(self.handle.running.task.stats.counts)
+
+    def asked(self) -> dict[str, Any]:
+        return settings(vars(self.handle.config))
 
     def close(self, reason: str, code: int = NORMAL) -> None:
         self.close_code = code

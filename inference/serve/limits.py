@@ -44,6 +44,8 @@ class Limits:
     step: float = number(60.0, above=0)  # of the engine, after which /health says that it is stuck
     silence: float = number(10.0, above=0)  # of a replica, after which it is taken for dead
     errors: int = number(32, above=0)  # wrong messages of a socket in a minute, after which it ends
+    audit_bytes: int = number(64 * 2**20, above=0)  # of a file of the audit log
+    audit_files: int = number(8, above=0)  # that are kept beside the one that is written
     waiting: int = number(64, above=0)  # chat requests that wait for a free place in the engine
     wait: float = number(60.0, above=0)  # how long a chat request waits
 
@@ -64,11 +66,14 @@ SAMPLING_RANGES: dict[str, tuple[float, float]] = {
 
 
 class Refused(Exception):
-    """A request is refused. `code`: a short word; `field`: the part that is wrong."""
+    """A request is refused. `code`: a short word; `field`: the part that is wrong; `retry`: seconds
+    after which it may be asked again."""
 
-    def __init__(self, code: str, message: str, field: str | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, field: str | None = None, retry: float | None = None
+    ) -> None:
         super().__init__(writable(message))
-        self.code, self.field = code, writable(field)
+        self.code, self.field, self.retry = code, writable(field), retry
 
 
 class Budget:

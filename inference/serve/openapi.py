@@ -23,6 +23,7 @@ _WRONG = {  # statuses of errors, beside 401 where there is a key
     408: "the request did not come in time",
     413: "too large",
     415: "not application/json",
+    429: "a limit of this key: `Retry-After` says when to ask again",
     500: "the server failed",
     503: "no room: try again",
 }

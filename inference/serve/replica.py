@@ -4,7 +4,8 @@ connection of its own to the front.
     front -> replica   what is opened: `id`, `seq` (of its last event); of a session that goes on
                        its records (`kept`) and how many pictures follow, each as a message
                        then the client's messages, numbered: `n`, `age` (seconds since it came),
-                       and `text` or bytes; or `end`: the session is to end
+                       `over` (a limit of its key that it exceeds), and `text` or bytes;
+                       or `end`: the session is to end
     replica -> front   `events` and the `record` that covers them (inference/session/journal.py)
                        with its pictures, in one message: what the front has is always whole
                        `kick`: the client's socket is to be closed, the session lives on
@@ -136,6 +137,7 @@ class FrontConnection(Connection):
             self._live.close(reason, code)
             return True
         self._number, self._age = values["n"], values["age"]
+        self._over = values.get("over", "")
         if not await super()._take(values.get("text"), blobs[0] if blobs else None):
             self._too_many = False
         return True

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from starlette.websockets import WebSocket
 
 from data_pipeline.schema import SampleError
+from inference.serve.accounts import LIMITED
 from inference.serve.held import POLICY, Holder
 from inference.serve.hub import Hub, LiveSession
 from inference.serve.limits import Bucket, Refused
@@ -84,8 +85,9 @@ class Connection(Holder):
         return True
 
     def _emit_error(self, code: str, message: str, field: str | None = None) -> None:
-        # Both may be nobody's fault: what was said has just ended, the queue is that of a moment.
-        if code not in ("nothing_to_cancel", "queue_full"):
+        # These may be nobody's fault: what was said has just ended, the queue is that of a moment,
+        # other sessions of its key have asked.
+        if code not in ("nothing_to_cancel", "queue_full", LIMITED):
             self._too_many = not self._errors.take(time.monotonic())
         with self._change():
             self._session.emit("error", code=code, message=message, field=field)
@@ -106,6 +108,7 @@ class Connection(Holder):
             words, picture = await _off_loop(len(text), read_item, message, limits)
             if picture is not None:
                 return await self._frame(picture, ImageMessage(picture, None, words))
+            self._refuse_over()
             with self._change():
                 session.prompt(words)
                 self._live.untouched = False
@@ -137,8 +140,11 @@ class Connection(Holder):
         if at is not None and at < self._live.newest:
             words = f"ts: {at:g} is before the last frame, {self._live.newest:g}"
             raise Refused("invalid_value", words, "ts")
-        while not self._bucket.take(time.monotonic()):
-            if session.config.live and not image.prompt:
+        loose = session.config.live and not image.prompt
+        if not loose:
+            self._refuse_over()
+        while self._over or not self._bucket.take(time.monotonic()):
+            if loose:
                 with self._change():
                     self._skipped += 1
                 return
@@ -156,6 +162,10 @@ class Connection(Holder):
                 self._live.newest = at
             if image.at is not None:
                 self._live.clock.set(image.at, arrived)
+
+    def _refuse_over(self) -> None:
+        if self._over:
+            raise Refused(LIMITED, self._over)
 
     def _emit_skipped(self, at: float) -> None:
         if self._skipped and not self._session.log.closed:

@@ -7,7 +7,13 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from inference.serve.accounts import Usage
+
 ROUTE = "/v1/front"  # a replica's, for its front alone
+# What an answer to a chat request tells its front beside the answer: headers, and in a stream lines
+# before its pieces.
+ASKED, USED = "X-Moss-Asked", "X-Moss-Used"
+USED_LINE = b": used "
 _HEAD = struct.Struct(">I")
 
 
@@ -30,3 +36,12 @@ def unpack(message: bytes) -> tuple[dict[str, Any], list[bytes]]:
         parts.append(message[at : at + size])
         at += size
     return json.loads(parts[0]), parts[1:]
+
+
+def usage_text(usage: Usage) -> str:
+    return f"{usage.frames} {usage.input_tokens} {usage.output_tokens}"
+
+
+def usage_of(text: str | bytes) -> Usage:
+    """What `usage_text` has written."""
+    return Usage(*map(int, text.split()))

@@ -20,6 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 from data_pipeline.prompts import STAGE_FORMS
 from inference.engine.engine import Engine
 from inference.export_info import ExportInfo
+from inference.serve.access import Access
 from inference.serve.app import make_app
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
@@ -59,6 +60,7 @@ def serving(
     limits: Limits | None = None,
     *,
     key: str | None = None,
+    access: Access | None = None,
     stage: str | None = "realtime_sft",
     origins: Sequence[str] = (),
     hosts: Sequence[str] = (),
@@ -67,7 +69,7 @@ def serving(
     metrics, limits = Metrics(), limits or Limits()
     runner = Runner(engine, metrics.measured)
     hub = Hub(runner, limits, metrics, ExportInfo(STAGE_FORMS.get(stage), stage))
-    app = make_app(hub, key, origins, hosts)
+    app = make_app(hub, access or Access(api_key=key), origins, hosts)
     server = Server(server_config(app, "127.0.0.1", 0, limits, certificate), hub)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
