@@ -7,6 +7,7 @@ evaluated on the truth about other clips. FOLDER keeps all; what is finished is 
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -72,19 +73,19 @@ def world(out: Path, base: Path, made: Path, heldout: Path) -> Path:
     return partial.rename(out)
 
 
-def data(folder: Path, clips: int, heldout: int, wrong: float, failing: float) -> None:
+def data(folder: Path, given: argparse.Namespace) -> None:
     """The clips, what is made of them, the truth, and the toy worlds with each."""
-    told, other = stories(clips), stories(heldout, seed=1)
+    told, other = stories(given.clips), stories(given.heldout, seed=1)
     for name, those in (("clips", told), ("heldout", other)):
         if not (folder / name).exists():
             render(folder / f".{name}", those)
             (folder / f".{name}").rename(folder / name)
     truth(folder / "clips", folder / "truth", told)
     truth(folder / "heldout", folder / "truth-heldout", other)
-    model = teacher(folder / "clips", told, wrong)
-    with ToyEndpoint(model, failing, hang=3.0) as server:
+    model = teacher(folder / "clips", told, given.wrong)
+    with ToyEndpoint(model, given.failing, hang=3.0) as server:
         synthesize(folder / "clips", folder / "made", server.url)
-    build_toy(folder / "world", ToyConfig(train=1_500, heldout=20, stages=(LIVE,)))
+    build_toy(folder / "world", ToyConfig(train=given.world, heldout=20, stages=(LIVE,)))
     for name in ("made", "truth"):
         world(folder / f"world-{name}", folder / "world", folder / name, folder / "truth-heldout")
 
@@ -125,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("folder", type=Path, metavar="FOLDER", help="folder of everything")
     add("--clips", type=whole_number(above=0), default=100, metavar="N", help="to train on")
     add("--heldout", type=whole_number(above=0), default=20, metavar="N", help="to evaluate on")
+    add("--world", type=whole_number(above=0), default=1_500, metavar="N",
+        help="pictures and texts of the toy world beside the clips")  # fmt: skip
     add("--steps", type=whole_number(above=0), default=350, help=f"of {BATCH} samples")
     add("--ranks", type=whole_number(above=0), default=2, help="processes that train")
     add("--wrong", type=finite_number(least=0, below=1), default=0.1, help="share of wrong replies")
@@ -133,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     folder = given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    data(folder, given.clips, given.heldout, given.wrong, given.failing)
+    data(folder, given)
     run_all(parts(folder, given.steps, given.ranks), folder / "parts.json")
     made, true = scores(folder / "run-made"), scores(folder / "run-truth")
     rows = [["score", "made", "truth"]]

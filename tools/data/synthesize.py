@@ -25,7 +25,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from data_pipeline.commands import DONE, STOPPED, report_error
+from data_pipeline.commands import DONE, STOPPED, report_error, whole_number
 from data_pipeline.fields import ALLOWED
 from data_pipeline.synthesis.config import ROLES, SynthesisConfig, config_from
 
@@ -76,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, metavar="FILE", help="templates of all requests (default: ours, "
         "data_pipeline/synthesis/prompts.yaml)")  # fmt: skip
     add("--estimate", action="store_true", help="print what it would cost, and send nothing")
-    add("--examples", type=int, default=3, metavar="N",
+    add("--examples", type=whole_number(least=0), default=3, metavar="N",
         help="accepted samples of each role, rejected of each reason, on the page")  # fmt: skip
     defaults = SynthesisConfig()
     for group, part in vars(defaults).items():
