@@ -31,7 +31,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, ShardWriter, check_source
 
-_VERSION = 3  # of the importers: what a source becomes changes with it
+_VERSION = 4  # of the importers: what a source becomes changes with it
 _SHARE_FROM = 1000  # records, before which a share means little
 
 

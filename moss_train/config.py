@@ -88,6 +88,15 @@ class StageConfig:
 
 
 @dataclass
+class LossConfig:
+    """What a label weighs: 1, and silence `stage.silence_weight`; or by its state, and by how sure
+    the model is of it (model/states.py)."""
+
+    name: str = choice("weighted", ("weighted", "state_balanced"))
+    focal_gamma: float = number(2.0, least=0)  # of state_balanced; 0: no focal factor
+
+
+@dataclass
 class AdapterConfig:
     """LoRA on the decoder, whose own weights are frozen then."""
 
@@ -219,6 +228,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,6 +76,10 @@ class Draft:
             return "realtime"
         types = {medium.type for medium in self.media}
         return "video" if "video" in types else "image" if "image" in types else "text"
+
+
+# A record and the folder of its media -> what it becomes; a long one may become several samples.
+Convert = Callable[[dict[str, Any], str], Draft | list[Draft]]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from data_pipeline.importers import (
     streaming,
     transcripts,
 )
-from data_pipeline.importers.draft import Draft, Entry, distinct_stems, text_draft
+from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems, text_draft
 from data_pipeline.importers.locate import Finder
 from data_pipeline.importers.recognize import form_beside, form_of_all, nearest
 from data_pipeline.importers.records import first_records, read_records
@@ -36,9 +36,6 @@ from data_pipeline.shards import ShardError
 
 _INFO = "dataset_info.json"
 _METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
-
-# A record and the folder of its media -> what it becomes; a long one may become several samples.
-Convert = Callable[[dict[str, Any], str], Draft | list[Draft]]
 
 
 def _text_draft(record: dict[str, Any], base: str) -> Draft:
@@ -128,13 +125,16 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
         ours = os.path.join(source, out.resolve().relative_to(around), "")
         paths = [path for path in paths if not path.startswith(ours)]
     form = options.form or _form(source, folder, paths)
+    plain = any(files.suffix(path) in files.RECORD_SUFFIXES for path in paths)
+    in_shards = form in RECORD_FORMS and not plain and any(map(_is_tar, paths))
     if form == "captions":
         if not folder or not any(captions.media_type(path) for path in paths):
             raise ShardError(f"{source}: expected a folder of pictures or videos")
         return OpenSource(form, paths, partial(captions.folder_entries, source, paths))
-    if form == "webdataset":
+    if form == "webdataset" or in_shards:
         tars = [path for path in paths if _is_tar(path)]
-        return OpenSource(form, tars, partial(shard_entries, tars))
+        entries = partial(shard_entries, tars, _converts(options), form if in_shards else None)
+        return OpenSource("webdataset", tars, entries)
     if form == "transcripts":
         return _transcripts(source, folder, paths, options)
     if form == "llamafactory":
@@ -203,7 +203,19 @@ def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> Rec
     form = form if named else _record_form(path, records, options)
     if form == "table" and records:
         captions.check_columns(records[0], options.media_column, options.caption_column)
-    converts: dict[str, Convert] = {
+    converts = _converts(options)
+    if named:
+        return RecordFile(path, stem, base, converts[form], form)
+
+    def convert(record: dict[str, Any], base: str) -> Draft | list[Draft]:
+        return converts[form_beside(record, form)](record, base)
+
+    return RecordFile(path, stem, base, convert, form)
+
+
+def _converts(options: SourceOptions) -> dict[str, Convert]:
+    """What makes drafts of a record, by its form."""
+    return {
         **RECORD_FORMS,
         "narrations": partial(speech.narration_draft, window=options.window),
         "speech": partial(speech.speech_draft, window=options.window),
@@ -213,13 +225,6 @@ def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> Rec
             caption_column=options.caption_column,
         ),
     }
-    if named:
-        return RecordFile(path, stem, base, converts[form], form)
-
-    def convert(record: dict[str, Any], base: str) -> Draft | list[Draft]:
-        return converts[form_beside(record, form)](record, base)
-
-    return RecordFile(path, stem, base, convert, form)
 
 
 def _stem(path: str) -> str:

@@ -67,7 +67,7 @@ KNOWN: tuple[Known, ...] = (
 )  # fmt: skip
 # Records of these may stand in one file; of which of the last two they are, all of them tell.
 _MIXED = frozenset(known.form for known in KNOWN) - {"alpaca", "table", "text"}
-_ALIKE = frozenset({"streamo", "joyai"})
+ALIKE = frozenset({"streamo", "joyai"})
 
 
 def form_of(record: Record) -> str | None:
@@ -79,13 +79,13 @@ def form_of_all(records: Sequence[Record]) -> str | None:
     """The form of a file, by its first records."""
     forms = [form_of(record) for record in records]
     first = next(iter(forms), None)
-    return "streamo" if first in _ALIKE and "streamo" in forms else first
+    return "streamo" if first in ALIKE and "streamo" in forms else first
 
 
 def form_beside(record: Record, form: str) -> str:
     """The form of one record in a file of a form."""
     own = form_of(record)
-    if own is None or own not in _MIXED or form not in _MIXED or {own, form} <= _ALIKE:
+    if own is None or own not in _MIXED or form not in _MIXED or {own, form} <= ALIKE:
         return form
     return own
 

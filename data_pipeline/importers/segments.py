@@ -83,7 +83,7 @@ def _segments(videos: list[Any], base: str) -> Iterator[tuple[Medium, float, flo
         segments = video.get("segments") if isinstance(video, dict) else None
         if not isinstance(segments, list):
             raise SampleError("bad_schema", f"videos[{i}]: expected video_path and segments")
-        clip = medium("video", {name: video.get(name) for name in PATH_FIELDS}, base)
+        clip = medium("video", {name: video.get(name) for name in ("bytes", *PATH_FIELDS)}, base)
         for n, segment in enumerate(segments):
             field = f"videos[{i}].segments[{n}]"
             if not isinstance(segment, list) or len(segment) not in (1, 2):

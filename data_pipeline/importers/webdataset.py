@@ -1,22 +1,24 @@
-"""Reads WebDataset shards of others: a picture or video (`jpg`, `mp4`, ...) and `txt` or `json`."""
+"""Reads WebDataset shards of others: a picture or video (`jpg`, `mp4`, ...) and `txt` or `json`.
+
+A `json` may be a conversation, or a record of a real-time data set whose clip is a member beside
+it (members.py).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from data_pipeline import files
 from data_pipeline.importers.archive import Archive, Members, open_archive
 from data_pipeline.importers.captions import CAPTION_COLUMNS
-from data_pipeline.importers.conversation import (
-    IMAGE_FIELDS,
-    VIDEO_FIELDS,
-    conversation_draft,
-    looks_like_one,
-)
+from data_pipeline.importers.conversation import conversation_draft, looks_like_one
 from data_pipeline.importers.draft import (
+    Convert,
     Draft,
     Entry,
     Medium,
@@ -26,6 +28,9 @@ from data_pipeline.importers.draft import (
     text_draft,
     unused_fields,
 )
+from data_pipeline.importers.members import fill, in_number_order, member
+from data_pipeline.importers.recognize import ALIKE, form_of, form_of_all
+from data_pipeline.importers.streaming import names_clip
 from data_pipeline.schema import SampleError, parse_sample
 
 # Members that say something about a sample and are none of its media: left out, and counted.
@@ -35,10 +40,23 @@ _ABOUT = frozenset({
     "sha256", "html", "htm", "csv", "tsv", "jsonl", "srt", "vtt", "log", "meta", "metadata", "md",
 })  # fmt: skip
 _TEXTS = ("txt", "text", "caption")
+# Records of these show their media second by second; the others are conversations or captions.
+_STREAMS = frozenset({
+    "realtime-qa", "moss-vl", "streamo-stream", "streamo", "joyai", "livechat", "narrations",
+    "speech",
+})  # fmt: skip
+_TOLD_BY = 100  # records of a shard by which forms that look alike are told apart
 
 
-def shard_entries(paths: list[str]) -> Iterator[Entry]:
-    """The samples of all shards; a damaged shard is rejected from where its damage starts."""
+def shard_entries(
+    paths: list[str], converts: dict[str, Convert], named: str | None = None
+) -> Iterator[Entry]:
+    """The samples of all shards; a damaged shard is rejected from where its damage starts.
+
+    Args:
+        converts: what makes drafts of a record, by its form.
+        named: the form of all records, where a user names one.
+    """
     stems = distinct_stems([files.name(path).partition(".")[0] for path in paths])
     seen = _Media(paths)
     for at, (path, stem) in enumerate(zip(paths, stems, strict=True)):
@@ -46,13 +64,15 @@ def shard_entries(paths: list[str]) -> Iterator[Entry]:
         with open_archive(path) as archive:
             notes = tuple(archive.left_out.elements())
             with_media = seen.anywhere(archive)
+            forms = _Forms(archive, converts, named)
             for number, members in enumerate(archive.samples):
-                draft = _draft_or_reason(archive, members, with_media)
-                if notes and isinstance(draft, Draft):
-                    draft = _noted(draft, notes)
-                    notes = ()
                 place = f"{files.name(path)}/{members.key}"
-                yield Entry(f"{stem}-{number:06d}", place, share, draft)
+                for part, draft in enumerate(_drafts(archive, members, forms, with_media)):
+                    if notes and isinstance(draft, Draft):
+                        draft = _noted(draft, notes)
+                        notes = ()
+                    key = f"{stem}-{number:06d}" + (f"-{part}" if part else "")
+                    yield Entry(key, place, share, draft)
             if archive.damage is not None:
                 count = len(archive.samples)
                 damage = SampleError("damaged_shard", f"after {count} samples: {archive.damage}")
@@ -61,6 +81,38 @@ def shard_entries(paths: list[str]) -> Iterator[Entry]:
 
 def _noted(draft: Draft, notes: tuple[str, ...]) -> Draft:
     return replace(draft, notes=draft.notes + notes)
+
+
+class _Forms:
+    """Which records of a shard are streams, and what makes drafts of them."""
+
+    def __init__(
+        self, archive: Archive, converts: dict[str, Convert], named: str | None = None
+    ) -> None:
+        self._archive, self._converts, self._named = archive, converts, named
+
+    def stream(self, record: dict[str, Any], media: Mapping[str, str]) -> Convert | None:
+        """For a record and the kinds of its sample's media; None: it is no stream."""
+        if "video" in media.values() and not names_clip(record):
+            record = record | {"video": True}  # the clip is beside it
+        form = self._named or form_of(record)
+        if form in ALIKE and self._named is None:
+            form = self._told or form
+        return self._converts[form] if form in _STREAMS else None
+
+    @cached_property
+    def _told(self) -> str | None:
+        """The form of the records that look alike, by the first ones of the shard."""
+        members = (sample.found.get("json") for sample in self._archive.samples)
+        texts = (self._archive.read(one) for one in members if one is not None)
+        records = []
+        for text in islice(texts, _TOLD_BY):
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError):  # rejected when its turn comes
+                continue
+            records += [record] if isinstance(record, dict) and form_of(record) in ALIKE else []
+        return form_of_all(records)
 
 
 class _Media:
@@ -109,33 +161,52 @@ def _read(archive: Archive, members: Members) -> dict[str, bytes]:
     return {rest: archive.read(member) for rest, member in members.found.items()}
 
 
-def _draft_or_reason(archive: Archive, members: Members, with_media: bool) -> Draft | SampleError:
+def _drafts(
+    archive: Archive, members: Members, forms: _Forms, with_media: bool
+) -> list[Draft | SampleError]:
     try:
-        parts = _read(archive, members)
-        draft = shard_draft(parts, members.key)
-        if with_media and not draft.media and draft.kind == "caption":
+        drafts = shard_drafts(_read(archive, members), members.key, forms)
+        alone = with_media and not drafts[0].media and drafts[0].kind == "caption"
+        if alone:
             raise SampleError("missing_file", f"{members.key}: a caption alone, in shards of media")
-        return draft
+        return [*drafts]
     except SampleError as error:
-        return error
+        return [error]
     except MemoryError:
         raise
     except Exception as error:  # whatever a strange member leads to: it costs its sample
-        return SampleError("bad_schema", f"{members.key}: {type(error).__name__}: {error}")
+        return [SampleError("bad_schema", f"{members.key}: {type(error).__name__}: {error}")]
 
 
-def shard_draft(parts: dict[str, bytes], key: str) -> Draft:
-    """A sample of a shard -> a draft; SampleError where it has no caption or no medium."""
+def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft]:
+    """A sample of a shard -> drafts; SampleError where it has no caption or no medium."""
     record = _json(parts)
-    media = {name: kind for name in sorted(parts) if (kind := media_type(f"m.{name}"))}
+    media = {n: kind for n in sorted(parts, key=in_number_order) if (kind := media_type(f"m.{n}"))}
     others = [name for name in sorted(parts) if name not in media and name != "json"]
     others = [name for name in others if name not in _TEXTS]
     strange = [name for name in others if name.rpartition(".")[2] not in _ABOUT]
     if strange and "media" not in record:
         raise SampleError("unknown_media", f"{key}.{strange[0]}: neither text, picture nor video")
     notes = [f"unused member .{name}" for name in others]
-    if looks_like_one(record):
-        return _conversation(record, parts, key, media, notes)
+    if "media" in record and looks_like_one(record):
+        return [_own(record, parts, key, notes)]
+    stream = forms.stream(record, media)
+    if stream is not None or looks_like_one(record):
+        known, used, more = fill(record, parts, key, media, stream=stream is not None)
+        notes += [*more, *(f"unused member .{name}" for name in media if name not in used)]
+        made = (stream or conversation_draft)(known, "")
+        first, *rest = made if isinstance(made, list) else [made]
+        return [_noted(first, tuple(notes)), *rest]
+    return [_captioned(record, parts, key, media, notes)]
+
+
+def _captioned(
+    record: dict[str, Any],
+    parts: dict[str, bytes],
+    key: str,
+    media: dict[str, Any],
+    notes: list[str],
+) -> Draft:
     caption, used = _caption(parts, record, key)
     notes += unused_fields(record, used)
     notes += [f"unused member .{name}" for name in _TEXTS if name in parts and name not in used]
@@ -169,52 +240,15 @@ def _caption(parts: dict[str, bytes], record: dict[str, Any], key: str) -> tuple
     return (record[found[0]], found[:1]) if found else ("", [])
 
 
-def _conversation(
-    record: dict[str, Any],
-    parts: dict[str, bytes],
-    key: str,
-    media: dict[str, Any],
-    notes: list[str],
-) -> Draft:
-    """Our own form, or a conversation whose media are members of the shard."""
-    if "media" in record:
-        sample = parse_sample("", record)
-        shown = [
-            Medium(m.type, _member(parts, m.file, key)["bytes"], files.suffix(m.file), m.times)
-            for m in sample.media
-        ]
-        turns = [
-            {k: v for k, v in vars(message).items() if k != "learn" or not v}
-            for message in sample.messages
-        ]
-        return Draft(turns, shown, sample.kind, notes=tuple(notes))
-    used: set[str] = set()
-    known = dict(record)
-    for column in (*IMAGE_FIELDS, *VIDEO_FIELDS):
-        if named := record.get(column):
-            names = named if isinstance(named, list) else [named]
-            found = [_member(parts, name, key) for name in names]
-            known[column] = [{"bytes": one["bytes"], "path": one["path"]} for one in found]
-            used.update(one["name"] for one in found)
-    if not used:  # the sample's members are what its conversation is about
-        for column, kind in (("image", "image"), ("video", "video")):
-            names = [name for name in media if media[name] == kind]
-            known[column] = [_member(parts, name, key) for name in names]
-            used.update(names)
-    left = [f"unused member .{name}" for name in media if name not in used]
-    return _noted(conversation_draft(known, ""), tuple(notes + left))
-
-
-def _member(parts: dict[str, bytes], name: Any, key: str) -> dict[str, Any]:
-    """A medium by its member's whole name (`dir/000.jpg`), the last part of it, or its suffix."""
-    if isinstance(name, dict):
-        name = name.get("path")
-    if not isinstance(name, str):
-        raise SampleError("bad_schema", f"{name!r:.80} is not the name of a member")
-    stem = key.rpartition("/")[2]
-    last = name.rpartition("/")[2]
-    inside = last.removeprefix(f"{stem}.").lower() if last.startswith(f"{stem}.") else last
-    for found in (name, inside):
-        if found in parts:
-            return {"bytes": parts[found], "path": f"m.{found}", "name": found}
-    raise SampleError("missing_file", f"{name} is not in the shard")
+def _own(record: dict[str, Any], parts: dict[str, bytes], key: str, notes: list[str]) -> Draft:
+    """A sample in our own form."""
+    sample = parse_sample("", record)
+    shown = [
+        Medium(m.type, member(parts, m.file, key)["bytes"], files.suffix(m.file), m.times)
+        for m in sample.media
+    ]
+    turns = [
+        {k: v for k, v in vars(message).items() if k != "learn" or not v}
+        for message in sample.messages
+    ]
+    return Draft(turns, shown, sample.kind, notes=tuple(notes))

@@ -1,4 +1,5 @@
-"""Next-token cross entropy for logits whose vocabulary is sharded: silence weight, smoothing, z."""
+"""Next-token cross entropy for logits whose vocabulary is sharded: silence weight or balanced
+states (states.py), smoothing, z."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from data_pipeline.batch import IGNORED_LABEL
+from moss_train.model.states import WORD, label_states
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class LossOptions:
     label_smoothing: probability spread evenly over the vocabulary, 0 to 1.
     z_loss: factor on the squared logarithm of the softmax's denominator, which keeps it near 1.
     count_hits: also count the labels that are the likeliest token (`Targets.hits`).
+    focal_gamma: of the loss `state_balanced` (states.py), which takes the place of
+        `silence_weight`; None: `weighted`.
     """
 
     silence_id: int
@@ -33,6 +37,7 @@ class LossOptions:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     count_hits: bool = False
+    focal_gamma: float | None = None
 
 
 @dataclass
@@ -44,24 +49,37 @@ class Targets:
     weights: factor on each position's cross entropy, fp32 `[n]`: `silence_weight` where it is
         silence, 0 for the one dummy of a microbatch without labels.
     count: labels, unweighted.
+    states: of the labels (states.py), int64 `[n]`; None where the loss does not balance them.
+    state_weights: of the three states in the global batch, fp32 `[3]`: set before the schedule.
     hits: how many of them the model holds for the likeliest token, where `options.count_hits` asks
         for it and the last stage has run.
+    weighted: what the loss would be without balance, smoothing and z, where the states are balanced
+        and the last stage has run.
     """
 
-    on_device: ClassVar = ("positions", "tokens", "weights")
+    on_device: ClassVar = ("positions", "tokens", "weights", "states")
 
     positions: Tensor
     tokens: Tensor
     weights: Tensor
     count: int
     options: LossOptions
+    states: Tensor | None = None
+    state_weights: Tensor | None = None
     hits: Tensor | None = None
+    weighted: Tensor | None = None
 
 
-def find_targets(labels: Tensor, lengths: list[int], options: LossOptions) -> Targets:
+def find_targets(
+    labels: Tensor,
+    lengths: list[int],
+    options: LossOptions,
+    frame_positions: Tensor | None = None,
+) -> Targets:
     """Targets of packed sequences of `lengths`, padding behind them.
 
     `labels` `[T]` are not shifted: position t predicts label t + 1 of its own sequence.
+    `frame_positions`: of the frames among the T tokens; balanced states need them.
     """
     following = labels.roll(-1)
     # Nothing follows the end of a sequence.
@@ -74,7 +92,12 @@ def find_targets(labels: Tensor, lengths: list[int], options: LossOptions) -> Ta
         positions, tokens = positions.new_zeros(1), tokens.new_zeros(1)
     weights = torch.ones(len(positions))
     weights = weights.masked_fill(tokens == options.silence_id, options.silence_weight)
-    return Targets(positions, tokens, weights * (count > 0), count, options)
+    targets = Targets(positions, tokens, weights * (count > 0), count, options)
+    if options.focal_gamma is not None:
+        assert frame_positions is not None
+        states = label_states(labels, lengths, frame_positions, options.silence_id)
+        targets.states = states[positions + 1]
+    return targets
 
 
 def weighted_loss(
@@ -83,7 +106,8 @@ def weighted_loss(
     total: Tensor,
     tensor_group: dist.ProcessGroup,
 ) -> Tensor:
-    """Sum of weight x loss over the microbatch, divided by `total` labels.
+    """Sum of weight x loss over the microbatch, divided by `total` labels: of `Targets.weights`, or
+    of the states' weights and the focal factor.
 
     Args:
         logits: `[n, 1, V / tensor]`, this rank's columns.
@@ -96,12 +120,30 @@ def weighted_loss(
     if options.count_hits:
         targets.hits = _hits(logits.detach()[:, 0], targets, tensor_group)
     if options.label_smoothing or options.z_loss:
-        losses = _regularized(logits[:, 0], targets.tokens, tensor_group, options)
+        losses, entropies = _regularized(logits[:, 0], targets.tokens, tensor_group, options)
     elif tensor_group.size() == 1:
-        losses = cross_entropy(logits[:, 0], targets.tokens, reduction="none")
+        losses = entropies = cross_entropy(logits[:, 0], targets.tokens, reduction="none")
     else:
         losses = vocab_parallel_cross_entropy(logits, targets.tokens[:, None])[:, 0]
-    return (losses * targets.weights).sum() / total
+        entropies = losses
+    if targets.states is None or not targets.count:
+        return (losses * targets.weights).sum() / total
+    targets.weighted = (entropies.detach() * targets.weights).sum() / total
+    return (losses * _balance(entropies, targets)).sum() / total
+
+
+def _balance(entropies: Tensor, targets: Targets) -> Tensor:
+    """What each label weighs by its state and its probability p: `[n]` of -log p -> `[n]`.
+
+    Nothing here is as large as the vocabulary: p comes from the cross entropy.
+    """
+    states, weights, gamma = targets.states, targets.state_weights, targets.options.focal_gamma
+    assert states is not None
+    assert weights is not None
+    assert gamma is not None
+    # 1 - p; below the bound it is a constant, for a power below 1 has no slope at 0.
+    doubt = (-torch.expm1(-entropies)).clamp(min=1e-6)
+    return weights[states] * torch.where(states == WORD, 1.0, doubt**gamma)
 
 
 def _hits(logits: Tensor, targets: Targets, group: dist.ProcessGroup) -> Tensor:
@@ -123,9 +165,10 @@ def _own_columns(tokens: Tensor, size: int, group: dist.ProcessGroup) -> tuple[T
 
 def _regularized(
     logits: Tensor, tokens: Tensor, group: dist.ProcessGroup, options: LossOptions
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Label smoothing and z-loss, whose sums run over the whole vocabulary (megatron's own
-    smoothing takes means over a rank's part of it). `[n, V / tensor]`, `[n]` -> `[n]`.
+    smoothing takes means over a rank's part of it). `[n, V / tensor]`, `[n]` -> losses `[n]`, and
+    the cross entropies in them `[n]`.
     """
     size = logits.shape[1]
     peak = logits.detach().amax(1)
@@ -146,4 +189,5 @@ def _regularized(
     log_total = peak + exponentials.log()
     smoothing = options.label_smoothing
     expected = (1 - smoothing) * target + smoothing * mean
-    return log_total - expected + options.z_loss * log_total.square()
+    losses = log_total - expected + options.z_loss * log_total.square()
+    return losses, log_total - target

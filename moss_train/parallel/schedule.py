@@ -81,9 +81,15 @@ def plan_inputs(
             flex=pooled_tokens(model) if model.attention == "flex" else None,
         )
         text = PackedText(batch.tokens, batch.lengths, rounds_lengths(model))
-        targets = find_targets(batch.labels, batch.lengths, options)
+        targets = find_targets(batch.labels, batch.lengths, options, _frame_tokens(batch))
         inputs.append(DecoderInput(text, plan, targets))
     return inputs
+
+
+def _frame_tokens(batch: TextBatch) -> Tensor:
+    """Positions of the frames among the tokens of a microbatch `[N]`."""
+    starts = torch.tensor([0, *batch.lengths]).cumsum(0)
+    return starts[batch.frame_sequences] + batch.frame_positions
 
 
 def run_schedule(

@@ -31,7 +31,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("loss per label", ("loss",), log=True, dots=("validation.loss",)),
+    Panel("loss per label", ("loss", "weighted_loss"), log=True, dots=("validation.loss",)),
     Panel("learning rate", ("lr",), smooth=False),
     Panel("gradient norm before clipping", ("grad_norm",), log=True),
     Panel("validation accuracy", (), dots=("validation.accuracy.all",)),

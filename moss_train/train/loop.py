@@ -319,8 +319,7 @@ class Job:
     ) -> StepMetrics:
         counts, config = result.counts, self.config
         trained = self.counts.trained
-        # Adapters are small: their share, and what runs through frozen weights to reach them, is
-        # not counted.
+        # Adapters are small: neither they nor what runs through frozen weights to them is counted.
         decoder = trained["decoder"] > 0 and not self.model.adapted
         trains = TrainedParts(trained["vision"] > 0, trained["projector"] > 0, decoder)
         flops = step_flops(
@@ -332,6 +331,7 @@ class Job:
         return StepMetrics(
             step=self.done,
             loss=result.loss,
+            weighted_loss=result.weighted_loss,
             lr=self.state.last_lr,
             grad_norm=result.grad_norm,
             samples=config.data.global_batch,

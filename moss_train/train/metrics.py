@@ -23,7 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 GROUPS = {
-    "loss": ("loss", "lr", "grad_norm", "skipped_steps"),
+    "loss": ("loss", "weighted_loss", "lr", "grad_norm", "skipped_steps"),
     "data": (
         "samples", "tokens", "labels", "frames", "skipped_samples",
         "truncated_samples", "truncated_labels", "turns", "masked_turns",
@@ -42,7 +42,8 @@ class StepMetrics:
     """One optimizer step over all ranks.
 
     step: number of the step, the first is 1.
-    loss: of the global batch, per label.
+    loss: of the global batch, per label. weighted_loss: that of loss=weighted without smoothing and
+        z, as validation has it, where another one trains; None (not written): none does.
     lr: learning rate of this step's update.
     grad_norm: of all parameters, before clipping.
     samples, tokens, frames: conversations, text tokens without padding, frames of the step.
@@ -96,6 +97,7 @@ class StepMetrics:
     frames_per_rank_mean: float
     padding_ratio: float
     epochs: dict[str, float]
+    weighted_loss: float | None = None
     validation: dict[str, Any] | None = None
     mfu: float | None = None
     hfu: float | None = None
@@ -153,7 +155,7 @@ class MetricsWriter:
     def write(self, metrics: StepMetrics) -> None:
         """Appends the step's line; a value that is not finite becomes null."""
         values = asdict(metrics)
-        for name in ("validation", "mfu", "hfu"):
+        for name in ("weighted_loss", "validation", "mfu", "hfu"):
             if values[name] is None:
                 del values[name]
         finite = {

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moss_train.config import Config
-from moss_train.model.loss import LossOptions
+from moss_train.model.loss import LossOptions, Targets
+from moss_train.model.states import count_states, state_weights
 from moss_train.parallel.distribute import TextBatch
 from moss_train.parallel.schedule import DecoderInput, plan_inputs
 from moss_train.train.flops import StepCounts, count_microbatch
@@ -19,7 +20,8 @@ class StepPlan:
     """The decoder's inputs of a step, and what they count to; goes to the device in one copy.
 
     inputs: of each microbatch, without the states of its frames.
-    counts: of the replica: those of StepCounts, then its tokens with padding, int64.
+    counts: of the replica: those of StepCounts, its tokens with padding, and its labels of the
+        states silence and begin of speech (0 where the loss does not balance them), int64.
     """
 
     on_device = ("inputs", "counts")
@@ -34,8 +36,25 @@ class StepPlan:
                 batch.lengths, item.targets.positions[: item.targets.count], item.frames
             )
         padded = sum(len(item.text.tokens) for item in self.inputs)
-        self.counts = torch.tensor([*astuple(counts), padded])
+        self.counts = torch.cat((torch.tensor([*astuple(counts), padded]), self._states()))
         self._staged = Staged(self)
+
+    def _states(self) -> Tensor:
+        states = [t.states[: t.count] for t in self.targets if t.states is not None]
+        return count_states(torch.cat(states)) if states else torch.zeros(2, dtype=torch.int64)
+
+    def weigh_states(self, counts: Tensor) -> None:
+        """Tells the targets what a state weighs, from the states' counts in the global batch `[2]`;
+        nothing where the loss does not balance them."""
+        targets = [t for t in self.targets if t.states is not None]
+        weights = state_weights(counts) if targets else None
+        for own in targets:
+            own.state_weights = weights
+
+    @property
+    def targets(self) -> list[Targets]:
+        """Of each microbatch."""
+        return [item.targets for item in self.inputs]
 
     def forget_states(self) -> None:
         """Frees the states of all frames, once the decoder has done with them."""

@@ -35,7 +35,9 @@ _UNLEARNED = len(fields(Unlearned))
 class StepResult:
     """The result of a step, over the whole job.
 
-    loss: of the global batch, per label. padded_tokens: tokens with padding.
+    loss: of the global batch, per label. weighted_loss: the same without balanced states, smoothing
+        and z, as validation has it; None: the states are not balanced.
+    padded_tokens: tokens with padding.
     sources: samples by source. skipped: samples left out on the way to this step, by reason.
     refused: why the weights were not updated; None: they were.
     stop: how many ranks asked to stop (a signal).
@@ -44,6 +46,7 @@ class StepResult:
     """
 
     loss: float
+    weighted_loss: float | None
     grad_norm: float
     refused: str | None
     counts: StepCounts
@@ -75,8 +78,13 @@ class TrainStep:
         self.exchange = FrameExchange(config.model, model.encoder, model.groups, chunk)
         self.phases = Phases()
         stage = config.stage
+        self.balanced = config.loss.name == "state_balanced"
         self.loss = LossOptions(
-            silence_id, stage.silence_weight, stage.label_smoothing, stage.z_loss
+            silence_id,
+            stage.silence_weight,
+            stage.label_smoothing,
+            stage.z_loss,
+            focal_gamma=config.loss.focal_gamma if self.balanced else None,
         )
 
     def __call__(
@@ -96,15 +104,16 @@ class TrainStep:
         the weights may be updated is decided by all ranks together, on the device.
         """
         self.phases = Phases()
-        loss, counts = self.forward_backward(batch, plan)
+        losses, counts = self.forward_backward(batch, plan)
         frames = len(batch.frames)
         names = [source.name for source in self.config.data.sources]
         read = Counter(key.partition("/")[0] for key in batch.keys)
-        own = [0.0, sum(batch.skipped.values()), stop, frames, *astuple(batch.unlearned)]
+        own = [0.0, 0.0, sum(batch.skipped.values()), stop, frames, *astuple(batch.unlearned)]
         own += [read[name] for name in names]
         sums, maxima = _numbers(own, [0.0, frames, data_wait_s, hardware.peak_memory_gb()])
         if self.model.groups.reports_loss:
-            sums[0] = loss
+            for number, own_loss in enumerate(losses):
+                sums[number] = own_loss
         dist.all_reduce(sums)
 
         def refuses(grad_norm: Tensor) -> Tensor:
@@ -122,14 +131,15 @@ class TrainStep:
     ) -> StepResult:
         """From what the device says: see `__call__`."""
         norm, verdict, most_frames, longest_wait, most_memory, *rest = numbers
-        loss, skipped, stops, encoded, *rest = rest
+        loss, weighted, skipped, stops, encoded, *rest = rest
         unlearned, rest = rest[:_UNLEARNED], rest[_UNLEARNED:]
-        samples, (*counts, padded) = rest[: len(names)], rest[len(names) :]
+        samples, (*counts, padded, _, _) = rest[: len(names)], rest[len(names) :]
         refused = self.guard.record(int(verdict), loss)
         if refused is not None:
             self.state.take_back()
         return StepResult(
             loss=loss,
+            weighted_loss=weighted if self.balanced else None,
             grad_norm=norm,
             refused=refused,
             counts=StepCounts(*map(int, counts)),
@@ -147,12 +157,12 @@ class TrainStep:
 
     def forward_backward(
         self, batch: StepBatch, plan: StepPlan | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor]:
         """Reduced gradients of `batch`.
 
         Returns:
-            This rank's loss, and the counts of the step over all replicas: those of StepCounts,
-            then its tokens with padding, int64. All on the device.
+            This rank's loss, and the weighted one where the states are balanced and this rank has
+            it; the counts of the step over all replicas (`StepPlan.counts`). All on the device.
         """
         self.state.zero_gradients()
         plan = self.prepare(batch, self.loss, plan)
@@ -160,6 +170,7 @@ class TrainStep:
         dist.all_reduce(counts, group=self.model.groups.decoder.dp)
         labels, text_labels = (counts[_NAMES.index(name)] for name in ("labels", "text_labels"))
         total = (labels + text_labels).float()
+        plan.weigh_states(counts[-2:])
         self.phases.end("plan")
         loss = run_schedule(self.state.chunks, plan.inputs, total, self._ended)
         self.phases.end("backward")
@@ -168,7 +179,8 @@ class TrainStep:
         state = self.state
         reduce_gradients(state.wrapped_chunks, state.encoder, self.model.groups)
         self.phases.end("exchange")
-        return loss, counts
+        weighted = [t.weighted for t in plan.targets if t.weighted is not None]
+        return [loss, torch.stack(weighted).sum()] if weighted else [loss], counts
 
     def _ended(self, phase: str) -> None:
         """Told by the schedule (`run_schedule`): before each forward of a chunk, and after it."""

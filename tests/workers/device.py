@@ -39,10 +39,15 @@ def main(runs: list[tuple[str, dict]]) -> None:
 
 
 def train(
-    stage: str, data: str = "mixed", dtype: str = "fp32", micro: int = 2, **layout: Any
+    stage: str,
+    data: str = "mixed",
+    dtype: str = "fp32",
+    micro: int = 2,
+    loss: str = "weighted",
+    **layout: Any,
 ) -> dict[str, Any]:
-    """Two steps. `data`: a kind of workers/matrix.py, "stream" or "tiles"; `layout`: of
-    ParallelConfig.
+    """Two steps. `data`: a kind of workers/matrix.py, "stream" or "tiles"; `loss`: a preset of
+    conf/; `layout`: of ParallelConfig.
 
     Returns:
         losses and gradient norms; what was seen while the second step's batch was read and while
@@ -60,7 +65,7 @@ def train(
     from moss_train.train.param_groups import freeze
     from moss_train.train.step import TrainStep
 
-    config = staged(stage)
+    config = staged(stage, loss)
     config.model, config.parallel = small_model(dtype), ParallelConfig(**layout)
     config.model.vision.frames_per_chunk = 64 if data == "stream" else 3
     config.data.max_tiles = tiles = 4 if data == "tiles" else 1
@@ -93,11 +98,13 @@ def train(
     }
 
 
-def staged(stage: str) -> Any:
+def staged(stage: str, loss: str = "weighted") -> Any:
     """The configuration of a stage."""
     from moss_train.compose import load_config
 
-    config = load_config(stage, overrides=["data=shards", "data.tokenizer=x", "run.dir=x"])
+    config = load_config(
+        stage, overrides=["data=shards", "data.tokenizer=x", "run.dir=x", f"loss={loss}"]
+    )
     config.trainer.steps = 20
     return config
 

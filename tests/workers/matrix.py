@@ -28,6 +28,7 @@ PATTERNS = {
     "frozen_vision": ["projector.*", "decoder.*"],
     "pt1": ["projector.*"],
     "lora": ["projector.*"],
+    "balanced": ["*"],
 }
 FRAMES = {"text": [0], "image": [1], "video": [5], "mixed": [0, 1, 5, 2]}
 
@@ -78,6 +79,8 @@ def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS
         trainer=TrainerConfig(steps=STEPS),
     )
     config.stage.silence_weight = 0.1
+    if train == "balanced":
+        config.loss.name = "state_balanced"
     adapter = AdapterConfig("lora", rank=4, alpha=8.0) if train == "lora" else None
     model = MossVideo(config.model, parallel, groups, adapter)
     fill(model, uneven(random_reader(config.model, seed=8)))
@@ -89,7 +92,7 @@ def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS
         batches = microbatches(kind, groups.data_rank, per_replica, micro)
 
     bounds = Bounds(micro, multiple=parallel.pipeline if parallel.virtual > 1 else 1)
-    losses, norms, encoded, gradients = [], [], [], {}
+    losses, weighted, norms, encoded, gradients = [], [], [], [], {}
     for number in range(steps):
         batch = read_step(
             batches, per_replica, bounds, 8, (1, 3, 56, 56), groups, step.exchange.shares
@@ -101,10 +104,12 @@ def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS
             gradients = _merge(export(model, _gradient))
         result = step(batch)
         losses.append(result.loss)
+        weighted.append(result.weighted_loss)
         norms.append(result.grad_norm)
     state.gather_parameters()
     return {
         "losses": losses,
+        "weighted": weighted,
         "norms": norms,
         "gradients": gradients,
         "weights": _merge(export(model)),

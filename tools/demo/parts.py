@@ -1,4 +1,4 @@
-"""What the two demos consist of: commands, each as anyone would type it."""
+"""What the demos and the comparison of losses consist of: commands as anyone would type them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ BATCH = 16  # samples a step, over all ranks
 LIVE = STAGES[-1]
 SHORT = 350 * BATCH  # samples of the demo's only stage
 BEFORE = 10  # samples of each source that the shipped weights are evaluated on
+# What losses.py compares: by the name of a run, the fields that choose its loss.
+LOSSES = {
+    "weighted": ("loss=weighted", "stage.silence_weight=1.0"),
+    "weighted_0.1": ("loss=weighted", "stage.silence_weight=0.1"),
+    "state_balanced": ("loss=state_balanced",),
+}
 
 
 @dataclass(frozen=True)
@@ -48,26 +54,46 @@ class Part:
 def short(options: argparse.Namespace) -> list[Part]:
     """The shipped model after `sft` learns to watch live: five minutes with the set-up."""
     out: Path = options.out
-    shipped, start = str(out / "shipped"), str(out / "start")
-    world = ["--stages", LIVE, "--train", str(options.train or 1_500)]
-    heldout = str(options.heldout or 60)
     # Few samples: a model that has not learned to be silent yet takes long to play a stream.
     before = ["--stages", LIVE, "--data", str(out / "world"), "--limit", str(BEFORE)]
     before += ["--out", str(out / "before.json")]
-    training = [
+    return [
+        *_beginning(options),
+        _evaluate("evaluate before training", str(out / "start"), options, 10, *before),
+        _train(LIVE, [*_learning(options), "trainer.eval_every=100"], options, 85 * options.scale),
+        _evaluate(f"evaluate {LIVE}", str(out / LIVE), options, 12),
+        *_ending(options),
+    ]
+
+
+def compared(options: argparse.Namespace) -> list[Part]:
+    """The short demo's training and evaluation, once with each of LOSSES."""
+    parts = _beginning(options)
+    for name, fields in LOSSES.items():
+        more = [*_learning(options), *fields]
+        parts.append(_train(LIVE, more, options, 85 * options.scale, name))
+        parts.append(_evaluate(f"evaluate {name}", str(options.out / name), options, 12))
+    return parts
+
+
+def _beginning(options: argparse.Namespace) -> list[Part]:
+    """The world of the short demo, and the shipped weights as a checkpoint."""
+    shipped, start = str(options.out / "shipped"), str(options.out / "start")
+    world = ["--stages", LIVE, "--train", str(options.train or 1_500)]
+    return [
+        _world(options, [*world, "--heldout", str(options.heldout or 60)], 16),
+        Part("unpack the weights", "tools.demo.checkpoint", ("unpack", shipped), 1),
+        _convert("import them", "hf-to-megatron", shipped, start),
+    ]
+
+
+def _learning(options: argparse.Namespace) -> list[str]:
+    """Fields of a training that goes on from the shipped weights."""
+    start = options.out / "start"
+    return [
         f"init_from={start}",
         f"data.tokenizer={start}/tokenizer",
         f"data.samples={_steps(SHORT * options.scale)}",
-        "trainer.eval_every=100",
-    ]
-    return [
-        _world(options, [*world, "--heldout", heldout], 16),
-        Part("unpack the weights", "tools.demo.checkpoint", ("unpack", shipped), 1),
-        _convert("import them", "hf-to-megatron", shipped, start),
-        _evaluate("evaluate before training", start, options, 10, *before),
-        _train(LIVE, training, options, 85 * options.scale),
-        _evaluate(f"evaluate {LIVE}", str(out / LIVE), options, 12),
-        *_ending(options),
     ]
 
 
@@ -120,7 +146,14 @@ def _evaluate(
     return Part(name, "tools.evaluate", (*suite, *more), seconds)
 
 
-def _train(stage: str, more: list[str], options: argparse.Namespace, seconds: float) -> Part:
+def _train(
+    stage: str,
+    more: list[str],
+    options: argparse.Namespace,
+    seconds: float,
+    run: str | None = None,
+) -> Part:
+    """`run`: name of its folder, where it is not the stage's."""
     overrides = [
         f"stage={stage}",
         "model=toy",
@@ -128,14 +161,14 @@ def _train(stage: str, more: list[str], options: argparse.Namespace, seconds: fl
         "hardware=cpu",
         "hardware.threads=1",  # more gain little in so small products, and lose to the loader
         f"data.root={options.out / 'world'}",
-        f"run.dir={options.out / stage}",
+        f"run.dir={options.out / (run or stage)}",
         "trainer.console_every=50",
         f"data.global_batch={BATCH}",
         f"data.micro_batch={BATCH // options.ranks}",
         *more,
         *options.overrides,
     ]
-    return Part(f"train {stage}", "moss_train", tuple(overrides), seconds, options.ranks)
+    return Part(f"train {run or stage}", "moss_train", tuple(overrides), seconds, options.ranks)
 
 
 def _steps(samples: float) -> int:

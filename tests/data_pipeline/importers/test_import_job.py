@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_a_killed_import_goes_on_and_ends_as_if_nothing_had_happened(
 
     finished: dict[Path, int] = {}
     for number, wanted in ((400, 5), (800, 11)):
-        with blocked(source, number):
+        with blocked(source.parent / f"own{number}.png"):
             job = subprocess.Popen(
                 command(source, out, *options), cwd=REPO, start_new_session=True,
                 stderr=subprocess.DEVNULL,
@@ -124,16 +125,58 @@ def test_a_killed_import_goes_on_and_ends_as_if_nothing_had_happened(
     assert again.out == said
 
 
+def test_a_kill_between_the_windows_of_a_record_loses_none_and_doubles_none(folder: Path) -> None:
+    """Each record is a commentary of 9 s in windows of 2 s, each shard ends within one."""
+    lines = []
+    for number in range(8):
+        clip = f"own{number}.mp4" if number in (3, 6) else "a.mp4"
+        shutil.copyfile(folder / "a.mp4", folder / clip) if clip != "a.mp4" else None
+        words = [
+            {"start": second, "end": second + 0.5, "text": f"r{number}s{second}"}
+            for second in range(9)
+        ]
+        lines.append(json.dumps({"video": clip, "words": words if number != 1 else ["?"]}))
+    source = folder / "words.jsonl"
+    source.write_text("".join(f"{line}\n" for line in lines))
+    options = ["--window", 2, "--samples-per-shard", 2, "--form", "speech"]
+    whole, out = folder.parent / "whole", folder.parent / "out"
+    assert main([str(source), str(whole), *map(str, options), "--workers", "0"]) == 0
+    for number, wanted in ((3, 2), (6, 5)):
+        with blocked(folder / f"own{number}.mp4"):
+            job = subprocess.Popen(
+                command(source, out, *options, "--workers", 1), cwd=REPO, start_new_session=True,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            wait_for(partial(has_shards, out, wanted))
+            job.kill()
+            job.wait()
+            wait_for(partial(has_ended, job.pid))
+    assert main([str(source), str(out), *map(str, options), "--workers", "0"]) == 0
+    assert contents(out) == contents(whole)
+    samples = imported(out)
+    windows = {key.rpartition("-")[0] for key in samples if key.count("-") > 1}
+    assert len(windows) == 7
+    told = [
+        word
+        for sample in samples.values()
+        for message in sample["messages"]
+        if message["role"] == "assistant"
+        for word in re.findall(r"r\ds\d", message["content"])
+    ]
+    assert sorted(told) == [
+        f"r{number}s{s}" for number in range(8) if number != 1 for s in range(9)
+    ]
+
+
 @contextmanager
-def blocked(records: Path, number: int) -> Iterator[None]:
-    """An import of these records comes to this one and no further: its picture never ends."""
-    picture = records.parent / f"own{number}.png"
-    original = picture.read_bytes()
-    picture.unlink()
-    os.mkfifo(picture)
+def blocked(medium: Path) -> Iterator[None]:
+    """An import comes to the record of this picture or clip and no further: it never ends."""
+    original = medium.read_bytes()
+    medium.unlink()
+    os.mkfifo(medium)
     yield
-    picture.unlink()
-    picture.write_bytes(original)
+    medium.unlink()
+    medium.write_bytes(original)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

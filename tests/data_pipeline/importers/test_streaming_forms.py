@@ -12,11 +12,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_pipeline.build import build_shards
 from data_pipeline.importers.timeline import Said, Timeline, unroll
 from data_pipeline.shards import ShardError
 from data_pipeline.video import VideoInfo, frames_at, probe_video
 from tests.data_pipeline.clips import number
 from tests.data_pipeline.importers.realtime import FRAME, SILENCE, WATCHED, run, said, write
+from tests.samples import imported
 
 
 def event(content: str, **times: Any) -> dict[str, Any]:
@@ -292,3 +294,77 @@ def test_long_answers_go_on_and_newer_questions_cut_them_off() -> None:
     assert cut.notes == ["answer cut off by a newer question"]
     dense = unroll(Timeline((Said(0, "Q"),), (Said(8, "一二三四"),), pace=2), info)
     assert dense.messages[1]["content"].endswith(f"{FRAME}一二{FRAME}三四{SILENCE}")
+
+
+def shard(path: Path, *samples: dict[str, Any]) -> Path:
+    """A tar of others: of each sample the members by the rest of their names."""
+    with tarfile.open(path, "w") as tar:
+        for number, members in enumerate(samples):
+            for rest, content in members.items():
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                entry = tarfile.TarInfo(f"clips/{number:04d}.{rest}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def test_streams_in_tars_are_those_of_files(folder: Path) -> None:
+    """The clip is a member beside the record, under its key or the name that the record gives."""
+    clip = (folder / "a.mp4").read_bytes()
+    words = [{"start": 1.0, "end": 1.4, "text": "One"}, {"start": 2.1, "end": 2.5, "text": "two."}]
+    instant = streamo(response=[event("Now.", time=7)])  # by itself it is JoyAI's
+    records = [
+        streamo(), instant, BY_FRAMES, {"words": words}, streamo(video_path="/their/disk/x.mp4"),
+    ]  # fmt: skip
+    named = [
+        record | ({} if "messages" in record else {"video_path": "a.mp4"}) for record in records
+    ]
+    expected, _ = run(write(folder / "all.jsonl", *named))
+    samples, summary = run(shard(folder / "all.tar", *({"mp4": clip, "json": r} for r in records)))
+    assert summary.rejected == {}
+    assert summary.notes["the sample's only video, whose name is not the one that the record gives"]
+    assert [sample["messages"] for sample in samples] == [e["messages"] for e in expected]
+    assert [sample["media"] for sample in samples] == [e["media"] for e in expected]
+
+    (alone,), _ = run(shard(folder / "joyai.tar", {"mp4": clip, "json": instant}))
+    (as_named,), _ = run(
+        shard(folder / "named.tar", {"mp4": clip, "json": instant}), form="streamo"
+    )
+    assert alone["messages"] != samples[1]["messages"] == as_named["messages"]
+
+
+def test_frames_in_tars_stand_in_the_order_of_their_numbers(folder: Path) -> None:
+    from PIL import Image
+
+    pictures: dict[str, Any] = {}
+    for second in (10, 2, 0, 11, 1, *range(3, 10)):
+        Image.new("RGB", (8, 8), (20 * second, 0, 0)).save(buffer := io.BytesIO(), "PNG")
+        pictures[f"{second}.png"] = buffer.getvalue()
+    turns = [
+        turn
+        for second in range(12)
+        for turn in (
+            {"role": "user", "content": f"<{second}.0 seconds>\n<image>"},
+            {"role": "assistant", "content": "</silence>" if second else "</response> Red."},
+        )
+    ]
+    source = shard(folder / "frames.tar", pictures | {"json": {"messages": turns}})
+    out = folder.parent / "out-frames"
+    build_shards(source, out)
+    (sample,) = imported(out).values()
+    members = [io.BytesIO(sample["members"][f"{second}.png"]) for second in range(12)]
+    reds = [Image.open(member).getpixel((0, 0)) for member in members]
+    assert reds == [(20 * second, 0, 0) for second in range(12)]
+
+
+def test_a_stream_in_a_tar_without_its_clip_is_rejected(folder: Path) -> None:
+    clip = (folder / "a.mp4").read_bytes()
+    source = shard(
+        folder / "some.tar",
+        {"mp4": clip, "json": streamo()},
+        {"json": streamo()},
+        {"a.mp4": clip, "b.mp4": clip, "json": streamo(video_path="c.mp4", video_name="")},
+    )
+    samples, summary = run(source)
+    assert len(samples) == 1
+    assert summary.rejected == {"missing_file": 2}

@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moss_train.model.loss import LossOptions, find_targets, weighted_loss
 from tests.torchrun import run_ranks
-from tests.workers.loss import OPTIONS, batch, gradient, hits
+from tests.workers.loss import OPTIONS, STATE_WEIGHTS, batch, gradient, hits
 
 SILENCE, VOCAB = 11, 50
 pytestmark = pytest.mark.usefixtures("groups")
@@ -81,7 +81,7 @@ def sharded(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_smoothing_and_z_loss_are_those_of_fp64(name: str, ranks: int, request):
+def test_every_form_of_the_loss_is_that_of_fp64(name: str, ranks: int, request):
     options = OPTIONS[name]
     logits, tokens = batch()
     exact = logits.double().requires_grad_()
@@ -89,7 +89,13 @@ def test_smoothing_and_z_loss_are_those_of_fp64(name: str, ranks: int, request):
         exact, tokens, reduction="none", label_smoothing=options.label_smoothing
     )
     losses = losses + options.z_loss * exact.exp().sum(1).log() ** 2
-    expected = (losses * torch.where(tokens == options.silence_id, 0.1, 1.0)).sum() / 7
+    weights = torch.where(tokens == options.silence_id, 0.1, 1.0).double()
+    if options.focal_gamma is not None:  # speech begins behind silence
+        begins = torch.tensor([False, *(tokens[:-1] == 11)]) & (tokens != 11)
+        a = torch.where(begins, STATE_WEIGHTS[2], STATE_WEIGHTS[1]).double()
+        p = exact.softmax(1).gather(1, tokens[:, None])[:, 0]
+        weights = torch.where(begins | (tokens == 11), a * (1 - p) ** 2, 1.0)
+    expected = (losses * weights).sum() / 7
     expected.backward()
     if ranks == 1:
         assert dist.group.WORLD is not None

@@ -62,7 +62,14 @@ BF16: dict[int, dict[str, dict]] = {
 }
 # Each linear layer has two parameters more then: one of them sliced, the other whole.
 LORA = {1: ["fewer"], 2: ["tp2", "tp2_sp", "pp2", "dp2"]}
+# Counts of labels by state, over microbatches, stages and replicas, weigh the loss.
+BALANCED = {
+    1: ["fewer", "micro_batch_of_1", "full_recompute"],
+    2: ["tp2", "tp2_sp", "pp2_vp2", "dp2_overlap"],
+    4: ["dp2_tp2_sp", "dp2_pp2_vp2_overlap"],
+}
 FEWER = 6  # steps of variants
+FEWEST = 2
 SINGLE_KIND = 5  # steps of texts alone, images alone, clips alone
 SMALL_RUNS = [("all", "mixed"), ("pt1", "mixed"), ("pt1", "text")]
 REPLICATED = ("q_norm", "k_norm", "gate", "norm", "projector", "vision_model")
@@ -87,6 +94,10 @@ def load(tmp_path_factory) -> Load:
         runs += [
             (name, layouts.get(name, {}) | {"steps": FEWER}, [("lora", "mixed")])
             for name in LORA.get(world, [])
+        ]
+        runs += [
+            (name, (layouts | small).get(name, {}) | {"steps": FEWEST}, [("balanced", "mixed")])
+            for name in BALANCED[world]
         ]
         arguments = json.dumps(runs)
         result = run_ranks("tests/workers/matrix.py", world, arguments, out=out, timeout=600)
@@ -120,6 +131,17 @@ def test_layout_trains_like_a_single_process(
     assert _worst(ours["adapters"], single["adapters"]) < 1e-4
     assert ours["differing"] == []
     _check_shares(ours["encoded"], ours["shares"])
+
+
+@pytest.mark.parametrize("layout", [n for own in BALANCED.values() for n in own][1:])
+def test_balanced_states_weigh_the_same_in_every_layout(load: Load, layout: str) -> None:
+    ours, single = load(layout, "balanced", "mixed"), load("fewer", "balanced", "mixed")
+    plain = load("fewer", "all", "mixed")
+    assert ours["losses"][0] == pytest.approx(single["losses"][0], rel=1e-6)
+    assert ours["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    assert ours["weighted"][0] == pytest.approx(plain["losses"][0], rel=1e-6)
+    assert _worst(ours["gradients"], single["gradients"]) < 1e-4
+    assert _worst(ours["weights"], single["weights"]) < 1e-4
 
 
 def test_rounded_lengths_have_the_losses_of_exact_ones(load: Load) -> None:

@@ -134,7 +134,7 @@ def run(step: Any, bounds: Bounds) -> tuple[int, float, torch.Tensor]:
     groups = step.model.groups
     batches = islice(microbatches("mixed", 0, 4, 1), 8)
     batch = read_step(batches, 8, bounds, 8, (1, 3, 56, 56), groups, 1)
-    loss, _ = step.forward_backward(batch)
+    (loss,), _ = step.forward_backward(batch)
     gradients: list[Any] = [p.main_grad.flatten() for _, p in step.model.named_parameters()]
     return len(batch.microbatches), float(loss), torch.cat(gradients).double()
 

@@ -44,6 +44,7 @@ SINGLE = {
     "pt2": Asked({"stage": "pt2"}, 2002, 4),
     "pt1_bf16": Asked({"stage": "pt1", "dtype": "bf16"}, 1131, 4),
     "sft_selective": Asked({"stage": "sft", "recompute": "selective", "data": "tiles"}, 2501, 4),
+    "realtime_balanced": Asked({"stage": "realtime_sft", "loss": "state_balanced"}, 2061, 4),
     "realtime_full": Asked(
         {"stage": "realtime_sft", "recompute": "full", "data": "stream", "micro": 1}, 5542, 4
     ),
