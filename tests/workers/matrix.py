@@ -92,7 +92,7 @@ def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS
         batches = microbatches(kind, groups.data_rank, per_replica, micro)
 
     bounds = Bounds(micro, multiple=parallel.pipeline if parallel.virtual > 1 else 1)
-    losses, weighted, norms, encoded, gradients = [], [], [], [], {}
+    results, encoded, gradients = [], [], {}
     for number in range(steps):
         batch = read_step(
             batches, per_replica, bounds, 8, (1, 3, 56, 56), groups, step.exchange.shares
@@ -102,15 +102,12 @@ def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS
             step.forward_backward(batch)
             _whole_gradients(state, groups)
             gradients = _merge(export(model, _gradient))
-        result = step(batch)
-        losses.append(result.loss)
-        weighted.append(result.weighted_loss)
-        norms.append(result.grad_norm)
+        results.append(step(batch))
     state.gather_parameters()
     return {
-        "losses": losses,
-        "weighted": weighted,
-        "norms": norms,
+        "losses": [result.loss for result in results],
+        "weighted": [result.weighted_loss for result in results],
+        "norms": [result.grad_norm for result in results],
         "gradients": gradients,
         "weights": _merge(export(model)),
         "adapters": _merge(

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import re
-import shutil
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -21,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -30,43 +23,17 @@ from data_pipeline.build import BuildOptions, TooManyRejectedError, build_shards
 from data_pipeline.importers.media import MediaOptions
 from data_pipeline.shards import ShardError, check_source
 from data_pipeline.video import frames_at, probe_video
+from tests.data_pipeline.importers.jobs import (
+    blocked,
+    command,
+    contents,
+    has_shards,
+    make_records,
+    wait_for,
+)
 from tests.samples import graded_video, imported
 
 REPO = Path(__file__).resolve().parents[3]
-
-
-def make_records(folder: Path, count: int) -> Path:
-    """Records of three groups; every tenth names a picture that is not there."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        pixels = rng.integers(0, 255, (90, 160, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-    with (folder / "records.jsonl").open("w") as file:
-        for i in range(count):
-            record: dict[str, Any] = {"messages": [
-                {"role": "user", "content": "<|image|>?" if i % 3 else "?"},
-                {"role": "assistant", "content": f"Answer {i}"},
-            ]}  # fmt: skip
-            if i % 3:
-                name = "gone" if i % 10 == 5 else "ab"[i % 2]
-                if i in (400, 800):
-                    name = f"own{i}"
-                    shutil.copy(folder / "a.png", folder / f"{name}.png")
-                record["images"] = [f"{name}.png"]
-            file.write(json.dumps(record) + "\n")
-    return folder / "records.jsonl"
-
-
-def contents(out: Path) -> dict[str, str]:
-    """What an import left, without what energon adds (it draws an id for each index)."""
-    files = [*out.glob("*/*.tar"), out / "rejected.jsonl", out / "shards.jsonl"]
-    found = {str(p.relative_to(out)): p for p in files}
-    return {name: hashlib.md5(path.read_bytes()).hexdigest() for name, path in found.items()}
-
-
-def command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-m", "data_pipeline.build", *map(str, arguments)]
 
 
 def test_names_and_bytes_do_not_depend_on_the_workers(tmp_path: Path) -> None:
@@ -87,121 +54,6 @@ def test_names_and_bytes_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     assert check_source(outs[0] / "image").samples == 239
 
 
-def test_a_killed_import_goes_on_and_ends_as_if_nothing_had_happened(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = make_records(tmp_path / "in", 1200)
-    options = ["--samples-per-shard", 50, "--workers", 2]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert main([str(source), str(whole), *map(str, options)]) == 0
-
-    finished: dict[Path, int] = {}
-    for number, wanted in ((400, 5), (800, 11)):
-        with blocked(source.parent / f"own{number}.png"):
-            job = subprocess.Popen(
-                command(source, out, *options), cwd=REPO, start_new_session=True,
-                stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            wait_for(partial(has_shards, out, wanted))
-            job.kill()
-            job.wait()
-            wait_for(partial(has_ended, job.pid))
-        for shard, when in finished.items():
-            assert shard.stat().st_mtime_ns == when, f"{shard.name} was made twice"
-        known = [json.loads(line) for line in (out / "shards.jsonl").read_text().splitlines()]
-        paths = [out / line["group"] / line["shard"] for line in known]
-        finished = {path: path.stat().st_mtime_ns for path in paths}
-        assert wanted - 1 <= len(finished) < 20  # the last may have a name and no line yet
-    capsys.readouterr()
-    assert main([str(source), str(out), *map(str, options)]) == 0
-    said = capsys.readouterr().out
-    assert contents(out) == contents(whole) | {"shards.jsonl": contents(out)["shards.jsonl"]}
-    assert "1200 records: 1120 imported, 80 rejected" in said
-    for shard, when in finished.items():
-        assert shard.stat().st_mtime_ns == when
-    assert main([str(source), str(out), *map(str, options)]) == 0
-    again = capsys.readouterr()
-    assert "finished already" in again.err
-    assert again.out == said
-
-
-def test_a_kill_between_the_windows_of_a_record_loses_none_and_doubles_none(folder: Path) -> None:
-    """Each record is a commentary of 9 s in windows of 2 s, each shard ends within one."""
-    lines = []
-    for number in range(8):
-        clip = f"own{number}.mp4" if number in (3, 6) else "a.mp4"
-        shutil.copyfile(folder / "a.mp4", folder / clip) if clip != "a.mp4" else None
-        words = [
-            {"start": second, "end": second + 0.5, "text": f"r{number}s{second}"}
-            for second in range(9)
-        ]
-        lines.append(json.dumps({"video": clip, "words": words if number != 1 else ["?"]}))
-    source = folder / "words.jsonl"
-    source.write_text("".join(f"{line}\n" for line in lines))
-    options = ["--window", 2, "--samples-per-shard", 2, "--form", "speech"]
-    whole, out = folder.parent / "whole", folder.parent / "out"
-    assert main([str(source), str(whole), *map(str, options), "--workers", "0"]) == 0
-    for number, wanted in ((3, 2), (6, 5)):
-        with blocked(folder / f"own{number}.mp4"):
-            job = subprocess.Popen(
-                command(source, out, *options, "--workers", 1), cwd=REPO, start_new_session=True,
-                stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            wait_for(partial(has_shards, out, wanted))
-            job.kill()
-            job.wait()
-            wait_for(partial(has_ended, job.pid))
-    assert main([str(source), str(out), *map(str, options), "--workers", "0"]) == 0
-    assert contents(out) == contents(whole)
-    samples = imported(out)
-    windows = {key.rpartition("-")[0] for key in samples if key.count("-") > 1}
-    assert len(windows) == 7
-    told = [
-        word
-        for sample in samples.values()
-        for message in sample["messages"]
-        if message["role"] == "assistant"
-        for word in re.findall(r"r\ds\d", message["content"])
-    ]
-    assert sorted(told) == [
-        f"r{number}s{s}" for number in range(8) if number != 1 for s in range(9)
-    ]
-
-
-@contextmanager
-def blocked(medium: Path) -> Iterator[None]:
-    """An import comes to the record of this picture or clip and no further: it never ends."""
-    original = medium.read_bytes()
-    medium.unlink()
-    os.mkfifo(medium)
-    yield
-    medium.unlink()
-    medium.write_bytes(original)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
-
-
-def has_shards(out: Path, count: int) -> bool:
-    return len(list(out.glob("*/*.tar"))) >= count
-
-
-def has_ended(group: int) -> bool:
-    """Whether a process group has no processes but those that nobody has buried yet."""
-
-    def running(process: psutil.Process) -> bool:
-        try:
-            return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            return False
-
-    return not any(running(process) for process in psutil.process_iter())
-
-
 def test_other_arguments_are_refused(tmp_path: Path) -> None:
     source = make_records(tmp_path / "in", 12)
     build_shards(source, tmp_path / "out")
@@ -219,7 +71,7 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_ends_the_import_which_then_goes_on(tmp_path: Path) -> None:
     source, out = make_records(tmp_path / "in", 600), tmp_path / "out"
     arguments = command(source, out, "--workers", 1, "--samples-per-shard", 20)
-    with blocked(source, 400):
+    with blocked(source.parent / "own400.png"):
         job = subprocess.Popen(arguments, cwd=REPO, stderr=subprocess.PIPE, text=True)
         wait_for(partial(has_shards, out, 1))
         (worker,) = psutil.Process(job.pid).children()
@@ -246,7 +98,7 @@ def test_text_that_no_file_can_hold_is_rejected(tmp_path: Path) -> None:
 
 def test_two_imports_into_one_folder_do_not_run_at_once(tmp_path: Path) -> None:
     source, out = make_records(tmp_path / "in", 600), tmp_path / "out"
-    with blocked(source, 400):
+    with blocked(source.parent / "own400.png"):
         first = subprocess.Popen(command(source, out, "--workers", 0), cwd=REPO)
         wait_for((out / "shards.jsonl").exists)
         with pytest.raises(ShardError, match="another import into it is running"):

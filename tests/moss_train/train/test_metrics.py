@@ -66,7 +66,7 @@ def test_a_line_holds_every_number_and_the_rates_made_from_them(tmp_path):
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line)
     expected = asdict(step_metrics())
-    for name in ("validation", "mfu", "hfu"):  # of steps that measured it only
+    for name in ("weighted_loss", "validation", "mfu", "hfu"):  # of steps that measured it only
         assert expected.pop(name) is None
     assert row == expected
     assert (row["samples_per_s"], row["tokens_per_s"], row["frames_per_s"]) == (4.0, 1500.0, 32.0)

@@ -1,0 +1,106 @@
+"""Imports that are killed with -9 lose nothing and double nothing when they are started again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.build import main
+from tests.data_pipeline.importers.jobs import (
+    blocked,
+    command,
+    contents,
+    has_ended,
+    has_shards,
+    make_records,
+    wait_for,
+)
+from tests.samples import imported
+from tests.torchrun import REPO
+
+
+def test_a_killed_import_goes_on_and_ends_as_if_nothing_had_happened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_records(tmp_path / "in", 1200)
+    options = ["--samples-per-shard", 50, "--workers", 2]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main([str(source), str(whole), *map(str, options)]) == 0
+
+    finished: dict[Path, int] = {}
+    for number, wanted in ((400, 5), (800, 11)):
+        with blocked(source.parent / f"own{number}.png"):
+            job = subprocess.Popen(
+                command(source, out, *options), cwd=REPO, start_new_session=True,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            wait_for(partial(has_shards, out, wanted))
+            job.kill()
+            job.wait()
+            wait_for(partial(has_ended, job.pid))
+        for shard, when in finished.items():
+            assert shard.stat().st_mtime_ns == when, f"{shard.name} was made twice"
+        known = [json.loads(line) for line in (out / "shards.jsonl").read_text().splitlines()]
+        paths = [out / line["group"] / line["shard"] for line in known]
+        finished = {path: path.stat().st_mtime_ns for path in paths}
+        assert wanted - 1 <= len(finished) < 20  # the last may have a name and no line yet
+    capsys.readouterr()
+    assert main([str(source), str(out), *map(str, options)]) == 0
+    said = capsys.readouterr().out
+    assert contents(out) == contents(whole) | {"shards.jsonl": contents(out)["shards.jsonl"]}
+    assert "1200 records: 1120 imported, 80 rejected" in said
+    for shard, when in finished.items():
+        assert shard.stat().st_mtime_ns == when
+    assert main([str(source), str(out), *map(str, options)]) == 0
+    again = capsys.readouterr()
+    assert "finished already" in again.err
+    assert again.out == said
+
+
+def test_a_kill_between_the_windows_of_a_record_loses_none_and_doubles_none(folder: Path) -> None:
+    """Each record is a commentary of 9 s in windows of 2 s, each shard ends within one."""
+    lines = []
+    for number in range(8):
+        clip = f"own{number}.mp4" if number in (3, 6) else "a.mp4"
+        shutil.copyfile(folder / "a.mp4", folder / clip) if clip != "a.mp4" else None
+        words = [
+            {"start": second, "end": second + 0.5, "text": f"r{number}s{second}"}
+            for second in range(9)
+        ]
+        lines.append(json.dumps({"video": clip, "words": words if number != 1 else ["?"]}))
+    source = folder / "words.jsonl"
+    source.write_text("".join(f"{line}\n" for line in lines))
+    options = ["--window", 2, "--samples-per-shard", 2, "--form", "speech"]
+    whole, out = folder.parent / "whole", folder.parent / "out"
+    assert main([str(source), str(whole), *map(str, options), "--workers", "0"]) == 0
+    for number, wanted in ((3, 2), (6, 5)):
+        with blocked(folder / f"own{number}.mp4"):
+            job = subprocess.Popen(
+                command(source, out, *options, "--workers", 1), cwd=REPO, start_new_session=True,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            wait_for(partial(has_shards, out, wanted))
+            job.kill()
+            job.wait()
+            wait_for(partial(has_ended, job.pid))
+    assert main([str(source), str(out), *map(str, options), "--workers", "0"]) == 0
+    assert contents(out) == contents(whole)
+    samples = imported(out)
+    windows = {key.rpartition("-")[0] for key in samples if key.count("-") > 1}
+    assert len(windows) == 7
+    told = [
+        word
+        for sample in samples.values()
+        for message in sample["messages"]
+        if message["role"] == "assistant"
+        for word in re.findall(r"r\ds\d", message["content"])
+    ]
+    assert sorted(told) == [
+        f"r{number}s{s}" for number in range(8) if number != 1 for s in range(9)
+    ]
