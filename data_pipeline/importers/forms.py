@@ -35,6 +35,7 @@ from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
 _INFO = "dataset_info.json"
+_KNOWN_IDS = 1 << 18  # of a file, 25 MB of memory: it may have any number of records
 _METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
 
 
@@ -319,12 +320,13 @@ def _record_entries(record_files: list[RecordFile]) -> Iterator[Entry]:
 
 
 def _seen(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]:
-    """A note for a record whose `id` another one has, too."""
+    """A note for a record whose `id` another one has, too, of the first _KNOWN_IDS."""
     own = value.get("id") if isinstance(value, dict) else None
     if not isinstance(own, str | int) or own == "":
         return ()
     known = hash(own) in ids
-    ids.add(hash(own))
+    if len(ids) < _KNOWN_IDS:
+        ids.add(hash(own))
     return ("id of an earlier record",) if known else ()
 
 

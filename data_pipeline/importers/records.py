@@ -7,7 +7,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -70,15 +70,21 @@ def _json(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
     lines = files.suffix(path) == ".jsonl"
     if start.lstrip().startswith(b"[") and not (lines and _is_record(_line(start))):
         yield from _elements(start, file, path, size)
-    elif lines or not isinstance(_line(start), SampleError):
-        yield from _json_lines(start, file, size)
-    else:
+    elif lines:
+        yield from _json_lines(itertools.chain([start], file), size)
+    elif isinstance(_line(start), SampleError):
         yield from _whole(start + file.read(), path)
+    else:
+        after = next((line for line in file if line.strip()), None)
+        if after is None:
+            yield from _whole(start, path)
+        else:
+            yield from _json_lines(itertools.chain([start, after], file), size)
 
 
-def _json_lines(start: bytes, file: BinaryIO, size: int) -> Iterator[tuple[Any, float]]:
+def _json_lines(lines: Iterable[bytes], size: int) -> Iterator[tuple[Any, float]]:
     at = 0
-    for line in itertools.chain([start], file):
+    for line in lines:
         at += len(line)
         if line.strip():
             yield _as_record(_line(line)), min(1.0, at / size) if size else 0.0
@@ -136,7 +142,7 @@ def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tu
 
 
 def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
-    """One record over many lines, or an object that has the records by their ids."""
+    """One record, or an object that has the records by their ids, on one line or many."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -16,10 +17,11 @@ from tests.moss_train.train.runs import losses
 from tests.pages import Page, open_page
 from tests.torchrun import REPO
 from tools.demo import checkpoint, narrate, report
+from tools.demo import losses as losses_command
 from tools.demo.__main__ import main, run_all
 from tools.demo.checkpoint import FILES, SHIPPED, WEIGHTS, pack, unpack
 from tools.demo.narrate import spoken
-from tools.demo.parts import Part
+from tools.demo.parts import LOSSES, Part, compared
 
 SIZES = ["--train", "80", "--heldout", "8", "--scale", "0.06", "--ranks", "1"]
 
@@ -123,6 +125,28 @@ def test_packed_weights_are_small_and_come_back_within_half_a_step(tmp_path: Pat
         error = (back[name] - weights[name]).abs().flatten(1).amax(1)
         assert (error <= 0.51 * step + 1e-3 * 63 * step).all()
         assert error.max() > 0
+
+
+def test_a_sentence_is_as_late_as_it_begins_after_its_event() -> None:
+    """Of three events the first is told at once, the second two seconds late, the third never."""
+    timeline = {
+        "seconds": 12,
+        "wanted": [[1, "A."], [4, "B."], [9, "C."]],
+        "spoken": [[0, "Too soon."], [1, "A."], [2, "A again."], [6, "B."], [8, "Hm."]],
+    }
+    assert losses_command.lateness([timeline, timeline]) == [0, 2, 0, 2]
+
+
+def test_each_loss_is_trained_on_the_same_samples_from_the_same_weights(tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        out=tmp_path, train=None, heldout=None, ranks=2, scale=1.0, overrides=[]
+    )
+    trained = [set(part.arguments) for part in compared(options) if part.module == "moss_train"]
+    assert len(trained) == len(LOSSES)
+    for own, (name, fields) in zip(trained, LOSSES.items(), strict=True):
+        assert own - set.intersection(*trained) == {*fields, f"run.dir={tmp_path / name}"} - (
+            set.intersection(*trained)
+        )
 
 
 def test_what_is_missing_is_named(tmp_path: Path, capsys) -> None:

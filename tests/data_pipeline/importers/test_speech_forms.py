@@ -13,7 +13,8 @@ from tests.data_pipeline.clips import number
 from tests.data_pipeline.importers.realtime import FRAME, SILENCE, WATCHED, run, said, write
 
 
-def test_ego4ds_narrations_of_each_pass_are_samples(folder: Path) -> None:
+@pytest.mark.parametrize("indent", [1, None])  # on many lines, on one
+def test_ego4ds_narrations_of_each_pass_are_samples(folder: Path, indent: int | None) -> None:
     def narration(second: float, text: str, uid: str) -> dict[str, Any]:
         return {"time": second, "text": text, "_annotation_uid": uid}
 
@@ -26,7 +27,7 @@ def test_ego4ds_narrations_of_each_pass_are_samples(folder: Path) -> None:
         narration(-1.0, "#C C begins", "y"),
     ]
     path = folder / "all_narrations_redacted.json"
-    path.write_text(json.dumps({"videos": {"a": {"narrations": narrations}}}, indent=1))
+    path.write_text(json.dumps({"videos": {"a": {"narrations": narrations}}}, indent=indent))
     (first, second), summary = run(path)
     assert said(first)[1] == (
         WATCHED * 1 + SILENCE + FRAME + SILENCE + FRAME + "C walks in." + WATCHED * 3
