@@ -110,13 +110,13 @@ class Front:
         if name is not None and not (session and session.belongs_to(account)):
             return await refuse(socket, self, UNKNOWN, "unknown_session", UNKNOWN_SESSION)
         if session is None:
+            visit = account.enter("realtime", socket.headers)
             if self.places.waiting >= self.limits.waiting:
                 words = f"{self.places.waiting} sessions wait for a place"
-                return await refuse(socket, self, TRY_LATER, "full", words)
+                return await refuse(socket, self, TRY_LATER, "full", words, visit)
             wrong = self._make_memory()
             if wrong:
-                return await refuse(socket, self, TRY_LATER, "memory", wrong)
-            visit = account.enter("realtime", socket.headers)
+                return await refuse(socket, self, TRY_LATER, "memory", wrong, visit)
             session = FrontSession(self, new_id())
             session.begin(visit)
             self.sessions[session.id] = session

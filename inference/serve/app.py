@@ -24,7 +24,7 @@ from inference.serve.accounts import Account, Visit
 from inference.serve.chat import complete, refusal
 from inference.serve.connections import known_host
 from inference.serve.cors import Cors, may_ask
-from inference.serve.held import GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, cut, written
+from inference.serve.held import FAILED, GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, cut, written
 from inference.serve.hub import MODEL, Hub
 from inference.serve.limits import Refused
 from inference.serve.openapi import document
@@ -182,6 +182,10 @@ class Model:
             return await refuse(socket, self, TRY_LATER, "full", str(error), visit)
         except SessionClosed as error:
             return await refuse(socket, self, GOING_AWAY, "closing", str(error), visit)
+        except BaseException:
+            if visit is not None:
+                visit.end(FAILED)
+            raise
         await Connection(hub, live, socket, last_seq).run()
 
 

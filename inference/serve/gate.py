@@ -10,6 +10,8 @@ from inference.serve.accounts import Account
 
 _LARGE = 2**16  # characters: what is longer and may be taken has a picture
 _NAP = 1.0  # seconds
+# Seconds for which a file's frame waits for tokens: meanwhile nobody hears that its client left.
+_PATIENCE = 5.0
 
 
 class Gate:
@@ -20,7 +22,8 @@ class Gate:
         self._waits = False  # a file's frames wait for their turn, a live source's are dropped
 
     async def over(self, text: str | None, data: bytes | None) -> str:
-        """Which limit a message exceeds; empty: it may pass. A frame of a file waits here."""
+        """Which limit a message exceeds; empty: it may pass. A frame of a file waits here,
+        where that is not long."""
         account = self._account
         if account is None or account.unlimited:
             return ""
@@ -29,7 +32,8 @@ class Gate:
             late = account.late(frame=frame)
             if late is None:
                 break
-            if question or not self._waits:
+            long = late.limit == "tokens_per_minute" and late.seconds > _PATIENCE
+            if question or long or not self._waits:
                 account.refused[late.limit] += 1
                 return late.words
             await asyncio.sleep(min(late.seconds, _NAP))

@@ -192,7 +192,8 @@ def test_a_session_whose_pictures_the_front_cannot_keep_is_refused(tiny: Path) -
     engine = load_engine(tiny, device="cpu", window=8, max_tokens=256, max_sessions=3)
     each = 2**20 + 2**24
     limits = Limits(sessions_memory=2 * each, decoders=1)
-    with fronting([engine], Access(), limits) as front:
+    access = Access()
+    with fronting([engine], access, limits) as front:
         with front.open() as away:
             name = away.until("session.created")["session"]["id"]
             away.frame(jpeg())
@@ -204,6 +205,7 @@ def test_a_session_whose_pictures_the_front_cannot_keep_is_refused(tiny: Path) -
                 assert third.close_code == 1013
                 words = third.socket.close_reason or ""
                 assert "17 MiB are needed, and 0 bytes of the 34 MiB" in words
+            assert access.accounts[0].ended["realtime", "refused"] == 1
             with front.open(query=f"?session={name}&last_seq=0") as again:
                 assert again.close_code == 4404
 

@@ -151,8 +151,10 @@ def test_tokens_beyond_a_minutes_must_come_back_first(server: Running) -> None:
 
 
 def test_a_session_may_not_ask_when_the_tokens_of_its_key_are_used_up(server: Running) -> None:
-    with connect(server, "asker") as client:
-        client.until("session.created")
+    with connect(server, "asker") as client, connect(server, "asker") as file:
+        for one in (client, file):
+            one.until("session.created")
+        file.update(source="file")
         client.update(max_output_tokens=4, silence_bias=-50, instructions="word " * 12)
         client.ask("A")
         client.until("response.done")
@@ -161,9 +163,12 @@ def test_a_session_may_not_ask_when_the_tokens_of_its_key_are_used_up(server: Ru
         error = client.until("error")
         assert error["code"] == "rate_limit_exceeded"
         assert f"more than {MINUTE} tokens per minute" in error["message"]
-        client.frame(jpeg())
-        client.send("session.close")
-        client.rest()
+        for one in (client, file):
+            one.frame(jpeg())
+        assert file.until("error")["code"] == "rate_limit_exceeded"  # it would wait for long
+        for one in (client, file):
+            one.send("session.close")
+            one.rest()
     dropped = [e["reason"] for e in client.seen if e["type"] == "input_frame.dropped"]
     assert dropped == ["rate_limited"]
 
@@ -196,6 +201,19 @@ def test_all_sessions_of_a_key_share_its_frames_per_second(server: Running, sour
         assert limited == 0
         assert 2 * count <= may
         assert sum(e["type"] == "input_frame.processed" for e in told) == 2 * count
+
+
+def test_a_session_that_cannot_be_opened_counts_no_more(
+    server: Running, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken() -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(server.hub, "open", broken)
+    with connect(server, "chief") as client:
+        assert client.close_code != 1000
+    assert lines(log, 1, key="chief", ended="failed")[0]["code"] == 1011
+    assert value(server, "moss_key_open", "chief") == 0
 
 
 def test_what_a_key_uses_is_counted(server: Running, log: Path) -> None:
