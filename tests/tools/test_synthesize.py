@@ -112,6 +112,32 @@ def test_the_model_that_checks_sees_no_later_frame(made: tuple[Path, ToyEndpoint
     assert all(frames == now + 1 for now, frames in model.looks)
 
 
+class Credulous(Teacher):
+    """One that writes wrong conversations alone, that no timeline makes doubt them, and that says
+    what it has not said yet a second late."""
+
+    def reply(self, kind: str, data: dict[str, Any], shown: Any, vote: str) -> Any:
+        self._wrong = 1.0 if kind == "write" else 0.0
+        reply = super().reply(kind, data, shown, vote)
+        if kind == "say" and not reply["speak"] and data["now"]:
+            before = data | {"now": data["now"] - 1}
+            late = super().reply(kind, before, shown[:-1], vote)
+            return reply if late["text"] in [said["text"] for said in data["said"]] else late
+        return reply | {"right": True} if kind == "audit" else reply
+
+
+def test_a_look_at_the_frames_alone_finds_wrong_answers_and_wrong_seconds(
+    toy: Toy, tmp_path: Path
+) -> None:
+    """What it cannot find is an answer that is missing, where no second of silence is looked at."""
+    model = Credulous(toy.told, toy.pictures, 0.0, SEED)
+    with ToyEndpoint(model) as server:
+        synthesize(toy.few, tmp_path / "out", server.url, "--lead", "1", "--silences", "20")
+    lines = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
+    assert {"unseen", "known_before", "not_silent"} <= {json.loads(x)["reason"] for x in lines}
+    assert judge(outcomes(tmp_path / "out"), toy.told).kept_wrong == 0
+
+
 def test_samples_say_what_is_true_when_it_is_seen(toy: Toy, made: tuple[Path, ToyEndpoint]) -> None:
     roles = set()
     assert check_source(made[0] / "shards").samples >= 40
