@@ -203,7 +203,7 @@ class Front:
         if status == "starting":  # or its only decoder is being replaced
             return
         quiet = time.monotonic() - replica.last_heard > self.limits.silence
-        if replica.state in ("ready", "draining") and (status != "silent" or quiet):
+        if replica.serves and (status != "silent" or quiet):
             log.warning("replica %d is lost: %s", replica.number, status)
             self._lose(replica)
             if process is not None and status in ("silent", "stuck"):

@@ -98,7 +98,7 @@ class FrontMetrics:
             yield metric
 
     async def _read(self, replica: Replica) -> None:
-        if replica.state not in ("ready", "draining"):
+        if not replica.serves:
             return
         try:
             answer = await replica.http.get(

@@ -1,6 +1,7 @@
 """Which replica a session gets, and who waits for one.
 
-Sessions that have lost their replica go before new ones, and these in the order in which they came.
+Sessions that have lost their replica go before new ones, each in the order in which they asked; one
+whose replica has no seat after all keeps its turn.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Places:
     async def take(self, session: Tenant) -> Replica:
         """Waits for a seat; it is held until `release`."""
         future: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
-        first = sum(other.started for other, _ in self._queue)
-        self._queue.insert(first if session.started else len(self._queue), (session, future))
+        self._queue.append((session, future))
+        self._queue.sort(key=lambda one: (not one[0].started, one[0].asked_at))
         self.pump()
         try:
             return await future

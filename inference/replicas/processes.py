@@ -54,7 +54,7 @@ class Process:
         failures = 0
         while not self._stopping:
             code = await self._once()
-            served = self.replica.state in ("ready", "draining")
+            served = self.replica.serves
             exited(self, code)
             if self._stopping:
                 return

@@ -21,7 +21,9 @@ _GONE = 5.0  # seconds without an answer to a ping of a connection, as of a mach
 
 
 class Tenant(Protocol):
-    """A session that has a seat, or waits for one."""
+    """A session that has a seat, or waits for one. asked_at: since when (monotonic seconds)."""
+
+    asked_at: float
 
     @property
     def started(self) -> bool:
@@ -62,6 +64,11 @@ class Replica:
             base_url=base, transport=transport, timeout=httpx.Timeout(None, connect=_CONNECT),
             headers={"Host": "localhost"}, limits=httpx.Limits(max_connections=None),
         )  # fmt: skip
+
+    @property
+    def serves(self) -> bool:
+        """Its process answers."""
+        return self.state in ("ready", "draining")
 
     @property
     def free(self) -> int:

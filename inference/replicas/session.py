@@ -35,6 +35,7 @@ UNTAKEN_BYTES = 2**24
 TRIES = 5  # replicas that may end in a row without a step of the session in between
 _HEAD = ("type", "seq", "t_server", "t_media")  # of an event
 _EMPTY = 0.5  # seconds for which a replica that said it was full is asked no more
+_LEAVE = 1.0  # seconds in which a replica that a session leaves gives its seat back
 
 
 @dataclass(eq=False)
@@ -82,6 +83,7 @@ class FrontSession(Held):
         self.kept: Record = {}  # all records, folded
         self.pictures: dict[int, bytes] = {}  # by the message that brought them
         self._began = time.monotonic()
+        self.asked_at = 0.0
         self._recorded_at = self._lost_at = 0.0
         self._untaken: deque[Message] = deque()
         self._held_bytes = 0
@@ -203,8 +205,8 @@ class FrontSession(Held):
                 if self.started and self.socket is None:
                     self._wanted.clear()
                 await self._wanted.wait()
+                self.asked_at = self.asked_at or time.monotonic()
                 self.replica = await self.front.places.take(self)
-                self._told = ()
                 try:
                     await self._stay(self.replica)
                 except (WebSocketException, OSError, TimeoutError) as error:
@@ -238,13 +240,24 @@ class FrontSession(Held):
                 for task in tasks:
                     task.cancel()
                 ends = await asyncio.gather(*tasks, return_exceptions=True)
-                if self._cut.is_set() or self.over:
-                    link.transport.abort()
+                await self._leave(link, replica)
         for end in ends:
             if isinstance(end, Exception) and not isinstance(end, WebSocketException | OSError):
                 raise end
         if not (self._cut.is_set() or self.over):
             self._lost(replica)
+
+    @staticmethod
+    async def _leave(link: ClientConnection, replica: Replica) -> None:
+        """Waits until a replica that serves has given the seat back: who gets it next would be told
+        that the replica is full. Its last words are no news: the session goes on without it."""
+        if replica.serves:
+            with contextlib.suppress(WebSocketException, OSError, TimeoutError):
+                async with asyncio.timeout(_LEAVE):
+                    await link.send(pack({"end": [NORMAL, "it goes on elsewhere"]}))
+                    async for _ in link:
+                        pass
+        link.transport.abort()
 
     def _lost(self, replica: Replica) -> None:
         if time.monotonic() < replica.full_until:
@@ -301,6 +314,7 @@ class FrontSession(Held):
     def _take(self, values: Record, blobs: list[bytes]) -> None:
         """A record, and the events that it covers."""
         record = values["record"]
+        self._told, self.asked_at = (), 0.0  # it has a place
         if record.get("slot", {}).get("position") != self.kept.get("slot", {}).get("position"):
             self._tries = 0
         fold(self.kept, record)

@@ -154,9 +154,8 @@ class Drill:
         return f"ws://{self.host}/v1/realtime"
 
     def replicas(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = httpx.get(f"http://{self.host}/admin/replicas").json()[
-            "replicas"
-        ]
+        answer = httpx.get(f"http://{self.host}/admin/replicas", timeout=60)
+        found: list[dict[str, Any]] = answer.json()["replicas"]
         return found
 
     def wait_ready(self, count: int, seconds: float = 300.0) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,11 @@ from tools.bench import replicas as bench
 from tools.bench.replicas import Drill
 
 SEATS = 4  # of a replica
+CHAT = "/v1/chat/completions"
 ENGINE = ["--device", "cpu", "--window", "64", "--max_context", "2048"]
 CONFIG: dict[str, Any] = {"source": "file", "pace": 4, "silence_bias": 4.0, "max_output_tokens": 9}
 
-# On two cores, which the rest of the suite uses too, their time limits are met now and then only.
-four_cores = pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 4, reason="a front, two models and a client want four cores"
-)
+PATIENCE = 300.0  # seconds: a replica that is started again shares two cores with other tests
 
 
 def start(tiny: Path, *args: str) -> tuple[subprocess.Popen[bytes], Drill]:
@@ -55,12 +54,12 @@ def front(tiny: Path) -> Iterator[Drill]:
         assert len(children) > 2
     finally:
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
     assert gone(children)
 
 
 def gone(children: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(children, timeout=20)[1]
+    return not psutil.wait_procs(children, timeout=60)[1]
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +68,22 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     if "front" in request.fixturenames:
         drill = request.getfixturevalue("front")
         drill.wait_ready(2)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while any(replica["sessions"] or replica["chats"] for replica in drill.replicas()):
             assert time.monotonic() < until, drill.replicas()
             time.sleep(0.05)
 
 
+class Patient(Client):
+    """Waits long for an event."""
+
+    def next(self, seconds: float = PATIENCE) -> dict[str, Any]:
+        return super().next(seconds)
+
+
 def open_client(drill: Drill, query: str = "") -> Client:
-    return Client(connect(f"{drill.url}{query}", max_size=None, open_timeout=60))
+    url = f"{drill.url}{query}"
+    return Patient(connect(url, max_size=None, open_timeout=60, ping_interval=None))
 
 
 def begin(drill: Drill) -> Client:
@@ -126,46 +133,29 @@ def test_killed_replicas_lose_no_word(front: Drill, tiny: Path) -> None:
         assert bench.differing(clients, runner) == []
 
 
-def test_a_client_and_its_replica_go_at_the_same_time(front: Drill) -> None:
-    with begin(front) as first:
-        for second in range(3):
-            show(first, second)
-        decided(first, 1)
-        os.kill(replica_of(front)["pid"], signal.SIGKILL)
-    name = first.seen[0]["session"]["id"]
-    with open_client(front, f"?session={name}&last_seq={first.seen[-1]['seq']}") as again:
-        show(again, 3)
-        decided(again, 2)
-        decided(again, 3)
-        again.send("session.close")
-        again.rest()
-    assert [e["type"] for e in again.seen].count("session.resumed") == 1
-    assert numbers(first, again) == list(range(1, len(numbers(first, again)) + 1))
-    assert again.close_code == 1000
-
-
-@four_cores
 def test_replicas_are_restarted_one_by_one_under_a_session(front: Drill) -> None:
     pids = {replica["pid"] for replica in front.replicas()}
     with begin(front) as client:
         show(client, 0)
         decided(client, 0)
-        answer = httpx.post(f"http://{front.host}/admin/restart")
+        moves = 2 - replica_of(front)["replica"]  # it leaves each one whose turn comes
+        answer = httpx.post(f"http://{front.host}/admin/restart", timeout=60)
         assert answer.status_code == 202
-        second = 0
-        while pids & {r["pid"] for r in front.replicas()} or second < 3:
-            second += 1
-            show(client, second, "Who is it?" if second == 2 else None)
+        for second in range(1, moves + 1):
+            assert client.until("session.resumed")["reason"] == "moved"
+            show(client, second, "Who is it?")
             decided(client, second)
+        until = time.monotonic() + PATIENCE
+        while pids & {replica["pid"] for replica in front.replicas()}:
+            assert time.monotonic() < until
+            time.sleep(0.05)
         front.wait_ready(2)
         client.send("session.close")
         client.rest()
     assert numbers(client) == list(range(1, len(client.seen) + 1))
-    reasons = [e["reason"] for e in client.seen if e["type"] == "session.resumed"]
-    assert set(reasons) == {"moved"}
+    assert [e["type"] for e in client.seen].count("session.resumed") == moves
 
 
-@four_cores
 def test_who_finds_no_seat_is_told_where_it_stands(front: Drill) -> None:
     first = [begin(front) for _ in range(2 * SEATS)]
     for client in first:
@@ -201,65 +191,70 @@ def ask(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "A"}], "max_tokens": 3, **fields}
 
 
-@four_cores
-def test_chat_requests_outlive_a_replica(front: Drill) -> None:
-    url = f"http://{front.host}/v1/chat/completions"
-    whole = httpx.post(url, json=ask(), timeout=60).json()
-    assert whole["usage"]["completion_tokens"] <= 3
-    wrong = httpx.post(url, json=ask(temprature=1), timeout=60)
+def answered(drill: Drill, **fields: Any) -> httpx.Response:
+    return httpx.post(f"http://{drill.host}{CHAT}", json=ask(**fields), timeout=PATIENCE)
+
+
+def test_chat_requests_are_passed_on(front: Drill) -> None:
+    assert answered(front).json()["usage"]["completion_tokens"] <= 3
+    wrong = answered(front, temprature=1)
     assert wrong.status_code == 400
     assert wrong.json()["error"]["code"] == "unknown_field"
-    long = ask(max_tokens=900, ignore_eos=True)
-    with (
-        httpx.Client(timeout=60) as http,
-        http.stream("POST", url, json={**long, "stream": True}) as s,
-    ):
-        lines = s.iter_lines()
-        assert json.loads(next(lines).removeprefix("data: "))["choices"]
-        (serving,) = (replica for replica in front.replicas() if replica["chats"])
-        os.kill(serving["pid"], signal.SIGKILL)
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "replica_lost"
-    front.wait_ready(2)
-
-    async def killed() -> httpx.Response:
-        async with httpx.AsyncClient(timeout=60) as http:
-            asked = asyncio.create_task(http.post(url, json=long))
-            while not (busy := [r for r in await asyncio.to_thread(front.replicas) if r["chats"]]):
-                await asyncio.sleep(0.01)
-            os.kill(busy[0]["pid"], signal.SIGKILL)
-            return await asked
-
-    answer = asyncio.run(killed())
-    assert answer.status_code == 200
-    assert answer.json()["usage"]["completion_tokens"] == 900
 
 
-@four_cores
-def test_the_front_sums_what_its_replicas_count(front: Drill) -> None:
-    health = httpx.get(f"http://{front.host}/health").json()
+def frames(drill: Drill) -> float:
+    """That all replicas have counted."""
+    page = httpx.get(f"http://{drill.host}/metrics", timeout=60).text
+    (line,) = (one for one in page.splitlines() if one.startswith("moss_frames_total "))
+    return float(line.split()[1])
+
+
+def test_what_a_killed_replica_does_goes_on_elsewhere(front: Drill) -> None:
+    """A session; one whose client goes at the same time; an answer. A stream that has begun ends;
+    what the replica has counted stays in the sum."""
+    health = httpx.get(f"http://{front.host}/health", timeout=60).json()
     assert (health["status"], health["replicas_ready"]) == ("ok", 2)
     assert health["max_sessions"] == 2 * SEATS
-
-    def frames() -> float:
-        page = httpx.get(f"http://{front.host}/metrics").text
-        (line,) = (one for one in page.splitlines() if one.startswith("moss_frames_total "))
-        return float(line.split()[1])
-
-    before = frames()
-    with begin(front) as client:
-        for second in range(3):
-            show(client, second)
-            decided(client, second)
-        assert frames() == before + 3
-        os.kill(replica_of(front)["pid"], signal.SIGKILL)
-        client.until("session.resumed")
-        show(client, 3)
-        decided(client, 3)
-        assert frames() == before + 4
-        client.send("session.close")
-        client.rest()
+    url, before = f"http://{front.host}/admin/replicas/1", frames(front)
+    assert httpx.post(f"{url}/drain", timeout=60).json()["state"] == "held"
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.Client(timeout=PATIENCE) as http,
+        begin(front) as stays,
+        begin(front) as goes,
+    ):
+        for client in (stays, goes):
+            for second in range(3):
+                show(client, second)
+                decided(client, second)
+        assert frames(front) == before + 6
+        long = ask(max_tokens=500, ignore_eos=True)
+        with http.stream("POST", f"http://{front.host}{CHAT}", json={**long, "stream": True}) as s:
+            lines = s.iter_lines()
+            assert json.loads(next(lines).removeprefix("data: "))["choices"]
+            whole = pool.submit(answered, front, **long)
+            while (victim := front.replicas()[0])["chats"] < 2:
+                assert not whole.done()
+            httpx.post(f"{url}/resume", timeout=60)
+            os.kill(victim["pid"], signal.SIGKILL)
+            goes.socket.close()
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "replica_lost"
+        assert stays.until("session.resumed")["reason"] == "replica_lost"
+        name = goes.seen[0]["session"]["id"]
+        again = open_client(front, f"?session={name}&last_seq={goes.seen[-1]['seq']}")
+        for client in (stays, again):
+            show(client, 3)
+            decided(client, 3)
+            client.send("session.close")
+            client.rest()
+            assert client.close_code == 1000
+        assert numbers(stays) == list(range(1, len(stays.seen) + 1))
+        assert numbers(goes, again) == list(range(1, len(goes.seen + again.seen) + 1))
+        assert [e["type"] for e in again.seen].count("session.resumed") == 1
+        assert whole.result().json()["usage"]["completion_tokens"] == 500
+        assert frames(front) == before + 8
 
 
 def test_no_process_outlives_a_front_that_is_killed(tiny: Path) -> None:
