@@ -47,8 +47,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("moss_train.model", "inference"),  # inference: cli and sources
     ("moss_train.parallel", "inference.serve", "inference.bench"),
     ("moss_train.convert", "inference.replicas"),
-    ("moss_train.validate", "moss_train.resume", "inference.serve.__main__"),
-    ("moss_train.train",),
+    ("moss_train.validate", "moss_train.resume", "inference.serve.command"),
+    ("moss_train.train", "inference.serve.__main__"),
     ("moss_train.verify", "moss_train.evaluate"),
     ("moss_train",),  # main, and api: what users import
     ("launch",),

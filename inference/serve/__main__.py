@@ -1,79 +1,19 @@
-"""Serves a model: sessions over WebSockets, OpenAI's chat completions, a page, metrics.
+"""python -m inference.serve --checkpoint DIR: what it does is in command.py.
 
-python -m inference.serve --checkpoint DIR
+Each process that decodes media imports the program's main file once more (multiprocessing), so
+nothing else is imported here before the command begins: what the server needs takes seconds.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import sys
 from collections.abc import Sequence
-from contextlib import closing
-
-from data_pipeline.commands import DONE, FAILED, report_error
-from data_pipeline.parent import signalled_with_parent
-from inference import cli
-from inference.replicas.command import run_front
-from inference.serve import media
-from inference.serve.access import Access
-from inference.serve.app import make_app
-from inference.serve.flags import LIMIT_HELP, PROGRAM, parse
-from inference.serve.hub import Hub
-from inference.serve.limits import Limits
-from inference.serve.metrics import Metrics
-from inference.serve.server import Certificate, Server, listen, server_config, url_of
-from inference.session.runner import Runner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    if os.environ.pop("MOSS_END_WITH_PARENT", ""):
-        signalled_with_parent(os.getppid())  # torchrun's, which ends with the front
-    with cli.one_line_errors(PROGRAM):
-        limits = Limits(**{name: getattr(args, f"limit_{name}") for name in LIMIT_HELP})
-        certificate = Certificate.of_flags(args.ssl_certfile, args.ssl_keyfile)
-        export = cli.export_info(args)
-        if export.watches is None:
-            cli.note(
-                f"{args.checkpoint} does not say its prompt form: it may not have learned to watch"
-            )
-        open_to_all = not (args.api_key or args.keys)
-        if args.host not in ("127.0.0.1", "localhost", "::1") and open_to_all:
-            cli.note(f"warning: {args.host} is open to the network, and there is no --api_key")
-        if "*" in args.allow_origin and open_to_all:
-            cli.note("warning: any site's page may use this server, and there is no --api_key")
-        if args.replicas or args.replica_urls:
-            return run_front(args, argv, limits, export, certificate)
-        # Before the model is loaded, which takes long; other ranks of torchrun serve nothing.
-        door = listen(args.host, args.port, args.unix_socket) if cli.leads() else socket.socket()
-        with cli.refusing_values():
-            access = Access.of_flags(args, limits, args.front_key)
-        if cli.leads():
-            media.prepare()
-        metrics = Metrics()
-        with (
-            door,
-            closing(access),
-            Runner(cli.load(args, args.max_sessions), metrics.measured) as runner,
-        ):
-            hub = Hub(runner, limits, metrics, export)
-            with cli.refusing_values():
-                hub.each.check(limits.sessions_memory)
-            app = make_app(hub, access, args.allow_origin, args.allow_host)
-            # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
-            signal.signal(signal.SIGTERM, lambda *_: None)
-            cli.note(url_of(args.host, door, certificate))
-            config = server_config(app, args.host, args.port, limits, certificate)
-            server = Server(config, hub)
-            if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
-                signal.signal(signal.SIGHUP, server.handle_exit)  # as SIGTERM, which uvicorn takes
-            server.run(sockets=[door])
-            if runner.failed:
-                report_error(PROGRAM, runner.failed)
-    return FAILED if runner.failed else DONE
+    """The exit code."""
+    from inference.serve.command import main as serve
+
+    return serve(argv)
 
 
 if __name__ == "__main__":

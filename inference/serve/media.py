@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _LOOK = 0.05  # seconds between looks at whether the client has left
 _LAST = 2.0  # seconds in which a process must end when the server does
 # Imported once, in the process from which the others are forked.
-_IMPORTED = ["inference.serve.decoding", "inference.serve.__main__"]
+_IMPORTED = ["inference.serve.decoding", "inference.serve.__main__"]  # which is light
 
 
 @dataclass
