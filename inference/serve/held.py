@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from inference.serve.accounts import Account, Usage, Visit
 from inference.serve.gate import Gate
 from inference.serve.limits import Limits
-from inference.serve.realtime_events import as_message
+from inference.serve.realtime_events import as_message, as_messages
 from inference.session.events import Event, EventLog
 
 NORMAL, GOING_AWAY, POLICY, TRY_LATER = 1000, 1001, 1008, 1013  # WebSocket close codes
@@ -77,6 +77,7 @@ class Holder:
 
     def __init__(self, held: Held, socket: WebSocket, last_seq: int, limits: Limits) -> None:
         self._held, self._socket, self._seq, self.limits = held, socket, last_seq, limits
+        self._of_openai = "model" in socket.query_params  # as its clients open a session
         self._done = False  # the session's end was sent, or the client asked for it
         self._gate = Gate(held.visit.account if held.visit else None)
         self._over = ""  # which limit the message exceeds that is handled; empty: none
@@ -111,7 +112,8 @@ class Holder:
         """Sends events until the log ends. Gives up a client that does not read."""
         try:
             async for event in self._held.log.afollow(self._seq):
-                await asyncio.wait_for(self._socket.send_text(written(event)), self.limits.send)
+                for text in written(event, self._of_openai):
+                    await asyncio.wait_for(self._socket.send_text(text), self.limits.send)
         except TimeoutError:
             self._slow()
             return  # a close message would not get through either
@@ -139,9 +141,10 @@ class Holder:
             return  # it is closed already, or its client does not read
 
 
-def written(event: Event) -> str:
-    """As it is sent."""
-    return json.dumps(as_message(event), ensure_ascii=False)
+def written(event: Event, of_openai: bool) -> list[str]:
+    """As it is sent: to a client of OpenAI's, or to one of ours."""
+    messages = as_messages(event) if of_openai else [as_message(event)]
+    return [json.dumps(message, ensure_ascii=False) for message in messages]
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:

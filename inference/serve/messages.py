@@ -27,7 +27,7 @@ class Session(Fields):
     source: Annotated[str | None, Choice({"live": "live", "file": "file"})] = None
     pace: Annotated[int, Range(1, 1000, whole=True)] | None = None
     frame_interval: Annotated[float | None, Range(0.01, 3600)] = None
-    max_output_tokens: Annotated[int | None, Range(1, 10**6, whole=True)] = None
+    max_output_tokens: Annotated[int | None, Range(1, 10**6, whole=True, endless="inf")] = None
     temperature: Annotated[float | None, Range(*SAMPLING_RANGES["temperature"])] = None
     top_k: Annotated[int | None, Range(*SAMPLING_RANGES["top_k"], whole=True)] = None
     top_p: Annotated[float | None, Range(*SAMPLING_RANGES["top_p"])] = None
@@ -36,6 +36,7 @@ class Session(Fields):
     )
     silence_bias: Annotated[float | None, Range(*SAMPLING_RANGES["silence_bias"])] = None
     seed: Annotated[int | None, Range(*SAMPLING_RANGES["seed"], whole=True)] = None
+    model: str | None = None
     type: Any = neutral("only sessions that watch", "realtime")
     output_modalities: Any = neutral("it says text", ["text"])
     tools: Any = neutral("this model has no tools", [])

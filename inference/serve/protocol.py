@@ -8,6 +8,7 @@ from typing import Any
 
 from inference.engine.sampling import Sampling
 from inference.serve.data_urls import data_url, media_bytes
+from inference.serve.hub import MODEL
 from inference.serve.limits import Limits, Refused
 from inference.serve.messages import (
     EVENTS,
@@ -74,13 +75,23 @@ def parse(text: str, limits: Limits) -> Event:
     return read(EVENTS[message["type"]], message, limits, shape="invalid_message")
 
 
+def check_model(name: str | None, field: str) -> None:
+    """Refused where a client wants another model; None: it does not say which."""
+    if name is not None and name != MODEL:
+        words = f"{field}: {name!r:.60}: this server has {MODEL}"
+        raise Refused("model_not_found", words, field)
+
+
 def read_update(message: SessionUpdate, now: Sampling) -> dict[str, Any]:
     """The fields of SessionConfig that a `session.update` changes."""
     update = message.session
+    check_model(update.model, "session.model")
     set_now = [n for n in update.model_fields_set if kind(type(update), n)[0] == "read"]
     given = {name: getattr(update, name) for name in set_now}
     names = {entry.name for entry in fields(Sampling)} & set(given)
-    changes = {_NAMES.get(name, name): given[name] for name in set(given) - names - {"source"}}
+    changes = {
+        _NAMES.get(name, name): given[name] for name in set(given) - names - {"source", "model"}
+    }
     if names:
         sampling = {**asdict(now), **{name: given[name] for name in names}}
         changes["sampling"] = Sampling(**sampling)

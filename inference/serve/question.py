@@ -14,8 +14,8 @@ from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference.engine.sampling import SEEDS, Sampling
 from inference.serve.data_urls import data_name
 from inference.serve.decoding import FrameChoice
-from inference.serve.hub import MODEL
 from inference.serve.limits import Limits, Refused
+from inference.serve.protocol import check_model
 from inference.serve.requests import (
     Answer,
     ChatRequest,
@@ -85,7 +85,7 @@ def read_question(body: Any, limits: Limits) -> Question:
     if not isinstance(body, dict):
         raise Refused("invalid_value", "the request must be an object")
     asked = read(ChatRequest, body, limits)
-    _check_model(asked.model)
+    check_model(asked.model, "model")
     _check_tools(asked)
     reader = _Messages(limits, _frame_choice(asked))
     goes_on = asked.continue_final_message
@@ -110,11 +110,6 @@ def read_question(body: Any, limits: Limits) -> Question:
         schema=schema,
         ignored=reader.ignored,
     )
-
-
-def _check_model(name: object) -> None:
-    if name is not None and name != MODEL:
-        raise Refused("model_not_found", f"model: {name!r:.60}: this server has {MODEL}", "model")
 
 
 def _check_tools(asked: ChatRequest) -> None:

@@ -24,11 +24,58 @@ def as_message(event: Event) -> dict[str, Any]:
     return {**message, "event_id": f"event_{event.seq}", **more}
 
 
+def as_messages(event: Event) -> list[dict[str, Any]]:
+    """For a client of OpenAI's API: also the events in which that tells how an item and its text
+    begin and end. They have no `seq`: they repeat what ours say, which may be asked for again."""
+    message = as_message(event)
+    before, after = _around(message)
+    told = [*before, message, *after]
+    for number, one in enumerate(told):
+        if one is not message:
+            one["event_id"] = f"event_{event.seq}_{number}"
+    return told
+
+
+def _around(message: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What OpenAI's API tells before an event of ours, and after it."""
+    kind = message["type"]
+    if kind == "conversation.item.created":
+        names = ("conversation.item.added", "conversation.item.done")
+        about = {"item": message["item"], "previous_item_id": None}
+        return [], [{"type": name, **about} for name in names]
+    if kind not in ("response.created", "response.done"):
+        return [], []
+    name = message["response_id"]
+    of_item = {"response_id": name, "output_index": 0}
+    of_part = {**of_item, "item_id": _item_of(name), "content_index": 0}
+    if kind == "response.created":
+        item = _message(_item_of(name), "assistant", "in_progress", [])
+        return [], [
+            {"type": "response.output_item.added", **of_item, "item": item},
+            {"type": "conversation.item.added", "item": item, "previous_item_id": None},
+            {"type": "response.content_part.added", **of_part, "part": _part("")},
+        ]
+    (item,) = message["response"]["output"]
+    text = message["text"]
+    return [
+        {"type": "response.output_text.done", **of_part, "text": text},
+        {"type": "response.content_part.done", **of_part, "part": _part(text)},
+        {"type": "conversation.item.done", "item": item, "previous_item_id": None},
+        {"type": "response.output_item.done", **of_item, "item": item},
+    ], []
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
 def _session(message: dict[str, Any]) -> dict[str, Any]:
     session = message["session"]
     kinds = {"type": "realtime", "object": "realtime.session", "output_modalities": ["text"]}
     # OpenAI's `prompt` is the name of a stored one: null where ours is empty.
-    return {"session": {**session, **kinds, "prompt": session.get("prompt") or None}}
+    most = session.get("max_output_tokens")
+    limits = {"max_output_tokens": "inf" if most is None else most}
+    return {"session": {**session, **kinds, **limits, "prompt": session.get("prompt") or None}}
 
 
 def _item(message: dict[str, Any]) -> dict[str, Any]:

@@ -99,13 +99,17 @@ Model = TypeVar("Model", bound=Fields)
 
 @dataclass(frozen=True)
 class Range:
-    """Annotates a finite number. largest: or which of the limits it is. 7.0 is a whole number."""
+    """Annotates a finite number. largest: or which of the limits it is. 7.0 is a whole number.
+    endless: a word that stands for no limit, read as None."""
 
     least: float
     largest: float | Callable[[Limits], float]
     whole: bool = False
+    endless: str | None = None
 
     def read(self, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and value == self.endless:
+            return None
         most = self.largest
         if callable(most):
             assert info.context is not None
@@ -116,6 +120,7 @@ class Range:
         if number is None or not self.least <= number <= most:  # NaN is not
             kind = "a whole number" if self.whole else "a number"
             span = f"from {self.least:.19g} to {most:.19g}"
+            span += f', or "{self.endless}"' if self.endless else ""
             raise _error("invalid_value", f"{value!r:.60}: expected {kind} {span}")
         return number
 
@@ -127,7 +132,8 @@ class Range:
     ) -> dict[str, Any]:
         schema: dict[str, Any] = {"type": "integer" if self.whole else "number"}
         most = {} if callable(self.largest) else {"maximum": self.largest}
-        return {**schema, "minimum": self.least, **most}
+        schema |= {"minimum": self.least, **most}
+        return {"anyOf": [schema, {"const": self.endless}]} if self.endless else schema
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class SessionConfig:
     # Maximum number of tokens between two frames; None: no limit.
     pace: int | None = number(40, above=0)
     frame_interval: float = number(1.0, above=0)  # seconds between two frames
-    max_new_tokens: int = number(4096, above=0)  # maximum length of a response
+    max_new_tokens: int | None = number(4096, above=0)  # maximum length of a response; None: none
     max_waiting_frames: int = number(4, above=0)
     max_waiting_prompts: int = number(16, above=0)
 
@@ -347,7 +347,7 @@ class Session(ResponseWriter):
             name = self.response.name
         self._tokens_since_frame += 1
         response = self._append_token(token, now, name, ttft)
-        if len(response.tokens) >= self.config.max_new_tokens:
+        if len(response.tokens) >= (self.config.max_new_tokens or math.inf):
             self._end_response("incomplete", "max_new_tokens")
             self._queued_tokens.append(self._vocabulary.special.silence)
 

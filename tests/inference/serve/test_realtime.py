@@ -14,6 +14,19 @@ from openai.types import realtime as types
 from inference.engine.load import load_engine
 from tests.inference.serve.serving import Running, data_url, jpeg, serving
 
+BETWEEN = ("input_frame.processed", "session.metrics")  # events of ours
+OPENING = (
+    types.ResponseOutputItemAddedEvent,
+    types.ConversationItemAdded,
+    types.ResponseContentPartAddedEvent,
+)
+CLOSING = (
+    types.ResponseContentPartDoneEvent,
+    types.ConversationItemDone,
+    types.ResponseOutputItemDoneEvent,
+    types.ResponseDoneEvent,
+)
+
 
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Running]:
@@ -43,7 +56,8 @@ def test_openais_client_watches_asks_and_cancels(server: Running) -> None:
         created = whole(types.SessionCreatedEvent, until(connection, "session.created"))
         assert (created.session.type, created.session.model) == ("realtime", "moss-video")
         update: Any = {"type": "realtime", "output_modalities": ["text"], "max_output_tokens": 9,
-                       "instructions": "Be brief.", "tools": [], "silence_bias": -50}  # fmt: skip
+                       "instructions": "Be brief.", "tools": [], "silence_bias": -50,
+                       "model": "moss-video"}  # fmt: skip
         connection.session.update(session=update)
         updated = whole(types.SessionUpdatedEvent, until(connection, "session.updated"))
         assert (updated.session.instructions, updated.session.max_output_tokens) == ("Be brief.", 9)
@@ -63,19 +77,30 @@ def test_openais_client_watches_asks_and_cancels(server: Running) -> None:
             types.ConversationItemCreatedEvent, until(connection, "conversation.item.created")
         )
         assert asked.item.content[0].text == "Who is it?"
+        for model in (types.ConversationItemAdded, types.ConversationItemDone):
+            assert whole(model, next(iter(connection))).item == asked.item
         begun = whole(types.ResponseCreatedEvent, until(connection, "response.created"))
         assert begun.response.status == "in_progress"
-        said = ""
+        opened = [whole(model, next(iter(connection))) for model in OPENING]
+        assert opened[0].item.id == opened[1].item.id == opened[2].item_id
+        assert (opened[0].item.status, opened[2].part.text) == ("in_progress", "")
+        said, names = "", []
         for event in connection:
+            names.append(event.type)
             if event.type == "response.output_text.delta":
                 said += whole(types.ResponseTextDeltaEvent, event).delta
                 assert event.response_id == begun.response.id
-            if event.type == "response.done":
+            if event.type == "response.output_text.done":
                 break
-        done = whole(types.ResponseDoneEvent, event).response
+        assert set(names) <= {"response.output_text.delta", event.type, *BETWEEN}
+        assert whole(types.ResponseTextDoneEvent, event).text == said
+        closed = [whole(model, next(iter(connection))) for model in CLOSING]
+        assert (closed[0].item_id, closed[0].part.text) == (opened[0].item.id, said)
+        done = closed[-1].response
         assert (done.id, done.status) == (begun.response.id, "incomplete")
         assert done.status_details.reason == "max_output_tokens"
-        assert done.output[0].content[0].text == said
+        assert closed[1].item == closed[2].item == done.output[0]
+        assert (done.output[0].id, done.output[0].content[0].text) == (opened[0].item.id, said)
         assert done.usage.output_tokens == 9
         connection.response.cancel(response_id="another")
         error = whole(types.RealtimeErrorEvent, until(connection, "error")).error
@@ -83,6 +108,14 @@ def test_openais_client_watches_asks_and_cancels(server: Running) -> None:
         connection.session.update(session={"type": "transcription"})  # type: ignore[typeddict-item]
         error = whole(types.RealtimeErrorEvent, until(connection, "error")).error
         assert (error.type, error.param) == ("invalid_request_error", "session.type")
+        connection.session.update(session={"type": "realtime", "model": "another"})
+        error = whole(types.RealtimeErrorEvent, until(connection, "error")).error
+        assert (error.code, error.param) == ("model_not_found", "session.model")
+        connection.session.update(session={"type": "realtime", "max_output_tokens": "inf"})
+        updated = whole(types.SessionUpdatedEvent, until(connection, "session.updated"))
+        assert updated.session.max_output_tokens == "inf"
+        (live,) = server.hub.sessions.values()
+        assert live.handle.config.max_new_tokens is None
     for live in list(server.hub.sessions.values()):
         live.close("the test is over")
     server.wait(0)
