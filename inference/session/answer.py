@@ -25,6 +25,8 @@ class Answer(ResponseWriter):
         grammar: its text follows it, and ends with it.
         likely: how many of the most likely tokens the log-probabilities of each token tell; None:
             there are none.
+        shared: there are more answers to this question. One of them takes it in but for its last
+            token, from which each goes on by itself.
     """
 
     def __init__(
@@ -41,25 +43,38 @@ class Answer(ResponseWriter):
         ignore_end: bool = False,
         grammar: Grammar | None = None,
         likely: int | None = None,
+        shared: bool = False,
     ) -> None:
         super().__init__(name, vocabulary, stats)
         self.sampling = sampling
         self.wake: float | None = None
         self.over = False
         self._tokens, self._images = list(tokens), list(images)
-        self._max_new_tokens, self._chunk = max_new_tokens, chunk
+        self._max_new_tokens, self._chunk, self._shared = max_new_tokens, chunk, shared
         self._grammar, self._likely_tokens = grammar, likely
         self._prompt_time: float | None = None
         special = vocabulary.special
         ends = (special.eot_id, special.end_of_text, special.silence)
         self._ends = () if ignore_end else ends
 
+    @property
+    def taken_in(self) -> bool:
+        """What it shares with others is in its slot, and nothing else."""
+        return self._shared and self._prompt_time is not None and len(self._tokens) == 1
+
+    def take_over(self, other: Answer) -> None:
+        """What another answer has taken in is in this one's slot, too."""
+        self._tokens, self._images = list(other._tokens), list(other._images)
+        self._prompt_time = other._prompt_time
+
     def next_step(self, now: float) -> StepRequest | None:
         """The next chunk of the question; after the last, one token per step."""
         if self._prompt_time is None:
             self._prompt_time = now
-        count, frames = 0, 0
-        while count < min(len(self._tokens), CHUNK_TOKENS):
+        count, frames, left = 0, 0, len(self._tokens)
+        if self._shared and left > 1:
+            left -= 1
+        while count < min(left, CHUNK_TOKENS):
             frames += self._tokens[count] == self._vocabulary.special.image
             if frames > self._chunk:
                 frames -= 1

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from inference.engine.engine import Engine
+from inference.engine.fork import fork
 from inference.engine.images import Picture, as_picture, fit
 from inference.engine.slots import Slot
 from inference.session.answer import Answer
@@ -38,6 +40,14 @@ class RunningSession:
     in_step: bool = False  # what a step has taken of its queues is nowhere else
     rebuilding: bool = False  # its slot is not whole yet: it takes no step
     journal: Journal | None = None
+    leader: RunningSession | None = None  # another answer to its question, which takes it in first
+
+    @property
+    def held(self) -> bool:
+        """It takes no step now."""
+        if self.leader is not None and (self.leader.closing or self.leader.task.over):
+            self.leader = None  # it takes the question in itself
+        return bool(self.closing or self.rebuilding or self.leader)
 
     def stepped(self, request: StepRequest) -> None:
         """After a step: what it has changed, into the journal."""
@@ -45,6 +55,15 @@ class RunningSession:
         if self.journal is not None and request.frame is not None and self.slot is not None:
             self.journal.add_frame(self.slot.position - 1, request.frame.source)
         self.write()
+
+    def share(self, sessions: Sequence[RunningSession], engine: Engine) -> None:
+        """After a step: a question that was taken in goes into the slots of those who wait."""
+        if isinstance(self.task, Answer) and self.task.taken_in and self.slot is not None:
+            for other in sessions:
+                if other.leader is self and isinstance(other.task, Answer) and not other.closing:
+                    other.slot = engine.on_all(fork, self.slot, other.task.sampling)
+                    other.task.take_over(self.task)
+                    other.leader = None
 
     def write(self) -> None:
         """Into the journal, if there is one; what a step has begun is written when it is done."""

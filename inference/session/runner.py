@@ -90,17 +90,21 @@ class Runner:
         grammar: Grammar | None = None,
         **options: Any,
     ) -> list[SessionHandle]:
-        """As `answer`, once for each sampling: all of them, or EngineFull."""
+        """As `answer`, once for each sampling: all, or EngineFull; it is computed once."""
         tasks = [
             Answer(
                 f"answer{next(self._numbers)}", tokens, images, self.vocabulary, self._stats(),
-                sampling=sampling, grammar=grammar and grammar.copy(), **options,
+                sampling=sampling, grammar=grammar and grammar.copy(),
+                shared=len(samplings) > 1, **options,
             )
             for sampling in samplings
         ]  # fmt: skip
         with self.changed:
             self._check_room(len(tasks))
-            return [self.start(task) for task in tasks]
+            handles = [self.start(task) for task in tasks]
+            for other in handles[1:]:
+                other.running.leader = handles[0].running
+            return handles
 
     def restore(self, state: Mapping[str, Any]) -> SessionHandle:
         """Continues a session that `SessionHandle.save` returned, of this process or another."""
@@ -255,8 +259,7 @@ class Runner:
             batch = []
             for running in self._running:
                 try:
-                    held = running.closing or running.rebuilding
-                    request = None if held else running.task.next_step(now)
+                    request = None if running.held else running.task.next_step(now)
                 except Exception as error:  # of this session alone
                     self._fail([running], error)
                     continue
@@ -296,6 +299,7 @@ class Runner:
                     running.task.on_token(request, token, now)
                     self._report(running, now)
                     running.stepped(request)
+                    running.share(self._running, self.engine)
                 except Exception as error:  # of this session alone
                     self._fail([running], error)
 

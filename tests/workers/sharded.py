@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from inference.engine.engine import Engine
+from inference.engine.fork import fork
 from inference.engine.load import RankFinished, load_engine
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Step
@@ -21,7 +22,8 @@ from tests.torchrun import save_result
 
 
 def scenario(checkpoint: str) -> dict[str, Any]:
-    """Two streams side by side, one saved and restored on the way; then a sampled answer."""
+    """Two streams side by side, one saved and restored on the way; then a sampled answer, and one
+    that goes on from it."""
     engine = load_engine(checkpoint, device="cpu", window=3, max_sessions=2, max_tokens=64)
     players = [Player(engine, make_stream(seed, frames=4)) for seed in (1, 2)]
     play(engine, players, until=4)
@@ -37,6 +39,11 @@ def scenario(checkpoint: str) -> dict[str, Any]:
         sampled += engine.step([Step(slot)])
     engine.set_sampling(slot, Sampling(temperature=2.0, seed=3))
     sampled += engine.step([Step(slot)])
+    engine.step([Step(slot, [60], sample=False)])
+    twin = engine.on_all(fork, slot, slot.sampling)
+    both = engine.step([Step(slot, [70]), Step(twin, [70])])
+    assert both[0] == both[1]
+    sampled += both
     engine.shutdown()
     tensors = {name: state[name] for name in ("text", "frames")}
     return {"logits": [player.logits for player in players], "sampled": sampled, "state": tensors}

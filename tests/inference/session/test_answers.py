@@ -1,0 +1,85 @@
+"""Several answers to one question: what it costs, against answers that are asked for one by one."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from inference.engine.engine import Engine
+from inference.engine.load import load_engine
+from inference.engine.sampling import Sampling
+from inference.session.handle import SessionHandle
+from inference.session.runner import Runner
+from tests.inference.tiny import SIZE
+
+FRAMES = 10
+IMAGES = list(torch.randint(0, 256, (FRAMES, 3, SIZE, SIZE), dtype=torch.uint8).unbind())
+COUNT = 3
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    return load_engine(tiny, device="cpu", window=16, max_tokens=1024, max_sessions=COUNT)
+
+
+def question(runner: Runner) -> list[int]:
+    """More frames and more tokens than one step takes."""
+    special, vocabulary = runner.vocabulary.special, runner.vocabulary
+    turn = vocabulary.user_turn("What is it? " * 20)
+    assert len(turn) > 128
+    return [special.begin_of_text, *[special.image] * FRAMES, *turn]
+
+
+def said(handle: SessionHandle) -> tuple[str, str, list[Any]]:
+    """Text, reason of the end, and the log-probabilities of each token."""
+    events = list(handle.events())
+    (done,) = (event.data for event in events if event.type == "response.done")
+    return done["text"], done["reason"], [x for e in events for x in e.data.get("logprobs", ())]
+
+
+def same(one: tuple[str, str, list[Any]], other: tuple[str, str, list[Any]]) -> None:
+    assert one[:2] == other[:2]
+    assert [token for token, *_ in one[2]] == [token for token, *_ in other[2]]
+    own = [[value for _, value, _ in entries] for entries in (one[2], other[2])]
+    assert own[0] == pytest.approx(own[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_a_question_is_computed_once_for_all_answers(
+    engine: Engine, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first one's reader goes while the question is taken in: then by each."""
+    samplings = [Sampling(temperature=1.3, seed=seed, repetition_penalty=penalty)
+                 for seed in range(COUNT)]  # fmt: skip
+    options: dict[str, Any] = {"max_new_tokens": 8, "likely": 2, "ignore_end": True}
+    step, tokens, frames = engine.step, list[int](), list[int]()
+    after = threading.Event()
+
+    def counted(steps: Any) -> Any:
+        tokens.append(sum(len(one.tokens) for one in steps))
+        frames.append(sum(len(one.frames) for one in steps))
+        result = step(steps)
+        after.wait(60)
+        return result
+
+    with Runner(engine) as runner:
+        asked = question(runner)
+        alone = [said(runner.answer(asked, IMAGES, sampling=s, **options)) for s in samplings]
+        assert len({text for text, *_ in alone}) == COUNT
+        monkeypatch.setattr(engine, "step", counted)
+        after.set()
+        together = runner.answers(asked, IMAGES, samplings, **options)
+        for one, other in zip(alone, map(said, together), strict=True):
+            same(one, other)
+        assert (sum(tokens), sum(frames)) == (len(asked) - 1 + COUNT, FRAMES)
+        after.clear()
+        first, *others = runner.answers(asked, IMAGES, samplings, **options)
+        first.close("its reader has gone")  # in the first step, which waits for it
+        after.set()
+        for one, other in zip(alone[1:], map(said, others), strict=True):
+            same(one, other)
+    assert not engine.slots
