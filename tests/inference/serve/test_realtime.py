@@ -108,14 +108,22 @@ def test_openais_client_watches_asks_and_cancels(server: Running) -> None:
         connection.session.update(session={"type": "transcription"})  # type: ignore[typeddict-item]
         error = whole(types.RealtimeErrorEvent, until(connection, "error")).error
         assert (error.type, error.param) == ("invalid_request_error", "session.type")
+    for live in list(server.hub.sessions.values()):
+        live.close("the test is over")
+    server.wait(0)
+
+
+def test_openais_client_names_the_model_and_asks_for_no_limit(server: Running) -> None:
+    client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none")
+    with client.realtime.connect(model="moss-video") as connection:
         connection.session.update(session={"type": "realtime", "model": "another"})
         error = whole(types.RealtimeErrorEvent, until(connection, "error")).error
         assert (error.code, error.param) == ("model_not_found", "session.model")
         connection.session.update(session={"type": "realtime", "max_output_tokens": "inf"})
         updated = whole(types.SessionUpdatedEvent, until(connection, "session.updated"))
         assert updated.session.max_output_tokens == "inf"
-        (live,) = server.hub.sessions.values()
+        (live,) = (one for one in server.hub.sessions.values() if one.socket)
         assert live.handle.config.max_new_tokens is None
-    for live in list(server.hub.sessions.values()):
-        live.close("the test is over")
+        connection.send({"type": "session.close"})  # type: ignore[arg-type,typeddict-item]
+        until(connection, "session.closed")
     server.wait(0)
