@@ -112,10 +112,8 @@ def read_image(message: ImageAppend, limits: Limits) -> ImageMessage:
 def read_item(message: CreateItem, limits: Limits) -> tuple[str, bytes | None]:
     """A `conversation.item.create`: the user's text and, if there is one, a picture."""
     content = message.item.content
-    if isinstance(content, str):
-        content = [TextInput(type="input_text", text=content)]
-    texts, pictures = [], []
-    for number, part in enumerate(content):
+    texts, pictures = [content] if isinstance(content, str) else [], []
+    for number, part in enumerate(() if isinstance(content, str) else content):
         if isinstance(part, TextInput):
             texts.append(part.text)
         else:

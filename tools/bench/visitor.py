@@ -118,8 +118,11 @@ class Visitor:
                 raise TimeoutError(f"no {type or 'end'} for {PATIENCE:g} s") from None
             self.gaps += event["seq"] != self.seq + 1
             self.seq = event["seq"]
-            if event["type"] == type:
+            late = event["type"] == "error" and event["code"] == "nothing_to_cancel"
+            if event["type"] == type and not late:
                 return event
+            if event["type"] == "error" and not late:
+                self.wrong.append(f"{self.number}: {event['code']}: {event['message']}")
 
 
 # Faults: whether the socket is over after it.
@@ -220,7 +223,7 @@ async def asks_and_leaves(visitor: Visitor, _: ClientConnection) -> bool:
 async def knocks(visitor: Visitor, _: ClientConnection) -> bool:
     """A connection that brings no HTTP."""
     host, port = visitor.host.split(":")
-    _, writer = await asyncio.open_connection(host, int(port))
+    writer = (await asyncio.open_connection(host, int(port)))[1]
     writer.write(visitor.rng.randbytes(200))
     writer.transport.abort()
     return False

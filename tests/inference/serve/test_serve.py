@@ -266,6 +266,8 @@ def test_a_picture_may_come_in_json_and_with_a_question(server: Running) -> None
         client.send("conversation.item.create", item={"type": "message", "content": parts})
         assert client.until("conversation.item.created")["text"] == "Who is it?"
         client.until("input_frame.processed")
+        client.send("conversation.item.create", item={"type": "message", "content": "And now?"})
+        assert client.until("conversation.item.created")["text"] == "And now?"
         client.send("session.close")
         client.rest()
 
