@@ -136,7 +136,7 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[by
     flags = [
         "--checkpoint", args.checkpoint, "--device", args.device, "--port", str(args.port),
         "--max_sessions", str(args.sessions + 4), "--window", "32", "--max_context", "2048",
-        "--limit_grace", "5", "--limit_replay", "256", "--limit_frame_bytes", str(FRAME_BYTES),
+        "--limit_grace", "15", "--limit_replay", "256", "--limit_frame_bytes", str(FRAME_BYTES),
     ]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "inference.serve", *flags])
     host = f"127.0.0.1:{args.port}"

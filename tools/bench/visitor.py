@@ -51,6 +51,7 @@ class Visitor:
     name: str = ""  # of the session; empty: a new one
     seq: int = 0  # of its last event
     second: float = 0.0  # of its next frame
+    _deck: list[str] = field(default_factory=list)
 
     async def run(self, stop: Callable[[], bool]) -> None:
         """Until `stop()`; then it ends its session."""
@@ -82,7 +83,7 @@ class Visitor:
             while not stop():
                 await self._show(socket)
                 if self.rng.random() < self.probability:
-                    fault = self.rng.choice(list(FAULTS))
+                    fault = self._next_fault()
                     self.faults[fault] += 1
                     if await FAULTS[fault](self, socket):
                         return
@@ -90,6 +91,12 @@ class Visitor:
             with contextlib.suppress(ConnectionClosed):
                 await self.until(socket, "session.closed")
             self.name = ""
+
+    def _next_fault(self) -> str:
+        """Each kind once in a random order, then again in another one."""
+        if not self._deck:
+            self._deck = self.rng.sample(list(FAULTS), len(FAULTS))
+        return self._deck.pop()
 
     async def _show(self, socket: ClientConnection) -> None:
         """A frame, and its decision."""
