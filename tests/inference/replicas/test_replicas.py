@@ -4,6 +4,7 @@ missed by any client."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -19,12 +20,20 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from websockets.sync.client import connect
 
+from inference.cli import CommandError
 from inference.engine.load import load_engine
+from inference.replicas.command import check
+from inference.replicas.processes import Process, command, devices
+from inference.replicas.replica import Replica
 from inference.serve.__main__ import main
+from inference.serve.access import Access
+from inference.serve.flags import parse
+from inference.serve.limits import Limits
 from inference.session.runner import Runner
-from tests.inference.serve.serving import Client, jpeg
+from tests.inference.serve.serving import Client, jpeg, serving
 from tools.bench import replicas as bench
 from tools.bench.replicas import Drill
 
@@ -257,17 +266,82 @@ def test_what_a_killed_replica_does_goes_on_elsewhere(front: Drill) -> None:
         assert frames(front) == before + 8
 
 
-def test_no_process_outlives_a_front_that_is_killed(tiny: Path) -> None:
-    process, _ = start(tiny, "--replicas", "2")
-    try:
-        until = time.monotonic() + 60
-        while not (found := psutil.Process(process.pid).children(recursive=True)):
-            assert time.monotonic() < until
-            time.sleep(0.05)
-    finally:
+def test_replicas_of_other_machines_and_the_end_of_a_front_that_is_killed(tiny: Path) -> None:
+    """Two servers that this process has, and one process of the front's own, which does not outlive
+    it. A server that ends gives its session to another one."""
+    with contextlib.ExitStack() as stack:
+        remote = {}
+        for _ in range(2):
+            engine = load_engine(tiny, device="cpu", window=64, max_tokens=2048, max_sessions=SEATS)
+            access, limits = Access(front_key="k"), Limits(decoders=1)
+            running = stack.enter_context(serving(engine, limits, access=access))
+            remote[running.http] = running
+        urls = ",".join(remote)
+        process, drill = start(tiny, "--replicas", "1", "--replica_urls", urls, "--front_key", "k")
+        stack.callback(process.kill)
+        assert httpx.get(f"{urls.split(',')[0]}/v1/models").status_code == 401  # the front alone
+        drill.wait_ready(2)
+        with begin(drill) as client:
+            show(client, 0)
+            decided(client, 0)
+            serving_it = remote.pop(replica_of(drill)["address"])
+            show(client, 1, "Who is it?")
+            serving_it.server.should_exit = True
+            assert client.until("session.resumed")["reason"] == "replica_lost"
+            show(client, 2)
+            decided(client, 2)
+            assert answered(drill).json()["usage"]["completion_tokens"] <= 3
+            client.send("session.close")
+            client.rest()
+        assert numbers(client) == list(range(1, len(client.seen) + 1))
+        found = psutil.Process(process.pid).children(recursive=True)
+        assert found
         process.kill()
         process.wait()
-    assert gone(found)
+        assert gone(found)
+
+
+GPUS = ["4", "5", "6", "7"]
+
+
+def test_each_replica_sees_its_own_gpus(tmp_path: Path) -> None:
+    """Of those that the front may see: what a child of it says."""
+
+    async def say(number: int) -> None:
+        ended = asyncio.get_running_loop().create_future()
+        replica = Replica(number, f"unix:{tmp_path}/{number}.sock", "key")
+        said = ["sh", "-c", f"echo $CUDA_VISIBLE_DEVICES $LEFT > {tmp_path}/{number}"]
+        child = Process(replica, said, {**devices(number, 2, GPUS), "LEFT": "more"})
+        running = asyncio.create_task(child.run(lambda _, code: ended.set_result(code)))
+        assert await ended == 0
+        running.cancel()
+
+    async def both() -> None:
+        await asyncio.gather(say(0), say(1))
+
+    asyncio.run(both())
+    assert [(tmp_path / str(n)).read_text() for n in (0, 1)] == ["4,5 more\n", "6,7 more\n"]
+
+
+def test_gpus_are_counted_before_anything_starts(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(GPUS))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(GPUS))
+
+    def flags(*given: str) -> Any:
+        return parse(["--checkpoint", str(tiny), "--replicas", "2", *given])
+
+    assert check(flags("--gpus_per_replica", "2")) == GPUS
+    with pytest.raises(CommandError, match="these are 6 GPUs, and this machine has 4"):
+        check(flags("--gpus_per_replica", "3"))
+    with pytest.raises(CommandError, match="replicas have GPUs of their own"):
+        check(flags("--device", "cuda:1"))
+    assert check(flags("--device", "cpu")) == []
+    assert devices(0, 1, []) == {}
+    started = command(["--port", "1"], tiny / "0.sock", 2)
+    assert "--nproc-per-node=2" in started
+    assert parse([*started[started.index("inference.serve") + 1 :], "--checkpoint", "x"]).port == 1
 
 
 @pytest.mark.parametrize(
