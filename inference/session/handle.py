@@ -285,6 +285,13 @@ class SessionHandle:
             raise SessionClosed(f"{self.name}: {self._running.closing or 'its input has ended'}")
 
 
+def led_by_first(answers: list[SessionHandle]) -> list[SessionHandle]:
+    """Answers to one question, which the first one takes in for all."""
+    for other in answers[1:]:
+        other.running.leader = answers[0].running
+    return answers
+
+
 class Events:
     """A session's events, for `for` and for `async for`."""
 

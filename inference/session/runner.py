@@ -28,7 +28,7 @@ from inference.engine.slots import Slot, Step
 from inference.session.answer import Answer
 from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar
-from inference.session.handle import RunningSession, SessionClosed, SessionHandle
+from inference.session.handle import RunningSession, SessionClosed, SessionHandle, led_by_first
 from inference.session.response import Vocabulary
 from inference.session.saved import resume
 from inference.session.session import Session, SessionConfig, StepRequest
@@ -101,10 +101,7 @@ class Runner:
         ]  # fmt: skip
         with self.changed:
             self._check_room(len(tasks))
-            handles = [self.start(task) for task in tasks]
-            for other in handles[1:]:
-                other.running.leader = handles[0].running
-            return handles
+            return led_by_first([self.start(task) for task in tasks])
 
     def restore(self, state: Mapping[str, Any]) -> SessionHandle:
         """Continues a session that `SessionHandle.save` returned, of this process or another."""
