@@ -14,7 +14,7 @@ from openai.types import realtime as types
 from inference.engine.load import load_engine
 from tests.inference.serve.serving import Running, data_url, jpeg, serving
 
-BETWEEN = ("input_frame.processed", "session.metrics")  # events of ours
+BETWEEN = ("input_frame.processed", "session.metrics", "session.usage")  # events of ours
 OPENING = (
     types.ResponseOutputItemAddedEvent,
     types.ConversationItemAdded,
