@@ -4,8 +4,8 @@ python -m tools.bench.replicas --checkpoint DIR [--sessions 60 --replicas 3 --ki
 
 Clients send a frame, wait for its decision, and ask every few frames; sources are files with greedy
 decoding, so what is said does not depend on time. Each session's events are compared with those of
-the same frames in one process without a server. Another client measures a frame's way with the
-front and past it.
+the same frames in one process without a server. In the end another client measures, by turns, the
+way of a frame to its decision through the front, and straight to a replica.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import connect, unix_connect
 
 from data_pipeline.commands import DONE, FAILED, CommandParser
 from inference.engine.load import load_engine
@@ -36,6 +37,7 @@ from inference.engine.sampling import Sampling
 from inference.session.runner import Runner
 
 PROGRAM = "python -m tools.bench.replicas"
+FRONT_KEY = secrets.token_urlsafe(16)
 ASK_EVERY = 5  # frames
 PACE, BIAS, LONGEST = 4, 4.0, 9  # of each session: little is said, and often
 # What is compared: types of events, and their fields.
@@ -84,6 +86,7 @@ class Client:
     number: int
     url: str
     interval: float = 0.0  # least seconds between two frames
+    path: str = ""  # Unix socket of a replica, which it asks in place of the front
     events: list[dict[str, Any]] = field(default_factory=list)
     at: list[float] = field(default_factory=list)  # when each event came
     frame_seconds: list[float] = field(default_factory=list)
@@ -91,7 +94,7 @@ class Client:
 
     async def run(self, stop: Callable[[int], bool]) -> Client:
         """Until `stop(frames)`."""
-        async with connect(self.url, max_size=None, compression=None, open_timeout=60) as socket:
+        async with self._connect() as socket:
             settings = {
                 "source": "file", "pace": PACE, "silence_bias": BIAS, "seed": self.number,
                 "max_output_tokens": LONGEST,
@@ -113,6 +116,13 @@ class Client:
             while (await self._next(socket))["type"] != "session.closed":
                 pass
         return self
+
+    def _connect(self) -> Any:
+        options: dict[str, Any] = {"max_size": None, "compression": None, "open_timeout": 60}
+        if not self.path:
+            return connect(self.url, **options)
+        key = {"Authorization": f"Bearer {FRONT_KEY}"}
+        return unix_connect(self.path, self.url, additional_headers=key, **options)
 
     @staticmethod
     def _decided(event: dict[str, Any], second: float) -> bool:
@@ -208,12 +218,25 @@ class Drill:
 def serving(args: Sequence[str], port: int) -> Iterator[Drill]:
     """A front with its replicas."""
     command = [sys.executable, "-m", "inference.serve", "--port", str(port), *args]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env={**os.environ, "MOSS_FRONT_KEY": FRONT_KEY})
     try:
         yield Drill(f"127.0.0.1:{port}")
     finally:
         process.terminate()
         process.wait(60)
+
+
+async def ways(drill: Drill, rounds: int = 5, frames: int = 20) -> tuple[list[float], list[float]]:
+    """Seconds from a frame to its decision: through the front, and straight to a replica, by turns,
+    where nobody else is served."""
+    ready = next(r for r in await asyncio.to_thread(drill.replicas) if r["state"] == "ready")
+    path = ready["address"].removeprefix("unix:")
+    through, straight = list[float](), list[float]()
+    for _ in range(rounds):
+        for way, found in (("", through), (path, straight)):
+            client = await Client(0, drill.url, path=way).run(lambda count: count == frames)
+            found += client.frame_seconds[1:]
+    return through, straight
 
 
 def differing(clients: Sequence[Client], runner: Runner) -> list[int]:
@@ -230,6 +253,11 @@ def differing(clients: Sequence[Client], runner: Runner) -> list[int]:
 def share(values: Sequence[float], percent: int) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else 0.0
+
+
+def milliseconds(values: Sequence[float]) -> list[float]:
+    """Their median and p99."""
+    return [round(1000 * share(values, percent), 1) for percent in (50, 99)]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -256,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         drill.wait_ready(args.replicas)
         playing = drill.play(args.sessions, args.seconds, args.interval, args.kill_every)
         clients = asyncio.run(playing)
+        drill.wait_ready(args.replicas)
+        through, straight = asyncio.run(ways(drill))
     made = load_engine(
         args.checkpoint, device="cpu", window=window, max_tokens=64 * window, max_sessions=8
     )
@@ -272,6 +302,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "away p50, p99, max (s)": [round(share(away, p), 2) for p in (50, 99, 100)],
         "events lost or twice": sum(client.gaps for client in clients),
         "sessions that differ": len(wrong),
+        "decision p50, p99 with all (ms)": milliseconds(
+            [seconds for client in clients for seconds in client.frame_seconds]
+        ),
+        "decision alone, through the front": milliseconds(through),
+        "decision alone, straight to it": milliseconds(straight),
     }
     for name, value in rows.items():
         print(f"{name:32} {value}")

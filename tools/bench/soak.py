@@ -30,7 +30,7 @@ import httpx
 import psutil
 
 from data_pipeline.commands import DONE, FAILED, CommandParser
-from tools.bench.replicas import share
+from tools.bench.replicas import milliseconds, share
 from tools.bench.visitor import Visitor
 
 PROGRAM = "python -m tools.bench.soak"
@@ -178,8 +178,8 @@ def report(quiet: Result, broken: Result, left: int, code: int) -> dict[str, Any
         "seconds": round(broken.seconds),
         "faults": sum(broken.faults.values()),
         "faults by kind": dict(sorted(broken.faults.items())),
-        "decision p50, p99 undisturbed (ms)": _ms(quiet),
-        "decision p50, p99 with faults (ms)": _ms(broken),
+        "decision p50, p99 undisturbed (ms)": milliseconds(quiet.latencies),
+        "decision p50, p99 with faults (ms)": milliseconds(broken.latencies),
         "p99, times the undisturbed": round(slower, 2),
         "memory after the warm-up, least and most (MB)": [
             round(pick(sizes) / 1e6) for pick in (min, max) if sizes
@@ -193,10 +193,6 @@ def report(quiet: Result, broken: Result, left: int, code: int) -> dict[str, Any
     held = grown <= GROWTH and slower <= SLOWER
     right = not (lost or broken.gaps or quiet.gaps or left or code)
     return {**figures, "holds": held and right}
-
-
-def _ms(run: Result) -> list[float]:
-    return [round(1000 * share(run.latencies, percent), 1) for percent in (50, 99)]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
