@@ -279,7 +279,8 @@ async def _open(socket: WebSocket, service: Service, account: Account) -> None:
         await service.realtime(socket, account, name, 0 if name is None else int(last))
     except Refused as error:
         told = {"code": error.code, "message": str(error), "retry_after_s": error.retry}
-        await socket.send_text(written(Event("error", 0, time.time(), 0.0, told)))
+        for text in written(Event("error", 0, time.time(), 0.0, told), of_openai=False):
+            await socket.send_text(text)
         await refuse(socket, service, TRY_LATER, error.code, str(error))
 
 
