@@ -1,1 +1,5 @@
 """Samples, shards, prompts, frames and the loader: everything that knows data and no training."""
+
+from __future__ import annotations
+
+from data_pipeline import npu  # noqa: F401  before torch

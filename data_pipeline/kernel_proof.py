@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline import devices
 from data_pipeline.atomic import write_atomically
 
 # Below the logger of training, which is set up there; elsewhere warnings go to stderr.
@@ -80,7 +81,7 @@ def proven(kernel: Kernel, device: torch.device) -> bool:
     wrong = kept["wrong"] if kept else _first_wrong(kernel)
     if not kept:
         _write(where, {"wrong": wrong})
-    machine = device_name(device)
+    machine = devices.name(device)
     if wrong:
         log.warning("%s is not used on %s: %s (%s)", kernel.name, machine, wrong, where)
         _check_device(kernel.name, device)
@@ -169,26 +170,19 @@ def _mean(x: Tensor) -> float:
 
 
 def _check_device(name: str, device: torch.device) -> None:
-    """Raises RuntimeError where the GPU does not work any more, as after a wrong memory access."""
-    if device.type == "cpu":
-        return
+    """Raises RuntimeError where it does not work any more, as after a wrong memory access."""
     try:
-        torch.cuda.synchronize(device)
+        devices.synchronize(device)
     except RuntimeError as error:
         said = str(error).split("\n")[0]
         raise RuntimeError(
-            f"{name} has left the GPU unusable ({said}): start again, it will not be used"
+            f"{name} has left the device unusable ({said}): start again, it will not be used"
         ) from None
 
 
 def cache_folder() -> Path:
     """Where this user's programs keep what they can find out again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moss-train"
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name as its driver has it, or "CPU"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _file(
@@ -199,8 +193,8 @@ def _file(
     parts = [
         name,
         shapes,
-        device_name(device),
-        f"CUDA {torch.version.cuda}",
+        devices.name(device),
+        devices.runtime(),
         f"deterministic {exact}",
     ]
     for package in packages:

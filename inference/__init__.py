@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import data_pipeline  # noqa: F401  before torch
+
 if TYPE_CHECKING:
     from inference.api import Model, load
     from inference.engine.sampling import Sampling

@@ -59,7 +59,7 @@ def load(
             print(model.chat("Where is the circle?", images=["picture.jpg"]))
 
     Args:
-        device: cpu, cuda, cuda:1 (default: CUDA where there is one).
+        device: such as cpu, cuda, cuda:1 (default: the best that there is).
         dtype: fp32 or bf16 (default: the checkpoint's on CUDA, fp32 on a CPU).
         quantize: int8 or fp8: weights of the decoder's linear layers.
         engine: fields of `EngineConfig`: `window` (frames that the model sees at once, 256),

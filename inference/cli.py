@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from data_pipeline import devices
 from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, report_error
 from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
@@ -73,7 +74,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     default = EngineConfig()
     flag(parser, "checkpoint", default=os.environ.get("CHECKPOINT"), metavar="DIR",
          help="folder of the model in Hugging Face's format (default: $CHECKPOINT)")  # fmt: skip
-    flag(parser, "device", default="auto", help="auto, cpu, cuda, cuda:1; auto: CUDA if present")
+    flag(parser, "device", default="auto", help=devices.HELP)
     flag(parser, "dtype", choices=list(DTYPES),
          help="dtype of weights (default: the checkpoint's on CUDA, fp32 on a CPU)")  # fmt: skip
     flag(parser, "window", type=int, default=default.window, metavar="N",

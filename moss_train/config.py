@@ -200,7 +200,7 @@ class LoggerConfig:
 class HardwareConfig:
     """Device, CPU threads and time limits of each rank."""
 
-    device: str = choice("auto", ("auto", "cpu", "cuda"))
+    device: str = choice("auto", ("auto", "cuda", "cpu", "npu"))
     # CPU threads of each rank; None: cores / ranks of this machine.
     threads: int | None = number(None, above=0, most=4096)
     timeout_s: int = number(600, above=0, most=10**9)  # a collective that waits longer ends the job

@@ -12,14 +12,21 @@ import functools
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import _device
 
-from data_pipeline import kernel_proof
+from data_pipeline import devices
 
+TRAINS = "cuda"  # megatron-core's kind of accelerator
+KINDS = ("auto", TRAINS, "cpu", "npu")
+UNSUPPORTED = {
+    "npu": "MindSpeed, by which megatron-core runs on an NPU, is written for megatron-core 0.12.1, "
+    "and this needs 0.16.1 or later: train on cuda or cpu; inference runs on an NPU"
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by what configurations call them
 
 _FACTORIES = (
@@ -33,21 +40,26 @@ PEAK_BF16_TFLOPS = {  # of a word in a GPU's name: dense products, NVIDIA's data
 _cpu_active = False
 
 
-def has_cuda() -> bool:
-    """True where a CUDA device can be used."""
-    return torch.cuda.is_available()
+def has_accelerator() -> bool:
+    """Whether there is a device that training runs on beside the CPU."""
+    return devices.is_present(TRAINS)
 
 
 def device() -> torch.device:
-    """The device of this process: its CUDA device, or the CPU."""
-    if has_cuda() and not _cpu_active:
-        return torch.device("cuda", torch.cuda.current_device())
+    """The device of this process: its accelerator, or the CPU."""
+    if has_accelerator() and not _cpu_active:
+        return torch.device(TRAINS, devices.module(TRAINS).current_device())
     return torch.device("cpu")
+
+
+def on_accelerator() -> bool:
+    """Whether this process computes on one: what is given to it is done while the host goes on."""
+    return devices.is_accelerator(device())
 
 
 def device_name() -> str:
     """The GPU's name as its driver has it, or "CPU"."""
-    return kernel_proof.device_name(device())
+    return devices.name(device())
 
 
 def peak_tflops_of(name: str) -> float | None:
@@ -60,14 +72,14 @@ def peak_tflops() -> float | None:
     """1e12 bf16 FLOPs a second of this process's GPU: those of its data sheet; for one that is not
     known, those that a large product reaches. None on a CPU.
     """
-    if device().type == "cpu":
+    if not on_accelerator():
         return None
     return peak_tflops_of(device_name()) or _measured_tflops()
 
 
 def _measured_tflops(size: int = 8192, times: int = 10) -> float:
     x = torch.randn(size, size, device=device()).bfloat16()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (new_event(timing=True) for _ in range(2))
     for number in range(2 * times):
         if number == times:
             begin.record()
@@ -77,32 +89,45 @@ def _measured_tflops(size: int = 8192, times: int = 10) -> float:
     return 2e-12 * size**3 * times / (begin.elapsed_time(end) / 1e3)
 
 
-def backend(kind: str) -> str:
-    """torch.distributed backend for `hardware.device` `kind` ("cpu" or "cuda")."""
-    return "nccl" if kind == "cuda" else "gloo"
-
-
 def activate(kind: str) -> torch.device:
-    """Prepares this process for `kind`: "cpu", "cuda" or "auto".
+    """Prepares this process for `kind`, one of KINDS.
 
     Raises:
-        ValueError: "cuda" was asked for and there is none.
+        ValueError: it is not here, or training does not run on it.
     """
     if kind == "auto":
-        kind = "cuda" if has_cuda() and not _cpu_active else "cpu"
-    if kind == "cuda":
-        if _cpu_active:
-            raise ValueError(
-                "hardware.device=cuda: this process has worked on the CPU, which cannot be undone: "
-                "start another one"
-            )
-        if not has_cuda():
-            raise ValueError("hardware.device=cuda, but torch finds no CUDA device: use cpu")
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron's overlap wants it
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
+        kind = TRAINS if has_accelerator() and not _cpu_active else "cpu"
+    if kind == "cpu":
         activate_cpu()
-    return device()
+        return device()
+    if _cpu_active:
+        raise ValueError(
+            f"hardware.device={kind}: this process has worked on the CPU, which cannot be undone: "
+            "start another one"
+        )
+    if reason := refusal(kind):
+        raise ValueError(reason)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron's overlap wants it
+    return devices.select(kind, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def refusal(kind: str) -> str | None:
+    """Why training does not run on a kind of device here; None where it does."""
+    if kind in ("auto", "cpu"):
+        return None
+    if kind in UNSUPPORTED:
+        return f"hardware.device={kind}: training does not run there ({UNSUPPORTED[kind]})"
+    try:
+        devices.find(kind, "hardware.device")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def select_device(where: torch.device) -> None:
+    """Makes it the device of this thread: each has its own, and begins with the first."""
+    if devices.is_accelerator(where):
+        devices.select(where.type, where.index)
 
 
 def seed_everything(seed: int) -> None:
@@ -110,6 +135,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  libraries below still draw from the global state
     torch.manual_seed(seed)
+
+
+def random_state() -> torch.Tensor:
+    """Of the device's generator."""
+    return devices.module(TRAINS).get_rng_state()
+
+
+def set_random_state(state: torch.Tensor) -> None:
+    """The one that `random_state` has given."""
+    devices.module(TRAINS).set_rng_state(state)
 
 
 def make_deterministic() -> None:
@@ -125,17 +160,51 @@ def free_memory() -> int:
     """Bytes of the GPU's memory that this process can still get: what is free, and what torch has
     taken and does not use.
     """
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return torch.cuda.mem_get_info()[0] + unused
+    return devices.free_memory(device()) + devices.unused_memory(device())
+
+
+def total_memory() -> int:
+    """Bytes of the memory of the device that this rank would get."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return devices.module(TRAINS).get_device_properties(number).total_memory
+
+
+def new_event(timing: bool = False) -> Any:
+    """A mark among what the accelerator is given."""
+    return devices.module(device().type).Event(enable_timing=timing)
+
+
+def synchronize() -> None:
+    """Waits until the device has done what it was given."""
+    devices.synchronize(device())
+
+
+def record_allocations(most: int | None) -> None:
+    """Has torch keep the last `most` allocations; None: no more. On a CPU there are none."""
+    if on_accelerator():
+        told = {"enabled": None} if most is None else {"max_entries": most}
+        devices.module(device().type).memory._record_memory_history(**told)
+
+
+def dump_allocations(path: Path) -> None:
+    """Writes what `record_allocations` has seen, for docs.pytorch.org/memory_viz."""
+    if on_accelerator():
+        devices.module(device().type).memory._dump_snapshot(str(path))
 
 
 def peak_memory_gb() -> float:
     """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
-    if device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+    if on_accelerator():
+        return devices.module(device().type).max_memory_allocated() / 1e9
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def reset_peak_memory() -> None:
+    """`peak_memory_gb` begins anew, on an accelerator."""
+    if on_accelerator():
+        devices.module(device().type).reset_peak_memory_stats()
 
 
 class _NoOp:

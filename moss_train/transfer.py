@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data_pipeline.devices import is_accelerator
 from moss_train import hardware
 
 ALIGNMENT = 16  # bytes, of each tensor in a common buffer: no type and no kernel asks for more
@@ -36,7 +37,7 @@ class Staged:
 
     def __init__(self, *owners: Movable):
         self._slots: list[tuple[Any, str]] = []
-        if hardware.device().type == "cpu":
+        if not hardware.on_accelerator():
             return
         self._slots = [slot for owner in owners for slot in _slots(owner)]
         self._buffer = _Buffer([getattr(owner, name) for owner, name in self._slots])
@@ -67,7 +68,7 @@ def _slots(owner: Any) -> Iterator[tuple[Any, str]]:
 
 def to_device(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the device's memory, by one copy that nobody waits for."""
-    return list(tensors) if hardware.device().type == "cpu" else _Buffer(tensors).to_device()
+    return _Buffer(tensors).to_device() if hardware.on_accelerator() else list(tensors)
 
 
 class _Buffer:
@@ -95,7 +96,7 @@ class _Buffer:
 
 def concatenated(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.cat(tensors)` on the host, page-locked where there is a GPU."""
-    if hardware.device().type == "cpu":
+    if not hardware.on_accelerator():
         return torch.cat([*tensors])
     shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
     pinned = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)
@@ -115,9 +116,8 @@ class HostCopy:
     def __init__(self, numbers: Tensor):
         # From a GPU into page-locked memory: torch allocates it for such a copy.
         self._numbers = numbers.to("cpu", non_blocking=True)
-        self._copied: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            self._copied = torch.cuda.Event()
+        self._copied = hardware.new_event() if is_accelerator(numbers) else None
+        if self._copied is not None:
             self._copied.record()
 
     def wait(self) -> list[float]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from data_pipeline.fields import Range, wrong_values
 from data_pipeline.shards import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
+from moss_train import hardware
 from moss_train.config import WANDB_MODES, Config, ConfigError
 from moss_train.data_config import SourceConfig
-from moss_train.hardware import has_cuda
 from moss_train.model.hf_mapping import unmatched_targets
 
 POSITIVE = Range(above=0)
@@ -215,8 +215,8 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
     if parallel.virtual > 1 and parallel.pipeline == 1:
         yield f"parallel.virtual={parallel.virtual}: needs parallel.pipeline of 2 or more"
     yield from _optional_package(config)
-    if config.hardware.device == "cuda" and not has_cuda():
-        yield "hardware.device=cuda: torch finds no CUDA device: use cpu"
+    if reason := hardware.refusal(config.hardware.device):
+        yield reason
 
 
 def _optional_package(config: Config) -> Iterator[str]:
@@ -230,7 +230,7 @@ def _optional_package(config: Config) -> Iterator[str]:
         return
     package, extra = packages[name]
     device = config.hardware.device
-    if device == "cpu" or not has_cuda():
+    if device == "cpu" or not hardware.has_accelerator():
         why = "hardware.device is cpu" if device == "cpu" else "torch finds no CUDA device"
         yield f"model.attention={name}: trains on CUDA only, {why}: use auto"
     elif importlib.util.find_spec(package) is None:

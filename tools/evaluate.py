@@ -12,6 +12,7 @@ from pathlib import Path
 from data_pipeline.commands import CommandParser, report_error, whole_number
 from data_pipeline.schema import SampleError
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from moss_train import hardware
 from moss_train.config import ConfigError
 from moss_train.evaluate.exported import ExportedModel
 from moss_train.evaluate.items import EvaluationError, read_lines
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="toy: maximum number of samples of each source (default: all)")  # fmt: skip
     add("--out", type=Path, metavar="FILE",
         help="JSON file of the scores (default: RUN/evaluation.json)")  # fmt: skip
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    add("--device", default="auto", choices=hardware.KINDS, help="where the model runs")
     add(
         "--threads",
         type=whole_number(above=0),

@@ -32,7 +32,7 @@ from moss_train.config import Config, ConfigError, HardwareConfig, ParallelConfi
 from moss_train.convert.hf_config import kind_of
 from moss_train.convert.job import check_manifest
 from moss_train.convert.source import ConversionError, read_json
-from moss_train.hardware import DTYPES
+from moss_train.hardware import DTYPES, KINDS
 from moss_train.trained_tokenizer import check_tokenizer
 from moss_train.validate import check_layout
 from moss_train.verify.case import Case, ForwardJob, VerificationError, make_case, read_case
@@ -297,7 +297,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--tolerance", type=finite_number(above=0), metavar="X",
         help="allowed difference of logits (default: 1e-4 in fp32, 0.25 in bf16)")  # fmt: skip
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="device of RUN's ranks")
+    add("--device", default="cpu", choices=KINDS, help="device of RUN's ranks")
     add("--trust-remote-code", action="store_true", help="run the code in DIR, not our own")
     add("--hashes", action="store_true", help="check DIR/manifest.json first")
     options = parser.parse_args(arguments)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline import devices
 from data_pipeline.commands import DONE, CommandParser
 from inference.bench import measure
 from inference.bench.models import MODELS, random_model
@@ -24,7 +25,7 @@ from inference.bench.published import PublishedModel
 from inference.bench.report import Row, describe, print_table, write_report
 from inference.cli import positive_int
 from inference.engine.engine import Engine, EngineConfig
-from inference.engine.load import DTYPES, find_device, load_model
+from inference.engine.load import DTYPES, load_model
 from inference.engine.quantize import FORMATS
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
@@ -53,7 +54,7 @@ def parse() -> argparse.Namespace:
     add("--baseline", choices=("hf",), help="measure the published way too (default: no)")
     add("--frames", type=positive_int, default=256, metavar="N", help="number of frames")
     add("--new-tokens", type=positive_int, default=32, metavar="N", help="number of new tokens")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1; auto: CUDA if present")
+    add("--device", default="auto", help=devices.HELP)
     add("--dtype", choices=tuple(DTYPES), help="of weights (default: bf16 on CUDA, else fp32)")
     add("--quantize", choices=tuple(FORMATS), help="of the engine's weights only (default: no)")
     add("--compile", action="store_true", help="compile single-token steps (torch.compile)")
@@ -75,10 +76,10 @@ def parse() -> argparse.Namespace:
 
 def open_model(arguments: argparse.Namespace) -> MossVideoForConditionalGeneration:
     """The model in full weights, on its device."""
-    device = torch.device(find_device(arguments.device))
+    device = devices.find(arguments.device, "--device")
     if arguments.checkpoint:
         return load_model(arguments.checkpoint, str(device), arguments.dtype)
-    name = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    name = arguments.dtype or ("bf16" if devices.is_accelerator(device) else "fp32")
     return random_model(arguments.model, device, DTYPES[name])
 
 

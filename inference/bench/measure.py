@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from data_pipeline import devices
 from data_pipeline.progress import Progress
 from inference.bench.published import PublishedModel
 from inference.engine.engine import Engine
@@ -30,8 +31,7 @@ class Clock:
         self.device, self.kind = device, kind
 
     def __call__(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        devices.synchronize(self.device)
         return time.process_time() if self.kind == "cpu" else time.perf_counter()
 
 

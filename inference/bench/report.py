@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline import devices
 from data_pipeline.tables import format_table
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
@@ -39,7 +40,7 @@ def describe(
 ) -> dict[str, Any]:
     """What was measured, on what."""
     weight = model.model.language_model.embed_tokens.weight
-    gpu = torch.cuda.get_device_name(weight.device) if weight.is_cuda else None
+    gpu = devices.name(weight.device) if devices.is_accelerator(weight) else None
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "model": arguments.checkpoint or f"{arguments.model}, random weights",

@@ -1,14 +1,16 @@
-"""Capturing a computation as a CUDA graph, and seeing that the graph computes the same."""
+"""Capturing a computation as a graph (as CUDA's), and seeing that it computes the same."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from data_pipeline import devices
 
 log = logging.getLogger(__name__)
 
@@ -18,21 +20,33 @@ TOLERANCE = 1e-2  # of the largest number: kernels may be chosen anew
 Result = TypeVar("Result")
 
 
-def capture(compute: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of `compute`, and what it returned: tensors that each replay fills anew.
+class Graph(Protocol):
+    """A computation that a device has recorded."""
 
-    pool: of memory, `torch.cuda.graph_pool_handle()`; graphs of one pool must not run at once.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            compute()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = compute()
-    return graph, out
+    def replay(self) -> None:
+        """Computes it once more."""
+
+
+class Pool:
+    """Graphs of one device that share memory: no two of them may run at once."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._torch = device, devices.module(device.type)
+        self._handle = self._torch.graph_pool_handle()
+
+    def capture(self, compute: Callable[[], Result]) -> tuple[Graph, Result]:
+        """A graph of `compute`, and what it returned: tensors that each replay fills anew."""
+        ours = self._torch
+        side = ours.Stream()
+        side.wait_stream(ours.current_stream())
+        with ours.stream(side):
+            for _ in range(WARM_UP):
+                compute()
+        ours.current_stream().wait_stream(side)
+        graph = devices.new_graph(self._device)
+        with ours.graph(graph, pool=self._handle):
+            out = compute()
+        return graph, out
 
 
 @contextmanager
@@ -42,7 +56,7 @@ def or_without(what: str, *graphs: dict[Any, Any]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        log.warning("no CUDA graphs: %s run without them: %s", what, str(error).partition("\n")[0])
+        log.warning("no graphs: %s run without them: %s", what, str(error).partition("\n")[0])
         for captured in graphs:
             captured.clear()
 

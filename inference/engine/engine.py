@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline import devices
 from data_pipeline.fields import check_values, choice, number
 from inference.engine import slot_state
 from inference.engine.batches import PackedBatch, Segment
@@ -123,7 +124,7 @@ class Engine:
         vocabulary = self.config.text_config.vocab_size
         self.sampler = Sampler(self.max_sessions, vocabulary, self.silence_token, self.device)
         self.graph_runner: GraphRunner | None = None
-        graphs = options.graphs and self.device.type == "cuda"
+        graphs = options.graphs and devices.has_graphs(self.device)
         kind = "torch" if options.compile else options.kernels
         sizes = sizes_of(decoder, self.cache)
         kernels = choose(kind, self.device, self.dtype, sizes)
@@ -284,8 +285,7 @@ class Engine:
 
     def free_memory(self) -> None:
         """Gives back what the allocator keeps for later, after a step that found too little."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        devices.release_memory(self.device)
 
     def save(self, slot: Slot) -> dict[str, Any]:
         """All of a slot, on the CPU, for `restore` in this engine or another of the same model,

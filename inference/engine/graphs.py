@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_pipeline.progress import Progress
 from inference.engine.cache import KVCache, put_frames
-from inference.engine.capture import capture, check_same, or_without
+from inference.engine.capture import Graph, Pool, check_same, or_without
 from inference.engine.choice import choose_tokens
 from inference.engine.decode import FixedDecoder
 from inference.engine.memory import SPARE
@@ -71,8 +71,8 @@ class GraphRunner:
         self.compute: Callable[[int, int], None] = self._compute
         if compile:
             self.compute = torch.compile(self._compute, dynamic=False)
-        self.passes: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.draws: dict[tuple[int, Draw], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.passes: dict[tuple[int, int], Graph] = {}
+        self.draws: dict[tuple[int, Draw], tuple[Graph, Tensor]] = {}
 
     def divide(self, steps: Sequence[Step]) -> tuple[list[list[Step]], list[Step]]:
         """Those that fit, one pass each (a prompt is a pass of its own), and the others."""
@@ -171,15 +171,15 @@ class GraphRunner:
         kinds = [(count, rows) for count in self.counts for rows in self.rows]
         kinds = [(count, rows) for count, rows in kinds if count <= 2 or rows == self.rows[0]]
         progress = Progress("CUDA graphs", len(kinds) + len(self.rows) * len(Draw), "graphs")
-        pool = torch.cuda.graph_pool_handle()  # only one of them runs at a time
+        pool = Pool(self.inputs.device)  # only one of them runs at a time
         with or_without("passes", self.passes, self.draws):
             for kind in kinds:
-                self.passes[kind] = capture(partial(self.compute, *kind), pool)[0]
+                self.passes[kind] = pool.capture(partial(self.compute, *kind))[0]
                 self._check(kind)
                 progress.step()
             for rows in self.rows:
                 for draw in Draw:
-                    self.draws[rows, draw] = capture(partial(self._sample, rows, draw), pool)
+                    self.draws[rows, draw] = pool.capture(partial(self._sample, rows, draw))
                     progress.step()
         progress.end()
 

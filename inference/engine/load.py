@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from data_pipeline import devices
 from data_pipeline.tokenizer_identity import TokenizerIdentity, identify
 from inference.engine.engine import Engine, EngineConfig
 from inference.engine.quantize import quantize_decoder, take_scales
@@ -57,7 +58,7 @@ def load_engine(
 
     Args:
         config: `changes` are fields of it.
-        device: `cpu`, `cuda`, `cuda:1`; `auto` is CUDA where there is one.
+        device: `auto` (the best that there is), a kind of device, or one of several: `cuda:1`.
         dtype: one of `DTYPES`; None: the checkpoint's on CUDA, fp32 on a CPU.
         quantize: `int8` or `fp8`: weights of the decoder's linear layers.
 
@@ -97,7 +98,12 @@ def load_model(
     wrong = _wrong_folder(folder)
     if wrong is not None:
         raise ValueError(f"{folder}: {wrong}")
-    where = torch.device(find_device(device))
+    where = devices.find(device)
+    if quantize is not None and not devices.has_eight_bit(where):
+        raise ValueError(
+            f"quantize={quantize}: 8-bit weights run on {' and '.join(devices.EIGHT_BIT)}, not on "
+            f"{where.type}: leave it out (weights in bf16)"
+        )
     try:
         model, info, stored = _read(folder, find_dtype(dtype, where))
         if stored is not None:
@@ -107,9 +113,7 @@ def load_model(
     _check_names(folder, info, stored is not None)
     if ranks > 1:
         shard(model, rank, ranks)
-        if where.type == "cuda":
-            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-            torch.cuda.set_device(where)
+        where = devices.select(where.type, int(os.environ.get("LOCAL_RANK", rank)))
     if quantize is not None and stored is None:
         quantize_decoder(model, quantize)
     return model.to(where).eval()
@@ -213,19 +217,10 @@ def load_processor(checkpoint: str | Path) -> Any:
     return MossVideoProcessor.from_pretrained(checkpoint)
 
 
-def find_device(device: str) -> str:
-    """ "auto" is CUDA where there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: this machine has no CUDA")
-    return device
-
-
 def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
     """The dtype of weights; None: the checkpoint's. CPUs compute in fp32: others are slow there."""
     if dtype is None:
-        return torch.float32 if device.type == "cpu" else None
+        return None if devices.is_accelerator(device) else torch.float32
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:

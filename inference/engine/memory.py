@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from data_pipeline import devices
 from inference.hf.decoder_moss_video import PIECE
 
 # Places behind `max_tokens`: a pass of fixed shape writes keys and values of all its tokens, also
@@ -60,9 +60,8 @@ class CacheSizes:
         """Raises ValueError where so many slots do not fit into what is free on the device."""
         if device.type == "meta":
             return
-        each, free = self.text + self.frames, memory_free(device)
-        if device.type == "cuda":  # what torch keeps for itself, and would use
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        each = self.text + self.frames
+        free = devices.free_memory(device) + devices.unused_memory(device)
         if slots * each <= free:
             return
         most = free // each
@@ -77,13 +76,6 @@ class CacheSizes:
 
 def _whole(length: int) -> int:
     return -(-length // PIECE) * PIECE
-
-
-def memory_free(device: torch.device) -> int:
-    """Bytes that are free on the device; on a CPU, in the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def gib(size: float) -> str:

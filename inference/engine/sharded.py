@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline import devices
 from data_pipeline.ranks import joining, ranks_of
 from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
@@ -41,7 +42,7 @@ def join() -> tuple[int, int]:
     ranks = ranks_of()
     if ranks.size > 1 and not dist.is_initialized():
         with joining(ranks, partial(print, file=sys.stderr, flush=True)):
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group(devices.backend(devices.best()))
     return ranks.rank, ranks.size
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.progress import Progress
-from inference.engine.capture import capture, check_same, or_without
+from inference.engine.capture import Graph, Pool, check_same, or_without
 
 BATCHES = (1, 2, 4, 8, 16)  # frames; a number between is padded
 
@@ -24,7 +24,7 @@ class Tower:
         self.encode = encode
         self.shape, self.device = (BATCHES[-1], 1, 3, size, size), device
         self.pixels: Tensor | None = None  # where the graphs read
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[int, tuple[Graph, Tensor]] = {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         count = len(pixels)
@@ -42,10 +42,10 @@ class Tower:
         encoded without graphs, and a line says so."""
         self.pixels = torch.zeros(self.shape, device=self.device)
         progress = Progress("vision graphs", len(BATCHES), "graphs")
-        pool = torch.cuda.graph_pool_handle()
+        pool = Pool(self.device)
         with or_without("frames", self.graphs):
             for batch in BATCHES:
-                self.graphs[batch] = capture(partial(self.encode, self.pixels[:batch]), pool)
+                self.graphs[batch] = pool.capture(partial(self.encode, self.pixels[:batch]))
                 self.pixels.normal_()
                 wanted = self.encode(self.pixels[:batch])
                 check_same(f"{batch} frames", self(self.pixels[:batch].clone()), wanted)

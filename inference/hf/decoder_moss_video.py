@@ -85,7 +85,7 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask.repeat(1, 1, groups, 1), -torch.inf)
     weights = scores.softmax(-1).to(v.dtype)
-    out = sum_in_pieces(weights, v) if v.is_cuda else weights @ v
+    out = sum_in_pieces(weights, v) if v.device.type != "cpu" else weights @ v
     return out.unflatten(2, (groups, length)).flatten(1, 2)
 
 

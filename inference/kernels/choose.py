@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline import devices
 from data_pipeline.kernel_proof import Kernel, proven
 from inference.kernels import plain
 from inference.kernels.rows import Attention, Rows
@@ -39,15 +40,15 @@ def choose(kind: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) ->
     """The operations for a device.
 
     Args:
-        kind: `auto`: on CUDA the Triton kernels that prove right, else plain torch; `triton`: the
-            Triton kernels, unproven; `torch`: plain torch.
+        kind: `auto`: where Triton works, its kernels that prove right, else plain torch; `triton`:
+            its kernels, unproven; `torch`: plain torch.
 
     Raises:
         ValueError: `triton` where it cannot run.
     """
     if kind not in KINDS:
         raise ValueError(f"kernels={kind}: allowed: {', '.join(KINDS)}")
-    if kind == "torch" or (kind == "auto" and device.type != "cuda"):
+    if kind == "torch" or (kind == "auto" and not devices.has_triton(device)):
         return Kernels()
     try:
         fused = _triton()

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-import torch
-
+from data_pipeline import devices
 from data_pipeline.commands import DONE, FAILED, report_error
 from inference import cli
 from inference.engine.engine import EngineConfig
@@ -20,7 +19,7 @@ from inference.export_info import ExportInfo
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.replicas.admin import add_admin_routes
 from inference.replicas.front import Front
-from inference.replicas.processes import Process, command, devices
+from inference.replicas.processes import Process, command
 from inference.replicas.replica import Replica
 from inference.serve.access import Access
 from inference.serve.app import guarded, make_routes
@@ -39,7 +38,7 @@ def run_front(
     certificate: Certificate | None,
 ) -> int:
     """Serves until it is told to stop; the exit code. argv: the flags that it was given."""
-    visible = check(args)
+    environments = check(args)
     with cli.refusing_values():
         access = Access.of_flags(args, limits)
     with (
@@ -52,8 +51,8 @@ def run_front(
         for number in range(args.replicas):
             path = Path(folder) / f"{number}.sock"
             replicas.append(Replica(number, f"unix:{path}", front_key))
-            environment = devices(number, args.gpus_per_replica, visible)
-            environment |= {"MOSS_FRONT_KEY": front_key, "MOSS_END_WITH_PARENT": "1"}
+            environment = {"MOSS_FRONT_KEY": front_key, "MOSS_END_WITH_PARENT": "1"}
+            environment |= environments[number]
             started = command(argv, path, args.gpus_per_replica)
             processes.append(Process(replicas[-1], started, environment))
         for number, url in enumerate(args.replica_urls, args.replicas):
@@ -79,8 +78,9 @@ def run_front(
     return FAILED if front.failed else DONE
 
 
-def check(args: argparse.Namespace) -> list[str]:
-    """The GPUs that the replicas share; CommandError for what cannot be, before anything starts."""
+def check(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The environment of each replica: the devices that are its own. CommandError for what cannot
+    be, before anything starts."""
     if args.unix_socket:
         raise cli.CommandError("--unix_socket: a front has clients: give --host and --port")
     if args.replica_urls and not args.front_key:
@@ -89,16 +89,17 @@ def check(args: argparse.Namespace) -> list[str]:
         raise cli.CommandError("--replicas: not under torchrun: give --gpus_per_replica")
     with cli.refusing_values():
         EngineConfig(window=args.window, sinks=args.sinks, max_tokens=args.max_context)
-    if args.device == "cpu" or not (count := torch.cuda.device_count()):
-        if args.device.startswith("cuda"):
-            raise cli.CommandError(f"--device {args.device}: this machine has no CUDA")
-        return []
-    if args.device not in ("auto", "cuda"):
-        words = f"--device {args.device}: replicas have GPUs of their own: give auto or cpu"
+    with cli.refusing_values():
+        kind = devices.find(args.device, "--device").type
+    names = devices.visible(kind)
+    if not names:
+        return [{}] * args.replicas
+    if args.device not in ("auto", kind):
+        words = f"--device {args.device}: replicas have devices of their own: give {kind}"
         raise cli.CommandError(words)
     wanted = args.replicas * args.gpus_per_replica
-    if wanted > count:
+    if wanted > len(names):
         words = f"--replicas {args.replicas} --gpus_per_replica {args.gpus_per_replica}: these are"
-        raise cli.CommandError(f"{words} {wanted} GPUs, and this machine has {count}")
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return named.split(",") if named else [str(number) for number in range(count)]
+        raise cli.CommandError(f"{words} {wanted} GPUs, and this machine has {len(names)}")
+    each = args.gpus_per_replica
+    return [devices.only(kind, names[each * n : each * (n + 1)]) for n in range(args.replicas)]

@@ -15,7 +15,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from starlette.websockets import WebSocket
 
-from inference.engine.memory import memory_free
+from data_pipeline import devices
 from inference.export_info import ExportInfo
 from inference.replicas.client import ClientSocket
 from inference.replicas.metrics import FrontMetrics
@@ -58,7 +58,9 @@ class Front:
         self.metrics = FrontMetrics()
         self.refused = self.metrics.refused
         self.each = each + UNTAKEN_BYTES
-        self.memory = Ceiling(limits.sessions_memory or memory_free(torch.device("cpu")) // 2)
+        self.memory = Ceiling(
+            limits.sessions_memory or devices.free_memory(torch.device("cpu")) // 2
+        )
         self.places = Places(self.replicas, self._make_room)
         self.sessions: dict[str, FrontSession] = {}
         self.closing = self.restarting = False

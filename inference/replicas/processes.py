@@ -110,10 +110,3 @@ def command(argv: Sequence[str], socket: Path, gpus: int) -> list[str]:
     own = ["--replicas", "0", "--replica_urls", "", "--unix_socket", str(socket)]
     own += ["--ssl_certfile", "", "--ssl_keyfile", "", "--keys", "", "--audit_log", ""]
     return [*start, "inference.serve", *argv, *own]
-
-
-def devices(number: int, gpus: int, visible: Sequence[str]) -> dict[str, str]:
-    """What a replica may see of the GPUs; nothing to say where there are none."""
-    if not visible:
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[number * gpus : (number + 1) * gpus])}

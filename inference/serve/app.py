@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
+from data_pipeline import devices
 from inference.engine.engine import EngineFull
-from inference.engine.memory import memory_free
 from inference.export_info import ExportInfo
 from inference.serve.access import Access, Visits, begin
 from inference.serve.accounts import Account, Visit
@@ -155,7 +155,7 @@ class Model:
             "sessions": runner.sessions,
             "max_sessions": runner.engine.max_sessions,
             "decoders": len(self.hub.pictures.processes),
-            "memory_free": memory_free(runner.engine.device),
+            "memory_free": devices.free_memory(runner.engine.device),
             "session_bytes": self.hub.each.total,
         }
 

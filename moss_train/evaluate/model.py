@@ -64,7 +64,7 @@ class TrainedModel:
         """Opens a run folder or checkpoint of any layout.
 
         Args:
-            device: auto, cpu or cuda. A process that has worked on the CPU stays there.
+            device: one of hardware.KINDS. A process that has worked on the CPU stays there.
             threads: of the CPU (default: all cores).
 
         Raises:

@@ -61,7 +61,7 @@ def choose_attention(model: ModelConfig, parallel: ParallelConfig, groups: Group
     sdpa is taken in its place where it fails or differs; auto is the fastest of those that do not.
     Each choice is logged in a line.
     """
-    if model.attention == "sdpa" or hardware.device().type == "cpu":
+    if model.attention == "sdpa" or not hardware.on_accelerator():
         name = "sdpa" if model.attention == "auto" else model.attention
         return replace(model, attention=name)
     chosen = [""]
@@ -228,11 +228,11 @@ def _milliseconds(run, inputs: tuple[Tensor, ...], times: int = 5) -> float:
     leaves = [x.requires_grad_() for x in inputs]
     best = float("inf")
     for number in range(times + 2):
-        torch.cuda.synchronize()
+        hardware.synchronize()
         began = time.perf_counter()
         out = run(*leaves)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
-        torch.cuda.synchronize()
+        hardware.synchronize()
         if number > 1:
             best = min(best, 1e3 * (time.perf_counter() - began))
     return best

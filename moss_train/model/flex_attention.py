@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from data_pipeline.devices import is_accelerator
+
 BLOCK = 128  # queries and keys
 
 
@@ -135,7 +137,7 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan) -> Te
     """
     global _compiled
     kernel: Callable[..., Tensor] = flex_attention
-    if query.is_cuda:
+    if is_accelerator(query):
         # For all lengths at once; and rather an error than what would keep all scores.
         _compiled = _compiled or torch.compile(flex_attention, dynamic=True, fullgraph=True)
         kernel = _compiled

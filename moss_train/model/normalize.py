@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from data_pipeline.devices import is_accelerator
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
 from moss_train.model.vision import tiles_used
 from moss_train.model_config import VisionConfig
@@ -32,7 +33,7 @@ def normalize(
 
 def _most_tiles(used: Tensor | None, tiles: int) -> int:
     """How many tiles to compute: on a CPU those that some frame uses. A GPU would be waited for."""
-    if used is None or used.is_cuda:
+    if used is None or is_accelerator(used):
         return tiles
     return min(tiles, int(used.max())) if len(used) else 0
 

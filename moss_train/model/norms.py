@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from data_pipeline.devices import has_fused_norm, is_accelerator
 from moss_train.model.recompute import recomputable, selective
 
 
@@ -27,7 +28,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Keeps x and a factor for each position, nothing in fp32 of the size of x."""
-        norm = rms_norm if _FUSED and x.is_cuda else _RMSNorm.apply
+        norm = rms_norm if _FUSED and is_accelerator(x) else _RMSNorm.apply
         return recomputable(self.recompute, norm, x, self.weight, self.eps)
 
 
@@ -46,7 +47,7 @@ class LayerNorm(nn.LayerNorm):
 
 # One kernel forward and two backward; elsewhere autograd takes torch's norm apart into some twenty
 # operations, which keep x in fp32 (on a CPU a small model's norms took half as long again).
-_FUSED = torch.version.cuda is not None and hasattr(torch.ops.aten, "_fused_rms_norm")
+_FUSED = has_fused_norm()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

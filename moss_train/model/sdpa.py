@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from data_pipeline.devices import is_accelerator
+
 SHORT = 128  # positions
 HALF = (torch.bfloat16, torch.float16)
 
@@ -42,7 +44,7 @@ def attend(
     Returns:
         As q.
     """
-    if q.is_cuda or q.dtype is torch.bfloat16 or q.shape[1] > SHORT:
+    if is_accelerator(q) or q.dtype is torch.bfloat16 or q.shape[1] > SHORT:
         return attend_fused(q, k, v, mask, causal)
     shared = q.shape[2] // k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -61,7 +63,7 @@ def attend_fused(
     """The same by torch's fused kernels, however short."""
     shared = q.shape[2] // k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    grouped = mask is None and (q.dtype in HALF if q.is_cuda else causal)
+    grouped = mask is None and (q.dtype in HALF if is_accelerator(q) else causal)
     if mask is not None:
         mask = spread(mask, shared, k.shape[2], q.dtype)
     if shared > 1 and not (grouped or causal):

@@ -12,7 +12,7 @@ from moss_train.model_config import ModelConfig
 def rounds_lengths(model: ModelConfig) -> bool:
     """Whether `model.round_lengths` rounds them on the device of this process."""
     if model.round_lengths == "auto":
-        return hardware.device().type == "cuda"
+        return hardware.on_accelerator()
     return model.round_lengths == "on"
 
 

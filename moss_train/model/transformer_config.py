@@ -21,10 +21,10 @@ def _common(model: ModelConfig, selective: bool) -> dict:
         # Weights are drawn by name, the same in every layout: see convert/random_init.py.
         "perform_initialization": False,
         # Without an explicit device, parameters can also be made on the meta device.
-        "use_cpu_initialization": hardware.device().type == "cpu",
+        "use_cpu_initialization": not hardware.on_accelerator(),
         # Fusions compile for tens of seconds; they pay on a GPU only.
         "bias_dropout_fusion": False,
-        "bias_activation_fusion": hardware.device().type == "cuda",
+        "bias_activation_fusion": hardware.on_accelerator(),
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
@@ -40,7 +40,7 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
     """TransformerConfig of the decoder."""
     text = model.text
     interleaved = parallel.virtual > 1
-    on_cpu = hardware.device().type == "cpu"
+    on_cpu = not hardware.on_accelerator()
     return TransformerConfig(
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,

@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import torch
-
 from moss_train import hardware
 
 T = TypeVar("T")
@@ -29,8 +27,7 @@ class Ahead(Generic[T]):
 
     def _run(self) -> None:
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # each thread has its own, and begins with 0
+            hardware.select_device(self._device)
             self._done.append(self._work())
         except BaseException as error:
             self._error = error

@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from torch import nn
 
 from data_pipeline.tokenizer_identity import TokenizerIdentity
+from moss_train import hardware
 from moss_train.checkpoint_dir import (
     checkpoints_folder,
     flaw,
@@ -266,7 +267,7 @@ def _random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002
         "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
+        "device": hardware.random_state(),
     }
 
 
@@ -274,4 +275,4 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
+    hardware.set_random_state(state["device"])

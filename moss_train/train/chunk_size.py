@@ -32,7 +32,7 @@ def frames_per_chunk(config: Config, model: MossVideo, state: TrainState) -> int
     if vision.frames_per_chunk is not None:
         return vision.frames_per_chunk
     if (
-        hardware.device().type == "cpu"
+        not hardware.on_accelerator()
         or not any(p.requires_grad for p in model.encoder.vision.parameters())
         or not vision.recompute
         or config.trainer.deterministic

@@ -7,7 +7,6 @@ import os
 from fnmatch import fnmatchcase
 
 import psutil
-import torch
 
 from data_pipeline.ranks import ranks_of
 from moss_train import hardware
@@ -73,9 +72,7 @@ def _trains(config: Config, name: str) -> bool:
 
 def _memory(kind: str) -> tuple[str, int]:
     """What this rank computes on, and the bytes that it has."""
-    if kind != "cpu" and hardware.has_cuda():
-        number = int(os.environ.get("LOCAL_RANK", "0"))
-        properties = torch.cuda.get_device_properties(number)
-        return properties.name, properties.total_memory
+    if kind != "cpu" and hardware.has_accelerator():
+        return hardware.device_name(), hardware.total_memory()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return f"this machine's share for one of {here} ranks", psutil.virtual_memory().total // here

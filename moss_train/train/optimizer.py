@@ -134,7 +134,7 @@ def _ddp_config(config: Config, overlap: bool) -> DistributedDataParallelConfig:
         use_distributed_optimizer=True,
         # gloo's reduce-scatter is an all-reduce; megatron's other form is an all-to-all and a sum
         # in fp32: half of what travels.
-        reduce_scatter_with_fp32_accumulation=hardware.device().type == "cpu" and not overlaps,
+        reduce_scatter_with_fp32_accumulation=not hardware.on_accelerator() and not overlaps,
         overlap_grad_reduce=overlap and overlaps,
         overlap_param_gather=overlap and config.parallel.overlap_param_gather,
     )

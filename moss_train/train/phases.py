@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-
-import torch
+from typing import Any
 
 from moss_train import hardware
 from moss_train.train.heartbeat import beat
@@ -21,9 +20,9 @@ class Phases:
 
     def __init__(self) -> None:
         """Begins the first phase."""
-        self._on_gpu = hardware.device().type == "cuda"
+        self._on_accelerator = hardware.on_accelerator()
         beat("encode")
-        self._ends: list[tuple[str, torch.cuda.Event | float]] = [("", self._now())]
+        self._ends: list[tuple[str, Any]] = [("", self._now())]
 
     def end(self, name: str) -> None:
         """Ends phase `name`, which may come several times, and begins the next one."""
@@ -37,15 +36,15 @@ class Phases:
             sums[name] += _between(begin, end)
         return sums
 
-    def _now(self) -> torch.cuda.Event | float:
-        if not self._on_gpu:
+    def _now(self) -> Any:
+        if not self._on_accelerator:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = hardware.new_event(timing=True)
         event.record()
         return event
 
 
-def _between(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+def _between(begin: Any, end: Any) -> float:
     if isinstance(begin, float) and isinstance(end, float):
         return end - begin
     assert not isinstance(begin, float)

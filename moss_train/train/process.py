@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from data_pipeline import devices
 from data_pipeline.parent import signalled_with_parent
 from data_pipeline.ranks import Ranks, joining, ranks_of
 from moss_train import hardware
@@ -80,14 +81,14 @@ def start_process_group(config: Config) -> None:
         ranks = ranks_of() if "RANK" in os.environ else Ranks()
         with joining(ranks, print_line):
             dist.init_process_group(
-                hardware.backend(device.type),
+                devices.backend(device.type),
                 timeout=timedelta(seconds=config.hardware.timeout_s),
                 store=_store(ranks),
                 rank=ranks.rank,
                 world_size=ranks.size,
             )
         _started = True
-    elif dist.get_backend() != hardware.backend(device.type):
+    elif dist.get_backend() != devices.backend(device.type):
         raise RuntimeError(
             f"hardware.device={device.type}: this process is in a process group of "
             f"{dist.get_backend()} already, for another device: start another process"

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
+from data_pipeline import devices
 from data_pipeline.atomic import write_atomically
 from moss_train import hardware
 from moss_train.log import log
@@ -47,28 +47,24 @@ class StepProfiler:
             self._finish(number)
 
     def _start(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if hardware.device().type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
+        activities = {ProfilerActivity.CPU, devices.activity(hardware.device())}
+        hardware.record_allocations(ALLOCATIONS)
         self._watched = profile(activities=activities)
         self._watched.__enter__()
 
     def _finish(self, last: int) -> None:
-        torch.cuda.synchronize()
+        hardware.synchronize()
         watched, self.steps = self._watched, None
         beat("profile")  # minutes, where many kernels ran
         watched.__exit__(None, None, None)
         with or_warning(self.folder):
             self._write(watched, last)
-        if hardware.device().type == "cuda":
-            torch.cuda.memory._record_memory_history(enabled=None)
+        hardware.record_allocations(None)
 
     def _write(self, watched: Any, last: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         watched.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        if hardware.device().type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+        hardware.dump_allocations(self.folder / "memory.pickle")
         page = profile_page(summarize(device_spans(watched)), self._first, last)
         write_atomically(self.folder / "profile.html", page)
         log.info("steps %d to %d are profiled in %s", self._first, last, self.folder)

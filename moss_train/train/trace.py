@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
+from data_pipeline import devices
 from moss_train import hardware
 
 TOP = 15  # kernels that are listed
@@ -39,17 +38,15 @@ class Profile:
 
 def profiled(work: Callable[[], Any]) -> Profile:
     """Runs `work` under the profiler."""
-    on_gpu = hardware.device().type == "cuda"
-    kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[kind]) as watched:
+    with profile(activities=[devices.activity(hardware.device())]) as watched:
         work()
-        torch.cuda.synchronize()
+        hardware.synchronize()
     return summarize(device_spans(watched))
 
 
 def device_spans(watched: profile) -> Iterator[tuple[str, float, float]]:
     """(Name, begin, end) in ms of all that the device did; on a CPU of torch's outermost calls."""
-    wanted = DeviceType.CUDA if hardware.device().type == "cuda" else DeviceType.CPU
+    wanted = devices.event_type(hardware.device())
     for event in watched.events() or []:
         if event.device_type == wanted and event.cpu_parent is None:
             yield event.name, event.time_range.start / 1e3, event.time_range.end / 1e3

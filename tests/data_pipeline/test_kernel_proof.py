@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline import kernel_proof
+from data_pipeline import devices, kernel_proof
 from data_pipeline.kernel_proof import Case, Kernel, proven, remembered
 
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def test_another_device_version_or_code_is_another_proof(monkeypatch, tmp_path):
     assert [prove(), prove()] == [2, 0]
     monkeypatch.setattr(kernel_proof, "version", lambda package: "99")
     assert [prove(), prove()] == [2, 0]
-    monkeypatch.setattr(kernel_proof, "device_name", lambda device: "another GPU")
+    monkeypatch.setattr(devices, "name", lambda device: "another GPU")
     assert [prove(), prove()] == [2, 0]
 
 
@@ -128,9 +128,9 @@ def test_a_kernel_that_broke_the_device_ends_the_job_and_is_not_tried_again(monk
 
     tried: list[str] = []
     with monkeypatch.context() as patched:
-        patched.setattr(kernel_proof, "device_name", lambda device: "CPU")
+        patched.setattr(devices, "name", lambda device: "CPU")
         patched.setattr(torch.cuda, "synchronize", broken)
-        with pytest.raises(RuntimeError, match="has left the GPU unusable"):
+        with pytest.raises(RuntimeError, match="has left the device unusable"):
             proven(kernel(raises, tried), torch.device("cuda", 0))
     assert not proven(kernel(raises, tried), CPU)
     assert tried == ["short"]

@@ -145,7 +145,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
          "model.attention=fast: choose one of auto, flex, sdpa, flash, te",
          "model.dtype=fp16: choose one of bf16, fp32",
          "parallel.recompute=some: choose one of none, selective, full",
-         "hardware.device=tpu: choose one of auto, cpu, cuda"],
+         "hardware.device=tpu: choose one of auto, cuda, cpu, npu"],
     ),
     "attention without a mask": (
         1, ["model.attention=flash", "model.dtype=fp32", "model.vision.full_attention=false",
@@ -235,7 +235,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "no cuda": (
         1, ["hardware.device=cuda"],
-        ["hardware.device=cuda: torch finds no CUDA device: use cpu"],
+        ["hardware.device=cuda: this machine has no CUDA: use cpu, or auto"],
     ),
     "wandb mode": (
         1, ["logger.wandb_mode=dryrun"],

@@ -67,17 +67,17 @@ def found(rank: int) -> Findings:
 
 def test_machines_that_differ_from_the_others_are_named():
     all_well = [found(rank) for rank in range(4)]
-    assert list(wrong(all_well, "cuda")) == []
+    assert list(wrong(all_well, accelerator=True)) == []
     assert [line.split() for line in table(all_well).splitlines()][1] == ["node0", "1", "600", "40"]
     old = replace(found(1), same={**found(1).same, "torch": "2.12.0"})
     slow = replace(found(2), speed={**found(2).speed, "between GB/s": 9.0})
     late = replace(found(3), clock=1003.5, wrong=["device: 9.0 GB of its memory are taken already"])
-    assert list(wrong([found(0), old, slow, late, found(4)], "cuda")) == [
+    assert list(wrong([found(0), old, slow, late, found(4)], accelerator=True)) == [
         "node3, rank 3: device: 9.0 GB of its memory are taken already",
         "node1, rank 1: torch 2.12.0; others have 2.13.0",
         "node2, rank 2: 9 between GB/s; the median is 40",
         "node3, rank 3: clock: +3.5 s from the others",
     ]
-    assert list(wrong([found(0), slow, found(4)], "cpu")) == []
+    assert list(wrong([found(0), slow, found(4)], accelerator=False)) == []
     at = {0: "6 node0: all-reduce", 2: "3 node2: storage", 3: "6 node3: all-reduce"}
     assert list(missing(at)) == ["node2, rank 2: storage: no answer"]

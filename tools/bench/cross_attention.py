@@ -65,11 +65,11 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        self.cuda = hardware.device().type == "cuda"
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
+        self.on_accelerator = hardware.on_accelerator()
+        if self.on_accelerator:
+            hardware.synchronize()
+            hardware.reset_peak_memory()
+            self.start = int(hardware.peak_memory_gb() * 1e9)
         else:
             ctypes.CDLL(None).malloc_trim(0)  # or memory freed before would hide what is allocated
             self.start = self.peak = _resident()
@@ -84,9 +84,9 @@ class PeakMemory:
             time.sleep(0.001)
 
     def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.peak = torch.cuda.max_memory_allocated()
+        if self.on_accelerator:
+            hardware.synchronize()
+            self.peak = int(hardware.peak_memory_gb() * 1e9)
         else:
             self.running = False
             self.thread.join()
@@ -115,8 +115,7 @@ def measure(
         with PeakMemory() as memory:
             began, began_cpu = time.perf_counter(), time.process_time()
             attend().sum().backward()
-            if memory.cuda:
-                torch.cuda.synchronize()
+            hardware.synchronize()
             seconds.append(time.perf_counter() - began)
             cpu.append(time.process_time() - began_cpu)
         peaks.append(memory.gigabytes)
@@ -146,14 +145,14 @@ def compare(layout: str, args: argparse.Namespace) -> None:
         ("blocks", computed, lambda: attend_blocks(query, key, value, frames)),
         ("dense mask", args.tokens * args.frames, dense),
     ]
-    if device.type == "cuda":
+    if hardware.on_accelerator():
         flex = plan(layout, args.tokens, args.frames, args.patches).flex
         assert flex is not None
         rows.insert(1, ("flex", flex.pairs, lambda: attend_flex(query, key, value, flex)))
     lines: list[tuple[str, ...]] = [("layout", "core", "computed", "seconds", "CPU s", "extra GB")]
     best = {}
     for name, pairs, attend in rows:
-        repeat = args.repeat + (device.type == "cuda")  # the first pass compiles
+        repeat = args.repeat + hardware.on_accelerator()  # the first pass compiles
         best[name] = measure(attend, [query, key, value], repeat)
         share = pairs / (args.tokens * args.frames)
         lines.append((layout, name, f"{share:.0%}", *(f"{number:.3f}" for number in best[name])))

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser(list(LIMITS)).parse_args(arguments)
     if args.one is not None:
         return _run_one(args.one, args.rehearse, args.out)
-    if not args.rehearse and not hardware.has_cuda():
+    if not args.rehearse and not hardware.has_accelerator():
         return report_error(PROGRAM, "torch finds no CUDA device: try --rehearse on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.sections or LIMITS:
@@ -69,7 +69,7 @@ def _file(folder: Path, name: str) -> Path:
 def _run_one(name: str, rehearse: bool, folder: Path) -> int:
     from tools.gpu_check.sections import run_section
 
-    found = run_section(name, "cpu" if rehearse else "cuda", rehearse)
+    found = run_section(name, "cpu" if rehearse else hardware.TRAINS, rehearse)
     write_atomically(_file(folder, name), json.dumps(found, indent=1) + "\n")
     return DONE
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from data_pipeline import devices
 from moss_train import hardware
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "triton")
 # [m, k] x [k, n] of the 11B model: the tower's MLP for 16 frames, the decoder's for 4,096 tokens.
 PRODUCTS = {"tower MLP": (25728, 1280, 5120), "decoder MLP": (4096, 4096, 14336)}
 REHEARSED = {"tower MLP": (64, 32, 128), "decoder MLP": (32, 64, 128)}
-FP8_SINCE = (8, 9)  # compute capability
 ERROR = 2e-2  # relative, of a product in bf16
 
 
@@ -34,7 +34,7 @@ def preflight(rehearse: bool) -> dict[str, Any]:
         "memory_gb": _memory_gb(device),
         "peak_tflops": hardware.peak_tflops_of(hardware.device_name()),
         "products": rates,
-        "copies_gb_per_s": _copies(1 << (20 if rehearse else 30), device),
+        "copies_gb_per_s": copies(1 << (20 if rehearse else 30), device),
     }
 
 
@@ -45,17 +45,16 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    if hardware.device().type == "cuda":
+    if hardware.on_accelerator():
         cudnn = torch.backends.cudnn.version()
-        found |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
+        found |= {"runtime": devices.runtime(), "cudnn": str(cudnn)}
     return found
 
 
 def _memory_gb(device: torch.device) -> dict[str, float]:
-    if device.type == "cpu":
+    if not devices.is_accelerator(device):
         return {}
-    free, total = torch.cuda.mem_get_info()
-    return {"free": free / 1e9, "total": total / 1e9}
+    return {"free": devices.free_memory(device) / 1e9, "total": hardware.total_memory() / 1e9}
 
 
 def product(shape: tuple[int, int, int], device: torch.device) -> dict[str, float]:
@@ -71,7 +70,7 @@ def product(shape: tuple[int, int, int], device: torch.device) -> dict[str, floa
     exact = x[rows].double() @ w.double().T
     error = ((x[rows] @ w.T).double() - exact).norm() / exact.norm()
     found = {"bf16_tflops": flop / timed(lambda: x @ w.T), "error": float(error)}
-    if device.type == "cuda" and torch.cuda.get_device_capability() >= FP8_SINCE:
+    if devices.has_fp8(device):
         one = torch.ones((), device=device)
         x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
 
@@ -84,12 +83,12 @@ def product(shape: tuple[int, int, int], device: torch.device) -> dict[str, floa
     return found
 
 
-def _copies(size: int, device: torch.device) -> dict[str, float]:
+def copies(size: int, device: torch.device) -> dict[str, float]:
     """GB a second of copies of `size` bytes: on the device (read and written), from the host."""
     there = torch.empty(size, dtype=torch.uint8, device=device)
     other, host = torch.empty_like(there), torch.empty(size, dtype=torch.uint8)
     found = {"on the device": 2e-9 * size / timed(lambda: other.copy_(there))}
-    if device.type == "cuda":
+    if devices.pins(device):
         pinned = host.pin_memory()
         found["from page-locked memory"] = 1e-9 * size / timed(lambda: there.copy_(pinned))
         found["from ordinary memory"] = 1e-9 * size / timed(lambda: there.copy_(host))
@@ -100,9 +99,9 @@ def timed(work: Callable[[], Any], times: int = 10, warm: int = 2) -> float:
     """Seconds of one call, the mean of several after some."""
     for _ in range(warm):
         work()
-    torch.cuda.synchronize()
+    hardware.synchronize()
     started = time.perf_counter()
     for _ in range(times):
         work()
-    torch.cuda.synchronize()
+    hardware.synchronize()
     return (time.perf_counter() - started) / times

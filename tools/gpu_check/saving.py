@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from moss_train import hardware
 from moss_train.train.checkpoint import Checkpointer
 from tools.gpu_check.cases import RESUMED, SAVED, Case
 from tools.gpu_check.workbench import Workbench
@@ -37,7 +36,7 @@ def save(device: str, rehearse: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Workbench(_small(SAVED) if rehearse else SAVED, device, folder)
         bench.step(bench.batch())
-        torch.cuda.synchronize()
+        hardware.synchronize()
         seconds = _save(bench, 1)
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         gb = sum(path.stat().st_size for path in files) / 1e9

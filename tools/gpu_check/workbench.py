@@ -67,15 +67,14 @@ class Workbench:
         """Times the case's steps; then profiles one more."""
         batch, seconds, results = self.batch(), [], []
         plan = self._plan(batch)
-        if hardware.device().type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        hardware.reset_peak_memory()
         for _ in range(self.case.steps):
-            torch.cuda.synchronize()
+            hardware.synchronize()
             started = time.perf_counter()
             following = Ahead(lambda: self._plan(batch), "next step")  # as in a job
             results.append(self.step(batch, plan))
             plan = following.result()
-            torch.cuda.synchronize()
+            hardware.synchronize()
             seconds.append(time.perf_counter() - started)
         return {
             "correct": all(r.refused is None and math.isfinite(r.loss) for r in results),

@@ -84,7 +84,7 @@ def _run(config: Config, limit: int) -> int:
     threading.Thread(target=work, daemon=True).start()
     others = [f"gone_{rank}" for rank in range(1, dist.get_world_size())]
     if found.rank == 0:
-        code = _judge(store, dist.get_world_size(), until, hardware.device().type)
+        code = _judge(store, dist.get_world_size(), until, hardware.on_accelerator())
         store.set("code", str(code))
         _wait(store, others, time.monotonic() + GOODBYE_S)  # the store ends with this process
     else:
@@ -98,7 +98,7 @@ def _run(config: Config, limit: int) -> int:
     return code
 
 
-def _judge(store: dist.Store, size: int, until: float, device: str) -> int:
+def _judge(store: dist.Store, size: int, until: float, accelerator: bool) -> int:
     """On rank 0: prints the table and what is wrong."""
     from tools.preflight.checks import Findings
     from tools.preflight.verdict import missing, table, wrong
@@ -113,7 +113,7 @@ def _judge(store: dist.Store, size: int, until: float, device: str) -> int:
     }
     if found:
         print(table(found))
-    problems = [*missing(late), *wrong(found, device)]
+    problems = [*missing(late), *wrong(found, accelerator)]
     for line in problems:
         report_error(PROGRAM, line)
     return FAILED if problems else DONE

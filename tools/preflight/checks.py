@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_pipeline import devices
 from data_pipeline.loader.reader import OpenShards, SourceReader
 from data_pipeline.shards import training_shards
 from data_pipeline.tokenizer_identity import identify
@@ -26,8 +27,8 @@ from moss_train.storage import describe_files
 from moss_train.train.description import REPO, git_commit
 from tools.gpu_check.preflight import ERROR, PRODUCTS, REHEARSED, product, timed, versions
 
-WRITTEN = {"cuda": 256 << 20, "cpu": 8 << 20}  # bytes of a rank's file
-SUMMED = {"cuda": 256 << 20, "cpu": 1 << 20}  # bytes of an all-reduce
+WRITTEN = {True: 256 << 20, False: 8 << 20}  # bytes of a rank's file, on an accelerator or not
+SUMMED = {True: 256 << 20, False: 1 << 20}  # bytes of an all-reduce
 SAMPLES = 8  # that a rank reads
 
 
@@ -74,8 +75,8 @@ def check(config: Config, found: Findings, begin: Callable[[str], None]) -> None
 
 def _device(found: Findings) -> None:
     found.same["device"] = hardware.device_name()
-    if hardware.device().type == "cuda":
-        free, total = torch.cuda.mem_get_info()
+    if hardware.on_accelerator():
+        free, total = devices.free_memory(hardware.device()), hardware.total_memory()
         if free < 0.9 * total:
             used = (total - free) / 1e9
             found.wrong.append(f"device: {used:.1f} GB of its memory are taken already")
@@ -85,7 +86,7 @@ def _product(found: Findings) -> None:
     """Against the exact result, and against the GPU's data sheet."""
     device = hardware.device()
     peak = hardware.peak_tflops_of(hardware.device_name())
-    for name, shape in (REHEARSED if device.type == "cpu" else PRODUCTS).items():
+    for name, shape in (REHEARSED if not devices.is_accelerator(device) else PRODUCTS).items():
         rate = product(shape, device)
         found.speed[f"{name} TFLOP/s"] = rate["bf16_tflops"]
         if not rate["error"] < ERROR:
@@ -100,7 +101,7 @@ def _storage(run: Path, found: Findings) -> None:
     """A file as a rank writes it in a checkpoint, read back with its checksum."""
     folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
     path = folder / f".preflight_{found.rank}"
-    size = WRITTEN[hardware.device().type]
+    size = WRITTEN[hardware.on_accelerator()]
     content = random.Random(found.rank).randbytes(1 << 20) * (size >> 20)
     try:
         began = time.perf_counter()
@@ -154,9 +155,11 @@ def _all_reduce(found: Findings) -> None:
 def _bandwidth(group: Any, size: int, found: Findings) -> float:
     """GB a second through each rank's link (as nccl-tests count them)."""
     device = hardware.device()
-    numbers = torch.full((SUMMED[device.type] // 4,), float(group.rank() + 1), device=device)
+    numbers = torch.full(
+        (SUMMED[devices.is_accelerator(device)] // 4,), float(group.rank() + 1), device=device
+    )
     dist.all_reduce(numbers, group=group)
     if not bool((numbers == size * (size + 1) / 2).all()):
         found.wrong.append("all-reduce: the sum is wrong")
     seconds = timed(lambda: dist.all_reduce(numbers.zero_(), group=group), times=5)
-    return 2e-9 * (size - 1) / size * SUMMED[device.type] / seconds
+    return 2e-9 * (size - 1) / size * SUMMED[devices.is_accelerator(device)] / seconds

@@ -10,10 +10,10 @@ from data_pipeline.tables import format_table
 from tools.preflight.checks import Findings
 
 CLOCKS_S = 2.0  # apart, at most
-SLOW = {"cuda": 0.7, "cpu": 0.0}  # of the median; a CPU that others use, too, is no measure
+SLOW = {True: 0.7, False: 0.0}  # of the median; a CPU that others use, too, is no measure
 
 
-def wrong(found: Sequence[Findings], device: str) -> Iterator[str]:
+def wrong(found: Sequence[Findings], accelerator: bool) -> Iterator[str]:
     """`HOST, rank 3: ...` for each thing that is wrong. `found`: of the ranks that answered."""
     if not found:
         return
@@ -21,7 +21,7 @@ def wrong(found: Sequence[Findings], device: str) -> Iterator[str]:
         for line in one.wrong:
             yield f"{one.host}, rank {one.rank}: {line}"
     yield from _different(found)
-    yield from _slow(found, SLOW[device])
+    yield from _slow(found, SLOW[accelerator])
     middle = median(one.clock for one in found)
     for one in found:
         if abs(one.clock - middle) > CLOCKS_S:

@@ -78,7 +78,8 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         ({"pool_mode": "mean"}, {}, "pool_mode 'mean'"),
         ({}, {"dtype": "fp64"}, "dtype=fp64: allowed: fp32"),
         ({}, {"quantize": "int4"}, "quantize=int4: allowed: int8, fp8"),
-        ({}, {"device": "cuda"}, "this machine has no CUDA"),
+        ({}, {"device": "cuda"}, "device=cuda: this machine has no CUDA: use cpu, or auto"),
+        ({}, {"device": "cuda0"}, "device=cuda0: allowed: auto, cuda, npu, xpu, mps, cpu, or one"),
     ],
 )
 def test_wrong_configs_and_options_are_refused(

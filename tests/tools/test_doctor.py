@@ -1,0 +1,58 @@
+"""The doctor's page: what is here, and what is wrong with it, with the mend."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections import namedtuple
+from importlib.metadata import version
+
+import torch
+
+from data_pipeline import npu
+from tools.doctor import checks, speed
+from tools.doctor.__main__ import main
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_machine_that_is_well_gets_a_page_and_no_fault(capsys):
+    assert main(["--quick", "--json"]) == 0
+    page = json.loads(capsys.readouterr().out)
+    rows = dict(page["rows"])
+    assert rows["torch"] == version("torch")
+    assert rows["megatron-core"] == version("megatron-core")
+    if not torch.cuda.is_available():
+        assert rows["device=auto"].startswith("cpu")
+        assert rows["model.attention=flash"] == "not used: trains on CUDA only"
+    assert page["faults"] == []
+
+
+def test_each_fault_has_its_mend(monkeypatch, capsys):
+    real = checks.version
+    monkeypatch.setattr(checks, "version", lambda n: "2.5.1" if n == "torch" else real(n))
+    monkeypatch.setattr(npu, "broken", "libhccl.so: cannot open shared object file")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 65536))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64 << 20, 0, 64 << 20))
+    assert main(["--quick"]) == 1
+    page = capsys.readouterr().out
+    for wrong, mend in (
+        ("torch is 2.5.1", "pip install 'torch>=2.6'"),
+        ("torch_npu cannot be imported: libhccl.so: cannot open shared object file",
+         "source CANN's set_env.sh, or pip uninstall torch-npu"),
+        ("/dev/shm has 67 MB: loaders hand over batches through it",
+         "docker run --shm-size=8g (or --ipc=host)"),
+        ("a process may open 256 files only", "ulimit -n 4096"),
+    ):  # fmt: skip
+        assert f"wrong: {wrong}\n  mend: {mend}\n" in page
+    assert "\n5 faults" in page
+
+
+def test_local_ranks_sum_and_products_are_right():
+    found = checks.Findings()
+    speed.sums(found)
+    speed.computing(found)
+    assert found.faults == []
+    (sums,) = (value for what, value in found.rows if what.startswith("all-reduce, "))
+    assert float(sums.split(" GB/s (")[0]) > 0

@@ -1,0 +1,163 @@
+"""What a machine has, and what is wrong with it: packages, devices, attention, memory, media."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+from data_pipeline import devices, npu
+from data_pipeline.kernel_proof import cache_folder
+from moss_train import hardware
+
+PROJECT = "moss-train"
+OPTIONAL = {  # what is better with it, and how it is installed
+    "triton": ("kernels of decoding and flex attention on a GPU", "pip install triton"),
+    "flash-attn": ("model.attention=flash", f"pip install '{PROJECT}[flash]'"),
+    "transformer-engine": ("model.attention=te", f"pip install '{PROJECT}[te]'"),
+    "torch-npu": ("inference on an Ascend NPU", f"pip install '{PROJECT}[npu]'"),
+    "compressed-tensors": ("exports made with --quantize", f"pip install '{PROJECT}[quantized]'"),
+    "llguidance": ("answers of a JSON Schema", f"pip install '{PROJECT}[serve]'"),
+}
+CODECS = ("h264", "hevc", "vp9", "av1", "mjpeg")  # of videos as people have them
+SHARED = 1 << 30  # bytes of /dev/shm: batches go from loaders to ranks through it
+FILES = 4096  # that a process may have open: each connection, shard and worker has some
+SMALL_DISK = 10 << 30  # bytes
+
+
+@dataclass
+class Findings:
+    """rows: (what, what there is). faults: (what is wrong, what mends it)."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, what: str, found: str) -> None:
+        """One more row."""
+        self.rows.append((what, found))
+
+    def fault(self, wrong: str, mend: str) -> None:
+        """One more fault."""
+        self.faults.append((wrong, mend))
+
+
+def packages(found: Findings) -> None:
+    """Versions against those that the project needs."""
+    for wanted in _requirements():
+        have = _version(wanted.name)
+        if have is None:
+            found.fault(f"{wanted.name} is not installed", f"pip install '{wanted}'")
+        elif not wanted.specifier.contains(have, prereleases=True):
+            found.fault(f"{wanted.name} is {have}", f"pip install '{wanted}'")
+    for name in ("torch", "megatron-core", "transformers"):
+        found.add(name, _version(name) or "not installed")
+    for name, (what, how) in OPTIONAL.items():
+        have = _version(name)
+        found.add(name, have or f"not installed: no {what} ({how})")
+
+
+def _requirements() -> Iterator[Requirement]:
+    try:
+        lines = requires(PROJECT) or []
+    except PackageNotFoundError:  # a folder of files alone
+        return
+    for line in lines:
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            yield wanted
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def machine(found: Findings) -> None:
+    """Devices, memory, disk, and the limits of a process."""
+    for kind in devices.ACCELERATORS:
+        for number in range(devices.count(kind)):
+            device = devices.select(kind, number)
+            free = devices.free_memory(device) / 1e9
+            found.add(f"{kind}:{number}", f"{devices.name(device)}, {free:.1f} GB are free")
+    if npu.broken is not None:
+        found.fault(
+            f"torch_npu cannot be imported: {npu.broken}",
+            "source CANN's set_env.sh, or pip uninstall torch-npu",
+        )
+    found.add("device=auto", f"{devices.best()}, torch is built for {devices.runtime()}")
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0))
+    found.add("CPU", f"{cores} cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB")
+    _shared_memory(found)
+    _folders(found)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found.add("open files", f"{soft} of {hard}")
+    if soft < FILES:
+        found.fault(f"a process may open {soft} files only", f"ulimit -n {min(FILES, hard)}")
+
+
+def _shared_memory(found: Findings) -> None:
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return
+    size = shutil.disk_usage(path).total
+    found.add("/dev/shm", f"{size / 1e9:.1f} GB")
+    if size < SHARED:
+        found.fault(
+            f"/dev/shm has {size / 1e6:.0f} MB: loaders hand over batches through it",
+            "docker run --shm-size=8g (or --ipc=host)",
+        )
+
+
+def _folders(found: Findings) -> None:
+    free = shutil.disk_usage(".").free
+    found.add("disk, here", f"{free / 1e9:.1f} GB are free")
+    if free < SMALL_DISK:
+        found.fault(f"the disk here has {free / 1e9:.1f} GB free", "start in another folder")
+    cache = cache_folder()
+    nearest = next(path for path in (cache, *cache.parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        found.fault(f"{cache} cannot be written", "set XDG_CACHE_HOME to a folder that can")
+
+
+def attention(found: Findings) -> None:
+    """Which attention and kernels run here, and why."""
+    chosen = "the fastest of those that compute what sdpa does" if _gpu() else "sdpa"
+    found.add("model.attention=auto", chosen)
+    needed = {"flash": "flash-attn", "te": "transformer-engine", "flex": "triton"}
+    for name, package in needed.items():
+        found.add(f"model.attention={name}", _why_not(package) or "is tried against sdpa")
+    triton = devices.has_triton(torch.device(devices.best()))
+    kernels = "those that compute what torch does" if triton else "plain torch"
+    found.add("kernels of decoding", kernels)
+
+
+def _gpu() -> bool:
+    return hardware.has_accelerator()
+
+
+def _why_not(package: str) -> str | None:
+    if not _gpu():
+        return "not used: trains on CUDA only"
+    return None if _version(package) else f"not used: {package} is not installed"
+
+
+def media(found: Findings) -> None:
+    """Whether videos as people have them can be decoded."""
+    import av
+
+    able = [name for name in CODECS if name in av.codecs_available]
+    found.add("videos", f"PyAV {av.__version__}: {', '.join(able)}")
+    lacking = [name for name in CODECS if name not in able]
+    if lacking:
+        found.fault(f"PyAV cannot decode {', '.join(lacking)}", "pip install --force-reinstall av")
