@@ -92,7 +92,9 @@ def select(kind: str, number: int) -> torch.device:
 
 
 def visible(kind: str) -> list[str]:
-    """What this process's environment calls the devices that it may use."""
+    """What this process's environment calls the accelerators that it may use; the CPU is none."""
+    if kind == HOST:
+        return []
     named = os.environ.get(VISIBLE.get(kind, ""), "")
     return named.split(",") if named else [str(number) for number in range(count(kind))]
 

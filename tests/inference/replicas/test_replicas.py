@@ -23,10 +23,11 @@ import pytest
 import torch
 from websockets.sync.client import connect
 
+from data_pipeline import devices
 from inference.cli import CommandError
 from inference.engine.load import load_engine
 from inference.replicas.command import check
-from inference.replicas.processes import Process, command, devices
+from inference.replicas.processes import Process, command
 from inference.replicas.replica import Replica
 from inference.serve.__main__ import main
 from inference.serve.access import Access
@@ -306,12 +307,13 @@ GPUS = ["4", "5", "6", "7"]
 
 def test_each_replica_sees_its_own_gpus(tmp_path: Path) -> None:
     """Of those that the front may see: what a child of it says."""
+    shares = [devices.only("cuda", GPUS[:2]), devices.only("cuda", GPUS[2:])]
 
     async def say(number: int) -> None:
         ended = asyncio.get_running_loop().create_future()
         replica = Replica(number, f"unix:{tmp_path}/{number}.sock", "key")
         said = ["sh", "-c", f"echo $CUDA_VISIBLE_DEVICES $LEFT > {tmp_path}/{number}"]
-        child = Process(replica, said, {**devices(number, 2, GPUS), "LEFT": "more"})
+        child = Process(replica, said, {**shares[number], "LEFT": "more"})
         running = asyncio.create_task(child.run(lambda _, code: ended.set_result(code)))
         assert await ended == 0
         running.cancel()
@@ -326,19 +328,21 @@ def test_each_replica_sees_its_own_gpus(tmp_path: Path) -> None:
 def test_gpus_are_counted_before_anything_starts(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(GPUS))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(GPUS))
 
     def flags(*given: str) -> Any:
         return parse(["--checkpoint", str(tiny), "--replicas", "2", *given])
 
-    assert check(flags("--gpus_per_replica", "2")) == GPUS
+    first, second = check(flags("--gpus_per_replica", "2"))
+    assert first == {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert second == {"CUDA_VISIBLE_DEVICES": "6,7"}
     with pytest.raises(CommandError, match="these are 6 GPUs, and this machine has 4"):
         check(flags("--gpus_per_replica", "3"))
-    with pytest.raises(CommandError, match="replicas have GPUs of their own"):
+    with pytest.raises(CommandError, match="replicas have devices of their own"):
         check(flags("--device", "cuda:1"))
-    assert check(flags("--device", "cpu")) == []
-    assert devices(0, 1, []) == {}
+    assert check(flags("--device", "cpu")) == [{}, {}]
     started = command(["--port", "1"], tiny / "0.sock", 2)
     assert "--nproc-per-node=2" in started
     assert parse([*started[started.index("inference.serve") + 1 :], "--checkpoint", "x"]).port == 1
