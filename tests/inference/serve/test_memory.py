@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 
+from data_pipeline import devices
 from inference.engine import memory
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
@@ -49,7 +50,7 @@ def test_sessions_that_do_not_fit_the_device_are_refused_before_they_are_allocat
         load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=10**7)
     most = int(str(wrong.value).split("give max_sessions ")[1].split()[0])
     assert 0 < most < 10**7
-    monkeypatch.setattr(memory, "memory_free", lambda _: 1000)
+    monkeypatch.setattr(devices, "free_memory", lambda _: 1000)
     with pytest.raises(ValueError, match="give a smaller window or max_tokens"):
         load_engine(tiny, device="cpu", window=16, max_tokens=512)
 

@@ -180,7 +180,7 @@ WRONG = [
     ('{"type": "session.update", "session": {"pace": 0}}', "invalid_value"),
     ('{"type": "session.update", "session": {"pace": true}}', "invalid_value"),
     ('{"type": "session.update", "session": {"temperature": NaN}}', "invalid_json"),
-    ('{"type": "session.update", "session": {"model": "x"}}', "unknown_field"),
+    ('{"type": "session.update", "session": {"model": "x"}}', "model_not_found"),
     ('{"type": "session.update", "session": {"source": "/etc/passwd"}}', "invalid_value"),
     ('{"type": "session.update", "session": {"seed": 1.5}}', "invalid_value"),
     ('{"type": "session.update", "sesion": {}}', "unknown_field"),

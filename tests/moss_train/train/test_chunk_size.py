@@ -90,8 +90,8 @@ class GPU:
     def __init__(self, free: int):
         self.free = free
 
-    def device(self) -> torch.device:
-        return torch.device("cuda", 0)
+    def on_accelerator(self) -> bool:
+        return True
 
     def free_memory(self) -> int:
         return self.free
