@@ -25,6 +25,17 @@ from tests.samples import imported
 from tests.torchrun import REPO
 
 
+def import_and_kill(source: Path, out: Path, shards: int, *options: object) -> None:
+    """An import that is killed once it has as many shards."""
+    job = subprocess.Popen(
+        command(source, out, *options), cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    wait_for(partial(has_shards, out, shards))
+    job.kill()
+    job.wait()
+    wait_for(partial(has_ended, job.pid))
+
+
 def test_a_killed_import_goes_on_and_ends_as_if_nothing_had_happened(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,14 +47,7 @@ def test_a_killed_import_goes_on_and_ends_as_if_nothing_had_happened(
     finished: dict[Path, int] = {}
     for number, wanted in ((400, 5), (800, 11)):
         with blocked(source.parent / f"own{number}.png"):
-            job = subprocess.Popen(
-                command(source, out, *options), cwd=REPO, start_new_session=True,
-                stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            wait_for(partial(has_shards, out, wanted))
-            job.kill()
-            job.wait()
-            wait_for(partial(has_ended, job.pid))
+            import_and_kill(source, out, wanted, *options)
         for shard, when in finished.items():
             assert shard.stat().st_mtime_ns == when, f"{shard.name} was made twice"
         known = [json.loads(line) for line in (out / "shards.jsonl").read_text().splitlines()]
@@ -81,14 +85,7 @@ def test_a_kill_between_the_windows_of_a_record_loses_none_and_doubles_none(fold
     assert main([str(source), str(whole), *map(str, options), "--workers", "0"]) == 0
     for number, wanted in ((3, 2), (6, 5)):
         with blocked(folder / f"own{number}.mp4"):
-            job = subprocess.Popen(
-                command(source, out, *options, "--workers", 1), cwd=REPO, start_new_session=True,
-                stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            wait_for(partial(has_shards, out, wanted))
-            job.kill()
-            job.wait()
-            wait_for(partial(has_ended, job.pid))
+            import_and_kill(source, out, wanted, *options, "--workers", 1)
     assert main([str(source), str(out), *map(str, options), "--workers", "0"]) == 0
     assert contents(out) == contents(whole)
     samples = imported(out)
