@@ -132,7 +132,9 @@ def _folders(found: Findings) -> None:
 
 def attention(found: Findings) -> None:
     """Which attention and kernels run here, and why."""
-    chosen = "the fastest of those that compute what sdpa does" if _gpu() else "sdpa"
+    chosen = (
+        "the fastest of those that compute what sdpa does" if hardware.has_accelerator() else "sdpa"
+    )
     found.add("model.attention=auto", chosen)
     needed = {"flash": "flash-attn", "te": "transformer-engine", "flex": "triton"}
     for name, package in needed.items():
@@ -142,12 +144,8 @@ def attention(found: Findings) -> None:
     found.add("kernels of decoding", kernels)
 
 
-def _gpu() -> bool:
-    return hardware.has_accelerator()
-
-
 def _why_not(package: str) -> str | None:
-    if not _gpu():
+    if not hardware.has_accelerator():
         return "not used: trains on CUDA only"
     return None if _version(package) else f"not used: {package} is not installed"
 

@@ -6,17 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from data_pipeline import devices
 from moss_train import hardware
 from tools.doctor.checks import Findings
-from tools.gpu_check.preflight import ERROR, copies, product, timed
+from tools.gpu_check.preflight import ERROR, all_reduced, copies, product
+from tools.preloaded import REPO
 
-REPO = Path(__file__).parents[2]
 SHAPES = {True: (8192, 8192, 8192), False: (256, 512, 512)}  # of a product, on an accelerator
 SIZES = {True: 256 << 20, False: 16 << 20}  # bytes that are copied and summed
 RANKS = 2  # without accelerators
@@ -76,14 +74,9 @@ def rank() -> None:
     device = devices.select(devices.best(), int(os.environ["LOCAL_RANK"]))
     with joining(ranks, lambda line: print(line, file=sys.stderr)):
         dist.init_process_group(devices.backend(device.type))
-    size = SIZES[devices.is_accelerator(device)]
-    numbers = torch.full((size // 4,), float(ranks.rank + 1), device=device)
-    dist.all_reduce(numbers)
-    right = bool((numbers == ranks.size * (ranks.size + 1) / 2).all())
-    seconds = timed(lambda: dist.all_reduce(numbers.zero_()), times=5)
-    share = 2e-9 * (ranks.size - 1) / ranks.size * size / seconds
+    right, speed = all_reduced(SIZES[devices.is_accelerator(device)], device)
     if ranks.rank == 0:
-        print(json.dumps({"right": right, "gb_per_s": share, "backend": dist.get_backend()}))
+        print(json.dumps({"right": right, "gb_per_s": speed, "backend": dist.get_backend()}))
     dist.destroy_process_group()
 
 

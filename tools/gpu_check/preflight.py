@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from data_pipeline import devices
 from moss_train import hardware
@@ -93,6 +94,19 @@ def copies(size: int, device: torch.device) -> dict[str, float]:
         found["from page-locked memory"] = 1e-9 * size / timed(lambda: there.copy_(pinned))
         found["from ordinary memory"] = 1e-9 * size / timed(lambda: there.copy_(host))
     return found
+
+
+def all_reduced(
+    size: int, device: torch.device, group: dist.ProcessGroup | None = None
+) -> tuple[bool, float]:
+    """Of an all-reduce of `size` bytes over a group: whether the sum is right, and GB a second
+    through each rank's link (as nccl-tests count them). A collective."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    numbers = torch.full((size // 4,), float(rank + 1), device=device)
+    dist.all_reduce(numbers, group=group)
+    right = bool((numbers == ranks * (ranks + 1) / 2).all())
+    seconds = timed(lambda: dist.all_reduce(numbers.zero_(), group=group), times=5)
+    return right, 2e-9 * (ranks - 1) / ranks * size / seconds
 
 
 def timed(work: Callable[[], Any], times: int = 10, warm: int = 2) -> float:

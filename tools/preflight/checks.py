@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data_pipeline import devices
@@ -25,7 +23,14 @@ from moss_train.config import Config, to_dict
 from moss_train.sources import mixed_sources
 from moss_train.storage import describe_files
 from moss_train.train.description import REPO, git_commit
-from tools.gpu_check.preflight import ERROR, PRODUCTS, REHEARSED, product, timed, versions
+from tools.gpu_check.preflight import (
+    ERROR,
+    PRODUCTS,
+    REHEARSED,
+    all_reduced,
+    product,
+    versions,
+)
 
 WRITTEN = {True: 256 << 20, False: 8 << 20}  # bytes of a rank's file, on an accelerator or not
 SUMMED = {True: 256 << 20, False: 1 << 20}  # bytes of an all-reduce
@@ -143,23 +148,12 @@ def _versions(config: Config, found: Findings) -> None:
 def _all_reduce(found: Findings) -> None:
     """Within each machine, then between machines, where each rank has one of every other."""
     size, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    place = found.rank % local
+    place, summed = found.rank % local, SUMMED[hardware.on_accelerator()]
     inside = range(found.rank - place, min(found.rank - place + local, size))
     across = range(place, size, local)
     for name, ranks in (("within GB/s", inside), ("between GB/s", across)):
         if len(ranks) > 1:
             group = dist.new_group(list(ranks), use_local_synchronization=True)
-            found.speed[name] = _bandwidth(group, len(ranks), found)
-
-
-def _bandwidth(group: Any, size: int, found: Findings) -> float:
-    """GB a second through each rank's link (as nccl-tests count them)."""
-    device = hardware.device()
-    numbers = torch.full(
-        (SUMMED[devices.is_accelerator(device)] // 4,), float(group.rank() + 1), device=device
-    )
-    dist.all_reduce(numbers, group=group)
-    if not bool((numbers == size * (size + 1) / 2).all()):
-        found.wrong.append("all-reduce: the sum is wrong")
-    seconds = timed(lambda: dist.all_reduce(numbers.zero_(), group=group), times=5)
-    return 2e-9 * (size - 1) / size * SUMMED[devices.is_accelerator(device)] / seconds
+            right, found.speed[name] = all_reduced(summed, hardware.device(), group)
+            if not right:
+                found.wrong.append("all-reduce: the sum is wrong")
