@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("moss_train.parallel", "inference.serve", "inference.bench"),
     ("moss_train.convert", "inference.replicas"),
     ("moss_train.validate", "moss_train.resume", "inference.serve.command"),
-    ("moss_train.train", "inference.serve.__main__"),
+    ("moss_train.train", "inference.serve.__main__", "inference.evaluate"),
     ("moss_train.verify", "moss_train.evaluate"),
     ("moss_train",),  # main, and api: what users import
     ("launch",),

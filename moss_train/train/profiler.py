@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_pipeline import devices
 from data_pipeline.atomic import write_atomically
+from data_pipeline.page import render
 from moss_train import hardware
 from moss_train.log import log
 from moss_train.storage import or_warning
 from moss_train.train.heartbeat import beat
-from moss_train.train.page import render
 from moss_train.train.trace import Profile, device_spans, summarize
 
 ALLOCATIONS = 200_000  # that a memory snapshot goes back at most
@@ -75,6 +75,7 @@ def profile_page(seen: Profile, first: int, last: int) -> str:
     span = seen.span_ms or 1.0
     return render(
         "profile.html.jinja",
+        Path(__file__).parent,
         title=f"Steps {first} to {last}",
         what=[
             hardware.device_name(),

@@ -19,6 +19,7 @@ import yaml
 
 from data_pipeline.atomic import write_atomically
 from data_pipeline.commands import CommandParser, finite_number, report_error
+from data_pipeline.page import render
 from moss_train.config import Config, ConfigError, from_dict
 from moss_train.hardware import peak_tflops_of
 from moss_train.log import log
@@ -27,7 +28,6 @@ from moss_train.train.description import RUN_FILE
 from moss_train.train.goodput import PARTS, spent
 from moss_train.train.history import read_history
 from moss_train.train.metrics import METRICS_FILE, read_metrics
-from moss_train.train.page import render
 from moss_train.train.unlearned import Totals
 
 REPORT_FILE = "report.html"
@@ -81,6 +81,7 @@ def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
     evaluated = _read(run_dir / EVALUATION_FILE)
     page = render(
         "report.html.jinja",
+        Path(__file__).parent,
         title=run_dir.resolve().name,
         what=list(_what(rows, config, described)),
         warnings=list(_warnings(rows, config)),

@@ -16,9 +16,9 @@ from PIL import Image
 from data_pipeline.atomic import write_atomically
 from data_pipeline.batch import IGNORED_LABEL
 from data_pipeline.encode import EncodeConfig, SampleEncoder
+from data_pipeline.page import render
 from data_pipeline.schema import SampleError, parse_sample
 from data_pipeline.tokens import build_toy_tokenizer, load_tokenizer
-from moss_train.train.page import render
 from tools.shards.encoding import frame_times
 from tools.shards.find import StoredSample
 from tools.shards.show import runs, untiled

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from data_pipeline import files
 from data_pipeline.atomic import write_atomically
+from data_pipeline.page import render
 from data_pipeline.schema import SampleError
 from data_pipeline.synthesis.budget import Ledger
 from data_pipeline.synthesis.config import CutConfig, SynthesisConfig
 from data_pipeline.synthesis.cut import Source, clips
 from data_pipeline.synthesis.outcomes import Finished
 from data_pipeline.synthesis.write import Sample, Written
-from moss_train.train.page import render
 
 REPORT = "report.html"
 _THUMB = 96  # pixels

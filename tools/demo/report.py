@@ -19,6 +19,7 @@ from torch import Tensor
 from data_pipeline.atomic import write_atomically
 from data_pipeline.commands import CommandParser, report_error
 from data_pipeline.encode import SampleEncoder
+from data_pipeline.page import render
 from data_pipeline.tokens import load_tokenizer
 from data_pipeline.toy.build import MODALITIES, STAGES
 from data_pipeline.toy.stream import NARRATE
@@ -29,7 +30,6 @@ from moss_train.evaluate.suite import table
 from moss_train.train.curves import PANELS, panel_svgs
 from moss_train.train.data import encode_config
 from moss_train.train.metrics import read_metrics
-from moss_train.train.page import render
 from tools.demo.narrate import Sentences, spoken, told
 from tools.demo.parts import BEFORE, RECORD
 

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from data_pipeline.page import render
 from data_pipeline.toy.stream import NARRATE
 from moss_train.config import to_dict
 from moss_train.evaluate.suite import Evaluation, evaluate, table, toy_items
-from moss_train.train.page import render
 from tests.pages import Page, open_page
 from tools.demo.report import strip, write_report
 

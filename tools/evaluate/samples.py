@@ -70,7 +70,3 @@ def open_model(checkpoint: Path, device: str, threads: int | None) -> TrainedMod
         return TrainedModel.open(checkpoint, device, threads)
     load = MossVideoForConditionalGeneration.from_pretrained
     return ExportedModel.open_with(load, checkpoint, device, threads)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,16 @@
-"""HTML pages of one file each, from the templates beside this module and those of others."""
+"""HTML pages of one file each, from the templates beside the module that makes one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-TEMPLATES = Path(__file__).parent
+FRAME = Path(__file__).parent
 # What HTML cannot hold (NUL) or nobody would see, as Unicode's pictures of it: `␀`, `␛`.
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
-def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
+def render(template: str, folder: Path, **values: Any) -> str:
     """The page that a template of `folder` makes of `values`; text in them is escaped, and its
     control characters are seen.
 
@@ -18,7 +18,7 @@ def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    loader = FileSystemLoader([folder, TEMPLATES])
+    loader = FileSystemLoader([folder, FRAME])
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_seen
     )

@@ -1,0 +1,1 @@
+"""Benchmarks against an exported model: what is asked, what was answered, tables, comparisons."""

@@ -1,0 +1,43 @@
+"""Evaluates a model: one door for all suites.
+
+    moss-eval --checkpoint RUN                        held-out samples of the toy world
+    moss-eval --checkpoint RUN --suite FILE.jsonl     samples of a file, as in shards
+
+`moss-eval --suite SUITE --help` lists the options of a suite.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+
+Command = Callable[[list[str]], int]
+# Suites with a command of their own, which gets the whole command line.
+SUITES: Mapping[str, Command] = {}
+
+
+def _samples(arguments: list[str]) -> int:
+    from tools.evaluate.samples import main  # takes seconds to import
+
+    return main(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command of the suite that is named; the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return SUITES.get(suite_of(arguments), _samples)(arguments)
+
+
+def suite_of(arguments: list[str]) -> str:
+    """The value of `--suite`, the last one; "" where there is none."""
+    found = ""
+    for number, word in enumerate(arguments):
+        if word == "--suite" and number + 1 < len(arguments):
+            found = arguments[number + 1]
+        elif word.startswith("--suite="):
+            found = word.partition("=")[2]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
