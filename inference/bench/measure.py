@@ -44,6 +44,7 @@ class Timings:
     tokens: list[float] = field(default_factory=list)
     frames: list[float] = field(default_factory=list)  # frame -> decision, one by one
     question: list[float] = field(default_factory=list)  # question -> first token
+    joined: list[float] = field(default_factory=list)  # question and a frame -> first token
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,8 +79,9 @@ def offline(engine: Engine, pixels: Tensor, new: int, clock: Clock) -> Timings:
     return out
 
 
-def stream(engine: Engine, pixels: Tensor, new: int, clock: Clock, questions: int = 3) -> Timings:
-    """A frame at a time, the model staying silent; then questions, and `new` tokens."""
+def stream(engine: Engine, pixels: Tensor, new: int, clock: Clock, questions: int = 8) -> Timings:
+    """A frame at a time, the model staying silent; then questions, alone and each together with a
+    frame, and `new` tokens."""
     out, silence = Timings(), engine.silence_token
     slot = engine.open()
     engine.step([Step(slot, PROMPT)])
@@ -95,6 +97,11 @@ def stream(engine: Engine, pixels: Tensor, new: int, clock: Clock, questions: in
         start = clock()
         engine.step([Step(slot, QUESTION)])
         out.question.append(clock() - start)
+    for _ in range(questions):
+        start = clock()
+        both = [*QUESTION, engine.image_token]
+        engine.step([Step(slot, both, engine.encode([pixels[0]]))])
+        out.joined.append(clock() - start)
     out.tokens = _decode(engine, slot, new, clock)
     engine.close(slot)
     return out
@@ -106,6 +113,24 @@ def _decode(engine: Engine, slot: Slot, new: int, clock: Clock) -> list[float]:
         start = clock()
         engine.step([Step(slot)])
         seconds.append(clock() - start)
+    return seconds
+
+
+def together(engine: Engine, pixels: Tensor, new: int, clock: Clock) -> list[float]:
+    """All slots of an engine that have seen the frames say `new` tokens at once: seconds of each
+    step."""
+    features = engine.encode(list(pixels))
+    tokens = [*PROMPT, *[engine.image_token] * len(pixels), *QUESTION]
+    slots = [engine.open() for _ in range(engine.max_sessions)]
+    for slot in slots:
+        engine.step([Step(slot, tokens, features)])
+    seconds = []
+    for _ in range(new - 1):
+        start = clock()
+        engine.step([Step(slot) for slot in slots])
+        seconds.append(clock() - start)
+    for slot in slots:
+        engine.close(slot)
     return seconds
 
 
@@ -188,6 +213,6 @@ def median_ms(seconds: list[float]) -> float:
     return 1e3 * statistics.median(seconds[len(seconds) // 4 :])
 
 
-def p99_ms(seconds: list[float]) -> float:
-    """The value that 99 of 100 stay below, in milliseconds."""
-    return 1e3 * sorted(seconds)[int(0.99 * (len(seconds) - 1))]
+def percentile_ms(seconds: list[float], percent: int) -> float:
+    """The value that so many of 100 stay below, in milliseconds."""
+    return 1e3 * sorted(seconds)[percent * (len(seconds) - 1) // 100]

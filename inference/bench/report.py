@@ -16,16 +16,30 @@ from data_pipeline import devices
 from data_pipeline.tables import format_table
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
+COLOURS = {"ours": "#2a7de1", "published": "#b0b7c3", "floor": "#3a9d5d"}
+
 
 @dataclass(frozen=True)
 class Row:
-    """One measured thing; `published` is None where the published way has nothing like it."""
+    """One measured thing.
+
+    published: None where the published way has nothing like it. floor: the best that this machine
+    could do (see floor.py); None: not computed.
+    """
 
     name: str
     unit: str
     ours: float
     published: float | None
     more_is_better: bool = False
+    floor: float | None = None
+
+    @property
+    def of_floor(self) -> float | None:
+        """How many times as long as the floor ours takes."""
+        if self.floor is None:
+            return None
+        return self.floor / self.ours if self.more_is_better else self.ours / self.floor
 
     @property
     def gain(self) -> float | None:
@@ -58,23 +72,38 @@ def describe(
 
 
 def print_table(mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
-    """Columns: what, ours, the published way, how many times better."""
+    """Columns: what, ours, the floor and how many times as long, the published way and how many
+    times better; without columns that have nothing."""
     print(f"{mode}: {', '.join(f'{k} {v}' for k, v in facts.items() if v not in (None, False))}")
-    cells = [("", "ours", "published", "better", "")]
-    for row in rows:
-        theirs = "" if row.published is None else f"{row.published:.4g}"
-        gain = "" if row.gain is None else f"{row.gain:.3g}x"
-        cells.append((row.name, f"{row.ours:.4g}", theirs, gain, row.unit))
-    print(format_table(cells, "lrrrl"))
+    columns: list[tuple[str, str, list[str]]] = [
+        ("", "l", [row.name for row in rows]),
+        ("ours", "r", [f"{row.ours:.4g}" for row in rows]),
+        ("floor", "r", [_cell(row.floor, ".4g") for row in rows]),
+        ("ours / floor", "r", [_cell(row.of_floor, ".3g", "x") for row in rows]),
+        ("published", "r", [_cell(row.published, ".4g") for row in rows]),
+        ("better", "r", [_cell(row.gain, ".3g", "x") for row in rows]),
+        ("", "l", [row.unit for row in rows]),
+    ]
+    shown = [column for column in columns if any(column[2])]
+    lines = zip(*([head, *cells] for head, _, cells in shown), strict=True)
+    print(format_table(list(lines), "".join(align for _, align, _ in shown)))
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def write_report(folder: Path, mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
     """bench-MODE.json and bench-MODE.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    report = {**facts, "rows": [asdict(row) | {"gain": row.gain} for row in rows]}
+    report = {**facts, "rows": [_plain(row) for row in rows]}
     (folder / f"bench-{mode}.json").write_text(json.dumps(report, indent=1) + "\n")
     _draw(folder / f"bench-{mode}.png", mode, rows, facts)
     print(f"wrote {folder / f'bench-{mode}.json'} and .png")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return asdict(row) | {"gain": row.gain, "of_floor": row.of_floor}
 
 
 def _draw(path: Path, mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
@@ -88,7 +117,9 @@ def _draw(path: Path, mode: str, rows: list[Row], facts: dict[str, Any]) -> None
         bars = {"ours": row.ours}
         if row.published is not None:
             bars["published"] = row.published
-        axis.bar(list(bars), list(bars.values()), color=["#2a7de1", "#b0b7c3"][: len(bars)])
+        if row.floor is not None:
+            bars["floor"] = row.floor
+        axis.bar(list(bars), list(bars.values()), color=[COLOURS[name] for name in bars])
         axis.set_title(f"{row.name}, {row.unit}", fontsize=9)
         for x, value in enumerate(bars.values()):
             axis.annotate(f"{value:.3g}", (x, value), ha="center", va="bottom", fontsize=8)

@@ -42,6 +42,39 @@ def test_prints_a_table_and_writes_json_and_png(mode, tmp_path: Path, monkeypatc
     assert "published" in capsys.readouterr().out
 
 
+def test_the_floor_stands_beside_each_figure(tmp_path: Path, monkeypatch, capsys) -> None:
+    options = "--model small --random-weights --frames 4 --new-tokens 4 --device cpu --table"
+    command = ["bench", "stream", *options.split(), "--sessions", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    found = json.loads((tmp_path / "bench-stream.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    decode, many = rows["decode"], rows["decode, 3 sessions in all"]
+    assert decode["of_floor"] == pytest.approx(decode["floor"] / decode["ours"])
+    assert decode["of_floor"] > 1
+    assert rows["frame -> decision"]["of_floor"] > 1
+    assert decode["floor"] < many["floor"] < 3 * decode["floor"]  # weights are read once for all
+    joined, question = rows["question with a frame -> first token"], rows["question -> first token"]
+    assert joined["floor"] > question["floor"]
+    assert found["machine"]["bytes_per_s"] > 1e8
+    head = next(line for line in capsys.readouterr().out.splitlines() if "floor" in line)
+    assert "published" not in head  # nothing was compared
+
+
+def test_live_sessions_all_speak(tmp_path: Path, monkeypatch) -> None:
+    options = "--model small --random-weights --frames 4 --device cpu --table"
+    several = ["--sessions", "3", "--seconds", "2", "--fps", "2"]
+    command = ["bench", "serve", *options.split(), *several, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    found = json.loads((tmp_path / "bench-serve.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert found["decisions"] == 3 * 2 * 2 - rows["frames dropped"]["ours"]
+    each, slowest = rows["each of 3 sessions"], rows["the slowest of them"]
+    assert 1 < slowest["ours"] <= each["ours"] < each["floor"]
+    assert rows["frame -> decision, p95"]["of_floor"] > 1
+
+
 def test_memory_of_an_endless_stream_is_flat(tmp_path: Path, monkeypatch) -> None:
     options = "--model small --random-weights --endless 600 --window 16 --frames 10 --device cpu"
     monkeypatch.setattr(sys, "argv", ["bench", "stream", *options.split(), "--out", str(tmp_path)])

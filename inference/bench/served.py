@@ -1,0 +1,130 @@
+"""Many live sessions at once: how fast each speaks, and how late decisions on frames come."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from data_pipeline.progress import Progress
+from data_pipeline.tokens import build_toy_tokenizer
+from inference.engine.engine import Engine
+from inference.engine.sampling import Sampling
+from inference.session.handle import SessionHandle
+from inference.session.runner import Runner
+
+SPEAKS = -1e4  # bias of `<|silence|>` with which a model never is silent
+LIVE = 10**6  # second of the first live frame: those before it warm up
+PATIENCE_S = 60
+EVENTS = 10**6  # of a session that are kept: all of them
+PLAIN_WORDS = ["A man walks in and sits down. Who is it?"]
+
+
+@dataclass
+class Served:
+    """What sessions saw. decisions: seconds from a frame's arrival to its decision, of all
+    sessions; rates: tokens/s of each."""
+
+    rates: list[float]
+    decisions: list[float]
+    dropped: int
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+def plain_processor(vocabulary: int) -> SimpleNamespace:
+    """A tokenizer of so many tokens, for a model of random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = build_toy_tokenizer(folder, PLAIN_WORDS, vocabulary)
+        return SimpleNamespace(tokenizer=PreTrainedTokenizerFast.from_pretrained(path))
+
+
+def served(engine: Engine, *, sessions: int, seen: int, seconds: int, fps: float = 1.0) -> Served:
+    """Streams to `sessions` sessions at once, all of which speak without end.
+
+    Args:
+        seen: frames that each has seen before the clock starts.
+        seconds: that are measured.
+        fps: frames a second of each; those of the sessions come evenly spread, as from viewers who
+            know nothing of each other.
+    """
+    size = engine.pixels.size
+    frame = torch.randint(0, 255, (3, size, size), dtype=torch.uint8)
+    sampling = Sampling(silence_bias=SPEAKS)
+    with Runner(engine) as runner:
+        opened = [
+            runner.session(
+                log_limit=EVENTS, sampling=sampling, pace=None, max_new_tokens=None,
+                frame_interval=1 / fps, max_waiting_frames=max(4, seen),
+            )
+            for _ in range(sessions)
+        ]  # fmt: skip
+        for session in opened:
+            for _ in range(seen):
+                session.push_frame(frame)
+        _wait(opened, seen)
+        return _measured(opened, frame, seconds, fps)
+
+
+def _wait(sessions: list[SessionHandle], seen: int) -> None:
+    progress, before = Progress("frames seen first", seen * len(sessions), "frames"), 0
+    while before < seen * len(sessions):
+        time.sleep(0.1)
+        now = sum(session.stats()["frames"] for session in sessions)
+        progress.step(now - before)
+        before = now
+        _check(sessions)
+    progress.end()
+
+
+def _check(sessions: list[SessionHandle]) -> None:
+    for session in sessions:
+        if session.reason:
+            raise RuntimeError(session.reason)
+
+
+def _measured(
+    sessions: list[SessionHandle], frame: torch.Tensor, seconds: int, fps: float
+) -> Served:
+    said = [session.stats()["tokens"] for session in sessions]
+    count, start = round(seconds * fps * len(sessions)), time.perf_counter()
+    progress = Progress("live", count, "frames")
+    for number in range(count):
+        time.sleep(max(0.0, start + number / (fps * len(sessions)) - time.perf_counter()))
+        sessions[number % len(sessions)].push_frame(frame, LIVE + number)
+        progress.step()
+    progress.end()
+    time.sleep(max(0.0, start + seconds - time.perf_counter()))
+    took = time.perf_counter() - start
+    tokens = [session.stats()["tokens"] for session in sessions]
+    decisions, dropped = _decided(sessions, count)
+    return Served(
+        rates=[(now - before) / took for now, before in zip(tokens, said, strict=True)],
+        decisions=decisions,
+        dropped=dropped,
+    )
+
+
+def _decided(sessions: list[SessionHandle], count: int) -> tuple[list[float], int]:
+    """Waits until each live frame was decided on or dropped: seconds of each decision since its
+    frame came, and how many were dropped."""
+    until = time.perf_counter() + PATIENCE_S
+    while True:
+        events = [e for session in sessions for e in session.log.after(0, EVENTS)]
+        live = [e for e in events if e.data.get("frame_at", 0) >= LIVE]
+        decided = [e.data for e in live if e.type == "input_frame.processed"]
+        dropped = sum(e.data["count"] for e in live if e.type == "input_frame.dropped")
+        if len(decided) + dropped == count:
+            return [(data["lag_ms"] + data["decision_ms"]) / 1000 for data in decided], dropped
+        _check(sessions)
+        if time.perf_counter() > until:
+            left = count - len(decided) - dropped
+            raise RuntimeError(f"{left} frames have no decision {PATIENCE_S} s after the end")
+        time.sleep(0.1)
