@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 FRAME = Path(__file__).parent
 # What HTML cannot hold (NUL) or nobody would see, as Unicode's pictures of it: `␀`, `␛`.
@@ -23,6 +27,14 @@ def render(template: str, folder: Path, **values: Any) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_seen
     )
     return environment.get_template(template).render(values)
+
+
+def picture_url(picture: Image.Image, size: int) -> str:
+    """A URL that holds a picture, made smaller so that no side has more than `size` pixels."""
+    picture.thumbnail((size, size))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def _seen(value: Any) -> Any:

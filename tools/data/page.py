@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from PIL import Image
 from data_pipeline.atomic import write_atomically
 from data_pipeline.batch import IGNORED_LABEL
 from data_pipeline.encode import EncodeConfig, SampleEncoder
-from data_pipeline.page import render
+from data_pipeline.page import picture_url, render
 from data_pipeline.schema import SampleError, parse_sample
 from data_pipeline.tokens import build_toy_tokenizer, load_tokenizer
 from tools.shards.encoding import frame_times
@@ -105,8 +103,4 @@ def _second(time: float | None, place: int) -> str:
 
 def _picture(encoded: Any, number: int) -> str:
     pixels = untiled(encoded.frames[number], int(encoded.aspect_ratio_ids[number]))
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    picture.thumbnail((_THUMB, _THUMB))
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return picture_url(Image.fromarray(pixels.permute(1, 2, 0).numpy()), _THUMB)

@@ -1,7 +1,8 @@
-"""Evaluates a model: one door for all suites.
+"""Evaluates a model: one door for all suites, and for the comparison of what they found.
 
     moss-eval --checkpoint RUN                        held-out samples of the toy world
     moss-eval --checkpoint RUN --suite FILE.jsonl     samples of a file, as in shards
+    moss-eval compare RUN RUN                         two runs of a suite, item by item
 
 `moss-eval --suite SUITE --help` lists the options of a suite.
 """
@@ -22,9 +23,17 @@ def _samples(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _compare(arguments: list[str]) -> int:
+    from tools.evaluate.compare import main
+
+    return main(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command of the suite that is named; the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        return _compare(arguments[1:])
     return SUITES.get(suite_of(arguments), _samples)(arguments)
 
 
