@@ -10,6 +10,7 @@ that the others wait for may be anywhere.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import shutil
 import signal
@@ -104,6 +105,7 @@ def _start(folder: Path, hardware: HardwareConfig) -> int:
 def _end(guard: int, folder: Path) -> None:
     os.kill(guard, signal.SIGKILL)
     os.waitpid(guard, 0)
+    wake(os.getppid(), ran=-math.inf)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -127,17 +129,19 @@ def watch(folder: Path, limits: Limits, parent: int, launcher: int, machines: Ma
         if machines.hang or (hangs(own, limits) and hangs(machines.all(), limits)):
             end_job(folder, machines, limits, parent)
             break
+    wake(launcher, ran=-math.inf)  # nobody will later
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def wake(launcher: int, ran: float, hang_s: float) -> float:
+def wake(launcher: int, ran: float, hang_s: float = 0.0) -> float:
     """Continues a launcher that is stopped for longer than `hang_s`: it would not notice that its
     ranks have ended. `ran`: when it was seen running; now, where it runs."""
     if _state(launcher) != STOPPED:
         return time.monotonic()
     if time.monotonic() - ran > hang_s:
         print(f"the launcher, process {launcher}, is stopped: it is continued", file=sys.stderr)
-        os.kill(launcher, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(launcher, signal.SIGCONT)
     return ran
 
 

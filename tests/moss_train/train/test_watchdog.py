@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from moss_train.processes import stat_fields
 from moss_train.train import flight_recorder, heartbeat
@@ -18,7 +20,7 @@ from moss_train.train.heartbeat import Beat, Heart, read
 from moss_train.train.machines import Machines
 from moss_train.train.silence import STOPPED, Limits, Pace, Seen, hangs, report, verdict
 from moss_train.train.stragglers import slow_ranks
-from moss_train.train.watchdog import wake
+from moss_train.train.watchdog import wake, watch
 from tests.moss_train.train.runs import wait_for
 from tests.torchrun import free_port
 
@@ -55,17 +57,31 @@ def test_the_flight_recorder_is_asked_and_its_dump_is_kept(tmp_path, monkeypatch
     assert [path.name for path in (tmp_path / "hang").iterdir()] == ["nccl_1"]
 
 
-def test_a_stopped_launcher_is_continued():
+@contextmanager
+def stopped_launcher() -> Iterator[int]:
     with subprocess.Popen(["sleep", "60"]) as launcher:
         os.kill(launcher.pid, signal.SIGSTOP)
         wait_for(lambda: stat_fields(launcher.pid)[0] == "T", timeout=20)
-        began = time.monotonic()
-        assert wake(launcher.pid, began, 60) == began
-        assert stat_fields(launcher.pid)[0] == "T"
-        assert wake(launcher.pid, began - 61, 60) == began - 61
-        wait_for(lambda: stat_fields(launcher.pid)[0] == "S", timeout=20)
-        assert wake(launcher.pid, began - 61, 60) >= began
+        yield launcher.pid
         launcher.kill()
+
+
+def test_a_stopped_launcher_is_continued():
+    with stopped_launcher() as pid:
+        began = time.monotonic()
+        assert wake(pid, began, 60) == began
+        assert stat_fields(pid)[0] == "T"
+        assert wake(pid, began - 61, 60) == began - 61
+        wait_for(lambda: stat_fields(pid)[0] == "S", timeout=20)
+        assert wake(pid, began - 61, 60) >= began
+
+
+def test_a_watchdog_whose_ranks_have_ended_leaves_no_stopped_launcher(tmp_path):
+    """However short it has been stopped: without the watchdog nobody would continue it."""
+    gone = 2**22 + 1  # no process has this number
+    with stopped_launcher() as pid:
+        watch(tmp_path / "job", Limits(60, 500), gone, pid, Machines(HashStore, 0, 1))
+        wait_for(lambda: stat_fields(pid)[0] == "S", timeout=20)
 
 
 def test_the_rank_with_the_least_progress_is_behind():
