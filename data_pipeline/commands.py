@@ -3,7 +3,7 @@
 0    done
 1    failed: the work could not be done, or what it checked is wrong
 2    wrong usage: an argument, a flag or a field of a configuration
-130  stopped before the end, by Ctrl-C or SIGTERM
+130  stopped before the end, by Ctrl-C, SIGTERM or a budget that was given
 141  nobody reads the output any more (`| head`), as after SIGPIPE
 """
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from tools.preloaded import Command, torchrun
+from tools.preloaded import Command, python_path, torchrun
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = "MOSS_TEST_OUT"  # environment variable: where workers put their results
@@ -182,8 +182,7 @@ def start_ranks(
         "--standalone",  # a port that is free when it is bound, not a moment before
         "--log-dir", str(out / "logs"), "--redirects", "3", "--max-restarts", str(restarts),
     ]  # fmt: skip
-    path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, OUT: str(out), **(env or {})}
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), OUT: str(out), **(env or {})}
     environment, log = {**os.environ, **settings}, out / "torchrun.log"
     launcher, file = "torch.distributed.run", _file(script)
     if preloaded:

@@ -103,15 +103,19 @@ def run(module: str, *arguments: str) -> None:
         raise subprocess.CalledProcessError(code, command.args)
 
 
+def python_path() -> str:
+    """`PYTHONPATH` of a process that imports this checkout."""
+    return os.pathsep.join(path for path in (str(REPO), os.environ.get("PYTHONPATH")) if path)
+
+
 @cache
 def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver" if METHOD == "fork" else METHOD)
     if METHOD == "fork":
         context.set_forkserver_preload(MODULES)
-        path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
         # The warnings are megatron's, of packages that it could have used. Libraries read the
         # number of threads when they are loaded: ranks and commands set their own.
-        settings = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        settings = {"PYTHONPATH": python_path(), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
         before = os.environ.copy()
         os.environ.update(settings)
         forkserver.ensure_running()

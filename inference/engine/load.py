@@ -23,7 +23,8 @@ from data_pipeline.tokenizer_identity import TokenizerIdentity, identify
 from inference.engine.engine import Engine, EngineConfig
 from inference.engine.quantize import quantize_decoder, take_scales
 from inference.engine.sharded import ShardedEngine, join
-from inference.engine.tensor_parallel import shard
+from inference.engine.tensor_parallel import check_divisible, shard
+from inference.engine.weights import Reading, has_safetensors, read_model
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
@@ -104,25 +105,31 @@ def load_model(
             f"quantize={quantize}: 8-bit weights run on {' and '.join(devices.EIGHT_BIT)}, not on "
             f"{where.type}: leave it out (weights in bf16)"
         )
+    config = MossVideoConfig.from_pretrained(folder)
+    stored = config.__dict__.pop("quantization_config", None)
+    if stored is not None and ranks > 1:
+        raise ValueError(f"{folder}: is quantized; several ranks need full weights (--quantize)")
+    if ranks > 1:
+        check_divisible(config, ranks)
+        where = devices.select(where.type, int(os.environ.get("LOCAL_RANK", rank)))
+    # What is quantized must not take the device's memory in full before.
+    first = where if quantize is None and stored is None else torch.device("cpu")
     try:
-        model, info, stored = _read(folder, find_dtype(dtype, where))
+        read = _read(folder, config, find_dtype(dtype, where), first, rank, ranks)
+        _check_names(folder, read, stored is not None)
         if stored is not None:
-            _restore_quantized(model, folder, stored, quantize, ranks)
+            _restore_quantized(read.model, folder, stored, quantize)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {error}") from error
-    _check_names(folder, info, stored is not None)
-    if ranks > 1:
-        shard(model, rank, ranks)
-        where = devices.select(where.type, int(os.environ.get("LOCAL_RANK", rank)))
     if quantize is not None and stored is None:
-        quantize_decoder(model, quantize)
-    return model.to(where).eval()
+        quantize_decoder(read.model, quantize)
+    return read.model.to(where).eval()
 
 
-def _check_names(folder: Path, info: dict[str, Any], packed: bool) -> None:
+def _check_names(folder: Path, read: Reading, packed: bool) -> None:
     """Every tensor of the model must be in the folder, and none beside them."""
-    missing, unknown = sorted(info["missing_keys"]), []
-    for name in sorted(info["unexpected_keys"]):
+    missing, unknown = sorted(read.missing), []
+    for name in sorted(read.unexpected):
         if not BUFFERS.match(name) and not (packed and name.endswith("_scale")):
             unknown.append(name)
     for names, what in ((missing, "lacks"), (unknown, "beside the model's, it has")):
@@ -146,16 +153,22 @@ def _wrong_folder(folder: Path) -> str | None:
 
 
 def _read(
-    folder: Path, dtype: torch.dtype | None
-) -> tuple[MossVideoForConditionalGeneration, dict[str, Any], Any]:
-    """The model with the numbers of the files as its weights, what transformers tells of
-    their names, and config.json's `quantization_config`."""
-    config = MossVideoConfig.from_pretrained(folder)
-    stored = config.__dict__.pop("quantization_config", None)
+    folder: Path,
+    config: MossVideoConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    rank: int,
+    ranks: int,
+) -> Reading:
+    """The model with the numbers of the files as its weights."""
+    if has_safetensors(folder):
+        return read_model(folder, config, dtype, device, rank, ranks)
     model, info = MossVideoForConditionalGeneration.from_pretrained(
         folder, config=config, dtype=dtype or "auto", output_loading_info=True
     )
-    return model, info, stored
+    if ranks > 1:
+        shard(model, rank, ranks)
+    return Reading(model, list(info["missing_keys"]), list(info["unexpected_keys"]))
 
 
 def _restore_quantized(
@@ -163,7 +176,6 @@ def _restore_quantized(
     folder: Path,
     stored: Any,
     quantize: str | None,
-    ranks: int,
 ) -> None:
     """Makes the quantized layers of an export that is quantized (compressed-tensors, one scale
     per row)."""
@@ -174,8 +186,6 @@ def _restore_quantized(
         )
     if quantize not in (None, kind):
         raise ValueError(f"{folder}: quantize={quantize}: the checkpoint is quantized as {kind}")
-    if ranks > 1:
-        raise ValueError(f"{folder}: is quantized; several ranks need full weights (--quantize)")
     scales = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:

@@ -34,6 +34,7 @@ from inference.serve.memory import Ceiling
 log = logging.getLogger(__name__)
 
 _LOOK, _SOON = 1.0, 0.1  # seconds between looks at a replica, and at one that starts
+_SETTLE = 5.0  # seconds: a session should be back by then
 _CHATS = 60.0  # seconds for which a replica that is restarted finishes its chat requests
 
 
@@ -134,7 +135,7 @@ class Front:
     def start(self) -> None:
         """In the event loop: starts the replicas, and looks after them."""
         for process in self.processes:
-            self._spawn(process.run(self._exited))
+            self._spawn(process.run(self._exited, self._settled))
         for replica in self.replicas:
             own = next((p for p in self.processes if p.replica is replica), None)
             self._spawn(self._watch(replica, own))
@@ -227,6 +228,16 @@ class Front:
             words = "see what it has written above"
             self.failed = f"replica {replica.number} ended ({code}) before it was ready: {words}"
         self._lose(replica)
+
+    async def _settled(self) -> None:
+        """Waits, a few seconds at most, until others have computed anew the sessions of a replica
+        that has ended: on few cores its next start takes the time that they need. Not where one
+        has no seat, which that start gives it."""
+        until = time.monotonic() + _SETTLE
+        while time.monotonic() < until and not self.places.waiting:
+            if not any(session.rebuilding for session in self.sessions.values()):
+                break
+            await asyncio.sleep(_SOON)
 
     async def drain(self, replica: Replica) -> None:
         """Moves its sessions to others, and waits for its chat requests."""

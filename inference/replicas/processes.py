@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from inference.replicas.replica import Replica
@@ -49,8 +49,11 @@ class Process:
     def running(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
-    async def run(self, exited: Callable[[Process, int], None]) -> None:
-        """Keeps it running until `stop`; `exited` is called with its exit code."""
+    async def run(
+        self, exited: Callable[[Process, int], None], settled: Callable[[], Awaitable[object]]
+    ) -> None:
+        """Keeps it running until `stop`; `exited` is called with its exit code. It starts again
+        after `settled`."""
         failures = 0
         while not self._stopping:
             code = await self._once()
@@ -63,6 +66,7 @@ class Process:
             words = f"replica {self.replica.number} ended ({code}): started again"
             log.warning("%s in %g s", words, seconds)
             await asyncio.sleep(seconds)
+            await settled()
 
     async def _once(self) -> int:
         path = self.replica.address.removeprefix("unix:")

@@ -95,6 +95,7 @@ class FrontSession(Held):
         self._tries = 0
         self._told: tuple[Any, ...] = ()
         self._cut = asyncio.Event()  # the session leaves its replica
+        self._adrift = False  # it has left one, and none has gone on with it
         self._link: ClientConnection | None = None
         self.task = asyncio.create_task(self._run())
 
@@ -120,6 +121,11 @@ class FrontSession(Held):
     def away(self) -> float:
         """Seconds for which it had no replica, or the replica had not yet rebuilt it."""
         return time.monotonic() - self._lost_at
+
+    @property
+    def rebuilding(self) -> bool:
+        """Its client waits until a replica goes on with it."""
+        return self._adrift and self.socket is not None and not self.over
 
     @property
     def untouched(self) -> bool:
@@ -165,7 +171,7 @@ class FrontSession(Held):
 
     def move(self, reason: str) -> None:
         """Leaves its replica, and goes on elsewhere."""
-        self._reason = reason
+        self._reason, self._adrift = reason, self.started
         self._cut.set()
 
     async def close(self, reason: str, code: int, patience: float = 2.0) -> None:
@@ -215,7 +221,7 @@ class FrontSession(Held):
                     self.replica.full_until = time.monotonic() + _EMPTY
                     await asyncio.sleep(0)
                 finally:
-                    self._lost_at = time.monotonic()
+                    self._lost_at, self._adrift = time.monotonic(), self.started
                     replica, self.replica = self.replica, None
                     self.front.places.release(self, replica)
         except Exception as error:
@@ -314,7 +320,7 @@ class FrontSession(Held):
     def _take(self, values: Record, blobs: list[bytes]) -> None:
         """A record, and the events that it covers."""
         record = values["record"]
-        self._told, self.asked_at = (), 0.0  # it has a place
+        self._told, self.asked_at, self._adrift = (), 0.0, False  # it has a place
         if record.get("slot", {}).get("position") != self.kept.get("slot", {}).get("position"):
             self._tries = 0
         fold(self.kept, record)

@@ -19,7 +19,7 @@ from moss_train.processes import stat_fields
 from moss_train.train.history import HISTORY_FILE
 from moss_train.train.lines import read
 from moss_train.train.metrics import METRICS_FILE
-from tools.preloaded import REPO, Command, torchrun
+from tools.preloaded import REPO, Command, python_path, torchrun
 
 RANKS, EVERY = 4, 3  # processes; steps between checkpoints, and between validations
 HANG_S, HANG_IO_S = 10, 40  # the job's own limits: within a step; where it waits for storage
@@ -140,8 +140,8 @@ class Training:
         how += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
         rank = [str(self.switch), str(self.folder), *self.overrides, f"run.dir='{self.run}'"]
         arguments = torchrun(how, REPO / "tools" / "chaos" / "rank.py", rank)
-        path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
-        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
+        own = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+        own["TMPDIR"] = str(self.temporary)
         self._command = Command("launch.torchrun", arguments, {**os.environ, **own}, self.log)
         self.launchers.append(self._command.pid)
 

@@ -13,7 +13,7 @@ from data_pipeline import devices
 from moss_train import hardware
 from tools.doctor.checks import Findings
 from tools.gpu_check.preflight import ERROR, all_reduced, copies, product
-from tools.preloaded import REPO
+from tools.preloaded import python_path
 
 SHAPES = {True: (8192, 8192, 8192), False: (256, 512, 512)}  # of a product, on an accelerator
 SIZES = {True: 256 << 20, False: 16 << 20}  # bytes that are copied and summed
@@ -42,8 +42,7 @@ def sums(found: Findings) -> None:
     count = devices.count(hardware.TRAINS) or RANKS
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={count}", "-m", "tools.doctor.speed"]  # fmt: skip
-    path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     name = f"all-reduce, {count} ranks"
     try:
         done = subprocess.run(

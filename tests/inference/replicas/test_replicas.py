@@ -314,7 +314,10 @@ def test_each_replica_sees_its_own_gpus(tmp_path: Path) -> None:
         replica = Replica(number, f"unix:{tmp_path}/{number}.sock", "key")
         said = ["sh", "-c", f"echo $CUDA_VISIBLE_DEVICES $LEFT > {tmp_path}/{number}"]
         child = Process(replica, said, {**shares[number], "LEFT": "more"})
-        running = asyncio.create_task(child.run(lambda _, code: ended.set_result(code)))
+        again = asyncio.Event()  # never
+        running = asyncio.create_task(
+            child.run(lambda _, code: ended.set_result(code), settled=again.wait)
+        )
         assert await ended == 0
         running.cancel()
 

@@ -1,0 +1,110 @@
+"""Weights that are read to where they live are those that transformers reads, whole and in the
+slices of several ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inference.engine.load import load_model
+from inference.engine.tensor_parallel import shard
+from inference.engine.weights import read_model
+from inference.hf.configuration_moss_video import MossVideoConfig
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+
+CPU = torch.device("cpu")
+
+
+def by_transformers(folder: Path, dtype: torch.dtype) -> MossVideoForConditionalGeneration:
+    return MossVideoForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+
+
+def equal(model: torch.nn.Module, wanted: torch.nn.Module) -> None:
+    found, expected = model.state_dict(), wanted.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+        assert found[name].is_contiguous(), name
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_transformers_reads_them(tiny: Path, dtype: torch.dtype) -> None:
+    read = read_model(tiny, MossVideoConfig.from_pretrained(tiny), dtype, CPU)
+    assert (read.missing, read.unexpected) == ([], [])
+    equal(read.model, by_transformers(tiny, dtype))
+
+
+def test_several_files_and_names_of_transformers_4(folder: Path) -> None:
+    wanted = by_transformers(folder, torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where: dict[str, str] = {}
+    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        old = {
+            name.replace("model.language_model.", "language_model.model.")
+            .replace("lm_head.", "language_model.lm_head.")
+            .replace("model.vision_model.", "vision_model."): tensors[name]
+            for name in names
+        }
+        file = f"model-{number}.safetensors"
+        save_file(old, folder / file)
+        where |= dict.fromkeys(old, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    equal(load_model(folder, "cpu", "fp32"), wanted)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*model-1\.safetensors"):
+        load_model(folder, "cpu")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_own_slice(tiny: Path, rank: int) -> None:
+    wanted = by_transformers(tiny, torch.float32)
+    shard(wanted, rank, 2)
+    config = MossVideoConfig.from_pretrained(tiny)
+    read = read_model(tiny, config, torch.float32, CPU, rank, 2)
+    assert (read.missing, read.unexpected) == ([], [])
+    equal(read.model, wanted)
+
+
+@pytest.mark.parametrize("rows", [2, 0.5])
+def test_a_tensor_of_another_size_is_named(rows: float, folder: Path) -> None:
+    """Also where it is twice as large: that is not a slice of it."""
+    tensors, name = load_file(folder / "model.safetensors"), "model.language_model.norm.weight"
+    size = len(tensors[name])
+    tensors[name] = torch.ones(int(rows * size))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} is \[{int(rows * size)}\], the model's is"):
+        load_model(folder, "cpu")
+
+
+def test_what_is_loaded_does_not_change_with_the_file(folder: Path) -> None:
+    model = load_model(folder, "cpu", "fp32")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = folder / "model.safetensors"
+    size = path.stat().st_size
+    with path.open("r+b") as file:  # in place, as `cp` over it would
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_weights_in_torchs_own_form(folder: Path) -> None:
+    """Which transformers reads: no safetensors, no slices of a file."""
+    wanted = by_transformers(folder, torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    equal(load_model(folder, "cpu", "fp32"), wanted)
