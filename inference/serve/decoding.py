@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import time
@@ -102,11 +103,12 @@ def _times(task: Task, info: VideoInfo) -> Sequence[float]:
     return times
 
 
-def work(connection: Connection, memory: int) -> None:
+def work(connection: Connection, memory: int, nice: int) -> None:
     """Answers tasks until the other end of the connection closes.
 
-    memory: bytes that a task may take.
+    memory: bytes that a task may take. nice: added to this process's niceness.
     """
+    os.nice(nice)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the server's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

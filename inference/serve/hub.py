@@ -76,12 +76,12 @@ class Hub:
     ) -> None:
         self.runner, self.limits, self.metrics, self.export = runner, limits, metrics, export
         self.sessions: dict[str, LiveSession] = {}
-        # Frames of sessions never wait behind the clips of chat requests.
+        # Frames of sessions, and the model's steps, never wait behind the clips of chat requests.
         self.pictures, self.clips = (
-            MediaPool(name, limits.decoders, limits.media, seconds, limits.memory)
-            for name, seconds in (
-                ("moss-picture", limits.picture_wall),
-                ("moss-clip", limits.clip_wall),
+            MediaPool(name, limits.decoders, limits.media, seconds, limits.memory, nice)
+            for name, seconds, nice in (
+                ("moss-picture", limits.picture_wall, 0),
+                ("moss-clip", limits.clip_wall, 10),
             )
         )
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="moss-read")  # of chat requests

@@ -65,14 +65,17 @@ class MediaPool:
         waiting: tasks that wait for a process; one more is refused.
         seconds: of wall time that a task may take, once it has a process.
         memory: bytes that it may take.
+        nice: added to the processes' niceness: they leave the processor to those with less.
     """
 
-    def __init__(self, name: str, processes: int, waiting: int, seconds: float, memory: int):
+    def __init__(
+        self, name: str, processes: int, waiting: int, seconds: float, memory: int, nice: int = 0
+    ) -> None:
         self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
         self._seconds = seconds
         self._closing = False
         self._tried = threading.Event()
-        self._workers = [_Worker(memory) for _ in range(processes)]
+        self._workers = [_Worker(memory, nice) for _ in range(processes)]
         self._threads = [
             threading.Thread(target=self._run, args=(worker,), name=name, daemon=True)
             for worker in self._workers
@@ -153,8 +156,8 @@ class MediaPool:
 class _Worker:
     """One process, started where there is none."""
 
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
+    def __init__(self, memory: int, nice: int) -> None:
+        self._settings = memory, nice
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -191,7 +194,7 @@ class _Worker:
         prepare()
         context = multiprocessing.get_context("forkserver")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=work, args=(other, self._memory), daemon=True)
+        self._process = context.Process(target=work, args=(other, *self._settings), daemon=True)
         self._process.start()
         other.close()
 

@@ -105,6 +105,17 @@ def test_a_video_whose_frames_grow_is_refused_at_the_first_large_one(server: Run
     refused(ask(server, ("video_url", clip(large))), 400, "too_many_pixels")
 
 
+def test_clips_leave_the_processor_to_frames_and_steps(server: Running) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def all_have(pool: media.MediaPool, nice: int) -> bool:
+        found = [os.getpriority(os.PRIO_PROCESS, pid) for pid in pool.processes]
+        return set(found) == {nice}
+
+    until(lambda: all_have(server.hub.pictures, own), 60)
+    until(lambda: all_have(server.hub.clips, min(own + 10, 19)), 60)
+
+
 def scans(count: int) -> bytes:
     """A progressive JPEG of 8 million pixels that repeats its last scan."""
     out = io.BytesIO()
