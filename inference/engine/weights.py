@@ -2,7 +2,8 @@
 
 The model is made without memory (`meta`), cut to the rank's slice, and each of its parameters is
 read from its place in the mapped file to the device. So a rank of eight reads an eighth of the
-file, and the host holds no copy of the model on its way to a GPU.
+file, and the host holds no copy of the model on its way to a GPU. On a CPU weights that need no
+other dtype stay in the mapped file, which processes share.
 """
 
 from __future__ import annotations
@@ -133,9 +134,8 @@ def _fill(
         module, own = jobs[name]
         shape = module.get_parameter(own).shape
         with safe_open(files[name], framework="pt") as opened:
-            part = _part(name, opened.get_slice(name), shape, *place)
-            # A copy in any case: what is mapped changes with the file.
-            tensor = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            part = _part(name, opened, shape, *place)
+            tensor = part.to(device, dtype).contiguous()
         setattr(module, own, nn.Parameter(tensor, requires_grad=False))
 
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
@@ -143,16 +143,17 @@ def _fill(
             pass
 
 
-def _part(name: str, stored: Any, shape: torch.Size, rank: int, ranks: int) -> Tensor:
+def _part(name: str, opened: Any, shape: torch.Size, rank: int, ranks: int) -> Tensor:
     """This rank's part: a layer is cut along the dimension in which it is smaller."""
+    stored = opened.get_slice(name)
     whole = tuple(stored.get_shape())
     cut = [n for n, (a, b) in enumerate(zip(whole, shape, strict=False)) if a != b]
     fits = ranks > 1 and len(cut) == 1 and whole[cut[0]] == ranks * shape[cut[0]]
     if len(whole) != len(shape) or (cut and not fits):
         raise ValueError(f"{name} is {list(whole)}, the model's is {list(shape)}")
-    index = tuple(
-        slice(rank * size, (rank + 1) * size) if n in cut else slice(None)
-        for n, size in enumerate(shape)
-    )
-    part: Tensor = stored[index]
+    if cut:
+        where = slice(rank * shape[cut[0]], (rank + 1) * shape[cut[0]])
+        part: Tensor = stored[(slice(None),) * cut[0] + (where,)]
+    else:
+        part = opened.get_tensor(name)
     return part
