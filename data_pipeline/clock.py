@@ -7,6 +7,7 @@ track. `inference/hf/clock_moss_video.py`, which exports carry along, is a copy 
 from __future__ import annotations
 
 import io
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,7 @@ EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
 # formats whose stamps are known to jump, and in all others.
 _JUMP, _LONGEST_GAP = 10.0, 30 * 3600.0  # seconds
 _SECONDS = 1_000_000  # of a container's own times
+Data = bytes | mmap.mmap  # of a file
 
 
 class VideoError(Exception):
@@ -61,7 +63,7 @@ class Track:
         return self.times[min(index, len(self.times) - 1)]
 
 
-def open_container(data: bytes, formats: str = "") -> InputContainer:
+def open_container(data: Data, formats: str = "") -> InputContainer:
     """A video file's bytes for reading; an animated WebP, which FFmpeg does not know, as PNG.
 
     formats: names of FFmpeg's demuxers that may read it; empty: any. None of them opens other files
@@ -69,13 +71,14 @@ def open_container(data: bytes, formats: str = "") -> InputContainer:
     """
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and b"ANIM" in data[:64]:
         data = _webp_to_png(data)
+    file = data if isinstance(data, mmap.mmap) else io.BytesIO(data)
     options = {"protocol_whitelist": "none"}
     if formats:
         options["format_whitelist"] = formats
-    return av.open(io.BytesIO(data), "r", options=options)
+    return av.open(file, "r", options=options)
 
 
-def read_track(container: InputContainer, data: bytes) -> Track:
+def read_track(container: InputContainer, data: Data) -> Track:
     """Reads all packets of a file's best video track, decoding nothing.
 
     Raises VideoError: no video track, no picture, no decoder, the file has been cut off.
@@ -208,7 +211,7 @@ def _rate(stream: Any) -> float:
 
 
 def _stated_end(
-    container: InputContainer, stream: Any, data: bytes, first: float, end: float, gap: float
+    container: InputContainer, stream: Any, data: Data, first: float, end: float, gap: float
 ) -> float:
     """Where the header says that the pictures end, in the stream's own seconds; 0: it does not.
 
@@ -233,7 +236,7 @@ def _stated_end(
     return length if len(tracks) == 1 else 0.0
 
 
-def _extent(form: str, data: bytes) -> str:
+def _extent(form: str, data: Data) -> str:
     """Whether a file holds all that its structure states: "whole", "cut" or, unknown, ""."""
     name = form.partition(",")[0]
     readers = {"mov": _boxes, "matroska": _segment, "flv": _tags, "avi": _riff, "gif": _gif}
@@ -244,7 +247,7 @@ def _extent(form: str, data: bytes) -> str:
         return ""
 
 
-def _boxes(data: bytes) -> str:
+def _boxes(data: Data) -> str:
     """MP4, MOV: boxes of a size and a name; fragments say nothing of how many there are."""
     at, kinds = 0, []
     while at + 8 <= len(data):
@@ -264,7 +267,7 @@ def _boxes(data: bytes) -> str:
     return "" if b"moof" in kinds else "whole"
 
 
-def _segment(data: bytes) -> str:
+def _segment(data: Data) -> str:
     """Matroska, WebM: an EBML header, then a segment of a stated or, live, an unknown size."""
     at = 4
     for last in (False, True):
@@ -280,7 +283,7 @@ def _segment(data: bytes) -> str:
     return "cut" if at > len(data) else "whole"
 
 
-def _tags(data: bytes) -> str:
+def _tags(data: Data) -> str:
     """FLV: tags of a stated size, each with a number behind it."""
     at = int.from_bytes(data[5:9], "big") + 4
     while at + 11 <= len(data):
@@ -288,7 +291,7 @@ def _tags(data: bytes) -> str:
     return "whole" if at == len(data) else "cut"
 
 
-def _riff(data: bytes) -> str:
+def _riff(data: Data) -> str:
     """AVI: one or more chunks of a stated size; 0: the recorder was killed."""
     at = 0
     while data[at : at + 4] == b"RIFF":
@@ -299,11 +302,11 @@ def _riff(data: bytes) -> str:
     return "cut" if at > len(data) + 1 else "whole"
 
 
-def _gif(data: bytes) -> str:
-    return "whole" if data.rstrip(b"\0").endswith(b";") else "cut"
+def _gif(data: Data) -> str:
+    return "whole" if data[:].rstrip(b"\0").endswith(b";") else "cut"
 
 
-def _webp_to_png(data: bytes) -> bytes:
+def _webp_to_png(data: Data) -> bytes:
     out = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:
         pictures, lengths = [], []

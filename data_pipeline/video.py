@@ -13,7 +13,7 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from torch import Tensor
 
-from data_pipeline.clock import EPSILON, VideoError, open_container, read_track
+from data_pipeline.clock import EPSILON, Data, VideoError, open_container, read_track
 from data_pipeline.packets import Packets
 from data_pipeline.schema import SampleError
 
@@ -83,7 +83,7 @@ def check_end(times: Sequence[float], info: VideoInfo) -> None:
 
 @contextmanager
 def open_video(
-    data: bytes, threads: int = 1, *, formats: str = "", max_pixels: int = 0
+    data: Data, threads: int = 1, *, formats: str = "", max_pixels: int = 0
 ) -> Iterator[Video]:
     """Opens a video file's bytes and reads all its packets, decoding nothing.
 

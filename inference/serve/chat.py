@@ -210,7 +210,8 @@ async def _prepare(body: bytes, hub: Hub, share: Share) -> _Asked:
 
 
 def _read(body: bytes, hub: Hub) -> Question:
-    question = read_question(read_json(body, "the request", hub.limits.json_values), hub.limits)
+    asked = read_json(body, "the request", hub.limits.json_values)
+    question = read_question(asked, hub.limits, hub.folders)
     places = hub.runner.engine.max_sessions
     if question.count > places:
         words = f"n: {question.count}: this server has {places} places (--max_sessions)"
@@ -236,7 +237,7 @@ async def decode(media: list[Medium], hub: Hub, share: Share) -> tuple[list[Tens
             raise Refused("too_large", f"more than {most} frames", "messages")
         size = limits.frame_bytes if medium.kind == "image" else limits.body_bytes
         task = Task(
-            medium.kind, medium.url, medium.where, hub.runner.tile, size, limits.pixels,
+            medium.kind, medium.source, medium.where, hub.runner.tile, size, limits.pixels,
             limits.clip_cpu, left, most, medium.frames,
         )  # fmt: skip
         try:

@@ -19,6 +19,7 @@ from inference.serve.app import make_app
 from inference.serve.flags import LIMIT_HELP, PROGRAM, parse
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
+from inference.serve.media_files import MediaFolders
 from inference.serve.metrics import Metrics
 from inference.serve.server import Certificate, Server, listen, server_config, url_of
 from inference.session.runner import Runner
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cli.note(f"warning: {args.host} is open to the network, and there is no --api_key")
         if "*" in args.allow_origin and open_to_all:
             cli.note("warning: any site's page may use this server, and there is no --api_key")
+        with cli.refusing_values():
+            folders = MediaFolders(args.allow_media)
         if args.replicas or args.replica_urls:
             return run_front(args, argv, limits, export, certificate)
         # Before the model is loaded, which takes long; other ranks of torchrun serve nothing.
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             closing(access),
             Runner(cli.load(args, args.max_sessions), metrics.measured) as runner,
         ):
-            hub = Hub(runner, limits, metrics, export)
+            hub = Hub(runner, limits, metrics, export, folders)
             with cli.refusing_values():
                 hub.each.check(limits.sessions_memory)
             app = make_app(hub, access, args.allow_origin, args.allow_host)

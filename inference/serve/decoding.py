@@ -29,6 +29,7 @@ from data_pipeline.video import VideoInfo, open_video, sample_times
 from inference.engine.images import check_header, fit
 from inference.serve.data_urls import data_url
 from inference.serve.limits import Refused
+from inference.serve.media_files import map_video, read_picture
 from inference.sources import CLIP_FPS, CLIP_MIN_FRAMES
 
 # What Pillow may take a client's bytes for. It knows 40 more, some of them programs.
@@ -54,13 +55,13 @@ class FrameChoice:
 class Task:
     """A medium to decode.
 
-    data: its bytes, or a `data:` URL. field: its place in the request.
+    data: its bytes, a `data:` URL, or the path of its file. field: its place in the request.
     most_bytes, pixels: its limits. left, limit: frames that it may show, and that a request may.
     cpu: seconds of processor time.
     """
 
     kind: Literal["image", "video"]
-    data: bytes | str
+    data: bytes | str | Path
     field: str
     tile: int
     most_bytes: int
@@ -77,10 +78,13 @@ def frames_of(task: Task) -> Iterator[Tensor]:
     if isinstance(data, str):
         data = data_url(data, task.field, task.most_bytes)
     if task.kind == "image":
+        if isinstance(data, Path):
+            data = read_picture(data, task.field, task.most_bytes)
         check_header(data, task.pixels, PICTURES)
         yield fit(decode_image(data, PICTURES), task.tile)
         return
-    with open_video(data, formats=VIDEOS, max_pixels=task.pixels) as video:
+    file = map_video(data) if isinstance(data, Path) else data
+    with open_video(file, formats=VIDEOS, max_pixels=task.pixels) as video:
         times = _times(task, video.info)
         for frame in video.frames(times):
             yield fit(frame, task.tile)

@@ -22,6 +22,8 @@ LIMIT_HELP = {  # the limits that have a flag, --limit_NAME
     "prompt_chars": "maximum number of characters of a prompt",
     "fps": "maximum number of frames per second of a session",
     "body_wall": "seconds that a chat request may take to come",
+    "body_bytes": "maximum size of a chat request in bytes",
+    "frames": "maximum number of frames of a chat request",
     "clip_cpu": "seconds of processor time for decoding a medium of a chat request",
     "clip_wall": "seconds for the same on the clock",
     "decoders": "number of processes that decode pictures of sessions, and of those for chat",
@@ -65,6 +67,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.flag(parser, "allow_host", action="append", default=[], metavar="NAME", type=str.lower,
              help="a name by which clients reach the server, video.example; *: any; an address, "
              "localhost and the machine's name need none; may be given again")  # fmt: skip
+    cli.flag(parser, "allow_media", action="append", default=[], metavar="FOLDER",
+             help="a folder of pictures and videos that chat requests may name as file: URLs; may "
+             "be given again")  # fmt: skip
     cli.flag(parser, "ssl_certfile", metavar="FILE",
              help="certificate (chain) in PEM form: the server speaks HTTPS, which browsers want "
              "before they give a page of another machine a camera")  # fmt: skip

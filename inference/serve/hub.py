@@ -22,6 +22,7 @@ from inference.serve.decoding import Task
 from inference.serve.held import FAILED, GOING_AWAY, IDLE, NORMAL, Held, settings, used
 from inference.serve.limits import Budget, Limits
 from inference.serve.media import MediaPool
+from inference.serve.media_files import NO_FOLDERS, MediaFolders
 from inference.serve.memory import Ceiling, SessionMemory, parked_size
 from inference.serve.metrics import Metrics
 from inference.session.events import EventLog
@@ -72,9 +73,16 @@ class Hub:
     """All sessions by id, and what the routes share."""
 
     def __init__(
-        self, runner: Runner, limits: Limits, metrics: Metrics, export: ExportInfo
+        self,
+        runner: Runner,
+        limits: Limits,
+        metrics: Metrics,
+        export: ExportInfo,
+        folders: MediaFolders = NO_FOLDERS,
     ) -> None:
+        """folders: whose files chat requests may name."""
         self.runner, self.limits, self.metrics, self.export = runner, limits, metrics, export
+        self.folders = folders
         self.sessions: dict[str, LiveSession] = {}
         # Frames of sessions, and the model's steps, never wait behind the clips of chat requests.
         self.pictures, self.clips = (

@@ -7,14 +7,15 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference.engine.sampling import SEEDS, Sampling
-from inference.serve.data_urls import data_name
 from inference.serve.decoding import FrameChoice
 from inference.serve.limits import Limits, Refused
+from inference.serve.media_files import NO_FOLDERS, MediaFolders
 from inference.serve.protocol import check_model
 from inference.serve.requests import (
     Answer,
@@ -33,11 +34,11 @@ _MOST_NAMED = 32  # fields in a header of the answer
 
 @dataclass(frozen=True)
 class Medium:
-    """What one mark of the messages shows. url: `data:`, not yet read. where: its place in the
-    request."""
+    """What one mark of the messages shows. source: its `data:` URL or its file, not yet read.
+    where: its place in the request."""
 
     kind: Literal["image", "video"]
-    url: str
+    source: str | Path
     where: str
     frames: FrameChoice = field(default_factory=FrameChoice)
 
@@ -80,14 +81,14 @@ class Question:
         return {"X-Moss-Ignored": ", ".join(self.ignored[:_MOST_NAMED]) + more}
 
 
-def read_question(body: Any, limits: Limits) -> Question:
-    """Checks a request; Refused names the field."""
+def read_question(body: Any, limits: Limits, folders: MediaFolders = NO_FOLDERS) -> Question:
+    """Checks a request; Refused names the field. folders: those of its `file:` URLs."""
     if not isinstance(body, dict):
         raise Refused("invalid_value", "the request must be an object")
     asked = read(ChatRequest, body, limits)
     check_model(asked.model, "model")
     _check_tools(asked)
-    reader = _Messages(limits, _frame_choice(asked))
+    reader = _Messages(limits, _frame_choice(asked), folders)
     goes_on = asked.continue_final_message
     messages = reader.read(asked.messages, goes_on)
     _check_last(asked, messages[-1].role)
@@ -141,9 +142,9 @@ def _check_last(asked: ChatRequest, role: str) -> None:
 class _Messages:
     """Writes the messages, and collects their media and what the model does not see."""
 
-    def __init__(self, limits: Limits, frames: Mapping[str, Any]) -> None:
+    def __init__(self, limits: Limits, frames: Mapping[str, Any], folders: MediaFolders) -> None:
         """`frames`: fields of FrameChoice for videos that do not say themselves."""
-        self._limits, self._frames = limits, frames
+        self._limits, self._frames, self._folders = limits, frames, folders
         self.media: list[Medium] = []
         self.ignored: list[str] = []
         self._left = 0  # characters that the message may still have
@@ -182,12 +183,12 @@ class _Messages:
 
     def _image(self, part: ImagePart, field: str) -> str:
         field = f"{field}.image_url"
-        self._add_medium(Medium("image", data_name(part.image_url.url, field), field))
+        self._add_medium(Medium("image", self._folders.address(part.image_url.url, field), field))
         return IMAGE_MARK
 
     def _video(self, part: VideoPart, field: str) -> str:
         field, own, frames = f"{field}.video_url", part.video_url.chosen, part.chosen
-        address = data_name(part.video_url.url, field)
+        address = self._folders.address(part.video_url.url, field)
         twice = next((name for name in own if frames.get(name, own[name]) != own[name]), None)
         if twice:
             raise Refused("invalid_value", f"{field}.{twice}: is given twice", f"{field}.{twice}")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from inference.serve.access import Access
 from inference.serve.app import make_app
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits
+from inference.serve.media_files import MediaFolders
 from inference.serve.metrics import Metrics
 from inference.serve.server import Certificate, Server, server_config
 from inference.session.runner import Runner
@@ -65,10 +67,13 @@ def serving(
     origins: Sequence[str] = (),
     hosts: Sequence[str] = (),
     certificate: Certificate | None = None,
+    folders: Sequence[Path] = (),
 ) -> Iterator[Running]:
     metrics, limits = Metrics(), limits or Limits()
     runner = Runner(engine, metrics.measured)
-    hub = Hub(runner, limits, metrics, ExportInfo(STAGE_FORMS.get(stage), stage))
+    hub = Hub(
+        runner, limits, metrics, ExportInfo(STAGE_FORMS.get(stage), stage), MediaFolders(folders)
+    )
     app = make_app(hub, access or Access(api_key=key), origins, hosts)
     server = Server(server_config(app, "127.0.0.1", 0, limits, certificate), hub)
     thread = threading.Thread(target=server.run, name="server")
