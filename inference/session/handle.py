@@ -149,6 +149,16 @@ class SessionHandle:
             task.push(Frame(None, 0.0, time.monotonic(), text))
             changed.notify_all()
 
+    def settle(self) -> None:
+        """Waits until the session has nothing to do without new input: all that it was given is
+        taken in, and it is silent, or has said what the pace allows. On the media clock. Returns
+        where it is closed, too."""
+        changed, task = self._open()
+        with changed:
+            changed.wait_for(
+                lambda: self.log.closed or (task.settled and not self._running.in_step)
+            )
+
     async def aput_frame(
         self, image: Picture, at: float | None = None, prompt: str | None = None
     ) -> None:

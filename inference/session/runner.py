@@ -263,9 +263,8 @@ class Runner:
                 if request:
                     running.in_step = True
                     batch.append((running, request))
-            if batch:
-                self.changed.notify_all()  # frames were taken: there is room
-            elif not (self._calls or self._finished() or self._stopping):
+            self.changed.notify_all()  # frames were taken: there is room; or all is settled
+            if not (batch or self._calls or self._finished() or self._stopping):
                 wakes = [
                     running.task.wake for running in self._running if running.task.wake is not None
                 ]

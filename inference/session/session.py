@@ -199,6 +199,16 @@ class Session(ResponseWriter):
         waiting = self.frames or self.prompts or self.response or self._unfinished
         return self._input_ended and not waiting
 
+    @property
+    def settled(self) -> bool:
+        """All input is taken in, and what the pace allows on the media clock is said."""
+        waiting = self.frames or self.prompts or self._unfinished
+        config = self.config
+        paced = config.clock == "media" and config.pace is not None
+        return not waiting and (
+            self.response is None or (paced and self._tokens_since_frame >= (config.pace or 0))
+        )
+
     # Steps
 
     def next_step(self, now: float) -> StepRequest | None:

@@ -2,6 +2,7 @@
 
     moss-eval --checkpoint RUN                        held-out samples of the toy world
     moss-eval --checkpoint RUN --suite FILE.jsonl     samples of a file, as in shards
+    moss-eval --checkpoint EXPORT --suite streaming   benchmarks of streams
     moss-eval compare RUN RUN                         two runs of a suite, item by item
 
 `moss-eval --suite SUITE --help` lists the options of a suite.
@@ -13,8 +14,16 @@ import sys
 from collections.abc import Callable, Mapping
 
 Command = Callable[[list[str]], int]
+
+
+def _streaming(arguments: list[str]) -> int:
+    from tools.evaluate.streaming import main
+
+    return main(arguments)
+
+
 # Suites with a command of their own, which gets the whole command line.
-SUITES: Mapping[str, Command] = {}
+SUITES: Mapping[str, Command] = {"streaming": _streaming}
 
 
 def _samples(arguments: list[str]) -> int:

@@ -1,0 +1,99 @@
+"""The operating curve over the bias of `<|silence|>`: what is told, and what is said in vain."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_pipeline.atomic import write_atomically
+from inference.evaluate.results import Row
+from inference.evaluate.streaming.events import Heard
+
+
+@dataclass(frozen=True)
+class Operating:
+    """A point of the curve. recall: share of events told in time. precision: share of responses
+    that tell one, or answer. false_alarms, words: a minute. delay: seconds to the first right word,
+    the mean; None: nothing was told."""
+
+    bias: float
+    events: int
+    recall: float
+    precision: float
+    f1: float
+    false_alarms: float
+    words: float
+    delay: float | None
+
+
+def operating(bias: float, heard: Sequence[Heard]) -> Operating:
+    """All streams at one bias; ValueError where there is no event or no time."""
+    told = [told for one in heard for told in one.told]
+    minutes = sum(one.minutes for one in heard)
+    if not told or not minutes:
+        raise ValueError("no events were watched")
+    hits = [t.second - t.event["second"] for t in told if t.second is not None]
+    matched, false = sum(one.matched for one in heard), sum(one.false for one in heard)
+    recall = len(hits) / len(told)
+    precision = matched / (matched + false) if matched + false else 1.0
+    f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
+    words = sum(one.spoken for one in heard) / minutes
+    delay = sum(hits) / len(hits) if hits else None
+    return Operating(bias, len(told), recall, precision, f1, false / minutes, words, delay)
+
+
+def best(points: Sequence[Operating]) -> Operating:
+    """The one of the best F1; of equals the one that speaks least."""
+    return max(points, key=lambda point: (point.f1, -point.words))
+
+
+def rows(points: Sequence[Operating]) -> list[Row]:
+    """A line of the table for each bias, and the best one."""
+    chosen = best(points)
+    named = [(f"events, bias {point.bias:g}", point) for point in points]
+    return [
+        Row(name, "F1", point.f1, point.events, point.events, settings=_settings(point))
+        for name, point in [*named, ("events, best bias", chosen)]
+    ]
+
+
+def _settings(point: Operating) -> dict[str, float | str]:
+    delay = "" if point.delay is None else round(point.delay, 3)
+    return {
+        "bias": point.bias, "recall": round(point.recall, 4),
+        "precision": round(point.precision, 4),
+        "false alarms a minute": round(point.false_alarms, 3),
+        "words a minute": round(point.words, 2), "delay (s)": delay,
+    }  # fmt: skip
+
+
+def write_curve(points: Sequence[Operating], out: Path) -> None:
+    """curve.json and curve.svg."""
+    data = {"points": [asdict(point) for point in points], "best_bias": best(points).bias}
+    write_atomically(out / "curve.json", json.dumps(data, indent=1) + "\n")
+    write_atomically(out / "curve.svg", _svg(points))
+
+
+def _svg(points: Sequence[Operating]) -> str:
+    from matplotlib.figure import Figure  # here: half a second
+
+    ordered = sorted(points, key=lambda point: point.bias)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([p.false_alarms for p in ordered], [p.recall for p in ordered], "o-")
+    for point in ordered:
+        left.annotate(f"{point.bias:g}", (point.false_alarms, point.recall))
+    left.set(xlabel="false alarms a minute", ylabel="events told in time", ylim=(-0.02, 1.05))
+    left.set_title("Operating curve (numbers: silence bias)")
+    biases = [point.bias for point in ordered]
+    for name in ("f1", "recall", "precision"):
+        right.plot(biases, [getattr(p, name) for p in ordered], "o-", label=name.replace("f", "F"))
+    right.axvline(best(points).bias, color="grey", linestyle=":")
+    right.set(xlabel="silence bias", ylim=(-0.02, 1.05))
+    right.legend()
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

@@ -1,0 +1,56 @@
+"""The one driver: a source, frame by frame, with its questions at their time; and clips of it."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+
+from inference.evaluate.streaming.items import Ask, Benchmark, Item, Reply, Watched
+from inference.evaluate.streaming.source import open_source
+from inference.evaluate.streaming.speaker import Speaker, Watching
+
+_ANSWER = "##ANSWER##"
+
+
+def watch(speaker: Speaker, item: Item, fps: float) -> Watched:
+    """Push mode: what the speaker says while it watches the item.
+
+    A question comes right before the first frame at or after its second, what is asked beyond the
+    end after the last frame. SampleError: the video cannot be read; and what the speaker raises.
+    """
+    with open_source(item.video) as source:
+        asks = sorted(((source.second(ask.second), ask) for ask in item.asks), key=itemgetter(0))
+        with speaker.watch(item) as watching:
+            shown = 0
+            for second, picture in source.stream(item.start, item.end, fps):
+                asked, shown = None, shown + 1
+                while asks and asks[0][0] <= second:
+                    if asked is not None:
+                        watching.ask(asked)
+                    asked = _text(asks.pop(0)[1], watching)
+                watching.frame(second, picture, asked)
+            for _, ask in asks:
+                watching.ask(_text(ask, watching))
+            return Watched(tuple(watching.end()), shown / fps)
+
+
+def _text(ask: Ask, watching: Watching) -> str:
+    if ask.answer_to is None:
+        return ask.text
+    turn = ask.answer_to + 1
+    answer = next((e.text for e in watching.said() if e.turn == turn), "")
+    return ask.text.replace(_ANSWER, answer)
+
+
+def poll(
+    speaker: Speaker, benchmark: Benchmark, item: Item, fps: float, max_frames: int
+) -> list[Reply]:
+    """The official protocol: the speaker is asked about clips. Errors as in `watch`."""
+    with open_source(item.video) as source:
+
+        def ask(start: float, end: float | None, question: str) -> Reply:
+            at = source.duration if end is None else min(end, source.duration)
+            frames = source.clip(start, end, fps, max_frames)
+            answer = speaker.answer(item, question, frames, at if end is None else end)
+            return Reply(start, at if end is None else end, question, answer)
+
+        return benchmark.poll(item, ask)

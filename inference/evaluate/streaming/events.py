@@ -1,0 +1,211 @@
+"""Perceiving while speaking, and latency as a user feels it: of any video with annotated events.
+
+A file is a list of
+
+    {"video": "a.mp4", "question": "Tell me what happens.",
+     "events": [{"second": 4, "says": ["the circle moves", "it moves right"]}, ...],
+     "interruptions": [{"second": 6, "text": "What colour is it?", "says": ["blue"]}, ...]}
+
+An event's frame is the one of its second; each of `says` is a way to tell it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inference.evaluate.streaming.forms import Entry, FormError, read_entries
+from inference.evaluate.streaming.items import (
+    Ask,
+    Emission,
+    Item,
+    Judge,
+    Point,
+    Poll,
+    Reply,
+    Watched,
+)
+from inference.evaluate.streaming.text import words
+
+_WORD = re.compile(r"\w+")
+HOW = ("in the same breath", "after it stopped", "after it had finished")
+
+
+@dataclass(frozen=True)
+class Told:
+    """An event, and how it was told.
+
+    speaking: something was being said when its frame came. second: of the first right word; None:
+    it was not told in time. end: of the last word of that response. how: of HOW, of an event while
+    speaking.
+    """
+
+    event: dict[str, Any]
+    speaking: bool
+    second: float | None = None
+    end: float | None = None
+    text: str = ""
+    how: str = ""
+
+    @property
+    def delay(self) -> float | None:
+        return None if self.second is None else self.second - self.event["second"]
+
+
+@dataclass
+class Heard:
+    """What a stream held: `matched` responses told an event or answered a question, `false` did
+    neither. answers: to interruptions, each with its second."""
+
+    told: list[Told] = field(default_factory=list)
+    answers: list[tuple[dict[str, Any], bool, Emission | None]] = field(default_factory=list)
+    matched: int = 0
+    false: int = 0
+    spoken: int = 0  # words
+    minutes: float = 0.0
+
+
+class Events:
+    """See the module. within: seconds from an event's frame in which it is told in time. step:
+    seconds between two frames."""
+
+    name = "events"
+
+    def __init__(self, within: float, step: float) -> None:
+        self._within, self._step = within, step
+
+    def read(self, file: Path, videos: Path) -> list[Item]:
+        """FormError."""
+        entries = read_entries(file, ("video", "question", "events"))
+        return [self._item(number, entry, videos) for number, entry in enumerate(entries)]
+
+    def _item(self, number: int, entry: Entry, videos: Path) -> Item:
+        events: list[dict[str, Any]] = [
+            {"second": event.seconds("second"), "says": event.texts("says")}
+            for event in entry.entries("events", ("second", "says"))
+        ]
+        turns = (
+            entry.entries("interruptions", ("second", "text")) if "interruptions" in entry else []
+        )
+        interruptions: list[dict[str, Any]] = [
+            {"second": turn.seconds("second"), "text": turn.text("text"),
+             "says": turn.texts("says") if "says" in turn else []}
+            for turn in turns
+        ]  # fmt: skip
+        if any(not words(phrase).strip() for event in events for phrase in event["says"]):
+            raise FormError(f"{entry.place}: events: says: has a text without words")
+        asked = entry.seconds("asked") if "asked" in entry else 0.0
+        asks = (
+            Ask(asked, entry.text("question")),
+            *(Ask(turn["second"], turn["text"]) for turn in interruptions),
+        )
+        truth = {"events": events, "interruptions": interruptions}
+        name = str(entry.data.get("id", number))
+        return Item(name, "events", videos / entry.text("video"), asks, truth=truth)
+
+    def polls(self, item: Item) -> bool:
+        return False
+
+    def poll(self, item: Item, ask: Poll) -> list[Reply]:
+        return []
+
+    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
+        return []
+
+    def hear(self, item: Item, watched: Watched) -> Heard:
+        """Which event was told by which response; a response may tell several."""
+        said, heard = watched.said, Heard(minutes=watched.seconds / 60)
+        heard.spoken = sum(len(_WORD.findall(emission.text)) for emission in said)
+        used: set[int] = set()
+        for number, turn in enumerate(item.truth["interruptions"]):
+            before = [e for e in said if e.turn <= number + 1]
+            place = next((i for i, e in enumerate(said) if e.turn == number + 2), None)
+            cut = bool(before) and before[-1].end >= turn["second"]
+            heard.answers.append((turn, cut, None if place is None else said[place]))
+            used |= set() if place is None else {place}
+        for event in item.truth["events"]:
+            told, place = self._told(event, said)
+            heard.told.append(told)
+            used |= set() if place is None else {place}
+        heard.matched, heard.false = len(used), len(said) - len(used)
+        return heard
+
+    def _told(self, event: dict[str, Any], said: Sequence[Emission]) -> tuple[Told, int | None]:
+        second = event["second"]
+        during = next((e for e in said if e.second < second <= e.end), None)
+        for place, emission in enumerate(said):
+            found = _first(emission, event["says"], second)
+            if found is None or found - second > self._within:
+                continue
+            how = ""
+            if during is not None:
+                stopped = during.end <= second + self._step
+                how = HOW[0] if emission is during else HOW[1] if stopped else HOW[2]
+            return Told(event, during is not None, found, emission.end, emission.text, how), place
+        return Told(event, during is not None), None
+
+    def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
+        said, heard = watched.said, self.hear(item, watched)
+        points: list[Point] = []
+
+        def add(name: str, part: str, score: float, metric: str, about: Any, text: str) -> None:
+            row = f"events{': ' if part else ''}{part}"
+            wanted = " | ".join(about.get("says", []))
+            at = about.get("second")
+            points.append(Point(name, row, score, item.asks[0].text, text, wanted, at, metric))
+
+        for number, told in enumerate(heard.told):
+            name, text, event = f"{item.id}.{number}", told.text, told.event
+            seen = float(told.second is not None)
+            add(name, "", seen, "told", event, text)
+            part = "while speaking" if told.speaking else "in silence"
+            add(name, part, seen, "told", event, text)
+            if told.second is not None and told.end is not None:
+                delay, whole = told.second - event["second"], told.end - event["second"]
+                add(name, "first right word", delay, "s", event, text)
+                add(name, f"first right word {part}", delay, "s", event, text)
+                add(name, "end of the answer", whole, "s", event, text)
+            if told.speaking:
+                for how in (*HOW, "not"):
+                    share = float(how == (told.how or "not"))
+                    add(name, f"while speaking, told {how}", share, "share", event, text)
+        for number, (turn, cut, answer) in enumerate(heard.answers):
+            name, text = f"{item.id}.i{number}", answer.text if answer else ""
+            add(name, "interrupted while speaking", float(cut), "share", turn, text)
+            add(name, "interruption answered", float(answer is not None), "share", turn, text)
+            if answer is not None:
+                delay = answer.second - turn["second"]
+                add(name, "reaction to an interruption", delay, "s", turn, text)
+                if turn["says"]:
+                    right = _first(answer, turn["says"], turn["second"]) is not None
+                    add(name, "interruption answered rightly", float(right), "share", turn, text)
+        text = " / ".join(f"{e.second:g}: {e.text}" for e in said)
+        for part, count in (("words", heard.spoken), ("false alarms", heard.false)):
+            add(item.id, f"{part} a minute", count / heard.minutes, "a minute", {}, text)
+        return points
+
+
+def _first(emission: Emission, phrases: Sequence[str], since: float) -> float | None:
+    """When the first of the phrases begins that is said whole from second `since` on."""
+    pieces = [piece for piece in emission.pieces if piece[0] >= since]
+    text = "".join(piece for _, piece in pieces)
+    starts = [
+        found.start()
+        for phrase in phrases
+        if (found := re.search(_pattern(phrase), text, re.IGNORECASE))
+    ]
+    if not starts:
+        return None
+    left = min(starts)
+    for second, piece in pieces:
+        if left < len(piece):
+            return second
+        left -= len(piece)
+    raise AssertionError("unreachable")
+
+
+def _pattern(phrase: str) -> str:
+    return r"\b" + r"\W+".join(map(re.escape, _WORD.findall(phrase))) + r"\b"

@@ -1,0 +1,102 @@
+"""Files of benchmarks: entries whose fields are checked by name before anything is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.seconds import parse_seconds
+
+
+class FormError(ValueError):
+    """A file that is not of the form that was expected; says which file, entry and fields."""
+
+
+class Entry:
+    """One object of a file; every getter raises FormError that names the field."""
+
+    def __init__(self, place: str, data: Any, needs: Sequence[str] = ()) -> None:
+        """place: file and number of the entry. needs: fields that must be there."""
+        if not isinstance(data, dict):
+            raise FormError(f"{place}: expected an object with {', '.join(needs) or 'fields'}")
+        missing = [name for name in needs if name not in data]
+        if missing:
+            there = ", ".join(sorted(map(str, data))[:12])
+            raise FormError(f"{place}: missing {', '.join(missing)} (it has {there})")
+        self.place, self.data = place, data
+
+    def __contains__(self, name: str) -> bool:
+        return self.data.get(name) is not None
+
+    def text(self, name: str) -> str:
+        value = self.data.get(name)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a text", value)
+        return value
+
+    def number(self, name: str) -> float:
+        value = self.data.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number", value)
+        return float(value)
+
+    def seconds(self, name: str) -> float:
+        """A time in seconds, or as HH:MM:SS."""
+        try:
+            return parse_seconds(self.data.get(name))
+        except ValueError:
+            raise self._wrong(name, "a time", self.data.get(name)) from None
+
+    def span(self, name: str) -> tuple[float, float]:
+        """Two seconds: `[3, 7.5]` or `"3 -- 7.5"`."""
+        value = self.data.get(name)
+        parts = value.split("--") if isinstance(value, str) else value
+        try:
+            start, end = (float(part) for part in parts)  # type: ignore[union-attr]
+        except (TypeError, ValueError):
+            raise self._wrong(name, "two seconds", value) from None
+        return start, end
+
+    def elements(self, name: str) -> list[Any]:
+        value = self.data.get(name)
+        if not isinstance(value, list):
+            raise self._wrong(name, "a list", value)
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        return [str(value) for value in self.elements(name)]
+
+    def entries(self, name: str, needs: Sequence[str]) -> list[Entry]:
+        """The objects of a list."""
+        return [
+            Entry(f"{self.place}, {name}[{i}]", data, needs)
+            for i, data in enumerate(self.elements(name))
+        ]
+
+    def _wrong(self, name: str, what: str, value: Any) -> FormError:
+        found = "it is missing" if value is None else f"it is {value!r:.60}"
+        return FormError(f"{self.place}: {name}: must be {what}, {found}")
+
+
+def read_list(path: Path) -> list[Any]:
+    """The list that a JSON file holds; of JSON Lines one element a line. FormError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormError(f"{path}: cannot be read: {error}") from None
+    try:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        data = json.loads(text)
+    except ValueError as error:
+        raise FormError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(data, list):
+        raise FormError(f"{path}: expected a list of entries")
+    return data
+
+
+def read_entries(path: Path, needs: Sequence[str]) -> list[Entry]:
+    """The entries of a file, each with the fields that it needs; FormError."""
+    return [Entry(f"{path}, entry {i}", data, needs) for i, data in enumerate(read_list(path))]

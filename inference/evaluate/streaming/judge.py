@@ -1,0 +1,125 @@
+"""A judge behind any OpenAI-compatible server; replies are kept under their requests' hash."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from data_pipeline.synthesis.config import EndpointConfig
+from data_pipeline.synthesis.endpoint import Endpoint, EndpointError, RequestFailed
+from data_pipeline.synthesis.prompts import Request
+from data_pipeline.synthesis.store import Store
+from inference.evaluate.streaming.items import NoJudge, Verdict
+from inference.evaluate.streaming.words import Words
+
+_SCHEMAS: Mapping[str, Mapping[str, Any]] = {
+    "match": {
+        "type": "object",
+        "properties": {
+            "pred": {"enum": ["yes", "no"]},
+            "score": {"type": "number", "minimum": 0, "maximum": 5},
+        },
+        "required": ["pred", "score"],
+    },
+    "coverage": {
+        "type": "object",
+        "properties": {"score": {"enum": [1, 2, 3]}},
+        "required": ["score"],
+    },
+}
+
+
+class JudgeFailed(Exception):
+    """The judge's server does not answer, or not in its form."""
+
+
+class EndpointJudge:
+    """`match`: is an answer right, and 0 to 5. `coverage`: what it covers of the right one, 0 to 2.
+
+    May be called from many threads; as many requests run as the endpoint's `concurrency` allows.
+    """
+
+    def __init__(self, config: EndpointConfig, words: Words, folder: Path) -> None:
+        """folder: for replies.sqlite. ShardError: another process works on it."""
+        self._config, self._words = config, words
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._store: Store
+        self._endpoint: Endpoint
+        self._run(self._open(folder))
+        self._sent: dict[str, asyncio.Task[Any]] = {}  # under way
+        self._failed = ""  # why no request can succeed
+
+    def __call__(self, kind: str, question: str, reference: str, answer: str) -> Verdict:
+        """JudgeFailed."""
+        reply = self._run(self._ask(self._request(kind, question, reference, answer)))
+        if kind == "coverage":
+            return Verdict(reply["score"] == 3, float(reply["score"] - 1))
+        return Verdict(reply["pred"] == "yes", float(int(reply["score"])))
+
+    async def _open(self, folder: Path) -> None:
+        """In the loop's thread: SQLite's connections belong to one."""
+        self._store = Store(folder)
+        self._endpoint = Endpoint(self._config, self._store.waste)
+
+    async def _ask(self, request: Request) -> Any:
+        known = self._store.reply(request.key)
+        if known is not None:
+            return known
+        if request.key not in self._sent:
+            self._sent[request.key] = asyncio.ensure_future(self._send(request))
+        try:
+            return await asyncio.shield(self._sent[request.key])
+        finally:
+            self._sent.pop(request.key, None)
+
+    async def _send(self, request: Request) -> Any:
+        if self._failed:
+            raise JudgeFailed(self._failed)
+        try:
+            reply, tokens = await self._endpoint.ask(request)
+        except EndpointError as error:
+            self._failed = f"the judge: {error}"
+            raise JudgeFailed(self._failed) from None
+        except RequestFailed as error:
+            raise JudgeFailed(f"the judge: {error}") from None
+        self._store.keep(request.key, request.kind, reply, tokens)
+        return reply
+
+    def _request(self, kind: str, question: str, reference: str, answer: str) -> Request:
+        config, schema = self._config, _SCHEMAS[kind]
+        system = self._words("judge.system")
+        text = self._words(f"judge.{kind}", question, reference, answer)
+        asked = [config.model, system, text, schema, config.temperature]
+        key = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+        content = ({"type": "text", "text": text},)
+        return Request(
+            kind, config.url, config.model, system, content, schema, Draft202012Validator(schema),
+            config.temperature, config.max_tokens, 0, key, len(text) // 4,
+        )  # fmt: skip
+
+    def _run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _close(self) -> None:
+        await self._endpoint.close()
+        self._store.close()
+
+    def close(self) -> None:
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def no_judge(kind: str, question: str, reference: str, answer: str) -> Verdict:
+    """In place of a judge where none is configured."""
+    raise NoJudge

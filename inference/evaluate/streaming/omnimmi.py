@@ -1,0 +1,185 @@
+"""OmniMMI: what comes next, states, chains of questions, speakers, alerts, turns to keep silent in.
+
+Official protocol of AP, SI, PT: a question about the whole source; of SG, MD: about the source up
+to the end of each question's span, with what was said before. PA has push mode alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from inference.evaluate.streaming.forms import Entry, FormError, read_entries
+from inference.evaluate.streaming.items import (
+    Ask,
+    Emission,
+    Item,
+    Judge,
+    Point,
+    Poll,
+    Reply,
+    Watched,
+)
+from inference.evaluate.streaming.timing import Timing
+from inference.evaluate.streaming.words import Words
+
+FILES = {
+    "action_prediction": "AP", "dynamic_state_grounding": "SG",
+    "multiturn_dependency_reasoning": "MD", "proactive_alerting": "PA",
+    "proactive_turntaking": "PT", "speaker_identification": "SI",
+}  # fmt: skip
+_NEEDS = {
+    "AP": ("video", "question", "answer", "vocab"), "SG": ("video", "qa"), "MD": ("video", "qa"),
+    "PA": ("video", "question", "answer"), "PT": ("video", "conversation"),
+    "SI": ("video", "question", "answer", "timestamp"),
+}  # fmt: skip
+_LATE = -5.0  # seconds from the end, at which AP and PT are asked in a stream
+_MARK = "##ANSWER##"
+
+
+class OmniMMI:
+    """See the module."""
+
+    name = "omnimmi"
+
+    def __init__(self, words: Words, timing: Timing) -> None:
+        self._words, self._timing = words, timing
+
+    def read(self, file: Path, videos: Path) -> list[Item]:
+        """The items of one of its files; FormError."""
+        task = FILES.get(file.stem)
+        if task is None:
+            names = ", ".join(f"{name}.json" for name in FILES)
+            raise FormError(f"{file}: its name says what it holds: name it as one of {names}")
+        return [
+            self._item(f"{task} {number}", task, entry, videos)
+            for number, entry in enumerate(read_entries(file, _NEEDS[task]))
+        ]
+
+    def _item(self, name: str, task: str, entry: Entry, videos: Path) -> Item:
+        video = _video(entry, videos)
+        truth: dict[str, Any] = {"task": task}
+        start, end = 0.0, None
+        if task in ("SG", "MD"):
+            turns = entry.entries("qa", ("question", "answer", "timestamp"))
+            spans = [turn.span("timestamp") for turn in turns]
+            truth["turns"] = [
+                {"question": turn.text("question"), "answer": turn.text("answer"), "end": span[1]}
+                for turn, span in zip(turns, spans, strict=True)
+            ]
+            asks = tuple(
+                Ask(sum(span) / 2, turn.text("question"), i - 1 if i and task == "MD" else None)
+                for i, (turn, span) in enumerate(zip(turns, spans, strict=True))
+            )
+            start, end = self._timing.start(asks[0].second), self._timing.end(asks[-1].second)
+        elif task == "PA":
+            truth["span"], asks = entry.span("answer"), (Ask(0.0, entry.text("question")),)
+        elif task == "PT":
+            talk = [f"{kind}\n{text}" for turn in entry.entries("conversation", ())[-2:]
+                    for kind, text in turn.data.items()]  # fmt: skip
+            truth["talk"] = "\n".join(talk)
+            asks = (Ask(_LATE, truth["talk"]),)
+        else:
+            text, second = entry.text("question"), _LATE
+            truth["turns"] = [{"question": text, "answer": entry.text("answer")}]
+            if task == "AP":
+                text = self._words("push.AP", text, ", ".join(entry.texts("vocab")))
+            else:
+                second = entry.seconds("timestamp")
+                start, end = self._timing.start(second), self._timing.end(second)
+            asks = (Ask(second, text),)
+        return Item(name, f"omnimmi {task}", video, asks, start, end, truth)
+
+    def polls(self, item: Item) -> bool:
+        return item.truth["task"] != "PA"
+
+    def poll(self, item: Item, ask: Poll) -> list[Reply]:
+        truth, task = item.truth, item.truth["task"]
+        if task not in ("SG", "MD"):
+            return [ask(0.0, None, item.asks[0].text)]
+        replies: list[Reply] = []
+        told = ""
+        for turn in truth["turns"]:
+            text = turn["question"]
+            if task == "MD":
+                text = text.replace(_MARK, replies[-1].answer) if replies else text
+            else:
+                told += f"user\n{text}\nassistant\n"
+                text = told
+            replies.append(ask(0.0, float(int(turn["end"])), text))
+            told += f"{replies[-1].answer}\n"
+        return replies
+
+    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
+        """PT: silence, or the token that its models keep silent with."""
+        if item.truth["task"] == "PT":
+            silent = replies[0].answer == "" or replies[0].answer.startswith("<2>")
+            return [_turn_point(item, silent, replies[0].answer)]
+        return _judged(item, [reply.answer for reply in replies], judge)
+
+    def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
+        task, said = item.truth["task"], watched.said
+        if task == "PA":
+            return _alert_points(item, said)
+        if task == "PT":
+            after = [e.text for e in said if e.turn == 1]
+            return [_turn_point(item, not after, " ".join(after))]
+        turns = range(1, len(item.asks) + 1)
+        answers = [next((e.text for e in said if e.turn == turn), "") for turn in turns]
+        return _judged(item, answers, judge)
+
+
+def _judged(item: Item, answers: Sequence[str], judge: Judge) -> list[Point]:
+    """SG, MD: an item is right where all its turns are; `(turns)` has each of them. The judge is
+    given a question as the file has it."""
+    turns = item.truth["turns"]
+    pairs = list(zip(turns, answers, strict=True))
+    verdicts = [judge("match", turn["question"], turn["answer"], said) for turn, said in pairs]
+    right = float(all(verdict.right for verdict in verdicts))
+    mean = sum(verdict.score for verdict in verdicts) / len(verdicts)
+    questions, wanted = ("\n".join(t[name] for t in turns) for name in ("question", "answer"))
+    rest = (questions, "\n".join(answers), wanted)
+    points = [
+        Point(item.id, item.row, right, *rest),
+        Point(item.id, f"{item.row} (score)", mean, *rest, metric="judge's score of 5"),
+    ]
+    if item.truth["task"] in ("SG", "MD"):
+        points += [
+            Point(f"{item.id}.{i}", f"{item.row} (turns)", float(verdict.right), turn["question"],
+                  said, turn["answer"], turn["end"])
+            for i, ((turn, said), verdict) in enumerate(zip(pairs, verdicts, strict=True))
+        ]  # fmt: skip
+    return points
+
+
+def _alert_points(item: Item, said: Sequence[Emission]) -> list[Point]:
+    """Its scorer does not count alerts in second 0, and has no tolerance."""
+    first, last = item.truth["span"]
+    alerts = [e.second for e in said if int(e.second) != 0]
+    inside = [first <= second <= last for second in alerts]
+    accuracy = precision = overlap = 0.0
+    if alerts:
+        accuracy, precision = float(inside[0]), sum(inside) / len(inside)
+        whole = max(alerts[-1], last) - min(alerts[0], first)
+        common = max(0.0, min(alerts[-1], last) - max(alerts[0], first))
+        overlap = common / whole if whole else 0.0
+    heard = "; ".join(f"{e.second:g} s: {e.text}" for e in said)
+    rest = (item.asks[0].text, heard, f"{first:g} to {last:g} s", first)
+    return [
+        Point(item.id, item.row, accuracy, *rest),
+        Point(item.id, f"{item.row} (precision)", precision, *rest, metric="precision"),
+        Point(item.id, f"{item.row} (IoU)", overlap, *rest, metric="IoU"),
+    ]
+
+
+def _turn_point(item: Item, silent: bool, answer: str) -> Point:
+    return Point(item.id, item.row, float(silent), item.truth["talk"], answer, "(silence)")
+
+
+def _video(entry: Entry, videos: Path) -> Path:
+    name = entry.text("video")
+    return next(
+        (path for path in (videos / name, videos / "videos" / name) if path.is_file()),
+        videos / name,
+    )

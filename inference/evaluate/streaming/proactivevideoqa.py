@@ -1,0 +1,122 @@
+"""ProactiveVideoQA: a question at the start, answers at their time; PAUC.
+
+Its protocol is push mode. A judge says how much of each right answer what was said so far covers;
+PAUC is the area under that curve over the span in which the answer is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from inference.evaluate.streaming.forms import Entry, FormError, read_entries
+from inference.evaluate.streaming.items import (
+    Ask,
+    Item,
+    Judge,
+    Point,
+    Poll,
+    Reply,
+    Watched,
+)
+
+OMEGAS = (0.0, 0.5, 1.0)
+_BEST, _START = 2.0, 0.5  # a judge's 3, 2, 1 are 2, 1, 0; before a word is said it is 0.5
+
+
+class ProactiveVideoQA:
+    """See the module."""
+
+    name = "proactivevideoqa"
+
+    def read(self, file: Path, videos: Path) -> list[Item]:
+        """The items of an anno.json, whose folder (EGO, TV, VAD, WEB) is their row; FormError."""
+        part = file.parent.name or file.stem
+        return [
+            self._item(part, entry, videos)
+            for entry in read_entries(file, ("video", "question_id", "conversation", "answer"))
+        ]
+
+    def _item(self, part: str, entry: Entry, videos: Path) -> Item:
+        talk = entry.entries("conversation", ("role", "content", "time"))
+        asks = tuple(
+            Ask(turn.seconds("time"), turn.text("content"))
+            for turn in talk
+            if turn.text("role") == "user"
+        )
+        answers = entry.entries("answer", ("content", "reply_timespan"))
+        if not asks or not answers:
+            raise FormError(f"{entry.place}: conversation, answer: a question and an answer needed")
+        spans = [answer.span("reply_timespan") for answer in answers]
+        for answer, (start, end) in zip(answers, spans, strict=True):
+            if end <= start:
+                raise FormError(f"{answer.place}: reply_timespan: {start:g} to {end:g} is empty")
+        due = [
+            answer.span("related_timespan") if "related_timespan" in answer else span
+            for answer, span in zip(answers, spans, strict=True)
+        ]
+        truth = {
+            "answers": [
+                {"text": answer.text("content"), "span": span, "due": related[1]}
+                for answer, span, related in zip(answers, spans, due, strict=True)
+            ]
+        }
+        name, video = str(entry.data["question_id"]), videos / entry.text("video")
+        beside = videos / "videos" / entry.text("video")
+        video = video if video.is_file() or not beside.is_file() else beside
+        row = f"proactivevideoqa {part}"
+        return Item(name, row, video, asks, 0.0, max(span[1] for span in spans), truth)
+
+    def polls(self, item: Item) -> bool:
+        return False
+
+    def poll(self, item: Item, ask: Poll) -> list[Reply]:
+        return []
+
+    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
+        return []
+
+    def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
+        """An emission counts from the second of its last word."""
+        points = []
+        for number, answer in enumerate(item.truth["answers"]):
+            start, end = answer["span"]
+            marks, told = {}, list[str]()
+            for emission in watched.said:
+                if start <= emission.end <= end and emission.text not in told:
+                    told.append(emission.text)
+                    verdict = judge("coverage", item.asks[0].text, answer["text"], " ".join(told))
+                    marks[emission.end] = verdict.score
+            marks = _forgiven(marks, answer["due"])
+            rest = (item.asks[0].text, " ".join(told), answer["text"], start)
+            points += [
+                Point(f"{item.id}.{number}", _row(item.row, omega), pauc(marks, start, end, omega),
+                      *rest, metric=f"PAUC, omega {omega:g}")
+                for omega in OMEGAS
+            ]  # fmt: skip
+        return points
+
+
+def _row(row: str, omega: float) -> str:
+    return row if omega == 0.5 else f"{row} (omega {omega:g})"
+
+
+def _forgiven(marks: Mapping[float, float], due: float) -> dict[float, float]:
+    """What is said after the moment has passed does not lower the mark of what was said by then."""
+    before = [mark for second, mark in sorted(marks.items()) if second <= due]
+    least = before[-1] if before else 0.0
+    return {s: mark for s, mark in sorted(marks.items()) if s <= due or mark >= least}
+
+
+def pauc(marks: Mapping[float, float], start: float, end: float, omega: float) -> float:
+    """Area under the steps of `marks` (second -> 0 to 2) between `start` and `end`, of 1.
+
+    Seconds since `start` count (1 - omega) times: with omega 1 only what is said counts, not when.
+    arXiv 2507.09313, and the code of the benchmark as others have ported it.
+    """
+    length, level, before, area = end - start, _START, 0.0, 0.0
+    for second, mark in sorted(marks.items()):
+        at = (second - start) * (1 - omega)
+        area += (at - before) * level
+        before, level = at, mark
+    return (area + (length - before) * level) / (length * _BEST)

@@ -1,0 +1,145 @@
+"""What was said -> items with scores, rows of the table, totals of benchmarks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from inference.evaluate.results import EvaluationRun, Row, mean_row
+from inference.evaluate.streaming.asking import OFFICIAL, Asked, Job, replies_of, watched_of
+from inference.evaluate.streaming.items import Judge, NoJudge, Point
+from inference.evaluate.streaming.judge import JudgeFailed
+from inference.evaluate.streaming.ovobench import GROUPS
+
+NO_JUDGE = "no judge"
+Line = dict[str, Any]  # an item of inference.evaluate.results
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Lines of each row, with the metric; `of`: how many there are to be."""
+
+    lines: dict[str, list[Line]]
+    metrics: dict[str, str]
+    of: dict[str, int]
+    failure: str  # of the judge; empty: none
+
+    def rows(self, run: EvaluationRun) -> list[Row]:
+        """The table; each row's lines into its file."""
+        rows = []
+        for name, lines in self.lines.items():
+            run.items(name).path.unlink(missing_ok=True)
+            file = run.items(name)
+            for line in lines:
+                file.add(line)
+            rows.append(mean_row(name, self.metrics[name], lines, self.of[name]))
+        return rows
+
+
+def score(jobs: Sequence[Job], asked: Asked, judge: Judge, threads: int) -> Scores:
+    """Scores what is known of the jobs. Where the judge fails, what needs it is `failed`."""
+    lines: dict[str, list[Line]] = defaultdict(list)
+    metrics: dict[str, str] = {}
+    of: dict[str, int] = defaultdict(int)
+    failure = ""
+    with ThreadPoolExecutor(threads, "moss-score") as pool:
+        found = list(pool.map(partial(_lines, asked=asked, judge=judge), jobs))
+    for job, points in zip(jobs, found, strict=True):
+        row = named(job.item.row, job)
+        metrics.setdefault(row, "accuracy")
+        if points is None:  # not asked yet
+            lines[row] += []
+            of[row] += 1
+            continue
+        for name, metric, line in points:
+            lines[name].append(line)
+            metrics[name] = metric or metrics.get(name, "accuracy")
+            of[name] += 1
+            if line.pop("judge", False):
+                failure = failure or line["failed"]
+    return Scores(dict(lines), metrics, dict(of), failure)
+
+
+def named(row: str, job: Job) -> str:
+    """A row's name, with the protocol where there are two."""
+    return row if job.protocol == OFFICIAL or not job.benchmark.polls(job.item) else f"{row} (push)"
+
+
+def _lines(job: Job, asked: Asked, judge: Judge) -> list[tuple[str, str, Line]] | None:
+    """(row, metric, line) of a job's points; None: nothing is known of it."""
+    record, item = asked.record(job), job.item
+    row = named(item.row, job)
+    if record is None:
+        return None
+    base: Line = {"id": item.id, "row": row, "media": [str(item.video)]}
+    if "skipped" in record or "failed" in record:
+        names = ("skipped", "failed", "detail")
+        kept: Line = {name: record[name] for name in names if name in record}
+        return [(row, "", {**base, **kept})]
+    try:
+        if job.protocol == OFFICIAL:
+            points = job.benchmark.official(item, replies_of(record), judge)
+        else:
+            points = job.benchmark.push(item, watched_of(record), judge)
+    except NoJudge:
+        return [(row, "", {**base, "skipped": NO_JUDGE})]
+    except JudgeFailed as error:
+        return [(row, "", {**base, "failed": str(error), "judge": True})]
+    return [(named(p.row, job), p.metric, _line(p, base, named(p.row, job))) for p in points]
+
+
+def _line(point: Point, base: Line, row: str) -> Line:
+    line = {**base, "id": point.id, "row": row, "score": point.score}
+    if point.metric == "accuracy":
+        line["correct"] = point.score == 1.0
+    return {
+        **line, "question": point.question, "answer": point.answer, "reference": point.reference,
+        "at": point.at,
+    }  # fmt: skip
+
+
+def totals(rows: Sequence[Row]) -> list[Row]:
+    """Means that benchmarks report beside their tasks: of OVO-Bench's groups and all of it (means
+    of means), of StreamingBench's real and omni, of ProactiveVideoQA's parts (of all their items).
+    """
+    by_name = {row.row: row for row in rows}
+    extra = []
+    for end in ("", " (push)"):
+        groups = []
+        for group, tasks in GROUPS.items():
+            parts = [by_name[n] for task in tasks if (n := f"ovobench {task}{end}") in by_name]
+            if parts:
+                groups.append(_mean(f"ovobench {group}{end}", parts, weighted=False))
+        extra += groups
+        if len(groups) == len(GROUPS):
+            extra.append(_mean(f"ovobench{end}", groups, weighted=False))
+        for part in ("real", "omni"):
+            start = f"streamingbench {part}: "
+            parts = [
+                r
+                for r in rows
+                if r.row.startswith(start) and r.row.endswith(" (push)") == bool(end)
+            ]
+            if parts:
+                extra.append(_mean(f"streamingbench {part}{end}", parts, weighted=True))
+    return extra
+
+
+def _mean(name: str, parts: Sequence[Row], weighted: bool) -> Row:
+    known = [
+        (part.value, part.count if weighted else 1) for part in parts if part.value is not None
+    ]
+    count = sum(weight for _, weight in known)
+    value = sum(value * weight for value, weight in known) / count if count else None
+    skipped: dict[str, int] = defaultdict(int)
+    for part in parts:
+        for why, number in part.skipped.items():
+            skipped[why] += number
+    return Row(
+        name, parts[0].metric, value, sum(p.count for p in parts), sum(p.of for p in parts),
+        sum(p.failed for p in parts), dict(skipped),
+    )  # fmt: skip

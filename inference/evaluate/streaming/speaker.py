@@ -1,0 +1,190 @@
+"""Who watches and speaks: a model in sessions of its own, or whatever else keeps this protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from data_pipeline.fields import check_values, choice, number
+from inference.api import Model
+from inference.engine.images import fit
+from inference.engine.sampling import Sampling
+from inference.evaluate.streaming.items import Emission, Item
+from inference.session.events import Event
+from inference.session.handle import SessionClosed, SessionHandle
+
+
+class SpeakerFailed(Exception):
+    """A model or server that cannot go on. `fatal`: nothing else can be asked, either."""
+
+    def __init__(self, why: str, fatal: bool) -> None:
+        super().__init__(why)
+        self.fatal = fatal
+
+
+class Watching(Protocol):
+    """One stream that is watched."""
+
+    def ask(self, text: str) -> None:
+        """A user's turn after what was shown so far."""
+        ...
+
+    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
+        """Shows uint8 [3, H, W] of a second; `asked`: a user's turn right before it."""
+        ...
+
+    def said(self) -> list[Emission]:
+        """What has begun until now, also what is not finished."""
+        ...
+
+    def end(self) -> list[Emission]:
+        """No more frames come: what was said in all, to its end."""
+        ...
+
+
+class Speaker(Protocol):
+    """Both ways to be evaluated: watching a stream, and answers about clips."""
+
+    def watch(self, item: Item) -> AbstractContextManager[Watching]: ...
+
+    def answer(self, item: Item, question: str, frames: Iterable[Tensor], at: float) -> str:
+        """The answer to a question about a clip that ends at second `at` of the source."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpeakingConfig:
+    """How a model watches (SessionConfig's and Sampling's fields of the same names).
+
+    clock: `media`, as fast as the machine can; `wall`, a second of the video in a second.
+    """
+
+    clock: Literal["media", "wall"] = choice("media", ("media", "wall"))
+    fps: float = number(1.0, above=0)
+    pace: int = number(40, above=0)  # tokens between two frames
+    max_new_tokens: int = number(512, above=0)
+    silence_bias: float = number(0.0, least=-100, most=100)
+    system_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+class ModelSpeaker:
+    """An opened export."""
+
+    def __init__(self, model: Model, config: SpeakingConfig) -> None:
+        self._model, self._config = model, config
+
+    @contextmanager
+    def watch(self, item: Item) -> Iterator[Watching]:
+        config = self._config
+        wall = config.clock == "wall"
+        with self._explained():
+            session = self._model.session(
+                live=wall,
+                clock=config.clock,
+                frame_interval=1 / config.fps,
+                pace=config.pace,
+                max_new_tokens=config.max_new_tokens,
+                system_prompt=config.system_prompt,
+                sampling=Sampling(silence_bias=config.silence_bias),
+            )
+        with session, self._explained():
+            yield _Session(session, item.start, wall)
+
+    def answer(self, item: Item, question: str, frames: Iterable[Tensor], at: float) -> str:
+        tile = self._model.runner.tile
+        with self._explained():
+            return self._model.chat(
+                question,
+                video=[fit(frame, tile) for frame in frames],
+                system_prompt=self._config.system_prompt,
+                max_new_tokens=self._config.max_new_tokens,
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what an engine that has failed raises into SpeakerFailed."""
+        try:
+            yield
+        except (SessionClosed, RuntimeError) as error:
+            try:
+                self._model.runner.call(int)
+            except SessionClosed as end:  # the engine has stopped
+                raise SpeakerFailed(str(end), fatal=True) from None
+            raise SpeakerFailed(str(error), fatal=False) from None
+
+
+class _Session:
+    """A session of a model. On the media clock each call waits until all was taken in."""
+
+    def __init__(self, session: SessionHandle, start: float, wall: bool) -> None:
+        self._session, self._start, self._wall = session, start, wall
+        self._seq, self._turn = 0, 0
+        self._began: float | None = None  # seconds since the epoch, at second `start`
+        self._done: list[Emission] = []
+        self._pieces: list[tuple[float, str]] | None = None  # of what is being said
+        self._second = 0.0  # at which it began
+
+    def ask(self, text: str) -> None:
+        if self._wall:
+            return self._session.prompt(text)
+        self._session.put_prompt(text)
+        self._session.settle()
+
+    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
+        if self._began is None:
+            self._began = time.time()
+        if self._wall:
+            self._session.log.wait_closed(self._began + second - self._start - time.time())
+            return self._session.push_frame(picture, second, asked)
+        self._session.put_frame(picture, second, asked)
+        self._session.settle()
+
+    def said(self) -> list[Emission]:
+        while events := self._session.log.after(self._seq):
+            for event in events:
+                self._take(event)
+                self._seq = event.seq
+        running = [] if self._pieces is None else [self._emission(self._pieces, cut=False)]
+        return [e for e in [*self._done, *running] if e.text.strip()]
+
+    def end(self) -> list[Emission]:
+        self._session.end()
+        for event in self._session.events(self._seq):
+            self._take(event)
+            self._seq = event.seq
+        if self._session.failed:
+            raise SessionClosed(self._session.reason)
+        return self.said()
+
+    def _take(self, event: Event) -> None:
+        at, data = self._at(event), event.data
+        if event.type == "conversation.item.created":
+            self._turn += 1
+        elif event.type == "response.created":
+            self._pieces, self._second = [], at
+        elif event.type == "response.output_text.delta" and self._pieces is not None:
+            self._pieces.append((at, data["delta"]))
+        elif event.type == "response.done" and self._pieces is not None:
+            cut = data["status"] != "completed"
+            self._done.append(self._emission(self._pieces, cut))
+            self._pieces = None
+        elif event.type == "error":
+            raise SessionClosed(str(data.get("message")))
+
+    def _emission(self, pieces: list[tuple[float, str]], cut: bool) -> Emission:
+        text = "".join(text for _, text in pieces)
+        end = pieces[-1][0] if pieces else self._second
+        return Emission(self._second, text, end, self._turn, cut, tuple(pieces))
+
+    def _at(self, event: Event) -> float:
+        if not self._wall or self._began is None:
+            return max(event.t_media, self._start)
+        return self._start + event.t_server - self._began

@@ -1,0 +1,195 @@
+"""StreamingBench: multiple choice in the stream, questions that refer to each other, alerts.
+
+Official protocol: the model is asked about the source up to a second (`context` seconds of it); an
+alert is polled each second until the model says yes, then it is asked the question itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from inference.evaluate.streaming.forms import Entry, FormError, read_list
+from inference.evaluate.streaming.items import (
+    Ask,
+    Item,
+    Judge,
+    Point,
+    Poll,
+    Reply,
+    Watched,
+)
+from inference.evaluate.streaming.text import letter
+from inference.evaluate.streaming.timing import Timing
+from inference.evaluate.streaming.words import Words
+
+FILES = {
+    "questions_real": "real", "questions_omni": "omni", "questions_sqa": "sqa",
+    "questions_proactive": "proactive", "questions_proactive_50": "proactive",
+}  # fmt: skip
+_CHOICE = ("task_type", "question", "time_stamp", "answer", "options")
+_ALERT = ("task_type", "question", "time_stamp", "ground_truth_time_stamp", "ground_truth_output")
+_POLLED = 4  # seconds after the right one for which an alert is polled
+_IN_TIME = 2.0  # seconds from the right one
+
+
+class StreamingBench:
+    """See the module."""
+
+    name = "streamingbench"
+
+    def __init__(self, words: Words, timing: Timing) -> None:
+        self._words, self._timing = words, timing
+
+    def read(self, file: Path, videos: Path) -> list[Item]:
+        """The items of a questions_*.json; FormError."""
+        part = FILES.get(file.stem)
+        if part is None:
+            names = ", ".join(f"{name}.json" for name in FILES)
+            raise FormError(f"{file}: its name says what it holds: name it as one of {names}")
+        items: list[Item] = []
+        for number, data in enumerate(read_list(file)):
+            place = f"{file}, entry {number}"
+            if part == "sqa":
+                if not isinstance(data, list) or not data:
+                    raise FormError(f"{place}: expected a list of the questions about a video")
+                items.append(self._sequence(f"{part} {number}", place, data, videos))
+                continue
+            entry = Entry(place, data, ("video_path", "questions"))
+            needs = _ALERT if part == "proactive" else _CHOICE
+            for inner, question in enumerate(entry.entries("questions", needs)):
+                name, video = f"{part} {number}.{inner}", _video(entry, videos)
+                make = self._alert if part == "proactive" else self._choice
+                items.append(make(name, question, video, part))
+        return items
+
+    def _choice(self, name: str, question: Entry, video: Path, part: str) -> Item:
+        row = f"streamingbench {part}: {question.text('task_type')}"
+        ask, truth = self._asked(question)
+        start, end = self._timing.start(ask.second), self._timing.end(ask.second)
+        return Item(name, row, video, (ask,), start, end, {"part": part, "questions": [truth]})
+
+    def _sequence(self, name: str, place: str, data: list[Any], videos: Path) -> Item:
+        entries = [
+            Entry(f"{place}, {i}", one, ("video_path", "questions")) for i, one in enumerate(data)
+        ]
+        questions = [q for entry in entries for q in entry.entries("questions", _CHOICE)]
+        asked = sorted((self._asked(question) for question in questions), key=lambda a: a[0].second)
+        asks, truths = [ask for ask, _ in asked], [truth for _, truth in asked]
+        start, end = self._timing.start(asks[0].second), self._timing.end(asks[-1].second)
+        truth = {"part": "sqa", "questions": truths}
+        video = _video(entries[0], videos)
+        return Item(name, "streamingbench sqa", video, tuple(asks), start, end, truth)
+
+    def _asked(self, question: Entry) -> tuple[Ask, dict[str, Any]]:
+        options = question.texts("options")
+        if len(options) < 4:
+            raise FormError(f"{question.place}: options: expected four, there are {len(options)}")
+        if not options[0].startswith("A."):
+            options = [f"{chr(65 + i)}. {option}" for i, option in enumerate(options)]
+        second, text = question.seconds("time_stamp"), question.text("question")
+        truth = {
+            "question": text, "options": options, "answer": question.text("answer"),
+            "second": second, "stamp": str(question.data["time_stamp"]),
+        }  # fmt: skip
+        return Ask(second, self._words("push.choice", text, "\n".join(options))), truth
+
+    def _alert(self, name: str, question: Entry, video: Path, part: str) -> Item:
+        second, right = question.seconds("time_stamp"), question.seconds("ground_truth_time_stamp")
+        text, output = question.text("question"), question.text("ground_truth_output")
+        truth = {"part": part, "question": text, "output": output, "right": right}
+        row, asks = "streamingbench proactive", (Ask(second, text),)
+        return Item(name, row, video, asks, second, right + _POLLED, truth)
+
+    def polls(self, item: Item) -> bool:
+        return True
+
+    def poll(self, item: Item, ask: Poll) -> list[Reply]:
+        truth = item.truth
+        if truth["part"] == "proactive":
+            return self._poll_alert(item, ask)
+        replies, told = [], ""
+        for question in truth["questions"]:
+            options = question["options"][:4]
+            if truth["part"] == "sqa":
+                text = self._words("streamingbench.sequence", told, question["question"], *options)
+                told = (told or "What was asked before, and the right answers:") + (
+                    f" At {question['stamp']}: {question['question']} {'; '.join(options)};"
+                    f" answer: {question['answer']}."
+                )
+            else:
+                text = self._words("streamingbench.choice", question["question"], *options)
+                text += "\n\nThe best option is:"
+            second = question["second"]
+            replies.append(ask(self._timing.start(second), second, text))
+        return replies
+
+    def _poll_alert(self, item: Item, ask: Poll) -> list[Reply]:
+        question, output = item.truth["question"], item.truth["output"]
+        second, replies = item.start + 1, []
+        query = self._words(
+            "streamingbench.proactive",
+            f'{question} Is it the right time to output "{output}"? You can only answer yes or no.',
+        )
+        while second <= item.truth["right"] + _POLLED:
+            replies.append(ask(item.start, second, query))
+            if "yes" in replies[-1].answer.strip().lower():
+                text = self._words("streamingbench.proactive", question)
+                replies.append(ask(item.start, second, text))
+                break
+            second += 1
+        return replies
+
+    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
+        """Quirks of its scorer that are kept: only the first character of a reply counts; of an
+        alert the last poll, whatever it was answered, is the time of the answer, and the answer is
+        right only in time and where it has the output letter by letter."""
+        truth = item.truth
+        if truth["part"] == "proactive":
+            return self._alert_points(item, replies[-1].at, replies[-1].answer)
+        return [
+            _point(item, i, reply.answer[:1] == question["answer"], question, reply.answer)
+            for i, (question, reply) in enumerate(zip(truth["questions"], replies, strict=True))
+        ]
+
+    def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
+        truth, said = item.truth, watched.said
+        if truth["part"] == "proactive":
+            first = next((e for e in said if e.turn == 1), None)
+            return self._alert_points(
+                item, first.second if first else None, first.text if first else ""
+            )
+        answers = [
+            next((e.text for e in said if e.turn == turn), "")
+            for turn in range(1, len(item.asks) + 1)
+        ]
+        return [
+            _point(item, i, letter(answer) == question["answer"], question, answer)
+            for i, (question, answer) in enumerate(zip(truth["questions"], answers, strict=True))
+        ]
+
+    @staticmethod
+    def _alert_points(item: Item, second: float | None, answer: str) -> list[Point]:
+        right, output = item.truth["right"], item.truth["output"]
+        in_time = second is not None and abs(second - right) <= _IN_TIME
+        heard = "" if second is None else f"{answer} (at {second:g} s)"
+        wanted = f"{output} (at {right:g} s)"
+        rest = (item.truth["question"], heard, wanted, right)
+        return [
+            Point(item.id, item.row, float(in_time and output in answer), *rest),
+            Point(item.id, f"{item.row} (time)", float(in_time), *rest, metric="in time"),
+        ]
+
+
+def _point(item: Item, number: int, right: bool, question: dict[str, Any], answer: str) -> Point:
+    name = item.id if len(item.asks) == 1 else f"{item.id}.{number}"
+    text = "\n".join([question["question"], *question["options"]])
+    return Point(name, item.row, float(right), text, answer, question["answer"], question["second"])
+
+
+def _video(entry: Entry, videos: Path) -> Path:
+    """`./videos/a.mp4` of the files is `a.mp4` of the folder, or as it is written there."""
+    path = PurePosixPath(entry.text("video_path"))
+    whole = videos / path
+    return whole if whole.is_file() else videos / path.name

@@ -1,0 +1,36 @@
+"""What a text says: an option's letter, a number, a phrase."""
+
+from __future__ import annotations
+
+import re
+
+_WORDS = re.compile(r"\w+")
+_LETTER = re.compile(r"(?<![A-Za-z'])([A-H])(?![A-Za-z'])")
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {name: number for number, name in enumerate(_NAMES)}
+
+
+def letter(text: str) -> str:
+    """The first option's letter that stands alone in a text: `B`, `(B)`, `B. A cat`; else empty."""
+    found = _LETTER.search(text)
+    return found[1] if found else ""
+
+
+def last_number(text: str) -> int | None:
+    """The last number of a text, of digits or words up to ten."""
+    numbers = [
+        int(word) if word.isdecimal() else _NUMBERS[word]
+        for word in _WORDS.findall(text.lower())
+        if word.isdecimal() or word in _NUMBERS
+    ]
+    return numbers[-1] if numbers else None
+
+
+def words(text: str) -> str:
+    """A text as phrases are compared: words in lower case, with a space on each side of each."""
+    return f" {' '.join(_WORDS.findall(text.lower()))} "
+
+
+def says(text: str, phrase: str) -> bool:
+    """Whether a text contains a phrase, word by word."""
+    return words(phrase) in words(text)

@@ -1,0 +1,130 @@
+"""Events that happen while something is said: seen or not, how late, and what became of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from inference.evaluate.streaming.chosen import choose
+from inference.evaluate.streaming.config import StreamingConfig
+from inference.evaluate.streaming.curve import Operating, best, operating
+from inference.evaluate.streaming.events import HOW, Events
+from inference.evaluate.streaming.items import Ask, Emission, Item, Watched
+from inference.evaluate.streaming.suite import evaluate
+from inference.evaluate.streaming.toy import write_toy_events
+from tests.inference.evaluate.streaming import policies
+from tests.inference.evaluate.streaming.policies import exact_judge
+from tests.inference.evaluate.streaming.published import write_events
+
+EVENT = {"second": 4.0, "says": ["the door opens", "door is open"]}
+ITEM = Item(
+    "0", "events", Path("a.mp4"), (Ask(0.0, "Tell me."),),
+    truth={"events": [EVENT], "interruptions": []},
+)  # fmt: skip
+
+
+def speech(start: float, *pieces: str, turn: int = 1, cut: bool = False) -> Emission:
+    """A piece each second."""
+    timed = tuple((start + i, piece) for i, piece in enumerate(pieces))
+    return Emission(start, "".join(pieces), timed[-1][0], turn, cut, timed)
+
+
+LONG = ("There is a long", " wall with a wide", " gate and a", " big tree and", " a house")
+
+
+@pytest.mark.parametrize(
+    ("said", "how", "first", "end", "false"),
+    [
+        # Begun in second 2, the event's frame comes in its third second.
+        ([speech(2, *LONG[:3], " oh, the door", " opens now")], HOW[0], 1.0, 2.0, 0),
+        ([speech(2, *LONG[:3]), speech(5, "The DOOR,", " it is: door is open")], HOW[1], 2, 2, 1),
+        ([speech(2, *LONG), speech(7, "The door opens.")], HOW[2], 3.0, 3.0, 1),
+        ([speech(2, *LONG)], "", None, None, 1),
+        # Said before the event's frame it does not count; too late neither.
+        ([speech(2, "The door opens", " and", " so on")], "", None, None, 1),
+        ([speech(2, *LONG[:3]), speech(15, "The door opens.")], "", None, None, 2),
+    ],
+)
+def test_an_event_while_speaking(
+    said: list[Emission], how: str, first: float | None, end: float | None, false: int
+) -> None:
+    heard = Events(within=10.0, step=1.0).hear(ITEM, Watched(tuple(said), 30.0))
+    (told,) = heard.told
+    assert told.speaking
+    assert (told.how, told.delay) == (how, first)
+    assert (None if told.end is None else told.end - 4.0) == end
+    assert (heard.false, heard.matched) == (false, len(said) - false)
+
+
+def test_an_event_in_silence_is_counted_apart() -> None:
+    said = (speech(0, "A wall", " stands"), speech(4, "The door opens."))
+    events = Events(within=10.0, step=1.0)
+    points = {p.row: p.score for p in events.push(ITEM, Watched(said, 30.0), exact_judge)}
+    assert points["events: in silence"] == 1
+    assert points["events: first right word in silence"] == 0
+    assert points["events: words a minute"] == 6 / 0.5
+    assert points["events: false alarms a minute"] == 1 / 0.5
+    assert "events: while speaking" not in points
+
+
+def test_an_interruption_is_timed_from_its_own_second() -> None:
+    turn = {"second": 6.0, "text": "Colour?", "says": ["blue"]}
+    truth = {"events": [], "interruptions": [turn]}
+    item = Item("0", "events", Path("a.mp4"), (Ask(0, "Tell."), Ask(6, "Colour?")), truth=truth)
+    said = (speech(3, *LONG[:4], cut=True), speech(8, "It is blue.", turn=2))
+    events = Events(within=10.0, step=1.0)
+    points = {p.row: p.score for p in events.push(item, Watched(said, 30.0), exact_judge)}
+    assert points["events: interrupted while speaking"] == 1
+    assert points["events: reaction to an interruption"] == 2
+    assert points["events: interruption answered rightly"] == 1
+
+
+def test_the_toy_world_has_its_own_events(tmp_path: Path) -> None:
+    """An oracle that says what the toy world's narration says, when it says it."""
+    path = write_toy_events(tmp_path / "toy", 3)
+    config = StreamingConfig(benchmarks=(f"events={path}",))
+    policy = policies.Policy(
+        lambda item: [(e["second"], e["says"][0]) for e in item.truth["events"]],
+        lambda item, question, at: "",
+    )
+    policy.check_pictures = False
+    results = evaluate(
+        choose(config), lambda bias: policy, exact_judge, "oracle", tmp_path / "out", config
+    )
+    values = {row.row: row.value for row in results.rows}
+    assert values["events"] == 1
+    assert values["events: first right word"] == values["events: false alarms a minute"] == 0
+    count = sum(len(entry["events"]) for entry in json.loads(path.read_text()))
+    assert count == 3 * 5  # four events, and what is there at first
+
+
+def test_the_operating_curve_has_a_point_for_each_bias(tmp_path: Path) -> None:
+    """-1: always speaking; 0: the oracle; 1: silent."""
+    path = write_events(tmp_path / "events")
+    config = StreamingConfig(benchmarks=(f"events={path}",), biases=[-1.0, 0.0, 1.0])
+    speakers = {-1.0: policies.always(), 0.0: policies.oracle(), 1.0: policies.silent()}
+    out = tmp_path / "out"
+
+    def speaker(bias: float | None) -> policies.Policy:
+        return speakers[0.0 if bias is None else bias]
+
+    results = evaluate(choose(config), speaker, exact_judge, "policies", out, config)
+    rows = {row.row: row for row in results.rows}
+    assert [rows[f"events, bias {bias}"].value for bias in (-1, 0, 1)] == [0, 1, 0]
+    assert rows["events, best bias"].settings["bias"] == 0
+    # One of 31 is the answer to the question in between.
+    assert rows["events, bias -1"].settings["precision"] == round(1 / 31, 4)
+    assert rows["events, bias -1"].settings["false alarms a minute"] == round(30 / (31 / 60), 3)
+    assert json.loads((out / "curve.json").read_text())["best_bias"] == 0
+    svg = (out / "curve.svg").read_text()
+    assert "<svg" in svg
+    assert "false alarms a minute" in svg
+
+
+def test_of_equal_points_the_one_that_speaks_least_is_best() -> None:
+    points = [Operating(b, 4, 0.5, 0.5, 0.5, 1.0, words, 1.0) for b, words in ((0, 30.0), (2, 9.0))]
+    assert best(points).bias == 2
+    with pytest.raises(ValueError, match="no events"):
+        operating(0.0, [])

@@ -1,0 +1,112 @@
+"""A file in another form is refused by its name, with the entry and the fields; words of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference.evaluate.streaming.chosen import choose
+from inference.evaluate.streaming.config import StreamingConfig
+from inference.evaluate.streaming.forms import FormError
+from inference.evaluate.streaming.text import last_number, letter, says
+from inference.evaluate.streaming.words import read_words
+from tests.inference.evaluate.streaming.published import WRITERS
+
+Change = Callable[[Any], Any]
+
+
+def broken(folder: Path, name: str, file: str, change: Change) -> str:
+    """What is said of a published file that was changed."""
+    WRITERS[name](folder)
+    path = folder / file
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(change(data) or data))
+    with pytest.raises(FormError) as error:
+        choose(StreamingConfig(benchmarks=(f"{name}={folder}",)))
+    return str(error.value).replace(f"{folder}/", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "said"),
+    [
+        ("ovobench", "ovo_bench_new.json", lambda d: d[1].pop("gt") and d[1].pop("video") and None,
+         "ovo_bench_new.json, entry 1: missing video, gt (it has answer, id,"),
+        ("ovobench", "ovo_bench_new.json", lambda d: d[0].update(gt=7),
+         "entry 0: gt: 7 is not the number of an option"),
+        ("ovobench", "ovo_bench_new.json", lambda d: d[0].update(task="XYZ"),
+         "entry 0: task: 'XYZ' is not a task of OVO-Bench"),
+        ("ovobench", "ovo_bench_new.json", lambda d: d[18]["test_info"][2].pop("count") and None,
+         "entry 18, test_info[2]: missing count (it has realtime)"),
+        ("ovobench", "ovo_bench_new.json", lambda d: {"entries": d}, "expected a list of entries"),
+        ("streamingbench", "questions_real.json",
+         lambda d: d[1]["questions"][0].update(time_stamp="soon"),
+         "questions_real.json, entry 1, questions[0]: time_stamp: must be a time, it is 'soon'"),
+        ("streamingbench", "questions_sqa.json", lambda d: d[0],
+         "questions_sqa.json, entry 0: expected a list of the questions about a video"),
+        ("streamingbench", "questions_omni.json", lambda d: d[0]["questions"][0].pop("options")[:0],
+         "entry 0, questions[0]: missing options"),
+        ("omnimmi", "proactive_alerting.json", lambda d: d[1].update(answer=[3]),
+         "proactive_alerting.json, entry 1: answer: must be two seconds, it is [3]"),
+        ("omnimmi", "dynamic_state_grounding.json", lambda d: d[0].update(qa="none"),
+         "entry 0: qa: must be a list, it is 'none'"),
+        ("proactivevideoqa", "EGO/anno.json",
+         lambda d: d[0]["answer"][1].update(reply_timespan=[24, 24]),
+         "entry 0, answer[1]: reply_timespan: 24 to 24 is empty"),
+        ("events", "events.json", lambda d: d[0]["events"][0].update(says=["?"]),
+         "entry 0: events: says: has a text without words"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(
+    name: str, file: str, change: Change, said: str, tmp_path: Path
+) -> None:
+    assert said in broken(tmp_path, name, file, change)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("ovobench", "expected NAME=PATH, NAME one of ovobench, streamingbench,"),
+        ("mmlu=x.json", "expected NAME=PATH"),
+        ("events=gone.json", "gone.json: cannot be read"),
+        ("omnimmi=gone.json", "its name says what it holds"),
+        ("omnimmi=.", "has none of action_prediction.json,"),
+    ],
+)
+def test_a_benchmark_that_is_not_there_is_named(
+    named: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FormError, match=said):
+        choose(StreamingConfig(benchmarks=(named,)))
+
+
+def test_words_of_the_benchmark_are_those_of_its_repository(tmp_path: Path) -> None:
+    """The layout of OVO-Bench's repository: data/, and constant.py at its top."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "constant.py").write_text(
+        'import os\nBR_PROMPT_TEMPLATE = """Q: {}\nO: {}"""\nREC_PROMPT_TEMPLATE = "no place"\n'
+        'raise RuntimeError("it is not run")\n'
+    )
+    words = read_words(tmp_path / "data" / "ovo_bench_new.json")
+    assert words("ovobench.choice", "Who?", "A. me;") == "Q: Who?\nO: A. me;"
+    assert words.found == {"ovobench.choice": f"{tmp_path / 'constant.py'}: BR_PROMPT_TEMPLATE"}
+    assert "How often" in words("ovobench.REC", "How often?")  # theirs does not fit
+    own = tmp_path / "own.yaml"
+    own.write_text("push.REC: 'Count {}.'\n")
+    assert read_words(own=own)("push.REC", "jumps") == "Count jumps."
+    for text, said in (("a: b", "'a': expected texts"), ("push.REC: Count.", "needs 1 times")):
+        own.write_text(text)
+        with pytest.raises(FormError, match=said):
+            read_words(own=own)
+
+
+def test_letters_numbers_and_phrases_are_found_in_texts() -> None:
+    texts = ("B", "(b) or C.", "Answer: D", "A cat", "I am", "", "Bananas", "option A's")
+    assert [letter(text) for text in texts] == ["B", "C", "D", "A", "", "", "", ""]
+    assert [last_number(t) for t in ("1 of 12", "Three!", "none", "2nd")] == [12, 3, None, None]
+    assert says("Now: put on the Wig!", "put on the wig")
+    assert not says("input on the wig", "put on")

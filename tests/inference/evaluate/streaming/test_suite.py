@@ -1,0 +1,181 @@
+"""A model that watches for real: what it says is what it says elsewhere, and is asked once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inference
+from data_pipeline.commands import DONE, FAILED
+from data_pipeline.video import frames_at
+from inference.evaluate.results import Results
+from inference.evaluate.streaming.asking import Speakers
+from inference.evaluate.streaming.chosen import choose
+from inference.evaluate.streaming.config import StreamingConfig
+from inference.evaluate.streaming.speaker import ModelSpeaker, SpeakingConfig
+from inference.evaluate.streaming.suite import evaluate
+from inference.evaluate.streaming.toy import write_toy_events
+from inference.session.handle import SessionClosed
+from tests.inference.evaluate.streaming.policies import exact_judge
+from tests.inference.evaluate.streaming.published import write_ovobench
+from tests.torchrun import REPO
+from tools.evaluate.streaming import main
+
+SPEAKING = SpeakingConfig(silence_bias=3.0, pace=4, max_new_tokens=9)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Iterator[inference.Model]:
+    with inference.load(tiny, device="cpu", max_sessions=2, max_tokens=512, window=16) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ovobench(tmp_path_factory.mktemp("ovobench"))
+
+
+def run(
+    questions: Path, out: Path, speakers: Speakers, **options: Any
+) -> tuple[Results, StreamingConfig]:
+    options = {"tasks": ("EPM", "CRR"), "limit": 1, "speaking": SPEAKING, "sessions": 2, **options}
+    config = StreamingConfig(benchmarks=(f"ovobench={questions}",), **options)
+    return evaluate(choose(config), speakers, exact_judge, "tiny", out, config), config
+
+
+def said(out: Path, protocol: str) -> dict[str, dict[str, Any]]:
+    lines = (out / "said" / f"ovobench {protocol}.jsonl").read_text().splitlines()
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+def test_the_driver_hears_what_a_watched_video_says(
+    model: inference.Model, questions: Path, tmp_path: Path
+) -> None:
+    results, config = run(questions, tmp_path, lambda bias: ModelSpeaker(model, SPEAKING))
+    assert results.exit_code == DONE
+    video = questions.parent / "COIN" / "a.mp4"
+    sampling = inference.Sampling(silence_bias=3.0)
+    (chosen,) = choose(config)
+    heard = 0
+    for item in chosen.items:
+        (ask,) = item.asks
+        events = model.watch(
+            video, ask={ask.second: ask.text}, sampling=sampling, pace=4, max_new_tokens=9
+        )
+        told: list[tuple[float, str]] = []
+        for event in events:
+            if event.type == "response.created":
+                told.append((event.t_media, ""))
+            elif event.type == "response.output_text.delta":
+                told[-1] = (told[-1][0], told[-1][1] + event.data["delta"])
+        record = said(tmp_path, "push")[item.id]
+        # The item ends earlier than the video, and its last response is then said to its end.
+        ours = [(e["second"], e["text"]) for e in record["said"]]
+        assert ours[:-1] == [one for one in told if one[1].strip()][: len(ours) - 1]
+        heard += len(ours)
+        assert all("".join(text for _, text in e["pieces"]) == e["text"] for e in record["said"])
+        assert [e["turn"] for e in record["said"]] == [int(s >= ask.second) for s, _ in ours]
+    assert heard > 3
+    reply = said(tmp_path, "official")["0"]["replies"][0]
+    frames = frames_at(video.read_bytes(), [float(second) for second in range(7)])
+    assert reply["answer"] == model.chat(reply["question"], video=list(frames), max_new_tokens=9)
+
+
+def test_what_was_said_is_not_asked_again_after_a_failure(
+    model: inference.Model, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    class Failing(ModelSpeaker):
+        def answer(self, item: Any, question: str, frames: Any, at: float) -> str:
+            asked.append(f"{item.id}@{at:g}")
+            if self._model is doomed and len(asked) == 3:
+                self._model.runner.close("the power is gone")
+            return super().answer(item, question, frames, at)
+
+    with inference.load(model.name, device="cpu", max_sessions=1, max_tokens=512) as doomed:
+        results, _ = run(
+            questions,
+            tmp_path,
+            lambda bias: Failing(doomed, SPEAKING),
+            protocol="official",
+            sessions=1,
+        )
+    assert asked == ["0@7", "102@5", "102@9"]
+    assert results.exit_code == FAILED
+    assert "stopped: the power is gone" in capsys.readouterr().err
+    assert {row.row: (row.count, row.of) for row in results.rows}["ovobench EPM"] == (1, 1)
+    assert {row.row: row.missing for row in results.rows}["ovobench CRR"] == 1
+    asked.clear()
+    results, _ = run(
+        questions, tmp_path, lambda bias: Failing(model, SPEAKING), protocol="official", limit=None
+    )
+    assert results.exit_code == DONE
+    assert sorted(asked) == ["102@13", "102@20", "102@5", "102@9", "1@9"]
+
+
+def test_a_killed_command_goes_on_with_the_same_items(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    toy = write_toy_events(tmp_path / "toy", 3)
+    command = [
+        "--suite", "streaming", "--checkpoint", str(tiny), "--out", str(out), "--device", "cpu",
+        "--benchmark", f"events={toy}", "--biases", "3", "100", "--pace", "4",
+        "--max-new-tokens", "9", "--silence-bias", "3",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.evaluate", *command], cwd=REPO, stderr=subprocess.DEVNULL
+    )
+    first = out / "said" / "events push.jsonl"
+    until = time.monotonic() + 120
+    while not (first.is_file() and first.read_bytes().count(b"\n") >= 1):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = first.read_bytes()
+    kept = kept[: kept.rindex(b"\n") + 1]
+    assert main(command) == DONE
+    assert first.read_bytes().startswith(kept)
+    results = json.loads((out / "results.json").read_text())
+    rows = {row["row"]: row for row in results["rows"]}
+    events = rows["events"]["count"]
+    assert events == sum(len(entry["events"]) for entry in json.loads(toy.read_text()))
+    assert rows["events, bias 100"]["settings"]["words a minute"] == 0
+    assert rows["events, bias 3"]["settings"]["words a minute"] > 0
+    # What is asked again, with the bias of the first round, gets the same answers.
+    again = (out / "said" / "events push bias 3.jsonl").read_text().splitlines()
+    assert sorted(again) == sorted(first.read_text().splitlines())
+    assert "<svg" in (out / "curve.svg").read_text()
+
+
+def test_a_broken_session_is_said_and_not_an_answer(model: inference.Model) -> None:
+    with model.session(live=False, clock="media") as session:
+        session.close("gone")
+        with pytest.raises(SessionClosed, match="gone"):
+            session.prompt("Who?")
+        session.settle()  # does not wait for ever
+
+
+def test_settling_waits_for_all_that_is_due(model: inference.Model) -> None:
+    import numpy as np
+
+    picture = np.zeros((8, 8, 3), np.uint8)
+    talk = inference.Sampling(silence_bias=-100.0)
+    with model.session(
+        live=False, clock="media", pace=5, max_new_tokens=100, sampling=talk
+    ) as session:
+        for second in range(3):
+            session.put_frame(picture, float(second))
+            session.settle()
+            assert session.stats()["frames"] == second + 1
+            assert session.stats()["tokens"] == 5 * (second + 1)
