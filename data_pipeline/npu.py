@@ -11,13 +11,26 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+NAME = "torch_npu"
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch's own import of it
 
 broken: str | None = None  # why it could not be imported
-if find_spec("torch_npu") is not None:
+if find_spec(NAME) is not None:
     try:
         import torch_npu  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         broken = str(error)
         modules: dict[str, Any] = sys.modules
-        modules["torch_npu"] = None  # as if it were not there
+        modules[NAME] = None  # as if it were not there
+
+
+def usable() -> bool:
+    """Whether it is here, and imported."""
+    return sys.modules.get(NAME) is not None
+
+
+def package() -> Any:
+    """The package; ImportError where it is not `usable`."""
+    import torch_npu
+
+    return torch_npu

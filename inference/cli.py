@@ -18,6 +18,7 @@ from data_pipeline import devices
 from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, report_error
 from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
+from inference.engine.choose_attend import CHOICES
 from inference.engine.engine import Engine, EngineConfig, EngineFull
 from inference.engine.load import DTYPES, RankFinished, load_engine
 from inference.engine.quantize import FORMATS
@@ -86,6 +87,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flag(parser, "quantize", choices=list(FORMATS),
          help="quantize the decoder's linear layers (default: no)")  # fmt: skip
     flag(parser, "compile", action="store_true", help="compile single-token steps (torch.compile)")
+    kinds = "attention of prompts and of the vision tower"
+    flag(parser, "attention", choices=CHOICES, default="auto",
+         help=f"{kinds}; auto: npu on an Ascend NPU, else sdpa (default: auto)")  # fmt: skip
     kernels = "what decoding steps are made of; auto: Triton kernels where they prove right on CUDA"
     flag(parser, "kernels", choices=KINDS, default="auto", help=f"{kernels} (default: auto)")
 
@@ -154,6 +158,7 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
             max_tokens=args.max_context,
             max_sessions=max_sessions,
             compile=args.compile,
+            attention=args.attention,
             kernels=args.kernels,
         )
     note(f"loading {args.checkpoint}")

@@ -95,8 +95,7 @@ def activate(kind: str) -> torch.device:
     Raises:
         ValueError: it is not here, or training does not run on it.
     """
-    if kind == "auto":
-        kind = TRAINS if has_accelerator() and not _cpu_active else "cpu"
+    kind = kind_of(kind)
     if kind == "cpu":
         activate_cpu()
         return device()
@@ -109,6 +108,13 @@ def activate(kind: str) -> torch.device:
         raise ValueError(reason)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron's overlap wants it
     return devices.select(kind, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def kind_of(asked: str) -> str:
+    """The kind of device that one of KINDS stands for."""
+    if asked != "auto":
+        return asked
+    return TRAINS if has_accelerator() and not _cpu_active else "cpu"
 
 
 def refusal(kind: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
+from data_pipeline.attention_kinds import FRAMES, TEXT, TOWER, TRAINING, Wanted, kinds_of
 from data_pipeline.fields import choice, number, numbers
 
 MOST_FRAMES_PER_CHUNK = 16
@@ -118,8 +119,9 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     text: TextConfig = field(default_factory=TextConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    # auto: the fastest that is right on this GPU; on a CPU sdpa. flex: cross-attention only.
-    attention: str = choice("auto", ("auto", "flex", "sdpa", "flash", "te"))
+    # auto: the fastest that is right on this GPU; on a CPU sdpa. Who computes what:
+    # data_pipeline/attention_kinds.py.
+    attention: str = choice("auto", ("auto", *kinds_of(TRAINING)))
     # Whether lengths in calls of attention are rounded up, so that a GPU's kernels are planned for
     # few shapes; auto: on a GPU.
     round_lengths: str = choice("auto", ("auto", "on", "off"))
@@ -129,3 +131,10 @@ class ModelConfig:
     cross_attention_rope: bool = True  # False: plain Llama-3.2-Vision
     dtype: str = choice("bf16", ("bf16", "fp32"))
     lr_scale: float = number(1.0, above=0)
+
+    def attention_wanted(self, device: str) -> Wanted:
+        """What its layers ask of an attention on this kind of device."""
+        tower = self.vision.hidden_size // self.vision.num_heads
+        heads = {TEXT: self.text.head_dim, TOWER: tower, FRAMES: self.text.head_dim}
+        mask = "" if self.vision.full_attention else "model.vision.full_attention=false"
+        return Wanted(TRAINING, device, self.dtype, heads, mask)

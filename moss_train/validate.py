@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from data_pipeline.attention_kinds import refusals
 from data_pipeline.fields import Range, wrong_values
 from data_pipeline.shards import check_source
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
@@ -151,14 +152,6 @@ def _model(config: Config) -> Iterator[str]:
             yield f"adapter.target={wrong}: matches no linear layer of the decoder"
     if config.model.init.from_llama is not None:
         yield from _llama(config)
-    kernel = config.model.attention
-    if kernel in ("flash", "te") and not vision.full_attention:
-        yield (
-            f"model.attention={kernel}: takes no mask, which model.vision.full_attention=false "
-            "needs: use auto"
-        )
-    if kernel == "flash" and config.model.dtype == "fp32":
-        yield "model.attention=flash: computes in half precision, model.dtype is fp32: use auto"
 
 
 def _llama(config: Config) -> Iterator[str]:
@@ -214,30 +207,16 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
         )
     if parallel.virtual > 1 and parallel.pipeline == 1:
         yield f"parallel.virtual={parallel.virtual}: needs parallel.pipeline of 2 or more"
-    yield from _optional_package(config)
+    yield from _attention(config)
     if reason := hardware.refusal(config.hardware.device):
         yield reason
 
 
-def _optional_package(config: Config) -> Iterator[str]:
-    packages = {
-        "flash": ("flash_attn", "moss-train[flash]"),
-        "te": ("transformer_engine", "moss-train[te]"),
-        "flex": ("triton", "triton"),
-    }
-    name = config.model.attention
-    if name not in packages:
-        return
-    package, extra = packages[name]
-    device = config.hardware.device
-    if device == "cpu" or not hardware.has_accelerator():
-        why = "hardware.device is cpu" if device == "cpu" else "torch finds no CUDA device"
-        yield f"model.attention={name}: trains on CUDA only, {why}: use auto"
-    elif importlib.util.find_spec(package) is None:
-        yield (
-            f"model.attention={name}: the package {package} is not installed: "
-            f"pip install '{extra}', or use auto"
-        )
+def _attention(config: Config) -> Iterator[str]:
+    name, model = config.model.attention, config.model
+    if name != "auto":
+        wanted = model.attention_wanted(hardware.kind_of(config.hardware.device))
+        yield from refusals("model.attention", name, wanted)
 
 
 def _batches(config: Config, world_size: int) -> Iterator[str]:

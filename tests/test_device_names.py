@@ -14,6 +14,7 @@ from data_pipeline.devices import ACCELERATORS, BACKENDS, VISIBLE
 REPO = Path(__file__).parents[1]
 ROOMS = ("data_pipeline", "inference", "launch", "moss_train", "tools")
 OWN = {
+    "data_pipeline/attention_kinds.py": "where each kind of attention runs",
     "data_pipeline/devices.py": "it owns them",
     "data_pipeline/npu.py": "and this that package",
     "moss_train/config.py": "what a user may write: hardware.device",

@@ -68,7 +68,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "megatron.energon": ("data_pipeline/index.py",),
     "hydra": ("moss_train/compose.py",),
     "transformer_engine": ("moss_train/model/attention.py",),
-    "flash_attn": ("moss_train/model/attention.py",),
+    "flash_attn": ("data_pipeline/flash.py",),
+    "torch_npu": ("data_pipeline/npu.py",),
     "ray": (),
     "opentelemetry": ("inference/serve/traces.py",),
     "triton": ("inference/kernels/triton_",),
@@ -208,10 +209,10 @@ BROKEN: dict[Rule, tuple[dict[str, str], str]] = {
     ),
     optional_packages_are_imported_late: (
         {
-            "moss_train/model/attention.py": "import flash_attn\n"
+            "data_pipeline/flash.py": "import flash_attn\n"
             "def f():\n    import transformer_engine.pytorch"
         },
-        "moss_train/model/attention.py:1: import flash_attn when the file itself is imported",
+        "data_pipeline/flash.py:1: import flash_attn when the file itself is imported",
     ),
     the_exported_files_import_nothing_of_ours: (
         {

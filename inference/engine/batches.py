@@ -14,10 +14,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from inference.engine.attend import Attend
 from inference.engine.cache import KVCache
 from inference.engine.slots import Slot
 from inference.engine.upload import upload
-from inference.hf.decoder_moss_video import attend
 
 
 @dataclass
@@ -36,19 +36,22 @@ class Segment:
 class PackedBatch:
     """Segments side by side: hidden states `[1, N, H]`. `frames` is None if no token sees one."""
 
-    def __init__(self, cache: KVCache, segments: Sequence[Segment]):
-        self.tokens = PackedTokens(cache, segments)
-        frames = PackedFrames(cache, segments)
+    def __init__(self, cache: KVCache, segments: Sequence[Segment], attend: Attend):
+        self.tokens = PackedTokens(cache, segments, attend)
+        frames = PackedFrames(cache, segments, attend)
         self.frames = frames if frames.any else None
 
 
 class PackedTokens:
     """`TokenCache` of a packed batch."""
 
-    def __init__(self, cache: KVCache, segments: Sequence[Segment]):
-        self.cache, self.segments = cache, segments
+    def __init__(self, cache: KVCache, segments: Sequence[Segment], attend: Attend):
+        self.cache, self.segments, self.kind = cache, segments, attend
         self.counts = [segment.count for segment in segments]
-        self.masks = [self._mask(segment) for segment in segments]
+        self.plans = [
+            attend.text(segment.count, segment.slot.length + segment.count, cache.device)
+            for segment in segments
+        ]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[1, heads, N, D]`, `k` and `v` `[1, KV heads, N, D]`."""
@@ -56,30 +59,23 @@ class PackedTokens:
         return _join([self._attend(n, layer, *part) for n, part in enumerate(parts)])
 
     def _attend(self, n: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slot, count, mask = self.segments[n].slot, self.counts[n], self.masks[n]
-        end = slot.length + count
+        slot = self.segments[n].slot
+        end = slot.length + self.counts[n]
         keys, values = self.cache.tokens_of[layer][:, slot.index]  # [KV heads, max_tokens, D] each
         keys[:, slot.length : end], values[:, slot.length : end] = k[0], v[0]
-        causal = count > 1 and mask is None
-        return attend(q, keys[None, :, :end], values[None, :, :end], mask, causal)
-
-    def _mask(self, segment: Segment) -> Tensor | None:
-        """True where a new token sees a token `[1, 1, count, length + count]`."""
-        length, count = segment.slot.length, segment.count
-        if count == 1 or length == 0:
-            return None
-        key = torch.arange(length + count, device=self.cache.device)
-        return (key <= key[length:, None])[None, None]
+        return self.kind(q, keys[None], values[None], end, self.plans[n])
 
 
 class PackedFrames:
     """`FrameCache` of a packed batch."""
 
-    def __init__(self, cache: KVCache, segments: Sequence[Segment]):
-        self.cache, self.segments = cache, segments
+    def __init__(self, cache: KVCache, segments: Sequence[Segment], attend: Attend):
+        self.cache, self.segments, self.kind = cache, segments, attend
         self.counts = [segment.count for segment in segments]
         views = [self._view(segment) for segment in segments]
-        self.masks = [mask for mask, _ in views]
+        self.masked = [mask is not None for mask, _ in views]
+        places = cache.frames.shape[-2]
+        self.plans = [attend.frames(mask, cache.patches, places, cache.device) for mask, _ in views]
         seen = torch.cat([sees for _, sees in views])  # [N]
         self.any = bool(seen.any())
         blind = not bool(seen.all())
@@ -92,19 +88,19 @@ class PackedFrames:
         return _join([self._attend(n, layer, start, x) for n, (start, x) in enumerate(parts)])
 
     def _attend(self, n: int, layer: int, start: int, q: Tensor) -> Tensor:
-        segment, mask = self.segments[n], self.masks[n]
+        segment = self.segments[n]
         used = segment.slot.ring.used * self.cache.patches
         if used == 0:
             return torch.zeros_like(q)
         keys, values = self.cache.frames_of[layer][:, segment.slot.index]
-        out = attend(q, keys[None, :, :used], values[None, :, :used], mask)
-        if mask is None or segment.attend_all or self.sees is None:
+        out = self.kind(q, keys[None], values[None], used, self.plans[n])
+        if not self.masked[n] or segment.attend_all or self.sees is None:
             return out
         return out * self.sees[:, None, start : start + segment.count]
 
     def _view(self, segment: Segment) -> tuple[Tensor | None, Tensor]:
-        """True where a token sees a vision token `[1, 1, count, used x P]` (None: everywhere), and
-        where it sees any `[count]`."""
+        """True where a token sees a frame `[count, used]` (None: everywhere), and where it sees any
+        `[count]`; one that sees none has all in the first."""
         slot, ring = segment.slot, segment.slot.ring
         at = torch.arange(slot.position, slot.position + segment.count)[:, None]
         first = torch.tensor(ring.first[: ring.used], dtype=torch.long)
@@ -113,9 +109,7 @@ class PackedFrames:
         sees_any = seen.any(1)
         if bool(seen.all()) and bool(sees_any.all()):
             return None, sees_any
-        mask = seen | ~sees_any[:, None]  # a softmax over nothing is NaN
-        mask = upload(mask, self.cache.device).repeat_interleave(self.cache.patches, dim=1)
-        return mask[None, None], sees_any
+        return seen | ~sees_any[:, None], sees_any  # a softmax over nothing is NaN
 
 
 def _join(parts: list[Tensor]) -> Tensor:

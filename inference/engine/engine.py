@@ -28,6 +28,7 @@ from inference.engine import slot_state
 from inference.engine.batches import PackedBatch, Segment
 from inference.engine.cache import KVCache, put_frames
 from inference.engine.choice import choose_tokens
+from inference.engine.choose_attend import CHOICES, set_up
 from inference.engine.decode import sizes_of
 from inference.engine.graphs import GraphRunner
 from inference.engine.preprocess import Pixels
@@ -60,8 +61,10 @@ class EngineConfig:
         compile: passes of fixed shape (a token, a frame, a short prompt) are compiled with
             torch.compile.
         graphs: passes of fixed shape, and the vision tower, run as CUDA graphs, on CUDA.
-        kernels: what these passes are made of: "auto": on CUDA the Triton kernels that prove right
-            there, else plain torch; "triton": without a proof; "torch": plain torch.
+        attention: of passes of other shapes, and of the vision tower: "sdpa": torch's; "flash":
+            flash-attn; "npu": torch_npu's; "auto": npu on an Ascend NPU, else sdpa.
+        kernels: what passes of fixed shape are made of: "auto": on CUDA the Triton kernels that
+            prove right there, else plain torch; "triton": without a proof; "torch": plain torch.
         tokens_before_first_frame: "zero": they attend no frame; "attend_all": they attend all
             frames that come in the same step (what checkpoints of the published code do offline).
     """
@@ -72,6 +75,7 @@ class EngineConfig:
     max_sessions: int = number(1, above=0)
     compile: bool = False
     graphs: bool = True
+    attention: str = choice("auto", CHOICES)
     kernels: Literal["auto", "triton", "torch"] = choice("auto", KINDS)
     tokens_before_first_frame: Literal["zero", "attend_all"] = choice(
         "zero", ("zero", "attend_all")
@@ -114,20 +118,17 @@ class Engine:
         self.end_of_turn = self._token("<|eot_id|>", None)
         self.slots: dict[int, Slot] = {}
         self.cache = KVCache(
-            decoder,
-            slots=self.max_sessions,
-            max_tokens=self.max_tokens,
-            window=self.window,
-            device=self.device,
-            dtype=self.dtype,
-        )
+            decoder, slots=self.max_sessions, max_tokens=self.max_tokens, window=self.window,
+            device=self.device, dtype=self.dtype,
+        )  # fmt: skip
         vocabulary = self.config.text_config.vocab_size
         self.sampler = Sampler(self.max_sessions, vocabulary, self.silence_token, self.device)
         self.graph_runner: GraphRunner | None = None
         graphs = options.graphs and devices.has_graphs(self.device)
+        self.attend = set_up(model, options.attention)
         kind = "torch" if options.compile else options.kernels
         sizes = sizes_of(decoder, self.cache)
-        kernels = choose(kind, self.device, self.dtype, sizes)
+        kernels = choose(kind, self.device, self.dtype, sizes, self.attend.fixed)
         if graphs or options.compile or kernels.any_rows:
             self.graph_runner = self.make_graph_runner(kernels, graphs, options.compile)
             self.graph_runner.capture()
@@ -382,7 +383,7 @@ class Engine:
             if frames:
                 put_frames(self.cache, slot, tokens, frames)
             segments.append(Segment(slot, len(tokens), blind))
-        packed = PackedBatch(self.cache, segments)
+        packed = PackedBatch(self.cache, segments, self.attend)
         ids, positions = list[int](), list[int]()
         for slot, tokens, _ in parts:
             ids += tokens

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from data_pipeline import devices
 from data_pipeline.tokenizer_identity import TokenizerIdentity, identify
+from inference.engine.choose_attend import asks_of, choose
 from inference.engine.engine import Engine, EngineConfig
 from inference.engine.quantize import quantize_decoder, take_scales
 from inference.engine.sharded import ShardedEngine, join
@@ -69,7 +70,9 @@ def load_engine(
         RankFinished: on other ranks than 0, when rank 0 has ended.
     """
     config = replace(config or EngineConfig(), **changes)
-    rank, ranks = join()
+    where = devices.find(device)
+    check_attention(Path(checkpoint), config.attention, where, dtype)
+    rank, ranks = join(where.type)
     _check_tokenizer(Path(checkpoint))
     model = load_model(checkpoint, device, dtype, quantize, rank, ranks)
     processor = load_processor(checkpoint)
@@ -124,6 +127,17 @@ def load_model(
     if quantize is not None and stored is None:
         quantize_decoder(read.model, quantize)
     return read.model.to(where).eval()
+
+
+def check_attention(
+    folder: Path, attention: str, device: torch.device, dtype: str | torch.dtype | None
+) -> None:
+    """Raises ValueError where a folder's model cannot attend so, before anything is loaded."""
+    if attention == "auto" or _wrong_folder(folder) is not None:  # told by load_model
+        return
+    config = MossVideoConfig.from_pretrained(folder)
+    stored = getattr(config, "dtype", None) or torch.float32
+    choose(attention, device, find_dtype(dtype, device) or stored, *asks_of(config))
 
 
 def _check_names(folder: Path, read: Reading, packed: bool) -> None:

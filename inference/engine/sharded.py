@@ -33,8 +33,9 @@ from inference.engine.slots import Slot, Step
 IDLE = timedelta(days=3650)  # other ranks wait for the next call without a time limit
 
 
-def join() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says; the process group is made.
+def join(kind: str) -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun says; the process group is made,
+    for a kind of device.
 
     Raises:
         RanksError, JoinError: the environment is wrong, or the ranks do not come together.
@@ -42,7 +43,7 @@ def join() -> tuple[int, int]:
     ranks = ranks_of()
     if ranks.size > 1 and not dist.is_initialized():
         with joining(ranks, partial(print, file=sys.stderr, flush=True)):
-            dist.init_process_group(devices.backend(devices.best()))
+            dist.init_process_group(devices.backend(kind))
     return ranks.rank, ranks.size
 
 

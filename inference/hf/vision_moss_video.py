@@ -7,6 +7,7 @@ file is in every exported folder; names of parameters are those of transformers'
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +53,19 @@ class PositionEmbedding(nn.Module):
         return x + (1 - gate) * self.embedding + gate * tiles
 
 
+def attend_patches(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention `[N, L, heads, D]`; mask: True where one sees another `[N, 1, L, L]`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
 class VisionAttention(nn.Module):
-    """Self-attention over all patches of all tiles of a frame."""
+    """Self-attention over all patches of all tiles of a frame, computed by `attend`."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.head_dim = width // heads
+        self.attend: Callable[..., Tensor] = attend_patches
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
@@ -65,11 +73,10 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [N, L, D], [N, 1, L, L]
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(self.attend(q, k, v, mask).flatten(2))
 
 
 class VisionMLP(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from data_pipeline import devices
 from data_pipeline.kernel_proof import Kernel, proven
 from inference.kernels import plain
-from inference.kernels.rows import Attention, Rows
+from inference.kernels.rows import Attention
 from inference.kernels.trials import Sizes, Trials
 
 KINDS = ("auto", "triton", "torch")
@@ -28,34 +27,42 @@ class Kernels:
     rotate_and_keep: Callable[..., Tensor] = plain.rotate_and_keep
     norm_and_rotate: Callable[..., Tensor] = plain.norm_and_rotate
     product8: Callable[..., Tensor] = plain.product8
-    attention: Callable[[Any, Rows], Attention] = plain.Attention
+    attention: type[Attention] = plain.Attention
 
     @property
     def any_rows(self) -> bool:
         """Attention reads the slots of its rows where they are; plain torch would copy them."""
-        return self.attention is not plain.Attention
+        return self.attention.any_rows
 
 
-def choose(kind: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Kernels:
+def choose(
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    attention: type[Attention] = plain.Attention,
+) -> Kernels:
     """The operations for a device.
 
     Args:
         kind: `auto`: where Triton works, its kernels that prove right, else plain torch; `triton`:
             its kernels, unproven; `torch`: plain torch.
+        attention: that operation, where it is not Triton's.
 
     Raises:
         ValueError: `triton` where it cannot run.
     """
     if kind not in KINDS:
         raise ValueError(f"kernels={kind}: allowed: {', '.join(KINDS)}")
+    others = Kernels(attention=attention)
     if kind == "torch" or (kind == "auto" and not devices.has_triton(device)):
-        return Kernels()
+        return others
     try:
         fused = _triton()
     except ImportError as error:
         if kind == "triton":
             raise ValueError(f"kernels=triton: {error}: install triton") from None
-        return Kernels()
+        return others
     if kind == "triton":
         return fused
     return proven_ones(fused, device, dtype, sizes)

@@ -5,6 +5,8 @@ N tokens, `heads` query heads and `KV` heads of D numbers.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,6 +73,8 @@ def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 class Attention:
     """What the new tokens of a pass attend: masks are made once for all layers."""
+
+    any_rows: ClassVar = False
 
     def __init__(self, buffers: Buffers, rows: Rows):
         self.buffers, self.rows = buffers, rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -69,10 +69,14 @@ def seen_frames(buffers: Buffers, rows: Rows) -> Tensor:
 class Attention(Protocol):
     """What the new tokens of one pass attend.
 
+    any_rows: reads the slots of its rows where they are in the cache; else they would be copied.
     sees: whether a token sees any frame `[B, S]`.
     """
 
+    any_rows: ClassVar[bool]
     sees: Tensor
+
+    def __init__(self, buffers: Any, rows: Rows): ...
 
     def tokens(self, layer: int, q: Tensor) -> Tensor:
         """What queries `[N, heads, D]` see of all tokens up to their own `[N, heads x D]`."""

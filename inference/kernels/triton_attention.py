@@ -9,6 +9,8 @@ that a captured graph serves any length.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import triton
 import triton.language as tl
@@ -106,6 +108,8 @@ def _join_parts(
 
 class Attention:
     """As `plain.Attention`."""
+
+    any_rows: ClassVar = True
 
     def __init__(self, buffers: Buffers, rows: Rows):
         self.buffers, self.rows = buffers, rows

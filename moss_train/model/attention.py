@@ -1,15 +1,14 @@
-"""The attention switch: `model.attention` = auto | flex | sdpa | flash | te.
+"""The attention switch: `model.attention`, whose kinds data_pipeline/attention_kinds.py describes.
 
 The core of a self-attention takes heads and returns heads. Its input is a batch of frames
 `[N, L, heads, D]`, in each of which all positions attend each other, or a microbatch's packed text
 `[T, heads, D]`, in which each sequence attends itself causally. Optional packages are imported
-when they are chosen, and only here.
+when they are chosen: Transformer Engine here, flash-attn in data_pipeline/flash.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,6 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from data_pipeline import flash
 from moss_train.model.packed_text import PackedText
 from moss_train.model.sdpa import attend
 
@@ -55,27 +55,39 @@ def attention_core(
     return attend_packed if text else attend_whole
 
 
+def frames_core(backend: str) -> Core | None:
+    """The core of a cross-attention, which gets batches as `attend_whole` does: a kind that
+    computes those in which all see all, and sdpa the others. None: sdpa computes all.
+
+    Raises:
+        ValueError: the package that `backend` needs is not installed.
+    """
+    if backend != "flash":
+        return None
+    whole = _flash_whole()
+
+    def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return whole(query, key, value, None) if mask is None else attend(query, key, value, mask)
+
+    return core
+
+
 def _flash_whole() -> Core:
-    attend = _import_flash().flash_attn_func
+    whole = _load_flash().whole
 
     def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
             raise ValueError("model.attention=flash takes no mask: use sdpa")
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return attend(query, key, value, deterministic=deterministic)
+        return whole(query, key, value, False)[0]
 
     return core
 
 
 def _flash_packed() -> Core:
-    attend = _import_flash().flash_attn_varlen_func
+    packed = _load_flash().packed
 
     def core(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -> Tensor:
-        bounds, longest = text.bounds, max(text.spans)
-        return attend(
-            query, key, value, bounds, bounds, longest, longest, causal=True,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
+        return packed(query, key, value, text.bounds, max(text.spans))
 
     return core
 
@@ -106,15 +118,14 @@ def _te(config: TransformerConfig, groups: ProcessGroupCollection, number: int, 
     return packed if text else whole
 
 
-def _import_flash() -> Any:
+def _load_flash() -> flash.Flash:
     try:
-        import flash_attn
+        return flash.load()
     except ImportError as error:
         raise ValueError(
             "model.attention=flash needs the package flash-attn (pip install 'moss-train[flash]')"
             f", which cannot be imported: {error}"
         ) from None
-    return flash_attn
 
 
 def _import_te() -> type[nn.Module]:

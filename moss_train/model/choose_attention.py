@@ -10,18 +10,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.attention_kinds import KINDS, able
 from data_pipeline.kernel_proof import Case, Kernel, proven, remembered
 from moss_train import hardware
 from moss_train.config import ParallelConfig
 from moss_train.log import log
-from moss_train.model.attention import attend_packed, attend_whole, attention_core
+from moss_train.model.attention import attend_packed, attend_whole, attention_core, frames_core
 from moss_train.model.cross_attention import attend_blocks, attend_frames
 from moss_train.model.frame_plan import FramePlan, plan_frames
 from moss_train.model.groups import Groups
@@ -32,22 +32,20 @@ from moss_train.model.vision import rows_of_tile
 from moss_train.model_config import ModelConfig
 from moss_train.transfer import move
 
-PACKAGES = {  # whose versions matter, by their names in an index
-    "sdpa": ("torch",),
-    "flex": ("torch", "triton"),
-    "flash": ("torch", "flash-attn"),
-    "te": ("torch", "transformer-engine", "megatron-core"),
-}
-MODULES = tuple(  # whose code does
-    f"moss_train.model.{name}"
-    for name in (
-        "choose_attention",
-        "attention",
-        "cross_attention",
-        "flex_attention",
-        "frame_plan",
-        "sdpa",
-    )
+TOGETHER = {"te": ("megatron-core",)}  # through which a kind is called
+MODULES = (  # whose code does
+    "data_pipeline.flash",
+    *(
+        f"moss_train.model.{name}"
+        for name in (
+            "choose_attention",
+            "attention",
+            "cross_attention",
+            "flex_attention",
+            "frame_plan",
+            "sdpa",
+        )
+    ),
 )
 # What is timed: text, frames that are encoded at once, and a clip of which each token sees more.
 TEXT, ENCODED, CLIP = 2048, 8, 64
@@ -69,6 +67,11 @@ def choose_attention(model: ModelConfig, parallel: ParallelConfig, groups: Group
         chosen = [Trial(model, parallel, groups).choose()]
     dist.broadcast_object_list(chosen, src=0)
     return replace(model, attention=chosen[0])
+
+
+def packages_of(name: str) -> tuple[str, ...]:
+    """Whose versions matter to a kind of attention, by their names in an index."""
+    return tuple(dict.fromkeys(("torch", KINDS[name].package, *TOGETHER.get(name, ()))))
 
 
 class Trial:
@@ -96,35 +99,29 @@ class Trial:
         asked = self.model.attention
         if asked != "auto":
             return asked if self._proven(asked) else "sdpa"
-        able = ["sdpa", *(name for name in self._installed() if self._proven(name))]
-        if len(able) == 1:
+        right = ["sdpa", *(name for name in self._installed() if self._proven(name))]
+        if len(right) == 1:
             log.info("attention: sdpa (nothing else is installed, or right here)")
             return "sdpa"
-        packages = sorted({package for name in able for package in PACKAGES[name]})
+        packages = sorted({package for name in right for package in packages_of(name)})
         times = remembered(
-            self.device, "attention", f"{able}, {self.shapes}, {asdict(self.model)}", packages,
-            MODULES, lambda: {name: self._milliseconds(name) for name in able},
+            self.device, "attention", f"{right}, {self.shapes}, {asdict(self.model)}", packages,
+            MODULES, lambda: {name: self._milliseconds(name) for name in right},
         )  # fmt: skip
-        fastest = min(able, key=lambda name: times[name])
-        told = ", ".join(f"{name} {times[name]:.1f} ms" for name in able)
+        fastest = min(right, key=lambda name: times[name])
+        told = ", ".join(f"{name} {times[name]:.1f} ms" for name in right)
         log.info("attention: %s (%s)", fastest, told)
         return fastest
 
     def _installed(self) -> list[str]:
         """What may be tried beside sdpa."""
-        packages = {"flash": "flash_attn", "te": "transformer_engine", "flex": "triton"}
-        masked = not self.model.vision.full_attention
-        return [
-            name
-            for name, package in packages.items()
-            if find_spec(package) is not None
-            and not (name in ("flash", "te") and (masked or self.model.dtype == "fp32"))
-        ]
+        wanted = self.model.attention_wanted(hardware.TRAINS)
+        return [name for name in able(wanted) if name != "sdpa"]
 
     def _proven(self, name: str) -> bool:
         cases = self._cross_cases if name == "flex" else partial(self._core_cases, name)
         return proven(
-            Kernel(f"model.attention={name}", self.shapes, PACKAGES[name], MODULES, cases),
+            Kernel(f"model.attention={name}", self.shapes, packages_of(name), MODULES, cases),
             self.device,
         )
 
@@ -147,6 +144,15 @@ class Trial:
                 lambda q, k, v: attend_whole(q, k, v, None),
                 self._tower_inputs(name, frames, tiles),
             )
+        frames_of = frames_core(name)
+        if frames_of is not None:
+            seen = self._frames([600], 2, 1, "sdpa")  # 200 tokens see one frame, 200 both
+            yield Case(
+                "frames that all tokens of a block see",
+                lambda q, k, v: attend_frames(q, k, v, seen, frames_of),
+                lambda q, k, v: attend_frames(q, k, v, seen),
+                self._cross_inputs(seen),
+            )
 
     def _cross_cases(self) -> Iterator[Case]:
         """Streams, clips, several of them, tiles that are not real, what FlexAttention compiles."""
@@ -162,13 +168,14 @@ class Trial:
     def _milliseconds(self, name: str) -> float:
         """Of a microbatch of a clip and text, by the layers that a model has of each kind."""
         text, frames = self._text([TEXT]), self._frames([TEXT], CLIP, 1, name)
-        cores = self._core(name, True), self._core(name, False)
+        cores = self._core(name, True), self._core(name, False), frames_core(name)
         cross = len(self.model.text.cross_attention_layers)
         tower = self.model.vision.num_layers + self.model.vision.num_global_layers
         parts = (
             (self.model.text.num_layers - cross, self._text_inputs(TEXT),
              lambda q, k, v: cores[0](q, k, v, text)),
-            (cross, self._cross_inputs(frames), lambda q, k, v: attend_frames(q, k, v, frames)),
+            (cross, self._cross_inputs(frames),
+             lambda q, k, v: attend_frames(q, k, v, frames, cores[2])),
             (tower * FRAMES / ENCODED, self._tower_inputs(name, ENCODED, 1),
              lambda q, k, v: cores[1](q, k, v, None)),
         )  # fmt: skip

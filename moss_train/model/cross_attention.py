@@ -18,6 +18,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from moss_train.model.attention import Core, frames_core
 from moss_train.model.flex_attention import attend_flex
 from moss_train.model.frame_plan import FramePlan
 from moss_train.model.linear import ColumnLinear, RowLinear, unset
@@ -35,6 +36,7 @@ class CrossAttentionLayer(MegatronModule):
         self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
     ):
         super().__init__(config)
+        self.core = frames_core(model.attention)
         self.rotate = model.cross_attention_rope
         self.tp_group = groups.tp
         width, eps = config.hidden_size, config.layernorm_epsilon
@@ -132,30 +134,35 @@ class CrossAttentionLayer(MegatronModule):
             assert frame_rotation is not None
             query, key = token_rotation(query), frame_rotation(key)
         key = self.k_norm(key)
-        out = attend_frames(query, key, value, frames)
+        out = attend_frames(query, key, value, frames, self.core)
         if self.config.sequence_parallel:
             out = frames.attending.scatter(out)
         return out.flatten(1)[:, None]  # [n or T, 1, heads x D]
 
 
-def attend_frames(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
+def attend_frames(
+    query: Tensor, key: Tensor, value: Tensor, frames: FramePlan, core: Core | None = None
+) -> Tensor:
     """Softmax attention of tokens over frames, in the form that was planned.
 
     Args:
         query: of the tokens that attend a frame, `frames.tokens`: `[n, heads, D]`.
         key, value: `[F, T x P, kv heads, D]`.
+        core: computes padded batches and blocks (attention.frames_core); None: torch.
 
     Returns:
         `[n, heads, D]`.
     """
     if frames.padded is not None:
-        return attend_padded(query, key, value, frames)
+        return attend_padded(query, key, value, frames, core or attend)
     if frames.flex is not None:
         return attend_flex(query, key, value, frames.flex)
-    return attend_blocks(query, key, value, frames)
+    return attend_blocks(query, key, value, frames, core or attend_fused)
 
 
-def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, frames: FramePlan, core: Core = attend_fused
+) -> Tensor:
     """The same, block by block of `frames.blocks`."""
     blocks, patches = frames.blocks, key.shape[1]
     if frames.slots > len(key):
@@ -166,11 +173,13 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
     out = []
     for block, *heads in zip(blocks, queries, keys, values, strict=True):
         q, k, v = (x[None] for x in heads)  # [1, tokens, heads, D]
-        out.append(attend_fused(q, k, v, block.mask)[0])
+        out.append(core(q, k, v, block.mask)[0])
     return frames.rows.gather(torch.cat(out))
 
 
-def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
+def attend_padded(
+    query: Tensor, key: Tensor, value: Tensor, frames: FramePlan, core: Core = attend
+) -> Tensor:
     """The same for many short sequences, all of them at once."""
     padded = frames.padded
     assert padded is not None
@@ -180,7 +189,7 @@ def attend_padded(query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) 
         padded.frames.scatter(x).unflatten(0, (batch, -1)).flatten(1, 2) for x in (key, value)
     )  # [B, F x T x P, kv heads, D]
     mask = None if padded.mask is None else padded.mask[:, None]
-    return padded.tokens.gather(attend(q, k, v, mask).flatten(0, 1))
+    return padded.tokens.gather(core(q, k, v, mask).flatten(0, 1))
 
 
 class _Windows(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils import skip_init
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
+from data_pipeline.attention_kinds import KINDS, TOWER
 from moss_train import hardware
 from moss_train.model.mlp import FeedForward
 from moss_train.model.norms import LayerNorm
@@ -37,7 +38,9 @@ def rows_of_tile(vision: VisionConfig, backend: str) -> tuple[int, int]:
     """
     patches = vision.num_patches
     pads = -patches % PATCH_MULTIPLE
-    if pads < max(2, MANY_PADS * patches) or backend in ("flash", "te"):
+    kind = KINDS.get(backend, KINDS["sdpa"])
+    maskless = TOWER in kind.training and not kind.mask
+    if pads < max(2, MANY_PADS * patches) or maskless:
         return patches + pads, 1
     return patches + 1, pads
 

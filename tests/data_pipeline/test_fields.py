@@ -121,9 +121,9 @@ def test_every_name_has_its_choices(kind: type, entry: Field) -> None:
         return
     config = filled(kind)
     for value in entry.metadata[ALLOWED]:
-        setattr(config, entry.name, value)
+        put(config, entry.name, value)
         assert list(wrong_values(config)) == []
-    setattr(config, entry.name, value + "x")
+    put(config, entry.name, value + "x")
     listed = ", ".join(entry.metadata[ALLOWED])
     assert list(wrong_values(config)) == [f"{entry.name}={value}x: choose one of {listed}"]
 

@@ -142,7 +142,7 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
             "stage.schedule=step", "hardware.device=tpu", "model.projector.pool=sum"],
         ["stage.schedule=step: choose one of cosine, linear, wsd, constant",
          "model.projector.pool=sum: choose one of none, average, max, bilinear, channel_fusion",
-         "model.attention=fast: choose one of auto, flex, sdpa, flash, te",
+         "model.attention=fast: choose one of auto, sdpa, flex, flash, te",
          "model.dtype=fp16: choose one of bf16, fp32",
          "parallel.recompute=some: choose one of none, selective, full",
          "hardware.device=tpu: choose one of auto, cuda, cpu, npu"],
@@ -150,14 +150,14 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "attention without a mask": (
         1, ["model.attention=flash", "model.dtype=fp32", "model.vision.full_attention=false",
             "hardware.device=cpu"],
-        ["model.attention=flash: takes no mask, which model.vision.full_attention=false needs: use "
-         "auto",
-         "model.attention=flash: computes in half precision, model.dtype is fp32: use auto",
-         "model.attention=flash: trains on CUDA only, hardware.device is cpu: use auto"],
+        ["model.attention=flash: runs on cuda, not on cpu: use auto or sdpa",
+         "model.attention=flash: computes in bf16 or fp16, not in fp32: use auto or sdpa",
+         "model.attention=flash: takes no mask, which model.vision.full_attention=false needs: use "
+         "auto or sdpa"],
     ),
     "attention on a CPU": (
         1, ["model.attention=flex", "hardware.device=auto"],
-        ["model.attention=flex: trains on CUDA only, torch finds no CUDA device: use auto"],
+        ["model.attention=flex: runs on cuda, not on cpu: use auto or sdpa"],
     ),
     "layer numbers": (
         1, ["model.text.cross_attention_layers=[1,8]", "model.vision.intermediate_layers=[4]"],

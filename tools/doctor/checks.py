@@ -6,7 +6,8 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import torch
 from packaging.requirements import Requirement
 
 from data_pipeline import devices, npu
+from data_pipeline.attention_kinds import INFERENCE, KINDS, NPU, PLACES, able, kinds_of, missing
 from data_pipeline.kernel_proof import cache_folder
 from moss_train import hardware
+from moss_train.model_config import ModelConfig
 
 PROJECT = "moss-train"
 OPTIONAL = {  # what is better with it, and how it is installed
@@ -131,23 +134,40 @@ def _folders(found: Findings) -> None:
 
 
 def attention(found: Findings) -> None:
-    """Which attention and kernels run here, and why."""
-    chosen = (
-        "the fastest of those that compute what sdpa does" if hardware.has_accelerator() else "sdpa"
-    )
-    found.add("model.attention=auto", chosen)
-    needed = {"flash": "flash-attn", "te": "transformer-engine", "flex": "triton"}
-    for name, package in needed.items():
-        found.add(f"model.attention={name}", _why_not(package) or "is tried against sdpa")
+    """Which attention and kernels run here, and why, for the sizes of 11B in bf16."""
+    model = ModelConfig()
+    training = model.attention_wanted(hardware.kind_of("auto"))
+    inference = replace(training, use=INFERENCE, device=devices.best())
+    uses = (("model.attention", training, "tried against sdpa"), ("--attention", inference, "can"))
+    for what, wanted, able_to in uses:
+        for name in kinds_of(wanted.use):
+            reasons = missing(name, wanted)
+            where = "" if KINDS[name].places(wanted.use) == PLACES else _where(name, wanted.use)
+            told = f"not used: {'; '.join(reasons)}" if reasons else f"{able_to}{where}"
+            found.add(f"{what}={name}", told)
+            if not reasons:
+                _import(found, name)
+    trained = "the fastest of those that compute what sdpa does" if able(training)[1:] else "sdpa"
+    found.add("model.attention=auto", trained)
+    found.add("--attention=auto", NPU if NPU in able(inference) else "sdpa")
     triton = devices.has_triton(torch.device(devices.best()))
     kernels = "those that compute what torch does" if triton else "plain torch"
     found.add("kernels of decoding", kernels)
 
 
-def _why_not(package: str) -> str | None:
-    if not hardware.has_accelerator():
-        return "not used: trains on CUDA only"
-    return None if _version(package) else f"not used: {package} is not installed"
+def _where(name: str, use: str) -> str:
+    return f" ({' and '.join(KINDS[name].places(use))}; sdpa elsewhere)"
+
+
+def _import(found: Findings, name: str) -> None:
+    kind = KINDS[name]
+    try:
+        import_module(kind.module)
+    except Exception as error:  # of a build for another torch or CUDA: whatever it raises
+        found.fault(
+            f"{kind.package} cannot be imported: {error}",
+            f"pip install --force-reinstall --no-cache-dir '{kind.install}', or uninstall it",
+        )
 
 
 def media(found: Findings) -> None:

@@ -30,6 +30,8 @@ def model() -> MossVideoForConditionalGeneration:
 class AnyRows(plain.Attention):
     """Plain attention that takes a choice of slots, as the kernels do."""
 
+    any_rows = True
+
 
 FORMS = {"static": Kernels(), "rows": Kernels(attention=AnyRows)}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline import attention_kinds
 from moss_train.config import ParallelConfig
 from moss_train.model import choose_attention
 from moss_train.model.choose_attention import Trial
@@ -22,7 +23,7 @@ def machine(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *heads: None)
     monkeypatch.setattr(
-        choose_attention, "find_spec", lambda package: object() if package == "triton" else None
+        attention_kinds, "find_spec", lambda name: name if name in ("torch", "triton") else None
     )
     for name, value in (("TEXT", 256), ("ENCODED", 1), ("CLIP", 32)):
         monkeypatch.setattr(choose_attention, name, value)
