@@ -92,6 +92,15 @@ def test_wrong_configs_and_options_are_refused(
         load_model(folder, **({"device": "cpu"} | options))
 
 
+def test_an_attention_that_cannot_be_is_refused_before_ranks_meet(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("inference.engine.load.join")
+    said = "^attention=flash: runs on cuda, not on cpu: use auto or sdpa$"
+    with pytest.raises(ValueError, match=said):
+        load_engine(folder, device="cpu", attention="flash")
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config.json: give a folder"):
         load_model(tmp_path)

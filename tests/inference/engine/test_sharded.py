@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from inference.engine.sharded import join
 from inference.engine.tensor_parallel import shard
 from tests.inference.tiny import tiny_model
 from tests.torchrun import run_ranks
@@ -34,6 +35,21 @@ def test_a_dead_rank_ends_all(tiny: Path, tmp_path: Path) -> None:
     assert result.returncode != 0
     assert result.seconds < 45
     assert not list(tmp_path.glob("result*"))
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("npu", "hccl"), ("cuda", "nccl"), ("cpu", "gloo")])
+def test_ranks_meet_by_the_backend_of_their_device(kind, backend, monkeypatch) -> None:
+    """Not of the best that the machine has."""
+    met: list[str] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", met.append)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert join(kind) == (1, 2)
+    assert met == [backend]
 
 
 def test_heads_that_ranks_cannot_share_are_named() -> None:

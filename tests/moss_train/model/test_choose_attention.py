@@ -13,6 +13,7 @@ from moss_train.config import ParallelConfig
 from moss_train.model import choose_attention
 from moss_train.model.choose_attention import Trial
 from tests.moss_train.model.build import preset
+from tests.stand_ins import stand_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -62,6 +63,22 @@ def test_torch_s_own_is_taken_in_place_of_a_wrong_one(choose, attention, caplog,
     assert choose(attention) == "sdpa"
     (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert line.startswith("model.attention=flex is not used on CPU: text of [300] tokens, 40 fr")
+
+
+def test_flash_attn_proves_itself_in_all_places(choose, caplog, monkeypatch):
+    """Text and tower are right here; the frames come last."""
+    module = stand_in(monkeypatch, "flash_attn_2")
+    monkeypatch.setattr(attention_kinds, "find_spec", lambda name: name)
+    right = module.flash_attn_func
+
+    def whole(q, k, v, **options):
+        out, *others = right(q, k, v, **options)
+        return out * (1.02 if k.shape[1] != q.shape[1] else 1), *others
+
+    monkeypatch.setattr(module, "flash_attn_func", whole)
+    assert choose("flash", dtype="bf16") == "sdpa"
+    said = "model.attention=flash is not used on CPU: frames that all tokens of a block see: "
+    assert caplog.records[-1].getMessage().startswith(said)
 
 
 def test_on_a_cpu_nothing_is_tried(groups, caplog):
