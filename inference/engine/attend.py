@@ -24,11 +24,11 @@ class Attend(Protocol):
     `length` are attended by queries `[1, heads, S, D]`, whose result is like them.
 
     `text` and `frames` make what is the same in all layers of a pass; `__call__` takes it.
-
-    fixed: the operation of passes of fixed shape where no kernel of Triton's is used.
     """
 
-    fixed: type[Attention]
+    @property
+    def fixed(self) -> type[Attention]:
+        """The operation of passes of fixed shape where no kernel of Triton's is used."""
 
     def text(self, count: int, length: int, device: torch.device) -> Any:
         """`count` new tokens, the last of `length`: each sees the tokens up to itself."""

@@ -45,6 +45,6 @@ def packed(
     spans = (list(pairwise(x)) for x in bounds)
     for (start, stop), (first, last) in zip(*spans, strict=True):
         hidden = later(stop - start, last - first, last - first - stop + start) if causal else None
-        part = attend(q[None, start:stop], *(x[None, first:last] for x in (k, v)), scale, hidden)
-        out.append(part[0][0])
+        own = k[None, first:last], v[None, first:last]
+        out.append(attend(q[None, start:stop], *own, scale, hidden)[0][0])
     return torch.cat(out)

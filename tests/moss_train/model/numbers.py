@@ -48,4 +48,4 @@ def compare(groups: Any, kind: str, layout: Any) -> None:
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert len(ours) == len(right) > 50
     for one, other in zip(ours, right, strict=True):
-        assert (one - other).abs().max() <= 1e-4 * max(other.abs().max(), 1e-3)
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp(min=1e-3)

@@ -56,7 +56,7 @@ def test_flash_attn_s_stand_ins_refuse_what_the_real_ones_do(release, monkeypatc
         (q.repeat(1, 1, 1, 17), *2 * [kv.repeat(1, 1, 1, 17)]),
     ):
         with pytest.raises(refused):
-            calls.whole(*wrong, False)
+            calls.whole(wrong[0], wrong[1], wrong[2], False)
     for at in (bounds.long(), bounds[:2], bounds.repeat_interleave(2)[::2]):
         with pytest.raises(refused):
             calls.packed(q[0], kv[0, :3], kv[0, :3], at, 2)

@@ -69,8 +69,8 @@ class DotProductAttention(nn.Module):
             assert form == "sbhd"
             assert q.dim() == k.dim() == v.dim() == 4, "must be 4D tensors"
             assert kind == "no_mask", kind
-            batch_first = (x.transpose(0, 1) for x in (q, k, v))
-            out = reference.attend(*batch_first, self.scale)[0].transpose(0, 1)
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            out = reference.attend(q, k, v, self.scale)[0].transpose(0, 1)
         return out.reshape(*out.shape[:-2], -1)
 
     def _packed(self, q, k, v, kind, bounds, longest):
