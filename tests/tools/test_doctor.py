@@ -27,7 +27,7 @@ def test_a_machine_that_is_well_gets_a_page_and_no_fault(capsys):
         assert rows["device=auto"].startswith("cpu")
         assert rows["model.attention=flash"] == "not used: runs on cuda, not on cpu"
         assert rows["--attention=npu"] == "not used: runs on npu, not on cpu"
-        assert rows["model.attention=sdpa"] == "tried against sdpa"
+        assert rows["model.attention=sdpa"] == "runs"
     assert page["faults"] == []
 
 

@@ -24,7 +24,7 @@ from moss_train.model_config import ModelConfig
 PROJECT = "moss-train"
 OPTIONAL = {  # what is better with it, and how it is installed
     "triton": ("kernels of decoding and flex attention on a GPU", "pip install triton"),
-    "flash-attn": ("model.attention=flash", f"pip install '{PROJECT}[flash]'"),
+    "flash-attn": ("model.attention=flash, --attention=flash", f"pip install '{PROJECT}[flash]'"),
     "transformer-engine": ("model.attention=te", f"pip install '{PROJECT}[te]'"),
     "torch-npu": ("inference on an Ascend NPU", f"pip install '{PROJECT}[npu]'"),
     "compressed-tensors": ("exports made with --quantize", f"pip install '{PROJECT}[quantized]'"),
@@ -138,12 +138,16 @@ def attention(found: Findings) -> None:
     model = ModelConfig()
     training = model.attention_wanted(hardware.kind_of("auto"))
     inference = replace(training, use=INFERENCE, device=devices.best())
-    uses = (("model.attention", training, "tried against sdpa"), ("--attention", inference, "can"))
+    uses = (
+        ("model.attention", training, "is tried against sdpa"),
+        ("--attention", inference, "runs if asked for"),
+    )
     for what, wanted, able_to in uses:
         for name in kinds_of(wanted.use):
             reasons = missing(name, wanted)
             where = "" if KINDS[name].places(wanted.use) == PLACES else _where(name, wanted.use)
-            told = f"not used: {'; '.join(reasons)}" if reasons else f"{able_to}{where}"
+            runs = "runs" if name == "sdpa" else able_to
+            told = f"not used: {'; '.join(reasons)}" if reasons else f"{runs}{where}"
             found.add(f"{what}={name}", told)
             if not reasons:
                 _import(found, name)
