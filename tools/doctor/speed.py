@@ -23,9 +23,10 @@ LIMIT_S = 120  # until local ranks must have summed
 
 def computing(found: Findings) -> None:
     """A product in bf16 against the exact one and the data sheet, and copies."""
-    device, fast = hardware.device(), hardware.on_accelerator()
+    device = devices.find("auto")
+    fast = devices.is_accelerator(device)
     rate = product(SHAPES[fast], device)
-    peak = hardware.peak_tflops_of(hardware.device_name())
+    peak = hardware.peak_tflops_of(devices.name(device)) if fast else None
     of = f" of {peak:.0f}" if peak else ""
     found.add("bf16 product", f"{rate['bf16_tflops']:.3g}{of} TFLOP/s")
     if not rate["error"] < ERROR:

@@ -68,9 +68,9 @@ def product(shape: tuple[int, int, int], device: torch.device) -> dict[str, floa
     )
     flop = 2e-12 * m * k * n
     rows = slice(0, 64)
-    exact = x[rows].double() @ w.double().T
-    error = ((x[rows] @ w.T).double() - exact).norm() / exact.norm()
-    found = {"bf16_tflops": flop / timed(lambda: x @ w.T), "error": float(error)}
+    exact = x[rows].cpu().double() @ w.cpu().double().T  # not every device has doubles
+    error = ((x[rows] @ w.T).cpu().double() - exact).norm() / exact.norm()
+    found = {"bf16_tflops": flop / timed(device, lambda: x @ w.T), "error": float(error)}
     if devices.has_fp8(device):
         one = torch.ones((), device=device)
         x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
@@ -80,7 +80,7 @@ def product(shape: tuple[int, int, int], device: torch.device) -> dict[str, floa
                 x8, w8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
             )
 
-        found["fp8_tflops"] = flop / timed(scaled)
+        found["fp8_tflops"] = flop / timed(device, scaled)
     return found
 
 
@@ -88,11 +88,11 @@ def copies(size: int, device: torch.device) -> dict[str, float]:
     """GB a second of copies of `size` bytes: on the device (read and written), from the host."""
     there = torch.empty(size, dtype=torch.uint8, device=device)
     other, host = torch.empty_like(there), torch.empty(size, dtype=torch.uint8)
-    found = {"on the device": 2e-9 * size / timed(lambda: other.copy_(there))}
+    found = {"on the device": 2e-9 * size / timed(device, lambda: other.copy_(there))}
     if devices.pins(device):
         pinned = host.pin_memory()
-        found["from page-locked memory"] = 1e-9 * size / timed(lambda: there.copy_(pinned))
-        found["from ordinary memory"] = 1e-9 * size / timed(lambda: there.copy_(host))
+        found["from page-locked memory"] = 1e-9 * size / timed(device, lambda: there.copy_(pinned))
+        found["from ordinary memory"] = 1e-9 * size / timed(device, lambda: there.copy_(host))
     return found
 
 
@@ -105,17 +105,17 @@ def all_reduced(
     numbers = torch.full((size // 4,), float(rank + 1), device=device)
     dist.all_reduce(numbers, group=group)
     right = bool((numbers == ranks * (ranks + 1) / 2).all())
-    seconds = timed(lambda: dist.all_reduce(numbers.zero_(), group=group), times=5)
+    seconds = timed(device, lambda: dist.all_reduce(numbers.zero_(), group=group), times=5)
     return right, 2e-9 * (ranks - 1) / ranks * size / seconds
 
 
-def timed(work: Callable[[], Any], times: int = 10, warm: int = 2) -> float:
-    """Seconds of one call, the mean of several after some."""
+def timed(device: torch.device, work: Callable[[], Any], times: int = 10, warm: int = 2) -> float:
+    """Seconds of one call on a device, the mean of several after some."""
     for _ in range(warm):
         work()
-    hardware.synchronize()
+    devices.synchronize(device)
     started = time.perf_counter()
     for _ in range(times):
         work()
-    hardware.synchronize()
+    devices.synchronize(device)
     return (time.perf_counter() - started) / times
