@@ -16,6 +16,7 @@ from data_pipeline.synthesis.config import SynthesisConfig
 from data_pipeline.toy.build import ToyConfig
 from inference.engine.engine import EngineConfig
 from inference.engine.sampling import Sampling
+from inference.evaluate.streaming.config import StreamingConfig
 from inference.serve.limits import Limits
 from inference.session.session import SessionConfig
 from moss_train.config import Config
@@ -32,6 +33,8 @@ FREE = {
     "SourceOptions.caption_column", "TrainerConfig.profile",
     "EndpointConfig.url", "EndpointConfig.model", "EndpointConfig.text_url",
     "EndpointConfig.text_model", "EndpointConfig.api_key_env", "WriteConfig.roles",
+    "StreamingConfig.benchmarks", "StreamingConfig.videos", "StreamingConfig.tasks",
+    "StreamingConfig.prompts", "SpeakingConfig.system_prompt",
 }  # fmt: skip
 
 Entry = tuple[type, Field, set[type]]
@@ -58,7 +61,10 @@ def entries(kind: type, seen: set[type]) -> Iterator[Entry]:
 
 
 SEEN: set[type] = set()
-ROOTS = (Config, BuildOptions, SynthesisConfig, ToyConfig, EngineConfig, Limits, SessionConfig)
+ROOTS = (
+    Config, BuildOptions, SynthesisConfig, ToyConfig, EngineConfig, Limits, SessionConfig,
+    StreamingConfig,
+)  # fmt: skip
 ENTRIES = [entry for root in ROOTS for entry in entries(root, SEEN)]
 
 

@@ -35,7 +35,7 @@ def operating(bias: float, heard: Sequence[Heard]) -> Operating:
     minutes = sum(one.minutes for one in heard)
     if not told or not minutes:
         raise ValueError("no events were watched")
-    hits = [t.second - t.event["second"] for t in told if t.second is not None]
+    hits = [one.delay for one in told if one.delay is not None]
     matched, false = sum(one.matched for one in heard), sum(one.false for one in heard)
     recall = len(hits) / len(told)
     precision = matched / (matched + false) if matched + false else 1.0

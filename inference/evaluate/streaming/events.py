@@ -159,15 +159,14 @@ class Events:
 
         for number, told in enumerate(heard.told):
             name, text, event = f"{item.id}.{number}", told.text, told.event
-            seen = float(told.second is not None)
+            seen = float(told.delay is not None)
             add(name, "", seen, "told", event, text)
             part = "while speaking" if told.speaking else "in silence"
             add(name, part, seen, "told", event, text)
-            if told.second is not None and told.end is not None:
-                delay, whole = told.second - event["second"], told.end - event["second"]
-                add(name, "first right word", delay, "s", event, text)
-                add(name, f"first right word {part}", delay, "s", event, text)
-                add(name, "end of the answer", whole, "s", event, text)
+            if told.delay is not None and told.end is not None:
+                add(name, "first right word", told.delay, "s", event, text)
+                add(name, f"first right word {part}", told.delay, "s", event, text)
+                add(name, "end of the answer", told.end - event["second"], "s", event, text)
             if told.speaking:
                 for how in (*HOW, "not"):
                     share = float(how == (told.how or "not"))

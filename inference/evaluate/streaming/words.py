@@ -38,11 +38,10 @@ class Words:
     found: dict[str, str]
 
     def __call__(self, name: str, *values: object) -> str:
-        """A template with its `{}` filled in."""
-        return self.templates[name].format(*values).strip()
-
-    def raw(self, name: str) -> str:
-        return self.templates[name]
+        """A template with its `{}` filled in; other braces are text."""
+        parts = self.templates[name].split("{}")
+        filled = [str(value) + part for value, part in zip(values, parts[1:], strict=True)]
+        return "".join([parts[0], *filled]).strip()
 
 
 def read_words(questions: Path | None = None, own: Path | None = None) -> Words:

@@ -88,11 +88,11 @@ def test_words_of_the_benchmark_are_those_of_its_repository(tmp_path: Path) -> N
     """The layout of OVO-Bench's repository: data/, and constant.py at its top."""
     (tmp_path / "data").mkdir()
     (tmp_path / "constant.py").write_text(
-        'import os\nBR_PROMPT_TEMPLATE = """Q: {}\nO: {}"""\nREC_PROMPT_TEMPLATE = "no place"\n'
-        'raise RuntimeError("it is not run")\n'
+        'import os\nBR_PROMPT_TEMPLATE = """Q: {}\nO: {} {as it is}"""\n'
+        'REC_PROMPT_TEMPLATE = "no place"\nraise RuntimeError("it is not run")\n'
     )
     words = read_words(tmp_path / "data" / "ovo_bench_new.json")
-    assert words("ovobench.choice", "Who?", "A. me;") == "Q: Who?\nO: A. me;"
+    assert words("ovobench.choice", "Who?", "A. me;") == "Q: Who?\nO: A. me; {as it is}"
     assert words.found == {"ovobench.choice": f"{tmp_path / 'constant.py'}: BR_PROMPT_TEMPLATE"}
     assert "How often" in words("ovobench.REC", "How often?")  # theirs does not fit
     own = tmp_path / "own.yaml"

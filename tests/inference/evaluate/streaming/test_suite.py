@@ -158,6 +158,23 @@ def test_a_killed_command_goes_on_with_the_same_items(tiny: Path, tmp_path: Path
     assert "<svg" in (out / "curve.svg").read_text()
 
 
+def test_on_the_wall_clock_a_second_takes_a_second(
+    model: inference.Model, questions: Path, tmp_path: Path
+) -> None:
+    talk = SpeakingConfig(clock="wall", fps=5.0, silence_bias=-100.0, pace=4, max_new_tokens=9)
+    options = {"tasks": ("EPM",), "protocol": "push", "context": 1.0, "patience": 0.4}
+    began = time.monotonic()
+    run(questions, tmp_path, lambda bias: ModelSpeaker(model, talk), speaking=talk, **options)
+    spent = time.monotonic() - began
+    (record,) = said(tmp_path, "push").values()
+    assert record["seconds"] == pytest.approx(8 / 5)  # 6.0 to 7.4
+    assert spent >= 1.4
+    seconds = [e["second"] for e in record["said"]]
+    assert seconds == sorted(seconds) != []
+    assert 6.0 <= seconds[0] <= record["said"][-1]["end"] <= 6.0 + spent
+    assert all(e["second"] % 0.2 for e in record["said"])  # not those of the frames
+
+
 def test_a_broken_session_is_said_and_not_an_answer(model: inference.Model) -> None:
     with model.session(live=False, clock="media") as session:
         session.close("gone")
