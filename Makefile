@@ -1,11 +1,12 @@
-# make demo | make demo-full | make test | make check | make chaos: each sets up .venv first, once.
+# make demo | make demo-full | make test | make check | make chaos | make lmms: each sets up .venv
+# first, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := 2.13.0
 
-.PHONY: demo demo-full test check chaos setup clean
+.PHONY: demo demo-full test check chaos lmms setup clean
 
 setup: $(READY)
 
@@ -46,6 +47,11 @@ check: $(READY)
 # A hundred faults by a seed, and the losses of a run in peace (docs/reliability.md): up to an hour.
 chaos: $(READY)
 	$(BIN)/python -m tools.chaos --faults 100
+
+# lmms-eval's own environment, once (1.3 GB), and the test that asks our server through it.
+lmms: $(READY)
+	$(BIN)/python -m tools.evaluate.lmms_environment
+	$(BIN)/python -m pytest tests/tools/evaluate/test_lmms.py
 
 clean:
 	rm -rf $(VENV) toy_world runs

@@ -2,6 +2,8 @@
 
     moss-eval --checkpoint RUN                        held-out samples of the toy world
     moss-eval --checkpoint RUN --suite FILE.jsonl     samples of a file, as in shards
+    moss-eval --checkpoint EXPORT --suite seed25      the 25 benchmarks of the seed's table
+    moss-eval --checkpoint EXPORT --suite lmms        any tasks of lmms-eval
     moss-eval --checkpoint EXPORT --suite streaming   benchmarks of streams
     moss-eval compare RUN RUN                         two runs of a suite, item by item
 
@@ -22,8 +24,18 @@ def _streaming(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _benchmarks(arguments: list[str]) -> int:
+    from tools.evaluate.seed25 import main
+
+    return main(arguments)
+
+
 # Suites with a command of their own, which gets the whole command line.
-SUITES: Mapping[str, Command] = {"streaming": _streaming}
+SUITES: Mapping[str, Command] = {
+    "seed25": _benchmarks,
+    "lmms": _benchmarks,
+    "streaming": _streaming,
+}
 
 
 def _samples(arguments: list[str]) -> int:

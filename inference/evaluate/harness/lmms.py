@@ -1,0 +1,237 @@
+"""One task of lmms-eval: run in its own environment, and read into our form of results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inference.evaluate.harness.benchmarks import Benchmark
+from inference.evaluate.harness.lmms_runner import FAILED, SKIPPED
+from inference.evaluate.harness.server import MODEL
+from inference.evaluate.results import Item, Row
+
+HERE = Path(__file__).parent
+_RUNNER, _TASKS = HERE / "lmms_runner.py", HERE / "tasks"
+_DONE = "done.json"
+_GRADES = ("score", "rating", "match_success", "is_correct", "correct", "accuracy")
+_SAID = ("pred_answer", "parsed_pred", "pred", "prediction")
+_WANTED = ("answer", "ground_truth", "gt_answer", "gt")
+
+
+@dataclass(frozen=True)
+class Harness:
+    """How lmms-eval is run.
+
+    python: of its environment. out: folder of its files. fps, max_frames: of videos. concurrency:
+    requests at once. include: a folder of tasks beside lmms-eval's own. limit: items of a task.
+    """
+
+    python: Path
+    out: Path
+    fps: float
+    max_frames: int
+    max_tokens: int
+    concurrency: int
+    include: Path | None = None
+    limit: int | None = None
+
+
+class TaskFailed(Exception):
+    """lmms-eval could not run a task; the text has its last words."""
+
+
+def run_task(
+    harness: Harness, benchmark: Benchmark, url: str, check: Callable[[], None]
+) -> tuple[Row, list[Item]]:
+    """Asks the server at `url` all items of a task, and reads what came of it.
+
+    A task that is finished is not run again; of one that was stopped, or in which requests failed,
+    only what has no answer is asked again. `check` is called while it runs, and may raise.
+
+    Raises TaskFailed, and what `check` raises.
+    """
+    folder = harness.out / benchmark.task
+    if not finished(folder, harness.limit):
+        _run(harness, benchmark, folder, url, check)
+    row, items = read_task(folder / "run", benchmark)
+    if not row.failed and not row.skipped:
+        (folder / _DONE).write_text(json.dumps({"limit": harness.limit}) + "\n")
+    return row, items
+
+
+def finished(folder: Path, limit: int | None) -> bool:
+    """Whether a task has been run to its end with the same limit."""
+    try:
+        return bool(json.loads((folder / _DONE).read_text())["limit"] == limit)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def command(harness: Harness, benchmark: Benchmark, folder: Path, url: str) -> list[str]:
+    """How lmms-eval is started; its settings are written into the folder."""
+    settings = {
+        "journal": str(folder / "answers.jsonl"), "media": str(folder / "media.json"),
+        "fps": harness.fps, "max_frames": harness.max_frames, "max_tokens": harness.max_tokens,
+    }  # fmt: skip
+    (folder / "settings.json").write_text(json.dumps(settings) + "\n")
+    model = {
+        "model": MODEL, "base_url": f"{url}/v1", "api_key": "none", "pass_video_url": True,
+        "num_concurrent": harness.concurrency, "prefix_aware_queue": False,
+    }  # fmt: skip
+    words = [
+        str(harness.python), str(_RUNNER), str(folder / "settings.json"), "--model", "openai",
+        "--model_args", ",".join(f"{name}={value}" for name, value in model.items()),
+        "--tasks", benchmark.task, "--include_path", str(harness.include or _TASKS),
+        "--batch_size", "1", "--log_samples", "--output_path", str(folder / "run"),
+    ]  # fmt: skip
+    return words + (["--limit", str(harness.limit)] if harness.limit else [])
+
+
+def _run(
+    harness: Harness, benchmark: Benchmark, folder: Path, url: str, check: Callable[[], None]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _DONE).unlink(missing_ok=True)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    words = command(harness, benchmark, folder, url)
+    home = os.environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
+    # Some tasks find their videos only where HF_HOME is set; a proxy is not for this machine.
+    environment = {**os.environ, "HF_HOME": home, "NO_PROXY": "127.0.0.1,localhost"}
+    environment.pop("PYTHONPATH", None)
+    log = folder / "log.txt"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                check()
+                try:
+                    process.wait(1.0)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if process.returncode:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no word"]
+        raise TaskFailed(
+            f"lmms-eval ended with code {process.returncode}: {lines[-1]:.300} ({log})"
+        )
+
+
+def read_task(folder: Path, benchmark: Benchmark) -> tuple[Row, list[Item]]:
+    """The row and the items of what lmms-eval wrote.
+
+    Raises TaskFailed where a file or the metric is not there.
+    """
+    samples = _one(folder, f"*_samples_{benchmark.task}.jsonl")
+    with samples.open(encoding="utf-8") as file:
+        media_file = folder.parent / "media.json"
+        media = json.loads(media_file.read_text()) if media_file.exists() else {}
+        items = [_item(json.loads(line), benchmark, media) for line in file]
+    failed = sum("failed" in item for item in items)
+    skipped = sum("skipped" in item for item in items)
+    count = len(items) - failed - skipped
+    metric, value = benchmark.metric, None
+    if count:
+        metric, value = _value(_one(folder, "*_results.json"), benchmark)
+    for item in items:
+        _grade(item, metric)
+    missing = {"no media": skipped} if skipped else {}
+    row = Row(benchmark.name, metric, value, count, len(items), failed, missing, benchmark.seed)
+    return row, items
+
+
+def _value(path: Path, benchmark: Benchmark) -> tuple[str, float]:
+    """The metric's name and value."""
+    found = json.loads(path.read_text())["results"].get(benchmark.task, {})
+    for name, value in found.items():
+        metric = name.partition(",")[0]
+        wanted = metric == benchmark.metric if benchmark.metric else not metric.endswith("_stderr")
+        if wanted and isinstance(value, int | float) and not isinstance(value, bool):
+            return metric, float(value) * benchmark.scale
+    raise TaskFailed(f"{path}: has no {benchmark.metric} of {benchmark.task}: {', '.join(found)}")
+
+
+def _one(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.rglob(pattern))
+    if not found:
+        raise TaskFailed(f"{folder}: lmms-eval has written no {pattern}")
+    return found[-1]
+
+
+def _item(sample: dict[str, Any], benchmark: Benchmark, media: dict[str, list[str]]) -> Item:
+    name = str(sample["doc_id"])
+    # `resps` is there where a filter of the task has changed the answer.
+    said = _text(sample.get("resps", sample.get("filtered_resps")))
+    item: Item = {
+        "id": name,
+        "row": benchmark.name,
+        "question": str(sample.get("input", "")),
+        "reference": str(sample.get("target", "")),
+        "media": media.get(name) or _paths(sample.get("input_media")),
+    }
+    if said.startswith(FAILED):
+        return item | {"failed": said}
+    if said.startswith(SKIPPED):
+        return item | {"skipped": "no media", "detail": said.removeprefix(SKIPPED).strip()}
+    return item | {"answer": said, "metrics": sample}
+
+
+def _grade(item: Item, metric: str) -> None:
+    """Puts the score in the place of the whole sample."""
+    if "metrics" in item:
+        item["score"] = score = grade(item.pop("metrics").get(metric))
+        if score in (0.0, 1.0):
+            item["correct"] = bool(score)
+
+
+def grade(value: Any) -> float | None:
+    """An item's score from what its task keeps for its metric: a number, or a dict with one or
+    with what was said and what was wanted. None: neither; the item has no score of its own."""
+    if isinstance(value, bool | int | float):
+        return float(value)
+    if not isinstance(value, dict):
+        return None
+    for name in _GRADES:
+        if isinstance(value.get(name), bool | int | float):
+            return float(value[name])
+    said, wanted = (
+        next((value[n] for n in names if n in value), None) for names in (_SAID, _WANTED)
+    )
+    if said is None or wanted is None:
+        return None
+    return float(_plain(said) == _plain(wanted))
+
+
+def _plain(value: Any) -> str:
+    return str(value).strip().strip("()").lower()
+
+
+def _text(value: Any) -> str:
+    """The answer: samples hold it inside lists."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, str) else ""
+
+
+def _paths(media: Any) -> list[str]:
+    """Those of the pictures that are files."""
+    found = media if isinstance(media, list) else []
+    return [path for path in found if isinstance(path, str) and os.path.isfile(path)]
+
+
+def settings_of(harness: Harness, benchmark: Benchmark) -> dict[str, Any]:
+    """What a row was asked with, for the table."""
+    frames = f"{harness.fps:g}/s, at most {harness.max_frames}" if benchmark.video else ""
+    return {"frames": frames, "prompt": f"lmms-eval 0.7.3, {benchmark.task}"}

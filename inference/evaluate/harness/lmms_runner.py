@@ -1,0 +1,184 @@
+"""Runs lmms-eval with answers kept as they come, and failures left out of its scores.
+
+    LMMS_PYTHON inference/evaluate/harness/lmms_runner.py SETTINGS.json LMMS_EVAL_ARGUMENTS...
+
+Another interpreter runs this file, that of lmms-eval's environment: it imports nothing of ours. It
+changes lmms-eval 0.7.3 in three places:
+
+- an answer is written to a journal when it comes, and read from there by a later run;
+- a video is named as a proper `file:` URL, with the frames that the run is to show;
+- an item whose media are missing, which would end the process, and one whose request failed, which
+  would count as a wrong answer, have no score. They stand in the samples with their mark.
+
+SETTINGS.json: `journal`, `media` (files that this writes), `fps`, `max_frames`, `max_tokens`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+FAILED, SKIPPED = "[LMMS_EVAL_REQUEST_FAILED", "[MOSS_SKIPPED]"
+
+
+class Journal:
+    """Answers by what was asked, in a file of JSON lines. A line that a kill cut off is ignored."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.known = path, dict[str, list[Any]]()
+        self._lock = threading.Lock()
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        for line in text.split("\n"):
+            try:
+                key, *answer = json.loads(line)
+                self.known[key] = answer
+            except (ValueError, TypeError):
+                continue
+        if text and not text.endswith("\n"):
+            self._write("")
+
+    def add(self, key: str, answer: list[Any]) -> None:
+        self.known[key] = answer
+        self._write(json.dumps([key, *answer]))
+
+    def _write(self, line: str) -> None:
+        with self._lock, open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class Completions:
+    """In place of the client's `chat.completions`."""
+
+    def __init__(self, inner: Any, settings: dict[str, Any]) -> None:
+        self._inner, self._settings = inner, settings
+        self._journal = Journal(settings["journal"])
+
+    def create(self, **asked: Any) -> Any:
+        chosen = {"fps": self._settings["fps"], "max_frames": self._settings["max_frames"]}
+        asked["extra_body"] = {"media_io_kwargs": {"video": chosen}}
+        asked["max_tokens"] = min(asked["max_tokens"], self._settings["max_tokens"])
+        for part in (part for message in asked["messages"] for part in message["content"]):
+            if part["type"] == "video_url":
+                part["video_url"]["url"] = file_url(part["video_url"]["url"])
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        if key not in self._journal.known:
+            found = self._inner.create(**asked)
+            used = found.usage
+            counts = [used.prompt_tokens, used.completion_tokens] if used else [0, 0]
+            self._journal.add(key, [found.choices[0].message.content, *counts])
+        text, prompt, said = self._journal.known[key]
+        usage = SimpleNamespace(prompt_tokens=prompt, completion_tokens=said)
+        message = SimpleNamespace(content=text)
+        return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage=usage)
+
+
+def file_url(url: str) -> str:
+    """lmms-eval writes a path as it is behind `file://`."""
+    return Path(url[7:]).as_uri() if url.startswith("file:///") else url
+
+
+def missing(messages: list[dict[str, Any]]) -> list[str]:
+    """Videos of a question that are not there."""
+    return [path for path in videos(messages) if not os.path.exists(path)]
+
+
+def videos(messages: list[dict[str, Any]]) -> list[str]:
+    """Paths of the videos of a question."""
+    parts = [part for message in messages for part in message["content"]]
+    urls = [str(part["url"]) for part in parts if part["type"] == "video"]
+    return [
+        unquote(urlsplit(u).path) if u.startswith("file://") else u
+        for u in urls
+        if "://" not in u[5:]
+    ]
+
+
+def keep_answers(chat: Any, settings: dict[str, Any]) -> None:
+    """Has lmms-eval's chat class use the journal, and ask only what can be asked."""
+    generate = chat.generate_until
+
+    def generate_until(self: Any, requests: list[Any]) -> list[Any]:
+        if not isinstance(self.client.chat, SimpleNamespace):
+            made = Completions(self.client.chat.completions, settings)
+            self.client = SimpleNamespace(chat=SimpleNamespace(completions=made))
+        answers: dict[int, Any] = {}
+        media = {}
+        for number, request in enumerate(requests):
+            _, to_messages, _, doc_id, task, split = request.args
+            try:
+                messages = to_messages(self.task_dict[task][split][doc_id])
+                gone = missing(messages)
+                media[str(doc_id)] = videos(messages)
+            except (SystemExit, Exception) as error:  # tasks end the process over a missing file
+                gone = [f"{type(error).__name__}: {error}"]
+            if gone:
+                answers[number] = f"{SKIPPED} no media: {', '.join(gone)}"
+        with open(settings["media"], "w", encoding="utf-8") as file:
+            json.dump(media, file)
+        asked = [n for n in range(len(requests)) if n not in answers]
+        told = generate(self, [requests[n] for n in asked])
+        answers.update(zip(asked, told, strict=True))
+        return [answers[n] for n in range(len(requests))]
+
+    chat.generate_until = generate_until
+
+
+class Unscored:
+    """A task that gives an item no score."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def process_results(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+
+def leave_out_failures(evaluator: Any) -> None:
+    """Has lmms-eval score only items that were answered."""
+    process = evaluator._process_document_results
+
+    def process_document_results(item: Any, *, task: Any, **more: Any) -> Any:
+        texts = [getattr(resp, "text", resp) for request in item[2] for resp in request.resps]
+        lost = any(str(text).startswith((FAILED, SKIPPED)) for text in texts)
+        return process(item, task=Unscored(task) if lost else task, **more)
+
+    evaluator._process_document_results = process_document_results
+
+
+def end_with_parent() -> None:
+    """A run that is killed leaves no process that goes on asking."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    """Changes lmms-eval, then does what its own command does."""
+    end_with_parent()
+    settings = json.loads(Path(sys.argv.pop(1)).read_text())
+    from lmms_eval import evaluator
+    from lmms_eval.__main__ import cli_evaluate
+    from lmms_eval.models.chat.openai import OpenAICompatible
+
+    keep_answers(OpenAICompatible, settings)
+    leave_out_failures(evaluator)
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
