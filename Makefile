@@ -48,7 +48,7 @@ check: $(READY)
 chaos: $(READY)
 	$(BIN)/python -m tools.chaos --faults 100
 
-# lmms-eval's own environment, once (1.3 GB), and the test that asks our server through it.
+# lmms-eval's own environment, once (2.0 GB), and the test that asks our server through it.
 lmms: $(READY)
 	$(BIN)/python -m tools.evaluate.lmms_environment
 	$(BIN)/python -m pytest tests/tools/evaluate/test_lmms.py

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--checkpoint", type=Path, required=True, metavar="RUN",
         help="run folder, checkpoint, or export")  # fmt: skip
     add("--suite", default="toy", metavar="SUITE",
-        help="toy, or a JSONL file of samples as in shards")  # fmt: skip
+        help="toy, a JSONL file of samples as in shards, or a suite of an export")  # fmt: skip
     add("--stages", nargs="*", default=[], metavar="STAGE",
         help="toy: stages whose samples are used (default: the run's own)")  # fmt: skip
     add("--data", type=Path, metavar="FOLDER",
