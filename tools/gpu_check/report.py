@@ -41,6 +41,9 @@ def _words(found: dict[str, Any]) -> str:
         return f"{found['device']}: {', '.join(rates)} TFLOP/s, copies {copy:.3g} GB/s"
     if "apart" in found:
         return f"largest relative difference to the CPU {max(found['apart'].values()):.1e}"
+    if "kinds" in found:
+        wrong = (f"{name} is not right here" for name in found["not_right"])
+        return ", ".join([*(f"{n} {loss:.4f}" for n, loss in found["kinds"].items()), *wrong])
     if "save_s" in found:
         return f"{found['written_gb']:.3g} GB in {found['save_s']:.3g} s"
     if "step_s" in found:

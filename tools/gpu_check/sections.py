@@ -6,9 +6,11 @@ Every finding has "correct", which the exit code is made of; speeds never make i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from data_pipeline.attention_kinds import able
 from moss_train.train.process import (
     leave_process_group,
     start_process_group,
@@ -21,11 +23,14 @@ from tools.gpu_check.workbench import Workbench
 
 TOLERANCE = 1e-4  # relative difference of a loss between CPU and GPU
 CPU_LOSSES, GPU_LOSSES = "losses on the CPU", "losses"
+ATTENTION = "attention"
+ROUNDED = 1e-2  # relative difference of a loss between kinds of attention, in bf16
 # In the order of a run, with the seconds that each may take.
 LIMITS = {
     "preflight": 60,
     CPU_LOSSES: 90,
     GPU_LOSSES: 90,
+    ATTENTION: 120,
     "resume": 60,
     **dict.fromkeys(CASES, 120),
     "save": 150,
@@ -52,6 +57,8 @@ def _section(name: str, case: Case, device: str, rehearse: bool) -> Callable[[],
         return partial(preflight, rehearse)
     if name in (CPU_LOSSES, GPU_LOSSES):
         return partial(stage_losses, device, 2 if rehearse else None)
+    if name == ATTENTION:
+        return partial(attention_losses, device)
     if name == "resume":
         return partial(saving.resume, device)
     if name == "save":
@@ -68,6 +75,24 @@ def stage_losses(device: str, steps: int | None) -> dict[str, Any]:
         losses[stage] = [bench.step(batch).loss for _ in range(steps or case.steps)]
     falls = all(own[-1] < own[0] for own in losses.values())
     return {"correct": falls, "losses": losses}
+
+
+def attention_losses(device: str) -> dict[str, Any]:
+    """Loss of a first step with each kind of attention that can be had here, beside sdpa's: streams
+    and packed texts, small model, bf16 (fp32 on a CPU, where sdpa is alone)."""
+    case, losses, replaced = STAGES["realtime_sft"], dict[str, float](), list[str]()
+    if device != "cpu":
+        case = replace(case, overrides=(*case.overrides, "model.dtype=bf16"))
+    for name in able(case.config(device, "unused").model.attention_wanted(device)):
+        own = replace(case, overrides=(*case.overrides, f"model.attention={name}"))
+        bench = Workbench(own, device, "unused")
+        if bench.config.model.attention != name:
+            replaced.append(name)  # it did not prove right
+        losses[name] = bench.step(bench.batch()).loss
+    theirs = losses["sdpa"]
+    apart = {name: abs(loss - theirs) / abs(theirs) for name, loss in losses.items()}
+    correct = not replaced and max(apart.values()) <= ROUNDED
+    return {"correct": correct, "kinds": losses, "not_right": replaced}
 
 
 def compare_losses(findings: dict[str, dict[str, Any]]) -> None:
