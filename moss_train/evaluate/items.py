@@ -75,9 +75,13 @@ def read_lines(path: Path, encoder: SampleEncoder) -> Iterator[Item]:
     """Samples of a JSONL file: the JSON of a shard's samples; `file` of a medium is its path,
     from the folder of the JSONL file.
 
-    Raises EvaluationError that names the line.
+    Raises EvaluationError that names the file, or the line.
     """
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from data_pipeline.commands import WRONG_USAGE, report_error
 
 Command = Callable[[list[str]], int]
 
@@ -30,6 +33,7 @@ def _benchmarks(arguments: list[str]) -> int:
     return main(arguments)
 
 
+TOY = "toy"
 # Suites with a command of their own, which gets the whole command line.
 SUITES: Mapping[str, Command] = {
     "seed25": _benchmarks,
@@ -55,7 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
-    return SUITES.get(suite_of(arguments), _samples)(arguments)
+    suite = suite_of(arguments)
+    if suite not in ("", TOY, *SUITES) and not Path(suite).is_file():
+        known = ", ".join((TOY, *SUITES))
+        words = f"--suite {suite}: there is no such suite ({known}) and no such file of samples"
+        return report_error("moss-eval", words, WRONG_USAGE)
+    if not suite and {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    return SUITES.get(suite, _samples)(arguments)
 
 
 def suite_of(arguments: list[str]) -> str:

@@ -129,6 +129,9 @@ def test_lines_of_json_with_files_beside_them(model, tmp_path: Path) -> None:
     path.write_text(json.dumps(line) + "\n" + json.dumps(line).replace("a.jpg", "b.jpg"))
     with pytest.raises(EvaluationError, match=r"mine.jsonl:2: .*b.jpg"):
         list(read_lines(path, model.encoder))
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(EvaluationError, match=r"mine.jsonl: cannot be read: .*utf-8"):
+        list(read_lines(path, model.encoder))
 
 
 def test_a_toy_world_that_is_not_there(model, tmp_path: Path) -> None:
