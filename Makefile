@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := 2.13.0
 
-.PHONY: demo demo-full test check chaos lmms setup clean
+.PHONY: demo demo-full test test-ray check chaos lmms setup clean
 
 setup: $(READY)
 
@@ -37,6 +37,11 @@ demo-full: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# An import on a Ray of two nodes, whose worker and node are killed.
+test-ray: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
+	TEST_RAY=1 $(BIN)/python -m pytest tests/data_pipeline/engines/test_ray.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -14,11 +14,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_pipeline import files
+from data_pipeline import files, stores
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
 from data_pipeline.fields import check_values, number
 from data_pipeline.importers.draft import Entry
@@ -26,6 +26,7 @@ from data_pipeline.importers.forms import FORMS, OpenSource, SourceOptions, open
 from data_pipeline.importers.journal import REJECTED, Journal, Summary
 from data_pipeline.importers.media import MediaOptions, Outcome
 from data_pipeline.importers.pool import Pool
+from data_pipeline.importers.share import WHOLE
 from data_pipeline.index import prepare_index
 from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
@@ -68,18 +69,19 @@ def build_shards(
     if files.is_url(str(out_dir)):
         raise ShardError(f"{out_dir}: shards are written to a local folder: copy them from there")
     out = Path(out_dir)
-    files.set_timeout(options.timeout)
+    stores.set_timeout(options.timeout)
     pool = Pool(options.workers)
     try:
         opened = open_source(str(source), options.source, out)
         print(f"{source}: form {', '.join(opened.found) or opened.form}", file=sys.stderr)
-        journal = Journal(out, _arguments(str(source), opened, options))
+        journal = Journal(out, arguments_of(str(source), opened, options))
         try:
             if journal.finished:
                 print(f"{out}: finished already, nothing to do", file=sys.stderr)
             else:
-                _import(opened, journal, pool, options)
-                _index(out, journal, max(1, options.workers))
+                progress = Progress("import", unit="records")
+                import_entries(opened.entries(WHOLE), journal, pool, options, progress)
+                index_groups(out, journal.shards, max(1, options.workers))
                 journal.finish()
         finally:
             journal.close()
@@ -88,7 +90,7 @@ def build_shards(
     return journal.summary
 
 
-def _arguments(source: str, opened: OpenSource, options: BuildOptions) -> dict[str, object]:
+def arguments_of(source: str, opened: OpenSource, options: BuildOptions) -> dict[str, object]:
     """Everything that decides what the shards hold."""
     return {
         "version": _VERSION,
@@ -102,30 +104,40 @@ def _arguments(source: str, opened: OpenSource, options: BuildOptions) -> dict[s
     }
 
 
-def _import(opened: OpenSource, journal: Journal, pool: Pool, options: BuildOptions) -> None:
-    progress = Progress("import", unit="records")
+def import_entries(
+    entries: Iterable[Entry],
+    journal: Journal,
+    pool: Pool,
+    options: BuildOptions,
+    progress: Progress,
+    prefix: str = "shard",
+) -> None:
+    """Writes the shards of the entries that no finished shard has, called `PREFIX-000000.tar`, ...
+
+    Raises TooManyRejectedError.
+    """
     groups: dict[str, _Group] = {}
     seen = 0
-    for outcome in pool.finish(_unhandled(opened, journal), options.media):
+    for outcome in pool.finish(_unhandled(entries, journal), options.media):
         seen = outcome.index + 1
         if isinstance(outcome.sample, SampleError):
             journal.reject(outcome, outcome.sample)
-            _check_rejected(journal.summary, options.max_rejected, seen)
+            check_rejected(journal.summary, options.max_rejected, seen)
         else:
             if outcome.group not in groups:
-                groups[outcome.group] = _Group(outcome.group, journal, options)
+                groups[outcome.group] = _Group(outcome.group, journal, options, prefix)
             groups[outcome.group].write(outcome)
         rejected = journal.summary.rejected.total()
         progress.step(share=outcome.share, note=f"{rejected} rejected" if rejected else "")
     for group in groups.values():
         group.finish()
     progress.end(f"{journal.summary.rejected.total()} rejected")
-    _check_rejected(journal.summary, options.max_rejected, journal.summary.records, last=True)
+    check_rejected(journal.summary, options.max_rejected, journal.summary.records, last=True)
 
 
-def _unhandled(opened: OpenSource, journal: Journal) -> Iterator[Entry]:
+def _unhandled(entries: Iterable[Entry], journal: Journal) -> Iterator[Entry]:
     """The entries, numbered, that no finished shard accounts for."""
-    for index, entry in enumerate(opened.entries()):
+    for index, entry in enumerate(entries):
         if not journal.handled(entry.group, index):
             yield Entry(entry.key, entry.file, entry.share, entry.draft, index)
 
@@ -133,12 +145,13 @@ def _unhandled(opened: OpenSource, journal: Journal) -> Iterator[Entry]:
 class _Group:
     """The shards of one group while they are written."""
 
-    def __init__(self, name: str, journal: Journal, options: BuildOptions) -> None:
+    def __init__(self, name: str, journal: Journal, options: BuildOptions, prefix: str) -> None:
         self._name, self._journal = name, journal
         self._writer = ShardWriter(
             journal.out / name,
             options.samples_per_shard,
             int(options.shard_size * 1e6),
+            prefix,
             first=journal.shards[name],
         )
         self._samples, self._last = 0, -1
@@ -159,9 +172,7 @@ class _Group:
             self._samples, self._notes = 0, Counter()
 
 
-def _check_rejected(
-    summary: Summary, limit: float | None, records: int, last: bool = False
-) -> None:
+def check_rejected(summary: Summary, limit: float | None, records: int, last: bool = False) -> None:
     """A number of records stops the import at once, a share as soon as it means something."""
     if limit is None:
         return
@@ -177,8 +188,9 @@ def _check_rejected(
         )
 
 
-def _index(out: Path, journal: Journal, workers: int) -> None:
-    for group in journal.shards:
+def index_groups(out: Path, groups: Iterable[str], workers: int) -> None:
+    """Makes the index of each group of shards in `out` that has none."""
+    for group in groups:
         started = time.perf_counter()
         try:
             check_source(out / group)
@@ -264,15 +276,19 @@ def run(given: argparse.Namespace, program: str) -> int:
         return report_error(program, error, WRONG_USAGE)
     except KeyboardInterrupt:
         return report_error(program, "interrupted: the same command goes on", STOPPED)
+    print_summary(given.out, summary)
+    return 0 if summary.imported else 1
+
+
+def print_summary(out: Path, summary: Summary) -> None:
     for group, count in summary.imported.items():
-        print(f"{given.out / group}: {count} samples")
+        print(f"{out / group}: {count} samples")
     for reason, count in summary.rejected.items():
-        print(f"rejected, {reason}: {count} (see {given.out / REJECTED})")
+        print(f"rejected, {reason}: {count} (see {out / REJECTED})")
     for note, count in sorted(summary.notes.items()):
         print(f"noted, {note}: {count}")
     print(f"{summary.records} records: {summary.imported.total()} imported, "
           f"{summary.rejected.total()} rejected")  # fmt: skip
-    return 0 if summary.imported else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A URL is taken for a folder where its name does not end like a file that we read
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import fsspec
 
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
+from data_pipeline.stores import is_url, missing_package
 
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff",
@@ -32,22 +34,7 @@ ANIMATED_SUFFIXES = frozenset({".gif", ".webp", ".apng", ".avif"})
 RECORD_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 TAR_SUFFIXES = frozenset({".tar", ".tgz"})
 
-_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the extra of ours that brings it
 _RETRY_AFTER = (1.0, 4.0)  # seconds
-
-
-def set_timeout(seconds: float) -> None:
-    """Seconds without an answer after which a request fails, in this process and its children."""
-    import aiohttp
-
-    silence = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
-    web = {"client_kwargs": {"timeout": silence}}
-    store = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}}
-    fsspec.config.conf.update({"http": web, "https": web, "s3": store})
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 def join(folder: str, path: str) -> str:
@@ -110,7 +97,8 @@ def open_file(path: str) -> Iterator[BinaryIO]:
         _explained(path),
         fsspec.open(path, "rb") if is_url(path) else Path(path).open("rb") as file,
     ):
-        yield cast(BinaryIO, file)
+        # fsspec's own files read no line in pieces.
+        yield cast(BinaryIO, io.BufferedReader(file) if is_url(path) else file)
 
 
 def read_bytes(path: str) -> bytes:
@@ -122,7 +110,7 @@ def read_bytes(path: str) -> bytes:
         try:
             data = _read(path)
         except ImportError as error:
-            raise _missing_package(path, error) from None
+            raise ShardError(missing_package(path, error)) from None
         except Exception as error:  # every protocol has errors of its own
             # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
@@ -179,7 +167,7 @@ def _explained(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist: correct the path") from None
     except ImportError as error:
-        raise _missing_package(path, error) from None
+        raise ShardError(missing_package(path, error)) from None
     except ShardError:
         raise
     except Exception as error:
@@ -187,9 +175,3 @@ def _explained(path: str) -> Iterator[None]:
         if not is_url(path) and not isinstance(error, OSError | ValueError):
             raise
         raise ShardError(f"{path} cannot be read: {error}") from None
-
-
-def _missing_package(path: str, error: ImportError) -> ShardError:
-    extra = _EXTRAS.get(path.partition("://")[0])
-    advice = f"pip install 'moss-train[{extra}]'" if extra else str(error)
-    return ShardError(f"{path}: its protocol needs another package: {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
@@ -53,18 +54,23 @@ class Progress:
     """Counts what is done, from any thread, and shows it on stderr with rate and time left.
 
     `total`: how many there are, where that is known. `scale`: how many of what is counted make one
-    `unit`, as 1e9 bytes make a GB.
+    `unit`, as 1e9 bytes make a GB. `shown`: False says nothing, as one of many processes.
     """
 
     EVERY = 5.0  # seconds between lines in a file; a terminal's line is rewritten 5 times a second
 
     def __init__(
-        self, label: str, total: int | None = None, unit: str = "samples", scale: float = 1.0
+        self,
+        label: str,
+        total: int | None = None,
+        unit: str = "samples",
+        scale: float = 1.0,
+        shown: bool = True,
     ) -> None:
         self._label, self._total, self._unit, self._scale = label, total, unit, scale
         self._done = 0
         self._first_share: float | None = None
-        self._line = ConsoleLine(sys.stderr)
+        self._line = ConsoleLine(sys.stderr if shown else io.StringIO())
         self._start = self._shown = time.perf_counter()
         self._lock = threading.Lock()
 

@@ -124,6 +124,7 @@ class PromptBuilder:
         added = tokenizer.get_added_tokens_decoder()
         self._control = {i for i, token in added.items() if token.special}
         self._inline = {"<|silence|>": special.silence, "<|...|>": special.ellipsis}
+        self._headers: dict[str, list[int]] = {}  # by role: each is the same in every prompt
 
     def build(
         self,
@@ -193,8 +194,10 @@ class PromptBuilder:
     def header(self, role: Role) -> list[int]:
         """The tokens before a turn's content."""
         special = self._special
-        name = self._encode(role)
-        return [special.start_header_id, *name, special.end_header_id, *self._encode("\n\n")]
+        if role not in self._headers:
+            inside = [*self._encode(role), special.end_header_id, *self._encode("\n\n")]
+            self._headers[role] = [special.start_header_id, *inside]
+        return list(self._headers[role])
 
     def turn(self, role: Role, text: str) -> list[int]:
         """A whole turn without media and its `<|eot_id|>`; what is not a system prompt is typed by

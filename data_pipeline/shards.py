@@ -12,7 +12,9 @@ import webdataset
 import yaml
 from braceexpand import braceexpand
 
+from data_pipeline import stores
 from data_pipeline.atomic import PARTIAL_SUFFIX, partial_path, publish
+from data_pipeline.stores import GoneError, StoreError, is_url
 
 INDEX_FOLDER = ".nv-meta"  # where energon keeps a folder's index
 # Written last by prepare_index: its presence says that the index is whole.
@@ -149,33 +151,60 @@ def check_source(path: str | Path) -> SourceInfo:
 
 
 def training_shards(path: str | Path) -> dict[str, int]:
-    """The shards that a folder's index has for training, by name, with their numbers of samples.
+    """The shards that a folder's index has for training, by name, with their numbers of samples;
+    of a folder in an object store, too.
 
     All of them where the index is ours; `energon prepare` may leave some to other parts. Raises
     ShardError where the index is missing or does not match the folder.
     """
-    folder = Path(path)
-    names = {shard.name for shard in shard_files(folder)}
+    folder = str(path).rstrip("/")
+    names = _shard_names(folder)
     prepare = f"run `python -m data_pipeline.index {folder}`"
-    index = folder / INDEX_FOLDER
-    info, split = index / ".info.json", index / "split.yaml"
-    if not all(file.is_file() for file in (index / INDEX_MARK, split, info)):
+    if is_url(folder):
+        prepare = "run `python -m data_pipeline.index FOLDER` on the folder before it is uploaded"
+    info, split = (f"{folder}/{INDEX_FOLDER}/{name}" for name in (".info.json", "split.yaml"))
+    mark, counted, parted = map(_text, (f"{folder}/{INDEX_FOLDER}/{INDEX_MARK}", info, split))
+    if mark is None or counted is None or parted is None:
         raise ShardError(f"{folder} has no complete index: {prepare}")
     try:
-        counts: dict[str, int] = json.loads(info.read_text())["shard_counts"]
+        counts: dict[str, int] = json.loads(counted)["shard_counts"]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{info} cannot be read ({error}): {prepare}") from None
     changed = sorted(names.symmetric_difference(counts))
     if changed:
         raise ShardError(f"{folder}: the index does not match the shards ({changed[0]}): {prepare}")
     try:
-        chosen = _training_part(yaml.safe_load(split.read_text()))
+        chosen = _training_part(yaml.safe_load(parted))
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{split} cannot be read ({error!r}): {prepare}") from None
     used = {name: counts[name] for name in sorted(counts) if name in chosen and counts[name]}
     if not used:
         raise ShardError(f"{split}: no sample is left for training: {prepare}")
     return used
+
+
+def _shard_names(folder: str) -> set[str]:
+    if not is_url(folder):
+        return {shard.name for shard in shard_files(folder)}
+    try:
+        names = {name for name in stores.names(folder) if name.endswith(".tar")}
+    except StoreError as error:
+        raise ShardError(str(error)) from None
+    if not names:
+        raise ShardError(f"{folder} holds no .tar shards: upload them or correct the URL")
+    return names
+
+
+def _text(path: str) -> str | None:
+    """A file of an index; None: it is not there."""
+    try:
+        if is_url(path):
+            return stores.read(path).decode()
+        return Path(path).read_text() if Path(path).is_file() else None
+    except GoneError:
+        return None
+    except (StoreError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path} cannot be read: {error}") from None
 
 
 def _training_part(split: dict[str, Any]) -> set[str]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from omegaconf import MISSING
 
 from data_pipeline.fields import choice, number
+from data_pipeline.stores import StoreOptions
 
 MODALITIES = ("text", "image", "video")
 PACKED_TOKENS = 4096  # enough that a GPU computes longer than the host takes to say what
@@ -16,7 +17,10 @@ PACKED_TILES = 256  # their encoder takes a GPU longer than all else, however th
 
 @dataclass
 class SourceConfig:
-    """One folder of shards, drawn with `weight` among the sources of its modality."""
+    """One folder of shards, drawn with `weight` among the sources of its modality.
+
+    path: a path, or a URL (`s3://`, `gs://`, `hf://`, ...).
+    """
 
     name: str = MISSING
     path: str = MISSING
@@ -55,6 +59,7 @@ class DataConfig:
     pad_multiple: int = number(64, above=0)
     # Stop when more than this share of the samples cannot be read.
     max_bad_ratio: float = number(0.01, least=0, most=1)
+    stores: StoreOptions = field(default_factory=StoreOptions)  # how sources that are URLs are read
     audit: bool = False  # write the keys of every step to audit.jsonl
 
     def read_together(self, replicas: int) -> int:

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "moss_train.model_config",
     ),
     ("data_pipeline.build", "data_pipeline.toy", "data_pipeline.synthesis"),
+    ("data_pipeline.engines",),
     ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
     (
         "moss_train.node_folders",
@@ -70,7 +71,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformer_engine": ("moss_train/model/attention.py",),
     "flash_attn": ("data_pipeline/flash.py",),
     "torch_npu": ("data_pipeline/npu.py",),
-    "ray": (),
+    "ray": ("data_pipeline/engines/ray_tasks.py",),
     "opentelemetry": ("inference/serve/traces.py",),
     "triton": ("inference/kernels/triton_",),
 }

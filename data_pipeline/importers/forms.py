@@ -7,7 +7,6 @@ A form of your own is a function in RECORD_FORMS, and, to be recognized without 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems,
 from data_pipeline.importers.locate import Finder
 from data_pipeline.importers.recognize import form_beside, form_of_all, nearest
 from data_pipeline.importers.records import first_records, read_records
+from data_pipeline.importers.share import WHOLE, Share
 from data_pipeline.importers.webdataset import shard_entries
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
@@ -91,13 +91,17 @@ class RecordFile:
     limit: int | None = None  # records that are taken at most
 
 
+Entries = Callable[[Share], Iterator[Entry]]
+
+
 @dataclass(frozen=True)
 class OpenSource:
-    """A source whose form is known. `entries` starts at its first record at each call."""
+    """A source whose form is known. `entries` starts at its first record at each call, and gives
+    those of a part."""
 
     form: str
     files: list[str]
-    entries: Callable[[], Iterator[Entry]]
+    entries: Entries
     found: tuple[str, ...] = ()  # the forms of its records
 
     def fingerprint(self) -> str:
@@ -131,11 +135,14 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
     if form == "captions":
         if not folder or not any(captions.media_type(path) for path in paths):
             raise ShardError(f"{source}: expected a folder of pictures or videos")
-        return OpenSource(form, paths, partial(captions.folder_entries, source, paths))
+        entries = partial(captions.folder_entries, source, paths)
+        return OpenSource(form, paths, _by_key(entries))
     if form == "webdataset" or in_shards:
         tars = [path for path in paths if _is_tar(path)]
-        entries = partial(shard_entries, tars, _converts(options), form if in_shards else None)
-        return OpenSource("webdataset", tars, entries)
+        named = form if in_shards else None
+        return OpenSource(
+            "webdataset", tars, partial(shard_entries, tars, _converts(options), named)
+        )
     if form == "transcripts":
         return _transcripts(source, folder, paths, options)
     if form == "llamafactory":
@@ -146,12 +153,16 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
         _record_file(path, stem, form, options) for path, stem in zip(chosen, stems, strict=True)
     ]
     media = [path for path in paths if captions.media_type(path)]
+    of_part: Entries = partial(_record_entries, record_files)
     if media and files.name(chosen[0]) in _METADATA:
-        entries = partial(_folder_entries, record_files, media, other)
-    else:
-        entries = partial(_record_entries, record_files)
+        of_part = _by_key(partial(_folder_entries, record_files, media, other))
     found = tuple(sorted({file.form for file in record_files}))
-    return OpenSource(form, [file.path for file in record_files], entries, found)
+    return OpenSource(form, [file.path for file in record_files], of_part, found)
+
+
+def _by_key(entries: Callable[[], Iterator[Entry]]) -> Entries:
+    """The entries of a part where it takes all of them to know which they are."""
+    return lambda share: (entry for entry in entries() if share.has(entry.key))
 
 
 def _form(source: str, folder: bool, paths: list[str]) -> str:
@@ -272,7 +283,8 @@ def _transcripts(source: str, folder: bool, paths: list[str], options: SourceOpt
                 key = f"{stem}-{part:06d}"
                 yield Entry(key, files.name(path), (at + 1) / len(found), draft)
 
-    return OpenSource("transcripts", [path for path, _ in found], entries, ("transcripts",))
+    paths = [path for path, _ in found]
+    return OpenSource("transcripts", paths, _by_key(entries), ("transcripts",))
 
 
 def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSource:
@@ -293,19 +305,22 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
         for (data_set, path), stem in zip(parts, stems, strict=True)
     ]
 
-    def entries() -> Iterator[Entry]:
-        yield from _record_entries(record_files)
+    def entries(share: Share) -> Iterator[Entry]:
+        yield from _record_entries(record_files, share)
         for name, reason in rejected:
-            yield Entry(name, _INFO, 1.0, reason)
+            if share.has(name):
+                yield Entry(name, _INFO, 1.0, reason)
 
     return OpenSource("llamafactory", [info, *(file.path for file in record_files)], entries)
 
 
-def _record_entries(record_files: list[RecordFile]) -> Iterator[Entry]:
+def _record_entries(record_files: list[RecordFile], share: Share = WHOLE) -> Iterator[Entry]:
     for at, record_file in enumerate(record_files):
         name, finder = files.name(record_file.path), Finder(record_file.base)
         ids: set[int] = set()
-        for record in itertools.islice(read_records(record_file.path), record_file.limit):
+        for record in read_records(record_file.path, partial(share.has_record, record_file.stem)):
+            if record_file.limit is not None and record.number >= record_file.limit:
+                break
             again = _seen(record.value, ids)
             for part, draft in enumerate(_record_drafts(record.value, record_file)):
                 if isinstance(draft, Draft):

@@ -24,7 +24,7 @@ from data_pipeline.shards import ShardError, remove_partial
 
 # What UTF-8 cannot encode becomes an escape that JSON has, too.
 _TEXT: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
-_MANIFEST, _SHARDS, REJECTED = "build.json", "shards.jsonl", "rejected.jsonl"
+_MANIFEST, SHARDS, REJECTED = "build.json", "shards.jsonl", "rejected.jsonl"
 
 
 @dataclass
@@ -38,6 +38,15 @@ class Summary:
     @property
     def records(self) -> int:
         return self.imported.total() + self.rejected.total()
+
+    def result(self) -> dict[str, Counter[str]]:
+        """For JSON."""
+        return {"imported": self.imported, "rejected": self.rejected, "notes": self.notes}
+
+    def add(self, result: dict[str, dict[str, int]]) -> None:
+        """Adds what `result` gave of another import."""
+        for name, counts in result.items():
+            getattr(self, name).update(counts)
 
 
 class Journal:
@@ -59,7 +68,7 @@ class Journal:
         self.finished = self._read_manifest()
         self._read_shards()
         self._read_rejected()
-        self._finished_shards: TextIO = (out / _SHARDS).open("a")
+        self._finished_shards: TextIO = (out / SHARDS).open("a")
         self._rejected: TextIO = (out / REJECTED).open("a", **_TEXT)
 
     def handled(self, group: str, index: int) -> bool:
@@ -99,13 +108,9 @@ class Journal:
     def finish(self) -> None:
         """Writes the result, and sorts the rejected records by their place in the source."""
         self._rejected.flush()
-        lines = sorted(_lines(self.out / REJECTED), key=lambda line: line["record"])
-        _write_lines(self.out / REJECTED, lines)
-        summary = self.summary
-        result = {
-            "imported": summary.imported, "rejected": summary.rejected, "notes": summary.notes,
-        }  # fmt: skip
-        self._write_manifest(result)
+        lines = sorted(read_lines(self.out / REJECTED), key=lambda line: line["record"])
+        write_lines(self.out / REJECTED, lines)
+        self._write_manifest(self.summary.result())
         self.finished = True
 
     def close(self) -> None:
@@ -122,7 +127,7 @@ class Journal:
         known = json.loads(path.read_text())
         if known["arguments"] != self._arguments:
             raise ShardError(f"{self.out} holds an import with other arguments: "
-                             f"{_differences(known['arguments'], self._arguments)}: "
+                             f"{differences(known['arguments'], self._arguments)}: "
                              "give the same ones, or choose another folder")  # fmt: skip
         return known["result"] is not None
 
@@ -131,14 +136,14 @@ class Journal:
         write_atomically(self.out / _MANIFEST, text + "\n")
 
     def _read_shards(self) -> None:
-        lines = _lines(self.out / _SHARDS)
+        lines = read_lines(self.out / SHARDS)
         for line in lines:
             group = line["group"]
             self.last[group] = line["last"]
             self.shards[group] += 1
             self.summary.imported[group] += line["samples"]
             self.summary.notes.update(line.get("notes", {}))
-        _write_lines(self.out / _SHARDS, lines)  # without a last line that was cut off
+        write_lines(self.out / SHARDS, lines)  # without a last line that was cut off
         known = {(line["group"], line["shard"]) for line in lines}
         for path in self.out.glob("*/*.tar"):
             if (path.parent.name, path.name) not in known:
@@ -147,11 +152,11 @@ class Journal:
             remove_partial(folder)
 
     def _read_rejected(self) -> None:
-        lines = _lines(self.out / REJECTED)
+        lines = read_lines(self.out / REJECTED)
         kept = [
             line for line in lines if self.finished or self.handled(line["group"], line["record"])
         ]
-        _write_lines(self.out / REJECTED, kept)
+        write_lines(self.out / REJECTED, kept)
         self.summary.rejected.update(line["reason"] for line in kept)
 
 
@@ -160,7 +165,7 @@ def _sync(file: TextIO) -> None:
     os.fsync(file.fileno())
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, without a last line that was cut off."""
     if not path.is_file():
         return []
@@ -168,10 +173,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]  # the last is empty, or was cut off
 
 
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _differences(known: dict[str, Any], given: dict[str, Any]) -> str:
-    names = [name for name in given if known.get(name) != given[name]]
-    return ", ".join(f"{name} {known.get(name)!r}, now {given[name]!r}" for name in names)
+def differences(known: dict[str, Any], given: dict[str, Any]) -> str:
+    """Which arguments of an import are others now."""
+    names = [name for name in known | given if known.get(name) != given.get(name)]
+    return ", ".join(f"{name} {known.get(name)!r}, now {given.get(name)!r}" for name in names)

@@ -7,22 +7,24 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_pipeline import files
+from data_pipeline.importers.by_ids import by_ids, place_of_records, records_by_id
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
 csv.field_size_limit(2**31 - 1)
 _CHUNK = 1 << 16  # characters that are read at a time from a list of records
 _LONGEST_RECORD = 1 << 28  # characters
-# Fields of a record, none of which is an id.
-_FIELDS = frozenset({
-    "messages", "conversations", "conversation", "question", "response", "segments", "words",
-    "images", "videos", "narrations", "content", "subtitles",
-})  # fmt: skip
+_LARGE = 1 << 26  # bytes of an object from which on it is not read whole
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a list
+
+
+Wanted = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,28 @@ class Record:
     share: float  # of the file read so far, 0..1
 
 
-def read_records(path: str) -> Iterator[Record]:
-    """The records of a file, by its suffix; ShardError where the file as a whole cannot be read."""
+def read_records(path: str, wanted: Wanted | None = None) -> Iterator[Record]:
+    """The records of a file, by its suffix; ShardError where the file as a whole cannot be read.
+
+    wanted: by its place in the file, whether a record is; the others are left out, and not read
+    where the form of the file allows it.
+    """
+    wanted = wanted or _all
     readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     read = readers.get(files.suffix(path), _json)
     size = files.file_size(path)
     with files.open_file(path) as file:
-        for number, (value, share) in enumerate(read(file, path, size)):
+        for number, (value, share) in enumerate(read(file, path, size, wanted)):
+            if not wanted(number):
+                continue
             if not isinstance(value, dict | SampleError):
                 kind = type(value).__name__
                 value = SampleError("bad_schema", f"a record must be an object, not a {kind}")
             yield Record(number, value, share)
+
+
+def _all(number: int) -> bool:
+    return True
 
 
 def first_records(path: str, most: int = 100) -> list[dict[str, Any]]:
@@ -53,8 +66,8 @@ def first_records(path: str, most: int = 100) -> list[dict[str, Any]]:
     return [record.value for record in records if isinstance(record.value, dict)]
 
 
-def _json(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
-    start = file.readline()
+def _json(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+    start = file.readline(_CHUNK)  # a whole file may be one line
     form = files.encoding(start)
     if form == "utf-8-sig":
         start = start.removeprefix(codecs.BOM_UTF8)
@@ -66,28 +79,40 @@ def _json(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
         file = io.BytesIO(text.encode(errors="surrogatepass"))
         start, size = file.readline(), len(file.getbuffer())
     while start and not start.strip():
-        start = file.readline()
-    lines = files.suffix(path) == ".jsonl"
-    if start.lstrip().startswith(b"[") and not (lines and _is_record(_line(start))):
+        start = file.readline(_CHUNK)
+    lines, in_list = files.suffix(path) == ".jsonl", start.lstrip().startswith(b"[")
+    if not in_list or lines:
+        start = _rest_of_line(start, file, _LONGEST_RECORD if lines else _LARGE)
+    if in_list and not (lines and _is_record(_line(start))):
         yield from _elements(start, file, path, size)
     elif lines:
-        yield from _json_lines(itertools.chain([start], file), size)
-    elif isinstance(_line(start), SampleError):
-        yield from _whole(start + file.read(), path)
+        yield from _json_lines(itertools.chain([start], file), size, wanted)
+    elif len(start) > _LARGE or isinstance(_line(start), SampleError):
+        inside = place_of_records(path) if size > _LARGE else None
+        if inside is None:
+            yield from _whole(start + file.read(), path)
+        else:
+            yield from by_ids(path, inside, size)
     else:
         after = next((line for line in file if line.strip()), None)
         if after is None:
             yield from _whole(start, path)
         else:
-            yield from _json_lines(itertools.chain([start, after], file), size)
+            yield from _json_lines(itertools.chain([start, after], file), size, wanted)
 
 
-def _json_lines(lines: Iterable[bytes], size: int) -> Iterator[tuple[Any, float]]:
-    at = 0
+def _rest_of_line(start: bytes, file: BinaryIO, most: int) -> bytes:
+    return start if start.endswith(b"\n") else start + file.readline(most)
+
+
+def _json_lines(lines: Iterable[bytes], size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+    at = number = 0
     for line in lines:
         at += len(line)
         if line.strip():
-            yield _as_record(_line(line)), min(1.0, at / size) if size else 0.0
+            value = _as_record(_line(line)) if wanted(number) else None
+            number += 1
+            yield value, min(1.0, at / size) if size else 0.0
 
 
 def _line(line: bytes) -> Any:
@@ -115,21 +140,22 @@ def _as_record(value: Any) -> Any:
 def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
     """The elements of a list that may be larger than memory, one after the other."""
     decoder, scan = codecs.getincrementaldecoder("utf-8")("surrogateescape"), json.JSONDecoder()
-    text = decoder.decode(start).lstrip()[1:]
+    text, at = decoder.decode(start).lstrip(), 1
     read, found, ended = len(start), 0, False
     while True:
-        text = text.lstrip(" \t\r\n,")
-        if text.startswith("]"):
+        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+        if text.startswith("]", at):
             return
         try:
-            value, end = scan.raw_decode(text) if text else (None, 0)
+            value, end = scan.raw_decode(text, at) if at < len(text) else (None, at)
             error: Exception | None = None
         except (ValueError, RecursionError) as problem:
-            value, end, error = None, 0, problem
-        if end > 0 and (end < len(text) or ended):
-            text, found = text[end:], found + 1
+            value, end, error = None, at, problem
+        if end > at and (end < len(text) or ended):
+            at, found = end, found + 1
             yield _as_record(value), min(1.0, read / size) if size else 0.0
             continue
+        text, at = text[at:], 0
         if ended or len(text) > _LONGEST_RECORD or isinstance(error, RecursionError):
             damage = SampleError("bad_json", f"after {found} records: {error or 'no end'}")
             if not found:
@@ -147,25 +173,12 @@ def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
-    records = list(_by_id(value)) if isinstance(value, dict) else [value]
+    records = list(records_by_id(value)) if isinstance(value, dict) else [value]
     for number, record in enumerate(records):
         yield record, (number + 1) / len(records)
 
 
-def _by_id(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Ego4D's `{"videos": {id: {...}}}`, VideoLLM-online's `{id: {...}}`, or one record."""
-    inner = value["videos"] if isinstance(value.get("videos"), dict) else value
-    if not inner or _FIELDS & set(inner) or not all(
-        isinstance(entry, dict | list) for entry in inner.values()
-    ):  # fmt: skip
-        yield value
-        return
-    for name, entry in inner.items():
-        fields = entry if isinstance(entry, dict) else {"narrations": entry}
-        yield {"video_uid": name} | fields
-
-
-def _csv(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
+def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
     form = files.encoding(file.read(4))
     file.seek(0)
     form = "utf-8-sig" if form == "utf-8" else form
@@ -186,16 +199,22 @@ def _csv(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
         text.detach()  # or the wrapper would close the file
 
 
-def _parquet(file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
+def _parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
         total, at = table.metadata.num_rows, 0
-        for batch in table.iter_batches(batch_size=64):
-            for record in batch.to_pylist():
-                at += 1
-                yield record, at / total
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if not any(map(wanted, range(at, at + rows))):
+                at += rows
+                yield from itertools.repeat((None, at / total), rows)
+                continue
+            for batch in table.iter_batches(batch_size=64, row_groups=[group]):
+                for record in batch.to_pylist():
+                    at += 1
+                    yield record, at / total
     except (pyarrow.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None

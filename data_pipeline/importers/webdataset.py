@@ -30,6 +30,7 @@ from data_pipeline.importers.draft import (
 )
 from data_pipeline.importers.members import fill, in_number_order, member
 from data_pipeline.importers.recognize import ALIKE, form_of, form_of_all
+from data_pipeline.importers.share import WHOLE, Share
 from data_pipeline.importers.streaming import names_clip
 from data_pipeline.schema import SampleError, parse_sample
 
@@ -49,18 +50,21 @@ _TOLD_BY = 100  # records of a shard by which forms that look alike are told apa
 
 
 def shard_entries(
-    paths: list[str], converts: dict[str, Convert], named: str | None = None
+    paths: list[str], converts: dict[str, Convert], named: str | None = None, share: Share = WHOLE
 ) -> Iterator[Entry]:
     """The samples of all shards; a damaged shard is rejected from where its damage starts.
 
     Args:
         converts: what makes drafts of a record, by its form.
         named: the form of all records, where a user names one.
+        share: whose shards are read.
     """
     stems = distinct_stems([files.name(path).partition(".")[0] for path in paths])
     seen = _Media(paths)
     for at, (path, stem) in enumerate(zip(paths, stems, strict=True)):
-        share = (at + 1) / len(paths)
+        if not share.has(stem):
+            continue
+        read = (at + 1) / len(paths)
         with open_archive(path) as archive:
             notes = tuple(archive.left_out.elements())
             with_media = seen.anywhere(archive)
@@ -72,11 +76,11 @@ def shard_entries(
                         draft = _noted(draft, notes)
                         notes = ()
                     key = f"{stem}-{number:06d}" + (f"-{part}" if part else "")
-                    yield Entry(key, place, share, draft)
+                    yield Entry(key, place, read, draft)
             if archive.damage is not None:
                 count = len(archive.samples)
                 damage = SampleError("damaged_shard", f"after {count} samples: {archive.damage}")
-                yield Entry(f"{stem}-{count:06d}", files.name(path), share, damage)
+                yield Entry(f"{stem}-{count:06d}", files.name(path), read, damage)
 
 
 def _noted(draft: Draft, notes: tuple[str, ...]) -> Draft:

@@ -18,24 +18,28 @@ from torch.utils.data import DataLoader
 
 from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig, SampleEncoder
-from data_pipeline.loader.order import Order, Part
-from data_pipeline.loader.reader import OpenShards, SourceReader
+from data_pipeline.loader.order import Order, Part, turns
+from data_pipeline.loader.reader import SourceReader
+from data_pipeline.loader.remote import AnyShards
 from data_pipeline.loader.samples import Samples
 from data_pipeline.loader.shuffle import SourceOrder
 from data_pipeline.loader.state import OrderState, Source, go_on, start
 from data_pipeline.loader.worker import init_worker
 from data_pipeline.shards import training_shards
+from data_pipeline.stores import StoreOptions, is_url
 from data_pipeline.tokens import load_tokenizer
 
 
 class Loader:
     """The part of one data-parallel rank of all global batches. Build it with `build_loader`."""
 
-    def __init__(self, samples: Samples, order: Order, part: Part, workers: int) -> None:
+    def __init__(
+        self, samples: Samples, order: Order, part: Part, workers: int, read_ahead: int
+    ) -> None:
         self._order, self._part = order, part
         self._inner: DataLoader[MicroBatch] = DataLoader(
             samples,
-            batch_sampler=_Endless(order, part),
+            batch_sampler=_Endless(order, part, max(1, workers), read_ahead),
             num_workers=workers,
             collate_fn=_as_it_is,
             # Pinned memory warns where there is no accelerator.
@@ -87,11 +91,11 @@ class Loader:
 class _Endless:
     """The microbatches of a rank as DataLoader asks for them."""
 
-    def __init__(self, order: Order, part: Part) -> None:
-        self._order, self._part = order, part
+    def __init__(self, order: Order, part: Part, processes: int, ahead: int) -> None:
+        self._order, self._part, self._processes, self._ahead = order, part, processes, ahead
 
     def __iter__(self) -> Iterator[Any]:
-        return self._order.batches(self._part)
+        return turns(self._order.batches(self._part), self._processes, self._ahead)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -107,13 +111,14 @@ def build_loader(
     seed: int,
     shuffle_window: int,
     state: Mapping[str, Any] | None = None,
+    stores: StoreOptions | None = None,
 ) -> Loader:
     """Builds the loader of one data-parallel rank; no collective is called.
 
     `workers` processes read for this rank (0: this process reads). `shuffle_window` samples of a
     source are mixed with each other; 0 reads the shards in order. Sources with weight 0 are left
-    out. `state`: an OrderState's `to_dict`; what is still the same goes on from there. Raises
-    ValueError for a wrong argument, source or tokenizer.
+    out. `state`: an OrderState's `to_dict`; what is still the same goes on from there. `stores`:
+    how sources that are URLs are read. Raises ValueError for a wrong argument, source or tokenizer.
     """
     used = [source for source in sources if source.weight > 0]
     _check(used, sources, part, workers)
@@ -122,11 +127,13 @@ def build_loader(
     begin = start(used, shards, seed, shuffle_window)
     if state is not None:
         begin = go_on(OrderState.from_dict(state), begin)
-    opened, paths = OpenShards(), {source.name: source.path for source in used}
+    stores, paths = stores or StoreOptions(), {source.name: source.path for source in used}
+    opened = AnyShards(stores)
     readers = [SourceReader(name, paths[name], shards[name], opened) for name in begin.sources]
     orders = [SourceOrder(one.name, one.counts, seed, shuffle_window) for one in readers]
     samples = Samples(readers, SampleEncoder(encode, load_tokenizer(encode.tokenizer)), seed)
-    return Loader(samples, Order(orders, begin), part, workers)
+    ahead = stores.read_ahead if any(map(is_url, paths.values())) else 0
+    return Loader(samples, Order(orders, begin), part, workers, ahead)
 
 
 def _check(used: list[Source], sources: Sequence[Source], part: Part, workers: int) -> None:

@@ -7,6 +7,8 @@ numbers before were from it; the source's own order says which of its samples th
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,6 +26,13 @@ class Pick(NamedTuple):
     number: int
     source: int
     sample: int
+
+
+class Turn(NamedTuple):
+    """A microbatch, and the picks of later ones of the same loader process, fetched meanwhile."""
+
+    picks: list[Pick]
+    ahead: list[Pick]
 
 
 @dataclass(frozen=True)
@@ -84,3 +93,19 @@ class Order:
             for first in range(0, mine, part.micro_batch):
                 yield picks[first : first + part.micro_batch]
             number += part.global_batch
+
+
+def turns(batches: Iterator[list[Pick]], processes: int, ahead: int) -> Iterator[Turn]:
+    """Each microbatch, with the one that its process has `ahead` microbatches later; a process's
+    first also with those in between. `processes` take the microbatches in turns.
+    """
+    coming: deque[list[Pick]] = deque()  # those after the one that is given
+    for number in itertools.count():
+        coming.extend(itertools.islice(batches, 1 + ahead * processes - len(coming)))
+        picks = coming.popleft()
+        if not ahead:
+            yield Turn(picks, [])
+            continue
+        first = 1 if number < processes else ahead
+        later = [coming[n * processes - 1] for n in range(first, ahead + 1)]
+        yield Turn(picks, [pick for batch in later for pick in batch])

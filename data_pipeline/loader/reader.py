@@ -6,13 +6,14 @@ import io
 import os
 import re
 import tarfile
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
 from data_pipeline.shards import ShardError
+from data_pipeline.stores import GoneError, StoreError
 
 _OPEN = 128  # shards of a process that stay open, of all sources
 _COMMENT = re.compile(r"__[^/]*__(/|$)")  # members in which webdataset keeps notes
@@ -22,38 +23,51 @@ class OpenShards:
     """Shards that are open in this process, with the offsets of their samples; the last used."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, tuple[int, NDArray[np.uint64]]] = {}
+        self._open: dict[str, tuple[int, NDArray[np.uint64]]] = {}
 
-    def read(self, shard: Path, place: int) -> bytes:
+    def read(self, shard: str, place: int) -> bytes:
         """The bytes of a shard's sample. Raises OSError, ValueError: they are not there."""
         kept = self._open.pop(shard) if shard in self._open else self._opened(shard)
         self._open[shard] = descriptor, offsets = kept  # now the last one
         if place + 1 >= len(offsets):
-            raise ValueError(f"{shard.name}.idx ends before sample {place}")
+            raise ValueError(f"{os.path.basename(shard)}.idx ends before sample {place}")
         first, end = int(offsets[place]), int(offsets[place + 1])
         size = os.fstat(descriptor).st_size
         if not first < end <= size:
             raise ValueError(f"the sample lies at {first}..{end} of {size} bytes")
         return os.pread(descriptor, end - first, first)
 
-    def close(self, shard: Path) -> None:
+    def ahead(self, shard: str, place: int) -> None:
+        """A sample is read soon: a disk's own cache is good enough."""
+
+    def close(self, shard: str) -> None:
         """Forgets a shard: a broken handle would fail again, an old one would hide a new file."""
         if shard in self._open:
             os.close(self._open.pop(shard)[0])
 
-    def _opened(self, shard: Path) -> tuple[int, NDArray[np.uint64]]:
+    def _opened(self, shard: str) -> tuple[int, NDArray[np.uint64]]:
         while len(self._open) >= _OPEN:
             self.close(next(iter(self._open)))
-        offsets = np.fromfile(shard.with_suffix(".tar.idx"), "<u8")
+        offsets = np.fromfile(f"{shard}.idx", "<u8")
         return os.open(shard, os.O_RDONLY | os.O_CLOEXEC), offsets
+
+
+class Shards(Protocol):
+    """Shards of folders (OpenShards) or of object stores (RemoteShards)."""
+
+    def read(self, shard: str, place: int) -> bytes: ...
+
+    def ahead(self, shard: str, place: int) -> None: ...
+
+    def close(self, shard: str) -> None: ...
 
 
 class SourceReader:
     """The samples of a folder of shards, numbered through all of them."""
 
-    def __init__(self, name: str, folder: str, counts: dict[str, int], opened: OpenShards) -> None:
+    def __init__(self, name: str, folder: str, counts: dict[str, int], opened: Shards) -> None:
         """`counts`: samples of each shard, as in `training_shards`."""
-        self.name, self._folder, self._shards = name, Path(folder), opened
+        self.name, self._folder, self._shards = name, folder.rstrip("/"), opened
         self._names = list(counts)
         self.counts = np.array(list(counts.values()), np.int64)
         self._ends = np.cumsum(self.counts)
@@ -69,17 +83,29 @@ class SourceReader:
     def read(self, sample: int) -> tuple[str, dict[str, bytes]]:
         """Key and undecoded members (`json`, `0.jpg`, ...) of a sample.
 
-        Raises ShardError where it cannot be read, for whatever reason.
+        Raises ShardError where it cannot be read, for whatever reason; StoreError where its store
+        cannot be reached.
         """
-        name, place = self.place(sample)
-        shard = self._folder / name
+        shard, place = self._shard(sample)
         try:
             return members(self._shards.read(shard, place))
         except MemoryError:
             raise
+        except StoreError as error:
+            if not isinstance(error, GoneError):
+                raise
+            raise ShardError(str(error)) from None
         except Exception as error:  # of any kind, from tarfile on damaged data
             self._shards.close(shard)
             raise ShardError(f"{type(error).__name__}: {error}") from None
+
+    def ahead(self, sample: int) -> None:
+        """A sample is read soon."""
+        self._shards.ahead(*self._shard(sample))
+
+    def _shard(self, sample: int) -> tuple[str, int]:
+        name, place = self.place(sample)
+        return f"{self._folder}/{name}", place
 
 
 def members(data: bytes) -> tuple[str, dict[str, bytes]]:

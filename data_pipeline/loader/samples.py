@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 from data_pipeline.batch import EncodedSample, MicroBatch, collate
 from data_pipeline.encode import SampleEncoder
-from data_pipeline.loader.order import Pick
+from data_pipeline.loader.order import Pick, Turn
 from data_pipeline.loader.reader import SourceReader
 from data_pipeline.loader.shuffle import number
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
+from data_pipeline.stores import StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,13 @@ class Samples(Dataset[MicroBatch]):
         self._readers, self._encoder, self._seed = readers, encoder, seed
         self._logged: set[str] = set()
 
-    def __getitems__(self, picks: Sequence[Pick]) -> MicroBatch:
-        """The microbatch of `picks`, with the counts of what was unusable in it, by reason."""
+    def __getitems__(self, turn: Turn) -> MicroBatch:
+        """The microbatch of a turn, with the counts of what was unusable in it, by reason."""
+        for pick in turn.ahead:
+            self._readers[pick.source].ahead(pick.sample)
         skipped: Counter[str] = Counter()
-        batch = collate([self._usable(pick, skipped) for pick in picks], self._encoder.special.pad)
+        samples = [self._usable(pick, skipped) for pick in turn.picks]
+        batch = collate(samples, self._encoder.special.pad)
         batch.skipped = dict(skipped)
         return batch
 
@@ -71,7 +75,7 @@ class Samples(Dataset[MicroBatch]):
             return self._encoder.encode(key, parts, draws)
         except ShardError as error:
             raise SampleError("unreadable_shard", str(error), key) from None
-        except (SampleError, MemoryError):
+        except (SampleError, MemoryError, StoreError):  # a store out of reach ends the job
             raise
         except Exception as error:  # of any kind, from decoders: one sample must not end training
             reason = f"unexpected_{type(error).__name__}"

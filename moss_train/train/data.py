@@ -54,6 +54,7 @@ def open_loader(config: Config, groups: Groups, order: dict[str, Any] | None) ->
         seed=config.trainer.seed,
         shuffle_window=data.shuffle_window,
         state=order,
+        stores=data.stores,
     )
 
 

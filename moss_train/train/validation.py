@@ -14,8 +14,10 @@ import torch.distributed as dist
 
 from data_pipeline.batch import IGNORED_LABEL, EncodedSample, MicroBatch, Unlearned, collate
 from data_pipeline.encode import SampleEncoder
+from data_pipeline.loader.remote import samples_in_order
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import read_samples
+from data_pipeline.stores import is_url
 from data_pipeline.tokens import load_tokenizer
 from moss_train import hardware
 from moss_train.data_config import SourceConfig
@@ -119,7 +121,11 @@ class Validator:
 
     def _samples(self, source: SourceConfig) -> Iterator[EncodedSample]:
         rank, size = self.groups.data_rank, self.groups.data_size
-        raw = islice(read_samples(source.path), rank, self.config.data.eval_samples, size)
+        data = self.config.data
+        if is_url(source.path):
+            raw = samples_in_order(source.path, data.stores, rank, data.eval_samples, size)
+        else:
+            raw = islice(read_samples(source.path), rank, data.eval_samples, size)
         for key, parts in self._readable(source, raw):
             try:
                 encoded = self.encoder.encode(f"{source.name}/{key}", parts)

@@ -35,6 +35,7 @@ FREE = {
     "EndpointConfig.text_model", "EndpointConfig.api_key_env", "WriteConfig.roles",
     "StreamingConfig.benchmarks", "StreamingConfig.videos", "StreamingConfig.tasks",
     "StreamingConfig.prompts", "SpeakingConfig.system_prompt",
+    "StoreOptions.cache",
 }  # fmt: skip
 
 Entry = tuple[type, Field, set[type]]

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from data_pipeline import files
+from data_pipeline import stores
 from data_pipeline.build import BuildOptions
 from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.forms import OpenSource, open_source
 from data_pipeline.importers.media import Outcome
 from data_pipeline.importers.pool import Pool
+from data_pipeline.importers.share import WHOLE
 from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
 from tools.shards.find import StoredSample
@@ -80,7 +81,7 @@ def check_source(source: str, options: BuildOptions, limit: int | None, shown: i
 
     ShardError for a source that cannot be used.
     """
-    files.set_timeout(options.timeout)
+    stores.set_timeout(options.timeout)
     pool = Pool(options.workers)
     try:
         opened = open_source(source, options.source, Path(os.devnull))
@@ -88,7 +89,7 @@ def check_source(source: str, options: BuildOptions, limit: int | None, shown: i
         progress = Progress("check", unit="records")
         entries = (
             Entry(entry.key, entry.file, entry.share, entry.draft, index)
-            for index, entry in enumerate(islice(opened.entries(), limit))
+            for index, entry in enumerate(islice(opened.entries(WHOLE), limit))
         )
         for outcome in pool.finish(entries, options.media):
             checked.add(outcome, shown)

@@ -8,7 +8,7 @@ header states.
 from __future__ import annotations
 
 import io
-import tarfile
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from data_pipeline.video import VideoInfo, sample_times
 from moss_train.parallel.packing import Bounds, pack
 from tools.data.header import stated_seconds
+from tools.data.places import file_places
 from tools.shards.workers import each_shard
 
 _STEP = 256  # samples that are packed together
@@ -156,8 +157,7 @@ def _keys(file: BinaryIO, counted: Mixture) -> Iterator[tuple[str, dict[str, tup
     """Where the members of each sample lie; those of one follow each other."""
     key, members = "", dict[str, tuple[int, int]]()
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            places = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+        places = file_places(file)
     except DAMAGE:
         counted.errors["damaged_shard"] += 1
         return
@@ -194,14 +194,14 @@ def _count(
     prompt = prompts.build(
         sample.messages, frames, form=form, sequence_length=config.sequence_length
     )
-    labels = [label for label in prompt.labels if label != IGNORED_LABEL]
+    labels = len(prompt.labels) - prompt.labels.count(IGNORED_LABEL)
     shown = len(prompt.frame_positions)
     counted.samples += 1
     counted.frames += shown
     counted.text += len(prompt.tokens) - shown
-    counted.labels += len(labels)
-    counted.realtime_labels += len(labels) if realtime else 0
-    counted.silence += labels.count(special.silence) if realtime else 0
+    counted.labels += labels
+    counted.realtime_labels += labels if realtime else 0
+    counted.silence += prompt.labels.count(special.silence) if realtime else 0
     counted.lengths.append((len(prompt.tokens), shown))
 
 
@@ -220,9 +220,9 @@ class _Slice(io.RawIOBase):
         self._file, self._offset, self.size, self._at = file, offset, size, 0
 
     def read(self, count: int = -1) -> bytes:
-        left = self.size - self._at
-        self._file.seek(self._offset + self._at)
-        data = self._file.read(left if count < 0 else min(count, left))
+        left = max(0, self.size - self._at)
+        wanted = left if count < 0 else min(count, left)
+        data = os.pread(self._file.fileno(), wanted, self._offset + self._at)
         self._at += len(data)
         return data
 

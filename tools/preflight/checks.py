@@ -15,7 +15,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline import devices
-from data_pipeline.loader.reader import OpenShards, SourceReader
+from data_pipeline.loader.reader import SourceReader
+from data_pipeline.loader.remote import AnyShards
 from data_pipeline.shards import training_shards
 from data_pipeline.tokenizer_identity import identify
 from moss_train import hardware
@@ -127,7 +128,7 @@ def _storage(run: Path, found: Findings) -> None:
 
 def _data(config: Config, found: Findings) -> None:
     """Samples of each source, anywhere in its shards."""
-    chance, opened = random.Random(found.rank), OpenShards()
+    chance, opened = random.Random(found.rank), AnyShards(config.data.stores)
     began, size = time.perf_counter(), 0
     for source in mixed_sources(config):
         reader = SourceReader(source.name, source.path, training_shards(source.path), opened)

@@ -1,4 +1,4 @@
-"""Looks into folders of shards: lists sources, shows samples, counts, checks.
+"""Builds shards on one or many machines, and looks into them: lists, shows, counts, checks.
 
 A source is one folder of shards; a TREE is a folder with sources anywhere below it.
 """
@@ -17,6 +17,7 @@ from data_pipeline.encode import EncodeConfig
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, check_source, shard_files
 from data_pipeline.tables import format_table
+from tools.shards import build
 from tools.shards.encoding import stage_encoding, stage_names
 from tools.shards.find import find_sample, find_sources, indexed_counts
 from tools.shards.show import show_sample
@@ -87,6 +88,10 @@ def _encoding(given: argparse.Namespace) -> EncodeConfig:
 def _parser() -> CommandParser:
     parser = CommandParser("python -m tools.shards", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    built = commands.add_parser(
+        "build", help="data of others -> shards, on one or many machines", description=build.__doc__
+    )
+    build.add_options(built)
     listed = commands.add_parser("ls", help="every source with its shards, samples and size")
     shown = commands.add_parser(
         "show", help="a sample as it is trained on: labels, frames, token positions"
@@ -138,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.command == "ls":
             return list_sources(given.tree)
+        if given.command == "build":
+            return build.build_in_parts(given, parser.prog)
         return {"show": show, "stats": stats, "validate": validate}[given.command](given)
     except (ShardError, SampleError) as error:
         return report_error(parser.prog, error)

@@ -1,0 +1,154 @@
+"""Samples of shards in object stores: read by their own bytes, ahead of their turn, kept on disk.
+
+Bytes are fetched and kept in blocks of 1 MiB, neighbors in one request. `BlockCache` says what of
+them stays.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline import stores
+from data_pipeline.block_cache import BlockCache, default_folder
+from data_pipeline.loader.reader import OpenShards, Shards, SourceReader
+from data_pipeline.shards import training_shards
+from data_pipeline.stores import StoreOptions, is_url
+
+BLOCK = 1 << 20  # bytes
+_OPEN = 128  # shards whose offsets are kept
+_REQUESTS = 8  # at the same time, of a process
+
+
+class _Shard(NamedTuple):
+    size: int
+    name: str  # of this shard and what is in it now
+    offsets: NDArray[np.uint64]
+
+
+class RemoteShards:
+    """The shards of stores that this process reads; it may be called from several threads."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        self._retries = options.retries
+        stores.set_timeout(options.timeout)
+        folder = Path(os.path.expanduser(options.cache)) if options.cache else default_folder()
+        self._cache = BlockCache(folder, int(options.cache_size * 1e9))
+        self._lock = threading.Lock()
+        self._shards: OrderedDict[str, _Shard] = OrderedDict()
+        self._coming: dict[tuple[str, int], Future[bytes]] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+
+    def read(self, shard: str, place: int) -> bytes:
+        """The bytes of a shard's sample. Raises StoreError, GoneError, ValueError."""
+        coming = self._coming.pop((shard, place), None) if self._process == os.getpid() else None
+        return coming.result() if coming else self._fetch(shard, place)
+
+    def ahead(self, shard: str, place: int) -> None:
+        """A sample is read soon: its bytes are fetched meanwhile."""
+        if self._threads is None or self._process != os.getpid():  # threads do not follow a fork
+            self._threads, self._process = ThreadPoolExecutor(_REQUESTS), os.getpid()
+            self._coming = {}
+        if (shard, place) not in self._coming:
+            self._coming[shard, place] = self._threads.submit(self._fetch, shard, place)
+
+    def close(self, shard: str) -> None:
+        """Forgets a shard, which may be another one now."""
+        with self._lock:
+            self._shards.pop(shard, None)
+
+    def _fetch(self, shard: str, place: int) -> bytes:
+        size, name, offsets = self._opened(shard)
+        if place + 1 >= len(offsets):
+            raise ValueError(f"{shard}.idx ends before sample {place}")
+        first, end = int(offsets[place]), int(offsets[place + 1])
+        if not first < end <= size:
+            raise ValueError(f"the sample lies at {first}..{end} of {size} bytes")
+        numbers = range(first // BLOCK, -(-end // BLOCK))
+        blocks = {n: self._cache.get(f"{name}-{n}", _length(n, size)) for n in numbers}
+        for run in _runs([n for n, block in blocks.items() if block is None]):
+            start, stop = run[0] * BLOCK, min((run[-1] + 1) * BLOCK, size)
+            data = stores.read(shard, start, stop, self._retries)
+            for n in run:
+                block = data[n * BLOCK - start : (n + 1) * BLOCK - start]
+                blocks[n] = block
+                self._cache.put(f"{name}-{n}", block)
+        whole = b"".join(block for block in blocks.values() if block is not None)
+        return whole[first - numbers[0] * BLOCK : end - numbers[0] * BLOCK]
+
+    def _opened(self, shard: str) -> _Shard:
+        with self._lock:
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+                return self._shards[shard]
+        size, version = stores.describe(shard, self._retries)
+        index = stores.read(f"{shard}.idx", retries=self._retries)
+        name = blake2b(f"{shard} {size} {version}".encode(), digest_size=16).hexdigest()
+        opened = _Shard(size, name, np.frombuffer(index, "<u8"))
+        with self._lock:
+            self._shards[shard] = opened
+            while len(self._shards) > _OPEN:
+                self._shards.popitem(last=False)
+        return opened
+
+
+class AnyShards:
+    """Shards of folders and of stores, as their paths are."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        self._options, self._local = options, OpenShards()
+        self._remote: RemoteShards | None = None  # opened by the process that reads
+
+    def read(self, shard: str, place: int) -> bytes:
+        return self._of(shard).read(shard, place)
+
+    def ahead(self, shard: str, place: int) -> None:
+        self._of(shard).ahead(shard, place)
+
+    def close(self, shard: str) -> None:
+        self._of(shard).close(shard)
+
+    def _of(self, shard: str) -> Shards:
+        if not is_url(shard):
+            return self._local
+        self._remote = self._remote or RemoteShards(self._options)
+        return self._remote
+
+
+def samples_in_order(
+    path: str, options: StoreOptions, first: int = 0, most: int | None = None, step: int = 1
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and undecoded members of samples `first`, `first + step`, ... of a folder in a store, of
+    its first `most`, as `read_samples` gives those of a local one. Raises ShardError, StoreError.
+    """
+    reader = SourceReader(path, path, training_shards(path), AnyShards(options))
+    numbers = range(first, len(reader) if most is None else min(most, len(reader)), step)
+    for place, sample in enumerate(numbers):
+        for later in numbers[place : place + 1 + options.read_ahead]:
+            reader.ahead(later)
+        yield reader.read(sample)
+
+
+def _length(block: int, size: int) -> int:
+    return min(BLOCK, size - block * BLOCK)
+
+
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """Numbers that follow each other, together."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs

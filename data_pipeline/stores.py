@@ -1,0 +1,126 @@
+"""Bytes of object stores and servers through fsspec: `s3://`, `gs://`, `hf://`, `https://`, ...
+
+What fails on its way over a network is asked for again; what is not there is not.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fsspec
+
+from data_pipeline.fields import number
+
+_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the extra of ours that brings it
+_LONGEST_PAUSE = 30.0  # seconds
+# What says that a file is another one now, by the name that each protocol has for it.
+_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "mtime", "created")
+
+_Result = TypeVar("_Result")
+
+
+class StoreError(OSError):
+    """A store that cannot be read: one line, which names the URL."""
+
+
+class GoneError(StoreError):
+    """What a URL names is not there, or may not be read."""
+
+
+@dataclass
+class StoreOptions:
+    """How training reads shards of object stores."""
+
+    # Folder of the local cache, shared by all processes of a machine; "": one below /tmp.
+    cache: str = ""
+    # GB (10^9 bytes) of it at most; what was used longest ago goes first.
+    cache_size: float = number(20.0, least=0, zero="no cache")
+    # Microbatches that each loader process fetches before their turn comes.
+    read_ahead: int = number(8, least=0, zero="none")
+    retries: int = number(6, least=0, zero="none")  # of a request that fails
+    timeout: float = number(60.0, above=0)  # seconds that a server may not answer
+
+
+RETRIES = StoreOptions().retries
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def set_timeout(seconds: float) -> None:
+    """Seconds without an answer after which a request fails, in this process and its children."""
+    import aiohttp
+
+    silence = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+    web = {"client_kwargs": {"timeout": silence}}
+    store = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}}
+    fsspec.config.conf.update({"http": web, "https": web, "s3": store})
+
+
+def missing_package(url: str, error: ImportError) -> str:
+    extra = _EXTRAS.get(url.partition("://")[0])
+    advice = f"pip install 'moss-train[{extra}]'" if extra else str(error)
+    return f"{url}: its protocol needs another package: {advice}"
+
+
+def read(
+    url: str, first: int | None = None, end: int | None = None, retries: int = RETRIES
+) -> bytes:
+    """Bytes `first` up to `end` of a file, all of them without; StoreError."""
+
+    def ask() -> bytes:
+        system, path = fsspec.core.url_to_fs(url)
+        data: bytes = system.cat_file(path, start=first, end=end)
+        if first is not None and end is not None and len(data) != end - first:
+            raise OSError(f"{len(data)} bytes came of {end - first}")
+        return data
+
+    return _persistently(url, ask, retries)
+
+
+def describe(url: str, retries: int = RETRIES) -> tuple[int, str]:
+    """Size of a file, and what changes when it becomes another one; StoreError."""
+
+    def ask() -> tuple[int, str]:
+        system, path = fsspec.core.url_to_fs(url)
+        about: dict[str, Any] = system.info(path)
+        version = next((about[name] for name in _VERSIONS if about.get(name)), "")
+        return int(about["size"]), str(version).strip('"')
+
+    return _persistently(url, ask, retries)
+
+
+def names(folder: str, retries: int = RETRIES) -> list[str]:
+    """The names of what is directly in a folder; StoreError."""
+
+    def ask() -> list[str]:
+        system, path = fsspec.core.url_to_fs(folder)
+        system.invalidate_cache()
+        return [name.rstrip("/").rpartition("/")[2] for name in system.ls(path, detail=False)]
+
+    return _persistently(folder, ask, retries)
+
+
+def _persistently(url: str, ask: Callable[[], _Result], retries: int) -> _Result:
+    for attempt in range(retries + 1):
+        try:
+            return ask()
+        except ImportError as error:
+            raise GoneError(missing_package(url, error)) from None
+        except Exception as error:  # every protocol has errors of its own
+            # fsspec raises FileNotFoundError for a web server that does not answer, too.
+            silent = isinstance(error.__cause__, TimeoutError)
+            if isinstance(error, FileNotFoundError) and not silent:
+                raise GoneError(f"{url} does not exist") from None
+            if isinstance(error, PermissionError):
+                raise GoneError(f"{url} may not be read: {error}") from None
+            said = "the server does not answer" if silent else f"{type(error).__name__}: {error}"
+        if attempt < retries:
+            pause = min(0.25 * 2**attempt, _LONGEST_PAUSE)
+            time.sleep(pause * random.uniform(0.5, 1.0))  # not all ranks at once
+    raise StoreError(f"{url} cannot be read, tried {retries + 1} times: {said}")

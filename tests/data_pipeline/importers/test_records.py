@@ -1,0 +1,100 @@
+"""Files of records are read the same in small pieces, as parts, and with little memory."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_pipeline.importers import records
+from data_pipeline.importers.records import read_records
+from data_pipeline.importers.share import Share
+from data_pipeline.schema import SampleError
+from data_pipeline.shards import ShardError
+
+BY_IDS: dict[str, tuple[Any, int]] = {
+    "ego4d": (
+        {"version": 1, "videos": {f"v{i}": {"n": i, "x": 1.5} for i in range(30)}, "z": 2},
+        30,
+    ),
+    "lists": ({f"v{i}": [{"time": i, "text": "\u00e9"}] for i in range(1500)}, 1500),
+    "a record": ({"messages": [{"role": "user", "content": "x"}], "images": ["a"]}, 1),
+    "a record of scalars": ({"a": {"b": 1}, "c": 3}, 1),
+}
+
+
+def values(path: Path) -> list[Any]:
+    return [record.value for record in read_records(str(path))]
+
+
+def written(path: Path, value: Any) -> list[Path]:
+    """On a line, on many, and with a byte order mark."""
+    texts = [json.dumps(value), json.dumps(value, indent=1), "\ufeff" + json.dumps(value, indent=1)]
+    paths = [path.with_name(f"{number}{path.name}") for number in range(3)]
+    for one, text in zip(paths, texts, strict=True):
+        one.write_text(text)
+    return paths
+
+
+@pytest.mark.parametrize("name", BY_IDS)
+def test_large_objects_of_records_by_ids_are_read_as_small_ones(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value, count = BY_IDS[name]
+    for path in written(tmp_path / "a.json", value):
+        small = values(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "_LARGE", 8)
+            patch.setattr(records, "_CHUNK", 16)
+            assert values(path) == small
+        assert len(small) == count
+
+
+def test_a_large_object_that_is_cut_off_gives_what_is_before_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_LARGE", 8)
+    whole = json.dumps({f"v{i}": {"n": i} for i in range(100)})
+    (tmp_path / "a.json").write_text(whole[:-30])
+    *read, damage = values(tmp_path / "a.json")
+    assert read == [{"video_uid": f"v{i}", "n": i} for i in range(len(read))]
+    assert len(read) > 90
+    assert isinstance(damage, SampleError)
+    assert f"after {len(read)} records" in damage.detail
+    (tmp_path / "b.json").write_text(whole[:-30].replace('"n": 0', '"n" 0'))
+    with pytest.raises(ShardError, match="cannot be read"):
+        values(tmp_path / "b.json")
+
+
+def test_lists_are_read_the_same_in_small_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"messages": [{"role": "user", "content": "\u00e9" * n}]} for n in range(200)]
+    monkeypatch.setattr(records, "_CHUNK", 16)
+    for path in (*written(tmp_path / "a.json", turns), *written(tmp_path / "a.jsonl", turns)):
+        assert values(path) == turns
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_parts_share_out_the_records_of_a_file(suffix: str, tmp_path: Path) -> None:
+    rows = [{"text": f"row {n}"} for n in range(1000)]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, path, row_group_size=70)
+    elif suffix == "csv":
+        path.write_text("\n".join(["text", *(row["text"] for row in rows)]) + "\n")
+    else:
+        lines = [json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]")
+    shares = [partial(Share(part, 3).has_record, "a") for part in range(3)]
+    parts = [list(read_records(str(path), wanted)) for wanted in shares]
+    together = sorted((one for part in parts for one in part), key=lambda one: one.number)
+    assert together == list(read_records(str(path)))
+    assert [one.value for one in together] == rows
+    assert all(200 < len(part) < 500 for part in parts)
