@@ -24,8 +24,7 @@ from inference.evaluate.streaming.items import (
     Item,
     Judge,
     Point,
-    Poll,
-    Reply,
+    PushAlone,
     Watched,
 )
 from inference.evaluate.streaming.text import words
@@ -68,7 +67,7 @@ class Heard:
     minutes: float = 0.0
 
 
-class Events:
+class Events(PushAlone):
     """See the module. within: seconds from an event's frame in which it is told in time. step:
     seconds between two frames."""
 
@@ -105,15 +104,6 @@ class Events:
         truth = {"events": events, "interruptions": interruptions}
         name = str(entry.data.get("id", number))
         return Item(name, "events", videos / entry.text("video"), asks, truth=truth)
-
-    def polls(self, item: Item) -> bool:
-        return False
-
-    def poll(self, item: Item, ask: Poll) -> list[Reply]:
-        return []
-
-    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
-        return []
 
     def hear(self, item: Item, watched: Watched) -> Heard:
         """Which event was told by which response; a response may tell several."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,14 @@ from data_pipeline.seconds import parse_seconds
 
 class FormError(ValueError):
     """A file that is not of the form that was expected; says which file, entry and fields."""
+
+
+def kind_of(file: Path, kinds: Mapping[str, str]) -> str:
+    """What a file holds, by its name; FormError."""
+    if file.stem not in kinds:
+        names = ", ".join(f"{name}.json" for name in kinds)
+        raise FormError(f"{file}: its name says what it holds: name it as one of {names}")
+    return kinds[file.stem]
 
 
 class Entry:

@@ -129,5 +129,18 @@ class Benchmark(Protocol):
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]: ...
 
 
+class PushAlone:
+    """Of a benchmark without another protocol."""
+
+    def polls(self, item: Item) -> bool:
+        return False
+
+    def poll(self, item: Item, ask: Poll) -> list[Reply]:
+        return []
+
+    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
+        return []
+
+
 class NoJudge(Exception):
     """A score needs a judge, and there is none."""

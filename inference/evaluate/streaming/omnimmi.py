@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from inference.evaluate.streaming.forms import Entry, FormError, read_entries
+from inference.evaluate.streaming.forms import Entry, kind_of, read_entries
 from inference.evaluate.streaming.items import (
     Ask,
     Emission,
@@ -48,10 +48,7 @@ class OmniMMI:
 
     def read(self, file: Path, videos: Path) -> list[Item]:
         """The items of one of its files; FormError."""
-        task = FILES.get(file.stem)
-        if task is None:
-            names = ", ".join(f"{name}.json" for name in FILES)
-            raise FormError(f"{file}: its name says what it holds: name it as one of {names}")
+        task = kind_of(file, FILES)
         return [
             self._item(f"{task} {number}", task, entry, videos)
             for number, entry in enumerate(read_entries(file, _NEEDS[task]))

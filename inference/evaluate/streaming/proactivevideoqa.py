@@ -6,7 +6,7 @@ PAUC is the area under that curve over the span in which the answer is due.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from inference.evaluate.streaming.forms import Entry, FormError, read_entries
@@ -15,8 +15,7 @@ from inference.evaluate.streaming.items import (
     Item,
     Judge,
     Point,
-    Poll,
-    Reply,
+    PushAlone,
     Watched,
 )
 
@@ -24,7 +23,7 @@ OMEGAS = (0.0, 0.5, 1.0)
 _BEST, _START = 2.0, 0.5  # a judge's 3, 2, 1 are 2, 1, 0; before a word is said it is 0.5
 
 
-class ProactiveVideoQA:
+class ProactiveVideoQA(PushAlone):
     """See the module."""
 
     name = "proactivevideoqa"
@@ -66,15 +65,6 @@ class ProactiveVideoQA:
         video = video if video.is_file() or not beside.is_file() else beside
         row = f"proactivevideoqa {part}"
         return Item(name, row, video, asks, 0.0, max(span[1] for span in spans), truth)
-
-    def polls(self, item: Item) -> bool:
-        return False
-
-    def poll(self, item: Item, ask: Poll) -> list[Reply]:
-        return []
-
-    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
-        return []
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
         """An emission counts from the second of its last word."""

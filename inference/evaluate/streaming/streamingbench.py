@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from inference.evaluate.streaming.forms import Entry, FormError, read_list
+from inference.evaluate.streaming.forms import Entry, FormError, kind_of, read_list
 from inference.evaluate.streaming.items import (
     Ask,
     Item,
@@ -44,10 +44,7 @@ class StreamingBench:
 
     def read(self, file: Path, videos: Path) -> list[Item]:
         """The items of a questions_*.json; FormError."""
-        part = FILES.get(file.stem)
-        if part is None:
-            names = ", ".join(f"{name}.json" for name in FILES)
-            raise FormError(f"{file}: its name says what it holds: name it as one of {names}")
+        part = kind_of(file, FILES)
         items: list[Item] = []
         for number, data in enumerate(read_list(file)):
             place = f"{file}, entry {number}"
