@@ -19,7 +19,7 @@ from data_pipeline.commands import DONE, FAILED, STOPPED, finite_number, report_
 from data_pipeline.engines.collect import collect
 from data_pipeline.engines.job import Job, check_parts
 from data_pipeline.engines.local import run_local
-from data_pipeline.engines.ranks import run_parts, run_rank
+from data_pipeline.engines.ranks import RunRank, run_parts, run_rank
 from data_pipeline.engines.ray_tasks import run_ray
 from data_pipeline.progress import Progress
 
@@ -54,7 +54,7 @@ def build_in_parts(given: argparse.Namespace, program: str) -> int:
         if job.begin(given.resume, mine.run if mine else ""):
             print(f"{given.out}: finished already, nothing to do", file=sys.stderr)
         else:
-            _make(given, job)
+            _make(given, job, mine)
         summary = collect(job, max(1, given.workers))
     except KeyboardInterrupt:
         return report_error(program, "interrupted: --resume goes on", STOPPED)
@@ -63,15 +63,15 @@ def build_in_parts(given: argparse.Namespace, program: str) -> int:
     return DONE if summary.imported else FAILED
 
 
-def _make(given: argparse.Namespace, job: Job) -> None:
+def _make(given: argparse.Namespace, job: Job, mine: RunRank | None) -> None:
     progress = Progress("build", len(job.missing()), unit="parts")
     done = _counted(job, progress)
-    if given.engine == "local":
-        run_local(job, max(1, given.workers), given.retries, done)
+    if mine is not None:
+        run_parts(job, mine, given.silence, done)
     elif given.engine == "ray":
         run_ray(job, given.ray_address, given.retries, done)
     else:
-        run_parts(job, run_rank(), given.silence, done)
+        run_local(job, max(1, given.workers), given.retries, done)
     progress.end()
 
 

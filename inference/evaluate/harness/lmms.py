@@ -14,7 +14,7 @@ from typing import Any
 
 from inference.evaluate.harness.benchmarks import Benchmark
 from inference.evaluate.harness.lmms_runner import FAILED, SKIPPED
-from inference.evaluate.harness.server import MODEL
+from inference.evaluate.harness.server import MODEL, last_words
 from inference.evaluate.results import Item, Row
 
 HERE = Path(__file__).parent
@@ -124,10 +124,8 @@ def _run(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["no word"]
-        raise TaskFailed(
-            f"lmms-eval ended with code {process.returncode}: {lines[-1]:.300} ({log})"
-        )
+        said = last_words(log)
+        raise TaskFailed(f"lmms-eval ended with code {process.returncode}: {said} ({log})")
 
 
 def read_task(folder: Path, benchmark: Benchmark) -> tuple[Row, list[Item]]:

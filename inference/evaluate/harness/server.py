@@ -93,8 +93,7 @@ class Server:
         """BenchmarkError with its last words, if it has ended."""
         code = self._process.poll()
         if code is not None:
-            lines = self._log.read_text(errors="replace").strip().splitlines() or ["no word"]
-            raise BenchmarkError(f"the server ended with code {code}: {lines[-1]:.300}")
+            raise BenchmarkError(f"the server ended with code {code}: {last_words(self._log)}")
 
     def stop(self) -> None:
         self._process.terminate()
@@ -114,6 +113,12 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def last_words(log: Path) -> str:
+    """The last line that a process wrote into its log."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["no word"]
+    return f"{lines[-1]:.300}"
 
 
 def healthy(url: str) -> bool:
