@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_pipeline import files, stores
+from data_pipeline import files
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
 from data_pipeline.fields import check_values, number
+from data_pipeline.importers.ahead import read_ahead
 from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.forms import FORMS, OpenSource, SourceOptions, open_source
 from data_pipeline.importers.journal import REJECTED, Journal, Summary
@@ -31,8 +32,10 @@ from data_pipeline.index import prepare_index
 from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, ShardWriter, check_source
+from data_pipeline.stores import StoreOptions
 
-_VERSION = 4  # of the importers: what a source becomes changes with it
+_VERSION = 5  # of the importers: what a source becomes changes with it
+_NAMED = 3  # files that are not read
 _SHARE_FROM = 1000  # records, before which a share means little
 
 
@@ -47,7 +50,7 @@ class BuildOptions:
     shard_size: float = number(512.0, above=0)
     max_rejected: float | None = number(None, least=0)  # records, or, below 1, their share
     workers: int = number(0, least=0, zero="this process alone")  # processes
-    timeout: float = number(60.0, above=0)  # seconds that a server may not answer
+    stores: StoreOptions = field(default_factory=StoreOptions)  # how media that are URLs are read
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -69,11 +72,12 @@ def build_shards(
     if files.is_url(str(out_dir)):
         raise ShardError(f"{out_dir}: shards are written to a local folder: copy them from there")
     out = Path(out_dir)
-    stores.set_timeout(options.timeout)
+    files.use_stores(options.stores)
     pool = Pool(options.workers)
     try:
         opened = open_source(str(source), options.source, out)
         print(f"{source}: form {', '.join(opened.found) or opened.form}", file=sys.stderr)
+        print_unread(opened)
         journal = Journal(out, arguments_of(str(source), opened, options))
         try:
             if journal.finished:
@@ -88,6 +92,14 @@ def build_shards(
     finally:
         pool.close()
     return journal.summary
+
+
+def print_unread(opened: OpenSource) -> None:
+    """Names the files of a source that look like data and are not read."""
+    if opened.unread:
+        shown = ", ".join(opened.unread[:_NAMED])
+        more = f" and {len(opened.unread) - _NAMED} more" if len(opened.unread) > _NAMED else ""
+        print(f"not read: {shown}{more}", file=sys.stderr)
 
 
 def arguments_of(source: str, opened: OpenSource, options: BuildOptions) -> dict[str, object]:
@@ -118,7 +130,8 @@ def import_entries(
     """
     groups: dict[str, _Group] = {}
     seen = 0
-    for outcome in pool.finish(_unhandled(entries, journal), options.media):
+    coming = read_ahead(_unhandled(entries, journal), options.stores)
+    for outcome in pool.finish(coming, options.media):
         seen = outcome.index + 1
         if isinstance(outcome.sample, SampleError):
             journal.reject(outcome, outcome.sample)
@@ -216,7 +229,13 @@ def options_of(given: argparse.Namespace) -> BuildOptions:
         shard_size=given.shard_size,
         max_rejected=given.max_rejected,
         workers=given.workers,
-        timeout=given.timeout,
+        stores=StoreOptions(
+            cache=given.cache,
+            cache_size=given.cache_size,
+            read_ahead=given.read_ahead,
+            retries=given.request_retries,
+            timeout=given.timeout,
+        ),
     )
 
 
@@ -252,12 +271,21 @@ def add_options(parser: argparse.ArgumentParser, out: str | None = None) -> None
     add("--max-rejected", type=float, metavar="N", help="rejected records after which the import "
         "fails: a number (1, 2, ...) or a share (0.01) (default: no limit)")  # fmt: skip
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    add(
-        "--timeout",
-        type=float,
-        default=options.timeout,
-        help="seconds that a server may not answer",
-    )
+    _add_store_options(parser, options.stores)
+
+
+def _add_store_options(parser: argparse.ArgumentParser, stores: StoreOptions) -> None:
+    add = parser.add_argument
+    add("--timeout", type=float, default=stores.timeout,
+        help="seconds that a server may not answer")  # fmt: skip
+    add("--request-retries", type=int, default=stores.retries, metavar="N",
+        help="object stores: times that a request is made again that fails")  # fmt: skip
+    add("--read-ahead", type=int, default=stores.read_ahead, metavar="N",
+        help="object stores: records whose media are fetched before their turn")  # fmt: skip
+    add("--cache", default=stores.cache, metavar="FOLDER",
+        help="object stores: folder of the local cache (default: below /tmp)")  # fmt: skip
+    add("--cache-size", type=float, default=stores.cache_size, metavar="GB",
+        help="object stores: size of the cache; 0: none, and nothing ahead")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -134,6 +134,14 @@ def synchronize(device: torch.device) -> None:
         module(device.type).synchronize(device)
 
 
+def mark(device: torch.device) -> Any:
+    """An event that the device reaches when it has done what it was given so far."""
+    ours = module(device.type)
+    event = ours.Event()
+    event.record(ours.current_stream(device))
+    return event
+
+
 def pins(device: torch.device) -> bool:
     """Whether copies from page-locked memory go on while the host does."""
     return device.type in PINNED

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 ALLOWED = "allowed"  # key of a field's metadata: its Range, or a tuple of its choices
@@ -74,13 +75,19 @@ def choice(default: str | None, choices: Sequence[str]) -> Any:
     return field(default=default, metadata={ALLOWED: tuple(choices)})
 
 
+def choices(default: Sequence[str], names: Sequence[str]) -> Any:
+    """A field that holds a list of some of `names`."""
+    return field(default_factory=lambda: list(default), metadata={ALLOWED: tuple(names)})
+
+
 def wrong_values(config: Any, prefix: str = "") -> Iterator[str]:
     """A line for each value of a dataclass that its field does not allow, and of those inside it.
 
     Args:
         prefix: before the names of its fields, as in `trainer.`.
     """
-    hints = get_type_hints(type(config))
+    kind: type = type(config)
+    hints = _type_hints(kind)
     for entry in fields(config):
         name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
         if is_dataclass(value):
@@ -90,6 +97,11 @@ def wrong_values(config: Any, prefix: str = "") -> Iterator[str]:
                 yield from wrong_values(item, f"{name}[{getattr(item, 'name', place)}].")
         elif ALLOWED in entry.metadata:
             yield from _wrong(name, value, entry.metadata[ALLOWED], str(hints[entry.name]))
+
+
+@cache  # 0.2 ms each time, and a server checks often
+def _type_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def check_values(config: Any, before: str = "") -> None:
@@ -112,12 +124,13 @@ def check_number(name: str, value: float | None, *, whole: bool = False, **bound
 def _wrong(name: str, value: Any, allowed: Range | tuple[str, ...], hint: str) -> Iterator[str]:
     if value is None and "None" in hint:
         return
+    given = value if isinstance(value, list | tuple) else [value]
     if isinstance(allowed, tuple):
-        if value not in allowed:
-            yield f"{name}={value}: choose one of {', '.join(allowed)}"
+        if any(one not in allowed for one in given):
+            of = "some of" if isinstance(value, list | tuple) else "one of"
+            yield f"{name}={value}: choose {of} {', '.join(allowed)}"
         return
     whole = "int" in hint and "float" not in hint
-    given = value if isinstance(value, list | tuple) else [value]
     bad = [one for one in given if one not in allowed or (whole and one != int(one))]
     if bad:
         shown = bad if isinstance(value, list | tuple) else value

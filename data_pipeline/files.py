@@ -1,4 +1,5 @@
-"""Files by path or URL: local ones directly, `s3://`, `gs://`, `https://`, ... through fsspec.
+"""Files by path or URL: local ones directly, `https://` through fsspec, those of object stores
+(`s3://`, `gs://`, `hf://`, ...) through their local cache.
 
 A URL is taken for a folder where its name does not end like a file that we read (`.json`, `.tar`,
 ...): the server is not asked.
@@ -6,20 +7,31 @@ A URL is taken for a folder where its name does not end like a file that we read
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import time
+import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import fsspec
 
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
-from data_pipeline.stores import is_url, missing_package
+from data_pipeline.stored_files import StoredFiles
+from data_pipeline.stores import (
+    ForbiddenError,
+    GoneError,
+    PackageError,
+    StoreError,
+    StoreOptions,
+    is_url,
+    missing_package,
+)
 
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff",
@@ -31,10 +43,51 @@ VIDEO_SUFFIXES = frozenset({
 })  # fmt: skip
 # Pictures that may be a sequence of them.
 ANIMATED_SUFFIXES = frozenset({".gif", ".webp", ".apng", ".avif"})
-RECORD_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
+RECORD_SUFFIXES = frozenset({
+    ".json", ".jsonl", ".ndjson", ".jsonlines", ".csv", ".tsv", ".parquet",
+})  # fmt: skip
 TAR_SUFFIXES = frozenset({".tar", ".tgz"})
 
+# What a compressed file begins with.
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSED_SUFFIXES = (".gz", ".zst")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a pointer to a file begins with
+NOT_FETCHED = "is a pointer of Git LFS, not the file: fetch it (git lfs pull)"
+
 _RETRY_AFTER = (1.0, 4.0)  # seconds
+
+
+_stored: StoredFiles | None = None
+
+
+def use_stores(options: StoreOptions) -> None:
+    """How this process and its children read stores and servers from now on."""
+    global _stored
+    _stored = StoredFiles(options)
+
+
+def _stores() -> StoredFiles:
+    if _stored is None:
+        use_stores(StoreOptions())
+    assert _stored is not None
+    return _stored
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether a local file only says where Git LFS has the file."""
+    with Path(path).open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def in_store(path: str) -> bool:
+    """Whether a URL is one of a store, which says which version of a file it has."""
+    return is_url(path) and not path.startswith(("http://", "https://"))
+
+
+def fetch(path: str) -> None:
+    """Brings a file of a store into the cache; what fails is told when the file is read."""
+    with suppress(StoreError):
+        _stores().read(_stores().about(path))
 
 
 def join(folder: str, path: str) -> str:
@@ -58,10 +111,21 @@ def suffix(path: str) -> str:
     return PurePosixPath(name(path)).suffix.lower()
 
 
+def composed(path: str) -> str:
+    """A name as it compares: macOS writes an accent as a sign of its own."""
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
+
+
+def record_suffix(path: str) -> str:
+    """That of a file of records: `.jsonl` of `a.jsonl.gz`."""
+    own = suffix(path)
+    return suffix(name(path)[: -len(own)]) if own in _COMPRESSED_SUFFIXES else own
+
+
 def is_folder(path: str) -> bool:
     if not is_url(path):
         return Path(path).is_dir()
-    return suffix(path) not in RECORD_SUFFIXES | TAR_SUFFIXES | {".gz"}
+    return suffix(path) not in RECORD_SUFFIXES.union(TAR_SUFFIXES, _COMPRESSED_SUFFIXES)
 
 
 def list_files(folder: str) -> list[str]:
@@ -73,9 +137,15 @@ def list_files(folder: str) -> list[str]:
         return sorted(path for path in listed if not name(path).startswith(".") and "?" not in path)
     if not Path(folder).is_dir():
         raise ShardError(f"{folder} is not a folder: correct the path")
-    paths = []
-    for base, folders, names in os.walk(folder):
-        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+    paths, seen = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(base))
+        # A link to a folder that is walked already leads round in a circle.
+        folders[:] = sorted(
+            inner
+            for inner in folders
+            if not inner.startswith(".") and os.path.realpath(os.path.join(base, inner)) not in seen
+        )
         paths += [os.path.join(base, name) for name in names if not name.startswith(".")]
     return sorted(paths)
 
@@ -85,20 +155,56 @@ def file_size(path: str) -> int:
     with _explained(path):
         if not is_url(path):
             return os.path.getsize(path)
+        if in_store(path):
+            return _stores().about(path).size
         system, inside = fsspec.core.url_to_fs(path)
         return int(system.size(inside) or 0)
+
+
+@contextmanager
+def open_records(path: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A file of records, unpacked where it is compressed, and its bytes; 0: nobody knows how many.
+
+    Raises ShardError.
+    """
+    with open_file(path) as file:
+        start = file.peek(len(LFS_POINTER))  # type: ignore[attr-defined]
+        if start.startswith(LFS_POINTER):
+            raise ShardError(f"{path} {NOT_FETCHED}")
+        packed = next((kind for mark, kind in _COMPRESSED.items() if start.startswith(mark)), None)
+        if packed is None:
+            yield file, file_size(path)
+        elif packed == "gzip":
+            with gzip.open(file) as inner:
+                yield cast(BinaryIO, inner), 0
+        else:
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(file, packed) as unpacked:
+                yield cast(BinaryIO, io.BufferedReader(unpacked)), 0
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
     """A file of records, opened for reading; ShardError where that fails."""
     # Local ones not through fsspec, which reads a meaning into names with `::`.
-    with (
-        _explained(path),
-        fsspec.open(path, "rb") if is_url(path) else Path(path).open("rb") as file,
-    ):
+    with _explained(path), _opened(path) as file:
         # fsspec's own files read no line in pieces.
-        yield cast(BinaryIO, io.BufferedReader(file) if is_url(path) else file)
+        web = is_url(path) and not in_store(path)
+        yield cast(BinaryIO, io.BufferedReader(file) if web else file)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    if in_store(path):
+        with _stores().open(path) as stored:
+            yield stored
+    elif is_url(path):
+        with fsspec.open(path) as web:
+            yield web
+    else:
+        with Path(path).open("rb") as file:
+            yield file
 
 
 def read_bytes(path: str) -> bytes:
@@ -106,9 +212,31 @@ def read_bytes(path: str) -> bytes:
 
     What fails on its way over a network is asked for again before it is given up.
     """
+    data = _stored_bytes(path) if in_store(path) else _web_or_local_bytes(path)
+    if not data:
+        raise SampleError("empty_file", f"{path} has 0 bytes")
+    if data.startswith(LFS_POINTER):
+        raise SampleError("unreadable_file", f"{path} {NOT_FETCHED}")
+    return data
+
+
+def _stored_bytes(path: str) -> bytes:
+    try:
+        return _stores().read(_stores().about(path))
+    except PackageError as error:
+        raise ShardError(str(error)) from None
+    except ForbiddenError as error:
+        raise SampleError("unreadable_file", str(error)) from None
+    except GoneError:
+        raise SampleError("missing_file", f"{path}: No such file or directory") from None
+    except StoreError as error:
+        raise SampleError("unreadable_file", str(error)) from None
+
+
+def _web_or_local_bytes(path: str) -> bytes:
     for pause in (*_RETRY_AFTER, None):
         try:
-            data = _read(path)
+            return _read(path)
         except ImportError as error:
             raise ShardError(missing_package(path, error)) from None
         except Exception as error:  # every protocol has errors of its own
@@ -122,9 +250,6 @@ def read_bytes(path: str) -> bytes:
                 continue
             detail = f"{name(path)}: {'the server does not answer' if silent else error}"
             raise SampleError("unreadable_file", detail) from None
-        if not data:
-            raise SampleError("empty_file", f"{path} has 0 bytes")
-        return data
     raise AssertionError("unreachable")
 
 
@@ -164,6 +289,11 @@ def _explained(path: str) -> Iterator[None]:
     """Turns what opening a source can raise into ShardError."""
     try:
         yield
+    except GoneError as error:
+        advice = "" if isinstance(error, PackageError) else ": correct the path"
+        raise ShardError(f"{error}{advice}") from None
+    except StoreError as error:
+        raise ShardError(str(error)) from None
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist: correct the path") from None
     except ImportError as error:

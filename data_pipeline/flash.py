@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ def load() -> Flash:
     from flash_attn.cute import interface
 
     return _release_4(interface)
+
+
+def has_release_4() -> bool:
+    """Whether release 4 is there, alone or beside 2, by which torch can compute FlexAttention."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:  # no release at all, or one that cannot be imported
+        return False
 
 
 def _release_2(package: Any) -> Flash:

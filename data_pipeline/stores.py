@@ -31,15 +31,24 @@ class GoneError(StoreError):
     """What a URL names is not there, or may not be read."""
 
 
+class ForbiddenError(GoneError):
+    """It may not be read."""
+
+
+class PackageError(GoneError):
+    """It takes a package that is not installed."""
+
+
 @dataclass
 class StoreOptions:
-    """How training reads shards of object stores."""
+    """How object stores are read."""
 
     # Folder of the local cache, shared by all processes of a machine; "": one below /tmp.
     cache: str = ""
     # GB (10^9 bytes) of it at most; what was used longest ago goes first.
     cache_size: float = number(20.0, least=0, zero="no cache")
-    # Microbatches that each loader process fetches before their turn comes.
+    # Microbatches of each loader process, or records of an import, that are fetched before their
+    # turn comes.
     read_ahead: int = number(8, least=0, zero="none")
     retries: int = number(6, least=0, zero="none")  # of a request that fails
     timeout: float = number(60.0, above=0)  # seconds that a server may not answer
@@ -111,14 +120,14 @@ def _persistently(url: str, ask: Callable[[], _Result], retries: int) -> _Result
         try:
             return ask()
         except ImportError as error:
-            raise GoneError(missing_package(url, error)) from None
+            raise PackageError(missing_package(url, error)) from None
         except Exception as error:  # every protocol has errors of its own
             # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
             if isinstance(error, FileNotFoundError) and not silent:
                 raise GoneError(f"{url} does not exist") from None
             if isinstance(error, PermissionError):
-                raise GoneError(f"{url} may not be read: {error}") from None
+                raise ForbiddenError(f"{url} may not be read: {error}") from None
             said = "the server does not answer" if silent else f"{type(error).__name__}: {error}"
         if attempt < retries:
             pause = min(0.25 * 2**attempt, _LONGEST_PAUSE)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.files import NOT_FETCHED, is_lfs_pointer
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -63,6 +65,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing narrower
+        if is_lfs_pointer(file):
+            raise ValueError(f"tokenizer: {file} {NOT_FETCHED}") from None
         raise ValueError(f"tokenizer: {file} cannot be read: {error}") from None
 
 

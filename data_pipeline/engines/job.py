@@ -24,11 +24,17 @@ from typing import Any
 
 import torch
 
-from data_pipeline import files, stores
+from data_pipeline import files
 from data_pipeline.atomic import write_atomically
-from data_pipeline.build import BuildOptions, arguments_of, check_rejected, import_entries
+from data_pipeline.build import (
+    BuildOptions,
+    arguments_of,
+    check_rejected,
+    import_entries,
+    print_unread,
+)
 from data_pipeline.importers.draft import Entry
-from data_pipeline.importers.forms import open_source
+from data_pipeline.importers.forms import OpenSource, open_source
 from data_pipeline.importers.journal import Journal, Summary, differences
 from data_pipeline.importers.pool import Pool
 from data_pipeline.importers.share import Share
@@ -76,7 +82,7 @@ class Job:
         if files.is_url(self.out):
             raise ShardError(f"{out}: shards are written to a folder that all machines see")
         out.mkdir(parents=True, exist_ok=True)
-        arguments = self._arguments()
+        opened, arguments = self._opened()
         begun = {"arguments": arguments, "run": run, "result": None}
         if not (out / MANIFEST).exists() and any(out.glob("*/*.tar")):
             raise ShardError(f"{out} already holds shards: choose another folder")
@@ -93,15 +99,16 @@ class Job:
             begun = known
         finished = begun["result"] is not None
         if not finished:
+            print_unread(opened)
             self.folder.mkdir(exist_ok=True)
         return finished
 
-    def _arguments(self) -> dict[str, Any]:
-        """As JSON gives them back, so that they compare equal."""
-        stores.set_timeout(self.options.timeout)
+    def _opened(self) -> tuple[OpenSource, dict[str, Any]]:
+        """The source, and the arguments as JSON gives them back, so that they compare equal."""
+        files.use_stores(self.options.stores)
         opened = open_source(self.source, self.options.source, Path(self.out))
         arguments = arguments_of(self.source, opened, self.options) | {"parts": self.parts}
-        return dict(json.loads(json.dumps(arguments)))
+        return opened, dict(json.loads(json.dumps(arguments)))
 
 
 def _write_first(path: Path, text: str) -> bool:
@@ -132,7 +139,7 @@ def make_part(job: Job, number: int) -> None:
         raise ShardError(f"{socket.gethostname()} does not see {job.out}: all machines must share "
                          "that folder")  # fmt: skip
     known = json.loads((Path(job.out) / MANIFEST).read_text())["arguments"]
-    arguments = job._arguments()
+    opened, arguments = job._opened()
     if arguments != known:
         raise ShardError(
             f"{socket.gethostname()} sees another source: {differences(known, arguments)}: it was "
@@ -144,7 +151,7 @@ def make_part(job: Job, number: int) -> None:
     except FileNotFoundError:  # all parts have been put together
         return
     try:
-        _import(job, number, attempt, arguments)
+        _import(job, number, attempt, opened, arguments)
         attempt.rename(job.part(number))
     except _MadeElsewhere:
         pass
@@ -155,9 +162,10 @@ def make_part(job: Job, number: int) -> None:
         shutil.rmtree(attempt, ignore_errors=True)
 
 
-def _import(job: Job, number: int, attempt: Path, arguments: dict[str, Any]) -> None:
+def _import(
+    job: Job, number: int, attempt: Path, opened: OpenSource, arguments: dict[str, Any]
+) -> None:
     options = replace(job.options, max_rejected=None)  # of all parts together
-    opened = open_source(job.source, options.source, Path(job.out))
     journal = Journal(attempt, arguments | {"part": number})
     try:
         entries = _until_made(opened.entries(Share(number, job.parts)), job.part(number))

@@ -22,6 +22,7 @@ from data_pipeline import files
 from data_pipeline.schema import SampleError
 
 DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
+_GZIP = b"\x1f\x8b"
 _TEXTS = frozenset({"json", "txt", "text", "caption"})
 
 
@@ -135,11 +136,22 @@ def _group(key: str, group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
     return [sample]
 
 
+def names(path: str) -> Iterator[str]:
+    """The names of a local tar's members, up to where it is damaged."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield from (member.name for member in tar)
+    except DAMAGE:
+        return
+
+
 @contextmanager
 def open_archive(path: str) -> Iterator[Archive]:
     """A local or remote tar, compressed or not; ShardError where it cannot be opened."""
     with files.open_file(path) as file:
-        if not files.is_url(path) and files.suffix(path) == ".tar":
+        packed = file.read(2) == _GZIP
+        file.seek(0)
+        if not files.is_url(path) and not packed:
             yield Archive(file, None)
             return
         # Its members are read where they lie, which needs a plain file.
@@ -152,7 +164,7 @@ def _unpacked(file: BinaryIO, local: BinaryIO) -> Exception | None:
     start = file.read(2)
     file.seek(0)
     try:
-        if start == b"\x1f\x8b":
+        if start == _GZIP:
             with gzip.open(file) as inner:
                 shutil.copyfileobj(inner, local)
         else:

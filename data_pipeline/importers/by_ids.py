@@ -71,7 +71,7 @@ def by_ids(path: str, inside: str, size: int) -> Iterator[tuple[Any, float]]:
         try:
             for name, entry in ijson.kvitems(file, inside, use_float=True):
                 found += 1
-                share = min(1.0, file.tell() / size)
+                share = min(1.0, file.tell() / size) if size else 0.0
                 if isinstance(entry, dict | list):
                     yield _record(name, entry), share
                 else:
@@ -104,9 +104,9 @@ def _kinds(file: BinaryIO, inside: str) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    with files.open_file(path) as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
+    with files.open_records(path) as (file, _):
+        if file.peek(3)[:3] == codecs.BOM_UTF8:  # type: ignore[attr-defined]
+            file.read(3)
         yield file
 
 

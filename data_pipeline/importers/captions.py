@@ -15,6 +15,7 @@ from data_pipeline.importers.draft import (
     media_type,
     medium,
     refuse_preferences,
+    text_draft,
     unused_fields,
 )
 from data_pipeline.schema import MediaType, SampleError
@@ -31,12 +32,12 @@ CAPTION_COLUMNS = ("caption", "text", "description", "sentence")
 def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
     """A sample for each picture or video below a folder, captioned by the .txt of its name."""
     (stem,) = distinct_stems([files.name(folder.rstrip("/"))])
-    captions = {path[:-4]: path for path in paths if files.suffix(path) == ".txt"}
+    captions = {_stem(path): path for path in paths if files.suffix(path) == ".txt"}
     wanted = [path for path in paths if media_type(path)]
     for number, path in enumerate(wanted):
         kind = media_type(path)
         assert kind is not None
-        caption = captions.pop(path.rpartition(".")[0], None)
+        caption = captions.pop(_stem(path), None)
         draft: Draft | SampleError
         if caption is None:
             draft = SampleError("missing_caption", f"{files.name(path)}: no .txt of this name")
@@ -51,8 +52,12 @@ def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
 
 def is_captioned(paths: list[str]) -> bool:
     """Whether at least one picture or video has a text of its name."""
-    texts = {path[:-4] for path in paths if files.suffix(path) == ".txt"}
-    return any(media_type(path) and path.rpartition(".")[0] in texts for path in paths)
+    texts = {_stem(path) for path in paths if files.suffix(path) == ".txt"}
+    return any(media_type(path) and _stem(path) in texts for path in paths)
+
+
+def _stem(path: str) -> str:
+    return files.composed(path.rpartition(".")[0])
 
 
 def _inside(folder: str, path: str) -> str:
@@ -82,10 +87,13 @@ def table_draft(
     return caption_draft(shown, caption.strip(), notes=notes)
 
 
-def text_notes(record: dict[str, Any]) -> tuple[str, ...]:
-    """What a record of plain text holds beside it; SampleError for preferences."""
+def plain_draft(record: dict[str, Any], base: str) -> Draft:
+    """A record of plain text; one that names a medium, too, is a caption."""
+    named = [column for column in MEDIA_COLUMNS if record.get(column)]
+    if named:
+        return table_draft(record, base, named[0], None)
     refuse_preferences(record)
-    return tuple(unused_fields(record, ("text",)))
+    return text_draft(record.get("text"), tuple(unused_fields(record, ("text",))))
 
 
 def check_columns(

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from data_pipeline.importers.draft import (
+    MEDIUM_FIELDS,
     Draft,
     Turn,
     in_order,
@@ -87,6 +88,9 @@ def message_turns(record: dict[str, Any], dialect: Dialect) -> list[Turn]:
     """The system's turn and those of the messages; SampleError."""
     entries = record.get(dialect.messages)
     if not isinstance(entries, list):
+        if entries is not None or dialect.messages in record:
+            detail = f"{dialect.messages}: {entries!r:.80} is not a list of messages"
+            raise SampleError("bad_schema", detail)
         raise SampleError("bad_schema", f"a record must be an object with a list `messages`: "
                           f"its keys are {', '.join(map(str, record))}")  # fmt: skip
     messages = [_message(entry, i, dialect) for i, entry in enumerate(entries)]
@@ -122,6 +126,10 @@ def with_media(
     if is_realtime(videos):
         draft = realtime_draft(messages, pictures, videos, base)
         return Draft(draft.messages, draft.media, draft.kind, notes=tuple(notes))
+    for column, values in (("images", images), ("videos", videos)):
+        for value in values:
+            if isinstance(value, dict):
+                notes += unused_fields(value, MEDIUM_FIELDS, f"{column}[].")
     given: dict[MediaType, list[Any]] = {
         "image": pictures,
         "video": [medium("video", video, base) for video in videos],
@@ -234,7 +242,7 @@ def _media(record: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[Any],
     if len(full) > 1:
         raise SampleError("ambiguous_media", f"{' and '.join(full)} both name media: keep one")
     value = record[full[0]]
-    if isinstance(value, str | dict):
+    if isinstance(value, str | dict | bytes):
         value = [value]
     if not isinstance(value, list):
         raise SampleError("bad_schema", f"{full[0]}: {value!r:.80}: expected a list of file names")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import itertools
 import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import unquote, unquote_to_bytes
 
 from data_pipeline import files
 from data_pipeline.importers.timeline import Timeline
@@ -98,12 +101,20 @@ class Entry:
 
 
 # Under which names an object has its path.
-PATH_FIELDS = ("path", "url", "video_path", "image_path", "file", "file_name")
+PATH_FIELDS = (
+    "path", "url", "video_path", "image_path", "file", "file_name", "image", "video",
+)  # fmt: skip
+MEDIUM_FIELDS = frozenset((*PATH_FIELDS, "bytes", "type"))
 _WINDOWS = re.compile(r"(?:file:///)?[A-Za-z]:[\\/]|\\\\")
+# How base64 of a JPEG, PNG, WebP, GIF, MP4 and Matroska file begins, and how long it is at least.
+_BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "AAAA", "GkXfo")
+_SHORTEST = 256
 
 
 def plain_path(path: str) -> str:
     """A path as it is written here: of Windows without its drive, of a `file://` URL its path."""
+    if path.startswith("file://"):
+        path = unquote(path)
     if windows := _WINDOWS.match(path):
         return "/" + path[windows.end() :].replace("\\", "/")
     if path.startswith("file://"):
@@ -112,10 +123,13 @@ def plain_path(path: str) -> str:
 
 
 def medium(kind: MediaType, value: Any, base: str) -> Medium:
-    """The picture or video that a record names, by path or URL, or holds as `{"bytes": ...}`.
+    """The picture or video that a record names, by path or URL, or holds: as `{"bytes": ...}`, as
+    a `data:` URL or as base64.
 
     `base`: the folder of relative paths.
     """
+    if isinstance(value, bytes):
+        return Medium(kind, value)
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return Medium(kind, value["bytes"], files.suffix(value.get("path") or ""))
     path = value
@@ -123,11 +137,30 @@ def medium(kind: MediaType, value: Any, base: str) -> Medium:
         path = next((value[name] for name in PATH_FIELDS if value.get(name)), None)
     if not isinstance(path, str) or not path:
         raise SampleError("bad_schema", f"{kind}: {value!r:.80} is not a path")
+    if held := _held(kind, path):
+        return held
     path = plain_path(path)
     try:
         return Medium(kind, files.join(base, path), files.suffix(path))
     except ValueError as error:  # a URL that cannot be one
         raise SampleError("bad_schema", f"{kind}: {path!r:.80}: {error}") from None
+
+
+def _held(kind: MediaType, text: str) -> Medium | None:
+    """The medium that a text is instead of its path; None: it is a path. Raises SampleError."""
+    url = text[:5].lower() == "data:"
+    if not url and (len(text) < _SHORTEST or not text.startswith(_BASE64)):
+        return None
+    head, _, body = text.partition(",") if url else ("base64", ",", text)
+    suffix = "." + head[5:].partition(";")[0].rpartition("/")[2].lower() if url else ""
+    if url and not head.lower().endswith("base64"):
+        return Medium(kind, unquote_to_bytes(body), suffix)
+    try:
+        data = base64.b64decode("".join(unquote(body).split()), validate=True)
+        return Medium(kind, data, suffix)
+    except (binascii.Error, ValueError) as error:
+        detail = f"{kind}: {text[:40]!r}...: is not base64: {error}"
+        raise SampleError("bad_schema", detail) from None
 
 
 def unused_fields(record: Mapping[str, Any], known: Container[str], where: str = "") -> list[str]:
@@ -176,7 +209,9 @@ def in_order(messages: list[Turn], given: dict[MediaType, list[Medium]]) -> list
         media.append(left[kind].pop(0))
     extra = sum(len(rest) for rest in left.values())
     if extra:
-        raise SampleError("mark_media_mismatch", f"no mark for {extra} of the media")
+        kind = next(kind for kind, rest in left.items() if rest)
+        raise SampleError("mark_media_mismatch", f"no mark for {extra} of the media: write "
+                          f"<{kind}> in a text where each belongs")  # fmt: skip
     return media
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,18 @@ from data_pipeline.importers import (
     streaming,
     transcripts,
 )
-from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems, text_draft
+from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems
+from data_pipeline.importers.layout import (
+    INFO,
+    METADATA,
+    form_of_files,
+    is_dangling,
+    is_records,
+    is_tar,
+    record_files,
+    unread,
+    with_kinds,
+)
 from data_pipeline.importers.locate import Finder
 from data_pipeline.importers.recognize import form_beside, form_of_all, nearest
 from data_pipeline.importers.records import first_records, read_records
@@ -34,24 +45,14 @@ from data_pipeline.importers.webdataset import shard_entries
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
-_INFO = "dataset_info.json"
 _KNOWN_IDS = 1 << 18  # of a file, 25 MB of memory: it may have any number of records
-_METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
-
-
-def _text_draft(record: dict[str, Any], base: str) -> Draft:
-    """A record of plain text; one that names a medium, too, is a caption."""
-    named = [column for column in captions.MEDIA_COLUMNS if record.get(column)]
-    if named:
-        return captions.table_draft(record, base, named[0], None)
-    return text_draft(record.get("text"), captions.text_notes(record))
 
 
 # The forms of records, and what turns one (and the folder of its media) into a draft.
 RECORD_FORMS: dict[str, Convert] = {
     "sharegpt": conversation.conversation_draft,
     "alpaca": llama_factory.alpaca_draft,
-    "text": _text_draft,
+    "text": captions.plain_draft,
     "moss-vl": segments.mossvl_draft,
     "realtime-qa": segments.realtime_qa_draft,
     "streamo": streaming.streamo_draft,
@@ -89,6 +90,16 @@ class RecordFile:
     convert: Convert
     form: str
     limit: int | None = None  # records that are taken at most
+    told: bool = True  # whether it has records, which say their form
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A file that cannot be read, or has no known form, among others that can."""
+
+    path: str
+    stem: str
+    reason: SampleError
 
 
 Entries = Callable[[Share], Iterator[Entry]]
@@ -103,13 +114,15 @@ class OpenSource:
     files: list[str]
     entries: Entries
     found: tuple[str, ...] = ()  # the forms of its records
+    unread: tuple[str, ...] = ()  # files beside them that look like data
 
     def fingerprint(self) -> str:
         """Changes with the names and sizes of the source's files."""
         known = hashlib.sha256()
         for path in self.files:
             # A folder of media has too many files to ask for the size of each.
-            size = files.file_size(path) if self.form not in ("captions", "webdataset") else 0
+            many = self.form in ("captions", "webdataset")
+            size = 0 if many or is_dangling(path) else files.file_size(path)
             known.update(f"{files.name(path)} {size}\n".encode(errors="backslashreplace"))
         return f"{len(self.files)} files, {known.hexdigest()[:16]}"
 
@@ -129,16 +142,24 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
     if folder and not files.is_url(source) and out.resolve().is_relative_to(around):
         ours = os.path.join(source, out.resolve().relative_to(around), "")
         paths = [path for path in paths if not path.startswith(ours)]
-    form = options.form or _form(source, folder, paths)
-    plain = any(files.suffix(path) in files.RECORD_SUFFIXES for path in paths)
-    in_shards = form in RECORD_FORMS and not plain and any(map(_is_tar, paths))
+    form = options.form or form_of_files(source, folder, paths)
+    opened = _opened(source, folder, paths, form, options)
+    roots = {options.media_dir, *map(files.parent, opened.files)} if opened.found else set()
+    return replace(opened, unread=unread(paths, opened.files, roots))
+
+
+def _opened(
+    source: str, folder: bool, paths: list[str], form: str, options: SourceOptions
+) -> OpenSource:
+    plain = any(map(is_records, paths))
+    in_shards = form in RECORD_FORMS and not plain and any(map(is_tar, paths))
     if form == "captions":
         if not folder or not any(captions.media_type(path) for path in paths):
             raise ShardError(f"{source}: expected a folder of pictures or videos")
         entries = partial(captions.folder_entries, source, paths)
         return OpenSource(form, paths, _by_key(entries))
     if form == "webdataset" or in_shards:
-        tars = [path for path in paths if _is_tar(path)]
+        tars = [path for path in paths if is_tar(path)]
         named = form if in_shards else None
         return OpenSource(
             "webdataset", tars, partial(shard_entries, tars, _converts(options), named)
@@ -147,17 +168,14 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
         return _transcripts(source, folder, paths, options)
     if form == "llamafactory":
         return _llama_factory(source, folder, options)
-    chosen = _record_files(source, folder, paths)
-    *stems, other = distinct_stems([*map(_stem, chosen), "unnamed"])
-    record_files = [
-        _record_file(path, stem, form, options) for path, stem in zip(chosen, stems, strict=True)
-    ]
+    chosen, refused = _record_files(record_files(source, folder, paths), form, options)
     media = [path for path in paths if captions.media_type(path)]
-    of_part: Entries = partial(_record_entries, record_files)
-    if media and files.name(chosen[0]) in _METADATA:
-        of_part = _by_key(partial(_folder_entries, record_files, media, other))
-    found = tuple(sorted({file.form for file in record_files}))
-    return OpenSource(form, [file.path for file in record_files], of_part, found)
+    of_part: Entries = partial(_record_entries, chosen, refused=refused)
+    if media and files.name(chosen[0].path) in METADATA:
+        of_part = _by_key(partial(_folder_entries, chosen, refused, media))
+    found = tuple(sorted({file.form for file in chosen if file.told}))
+    read = [*(file.path for file in chosen), *(refusal.path for refusal in refused)]
+    return OpenSource(form, read, of_part, found)
 
 
 def _by_key(entries: Callable[[], Iterator[Entry]]) -> Entries:
@@ -165,47 +183,33 @@ def _by_key(entries: Callable[[], Iterator[Entry]]) -> Entries:
     return lambda share: (entry for entry in entries() if share.has(entry.key))
 
 
-def _form(source: str, folder: bool, paths: list[str]) -> str:
-    """One of FORMS, or `records`: files of records, each with a form of its own."""
-    names = {files.name(path) for path in paths}
-    if _INFO in names:
-        return "llamafactory"
-    if any(_is_tar(path) for path in paths):
-        return "webdataset"
-    if not folder and files.suffix(source) in (".srt", ".vtt"):
-        return "transcripts"
-    if not folder or names.intersection(_METADATA):
-        return "records"
-    if any(video for _, video in transcripts.pairs(paths)):
-        return "transcripts"
-    if captions.is_captioned(paths):
-        return "captions"
-    if any(files.suffix(path) in files.RECORD_SUFFIXES for path in paths):
-        return "records"
-    if any(captions.media_type(path) for path in paths):
-        return "captions"
-    raise ShardError(
-        f"{source}: no JSON file, table, shard, picture or video there: give records "
-        f"({', '.join(sorted(files.RECORD_SUFFIXES))}), a folder of media with .txt captions, "
-        "or shards"
-    )
+def _record_files(
+    groups: list[list[str]], form: str, options: SourceOptions
+) -> tuple[list[RecordFile], list[Refusal]]:
+    """The files of the first group with one that has records, and of this and the groups before it
+    those that cannot be read; ShardError where there is none.
 
-
-def _is_tar(path: str) -> bool:
-    return files.suffix(path) in files.TAR_SUFFIXES or files.name(path).endswith(".tar.gz")
-
-
-def _record_files(source: str, folder: bool, paths: list[str]) -> list[str]:
-    """The files of records: an image folder's metadata, else those on top, else all."""
-    metadata = [path for path in paths if files.name(path) in _METADATA]
-    with_records = [
-        path for path in paths if files.suffix(path) in files.RECORD_SUFFIXES or not folder
-    ]
-    on_top = [path for path in with_records if files.parent(path) == source.rstrip("/")]
-    chosen = metadata or on_top or with_records
-    if not chosen:
-        raise ShardError(f"{source}: no file of records there: {', '.join(files.RECORD_SUFFIXES)}")
-    return chosen
+    On a server a file that cannot be read says nothing about the file: it is a ShardError.
+    """
+    stems = iter(distinct_stems([_stem(path) for group in groups for path in group]))
+    opened: list[RecordFile] = []
+    refused: list[Refusal] = []
+    errors: list[ShardError] = []
+    for group in groups:
+        for path, stem in zip(group, stems, strict=False):
+            try:
+                opened.append(_record_file(path, stem, form, options))
+            except ShardError as error:
+                if files.is_url(path):
+                    raise
+                error = with_kinds(error, path)
+                errors.append(error)
+                refused.append(Refusal(path, stem, SampleError("unreadable_file", str(error))))
+        if any(file.told for file in opened):
+            break
+    if not opened:
+        raise errors[0]
+    return opened, refused
 
 
 def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> RecordFile:
@@ -217,12 +221,12 @@ def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> Rec
         captions.check_columns(records[0], options.media_column, options.caption_column)
     converts = _converts(options)
     if named:
-        return RecordFile(path, stem, base, converts[form], form)
+        return RecordFile(path, stem, base, converts[form], form, told=bool(records))
 
     def convert(record: dict[str, Any], base: str) -> Draft | list[Draft]:
         return converts[form_beside(record, form)](record, base)
 
-    return RecordFile(path, stem, base, convert, form)
+    return RecordFile(path, stem, base, convert, form, told=bool(records))
 
 
 def _converts(options: SourceOptions) -> dict[str, Convert]:
@@ -242,7 +246,9 @@ def _converts(options: SourceOptions) -> dict[str, Convert]:
 def _stem(path: str) -> str:
     """A file's name without its suffix; for an image folder's metadata.jsonl that of the folder."""
     name = files.name(path)
-    return files.name(files.parent(path)) if name in _METADATA else name.rpartition(".")[0]
+    if name in METADATA:
+        return files.name(files.parent(path))
+    return name[: name.rfind(files.record_suffix(path))]
 
 
 def _record_form(path: str, records: list[dict[str, Any]], options: SourceOptions) -> str:
@@ -266,7 +272,7 @@ def _transcripts(source: str, folder: bool, paths: list[str], options: SourceOpt
     around = files.list_files(elsewhere) if elsewhere else []
     found = transcripts.pairs(paths)
     if elsewhere:
-        by_stem = {files.name(p).rpartition(".")[0]: p for p in around if captions.media_type(p)}
+        by_stem = {transcripts.stems(p)[0]: p for p in around if captions.media_type(p)}
         found = [
             (path, next((by_stem[s] for s in transcripts.stems(path) if s in by_stem), video))
             for path, video in found
@@ -288,7 +294,7 @@ def _transcripts(source: str, folder: bool, paths: list[str], options: SourceOpt
 
 
 def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSource:
-    info = files.join(source, _INFO) if folder else source
+    info = files.join(source, INFO) if folder else source
     base = options.media_dir or files.parent(info)
     parts: list[tuple[llama_factory.DataSet, str]] = []
     rejected: list[tuple[str, SampleError]] = []
@@ -309,12 +315,14 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
         yield from _record_entries(record_files, share)
         for name, reason in rejected:
             if share.has(name):
-                yield Entry(name, _INFO, 1.0, reason)
+                yield Entry(name, INFO, 1.0, reason)
 
     return OpenSource("llamafactory", [info, *(file.path for file in record_files)], entries)
 
 
-def _record_entries(record_files: list[RecordFile], share: Share = WHOLE) -> Iterator[Entry]:
+def _record_entries(
+    record_files: list[RecordFile], share: Share = WHOLE, refused: Sequence[Refusal] = ()
+) -> Iterator[Entry]:
     for at, record_file in enumerate(record_files):
         name, finder = files.name(record_file.path), Finder(record_file.base)
         ids: set[int] = set()
@@ -333,6 +341,10 @@ def _record_entries(record_files: list[RecordFile], share: Share = WHOLE) -> Ite
                     draft=draft,
                 )
 
+    for one in refused:
+        if share.has(one.stem):
+            yield Entry(f"{one.stem}-000000", files.name(one.path), 1.0, one.reason)
+
 
 def _seen(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]:
     """A note for a record whose `id` another one has, too, of the first _KNOWN_IDS."""
@@ -345,10 +357,13 @@ def _seen(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]
     return ("id of an earlier record",) if known else ()
 
 
-def _folder_entries(record_files: list[RecordFile], media: list[str], stem: str) -> Iterator[Entry]:
+def _folder_entries(
+    record_files: list[RecordFile], refused: list[Refusal], media: list[str]
+) -> Iterator[Entry]:
     """The records of an image folder's metadata, then a rejection for each medium without one."""
     named: set[str] = set()
-    for entry in _record_entries(record_files):
+    *_, stem = distinct_stems([*(file.stem for file in record_files), "unnamed"])
+    for entry in _record_entries(record_files, refused=refused):
         if isinstance(entry.draft, Draft):
             paths = [medium.content for medium in entry.draft.media]
             named.update(os.path.normpath(path) for path in paths if isinstance(path, str))

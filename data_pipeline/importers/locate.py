@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from typing import Literal
+from urllib.parse import unquote
 
 from data_pipeline import files
 from data_pipeline.importers.draft import Draft, Medium, TarMember
@@ -22,6 +25,10 @@ _SUFFIXES: dict[MediaType, frozenset[str]] = {
     "image": files.IMAGE_SUFFIXES,
     "video": files.VIDEO_SUFFIXES,
 }
+
+
+# An accent may be a sign of its own, as macOS writes names, or part of its letter.
+_SPELLINGS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 
 
 class Finder:
@@ -42,6 +49,8 @@ class Finder:
         for new, old in zip(media, draft.media, strict=True):
             if isinstance(new.content, TarMember):
                 notes += ("medium in a tar",)
+            elif new is not old and new.content == unquote(str(old.content)):
+                notes += ("medium found by its path without %XX",)
             elif new is not old and not str(new.content).startswith(str(old.content)):
                 notes += ("medium found by the end of its path",)
         return replace(draft, media=media, notes=notes)
@@ -51,10 +60,11 @@ class Finder:
         if not isinstance(path, str) or files.is_url(path) or os.path.exists(path):
             return medium
         for end in _ends(path.removeprefix(self._root.rstrip("/") + "/")):
-            found = os.path.join(self._root, end)
-            if os.path.isfile(found):
-                return replace(medium, content=found, suffix=files.suffix(found))
-            if member := self._members.get(end):
+            for spelt in dict.fromkeys(unicodedata.normalize(form, end) for form in _SPELLINGS):
+                found = os.path.join(self._root, spelt)
+                if os.path.isfile(found):
+                    return replace(medium, content=found, suffix=files.suffix(found))
+            if member := self._members.get(files.composed(end)):
                 return replace(medium, content=member, suffix=files.suffix(end))
         if files.suffix(path) not in _SUFFIXES[medium.type]:  # an id, of YouTube say
             for suffix in sorted(_SUFFIXES[medium.type]):
@@ -62,7 +72,12 @@ class Finder:
                     return replace(medium, content=path + suffix, suffix=suffix)
                 if member := self._members.get(files.name(path) + suffix):
                     return replace(medium, content=member, suffix=suffix)
-        return medium
+        plain = unquote(path)
+        if plain == path:
+            return medium
+        placed = self._place(replace(medium, content=plain, suffix=files.suffix(plain)))
+        there = isinstance(placed.content, TarMember) or os.path.exists(str(placed.content))
+        return placed if there else medium
 
     @cached_property
     def _members(self) -> dict[str, TarMember]:
@@ -75,11 +90,20 @@ class Finder:
                         if member.isfile():
                             name = member.name.removeprefix("./")
                             where = TarMember(tar, name, member.offset_data, member.size)
-                            found.setdefault(name, where)
+                            found.setdefault(files.composed(name), where)
             except tarfile.TarError as error:
                 raise ShardError(f"{tar}: {error}: media are read from tars that are whole and "
                                  "not compressed") from None  # fmt: skip
-        return found
+        return _by_their_ends(found) | found
+
+
+def _by_their_ends(members: dict[str, TarMember]) -> dict[str, TarMember]:
+    """Members by the ends of their names that no other one has: a tar may have a folder more."""
+    known: dict[str, TarMember | None] = {}
+    for name, member in members.items():
+        for end in [*_ends(name)][1:]:
+            known[end] = None if end in known else member
+    return {end: member for end, member in known.items() if member}
 
 
 def _tars(root: str) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 from data_pipeline import files
 from data_pipeline.clock import EPSILON
 from data_pipeline.fields import check_values, number
+from data_pipeline.h264 import h264_stream
 from data_pipeline.images import decode_image
 from data_pipeline.importers.draft import Draft, Entry, Group, Medium, TarMember, Turn
 from data_pipeline.importers.timeline import Timeline, unroll
@@ -31,7 +34,6 @@ _JPEG_QUALITY = 92
 _MARK, _BROKEN = "\ufeff", {"U+FFFD": "\ufffd", "NUL": "\0"}
 _TICK = Fraction(1, 90000)  # seconds
 _WORTH_A_CUT = 1.5  # times the seconds that are shown: a longer video is cut
-_H264 = {"crf": "20", "preset": "medium", "g": "250"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions, notes: list[str]
         messages, shown = _unrolled(draft, draft.timeline, notes)
     messages = [_plain(message, i) for i, message in enumerate(messages)]
     for index, medium in enumerate(shown):
-        fitted, suffix = _fitted(medium, options, notes)
+        with _named(medium, index):
+            fitted, suffix = _fitted(medium, options, notes)
         if medium.type == "image" and is_animated(fitted):
             notes.append("animated picture, of which the first one is shown")
         name = Medium(medium.type, b"", suffix).member(index)
@@ -122,8 +125,9 @@ def _unrolled(
         clips = draft.media
     else:
         (clip,) = draft.media
-        data = _bytes(clip)
-        info = probe_video(data)
+        with _named(clip):
+            data = _bytes(clip)
+            info = probe_video(data)
         unrolled = unroll(timeline, info)
         first, last = unrolled.times[0], unrolled.times[-1]
         clip = replace(clip, content=data, times=unrolled.times)
@@ -133,6 +137,20 @@ def _unrolled(
         clips = [clip]
     notes += unrolled.notes
     return [dict(message) for message in unrolled.messages], clips
+
+
+@contextmanager
+def _named(medium: Medium, index: int = 0) -> Iterator[None]:
+    """Errors of a medium name it, if they do not yet."""
+    content = medium.content
+    path = content.name if isinstance(content, TarMember) else content
+    name = path if isinstance(path, str) else f"{medium.type} {index}"
+    try:
+        yield
+    except SampleError as error:
+        if isinstance(path, str) and files.name(path) in error.detail:
+            raise
+        raise SampleError(error.reason, f"{name}: {error.detail}") from None
 
 
 def _bytes(medium: Medium) -> bytes:
@@ -225,9 +243,9 @@ def shrink_video(
             if stream is None:
                 rate = fps or len(times) / (end - start)
                 exact = Fraction(rate).limit_denominator(1001)
-                stream = container.add_stream("libx264", rate=exact, options=_H264)
-                stream.width, stream.height = (_even(side * scale) for side in (width, height))
-                stream.pix_fmt, stream.codec_context.time_base = "yuv420p", _TICK
+                size = _even(width * scale), _even(height * scale)
+                stream = h264_stream(container, exact, size, "medium")
+                stream.codec_context.time_base = _TICK
             pixels = np.ascontiguousarray(frame.permute(1, 2, 0).numpy())
             picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             small = picture.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")

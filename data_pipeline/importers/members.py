@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline import files
 from data_pipeline.importers.conversation import IMAGE_FIELDS, VIDEO_FIELDS
 from data_pipeline.importers.draft import PATH_FIELDS
 from data_pipeline.importers.streaming import CLIP_FIELDS
@@ -85,9 +86,10 @@ def member(parts: dict[str, bytes], name: Any, key: str) -> dict[str, Any]:
     stem = key.rpartition("/")[2]
     last = path.rpartition("/")[2]
     inside = last.removeprefix(f"{stem}.").lower() if last.startswith(f"{stem}.") else last
-    for found in (path, inside):
-        if found in parts:
-            return _bytes(parts, found)
+    spelt = {files.composed(name): name for name in parts}
+    for found in map(files.composed, (path, inside)):
+        if found in spelt:
+            return _bytes(parts, spelt[found])
     raise SampleError("missing_file", f"{path} is not in the shard")
 
 

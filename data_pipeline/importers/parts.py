@@ -6,8 +6,6 @@ for the next medium of the record.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 from typing import Any
 
@@ -19,6 +17,7 @@ _MARKS = {
 }  # fmt: skip
 _TEXTS = ("text", "input_text", "output_text")
 _PLACES = ("image", "video", "image_url", "video_url", "url", "path", "bytes")
+_KNOWN = frozenset((*_PLACES, "type", "text", "index"))
 
 
 def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -54,6 +53,9 @@ def _part(part: Any, field: str, media: dict[str, list[Any]]) -> str:
         return part
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in _TEXTS and isinstance(part.get("text"), str):
+        if any(part.get(place) for place in _PLACES):
+            detail = f"{field}: {part!r:.80}: a text that names a medium: make two parts of it"
+            raise SampleError("bad_schema", detail)
         return str(part["text"])
     if kind not in _MARKS:
         raise SampleError("bad_schema", f"{field}: {part!r:.80}: a part is a text, image or video")
@@ -63,19 +65,9 @@ def _part(part: Any, field: str, media: dict[str, list[Any]]) -> str:
             given = {"bytes": given, "path": part.get("path")}
         elif isinstance(given, dict) and isinstance(given.get("url"), str):
             given = given["url"]
-        mark = _MARKS[kind]
-        media["images" if mark == IMAGE_MARK else "videos"].append(_data_url(given, field))
+        more = {name: value for name, value in part.items() if name not in _KNOWN}
+        if any(value is not None for value in more.values()):  # told as unused, with its name
+            own = given if isinstance(given, dict) else {"path": given}
+            given = own | more
+        media["images" if _MARKS[kind] == IMAGE_MARK else "videos"].append(given)
     return _MARKS[kind]
-
-
-def _data_url(given: Any, field: str) -> Any:
-    """The bytes of `data:image/png;base64,...`; what is no such URL as it is."""
-    if not isinstance(given, str) or not given.startswith("data:"):
-        return given
-    head, _, data = given.partition(",")
-    try:
-        content = base64.b64decode(data, validate=True)
-    except (ValueError, binascii.Error) as error:
-        raise SampleError("bad_schema", f"{field}: {head}: {error}") from None
-    suffix = head.removeprefix("data:").partition(";")[0].rpartition("/")[2]
-    return {"bytes": content, "path": f"data.{suffix}" if suffix.isalnum() else ""}

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -24,6 +25,13 @@ _LARGE = 1 << 26  # bytes of an object from which on it is not read whole
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a list
 
 
+# Fields that are lists or objects, or, in tables, the JSON of one.
+_EVENTS = frozenset({"question", "response"})
+_NESTED = _EVENTS | {
+    "messages", "conversations", "conversation", "videos", "images", "segments", "words",
+    "narrations", "subtitles",
+}  # fmt: skip
+_BY_LINE = (".jsonl", ".ndjson", ".jsonlines")
 Wanted = Callable[[int], bool]
 
 
@@ -44,16 +52,29 @@ def read_records(path: str, wanted: Wanted | None = None) -> Iterator[Record]:
     """
     wanted = wanted or _all
     readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
-    read = readers.get(files.suffix(path), _json)
-    size = files.file_size(path)
-    with files.open_file(path) as file:
-        for number, (value, share) in enumerate(read(file, path, size, wanted)):
+    read = readers.get(files.record_suffix(path), _json)
+    with files.open_records(path) as (file, size):
+        if not file.peek(1):  # type: ignore[attr-defined]
+            read = _empty
+        for number, (value, share) in enumerate(_to_the_end(read(file, path, size, wanted), path)):
             if not wanted(number):
                 continue
             if not isinstance(value, dict | SampleError):
                 kind = type(value).__name__
                 value = SampleError("bad_schema", f"a record must be an object, not a {kind}")
             yield Record(number, value, share)
+
+
+def _to_the_end(values: Iterator[tuple[Any, float]], path: str) -> Iterator[tuple[Any, float]]:
+    """What a reader gives; a compressed file that is cut off ends with one SampleError."""
+    try:
+        yield from values
+    except (EOFError, zlib.error) as error:
+        yield SampleError("unreadable_file", f"{path}: {error}: it is cut off or damaged"), 1.0
+
+
+def _empty(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+    yield SampleError("empty_file", f"{path} has 0 bytes"), 1.0
 
 
 def _all(number: int) -> bool:
@@ -80,7 +101,7 @@ def _json(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tupl
         start, size = file.readline(), len(file.getbuffer())
     while start and not start.strip():
         start = file.readline(_CHUNK)
-    lines, in_list = files.suffix(path) == ".jsonl", start.lstrip().startswith(b"[")
+    lines, in_list = files.record_suffix(path) in _BY_LINE, start.lstrip().startswith(b"[")
     if not in_list or lines:
         start = _rest_of_line(start, file, _LONGEST_RECORD if lines else _LARGE)
     if in_list and not (lines and _is_record(_line(start))):
@@ -88,7 +109,7 @@ def _json(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tupl
     elif lines:
         yield from _json_lines(itertools.chain([start], file), size, wanted)
     elif len(start) > _LARGE or isinstance(_line(start), SampleError):
-        inside = place_of_records(path) if size > _LARGE else None
+        inside = place_of_records(path) if size > _LARGE or not size else None
         if inside is None:
             yield from _whole(start + file.read(), path)
         else:
@@ -179,24 +200,61 @@ def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
 
 
 def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
-    form = files.encoding(file.read(4))
-    file.seek(0)
+    form = files.encoding(file.peek(4)[:4])  # type: ignore[attr-defined]
     form = "utf-8-sig" if form == "utf-8" else form
-    text = io.TextIOWrapper(file, encoding=form, newline="")
-    delimiter = "\t" if files.suffix(path) == ".tsv" else ","
-    reader = csv.DictReader(text, delimiter=delimiter)
-    width = len(reader.fieldnames or ())
+    # A byte that is no UTF-8 costs its row.
+    text = io.TextIOWrapper(file, encoding=form, newline="", errors="surrogateescape")
+    first = text.readline()
+    reader = csv.DictReader(itertools.chain([first], text), delimiter=_delimiter(first, path))
     try:
+        columns = list(reader.fieldnames or ())
+        if twice := [name for name in columns if name and columns.count(name) > 1]:
+            raise ShardError(f"{path}: two columns are called {twice[0]!r}: rename one")
         for record in reader:
             share = min(1.0, file.tell() / size) if size else 0.0
             if None in record or None in record.values():
+                width = len(columns)
                 yield SampleError("bad_csv", f"line {reader.line_num}: not {width} fields"), share
+            elif strange := [name for name, value in record.items() if not _is_unicode(value)]:
+                detail = f"line {reader.line_num}, {strange[0]}: not {form}: save the file as UTF-8"
+                yield SampleError("bad_text", detail), share
             else:
-                yield dict(record), share
-    except (csv.Error, UnicodeDecodeError) as error:
+                yield _unfolded(record), share
+    except (csv.Error, UnicodeError) as error:
         raise ShardError(f"{path}: line {reader.line_num + 1}: {error}") from None
     finally:
         text.detach()  # or the wrapper would close the file
+
+
+def _delimiter(header: str, path: str) -> str:
+    if files.record_suffix(path) == ".tsv":
+        return "\t"
+    return next((sign for sign in ",;\t" if sign in header), ",")
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\udc80" <= sign <= "\udcff" for sign in text)
+
+
+def _unfolded(record: dict[str, Any]) -> dict[str, Any]:
+    """A row with the lists and objects of which a table has the JSON."""
+    opened = {
+        name: value
+        for name, text in record.items()
+        if name in _NESTED and isinstance(text, str) and (value := _nested(text)) is not None
+    }
+    if len(_EVENTS & opened.keys()) == 1:  # a prompt or an answer that is JSON itself
+        opened = {name: value for name, value in opened.items() if name not in _EVENTS}
+    return record | opened
+
+
+def _nested(text: str) -> Any:
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # told by the form that wants it
+        return None
 
 
 def _parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
@@ -205,7 +263,7 @@ def _parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[t
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        total, at = table.metadata.num_rows, 0
+        total, at = table.metadata.num_rows or 1, 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if not any(map(wanted, range(at, at + rows))):
@@ -215,6 +273,6 @@ def _parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[t
             for batch in table.iter_batches(batch_size=64, row_groups=[group]):
                 for record in batch.to_pylist():
                     at += 1
-                    yield record, at / total
+                    yield _unfolded(record), at / total
     except (pyarrow.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None

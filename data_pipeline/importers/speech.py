@@ -23,7 +23,9 @@ WINDOW = 240  # seconds of a sample at most: LiveCC's clips have 30 to 240
 _LEAD = 2  # seconds that are watched before the first word of a window
 _NOISE = re.compile(r"[\[(♪][^\])]*[\])♪]?|>>+")
 # What may stand in place of the words, and what is known beside it.
-_LISTS = ("words", "content", "subtitles", "text_stream", "word_segments", "segments", "narrations")
+_LISTS = ("words", "content", "subtitles", "text_stream", "word_segments", "segments", "narrations",
+          "chunks", "transcription")  # fmt: skip
+_SPANS = frozenset({"timestamp", "offsets"})  # fields that have both times of a word
 _ABOUT = ("title", "category", "previous", "language", "text", "preasr", "task_type", "source",
           "status", "duration")  # fmt: skip
 _EGO4D = re.compile(r"#\s?(?:C|O|Unsure)\b|@c\b|#", re.IGNORECASE)
@@ -111,7 +113,8 @@ def words_field(record: dict[str, Any]) -> str | None:
     for name in _LISTS:
         first = next(iter(record[name]), None) if isinstance(record.get(name), list) else None
         triple = isinstance(first, list | tuple) and len(first) == 3
-        if triple or (isinstance(first, dict) and {"start", "end"} <= set(first)):
+        spans = isinstance(first, dict) and ({"start", "end"} <= set(first) or set(first) & _SPANS)
+        if triple or spans:
             return name
     return None
 
@@ -158,13 +161,14 @@ def has_text_stream(record: dict[str, Any]) -> bool:
 
 
 def _words(entries: list[Any], name: str, notes: list[str]) -> Iterator[Word]:
+    before: float | None = None
     for i, entry in enumerate(entries):
         inner = entry.get("words") if isinstance(entry, dict) else None
         if isinstance(inner, list) and inner:
             yield from _words(inner, f"{name}[{i}].words", notes)
             continue
         if isinstance(entry, dict):
-            start, end = entry.get("start"), entry.get("end")
+            start, end = _span(entry)
             text = entry.get("text", entry.get("word"))
         else:
             start, end, text = entry if len(entry) == 3 else (None, None, None)
@@ -173,6 +177,9 @@ def _words(entries: list[Any], name: str, notes: list[str]) -> Iterator[Word]:
             continue
         text, described = _NOISE.subn(" ", text)
         notes += ["sound described in brackets, left out"] if described else []
+        if start is None and end is None and before is not None:
+            notes.append("word without a time, said with the one before")  # numbers, of WhisperX
+            start = end = before
         try:
             first, last = second_of(start, f"{name}[{i}]"), second_of(end, f"{name}[{i}]")
         except SampleError:
@@ -181,7 +188,21 @@ def _words(entries: list[Any], name: str, notes: list[str]) -> Iterator[Word]:
         if last < first:
             notes.append("word that ends before it starts, left out")
             continue
+        before = last
         yield from spread(first, last, text)
+
+
+def _span(entry: dict[str, Any]) -> tuple[Any, Any]:
+    """Start and end of an entry: in fields of their own, a pair of transformers' (whose last
+    end may be unknown), or whisper.cpp's milliseconds."""
+    pair, offsets = entry.get("timestamp"), entry.get("offsets")
+    if isinstance(pair, list | tuple) and len(pair) == 2:
+        return pair[0], pair[0] if pair[1] is None else pair[1]
+    if isinstance(offsets, dict):
+        times = (offsets.get("from"), offsets.get("to"))
+        start, end = (time / 1e3 if isinstance(time, int) else None for time in times)
+        return start, end
+    return entry.get("start"), entry.get("end")
 
 
 def spread(start: float, end: float, text: str) -> Iterator[Word]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -12,15 +13,15 @@ from data_pipeline.importers.speech import words_field
 from data_pipeline.schema import SampleError
 
 SUFFIXES = (".srt", ".vtt", ".json")
-_TIME = r"(?:\d+:)?\d+:\d+(?:[.,]\d+)?"
-_TIMING = re.compile(rf"\s*({_TIME})\s*-->\s*({_TIME})")
-_INLINE = re.compile(rf"<({_TIME})>")
+# Whether a line is one of times is seen by the arrow: what is wrong with them is told later.
+_TIMING = re.compile(r"\s*(-?\d[\d:.,]*)\s*-->\s*(-?\d[\d:.,]*)")
+_INLINE = re.compile(r"<((?:\d+:)?\d+:\d+(?:[.,]\d+)?)>")
 _TAG = re.compile(r"</?[^<>]*>|\{\\[^}]*\}")  # <i>, <c.colour>, {\an8}
 
 
 def stems(path: str) -> list[str]:
     """The names that a transcript's video may have: `talk.en.srt` is `talk.en`'s or `talk`'s."""
-    whole = files.name(path)
+    whole = files.composed(files.name(path))
     parts = whole.split(".")
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
@@ -30,13 +31,14 @@ def pairs(paths: list[str]) -> list[tuple[str, str | None]]:
     videos: dict[str, str] = {}
     for path in paths:
         if files.suffix(path) in files.VIDEO_SUFFIXES:
-            videos.setdefault(path.rpartition(".")[0], path)
+            videos.setdefault(files.composed(path.rpartition(".")[0]), path)
     found = []
     for path in paths:
         if files.suffix(path) not in SUFFIXES:
             continue
         folder = path[: len(path) - len(files.name(path))]
-        video = next((videos[folder + s] for s in stems(path) if folder + s in videos), None)
+        names = [files.composed(folder) + stem for stem in stems(path)]
+        video = next((videos[name] for name in names if name in videos), None)
         if video is not None or files.suffix(path) != ".json":
             found.append((path, video))
     return found
@@ -75,7 +77,7 @@ def _cues(text: str) -> Iterator[list[Any]]:
             if timing is not None and lines and lines[-1].isdigit():
                 lines.pop()  # the number of the next cue, without a blank line before it
             for shown in lines:
-                plain = _TAG.sub("", shown).strip()
+                plain = _plain(shown)
                 if plain and plain != before:  # rolling captions show a line twice
                     yield from _timed(shown, *cue)
                 before = plain or before
@@ -83,9 +85,13 @@ def _cues(text: str) -> Iterator[list[Any]]:
         lines = []
 
 
+def _plain(text: str) -> str:
+    return html.unescape(_TAG.sub("", text)).strip()
+
+
 def _timed(line: str, start: str, end: str) -> Iterator[list[Any]]:
     pieces = _INLINE.split(line)
     times = [start, *pieces[1::2], end]
     for text, first, last in zip(pieces[::2], times, times[1:], strict=False):
-        if plain := _TAG.sub("", text).strip():
+        if plain := _plain(text):
             yield [first.replace(",", "."), last.replace(",", "."), plain]

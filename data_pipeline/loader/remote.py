@@ -1,7 +1,7 @@
 """Samples of shards in object stores: read by their own bytes, ahead of their turn, kept on disk.
 
-Bytes are fetched and kept in blocks of 1 MiB, neighbors in one request. `BlockCache` says what of
-them stays.
+Of a shard its index and the bytes of the samples that are asked for are fetched
+(data_pipeline/stored_files.py).
 """
 
 from __future__ import annotations
@@ -11,27 +11,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import blake2b
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline import stores
-from data_pipeline.block_cache import BlockCache, default_folder
 from data_pipeline.loader.reader import OpenShards, Shards, SourceReader
 from data_pipeline.shards import training_shards
+from data_pipeline.stored_files import AT_ONCE, StoredFile, StoredFiles
 from data_pipeline.stores import StoreOptions, is_url
 
-BLOCK = 1 << 20  # bytes
 _OPEN = 128  # shards whose offsets are kept
-_REQUESTS = 8  # at the same time, of a process
 
 
 class _Shard(NamedTuple):
-    size: int
-    name: str  # of this shard and what is in it now
+    file: StoredFile
     offsets: NDArray[np.uint64]
 
 
@@ -39,10 +34,7 @@ class RemoteShards:
     """The shards of stores that this process reads; it may be called from several threads."""
 
     def __init__(self, options: StoreOptions) -> None:
-        self._retries = options.retries
-        stores.set_timeout(options.timeout)
-        folder = Path(os.path.expanduser(options.cache)) if options.cache else default_folder()
-        self._cache = BlockCache(folder, int(options.cache_size * 1e9))
+        self._files = StoredFiles(options)
         self._lock = threading.Lock()
         self._shards: OrderedDict[str, _Shard] = OrderedDict()
         self._coming: dict[tuple[str, int], Future[bytes]] = {}
@@ -57,7 +49,7 @@ class RemoteShards:
     def ahead(self, shard: str, place: int) -> None:
         """A sample is read soon: its bytes are fetched meanwhile."""
         if self._threads is None or self._process != os.getpid():  # threads do not follow a fork
-            self._threads, self._process = ThreadPoolExecutor(_REQUESTS), os.getpid()
+            self._threads, self._process = ThreadPoolExecutor(AT_ONCE), os.getpid()
             self._coming = {}
         if (shard, place) not in self._coming:
             self._coming[shard, place] = self._threads.submit(self._fetch, shard, place)
@@ -66,35 +58,25 @@ class RemoteShards:
         """Forgets a shard, which may be another one now."""
         with self._lock:
             self._shards.pop(shard, None)
+        self._files.forget(shard)
 
     def _fetch(self, shard: str, place: int) -> bytes:
-        size, name, offsets = self._opened(shard)
+        file, offsets = self._opened(shard)
         if place + 1 >= len(offsets):
             raise ValueError(f"{shard}.idx ends before sample {place}")
         first, end = int(offsets[place]), int(offsets[place + 1])
-        if not first < end <= size:
-            raise ValueError(f"the sample lies at {first}..{end} of {size} bytes")
-        numbers = range(first // BLOCK, -(-end // BLOCK))
-        blocks = {n: self._cache.get(f"{name}-{n}", _length(n, size)) for n in numbers}
-        for run in _runs([n for n, block in blocks.items() if block is None]):
-            start, stop = run[0] * BLOCK, min((run[-1] + 1) * BLOCK, size)
-            data = stores.read(shard, start, stop, self._retries)
-            for n in run:
-                block = data[n * BLOCK - start : (n + 1) * BLOCK - start]
-                blocks[n] = block
-                self._cache.put(f"{name}-{n}", block)
-        whole = b"".join(block for block in blocks.values() if block is not None)
-        return whole[first - numbers[0] * BLOCK : end - numbers[0] * BLOCK]
+        if not first < end <= file.size:
+            raise ValueError(f"the sample lies at {first}..{end} of {file.size} bytes")
+        return self._files.read(file, first, end)
 
     def _opened(self, shard: str) -> _Shard:
         with self._lock:
             if shard in self._shards:
                 self._shards.move_to_end(shard)
                 return self._shards[shard]
-        size, version = stores.describe(shard, self._retries)
-        index = stores.read(f"{shard}.idx", retries=self._retries)
-        name = blake2b(f"{shard} {size} {version}".encode(), digest_size=16).hexdigest()
-        opened = _Shard(size, name, np.frombuffer(index, "<u8"))
+        file = self._files.about(shard)
+        index = stores.read(f"{shard}.idx", retries=self._files.options.retries)
+        opened = _Shard(file, np.frombuffer(index, "<u8"))
         with self._lock:
             self._shards[shard] = opened
             while len(self._shards) > _OPEN:
@@ -137,18 +119,3 @@ def samples_in_order(
         for later in numbers[place : place + 1 + options.read_ahead]:
             reader.ahead(later)
         yield reader.read(sample)
-
-
-def _length(block: int, size: int) -> int:
-    return min(BLOCK, size - block * BLOCK)
-
-
-def _runs(numbers: list[int]) -> list[list[int]]:
-    """Numbers that follow each other, together."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] + 1 == number:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs

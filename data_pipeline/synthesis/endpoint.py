@@ -1,4 +1,4 @@
-"""Requests over HTTP: one chat completion, tried again with growing pauses, as JSON."""
+"""Requests over HTTP: one chat completion, tried again with growing pauses, as JSON or text."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Endpoint:
         await self._session.close()
 
     async def ask(self, request: Request) -> tuple[Any, Tokens]:
-        """The reply as JSON of the request's schema, and its tokens.
+        """The reply, JSON of the request's schema or a text, and its tokens.
 
         Raises RequestFailed after `retries`, EndpointError where no request can succeed.
         """
@@ -125,7 +125,7 @@ class Endpoint:
         self._answered = True
         tokens, text, cut = _parts(said, request)
         try:
-            reply = _json(text)
+            reply = text if request.schema is None else _json(text)
             request.check(reply)
         except ValueError as error:
             self._wasted(request.kind, tokens)
@@ -140,7 +140,8 @@ class Endpoint:
             raise _Retry(said, after)
         if status in _FATAL:
             raise EndpointError(f"{request.url}, model {request.model}: {said}")
-        fallback = _FALLBACK.get(form) if self._config.json_form == "auto" else None
+        auto = self._config.json_form == "auto" and request.schema is not None
+        fallback = _FALLBACK.get(form) if auto else None
         if fallback and any(word in text for word in ("response_format", "json_schema",
                                                             "json_object", "guided")):  # fmt: skip
             self._form = fallback if self._form == form else self._form
@@ -150,21 +151,22 @@ class Endpoint:
 
 def _body(request: Request, form: str, seed: int, room: int) -> dict[str, Any]:
     content = list(request.content)
-    if form != "schema":
+    if request.schema is not None and form != "schema":
         schema = json.dumps(request.schema)
         content.append({"type": "text", "text": f"Reply with JSON of this schema: {schema}"})
     texts = [part["text"] for part in content if part["type"] == "text"]
     only_text = len(texts) == len(content)  # servers of text models may know no parts
+    system = [{"role": "system", "content": request.system}] if request.system else []
+    user = {"role": "user", "content": "\n\n".join(texts) if only_text else content}
     body: dict[str, Any] = {
         "model": request.model,
-        "messages": [
-            {"role": "system", "content": request.system},
-            {"role": "user", "content": "\n\n".join(texts) if only_text else content},
-        ],
+        "messages": [*system, user],
         "temperature": request.temperature,
         "max_tokens": room,
         "seed": seed,
     }
+    if request.schema is None:
+        return body
     if form == "schema":
         inner = {"name": request.kind, "schema": request.schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": inner}

@@ -28,7 +28,8 @@ class PromptError(ValueError):
 class Request:
     """A question to a model.
 
-    kind: of KINDS. content: OpenAI's parts of the user's message. key: the same for the same
+    kind: of KINDS, or what errors are to name. system: empty: none. content: OpenAI's parts of the
+    user's message. schema, validator: of the reply; None: it is a text. key: the same for the same
     question to the same model with the same seed, whichever server answers it.
     """
 
@@ -37,8 +38,8 @@ class Request:
     model: str
     system: str
     content: tuple[dict[str, Any], ...]
-    schema: Mapping[str, Any]
-    validator: Draft202012Validator
+    schema: Mapping[str, Any] | None
+    validator: Draft202012Validator | None
     temperature: float
     max_tokens: int
     seed: int
@@ -47,7 +48,7 @@ class Request:
 
     def check(self, reply: Any) -> None:
         """ValueError where a reply does not have the form that was asked for."""
-        wrong = best_match(self.validator.iter_errors(reply))
+        wrong = self.validator and best_match(self.validator.iter_errors(reply))
         if wrong is not None:
             place = "/".join(map(str, wrong.absolute_path))
             raise ValueError(f"{place or 'reply'}: {wrong.message:.200}")

@@ -23,13 +23,15 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK
 from data_pipeline.shards import ShardError, check_source, write_shards
 from data_pipeline.tokens import build_toy_tokenizer
-from data_pipeline.toy import captions, facts, render, stream, world
+from data_pipeline.toy import captions, facts, render, stream, temporal, world
 
 STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
 # Pretraining: the share of the image samples that are stories in pictures, and their pictures.
 _STORIES = {"pt1": (0.4, 4), "pt2": (0.7, 5)}
-_VERSION = 14  # changes with pictures and texts: folders of another version are refused
+# The share of the clips that are drawn so that their order alone tells what is asked (temporal.py).
+_TEMPORAL = {"pt1": 0.0, "pt2": 0.5, "sft": 0.8, "realtime_sft": 0.25}
+_VERSION = 15  # changes with pictures and texts: folders of another version are refused
 
 
 @dataclass(frozen=True)
@@ -142,15 +144,27 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
         else:
             data = _answers(IMAGE_MARK, captions.ask_still(state, rng), split)
         return key | {"json": data, "0.jpg": render.jpeg(state, config.size)}
+    data, story = _clip(stage, split, seed, plain, rng)
+    return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
+
+
+def _clip(
+    stage: str, split: str, seed: int, plain: bool, rng: random.Random
+) -> tuple[dict[str, Any], world.Story]:
+    """The JSON of a clip, and its story."""
+    if rng.random() < _TEMPORAL[stage]:
+        clip = temporal.draw(rng)
+        if stage.startswith("pt"):
+            return _caption(VIDEO_MARK, facts.tracks(clip.story, rng)), clip.story
+        return _answers(VIDEO_MARK, list(clip.asked), split), clip.story
     story = make_story(stage, seed, rng)
     if stage == "sft":
-        data = _answers(VIDEO_MARK, captions.ask_story(story, rng), split)
-    elif stage == "realtime_sft":
-        data = _live(story, rng)
-    else:
-        text = captions.narrate(story) if stage == "pt1" else captions.narrate_order(story)
-        data = _caption(VIDEO_MARK, text if plain else facts.of_story(story, rng))
-    return key | {"json": data, "0.mp4": render.mp4(story, config.size, config.fps)}
+        asked = captions.ask_end(story.states[-1], rng)
+        return _answers(VIDEO_MARK, asked, split), story
+    if stage == "realtime_sft":
+        return _live(story, rng), story
+    text = captions.narrate(story) if stage == "pt1" else captions.narrate_order(story)
+    return _caption(VIDEO_MARK, text if plain else facts.of_story(story, rng)), story
 
 
 def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
@@ -181,11 +195,7 @@ def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig
     story = world.simulate(seed, pictures, events=rng.randint(2, pictures - 1))
     texts = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
     data = _caption("", "".join(f"{IMAGE_MARK}{text}" for text in texts))
-    states = story.states
-    shown = {
-        f"{i}.jpg": render.jpeg(state, config.size, i, states[i - 1] if i else None)
-        for i, state in enumerate(states)
-    }
+    shown = {f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)}
     return {"json": data, **shown}
 
 

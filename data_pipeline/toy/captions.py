@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipeline.toy.world import (
     COLOURS,
-    DIRECTIONS,
     PLACES,
     SHAPES,
     Event,
@@ -157,12 +156,6 @@ def about(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:
     return ask(thing, when) if ask else exists(thing, state, rng, when)
 
 
-def single(story: Story) -> list[Event]:
-    """The events that happen once: a shape may move right, left and right again."""
-    texts = [past(event) for event in story.events]
-    return [event for event in story.events if texts.count(past(event)) == 1]
-
-
 def ends(story: Story) -> list[tuple[str, Event]]:
     return [("first", story.events[0]), ("last", story.events[-1])]
 
@@ -170,35 +163,6 @@ def ends(story: Story) -> list[tuple[str, Event]]:
 def order(word: str, event: Event) -> QA:
     """`word`: whether the event is the first or the last."""
     return QA("order", f"What happens {word}?", tell(event))
-
-
-def when(event: Event, story: Story) -> QA:
-    options = [f"at second {NUMBERS[second]}" for second in range(1, len(story.states))]
-    question = f"When was it that {past(event)}?"
-    return _closed("when", question, options[event.second - 1], options)
-
-
-def direction(event: Event) -> QA:
-    return _closed("direction", f"Which way does the {event.who} move?", event.to, [*DIRECTIONS])
-
-
-def at(event: Event) -> QA:
-    return QA("at", f"What happens at second {NUMBERS[event.second]}?", tell(event))
-
-
-def of_event(event: Event, story: Story, rng: random.Random) -> QA:
-    """A question that this event answers.
-
-    Half of the moves are asked for their direction: moves are half of all events, and each kind of
-    question should be about equally frequent.
-    """
-    moved = [other.who for other in story.events if other.kind == "move"]
-    if event.kind == "move" and moved.count(event.who) == 1 and rng.random() < 0.5:
-        return direction(event)
-    asked = [at(event)]
-    asked += [when(event, story)] if event in single(story) else []
-    asked += [order(word, end) for word, end in ends(story) if end == event]
-    return rng.choice(asked)
 
 
 def ask_still(state: State, rng: random.Random) -> list[QA]:
@@ -209,32 +173,11 @@ def ask_still(state: State, rng: random.Random) -> list[QA]:
     return [count(state), *asked] if rng.random() < 0.25 else asked
 
 
-def topics(story: Story, rng: random.Random) -> Iterator[Thing | Event]:
-    """What to ask about: in half of the clips a thing at the end; events, each of another shape."""
-    spoken = set()
-    if rng.random() < 0.5:
-        thing = rng.choice(story.states[-1])
-        spoken.add(thing.shape)
-        yield thing
-    for event in rng.sample(story.events, len(story.events)):
-        if event.shape not in spoken:
-            spoken.add(event.shape)
-            yield event
-
-
-def ask_story(story: Story, rng: random.Random) -> list[QA]:
-    """Questions about the events of a clip or its end, each about another shape."""
-    return [
-        _about_end(topic, story.states[-1], rng)
-        if isinstance(topic, Thing)
-        else of_event(topic, story, rng)
-        for topic in topics(story, rng)
-    ]
-
-
-def _about_end(thing: Thing, state: State, rng: random.Random) -> QA:
+def ask_end(state: State, rng: random.Random) -> list[QA]:
+    """Questions about different things at the end of a clip; or how many there are, first."""
     when = " at the end"
-    return count(state, when) if rng.random() < 0.2 else about(thing, state, rng, when)
+    asked = [about(thing, state, rng, when) for thing in rng.sample(state, len(state))]
+    return [count(state, when), *asked] if rng.random() < 0.2 else asked
 
 
 def ask_text(state: State, story: Story, rng: random.Random) -> tuple[str, list[QA]]:

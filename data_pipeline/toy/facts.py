@@ -3,11 +3,10 @@
 The words of a caption often follow from the words before them, without the picture. The end of a
 statement (`The circle is red, top left.`) needs the picture: its beginning names what to look at.
 
-- statements about things or events (`still_facts`, `story_facts`)
+- statements about things (`still_facts`)
 - `checklist`: `Circle: yes. Red: no. ...`
 - `timeline`: what happens in each second, the seconds in any order
-- `seconds_of_events`: for each event, whether it happens in each second
-- `states_of_one_shape`: colour and place of one shape in each second
+- `tracks`: what changes of each thing, second by second
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ from data_pipeline.toy.captions import (
     narrate_changes,
     past,
     sentence,
-    single,
     tell,
-    topics,
     yes_or_no,
 )
 from data_pipeline.toy.world import COLOURS, PLACES, SHAPES, Event, State, Story, Thing
@@ -62,14 +59,8 @@ def _with_checklist(text: str, state: State, rng: random.Random) -> str:
 
 
 def of_story(story: Story, rng: random.Random) -> str:
-    """Two texts of different kinds about what happens; in 2/3 of all one is `seconds_of_events`."""
-    texts = rng.sample(
-        (story_facts(story, rng), timeline(story, rng), states_of_one_shape(story, rng)), 2
-    )
-    if rng.random() < 0.67:
-        texts[0] = seconds_of_events(story, rng)
-    rng.shuffle(texts)
-    return " ".join(texts)
+    """What changes of each thing, second by second, and what happens in each second."""
+    return " ".join(rng.sample((tracks(story, rng), timeline(story, rng)), 2))
 
 
 def of_text(state: State, story: Story, rng: random.Random) -> tuple[str, str]:
@@ -106,24 +97,29 @@ def checklist(state: State, rng: random.Random) -> str:
     return " ".join(f"{name.capitalize()}: {yes_or_no(name in there)}." for name in names)
 
 
-def seconds_of_events(story: Story, rng: random.Random) -> str:
-    """`The red circle moved right: no, yes, no. ...`: whether an event is in each second."""
+def tracks(story: Story, rng: random.Random) -> str:
+    """`Colours of the circle: red, red, blue, gone. Places of the cross: ...`, in any order.
+
+    Of each thing that changes what does; of one that is not always there its colours.
+    """
     texts = []
-    for event in rng.sample(story.events, len(story.events)):
-        same = [other.second for other in story.events if past(other) == past(event)]
-        answers = ", ".join(yes_or_no(second in same) for second in range(1, len(story.states)))
-        texts.append(f"{sentence(past(event))[:-1]}: {answers}.")
-    return " ".join(dict.fromkeys(texts))
+    for shape in SHAPES:
+        seen = [_find(state, shape) for state in story.states]
+        looks = {
+            "Colours": [thing.colour if thing else "gone" for thing in seen],
+            "Places": [PLACES[thing.place] if thing else "gone" for thing in seen],
+        }
+        texts += [
+            f"{what} of the {shape}: {', '.join(values)}."
+            for what, values in looks.items()
+            if len({*values} - {"gone"} if what == "Places" else {*values}) > 1
+        ]
+    rng.shuffle(texts)
+    return " ".join(texts)
 
 
-def states_of_one_shape(story: Story, rng: random.Random) -> str:
-    """`Circle: red top left, red top left, red top right, gone.`: one shape in each second."""
-    shape = rng.choice(story.events).shape
-    shown = []
-    for state in story.states:
-        thing = next((thing for thing in state if thing.shape == shape), None)
-        shown.append(f"{thing.colour} {PLACES[thing.place]}" if thing else "gone")
-    return f"{shape.capitalize()}: {', '.join(shown)}."
+def _find(state: State, shape: str) -> Thing | None:
+    return next((thing for thing in state if thing.shape == shape), None)
 
 
 def timeline(story: Story, rng: random.Random) -> str:
@@ -134,24 +130,6 @@ def timeline(story: Story, rng: random.Random) -> str:
     changes = list(enumerate(narrate_changes(story), 1))
     rng.shuffle(changes)
     return " ".join(f"Second {NUMBERS[second]}: {_lower_first(text)}" for second, text in changes)
-
-
-def story_facts(story: Story, rng: random.Random) -> str:
-    """Statements about the events of a clip or its end, each about another shape."""
-    texts = []
-    for topic in topics(story, rng):
-        if isinstance(topic, Thing):
-            texts.append(f"At the end {_lower_first(_about(topic, story.states[-1], rng))}")
-        else:
-            texts += _of_event(topic, story, rng)
-    return " ".join(texts) or _ordered("first", story.events[0])
-
-
-def _of_event(event: Event, story: Story, rng: random.Random) -> list[str]:
-    facts = [_ordered(word, end) for word, end in ends(story) if end == event]
-    if event in single(story) and (not facts or rng.random() < 0.7):
-        return [sentence(f"{past(event)} at second {NUMBERS[event.second]}")]
-    return [rng.choice(facts)] if facts else []
 
 
 def _ordered(word: str, event: Event) -> str:

@@ -49,7 +49,7 @@ def question(story: Story, rng: random.Random) -> Stream:
     """One with a question in the middle; the model answers, and says when the answer changes."""
     asked = rng.randrange(1, len(story.states) // 2)
     for _ in range(_TRIES):
-        qa = _ask(story.states[asked], rng)
+        qa = question_at(story.states[asked], rng)
         speech = _corrections(story, asked, qa)
         if speech:
             break
@@ -62,7 +62,8 @@ def question(story: Story, rng: random.Random) -> Stream:
     return Stream(messages, speech, qa)
 
 
-def _ask(state: State, rng: random.Random) -> QA:
+def question_at(state: State, rng: random.Random) -> QA:
+    """About colour or place of one of the shapes, or their number."""
     ask = rng.choice((colour, place, None))
     return ask(rng.choice(state)) if ask else count(state)
 

@@ -104,10 +104,11 @@ def simulate(seed: int, seconds: int, events: int, gap: int = 1) -> Story:
 def _cast(rng: random.Random, count: int) -> State:
     shapes, colours = rng.sample(SHAPES, count), rng.sample(sorted(COLOURS), count)
     places = sorted(rng.sample(range(len(PLACES)), count))
-    return tuple(map(lambda *which: _thing(rng, *which), shapes, colours, places))
+    return tuple(map(lambda *which: make_thing(rng, *which), shapes, colours, places))
 
 
-def _thing(rng: random.Random, shape: str, colour: str, place: int) -> Thing:
+def make_thing(rng: random.Random, shape: str, colour: str, place: int) -> Thing:
+    """A thing of a drawn size, near the middle of its place."""
     shift = 0.03
     dx, dy = rng.uniform(-shift, shift), rng.uniform(-shift, shift)
     return Thing(shape, colour, place, rng.uniform(0.19, 0.22), dx, dy)
@@ -124,7 +125,7 @@ def _happen(
     colours = sorted(set(COLOURS) - {thing.colour for thing in state})
     if kind == "come":
         place = rng.choice([p for p in range(4) if p not in {thing.place for thing in state}])
-        new = _thing(rng, shapes.pop(), rng.choice(colours), place)
+        new = make_thing(rng, shapes.pop(), rng.choice(colours), place)
         return _ordered([*state, new]), Event(second, "come", new.name)
     if kind == "move":
         thing, direction, place = rng.choice(_moves(state))

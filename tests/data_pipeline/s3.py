@@ -53,6 +53,9 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[Server]:
     fsspec.config.conf.clear()
     fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
     yield server
+    server.fail.clear()
+    # moto's buckets belong to the process: the next server would find this one.
+    fsspec.filesystem("s3", skip_instance_cache=True).rm("bucket", recursive=True)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     http.shutdown()
     thread.join()

@@ -20,13 +20,14 @@ from inference.evaluate.streaming.config import StreamingConfig
 from inference.serve.limits import Limits
 from inference.session.session import SessionConfig
 from moss_train.config import Config
-from moss_train.data_config import SourceConfig
+from moss_train.data_config import EvalSuiteConfig, SourceConfig
 
 # Texts that are free: names that a user gives, paths, patterns.
 FREE = {
     "Config.init_from", "RunConfig.dir", "StageConfig.name", "StageConfig.train",
     "StageConfig.also", "ModelConfig.name", "InitConfig.from_llama", "DataConfig.name",
     "DataConfig.root", "DataConfig.tokenizer", "SourceConfig.name", "SourceConfig.path",
+    "EvalSuiteConfig.name", "EvalSuiteConfig.path",
     "AdapterConfig.target", "TrainerConfig.resume", "LoggerConfig.project", "ToyConfig.stages",
     "SessionConfig.system_prompt", "SessionConfig.prompt", "SourceOptions.form",
     "SourceOptions.media_dir", "SourceOptions.datasets", "SourceOptions.media_column",
@@ -34,7 +35,8 @@ FREE = {
     "EndpointConfig.url", "EndpointConfig.model", "EndpointConfig.text_url",
     "EndpointConfig.text_model", "EndpointConfig.api_key_env", "WriteConfig.roles",
     "StreamingConfig.benchmarks", "StreamingConfig.videos", "StreamingConfig.tasks",
-    "StreamingConfig.prompts", "SpeakingConfig.system_prompt",
+    "StreamingConfig.prompts", "StreamingConfig.url", "StreamingConfig.url_key_env",
+    "SpeakingConfig.system_prompt",
     "StoreOptions.cache",
 }  # fmt: skip
 
@@ -78,8 +80,9 @@ def named(kinds: set[type]) -> list[Any]:
 
 
 def filled(kind: type) -> Any:
-    """One with its defaults; a source has none."""
-    return SourceConfig("a", "x", "text") if kind is SourceConfig else kind()
+    """One with its defaults; names and paths have none."""
+    given = {SourceConfig: ("a", "x", "text"), EvalSuiteConfig: ("a", "x")}
+    return kind(*given.get(kind, ()))
 
 
 def put(config: Any, name: str, value: Any) -> None:
@@ -127,12 +130,15 @@ def test_every_name_has_its_choices(kind: type, entry: Field) -> None:
         assert ALLOWED not in entry.metadata
         return
     config = filled(kind)
+    is_list = isinstance(getattr(config, entry.name), list)
     for value in entry.metadata[ALLOWED]:
-        put(config, entry.name, value)
+        put(config, entry.name, [value] if is_list else value)
         assert list(wrong_values(config)) == []
-    put(config, entry.name, value + "x")
+    wrong = [value, value + "x"] if is_list else value + "x"
+    put(config, entry.name, wrong)
     listed = ", ".join(entry.metadata[ALLOWED])
-    assert list(wrong_values(config)) == [f"{entry.name}={value}x: choose one of {listed}"]
+    how = "some of" if is_list else "one of"
+    assert list(wrong_values(config)) == [f"{entry.name}={wrong}: choose {how} {listed}"]
 
 
 def test_those_that_check_themselves_raise_what_is_wrong() -> None:

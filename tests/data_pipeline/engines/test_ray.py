@@ -13,6 +13,7 @@ import pytest
 
 from tests.data_pipeline.engines.test_engines import STOP, attempts, build, start, stuck
 from tests.data_pipeline.importers.jobs import blocked, contents, make_records
+from tools.bench.ray_nodes import add_node, ray_cluster, raylet_of
 
 if not os.environ.get("TEST_RAY"):
     pytest.skip("a cluster takes minutes on two busy cores: make test-ray", allow_module_level=True)
@@ -22,18 +23,10 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'moss-train
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head without cores, which nobody kills, and two nodes."""
-    from ray.cluster_utils import Cluster
-
-    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500,
-            "health_check_failure_threshold": 4}  # fmt: skip
-    little: dict[str, Any] = {"object_store_memory": 80 << 20, "include_dashboard": False}
-    started = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": soon, **little}
-    )
-    for _ in range(2):
-        started.add_node(num_cpus=1, **little)
-    yield started
-    started.shutdown()
+    with ray_cluster() as started:
+        for _ in range(2):
+            add_node(started)
+        yield started
 
 
 def test_a_killed_worker_and_a_killed_node_cost_a_part(cluster: Any, tmp_path: Path) -> None:
@@ -49,7 +42,7 @@ def test_a_killed_worker_and_a_killed_node_cost_a_part(cluster: Any, tmp_path: P
         raylet = psutil.Process(second).parent()
         assert raylet is not None
         assert raylet.name() == "raylet"
-        node = next(node for node in cluster.worker_nodes if _raylet(node) == raylet.pid)
+        node = next(node for node in cluster.worker_nodes if raylet_of(node) == raylet.pid)
         cluster.remove_node(node, allow_graceful=False)
         third = stuck(out, {worker, second})
         assert len({attempts(out)[pid] for pid in (worker, second, third)}) == 1
@@ -57,7 +50,3 @@ def test_a_killed_worker_and_a_killed_node_cost_a_part(cluster: Any, tmp_path: P
     os.kill(third, signal.SIGKILL)  # it waits at the picture for ever
     assert job.wait() == 0
     assert contents(out) == contents(whole)
-
-
-def _raylet(node: Any) -> int:
-    return int(node.all_processes["raylet"][0].process.pid)

@@ -22,6 +22,7 @@ from PIL import Image
 from data_pipeline.build import BuildOptions, TooManyRejectedError, build_shards, main
 from data_pipeline.importers.media import MediaOptions
 from data_pipeline.shards import ShardError, check_source
+from data_pipeline.stores import StoreOptions
 from data_pipeline.video import frames_at, probe_video
 from tests.data_pipeline.importers.jobs import (
     blocked,
@@ -200,7 +201,9 @@ def test_a_server_that_falls_silent_costs_one_record(tmp_path: Path, monkeypatch
                 lines.write(json.dumps(record) + "\n")
         began = time.monotonic()
         summary = build_shards(
-            tmp_path / "records.jsonl", tmp_path / "out", BuildOptions(timeout=0.5)
+            tmp_path / "records.jsonl",
+            tmp_path / "out",
+            BuildOptions(stores=StoreOptions(timeout=0.5)),
         )
         assert time.monotonic() - began < 10
         released.set()

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from data_pipeline.loader import remote
+from data_pipeline import stored_files
 from data_pipeline.loader.loader import Loader
 from data_pipeline.loader.order import Pick, turns
 from data_pipeline.loader.remote import samples_in_order
@@ -46,7 +46,7 @@ def opened(toy: Path, root: str, stores: StoreOptions, workers: int = 0) -> Load
 def test_samples_and_order_are_those_of_the_folder(
     toy: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "BLOCK", 1 << 14)  # the toy world's shards are small
+    monkeypatch.setattr(stored_files, "BLOCK", 1 << 14)  # the toy world's shards are small
     with open_loader(toy, micro_batch=2) as loader:
         local, state = take(loader, 24), loader.state(6)
         there = list(zip(range(6), loader, strict=False))

@@ -13,11 +13,9 @@ from data_pipeline.toy.facts import (
     of_still,
     of_story,
     of_text,
-    seconds_of_events,
-    states_of_one_shape,
     still_facts,
-    story_facts,
     timeline,
+    tracks,
 )
 from data_pipeline.toy.world import still
 from tests.data_pipeline.toy.truth import (
@@ -111,42 +109,17 @@ def test_scenes_in_words_are_told_again_with_facts_and_stories_with_their_ends()
     assert other_order > 20
 
 
-def test_clips_are_told_in_two_ways() -> None:
-    rng, kinds = random.Random(0), Counter[str]()
-    ways = {
-        "seconds_of_events": r"(left|right|up|down|came|turned \w+): (yes|no), ",
-        "timeline": r"Second one: ",
-        "track": r"(Circle|Square|Triangle|Cross): \w+",
-        "facts": r"(At the end |First |Last | at second )",
-    }
-    for story in STORIES * 2:
-        said = of_story(story, rng)
-        found = {way for way, pattern in ways.items() if re.search(pattern, said)}
-        assert len(found) == 2
-        kinds.update(found)
-    assert 0.5 < kinds["seconds_of_events"] / (2 * len(STORIES)) < 0.8
-    assert min(kinds.values()) > len(STORIES) / 2
-
-
-def test_facts_about_clips_are_true() -> None:
-    rng, kinds = random.Random(0), set()
-    for story in STORIES * 4:
-        told = history(story)
-        clauses = {past(sentence): second for second, sentence in told}
-        facts = re.findall(r"[^ .][^.]*", story_facts(story, rng))
-        assert facts
-        for fact in facts:
-            what, _, when = fact.rpartition(" at second ")
-            word, _, event = fact.partition(" ")
-            if fact.startswith("At the end"):
-                kinds.add("end")
-            elif what:
-                kinds.add("when")
-                assert clauses[what[0].lower() + what[1:]] == NUMBERS.index(when)
-            else:
-                kinds.add(word)
-                assert lowered(told[0 if word == "First" else -1][1]) == f"{event}."
-    assert kinds == {"end", "First", "Last", "when"}
+def test_clips_are_told_by_their_tracks_and_their_seconds_in_any_order() -> None:
+    rng, first = random.Random(0), Counter[str]()
+    for story in STORIES:
+        texts = re.findall(r"(?:Second|Colours|Places)[^.]*\.", of_story(story, rng))
+        kinds = [text.split()[0] == "Second" for text in texts]
+        assert kinds.count(True) == 7
+        assert 1 <= kinds.count(False) <= 4
+        assert kinds in (sorted(kinds), sorted(kinds, reverse=True))
+        first[texts[0].split()[0]] += 1
+    assert first["Second"] > 40
+    assert first["Colours"] + first["Places"] > 40
 
 
 def test_timelines_tell_every_second_in_any_order() -> None:
@@ -172,26 +145,17 @@ def test_checklists_say_of_shapes_and_colours_whether_they_are_there() -> None:
     assert len(names) == 8
 
 
-def test_seconds_of_events_say_of_each_event_in_which_seconds_it_happened() -> None:
+def test_tracks_follow_what_changes_through_the_seconds() -> None:
     rng = random.Random(0)
     for story in STORIES:
-        happened: dict[str, list[int]] = {}
-        for second, told in history(story):
-            happened.setdefault(past(told), []).append(second)
-        expected = {
-            event: ", ".join("yes" if second in seconds else "no" for second in range(1, 8))
-            for event, seconds in happened.items()
-        }
-        said = re.findall(r"([^.:]+): ([^.]+)\.", seconds_of_events(story, rng))
-        assert {lowered(event.strip()): told for event, told in said} == expected
-
-
-def test_tracks_follow_one_thing_of_the_story_through_its_seconds() -> None:
-    rng = random.Random(0)
-    for story in STORIES:
-        shape, _, told = states_of_one_shape(story, rng).lower().rstrip(".").partition(": ")
-        assert any(shape in sentence for _, sentence in history(story))
         states = [seen(state) for state in story.states]
-        assert told.split(", ") == [
-            " ".join(state[shape]) if shape in state else "gone" for state in states
-        ]
+        expected = {}
+        for shape in {shape for state in states for shape in state}:
+            looks = [state.get(shape, ("gone", "gone")) for state in states]
+            colours, places = ([look[part] for look in looks] for part in (0, 1))
+            if len({*colours}) > 1:
+                expected[f"Colours of the {shape}"] = ", ".join(colours)
+            if len({*places} - {"gone"}) > 1:
+                expected[f"Places of the {shape}"] = ", ".join(places)
+        told = re.findall(r"([^.:]+): ([^.]+)\.", tracks(story, rng))
+        assert {name.strip(): values for name, values in told} == expected

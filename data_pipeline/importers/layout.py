@@ -1,0 +1,123 @@
+"""What a source is by the names of its files: its form, where its records are, what is not read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterable
+from itertools import islice
+
+from data_pipeline import files
+from data_pipeline.importers import captions, transcripts
+from data_pipeline.importers.archive import names
+from data_pipeline.importers.recognize import form_of
+from data_pipeline.importers.records import first_records
+from data_pipeline.shards import ShardError
+
+INFO = "dataset_info.json"
+METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
+_TEXTS = (".json", ".txt", ".text", ".caption")  # of shards: what is said of a sample
+_LOOKED_AT = 200  # members of a tar, by which it is one of shards or of media
+
+
+def form_of_files(source: str, folder: bool, paths: list[str]) -> str:
+    """A form, or `records`: files of records, each with a form of its own; ShardError."""
+    there = {files.name(path) for path in paths}
+    if INFO in there:
+        return "llamafactory"
+    plain = [path for path in paths if is_records(path)]
+    tars = [path for path in paths if is_tar(path)]
+    if tars and not (plain and not any(map(_has_texts, tars))):
+        return "webdataset"
+    if not folder and files.suffix(source) in (".srt", ".vtt"):
+        return "transcripts"
+    if not folder or there.intersection(METADATA):
+        return "records"
+    if any(video and _is_transcript(path) for path, video in transcripts.pairs(paths)):
+        return "transcripts"
+    if captions.is_captioned(paths):
+        return "captions"
+    if plain:
+        return "records"
+    if any(captions.media_type(path) for path in paths):
+        return "captions"
+    raise ShardError(
+        f"{source}: no JSON file, table, shard, picture or video there: give records "
+        f"({', '.join(sorted(files.RECORD_SUFFIXES))}), a folder of media with .txt captions, "
+        "or shards"
+    )
+
+
+def is_tar(path: str) -> bool:
+    return files.suffix(path) in files.TAR_SUFFIXES or files.name(path).endswith(".tar.gz")
+
+
+def is_records(path: str) -> bool:
+    return files.record_suffix(path) in files.RECORD_SUFFIXES
+
+
+def with_kinds(error: ShardError, path: str) -> ShardError:
+    """Of a file that cannot be read for what it is, which kinds can."""
+    if is_records(path):
+        return error
+    kinds = ", ".join(sorted(files.RECORD_SUFFIXES))
+    return ShardError(
+        f"{error}: records are read from {kinds} (also .gz, .zst), shards from .tar, .tgz and "
+        ".tar.gz: convert or unpack it"
+    )
+
+
+def is_dangling(path: str) -> bool:
+    """Whether a path is a link to nothing."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _has_texts(tar: str) -> bool:
+    """Whether a tar has texts beside its media; of a server's, which is not looked into, and of a
+    compressed one that is taken for granted."""
+    if files.is_url(tar) or files.suffix(tar) != ".tar":
+        return True
+    return any(files.suffix(name) in _TEXTS for name in islice(names(tar), _LOOKED_AT))
+
+
+def _is_transcript(path: str) -> bool:
+    """Whether a file beside a video has its words; other records may have a video's name, too."""
+    if files.suffix(path) != ".json":
+        return True
+    records = first_records(path, 1) if _is_object(path) else [{"messages": None}]
+    return not records or form_of(records[0]) in (None, "text", "speech")
+
+
+def _is_object(path: str) -> bool:
+    with files.open_file(path) as file:
+        return not file.read(64).lstrip().startswith(b"[")
+
+
+def record_files(source: str, folder: bool, paths: list[str]) -> list[list[str]]:
+    """The files of records: an image folder's metadata, else those on top; where none of these has
+    a known form, the deeper ones."""
+    metadata = [path for path in paths if files.name(path) in METADATA]
+    with_records = [path for path in paths if is_records(path) or not folder]
+    on_top = [path for path in with_records if files.parent(path) == source.rstrip("/")]
+    deeper = [path for path in with_records if path not in on_top]
+    groups = [metadata] if metadata else [group for group in (on_top, deeper) if group]
+    if not groups:
+        raise ShardError(f"{source}: no file of records there: {', '.join(files.RECORD_SUFFIXES)}")
+    return groups
+
+
+def unread(
+    paths: Iterable[str], read: Iterable[str], roots: Container[str | None]
+) -> tuple[str, ...]:
+    """The files of a source that look like data and are not read; tars in one of the `roots` are
+    searched for media."""
+    known = set(read)
+    data = [
+        path
+        for path in paths
+        if is_records(path) or is_tar(path) or files.suffix(path) in transcripts.SUFFIXES
+    ]
+    return tuple(
+        path
+        for path in data
+        if path not in known and not (files.suffix(path) == ".tar" and files.parent(path) in roots)
+    )
