@@ -21,7 +21,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.fields import choice, number
-from moss_train.data_config import PACKED_TILES, PACKED_TOKENS, DataConfig, MixtureConfig
+from moss_train.data_config import (
+    PACKED_TILES,
+    PACKED_TOKENS,
+    DataConfig,
+    EvalSuiteConfig,
+    MixtureConfig,
+)
 from moss_train.field_errors import explain_field
 from moss_train.model_config import ModelConfig
 
@@ -140,6 +146,10 @@ class TrainerConfig:
     keep_last: int = number(2, above=0)
     # Steps between validations on data.eval_sources; None: none.
     eval_every: int | None = number(None, above=0)
+    # Samples with known answers that are asked every so many steps, and after the last one (null:
+    # then alone).
+    eval_suites: list[EvalSuiteConfig] = field(default_factory=list)
+    eval_suites_every: int | None = number(None, above=0)
     async_save: bool = False
     resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
     # Begin at step 1 where run.dir has checkpoints and none can be loaded; they become .damaged_*.
@@ -318,6 +328,8 @@ def _expand_home(config: Config) -> None:
     data.root, data.tokenizer = map(os.path.expanduser, (data.root, data.tokenizer))
     for source in (*data.sources, *data.eval_sources):
         source.path = os.path.expanduser(source.path)
+    for suite in config.trainer.eval_suites:
+        suite.path = os.path.expanduser(suite.path)
     if config.init_from is not None:
         config.init_from = os.path.expanduser(config.init_from)
     if init.from_llama is not None:

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 
 from omegaconf import MISSING
 
-from data_pipeline.fields import choice, number
+from data_pipeline.fields import choice, choices, number
 from data_pipeline.stores import StoreOptions
 
 MODALITIES = ("text", "image", "video")
+# What a model may be shown in place of a sample's frames (evaluate/controls.py).
+CONTROLS = ("blind", "one_frame", "shuffled")
 PACKED_TOKENS = 4096  # enough that a GPU computes longer than the host takes to say what
 PACKED_TILES = 256  # their encoder takes a GPU longer than all else, however they are packed
 
@@ -26,6 +28,23 @@ class SourceConfig:
     path: str = MISSING
     modality: str = choice(MISSING, MODALITIES)
     weight: float = number(1.0, above=0)
+
+
+@dataclass
+class EvalSuiteConfig:
+    """Samples with known answers, scored during training by evaluate/.
+
+    path: a folder of shards, or a JSONL file of samples.
+    samples: the first ones of it.
+    scores: `likelihood` leaves out what needs generation: a pass over all tokens for each new one.
+    controls: what is shown in place of the frames, each for a score more.
+    """
+
+    name: str = MISSING
+    path: str = MISSING
+    samples: int = number(256, above=0)
+    scores: str = choice("all", ("all", "likelihood"))
+    controls: list[str] = choices(["blind"], CONTROLS)  # noqa: RUF009
 
 
 @dataclass

@@ -180,6 +180,12 @@ def new_event(timing: bool = False) -> Any:
     return devices.module(device().type).Event(enable_timing=timing)
 
 
+def has_fp8() -> bool:
+    """Whether the GPU that this rank would get multiplies in FP8."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return devices.has_fp8(torch.device(TRAINS, number))
+
+
 def synchronize() -> None:
     """Waits until the device has done what it was given."""
     devices.synchronize(device())

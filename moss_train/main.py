@@ -65,7 +65,12 @@ def run(config: Config, console: TextIO | None = None) -> bool:
         from moss_train.train import fits, loop
 
     fits.check_fits(config)
-    return loop.run(config, resume_from, console)
+    if not config.trainer.eval_suites:
+        return loop.run(config, resume_from, console)
+    with quick_imports():
+        from moss_train.evaluate.in_training import Suites
+
+    return loop.run(config, resume_from, console, Suites)
 
 
 def check(config: Config) -> Path | None:

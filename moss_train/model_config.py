@@ -95,6 +95,11 @@ class TextConfig:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
 
+    @property
+    def shared_heads(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
 
 @dataclass
 class InitConfig:
@@ -122,6 +127,13 @@ class ModelConfig:
     # auto: the fastest that is right on this GPU; on a CPU sdpa. Who computes what:
     # data_pipeline/attention_kinds.py.
     attention: str = choice("auto", ("auto", *kinds_of(TRAINING)))
+    # Who computes FlexAttention, where attention=flex asks for it: Triton, or FlashAttention-4.
+    flex_backend: str = choice("triton", ("triton", "flash"))
+    # auto: the kernels of model/kernels.py that are right on this GPU; torch: plain torch, as on a
+    # CPU.
+    kernels: str = choice("auto", ("auto", "torch"))
+    # Linear layers that compute in FP8 (model/fp8.py): none | tower | all: the decoder's, too.
+    fp8: str = choice("none", ("none", "tower", "all"))
     # Whether lengths in calls of attention are rounded up, so that a GPU's kernels are planned for
     # few shapes; auto: on a GPU.
     round_lengths: str = choice("auto", ("auto", "on", "off"))
@@ -131,6 +143,17 @@ class ModelConfig:
     cross_attention_rope: bool = True  # False: plain Llama-3.2-Vision
     dtype: str = choice("bf16", ("bf16", "fp32"))
     lr_scale: float = number(1.0, above=0)
+
+    def fp8_widths(self) -> dict[str, int]:
+        """Widths of the layers that run in FP8, by field."""
+        vision, text = self.vision, self.text
+        tower = {"vision.hidden_size": vision.hidden_size, "vision.mlp_size": vision.mlp_size}
+        decoder = {
+            "text.hidden_size": text.hidden_size,
+            "text.mlp_size": text.mlp_size,
+            "text.num_kv_heads x head size": text.num_kv_heads * text.head_dim,
+        }
+        return {"none": {}, "tower": tower, "all": tower | decoder}[self.fp8]
 
     def attention_wanted(self, device: str) -> Wanted:
         """What its layers ask of an attention on this kind of device."""

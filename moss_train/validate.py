@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from data_pipeline import flash
 from data_pipeline.attention_kinds import refusals
 from data_pipeline.fields import Range, wrong_values
-from data_pipeline.shards import check_source
+from data_pipeline.shards import check_source, shard_files
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
 from moss_train.config import WANDB_MODES, Config, ConfigError
-from moss_train.data_config import SourceConfig
+from moss_train.data_config import EvalSuiteConfig, SourceConfig
 from moss_train.model.hf_mapping import unmatched_targets
 
 POSITIVE = Range(above=0)
+FP8_MULTIPLE = 16  # of a weight's sides: what torch._scaled_mm takes
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -43,13 +45,14 @@ def _fields(config: Config) -> Iterator[str]:
     yield from _multipliers(config.optimizer.lr_multipliers)
     yield from _source_names(config.data.sources, "data.sources")
     yield from _source_names(config.data.eval_sources, "data.eval_sources")
+    yield from _source_names(config.trainer.eval_suites, "trainer.eval_suites")
 
 
-def _source_names(sources: list[SourceConfig], field: str) -> Iterator[str]:
+def _source_names(sources: Sequence[SourceConfig | EvalSuiteConfig], field: str) -> Iterator[str]:
     counts = Counter(source.name for source in sources)
     for name, count in counts.items():
         if count > 1:
-            yield f"{field}[{name}].name={name}: {count} sources have it: choose different names"
+            yield f"{field}[{name}].name={name}: {count} of them have it: choose different names"
         if not name.strip() or "/" in name:  # sample keys are NAME/KEY
             spelt = name.replace("/", "-").strip() or "my-data"
             yield f"{field}[{name}].name={name}: must be a name without /, such as {spelt}"
@@ -208,8 +211,11 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
     if parallel.virtual > 1 and parallel.pipeline == 1:
         yield f"parallel.virtual={parallel.virtual}: needs parallel.pipeline of 2 or more"
     yield from _attention(config)
-    if reason := hardware.refusal(config.hardware.device):
+    reason = hardware.refusal(config.hardware.device)
+    if reason:
         yield reason
+    elif config.model.fp8 != "none":
+        yield from _fp8(config)
 
 
 def _attention(config: Config) -> Iterator[str]:
@@ -217,6 +223,38 @@ def _attention(config: Config) -> Iterator[str]:
     if name != "auto":
         wanted = model.attention_wanted(hardware.kind_of(config.hardware.device))
         yield from refusals("model.attention", name, wanted)
+    if model.flex_backend == "flash":
+        yield from _flex_flash(config)
+
+
+def _flex_flash(config: Config) -> Iterator[str]:
+    field, model = "model.flex_backend=flash", config.model
+    if model.attention != "flex":
+        yield f"{field}: needs model.attention=flex (it is {model.attention})"
+    if model.dtype != "bf16":
+        yield f"{field}: needs model.dtype=bf16 (it is {model.dtype})"
+    if not flash.has_release_4():
+        yield f"{field}: flash-attn-4 is not installed (pip install --pre flash-attn-4)"
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    field, parallel = f"model.fp8={config.model.fp8}", config.parallel
+    for name, width in config.model.fp8_widths().items():
+        if width % FP8_MULTIPLE:
+            yield f"{field}: model.{name}={width}: must be a multiple of {FP8_MULTIPLE}"
+    if parallel.tensor > 1 and config.model.fp8 == "all":
+        yield f"{field}: needs parallel.tensor=1 (it is {parallel.tensor}): use model.fp8=tower"
+    if parallel.tensor > 1 and parallel.vision_tensor:
+        yield f"{field}: needs a tower that is whole: set parallel.vision_tensor=false"
+    if hardware.kind_of(config.hardware.device) == "cpu":  # which computes the same in fp32
+        return
+    if not hardware.has_fp8():
+        yield (
+            f"{field}: {hardware.device_name()} does not multiply in FP8 (GPUs of compute "
+            "capability 8.9 and later do): use model.fp8=none"
+        )
+    if config.model.dtype != "bf16":
+        yield f"{field}: needs model.dtype=bf16 on a GPU (it is {config.model.dtype})"
 
 
 def _batches(config: Config, world_size: int) -> Iterator[str]:
@@ -271,7 +309,19 @@ def _data(config: Config) -> Iterator[str]:
         for source in config.data.eval_sources:
             field = f"data.eval_sources[{source.name}].path"
             yield from _complaints(check_source, source.path, field)
+    yield from _suites(config)
     yield from _tokenizer(config)
+
+
+def _suites(config: Config) -> Iterator[str]:
+    every, suites = config.trainer.eval_suites_every, config.trainer.eval_suites
+    if every is not None and not suites:
+        yield f"trainer.eval_suites_every={every}: trainer.eval_suites is empty"
+    for suite in suites:
+        if not Path(suite.path).is_file():
+            yield from _complaints(
+                shard_files, suite.path, f"trainer.eval_suites[{suite.name}].path"
+            )
 
 
 def _tokenizer(config: Config) -> Iterator[str]:

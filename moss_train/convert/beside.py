@@ -56,7 +56,7 @@ def read_beside(source: Path, model: ModelConfig) -> Beside:
     rows = text.vocab_size + text.extra_embedding_rows
     beside, problems = Beside(), []
     if (source / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(source / "tokenizer.json")
+        tokenizer = read_tokenizer(source / "tokenizer.json")
         if tokenizer.get_vocab_size() > rows:
             problems.append(
                 f"{source / 'tokenizer.json'}: has {tokenizer.get_vocab_size()} tokens, the "
@@ -82,6 +82,14 @@ def read_beside(source: Path, model: ModelConfig) -> Beside:
     return beside
 
 
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A folder's tokenizer, or that of a tokenizer.json; ConversionError."""
+    try:
+        return load_tokenizer(path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+
+
 def missing_tokens(tokenizer: Tokenizer) -> Iterator[str]:
     """A line where a tokenizer lacks tokens that training needs."""
     try:
@@ -92,7 +100,7 @@ def missing_tokens(tokenizer: Tokenizer) -> Iterator[str]:
 
 def same_special_tokens(given: Path, own: Path) -> list[str]:
     """A line for each special token that two tokenizers have under other ids."""
-    theirs, ours = load_tokenizer(given), load_tokenizer(own)
+    theirs, ours = read_tokenizer(given), read_tokenizer(own)
     lines = []
     for name in SpecialTokens.__dataclass_fields__:
         token = token_text(name)

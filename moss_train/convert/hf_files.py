@@ -16,10 +16,16 @@ from data_pipeline.aspect_ratios import supported_aspect_ratios
 from data_pipeline.images import IMAGE_MEAN, IMAGE_STD
 from data_pipeline.prompts import trained_form
 from data_pipeline.tokenizer_identity import identify
-from data_pipeline.tokens import load_tokenizer, token_text
+from data_pipeline.tokens import token_text
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import Config
-from moss_train.convert.beside import ENDS, chat_templates, missing_tokens, same_special_tokens
+from moss_train.convert.beside import (
+    ENDS,
+    chat_templates,
+    missing_tokens,
+    read_tokenizer,
+    same_special_tokens,
+)
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.quantize import Quantizer
 from moss_train.convert.source import ConversionError, read_json
@@ -103,7 +109,7 @@ class HfFiles:
         """Every token must have a row in the embedding."""
         if self.tokenizer is None:
             return
-        count = load_tokenizer(self.tokenizer).get_vocab_size()
+        count = read_tokenizer(self.tokenizer).get_vocab_size()
         rows = self.config.model.text.vocab_size + EXTRA_EMBEDDING_ROWS
         if count > rows:
             raise ConversionError(
@@ -141,7 +147,7 @@ def write_files(
     """Writes all files but the weights; returns lines for the user."""
     floats = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]
     dtype = min(floats, key=lambda kind: kind.itemsize)
-    tokenizer = load_tokenizer(files.tokenizer) if files.tokenizer is not None else None
+    tokenizer = read_tokenizer(files.tokenizer) if files.tokenizer is not None else None
     config = hf_config(files, tokenizer, str(dtype).removeprefix("torch."))
     if quantizer is not None:
         config["quantization_config"] = quantizer.config()

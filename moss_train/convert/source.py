@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data_pipeline.files import NOT_FETCHED, is_lfs_pointer
 from moss_train.convert.folders import adapter_beside, foreign_form, merge_advice
 from moss_train.convert.names import adapter_part, common_prefix, is_buffer, shortened, unwrapped
 
@@ -64,14 +65,14 @@ class HfFolder:
             try:
                 stored += self._read_header(path)
             except SafetensorError as error:
-                problems.append(f"{path}: {_unreadable(error)}")
+                problems.append(f"{path}: {_unreadable(path, error)}")
             except ConversionError as error:
                 problems.append(str(error))
         if index is not None and not problems:
             problems += _disagreements(folder, index, stored)
         if problems:
             raise ConversionError("\n".join(shortened(problems)))
-        self.notes: list[str] = []
+        self.notes = _unnamed(folder, files) if index is not None else []
         self.tensors, self.buffers = self._sorted_out(stored, rename)
 
     def _sorted_out(
@@ -166,7 +167,9 @@ def _unread(dtype: str) -> str:
     )
 
 
-def _unreadable(error: SafetensorError) -> str:
+def _unreadable(path: Path, error: SafetensorError) -> str:
+    if is_lfs_pointer(path):
+        return NOT_FETCHED
     unknown = re.search(r"unknown variant `(\w+)`", str(error))
     if unknown is not None:
         return f"a tensor {_unread(unknown[1])}"
@@ -196,6 +199,11 @@ def _files(folder: Path, allow_pickle: bool) -> tuple[dict[str, str] | None, lis
         found: tuple[dict[str, str] | None, list[Path]] = (None, [folder / name])
         if index.is_file():
             found = _read_index(folder, index)
+            if (folder / name).is_file() and folder / name not in found[1]:
+                raise ConversionError(
+                    f"{folder}: holds {name} and {index.name}, whose files are others: remove the "
+                    "weights that are not the model's"
+                )
         if index.is_file() or (folder / name).is_file():
             beside = adapter_beside(folder)
             if beside is not None:
@@ -216,6 +224,9 @@ def _files(folder: Path, allow_pickle: bool) -> tuple[dict[str, str] | None, lis
     parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
     if parts:
         raise ConversionError(f"{folder}: holds {parts[0]}, but no {SAFE}.index.json: fetch it")
+    for path in (folder / SAFE, folder / f"{SAFE}.index.json"):
+        if path.is_symlink():
+            raise ConversionError(f"{path}: is a link to {path.readlink()}, which is not there")
     raise ConversionError(f"{folder}: holds neither {SAFE} nor {SAFE}.index.json")
 
 
@@ -245,6 +256,14 @@ def _disagreements(
             yield f"{folder}: the index says that {file} holds {name}, which it does not"
     for name in there.keys() - index.keys():
         yield f"{folder / there[name]}: holds {name}, which the index does not name"
+
+
+def _unnamed(folder: Path, named: Iterable[Path]) -> list[str]:
+    """A line for shards beside those that the index names, of an earlier state say."""
+    others = sorted(path.name for path in {*folder.glob("model-*.safetensors")} - {*named})
+    return [f"{', '.join(shortened(others))}: left out, for the index does not name it"] * bool(
+        others
+    )
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import EncodedSample
-from data_pipeline.encode import SampleEncoder
-from data_pipeline.tokens import load_tokenizer
 from moss_train import hardware
-from moss_train.config import Config, from_dict
+from moss_train.config import Config, HardwareConfig, ParallelConfig, from_dict
+from moss_train.evaluate.controls import ModelInput
 from moss_train.evaluate.items import EvaluationError
 from moss_train.evaluate.model import TrainedModel
+from moss_train.evaluate.replica import likely_and_chances, sequence_scores
 from moss_train.model.normalize import normalize
-from moss_train.train.data import encode_config
+from moss_train.parallel.process_groups import build_groups
+from moss_train.train.process import leave_process_group, start_process_group
 from moss_train.trained_tokenizer import check_tokenizer
+from moss_train.transfer import HostCopy, to_device
 
 FRAMES_AT_ONCE = 16
 
@@ -28,10 +31,9 @@ class ExportedModel(TrainedModel):
     """A `TrainedModel` whose model is transformers', opened from an exported folder."""
 
     def __init__(self, config: Config, exported: Any, path: Path, step: int):
-        """`exported`: a MossVideoForConditionalGeneration."""
+        """`exported`: a MossVideoForConditionalGeneration, whole on each rank that there is."""
         self.config, self.exported, self.path, self.step = config, exported, path, step
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.encoder = SampleEncoder(encode_config(config), self.tokenizer)
+        self.groups = build_groups(ParallelConfig(), seed=0)
 
     @classmethod
     def open_with(
@@ -59,23 +61,27 @@ class ExportedModel(TrainedModel):
         file = checkpoint / "tokenizer.json"
         check_tokenizer(training, checkpoint, file, str(file), "put back the export's")
         config.data.tokenizer = str(checkpoint)
-        where = hardware.activate(device)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        config.hardware = HardwareConfig(device=device, threads=threads)
+        start_process_group(config)
         try:
-            model = load(checkpoint)
-        except (OSError, ValueError, RuntimeError) as error:
+            model = load(checkpoint).eval().to(hardware.device())
+            opened = cls(config, model, checkpoint, training["step"])
+        except BaseException as error:
+            leave_process_group()
+            if not isinstance(error, OSError | ValueError | RuntimeError):
+                raise
             raise EvaluationError(f"{checkpoint}: transformers cannot open it: {error}") from None
-        return cls(config, model.eval().to(where), checkpoint, training["step"])
+        opened._leave = weakref.finalize(opened, leave_process_group)
+        return opened
 
     @torch.no_grad()
     def encode(self, samples: Sequence[EncodedSample]) -> list[Tensor]:
         """Projected frames of each sample `[F, T x P, H]`."""
-        device, vision = hardware.device(), self.config.model.vision
+        vision = self.config.model.vision
         out = []
         for sample in samples:
-            ratios = sample.aspect_ratio_ids.to(device)
-            pixels = normalize(sample.frames.to(device), ratios, vision, self.exported.dtype)
+            frames, ratios = to_device([sample.frames, sample.aspect_ratio_ids])
+            pixels = normalize(frames, ratios, vision, self.exported.dtype)
             parts = [
                 self.exported.get_image_features(part[None], ids[None])[0]
                 for part, ids in zip(
@@ -87,24 +93,28 @@ class ExportedModel(TrainedModel):
             out.append(torch.cat(parts) if parts else none)
         return out
 
-    @torch.no_grad()
-    def logits(
-        self,
-        sequences: Sequence[Sequence[int]],
-        positions: Sequence[Sequence[int]],
-        states: Sequence[Tensor],
-        ratios: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """`TrainedModel.logits`; the frames of a sequence stand at its `<|image|>` tokens."""
-        device, out = hardware.device(), []
-        for sequence, places, state, ids in zip(sequences, positions, states, ratios, strict=True):
-            count = len(places)
-            tokens = torch.tensor([list(sequence)], device=device)
+    def next_tokens(self, inputs: Sequence[ModelInput]) -> list[int]:
+        """`Model.next_tokens`."""
+        last = torch.stack([logits[-1] for _, logits in self._logits(inputs)])
+        return [int(token) for token in HostCopy(last.argmax(-1)).wait()]
+
+    def predict(self, inputs: Sequence[ModelInput]) -> list[tuple[Tensor, Tensor]]:
+        """`Model.predict`."""
+        found = self._logits(inputs)
+        scored = [likely_and_chances(tokens, logits).cpu() for tokens, logits in found]
+        return [sequence_scores(*rows) for rows in scored]
+
+    def _logits(self, inputs: Sequence[ModelInput]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens `[S]` and logits `[S, V]` of each sequence; its frames stand at its `<|image|>`
+        tokens."""
+        for one in inputs:
+            count, tokens = len(one.positions), torch.tensor(list(one.tokens))
+            (row, shown) = to_device([tokens, one.ratios[:count]])
             frames: dict[str, Tensor] = {}
             if count:
                 frames = {
-                    "cross_attention_states": state[None, :count],
-                    "aspect_ratio_ids": ids[None, :count].to(device),
+                    "cross_attention_states": one.states[None, :count],
+                    "aspect_ratio_ids": shown[None],
                 }
-            out.append(self.exported(input_ids=tokens, use_cache=False, **frames).logits[0].float())
-        return out
+            with torch.no_grad():
+                yield row, self.exported(input_ids=row[None], use_cache=False, **frames).logits[0]

@@ -8,36 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from data_pipeline.batch import IGNORED_LABEL, EncodedSample
-from data_pipeline.encode import SampleEncoder
+from data_pipeline.batch import IGNORED_LABEL
 from data_pipeline.schema import VIDEO_MARK, Sample
+from moss_train.evaluate.controls import Model, ModelInput, Watched
 from moss_train.evaluate.items import Item
 
 SPEAK = "speak"  # the model's turn, until it ends it or has said enough
 Step = str | list[int] | int  # SPEAK, tokens that are given, or the `<|image|>` token of a frame
-
-
-class Model(Protocol):
-    """What generates: moss_train/evaluate/model.py says what each is."""
-
-    tokenizer: Tokenizer
-    encoder: SampleEncoder
-
-    def encode(self, samples: Sequence[EncodedSample]) -> list[Tensor]: ...
-
-    def logits(
-        self,
-        rows: Sequence[Sequence[int]],
-        positions: Sequence[Sequence[int]],
-        states: Sequence[Tensor],
-        ratios: Sequence[Tensor],
-    ) -> list[Tensor]: ...
 
 
 @dataclass
@@ -53,6 +33,11 @@ class Talk:
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     said: list[list[int]] = field(default_factory=list)
+
+    @property
+    def input(self) -> ModelInput:
+        """All of it so far."""
+        return ModelInput(self.tokens, self.positions, self.states, self.ratios)
 
     def advance(self) -> bool:
         """Plays the script up to a token that the model has to say; False: it is over."""
@@ -84,28 +69,20 @@ def generate(model: Model, talks: Sequence[Talk]) -> None:
     """Plays all talks to their end, the most likely token at a time."""
     running = [talk for talk in talks if talk.advance()]
     while running:
-        logits = model.logits(
-            [talk.tokens for talk in running],
-            [talk.positions for talk in running],
-            [talk.states for talk in running],
-            [talk.ratios for talk in running],
-        )
-        for talk, scores in zip(running, logits, strict=True):
-            talk.append(int(scores[-1].argmax()))
+        following = model.next_tokens([talk.input for talk in running])
+        for talk, token in zip(running, following, strict=True):
+            talk.append(token)
         running = [talk for talk in running if talk.advance()]
 
 
-def answers(model: Model, items: Sequence[Item], most: int = 64, blind: bool = False) -> list[str]:
+def answers(model: Model, watched: Sequence[Watched], most: int = 64) -> list[str]:
     """What the model says in the last turn of each conversation, in place of its answer."""
-    special, states = model.encoder.special, model.encode([item.encoded for item in items])
-    talks = []
-    for item, state in zip(items, states, strict=True):
-        start = answer_start(item)
-        script = script_of(item.encoded.tokens[:start].tolist(), special.image)
-        ends = {special.eot_id, special.end_of_text}
-        talks.append(
-            Talk([*script, SPEAK], state, item.encoded.aspect_ratio_ids, ends, most, blind)
-        )
+    special, talks = model.encoder.special, []
+    ends = {special.eot_id, special.end_of_text}
+    for seen in watched:
+        given = seen.item.encoded.tokens[: answer_start(seen.item)].tolist()
+        script = [*script_of(given, special.image), SPEAK]
+        talks.append(Talk(script, seen.states, seen.ratios, ends, most, seen.blind))
     generate(model, talks)
     return [model.tokenizer.decode(talk.said[-1]) for talk in talks]
 
@@ -131,24 +108,24 @@ def script_of(tokens: Sequence[int], image: int) -> list[Step]:
 
 
 def streams(
-    model: Model, items: Sequence[Item], most: int = 10, blind: bool = False
+    model: Model, watched: Sequence[Watched], most: int = 10
 ) -> list[list[tuple[int, str]]]:
     """Plays real-time conversations live; what was said in which second, -1 before any frame.
 
     A sentence that goes on after a frame counts for the second in which it began. `most` tokens
     fit in a second. An answer to a question belongs to the second of the frame before it.
     """
-    special, states = model.encoder.special, model.encode([item.encoded for item in items])
+    ends = {model.encoder.special.silence}
     talks = [
         Talk(
-            stream_script(model, item.sample),
-            state,
-            item.encoded.aspect_ratio_ids,
-            {special.silence},
+            stream_script(model, seen.item.sample),
+            seen.states,
+            seen.ratios,
+            ends,
             most,
-            blind,
+            seen.blind,
         )
-        for item, state in zip(items, states, strict=True)
+        for seen in watched
     ]
     seconds = [_seconds(talk.script) for talk in talks]
     generate(model, talks)
@@ -208,22 +185,11 @@ def _utterances(
     return [(second, model.tokenizer.decode(words)) for second, words in spoken]
 
 
-def predictions(
-    model: Model, items: Sequence[Item], blind: bool = False
-) -> list[tuple[Tensor, Tensor]]:
-    """Teacher-forced: for each item the most likely token `[S]` after each of its tokens, and the
-    log probability of each of its tokens `[S]` (that of the first is 0)."""
-    states = model.encode([item.encoded for item in items])
-    nothing: list[int] = []
-    logits = model.logits(
-        [item.encoded.tokens.tolist() for item in items],
-        [nothing if blind else item.encoded.frame_positions.tolist() for item in items],
-        states,
-        [item.encoded.aspect_ratio_ids for item in items],
-    )
-    likely = []
-    for item, scores in zip(items, logits, strict=True):
-        tokens = item.encoded.tokens.to(scores.device).clamp(max=scores.shape[1] - 1)
-        chances = scores.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
-        likely.append((scores.argmax(-1).cpu(), torch.cat([chances.new_zeros(1), chances]).cpu()))
-    return likely
+def predictions(model: Model, watched: Sequence[Watched]) -> list[tuple[Tensor, Tensor]]:
+    """Teacher-forced: `Model.predict` of each sample."""
+    inputs = []
+    for seen in watched:
+        sample = seen.item.encoded
+        positions = [] if seen.blind else sample.frame_positions.tolist()
+        inputs.append(ModelInput(sample.tokens.tolist(), positions, seen.states, seen.ratios))
+    return model.predict(inputs)

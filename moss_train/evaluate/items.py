@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.batch import EncodedSample
 from data_pipeline.encode import SampleEncoder
-from data_pipeline.schema import Sample, parse_sample
+from data_pipeline.schema import Sample, SampleError, parse_sample
 from data_pipeline.shards import shard_files
 
 
@@ -20,18 +22,19 @@ class EvaluationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Item:
-    """A sample as tensors, and what is known about its answer.
+class Known:
+    """What is known about a sample and its answer.
 
     source: what its scores are grouped by, such as `sft/video`.
+    key: its name in messages and results.
     task: `caption`, `narrate`, or the kind of question.
     options: all possible answers; empty: free text.
     speech: real-time samples: (second, sentence) of what is to be said unasked.
     """
 
     source: str
+    key: str
     sample: Sample
-    encoded: EncodedSample
     task: str
     options: tuple[str, ...] = ()
     speech: tuple[tuple[int, str], ...] = ()
@@ -40,6 +43,22 @@ class Item:
     def answer(self) -> str:
         """The text of the last turn."""
         return self.sample.messages[-1].content
+
+
+@dataclass(frozen=True)
+class Item(Known):
+    """A sample that a model is asked about."""
+
+    encode: Callable[[], EncodedSample] = field(kw_only=True)
+
+    @cached_property
+    def encoded(self) -> EncodedSample:
+        """The sample as tensors, made when they are asked for first. Raises SampleError."""
+        return self.encode()
+
+    def known(self) -> Known:
+        """All but the tensors."""
+        return Known(*(getattr(self, entry.name) for entry in fields(Known)))
 
 
 def read_shards(
@@ -71,36 +90,51 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield key, parts
 
 
-def read_lines(path: Path, encoder: SampleEncoder) -> Iterator[Item]:
-    """Samples of a JSONL file: the JSON of a shard's samples; `file` of a medium is its path,
-    from the folder of the JSONL file.
+def suite_samples(
+    path: Path, source: str, encoder: SampleEncoder, limit: int | None = None
+) -> Iterator[Item]:
+    """The first `limit` samples of a folder of shards, or of a file of lines."""
+    if path.is_dir():
+        return read_shards(path, source, encoder, limit)
+    return islice(read_lines(path, source, encoder), limit)
 
-    Raises EvaluationError that names the file, or the line.
+
+def read_lines(path: Path, source: str, encoder: SampleEncoder) -> Iterator[Item]:
+    """Samples of a JSONL file: the JSON of a shard's samples; `file` of a medium is its path,
+    from the folder of the JSONL file. Where it is not there, the sample cannot be encoded.
+
+    Raises EvaluationError that names the file, or the line, and SampleError.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
+        names = [medium.file for medium in parse_sample(where, line).media]
+        gone = [path.parent / name for name in names if not (path.parent / name).is_file()]
         try:
-            data = json.loads(line)
-            names = [medium["file"] for medium in data.get("media", [])]
-            parts = {name: (path.parent / name).read_bytes() for name in names}
-            yield make_item(path.stem, where, {"json": line.encode()} | parts, encoder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            parts = {} if gone else {name: (path.parent / name).read_bytes() for name in names}
+            item = make_item(source, where, {"json": line.encode()} | parts, encoder)
+        except (OSError, ValueError, TypeError) as error:
             raise EvaluationError(f"{where}: {error}") from None
+        yield replace(item, encode=partial(_refuse, where, gone[0])) if gone else item
+
+
+def _refuse(key: str, missing: Path) -> EncodedSample:
+    raise SampleError("missing_media", f"{missing} is not there", key)
 
 
 def make_item(source: str, key: str, parts: dict[str, bytes], encoder: SampleEncoder) -> Item:
-    """An item of the members of a sample. Raises SampleError for anything wrong with it."""
+    """An item of the members of a sample. Raises SampleError where its JSON is wrong."""
     sample, data = parse_sample(key, parts["json"]), json.loads(parts["json"])
     return Item(
         source=source,
+        key=key,
         sample=sample,
-        encoded=encoder.encode(key, parts),
+        encode=partial(encoder.encode, key, parts),
         task=data.get("task", sample.kind),
         options=tuple(data.get("options", ())),
         speech=tuple((int(second), said) for second, said in data.get("speech", ())),

@@ -1,45 +1,34 @@
-"""A trained model in one process: from a checkpoint of any layout to logits, text, an export."""
+"""A trained model: from a checkpoint of any layout, in this or another one, to text, an export."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from data_pipeline.batch import EncodedSample
-from data_pipeline.encode import SampleEncoder
 from data_pipeline.prompts import trained_form
-from data_pipeline.tokens import load_tokenizer
-from moss_train import hardware
 from moss_train.checkpoint_dir import find, read_run
-from moss_train.config import Config, HardwareConfig, ParallelConfig, from_dict
+from moss_train.config import Config, ConfigError, HardwareConfig, ParallelConfig, from_dict
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.evaluate.items import EvaluationError
 from moss_train.evaluate.question import Clip, Image, answer
-from moss_train.model.frame_plan import plan_frames
+from moss_train.evaluate.replica import ReplicaModel
 from moss_train.model.moss_video import MossVideo
-from moss_train.model.packed_text import PackedText
-from moss_train.model.shape_grid import rounds_lengths
-from moss_train.model.vision import tiles_used
 from moss_train.model_config import MOST_FRAMES_PER_CHUNK
-from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.exchange import FrameExchange
 from moss_train.parallel.process_groups import build_groups
 from moss_train.train.checkpoint import load_weights
-from moss_train.train.data import encode_config
-from moss_train.train.process import leave_process_group, start_process_group
+from moss_train.train.process import leave_process_group, start_process_group, started_ranks
 from moss_train.trained_tokenizer import check_tokenizer
-from moss_train.transfer import move
+from moss_train.validate import check_layout
 
 # Files that an export carries, so that transformers can open it.
 HF_CODE = Path(__file__).resolve().parents[2] / "inference" / "hf"
 
 
-class TrainedModel:
+class TrainedModel(ReplicaModel):
     """A model's weights, its tokenizer and its way to encode samples.
 
     with TrainedModel.open("runs/first") as model:
@@ -50,26 +39,34 @@ class TrainedModel:
     _leave: weakref.finalize | None = None
 
     def __init__(self, config: Config, model: MossVideo, path: Path, step: int):
-        """Takes a model that is alone in its groups. `path`, `step`: where its weights are from."""
-        self.config, self.model, self.path, self.step = config, model, path, step
+        """`path`, `step`: where the weights are from."""
+        self.model, self.path, self.step = model, path, step
         chunk = config.model.vision.frames_per_chunk or MOST_FRAMES_PER_CHUNK
-        self.exchange = FrameExchange(config.model, model.encoder, model.groups, chunk)
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.encoder = SampleEncoder(encode_config(config), self.tokenizer)
+        exchange = FrameExchange(config.model, model.encoder, model.groups, chunk)
+        super().__init__(config, model.chunks, exchange, model.groups)
 
     @classmethod
     def open(
-        cls, checkpoint: Path | str, device: str = "auto", threads: int | None = None
+        cls,
+        checkpoint: Path | str,
+        device: str = "auto",
+        threads: int | None = None,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
     ) -> TrainedModel:
         """Opens a run folder or checkpoint of any layout.
 
         Args:
             device: one of hardware.KINDS. A process that has worked on the CPU stays there.
             threads: of the CPU (default: all cores).
+            tensor, pipeline: ranks over which the model is split, in processes that torchrun has
+                started. All of them call what the model is asked.
 
         Raises:
             EvaluationError: there is no complete checkpoint.
-            ConfigError: its tokenizer's folder holds another one now.
+            ConfigError: its tokenizer's folder holds another one now; or model, layout and ranks do
+                not fit together.
         """
         source = find(Path(checkpoint))
         if source is None:
@@ -79,8 +76,11 @@ class TrainedModel:
         tokenizer = config.data.tokenizer
         mend = "put back the one that it was trained with"
         check_tokenizer(saved, source, tokenizer, f"data.tokenizer={tokenizer}", mend)
-        config.parallel = ParallelConfig()
+        config.parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
         config.hardware = HardwareConfig(device=device, threads=threads)
+        world = dist.get_world_size() if dist.is_initialized() else started_ranks().size
+        if problems := list(check_layout(config, world)):
+            raise ConfigError(problems)
         start_process_group(config)
         try:
             model = MossVideo(config.model, config.parallel, build_groups(config.parallel, seed=0))
@@ -143,49 +143,3 @@ class TrainedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @torch.no_grad()
-    def encode(self, samples: Sequence[EncodedSample]) -> list[Tensor]:
-        """Projected frames of each sample `[F, T x P, H]`."""
-        frames = torch.cat([sample.frames for sample in samples]).to(hardware.device())
-        ratios = torch.cat([sample.aspect_ratio_ids for sample in samples]).to(hardware.device())
-        step = StepBatch([], frames, ratios, [len(frames)])
-        if not len(frames):
-            width = self.config.model.text.hidden_size
-            return [torch.zeros(0, 1, width, device=hardware.device()) for _ in samples]
-        return list(self.exchange.states(step).split([len(sample.frames) for sample in samples]))
-
-    @torch.no_grad()
-    def logits(
-        self,
-        sequences: Sequence[Sequence[int]],
-        positions: Sequence[Sequence[int]],
-        states: Sequence[Tensor],
-        ratios: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """Next-token logits `[S, V]` of each sequence of tokens.
-
-        `positions` are the indexes of a sequence's `<|image|>` tokens, `states` and `ratios` its
-        frames in that order, of which there may be more than tokens: the later ones stay unseen.
-        """
-        lengths = [len(sequence) for sequence in sequences]
-        counts = [len(where) for where in positions]
-        model, tiles = self.config.model, self.config.data.max_tiles
-        seen = torch.cat([ratio[:count] for ratio, count in zip(ratios, counts, strict=True)])
-        frames = plan_frames(
-            torch.arange(len(sequences)).repeat_interleave(torch.tensor(counts)),
-            torch.tensor([place for where in positions for place in where], dtype=torch.int64),
-            lengths,
-            sum(lengths),
-            tiles=tiles_used(seen, model.vision).clamp(max=tiles),
-            max_tiles=tiles,
-            attend_all=model.tokens_before_first_frame == "attend_all",
-            rounded=rounds_lengths(model),
-        )
-        tokens = torch.tensor(list(chain.from_iterable(sequences)))
-        text = PackedText(tokens, lengths, rounds_lengths(model))
-        move(frames, text)
-        shown = [state[:count] for state, count in zip(states, counts, strict=True) if count]
-        frames.states = torch.cat(shown) if shown else states[0][:0]
-        (decoder,) = self.model.chunks
-        return list(decoder(text, frames).float().split(lengths))

@@ -14,7 +14,8 @@ from data_pipeline.images import read_picture, tile_into
 from data_pipeline.prompts import PromptBuilder, PromptForm, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from data_pipeline.video import open_video, sample_times
-from moss_train.evaluate.generate import SPEAK, Model, Talk, generate, script_of
+from moss_train.evaluate.controls import Model
+from moss_train.evaluate.generate import SPEAK, Talk, generate, script_of
 
 # A file's path or bytes, a PIL image, an array [H, W, 3], a tensor [3, H, W].
 Image = str | Path | bytes | PIL.Image.Image | np.ndarray | torch.Tensor

@@ -1,4 +1,4 @@
-"""Scores of one kind of item each: captions, questions, real-time streams.
+"""Scores of one kind of samples each: captions, questions, real-time streams.
 
 Every number is between 0 and 1 unless its name gives a unit. `count`: of how many items.
 """
@@ -6,17 +6,13 @@ Every number is between 0 and 1 unless its name gives a unit. `count`: of how ma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from data_pipeline.batch import IGNORED_LABEL
 from data_pipeline.schema import MARK
-from moss_train.evaluate.generate import answer_start, answers, predictions, streams
-from moss_train.evaluate.items import Item
-from moss_train.evaluate.model import TrainedModel
+from moss_train.evaluate.controls import BLIND, ONE_FRAME, SEEN, SHUFFLED
+from moss_train.evaluate.items import Known
+from moss_train.evaluate.outcomes import Outcome, plain, says
 
 EXACT = "answers exact"
 IN_TIME = 1  # seconds from an event's frame to the sentence about it
@@ -24,7 +20,10 @@ IN_TIME = 1  # seconds from an event's frame to the sentence about it
 
 @dataclass
 class Score:
-    """One number of one source: of the model, without its frames (`blind`), and of chance."""
+    """One number of one source: of the model, of chance, and with what controls show (controls.py).
+
+    None: not asked for; of `one_frame` and `shuffled` also where no sample has two frames.
+    """
 
     source: str
     metric: str
@@ -32,6 +31,35 @@ class Score:
     blind: float | None
     chance: float | None
     count: int
+    one_frame: float | None = None
+    shuffled: float | None = None
+
+
+def _score(
+    found: Sequence[Outcome],
+    metric: str,
+    name: str,
+    value: Callable[[str], float],
+    chance: float | None,
+    count: int,
+) -> Score:
+    """`value` of all outcomes with each of the controls that their field `name` has."""
+    moves = any(own.frames > 1 for own in found)
+    under = {
+        control: value(control)
+        for control in getattr(found[0], name)
+        if moves or control in (SEEN, BLIND)
+    }
+    return Score(
+        found[0].known.source,
+        metric,
+        under[SEEN],
+        under.get(BLIND),
+        chance,
+        count,
+        under.get(ONE_FRAME),
+        under.get(SHUFFLED),
+    )
 
 
 @dataclass
@@ -54,57 +82,68 @@ class Timeline:
     spoken: list[tuple[int, str]] = field(default_factory=list)
 
 
-def caption_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
+def caption_scores(found: Sequence[Outcome]) -> list[Score]:
     """Teacher-forced token accuracy of captions; chance predicts the most frequent token always."""
-    labels = torch.cat(
-        [item.encoded.labels[item.encoded.labels != IGNORED_LABEL] for item in items]
-    )
-    frequent = labels.bincount().max().item() / len(labels)
-    value, blind = (_token_accuracy(model, items, blind) for blind in (False, True))
-    return [Score(items[0].source, "caption token accuracy", value, blind, frequent, len(items))]
+    labels = Counter(label for own in found for label in own.labels)
+    total = labels.total()
+    frequent = labels.most_common(1)[0][1] / total
+
+    def accuracy(control: str) -> float:
+        return sum(own.hits[control] for own in found) / total
+
+    return [_score(found, "caption token accuracy", "hits", accuracy, frequent, len(found))]
 
 
-def _token_accuracy(model: TrainedModel, items: Sequence[Item], blind: bool) -> float:
-    hits = total = 0
-    for item, (likely, _) in zip(items, predictions(model, items, blind), strict=True):
-        labels, said = item.encoded.labels[1:], likely[:-1]
-        loss_positions = labels != IGNORED_LABEL
-        hits += int((said == labels)[loss_positions].sum())
-        total += int(loss_positions.sum())
-    return hits / total
-
-
-def question_scores(
-    model: TrainedModel, items: Sequence[Item]
-) -> tuple[list[Score], list[Answered]]:
+def question_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[Answered]]:
     """Exact answers to questions, of each task and all, and the answers; chance draws from the
     options.
 
-    Items with options are also scored as multiple choice: the likeliest option.
+    Items whose answer is one of their options are also scored as multiple choice: the likeliest
+    option. Without generation there is nothing else.
     """
-    said, unseen = (answers(model, items, blind=blind) for blind in (False, True))
-    right, blind = (_exact(found, items) for found in (said, unseen))
-    scores = [_mean(items, right, blind, items[0].source, EXACT)]
-    for task in sorted({item.task for item in items}):
-        chosen = [i for i, item in enumerate(items) if item.task == task]
-        scores.append(
-            _mean(
-                [items[i] for i in chosen],
-                [right[i] for i in chosen],
-                [blind[i] for i in chosen],
-                items[0].source,
-                f"  {task}",
+    scores: list[Score] = []
+    answered: list[Answered] = []
+    if found[0].said:
+        scores.append(_exact(found, EXACT))
+        for task in _tasks(found):
+            chosen = [own for own in found if f"{own.known.task}/".startswith(f"{task}/")]
+            scores.append(_exact(chosen, f"  {task}"))
+        answered = [
+            Answered(
+                own.known.key,
+                MARK.sub("", own.known.sample.messages[-2].content),
+                own.known.answer,
+                own.said[SEEN],
             )
-        )
-    closed = [item for item in items if item.options]
+            for own in found
+        ]
+    closed = [own for own in found if own.picked]
     if closed:
-        picked, guessed = (_choose(model, closed, blind) for blind in (False, True))
-        scores.append(_mean(closed, picked, guessed, items[0].source, "multiple choice"))
-    answered = [
-        Answered(item.encoded.key, MARK.sub("", item.sample.messages[-2].content), item.answer, own)
-        for item, own in zip(items, said, strict=True)
-    ]
+
+        def right(control: str) -> float:
+            return sum(own.picked[control] for own in closed) / len(closed)
+
+        scores.append(
+            _score(closed, "multiple choice", "picked", right, _chance(closed), len(closed))
+        )
     return scores, answered
+
+
+def _tasks(found: Sequence[Outcome]) -> list[str]:
+    """All tasks, and before those of a group (`time/first`) the group."""
+    tasks = {own.known.task for own in found}
+    return sorted(tasks | {task.partition("/")[0] for task in tasks})
+
+
+def _exact(found: Sequence[Outcome], metric: str) -> Score:
+    def right(control: str) -> float:
+        return sum(says(own.known, own.said[control]) for own in found) / len(found)
+
+    return _score(found, metric, "said", right, _chance(found), len(found))
+
+
+def _chance(found: Sequence[Outcome]) -> float:
+    return sum(1 / len(own.known.options) for own in found if own.known.options) / len(found)
 
 
 def questions_together(scores: Sequence[Score]) -> list[Score]:
@@ -113,124 +152,76 @@ def questions_together(scores: Sequence[Score]) -> list[Score]:
     if len(parts) < 2:
         return []
     count = sum(part.count for part in parts)
-    value, blind, chance = (
-        sum((getattr(part, name) or 0.0) * part.count for part in parts) / count
-        for name in ("value", "blind", "chance")
-    )
-    return [Score("all sources", EXACT, value, blind, chance, count)]
+
+    def mean(name: str) -> float:
+        # Where no sample has two frames, a control that moves them changes nothing.
+        values = [(getattr(part, name), part) for part in parts]
+        return sum((p.value if v is None else v) * p.count for v, p in values) / count
+
+    chance = sum((part.chance or 0.0) * part.count for part in parts) / count
+    under = {
+        name: mean(name) if any(getattr(part, name) is not None for part in parts) else None
+        for name in (BLIND, ONE_FRAME, SHUFFLED)
+    }
+    return [Score("all sources", EXACT, mean("value"), under.pop(BLIND), chance, count, **under)]
 
 
-def _mean(
-    items: Sequence[Item],
-    right: Sequence[bool],
-    blind: Sequence[bool],
-    source: str,
-    metric: str,
-) -> Score:
-    count = len(items)
-    chance = sum(1 / len(item.options) for item in items if item.options) / count
-    return Score(source, metric, sum(right) / count, sum(blind) / count, chance, count)
-
-
-def _exact(said: Sequence[str], items: Sequence[Item]) -> list[bool]:
-    return [plain(text) == plain(item.answer) for text, item in zip(said, items, strict=True)]
-
-
-def plain(text: str) -> str:
-    """An answer as it is compared: case, spaces at its ends and a final stop do not count."""
-    return " ".join(text.lower().split()).rstrip(".")
-
-
-def _choose(model: TrainedModel, items: Sequence[Item], blind: bool) -> list[bool]:
-    """Is the likeliest option, by the mean log probability of its tokens, the answer?"""
-    asked = [_with_answer(model, item, option) for item in items for option in item.options]
-    sums = [
-        float(chances[answer_start(item) :].mean())
-        for item, (_, chances) in zip(asked, predictions(model, asked, blind), strict=True)
-    ]
-    right, start = [], 0
-    for item in items:
-        own = sums[start : start + len(item.options)]
-        start += len(item.options)
-        best = item.options[own.index(max(own))]
-        right.append(plain(best) == plain(item.answer))
-    return right
-
-
-def _with_answer(model: TrainedModel, item: Item, option: str) -> Item:
-    """The item with another answer, and the same end of turn."""
-    start, encoded = answer_start(item), item.encoded
-    said = model.tokenizer.encode(option, add_special_tokens=False).ids
-    answer = torch.tensor([*said, int(encoded.tokens[-1])])
-    ignored = torch.full((start,), IGNORED_LABEL)
-    return replace(
-        item,
-        encoded=replace(
-            encoded,
-            tokens=torch.cat([encoded.tokens[:start], answer]),
-            labels=torch.cat([ignored, answer]),
-        ),
-    )
-
-
-def decision_scores(model: TrainedModel, items: Sequence[Item]) -> list[Score]:
+def decision_scores(found: Sequence[Outcome]) -> list[Score]:
     """The decision after each frame, to speak or not, teacher-forced: F1 of speaking.
 
     Chance speaks after as many frames as the data do, at random.
     """
-    truth = torch.cat([decisions(model, item, item.encoded.labels[1:]) for item in items])
-    source, share = items[0].source, truth.float().mean().item()
-    f1 = []
-    for blind in (False, True):
-        likely = [said for said, _ in predictions(model, items, blind)]
-        spoken = torch.cat(
-            [decisions(model, item, said[:-1]) for item, said in zip(items, likely, strict=True)]
-        )
-        f1.append(_f1(spoken, truth))
-    return [Score(source, "decision F1", f1[0], f1[1], share, len(truth))]
+    truth = [speaks for own in found for speaks in own.speaks]
+
+    def f1(control: str) -> float:
+        return _f1([said for own in found for said in own.decided[control]], truth)
+
+    share = sum(truth) / len(truth)
+    return [_score(found, "decision F1", "decided", f1, share, len(truth))]
 
 
-def decisions(model: TrainedModel, item: Item, following: Tensor) -> Tensor:
-    """True where a token of `following` `[S - 1]` after a frame of the model's turn is speech."""
-    frames = item.encoded.frame_positions
-    frames = frames[frames < len(item.encoded.tokens) - 1]
-    loss_positions = frames[item.encoded.labels[frames + 1] != IGNORED_LABEL]
-    return following[loss_positions] != model.encoder.special.silence
-
-
-def _f1(spoken: Tensor, truth: Tensor) -> float:
-    both = int((spoken & truth).sum())
-    wrong = int((spoken ^ truth).sum())
+def _f1(spoken: Sequence[bool], truth: Sequence[bool]) -> float:
+    both = sum(said and right for said, right in zip(spoken, truth, strict=True))
+    wrong = sum(said != right for said, right in zip(spoken, truth, strict=True))
     return 2 * both / (2 * both + wrong) if both or wrong else 1.0
 
 
-def live_scores(model: TrainedModel, items: Sequence[Item]) -> tuple[list[Score], list[Timeline]]:
-    """Streams played live: events reported in time, answers, false alarms."""
-    played = [_timelines(items, streams(model, items, blind=blind)) for blind in (False, True)]
-    counts = [_count(items, timelines) for timelines in played]
-    source = items[0].source
+def live_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[Timeline]]:
+    """Streams played live: events reported in time, answers, false alarms.
+
+    `events F1` is that of sentences with the right words in time: twice their number over that of
+    all sentences to be said and all that were said, answers aside.
+    """
+    counts = {
+        control: _count([own.known for own in found], _timelines(found, control))
+        for control in found[0].spoken
+    }
     rows = [
         ("events spoken within 1 s", "in_time", "events"),
         ("  with the right words", "right", "events"),
+        ("events F1", "agreed", "told"),
         ("answers mid-stream", "answered", "questions"),
         ("false alarms a minute", "false", "minutes"),
     ]
     scores = []
-    for metric, hits, total in rows:
-        value, blind = (count[hits] / max(count[total], 1e-9) for count in counts)
-        if counts[0][total]:
-            scores.append(Score(source, metric, value, blind, None, int(counts[0][total])))
-    return scores, played[0]
+    for metric, hits, of in rows:
+
+        def share(control: str, hits: str = hits, of: str = of) -> float:
+            return counts[control][hits] / max(counts[control][of], 1e-9)
+
+        if total := counts[SEEN][of]:
+            scores.append(_score(found, metric, "spoken", share, None, int(total)))
+    return scores, _timelines(found, SEEN)
 
 
-def _timelines(items: Sequence[Item], spoken: Sequence[list[tuple[int, str]]]) -> list[Timeline]:
+def _timelines(found: Sequence[Outcome], control: str) -> list[Timeline]:
     return [
-        Timeline(item.encoded.key, len(item.encoded.frames), list(item.speech), said)
-        for item, said in zip(items, spoken, strict=True)
+        Timeline(own.known.key, own.frames, list(own.known.speech), own.spoken[control])
+        for own in found
     ]
 
 
-def _count(items: Sequence[Item], timelines: Sequence[Timeline]) -> Counter[str]:
+def _count(items: Sequence[Known], timelines: Sequence[Timeline]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for item, timeline in zip(items, timelines, strict=True):
         said = list(timeline.spoken)
@@ -242,6 +233,7 @@ def _count(items: Sequence[Item], timelines: Sequence[Timeline]) -> Counter[str]
                 said.remove(answer)
                 expected = item.answer.partition("<|")[0]
                 counts["answered"] += plain(answer[1]) == plain(expected)
+        counts["told"] += len(timeline.wanted) + len(said)
         for second, wanted in timeline.wanted:
             counts["events"] += 1
             near = [u for u in said if 0 <= u[0] - second <= IN_TIME]
@@ -250,11 +242,12 @@ def _count(items: Sequence[Item], timelines: Sequence[Timeline]) -> Counter[str]
                 said.remove(match)
                 counts["in_time"] += 1
                 counts["right"] += match[1] == wanted
+                counts["agreed"] += 2 * (match[1] == wanted)
         counts["false"] += len(said)
         counts["seconds"] += timeline.seconds
     return counts | Counter({"minutes": counts["seconds"] / 60})  # type: ignore[dict-item]
 
 
-def asked_second(item: Item) -> int:
+def asked_second(item: Known) -> int:
     """The second of the last frame before the question."""
     return sum(message.content.count("<|video|>") for message in item.sample.messages[:-1]) - 1

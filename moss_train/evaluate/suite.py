@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import ShardError
 from data_pipeline.tables import format_table
 from data_pipeline.toy.build import MODALITIES
+from moss_train.evaluate.controls import BLIND, ONE_FRAME, SHUFFLED
 from moss_train.evaluate.items import EvaluationError, Item, read_shards, sources_of
 from moss_train.evaluate.model import TrainedModel
+from moss_train.evaluate.outcomes import Outcome, outcomes
 from moss_train.evaluate.score import (
     Answered,
     Score,
@@ -22,6 +25,7 @@ from moss_train.evaluate.score import (
     question_scores,
     questions_together,
 )
+from moss_train.evaluate.share import gather, share_out
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Evaluation:
     scores: list[Score] = field(default_factory=list)
     samples: list[Answered] = field(default_factory=list)
     timelines: list[Timeline] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # samples that cannot be used, each with why
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as written to JSON."""
@@ -47,25 +52,52 @@ class Evaluation:
 
 
 def evaluate(
-    model: TrainedModel, items: Sequence[Item], on_progress: Callable[[str], None] = lambda _: None
+    model: TrainedModel,
+    items: Iterable[Item],
+    on_progress: Callable[[str], None] = lambda _: None,
+    controls: Sequence[str] = (BLIND,),
 ) -> Evaluation:
-    """Scores all items, each by what it is; `on_progress` is called with a line for each source."""
-    result = Evaluation(str(model.path), model.step)
-    for source in sources_of(list(items)):
-        own = [item for item in items if item.source == source]
-        on_progress(f"{source}: {len(own)} samples")
-        captions = [item for item in own if item.sample.kind == "caption"]
-        questions = [item for item in own if item.sample.kind == "chat"]
-        live = [item for item in own if item.sample.kind == "realtime"]
-        result.scores += caption_scores(model, captions) if captions else []
+    """Scores all items, each by what it is, with the controls (data_config.CONTROLS) beside it. A
+    collective of the model's ranks, all of which get the scores; their first one of each replica
+    reads the items.
+
+    on_progress: called with a line for each source, on the first rank. EvaluationError: none of the
+    samples can be used.
+    """
+    left: list[str] = []
+    found = share_out(
+        model,
+        items,
+        lambda block: outcomes(model, block, controls),
+        on_progress,
+        lambda error: left.append(str(error)),
+    )
+    left = list(chain.from_iterable(gather(model.groups, left)))
+    if left and not found:
+        raise EvaluationError(f"none of {len(left)} samples can be used: {left[0]}")
+    return replace(evaluation(str(model.path), model.step, found), left_out=left)
+
+
+def evaluation(checkpoint: str, step: int, found: Sequence[Outcome]) -> Evaluation:
+    """All scores of what a model made of samples."""
+    result = Evaluation(checkpoint, step)
+    for source in sources_of([own.known for own in found]):
+        own = [outcome for outcome in found if outcome.known.source == source]
+        captions, questions, live = (
+            [outcome for outcome in own if outcome.known.sample.kind == kind]
+            for kind in ("caption", "chat", "realtime")
+        )
+        result.scores += caption_scores(captions) if captions else []
         if questions:
-            scores, answered = question_scores(model, questions)
+            scores, answered = question_scores(questions)
             result.scores += scores
             result.samples += answered
         if live:
-            scores, timelines = live_scores(model, live)
-            result.scores += decision_scores(model, live) + scores
-            result.timelines += timelines
+            result.scores += decision_scores(live)
+            if live[0].spoken:
+                scores, timelines = live_scores(live)
+                result.scores += scores
+                result.timelines += timelines
     result.scores += questions_together(result.scores)
     return result
 
@@ -95,14 +127,26 @@ def toy_items(
 
 
 def table(scores: Sequence[Score]) -> str:
-    """The scores as a table of text."""
-    rows = [["source", "score", "model", "blind", "chance", "of"], *map(cells, scores)]
-    return format_table(rows, "llr", rule=True)
+    """The scores as a table of text, with the controls that there are."""
+    shown = [
+        name for name in (ONE_FRAME, SHUFFLED) if any(getattr(s, name) is not None for s in scores)
+    ]
+    head = [
+        "source",
+        "score",
+        "model",
+        "blind",
+        *(name.replace("_", " ") for name in shown),
+        "chance",
+        "of",
+    ]
+    return format_table([head, *(cells(score, shown) for score in scores)], "llr", rule=True)
 
 
-def cells(score: Score) -> list[str]:
-    """A line of the table."""
-    numbers = map(_number, (score.value, score.blind, score.chance))
+def cells(score: Score, shown: Sequence[str] = ()) -> list[str]:
+    """A line of the table, with the controls `shown`."""
+    under = [getattr(score, name) for name in shown]
+    numbers = map(_number, (score.value, score.blind, *under, score.chance))
     return [score.source, score.metric, *numbers, str(score.count)]
 
 

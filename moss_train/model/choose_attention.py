@@ -33,6 +33,7 @@ from moss_train.model_config import ModelConfig
 from moss_train.transfer import move
 
 TOGETHER = {"te": ("megatron-core",)}  # through which a kind is called
+FLASH_4 = "flash-attn-4"  # that FlexAttention may be computed by
 MODULES = (  # whose code does
     "data_pipeline.flash",
     *(
@@ -120,10 +121,11 @@ class Trial:
 
     def _proven(self, name: str) -> bool:
         cases = self._cross_cases if name == "flex" else partial(self._core_cases, name)
-        return proven(
-            Kernel(f"model.attention={name}", self.shapes, packages_of(name), MODULES, cases),
-            self.device,
-        )
+        called, packages = f"model.attention={name}", packages_of(name)
+        if name == "flex" and self.model.flex_backend == "flash":
+            called, packages = f"{called} with model.flex_backend=flash", (*packages, FLASH_4)
+        kernel = Kernel(called, self.shapes, packages, MODULES, cases)
+        return proven(kernel, self.device)
 
     def _core_cases(self, name: str) -> Iterator[Case]:
         """Text that fills a kernel's tiles or does not, of one or several sequences; frames."""
@@ -149,19 +151,20 @@ class Trial:
             seen = self._frames([600], 2, 1, "sdpa")  # 200 tokens see one frame, 200 both
             yield Case(
                 "frames that all tokens of a block see",
-                lambda q, k, v: attend_frames(q, k, v, seen, frames_of),
-                lambda q, k, v: attend_frames(q, k, v, seen),
+                lambda q, k, v: attend_frames(q, k, v, self._masked(seen, q), frames_of),
+                lambda q, k, v: attend_frames(q, k, v, self._masked(seen, q)),
                 self._cross_inputs(seen),
             )
 
     def _cross_cases(self) -> Iterator[Case]:
         """Streams, clips, several of them, tiles that are not real, what FlexAttention compiles."""
+        backend = self.model.flex_backend
         for lengths, frames, tiles in (([300], 40, 1), ([170, 90, 161], 30, 1), ([260], 7, 4)):
             flex, blocks = (self._frames(lengths, frames, tiles, name) for name in ("flex", "sdpa"))
             yield Case(
                 f"text of {lengths} tokens, {frames} frames of {tiles} tiles",
-                lambda q, k, v, plan=flex: attend_frames(q, k, v, plan),
-                lambda q, k, v, plan=blocks: attend_blocks(q, k, v, plan),
+                lambda q, k, v, plan=flex: attend_frames(q, k, v, plan, None, backend),
+                lambda q, k, v, plan=blocks: attend_blocks(q, k, v, self._masked(plan, q)),
                 self._cross_inputs(flex),
             )
 
@@ -170,11 +173,13 @@ class Trial:
         text, frames = self._text([TEXT]), self._frames([TEXT], CLIP, 1, name)
         cores = self._core(name, True), self._core(name, False), frames_core(name)
         cross = len(self.model.text.cross_attention_layers)
+        inputs = self._cross_inputs(frames)
+        frames = self._masked(frames, inputs[0])  # once for all layers, as in a model
         tower = self.model.vision.num_layers + self.model.vision.num_global_layers
         parts = (
             (self.model.text.num_layers - cross, self._text_inputs(TEXT),
              lambda q, k, v: cores[0](q, k, v, text)),
-            (cross, self._cross_inputs(frames),
+            (cross, inputs,
              lambda q, k, v: attend_frames(q, k, v, frames, cores[2])),
             (tower * FRAMES / ENCODED, self._tower_inputs(name, ENCODED, 1),
              lambda q, k, v: cores[1](q, k, v, None)),
@@ -204,6 +209,10 @@ class Trial:
         plan.padded = None
         move(plan)
         return plan
+
+    def _masked(self, plan: FramePlan, query: Tensor) -> FramePlan:
+        """With masks in the type of the query: that of the exact numbers, too."""
+        return plan.with_masks(self.model.text.shared_heads, pooled_tokens(self.model), query.dtype)
 
     def _text_inputs(self, tokens: int) -> tuple[Tensor, ...]:
         query, kv = self.text_heads

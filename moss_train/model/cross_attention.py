@@ -36,7 +36,7 @@ class CrossAttentionLayer(MegatronModule):
         self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
     ):
         super().__init__(config)
-        self.core = frames_core(model.attention)
+        self.core, self.flex_backend = frames_core(model.attention), model.flex_backend
         self.rotate = model.cross_attention_rope
         self.tp_group = groups.tp
         width, eps = config.hidden_size, config.layernorm_epsilon
@@ -134,21 +134,28 @@ class CrossAttentionLayer(MegatronModule):
             assert frame_rotation is not None
             query, key = token_rotation(query), frame_rotation(key)
         key = self.k_norm(key)
-        out = attend_frames(query, key, value, frames, self.core)
+        out = attend_frames(query, key, value, frames, self.core, self.flex_backend)
         if self.config.sequence_parallel:
             out = frames.attending.scatter(out)
         return out.flatten(1)[:, None]  # [n or T, 1, heads x D]
 
 
 def attend_frames(
-    query: Tensor, key: Tensor, value: Tensor, frames: FramePlan, core: Core | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frames: FramePlan,
+    core: Core | None = None,
+    flex_backend: str = "triton",
 ) -> Tensor:
     """Softmax attention of tokens over frames, in the form that was planned.
 
     Args:
         query: of the tokens that attend a frame, `frames.tokens`: `[n, heads, D]`.
         key, value: `[F, T x P, kv heads, D]`.
+        frames: with masks for these heads (`FramePlan.with_masks`).
         core: computes padded batches and blocks (attention.frames_core); None: torch.
+        flex_backend: `model.flex_backend`, where FlexAttention was planned.
 
     Returns:
         `[n, heads, D]`.
@@ -156,7 +163,7 @@ def attend_frames(
     if frames.padded is not None:
         return attend_padded(query, key, value, frames, core or attend)
     if frames.flex is not None:
-        return attend_flex(query, key, value, frames.flex)
+        return attend_flex(query, key, value, frames.flex, flex_backend)
     return attend_blocks(query, key, value, frames, core or attend_fused)
 
 
@@ -188,8 +195,7 @@ def attend_padded(
     k, v = (
         padded.frames.scatter(x).unflatten(0, (batch, -1)).flatten(1, 2) for x in (key, value)
     )  # [B, F x T x P, kv heads, D]
-    mask = None if padded.mask is None else padded.mask[:, None]
-    return padded.tokens.gather(core(q, k, v, mask).flatten(0, 1))
+    return padded.tokens.gather(core(q, k, v, padded.mask).flatten(0, 1))
 
 
 class _Windows(torch.autograd.Function):

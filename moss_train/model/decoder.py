@@ -8,7 +8,8 @@ megatron's batch dimension; with sequence parallelism `[T / tensor, 1, H]`.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from moss_train.model.linear import ColumnLinear, unset
 from moss_train.model.loss import Targets, weighted_loss
 from moss_train.model.norms import RMSNorm
 from moss_train.model.packed_text import PackedText
+from moss_train.model.projector import pooled_tokens
 from moss_train.model.rope import Rotation
 from moss_train.model.self_attention import SelfAttentionLayer
 from moss_train.model_config import ModelConfig
@@ -69,7 +71,7 @@ class Decoder(MegatronModule):
         recompute: bool,
     ):
         super().__init__(config)
-        self.text, self.chunk, self.recompute = model.text, chunk, recompute
+        self.model, self.text, self.chunk, self.recompute = model, model.text, chunk, recompute
         self.model_type = ModelType.encoder_or_decoder  # megatron's schedules ask for it
         self.vp_stage = chunk.virtual
         self.tp_group = groups.tp
@@ -91,6 +93,7 @@ class Decoder(MegatronModule):
             self.final_norm = RMSNorm(config, text.hidden_size, text.norm_eps)
             whole = copy.copy(config)  # the head gets selected tokens, gathered below
             whole.sequence_parallel = False
+            whole.kernels = replace(whole.kernels, fp8=None)  # logits want all bits
             self.output = ColumnLinear(
                 text.hidden_size,
                 text.vocab_size,
@@ -124,20 +127,20 @@ class Decoder(MegatronModule):
         Args:
             text: the microbatch's T tokens.
             frames: its frames, with their projected states.
-            targets: what to predict; None asks for logits.
-            total: labels in the global batch (with targets).
+            targets: what to predict; None asks for the logits of all tokens.
+            total: labels in the global batch; None asks for logits.
 
         Returns:
             Hidden states `[T, 1, H]` for the next stage; on the last stage the loss (a scalar),
-            or logits `[T, V]`.
+            or logits `[T, V]`, or those of the targets' positions `[n, V]`.
         """
         x = self._embed(text.tokens) if self.chunk.pre_process else self.received
         assert x is not None
-        token_rotation = Rotation.of(self.text, text.positions, x.dtype)
-        attending_rotation = Rotation.of(self.text, text.positions[frames.tokens], x.dtype)
-        frame_rotation = (
-            Rotation.of(self.text, frames.positions, x.dtype) if len(frames.tokens) else None
-        )
+        rotation = partial(Rotation.of, self.text, dtype=x.dtype, kernel=self.config.kernels.rotate)
+        token_rotation = rotation(text.positions)
+        attending_rotation = rotation(text.positions[frames.tokens])
+        frame_rotation = rotation(frames.positions) if len(frames.tokens) else None
+        frames = self._with_masks(frames, x.dtype)
         loss_positions = self._loss_positions(targets, len(text.tokens))
         for index, layer in self.layers.items():
             if isinstance(layer, CrossAttentionLayer):
@@ -151,12 +154,21 @@ class Decoder(MegatronModule):
         x = self.final_norm(x)
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        if targets is None or total is None:
+        if targets is None:
             return self._logits(x)
         if loss_positions is None:
             x = x.index_select(0, targets.positions)
+        if total is None:
+            return self._logits(x)
         logits, _ = self.output(x)  # [n, 1, V / tensor]
-        return weighted_loss(logits, targets, total, self.tp_group)
+        return weighted_loss(logits, targets, total, self.tp_group, self.config.kernels.statistics)
+
+    def _with_masks(self, frames: FramePlan, dtype: torch.dtype) -> FramePlan:
+        """The frames with masks for the layers here that attend them, made once for all of them."""
+        attend = any(isinstance(layer, CrossAttentionLayer) for layer in self.layers.values())
+        if not attend or not len(frames.tokens):
+            return frames
+        return frames.with_masks(self.text.shared_heads, pooled_tokens(self.model), dtype)
 
     def _loss_positions(self, targets: Targets | None, total: int) -> RowSubset | None:
         """The loss positions, where the last layer can compute these rows alone; else None."""

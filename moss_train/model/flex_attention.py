@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,21 +40,25 @@ class _Picked:
 class FlexPlan:
     """What n tokens attend of F frames of T tiles of P vision tokens.
 
-    first, last: frames of each token `[n]`. free: whether it also attends tiles that are not real
-        `[n]`. real: whether a tile is `[F x T]`.
+    first, last: frames of each token `[n]`. free: 1 where it also attends tiles that are not real,
+        else 0 `[n]`. frame_of: of each key. unreal: 1 for keys of a tile that is not real, else 0.
+        All int32, and the only things that a kernel has to know: FlashAttention-4 takes no numbers.
     partly, wholly: blocks of keys of each block of queries, which are attended in part, or by all
         queries; and the same by keys, for the backward pass.
     """
 
     on_device: ClassVar = (
-        "first", "last", "free", "real", "partly", "wholly", "partly_by_keys", "wholly_by_keys",
+        "first", "last", "free", "frame_of", "unreal", "partly", "wholly", "partly_by_keys",
+        "wholly_by_keys",
     )  # fmt: skip
 
     def __init__(self, first: Tensor, last: Tensor, free: Tensor, real: Tensor, patches: int):
         """real: `[F, T]`. patches: P."""
-        self.first, self.last, self.free, self.real = first, last, free, real.flatten()
-        self.patches, self.frame = patches, patches * real.shape[1]  # keys of a tile, of a frame
+        self.frame = patches * real.shape[1]  # keys
         self.sizes = len(first), len(real) * self.frame
+        self.first, self.last, self.free = (x.int() for x in (first, last, free))
+        self.frame_of = torch.arange(self.sizes[1], dtype=torch.int32) // self.frame
+        self.unreal = (~real).int().flatten().repeat_interleave(patches)
         partly, wholly = self._blocks()
         self.partly, self.wholly = _Picked(partly), _Picked(wholly)
         self.partly_by_keys, self.wholly_by_keys = _Picked(partly.T), _Picked(wholly.T)
@@ -70,12 +74,11 @@ class FlexPlan:
         more = -tokens % BLOCK
         begin, end, free = (
             torch.cat((x, x[-1:].expand(more))).view(-1, BLOCK)
-            for x in (self.first * self.frame, self.last * self.frame, self.free)
+            for x in (self.first * self.frame, self.last * self.frame, self.free > 0)
         )
         start = torch.arange(0, keys, BLOCK)
         stop = start + BLOCK
-        real = self.real.repeat_interleave(self.patches)
-        tiles = pad(real, (0, -keys % BLOCK)).view(-1, BLOCK)
+        tiles = pad(self.unreal == 0, (0, -keys % BLOCK)).view(-1, BLOCK)
         attended = (start < end.amax(1, keepdim=True)) & (stop > begin.amin(1, keepdim=True))
         attended &= tiles.any(1) | free.any(1, keepdim=True)
         wholly = (start >= begin.amax(1, keepdim=True)) & (stop <= end.amin(1, keepdim=True))
@@ -87,13 +90,12 @@ class FlexPlan:
     @cached_property
     def block_mask(self) -> BlockMask:
         """For FlexAttention; made once, where the plan is then."""
-        first, last, free, real = self.first, self.last, self.free, self.real
-        patches, in_frame = self.patches, self.frame
+        first, last, free = self.first, self.last, self.free
+        frame_of, unreal = self.frame_of, self.unreal
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            frame = kv // in_frame
-            attended = (frame >= first[q]) & (frame < last[q])
-            return attended & (real[kv // patches] | free[q])
+            frame = frame_of[kv]
+            return (frame >= first[q]) & (frame < last[q]) & (unreal[kv] <= free[q])
 
         return BlockMask(
             seq_lengths=self.sizes,
@@ -125,12 +127,15 @@ def plan_flex(
 _compiled: Callable[..., Tensor] | None = None
 
 
-def attend_flex(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan) -> Tensor:
+def attend_flex(
+    query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, backend: str = "triton"
+) -> Tensor:
     """Softmax attention of tokens over frames. On a CPU it is not compiled, and slow.
 
     Args:
         query: of the tokens that attend a frame `[n, heads, D]`.
         key, value: `[F, T x P, kv heads, D]`.
+        backend: `model.flex_backend`.
 
     Returns:
         `[n, heads, D]`.
@@ -142,5 +147,6 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan) -> Te
         _compiled = _compiled or torch.compile(flex_attention, dynamic=True, fullgraph=True)
         kernel = _compiled
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key.flatten(0, 1), value.flatten(0, 1)))
-    out = kernel(q, k, v, block_mask=plan.block_mask, enable_gqa=True)
+    options: Any = {} if backend == "triton" else {"kernel_options": {"BACKEND": backend.upper()}}
+    out = kernel(q, k, v, block_mask=plan.block_mask, enable_gqa=True, **options)
     return out[0].transpose(0, 1)

@@ -9,7 +9,8 @@ with what is attended, never with (all tokens) x (all frames).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import ClassVar
@@ -20,6 +21,7 @@ from torch import Tensor
 from moss_train.model.flex_attention import FlexPlan, plan_flex
 from moss_train.model.gather_rows import RowSubset
 from moss_train.model.padded_attention import PaddedAttention, additive_mask, plan_padded
+from moss_train.model.sdpa import spread
 from moss_train.model.shape_grid import round_up
 
 MIN_BLOCK = 128  # tokens
@@ -33,8 +35,9 @@ class Block:
     """Tokens [start, stop) of `FramePlan.tokens` attend frames [first, last) of the microbatch.
 
     `mask` is None where all of them see all of it, else what is added to scores, HIDDEN where a
-    token does not see a tile: `[size, (last - first) x T]`, or one row of all tokens alike. `size`:
-    the tokens, and what pads them to a rounded length.
+    token does not see a tile: `[size, (last - first) x T]`, or one row of all tokens alike
+    (`FramePlan.with_masks`: of all heads and keys). `size`: the tokens, and what pads them to a
+    rounded length.
     """
 
     on_device: ClassVar = ("mask",)
@@ -102,6 +105,21 @@ class FramePlan:
         """(Token, frame) pairs that are computed."""
         one_call = self.padded or self.flex
         return one_call.pairs if one_call else sum(block.pairs for block in self.blocks)
+
+    def with_masks(self, shared: int, keys: int, dtype: torch.dtype) -> FramePlan:
+        """This plan with masks as the attention adds them: of the `shared` query heads of a KV head
+        and the `keys` of a tile. Made once for all layers, whose graphs keep the same: of 256
+        frames and 2,344 tokens of a stream 288 MB.
+        """
+        plan = copy.copy(self)  # with what it has cached
+        kind, padded = (shared, keys, dtype), self.padded
+        plan.blocks = [
+            block if block.mask is None else replace(block, mask=spread(block.mask, *kind))
+            for block in self.blocks
+        ]
+        if padded is not None and padded.mask is not None:
+            plan.padded = replace(padded, mask=spread(padded.mask[:, None], *kind))
+        return plan
 
     def attended(self) -> int:
         """(Token, frame) pairs that are needed, for the FLOP count (before the plan is moved)."""

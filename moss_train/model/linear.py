@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -22,12 +23,14 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from moss_train.model.kernels import LayerConfig
 from moss_train.model.recompute import recomputed
+
+MAIN = "main_grad"  # where megatron adds up a parameter's gradient in fp32
 
 
 class _Adaptable(nn.Module):
@@ -37,7 +40,7 @@ class _Adaptable(nn.Module):
     bias: nn.Parameter | None
     lora_a: Any
     lora_b: Any
-    config: TransformerConfig
+    config: LayerConfig
     tp_group: dist.ProcessGroup
     sequence_parallel: bool
     disable_grad_reduce: bool  # of column-parallel layers
@@ -48,6 +51,15 @@ class _Adaptable(nn.Module):
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
         self.lora_scale = 0.0
+
+    def product(self, x: Tensor) -> Tensor:
+        """Of one tensor rank."""
+        if self.config.kernels.fp8 is not None:
+            return self.config.kernels.fp8(x, self.weight, self.bias)
+        accumulate = self.config.kernels.accumulate
+        if accumulate is None or not self.weight.requires_grad or not hasattr(self.weight, MAIN):
+            return linear(x, self.weight, self.bias)
+        return _Accumulating.apply(x, self.weight, self.bias, accumulate)
 
     def adapt(self, rank: int, scale: float) -> None:
         """Adds A and B, whose values are still to be set."""
@@ -98,7 +110,7 @@ class ColumnLinear(_Adaptable, ColumnParallelLinear):
             if self.config.tensor_model_parallel_size > 1:
                 out, bias = super().forward(input_, *args, **kwargs)
             else:
-                out, bias = linear(input_, self.weight, self.bias), None
+                out, bias = self.product(input_), None
             return (out if self.lora_a is None else out + self._low_rank(input_)), bias
 
     def _low_rank(self, x: Tensor) -> Tensor:
@@ -126,7 +138,7 @@ class RowLinear(_Adaptable, RowParallelLinear):
             if self.config.tensor_model_parallel_size > 1:
                 out, bias = super().forward(input_)
             else:
-                out, bias = linear(input_, self.weight, self.bias), None
+                out, bias = self.product(input_), None
             return (out if self.lora_a is None else out + self._low_rank(input_)), bias
 
     def _low_rank(self, x: Tensor) -> Tensor:
@@ -136,6 +148,43 @@ class RowLinear(_Adaptable, RowParallelLinear):
         elif self.tp_group.size() > 1:
             hidden = reduce_from_tensor_model_parallel_region(hidden, group=self.tp_group)
         return self.lora_scale * linear(hidden, self.lora_b)
+
+
+class _Accumulating(torch.autograd.Function):
+    """A linear layer whose product for the weight's gradient adds it to `main_grad`.
+
+    Else that product writes a gradient in bf16, which another operator reads and adds.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: nn.Parameter, bias: Tensor | None, accumulate: Any):
+        ctx.save_for_backward(x)
+        # Not saved as x is: hooks on that (recompute.py, torch's checkpoint) would give back a copy
+        # of the weight, without the attributes that megatron hangs on it.
+        ctx.weight, ctx.accumulate = weight, accumulate
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        to_x, to_bias = None, None
+        if ctx.needs_input_grad[0]:
+            to_x = grad @ weight
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            to_bias = rows.sum(0)
+        ctx.accumulate(weight.main_grad, rows, x.flatten(0, -2))
+        # As megatron's layers tell its data parallelism: what else arrives is not to be added.
+        weight.grad_added_to_main_grad = True
+        return to_x, torch.empty_like(weight), to_bias, None
+
+
+def accumulate(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Adds `grad.T @ x` of `[n, out]` and `[n, in]` to `total` `[out, in]` in fp32."""
+    if grad.dtype is total.dtype:
+        total.addmm_(grad.T, x)
+    else:  # torch has it for GPUs, from 2.8 on
+        torch.addmm(total, grad.T, x, out_dtype=total.dtype, out=total)
 
 
 def unset(weight: Tensor) -> Tensor:

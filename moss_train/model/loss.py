@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from data_pipeline.batch import IGNORED_LABEL
+from moss_train.model.kernels import Statistics
 from moss_train.model.states import WORD, label_states
 
 
@@ -105,6 +106,7 @@ def weighted_loss(
     targets: Targets,
     total: Tensor,
     tensor_group: dist.ProcessGroup,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """Sum of weight x loss over the microbatch, divided by `total` labels: of `Targets.weights`, or
     of the states' weights and the focal factor.
@@ -114,15 +116,16 @@ def weighted_loss(
         total: count of labels in the global batch, so that the sum over microbatches and ranks is
             the global loss whatever the layout.
         tensor_group: ranks over which the vocabulary is split.
+        statistics: a kernel for them (kernels.py), which reads the logits as they are.
     """
-    logits = logits.float()
-    options = targets.options
+    logits = logits if statistics else logits.float()
+    rows, options = logits.squeeze(1), targets.options
     if options.count_hits:
-        targets.hits = _hits(logits.detach()[:, 0], targets, tensor_group)
-    if options.label_smoothing or options.z_loss:
-        losses, entropies = _regularized(logits[:, 0], targets.tokens, tensor_group, options)
+        targets.hits = _hits(rows.detach(), targets, tensor_group)
+    if options.label_smoothing or options.z_loss or statistics:
+        losses, entropies = _regularized(rows, targets.tokens, tensor_group, options, statistics)
     elif tensor_group.size() == 1:
-        losses = entropies = cross_entropy(logits[:, 0], targets.tokens, reduction="none")
+        losses = entropies = cross_entropy(rows, targets.tokens, reduction="none")
     else:
         losses = vocab_parallel_cross_entropy(logits, targets.tokens[:, None])[:, 0]
         entropies = losses
@@ -150,9 +153,7 @@ def _hits(logits: Tensor, targets: Targets, group: dist.ProcessGroup) -> Tensor:
     """Labels whose logit is the highest of the whole vocabulary: `[n, V / tensor]` -> scalar."""
     own, elsewhere = _own_columns(targets.tokens, logits.shape[1], group)
     picked = logits.gather(1, own[:, None])[:, 0].masked_fill(elsewhere, -torch.inf)
-    best = torch.stack((picked, logits.amax(1)))
-    if group.size() > 1:
-        dist.all_reduce(best, dist.ReduceOp.MAX, group=group)
+    best = _largest(torch.stack((picked, logits.amax(1))).float(), group)
     return (best[0] == best[1])[: targets.count].sum()
 
 
@@ -164,25 +165,28 @@ def _own_columns(tokens: Tensor, size: int, group: dist.ProcessGroup) -> tuple[T
 
 
 def _regularized(
-    logits: Tensor, tokens: Tensor, group: dist.ProcessGroup, options: LossOptions
+    logits: Tensor,
+    tokens: Tensor,
+    group: dist.ProcessGroup,
+    options: LossOptions,
+    statistics: Statistics | None,
 ) -> tuple[Tensor, Tensor]:
     """Label smoothing and z-loss, whose sums run over the whole vocabulary (megatron's own
     smoothing takes means over a rank's part of it). `[n, V / tensor]`, `[n]` -> losses `[n]`, and
     the cross entropies in them `[n]`.
     """
     size = logits.shape[1]
-    peak = logits.detach().amax(1)
-    if group.size() > 1:
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     own, elsewhere = _own_columns(tokens, size, group)
-    picked = logits.gather(1, own[:, None])[:, 0]
-    sums = torch.stack(
-        (
-            (logits - peak[:, None]).exp().sum(1),
-            picked.masked_fill(elsewhere, 0.0),
-            logits.sum(1) / (size * group.size()),
-        )
-    )
+    if statistics is None:
+        peak = _largest(logits.detach().amax(1), group)
+        exponentials = (logits - peak[:, None]).exp().sum(1)
+        picked = logits.gather(1, own[:, None])[:, 0].masked_fill(elsewhere, 0.0)
+        total = logits.sum(1)
+    else:
+        log_sums, picked, total = statistics(logits, own.masked_fill(elsewhere, -1))
+        peak = _largest(log_sums.detach().clone(), group)
+        exponentials = (log_sums - peak).exp()
+    sums = torch.stack((exponentials, picked, total / (size * group.size())))
     if group.size() > 1:
         sums = reduce_from_tensor_model_parallel_region(sums, group=group)
     exponentials, target, mean = sums
@@ -191,3 +195,10 @@ def _regularized(
     expected = (1 - smoothing) * target + smoothing * mean
     losses = log_total - expected + options.z_loss * log_total.square()
     return losses, log_total - target
+
+
+def _largest(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The largest of all ranks', in place."""
+    if group.size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    return x

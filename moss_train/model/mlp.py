@@ -36,7 +36,8 @@ class FeedForward(MLP):
         """`[..., H]` -> `[..., H]`."""
         hidden, bias = self.linear_fc1(x)
         hidden = hidden if bias is None else hidden + bias
-        activation = swiglu if self.config.gated_linear_unit else gelu
+        gated = self.config.kernels.swiglu or swiglu
+        activation = gated if self.config.gated_linear_unit else gelu
         hidden = recomputable(selective(self.config), activation, hidden)
         out, bias = self.linear_fc2(hidden)
         return out if bias is None else out + bias

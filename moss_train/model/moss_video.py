@@ -13,6 +13,7 @@ from moss_train.config import AdapterConfig, ParallelConfig
 from moss_train.model.decoder import Chunk, Decoder
 from moss_train.model.groups import Groups
 from moss_train.model.hf_mapping import rules
+from moss_train.model.kernels import Kernels
 from moss_train.model.lora import adapt
 from moss_train.model.projector import VisionEncoder
 from moss_train.model.transformer_config import decoder_config, vision_config
@@ -28,11 +29,14 @@ class MossVideo:
         parallel: ParallelConfig,
         groups: Groups,
         adapter: AdapterConfig | None = None,
+        kernels: Kernels | None = None,
     ):
+        """kernels: that the layers use; None: plain torch."""
         self.config, self.parallel, self.groups = config, parallel, groups
         with hardware.device():  # not on the CPU, where torch makes what names no device
-            self.encoder = VisionEncoder(config, vision_config(config, parallel), groups.vision)
-            mcore = decoder_config(config, parallel)
+            tower = vision_config(config, parallel, kernels)
+            self.encoder = VisionEncoder(config, tower, groups.vision)
+            mcore = decoder_config(config, parallel, kernels)
             self.chunks = [
                 # Each chunk has its own config: megatron hangs schedule hooks on it.
                 Decoder(

@@ -30,7 +30,8 @@ class PaddedAttention:
     tokens, frames: maps of the attending tokens into `[B x S]` places, of its frames into
         `[B x F]`; zeros where there is none.
     mask: what is added to scores `[B, S, F x tiles]`: 0 where a token sees a tile, else HIDDEN;
-        `[B, 1, F x tiles]` where all tokens of a sequence see the same; None where they see all.
+        `[B, 1, F x tiles]` where all tokens of a sequence see the same; None where they see all
+        (`FramePlan.with_masks`: of all heads and keys, `[B, 1, ...]`).
     """
 
     on_device: ClassVar = ("tokens", "frames", "mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,18 +37,32 @@ class Rotation:
 
     cos: Tensor
     sin: Tensor
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @classmethod
-    def of(cls, text: TextConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """Angles are computed in fp32, whatever `dtype` the cosines are kept in."""
+    def of(
+        cls,
+        text: TextConfig,
+        positions: Tensor,
+        dtype: torch.dtype,
+        kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Rotation:
+        """Angles are computed in fp32, whatever `dtype` the cosines are kept in. `kernel`: in place
+        of `rotate`.
+        """
         inverse = tuple(inverse_frequencies(text).tolist())
         angles = positions.float()[:, None] * constant(inverse, torch.float32, positions.device)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype), kernel)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates `[N, ..., heads, head_dim]`: halves of a head are the pairs, as in Llama."""
-        shape = (len(x), *[1] * (x.dim() - 2), x.shape[-1])
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return x * self.cos.view(shape) + turned * self.sin.view(shape)
+        return (self.kernel or rotate)(x, self.cos, self.sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`[N, ..., D]` by the angles of `[N, 1, D]`."""
+    shape = (len(x), *[1] * (x.dim() - 2), x.shape[-1])
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos.view(shape) + turned * sin.view(shape)

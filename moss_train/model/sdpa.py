@@ -37,8 +37,7 @@ def attend(
 
     Args:
         q: `[B, S, heads, D]`. k, v: `[B, K, KV heads, D]`.
-        mask: is added to the scores, `[B or 1, 1, S or 1, M]` or `[S or 1, M]`; a column is of K/M
-            neighbouring keys.
+        mask: is added to the scores, like q: `[..., folded queries or 1, K]` (`spread`).
         causal: position s attends keys up to s.
 
     Returns:
@@ -53,7 +52,7 @@ def attend(
         hidden = torch.full((k.shape[2], k.shape[2]), -torch.inf, dtype=q.dtype).triu(1)
         scores = scores + hidden.repeat(shared, 1)
     if mask is not None:
-        scores = scores + spread(mask, shared, k.shape[2], scores.dtype)
+        scores = scores + mask
     return unfold(scores.softmax(-1) @ v, shared)
 
 
@@ -64,8 +63,6 @@ def attend_fused(
     shared = q.shape[2] // k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     grouped = mask is None and (q.dtype in HALF if is_accelerator(q) else causal)
-    if mask is not None:
-        mask = spread(mask, shared, k.shape[2], q.dtype)
     if shared > 1 and not (grouped or causal):
         return unfold(scaled_dot_product_attention(fold(q, shared), k, v, attn_mask=mask), shared)
     if shared > 1 and not grouped:
@@ -87,11 +84,12 @@ def unfold(x: Tensor, shared: int) -> Tensor:
 
 
 def spread(mask: Tensor, shared: int, keys: int, dtype: torch.dtype) -> Tensor:
-    """A mask `[..., S, M]` for folded queries and all keys, `[..., shared x S, keys]`, by one copy;
-    one of all queries alike stays `[..., 1, keys]`.
+    """A mask `[..., S, M]`, whose columns are of `keys` neighbouring keys each, for folded queries
+    and all keys, `[..., shared x S, M x keys]`, by one copy; one of all queries alike stays
+    `[..., 1, M x keys]`.
     """
     rows, columns = mask.shape[-2:]
-    sizes = (shared if rows > 1 else 1, rows, columns, keys // columns)
+    sizes = (shared if rows > 1 else 1, rows, columns, keys)
     mask = mask[..., None, :, :, None].expand(*mask.shape[:-2], *sizes)
     if sizes[0] * sizes[3] > 1:
         mask = mask.to(dtype, copy=True, memory_format=torch.contiguous_format)

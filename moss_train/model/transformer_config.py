@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch.nn.functional import gelu, silu
 
 from moss_train import hardware
 from moss_train.config import ParallelConfig
+from moss_train.model.kernels import Kernels, LayerConfig
 from moss_train.model_config import ModelConfig
 
 
-def _common(model: ModelConfig, selective: bool) -> dict:
+def _common(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    selective: bool,
+    tensor: int,
+    kernels: Kernels,
+) -> dict:
     dtype = hardware.DTYPES[model.dtype]
+    # In megatron's own layers, of several tensor ranks; else linear.py. They keep the weight where
+    # the hooks of a recomputation hide from them that it has a main gradient.
+    fused = kernels.accumulate is not None and tensor > 1 and parallel.recompute == "none"
     return {
+        "tensor_model_parallel_size": tensor,
+        "kernels": kernels,
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "hidden_dropout": 0.0,
@@ -25,7 +38,7 @@ def _common(model: ModelConfig, selective: bool) -> dict:
         # Fusions compile for tens of seconds; they pay on a GPU only.
         "bias_dropout_fusion": False,
         "bias_activation_fusion": hardware.on_accelerator(),
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": fused,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         # The loss is divided by the global count of labels in model/loss.py, not by megatron.
@@ -36,12 +49,16 @@ def _common(model: ModelConfig, selective: bool) -> dict:
     }
 
 
-def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """TransformerConfig of the decoder."""
-    text = model.text
+def decoder_config(
+    model: ModelConfig, parallel: ParallelConfig, kernels: Kernels | None = None
+) -> LayerConfig:
+    """That of the decoder."""
+    text, kernels = model.text, kernels or Kernels()
+    if model.fp8 != "all":
+        kernels = replace(kernels, fp8=None)
     interleaved = parallel.virtual > 1
     on_cpu = not hardware.on_accelerator()
-    return TransformerConfig(
+    return LayerConfig(
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,
         num_attention_heads=text.num_heads,
@@ -52,7 +69,6 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=silu,
-        tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
         sequence_parallel=parallel.sequence,
@@ -63,14 +79,16 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
         batch_p2p_sync=False,  # a wait for the device, which old releases of torch needed
         # Over gloo an overlapped send still reads the output when the schedule has freed it.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and not (interleaved and on_cpu),
-        **_common(model, parallel.recompute == "selective"),
+        **_common(model, parallel, parallel.recompute == "selective", parallel.tensor, kernels),
     )
 
 
-def vision_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """TransformerConfig of the vision tower's layers. Its pipeline has one stage on every rank."""
+def vision_config(
+    model: ModelConfig, parallel: ParallelConfig, kernels: Kernels | None = None
+) -> LayerConfig:
+    """That of the vision tower's layers. Its pipeline has one stage on every rank."""
     vision = model.vision
-    return TransformerConfig(
+    return LayerConfig(
         num_layers=vision.num_layers + vision.num_global_layers,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_heads,
@@ -79,6 +97,11 @@ def vision_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerCo
         normalization="LayerNorm",
         add_bias_linear=True,
         activation_func=gelu,
-        tensor_model_parallel_size=parallel.tensor if parallel.vision_tensor else 1,
-        **_common(model, parallel.recompute != "none"),
+        **_common(
+            model,
+            parallel,
+            parallel.recompute != "none",
+            parallel.tensor if parallel.vision_tensor else 1,
+            kernels or Kernels(),
+        ),
     )

@@ -125,12 +125,23 @@ def run_schedule(
     return torch.stack(losses).sum()
 
 
-def run_logits(chunks: Sequence[nn.Module], inputs: list[DecoderInput]) -> list[Tensor]:
-    """Logits of each microbatch `[T, V]` on the last stage, `[]` on the others. A collective."""
+def run_logits(
+    chunks: Sequence[nn.Module],
+    inputs: list[DecoderInput],
+    reduced: Callable[[DecoderInput, Tensor], Tensor] = lambda item, logits: logits,
+    selected: bool = False,
+) -> list[Tensor]:
+    """What `reduced` makes of each microbatch's logits on the last stage, `[]` on the others. A
+    collective.
+
+    selected: logits `[n, V]` of the targets' n positions alone; else of all tokens `[T, V]`.
+    """
 
     def forward(iterator: Iterator[DecoderInput], chunk: nn.Module):
         item = next(iterator)
-        return chunk(item.text, item.frames), lambda logits, non_loss_data: logits
+        targets = item.targets if selected else None
+        found = chunk(item.text, item.frames, targets)
+        return found, lambda logits, non_loss_data: reduced(item, logits)
 
     return _schedule(chunks, inputs, forward, forward_only=True, collect_non_loss_data=True)
 

@@ -59,11 +59,12 @@ def fitting_chunk(free: int, frame: int) -> int:
 
 
 def kept_by_frame(config: Config) -> int:
-    """Bytes of activations that the tower's layers keep of a frame for their backward pass.
+    """Bytes of activations that the tower keeps of a frame for its backward pass.
 
     Of each row of width D, with an MLP of M: the input of both norms, Q, K, V and what the
     attention gives, the MLP's hidden states; and, unless they are computed again, the outputs of
-    both norms and of GELU: 6 D + M or 8 D + 2 M. Global layers keep 2 D more, for their gates.
+    both norms and of GELU: 6 D + M or 8 D + 2 M. Global layers keep 2 D more, for their gates, and
+    what is before and between the layers 3 D and the pixels.
     """
     vision, model = config.model.vision, config.model
     again = config.parallel.recompute != "none"
@@ -72,8 +73,17 @@ def kept_by_frame(config: Config) -> int:
         row += 2 * vision.hidden_size + vision.mlp_size
     rows = config.data.max_tiles * rows_of_tile(vision, model.attention)[0]
     layers = vision.num_layers + vision.num_global_layers
-    elements = row * layers + 2 * vision.hidden_size * vision.num_global_layers
-    return rows * elements * hardware.DTYPES[model.dtype].itemsize
+    elements = row * layers + (2 * vision.num_global_layers + 3) * vision.hidden_size
+    pixels = config.data.max_tiles * 3 * vision.image_size**2
+    return (rows * elements + pixels) * hardware.DTYPES[model.dtype].itemsize
+
+
+def passing_of_frame(config: Config) -> int:
+    """Bytes that the backward pass of a layer needs beside them: what GELU gives, its gradient and
+    that of its input."""
+    vision, model = config.model.vision, config.model
+    rows = config.data.max_tiles * rows_of_tile(vision, model.attention)[0]
+    return 3 * rows * vision.mlp_size * hardware.DTYPES[model.dtype].itemsize
 
 
 def moments_to_come(state: TrainState) -> int:

@@ -1,42 +1,99 @@
-"""What a job needs of each rank's memory at least: seen before anything is built."""
+"""What a job needs of each rank's memory: seen before anything is built."""
 
 from __future__ import annotations
 
 import math
 import os
-from fnmatch import fnmatchcase
+from dataclasses import replace
 
 import psutil
 
 from data_pipeline.ranks import ranks_of
 from moss_train import hardware
 from moss_train.config import Config, ConfigError
+from moss_train.log import log
 from moss_train.model.hf_mapping import our_shape, table
-from moss_train.train.chunk_size import MOMENTS, kept_by_frame
+from moss_train.train.activations import Batch, DecoderActivations, trains
+from moss_train.train.chunk_size import MOMENTS, kept_by_frame, passing_of_frame
 
+RECOMPUTE = ("none", "selective", "full")  # from the most memory to the least
 GRADIENT = 4  # bytes a trained parameter, in fp32
 MAIN = 4  # the fp32 copy of weights in bf16; shared by the data-parallel ranks, as the moments are
 
 
 def check_fits(config: Config) -> None:
-    """Refuses a job of which a rank has not the memory for weights, gradients and optimizer. What
-    activations need beside them is not known before.
+    """Refuses a job of which a rank has not the memory: on a CPU, for weights, gradients and
+    optimizer; on a GPU, for the largest microbatch that the configuration allows, too.
 
     Raises:
         ConfigError: names what is needed, what is there, and what to change.
     """
-    needed = least_bytes(config, ranks_of().size)
+    ranks = ranks_of().size
+    needed = least_bytes(config, ranks)
     name, there = _memory(config.hardware.device)
-    if sum(needed.values()) <= there:
-        return
-    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in needed.items() if size)
     layout = config.parallel
-    raise ConfigError([
-        f"each rank needs at least {sum(needed.values()) / 1e9:.1f} GB ({parts}), {name} has "
-        f"{there / 1e9:.1f}: more ranks with a larger parallel.tensor ({layout.tensor}) or "
-        f"parallel.pipeline ({layout.pipeline}), more data-parallel ranks, which share the "
-        "optimizer, a smaller model, or fewer parts in stage.train"
-    ])  # fmt: skip
+    if sum(needed.values()) > there:
+        raise ConfigError([
+            f"each rank needs at least {_described(needed)}, {name} has {there / 1e9:.1f}: more "
+            f"ranks with a larger parallel.tensor ({layout.tensor}) or parallel.pipeline "
+            f"({layout.pipeline}), more data-parallel ranks, which share the optimizer, a smaller "
+            "model, or fewer parts in stage.train"
+        ])  # fmt: skip
+    if hardware.kind_of(config.hardware.device) == "cpu":
+        return
+    batch = largest_batch(config, ranks)
+    needed = peak_bytes(config, ranks, batch)
+    if sum(needed.values()) > there:
+        raise ConfigError([
+            f"a microbatch of {batch.tokens} tokens and {batch.frames} frames, as large as the "
+            f"configuration allows, needs {_described(needed)} on a rank, {name} has "
+            f"{there / 1e9:.1f}: {_remedies(config, ranks, batch)}"
+        ])  # fmt: skip
+    if ranks_of().rank == 0:
+        log.info("memory at the peak of a step: %s of %.1f", _described(needed), there / 1e9)
+
+
+def _described(needed: dict[str, int]) -> str:
+    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in needed.items() if size)
+    return f"{sum(needed.values()) / 1e9:.1f} GB ({parts})"
+
+
+def _remedies(config: Config, ranks: int, batch: Batch) -> str:
+    """Fields to change for a batch that does not fit."""
+    data, layout = config.data, config.parallel
+    again = [
+        f"parallel.recompute={kind} ({sum(peak_bytes(other, ranks, batch).values()) / 1e9:.1f} GB)"
+        for kind in RECOMPUTE[RECOMPUTE.index(layout.recompute) + 1 :]
+        for other in [replace(config, parallel=replace(layout, recompute=kind))]
+    ]
+    smaller = [
+        f"a smaller data.max_tokens_per_batch ({config.microbatch_tokens})",
+        f"data.max_frames_per_batch ({config.microbatch_frames})",
+        f"data.micro_batch ({'null' if data.micro_batch is None else data.micro_batch})",
+        f"data.sequence_length ({config.sequence_length})",
+        f"model.vision.frames_per_chunk ({config.model.vision.frames_per_chunk or 'null'})",
+    ]
+    return f"{', '.join([*again, *smaller])}, or a larger parallel.tensor ({layout.tensor})"
+
+
+def largest_batch(config: Config, ranks: int) -> Batch:
+    """A step of one such microbatch for each stage of the pipeline: as many tokens and frames as
+    the bounds allow, or one sample that is longer. All that is not a frame is learned.
+    """
+    data, stage, layout = config.data, config.stage, config.parallel
+    replicas = max(1, ranks // (layout.tensor * layout.pipeline))
+    samples = max(1, data.global_batch // replicas // layout.pipeline)
+    samples = min(samples, data.micro_batch or samples)
+    longest = config.sequence_length
+    tokens = max(longest, min(config.microbatch_tokens, samples * longest))
+    tokens = -(-tokens // data.pad_multiple) * data.pad_multiple
+    most = {"text": 0, "image": 1, "video": stage.video_max_frames}  # of a sample
+    of_sample = max(most[modality] for modality in stage.mixture.wanted)
+    frames = max(of_sample, min(config.microbatch_frames, samples * of_sample))
+    frames = min(frames, tokens - 1)
+    masked = tokens * frames // 2 if stage.prompt == "realtime" else 0
+    count = layout.pipeline
+    return Batch(tokens, tokens - frames, frames, masked, count, count * frames)
 
 
 def least_bytes(config: Config, ranks: int) -> dict[str, int]:
@@ -55,7 +112,7 @@ def least_bytes(config: Config, ranks: int) -> dict[str, int]:
         count = math.prod(our_shape(model, rule)) / stages
         count /= slices if rule.split is not None else 1
         sums["weights"] += weight * count
-        if not _trains(config, rule.ours):
+        if not trains(config, rule.ours):
             continue
         sums["gradients"] += GRADIENT * count
         sums["optimizer"] += optimizer * count / (ranks // (slices * stages))
@@ -64,10 +121,32 @@ def least_bytes(config: Config, ranks: int) -> dict[str, int]:
     return {part: round(size) for part, size in sums.items()}
 
 
-def _trains(config: Config, name: str) -> bool:
-    adapted = config.adapter.name != "none" and name.startswith("decoder.")
-    patterns = [*config.stage.train, *config.stage.also]
-    return not adapted and any(fnmatchcase(name, pattern) for pattern in patterns)
+def peak_bytes(config: Config, ranks: int, batch: Batch) -> dict[str, int]:
+    """Bytes of one of `ranks` ranks at the peak of a step, by what they are for: in the first or
+    the last stage of a pipeline, or when the tower's gradients are computed.
+    """
+    parts = least_bytes(config, ranks)
+    frame = parts.pop("activations of a frame")
+    layout, model = config.parallel, config.model
+    decoder = DecoderActivations(config, batch)
+    slices = layout.tensor if layout.vision_tensor else 1
+    own = math.ceil(batch.step_frames * slices / (layout.tensor * layout.pipeline))
+    state = decoder.patches * decoder.width * decoder.size
+    gradient = state * decoder.states_train
+    pixels = config.data.max_tiles * 3 * model.vision.image_size**2
+    parts["frames"] = own * pixels + batch.step_frames * state
+    again = frame > 0 and model.vision.recompute
+    if decoder.states_train and not again:  # the encoder's graphs are kept meanwhile
+        features = decoder.patches * model.vision.output_size * decoder.size
+        parts["frames"] += own * (frame + features)
+    waiting = batch.frames if layout.pipeline == 1 else batch.step_frames
+    text = max(decoder.at_peak(stage) for stage in (0, layout.pipeline - 1))
+    tower = float(own * gradient)
+    if again:
+        chunk = min(own, model.vision.frames_per_chunk or 1)
+        tower += chunk * (frame + passing_of_frame(config) / slices)
+    parts["activations"] = round(max(text + waiting * gradient, tower))
+    return parts
 
 
 def _memory(kind: str) -> tuple[str, int]:

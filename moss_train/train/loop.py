@@ -20,6 +20,7 @@ from moss_train.convert.llama import initial_reader
 from moss_train.convert.weights import fill
 from moss_train.log import log
 from moss_train.model.choose_attention import choose_attention
+from moss_train.model.choose_kernels import choose_kernels
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
@@ -34,6 +35,7 @@ from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.goodput import Around
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.heartbeat import beat
+from moss_train.train.held_out import HeldOut, Measured, OpenSuites
 from moss_train.train.history import Before, all_hosts, note, note_start, noting_errors
 from moss_train.train.loggers import open_loggers
 from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetrics, read_metrics
@@ -48,15 +50,20 @@ from moss_train.train.step import StepResult, TrainStep
 from moss_train.train.stragglers import Stragglers
 from moss_train.train.summary import summary_table
 from moss_train.train.unlearned import UnlearnedWarnings
-from moss_train.train.validation import Validator, describe
 from moss_train.train.watchdog import tell_run_folder, watched
 
 
-def run(config: Config, resume_from: Path | None, console: TextIO | None = None) -> bool:
+def run(
+    config: Config,
+    resume_from: Path | None,
+    console: TextIO | None = None,
+    suites: OpenSuites | None = None,
+) -> bool:
     """Trains `config` on this rank, from `resume_from` (a complete checkpoint) if given.
 
     Args:
         console: for the lines of the steps and the table at the end (default: stdout).
+        suites: what asks `trainer.eval_suites`.
 
     Returns:
         True where a signal stopped the run before its last step.
@@ -74,7 +81,7 @@ def run(config: Config, resume_from: Path | None, console: TextIO | None = None)
             return False
         tell_run_folder(Path(config.run.dir))
         before = Before(resume_from, damaged, changed)
-        job = Job(config, resume_from, console, loggers, before)
+        job = Job(config, resume_from, console, loggers, before, suites)
         try:
             return job.run()
         except BaseException:
@@ -93,16 +100,16 @@ class Job:
         console: TextIO | None = None,
         loggers: Sequence[Logger] = (),
         before: Before | None = None,
+        suites: OpenSuites | None = None,
     ):
         self.before = before or Before(resume_from)
         self.config, self.console, self.loggers = config, console, loggers
-        self.folder = Path(config.run.dir)
-        self.first_rank = dist.get_rank() == 0
-        timeout = config.hardware.timeout_s
-        self.groups = build_groups(config.parallel, config.trainer.seed, timeout)
+        self.folder, self.first_rank = Path(config.run.dir), dist.get_rank() == 0
+        self.groups = build_groups(config.parallel, config.trainer.seed, config.hardware.timeout_s)
         model = choose_attention(config.model, config.parallel, self.groups)
         config = replace(config, model=model)  # self.config keeps what was asked for
-        self.model = MossVideo(config.model, config.parallel, self.groups, config.adapter)
+        kernels = choose_kernels(config.model)
+        self.model = MossVideo(config.model, config.parallel, self.groups, config.adapter, kernels)
         if resume_from is None:
             # What a checkpoint holds is not drawn first: of 11B that takes minutes.
             given = config.init_from is not None
@@ -120,7 +127,7 @@ class Job:
         self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
         step = self.step
         self.reader = StepReader(config, self.groups, step.exchange.shares, step.loss, order)
-        self.validator = Validator(self.step, self.reader)
+        self.held_out = HeldOut(config, step, self.reader, suites)
         # What its GPU can compute, which fp32 is no measure of.
         self.peak = hardware.peak_tflops() if config.model.dtype == "bf16" else None
         profiled = config.trainer.profiled_steps if self.first_rank else None
@@ -174,7 +181,8 @@ class Job:
                 self.samples += self.config.data.global_batch
                 self._check(result)
                 self.around.time = time.time()
-                measured = self._validate(result, asked)
+                measured = self.held_out(self.done, result, asked)
+                self.around.validation_s = measured.seconds
                 self._report(result, seconds, measured, batch, writer, progress)
                 slow = self.stragglers.add(result.phase_s | {"data": waited})
                 for line in slow if self.first_rank else ():
@@ -202,22 +210,6 @@ class Job:
 
     def _read(self) -> tuple[StepBatch, StepPlan]:
         return self.reader.read(self.done + 1)
-
-    def _validate(self, result: StepResult, asked: Sequence[float]) -> dict[str, Any] | None:
-        """Losses and accuracies on held-out data, where they are due after this step, and nobody
-        asks to stop."""
-        every = self.config.trainer.eval_every
-        due = every is not None and (self.done % every == 0 or self.done == self.config.steps)
-        if not due or result.refused is not None or result.stop:
-            return None
-        started = time.perf_counter()
-        measured = self.validator(asked)
-        if measured is None:
-            log.warning("step %d: validation is left out: asked to stop", self.done)
-            return None
-        self.around.validation_s = seconds = time.perf_counter() - started
-        log.info("step %d: validation %s, %.1f s", self.done, describe(measured), seconds)
-        return measured
 
     def _skip(self, result: StepResult, batch: StepBatch, writer: MetricsWriter | None) -> None:
         """After a step that was left out: writes it down; after several, goes back."""
@@ -300,7 +292,7 @@ class Job:
         self,
         result: StepResult,
         seconds: float,
-        measured: dict[str, Any] | None,
+        measured: Measured,
         batch: StepBatch,
         writer: MetricsWriter | None,
         progress: StepLine | None,
@@ -314,9 +306,7 @@ class Job:
         progress.update(metrics)
         self.unlearned.add(asdict(metrics))
 
-    def _metrics(
-        self, result: StepResult, seconds: float, measured: dict[str, Any] | None
-    ) -> StepMetrics:
+    def _metrics(self, result: StepResult, seconds: float, measured: Measured) -> StepMetrics:
         counts, config = result.counts, self.config
         trained = self.counts.trained
         # Adapters are small: neither they nor what runs through frozen weights to them is counted.
@@ -353,7 +343,8 @@ class Job:
             frames_per_rank_mean=result.frames_per_rank_mean,
             padding_ratio=1 - tokens / result.padded_tokens,
             epochs=self.epochs.add(result.sources),
-            validation=measured,
+            validation=measured.validation,
+            suites=measured.suites,
             **self.around.take(),
         )
 

@@ -62,14 +62,14 @@ class StepMetrics:
     frames_per_rank_max, frames_per_rank_mean: frames encoded by a rank in this step; the busiest
         rank sets the pace, not the mean.
     epochs: how often each source has been read so far, in the whole run; 1.5: half of it twice.
-    validation: losses and accuracies after this step on held-out sources (validation.py); None:
-        not measured, and not written.
+    validation: losses and accuracies after this step on held-out sources (validation.py); suites:
+        scores of `trainer.eval_suites` (held_out.py). None: not measured, and not written.
     mfu, hfu: model FLOPs a second, and with what is recomputed, as shares of what a rank's GPU can
         compute in bf16; None (not written): on a CPU, in fp32.
     phase_s: seconds of each phase on rank 0 (phases.py).
     time: when the step ended, seconds since 1970 (UTC).
-    validation_s: of the validation after this step. save_s: that training waited for saving since
-        the step before.
+    validation_s: of the validation and the suites after this step. save_s: that training waited
+        for saving since the step before.
     padding_ratio: padding tokens / all tokens that the decoder computed, 0 to 1.
     samples_per_s, tokens_per_s, frames_per_s: all ranks together; made from the numbers above.
     """
@@ -99,6 +99,7 @@ class StepMetrics:
     epochs: dict[str, float]
     weighted_loss: float | None = None
     validation: dict[str, Any] | None = None
+    suites: dict[str, dict[str, float]] | None = None
     mfu: float | None = None
     hfu: float | None = None
     phase_s: dict[str, float] = field(default_factory=dict)
@@ -155,7 +156,7 @@ class MetricsWriter:
     def write(self, metrics: StepMetrics) -> None:
         """Appends the step's line; a value that is not finite becomes null."""
         values = asdict(metrics)
-        for name in ("weighted_loss", "validation", "mfu", "hfu"):
+        for name in ("weighted_loss", "validation", "suites", "mfu", "hfu"):
             if values[name] is None:
                 del values[name]
         finite = {
@@ -184,7 +185,11 @@ def logged_values(row: Mapping[str, Any]) -> dict[str, float]:
     skipped = row.get("skipped_reasons") or {}
     values |= {f"data/skipped/{reason}": count for reason, count in skipped.items()}
     shown = {name: math.nan if value is None else value for name, value in values.items()}
-    measured = _flat("validation", row.get("validation") or {})
+    measured = {
+        key: value
+        for name in ("validation", "suites")
+        for key, value in _flat(name, row.get(name) or {}).items()
+    }
     return shown | {k: v for k, v in measured.items() if v is not None}
 
 
@@ -248,17 +253,35 @@ def progress_line(
         "samples": f"{rate(metrics.samples_per_s)} samples/s",
         "frames": f"{rate(metrics.frames_per_s)} frames/s",
         "tokens": f"{rate(metrics.tokens_per_s)} tokens/s",
-        "mfu": "" if metrics.mfu is None else f"MFU {metrics.mfu:.0%}",
+        **_device_parts(metrics),
         "eta": eta(eta_s),
     }
     parts = {name: part for name, part in parts.items() if part}
     line = "  ".join(parts.values())
-    for least in ("grad_norm", "samples", "lr", "tokens", "mfu", "frames", "eta"):
+    least_first = (
+        "phases", "grad_norm", "samples", "hfu", "lr", "memory", "tokens", "mfu", "frames", "eta",
+    )  # fmt: skip
+    for least in least_first:
         if width is None or len(line) <= width:
             break
         parts.pop(least, None)
         line = " ".join(parts.values()).removeprefix("step ")
     return line
+
+
+def _device_parts(metrics: StepMetrics) -> dict[str, str]:
+    """What a step made of a GPU; nothing where that is not known."""
+    if metrics.mfu is None:
+        return {}
+    shares = {"data": metrics.data_wait_s, **metrics.phase_s}
+    worth = {name: seconds / metrics.step_time_s for name, seconds in shares.items()}
+    phases = ", ".join(f"{name} {share:.0%}" for name, share in worth.items() if share >= 0.005)
+    return {
+        "mfu": f"MFU {metrics.mfu:.0%}",
+        "hfu": "" if metrics.hfu is None else f"HFU {metrics.hfu:.0%}",
+        "memory": f"{metrics.memory_gb:.0f} GB",
+        "phases": phases,
+    }
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:

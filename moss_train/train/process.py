@@ -77,8 +77,7 @@ def start_process_group(config: Config) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(threads)
     if not dist.is_initialized():
-        # A model that is opened needs one process, whatever WORLD_SIZE says; a job has checked it.
-        ranks = ranks_of() if "RANK" in os.environ else Ranks()
+        ranks = started_ranks()
         with joining(ranks, print_line):
             dist.init_process_group(
                 devices.backend(device.type),
@@ -95,6 +94,12 @@ def start_process_group(config: Config) -> None:
         )
     _users += 1
     hardware.seed_everything(config.trainer.seed)
+
+
+def started_ranks() -> Ranks:
+    """This process among those that open a model together: torchrun's, else itself alone, whatever
+    WORLD_SIZE says; a job has checked that."""
+    return ranks_of() if "RANK" in os.environ else Ranks()
 
 
 def _store(ranks: Ranks) -> dist.Store | None:

@@ -21,6 +21,7 @@ from data_pipeline.atomic import write_atomically
 from data_pipeline.commands import CommandParser, finite_number, report_error
 from data_pipeline.page import render
 from moss_train.config import Config, ConfigError, from_dict
+from moss_train.data_config import CONTROLS
 from moss_train.hardware import peak_tflops_of
 from moss_train.log import log
 from moss_train.train.curves import Row, column, number, panel_svgs
@@ -94,6 +95,7 @@ def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
         mixture=[f"{m} {v:g} %" for m, v in _mixture(config).items()],
         validation=_validation(rows),
         scores=score_rows(evaluated),
+        score_head=score_head(evaluated),
         evaluated_step=evaluated.get("step"),
         samples=sample_rows(evaluated),
         again=f"python -m moss_train.train.report {run_dir}",
@@ -103,12 +105,24 @@ def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
     return run_dir / REPORT_FILE
 
 
+def score_head(evaluated: Mapping[str, Any]) -> list[str]:
+    """Names of the columns of `score_rows`."""
+    shown = (name.replace("_", " ") for name in score_columns(evaluated))
+    return ["source", "score", "model", *shown, "chance", "of"]
+
+
+def score_columns(evaluated: Mapping[str, Any]) -> list[str]:
+    """The controls that an evaluation.json has beside the scores."""
+    scores = evaluated.get("scores", [])
+    return [name for name in CONTROLS if any(s.get(name) is not None for s in scores)]
+
+
 def score_rows(evaluated: Mapping[str, Any]) -> list[list[str]]:
-    """Lines of the table of scores of an evaluation.json: source, metric, model, blind, chance,
+    """Lines of the table of scores of an evaluation.json: source, metric, model, controls, chance,
     number of samples."""
-    columns = ("value", "blind", "chance")
+    columns = ("value", *score_columns(evaluated), "chance")
     return [
-        [s["source"], s["metric"], *(_show(s[c], ".3f", "") for c in columns), str(s["count"])]
+        [s["source"], s["metric"], *(_show(s.get(c), ".3f", "") for c in columns), str(s["count"])]
         for s in evaluated.get("scores", [])
     ]
 

@@ -25,6 +25,7 @@ from moss_train.train.guard import Guard
 from moss_train.train.optimizer import TrainState
 from moss_train.train.phases import Phases
 from moss_train.train.plan import StepPlan
+from moss_train.train.warm_up import plan_kernels
 from moss_train.transfer import HostCopy, to_device
 
 _NAMES = [field.name for field in fields(StepCounts)]
@@ -77,6 +78,7 @@ class TrainStep:
         chunk = frames_per_chunk(config, model, state)
         self.exchange = FrameExchange(config.model, model.encoder, model.groups, chunk)
         self.phases = Phases()
+        self._kernels_planned = False
         stage = config.stage
         self.balanced = config.loss.name == "state_balanced"
         self.loss = LossOptions(
@@ -164,6 +166,8 @@ class TrainStep:
             This rank's loss, and the weighted one where the states are balanced and this rank has
             it; the counts of the step over all replicas (`StepPlan.counts`). All on the device.
         """
+        plan = plan or StepPlan(batch.microbatches, self.config, self.loss)
+        self._plan_kernels(plan)
         self.state.zero_gradients()
         plan = self.prepare(batch, self.loss, plan)
         counts = plan.counts
@@ -181,6 +185,17 @@ class TrainStep:
         self.phases.end("exchange")
         weighted = [t.weighted for t in plan.targets if t.weighted is not None]
         return [loss, torch.stack(weighted).sum()] if weighted else [loss], counts
+
+    def _plan_kernels(self, plan: StepPlan) -> None:
+        """Before the first step, on a GPU, where torch's attention plans its kernels."""
+        config, first = self.config, not self._kernels_planned
+        self._kernels_planned = True
+        # Parameters that are gathered while a step computes are there in a step alone.
+        gathered = not config.parallel.overlap_param_gather
+        if first and gathered and hardware.on_accelerator() and config.model.attention == "sdpa":
+            plan.move()
+            plan_kernels(self.model.chunks, plan.inputs)
+            self.phases.end("plan")
 
     def _ended(self, phase: str) -> None:
         """Told by the schedule (`run_schedule`): before each forward of a chunk, and after it."""

@@ -219,9 +219,27 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
          "data.sources[a].weight=0.0: must be greater than 0",
          "data.sources[org/chat].weight=-1.0: must be greater than 0",
          "data.eval_sources[].modality=sound: choose one of text, image, video",
-         "data.sources[a].name=a: 2 sources have it: choose different names",
+         "data.sources[a].name=a: 2 of them have it: choose different names",
          "data.sources[org/chat].name=org/chat: must be a name without /, such as org-chat",
          "data.eval_sources[].name=: must be a name without /, such as my-data"],
+    ),
+    "suites": (
+        1, ["trainer.eval_suites=[{name: a/b, path: x, samples: 0, scores: most}, "
+            "{name: c, path: x, controls: [blind, deaf]}]"],
+        ["trainer.eval_suites[a/b].samples=0: must be greater than 0",
+         "trainer.eval_suites[a/b].scores=most: choose one of all, likelihood",
+         "trainer.eval_suites[c].controls=['blind', 'deaf']: choose some of blind, one_frame, "
+         "shuffled",
+         "trainer.eval_suites[a/b].name=a/b: must be a name without /, such as a-b"],
+    ),
+    "suites that are not there": (
+        1, ["trainer.eval_suites=[{name: a, path: nowhere}]"],
+        ["trainer.eval_suites[a].path=nowhere: nowhere does not exist: build the shards or correct "
+         "the path"],
+    ),
+    "no suites": (
+        1, ["trainer.eval_suites_every=5"],
+        ["trainer.eval_suites_every=5: trainer.eval_suites is empty"],
     ),
     "rotary positions": (
         1, ["model.text.hidden_size=136", "model.text.rope_scaling.high_freq_factor=1"],
@@ -236,6 +254,13 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "no cuda": (
         1, ["hardware.device=cuda"],
         ["hardware.device=cuda: this machine has no CUDA: use cpu, or auto"],
+    ),
+    "who computes FlexAttention": (
+        1, ["model.flex_backend=flash", "model.dtype=fp32"],
+        ["model.flex_backend=flash: needs model.attention=flex (it is auto)",
+         "model.flex_backend=flash: needs model.dtype=bf16 (it is fp32)",
+         "model.flex_backend=flash: flash-attn-4 is not installed (pip install --pre "
+         "flash-attn-4)"],
     ),
     "wandb mode": (
         1, ["logger.wandb_mode=dryrun"],

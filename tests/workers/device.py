@@ -33,7 +33,7 @@ def main(runs: list[tuple[str, dict]]) -> None:
 
     save_result("probe", {name: probe(call) for name, call in calls().items()})
     for name, run in runs:
-        save_result(name, train(**run))
+        save_result(name, (ask if run.pop("asks", False) else train)(**run))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -96,6 +96,43 @@ def train(
         "phase_s": results[-1].phase_s,
         "seconds": seconds,
     }
+
+
+def ask(dtype: str = "fp32", **layout: Any) -> dict[str, Any]:
+    """What a model is asked while it trains: frames to encode, then the next tokens of sequences,
+    and the probabilities of theirs. The answers, and what was seen each time (`Record`)."""
+    from moss_train.config import ParallelConfig
+    from moss_train.convert.random_init import random_reader
+    from moss_train.convert.weights import fill
+    from moss_train.evaluate.controls import ModelInput
+    from moss_train.evaluate.replica import ReplicaModel
+    from moss_train.model.moss_video import MossVideo
+    from moss_train.parallel.exchange import FrameExchange
+    from moss_train.parallel.process_groups import build_groups
+
+    config = staged("sft")
+    config.model, config.parallel = small_model(dtype), ParallelConfig(**layout)
+    config.data.max_tiles = 1
+    groups = build_groups(config.parallel, seed=1)
+    model = MossVideo(config.model, config.parallel, groups)
+    fill(model, random_reader(config.model, seed=8))
+    exchange = FrameExchange(config.model, model.encoder, groups)
+    asked = ReplicaModel(config, model.chunks, exchange, groups)
+    encoded = next(microbatches("mixed", 0, 2, GLOBAL)).samples()
+    seen: dict[str, Any] = {}
+    for _ in range(STEPS):
+        with simulated_cuda.recording() as seen["encode"]:
+            states = asked.encode(encoded)
+        inputs = [
+            ModelInput(one.tokens.tolist(), one.frame_positions.tolist(), state,
+                       one.aspect_ratio_ids)
+            for one, state in zip(encoded, states, strict=True)
+        ]  # fmt: skip
+        with simulated_cuda.recording() as seen["next"]:
+            seen["tokens"] = asked.next_tokens(inputs)
+        with simulated_cuda.recording() as seen["predict"]:
+            seen["scores"] = asked.predict(inputs)
+    return seen
 
 
 def staged(stage: str, loss: str = "weighted") -> Any:

@@ -84,6 +84,7 @@ def run(task: Task, config: Config) -> None:
 
 
 def run_checked(task: Task, config: Config) -> None:
+    from moss_train.evaluate.in_training import Suites
     from moss_train.parallel.distribute import StepBatch
     from moss_train.train.loop import Job
     from moss_train.train.plan import StepPlan
@@ -121,10 +122,16 @@ def run_checked(task: Task, config: Config) -> None:
 
     resume_from = check(config)
     steps_left(config, resume_from)  # says what has changed
-    job = Watched(config, resume_from)
+    job = Watched(config, resume_from, suites=Suites)
     if task.poison and dist.get_rank() == dist.get_world_size() - 1:
         poison(job, task.poison)
-    job.run()
+    try:
+        job.run()
+    except BaseException:
+        # Else the garbage collection ends the loader's workers, after it has ended the queues that
+        # would tell them to: it waits five seconds for each.
+        job.reader.close()
+        raise
     task.seen["weights"] = whole_weights(job.model)
     task.seen["deterministic"] = torch.are_deterministic_algorithms_enabled()
     task.seen["adam_steps"] = [g["step"] for g in job.state.optimizer.param_groups]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moss_train import hardware
+from moss_train.model.kernels import Statistics
 from moss_train.model.loss import LossOptions, find_targets, weighted_loss
 
 VOCAB, LENGTH = 48, 12
@@ -18,6 +21,12 @@ OPTIONS = {
     "balanced": LossOptions(11, 0.1, focal_gamma=2.0),
     "balanced_both": LossOptions(11, 0.1, label_smoothing=0.1, z_loss=0.1, focal_gamma=2.0),
 }
+# Beside plain torch, where Triton is, its kernel.
+KERNELS: dict[str, Statistics | None] = {"": None}
+if find_spec("triton") is not None:
+    from moss_train.model.triton_kernels import statistics
+
+    KERNELS[" by a kernel"] = statistics
 # a_k of words, silence and begins: numbers that no batch gives, told apart by every mistake.
 STATE_WEIGHTS = [1.0, 0.6, 3.0]
 
@@ -31,15 +40,19 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def gradient(
-    logits: Tensor, tokens: Tensor, options: LossOptions, group: dist.ProcessGroup
+    logits: Tensor,
+    tokens: Tensor,
+    options: LossOptions,
+    group: dist.ProcessGroup,
+    kernel: Statistics | None = None,
 ) -> tuple[float, Tensor]:
     """Loss per 7 labels, and the gradient of this rank's columns."""
     own = logits.chunk(group.size(), 1)[group.rank()].clone().requires_grad_()
     labels = torch.cat((tokens[:1], tokens))  # the first is not a loss position
     targets = find_targets(labels, [len(labels)], options, frame_positions=tokens.new_zeros(0))
     targets.state_weights = torch.tensor(STATE_WEIGHTS)
-    # A copy: megatron's cross entropy works in place.
-    loss = weighted_loss((own * 1)[:, None], targets, torch.tensor(7.0), group)
+    # A copy: megatron's cross entropy and the kernel work in place.
+    loss = weighted_loss((own * 1)[:, None], targets, torch.tensor(7.0), group, kernel)
     loss.backward()
     assert own.grad is not None
     return loss.item(), own.grad
@@ -66,7 +79,8 @@ def main() -> None:
 
     groups = build_groups(ParallelConfig(tensor=2), seed=1)
     for name, options in OPTIONS.items():
-        save_result(name, gradient(*batch(), options, groups.decoder.tp))
+        for kind, kernel in KERNELS.items():
+            save_result(name + kind, gradient(*batch(), options, groups.decoder.tp, kernel))
     save_result("hits", hits(*batch(), groups.decoder.tp))
     dist.barrier()
     dist.destroy_process_group()

@@ -44,7 +44,7 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     from tests.torchrun import save_result
 
     for name, layout, cases in runs:
-        names = ("dtype", "micro", "steps", "round_lengths")
+        names = ("dtype", "micro", "steps", "round_lengths", "accumulate")
         options = {key: layout.pop(key) for key in names if key in layout}
         parallel = ParallelConfig(**layout)
         groups = build_groups(parallel, seed=1)  # once a layout: gloo's threads stay when they go
@@ -57,12 +57,13 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     dist.destroy_process_group()
 
 
-def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS, **fields) -> dict:
-    """Trains in one layout; what came of it. `fields`: of its model, other ones."""
-    from moss_train.config import AdapterConfig, Config, OptimizerConfig, TrainerConfig
-    from moss_train.convert.random_init import random_reader
-    from moss_train.convert.weights import export, fill
-    from moss_train.model.moss_video import MossVideo
+def train_case(
+    parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS, accumulate=False, **fields
+) -> dict:
+    """Trains in one layout; what came of it. `accumulate`: products add up weight gradients.
+    `fields`: of its model, other ones."""
+    from moss_train.config import Config, OptimizerConfig, TrainerConfig
+    from moss_train.convert.weights import export
     from moss_train.parallel.distribute import read_step
     from moss_train.parallel.packing import Bounds
     from moss_train.parallel.replicas import differing_replicas
@@ -81,9 +82,7 @@ def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS
     config.stage.silence_weight = 0.1
     if train == "balanced":
         config.loss.name = "state_balanced"
-    adapter = AdapterConfig("lora", rank=4, alpha=8.0) if train == "lora" else None
-    model = MossVideo(config.model, parallel, groups, adapter)
-    fill(model, uneven(random_reader(config.model, seed=8)))
+    model = drawn_model(config, groups, train == "lora", accumulate)
     state = make_train_state(model, config, freeze(model, PATTERNS[train]))
     step = TrainStep(config, model, state, silence_id=11, guard=Guard(None, [], 0))
     per_replica = GLOBAL // micro // groups.data_size
@@ -117,6 +116,25 @@ def train_case(parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS
         "encoded": encoded,
         "shares": step.exchange.shares,
     }
+
+
+def drawn_model(config, groups, lora: bool, accumulate: bool):
+    """With an adapter, or with products that add up weight gradients."""
+    from moss_train.config import AdapterConfig
+    from moss_train.convert.random_init import random_reader
+    from moss_train.convert.weights import fill
+    from moss_train.model import linear
+    from moss_train.model.choose_kernels import install
+    from moss_train.model.kernels import Kernels
+    from moss_train.model.moss_video import MossVideo
+
+    adapter = AdapterConfig("lora", rank=4, alpha=8.0) if lora else None
+    kernels = Kernels(accumulate=linear.accumulate) if accumulate else None
+    if accumulate:
+        install(linear.accumulate)
+    model = MossVideo(config.model, config.parallel, groups, adapter, kernels)
+    fill(model, uneven(random_reader(config.model, seed=8)))
+    return model
 
 
 def uneven(read):
@@ -210,9 +228,10 @@ def _whole_gradients(state, groups) -> None:
 
 
 def _merge(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All ranks' tensors in one dict (the stages of a pipeline have different ones)."""
+    """On rank 0: all ranks' tensors in one dict (the stages of a pipeline have different ones)."""
     everywhere: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, {name: tensor.clone() for name, tensor in tensors.items()})
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    dist.gather_object(own, everywhere if dist.get_rank() == 0 else None)
     return {name: tensor for part in everywhere for name, tensor in part.items()}
 
 

@@ -1,20 +1,29 @@
-"""Streams through an engine of several ranks; leaves what rank 0 made of it.
+"""Streams through an engine of several ranks; leaves what rank 0 made of it, and which messages
+steps and pictures took.
 
-Arguments: checkpoint; what rank 1 does: `follow`, or `die` at the second step.
+Arguments: checkpoint; what rank 1 does: `follow`, or `die` at the second step. Then rank 0 waits
+for it as a collective of NCCL would, and takes no notice of torchrun's signal.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from inference.engine.engine import Engine
 from inference.engine.fork import fork
 from inference.engine.load import RankFinished, load_engine
+from inference.engine.lock_step import Channel, Kind
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Step
 from tests.inference.engine.streams import Player, make_stream, play
@@ -24,7 +33,7 @@ from tests.torchrun import save_result
 def scenario(checkpoint: str) -> dict[str, Any]:
     """Two streams side by side, one saved and restored on the way; then a sampled answer, and one
     that goes on from it."""
-    engine = load_engine(checkpoint, device="cpu", window=3, max_sessions=2, max_tokens=64)
+    engine = load_engine(checkpoint, device="cpu", window=3, max_sessions=2, max_tokens=640)
     players = [Player(engine, make_stream(seed, frames=4)) for seed in (1, 2)]
     play(engine, players, until=4)
     state = engine.save(players[0].slot)
@@ -35,8 +44,22 @@ def scenario(checkpoint: str) -> dict[str, Any]:
         engine.close(player.slot)
     slot = engine.open(Sampling(temperature=1.0, top_k=50, seed=9, repetition_penalty=1.2))
     sampled = engine.step([Step(slot, [1, 40, 50])])
-    for _ in range(3):
-        sampled += engine.step([Step(slot)])
+    messages: dict[str, list[str]] = {}
+    for _ in range(2):
+        with told() as messages["a token"]:
+            sampled += engine.step([Step(slot)])
+    picture = torch.rand(3, 56, 56, generator=torch.Generator().manual_seed(4))
+    with told() as messages["a picture"]:
+        features = engine.encode([picture])
+    with told() as messages["a frame"]:
+        sampled += engine.step([Step(slot, [engine.image_token], features)])
+    allowed = torch.zeros(17, dtype=torch.int32)
+    allowed[2] = 1 << 7  # token 71 alone
+    with told() as messages["a mask"]:
+        sampled += engine.step([Step(slot, allowed=allowed, likely=2)])
+    assert sampled[-1] == 71
+    with told() as messages["a long prompt"]:
+        sampled += engine.step([Step(slot, [30 + n % 200 for n in range(300)])])
     engine.set_sampling(slot, Sampling(temperature=2.0, seed=3))
     sampled += engine.step([Step(slot)])
     engine.step([Step(slot, [60], sample=False)])
@@ -46,14 +69,41 @@ def scenario(checkpoint: str) -> dict[str, Any]:
     sampled += both
     engine.shutdown()
     tensors = {name: state[name] for name in ("text", "frames")}
-    return {"logits": [player.logits for player in players], "sampled": sampled, "state": tensors}
+    assert not any("CALL" in kinds for kinds in messages.values())  # which are pickled
+    return {
+        "messages": messages,
+        "logits": [player.logits for player in players],
+        "sampled": sampled,
+        "state": tensors,
+    }
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What rank 0 sends meanwhile: kinds of messages, and how many broadcasts in all."""
+    seen: list[str] = []
+    send, broadcast = Channel._send, dist.broadcast
+
+    def sending(self: Channel, kind: Kind, numbers: Any) -> None:
+        seen.append(kind.name)
+        send(self, kind, numbers)
+
+    def broadcasting(*arguments: Any, **named: Any) -> Any:
+        seen.append("broadcast")
+        return broadcast(*arguments, **named)
+
+    with (
+        mock.patch.object(Channel, "_send", sending),
+        mock.patch.object(dist, "broadcast", broadcasting),
+    ):
+        yield seen
 
 
 def main() -> None:
     checkpoint, part = sys.argv[1:]
     torch.set_num_threads(1)
-    if part == "die" and os.environ["RANK"] == "1":
-        _die_at_second_step()
+    if part == "die":
+        _die_at_second_step() if os.environ["RANK"] == "1" else _hang_in_a_failed_step()
     with contextlib.suppress(RankFinished):  # rank 1
         save_result("result", scenario(checkpoint))
 
@@ -64,8 +114,23 @@ def _die_at_second_step() -> None:
     def failing(self, steps):
         calls.append(steps)
         if len(calls) == 2:
+            save_result("died", time.time())
             os._exit(3)
         return step(self, steps)
+
+    Engine.step = failing  # type: ignore[method-assign]
+
+
+def _hang_in_a_failed_step() -> None:
+    step = Engine.step
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def failing(self, steps):
+        try:
+            return step(self, steps)
+        except RuntimeError:
+            time.sleep(100)
+            raise
 
     Engine.step = failing  # type: ignore[method-assign]
 

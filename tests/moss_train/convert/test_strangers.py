@@ -24,7 +24,13 @@ from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
 from moss_train.model_config import ModelConfig
 from tests.golden.make_mllama import CONFIG
-from tests.moss_train.convert.sources import differing, load_folder, mllama_weights, save_folder
+from tests.moss_train.convert.sources import (
+    differing,
+    load_folder,
+    mllama_weights,
+    save_by_transformers,
+    save_folder,
+)
 from tests.moss_train.convert.test_llama import save_llama
 from tests.moss_train.model.build import preset
 from tests.torchrun import REPO
@@ -285,3 +291,46 @@ def test_what_init_from_cannot_start_from_is_told(files, named, tmp_path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
     assert re.search(named, why_no_checkpoint(tmp_path))
+
+
+def test_of_two_states_of_the_weights_none_is_taken_unsaid(tmp_path):
+    source = tmp_path / "source"
+    save_by_transformers(source)
+    first = sorted(source.glob("model-*.safetensors"))[0]
+    (source / "model-00009-of-00009.safetensors").write_bytes(first.read_bytes())
+    lines = convert(source, tmp_path / "out")
+    left_out = "model-00009-of-00009.safetensors: left out, for the index does not name it"
+    assert left_out in lines
+    (source / "model.safetensors").write_bytes(first.read_bytes())
+    assert "model.safetensors and model.safetensors.index.json" in refusal(source, tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("model.safetensors", "is a pointer of Git LFS"),
+        ("tokenizer.json", "is a pointer of Git LFS"),
+        ("link", "model.safetensors: is a link to ../blobs/1, which is not there"),
+    ],
+)
+def test_files_that_were_not_fetched_are_told(file, says, tmp_path):
+    source = tmp_path / "source"
+    save_folder(source, mllama_weights())
+    if file == "link":
+        (source / "model.safetensors").unlink()
+        (source / "model.safetensors").symlink_to("../blobs/1")
+    else:
+        (source / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    assert says in refusal(source, tmp_path / "out")
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path):
+    source = tmp_path / "source"
+    save_folder(source, mllama_weights())
+    convert(source, tmp_path / "out")
+    (source / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json cannot be read" in refusal(source, tmp_path / "other")
+    with pytest.raises(ConversionError, match=r"tokenizer.json cannot be read"):
+        convert_megatron(
+            ToHf(tmp_path / "out", tmp_path / "hf", REPO / "inference/hf", tokenizer=source)
+        )

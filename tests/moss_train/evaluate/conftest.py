@@ -49,4 +49,5 @@ def questions(model: TrainedModel, toy: Path) -> list[Item]:
 @pytest.fixture(scope="session")
 def live(model: TrainedModel, toy: Path) -> list[Item]:
     """Streams, half of them with a question in the middle."""
-    return list(read_shards(toy / "realtime_sft/heldout/video", "live", model.encoder))
+    clips = read_shards(toy / "realtime_sft/heldout/video", "live", model.encoder)
+    return [item for item in clips if item.sample.kind == "realtime"]

@@ -12,6 +12,7 @@ from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import to_dict
 from moss_train.convert.hf_files import HfFiles, write_files
 from moss_train.convert.weights import export
+from moss_train.evaluate.controls import ModelInput, watch
 from moss_train.evaluate.exported import ExportedModel
 from moss_train.evaluate.generate import answers, streams
 from moss_train.evaluate.items import EvaluationError
@@ -43,14 +44,17 @@ def test_it_encodes_and_predicts_the_same(model, exported, questions):
         ratios = item.encoded.aspect_ratio_ids
         nothing: list[int] = []
         for seen in (places, nothing):
-            (one,) = model.logits([tokens], [seen], [mine], [ratios])
-            (other,) = exported.logits([tokens], [seen], [theirs], [ratios])
-            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+            ((one, chances),) = model.predict([ModelInput(tokens, seen, mine, ratios)])
+            shown = ModelInput(tokens, seen, theirs, ratios)
+            ((other, theirs_too),) = exported.predict([shown])
+            torch.testing.assert_close(theirs_too, chances, rtol=1e-4, atol=1e-4)
+            assert torch.equal(other, one)
 
 
 def test_it_answers_and_comments_the_same(model, exported, questions, live):
-    assert answers(exported, questions[:7], most=4) == answers(model, questions[:7], most=4)
-    assert streams(exported, live[:1], most=2) == streams(model, live[:1], most=2)
+    for items, ask in ((questions[:7], answers), (live[:1], streams)):
+        ours, theirs = (ask(m, watch(m, items), most=3) for m in (model, exported))
+        assert theirs == ours
 
 
 def test_a_folder_that_is_no_export_of_a_run_is_named(tmp_path):

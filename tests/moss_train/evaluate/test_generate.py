@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from data_pipeline.schema import parse_sample
+from moss_train.data_config import CONTROLS
+from moss_train.evaluate.controls import ONE_FRAME, SHUFFLED, ModelInput, frame_order, watch
 from moss_train.evaluate.generate import (
     SPEAK,
     Talk,
@@ -15,6 +19,8 @@ from moss_train.evaluate.generate import (
 )
 from moss_train.evaluate.items import Item
 from moss_train.evaluate.model import TrainedModel
+from moss_train.evaluate.replica import text_batch
+from moss_train.parallel.schedule import run_logits
 
 
 def talk(model: TrainedModel, item: Item, script: list, most: int, blind: bool = False) -> Talk:
@@ -31,8 +37,8 @@ def test_every_word_is_the_likeliest_after_all_before_it(model, live) -> None:
     generate(model, talks)
     spoken = 0
     for done in talks:
-        (logits,) = model.logits([done.tokens], [done.positions], [done.states], [done.ratios])
-        likely = logits.argmax(-1).tolist()
+        ((said, _),) = model.predict([done.input])
+        likely = said.tolist()
         at = 0
         for said in done.said:
             while done.tokens[at : at + len(said)] != said or likely[at - 1] != said[0]:
@@ -45,15 +51,31 @@ def test_every_word_is_the_likeliest_after_all_before_it(model, live) -> None:
 
 
 def test_answers_do_not_depend_on_the_neighbours(model, questions) -> None:
-    together = answers(model, questions, most=5)
-    assert together == [answers(model, [item], most=5)[0] for item in questions]
+    watched = watch(model, questions)
+    together = answers(model, watched, most=5)
+    assert together == [answers(model, [seen], most=5)[0] for seen in watched]
     assert len(set(together)) > 3
 
 
-def test_frames_change_answers_and_blind_ones_do_not_see_them(model, questions) -> None:
-    clips, texts = questions[:6], questions[8:]
-    assert answers(model, clips, most=5) != answers(model, clips, most=5, blind=True)
-    assert answers(model, texts, most=5) == answers(model, texts, most=5, blind=True)
+def test_frames_change_answers_and_controls_change_what_is_seen(model, questions) -> None:
+    clips, texts = watch(model, questions[:6]), watch(model, questions[8:])
+    seen = answers(model, clips, most=5)
+    for control in CONTROLS:
+        assert answers(model, [clip.under(control) for clip in clips], most=5) != seen
+        assert [text.under(control) is text for text in texts] == [True, True]
+
+
+def test_controls_show_the_middle_frame_or_all_in_another_order(model, questions) -> None:
+    (clip,) = watch(model, questions[:1])
+    count = len(clip.states)
+    assert count > 2
+    shuffled, frozen = clip.under(SHUFFLED), clip.under(ONE_FRAME)
+    assert torch.equal(frozen.states, clip.states[count // 2].expand_as(clip.states))
+    order = frame_order(count, clip.item.key, SHUFFLED)
+    assert sorted(order) == list(range(count)) != order
+    assert torch.equal(shuffled.states, clip.states[torch.tensor(order)])
+    assert frame_order(count, f"elsewhere/{clip.item.key}", SHUFFLED) == order
+    assert frame_order(2, "any", SHUFFLED) == [1, 0]
 
 
 def test_the_answer_starts_behind_its_header(model, questions) -> None:
@@ -68,8 +90,10 @@ def test_probabilities_are_those_of_the_tokens(model, questions) -> None:
     item = questions[0]
     tokens, places = item.encoded.tokens.tolist(), item.encoded.frame_positions.tolist()
     (state,), ratios = model.encode([item.encoded]), item.encoded.aspect_ratio_ids
-    (logits,) = model.logits([tokens], [places], [state], [ratios])
-    likely, chances = predictions(model, questions)[0]
+    inputs = [ModelInput(tokens, places, state, ratios)]
+    batch = text_batch(inputs, len(tokens))
+    (logits,) = run_logits(model.chunks, model.plan([batch], inputs))
+    likely, chances = predictions(model, watch(model, questions))[0]
     assert likely.tolist() == logits.argmax(-1).tolist()
     last = logits[-2].double().softmax(-1)[tokens[-1]].log().item()
     assert abs(chances[-1].item() - last) < 1e-4
@@ -94,7 +118,7 @@ def test_a_stream_is_its_sample_with_the_model_s_words(model) -> None:
 
 
 def test_streams_say_in_which_second(model, live) -> None:
-    for item, said in zip(live, streams(model, live, most=3), strict=True):
+    for item, said in zip(live, streams(model, watch(model, live), most=3), strict=True):
         seconds = [second for second, _ in said]
         assert seconds == sorted(set(seconds))
         assert all(0 <= second < len(item.encoded.frames) for second in seconds)

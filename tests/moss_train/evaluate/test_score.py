@@ -7,22 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
+from data_pipeline.schema import Message, SampleError
+from data_pipeline.toy.render import jpeg
+from data_pipeline.toy.world import still
+from moss_train.data_config import CONTROLS
+from moss_train.evaluate.controls import BLIND, SEEN, SHUFFLED, watch
 from moss_train.evaluate.generate import answers
-from moss_train.evaluate.items import EvaluationError, read_lines
+from moss_train.evaluate.items import EvaluationError, suite_samples
+from moss_train.evaluate.outcomes import Outcome, decisions, outcomes, plain, says
 from moss_train.evaluate.score import (
     Score,
     Timeline,
     _count,
     _f1,
     caption_scores,
-    decisions,
-    plain,
     question_scores,
     questions_together,
 )
-from moss_train.evaluate.suite import table, toy_items
+from moss_train.evaluate.suite import evaluate, table, toy_items
 
 
 def test_answers_are_compared_without_case_spaces_and_stop() -> None:
@@ -30,12 +33,50 @@ def test_answers_are_compared_without_case_spaces_and_stop() -> None:
     assert plain("Two") != plain("Too")
 
 
+def test_an_answer_that_says_what_was_seen_is_compared_by_its_last_sentence(questions) -> None:
+    known = replace(questions[0].known(), options=("Red.", "Blue.", "Yes. Red."))
+    turns = [*known.sample.messages[:-1], Message("assistant", "Red, blue. Red.")]
+    known = replace(known, sample=replace(known.sample, messages=turns))
+    assert says(known, "Blue, green. red")
+    assert says(known, "Red.")
+    assert not says(known, "Red, blue. Blue.")
+    assert not says(known, "Red. Blue, red.")
+    assert not says(known, "")
+    whole = replace(known, options=("Red, blue. Red.", "Red."))  # the answer is itself an option
+    assert says(whole, "red,  blue. Red")
+    assert not says(whole, "Blue, green. Red.")
+    assert not says(replace(known, options=()), "Blue, green. Red.")  # free text
+
+
+def test_options_are_compared_by_likelihood_only_where_the_answer_is_one(model, questions) -> None:
+    item = questions[0]
+    explains = replace(item, options=tuple(f"{option[:-1]}!" for option in ("Yes.", "No.")))
+    closed = replace(item, options=("Yes.", item.answer))
+    found = outcomes(model, [explains, closed], ())
+    assert [own.picked.keys() for own in found] == [set(), {SEEN}]
+
+
+def test_tasks_of_a_group_are_scored_together_too(live) -> None:
+    known = live[0].known()
+    found = [
+        Outcome(replace(known, task=task, options=(known.answer, "No.")), 1, said={SEEN: said})
+        for task, said in (
+            ("time/first", known.answer), ("time/before", "No."), ("timely", known.answer),
+        )
+    ]  # fmt: skip
+    scores = [(s.metric.strip(), s.value, s.count) for s in question_scores(found)[0]]
+    assert scores == [
+        ("answers exact", 2 / 3, 3), ("time", 1 / 2, 2), ("time/before", 0, 1),
+        ("time/first", 1, 1), ("timely", 1, 1),
+    ]  # fmt: skip
+
+
 def test_f1_of_speaking() -> None:
-    truth = torch.tensor([True, True, True, False, False])
-    said = torch.tensor([True, True, False, True, False])
+    truth = [True, True, True, False, False]
+    said = [True, True, False, True, False]
     assert _f1(said, truth) == pytest.approx(2 / 3)  # precision 2/3, recall 2/3
     assert _f1(truth, truth) == 1
-    assert _f1(~truth, truth) == 0
+    assert _f1([not right for right in truth], truth) == 0
 
 
 def test_events_in_time_right_words_and_false_alarms(live) -> None:
@@ -53,6 +94,8 @@ def test_events_in_time_right_words_and_false_alarms(live) -> None:
     assert counts["right"] == 1
     assert counts["false"] == 2
     assert counts["minutes"] == pytest.approx(10 / 60)
+    # Of three sentences to be said and four that were, one agrees: precision 1/4, recall 1/3.
+    assert counts["agreed"] / counts["told"] == pytest.approx(2 / (4 + 3))
 
 
 def test_an_answer_in_the_middle_is_neither_an_event_nor_a_false_alarm(live) -> None:
@@ -61,6 +104,7 @@ def test_an_answer_in_the_middle_is_neither_an_event_nor_a_false_alarm(live) -> 
     right = item.sample.messages[3].content.partition("<|")[0]
     counts = _count([item], [Timeline("k", 10, [], [(asked, right)])])
     assert (counts["questions"], counts["answered"], counts["false"]) == (1, 1, 0)
+    assert counts["told"] == 0
     counts = _count([item], [Timeline("k", 10, [], [(asked, "Nonsense."), (asked + 1, "Oh.")])])
     assert (counts["questions"], counts["answered"], counts["false"]) == (1, 0, 1)
 
@@ -75,18 +119,24 @@ def test_decisions_are_those_after_frames_of_the_model_s_turns(model, live) -> N
 
 def test_chance_is_that_of_the_options_and_all_tasks_are_listed(model, questions) -> None:
     item = questions[0]
-    three = replace(item, options=("Yes.", "No.", "Red.", "Two."), task="a")
-    two = replace(item, options=("Yes.", "No."), task="b")
-    found, answered = question_scores(model, [three, two])
+    three = replace(item, options=("Yes.", "No.", "Red.", item.answer), task="a")
+    two = replace(item, options=("Yes.", item.answer), task="b")
+    found, answered = question_scores(outcomes(model, [three, two], CONTROLS))
     scores = {score.metric.strip(): score for score in found}
     assert [a.wanted for a in answered] == [item.answer] * 2
-    assert answered[0].said == answers(model, [item])[0]
+    assert answered[0].said == answers(model, watch(model, [item]))[0]
     assert answered[0].asked.endswith("?")
     assert "<" not in answered[0].asked
     assert scores["answers exact"].chance == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert scores["a"].chance == 0.25
     assert scores["b"].count == 1
     assert scores["multiple choice"].count == 2
+    assert all(getattr(score, name) is not None for score in found for name in CONTROLS)
+    closed, _ = question_scores(outcomes(model, [three, two], (), generates=False))
+    assert [(score.metric, score.blind, score.shuffled) for score in closed] == [
+        ("multiple choice", None, None)
+    ]
+    assert closed[0].value == scores["multiple choice"].value
 
 
 def test_questions_of_all_sources_weigh_alike() -> None:
@@ -98,18 +148,21 @@ def test_questions_of_all_sources_weigh_alike() -> None:
     assert questions_together([clips, other]) == []
 
 
-def test_chance_of_captions_is_the_most_frequent_token(model, questions) -> None:
-    labels = [item.encoded.labels[item.encoded.labels >= 0].tolist() for item in questions]
-    tokens = [token for row in labels for token in row]
-    (score,) = caption_scores(model, questions)
-    most = max(tokens.count(token) for token in tokens)
-    assert score.chance == pytest.approx(most / len(tokens))
+def test_captions_count_tokens_and_their_chance_is_the_most_frequent_one(live) -> None:
+    known = live[0].known()
+    found = [
+        Outcome(known, 1, labels=[5, 6, 5, 7], hits={SEEN: 3, BLIND: 1, SHUFFLED: 3}),
+        Outcome(known, 1, labels=[5, 8], hits={SEEN: 1, BLIND: 1, SHUFFLED: 1}),
+    ]
+    (score,) = caption_scores(found)
+    expected = Score(known.source, "caption token accuracy", 4 / 6, 2 / 6, 3 / 6, 2)
+    assert score == expected  # no order of a single frame is another one
+    found[0].frames = 2
+    (score,) = caption_scores(found)
+    assert score == replace(expected, shuffled=4 / 6)
 
 
 def test_lines_of_json_with_files_beside_them(model, tmp_path: Path) -> None:
-    from data_pipeline.toy.render import jpeg
-    from data_pipeline.toy.world import still
-
     (tmp_path / "a.jpg").write_bytes(jpeg(still(1), 56))
     turns = [
         {"role": "user", "content": "<|image|>Is it red?"},
@@ -118,7 +171,7 @@ def test_lines_of_json_with_files_beside_them(model, tmp_path: Path) -> None:
     line = {"messages": turns, "media": [{"type": "image", "file": "a.jpg"}], "options": ["Yes."]}
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(line) + "\n\n")
-    (item,) = read_lines(path, model.encoder)
+    (item,) = suite_samples(path, "mine", model.encoder, 1)
     assert (item.source, item.task, item.options, item.answer) == (
         "mine",
         "chat",
@@ -126,12 +179,37 @@ def test_lines_of_json_with_files_beside_them(model, tmp_path: Path) -> None:
         "Yes.",
     )
     assert len(item.encoded.frames) == 1
-    path.write_text(json.dumps(line) + "\n" + json.dumps(line).replace("a.jpg", "b.jpg"))
-    with pytest.raises(EvaluationError, match=r"mine.jsonl:2: .*b.jpg"):
-        list(read_lines(path, model.encoder))
+    # A text in a line may have other ends of lines; editors write a byte order mark.
+    question = "<|image|>Is\u2028it\x85red?"
+    odd = {**line, "messages": [{**turns[0], "content": question}, turns[1]]}
+    path.write_bytes(("\ufeff" + json.dumps(odd, ensure_ascii=False) + "\r\n").encode())
+    (item,) = suite_samples(path, "mine", model.encoder)
+    assert item.sample.messages[0].content == question
+    path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "messages": turns[:1]}))
+    with pytest.raises(SampleError, match=r"mine.jsonl:2: bad_schema: messages: no assistant"):
+        list(suite_samples(path, "mine", model.encoder))
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(EvaluationError, match=r"mine.jsonl: cannot be read: .*utf-8"):
-        list(read_lines(path, model.encoder))
+        list(suite_samples(path, "mine", model.encoder))
+
+
+def test_a_sample_without_its_file_is_counted_and_named(model, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(still(1), 56))
+    turns = [
+        {"role": "user", "content": "<|image|>Is it red?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    media = [{"type": "image", "file": "a.jpg"}]
+    line = json.dumps({"messages": turns, "media": media})
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join((line, line.replace("a.jpg", "b.jpg"), line)))
+    result = evaluate(model, suite_samples(path, "mine", model.encoder))
+    assert {score.count for score in result.scores} == {2}
+    (left,) = result.left_out
+    assert left == f"{path}:2: missing_media: {tmp_path / 'b.jpg'} is not there"
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(EvaluationError, match=r"none of 3 samples can be used: .*a.jpg"):
+        evaluate(model, suite_samples(path, "mine", model.encoder))
 
 
 def test_a_toy_world_that_is_not_there(model, tmp_path: Path) -> None:
@@ -143,3 +221,6 @@ def test_a_toy_world_that_is_not_there(model, tmp_path: Path) -> None:
 def test_the_table_shows_what_there_is() -> None:
     lines = table([Score("sft/image", "exact", 0.5, None, 0.25, 4)]).splitlines()
     assert lines[2].split() == ["sft/image", "exact", "0.500", "0.250", "4"]
+    lines = table([Score("sft/video", "exact", 0.5, 0.1, 0.25, 4, 0.375, 0.4)]).splitlines()
+    assert lines[0].split()[2:] == ["model", "blind", "one", "frame", "shuffled", "chance", "of"]
+    assert lines[2].split()[2:] == ["0.500", "0.100", "0.375", "0.400", "0.250", "4"]

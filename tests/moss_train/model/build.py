@@ -14,6 +14,7 @@ from moss_train.config import ParallelConfig
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
 from moss_train.model.groups import Groups
+from moss_train.model.kernels import Kernels
 from moss_train.model.moss_video import MossVideo
 from moss_train.model_config import ModelConfig
 
@@ -32,9 +33,11 @@ def _file(name: str) -> Path:
     return PRESETS / f"{name}.yaml"
 
 
-def random_model(model: ModelConfig, groups: Groups, **parallel: Any) -> MossVideo:
+def random_model(
+    model: ModelConfig, groups: Groups, kernels: Kernels | None = None, **parallel: Any
+) -> MossVideo:
     """A model with seeded weights in which no norm is one, no bias and no gate zero."""
-    built = MossVideo(model, ParallelConfig(**parallel), groups)
+    built = MossVideo(model, ParallelConfig(**parallel), groups, kernels=kernels)
     read = random_reader(model, seed=7)
     generator = torch.Generator().manual_seed(3)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.source import TensorPropertySource
 from torch.nn.attention.flex_attention import create_block_mask
 
 from moss_train.model import flex_attention
@@ -53,7 +54,7 @@ def random_inputs(
 
 def whole(core, query: Tensor, key: Tensor, value: Tensor, frames: FramePlan) -> Tensor:
     """`core` of the attending tokens, zero for the others: `[S, heads, D]`."""
-    rows = frames.attending
+    rows, frames = frames.attending, frames.with_masks(HEADS // KV_HEADS, PATCHES, query.dtype)
     return rows.scatter(core(rows.gather(query), key, value, frames))
 
 
@@ -173,6 +174,43 @@ def test_flex_is_compiled_twice_whatever_the_lengths(monkeypatch, flex_on_a_cpu)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+def test_flash_attention_4_gets_what_it_can_take(monkeypatch, flex_on_a_cpu):
+    """Where lengths vary, it takes tensors and their sizes alone, no other number that a mask knows
+    (has_unsupported_captured_scalars in torch). Here the graphs that torch would give it."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    called = torch.compile(
+        flex_attention.flex_attention, dynamic=True, fullgraph=True, backend=backend
+    )
+    monkeypatch.setattr(flex_attention, "flex_attention", called)
+    layout = {"lengths": [300], "rows": [0] * 60, "start": [3 * n for n in range(60)]}
+    layout |= {"stop": [300] * 60, "tiles": [1 + n % 2 for n in range(60)]}
+    for patches in (PATCHES, PATCHES + 2):  # another number, by which dynamo lets it vary
+        flex = plan(layout, TILES, False, flex=patches).flex
+        assert flex is not None
+        query, key = (
+            torch.ones(*shape, 8)
+            for shape in ((flex.sizes[0], HEADS), (60, TILES * patches, KV_HEADS))
+        )
+        attend_flex(query, key, key, flex, "flash")
+    for graph in graphs:
+        (node,) = (
+            n for n in graph.graph.nodes if n.target is torch.ops.higher_order.flex_attention
+        )
+        *_, options, _, known = node.args
+        assert options["BACKEND"] == "FLASH"
+        values = [x.meta["example_value"] for x in known]
+        assert sum(isinstance(x, Tensor) for x in values) == 5
+        for x in (x for x in values if not isinstance(x, Tensor)):
+            sources = x.node.shape_env.var_to_sources[x.node.expr]
+            assert any(isinstance(source, TensorPropertySource) for source in sources)
+
+
 def test_gradients_of_frames_that_many_blocks_see_are_added_exactly():
     """bf16 sums of 120 of them would be off by some per cent."""
     layout = {"lengths": [1920], "rows": [0] * 120, "start": [16 * n for n in range(120)]}
@@ -185,6 +223,7 @@ def test_gradients_of_frames_that_many_blocks_see_are_added_exactly():
     gradients: list[Tensor] = []
     for dtype in (torch.float64, torch.bfloat16):
         q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in numbers)
-        gradients += torch.autograd.grad(attend_blocks(q, k, v, frames).sum(), v)
+        masked = frames.with_masks(2, PATCHES, dtype)
+        gradients += torch.autograd.grad(attend_blocks(q, k, v, masked).sum(), v)
     exact, ours = gradients
     assert (ours.double() - exact).norm() < 3e-3 * exact.norm()

@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moss_train.model.loss import LossOptions, find_targets, weighted_loss
 from tests.torchrun import run_ranks
-from tests.workers.loss import OPTIONS, STATE_WEIGHTS, batch, gradient, hits
+from tests.workers.loss import KERNELS, OPTIONS, STATE_WEIGHTS, batch, gradient, hits
 
 SILENCE, VOCAB = 11, 50
 pytestmark = pytest.mark.usefixtures("groups")
@@ -81,7 +81,8 @@ def sharded(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_form_of_the_loss_is_that_of_fp64(name: str, ranks: int, request):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_form_of_the_loss_is_that_of_fp64(name: str, ranks: int, kernel: str, request):
     options = OPTIONS[name]
     logits, tokens = batch()
     exact = logits.double().requires_grad_()
@@ -99,9 +100,9 @@ def test_every_form_of_the_loss_is_that_of_fp64(name: str, ranks: int, request):
     expected.backward()
     if ranks == 1:
         assert dist.group.WORLD is not None
-        loss, grad = gradient(logits, tokens, options, dist.group.WORLD)
+        loss, grad = gradient(logits, tokens, options, dist.group.WORLD, KERNELS[kernel])
     else:
-        found = [request.getfixturevalue("sharded").load(name, rank) for rank in range(2)]
+        found = [request.getfixturevalue("sharded").load(name + kernel, rank) for rank in range(2)]
         assert found[0][0] == found[1][0]
         loss, grad = found[0][0], torch.cat([part for _, part in found], dim=1)
     assert loss == pytest.approx(expected.item(), rel=1e-6)

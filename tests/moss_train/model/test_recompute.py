@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from moss_train.config import Config, ParallelConfig
+from moss_train.model.frame_plan import plan_frames
 from moss_train.model.mlp import swiglu
 from moss_train.model.norms import _RMSNorm
+from moss_train.model.packed_text import PackedText
+from moss_train.model.projector import pooled_tokens
 from moss_train.model.recompute import recomputable, recomputed
+from moss_train.train.activations import Batch, DecoderActivations
 from tests.kept import Kept
 from tests.moss_train.model.build import preset, random_model
 
@@ -123,3 +132,70 @@ def test_the_norm_in_bf16_is_rounded_once() -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine.double(), theirs, rtol=2**-7, atol=1e-3)
+
+
+class Made(TorchDispatchMode):
+    """Storages that operators make for tensors of some sizes, in elements."""
+
+    def __init__(self, sizes: set[int]):
+        super().__init__()
+        self.sizes = sizes
+        self.storages: list[weakref.ref] = []
+
+    @property
+    def alive(self) -> int:
+        """Of them, those that somebody still holds."""
+        return sum(storage() is not None for storage in self.storages)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.numel() in self.sizes:
+                storage = x.untyped_storage()
+                if storage._cdata not in known:
+                    self.storages.append(weakref.ref(storage))
+        return out
+
+
+# Tokens of sequences, and frames of each, evenly over it: a stream, which is computed in blocks;
+# chats, which are padded side by side.
+LAYOUTS = {"blocks": ([500], 70), "padded": ([41, 37, 43], 3)}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_masks_are_made_once_for_all_layers_and_kept_until_the_backward_pass(
+    groups, form, recompute
+) -> None:
+    """As many bytes as are predicted. In bf16, where no attention of a CPU makes scores of their
+    size."""
+    lengths, each = LAYOUTS[form]
+    tiny = preset("tiny", dtype="bf16")
+    tiny.text = replace(tiny.text, cross_attention_layers=[0, 1, 3, 4])
+    places = [frame * (length // each) for length in lengths for frame in range(each)]
+    rows = torch.arange(len(lengths)).repeat_interleave(each)
+    frames = plan_frames(rows, torch.tensor(places), lengths, sum(lengths))
+    assert (frames.padded is not None) == (form == "padded")
+    keys = pooled_tokens(tiny)
+    frames.states = torch.randn(len(rows), keys, tiny.text.hidden_size).bfloat16().requires_grad_()
+    planned: list[Any] = [frames.padded] if frames.padded else frames.blocks
+    masked = [part for part in planned if part.mask is not None]
+    sizes = [part.mask.numel() * keys * 2 for part in masked]  # two query heads share a KV head
+    assert sizes
+    chunk = random_model(tiny, groups, recompute=recompute).chunks[0]
+    with Made(set(sizes)) as made:
+        out = chunk(PackedText(torch.ones(sum(lengths), dtype=torch.long), lengths), frames)
+        assert len(made.storages) == made.alive == len(sizes)
+        out.float().square().mean().backward()
+        assert len(made.storages) == len(sizes)
+    del out
+    assert made.alive == 0
+    config = Config(model=tiny, parallel=ParallelConfig(recompute=recompute))
+    config.stage.train, config.data.max_tiles = ["*"], 1
+    pairs = sum(part.pairs for part in masked)
+    without, kept = (
+        DecoderActivations(config, Batch(1, 1, 1, n, 1, 1)).kept(0, tiny.text.num_layers)
+        for n in (0, pairs)
+    )
+    assert kept - without == 2 * sum(sizes)

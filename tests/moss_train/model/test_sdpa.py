@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moss_train.model.padded_attention import HIDDEN, additive_mask
-from moss_train.model.sdpa import SHORT, attend, attend_fused
+from moss_train.model.sdpa import SHORT, attend, attend_fused, spread
 
 BATCH, KV_HEADS, WIDTH, COLUMNS = 2, 2, 8, 7
 
@@ -58,8 +58,9 @@ def test_heads_attend_as_by_the_formula(kernel, length, shared, kind):
     seen = hidden.expand(-1, length, -1).repeat_interleave(each, dim=2)
     mask = None if kind == "causal" else additive_mask(hidden)
     assert (mask is None) == (kind in ("none", "causal"))
+    added = None if mask is None else spread(mask[:, None], shared, each, q.dtype)
     compare(
-        lambda q, k, v: kernel(q, k, v, None if mask is None else mask[:, None], kind == "causal"),
+        lambda q, k, v: kernel(q, k, v, added, kind == "causal"),
         lambda q, k, v: reference(q, k, v, seen),
         q, k, v,
     )  # fmt: skip

@@ -41,26 +41,51 @@ MORE_COLLECTIVES = 0 if version("megatron-core").startswith("0.16.") else 2
 # In bf16 the gradients of keys and values, added in fp32, become bf16 by a launch.
 # Each rank that encoded frames gets their gradient by a collective.
 SINGLE = {
-    "pt2": Asked({"stage": "pt2"}, 2002, 4),
-    "pt1_bf16": Asked({"stage": "pt1", "dtype": "bf16"}, 1131, 4),
-    "sft_selective": Asked({"stage": "sft", "recompute": "selective", "data": "tiles"}, 2501, 4),
-    "realtime_balanced": Asked({"stage": "realtime_sft", "loss": "state_balanced"}, 2061, 4),
+    "pt2": Asked({"stage": "pt2"}, 1999, 4),
+    "pt1_bf16": Asked({"stage": "pt1", "dtype": "bf16"}, 1128, 4),
+    "sft_selective": Asked({"stage": "sft", "recompute": "selective", "data": "tiles"}, 2499, 4),
+    "realtime_balanced": Asked({"stage": "realtime_sft", "loss": "state_balanced"}, 2058, 4),
     "realtime_full": Asked(
-        {"stage": "realtime_sft", "recompute": "full", "data": "stream", "micro": 1}, 5542, 4
+        {"stage": "realtime_sft", "recompute": "full", "data": "stream", "micro": 1}, 5490, 4
     ),
 }
 PAIRS = {
-    "pt2_tp2": Asked({"stage": "pt2", "tensor": 2}, 1815, 53),
+    "pt2_tp2": Asked({"stage": "pt2", "tensor": 2}, 1814, 53),
     "pt1_pp2": Asked({"stage": "pt1", "pipeline": 2, "dtype": "bf16"}, 540, 13),
-    "sft_dp2": Asked({"stage": "sft", "recompute": "full"}, 1103, 8),
+    "sft_dp2": Asked({"stage": "sft", "recompute": "full"}, 1102, 8),
     "realtime_tp2_sp": Asked(
         {"stage": "realtime_sft", "tensor": 2, "sequence": True, "recompute": "selective"},
-        1948,
+        1947,
         105,
     ),
-    "realtime_pp2": Asked({"stage": "realtime_sft", "pipeline": 2, "recompute": "full"}, 1350, 13),
+    "sft_dp2_overlap": Asked(
+        {"stage": "sft", "overlap_grad_reduce": True, "overlap_param_gather": True}, 908, 8
+    ),
+    "pt2_pp2_vp2": Asked({"stage": "pt2", "pipeline": 2, "virtual": 2}, 1048, 21),
+    "sft_tp2_vision": Asked({"stage": "sft", "tensor": 2, "vision_tensor": True}, 2086, 85),
+    "realtime_pp2": Asked({"stage": "realtime_sft", "pipeline": 2, "recompute": "full"}, 1349, 13),
 }
-RUNS = SINGLE | PAIRS
+FOURS = {
+    "realtime_tp2_sp_pp2": Asked(
+        {
+            "stage": "realtime_sft",
+            "tensor": 2,
+            "sequence": True,
+            "pipeline": 2,
+            "recompute": "selective",
+            "dtype": "bf16",
+        },
+        1056,
+        60,
+    ),
+}
+RUNS = SINGLE | PAIRS | FOURS
+# Layouts in which a model is asked while it trains (evaluate/replica.py).
+ASKED: dict[int, dict[str, dict[str, int]]] = {
+    1: {"asked": {}},
+    2: {"asked_tp2": {"tensor": 2}, "asked_pp2": {"pipeline": 2}},
+    4: {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +93,13 @@ def seen(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     """What every rank of each run saw."""
     out = tmp_path_factory.mktemp("device")
     found: dict[str, list[dict[str, Any]]] = {}
-    for ranks, runs in ((1, SINGLE), (2, PAIRS)):
-        asked = json.dumps([(name, asked.run) for name, asked in runs.items()])
-        result = run_ranks("tests/workers/device.py", ranks, asked, out=out / str(ranks))
-        found |= {name: result.load_all(name) for name in [*runs, "probe"]}
+    runs: dict[str, Asked]
+    for ranks, runs in ((1, SINGLE), (2, PAIRS), (4, FOURS)):
+        todo = [(name, asked.run) for name, asked in runs.items()]
+        todo += [(name, {"asks": True} | layout) for name, layout in ASKED[ranks].items()]
+        worker = "tests/workers/device.py"
+        result = run_ranks(worker, ranks, json.dumps(todo), out=out / str(ranks))
+        found |= {name: result.load_all(name) for name in [*runs, *ASKED[ranks], "probe"]}
     return found
 
 
@@ -133,6 +161,26 @@ def test_the_simulation_sees_what_a_gpu_would_refuse_or_wait_in(seen):
     }  # fmt: skip
     assert found["pinned"] == {"copies": 1, "launches": 2}
     assert found["made there"] == {"launches": 3}
+
+
+def test_what_is_asked_is_copied_once_and_waited_for_once(seen):
+    """A pass of an evaluation: text and plan to the device, what it says back; frames and their
+    aspect ratios, and nothing is waited for."""
+    names = [name for layouts in ASKED.values() for name in layouts]
+    for rank in (rank for name in names for rank in seen[name]):
+        assert rank["encode"].waits == {}
+        assert rank["encode"].counts["copies"] <= 2
+        for kind in ("next", "predict"):
+            (wait,) = rank[kind].waits.items()
+            assert wait[0].startswith("event at moss_train/transfer.py")
+            assert wait[1] == 1
+            assert rank[kind].counts["copies"] <= 2
+        assert rank["tokens"] == seen["asked"][0]["tokens"]
+        for (likely, chances), (one, theirs) in zip(
+            rank["scores"], seen["asked"][0]["scores"], strict=True
+        ):
+            assert torch.equal(likely, one)
+            torch.testing.assert_close(chances, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_alone_are_drawn_for_a_checkpoint_without_them(groups):

@@ -49,12 +49,12 @@ def uninterrupted(job, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(job, tmp_path) -> Iterator[Callable[..., Run]]:
-    """Starts the job, again and again, in one run folder."""
+    """Starts the job, again and again, in one run folder; `preloaded=False`: as a user does."""
     number = iter(range(100))
 
-    def again(*more: str) -> Run:
+    def again(*more: str, preloaded: bool = True) -> Run:
         out, run = tmp_path / f"start{next(number)}", f"run.dir={tmp_path}/run"
-        return start_ranks(ENTRY, 2, *job, *more, run, out=out, preloaded=False)
+        return start_ranks(ENTRY, 2, *job, *more, run, out=out, preloaded=preloaded)
 
     yield again
     end_orphans(tmp_path)
@@ -68,8 +68,8 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
     start, uninterrupted, tmp_path
 ):
     folder, chance, resumed = tmp_path / "run", random.Random(5), 0
-    for _ in range(2):
-        running = start()
+    for preloaded in (False, True):
+        running = start(preloaded=preloaded)
         wait_for_step(folder, resumed + chance.randint(EVERY + 1, 2 * EVERY))
         time.sleep(chance.uniform(0, 0.6))
         ranks = running.rank_pids()
@@ -125,7 +125,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
     assert f"Stopped after step {first} of {STEPS}" in page.text
 
     # A batch system's signal reaches torchrun too, which passes it on: the ranks get it twice.
-    running = start("trainer.checkpoint_every=1000")
+    running = start("trainer.checkpoint_every=1000", preloaded=False)
     wait_for_step(folder, first + 1)
     ranks = running.rank_pids()
     running.signal(signal.SIGTERM)

@@ -10,13 +10,16 @@ import sys
 import pytest
 import torch
 
-from moss_train.config import Config, ParallelConfig, StageConfig
+from moss_train import hardware
+from moss_train.config import Config, ConfigError, ParallelConfig, StageConfig
 from moss_train.model.hf_mapping import our_shape, table
-from moss_train.train.fits import least_bytes
+from moss_train.train.activations import Batch
+from moss_train.train.fits import check_fits, largest_batch, least_bytes, peak_bytes
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
 from tests.moss_train.model.build import preset, random_model
 from tests.torchrun import REPO
+from tools.gpu_check.cases import CASES
 
 
 def config_of(name: str, train: list[str], dtype: str = "bf16", **layout) -> Config:
@@ -90,3 +93,80 @@ def test_a_job_that_cannot_fit_ends_with_one_line(small, tmp_path) -> None:
     assert "weights" in line
     assert "parallel.tensor (1)" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_microbatch_is_what_the_bounds_allow() -> None:
+    config = config_of("11b", ["*"], pipeline=2)
+    config.stage.mixture.text, config.stage.mixture.image, config.stage.mixture.video = 0, 0, 1
+    # Bounds of 4,096 tokens and 256 frames; videos have up to 64.
+    assert largest_batch(config, 2) == Batch(4096, 3840, 256, 0, 2, 512)
+    config.data.micro_batch = 2
+    assert largest_batch(config, 2).frames == 128
+    config.stage.mixture.video, config.stage.mixture.text = 0, 1
+    config.data.sequence_length = 1000
+    assert largest_batch(config, 2) == Batch(2048, 2048, 0, 0, 2, 0)  # of 2,000, padded
+    config.data.max_tokens_per_batch = 500
+    assert largest_batch(config, 2).tokens == 1024  # one sample that is longer
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """gpu(size): this machine claims to have a GPU with so many bytes."""
+
+    def has(size: float) -> None:
+        monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
+        monkeypatch.setattr(hardware, "kind_of", lambda asked: asked.replace("auto", "cuda"))
+        monkeypatch.setattr(hardware, "device_name", lambda: "NVIDIA H200")
+        monkeypatch.setattr(hardware, "total_memory", lambda: int(size))
+
+    return has
+
+
+def test_a_batch_that_cannot_fit_is_refused_with_what_to_change(gpu, caplog) -> None:
+    config = config_of("11b", ["projector.*", "decoder.*"])
+    config.model.text.num_layers, config.model.text.cross_attention_layers = 10, [3]
+    needed = sum(peak_bytes(config, 1, largest_batch(config, 1)).values())
+    assert sum(least_bytes(config, 1).values()) < 0.9 * needed
+    gpu(0.99 * needed)
+    with pytest.raises(ConfigError) as refused:
+        check_fits(config)
+    (line,) = refused.value.problems
+    assert "a microbatch of 4096 tokens and 256 frames" in line
+    assert f"needs {needed / 1e9:.1f} GB" in line
+    for field in (
+        "parallel.recompute=selective (", "parallel.recompute=full (",
+        "data.max_tokens_per_batch (4096)", "data.micro_batch (null)", "parallel.tensor (1)",
+    ):  # fmt: skip
+        assert field in line
+    caplog.set_level("INFO")
+    gpu(1.01 * needed)
+    check_fits(config)
+    (record,) = caplog.records
+    assert f"{needed / 1e9:.1f} GB" in record.getMessage()
+
+
+def test_on_a_cpu_a_batch_is_not_judged(caplog) -> None:
+    config = config_of("tiny", ["*"])
+    config.hardware.device = "cpu"
+    config.data.max_tokens_per_batch = config.data.sequence_length = 10**9
+    caplog.set_level("INFO")
+    check_fits(config)
+    assert not caplog.records
+
+
+def test_what_an_h200_has_taken_was_predicted() -> None:
+    """docs/gpu.md, "Last measured": peak GB of the cases of tools/gpu_check there."""
+    measured = {"pt1": 36, "everything": 101, "realtime": 102}
+    for name, peak in measured.items():
+        case = CASES[name]
+        config = case.config("cpu", "x")
+        config.model.kernels, config.model.vision.frames_per_chunk = "torch", 16  # as it was then
+        config.parallel.recompute = "none"
+        together = case.samples[: case.micro]
+        frames = sum(s.frames for s in together)
+        tokens = sum(s.before + s.frames * (s.gap + 1) + s.after for s in together)
+        labels = tokens - frames - sum(s.before for s in together)
+        masked = tokens * frames // 2 if name == "realtime" else 0
+        batch = Batch(tokens, labels, frames, masked, 1, sum(s.frames for s in case.samples))
+        predicted = sum(peak_bytes(config, 1, batch).values()) / 1e9
+        assert predicted == pytest.approx(peak, rel=0.1), name

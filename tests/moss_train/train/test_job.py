@@ -113,7 +113,7 @@ def test_the_job_trains_on_imported_files(shared: Path, toy, tmp_path):
         "data.shuffle_window=4", "stage.video_max_frames=12", "trainer.steps=3",
         "hardware.threads=1", f"run.dir={tmp_path}/run",
     ]  # fmt: skip
-    run_ranks(ENTRY, 2, *options, out=tmp_path / "out", preloaded=False)
+    run_ranks(ENTRY, 2, *options, out=tmp_path / "out")
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert sum(row["frames"] for row in rows) > 12

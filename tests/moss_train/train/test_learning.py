@@ -19,7 +19,7 @@ from tests.pages import open_page
 from tools.demo.__main__ import main
 from tools.demo.narrate import spoken
 
-SCALE = "0.14"  # of the samples that the demo trains on
+SCALE = "0.06"  # of the samples that the demo trains on
 # Fewer layers learn as much in so short a time, and batches of half the size are twice the steps.
 SMALL = [
     "model.text.num_layers=6", "model.text.cross_attention_layers=[1,3,4]",
@@ -31,7 +31,7 @@ SMALL = [
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the demo's runs."""
     folder: Path = tmp_path_factory.mktemp("demo")
-    sizes = ["--train", "600", "--heldout", "40", "--scale", SCALE, "--ranks", "1"]
+    sizes = ["--train", "400", "--heldout", "40", "--scale", SCALE, "--ranks", "1"]
     assert main(["--full", "--out", str(folder), *sizes, *SMALL]) == 0
     return folder
 
@@ -50,19 +50,20 @@ def test_held_out_pictures_and_clips_are_described(demo: Path) -> None:
         assert found["count"] == 40
         assert found["chance"] < 0.25
         assert found["value"] > found["chance"] + 0.2, source
-    for source, margin in (("pt2/image", 0.04), ("pt2/video", 0.015)):
+    for source, margin in (("pt2/image", 0.02), ("pt2/video", 0.04)):
         found = scores(demo, "pt2")[source, "caption token accuracy"]
         assert found["value"] > found["blind"] + margin, source
 
 
 def test_questions_are_answered(demo: Path) -> None:
     """Of pictures more than without seeing them; random weights say no answer at all. What clips
-    show is asked too early: after so little training only their captions tell of seeing."""
+    show is asked too early: that the order of frames can be learned is shown by the shipped weights
+    (tests/tools/test_demo.py)."""
     found = scores(demo, "sft")
     assert found["sft/text", "answers exact"]["value"] > 0.25
     answered = found["sft/image", "answers exact"]
     assert answered["value"] > answered["blind"] + 0.02
-    assert found["sft/video", "answers exact"]["value"] > 0.02
+    assert found["sft/video", "answers exact"]["value"] > 0.1
     assert found["all sources", "answers exact"]["count"] == 120
 
 

@@ -66,7 +66,7 @@ def test_a_line_holds_every_number_and_the_rates_made_from_them(tmp_path):
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line)
     expected = asdict(step_metrics())
-    for name in ("weighted_loss", "validation", "mfu", "hfu"):  # of steps that measured it only
+    for name in ("weighted_loss", "validation", "suites", "mfu", "hfu"):  # where measured
         assert expected.pop(name) is None
     assert row == expected
     assert (row["samples_per_s"], row["tokens_per_s"], row["frames_per_s"]) == (4.0, 1500.0, 32.0)
@@ -132,13 +132,19 @@ def test_every_metric_has_a_group():
     grouped = {name for names in GROUPS.values() for name in names}
     # Named by source, reason or phase.
     assert grouped == set(asdict(step_metrics())) - {
-        "step", "epochs", "skipped_reasons", "validation", "phase_s", "time",
+        "step", "epochs", "skipped_reasons", "validation", "suites", "phase_s", "time",
     }  # fmt: skip
 
 
 def test_where_a_gpu_spends_a_step_is_shown():
-    measured = replace(step_metrics(), mfu=0.441, hfu=0.5, phase_s={"encode": 1.5})
-    assert "MFU 44%" in progress_line(measured, 9, 60.0)
+    seconds = {"encode": 1.5, "plan": 0.001, "update": 0.249}  # of 2
+    measured = replace(step_metrics(), mfu=0.441, hfu=0.5, memory_gb=101.2, phase_s=seconds)
+    assert progress_line(measured, 9, 60.0).endswith(
+        "tokens/s  MFU 44%  HFU 50%  101 GB  data 12%, encode 75%, update 12%  ETA 01:00"
+    )
+    assert progress_line(measured, 9, 60.0, 120).endswith(
+        "tokens/s MFU 44% HFU 50% 101 GB ETA 01:00"
+    )
     assert "MFU" not in progress_line(step_metrics(), 9, 60.0)
     values = logged_values(asdict(measured))
     assert values["speed/mfu"] == 0.441

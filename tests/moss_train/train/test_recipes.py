@@ -14,7 +14,7 @@ def test_each_toy_stage_reads_its_own_sources(stage: str) -> None:
     paths = [source.path for source in config.data.sources]
     assert paths == [f"world/{stage}/train/{m}" for m in ("text", "image", "video")]
     assert config.stage.name == stage
-    assert config.steps == {"pt1": 700, "pt2": 800, "sft": 1400, "realtime_sft": 550}[stage]
+    assert config.steps == {"pt1": 700, "pt2": 1000, "sft": 2000, "realtime_sft": 1400}[stage]
     assert config.lr == pytest.approx(1.4e-3 if stage == "pt1" else 1e-3)
 
 

@@ -1,0 +1,205 @@
+"""What a model makes of samples, each with its frames and with controls in place of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import IGNORED_LABEL
+from moss_train.evaluate.controls import BLIND, SEEN, Model, Watched, watch
+from moss_train.evaluate.generate import answer_start, answers, predictions, streams
+from moss_train.evaluate.items import Item, Known
+
+T = TypeVar("T")
+
+
+@dataclass
+class Outcome:
+    """Of one sample. Dictionaries have a value for SEEN, and one for each control.
+
+    frames: that the sample has.
+    labels, hits: of a caption: its tokens; how many of them were the likeliest, teacher-forced.
+    said: the answer to a question. picked: is the likeliest of its options the right one? Only
+        where the whole answer is one of them.
+    speaks, decided: of a stream: where it speaks after a frame of the model's turns, and where the
+        model would, teacher-forced.
+    spoken: of a stream, live: second and sentence.
+    """
+
+    known: Known
+    frames: int
+    labels: list[int] = field(default_factory=list)
+    hits: dict[str, int] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)
+    picked: dict[str, bool] = field(default_factory=dict)
+    speaks: list[bool] = field(default_factory=list)
+    decided: dict[str, list[bool]] = field(default_factory=dict)
+    spoken: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+
+def outcomes(
+    model: Model, items: Sequence[Item], controls: Sequence[str] = (BLIND,), generates: bool = True
+) -> list[Outcome]:
+    """In order of the items, whose frames are encoded once.
+
+    generates: also what needs generation: answers in the model's words, and streams live.
+    """
+    watched = watch(model, items)
+    found = [Outcome(item.known(), len(item.encoded.frames)) for item in items]
+    kinds = {"caption": _captions, "chat": _questions, "realtime": _streams}
+    for kind, ask in kinds.items():
+        chosen = [n for n, item in enumerate(items) if item.sample.kind == kind]
+        if chosen:
+            own = [found[n] for n in chosen]
+            ask(model, [watched[n] for n in chosen], own, controls, generates)
+    return found
+
+
+Work = Callable[[list[Watched]], Sequence[T]]
+
+
+def _under(
+    watched: Sequence[Watched], controls: Sequence[str], work: Work[T]
+) -> list[dict[str, T]]:
+    """For each sample `{SEEN: ..., control: ...}`; what a control does not change is not computed
+    again."""
+    found = [{SEEN: one} for one in work([*watched])]
+    for control in controls:
+        shown = [seen.under(control) for seen in watched]
+        changed = [
+            n for n, (new, old) in enumerate(zip(shown, watched, strict=True)) if new is not old
+        ]
+        for own in found:
+            own[control] = own[SEEN]
+        if changed:
+            for n, one in zip(changed, work([shown[n] for n in changed]), strict=True):
+                found[n][control] = one
+    return found
+
+
+def _captions(
+    model: Model,
+    watched: Sequence[Watched],
+    found: Sequence[Outcome],
+    controls: Sequence[str],
+    generates: bool,
+) -> None:
+    def hits(shown: list[Watched]) -> list[int]:
+        counts = []
+        for seen, (likely, _) in zip(shown, predictions(model, shown), strict=True):
+            labels = seen.item.encoded.labels[1:]
+            counts.append(int((likely[:-1] == labels)[labels != IGNORED_LABEL].sum()))
+        return counts
+
+    for seen, own, under in zip(watched, found, _under(watched, controls, hits), strict=True):
+        labels = seen.item.encoded.labels[1:]
+        own.labels, own.hits = labels[labels != IGNORED_LABEL].tolist(), under
+
+
+def _questions(
+    model: Model,
+    watched: Sequence[Watched],
+    found: Sequence[Outcome],
+    controls: Sequence[str],
+    generates: bool,
+) -> None:
+    if generates:
+        said = _under(watched, controls, lambda shown: answers(model, shown))
+        for own, texts in zip(found, said, strict=True):
+            own.said = texts
+    closed = [n for n, seen in enumerate(watched) if _is_option(seen.item)]
+    if closed:
+        picked = _under([watched[n] for n in closed], controls, lambda shown: _pick(model, shown))
+        for n, right in zip(closed, picked, strict=True):
+            found[n].picked = right
+
+
+def _pick(model: Model, watched: Sequence[Watched]) -> list[bool]:
+    """Is the likeliest option, by the mean log probability of its tokens, the answer?"""
+    asked = [_with_answer(model, seen, option) for seen in watched for option in seen.item.options]
+    means = [
+        float(chances[answer_start(seen.item) :].mean())
+        for seen, (_, chances) in zip(asked, predictions(model, asked), strict=True)
+    ]
+    right, start = [], 0
+    for seen in watched:
+        own = means[start : start + len(seen.item.options)]
+        start += len(own)
+        best = seen.item.options[own.index(max(own))]
+        right.append(plain(best) == plain(seen.item.answer))
+    return right
+
+
+def _with_answer(model: Model, seen: Watched, option: str) -> Watched:
+    """The sample with another answer, and the same end of turn."""
+    start, encoded = answer_start(seen.item), seen.item.encoded
+    said = model.tokenizer.encode(option, add_special_tokens=False).ids
+    answer = torch.tensor([*said, int(encoded.tokens[-1])])
+    ignored = torch.full((start,), IGNORED_LABEL)
+    other = replace(
+        encoded,
+        tokens=torch.cat([encoded.tokens[:start], answer]),
+        labels=torch.cat([ignored, answer]),
+    )
+    return replace(seen, item=replace(seen.item, encode=lambda: other))
+
+
+def _streams(
+    model: Model,
+    watched: Sequence[Watched],
+    found: Sequence[Outcome],
+    controls: Sequence[str],
+    generates: bool,
+) -> None:
+    def decide(shown: list[Watched]) -> list[list[bool]]:
+        likely = [said for said, _ in predictions(model, shown)]
+        return [
+            decisions(model, seen.item, said[:-1]).tolist()
+            for seen, said in zip(shown, likely, strict=True)
+        ]
+
+    decided = _under(watched, controls, decide)
+    for seen, own, under in zip(watched, found, decided, strict=True):
+        own.speaks = decisions(model, seen.item, seen.item.encoded.labels[1:]).tolist()
+        own.decided = under
+    if generates:
+        spoken = _under(watched, controls, lambda shown: streams(model, shown))
+        for own, said in zip(found, spoken, strict=True):
+            own.spoken = said
+
+
+def decisions(model: Model, item: Item, following: Tensor) -> Tensor:
+    """True where a token of `following` `[S - 1]` after a frame of the model's turn is speech."""
+    frames = item.encoded.frame_positions
+    frames = frames[frames < len(item.encoded.tokens) - 1]
+    loss_positions = frames[item.encoded.labels[frames + 1] != IGNORED_LABEL]
+    return following[loss_positions] != model.encoder.special.silence
+
+
+def plain(text: str) -> str:
+    """An answer as it is compared: case, spaces at its ends and a final stop do not count."""
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def says(known: Known, reply: str) -> bool:
+    """Is a reply to a question right?
+
+    An answer that leads to one of the options and is more than it (`Red, blue. Red.`) is compared
+    by its last sentence, any other as a whole.
+    """
+    if known.options and not _is_option(known):
+        return last_sentence(reply) == last_sentence(known.answer)
+    return plain(reply) == plain(known.answer)
+
+
+def _is_option(known: Known) -> bool:
+    return plain(known.answer) in map(plain, known.options)
+
+
+def last_sentence(text: str) -> str:
+    """The last sentence, as it is compared."""
+    return plain(text).rpartition(". ")[2]

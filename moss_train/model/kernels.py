@@ -1,0 +1,43 @@
+"""Operations of the layers that a GPU has a quicker form of; None: plain torch's.
+
+Which of them a device runs is found out in choose_kernels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Each with the signature of the plain form.
+
+    swiglu: `[..., 2 F]` -> `[..., F]` (mlp.swiglu).
+    rotate: `[N, ..., D]`, cosines and sines `[N, 1, D]` -> as the first (rope.rotate).
+    statistics: of each row of logits `[n, V]`, with a column of it or -1 `[n]`: the logarithm of
+        the sum of exponentials, the column's logit or 0, the sum; fp32 `[n]` each. Its backward
+        pass writes the gradient over the logits.
+    accumulate: adds the gradient of a weight, `gradient.T @ x` of bf16 matrices, to an fp32 one, in
+        the product (linear.py).
+    fp8: a linear layer of one tensor rank, x, weight and bias (fp8.py): other numbers than the
+        plain one's, where `model.fp8` asks for it; on a CPU, too.
+    """
+
+    swiglu: Callable[[Tensor], Tensor] | None = None
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    statistics: Statistics | None = None
+    accumulate: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    fp8: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+
+
+@dataclass
+class LayerConfig(TransformerConfig):
+    """megatron's configuration of a transformer's layers, with the kernels that they use."""
+
+    kernels: Kernels = field(default_factory=Kernels)
