@@ -61,7 +61,7 @@ def load(
     Args:
         device: such as cpu, cuda, cuda:1 (default: the best that there is).
         dtype: fp32 or bf16 (default: the checkpoint's on CUDA, fp32 on a CPU).
-        quantize: int8 or fp8: weights of the decoder's linear layers.
+        quantize: int8, fp8 or int4: weights of the decoder's linear layers.
         engine: fields of `EngineConfig`: `window` (frames that the model sees at once, 256),
             `max_tokens` (cached tokens of a session, 8192), `max_sessions` (1), ...
 

@@ -19,9 +19,9 @@ from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, report_er
 from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
 from inference.engine.choose_attend import CHOICES
-from inference.engine.engine import Engine, EngineConfig, EngineFull
+from inference.engine.engine import KV_DTYPES, Engine, EngineConfig, EngineFull
 from inference.engine.load import DTYPES, RankFinished, load_engine
-from inference.engine.quantize import FORMATS
+from inference.engine.quantized import KINDS as QUANTIZED
 from inference.engine.sampling import Sampling
 from inference.export_info import FORM_KEY, ExportError, ExportInfo, read_export_info
 from inference.kernels.choose import KINDS
@@ -84,8 +84,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
          help="number of first frames that are never replaced")  # fmt: skip
     flag(parser, "max_context", type=int, default=default.max_tokens, metavar="N",
          help="maximum number of cached tokens of a session")  # fmt: skip
-    flag(parser, "quantize", choices=list(FORMATS),
+    flag(parser, "quantize", choices=QUANTIZED,
          help="quantize the decoder's linear layers (default: no)")  # fmt: skip
+    kept = "dtype of cached keys and values; auto: the weights'; fp8: a byte each"
+    flag(parser, "kv_dtype", choices=KV_DTYPES, default="auto", help=f"{kept} (default: auto)")
     flag(parser, "compile", action="store_true", help="compile single-token steps (torch.compile)")
     kinds = "attention of prompts and of the vision tower"
     flag(parser, "attention", choices=CHOICES, default="auto",
@@ -159,6 +161,7 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
             max_sessions=max_sessions,
             compile=args.compile,
             attention=args.attention,
+            kv_dtype=args.kv_dtype,
             kernels=args.kernels,
         )
     note(f"loading {args.checkpoint}")

@@ -23,10 +23,12 @@ class ExportError(Exception):
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """prompt_form: None: unknown. stage: the name of its last training stage; None: unknown."""
+    """prompt_form: None: unknown. stage: the name of its last training stage; None: unknown. tile:
+    pixels of the side of a picture as the model sees it; None: unknown."""
 
     prompt_form: PromptForm | None
     stage: str | None
+    tile: int | None = None
 
     @property
     def watches(self) -> bool | None:
@@ -53,4 +55,6 @@ def read_export_info(checkpoint: str | Path) -> ExportInfo:
     if form is not None and form not in get_args(PromptForm):
         allowed = ", ".join(get_args(PromptForm))
         raise ExportError(f"{path}: {FORM_KEY} {form!r}, allowed: {allowed}")
-    return ExportInfo(form, stage)
+    vision = config.get("vision_config")
+    tile = vision.get("image_size") if isinstance(vision, dict) else None
+    return ExportInfo(form, stage, tile if isinstance(tile, int) else None)

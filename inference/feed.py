@@ -77,16 +77,28 @@ class Feeder:
 
     def _file(self, source: FileSource) -> float:
         """Frames wait for their time, and for room. Returns the second of the last one."""
-        questions, second = self._questions, 0.0
+        questions, second, shown = self._questions, 0.0, False
         for second, picture in source.frames(self._schedule.fps):
             self._began = self._began or time.monotonic()
             while questions and questions[0][0] < second:
                 self._wait(questions[0][0])
                 self._ask()
             self._wait(second)
-            together = questions and questions[0][0] == second
-            self._session.put_frame(picture, second, questions.popleft()[1] if together else None)
+            self._session.put_frame(picture, second, self._asked_with(second, shown))
+            shown = True
         return second
+
+    def _asked_with(self, second: float, shown: bool) -> str | None:
+        """Asks what is due at the second of a frame, right before it: as in training a turn of its
+        own, which has an answer of its own. With the first frame the last one goes together, and is
+        returned: there is nothing yet to say about."""
+        questions = self._questions
+        while questions and questions[0][0] == second:
+            last = len(questions) == 1 or questions[1][0] > second
+            if last and not shown:
+                return questions.popleft()[1]
+            self._ask(in_turn=True)
+        return None
 
     def _live(self, source: LiveSource) -> float:
         """Frames come when they come, questions at their own time, also while the source is lost.
@@ -122,10 +134,12 @@ class Feeder:
                     return
                 self._ask()
 
-    def _ask(self) -> None:
-        """Asks the next question, as soon as there is room for it."""
+    def _ask(self, in_turn: bool = False) -> None:
+        """Asks the next question, as soon as there is room for it. in_turn: after the frames that
+        were given before, on the wall clock, too."""
         _, text = self._questions.popleft()
-        ask = self._session.prompt if self._schedule.speed else self._session.put_prompt
+        at_once = self._schedule.speed and not in_turn
+        ask = self._session.prompt if at_once else self._session.put_prompt
         while True:
             try:
                 return ask(text)

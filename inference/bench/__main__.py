@@ -26,8 +26,9 @@ from inference.bench.models import MODELS, random_model
 from inference.bench.modes import Bench
 from inference.bench.report import describe, print_table, write_report
 from inference.cli import positive, positive_int
+from inference.engine.engine import KV_DTYPES
 from inference.engine.load import DTYPES, load_model
-from inference.engine.quantize import FORMATS
+from inference.engine.quantized import KINDS as QUANTIZED
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 
@@ -63,13 +64,14 @@ def parse() -> argparse.Namespace:
     add("--new-tokens", type=positive_int, default=32, metavar="N", help="number of new tokens")
     add("--device", default="auto", help=devices.HELP)
     add("--dtype", choices=tuple(DTYPES), help="of weights (default: bf16 on CUDA, else fp32)")
-    add("--quantize", choices=tuple(FORMATS), help="of the engine's weights only (default: no)")
+    add("--quantize", choices=QUANTIZED, help="of the engine's weights only (default: no)")
+    add("--kv-dtype", choices=KV_DTYPES, default="auto", help="of keys and values (default: auto)")
     add("--compile", action="store_true", help="compile single-token steps (torch.compile)")
     add("--threads", type=positive_int, metavar="N", help="threads of a CPU (default: torch's)")
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="time: of the wall clock, or of this process on the CPU")  # fmt: skip
     add("--endless", type=int, default=0, metavar="N",
-        help="frames of a test whether memory stays flat (stream); 0: no such test")  # fmt: skip
+        help="frames of a test whether memory and time stay flat (stream); 0: none")  # fmt: skip
     add("--window", type=positive_int, metavar="N",
         help="frames in the ring (default: all of the test)")  # fmt: skip
     add("--out", default=".", metavar="DIR", help="folder of bench-MODE.json and bench-MODE.png")

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline import devices
 from inference.bench.measure import Clock, random_frames
 from inference.engine.engine import Engine
+from inference.engine.quantized import QuantizedLinear
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 COPIED = {True: 1 << 30, False: 64 << 20}  # bytes that are copied, on an accelerator or a CPU
@@ -80,9 +81,11 @@ class Work:
     frame: int
 
     @classmethod
-    def of(cls, model: MossVideoForConditionalGeneration, engine: Engine) -> Work:
-        """Counts parameters as they are kept (8-bit weights are a byte each) and the products of
-        one frame."""
+    def of(cls, model: MossVideoForConditionalGeneration, engine: Engine, encode: int) -> Work:
+        """Counts parameters as they are kept (8-bit weights are a byte each, with their scales).
+
+        encode: `encoding_flop` of the model.
+        """
         decoder, inner = model.model.language_model, model.model
         frames = [
             part
@@ -100,7 +103,7 @@ class Work:
             weights=read,
             flop=2 * count,
             frame_weights=_bytes(inner) - _bytes(decoder) + projected,
-            frame_flop=_frame_flop(model) + 2 * sum(map(_numbers, frames)) * cache.patches,
+            frame_flop=encode + 2 * sum(map(_numbers, frames)) * cache.patches,
             text=sizes.own * vector,
             frame=sizes.cross * vector * cache.patches,
         )
@@ -112,13 +115,17 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _numbers(module: torch.nn.Module) -> int:
-    """Weights of products; those in 8 bits are buffers."""
-    kept = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() for tensor in kept if tensor.ndim == 2)
+    """Weights of products, those that are quantized as well."""
+    quantized = [part for part in module.modules() if isinstance(part, QuantizedLinear)]
+    full = [tensor for tensor in module.parameters() if tensor.ndim == 2]
+    return sum(part.in_features * part.out_features for part in quantized) + sum(
+        tensor.numel() for tensor in full
+    )
 
 
 @torch.inference_mode()
-def _frame_flop(model: MossVideoForConditionalGeneration) -> int:
+def encoding_flop(model: MossVideoForConditionalGeneration) -> int:
+    """Of a frame in the tower and the projector: it is encoded once, and counted."""
     pixels = random_frames(model, 1)[:, None]
     ones = torch.ones(1, dtype=torch.long, device=pixels.device)
     with FlopCounterMode(display=False) as counter:

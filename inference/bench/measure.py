@@ -19,8 +19,10 @@ from inference.engine.engine import Engine
 from inference.engine.quantize import quantize_decoder
 from inference.engine.slots import Slot, Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.session.stats import quantile
 
 QUESTION = [3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]  # a turn of twelve tokens
+LONGER = list(range(20, 50))  # one of thirty
 PROMPT = [1, 3, 4, 5]
 
 
@@ -45,6 +47,8 @@ class Timings:
     frames: list[float] = field(default_factory=list)  # frame -> decision, one by one
     question: list[float] = field(default_factory=list)  # question -> first token
     joined: list[float] = field(default_factory=list)  # question and a frame -> first token
+    longer: list[float] = field(default_factory=list)  # question of thirty tokens -> first token
+    uploads: list[float] = field(default_factory=list)  # 16 pictures to the device
 
     @property
     def tokens_per_second(self) -> float:
@@ -103,6 +107,11 @@ def stream(engine: Engine, pixels: Tensor, new: int, clock: Clock, questions: in
         engine.step([Step(slot, both, engine.encode([pixels[0]]))])
         out.joined.append(clock() - start)
     out.tokens = _decode(engine, slot, new, clock)
+    for _ in range(questions):
+        start = clock()
+        engine.step([Step(slot, LONGER)])
+        out.longer.append(clock() - start)
+    out.uploads = uploaded(engine, clock)
     engine.close(slot)
     return out
 
@@ -112,6 +121,17 @@ def _decode(engine: Engine, slot: Slot, new: int, clock: Clock) -> list[float]:
     for _ in range(new - 1):
         start = clock()
         engine.step([Step(slot)])
+        seconds.append(clock() - start)
+    return seconds
+
+
+def uploaded(engine: Engine, clock: Clock, pictures: int = 16) -> list[float]:
+    """Seconds in which pictures, bytes of the tower's size, are on the device and normalized."""
+    size, seconds = engine.pixels.size, []
+    given = list(torch.randint(0, 255, (pictures, 3, size, size), dtype=torch.uint8))
+    for _ in range(8):
+        start = clock()
+        engine.pixels(given)
         seconds.append(clock() - start)
     return seconds
 
@@ -175,12 +195,34 @@ def quantize(model: MossVideoForConditionalGeneration, kind: str) -> float:
         return ((model(**inputs).logits.float() - before).norm() / before.norm()).item()
 
 
+@torch.inference_mode()
+def moved_by_kept(model: MossVideoForConditionalGeneration, kv_dtype: str) -> float:
+    """As `quantize`, of the dtype of cached keys and values: 4 frames with 16 random words after
+    each, one by one."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(20, model.config.image_token_index, (64,), generator=generator).tolist()
+    logits = []
+    for kind in ("auto", kv_dtype):
+        engine = Engine(model, window=4, max_tokens=128, kernels="torch", kv_dtype=kind)
+        slot, hidden = engine.open(), []
+        for number, word in enumerate(words):
+            if number % 16 == 0:
+                frames = engine.encode(list(random_frames(model, 4)[number // 16, None]))
+                engine.packed.forward([(slot, [engine.image_token], frames)])
+            hidden.append(engine.packed.forward([(slot, [word], ())])[slot.index])
+        logits.append(model.lm_head(torch.stack(hidden)).float())
+    before, after = logits
+    return ((after - before).norm() / before.norm()).item()
+
+
 @dataclass
 class Endless:
-    """A long stream: megabytes of this process at each tenth of it, and frames a second."""
+    """A long stream: megabytes of this process and milliseconds of a frame's step (the median) at
+    each tenth of it, and frames a second."""
 
     frames: int
     megabytes: list[float]
+    milliseconds: list[float]
     rate: float
     text_tokens: int
     cached_frames: int
@@ -191,19 +233,24 @@ def endless(engine: Engine, frames: int, clock: Clock) -> Endless:
     pixels = random_frames(engine.model, 8)
     slot = engine.open()
     engine.step([Step(slot, PROMPT)])
-    process, megabytes = psutil.Process(), []
+    process, megabytes, milliseconds = psutil.Process(), [], []
+    seconds: list[float] = []
     progress, start = Progress("endless", frames, "frames"), clock()
     for number in range(frames):
         slot.pending = 20 if number % 10 == 5 else engine.silence_token
+        began = clock()
         feature = engine.encode([pixels[number % 8]])
         engine.step([Step(slot, [engine.image_token], feature)])
+        seconds.append(clock() - began)
         slot.evictions.clear()
         if number % (frames // 10) == frames // 10 - 1:
             megabytes.append(process.memory_info().rss / 1e6)
+            milliseconds.append(median_ms(seconds))
+            seconds.clear()
         progress.step()
     progress.end()
     rate = frames / (clock() - start)
-    result = Endless(frames, megabytes, rate, slot.length, len(slot.frames))
+    result = Endless(frames, megabytes, milliseconds, rate, slot.length, len(slot.frames))
     engine.close(slot)
     return result
 
@@ -214,5 +261,5 @@ def median_ms(seconds: list[float]) -> float:
 
 
 def percentile_ms(seconds: list[float], percent: int) -> float:
-    """The value that so many of 100 stay below, in milliseconds."""
-    return 1e3 * sorted(seconds)[percent * (len(seconds) - 1) // 100]
+    """`quantile` in milliseconds."""
+    return 1e3 * quantile(seconds, percent)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property, partial
+from statistics import mean
 from typing import Any
 
 import torch
 
 from inference.bench import measure
-from inference.bench.floor import Floor, Machine, Work
+from inference.bench.floor import Floor, Machine, Work, encoding_flop
 from inference.bench.published import PublishedModel
 from inference.bench.report import Row
 from inference.bench.served import plain_processor, served
@@ -83,6 +85,9 @@ class Bench:
             Row("frame -> decision", "ms", median(ours.frames), None, floor=decision),
             Row("frame -> decision, p99", "ms", percentile(ours.frames, 99), None, floor=decision),
         ]  # fmt: skip
+        if floor:
+            longer = 1e3 * floor.step(tokens=1 + len(measure.LONGER))
+            rows += _late(ours, decision, joined, longer)
         if self.options.sessions:
             rows.append(self._together(window, self.options.sessions))
         return [*rows, *common], self._facts()
@@ -112,12 +117,14 @@ class Bench:
         return [*rows, *moved], {**self._facts(), **facts}
 
     def _endless(self) -> Result:
-        """Whether memory stays flat."""
+        """Whether memory and latency stay flat."""
         engine, _ = self._engine(self.options.window or EngineConfig.window)
         result = measure.endless(engine, self.options.endless, self.clock)
         rows = [
             Row(f"memory after {result.frames // 10} frames", "MB", result.megabytes[0], None),
             Row(f"memory after {result.frames} frames", "MB", result.megabytes[-1], None),
+            Row("frame -> decision, first tenth", "ms", result.milliseconds[0], None),
+            Row("frame -> decision, last tenth", "ms", result.milliseconds[-1], None),
             Row("rate", "frames/s", result.rate, None, True),
         ]
         return rows, {"endless": vars(result)}
@@ -162,12 +169,16 @@ class Bench:
     ) -> tuple[Engine, list[Row]]:
         """An engine, quantized if asked (after the baseline has run, for the layers change), and
         by how much that moved the logits."""
-        rows = []
-        if self.options.quantize and not self._quantized:
+        rows, kind = [], self.options.kv_dtype
+        if self.options.quantize and not self._measured:
             moved = measure.quantize(self.model, self.options.quantize)
-            rows = [Row("logits moved (relative norm)", "", moved, None)]
-            self._quantized = True
+            rows.append(Row("logits moved (relative norm)", "", moved, None))
+        if kind != "auto" and not self._measured:
+            moved = measure.moved_by_kept(self.model, kind)
+            rows.append(Row("logits moved by keys and values", "", moved, None))
+        self._measured = True
         config = EngineConfig(
+            kv_dtype=kind,
             window=window,
             max_tokens=2 * self.options.frames + 1024,
             max_sessions=sessions,
@@ -175,7 +186,7 @@ class Bench:
         )
         return Engine(self.model, processor, config), rows
 
-    _quantized = False
+    _measured = False  # how far the logits move
 
     def _processor(self) -> Any:
         if self.options.checkpoint:
@@ -188,10 +199,29 @@ class Bench:
             return None
         seen = min(frames, engine.window)
         text = len(measure.PROMPT) + len(measure.QUESTION) + 2 * frames
-        return Floor(self.machine, Work.of(self.model, engine), text, seen)
+        return Floor(self.machine, Work.of(self.model, engine, self._encoding), text, seen)
+
+    @cached_property
+    def _encoding(self) -> int:
+        return encoding_flop(self.model)
 
     def _facts(self) -> dict[str, object]:
         return {} if self.machine is None else {"machine": vars(self.machine)}
+
+
+def _late(
+    ours: measure.Timings, decision: float | None, joined: float | None, longer: float
+) -> list[Row]:
+    """What a table of a stream has in addition: means, late answers, pictures. The rest are floors
+    in milliseconds."""
+    p95 = partial(measure.percentile_ms, percent=95)
+    return [
+        Row("frame -> decision, mean", "ms", 1e3 * mean(ours.frames), None, floor=decision),
+        Row("frame -> decision, p95", "ms", p95(ours.frames), None, floor=decision),
+        Row("question of 30 -> first token, p95", "ms", p95(ours.longer), None, floor=longer),
+        Row("question with a frame, p95", "ms", p95(ours.joined), None, floor=joined),
+        Row("16 pictures to the device", "ms", measure.median_ms(ours.uploads), None),
+    ]
 
 
 def _row(

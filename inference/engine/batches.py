@@ -18,6 +18,7 @@ from inference.engine.attend import Attend
 from inference.engine.cache import KVCache
 from inference.engine.slots import Slot
 from inference.engine.upload import upload
+from inference.kernels import plain
 
 
 @dataclass
@@ -61,9 +62,12 @@ class PackedTokens:
     def _attend(self, n: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slot = self.segments[n].slot
         end = slot.length + self.counts[n]
-        keys, values = self.cache.tokens_of[layer][:, slot.index]  # [KV heads, max_tokens, D] each
-        keys[:, slot.length : end], values[:, slot.length : end] = k[0], v[0]
-        return self.kind(q, keys[None], values[None], end, self.plans[n])
+        buffers = self.cache.tokens_of[layer][:, slot.index]  # [2, KV heads, max_tokens, D]
+        scales = _scales(self.cache, layer)
+        for buffer, new, scale in zip(buffers, (k[0], v[0]), scales, strict=True):
+            buffer[:, slot.length : end] = plain.kept(new, scale)
+        keys, values = _read(buffers, scales, end, q.dtype)
+        return self.kind(q, keys, values, end, self.plans[n])
 
 
 class PackedFrames:
@@ -92,8 +96,9 @@ class PackedFrames:
         used = segment.slot.ring.used * self.cache.patches
         if used == 0:
             return torch.zeros_like(q)
-        keys, values = self.cache.frames_of[layer][:, segment.slot.index]
-        out = self.kind(q, keys[None], values[None], used, self.plans[n])
+        buffers = self.cache.frames_of[layer][:, segment.slot.index]
+        keys, values = _read(buffers, _scales(self.cache, layer), used, q.dtype)
+        out = self.kind(q, keys, values, used, self.plans[n])
         if not self.masked[n] or segment.attend_all or self.sees is None:
             return out
         return out * self.sees[:, None, start : start + segment.count]
@@ -110,6 +115,22 @@ class PackedFrames:
         if bool(seen.all()) and bool(sees_any.all()):
             return None, sees_any
         return seen | ~sees_any[:, None], sees_any  # a softmax over nothing is NaN
+
+
+def _scales(cache: KVCache, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of keys and values in 8 bits `[KV heads, 1, 1]`."""
+    scales = cache.scales_of.get(layer)
+    return (None, None) if scales is None else (scales[0, :, None, None], scales[1, :, None, None])
+
+
+def _read(
+    buffers: Tensor, scales: Sequence[Tensor | None], length: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """A slot's keys and values `[1, KV heads, places, D]`; in 8 bits, `length` places of them."""
+    return [
+        plain.read(buffer if scale is None else buffer[:, :length], scale, dtype)[None]
+        for buffer, scale in zip(buffers, scales, strict=True)
+    ]
 
 
 def _join(parts: list[Tensor]) -> Tensor:

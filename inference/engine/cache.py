@@ -9,16 +9,18 @@ of fixed shape).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inference.engine import kv_scales
 from inference.engine.memory import CacheSizes
-from inference.engine.slots import NEVER, Eviction, Slot
+from inference.engine.slots import NEVER, Eviction, Slot, tokens_to_keep
 from inference.engine.upload import upload
-from inference.hf.decoder_moss_video import Decoder, Rotation, rotate
+from inference.hf.decoder_moss_video import CrossLayer, Decoder, Rotation, SelfLayer, rotate
 from inference.kernels import plain
 
 
@@ -26,50 +28,48 @@ class KVCache:
     """The buffers, and what moves frames and tokens in them.
 
     Args:
-        decoder: whose layers they serve. Its weights say how many KV heads this rank has.
+        decoder: whose layers they serve.
+        sizes: of a slot (`sizes_of_slot`).
         slots: sessions at once.
-        max_tokens: tokens of a slot.
-        window: frames of a slot.
-
-    Raises:
-        ValueError: the device has not so much memory.
+        eight_bit: keys and values are in e4m3, a byte each; then `scale_frames` must be called
+            before a frame is written.
     """
 
     def __init__(
         self,
         decoder: Decoder,
+        sizes: CacheSizes,
         *,
         slots: int,
-        max_tokens: int,
-        window: int,
         device: torch.device,
         dtype: torch.dtype,
+        eight_bit: bool = False,
     ):
-        text = decoder.config.text_config
-        self.decoder, self.slots, self.max_tokens = decoder, slots, max_tokens
-        self.window, self.device, self.dtype = window, device, dtype
-        self.patches = decoder.config.tokens_per_frame  # vision tokens of a frame
-        self.own = [i for i in range(text.num_hidden_layers) if i not in decoder.cross]
-        head_dim = text.hidden_size // text.num_attention_heads
-        kv_heads = decoder.cross_attention(decoder.cross[0]).k_proj.weight.shape[0] // head_dim
-
-        self.sizes = CacheSizes(
-            own=len(self.own), cross=len(decoder.cross), kv_heads=kv_heads, head_dim=head_dim,
-            max_tokens=max_tokens, window=window, patches=self.patches, item=dtype.itemsize,
-        )  # fmt: skip
-        self.sizes.check(slots, device)
+        self.decoder, self.sizes, self.slots = decoder, sizes, slots
+        self.max_tokens, self.window, self.patches = sizes.max_tokens, sizes.window, sizes.patches
+        self.device, self.dtype = device, dtype
+        layers = range(decoder.config.text_config.num_hidden_layers)
+        self.own = [layer for layer in layers if layer not in decoder.cross]
+        stored = plain.EIGHT_BITS if eight_bit else dtype
+        kv_heads, head_dim = sizes.kv_heads, sizes.head_dim
 
         def buffer(layers: int, length: int) -> Tensor:
             # Zeros: what a mask hides must still be a number.
             shape = (layers, 2, slots, kv_heads, length, head_dim)
-            return torch.zeros(shape, device=device, dtype=dtype)
+            return torch.zeros(shape, device=device, dtype=stored)
 
-        self.text = buffer(len(self.own), self.sizes.text_length)
-        self.frames = buffer(len(decoder.cross), self.sizes.frames_length)
+        self.text = buffer(sizes.own, sizes.text_length)
+        self.frames = buffer(sizes.cross, sizes.frames_length)
         self.tokens_of = {layer: self.text[n] for n, layer in enumerate(self.own)}
         self.frames_of = {layer: self.frames[n] for n, layer in enumerate(decoder.cross)}
+        self.scales_of: dict[int, Tensor] = {}
+        self._frame_scales: Tensor | None = None  # [layers, 2, KV heads, 1, 1]
+        if eight_bit:
+            for layer in self.own:
+                module = cast(SelfLayer, decoder.layers[layer])
+                self.scales_of[layer] = kv_scales.of_text(module, head_dim)
         # Positions between which a frame is seen, for static batches.
-        self.views = torch.full((2, slots, window + 1), NEVER, device=device)
+        self.views = torch.full((2, slots, self.window + 1), NEVER, device=device)
         self.first, self.last = self.views
         self._projection = _fuse(frame_projections(decoder))
         first = decoder.cross_attention(decoder.cross[0])
@@ -83,15 +83,28 @@ class KVCache:
 
     def write_frames(self, slot: Slot, place: int, states: Tensor, rotation: Rotation) -> None:
         """Keys and values of states `[n x P, H]` into the slot's ring, from `place` on."""
-        kept = self.frames[:, :, slot.index]  # [layers, 2, KV heads, L, D]
-        layers, _, heads, _, width = kept.shape
-        projected = F.linear(states, self._projection).view(-1, layers, 2, heads, width)
-        projected = projected.permute(1, 2, 3, 0, 4)
-        keys = rotate(projected[:, 0], rotation) if self._rotates else projected[:, 0]
+        ring = self.frames[:, :, slot.index]  # [layers, 2, KV heads, L, D]
+        keys, values = self._project(states).unbind(1)
+        keys = rotate(keys, rotation) if self._rotates else keys
         span = slice(place * self.patches, place * self.patches + len(states))
-        kept[:, 0, :, span] = plain.norm(keys, self._k_norms, self._eps)
-        kept[:, 1, :, span] = projected[:, 1]
+        for side, new in enumerate((plain.norm(keys, self._k_norms, self._eps), values)):
+            scales = None if self._frame_scales is None else self._frame_scales[:, side]
+            ring[:, side, :, span] = plain.kept(new, scales)
         self.write_views(slot)
+
+    def _project(self, states: Tensor) -> Tensor:
+        """Of states `[n, H]`: keys, neither rotated nor normed, and values of all cross-attention
+        layers `[layers, 2, KV heads, n, D]`."""
+        layers, _, _, heads, _, width = self.frames.shape
+        projected = F.linear(states, self._projection).view(-1, layers, 2, heads, width)
+        return projected.permute(1, 2, 3, 0, 4)
+
+    def scale_frames(self, noise: Tensor) -> None:
+        """Chooses the scales of frames by the states `[n, H]` of a picture of noise."""
+        layers = [cast(CrossLayer, self.decoder.layers[n]) for n in self.decoder.cross]
+        scales = kv_scales.of_frames(layers, self._project(noise)[:, 1])
+        self.scales_of |= dict(zip(self.decoder.cross, scales, strict=True))
+        self._frame_scales = scales[..., None, None]
 
     def commit_eviction(self, slot: Slot) -> None:
         """After the pass in which a frame arrived, moves it to the place of the one it replaces."""
@@ -118,19 +131,63 @@ class KVCache:
             slot_kv[n, ..., : len(indices), :] = slot_kv[n].index_select(-2, where)
 
     def save(self, slot: Slot) -> dict[str, Tensor]:
-        """A slot's keys and values, on the CPU."""
-        used = slot.ring.used * self.patches
+        """A slot's keys and values, on the CPU, in the model's dtype."""
+        lengths = {"text": slot.length, "frames": slot.ring.used * self.patches}
         return {
-            "text": self.text[:, :, slot.index, :, : slot.length].cpu().clone(),
-            "frames": self.frames[:, :, slot.index, :, :used].cpu().clone(),
+            name: plain.read(buffer[:, :, slot.index, :, : lengths[name]], scale, self.dtype)
+            .cpu()
+            .clone()
+            for name, buffer, scale in self._buffers()
         }
 
     def restore(self, slot: Slot, state: dict[str, Tensor]) -> None:
         """Writes back what `save` returned."""
-        for name, buffer in (("text", self.text), ("frames", self.frames)):
-            saved = state[name]
-            buffer[:, :, slot.index, :, : saved.shape[-2]] = saved.to(self.device, self.dtype)
+        for name, buffer, scale in self._buffers():
+            saved = plain.kept(state[name].to(self.device, self.dtype), scale)
+            buffer[:, :, slot.index, :, : saved.shape[-2]] = saved
         self.write_views(slot)
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Each with its name in a saved session, and its scales `[layers, 2, KV heads, 1, 1]`."""
+        own = [self.scales_of[layer] for layer in self.own] if self.scales_of else []
+        yield "text", self.text, torch.stack(own)[..., None, None] if own else None
+        yield "frames", self.frames, self._frame_scales
+
+
+def sizes_of_slot(
+    decoder: Decoder, *, max_tokens: int, window: int, dtype: torch.dtype, eight_bit: bool
+) -> CacheSizes:
+    """Of the keys and values of a decoder, whose weights say how many KV heads this rank has."""
+    text = decoder.config.text_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    keys = decoder.cross_attention(decoder.cross[0]).k_proj.weight
+    return CacheSizes(
+        own=text.num_hidden_layers - len(decoder.cross),
+        cross=len(decoder.cross),
+        kv_heads=keys.shape[0] // head_dim,
+        head_dim=head_dim,
+        max_tokens=max_tokens,
+        window=window,
+        patches=decoder.config.tokens_per_frame,
+        item=(plain.EIGHT_BITS if eight_bit else dtype).itemsize,
+    )
+
+
+def make_room(
+    cache: KVCache, slot: Slot, count: int, special: tuple[int | None, int, int | None]
+) -> None:
+    """Drops old text of a slot that would grow by `count` tokens beyond `max_tokens`.
+
+    special: silence, `<|image|>` and the end of a turn.
+    """
+    over = slot.length + count - cache.max_tokens
+    if over <= 0:
+        return
+    # More than needed, because the kept tokens are moved, which costs time at each drop.
+    drop = min(max(over, cache.max_tokens // 16), slot.length - 1)
+    indices = tokens_to_keep(slot.tokens, drop, *special)
+    cache.compact(slot, indices)
+    slot.keep(indices)
 
 
 def put_frames(cache: KVCache, slot: Slot, tokens: Sequence[int], frames: Sequence[Tensor]) -> None:
@@ -145,9 +202,8 @@ def put_frames(cache: KVCache, slot: Slot, tokens: Sequence[int], frames: Sequen
     image = cache.decoder.config.image_token_index
     positions = [slot.position + i for i, token in enumerate(tokens) if token == image]
     states = torch.stack(tuple(frames)).to(cache.device, cache.dtype)  # [n, P, H]
-    each = upload(positions, cache.device)
-    each = each.repeat_interleave(cache.patches)[None]  # [1, n x P]
-    rotation = cache.decoder.rotation(each, cache.dtype)
+    each = torch.tensor(positions).repeat_interleave(cache.patches)[None]  # [1, n x P]
+    rotation = cache.decoder.rotation(upload(each, cache.device), cache.dtype)
     places, replaced = zip(*(slot.ring.put(p) for p in positions), strict=True)
     cache.write_frames(slot, places[0], states.flatten(0, 1), rotation)
     gone = tuple(position for position in replaced if position is not None)

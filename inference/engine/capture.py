@@ -33,11 +33,12 @@ class Pool:
     def __init__(self, device: torch.device):
         self._device, self._torch = device, devices.module(device.type)
         self._handle = self._torch.graph_pool_handle()
+        # One for all: cuBLAS keeps a workspace for each stream that has ever multiplied.
+        self._side = self._torch.Stream(device)
 
     def capture(self, compute: Callable[[], Result]) -> tuple[Graph, Result]:
         """A graph of `compute`, and what it returned: tensors that each replay fills anew."""
-        ours = self._torch
-        side = ours.Stream()
+        ours, side = self._torch, self._side
         side.wait_stream(ours.current_stream())
         with ours.stream(side):
             for _ in range(WARM_UP):

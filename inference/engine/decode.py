@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from inference.engine.cache import KVCache
-from inference.engine.quantize import QuantizedLinear
+from inference.engine.memory import CacheSizes
+from inference.engine.quantized import QuantizedLinear
 from inference.hf.decoder_moss_video import CrossLayer, Decoder, RMSNorm, SelfLayer
 from inference.kernels.choose import Kernels
 from inference.kernels.rows import Rows
@@ -81,7 +82,8 @@ class FixedDecoder:
                 seen = attention.frames(layer.index, q)
             else:
                 keys, values = self.cache.tokens_of[layer.index]
-                q = do.rotate_and_keep(y, (cos, sin), keys, values, rows)
+                scales = self.cache.scales_of.get(layer.index)
+                q = do.rotate_and_keep(y, (cos, sin), keys, values, rows, scales)
                 seen = attention.tokens(layer.index, q)
             norm = layer.second_norm
             y = do.add_norm(x, layer.out(seen), scale, norm.weight, norm.eps)
@@ -91,20 +93,24 @@ class FixedDecoder:
         return do.add_norm(x, branch, scale, last.weight, last.eps).unflatten(0, tokens.shape)
 
 
-def sizes_of(decoder: Decoder, cache: KVCache) -> Sizes:
+def sizes_of(decoder: Decoder, cache: CacheSizes) -> Sizes:
     """What the kernels need to know of a decoder, or of a rank's slice of it."""
     text = decoder.config.text_config
-    head_dim = text.hidden_size // text.num_attention_heads
-    kv_heads = cache.text.shape[3]
-    share = text.num_key_value_heads // kv_heads  # ranks
+    share = text.num_key_value_heads // cache.kv_heads  # ranks
     return Sizes(
         hidden=text.hidden_size,
         inner=text.intermediate_size // share,
         heads=text.num_attention_heads // share,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        kv_heads=cache.kv_heads,
+        head_dim=cache.head_dim,
         patches=cache.patches,
+        eight_bit=cache.item == 1,
+        fp8_weights=any(_is_fp8(module) for module in decoder.modules()),
     )
+
+
+def _is_fp8(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear) and module.weight.dtype.is_floating_point
 
 
 def _own(layer: SelfLayer) -> _Layer:
@@ -145,7 +151,7 @@ def join(linears: Sequence[Any]) -> nn.Module:
         scale = torch.cat([linear.scale for linear in linears])
         for (linear, part), own in zip(parts, scale.split(sizes), strict=True):
             linear.weight, linear.scale = part, own
-        return QuantizedLinear(weight, scale, linears[0].product)
+        return QuantizedLinear(weight, scale, linears[0].in_features, linears[0].product)
     for linear, part in parts:
         linear.weight = nn.Parameter(part, requires_grad=False)
     joined = nn.Linear(1, 1, bias=False, device="meta")

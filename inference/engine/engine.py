@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,23 +24,22 @@ from torch import Tensor
 from data_pipeline import devices
 from data_pipeline.fields import check_values, choice, number
 from inference.engine import slot_state
-from inference.engine.batches import PackedBatch, Segment
-from inference.engine.cache import KVCache, put_frames
-from inference.engine.choice import choose_tokens
+from inference.engine.cache import KVCache, make_room, sizes_of_slot
 from inference.engine.choose_attend import CHOICES, set_up
 from inference.engine.decode import sizes_of
+from inference.engine.graph_memory import GraphMemory
 from inference.engine.graphs import GraphRunner
+from inference.engine.packed import PackedRunner
 from inference.engine.preprocess import Pixels
-from inference.engine.quantize import use_product
+from inference.engine.quantize import use_kernels
 from inference.engine.sampling import Sampler, Sampling
-from inference.engine.slots import FrameRing, Mark, Slot, Step, check_steps, tokens_to_keep
+from inference.engine.slots import FrameRing, Mark, Slot, Step, check_steps
 from inference.engine.tower import BATCHES, Tower
-from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.kernels.choose import KINDS, Kernels, choose
 
+KV_DTYPES = ("auto", "fp8")
 VISION_BATCH = BATCHES[-1]  # frames that the vision tower encodes at once
-LONGEST_PASS = 1024  # tokens of a slot in one pass: bounds the mask over many frames
 
 
 class EngineFull(RuntimeError):
@@ -65,6 +63,7 @@ class EngineConfig:
             flash-attn; "npu": torch_npu's; "auto": npu on an Ascend NPU, else sdpa.
         kernels: what passes of fixed shape are made of: "auto": on CUDA the Triton kernels that
             prove right there, else plain torch; "triton": without a proof; "torch": plain torch.
+        kv_dtype: of cached keys and values. "auto": the model's; "fp8": e4m3, a byte each.
         tokens_before_first_frame: "zero": they attend no frame; "attend_all": they attend all
             frames that come in the same step (what checkpoints of the published code do offline).
     """
@@ -77,6 +76,7 @@ class EngineConfig:
     graphs: bool = True
     attention: str = choice("auto", CHOICES)
     kernels: Literal["auto", "triton", "torch"] = choice("auto", KINDS)
+    kv_dtype: Literal["auto", "fp8"] = choice("auto", KV_DTYPES)
     tokens_before_first_frame: Literal["zero", "attend_all"] = choice(
         "zero", ("zero", "attend_all")
     )
@@ -117,29 +117,44 @@ class Engine:
         self.silence_token = self._token("<|silence|>", self.config.silence_token_id)
         self.end_of_turn = self._token("<|eot_id|>", None)
         self.slots: dict[int, Slot] = {}
-        self.cache = KVCache(
-            decoder, slots=self.max_sessions, max_tokens=self.max_tokens, window=self.window,
-            device=self.device, dtype=self.dtype,
+        special = self.silence_token, self.image_token, self.end_of_turn
+        attend = set_up(model, options.attention)
+        eight_bit = options.kv_dtype == "fp8"
+        each = sizes_of_slot(
+            decoder, max_tokens=self.max_tokens, window=self.window, dtype=self.dtype,
+            eight_bit=eight_bit,
         )  # fmt: skip
+        sizes, kind = sizes_of(decoder, each), "torch" if options.compile else options.kernels
+        kernels = self.agreed(choose(kind, self.device, self.dtype, sizes, attend.fixed))
+        graphs = options.graphs and devices.has_graphs(self.device)
+        expected = (
+            GraphMemory.of(model, sizes, each, self.max_sessions, kernels) if graphs else None
+        )
+        each.check(self.max_sessions, self.device, expected.peak if expected else 0)
+        self.cache = KVCache(
+            decoder, each, slots=self.max_sessions, device=self.device, dtype=self.dtype,
+            eight_bit=eight_bit,
+        )  # fmt: skip
+        if eight_bit:
+            self._scale_frames()
         vocabulary = self.config.text_config.vocab_size
         self.sampler = Sampler(self.max_sessions, vocabulary, self.silence_token, self.device)
+        self.packed = PackedRunner(
+            model, self.cache, self.sampler, attend, special, attend_all=self.attend_all
+        )
         self.graph_runner: GraphRunner | None = None
-        graphs = options.graphs and devices.has_graphs(self.device)
-        self.attend = set_up(model, options.attention)
-        kind = "torch" if options.compile else options.kernels
-        sizes = sizes_of(decoder, self.cache)
-        kernels = choose(kind, self.device, self.dtype, sizes, self.attend.fixed)
         if graphs or options.compile or kernels.any_rows:
             self.graph_runner = self.make_graph_runner(kernels, graphs, options.compile)
-            self.graph_runner.capture()
         self.pixels = Pixels(self.config, processor, self.device)
         self.tower = Tower(self._encode, self.pixels.size, self.device)
-        if graphs:
-            self.tower.capture()
+        if self.graph_runner is not None and expected is not None:
+            with expected.told(self.device):
+                self.graph_runner.capture()
+                self.tower.capture()
 
     def make_graph_runner(self, kernels: Kernels, graphs: bool, compile: bool) -> GraphRunner:
         """What runs passes of fixed shape of this engine's slots, made of `kernels`."""
-        use_product(self.model, kernels.product8)
+        use_kernels(self.model, kernels)
         return GraphRunner(
             self.model,
             self.cache,
@@ -150,6 +165,10 @@ class Engine:
             graphs=graphs,
             compile=compile,
         )
+
+    def agreed(self, kernels: Kernels) -> Kernels:
+        """What passes of fixed shape are made of, where each of several ranks has chosen."""
+        return kernels
 
     recovers = True  # a step that failed may be tried again
 
@@ -216,6 +235,13 @@ class Engine:
         """Features of one batch of normalized pictures `[n, 1, 3, h, w]`."""
         return list(self.tower(pixels).unbind())
 
+    @torch.inference_mode()
+    def _scale_frames(self) -> None:
+        """Chooses the scales of frames' keys and values in 8 bits."""
+        size = self.config.vision_config.image_size
+        noise = torch.randn(1, 1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        self.cache.scale_frames(self._encode(noise.to(self.device))[0].to(self.dtype))
+
     def _encode(self, pixels: Tensor) -> Tensor:
         ones = torch.ones(len(pixels), dtype=torch.long, device=self.device)
         return self.model.model.encode(pixels, ones, ones[:, None].bool())
@@ -264,13 +290,14 @@ class Engine:
         if self.graph_runner is not None:
             kinds, rest = self.graph_runner.divide(steps)
         # First what takes memory, and may not get it: the others are then as they were.
-        sampled = self._packed(rest) if rest else None
+        sampled = self.packed.run(rest) if rest else None
         if sampled is not None:
             tokens.append(sampled)
             slots += [step.slot.index for step in rest if step.sample]
         for kind in kinds:
             assert self.graph_runner is not None
-            self._make_room([(step.slot, len(step.inputs)) for step in kind])
+            for step in kind:
+                make_room(self.cache, step.slot, len(step.inputs), self.packed.special)
             drawn = self.graph_runner.run(kind)
             if drawn is not None:
                 tokens.append(drawn)
@@ -326,75 +353,3 @@ class Engine:
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state of another model or other sizes."""
         slot_state.check(state, self.cache, self.sinks)
-
-    def _make_room(self, wanted: Sequence[tuple[Slot, int]]) -> None:
-        """Drops old text of slots that would grow beyond `max_tokens`."""
-        for slot, count in wanted:
-            over = slot.length + count - self.max_tokens
-            if over <= 0:
-                continue
-            # More than needed, because the kept tokens are moved, which costs time at each drop.
-            drop = min(max(over, self.max_tokens // 16), slot.length - 1)
-            special = (self.silence_token, self.image_token, self.end_of_turn)
-            indices = tokens_to_keep(slot.tokens, drop, *special)
-            self.cache.compact(slot, indices)
-            slot.keep(indices)
-
-    def _packed(self, steps: Sequence[Step]) -> Tensor | None:
-        """Runs packed batches until all tokens are in; the tokens of those that sample one."""
-        waiting = [(step, step.inputs, step.frames) for step in steps]
-        last: dict[int, Tensor] = {}  # hidden state of a slot's last token
-        while waiting:
-            parts, following = [], []
-            for step, tokens, frames in waiting:
-                count, images = self._fitting(step.slot, tokens)
-                parts.append((step.slot, tokens[:count], frames[:images]))
-                if count < len(tokens):
-                    following.append((step, tokens[count:], frames[images:]))
-            last |= self.run(parts)
-            waiting = following
-        steps = [step for step in steps if step.sample]
-        if not steps:
-            return None
-        slots = [step.slot for step in steps]
-        logits = self.model.lm_head(torch.stack([last[slot.index] for slot in slots]))
-        where, at = upload([[s.index for s in slots], [s.position for s in slots]], self.device)
-        draw = partial(self.sampler, logits, where, at, max(s.sampling.draw for s in slots))
-        return choose_tokens(logits, steps, range(len(steps)), draw)
-
-    def _fitting(self, slot: Slot, tokens: list[int]) -> tuple[int, int]:
-        """How many tokens and frames go into the next pass: no more frames than the ring takes."""
-        room, images = slot.ring.room, 0
-        # Tokens before the first frame attend frames that follow them: all in one pass.
-        longest = len(tokens) if self.attend_all else min(len(tokens), LONGEST_PASS)
-        for count, token in enumerate(tokens[:longest]):
-            if token == self.image_token:
-                if images == room:
-                    return count, images
-                images += 1
-        return longest, images
-
-    def run(self, parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]]) -> dict[int, Tensor]:
-        """One forward pass; the last hidden state of each slot `[H]`."""
-        self._make_room([(slot, len(tokens)) for slot, tokens, _ in parts])
-        segments = []
-        for slot, tokens, frames in parts:
-            blind = self.attend_all and slot.ring.count == 0
-            if frames:
-                put_frames(self.cache, slot, tokens, frames)
-            segments.append(Segment(slot, len(tokens), blind))
-        packed = PackedBatch(self.cache, segments, self.attend)
-        ids, positions = list[int](), list[int]()
-        for slot, tokens, _ in parts:
-            ids += tokens
-            positions += range(slot.position, slot.position + len(tokens))
-        decoder = self.model.model.language_model
-        inputs, at = upload([[ids], [positions]], self.device)
-        x = decoder(decoder.embed_tokens(inputs), at, packed.tokens, packed.frames)[0]  # [N, H]
-        last_hidden, end = {}, 0
-        for slot, tokens, _ in parts:
-            end += len(tokens)
-            last_hidden[slot.index] = x[end - 1]
-            slot.append(tokens)
-            self.cache.commit_eviction(slot)
-        return last_hidden

@@ -9,8 +9,11 @@ overwrites it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -31,6 +34,32 @@ from inference.kernels.rows import Rows
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32)  # slots in a pass
 PROMPTS = (8, 16, 32, 64, SPARE)  # tokens of a prompt, of one slot
 HEAD = 4  # rows of the input before its tokens: slot, length, position, last token
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of the passes of an engine.
+
+    rows: slots of a pass. counts: tokens of a slot in it: the pending one, one and a frame, and
+    prompts, of one slot alone.
+    """
+
+    rows: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, slots: int, any_rows: bool) -> Shapes:
+        """slots: of the engine. any_rows: a pass takes a choice of them, or a prompt; else all."""
+        rows = [rows for rows in ROWS if rows < slots and any_rows]
+        return cls((*rows, slots), (1, 2, *(PROMPTS if any_rows else ())))
+
+    @property
+    def kinds(self) -> list[tuple[int, int]]:
+        """Tokens and slots of each pass, the largest first: in the memory of its graph the others
+        have room."""
+        kinds = [(count, rows) for count in self.counts for rows in self.rows]
+        kinds = [(count, rows) for count, rows in kinds if count <= 2 or rows == self.rows[0]]
+        return sorted(kinds, key=math.prod, reverse=True)
 
 
 class GraphRunner:
@@ -61,10 +90,8 @@ class GraphRunner:
         self.decoder = FixedDecoder(model.model.language_model, cache, kernels)
         self.any_rows, self.attend_all, self.graphs = kernels.any_rows, attend_all, graphs
         most, device = cache.slots, cache.device
-        self.rows = [rows for rows in ROWS if rows < most and self.any_rows] + [most]
-        # Tokens of a pass: the pending one, one and a frame, and prompts.
-        self.counts = [1, 2, *(PROMPTS if self.any_rows else ())]
-        shape = HEAD + self.counts[-1], most
+        self.shapes = Shapes.of(most, self.any_rows)
+        shape = HEAD + self.shapes.counts[-1], most
         self.inputs = torch.zeros(shape, dtype=torch.long, device=device)
         vocabulary = model.config.text_config.vocab_size
         self.logits = torch.zeros(most, vocabulary, dtype=cache.dtype, device=device)
@@ -81,7 +108,7 @@ class GraphRunner:
         for step in steps:
             count = len(step.inputs)
             blind = self.attend_all and step.slot.ring.count == 0 and step.frames
-            if blind or count > self.counts[-1] or len(step.frames) > step.slot.ring.room:
+            if blind or count > self.shapes.counts[-1] or len(step.frames) > step.slot.ring.room:
                 rest.append(step)
             elif count > 2:
                 prompts.append([step])
@@ -92,10 +119,11 @@ class GraphRunner:
     def run(self, steps: Sequence[Step]) -> Tensor | None:
         """A pass of steps of one kind: their sampled tokens on the device, for which nothing
         waits; None where no step samples."""
-        count = next(c for c in self.counts if c >= len(steps[0].inputs))
+        count = next(c for c in self.shapes.counts if c >= len(steps[0].inputs))
         columns = [self._column(step, count) for step in steps]
         if self.any_rows:
-            rows, picked = next(r for r in self.rows if r >= len(steps)), list(range(len(steps)))
+            rows = next(r for r in self.shapes.rows if r >= len(steps))
+            picked = list(range(len(steps)))
             columns += columns[:1] * (rows - len(steps))
         else:
             rows, picked = self.cache.slots, [step.slot.index for step in steps]
@@ -168,19 +196,17 @@ class GraphRunner:
         without it, passes run without graphs, and a line says so."""
         if not self.graphs:
             return
-        kinds = [(count, rows) for count in self.counts for rows in self.rows]
-        kinds = [(count, rows) for count, rows in kinds if count <= 2 or rows == self.rows[0]]
-        progress = Progress("CUDA graphs", len(kinds) + len(self.rows) * len(Draw), "graphs")
+        kinds, rows = self.shapes.kinds, self.shapes.rows[::-1]
+        progress = Progress("CUDA graphs", len(kinds) + len(rows) * len(Draw), "graphs")
         pool = Pool(self.inputs.device)  # only one of them runs at a time
         with or_without("passes", self.passes, self.draws):
             for kind in kinds:
                 self.passes[kind] = pool.capture(partial(self.compute, *kind))[0]
                 self._check(kind)
                 progress.step()
-            for rows in self.rows:
-                for draw in Draw:
-                    self.draws[rows, draw] = pool.capture(partial(self._sample, rows, draw))
-                    progress.step()
+            for count, draw in product(rows, reversed(Draw)):
+                self.draws[count, draw] = pool.capture(partial(self._sample, count, draw))
+                progress.step()
         progress.end()
 
     def _check(self, kind: tuple[int, int]) -> None:

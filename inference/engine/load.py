@@ -24,6 +24,7 @@ from inference.engine.choose_attend import asks_of, choose
 from inference.engine.engine import Engine, EngineConfig
 from inference.engine.quantize import quantize_decoder, take_scales
 from inference.engine.sharded import ShardedEngine, join
+from inference.engine.staging import move
 from inference.engine.tensor_parallel import check_divisible, shard
 from inference.engine.weights import Reading, has_safetensors, read_model
 from inference.hf.configuration_moss_video import MossVideoConfig
@@ -62,7 +63,7 @@ def load_engine(
         config: `changes` are fields of it.
         device: `auto` (the best that there is), a kind of device, or one of several: `cuda:1`.
         dtype: one of `DTYPES`; None: the checkpoint's on CUDA, fp32 on a CPU.
-        quantize: `int8` or `fp8`: weights of the decoder's linear layers.
+        quantize: `int8`, `fp8` or `int4`: weights of the decoder's linear layers.
 
     Raises:
         ValueError: the folder is not a checkpoint of this model, an argument is wrong, or the
@@ -72,6 +73,8 @@ def load_engine(
     config = replace(config or EngineConfig(), **changes)
     where = devices.find(device)
     check_attention(Path(checkpoint), config.attention, where, dtype)
+    if config.kv_dtype == "fp8":
+        _check_eight_bit("kv_dtype=fp8: keys and values in 8 bits run", where)
     rank, ranks = join(where.type)
     _check_tokenizer(Path(checkpoint))
     model = load_model(checkpoint, device, dtype, quantize, rank, ranks)
@@ -103,11 +106,8 @@ def load_model(
     if wrong is not None:
         raise ValueError(f"{folder}: {wrong}")
     where = devices.find(device)
-    if quantize is not None and not devices.has_eight_bit(where):
-        raise ValueError(
-            f"quantize={quantize}: 8-bit weights run on {' and '.join(devices.EIGHT_BIT)}, not on "
-            f"{where.type}: leave it out (weights in bf16)"
-        )
+    if quantize is not None:
+        _check_eight_bit(f"quantize={quantize}: quantized weights run", where)
     config = MossVideoConfig.from_pretrained(folder)
     stored = config.__dict__.pop("quantization_config", None)
     if stored is not None and ranks > 1:
@@ -125,8 +125,15 @@ def load_model(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {error}") from error
     if quantize is not None and stored is None:
-        quantize_decoder(read.model, quantize)
-    return read.model.to(where).eval()
+        quantize_decoder(read.model, quantize, where)
+    move(read.model, where)
+    return read.model.eval()
+
+
+def _check_eight_bit(what: str, device: torch.device) -> None:
+    if not devices.has_eight_bit(device):
+        runs = " and ".join(devices.EIGHT_BIT)
+        raise ValueError(f"{what} on {runs}, not on {device.type}: leave it out (bf16)")
 
 
 def check_attention(

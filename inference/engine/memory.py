@@ -56,21 +56,26 @@ class CacheSizes:
     def _token(self) -> int:
         return 2 * self.kv_heads * self.head_dim * self.item
 
-    def check(self, slots: int, device: torch.device) -> None:
-        """Raises ValueError where so many slots do not fit into what is free on the device."""
+    def check(self, slots: int, device: torch.device, beside: int = 0) -> None:
+        """Raises ValueError where so many slots do not fit into what is free on the device.
+
+        beside: bytes that graphs will take.
+        """
         if device.type == "meta":
             return
         each = self.text + self.frames
         free = devices.free_memory(device) + devices.unused_memory(device)
-        if slots * each <= free:
+        if slots * each + beside <= free:
             return
-        most = free // each
+        most = max(0, free - beside) // each
+        graphs = f", graphs {gib(beside)} while they are captured" if beside else ""
         instead = f"give max_sessions {most} at most, or" if most else "give"
+        without = ", or graphs=False" if beside else ""
         raise ValueError(
             f"max_sessions={slots}: keys and values of a session are {gib(each)} (text of "
             f"{self.max_tokens} tokens {gib(self.text)}, {self.window} frames {gib(self.frames)}): "
-            f"{gib(slots * each)} for all, and {device} has {gib(free)} free beside the model: "
-            f"{instead} a smaller window or max_tokens (--max_context)"
+            f"{gib(slots * each)} for all{graphs}, and {device} has {gib(free)} free beside the "
+            f"model: {instead} a smaller window or max_tokens (--max_context){without}"
         )
 
 

@@ -1,5 +1,6 @@
 """A slot from its tokens and pictures, where its keys and values are lost: begin, then `add_frames`
-and `add_tokens` in pieces, so that steps of other slots go between them, then `finish`.
+and `add_tokens` in pieces, so that steps of other slots go between them, then `finish`
+(session/rebuilder.py).
 
 What was never dropped is as it was, up to rounding. Of a slot that has dropped text or frames, the
 keys and values of what is left are computed anew without them.
@@ -7,18 +8,15 @@ keys and values of what is left are computed anew without them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from inference.engine.engine import LONGEST_PASS, VISION_BATCH, Engine
+from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot
-
-PIECE_FRAMES = VISION_BATCH // 2  # of a slot at a time
-PIECE_TOKENS = LONGEST_PASS // 2
 
 
 @dataclass
@@ -69,22 +67,15 @@ def add_frames(engine: Engine, slot: Slot, place: int, features: Sequence[Tensor
 
 
 @torch.inference_mode()
-def add_tokens(engine: Engine, slot: Slot, tokens: Sequence[int], position: int) -> None:
-    """Tokens whose positions follow each other, from `position` on. All frames are there."""
-    slot.position = position
-    engine.run([(slot, list(tokens), ())])
+def add_tokens(engine: Engine, parts: Sequence[tuple[Slot, list[int], int]]) -> None:
+    """Tokens of slots whose frames are all there, in one pass: of each those whose positions follow
+    each other, from a position on."""
+    for slot, _, position in parts:
+        slot.position = position
+    engine.packed.forward([(slot, tokens, ()) for slot, tokens, _ in parts])
 
 
 def finish(engine: Engine, slot: Slot, position: int, pending: int | None) -> None:
     """The slot goes on from here."""
     slot.position, slot.pending = position, pending
     engine.set_sampling(slot, slot.sampling)  # which counts the context
-
-
-def runs(positions: Sequence[int], most: int = PIECE_TOKENS) -> Iterator[tuple[int, int]]:
-    """[begin, end) of pieces of at most `most` tokens whose positions follow each other."""
-    begin = 0
-    for i in range(1, len(positions) + 1):
-        if i == len(positions) or positions[i] != positions[i - 1] + 1 or i - begin == most:
-            yield begin, i
-            begin = i

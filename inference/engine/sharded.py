@@ -1,22 +1,21 @@
 """The engine in several processes, started by torchrun: each holds a slice of the model.
 
 Rank 0 is the engine that the program sees. Each of its calls that computes or changes something is
-broadcast (`on_all`) and runs on every rank, on that rank's slice (see tensor_parallel.py). A call
-that is not possible is refused on rank 0 before it is broadcast, so all ranks stay in step; a rank
-that fails ends all of them (torchrun).
+told to the others (lock_step.py) and runs on every rank, on that rank's slice (tensor_parallel.py).
+A call that is not possible is refused on rank 0 before it is told, so all ranks stay in step; a
+rank that fails ends all of them (lifeline.py).
 """
 
 from __future__ import annotations
 
 import atexit
-import io
-import pickle
+import gc
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +26,11 @@ from torch import Tensor
 from data_pipeline import devices
 from data_pipeline.ranks import joining, ranks_of
 from inference.engine.engine import Engine
+from inference.engine.lifeline import Lifeline, host_of
+from inference.engine.lock_step import Channel, Kind
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
-
-IDLE = timedelta(days=3650)  # other ranks wait for the next call without a time limit
+from inference.kernels.choose import Kernels
 
 
 def join(kind: str) -> tuple[int, int]:
@@ -54,17 +54,21 @@ class ShardedEngine(Engine):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.leads = dist.get_rank() == 0
-        self.ranks = dist.get_world_size()
-        self.control = dist.new_group(backend="gloo", timeout=IDLE)
-        self.running = True
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.leads, self.running = self.rank == 0, True
+        size = self.pixels.size
+        frame = self.cache.patches, self.config.text_config.hidden_size
+        picture = 1, 3, size, size
+        self.channel = Channel(self.device, self.dtype, self.slots, frame, picture)
+        self.lifeline = Lifeline(self.rank, self.ranks, self.channel.share, host_of())
         if self.leads:
             atexit.register(self.shutdown)
 
     def shutdown(self) -> None:
         """Ends the other ranks."""
         if self.leads and self.running:
-            self.on_all(ShardedEngine._stop)
+            with suppress(RuntimeError):  # they have gone
+                self.on_all(ShardedEngine._stop)
 
     def abandon(self) -> None:
         """No more calls: a step has failed, and the other ranks may wait in the middle of it."""
@@ -72,12 +76,32 @@ class ShardedEngine(Engine):
 
     def follow(self) -> None:
         """What other ranks do: the calls of rank 0, until it shuts down."""
+        gc.collect()
+        gc.freeze()  # else the collector takes seconds over all modules when the process ends
         with _outliving_signals():
             while self.running:
-                function, arguments = self._receive()
-                function(self, *arguments)
+                self._follow(*self.channel.receive())
                 for slot in self.slots.values():
                     slot.evictions.clear()  # rank 0 reports them
+
+    def _follow(self, kind: Kind, numbers: list[int]) -> None:
+        if kind is Kind.STEP:
+            Engine.step(self, self.channel.receive_steps(numbers))
+        elif kind is Kind.ENCODE:
+            Engine.encode_pixels(self, self.channel.receive_pixels(numbers))
+        else:
+            function, arguments = self.channel.receive_call(numbers)
+            function(self, *arguments)
+
+    def agreed(self, kernels: Kernels) -> Kernels:
+        """Those that have proven right on all ranks, whose passes must have the same shapes."""
+        others = Kernels()
+        names = [field.name for field in fields(Kernels)]
+        own = [getattr(kernels, name) is not getattr(others, name) for name in names]
+        all_have = torch.tensor(own, dtype=torch.int32, device=self.device)
+        dist.all_reduce(all_have, dist.ReduceOp.MIN)
+        lacking = [name for name, has in zip(names, all_have.tolist(), strict=True) if not has]
+        return replace(kernels, **{name: getattr(others, name) for name in lacking})
 
     def open(self, sampling: Sampling | None = None) -> Slot:
         self.check_free()
@@ -91,11 +115,15 @@ class ShardedEngine(Engine):
             self.on_all(Engine.close, slot)
 
     def encode_pixels(self, pixels: Tensor) -> list[Tensor]:
-        return self.on_all(Engine.encode_pixels, pixels)
+        self._check_running()
+        self.channel.send_pixels(pixels)
+        return Engine.encode_pixels(self, pixels)
 
     def step(self, steps: Sequence[Step]) -> list[int | None]:
         self.check(steps)
-        return self.on_all(Engine.step, steps)
+        self._check_running()
+        self.channel.send_steps(steps)
+        return Engine.step(self, steps)
 
     def save(self, slot: Slot) -> dict[str, Any]:
         """The whole session, as one process would save it."""
@@ -111,12 +139,13 @@ class ShardedEngine(Engine):
 
     def _stop(self) -> None:
         self.running = False
+        self.lifeline.close()
         dist.destroy_process_group()  # else its threads may abort the process's exit
 
     def _gather(self, slot: Slot) -> dict[str, Any]:
         own = Engine.save(self, slot)
         parts: list[Any] | None = [None] * self.ranks if self.leads else None
-        dist.gather_object((own["text"], own["frames"]), parts, dst=0, group=self.control)
+        dist.gather_object((own["text"], own["frames"]), parts, dst=0, group=self.channel.group)
         if parts is not None:
             # [layers, 2, KV heads, L, D]
             own["text"] = torch.cat([text for text, _ in parts], dim=2)
@@ -132,30 +161,19 @@ class ShardedEngine(Engine):
 
     def _own(self, state: dict[str, Any]) -> dict[str, Any]:
         """This rank's KV heads of a saved session."""
-        start = dist.get_rank() * self._heads
+        start = self.rank * self._heads
         own = {name: state[name].narrow(2, start, self._heads) for name in ("text", "frames")}
         return {**state, **own}
 
-    # One call on all ranks. Its arguments are pickled, with two exceptions: a slot travels as its
-    # index and its pending token, and a tensor on the engine's device is broadcast from there.
-
     def on_all(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs `function(self, *arguments)` on every rank; rank 0's result."""
-        if not self.running:
-            raise RuntimeError("the other ranks have gone")
-        file = io.BytesIO()
-        pickler = _Pickler(file, self.device)
-        pickler.dump((function, arguments))
-        dist.broadcast_object_list([file.getvalue()], src=0, group=self.control)
-        for tensor in pickler.tensors:
-            dist.broadcast(tensor, src=0)
+        self._check_running()
+        self.channel.send_call(function, arguments)
         return function(self, *arguments)
 
-    def _receive(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """On other ranks: the next function of `on_all`, and its arguments."""
-        messages: list[Any] = [None]
-        dist.broadcast_object_list(messages, src=0, group=self.control)
-        return _Unpickler(io.BytesIO(messages[0]), self.slots, self.device).load()
+    def _check_running(self) -> None:
+        if not self.running:
+            raise RuntimeError("the other ranks have gone")
 
 
 @contextmanager
@@ -172,38 +190,3 @@ def _outliving_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Pickler(pickle.Pickler):
-    """Collects the tensors that are on `device`, in the order in which they are to be broadcast."""
-
-    def __init__(self, file: io.BytesIO, device: torch.device) -> None:
-        super().__init__(file)
-        self._device = device
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, value: Any) -> Any:
-        if isinstance(value, Slot):
-            return "slot", value.index, value.pending
-        if isinstance(value, Tensor) and value.device == self._device:
-            self.tensors.append(value.contiguous())
-            return "tensor", tuple(value.shape), value.dtype
-        return None
-
-
-class _Unpickler(pickle.Unpickler):
-    """Receives each tensor when the message names it, and finds this rank's slots."""
-
-    def __init__(self, file: io.BytesIO, slots: Mapping[int, Slot], device: torch.device) -> None:
-        super().__init__(file)
-        self._slots, self._device = slots, device
-
-    def persistent_load(self, reference: Any) -> Any:
-        kind, first, second = reference
-        if kind == "slot":
-            slot = self._slots[first]
-            slot.pending = second
-            return slot
-        tensor = torch.empty(first, dtype=second, device=self._device)
-        dist.broadcast(tensor, src=0)
-        return tensor

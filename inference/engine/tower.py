@@ -28,7 +28,7 @@ class Tower:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         count = len(pixels)
-        batch = next((batch for batch in self.graphs if batch >= count), None)
+        batch = next((batch for batch in BATCHES if batch >= count and batch in self.graphs), None)
         if batch is None or self.pixels is None:
             return self.encode(pixels)
         self.pixels[:count].copy_(pixels)
@@ -44,7 +44,7 @@ class Tower:
         progress = Progress("vision graphs", len(BATCHES), "graphs")
         pool = Pool(self.device)
         with or_without("frames", self.graphs):
-            for batch in BATCHES:
+            for batch in reversed(BATCHES):  # in whose memory the smaller ones have room
                 self.graphs[batch] = pool.capture(partial(self.encode, self.pixels[:batch]))
                 self.pixels.normal_()
                 wanted = self.encode(self.pixels[:batch])

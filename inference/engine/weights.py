@@ -1,9 +1,10 @@
 """Weights from safetensors to where they live, by several threads, and no more than a rank needs.
 
 The model is made without memory (`meta`), cut to the rank's slice, and each of its parameters is
-read from its place in the mapped file to the device. So a rank of eight reads an eighth of the
-file, and the host holds no copy of the model on its way to a GPU. On a CPU weights that need no
-other dtype stay in the mapped file, which processes share.
+read from its place in the mapped file to the device, through a ring of page-locked buffers
+(staging.py). So a rank of eight reads an eighth of the file, and the host holds no copy of the
+model on its way to a GPU. On a CPU weights that need no other dtype stay in the mapped file, which
+processes share.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from inference.engine.staging import copy_all, works
 from inference.engine.tensor_parallel import GatheredLinear, RowLinear, shard
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-THREADS = 8
+THREADS = 8  # where weights do not go through the ring
 _CUT = (RowLinear, GatheredLinear)
 
 
@@ -62,23 +65,23 @@ def read_model(
         ValueError: a tensor has another shape than the model's, or the ranks cannot share it.
         OSError, SafetensorError: a file cannot be read.
     """
-    files = {name: file for file in _files(folder) for name in _names(file)}
-    if dtype is None:
-        dtype = config.dtype or _first_dtype(files)
     with torch.device("meta"):
         model = MossVideoForConditionalGeneration(config)
     if ranks > 1:
         shard(model, rank, ranks)
     wanted = dict(_parameters(model))
-    known = {_today(name): name for name in files}
-    found = Reading(
-        model,
-        [name for name in wanted if name not in known],
-        [old for new, old in known.items() if new not in wanted],
-    )
-    if not found.missing:
-        jobs = {known[name]: target for name, target in wanted.items()}
-        _fill(jobs, files, dtype, device, (rank, ranks))
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in _files(folder)]
+        files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        known = {_today(name): name for name in files}
+        found = Reading(
+            model,
+            [name for name in wanted if name not in known],
+            [old for new, old in known.items() if new not in wanted],
+        )
+        if not found.missing:
+            jobs = {known[name]: target for name, target in wanted.items()}
+            _fill(jobs, files, dtype or config.dtype or _first_dtype(files), device, (rank, ranks))
     return found
 
 
@@ -107,15 +110,9 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
-
-
-def _first_dtype(files: Mapping[str, Path]) -> torch.dtype:
-    for name, file in files.items():
-        with safe_open(file, framework="pt") as opened:
-            dtype: torch.dtype = opened.get_slice(name)[:0].dtype
+def _first_dtype(files: Mapping[str, Any]) -> torch.dtype:
+    for name, opened in files.items():
+        dtype: torch.dtype = opened.get_slice(name)[:0].dtype
         if dtype.is_floating_point and dtype.itemsize > 1:
             return dtype
     return torch.get_default_dtype()
@@ -123,23 +120,34 @@ def _first_dtype(files: Mapping[str, Path]) -> torch.dtype:
 
 def _fill(
     jobs: Mapping[str, Target],
-    files: Mapping[str, Path],
+    files: Mapping[str, Any],
     dtype: torch.dtype,
     device: torch.device,
     place: tuple[int, int],
 ) -> None:
-    """Reads each tensor to its parameter."""
+    """Reads each tensor to its parameter. files: by tensor, opened."""
+    names = [name for name in files if name in jobs]
 
-    def read(name: str) -> None:
+    def part(name: str) -> Tensor:
         module, own = jobs[name]
-        shape = module.get_parameter(own).shape
-        with safe_open(files[name], framework="pt") as opened:
-            part = _part(name, opened, shape, *place)
-            tensor = part.to(device, dtype).contiguous()
+        return _part(name, files[name], module.get_parameter(own).shape, *place)
+
+    def put(name: str, tensor: Tensor) -> None:
+        module, own = jobs[name]
         setattr(module, own, nn.Parameter(tensor, requires_grad=False))
 
+    def made() -> Iterator[tuple[Tensor, Tensor]]:
+        for name in names:
+            source = part(name)
+            target = torch.empty(source.shape, dtype=dtype, device=device)
+            put(name, target)
+            yield source, target
+
+    if works(device):
+        copy_all(made(), device)
+        return
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(read, [name for name in files if name in jobs]):
+        for _ in pool.map(lambda name: put(name, part(name).to(device, dtype).contiguous()), names):
             pass
 
 

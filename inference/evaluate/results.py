@@ -1,6 +1,6 @@
 """The common form of an evaluation's results, whichever suite it is.
 
-    OUT/run.json                 what was evaluated, with which settings
+    OUT/run.json                 which model and weights were evaluated, with which settings
     OUT/items/ROW.jsonl          a line for each item, added when it is done
     OUT/results.json .md .html   the table
 
@@ -15,6 +15,7 @@ goes on after a stop asks both again.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections import Counter
@@ -33,6 +34,7 @@ from data_pipeline.tables import format_table
 RUN, RESULTS, ITEMS = "run.json", "results.json", "items"
 # Settings in which a run that goes on may differ from the one that it continues.
 FREE = ("limit", "replicas")
+_TAIL = 2**20  # bytes
 Item = dict[str, Any]
 
 
@@ -203,17 +205,27 @@ class EvaluationRun:
     """The folder of a run. One process at a time writes it, and goes on where another stopped."""
 
     def __init__(self, out: Path, model: str, suite: str, settings: Mapping[str, Any]) -> None:
-        """Raises BenchmarkError where the folder is that of another model, suite or settings, or
-        is being written."""
+        """model: path of an export, or a server's address.
+
+        Raises BenchmarkError where the folder is that of another model, suite or settings, cannot
+        be written, or is being written.
+        """
         self.out, self.model, self.suite, self.settings = out, model, suite, dict(settings)
-        out.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(out, os.O_RDONLY)
+        begun = {"model": model, "weights": weights_of(Path(model)), "suite": suite, **settings}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(out, os.O_RDONLY)
+        except OSError as error:
+            raise BenchmarkError(f"{out}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _check_same(out / RUN, {"model": model, "suite": suite, **self.settings})
-        except OSError:
+            _check_same(out / RUN, begun)
+        except BlockingIOError:
             self._close()
             raise BenchmarkError(f"{out}: another process is writing it") from None
+        except OSError as error:
+            self._close()
+            raise BenchmarkError(f"{out}: cannot be written: {error.strerror}") from None
         except BenchmarkError:
             self._close()
             raise
@@ -241,6 +253,23 @@ class EvaluationRun:
         trace: TracebackType | None,
     ) -> None:
         self._close()
+
+
+def weights_of(export: Path) -> str:
+    """A digest of the weights that lie in a folder now: of the SHA-256 of its files in an export's
+    manifest.json, else of their sizes and last bytes. Empty: there are none."""
+    try:
+        known = json.loads((export / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    digest, files = hashlib.sha256(), sorted(export.glob("*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            told = known.get(path.name, {}).get("sha256") or hashlib.sha256(file.read()).hexdigest()
+        digest.update(f"{path.name} {size} {told}\n".encode())
+    return digest.hexdigest()[:16] if files else ""
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:

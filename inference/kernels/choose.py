@@ -27,6 +27,7 @@ class Kernels:
     rotate_and_keep: Callable[..., Tensor] = plain.rotate_and_keep
     norm_and_rotate: Callable[..., Tensor] = plain.norm_and_rotate
     product8: Callable[..., Tensor] = plain.product8
+    product4: Callable[..., Tensor] = plain.product4
     attention: type[Attention] = plain.Attention
 
     @property
@@ -69,14 +70,15 @@ def choose(
 
 
 def _triton() -> Kernels:
-    from inference.kernels import triton_attention, triton_eight_bit, triton_rows
+    from inference.kernels import triton_attention, triton_products, triton_rows
 
     return Kernels(
         triton_rows.add_norm,
         triton_rows.swiglu,
         triton_rows.rotate_and_keep,
         triton_rows.norm_and_rotate,
-        triton_eight_bit.product8,
+        triton_products.product8,
+        triton_products.product4,
         triton_attention.Attention,
     )
 

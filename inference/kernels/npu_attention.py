@@ -18,8 +18,7 @@ class Attention(plain.Attention):
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         queries = q.unflatten(0, (-1, self.rows.count)).transpose(1, 2)  # [B, heads, S, D]
-        k, v = self.rows.of(keys), self.rows.of(values)
-        out = fused("BNSD", queries, k, v, atten_mask=~mask)
+        out = fused("BNSD", queries, keys, values, atten_mask=~mask)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.hf.decoder_moss_video import Rotation, attend_few, rotate
-from inference.kernels.rows import Buffers, Rows, seen_frames
+from inference.kernels.rows import Buffers, PassSize, Rows, seen_frames
+
+EIGHT_BITS = torch.float8_e4m3fn  # of keys and values, where their buffers are in 8 bits
+LARGEST = torch.finfo(EIGHT_BITS).max
+GROUP = 128  # weights in 4 bits that have one scale
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,7 +40,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rotate_and_keep(
-    qkv: Tensor, rotation: Rotation, keys: Tensor, values: Tensor, rows: Rows
+    qkv: Tensor,
+    rotation: Rotation,
+    keys: Tensor,
+    values: Tensor,
+    rows: Rows,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Rotates queries and keys, and writes keys and values of the new tokens into the buffers.
 
@@ -44,6 +53,7 @@ def rotate_and_keep(
         qkv: `[N, (heads + 2 KV) x D]`.
         rotation: cosines and sines `[N, D]`.
         keys, values: `[slots, KV, L, D]`.
+        scales: of keys and values `[2, KV]`, where these are in 8 bits.
 
     Returns:
         Queries `[N, heads, D]`.
@@ -54,9 +64,22 @@ def rotate_and_keep(
     slots = rows.slots(len(keys))
     where = slots[:, None], slice(None), rows.places
     new = (len(slots), rows.count, kv, head_dim)
-    keys[where] = turned[:, -kv:].reshape(new)
-    values[where] = split[:, -kv:].reshape(new)
+    of_keys, of_values = (None, None) if scales is None else scales[..., None]
+    keys[where] = kept(turned[:, -kv:].reshape(new), of_keys)
+    values[where] = kept(split[:, -kv:].reshape(new), of_values)
     return turned[:, :-kv]
+
+
+def kept(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Keys or values as a buffer has them: in 8 bits, `x / scale`; without a scale as they are."""
+    if scale is None:
+        return x
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(EIGHT_BITS)
+
+
+def read(numbers: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What `kept` has put into a buffer."""
+    return numbers if scale is None else numbers.to(dtype) * scale.to(dtype)
 
 
 def norm_and_rotate(q: Tensor, weight: Tensor, eps: float, rotation: Rotation | None) -> Tensor:
@@ -90,21 +113,55 @@ class Attention:
 
     def tokens(self, layer: int, q: Tensor) -> Tensor:
         """What queries `[N, heads, D]` see of all tokens up to their own `[N, heads x D]`."""
-        keys, values = self.buffers.tokens_of[layer]
+        keys, values = self._read(self.buffers.tokens_of[layer], layer, q.dtype)
         return self._attend(q, keys, values, self.token_mask)
 
     def frames(self, layer: int, q: Tensor) -> Tensor:
         """What queries `[N, heads, D]` see of the frames `[N, heads x D]`; 0 without a frame."""
-        keys, values = self.buffers.frames_of[layer]
+        keys, values = self._read(self.buffers.frames_of[layer], layer, q.dtype)
         out = self._attend(q, keys, values, self.frame_mask)
         return out * self.sees.flatten()[:, None]
 
+    def _read(self, numbers: Tensor, layer: int, dtype: torch.dtype) -> list[Tensor]:
+        """Keys and values of the rows `[B, KV, L, D]`."""
+        scales = self.buffers.scales_of.get(layer)
+        each = (None, None) if scales is None else scales[..., None, None]
+        parts = zip(numbers, each, strict=True)
+        return [read(self.rows.of(part), scale, dtype) for part, scale in parts]
+
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         queries = q.unflatten(0, (-1, self.rows.count)).transpose(1, 2)  # [B, heads, S, D]
-        out = attend_few(queries, self.rows.of(keys), self.rows.of(values), mask)
+        out = attend_few(queries, keys, values, mask)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    @staticmethod
+    def scratch(size: PassSize) -> int:
+        """Masks; scores in fp32 with and without one; keys and values in 8 bits, converted."""
+        pairs = size.rows * size.count * size.places
+        scores = 4 * pairs + 10 * size.heads * pairs
+        if not size.eight_bit:
+            return scores
+        side = size.rows * size.kv_heads * size.places * size.width * size.item  # keys, or values
+        return max(scores + 2 * side, 3 * side)
 
 
 def product8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`x @ (weight * scale).T` of weights `[out, in]` in 8 bits with one scale a row `[out]`."""
     return F.linear(x, weight.to(x.dtype)) * scale
+
+
+def product4(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`x @ w.T` of weights in 4 bits, as `from_four_bits` reads them. x: `[N, in]`."""
+    full = from_four_bits(weight, scale.to(x.dtype))
+    return F.linear(x, full[:, : x.shape[-1]])
+
+
+def from_four_bits(weight: Tensor, scale: Tensor) -> Tensor:
+    """Weights `[out, groups * 128]` in the scale's dtype, of which the last inputs may be none.
+
+    weight: uint8 `[out, groups * 64]`; byte j of a group has its numbers j (in the lower bits) and
+    64 + j, each more by 8 than it stands for. scale: `[out, groups]`.
+    """
+    pairs = weight.unflatten(1, (-1, GROUP // 2))  # [out, groups, 64]
+    numbers = torch.cat((pairs & 15, pairs >> 4), -1).to(scale.dtype) - 8
+    return (numbers * scale[..., None]).flatten(1)

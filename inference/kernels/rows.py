@@ -51,6 +51,8 @@ class Buffers(Protocol):
     first, last: a token at position t sees the frame in place i if first[i] <= t < last[i]
         `[slots, window + 1]`.
     patches: places of a frame in `frames_of`.
+    scales_of: by layer `[2, KV heads]`, where keys and values are in 8 bits: by which powers of two
+        they were divided.
     """
 
     tokens_of: dict[int, Tensor]
@@ -58,12 +60,28 @@ class Buffers(Protocol):
     first: Tensor
     last: Tensor
     patches: int
+    scales_of: dict[int, Tensor]
 
 
 def seen_frames(buffers: Buffers, rows: Rows) -> Tensor:
     """True where a new token sees the frame in a place `[B, S, window + 1]`."""
     at = rows.positions[..., None]
     return (rows.of(buffers.first)[:, None] <= at) & (at < rows.of(buffers.last)[:, None])
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """What the memory of a pass depends on: its rows, `count` new tokens in each; heads of `width`
+    numbers of `item` bytes; places of keys that a slot has at most, in 8 bits or not."""
+
+    rows: int
+    count: int
+    heads: int
+    kv_heads: int
+    width: int
+    places: int
+    item: int
+    eight_bit: bool
 
 
 class Attention(Protocol):
@@ -77,6 +95,10 @@ class Attention(Protocol):
     sees: Tensor
 
     def __init__(self, buffers: Any, rows: Rows): ...
+
+    @staticmethod
+    def scratch(size: PassSize) -> int:
+        """Bytes that it holds at its peak, beside queries and what they see."""
 
     def tokens(self, layer: int, q: Tensor) -> Tensor:
         """What queries `[N, heads, D]` see of all tokens up to their own `[N, heads x D]`."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.kernel_proof import Case
+from inference.kernels import plain
 from inference.kernels.rows import Attention, Rows
 
 NEVER = 2**40  # a position that no token reaches
 PLACES, WINDOW = 300, 4  # tokens and frames that a slot of the trials has room for
+MANY_PLACES, LONG_WINDOW = 4200, 44  # where keys are cut into as many parts as they ever are
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Sizes:
     kv_heads: int
     head_dim: int
     patches: int
+    eight_bit: bool = False  # keys and values
+    fp8_weights: bool = False  # of those in 8 bits; else int8
 
 
 @dataclass
@@ -39,6 +43,7 @@ class _Buffers:
     first: Tensor
     last: Tensor
     patches: int
+    scales_of: dict[int, Tensor]
 
 
 class Trials:
@@ -65,7 +70,7 @@ class Trials:
         heads, width = self.sizes.heads + 2 * self.sizes.kv_heads, self.sizes.head_dim
         for count in (1, 3):
             inputs = self._draw((2 * count, heads * width), self._kept(PLACES))
-            run = partial(_rotated_and_kept, self._rows(count))
+            run = partial(_rotated_and_kept, self._rows(count), self._scales())
             yield _case(f"{count} tokens", run, ours, other, (*inputs, *self._turn(2 * count)))
 
     def norm_and_rotate(self, ours: Any, other: Any) -> Iterator[Case]:
@@ -75,24 +80,45 @@ class Trials:
         yield _case("normed and rotated", _normed, ours, other, (*inputs, *self._turn(3)))
 
     def product8(self, ours: Any, other: Any) -> Iterator[Case]:
-        shape = (self.sizes.inner, self.sizes.hidden)
-        weight = torch.randint(-127, 128, shape, generator=self.generator, dtype=torch.int8)
-        run = partial(_product, weight.to(self.device))
-        for tokens in (1, 2, 20):
-            inputs = self._draw((tokens, self.sizes.hidden), (self.sizes.inner,))
+        outs, width = self.sizes.inner, self.sizes.hidden
+        if self.sizes.fp8_weights:
+            weight = self._draw((outs, width))[0].to(plain.EIGHT_BITS)
+        else:
+            weight = self._integers(-127, 128, (outs, width)).to(torch.int8)
+        yield from self._products(ours, other, weight, (outs,))
+
+    def product4(self, ours: Any, other: Any) -> Iterator[Case]:
+        outs, groups = self.sizes.inner, -(-self.sizes.hidden // plain.GROUP)
+        weight = self._integers(0, 256, (outs, groups * plain.GROUP // 2)).to(torch.uint8)
+        yield from self._products(ours, other, weight, (outs, groups))
+
+    def _products(
+        self, ours: Any, other: Any, weight: Tensor, scales: tuple[int, ...]
+    ) -> Iterator[Case]:
+        run = partial(_product, weight)
+        for tokens in (1, 2, 20, 40, 150):  # a tile of each size
+            inputs = self._draw((tokens, self.sizes.hidden), scales)
             yield _case(f"{tokens} tokens", run, ours, other, inputs)
 
     def attention(self, ours: Any, other: Any) -> Iterator[Case]:
-        frames = self._kept((WINDOW + 1) * self.sizes.patches)
-        for count in (1, 2, 33):
-            shape = (2 * count, self.sizes.heads, self.sizes.head_dim)
-            inputs = self._draw(shape, self._kept(PLACES), frames)
-            run = partial(_attended, self._buffers(), self._rows(count))
-            yield _case(f"{count} tokens", run, ours, other, inputs)
+        sizes = self.sizes
+        few, many = (PLACES, WINDOW), (MANY_PLACES, LONG_WINDOW)
+        for rows, count, (places, window) in (
+            (2, 1, few), (2, 2, few), (2, 8, few), (2, 33, few), (1, 1, many),
+        ):  # fmt: skip
+            shape = (rows * count, sizes.heads, sizes.head_dim)
+            frames = self._kept((window + 1) * sizes.patches)
+            inputs = self._draw(shape, self._kept(places), frames)
+            run = partial(_attended, self._buffers(window), self._rows(count, rows, places))
+            yield _case(f"{count} tokens of {rows} slots, {places} keys", run, ours, other, inputs)
 
     def _draw(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         drawn = (torch.randn(shape, generator=self.generator) for shape in shapes)
         return tuple(x.to(self.device, self.dtype) for x in drawn)
+
+    def _integers(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+        drawn = torch.randint(low, high, shape, generator=self.generator)
+        return drawn.to(self.device)
 
     def _turn(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[N, D]`."""
@@ -103,13 +129,29 @@ class Trials:
     def _kept(self, length: int) -> tuple[int, ...]:
         return (2, 3, self.sizes.kv_heads, length, self.sizes.head_dim)
 
-    def _rows(self, count: int) -> Rows:
-        return Rows(self._whole([2, 0]), self._whole([130, 40]), self._whole([400, 60]), count)
+    def _rows(self, count: int, rows: int = 2, places: int = PLACES) -> Rows:
+        """Of the first so many slots; the first row has almost half of its places full."""
+        numbers = [2, 0], [places // 2 - 20, 40], [400, 60]
+        slot, length, position = (self._whole(each[:rows]) for each in numbers)
+        return Rows(slot, length, position, count)
 
-    def _buffers(self) -> _Buffers:
-        first = [[5, 9, 20, 61, NEVER], [NEVER] * 5, [3, 300, 350, 401, NEVER]]
-        last = [[NEVER, NEVER, 61, NEVER, NEVER], [NEVER] * 5, [401, *[NEVER] * 4]]
-        return _Buffers({}, {}, self._whole(first), self._whole(last), self.sizes.patches)
+    def _buffers(self, window: int) -> _Buffers:
+        first = [[5, 9, 20, 61], [], [3, 300, 350, 401]]
+        last = [[NEVER, NEVER, 61], [], [401]]
+        first, last = (
+            [row + [NEVER] * (window + 1 - len(row)) for row in rows] for rows in (first, last)
+        )
+        scales = self._scales()
+        scales_of = {} if scales is None else {0: scales, 1: scales}
+        views = self._whole(first), self._whole(last)
+        return _Buffers({}, {}, *views, self.sizes.patches, scales_of)
+
+    def _scales(self) -> Tensor | None:
+        """Of keys and values `[2, KV heads]`."""
+        if not self.sizes.eight_bit:
+            return None
+        powers = torch.arange(2 * self.sizes.kv_heads) % 5 - 6
+        return torch.exp2(powers.float()).view(2, -1).to(self.device)
 
     def _whole(self, numbers: list[Any]) -> Tensor:
         return torch.tensor(numbers, device=self.device)
@@ -141,11 +183,17 @@ def _normed(norm: Callable[..., Tensor], q: Tensor, weight: Tensor, *turn: Tenso
 
 
 def _rotated_and_kept(
-    rows: Rows, keep: Callable[..., Tensor], qkv: Tensor, kept: Tensor, *turn: Tensor
+    rows: Rows,
+    scales: Tensor | None,
+    keep: Callable[..., Tensor],
+    qkv: Tensor,
+    kept: Tensor,
+    *turn: Tensor,
 ) -> Tensor:
-    keys, values = kept.clone()
-    q = keep(qkv, turn, keys, values, rows)
-    return torch.cat([q.flatten(), keys.flatten(), values.flatten()])
+    each = None if scales is None else scales[:, None, :, None, None]
+    buffers = plain.kept(kept, each).clone()
+    q = keep(qkv, turn, *buffers, rows, scales)
+    return torch.cat([q.flatten(), plain.read(buffers, each, qkv.dtype).flatten()])
 
 
 def _product(weight: Tensor, product: Callable[..., Tensor], x: Tensor, scale: Tensor) -> Tensor:
@@ -160,6 +208,10 @@ def _attended(
     tokens: Tensor,
     frames: Tensor,
 ) -> Tensor:
-    buffers.tokens_of, buffers.frames_of = {0: tokens}, {1: frames}
+    scales = buffers.scales_of.get(0)
+    each = None if scales is None else scales[:, None, :, None, None]
+    buffers.tokens_of, buffers.frames_of = (
+        {layer: plain.kept(x, each)} for layer, x in enumerate((tokens, frames))
+    )
     attended = attention(buffers, rows)
     return torch.cat([attended.tokens(0, q), attended.frames(1, q)])

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inference.kernels.rows import Buffers, Rows, seen_frames
+from inference.kernels.rows import Buffers, PassSize, Rows, seen_frames
 
 KEYS = 64  # a program reads at once
 PROGRAMS = 528  # aimed at: four for each of the 132 processors of an H100 or H200
@@ -26,17 +26,19 @@ MOST_QUERIES = 64  # of a program: query heads of a KV head x new tokens
 
 @triton.jit
 def _attend_part(
-    q, keys, values, slot, limit, position, first, last, sums, stats,
+    q, keys, values, scales, slot, limit, position, first, last, sums, stats,
     scale, places, patches, window, new,
     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
     QUERIES: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, FRAMES: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one KV head, for one tile of a row's queries.
 
     q `[B, new, KV, GROUP, D]`; keys, values `[slots, KV, places, D]`; limit: keys of each row
     `[B]`; sums `[B, KV, new x GROUP, PARTS, D]`; stats: the same with a maximum and a sum for D.
     FRAMES: keys are of frames, of `patches` each, seen as `first` and `last` `[slots, window]` say;
-    else of tokens, the last `new` of which are the queries' own.
+    else of tokens, the last `new` of which are the queries' own. EIGHT: keys and values are in 8
+    bits, and were divided by `scales` `[2, KV]`.
     """
     row, head = tl.program_id(0) // KV, tl.program_id(0) % KV
     tile, part = tl.program_id(1), tl.program_id(2)
@@ -55,6 +57,8 @@ def _attend_part(
     begin = part * each
     end = tl.minimum(begin + each, count)
     stands = tl.load(position + row) + token
+    if EIGHT:
+        scale *= tl.load(scales + head)
     most = tl.full([QUERIES], -1.0e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     out = tl.zeros([QUERIES, D2], tl.float32)
@@ -63,7 +67,7 @@ def _attend_part(
         there = key < end
         block = base + key[:, None] * D + d[None, :]
         k = tl.load(keys + block, mask=there[:, None] & inside[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(queries, tl.trans(k.to(queries.dtype)), input_precision="ieee") * scale
         if FRAMES:
             frame = index * window + key // patches
             seen = (tl.load(first + frame, mask=there, other=0)[None, :] <= stands[:, None]) & (
@@ -77,9 +81,12 @@ def _attend_part(
         fade = tl.exp(most - larger)
         weights = tl.where(seen, tl.exp(scores - larger[:, None]), 0.0)
         v = tl.load(values + block, mask=there[:, None] & inside[None, :], other=0.0)
+        v = v.to(queries.dtype)
         out = out * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(weights, 1)
         most = larger
+    if EIGHT:
+        out *= tl.load(scales + KV + head)
     place = (((row * KV + head) * new * GROUP) + at) * PARTS + part
     tl.store(sums + place[:, None] * D + d[None, :], out, mask=real[:, None] & inside[None, :])
     tl.store(stats + place * 2, most, mask=real)
@@ -123,30 +130,26 @@ class Attention:
         self.sees = seen_frames(buffers, rows).any(-1)
 
     def tokens(self, layer: int, q: Tensor) -> Tensor:
-        keys, values = self.buffers.tokens_of[layer]
-        return self._attend(q, keys, values, self.token_limit, frames=False)
+        return self._attend(q, self.buffers.tokens_of[layer], layer, self.token_limit, False)
 
     def frames(self, layer: int, q: Tensor) -> Tensor:
-        keys, values = self.buffers.frames_of[layer]
-        return self._attend(q, keys, values, self.frame_limit, frames=True)
+        return self._attend(q, self.buffers.frames_of[layer], layer, self.frame_limit, True)
 
-    def _attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, limit: Tensor, frames: bool
-    ) -> Tensor:
-        (_, kv, places, width), rows, new = keys.shape, len(limit), self.rows.count
+    def _attend(self, q: Tensor, kept: Tensor, layer: int, limit: Tensor, frames: bool) -> Tensor:
+        (_, kv, places, width), rows, new = kept[0].shape, len(limit), self.rows.count
+        scales = self.buffers.scales_of.get(layer)
         group = q.shape[1] // kv
-        queries = min(max(16, triton.next_power_of_2(new * group)), MOST_QUERIES)
-        tiles = triton.cdiv(new * group, queries)
-        parts = _parts(rows * kv * tiles, places)
+        queries, tiles, parts = _division(rows * kv, new * group, places)
         sums = q.new_empty(rows * kv * new * group, parts, width, dtype=torch.float32)
         stats = q.new_empty(rows * kv * new * group, parts, 2, dtype=torch.float32)
         padded = max(16, triton.next_power_of_2(width))
         _attend_part[(rows * kv, tiles, parts)](
-            q.contiguous(), keys, values, self.slot, limit, self.rows.position,
+            q.contiguous(), *kept, q if scales is None else scales, self.slot, limit,
+            self.rows.position,
             self.buffers.first, self.buffers.last, sums, stats,
             width**-0.5, places, self.buffers.patches, self.buffers.first.shape[1], new,
             KV=kv, GROUP=group, D=width, D2=padded, QUERIES=queries, PARTS=parts, KEYS=KEYS,
-            FRAMES=frames, num_warps=4, num_stages=3,
+            FRAMES=frames, EIGHT=scales is not None, num_warps=4, num_stages=3,
         )  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         _join_parts[(rows * kv, new * group)](
@@ -154,8 +157,20 @@ class Attention:
         )
         return out.flatten(1)
 
+    @staticmethod
+    def scratch(size: PassSize) -> int:
+        """Sums and statistics of all parts, in fp32."""
+        queries = size.count * size.heads // size.kv_heads
+        *_, parts = _division(size.rows * size.kv_heads, queries, size.places)
+        return size.rows * size.count * size.heads * parts * (size.width + 2) * 4
 
-def _parts(pairs: int, places: int) -> int:
-    """Into how many parts keys are split, a power of two, for about `PROGRAMS` programs."""
+
+def _division(heads: int, queries: int, places: int) -> tuple[int, int, int]:
+    """For so many KV heads of rows, each with so many queries and keys: queries of a tile, tiles,
+    and into how many parts keys are split, a power of two, for about `PROGRAMS` programs."""
+    tile = min(max(16, triton.next_power_of_2(queries)), MOST_QUERIES)
+    tiles = triton.cdiv(queries, tile)
+    pairs = heads * tiles
     wanted = triton.next_power_of_2(max(1, PROGRAMS // (2 * pairs) + 1))
-    return min(MOST_PARTS, wanted, triton.next_power_of_2(triton.cdiv(places, KEYS)))
+    most = triton.next_power_of_2(triton.cdiv(places, KEYS))
+    return tile, tiles, min(MOST_PARTS, wanted, most)

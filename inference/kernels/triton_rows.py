@@ -66,11 +66,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
+def _store_8_bits(place, x, inside):
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    tl.store(place, x.to(place.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rotate_and_keep(
-    qkv, cos, sin, q, keys, values, slot, length, new, places,
+    qkv, cos, sin, q, keys, values, scales, slot, length, new, places,
     HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: the halves of a head are the pairs that are rotated."""
+    """One head of one token: the halves of a head are the pairs that are rotated. EIGHT: keys and
+    values are kept in 8 bits, divided by `scales` `[2, KV]`."""
     token, head, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
     inside = i < HALF
     source = qkv + (token * (HEADS + 2 * KV) + head) * 2 * HALF + i
@@ -80,8 +88,13 @@ def _rotate_and_keep(
     place = tl.load(length + row) + token % new
     kept = ((tl.load(slot + row) * KV + (head - HEADS) % KV) * places + place) * 2 * HALF + i
     if head >= HEADS + KV:
-        tl.store(values + kept, low, mask=inside)
-        tl.store(values + kept + HALF, high, mask=inside)
+        if EIGHT:
+            scale = tl.load(scales + head - HEADS)
+            _store_8_bits(values + kept, low.to(tl.float32) / scale, inside)
+            _store_8_bits(values + kept + HALF, high.to(tl.float32) / scale, inside)
+        else:
+            tl.store(values + kept, low, mask=inside)
+            tl.store(values + kept + HALF, high, mask=inside)
     else:
         c = tl.load(cos + token * 2 * HALF + i, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(sin + token * 2 * HALF + i, mask=inside, other=0.0).to(tl.float32)
@@ -91,21 +104,31 @@ def _rotate_and_keep(
             target = q + (token * HEADS + head) * 2 * HALF + i
             tl.store(target, first, mask=inside)
             tl.store(target + HALF, second, mask=inside)
+        elif EIGHT:
+            scale = tl.load(scales + head - HEADS)
+            _store_8_bits(keys + kept, first.to(tl.float32) / scale, inside)
+            _store_8_bits(keys + kept + HALF, second.to(tl.float32) / scale, inside)
         else:
             tl.store(keys + kept, first, mask=inside)
             tl.store(keys + kept + HALF, second, mask=inside)
 
 
 def rotate_and_keep(
-    qkv: Tensor, rotation: Rotation, keys: Tensor, values: Tensor, rows: Rows
+    qkv: Tensor,
+    rotation: Rotation,
+    keys: Tensor,
+    values: Tensor,
+    rows: Rows,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """As `plain.rotate_and_keep`."""
     _, kv, places, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv
     q = qkv.new_empty(len(qkv), heads, width)
     _rotate_and_keep[(len(qkv), heads + 2 * kv)](
-        qkv, *rotation, q, keys, values, rows.slots(len(keys)), rows.length, rows.count, places,
-        HEADS=heads, KV=kv, HALF=width // 2, BLOCK=triton.next_power_of_2(width // 2), num_warps=1,
+        qkv, *rotation, q, keys, values, q if scales is None else scales, rows.slots(len(keys)),
+        rows.length, rows.count, places, HEADS=heads, KV=kv, HALF=width // 2,
+        BLOCK=triton.next_power_of_2(width // 2), EIGHT=scales is not None, num_warps=1,
     )  # fmt: skip
     return q
 

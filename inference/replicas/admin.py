@@ -22,13 +22,12 @@ def add_admin_routes(app: FastAPI, front: Front, access: Access) -> None:
     def refused(request: Request) -> Response | None:
         if not access.is_operator(request):
             return refusal(UNAUTHORIZED)
-        client = request.client
-        if client is None or not ipaddress.ip_address(client.host).is_loopback:
+        if request.client is None or not _is_local(request.client.host):
             return refusal(Refused("host", "only from the machine of the server"))
         return None
 
-    def found(number: int) -> Replica | None:
-        return next((r for r in front.replicas if r.number == number), None)
+    def found(number: str) -> Replica | None:
+        return next((r for r in front.replicas if str(r.number) == number), None)
 
     @app.get("/admin/replicas")
     async def replicas(request: Request) -> Response:
@@ -45,7 +44,7 @@ def add_admin_routes(app: FastAPI, front: Front, access: Access) -> None:
         return JSONResponse({"restarting": len(front.processes)}, 202)
 
     @app.post("/admin/replicas/{number}/{action}")
-    async def act(request: Request, number: int, action: str) -> Response:
+    async def act(request: Request, number: str, action: str) -> Response:
         wrong, replica = refused(request), found(number)
         if wrong is not None:
             return wrong
@@ -56,3 +55,11 @@ def add_admin_routes(app: FastAPI, front: Front, access: Access) -> None:
             await front.drain(replica)
         front.places.pump()
         return JSONResponse(replica.describe())
+
+
+def _is_local(host: str) -> bool:
+    """Of an address; a header that a proxy has not written may have anything in its place."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

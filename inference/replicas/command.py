@@ -15,6 +15,7 @@ from data_pipeline import devices
 from data_pipeline.commands import DONE, FAILED, report_error
 from inference import cli
 from inference.engine.engine import EngineConfig
+from inference.engine.tensor_parallel import check_divisible
 from inference.export_info import ExportInfo
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.replicas.admin import add_admin_routes
@@ -51,9 +52,8 @@ def run_front(
         for number in range(args.replicas):
             path = Path(folder) / f"{number}.sock"
             replicas.append(Replica(number, f"unix:{path}", front_key))
-            environment = {"MOSS_FRONT_KEY": front_key, "MOSS_END_WITH_PARENT": "1"}
-            environment |= environments[number]
-            started = command(argv, path, args.gpus_per_replica)
+            environment = {"MOSS_FRONT_KEY": front_key, **environments[number]}
+            started = command(argv, path, args.gpus_per_replica, number)
             processes.append(Process(replicas[-1], started, environment))
         for number, url in enumerate(args.replica_urls, args.replicas):
             replicas.append(Replica(number, url, front_key))
@@ -90,6 +90,7 @@ def check(args: argparse.Namespace) -> list[dict[str, str]]:
     with cli.refusing_values():
         EngineConfig(window=args.window, sinks=args.sinks, max_tokens=args.max_context)
     with cli.refusing_values():
+        check_divisible(MossVideoConfig.from_pretrained(args.checkpoint), args.gpus_per_replica)
         kind = devices.find(args.device, "--device").type
     names = devices.visible(kind)
     if not names:

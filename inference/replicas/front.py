@@ -25,8 +25,8 @@ from inference.replicas.proxy import Proxy
 from inference.replicas.replica import Replica
 from inference.replicas.session import UNTAKEN_BYTES, FrontSession
 from inference.serve.accounts import Account, Visit
-from inference.serve.app import UNKNOWN_SESSION, refuse
-from inference.serve.held import GOING_AWAY, NORMAL, TRY_LATER, UNKNOWN
+from inference.serve.app import refuse
+from inference.serve.held import GOING_AWAY, NORMAL, TRY_LATER, UNKNOWN, refusal_to_resume
 from inference.serve.hub import new_id
 from inference.serve.limits import Limits
 from inference.serve.memory import Ceiling
@@ -110,8 +110,9 @@ class Front:
         if self.closing:
             words = "the server is shutting down"
             return await refuse(socket, self, GOING_AWAY, "closing", words)
-        if name is not None and not (session and session.belongs_to(account)):
-            return await refuse(socket, self, UNKNOWN, "unknown_session", UNKNOWN_SESSION)
+        wrong = "" if name is None else refusal_to_resume(session, account, last_seq)
+        if wrong:
+            return await refuse(socket, self, UNKNOWN, "unknown_session", wrong)
         if session is None:
             visit = account.enter("realtime", socket.headers)
             if self.places.waiting >= self.limits.waiting:
@@ -200,7 +201,8 @@ class Front:
         if status == "ok":
             if replica.state in ("starting", "dead"):
                 log.warning("replica %d is ready", replica.number)
-                replica.state, self._served = "ready", True
+                replica.state = "ready"
+                replica.served = self._served = True
             self.places.pump()
             return
         if status == "starting":  # or its only decoder is being replaced
@@ -224,7 +226,7 @@ class Front:
 
     def _exited(self, process: Process, code: int) -> None:
         replica = process.replica
-        if not self._served:
+        if not (self._served or self.closing):
             words = "see what it has written above"
             self.failed = f"replica {replica.number} ended ({code}) before it was ready: {words}"
         self._lose(replica)

@@ -57,11 +57,10 @@ class Process:
         failures = 0
         while not self._stopping:
             code = await self._once()
-            served = self.replica.serves
             exited(self, code)
             if self._stopping:
                 return
-            failures = 0 if served else failures + 1
+            failures = 0 if self.replica.served else failures + 1
             seconds = _AGAIN[min(failures, len(_AGAIN) - 1)]
             words = f"replica {self.replica.number} ended ({code}): started again"
             log.warning("%s in %g s", words, seconds)
@@ -72,7 +71,7 @@ class Process:
         path = self.replica.address.removeprefix("unix:")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        self.replica.state = "starting"
+        self.replica.state, self.replica.served = "starting", False
         self.starts += 1
         child = [sys.executable, "-m", "inference.replicas.child", str(os.getpid())]
         self._process = await asyncio.create_subprocess_exec(
@@ -106,11 +105,14 @@ class Process:
                 await self._process.wait()
 
 
-def command(argv: Sequence[str], socket: Path, gpus: int) -> list[str]:
+def command(argv: Sequence[str], socket: Path, gpus: int, number: int) -> list[str]:
     """How a replica is started: the front's own flags, but for those that make it a front."""
     start = [sys.executable, "-m"]
     if gpus > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
+        start += ["inference.replicas.ranks", str(number), str(gpus), str(socket.parent)]
+    else:
+        start += ["inference.serve"]
     own = ["--replicas", "0", "--replica_urls", "", "--unix_socket", str(socket)]
     own += ["--ssl_certfile", "", "--ssl_keyfile", "", "--keys", "", "--audit_log", ""]
-    return [*start, "inference.serve", *argv, *own]
+    own += ["--gpus_per_replica", "1"]
+    return [*start, *argv, *own]

@@ -8,23 +8,26 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import httpx
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
 from inference.replicas.places import Places
 from inference.replicas.replica import Replica
 from inference.serve.accounts import Visit
+from inference.serve.answers import Stream
 from inference.serve.chat import Client, Left, read_body, refusal
 from inference.serve.limits import Budget, Limits, Refused, Share
-from inference.serve.wire import ASKED, USED, USED_LINE, usage_of
+from inference.serve.wire import ASKED, USED_LINE, usage_of
 
 _ROUTE = "/v1/chat/completions"
+_FAILED = b'{"error":'
 _LOST = "the replica that answered has ended: ask again"
+_ASKED = {"content-type": "application/json"}  # `read_body` takes nothing else
 # Headers that go on: the rest is about one connection, or about the front's own name.
-_ASKED = ("content-type", "accept")
 _ANSWERED = ("content-type", "retry-after", "x-moss-ignored")
 
 
@@ -35,14 +38,18 @@ class Proxy:
         self._places, self._limits = places, limits
         self._budget = Budget(limits.held)
 
+    @property
+    def held(self) -> int:
+        """Bytes of requests that are passed on."""
+        return self._budget.held
+
     async def complete(self, request: Request, visit: Visit) -> Response:
         """Answers a request to the route; Refused where no replica does."""
         share, client = self._budget.share(), None
         try:
             body = await read_body(request, self._limits, share)
             client = Client(request)
-            headers = {name: request.headers[name] for name in _ASKED if name in request.headers}
-            headers |= visit.trace.headers if visit.trace is not None else {}
+            headers = _ASKED | (visit.trace.headers if visit.trace is not None else {})
             return await client.or_left(self._ask(body, headers, share, visit))
         except (Left, ClientDisconnect):
             share.give_back()
@@ -74,18 +81,19 @@ class Proxy:
                     continue
                 _note(visit, answer)
                 kept = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
+                pieces = _counted(answer.aiter_raw(), visit)
                 if kept.get("content-type", "").startswith("text/event-stream"):
-                    pieces = _counted(answer.aiter_raw(), visit)
                     first = await anext(pieces, b"")
                     streams = True
-                    rest = self._stream(first, pieces, answer, replica, share)
-                    return StreamingResponse(rest, answer.status_code, kept)
-                content = await answer.aread()
-                if answer.is_error:
+                    over = partial(self._over, answer, replica, share)
+                    return Stream(_stream(first, pieces), kept.pop("content-type"), kept, over)
+                content, status = b"".join([piece async for piece in pieces]), answer.status_code
+                if answer.is_error or content.startswith(_FAILED):
                     with contextlib.suppress(ValueError, LookupError, TypeError):
                         visit.code = json.loads(content)["error"]["code"]
+                    status = status if answer.is_error else 500  # it failed when it was begun
                 share.give_back()
-                return Response(content, answer.status_code, kept)
+                return Response(content, status, kept)
             except httpx.TransportError:
                 if len(asked) > 1:
                     raise Refused("replica_lost", _LOST) from None
@@ -100,28 +108,12 @@ class Proxy:
         request = replica.http.build_request("POST", _ROUTE, content=body, headers=headers)
         return await replica.http.send(request, stream=True)
 
-    async def _stream(
-        self,
-        first: bytes,
-        pieces: AsyncIterator[bytes],
-        answer: httpx.Response,
-        replica: Replica,
-        share: Share,
-    ) -> AsyncIterator[bytes]:
-        """The pieces as they come; an error as one of them, if the replica ends."""
-        try:
-            yield first
-            async for piece in pieces:
-                yield piece
-        except httpx.TransportError:
-            kind = {"type": "server_error", "param": None, "code": "replica_lost"}
-            said = json.dumps({"error": {"message": _LOST, **kind}})
-            yield f"\n\ndata: {said}\n\ndata: [DONE]\n\n".encode()
-        finally:
-            self._done(replica)
-            share.give_back()
-            with contextlib.suppress(Exception):
-                await answer.aclose()
+    async def _over(self, answer: httpx.Response, replica: Replica, share: Share) -> None:
+        """A stream has ended."""
+        self._done(replica)
+        share.give_back()
+        with contextlib.suppress(Exception):
+            await answer.aclose()
 
     def _done(self, replica: Replica) -> None:
         replica.chats -= 1
@@ -147,11 +139,22 @@ def _note(visit: Visit, answer: httpx.Response) -> None:
     if ASKED in answer.headers:
         visit.asked = json.loads(answer.headers[ASKED])
         visit.id = visit.asked.pop("id")
-        visit.told(usage_of(answer.headers[USED]))
+
+
+async def _stream(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces as they come; an error as one of them, if the replica ends."""
+    try:
+        yield first
+        async for piece in pieces:
+            yield piece
+    except httpx.TransportError:
+        kind = {"type": "server_error", "param": None, "code": "replica_lost"}
+        said = json.dumps({"error": {"message": _LOST, **kind}})
+        yield f"\n\ndata: {said}\n\ndata: [DONE]\n\n".encode()
 
 
 async def _counted(pieces: AsyncIterator[bytes], visit: Visit) -> AsyncIterator[bytes]:
-    """A stream without the lines that tell what it has used."""
+    """An answer without the lines that tell what it has used."""
     rest = b""
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")

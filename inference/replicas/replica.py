@@ -50,6 +50,7 @@ class Replica:
         self.number, self.address = number, address
         self.authorization = {"Authorization": f"Bearer {key}"}
         self.state: State = "starting"
+        self.served = False  # it has been ready since its process was started
         self.held = False  # an administrator wants no sessions on it
         self.seats, self.memory = 0, 0
         self.pid: int | None = None  # of a process that the front has started

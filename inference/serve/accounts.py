@@ -111,8 +111,12 @@ class Visit:
             self.trace.follow(log, began)
 
     def told(self, usage: Usage) -> None:
-        """Somebody else counts what it uses: so much so far."""
-        self.reads = lambda: usage
+        """Somebody else counts what it uses: so much so far. Where that began anew (on another
+        replica) it counts from where it was before."""
+        before = self.reads()
+        most = before.input_tokens + before.output_tokens
+        if usage.input_tokens + usage.output_tokens >= most:
+            self.reads = lambda: usage
 
     def end(self, status: int, *, whole: bool = True) -> None:
         """It is over. status: of its HTTP answer, or the code that closes its socket. whole: the

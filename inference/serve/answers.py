@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,8 @@ async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[_P
                 return
             elif event.type in ("error", "session.closed"):
                 words = event.data.get("message") or event.data.get("reason", "")
+                if event.data.get("code") == "grammar":  # the request's own
+                    raise Refused("invalid_value", f"response_format: {words}", "response_format")
                 raise Refused("failed", f"the answer failed: {words}")
     finally:
         answer.close("its request is over")
@@ -208,31 +210,33 @@ class Writer:
 
 
 class Stream(StreamingResponse):
-    """Answers in pieces; `over` is called when they have ended, however they do. used: what they
-    have used, which is told before each piece; None: it is not."""
+    """An answer in pieces; `over` is awaited when they have ended, however they do: also where the
+    client has left before the first one was asked for."""
 
     def __init__(
         self,
-        written: Writer,
+        pieces: AsyncIterator[str | bytes],
+        kind: str,
         headers: Mapping[str, str],
-        over: Callable[[], None],
-        used: Callable[[], Usage] | None = None,
+        over: Callable[[], Awaitable[None]],
     ) -> None:
-        pieces = written.stream()
-        pieces = pieces if used is None else _with_usage(pieces, used)
-        super().__init__(pieces, headers=headers, media_type="text/event-stream")
+        super().__init__(pieces, headers=headers, media_type=kind)
         self._over = over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._over()
+            await self._over()
 
 
-async def _with_usage(pieces: AsyncIterator[str], used: Callable[[], Usage]) -> AsyncIterator[str]:
+async def with_usage(
+    pieces: AsyncIterator[str | bytes], used: Callable[[], Usage]
+) -> AsyncIterator[str | bytes]:
+    """Before each piece a line that tells what has been used so far."""
     async for piece in pieces:
-        yield f"{USED_LINE.decode()}{usage_text(used())}\n{piece}"
+        yield f"{USED_LINE.decode()}{usage_text(used())}\n"
+        yield piece
 
 
 def _sse(data: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -24,7 +24,16 @@ from inference.serve.accounts import Account, Visit
 from inference.serve.chat import complete, refusal
 from inference.serve.connections import known_host
 from inference.serve.cors import Cors, may_ask
-from inference.serve.held import FAILED, GOING_AWAY, POLICY, TRY_LATER, UNKNOWN, cut, written
+from inference.serve.held import (
+    FAILED,
+    GOING_AWAY,
+    POLICY,
+    TRY_LATER,
+    UNKNOWN,
+    cut,
+    refusal_to_resume,
+    written,
+)
 from inference.serve.hub import MODEL, Hub
 from inference.serve.limits import Refused
 from inference.serve.openapi import document
@@ -35,6 +44,7 @@ from inference.session.handle import SessionClosed
 
 STATIC = Path(__file__).parent / "static"
 PAGE = STATIC / "index.html"
+_KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PIECES = {path.name: path for path in STATIC.iterdir() if path.suffix in (".css", ".js")}
 _MODEL_CARD = {"id": MODEL, "object": "model", "created": 0, "owned_by": "moss"}
 _PROTOCOL = "realtime"
@@ -104,6 +114,7 @@ def make_routes(
             "model": MODEL,
             "stage": service.export.stage,
             "prompt_form": service.export.prompt_form,
+            "tile": service.export.tile,
         }
         return JSONResponse(body, 200 if body["status"] == "ok" else 503)
 
@@ -169,15 +180,17 @@ class Model:
         self, socket: WebSocket, account: Account, name: str | None, last_seq: int
     ) -> None:
         hub, live = self.hub, None if name is None else self.hub.find(name)
+        wrong = "" if name is None else refusal_to_resume(live, account, last_seq)
+        if wrong:
+            return await refuse(socket, self, UNKNOWN, "unknown_session", wrong)
         visit = account.enter("realtime", socket.headers) if name is None else None
         try:
             if visit is not None:
                 live = await hub.open()
                 live.begin(visit)
-            elif live is not None and live.belongs_to(account):
-                await hub.revive(live)
             else:
-                return await refuse(socket, self, UNKNOWN, "unknown_session", UNKNOWN_SESSION)
+                assert live is not None
+                await hub.revive(live)
         except EngineFull as error:
             return await refuse(socket, self, TRY_LATER, "full", str(error), visit)
         except SessionClosed as error:
@@ -209,13 +222,19 @@ def _add_chat(app: FastAPI, service: Service, access: Access) -> None:
 def _add_page(app: FastAPI) -> None:
     @app.get("/")
     async def page() -> Response:
-        return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+        return _file(PAGE)
 
     @app.get("/static/{name}")
     async def piece(name: str) -> Response:
         if name not in _PIECES:
             raise HTTPException(404)
-        return FileResponse(_PIECES[name], headers={"Cache-Control": "no-cache"})
+        return _file(_PIECES[name])
+
+
+def _file(path: Path) -> Response:
+    """All of it, whatever part is asked for: a few kilobytes."""
+    kind = _KINDS[path.suffix]
+    return Response(path.read_bytes(), media_type=kind, headers={"Cache-Control": "no-cache"})
 
 
 def _add_models(app: FastAPI, access: Access) -> None:
@@ -247,7 +266,10 @@ def _add_errors(app: FastAPI) -> None:
     async def wrong(request: Request, error: HTTPException) -> Response:
         where = f"{request.method} {request.url.path:.80}"
         if error.status_code == 405:
-            return refusal(Refused("method_not_allowed", f"{where}: this route has no such method"))
+            words = f"{where}: this route has no such method"
+            answer = refusal(Refused("method_not_allowed", words))
+            answer.headers["Allow"] = ", ".join(_methods(app, request.url.path))
+            return answer
         return refusal(Refused("not_found", f"{where}: there is no such route"))
 
     @app.exception_handler(Exception)
@@ -300,5 +322,4 @@ async def refuse(
     await socket.close(code, cut(words))
 
 
-UNKNOWN_SESSION = "no such session, or it was closed"
 UNAUTHORIZED = Refused("unauthorized", "a wrong or no API key: Authorization: Bearer KEY")

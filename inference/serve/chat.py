@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -23,13 +23,13 @@ from torch import Tensor
 from data_pipeline.schema import SampleError
 from inference.engine.engine import EngineFull
 from inference.serve.accounts import Usage, Visit
-from inference.serve.answers import Stream, Writer, close
+from inference.serve.answers import Stream, Writer, close, with_usage
 from inference.serve.decoding import Task
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused, Share
 from inference.serve.protocol import read_json
 from inference.serve.question import Medium, Question, read_question
-from inference.serve.wire import ASKED, USED, usage_text
+from inference.serve.wire import ASKED
 from inference.session.answer import MAX_NEW_TOKENS
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import SessionClosed, SessionHandle
@@ -39,6 +39,7 @@ _STATUS = {  # of a refusal's code; else 400
     "not_found": 404, "method_not_allowed": 405, "origin": 403, "host": 403, "timeout": 408,
     "unsupported_media_type": 415, "replica_lost": 503, "rate_limit_exceeded": 429,
 }  # fmt: skip
+_TOLD = 0.2  # seconds after which a front hears what a whole answer has used
 _HELD = 4  # a request's text, its JSON and its pictures' bytes are there at the same time
 Result = TypeVar("Result")
 
@@ -98,17 +99,56 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
         hub.metrics.refused("client_left")
         return Response(status_code=499)
     written = Writer(question, answers, len(tokens), hub.runner.vocabulary.tokenizer)
-    headers = {**question.headers(), **_told(visit)}
-    if question.stream:
-        used = visit.reads if visit.account.front else None
-        return Stream(written, headers, lambda: _end(client, share), used)
-    try:
-        whole = await written.whole()
-        return JSONResponse(whole, headers={**headers, **_told(visit)})
-    except Refused as error:
-        return _refused(hub, error, visit)
-    finally:
+    headers = question.headers()
+    if not (question.stream or visit.account.front):
+        try:
+            return JSONResponse(await _whole(written, client), headers=headers)
+        except Refused as error:
+            return _refused(hub, error, visit)
+        except Left:
+            hub.metrics.refused("client_left")
+            return Response(status_code=499)
+        finally:
+            _end(client, share)
+    pieces = written.stream() if question.stream else _waiting(written, client, hub, visit)
+    if visit.account.front:
+        headers |= {ASKED: json.dumps({"id": visit.id, **visit.asked})}
+        pieces = with_usage(pieces, visit.reads)
+    kind = "text/event-stream" if question.stream else "application/json"
+
+    async def over() -> None:
         _end(client, share)
+
+    return Stream(pieces, kind, headers, over)
+
+
+async def _whole(written: Writer, client: Client) -> dict[str, Any]:
+    """An answer that nobody waits for any more has not failed."""
+    try:
+        return await written.whole()
+    except Refused:
+        if client.gone.done():
+            raise Left from None
+        raise
+
+
+async def _waiting(
+    written: Writer, client: Client, hub: Hub, visit: Visit
+) -> AsyncIterator[str | bytes]:
+    """The body of a whole answer, after empty pieces that come while it is made."""
+    task = asyncio.create_task(_whole(written, client))
+    try:
+        while not task.done():
+            yield b""
+            await asyncio.wait({task}, timeout=_TOLD)
+        try:
+            yield bytes(JSONResponse(task.result()).body)
+        except Refused as error:  # its status has gone out: the front sees what it is
+            yield bytes(_refused(hub, error, visit).body)
+        except Left:
+            return
+    finally:
+        task.cancel()
 
 
 def _end(client: Client | None, share: Share) -> None:
@@ -116,13 +156,6 @@ def _end(client: Client | None, share: Share) -> None:
     share.give_back()
     if client is not None:
         client.gone.cancel()
-
-
-def _told(visit: Visit) -> dict[str, str]:
-    """Headers for a front, which counts for its clients."""
-    if not visit.account.front:
-        return {}
-    return {ASKED: json.dumps({"id": visit.id, **visit.asked}), USED: usage_text(visit.reads())}
 
 
 def _used(answers: Sequence[SessionHandle], frames: int) -> Usage:
@@ -205,7 +238,9 @@ async def _prepare(body: bytes, hub: Hub, share: Share) -> _Asked:
     question = await loop.run_in_executor(hub.readers, _read, body, hub)
     frames, counts = await decode(question.media, hub, share)
     tokens = await loop.run_in_executor(hub.readers, _tokens, question, counts, hub)
-    grammar = await loop.run_in_executor(hub.readers, _grammar, question, hub)
+    grammar = None
+    if question.schema is not None:
+        grammar = await loop.run_in_executor(hub.schemas, _grammar, question.schema, hub)
     return _Asked(question, tokens, frames, grammar)
 
 
@@ -219,9 +254,9 @@ def _read(body: bytes, hub: Hub) -> Question:
     return question
 
 
-def _grammar(question: Question, hub: Hub) -> Grammar | None:
+def _grammar(schema: Mapping[str, Any], hub: Hub) -> Grammar:
     try:
-        return None if question.schema is None else hub.grammars.of_schema(question.schema)
+        return hub.grammars.of_schema(schema)
     except GrammarError as error:
         words = f"response_format: the schema is not supported: {error}"
         raise Refused("invalid_value", words, "response_format") from None

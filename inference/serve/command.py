@@ -21,17 +21,19 @@ from inference.serve.hub import Hub
 from inference.serve.limits import Limits
 from inference.serve.media_files import MediaFolders
 from inference.serve.metrics import Metrics
-from inference.serve.server import Certificate, Server, listen, server_config, url_of
+from inference.serve.server import Certificate, Server, allow_files, listen, server_config, url_of
 from inference.session.runner import Runner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    if os.environ.pop("MOSS_END_WITH_PARENT", ""):
-        signalled_with_parent(os.getppid())  # torchrun's, which ends with the front
+    parent = os.environ.pop("MOSS_END_WITH_PARENT", "")
+    if parent:
+        signalled_with_parent(int(parent))  # which ends with the front
     with cli.one_line_errors(PROGRAM):
         limits = Limits(**{name: getattr(args, f"limit_{name}") for name in LIMIT_HELP})
+        allow_files(limits)
         certificate = Certificate.of_flags(args.ssl_certfile, args.ssl_keyfile)
         export = cli.export_info(args)
         if export.watches is None:
@@ -66,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
             signal.signal(signal.SIGTERM, lambda *_: None)
             cli.note(url_of(args.host, door, certificate))
-            config = server_config(app, args.host, args.port, limits, certificate)
+            tile = runner.tile if args.front_key else None
+            config = server_config(app, args.host, args.port, limits, certificate, tile)
             server = Server(config, hub)
             if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
                 signal.signal(signal.SIGHUP, server.handle_exit)  # as SIGTERM, which uvicorn takes

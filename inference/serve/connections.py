@@ -1,17 +1,31 @@
-"""Who may connect, and for how long a connection may say nothing: around uvicorn's own protocol."""
+"""Who may connect, and for how long a connection may say or read nothing: around uvicorn's own
+protocols."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame, Opcode
 
-from inference.serve.limits import Limits
+from inference.serve.chat import refusal
+from inference.serve.framing import Framing
+from inference.serve.held import POLICY
+from inference.serve.limits import Bucket, Limits, Refused
+
+_HOST = re.compile(r"(\[[0-9a-z:.%]+\]|[0-9a-z._-]+)(:[0-9]{1,5})?", re.IGNORECASE)
+_PIECE = 2**14  # bytes of a WebSocket that are read at once
+_PARTS = 4096  # parts of messages, pings and pongs a second; twice as many at once
+_TOO_MANY = f"more than {_PARTS} parts of messages and pings a second"
 
 
 def known_host(host: str | None, allowed: Sequence[str]) -> bool:
@@ -22,6 +36,8 @@ def known_host(host: str | None, allowed: Sequence[str]) -> bool:
     """
     if host is None or "*" in allowed:
         return True
+    if not _HOST.fullmatch(host):
+        return False
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -36,12 +52,42 @@ def known_host(host: str | None, allowed: Sequence[str]) -> bool:
     return True
 
 
-def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """uvicorn's connection, with two more limits: how many there are, and how long one may take for
-    the headers of a request."""
+class _Unread:
+    """Aborts a connection whose client has read nothing for so many seconds of what waits for it:
+    neither closing it nor a ping would do so, as long as the client's machine answers."""
 
-    class Limited(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        _timer: asyncio.TimerHandle | None = None
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop, self._seconds = loop, seconds
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, transport: asyncio.Transport, full: Callable[[], bool]) -> None:
+        """Until `stop`. full: whether nothing more is written before the client reads."""
+        self._look(transport, full, 0)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self, transport: asyncio.Transport, full: Callable[[], bool], before: int) -> None:
+        left = transport.get_write_buffer_size() if full() or transport.is_closing() else 0
+        if left and left == before:
+            transport.abort()
+        else:
+            self._timer = self._loop.call_later(self._seconds, self._look, transport, full, left)
+
+
+def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """uvicorn's connection, with more limits: how many there are, how long one may take for the
+    headers of a request and to read an answer, and what a request may be (`framing.py`)."""
+
+    class Limited(H11Protocol):
+        conn: Framing
+
+        def __init__(self, *args: Any, **given: Any) -> None:
+            super().__init__(*args, **given)
+            self.conn = Framing(h11.SERVER)
+            self._timer: asyncio.TimerHandle | None = None
+            self._unread = _Unread(self.loop, limits.send)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -49,24 +95,109 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
                 transport.abort()
             else:
                 self._look_again(None)
+                self._unread.watch(transport, lambda: self.flow.write_paused)
 
-        def connection_lost(self, error: Exception | None) -> None:
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end_watching()
+            super().connection_lost(exc)
+
+        def handle_websocket_upgrade(self, event: h11.Request) -> None:
+            self._end_watching()  # the other protocol does it
+            super().handle_websocket_upgrade(event)
+
+        def send_400_response(self, msg: str) -> None:
+            """Instead of uvicorn's: says what is wrong, as all routes do."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                said = refusal(
+                    Refused("invalid_request", f"not an HTTP request: {self.conn.wrong}")
+                )
+                headers = [*said.raw_headers, (b"connection", b"close")]
+                status = self.conn.status
+                reason = HTTPStatus(status).phrase.encode()
+                answer = h11.Response(status_code=status, headers=headers, reason=reason)
+                for part in (answer, h11.Data(data=bytes(said.body)), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(part) or b"")
+            self.transport.close()
+
+        def _end_watching(self) -> None:
+            self._unread.stop()
             if self._timer is not None:
                 self._timer.cancel()
-            super().connection_lost(error)
 
         def _look_again(self, seen: object) -> None:
             self._timer = self.loop.call_later(limits.headers, self._look, seen)
 
         def _look(self, seen: object) -> None:
             """Ends the connection if there was no new request since the last look."""
-            # Of a connection that ends, TLS no longer knows the protocol. Another one: a WebSocket.
-            if self.transport.is_closing() or self.transport.get_protocol() is not self:
+            if self.transport.is_closing():
                 return
             idle = self.cycle is None or self.cycle.response_complete
             if idle and self.cycle is seen:
                 self.transport.abort()
             else:
                 self._look_again(self.cycle if idle else self)
+
+    return Limited
+
+
+def _whole(event: object) -> bool:
+    """Whether it is a message in one part: the session takes it, or drops and counts it."""
+    if not isinstance(event, Frame) or event.opcode not in (Opcode.TEXT, Opcode.BINARY):
+        return False
+    return event.fin and len(event.data) > 0
+
+
+def socket_protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """uvicorn's WebSocket, with more limits: how long a client may take to read, and how many parts
+    of messages and pings it may send."""
+
+    class Limited(WebSocketsSansIOProtocol):
+        def __init__(self, *args: Any, **given: Any) -> None:
+            super().__init__(*args, **given)
+            self._unread = _Unread(self.loop, limits.send)
+            self._parts = Bucket(_PARTS)
+            self._waited = False  # what came after a ping was not read at once
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._unread.watch(transport, lambda: not self.writable.is_set())
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unread.stop()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            # A part of six bytes takes as long as one of a thousand.
+            for start in range(0, len(data), _PIECE):
+                if not self.transport.is_closing():
+                    super().data_received(data[start : start + _PIECE])
+            self._waited |= self.read_paused
+
+        def send_keepalive_ping(self) -> None:
+            self._waited = self.read_paused
+            super().send_keepalive_ping()
+
+        def keepalive_timeout(self) -> None:
+            """A client's answer may come after messages that wait until the session takes them."""
+            if self._waited:
+                self._waited = self.read_paused
+                seconds = self.ping_timeout or 0.0
+                self.pong_timer = self.loop.call_later(seconds, self.keepalive_timeout)
+            else:
+                super().keepalive_timeout()
+
+        def handle_events(self) -> None:
+            small = sum(not _whole(event) for event in self.conn.events)
+            if self._parts.take(self.loop.time(), small):
+                return super().handle_events()
+            self.conn.events_received()
+            self.conn.data_to_send()  # answers to its pings
+            self.conn.fail(POLICY, _TOO_MANY)
+            self.queue.put_nowait(
+                {"type": "websocket.disconnect", "code": POLICY, "reason": _TOO_MANY}
+            )
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = True
+            self.transport.close()
 
     return Limited

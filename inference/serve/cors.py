@@ -22,7 +22,10 @@ def may_ask(origin: str | None, host: str | None, origins: Sequence[str]) -> boo
     its own at `host`, or one of `origins`, of which `*` is any."""
     if origin is None or "*" in origins or origin.lower() in origins:
         return True
-    return urlsplit(origin).netloc == host
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:  # of something that is not an address, such as `http://[`
+        return False
 
 
 class Cors:

@@ -7,9 +7,11 @@ a decoder that a file has taken over cannot reach further.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 import resource
 import signal
 import time
@@ -39,6 +41,7 @@ VIDEOS = (
     "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,ogg,asf,gif,apng,h264,hevc,m4v,mjpeg,ivf,"
     "obu,dv"
 )
+_NOT_TAKEN = re.compile(r"\[([\w,]+)\] Format not on whitelist")  # FFmpeg's words
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,23 @@ def frames_of(task: Task) -> Iterator[Tensor]:
         yield fit(decode_image(data, PICTURES), task.tile)
         return
     file = map_video(data) if isinstance(data, Path) else data
-    with open_video(file, formats=VIDEOS, max_pixels=task.pixels) as video:
+    with _named_format(), open_video(file, formats=VIDEOS, max_pixels=task.pixels) as video:
         times = _times(task, video.info)
         for frame in video.frames(times):
             yield fit(frame, task.tile)
+
+
+@contextlib.contextmanager
+def _named_format() -> Iterator[None]:
+    """Says what a file is that FFmpeg would read and we do not."""
+    try:
+        yield
+    except SampleError as error:
+        found = _NOT_TAKEN.search(error.detail)
+        if not found:
+            raise
+        words = f"its format is {found[1]}, taken are {VIDEOS.replace(',', ', ')}"
+        raise SampleError(error.reason, words) from None
 
 
 def _times(task: Task, info: VideoInfo) -> Sequence[float]:

@@ -82,7 +82,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         whole = whole_number(above=0) if default else whole_number(least=0)
         kind = whole if isinstance(default, int) else cli.positive
         cli.flag(parser, f"limit_{name}", type=kind, default=default, metavar="N", help=text)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.gpus_per_replica > 1 and not args.replicas:
+        parser.error("--gpus_per_replica: is of --replicas; one server on several GPUs: torchrun")
+    return args
 
 
 def add_replica_flags(parser: argparse.ArgumentParser) -> None:

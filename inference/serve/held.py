@@ -12,13 +12,15 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from inference.serve.accounts import Account, Usage, Visit
 from inference.serve.gate import Gate
-from inference.serve.limits import Limits
+from inference.serve.limits import Bucket, Limits
 from inference.serve.realtime_events import as_message, as_messages
 from inference.session.events import Event, EventLog
 
 NORMAL, GOING_AWAY, POLICY, TRY_LATER = 1000, 1001, 1008, 1013  # WebSocket close codes
 FAILED = 1011
 UNKNOWN, IDLE, REPLACED = 4404, 4408, 4409  # and our own
+UNKNOWN_SESSION = "no such session, or it was closed"
+_TEXTS = 8  # texts a second that a socket may send beside those of frames; with more it waits
 
 
 class Held:
@@ -81,6 +83,8 @@ class Holder:
         self._done = False  # the session's end was sent, or the client asked for it
         self._gate = Gate(held.visit.account if held.visit else None)
         self._over = ""  # which limit the message exceeds that is handled; empty: none
+        rate = 2 * limits.fps + _TEXTS  # two texts may belong to a frame
+        self._texts = Bucket(rate, 4 * rate)
 
     async def run(self) -> None:
         """Serves the socket until it closes; the session may live on."""
@@ -127,6 +131,10 @@ class Holder:
                 if message["type"] == "websocket.disconnect":
                     return
                 text, data = message.get("text"), message.get("bytes")
+                # What has come already is read without a pause in which others are served.
+                await asyncio.sleep(0)
+                while text is not None and not self._texts.take(time.monotonic()):
+                    await asyncio.sleep(0.05)
                 self._over = await self._gate.over(text, data)
                 if not await self._take(text, data):
                     return
@@ -145,6 +153,17 @@ def written(event: Event, of_openai: bool) -> list[str]:
     """As it is sent: to a client of OpenAI's, or to one of ours."""
     messages = as_messages(event) if of_openai else [as_message(event)]
     return [json.dumps(message, ensure_ascii=False) for message in messages]
+
+
+def refusal_to_resume(held: Held | None, account: Account, last_seq: int) -> str:
+    """Why a client may not come back to a session; empty: it may. last_seq: of the last event that
+    it has seen."""
+    if held is None or not held.belongs_to(account):
+        return UNKNOWN_SESSION
+    last = held.log.last_seq
+    if last_seq > last:
+        return f"last_seq {last_seq}: the last event of the session is {last}"
+    return ""
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:

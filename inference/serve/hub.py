@@ -28,6 +28,7 @@ from inference.serve.metrics import Metrics
 from inference.session.events import EventLog
 from inference.session.grammar import Grammars
 from inference.session.handle import SessionHandle
+from inference.session.rebuilder import Rebuilder
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 
@@ -92,7 +93,11 @@ class Hub:
                 ("moss-clip", limits.clip_wall, 10),
             )
         )
+        self.rebuilder = Rebuilder(runner)
+        self.rebuilding = ThreadPoolExecutor(runner.engine.max_sessions, "moss-rebuild")
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="moss-read")  # of chat requests
+        # A schema may take seconds, in which the requests of others are read.
+        self.schemas = ThreadPoolExecutor(1, thread_name_prefix="moss-schema")
         self.budget = Budget(limits.held)
         self.each = SessionMemory.of(runner.engine, runner.tile)
         self.memory = Ceiling(limits.sessions_memory)
@@ -255,7 +260,8 @@ class Hub:
 
     def close_decoders(self) -> None:
         """Ends the processes that decode media."""
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.readers, self.schemas, self.rebuilding):
+            threads.shutdown(wait=False, cancel_futures=True)
         for pool in (self.pictures, self.clips):
             pool.close()
 

@@ -127,11 +127,11 @@ class Bucket:
         self._rate, self._burst = rate, burst or 2 * rate
         self._left, self._at = self._burst, 0.0
 
-    def take(self, now: float) -> bool:
-        """Whether one more may pass."""
+    def take(self, now: float, count: int = 1) -> bool:
+        """Whether so many more may pass."""
         self._left = min(self._burst, self._left + (now - self._at) * self._rate)
         self._at = now
-        if self._left < 1:
+        if self._left < count:
             return False
-        self._left -= 1
+        self._left -= count
         return True

@@ -22,6 +22,7 @@ from inference.serve.typed_fields import kind, read
 
 # Name in session.update -> name in SessionConfig, where it is another.
 _NAMES = {"instructions": "system_prompt", "max_output_tokens": "max_new_tokens"}
+_GIVEN = {**{ours: name for name, ours in _NAMES.items()}, "live": "source", "clock": "source"}
 
 
 @dataclass
@@ -89,9 +90,8 @@ def read_update(message: SessionUpdate, now: Sampling) -> dict[str, Any]:
     set_now = [n for n in update.model_fields_set if kind(type(update), n)[0] == "read"]
     given = {name: getattr(update, name) for name in set_now}
     names = {entry.name for entry in fields(Sampling)} & set(given)
-    changes = {
-        _NAMES.get(name, name): given[name] for name in set(given) - names - {"source", "model"}
-    }
+    rest = [name for name in given if name not in names | {"source", "model"}]
+    changes = {_NAMES.get(name, name): given[name] for name in rest}
     if names:
         sampling = {**asdict(now), **{name: given[name] for name in names}}
         changes["sampling"] = Sampling(**sampling)
@@ -99,6 +99,13 @@ def read_update(message: SessionUpdate, now: Sampling) -> dict[str, Any]:
         live = update.source == "live"
         changes |= {"live": live, "clock": "wall" if live else "media"}
     return changes
+
+
+def refused_update(error: ValueError) -> Refused:
+    """What a session says of such a change, with the client's name of the field."""
+    name, _, words = str(error).partition(": ")
+    field = f"session.{_GIVEN.get(name, name)}"
+    return Refused("invalid_value", f"{field}: {words}", field)
 
 
 def read_image(message: ImageAppend, limits: Limits) -> ImageMessage:

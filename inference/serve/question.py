@@ -152,10 +152,10 @@ class _Messages:
         self._written = as_typed  # its texts as the prompt takes them
 
     def read(self, turns: Sequence[Any], goes_on: bool) -> list[Message]:
-        """Without an empty answer at the end, which a page sends after a stop, unless the request
-        goes on from it."""
+        """Without empty answers at the end, which a page sends after a stop, unless the request
+        goes on from the last one."""
         messages = [self._message(turn, f"messages[{n}]") for n, turn in enumerate(turns)]
-        if not goes_on and messages[-1] == Message("assistant", "") and len(messages) > 1:
+        while not goes_on and messages[-1] == Message("assistant", "") and len(messages) > 1:
             messages.pop()
         return messages
 

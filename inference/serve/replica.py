@@ -4,7 +4,8 @@ connection of its own to the front.
     front -> replica   what is opened: `id`, `seq` (of its last event); of a session that goes on
                        its records (`kept`) and how many pictures follow, each as a message
                        then the client's messages, numbered: `n`, `age` (seconds since it came),
-                       `over` (a limit of its key that it exceeds), and `text` or bytes;
+                       `over` (a limit of its key that it exceeds), `text` where it is one, and
+                       its bytes;
                        or `end`: the session is to end
     replica -> front   `events` and the `record` that covers them (inference/session/journal.py)
                        with its pictures, in one message: what the front has is always whole
@@ -78,7 +79,8 @@ async def _rebuild(
     kept = {**opening["kept"], "seq": opening["seq"]}
     options = {"reason": opening["reason"], "journal": journal, "log_limit": hub.limits.replay}
     hub.memory.check(hub.each.total)
-    handle = await asyncio.to_thread(partial(rebuild, hub.runner, kept, pictures, **options))
+    work = partial(rebuild, hub.rebuilder, kept, pictures, **options)
+    handle = await asyncio.get_running_loop().run_in_executor(hub.rebuilding, work)
     live = LiveSession(handle, opening["id"])
     hub.hold(handle.log, hub.each.total)
     hub.sessions[live.id] = live
@@ -138,7 +140,9 @@ class FrontConnection(Connection):
             return True
         self._number, self._age = values["n"], values["age"]
         self._over = values.get("over", "")
-        if not await super()._take(values.get("text"), blobs[0] if blobs else None):
+        (sent,) = blobs
+        text = sent.decode() if values.get("text") else None
+        if not await super()._take(text, sent if text is None else None):
             self._too_many = False
         return True
 

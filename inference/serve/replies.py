@@ -108,6 +108,7 @@ class Health(_Reply):
     model: str
     stage: str | None
     prompt_form: Any
+    tile: int | None  # pixels of the side of a picture as the model sees it
     sessions: int
     max_sessions: int
     memory_free: int | None = None  # bytes, on the model's device

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 import ssl
+import stat
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,12 +17,17 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from inference import cli
-from inference.serve.connections import http_protocol
+from inference.serve.connections import http_protocol, socket_protocol
 from inference.serve.limits import Limits
+from inference.serve.wire import largest_message
+
+_OTHER_FILES = 512  # of a process: libraries, decoders, media of chat requests
 
 
 class Served(Protocol):
     """What a Server serves."""
+
+    limits: Limits
 
     @property
     def failed(self) -> str:
@@ -49,6 +58,10 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         while not (self._served.decodes or self.should_exit):
             await asyncio.sleep(0.02)
+        if self.config.is_ssl:  # uvicorn does not say how long a handshake may take: a minute
+            loop, seconds = asyncio.get_running_loop(), self._served.limits.headers
+            made = partial(loop.create_server, ssl_handshake_timeout=seconds)
+            setattr(loop, "create_server", made)  # noqa: B010
         await super().startup(sockets)
         self._served.start()
 
@@ -57,6 +70,20 @@ class Server(uvicorn.Server):
             server.close()
         await self._served.close()
         await super().shutdown(sockets)
+
+
+def allow_files(limits: Limits) -> None:
+    """Raises this process's limit of open files to what its connections need, or as far as the
+    system lets it, and says so where that is not enough. A front has another one for each."""
+    wanted = 2 * limits.connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        words = f"{limits.connections} connections may need {wanted} open files"
+        cli.note(f"warning: {words}, and this process may have {hard}: see `ulimit -Hn`")
 
 
 def url_of(host: str, door: socket.socket, certificate: Certificate | None) -> str:
@@ -71,6 +98,7 @@ def listen(host: str, port: int, path: str | None = None) -> socket.socket:
     """The socket of an address, or of a path; CommandError where it cannot be had."""
     if path is not None:
         made = socket.socket(socket.AF_UNIX)
+        _remove_left(path)
         try:
             made.bind(path)
         except OSError as error:
@@ -83,6 +111,18 @@ def listen(host: str, port: int, path: str | None = None) -> socket.socket:
     except OSError as error:
         words = f"{error.strerror or error}: give another --host or --port"
         raise cli.CommandError(f"--host {host} --port {port}: {words}") from None
+
+
+def _remove_left(path: str) -> None:
+    """A server that has ended leaves its socket's file, to which no other can bind."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+    except ConnectionRefusedError:  # it is a socket, or another file, and nobody listens
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    except OSError:
+        pass  # nothing is there, or binding to it says what is wrong
 
 
 @dataclass(frozen=True)
@@ -113,9 +153,14 @@ class Certificate:
 
 
 def server_config(
-    app: ASGIApp, host: str, port: int, limits: Limits, certificate: Certificate | None = None
+    app: ASGIApp,
+    host: str,
+    port: int,
+    limits: Limits,
+    certificate: Certificate | None = None,
+    tile: int | None = None,
 ) -> uvicorn.Config:
-    """How uvicorn runs the routes."""
+    """How uvicorn runs the routes. tile: as in `largest_message`."""
     return uvicorn.Config(
         app,
         ssl_certfile=certificate.chain if certificate else None,
@@ -123,10 +168,10 @@ def server_config(
         host=host,
         port=port,
         log_level="warning",
-        ws_max_size=2 * limits.frame_bytes,  # base64 in JSON is a third larger
+        ws_max_size=largest_message(limits, tile),
         ws_per_message_deflate=False,
         http=http_protocol(limits),
-        ws_max_queue=4,  # messages that wait to be read; the client waits with more
+        ws=socket_protocol(limits),
         ws_ping_interval=5,
         ws_ping_timeout=10,
         timeout_graceful_shutdown=5,

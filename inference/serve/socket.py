@@ -17,13 +17,21 @@ from inference.serve.held import POLICY, Holder
 from inference.serve.hub import Hub, LiveSession
 from inference.serve.limits import Bucket, Refused
 from inference.serve.messages import Cancel, CreateItem, ImageAppend, SessionUpdate
-from inference.serve.protocol import ImageMessage, parse, read_image, read_item, read_update
+from inference.serve.protocol import (
+    ImageMessage,
+    parse,
+    read_image,
+    read_item,
+    read_update,
+    refused_update,
+)
 from inference.session.handle import SessionClosed
 from inference.session.session import PromptTooLong, QueueFull
 
 log = logging.getLogger(__name__)
 
 _LARGE = 2**16  # characters of a message
+_ENDED = "no input is taken after input_image_buffer.end"
 Result = TypeVar("Result")
 
 
@@ -96,6 +104,8 @@ class Connection(Holder):
         session, limits = self._session, self._hub.limits
         message = await _off_loop(len(text), parse, text, limits)
         kind = message.type
+        if session.input_ended and isinstance(message, ImageAppend | CreateItem):
+            raise Refused("wrong_order", _ENDED)
         if self._announced and kind in ("input_image_buffer.append", "input_image_buffer.end"):
             self._announced = None
             raise Refused("wrong_order", "the picture of the append before has not come")
@@ -109,10 +119,13 @@ class Connection(Holder):
             if picture is not None:
                 return await self._frame(picture, ImageMessage(picture, None, words))
             self._refuse_over()
+            session.check(words)
             with self._change():
                 session.prompt(words)
                 self._live.untouched = False
         else:
+            if isinstance(message, SessionUpdate):
+                session.check(message.session.instructions or "", message.session.prompt or "")
             with self._change():
                 self._control(message)
 
@@ -120,7 +133,10 @@ class Connection(Holder):
         """A message that brings no input."""
         session, kind = self._session, message.type
         if isinstance(message, SessionUpdate):
-            session.configure(**read_update(message, session.config.sampling))
+            try:
+                session.configure(**read_update(message, session.config.sampling))
+            except ValueError as error:
+                raise error if isinstance(error, PromptTooLong) else refused_update(error) from None
             session.emit("session.updated", session=self._hub.describe(self._live))
         elif isinstance(message, Cancel):
             if not session.cancel(message.response_id):
@@ -136,9 +152,11 @@ class Connection(Holder):
     async def _frame(self, data: bytes, image: ImageMessage) -> None:
         """Checks a picture, decodes it outside of the event loop, queues it."""
         limits, session, arrived = self._hub.limits, self._session, time.monotonic() - self._age
+        if session.input_ended:
+            raise Refused("wrong_order", _ENDED)
         at = self._second(image, arrived)
         if at is not None and at < self._live.newest:
-            words = f"ts: {at:g} is before the last frame, {self._live.newest:g}"
+            words = f"ts: {at} is before the last frame, {self._live.newest}"
             raise Refused("invalid_value", words, "ts")
         loose = session.config.live and not image.prompt
         if not loose:
@@ -151,15 +169,14 @@ class Connection(Holder):
             await asyncio.sleep(1 / limits.fps)
         if len(data) > limits.frame_bytes:
             raise Refused("too_large", f"{len(data)} bytes are more than {limits.frame_bytes}")
+        session.check(image.prompt or "")
         picture = await self._hub.decode(data)
         if not session.config.live:
             await session.room()
         with self._change():
             self._emit_skipped(at or 0.0)
             self._live.untouched = False
-            session.push_frame(picture, at, image.prompt, self._number)
-            if at is not None:
-                self._live.newest = at
+            self._live.newest = session.push_frame(picture, at, image.prompt, self._number)
             if image.at is not None:
                 self._live.clock.set(image.at, arrived)
 

@@ -34,11 +34,20 @@ _WORDS = {  # of pydantic's errors
     "string_unicode": "has half of a character",
     "string_too_short": "expected a text with characters",
     "list_type": "expected a list",
+    "tuple_type": "expected a list",
     "too_short": "expected at least one",
     "dict_type": "expected an object",
     "model_type": "expected an object",
 }
-_SHAPES = ("missing", "list_type", "too_short", "dict_type", "model_type", "wrong_content")
+_SHAPES = (
+    "missing",
+    "list_type",
+    "tuple_type",
+    "too_short",
+    "dict_type",
+    "model_type",
+    "wrong_content",
+)
 
 
 def harmless() -> Any:
@@ -119,7 +128,7 @@ class Range:
             number = int(number) if number.is_integer() else None
         if number is None or not self.least <= number <= most:  # NaN is not
             kind = "a whole number" if self.whole else "a number"
-            span = f"from {self.least:.19g} to {most:.19g}"
+            span = f"from {_written(self.least)} to {_written(most)}"
             span += f', or "{self.endless}"' if self.endless else ""
             raise _error("invalid_value", f"{value!r:.60}: expected {kind} {span}")
         return number
@@ -229,6 +238,11 @@ def _hint(name: str, names: list[str]) -> str:
         return f"is not a field here: did you mean {near[0]}?"
     few = f"known are {', '.join(names)}" if len(names) < 16 else "docs/serving.md lists them"
     return f"is not a field here: {few}"
+
+
+def _written(number: float) -> str:
+    whole = isinstance(number, int) or number.is_integer()
+    return str(int(number)) if whole else f"{number:g}"
 
 
 def _is_one(value: Any, values: list[Any]) -> bool:

@@ -8,13 +8,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from inference.serve.accounts import Usage
+from inference.serve.limits import Limits
 
 ROUTE = "/v1/front"  # a replica's, for its front alone
-# What an answer to a chat request tells its front beside the answer: headers, and in a stream lines
-# before its pieces.
-ASKED, USED = "X-Moss-Asked", "X-Moss-Used"
+# What an answer to a chat request tells its front beside the answer: a header, and lines before its
+# pieces, or before the one of a whole answer while it is made.
+ASKED = "X-Moss-Asked"
 USED_LINE = b": used "
 _HEAD = struct.Struct(">I")
+# Bytes at most: what a front keeps of a session beside its pictures; what is around a client's.
+_KEPT, _AROUND = 2**24, 4096
+
+
+def largest_message(limits: Limits, tile: int | None) -> int:
+    """Bytes of a WebSocket's message that a server takes; more closes the socket. tile: of a
+    replica: its front sends what clients send, with more around it, and sessions that move."""
+    of_client = 2 * limits.frame_bytes  # base64 in JSON is a third larger
+    return of_client if tile is None else max(of_client, 3 * tile * tile, _KEPT) + _AROUND
 
 
 def pack(values: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
@@ -16,9 +18,12 @@ from inference.session.response import Vocabulary
 # with that has not learned to write JSON.
 _SPACE = r"[\x20\x0A\x0D\x09]{0,16}"
 
+_LONGEST = 2**16  # characters of a schema: with more, each token takes a tenth of a second
+
 
 class GrammarError(ValueError):
-    """The library does not take a schema, or is not there; the message says why."""
+    """The library does not take a schema, fails in the middle of a text, or is not there; the
+    message says why."""
 
 
 class Grammars:
@@ -34,26 +39,32 @@ class Grammars:
 
     def of_schema(self, schema: Mapping[str, Any]) -> Grammar:
         """Texts that are JSON of a JSON Schema; GrammarError names what the library lacks."""
-        library = _library()
+        library, written = _library(), json.dumps(schema)
+        if len(written) > _LONGEST:
+            words = f"{len(written)} characters are more than {_LONGEST}"
+            raise GrammarError(words)
+        _refuse_circles(schema)
         with self._lock:
             if self._made is None:
                 tokenizer = self._vocabulary.tokenizer
                 self._made = library.LLTokenizer(
-                    tokenizer.to_str(),
+                    _without_names(tokenizer.to_str()),
                     n_vocab=max(self._tokens, tokenizer.get_vocab_size()),
                     eos_token=self._vocabulary.special.eot_id,
                     slices=library.LLTokenizer.json_slices(),
                 )
         try:
             rules = library.LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), defaults={"whitespace_pattern": _SPACE}
+                written, defaults={"whitespace_pattern": _SPACE}
             )
         except ValueError as error:
             raise GrammarError(_line(str(error))) from None
         matcher = library.LLMatcher(self._made, rules, log_level=0)
         if matcher.is_error():
             raise GrammarError(_line(matcher.get_error()))
-        return Grammar(matcher)
+        grammar = Grammar(matcher)
+        grammar.mask()  # most of what is too large for the library fails here
+        return grammar
 
 
 class Grammar:
@@ -84,7 +95,51 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar failed: {_line(self._matcher.get_error())}")
+            raise GrammarError(f"the grammar failed: {_line(self._matcher.get_error())}")
+
+
+def _without_names(tokenizer: str) -> str:
+    """A tokenizer in which no text spells a special token. Where a grammar leaves no choice, the
+    library takes the tokens that its tokenizer makes of the text: of `"<|eot_id|>"` in a schema
+    that would be the end of the answer."""
+    written, key = json.loads(tokenizer), secrets.token_hex(8)
+    for token in written["added_tokens"]:
+        if token["special"]:
+            token["content"] = f"{key}-{token['id']}"
+    return json.dumps(written)
+
+
+def _refuse_circles(schema: Mapping[str, Any]) -> None:
+    """Raises GrammarError for a `$ref` that leads to itself: no value is of such a schema, which
+    the library finds out in the middle of an answer."""
+    followed = set[str]()
+    nodes: list[Any] = [schema]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        chain: dict[str, None] = {}
+        while isinstance(node, dict) and isinstance(node.get("$ref"), str):
+            name = node["$ref"]
+            if name in chain:
+                raise GrammarError(f"$ref {name:.80}: refers to itself")
+            if name in followed:
+                break
+            chain[name] = None
+            node = _referred(schema, name)
+        followed.update(chain)
+
+
+def _referred(schema: Any, name: str) -> Any:
+    """What a `$ref` of the same document names, `#/a/b`; None: the library says what is wrong."""
+    if name.partition("#")[0]:
+        return None
+    for part in unquote(name.removeprefix("#")).split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        try:
+            schema = schema[int(part)] if isinstance(schema, list) else schema[part]
+        except (LookupError, TypeError, ValueError):
+            return None
+    return schema
 
 
 def _library() -> Any:

@@ -111,16 +111,22 @@ class SessionHandle:
         return self._running.closing
 
     @property
+    def input_ended(self) -> bool:
+        """No more input comes."""
+        return self._open()[1].input_ended
+
+    @property
     def config(self) -> SessionConfig:
         return self._open()[1].config
 
     def push_frame(
         self, image: Picture, at: float | None = None, prompt: str | None = None, source: int = 0
-    ) -> None:
+    ) -> float:
         """Gives a frame of second `at` (by default one interval after the last), and a prompt that
-        is asked right before it. Does not wait: if the queue is full, a live session drops its
-        oldest waiting frame (`input_frame.dropped`), another session raises QueueFull. Raises
-        SessionClosed, and as_picture's errors. source: its number for the journal.
+        is asked right before it; returns its second. Does not wait: if the queue is full, a live
+        session drops its oldest waiting frame (`input_frame.dropped`), another session raises
+        QueueFull. Raises SessionClosed, and as_picture's errors. source: its number for the
+        journal.
         """
         picture = fit(as_picture(image), self._tile)
         changed, task = self._open()
@@ -131,6 +137,7 @@ class SessionHandle:
             if self._running.journal is not None:
                 self._running.journal.add_picture(source, picture)
             changed.notify_all()
+        return at
 
     def put_frame(self, image: Picture, at: float | None = None, prompt: str | None = None) -> None:
         """As `push_frame`, after waiting for room in the queue."""
@@ -192,15 +199,22 @@ class SessionHandle:
             yield
             self._running.write()
 
+    def check(self, *texts: str) -> None:
+        """Of texts that are to be given to the session: PromptTooLong, SampleError. What takes time
+        of it is done here, and not in a change, in which others wait."""
+        self._open()[1].check_texts(*texts)
+
     def configure(self, **changes: Any) -> None:
         """Changes fields of the session's config: see Session.configure."""
         changed, task = self._open()
+        self.check(changes.get("system_prompt", ""), changes.get("prompt", ""))
         with changed:
             task.configure(**changes)
 
     def prompt(self, text: str) -> None:
         """Asks. A response that is being said ends at the next token. QueueFull, SampleError."""
         changed, task = self._open()
+        self.check(text)
         with changed:
             self._refuse_if_closed()
             task.ask(Prompt(text, time.monotonic()))

@@ -1,29 +1,27 @@
 """A session of another process from its journal: its tokens and pictures go through the model
-again, in pieces, so that the steps of other sessions go between them."""
+again (rebuilder.py)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from inference.engine import rebuild as engine_rebuild
-from inference.engine.rebuild import PIECE_FRAMES, Outline, runs
+from inference.engine.rebuild import Outline
 from inference.engine.sampling import Sampling
-from inference.engine.slots import Slot
 from inference.session.events import LOG_LIMIT
 from inference.session.handle import SessionHandle
 from inference.session.journal import Journal, Record
-from inference.session.runner import Runner
+from inference.session.rebuilder import Rebuilder
 from inference.session.saved import resume
 from inference.session.stats import Stats
 
 
 def rebuild(
-    runner: Runner,
+    rebuilder: Rebuilder,
     kept: Record,
     pictures: Mapping[int, Tensor],
     *,
@@ -44,7 +42,7 @@ def rebuild(
         EngineFull: no place is free.
         ValueError: the session is of an engine of other sizes, or of another program.
     """
-    state = _state(kept["session"], pictures)
+    runner, state = rebuilder.runner, _state(kept["session"], pictures)
     stats, now, most = Stats(runner.measured), time.monotonic(), runner.engine.max_tokens // 2
     task = resume(state, runner.vocabulary, stats, now, most, log_limit)
     task.log.last_seq = kept["seq"]
@@ -59,7 +57,7 @@ def rebuild(
     try:
         if outline is not None:
             images = [pictures[source] for source in kept["slot"]["ring"]["sources"]]
-            running.slot = _slot(runner, outline, images)
+            running.slot = rebuilder.slot(outline, images)
         took = round(1000 * (time.monotonic() - now), 1)
         length = 0 if outline is None else len(outline.tokens)
         task.emit(
@@ -105,26 +103,3 @@ def _outline(slot: Record | None) -> Outline | None:
         count=ring["count"],
         **{name: slot[name] for name in names},
     )
-
-
-def _slot(runner: Runner, outline: Outline, images: list[Tensor]) -> Slot:
-    """The slot, made between the steps of others."""
-    engine = runner.engine
-
-    def between(function: Callable[..., Any], *arguments: Any) -> Any:
-        return runner.call(partial(engine.on_all, function, *arguments)).result()
-
-    slot: Slot = between(engine_rebuild.begin, outline)
-    try:
-        for place in range(0, len(images), PIECE_FRAMES):
-            piece = images[place : place + PIECE_FRAMES]
-            features = runner.call(partial(engine.encode, piece)).result()
-            between(engine_rebuild.add_frames, slot, place, features)
-        for begin, end in runs(outline.positions):
-            tokens, position = outline.tokens[begin:end], outline.positions[begin]
-            between(engine_rebuild.add_tokens, slot, tokens, position)
-        between(engine_rebuild.finish, slot, outline.position, outline.pending)
-    except BaseException:
-        runner.call(partial(engine.close, slot))
-        raise
-    return slot

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from data_pipeline.prompts import PromptBuilder
+from data_pipeline.schema import Role
 from data_pipeline.tokens import SpecialTokens
 from inference.session.detokenize import TextStream
 from inference.session.events import LOG_LIMIT, EventLog
@@ -21,17 +24,26 @@ class Vocabulary:
     tokenizer: Tokenizer
     special: SpecialTokens
     prompts: PromptBuilder
+    # `prompts.turn`, the last ones kept: a text is counted when it comes, and written between two
+    # steps of the engine, which would wait for 20 ms.
+    turn: Callable[[Role, str], tuple[int, ...]]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
         """Raises ValueError where a token is missing, or text cannot be written of tokens."""
         TextStream(tokenizer)
         special = SpecialTokens.from_tokenizer(tokenizer)
-        return cls(tokenizer, special, PromptBuilder(tokenizer, special))
+        prompts = PromptBuilder(tokenizer, special)
+
+        @lru_cache(maxsize=32)
+        def turn(role: Role, text: str) -> tuple[int, ...]:
+            return tuple(prompts.turn(role, text))
+
+        return cls(tokenizer, special, prompts, turn)
 
     def user_turn(self, text: str) -> list[int]:
         """A user's turn, and the header after which the assistant answers."""
-        return self.prompts.turn("user", text) + self.prompts.header("assistant")
+        return [*self.turn("user", text), *self.prompts.header("assistant")]
 
 
 class Response:

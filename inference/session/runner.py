@@ -27,7 +27,7 @@ from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
 from inference.session.answer import Answer
 from inference.session.events import LOG_LIMIT
-from inference.session.grammar import Grammar
+from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle, led_by_first
 from inference.session.response import Vocabulary
 from inference.session.saved import resume
@@ -37,6 +37,7 @@ from inference.session.stats import Measure, Stats
 log = logging.getLogger(__name__)
 
 METRICS_EVERY = 10.0  # seconds between a session's `session.metrics`
+INPUT_ENDED = "the input has ended"  # why a session is over that nothing has closed
 
 
 class Runner:
@@ -265,9 +266,7 @@ class Runner:
                     batch.append((running, request))
             self.changed.notify_all()  # frames were taken: there is room; or all is settled
             if not (batch or self._calls or self._finished() or self._stopping):
-                wakes = [
-                    running.task.wake for running in self._running if running.task.wake is not None
-                ]
+                wakes = [r.task.wake for r in self._running if r.task.wake is not None]
                 self.changed.wait(max(0.0, min(wakes) - now) if wakes else None)
         return batch
 
@@ -324,10 +323,11 @@ class Runner:
         with self.changed:
             for running in sessions:
                 task, words = running.task, _words(error)
+                code = "grammar" if isinstance(error, GrammarError) else "engine_error"
                 log.error("%s ended: %s", task.name, words, exc_info=error)
                 running.closing, running.failed = f"the engine failed: {words}", True
                 running.in_step = False
-                _attempt(partial(task.emit, "error", code="engine_error", message=words))
+                _attempt(partial(task.emit, "error", code=code, message=words))
                 _attempt(partial(task.close, "failed", "engine_error"))
 
     def _report(self, running: RunningSession, now: float) -> None:
@@ -354,7 +354,7 @@ class Runner:
                 (self._running if running in self._running else self._parked).remove(running)
                 cached = len(running.slot.frames) if running.slot else 0
                 self._release(running.slot)
-                task, reason = running.task, running.closing or "the input has ended"
+                task, reason = running.task, running.closing or INPUT_ENDED
                 _attempt(partial(task.close, "cancelled", "session_closed"))
                 _attempt(partial(_emit_metrics, task, cached))
                 usage = task.stats.usage()

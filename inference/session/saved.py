@@ -40,6 +40,7 @@ def state_of(session: Session, *, pictures: bool = True) -> dict[str, Any]:
         "frames": [_frame(frame, pictures) for frame in session.frames],
         "prompts": [prompt.text for prompt in session.prompts],
         "unfinished": unfinished and _request(unfinished, pictures),
+        "asked": session._prompt_time is not None,
         "counts": dict(session.stats.counts),
         "seconds": session.stats.seconds,
     }
@@ -84,6 +85,8 @@ def resume(
         frame = None if image is None else Frame(image, at, now, source=source)
         images = [] if image is None else [image]
         session._unfinished = StepRequest(list(tokens), images, began=now, frame=frame)
+    if state.get("asked"):  # a prompt is being taken in
+        session._prompt_time = now
     stats.counts.update(state.get("counts", {}))
     stats.began = now - state.get("seconds", 0.0)
     return session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 # Seconds: from a prompt's arrival to the first token after it; between two tokens of a response;
@@ -79,7 +79,7 @@ def usage_of(counts: Mapping[str, int], seconds: float) -> dict[str, float]:
     }
 
 
-def quantile(values: deque[float], percent: int) -> float:
-    """The value that so many percent of the values do not exceed."""
+def quantile(values: Collection[float], percent: int) -> float:
+    """The value that so many percent of the values do not exceed, one of them."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]

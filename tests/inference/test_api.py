@@ -114,10 +114,14 @@ def test_watching_gives_the_events_of_the_command(
     command = ["--checkpoint", str(live), "--device", "cpu"]
     assert realtime_streaming_infer.main([*command, *options, *asked]) == 0
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(e.type, e.t_media) for e in seen] == [(e["type"], e["t_media"]) for e in told]
+    ours, theirs = [(e.type, e.t_media) for e in seen], [(e["type"], e["t_media"]) for e in told]
+    for events_of in (ours, theirs):  # how far a reader of files is ahead of the model is its own
+        (ended,) = (event for event in events_of if event[0] == "source.ended")
+        events_of.remove(ended)
+    assert ours == theirs
     for kind, value in (("response.done", "text"), ("input_frame.processed", "decision")):
-        ours = [e.data[value] for e in seen if e.type == kind]
-        assert ours == [e[value] for e in told if e["type"] == kind] != []
+        values = [e.data[value] for e in seen if e.type == kind]
+        assert values == [e[value] for e in told if e["type"] == kind] != []
 
 
 def test_a_video_that_nobody_watches_to_its_end_frees_its_place(

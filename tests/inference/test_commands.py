@@ -70,7 +70,10 @@ def test_a_stream_is_watched_second_by_second(run: Run, tiny: Path, clip: Path) 
     asked = next(e for e in told if e["type"] == "conversation.item.created")
     assert (asked["text"], asked["t_media"]) == ("Who is it?", 1.0)
     after = told[told.index(asked) + 1 :]
-    assert next(e for e in after if e["type"] == "input_frame.processed")["frame_at"] == 2.0
+    frame = next(e for e in after if e["type"] == "input_frame.processed")
+    assert frame["frame_at"] == 2.0
+    # It has been decided on by then, as in training: it is no step together with the frame.
+    assert {"session.state", "response.created"} & {e["type"] for e in after[: after.index(frame)]}
     between, other, _ = run(realtime_streaming_infer, *args, "--ask", "1.5:Who is it?")
     order = [e["type"] for e in events(other) if e["type"].startswith(("input_frame", "conv"))]
     assert (between, order.index("conversation.item.created")) == (0, 2)
@@ -80,6 +83,19 @@ def test_a_stream_is_watched_second_by_second(run: Run, tiny: Path, clip: Path) 
     ]
     assert again == 0
     assert texts[0] == texts[1] != []
+
+
+@pytest.mark.parametrize("speed", [0, 20])
+def test_questions_of_one_second_are_asked_one_after_the_other_before_its_frame(
+    run: Run, tiny: Path, clip: Path, speed: int
+) -> None:
+    args = stream(tiny, clip, "--speed", speed, "--jsonl", "-", "--max_new_tokens", 3)
+    asks = [word for text in ("0:A", "0:B", "2:C", "2:D") for word in ("--ask", text)]
+    code, out, _ = run(realtime_streaming_infer, *args, *asks)
+    assert code == 0
+    kinds = ("input_frame.processed", "conversation.item.created")
+    told = [e.get("text", e.get("frame_at")) for e in events(out) if e["type"] in kinds]
+    assert told == ["A", "B", 0.0, 1.0, "C", "D", 2.0, 3.0, 4.0, 5.0]
 
 
 def test_a_seed_that_is_not_given_is_drawn_and_told(run: Run, sft: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What lmms_runner.py is made for, and the environment holds (tools/evaluate/lmms_environment.py).
+LMMS_VERSION = "0.7.3"
 ZEROBENCH = "ZeroBench(Sub)"  # the one that lmms-eval does not have
 
 

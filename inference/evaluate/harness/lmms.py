@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.evaluate.harness.benchmarks import Benchmark
+from inference.evaluate.harness.benchmarks import LMMS_VERSION, Benchmark
 from inference.evaluate.harness.lmms_runner import FAILED, SKIPPED
-from inference.evaluate.harness.server import MODEL, last_words
+from inference.evaluate.harness.server import KEY, MODEL, last_words
 from inference.evaluate.results import Item, Row
 
 HERE = Path(__file__).parent
@@ -83,7 +83,7 @@ def command(harness: Harness, benchmark: Benchmark, folder: Path, url: str) -> l
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings) + "\n")
     model = {
-        "model": MODEL, "base_url": f"{url}/v1", "api_key": "none", "pass_video_url": True,
+        "model": MODEL, "base_url": f"{url}/v1", "pass_video_url": True,
         "num_concurrent": harness.concurrency, "prefix_aware_queue": False,
     }  # fmt: skip
     words = [
@@ -105,6 +105,7 @@ def _run(
     home = os.environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
     # Some tasks find their videos only where HF_HOME is set; a proxy is not for this machine.
     environment = {**os.environ, "HF_HOME": home, "NO_PROXY": "127.0.0.1,localhost"}
+    environment["OPENAI_API_KEY"] = os.environ.get(KEY) or "none"  # an argument would be in its log
     environment.pop("PYTHONPATH", None)
     log = folder / "log.txt"
     with log.open("wb") as out:
@@ -230,7 +231,8 @@ def _paths(media: Any) -> list[str]:
     return [path for path in found if isinstance(path, str) and os.path.isfile(path)]
 
 
-def settings_of(harness: Harness, benchmark: Benchmark) -> dict[str, Any]:
+def settings_of(harness: Harness, benchmark: Benchmark, resolution: str) -> dict[str, Any]:
     """What a row was asked with, for the table."""
     frames = f"{harness.fps:g}/s, at most {harness.max_frames}" if benchmark.video else ""
-    return {"frames": frames, "prompt": f"lmms-eval 0.7.3, {benchmark.task}"}
+    prompt = f"lmms-eval {LMMS_VERSION}, {benchmark.task}"
+    return {"frames": frames, "resolution": resolution, "prompt": prompt}

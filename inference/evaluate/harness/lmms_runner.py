@@ -3,7 +3,7 @@
     LMMS_PYTHON inference/evaluate/harness/lmms_runner.py SETTINGS.json LMMS_EVAL_ARGUMENTS...
 
 Another interpreter runs this file, that of lmms-eval's environment: it imports nothing of ours. It
-changes lmms-eval 0.7.3 in three places:
+changes lmms-eval (`benchmarks.LMMS_VERSION`) in three places:
 
 - an answer is written to a journal when it comes, and read from there by a later run;
 - a video is named as a proper `file:` URL, with the frames that the run is to show;

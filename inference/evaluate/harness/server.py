@@ -18,9 +18,12 @@ import httpx
 from inference.evaluate.results import BenchmarkError
 
 MODEL = "moss-video"  # its name in requests
+KEY = "MOSS_API_KEY"  # environment variable with the API key of a server; it may be missing
 _ADDRESS = re.compile(r"https?://[\w.\[\]:]+:\d+(?=/)")
 _START, _STOP = 1800.0, 30.0  # seconds: an 11B model is read from a slow disk; a clean end
-_LOOK = 0.2
+_LOOK, _PATIENCE = 0.2, 10.0
+# Seconds between looks at a server that is not ours, and without an answer after which it has gone.
+_ASK, _GONE = 5.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "MOSS_END_WITH_PARENT": "1"},
+                env={**os.environ, "MOSS_END_WITH_PARENT": str(os.getpid())},
             )
         try:
             self.url = self._wait()
+            self.resolution = resolution(self.url)
         except BaseException:
             self.stop()
             raise
@@ -115,18 +119,64 @@ class Server:
         self.stop()
 
 
+class Elsewhere:
+    """A server that somebody else runs. gone: seconds without an answer after which it counts as
+    ended; every: seconds between two looks."""
+
+    def __init__(self, url: str, gone: float = _GONE, every: float = _ASK) -> None:
+        """BenchmarkError: no server answers there."""
+        self.url, self._gone, self._every = base_of(url), gone, every
+        self._looked = self._answered = time.monotonic()
+        if not healthy(self.url):
+            raise BenchmarkError(f"{url}: no server answers there")
+        self.resolution = resolution(self.url)
+
+    def check(self) -> None:
+        """BenchmarkError, if it has ended."""
+        if time.monotonic() - self._looked < self._every:
+            return
+        if answers(self.url):
+            self._answered = time.monotonic()
+        elif time.monotonic() - self._answered > self._gone:
+            raise BenchmarkError(f"{self.url}: the server has not answered for {self._gone:g} s")
+        self._looked = time.monotonic()
+
+
 def last_words(log: Path) -> str:
     """The last line that a process wrote into its log."""
     lines = log.read_text(errors="replace").strip().splitlines() or ["no word"]
     return f"{lines[-1]:.300}"
 
 
+def base_of(url: str) -> str:
+    """A server's address, whether it was given with `/v1` or without."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def healthy(url: str) -> bool:
-    """Whether a server answers at an address."""
+    """Whether a server answers at an address that it can be asked."""
+    return _status(url) == 200
+
+
+def answers(url: str) -> bool:
+    """Whether there is a server at an address, be it a busy one."""
+    return _status(url) is not None
+
+
+def resolution(url: str) -> str:
+    """Pixels of each picture and frame as the model sees it; empty: the server does not say."""
     try:
-        return httpx.get(f"{url}/health", timeout=10).status_code == 200
-    except httpx.HTTPError:
-        return False
+        tile = httpx.get(f"{url}/health", timeout=_PATIENCE).json().get("tile")
+    except (httpx.HTTPError, ValueError, AttributeError):
+        tile = None
+    return f"{tile} x {tile}" if tile else ""
+
+
+def _status(url: str) -> int | None:
+    try:
+        return httpx.get(f"{url}/health", timeout=_PATIENCE).status_code
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return None
 
 
 def _tile(checkpoint: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,18 +39,20 @@ BENCHMARKS = tuple(_FILES)
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark, its items, the words in which it asks."""
+    """A benchmark, its items, the words in which it asks. files: of questions, with the digests of
+    what was in them."""
 
     benchmark: Benchmark
     items: list[Item]
     words: Words
+    files: dict[str, str]
 
 
 def choose(config: StreamingConfig) -> list[Chosen]:
     """The benchmarks of a configuration; FormError for what cannot be read."""
     own = Path(config.prompts) if config.prompts else None
     timing = Timing(config.context or None, config.patience)
-    chosen = []
+    chosen, rows, known = list[Chosen](), dict[str, None](), set[tuple[str, str]]()
     for named in config.benchmarks:
         name, _, path = named.partition("=")
         if name not in BENCHMARKS or not path:
@@ -63,11 +66,38 @@ def choose(config: StreamingConfig) -> list[Chosen]:
             for file in files
             for item in benchmark.read(file, file.parent if videos is None else videos)
         ]
-        twice = [key for key, count in Counter(item.id for item in items).items() if count > 1]
-        if twice:
-            raise FormError(f"{path}: several items are called {twice[0]}")
-        chosen.append(Chosen(benchmark, _wanted(items, config), words))
+        _refuse_twice(name, path, items, known)
+        if not items:
+            raise FormError(f"{path}: has no questions")
+        digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+        chosen.append(Chosen(benchmark, _wanted(items, config), words, digests))
+        rows |= {item.row: None for item in items}
+    if not any(one.items for one in chosen):
+        named = ", ".join(config.tasks)
+        raise FormError(f"tasks {named}: are part of no row's name: {', '.join(rows)}")
+    _check_biases(config, chosen)
     return chosen
+
+
+def _refuse_twice(name: str, path: str, items: list[Item], known: set[tuple[str, str]]) -> None:
+    """What is said of an item is kept under its id. known: benchmark and id of those of other
+    files; these are added."""
+    twice = [key for key, count in Counter(item.id for item in items).items() if count > 1]
+    if twice:
+        raise FormError(f"{path}: several items are called {twice[0]}")
+    again = [item.id for item in items if (name, item.id) in known]
+    if again:
+        why = f"an item of another file of {name} is called {again[0]}, too"
+        raise FormError(f"{path}: {why}: give this file an --out of its own")
+    known |= {(name, item.id) for item in items}
+
+
+def _check_biases(config: StreamingConfig, chosen: list[Chosen]) -> None:
+    if config.biases and not any(isinstance(one.benchmark, Events) for one in chosen):
+        raise FormError("biases: need events, of which the operating curve is: give events=FILE")
+    written = [f"{bias:g}" for bias in config.biases]
+    if len(set(written)) < len(written):
+        raise FormError(f"biases: {', '.join(written)}: one stands there twice")
 
 
 def _benchmark(name: str, words: Words, timing: Timing, config: StreamingConfig) -> Benchmark:

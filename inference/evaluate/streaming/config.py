@@ -24,7 +24,9 @@ class StreamingConfig:
     all. patience: seconds after a question in which an answer may begin. within: seconds in which
     an event is told in time. max_frames: of a clip in the official protocol. sessions: streams at a
     time. biases: of `<|silence|>`, for the operating curve over events. prompts: YAML with words in
-    place of ours. judge: used where its model is named.
+    place of ours. judge: used where its model is named. url: `http(s)://HOST:PORT` of a server
+    that is asked in place of an export; url_key_env: environment variable with its API key, which
+    may be missing.
     """
 
     benchmarks: tuple[str, ...] = ()
@@ -39,6 +41,8 @@ class StreamingConfig:
     sessions: int = number(1, above=0, most=64)
     biases: list[float] = numbers([], least=-100, most=100)  # noqa: RUF009
     prompts: str = ""
+    url: str = ""
+    url_key_env: str = "MOSS_API_KEY"
     speaking: SpeakingConfig = field(default_factory=SpeakingConfig)
     judge: EndpointConfig = field(default_factory=_judge)
 

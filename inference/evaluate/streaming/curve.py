@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_pipeline.atomic import write_atomically
-from inference.evaluate.results import Row
+from inference.evaluate.results import Item, Row, mean_row
 from inference.evaluate.streaming.events import Heard
 
 
@@ -50,14 +50,22 @@ def best(points: Sequence[Operating]) -> Operating:
     return max(points, key=lambda point: (point.f1, -point.words))
 
 
-def rows(points: Sequence[Operating]) -> list[Row]:
-    """A line of the table for each bias, and the best one."""
-    chosen = best(points)
-    named = [(f"events, bias {point.bias:g}", point) for point in points]
-    return [
-        Row(name, "F1", point.f1, point.events, point.events, settings=_settings(point))
-        for name, point in [*named, ("events, best bias", chosen)]
-    ]
+def rows(points: Sequence[Operating], lost: Mapping[float, Sequence[Item]]) -> list[Row]:
+    """A line of the table for each bias, and the best one. lost: by bias, of each stream that was
+    not watched `failed` or `skipped`, or nothing, where it was not asked."""
+    known = {point.bias: point for point in points}
+    named = [(f"events, bias {bias:g}", bias) for bias in lost]
+    if points:
+        named.append(("events, best bias", best(points).bias))
+    return [_row(name, known.get(bias), lost[bias]) for name, bias in named]
+
+
+def _row(name: str, point: Operating | None, lost: Sequence[Item]) -> Row:
+    told = mean_row(name, "F1", lost, len(lost))
+    if point is None:
+        return told
+    of = point.events + len(lost)
+    return replace(told, value=point.f1, count=point.events, of=of, settings=_settings(point))
 
 
 def _settings(point: Operating) -> dict[str, float | str]:

@@ -14,22 +14,28 @@ _ANSWER = "##ANSWER##"
 def watch(speaker: Speaker, item: Item, fps: float) -> Watched:
     """Push mode: what the speaker says while it watches the item.
 
-    A question comes right before the first frame at or after its second, what is asked beyond the
-    end after the last frame. SampleError: the video cannot be read; and what the speaker raises.
+    A question is a turn of its own, right before the first frame at or after its second; what is
+    asked beyond the end comes after the last frame. What is asked before the first frame comes with
+    that one: there is nothing yet to say about. SampleError: the video cannot be read; and what the
+    speaker raises.
     """
     with open_source(item.video) as source:
         asks = sorted(((source.second(ask.second), ask) for ask in item.asks), key=itemgetter(0))
         with speaker.watch(item) as watching:
-            shown = 0
+            shown, second = 0, item.start
             for second, picture in source.stream(item.start, item.end, fps):
-                asked, shown = None, shown + 1
+                first = None
                 while asks and asks[0][0] <= second:
-                    if asked is not None:
-                        watching.ask(asked)
-                    asked = _text(asks.pop(0)[1], watching)
-                watching.frame(second, picture, asked)
+                    at, ask = asks.pop(0)
+                    text = _text(ask, watching)
+                    if not shown and not (asks and asks[0][0] <= second):
+                        first = text
+                    else:
+                        watching.ask(at, text)
+                watching.frame(second, picture, first)
+                shown += 1
             for _, ask in asks:
-                watching.ask(_text(ask, watching))
+                watching.ask(second, _text(ask, watching))
             return Watched(tuple(watching.end()), shown / fps)
 
 

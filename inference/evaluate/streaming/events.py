@@ -113,7 +113,9 @@ class Events(PushAlone):
         for number, turn in enumerate(item.truth["interruptions"]):
             before = [e for e in said if e.turn <= number + 1]
             place = next((i for i, e in enumerate(said) if e.turn == number + 2), None)
-            cut = bool(before) and before[-1].end >= turn["second"]
+            latest = before[-1] if before else None
+            # On the media clock its last word came with the frame before the question.
+            cut = bool(latest and latest.cut and latest.end >= turn["second"] - self._step)
             heard.answers.append((turn, cut, None if place is None else said[place]))
             used |= set() if place is None else {place}
         for event in item.truth["events"]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from data_pipeline.seconds import parse_seconds
 
+_MOST = 1e15  # of a number
+
 
 class FormError(ValueError):
     """A file that is not of the form that was expected; says which file, entry and fields."""
@@ -46,7 +48,7 @@ class Entry:
 
     def number(self, name: str) -> float:
         value = self.data.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST:
             raise self._wrong(name, "a number", value)
         return float(value)
 
@@ -63,8 +65,10 @@ class Entry:
         parts = value.split("--") if isinstance(value, str) else value
         try:
             start, end = (float(part) for part in parts)  # type: ignore[union-attr]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self._wrong(name, "two seconds", value) from None
+        if not (abs(start) < _MOST and abs(end) < _MOST):  # nor is it NaN
+            raise self._wrong(name, "two seconds", value)
         return start, end
 
     def elements(self, name: str) -> list[Any]:
@@ -76,12 +80,15 @@ class Entry:
     def texts(self, name: str) -> list[str]:
         return [str(value) for value in self.elements(name)]
 
-    def entries(self, name: str, needs: Sequence[str]) -> list[Entry]:
-        """The objects of a list."""
-        return [
+    def entries(self, name: str, needs: Sequence[str], least: int = 0) -> list[Entry]:
+        """The objects of a list; `least`: so many there must be."""
+        found = [
             Entry(f"{self.place}, {name}[{i}]", data, needs)
             for i, data in enumerate(self.elements(name))
         ]
+        if len(found) < least:
+            raise FormError(f"{self.place}: {name}: is empty")
+        return found
 
     def _wrong(self, name: str, what: str, value: Any) -> FormError:
         found = "it is missing" if value is None else f"it is {value!r:.60}"
@@ -91,18 +98,23 @@ class Entry:
 def read_list(path: Path) -> list[Any]:
     """The list that a JSON file holds; of JSON Lines one element a line. FormError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FormError(f"{path}: cannot be read: {error}") from None
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        data = json.loads(text)
-    except ValueError as error:
-        raise FormError(f"{path}: is not JSON: {error}") from None
+    if path.suffix == ".jsonl":  # a text in it may have other ends of lines than this one
+        lines = enumerate(text.split("\n"), 1)
+        return [_json(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    data = _json(str(path), text)
     if not isinstance(data, list):
         raise FormError(f"{path}: expected a list of entries")
     return data
+
+
+def _json(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormError(f"{place}: is not JSON: {error}") from None
 
 
 def read_entries(path: Path, needs: Sequence[str]) -> list[Entry]:

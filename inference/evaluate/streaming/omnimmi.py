@@ -59,7 +59,7 @@ class OmniMMI:
         truth: dict[str, Any] = {"task": task}
         start, end = 0.0, None
         if task in ("SG", "MD"):
-            turns = entry.entries("qa", ("question", "answer", "timestamp"))
+            turns = entry.entries("qa", ("question", "answer", "timestamp"), least=1)
             spans = [turn.span("timestamp") for turn in turns]
             truth["turns"] = [
                 {"question": turn.text("question"), "answer": turn.text("answer"), "end": span[1]}

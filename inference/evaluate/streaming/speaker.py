@@ -30,8 +30,8 @@ class SpeakerFailed(Exception):
 class Watching(Protocol):
     """One stream that is watched."""
 
-    def ask(self, text: str) -> None:
-        """A user's turn after what was shown so far."""
+    def ask(self, second: float, text: str) -> None:
+        """A user's turn, at a second of the source, after what was shown so far."""
         ...
 
     def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
@@ -121,50 +121,33 @@ class ModelSpeaker:
             raise SpeakerFailed(str(error), fatal=False) from None
 
 
-class _Session:
-    """A session of a model. On the media clock each call waits until all was taken in."""
+class Heard:
+    """What a session says, from its events: emissions with their seconds.
 
-    def __init__(self, session: SessionHandle, start: float, wall: bool) -> None:
-        self._session, self._start, self._wall = session, start, wall
-        self._seq, self._turn = 0, 0
-        self._began: float | None = None  # seconds since the epoch, at second `start`
+    wall: seconds are those at which words came, not those of the newest frame. began: seconds since
+    the epoch, at second `start` of the source.
+    """
+
+    def __init__(self, start: float, wall: bool) -> None:
+        self._start, self._wall = start, wall
+        self.began: float | None = None
+        self.asked: list[float] = []  # second of each turn
+        self._turn = 0
         self._done: list[Emission] = []
         self._pieces: list[tuple[float, str]] | None = None  # of what is being said
         self._second = 0.0  # at which it began
 
-    def ask(self, text: str) -> None:
-        if self._wall:
-            return self._session.prompt(text)
-        self._session.put_prompt(text)
-        self._session.settle()
+    @property
+    def speaking(self) -> bool:
+        return self._pieces is not None
 
-    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
-        if self._began is None:
-            self._began = time.time()
-        if self._wall:
-            self._session.log.wait_closed(self._began + second - self._start - time.time())
-            return self._session.push_frame(picture, second, asked)
-        self._session.put_frame(picture, second, asked)
-        self._session.settle()
-
-    def said(self) -> list[Emission]:
-        while events := self._session.log.after(self._seq):
-            for event in events:
-                self._take(event)
-                self._seq = event.seq
+    def emissions(self) -> list[Emission]:
+        """What has begun until now, also what is not finished."""
         running = [] if self._pieces is None else [self._emission(self._pieces, cut=False)]
         return [e for e in [*self._done, *running] if e.text.strip()]
 
-    def end(self) -> list[Emission]:
-        self._session.end()
-        for event in self._session.events(self._seq):
-            self._take(event)
-            self._seq = event.seq
-        if self._session.failed:
-            raise SessionClosed(self._session.reason)
-        return self.said()
-
-    def _take(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
+        """Raises SessionClosed for an error."""
         at, data = self._at(event), event.data
         if event.type == "conversation.item.created":
             self._turn += 1
@@ -185,6 +168,59 @@ class _Session:
         return Emission(self._second, text, end, self._turn, cut, tuple(pieces))
 
     def _at(self, event: Event) -> float:
-        if not self._wall or self._began is None:
-            return max(event.t_media, self._start)
-        return self._start + event.t_server - self._began
+        if not self._wall or self.began is None:
+            # What is said to a question is no earlier than that, whatever frame is the newest.
+            return max(event.t_media, self._start, *self.asked[self._turn - 1 : self._turn])
+        return self._start + event.t_server - self.began
+
+
+class _Session:
+    """A session of a model. On the media clock each call waits until all was taken in."""
+
+    def __init__(self, session: SessionHandle, start: float, wall: bool) -> None:
+        self._session, self._start, self._wall = session, start, wall
+        self._seq, self._heard = 0, Heard(start, wall)
+
+    def ask(self, second: float, text: str) -> None:
+        self._heard.asked.append(second)
+        if self._wall:
+            self._wait(second)
+            return self._session.prompt(text)
+        self._session.put_prompt(text)
+        self._session.settle()
+
+    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
+        heard = self._heard
+        if heard.began is None:
+            heard.began = time.time()
+        if asked is not None:
+            heard.asked.append(second)
+        if self._wall:
+            self._wait(second)
+            self._session.push_frame(picture, second, asked)
+        else:
+            self._session.put_frame(picture, second, asked)
+            self._session.settle()
+
+    def _wait(self, second: float) -> None:
+        """On the wall clock."""
+        if self._heard.began is not None:
+            due = self._heard.began + second - self._start
+            self._session.log.wait_closed(due - time.time())
+
+    def said(self) -> list[Emission]:
+        while events := self._session.log.after(self._seq):
+            self._take(events)
+        return self._heard.emissions()
+
+    def end(self) -> list[Emission]:
+        self._session.end()
+        self._take(self._session.events(self._seq))
+        if self._session.failed:
+            raise SessionClosed(self._session.reason)
+        return self.said()
+
+    def _take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._heard.take(event)
+            self._seq = event.seq

@@ -71,7 +71,7 @@ class StreamingBench:
         entries = [
             Entry(f"{place}, {i}", one, ("video_path", "questions")) for i, one in enumerate(data)
         ]
-        questions = [q for entry in entries for q in entry.entries("questions", _CHOICE)]
+        questions = [q for entry in entries for q in entry.entries("questions", _CHOICE, least=1)]
         asked = sorted((self._asked(question) for question in questions), key=lambda a: a[0].second)
         asks, truths = [ask for ask, _ in asked], [truth for _, truth in asked]
         start, end = self._timing.start(asks[0].second), self._timing.end(asks[-1].second)
@@ -144,6 +144,8 @@ class StreamingBench:
         right only in time and where it has the output letter by letter."""
         truth = item.truth
         if truth["part"] == "proactive":
+            if not replies:  # it is due so long before its question that it is never polled
+                return self._alert_points(item, None, "")
             return self._alert_points(item, replies[-1].at, replies[-1].answer)
         return [
             _point(item, i, reply.answer[:1] == question["answer"], question, reply.answer)

@@ -8,6 +8,7 @@ OUT/curve.json, curve.svg           the operating curve over events
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from inference.api import Model, load
 from inference.evaluate.results import BenchmarkError, EvaluationRun, Results, Row
 from inference.evaluate.streaming import curve
 from inference.evaluate.streaming.asking import (
+    NO_MEDIA,
     OFFICIAL,
     PUSH,
+    UNREADABLE,
     Asked,
     Asking,
     Job,
@@ -30,18 +33,20 @@ from inference.evaluate.streaming.asking import (
 )
 from inference.evaluate.streaming.chosen import Chosen, choose
 from inference.evaluate.streaming.config import StreamingConfig
-from inference.evaluate.streaming.events import Events
+from inference.evaluate.streaming.events import Events, Heard
 from inference.evaluate.streaming.items import Judge
 from inference.evaluate.streaming.judge import EndpointJudge, no_judge
 from inference.evaluate.streaming.scored import score, totals
 from inference.evaluate.streaming.speaker import ModelSpeaker
-from inference.evaluate.streaming.words import read_words
+from inference.evaluate.streaming.words import describe_own, read_words
 
 NAME = "streaming"
+_NAMED = 5  # missing videos that are told; the files of items have all of them
 
 
 def run(checkpoint: str, out: Path, config: StreamingConfig, **engine: Any) -> Results:
-    """Evaluates an export; the results' exit code says whether all was asked.
+    """Evaluates an export, or what a server has (`config.url`; then `checkpoint` is not opened);
+    the results' exit code says whether all was asked.
 
     Args:
         engine: arguments of `inference.load`: device, dtype, quantize, ...
@@ -50,6 +55,10 @@ def run(checkpoint: str, out: Path, config: StreamingConfig, **engine: Any) -> R
         FormError, BenchmarkError, ExportError, ValueError: what was given cannot be used.
     """
     chosen = choose(config)
+    if config.url:
+        key = os.environ.get(config.url_key_env, "")
+        with _judge(config, out) as judge:
+            return evaluate(chosen, _remote(config, key), judge, config.url, out, config)
     with load(checkpoint, max_sessions=config.sessions, **engine) as model:
         if model.info.watches is False:
             raise BenchmarkError(f"{checkpoint}: has not learned to watch: give a real-time model")
@@ -63,6 +72,20 @@ def _speakers(model: Model, config: StreamingConfig) -> Speakers:
         return ModelSpeaker(
             model, speaking if bias is None else replace(speaking, silence_bias=bias)
         )
+
+    return speaker
+
+
+def _remote(config: StreamingConfig, key: str) -> Speakers:
+    # The extra `serve` has its client.
+    from inference.evaluate.streaming.remote import RemoteSpeaker, check_server
+
+    check_server(config.url)
+
+    def speaker(bias: float | None) -> RemoteSpeaker:
+        speaking = config.speaking
+        speaking = speaking if bias is None else replace(speaking, silence_bias=bias)
+        return RemoteSpeaker(config.url, speaking, key)
 
     return speaker
 
@@ -88,12 +111,24 @@ def evaluate(
             progress.end()
         if asking.stopped:
             tell(f"stopped: {asking.stopped}; run it again to go on")
+        for words in _missing(jobs, asked):
+            tell(words)
         plain = [job for job in jobs if job.bias is None]
         scores = score(plain, asked, judge, config.judge.concurrency)
         if scores.failure:
             tell(scores.failure)
         rows = scores.rows(run)
         return run.finish([*rows, *totals(rows), *_curve(jobs, asked, out)])
+
+
+def _missing(jobs: list[Job], asked: Asked) -> Iterator[str]:
+    """Which videos are not there, or cannot be read."""
+    for why in (NO_MEDIA, UNREADABLE):
+        lacking = (job for job in jobs if (asked.record(job) or {}).get("skipped") == why)
+        paths = list(dict.fromkeys(str(job.item.video) for job in lacking))
+        if paths:
+            more = f", and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+            yield f"{why}: {', '.join(paths[:_NAMED])}{more}"
 
 
 def _jobs(chosen: list[Chosen], config: StreamingConfig) -> Iterator[Job]:
@@ -111,19 +146,23 @@ def _jobs(chosen: list[Chosen], config: StreamingConfig) -> Iterator[Job]:
 
 
 def _curve(jobs: list[Job], asked: Asked, out: Path) -> list[Row]:
-    """Of the biases at which all events have been watched."""
-    heard: dict[float, list[Any]] = {}
+    """Of the biases, with what could not be watched at each."""
+    heard: dict[float, list[Heard]] = {}
+    lost: dict[float, list[dict[str, Any]]] = {}
     for job in jobs:
         if job.bias is not None and isinstance(job.benchmark, Events):
-            record = asked.record(job)
-            if record is not None and "said" in record:
-                told = job.benchmark.hear(job.item, watched_of(record))
-                heard.setdefault(job.bias, []).append(told)
-    points = [curve.operating(bias, told) for bias, told in heard.items()]
-    if not points:
-        return []
-    curve.write_curve(points, out)
-    return curve.rows(points)
+            record = asked.record(job) or {}
+            told, gone = heard.setdefault(job.bias, []), lost.setdefault(job.bias, [])
+            if "said" in record:
+                told.append(job.benchmark.hear(job.item, watched_of(record)))
+            else:
+                gone.append(record)
+    points = [
+        curve.operating(bias, told) for bias, told in heard.items() if any(one.told for one in told)
+    ]
+    if points:
+        curve.write_curve(points, out)
+    return curve.rows(points, lost)
 
 
 @contextmanager
@@ -144,7 +183,11 @@ def _settings(chosen: list[Chosen], config: StreamingConfig) -> dict[str, Any]:
     settings = asdict(config)
     judge = settings.pop("judge")
     settings["judge"] = f"{judge['model']} at {judge['url']}" if judge["model"] else "none"
-    del settings["sessions"]  # changes no answer
+    for name in ("sessions", "url", "url_key_env"):  # change no answer
+        del settings[name]
     settings |= settings.pop("speaking")
+    if config.prompts:
+        settings["prompts"] = describe_own(Path(config.prompts))
+    settings["questions"] = {n: digest for one in chosen for n, digest in one.files.items()}
     settings["words"] = {n: p for one in chosen for n, p in one.words.found.items()} or "ours"
     return settings

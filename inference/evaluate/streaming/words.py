@@ -7,8 +7,10 @@ questions lies in one: its templates are texts that a Python file assigns to nam
 from __future__ import annotations
 
 import ast
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -57,11 +59,18 @@ def read_words(questions: Path | None = None, own: Path | None = None) -> Words:
             if text is not None and _holes(text) == _holes(templates[name]):
                 templates[name], found[name] = text, f"{folder / file}: {constant}"
     if own is not None:
-        templates |= _read_own(own, templates)
+        templates |= read_own(own, templates)
     return Words(templates, found)
 
 
-def _read_own(file: Path, known: dict[str, str]) -> dict[str, str]:
+def describe_own(file: Path) -> dict[str, Any]:
+    """What a run keeps of a file of the user: its digest and its texts."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"sha256": digest, "texts": read_own(file, yaml.safe_load(_OURS.read_text()))}
+
+
+def read_own(file: Path, known: dict[str, str]) -> dict[str, str]:
+    """The texts of a file, by names that are `known`. FormError for anything else in it."""
     try:
         data = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -56,6 +56,10 @@ def test_the_floor_stands_beside_each_figure(tmp_path: Path, monkeypatch, capsys
     assert decode["floor"] < many["floor"] < 3 * decode["floor"]  # weights are read once for all
     joined, question = rows["question with a frame -> first token"], rows["question -> first token"]
     assert joined["floor"] > question["floor"]
+    late = rows["question of 30 -> first token, p95"]
+    assert question["floor"] < late["floor"] <= late["ours"]
+    assert rows["frame -> decision, p95"]["ours"] >= rows["frame -> decision"]["ours"]
+    assert rows["16 pictures to the device"]["ours"] > 0
     assert found["machine"]["bytes_per_s"] > 1e8
     head = next(line for line in capsys.readouterr().out.splitlines() if "floor" in line)
     assert "published" not in head  # nothing was compared
@@ -83,3 +87,5 @@ def test_memory_of_an_endless_stream_is_flat(tmp_path: Path, monkeypatch) -> Non
     assert found["cached_frames"] == 16
     assert found["text_tokens"] <= 1044
     assert found["megabytes"][-1] - found["megabytes"][1] < 5
+    assert len(found["milliseconds"]) == 10
+    assert min(found["milliseconds"]) > 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inference.bench.floor import Floor, Machine, Work
+from inference.bench.floor import Floor, Machine, Work, encoding_flop
 from inference.bench.models import TEXT_SMALL, VISION_SMALL, random_model
 from inference.engine.engine import Engine
+from inference.engine.quantize import quantize_decoder
 
 H, INNER, WORDS, HEADS, KV = 128, 256, 2000, 4, 1
 PATCHES = 5  # vision tokens of a frame: 2 x 2 pooled patches and the class token
@@ -17,7 +18,7 @@ PATCHES = 5  # vision tokens of a frame: 2 x 2 pooled patches and the class toke
 def work() -> Work:
     assert (TEXT_SMALL["hidden_size"], VISION_SMALL["image_size"]) == (H, 56)
     model = random_model("small", torch.device("cpu"), torch.float32)
-    return Work.of(model, Engine(model, window=8, max_tokens=64))
+    return Work.of(model, Engine(model, window=8, max_tokens=64), encoding_flop(model))
 
 
 def test_weights_that_a_token_needs(work: Work) -> None:
@@ -32,6 +33,18 @@ def test_weights_that_a_token_needs(work: Work) -> None:
     assert work.weights == 4 * (products + norms + small)
     assert work.text == 4 * 2 * KV * width * 4
     assert work.frame == 1 * 2 * KV * width * 4 * PATCHES
+
+
+def test_weights_in_4_bits_are_half_a_byte_and_two_bytes_a_group(work: Work) -> None:
+    model = random_model("small", torch.device("cpu"), torch.bfloat16)
+    quantize_decoder(model, "int4")
+    four = Work.of(model, Engine(model, window=8, max_tokens=64), encode=0)
+    assert four.flop == work.flop
+    head = H * WORDS
+    layers = work.flop // 2 - head
+    small = work.weights - 4 * (layers + head)  # norms and gates, which stay as they are
+    # Groups of 128 inputs: all inputs are 128 or 256. The head is in 8 bits.
+    assert four.weights == layers // 2 + 2 * layers // 128 + head + 2 * WORDS + small // 2
 
 
 def test_a_frame_of_the_tower(work: Work) -> None:

@@ -13,8 +13,15 @@ from inference.engine.engine import Engine
 from inference.engine.sampling import Draw, Sampler, Sampling
 from inference.engine.slots import Slot, Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.kernels import plain
 
 IMAGE = 512
+
+
+class AnyRows(plain.Attention):
+    """Plain attention that takes a choice of slots, as the kernels do."""
+
+    any_rows = True
 
 
 @dataclass

@@ -41,7 +41,7 @@ def played(model: Any, attend: Attend, fixed: bool, **options: Any) -> list[dict
     """Logits of two streams side by side."""
     engine = Engine(model, max_tokens=128, max_sessions=2, **options)
     attend_by(model, attend)
-    engine.attend = attend
+    engine.packed.attend = attend
     if fixed:
         kernels = Kernels(attention=attend.fixed)
         engine.graph_runner = engine.make_graph_runner(kernels, graphs=False, compile=False)

@@ -146,7 +146,7 @@ def test_dropped_text_is_not_seen_and_the_rest_keeps_its_place(model, form: str)
 
 def test_when_pairs_are_gone_old_words_go_but_not_the_head_or_the_last_turns(model) -> None:
     engine = engine_of(model, "packed", max_tokens=16)
-    engine.end_of_turn = 300
+    engine.packed.special = engine.silence_token, engine.image_token, 300
     slot = engine.open()
     engine.step([Step(slot, [1, 2, 300, 20, 21, 22, 23, 24, 25, 26])])
     for _ in range(12):

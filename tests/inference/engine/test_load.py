@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from inference.engine.load import load_engine, load_model
-from inference.engine.quantize import QuantizedLinear
+from inference.engine.quantized import QuantizedLinear
 from tests.inference.engine.streams import Player, largest_error, make_stream, offline, play
 
 
@@ -53,7 +53,7 @@ def test_a_quantized_export_streams_what_its_weights_say(kind: str, folder: Path
     play(engine, [player])
     assert largest_error(player, wanted) < 1e-4
     with pytest.raises(ValueError, match=f"the checkpoint is quantized as {kind}"):
-        load_model(folder, "cpu", quantize="fp8" if kind == "int8" else "int8")
+        load_model(folder, "cpu", quantize="int4")
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, {}, "quantization_config is none of"),
         ({"pool_mode": "mean"}, {}, "pool_mode 'mean'"),
         ({}, {"dtype": "fp64"}, "dtype=fp64: allowed: fp32"),
-        ({}, {"quantize": "int4"}, "quantize=int4: allowed: int8, fp8"),
+        ({}, {"quantize": "int3"}, "quantize=int3: allowed: int8, fp8, int4"),
         ({}, {"device": "cuda"}, "device=cuda: this machine has no CUDA: use cpu, or auto"),
         ({}, {"device": "cuda0"}, "device=cuda0: allowed: auto, cuda, npu, xpu, mps, cpu, or one"),
     ],

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from inference.engine.load import load_model
+from inference.engine.staging import THREADS
 from inference.engine.tensor_parallel import shard
 from inference.engine.weights import read_model
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from tests.torchrun import Result, run_ranks
 
 CPU = torch.device("cpu")
 
@@ -108,3 +110,36 @@ def test_weights_in_torchs_own_form(folder: Path) -> None:
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     equal(load_model(folder, "cpu", "fp32"), wanted)
+
+
+def loaded(tiny: Path, out: Path, *options: str) -> Result:
+    """By a process with a simulated GPU."""
+    cache = {"XDG_CACHE_HOME": str(out)}
+    return run_ranks("tests/workers/loading.py", 1, str(tiny), *options, env=cache, out=out)
+
+
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_weights_go_to_a_device_through_page_locked_memory(
+    tiny: Path, tmp_path: Path, quantize: str
+) -> None:
+    """By copies for which only the threads wait that fill a buffer anew."""
+    result = loaded(tiny, tmp_path, *([quantize] if quantize else []))
+    wanted = load_model(tiny, "cpu", "fp32", quantize or None).state_dict()
+    found, seen = result.load("weights"), result.load("seen")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    (place,) = seen.waits
+    assert place.startswith("event at inference/engine/staging.py")
+    scales = sum(name.endswith(".scale") for name in wanted)
+    assert seen.counts["copies"] == len(wanted) - scales  # each fits a buffer
+    assert quantize or seen.waits[place] == len(wanted) - 2 * THREADS
+
+
+def test_page_locked_memory_that_loses_a_number_is_not_used(tiny: Path, tmp_path: Path) -> None:
+    result = loaded(tiny, tmp_path, "broken")
+    wanted, found = load_model(tiny, "cpu", "fp32").state_dict(), result.load("weights")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    said = (
+        "loading through page-locked memory is not used on a simulated GPU: a device that is busy"
+    )
+    assert said in result.stderr()

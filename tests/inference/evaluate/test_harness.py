@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.synthesis.config import EndpointConfig
 from inference.engine.load import load_engine
-from inference.evaluate.harness.ask import Asking
 from inference.evaluate.harness.benchmarks import ROWS, Benchmark, chosen
 from inference.evaluate.harness.lmms import TaskFailed, grade, read_task
 from inference.evaluate.harness.lmms_runner import Journal, file_url, missing
-from inference.evaluate.harness.server import Server, Serving
+from inference.evaluate.harness.server import MODEL, Elsewhere, Server, Serving
 from inference.evaluate.harness.zerobench import ask, is_right, read_tsv
-from inference.evaluate.results import BenchmarkError, EvaluationRun
+from inference.evaluate.results import BenchmarkError, EvaluationRun, ItemFile
 from inference.serve.limits import Limits
 from tests.inference.serve.serving import Running, jpeg, serving
+from tests.inference.tiny import SIZE
 
 
 def test_the_table_has_the_seeds_rows() -> None:
@@ -74,7 +77,7 @@ def test_an_items_score_is_what_its_task_keeps(value: Any, score: float | None) 
 
 
 def test_a_failed_request_is_no_wrong_answer(tmp_path: Path) -> None:
-    """Lines as lmms-eval 0.7.3 writes them."""
+    """Lines as lmms-eval writes them."""
     run = tmp_path / "run/moss-video"
     run.mkdir(parents=True)
     lines: list[dict[str, Any]] = [
@@ -143,17 +146,38 @@ def test_zerobench_is_asked_from_its_file_and_goes_on(server: Running, tmp_path:
     assert len(read_tsv(path, 2)) == 2
     with EvaluationRun(tmp_path / "out", "tiny", "seed25", {}) as run:
         file = run.items("Z")
-        asking = Asking(server.http, max_tokens=4)
-        items = list(ask(questions[:1], file, asking, 2, "Z"))
-        items += ask(questions, file, asking, 2, "Z")
-    assert sorted(item["id"] for item in items) == ["1", "2", "3", "4"]
-    by_id = {item["id"]: item for item in items}
-    assert by_id["4"]["skipped"] == "no media"
-    assert all(by_id[name]["correct"] is False for name in "123")
-    gone = Asking(server.http, max_tokens=10**6)  # which the server refuses
+        config = EndpointConfig(f"{server.http}/v1", MODEL, max_tokens=4, concurrency=2)
+        ask(questions[:1], file, config, "Z", lambda: None)
+        assert list(file.items) == ["1"]
+        ask(questions, file, config, "Z", lambda: None)
+    assert file.path.read_text().count("\n") == len(file.items) == 4
+    assert file.items["4"]["skipped"] == "no media"
+    assert all(file.items[name]["correct"] is False for name in "123")
+    with EvaluationRun(tmp_path / "refused", "tiny", "seed25", {}) as run:
+        file = run.items("Z")
+        ask(questions[:1], file, replace(config, max_tokens=10**6), "Z", lambda: None)
+    assert "max_tokens" in file.items["1"]["failed"]
     with EvaluationRun(tmp_path / "gone", "tiny", "seed25", {}) as run:
-        (failed,) = ask(questions[:1], run.items("Z"), gone, 1, "Z")
-    assert "max_tokens" in failed["failed"]
+        gone = replace(config, url="http://127.0.0.1:9/v1", backoff=0.0)
+        with pytest.raises(BenchmarkError, match="no connection"):
+            ask(questions[:1], run.items("Z"), gone, "Z", lambda: None)
+
+
+def test_a_server_that_ends_while_it_is_asked_ends_the_run(server: Running, tmp_path: Path) -> None:
+    image = base64.b64encode(jpeg(3)).decode()
+    path = tsv(tmp_path / "z.tsv", *((str(n), image, "What?", "x") for n in range(3)))
+    config = EndpointConfig(f"{server.http}/v1", MODEL, max_tokens=4, concurrency=1)
+
+    with EvaluationRun(tmp_path / "out", "tiny", "seed25", {}) as run:
+        file = run.items("Z")
+
+        def check() -> None:
+            if file.items:
+                raise BenchmarkError("the server ended")
+
+        with pytest.raises(BenchmarkError, match="the server ended"):
+            ask(read_tsv(path), file, config, "Z", check)
+        assert 0 < len(ItemFile(file.path).items) < 3  # what was answered is kept
 
 
 def test_a_file_in_another_form_says_what_it_lacks(tmp_path: Path) -> None:
@@ -163,6 +187,49 @@ def test_a_file_in_another_form_says_what_it_lacks(tmp_path: Path) -> None:
         read_tsv(path)
     with pytest.raises(BenchmarkError, match=r"none\.tsv: cannot be read"):
         read_tsv(tmp_path / "none.tsv")
+
+
+def test_lines_that_are_cut_off_or_broken_are_named(tmp_path: Path) -> None:
+    head = "index\timage\tquestion\tanswer"
+    path = tmp_path / "x.tsv"
+    for lines, said in (
+        ([head, "1\t\tWhat?\tA", "2\t\tWhat"], "question 2: the line has too few columns"),
+        ([head], "x.tsv: has no questions"),
+    ):
+        path.write_text("\n".join(lines))
+        with pytest.raises(BenchmarkError, match=said):
+            read_tsv(path)
+    broken, numbers = f"['{'A' * 80}', broken", f"[1, {'2' * 80}]"
+    lines = [head, f"1\t{broken}\tWhat?\tA", f"2\t{numbers}\tWhat?\tA"]
+    path.write_text("\ufeff" + "\n".join(lines))
+    images = [question.images for question in read_tsv(path)]
+    assert images == [(broken,), ("1", "2" * 80)]
+
+
+def look(server: Elsewhere, seconds: float) -> None:
+    """As a run does while it waits for answers."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        server.check()
+        time.sleep(0.02)
+
+
+def test_a_server_of_others_that_ends_ends_the_run(tiny: Path) -> None:
+    engine = load_engine(tiny, device="cpu", window=4, max_tokens=256, max_sessions=1)
+    with serving(engine, Limits()) as running:
+        there = Elsewhere(f"{running.http}/v1/", gone=0.3, every=0.1)
+        assert there.url == running.http
+        look(there, 0.6)
+    with pytest.raises(BenchmarkError, match=r"the server has not answered for 0\.3 s"):
+        look(there, 10)
+    with pytest.raises(BenchmarkError, match="no server answers there"):
+        Elsewhere(running.http)
+
+
+def test_the_table_says_how_large_pictures_are(tiny: Path, tmp_path: Path) -> None:
+    flags = ["--device", "cpu", "--dtype", "fp32"]
+    with Server(Serving(tiny, 16, 1, flags=flags), tmp_path / "log.txt") as server:
+        assert server.resolution == Elsewhere(server.url).resolution == f"{SIZE} x {SIZE}"
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

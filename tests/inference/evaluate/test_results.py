@@ -86,3 +86,33 @@ def test_results_in_another_form_are_named(tmp_path: Path, text: str, said: str)
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(BenchmarkError, match=rf"results\.json: is not .*{said}"):
         read_results(tmp_path)
+
+
+def test_other_weights_in_the_same_place_are_another_model(tmp_path: Path) -> None:
+    export, out = tmp_path / "export", tmp_path / "out"
+    export.mkdir()
+    weights, size = export / "model.safetensors", 3 * 2**20
+
+    def begin() -> None:
+        with EvaluationRun(out, str(export), "toy", {}):
+            pass
+
+    weights.write_bytes(bytes(size))
+    begin()
+    begin()
+    weights.write_bytes(bytes(size - 1) + b"1")
+    with pytest.raises(BenchmarkError, match=r"out: was begun with weights '\w+', not '\w+'"):
+        begin()
+    weights.write_bytes(bytes(size))
+    begin()
+    # An export says itself what is in all of its files.
+    manifest = {"files": {weights.name: {"sha256": "abc"}}}
+    (export / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BenchmarkError, match="was begun with weights"):
+        begin()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(BenchmarkError, match=r"out: cannot be written: File exists"):
+        start(tmp_path / "out")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from inference.engine.decode import sizes_of
 from inference.engine.engine import Engine, EngineConfig
-from inference.engine.quantize import FORMATS
+from inference.engine.quantize import quantize_decoder
+from inference.engine.quantized import FORMATS
 from inference.engine.slots import Step
 from inference.kernels import plain
 from inference.kernels.choose import Kernels, choose, proven_ones
@@ -77,20 +79,31 @@ class Buffers:
     first: Tensor
     last: Tensor
     patches: int
+    scales_of: dict[int, Tensor] = field(default_factory=dict)
 
 
-def buffers(kv: int, width: int, dtype: torch.dtype) -> Buffers:
+def buffers(kv: int, width: int, dtype: torch.dtype, eight_bit: bool = False) -> Buffers:
     """Three slots: a ring that is about to replace a frame; an empty one; one with a frame that
     only later tokens see."""
+    stored = torch.float8_e4m3fn if eight_bit else dtype
+    scales = torch.exp2(numbers([[n - 3.0, n + 2.0] for n in range(kv)]).T.contiguous())  # [2, KV]
     first = [[30, 9, 20, 61], [NEVER] * 4, [3, 52, NEVER, NEVER]]
     last = [[NEVER, 61, NEVER, NEVER], [NEVER] * 4, [NEVER] * 4]
     return Buffers(
-        {0: random(2, 3, kv, 150, width, seed=1, dtype=dtype)},
-        {1: random(2, 3, kv, 4 * 33, width, seed=2, dtype=dtype)},
+        {0: random(2, 3, kv, 150, width, seed=1).to(stored)},
+        {1: random(2, 3, kv, 4 * 33, width, seed=2).to(stored)},
         numbers(first),
         numbers(last),
         33,
+        {0: scales, 1: scales / 2} if eight_bit else {},
     )
+
+
+def held(kept: Buffers, layer: int) -> Tensor:
+    """What a layer's keys and values stand for `[2, slots, KV, L, D]`, in fp64."""
+    numbers = {**kept.tokens_of, **kept.frames_of}[layer].double()
+    scales = kept.scales_of.get(layer)
+    return numbers if scales is None else numbers * scales.double()[:, None, :, None, None]
 
 
 def exact_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
@@ -106,18 +119,29 @@ def exact_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Te
 
 
 @pytest.mark.parametrize(
-    ("kv", "group", "width", "count", "dtype"),
+    ("kv", "group", "width", "count", "dtype", "eight_bit"),
     [
-        (2, 4, 16, 1, torch.float32),
-        (1, 1, 24, 2, torch.float32),  # a width that is no power of two
-        (1, 8, 16, 9, torch.float32),  # queries of two tiles
-        (1, 3, 32, 2, HALF),
+        (2, 4, 16, 1, torch.float32, False),
+        (1, 1, 24, 2, torch.float32, False),  # a width that is no power of two
+        (1, 8, 16, 9, torch.float32, False),  # queries of two tiles
+        (1, 3, 32, 2, HALF, False),
+        (1, 5, 16, 1, torch.float32, False),
+        (2, 6, 16, 2, torch.float32, False),
+        (1, 7, 16, 1, HALF, True),
+        (2, 2, 16, 2, torch.float32, True),
+        (2, 1, 24, 1, HALF, True),
     ],
 )
 def test_attention(
-    kernels: Kernels, kv: int, group: int, width: int, count: int, dtype: torch.dtype
+    kernels: Kernels,
+    kv: int,
+    group: int,
+    width: int,
+    count: int,
+    dtype: torch.dtype,
+    eight_bit: bool,
 ) -> None:
-    kept = buffers(kv, width, dtype)
+    kept = buffers(kv, width, dtype, eight_bit)
     rows = Rows(numbers([2, 0, 1]), numbers([140, 70, 0]), numbers([51, 59, 0]), count)
     q = random(3 * count, kv * group, width, seed=3, dtype=dtype)
     attention = kernels.attention(kept, rows)
@@ -126,11 +150,11 @@ def test_attention(
     for row, (slot, length, position) in enumerate([(2, 140, 51), (0, 70, 59), (1, 0, 0)]):
         for new in range(count):
             n, at = row * count + new, position + new
-            keys, values = kept.tokens_of[0][:, slot]
+            keys, values = held(kept, 0)[:, slot]
             close(tokens[n], exact_attention(q[n], keys, values, key <= length + new), dtype)
             seen = (kept.first[slot] <= at) & (at < kept.last[slot])
             assert attention.sees[row, new] == seen.any()
-            keys, values = kept.frames_of[1][:, slot]
+            keys, values = held(kept, 1)[:, slot]
             close(frames[n], exact_attention(q[n], keys, values, seen[place]), dtype)
 
 
@@ -172,6 +196,27 @@ def test_queries_are_rotated_and_keys_and_values_are_kept(kernels: Kernels) -> N
     close(values, wanted_values)
 
 
+def test_keys_and_values_are_kept_in_8_bits(kernels: Kernels) -> None:
+    """Numbers that e4m3 has, times the scales: Triton's interpreter does not round them as GPUs do.
+    What is more than it has becomes its largest, 448."""
+    kept = buffers(2, 12, torch.float32, eight_bit=True)
+    keys, values = kept.tokens_of[0].clone()
+    rows, scales = Rows(numbers([2, 0]), numbers([7, 100]), numbers([0, 0]), 1), kept.scales_of[0]
+    wanted = (30 * random(2, 10, 12)).to(keys.dtype).float()
+    qkv = wanted.clone()
+    qkv[:, 6:] *= scales.flatten()[:, None]
+    qkv[0, -1, -1], wanted[0, -1, -1] = 1e6, 448
+    unturned = torch.ones(2, 12, device=DEVICE), torch.zeros(2, 12, device=DEVICE)
+    q = kernels.rotate_and_keep(qkv.flatten(1), unturned, keys, values, rows, scales)
+    close(q, wanted[:, :6])
+    before = kept.tokens_of[0].float()
+    for buffer, was, new in zip(
+        (keys, values), before, (wanted[:, 6:8], wanted[:, 8:]), strict=True
+    ):
+        was[2, :, 7], was[0, :, 100] = new
+        assert torch.equal(buffer.float(), was)
+
+
 @pytest.mark.parametrize("rotated", [True, False])
 def test_heads_are_normed_and_rotated(kernels: Kernels, rotated: bool) -> None:
     q, weight, turn = random(2, 3 * 20), random(20, seed=1), rotation(2, 20)
@@ -180,12 +225,35 @@ def test_heads_are_normed_and_rotated(kernels: Kernels, rotated: bool) -> None:
     close(got, exact_rotation(wanted, *turn) if rotated else wanted)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 70])
-def test_products_with_8_bit_weights(kernels: Kernels, tokens: int) -> None:
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 3, 70, 130])
+def test_products_with_8_bit_weights(kernels: Kernels, tokens: int, kind: str) -> None:
     full, x, scale = random(45, 150), random(tokens, 150, seed=1), random(45, seed=2)
-    weight = FORMATS["int8"].store(full * 40)
+    weight = FORMATS[kind].store(full * 40)
     got = kernels.product8(x, weight, scale)
     close(got, x.double() @ weight.double().T * scale.double())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype"),
+    [
+        (1, 150, torch.float32),  # a group and a part of one
+        (1, 2100, torch.float32),  # more groups than are read at once
+        (1, 50, HALF),  # less than half a group
+        (3, 150, torch.float32),
+        (70, 257, HALF),
+        (130, 150, torch.float32),
+    ],
+)
+def test_products_with_4_bit_weights(kernels: Kernels, tokens: int, width: int, dtype) -> None:
+    """Numbers from -8 to 7, two a byte: a group's first 64 are the lower bits."""
+    groups = -(-width // 128)
+    numbers = torch.randint(-8, 8, (45, groups, 128), generator=torch.Generator().manual_seed(0))
+    packed = (numbers[..., :64] + 8) + 16 * (numbers[..., 64:] + 8)
+    x, scale = random(tokens, width, dtype=dtype), random(45, groups, seed=2, dtype=dtype)
+    weight = (numbers.to(DEVICE).double() * scale.double()[..., None]).flatten(1)[:, :width]
+    got = kernels.product4(x, packed.to(DEVICE, torch.uint8).flatten(1), scale)
+    close(got, x.double() @ weight.T, dtype)
 
 
 def test_a_stream_through_the_kernels_equals_one_pass_over_the_whole() -> None:
@@ -218,7 +286,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(sizes) == 11
+    assert len(sizes) == 22
     assert min(sizes) > 1000
 
 
@@ -234,6 +302,26 @@ def test_only_what_computes_what_torch_does_is_used(
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2
     assert lines[0].startswith("the kernel swiglu is not used on")
+
+
+def test_8_bit_weights_are_tried_in_the_form_that_they_have(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs before Ada have no e4m3: their compiler refuses the kernel that does well with int8."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def without_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        if weight.dtype.is_floating_point:
+            raise ValueError("type fp8e4nv not supported in this architecture")
+        return kernels.product8(x, weight, scale)
+
+    old = Kernels(product8=without_fp8)
+    for kind, product in (("int8", without_fp8), ("fp8", plain.product8)):
+        model = tiny_model()
+        quantize_decoder(model, kind)
+        engine = Engine(model, max_tokens=48, window=2, kernels="torch")
+        sizes = sizes_of(model.model.language_model, engine.cache.sizes)
+        assert proven_ones(old, DEVICE, torch.float32, sizes).product8 is product
 
 
 class Counting(torch.utils._python_dispatch.TorchDispatchMode):

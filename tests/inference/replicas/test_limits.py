@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from inference.serve.keys import Key
 from inference.serve.limits import Limits
 from tests.conftest import REPO
 from tests.inference.replicas.fronting import FRONT_KEY, Fronted, fronting
-from tests.inference.serve.serving import Client, jpeg
+from tests.inference.serve.serving import Client, audited, jpeg
 
 FPS = 10
 TWO, LIVE, FILE, READER, PLAIN, CHIEF = (
@@ -73,7 +74,7 @@ def line(log: Path, **fields: Any) -> dict[str, Any]:
     """The last one of the audit log with these fields."""
     until = time.monotonic() + 10
     while True:
-        lines = [json.loads(one) for one in log.read_text().splitlines()]
+        lines = audited(log)
         found = [one for one in lines if fields.items() <= one.items()]
         if found:
             return dict(found[-1])
@@ -100,6 +101,8 @@ def test_a_key_has_its_sessions_on_all_replicas_together(front: Fronted, log: Pa
     name = first.seen[0]["session"]["id"]
     with front.open(PLAIN, f"?session={name}&last_seq=0") as thief:
         assert thief.close_code == 4404
+    with front.open(TWO, f"?session={name}&last_seq=999") as early:  # than its events
+        assert early.close_code == 4404
     first.frame(jpeg())
     first.until("input_frame.processed")
     for client in (first, second):
@@ -144,9 +147,7 @@ def test_tokens_are_counted_where_the_clients_are(front: Fronted, log: Path) -> 
     assert (answer.status_code, used > 40) == (429, True)
     whole = chat(front, PLAIN).json()["usage"]
     told = line(log, key="plain", kind="chat")
-    assert told["asked"] == {
-        "messages": 1, "frames": 0, "n": 1, "max_tokens": 6, "stream": False
-    }  # fmt: skip
+    assert told["asked"] == asked(6)
     assert told["usage"]["input_tokens"] == whole["prompt_tokens"]
     assert told["usage"]["output_tokens"] == whole["completion_tokens"]
     streamed = chat(front, PLAIN, stream=True, stream_options={"include_usage": True}).text
@@ -159,18 +160,43 @@ def test_tokens_are_counted_where_the_clients_are(front: Fronted, log: Path) -> 
     assert line(log, key="plain", ended="refused")["code"] == "unknown_field"
 
 
-def test_a_stream_that_is_left_counts_as_far_as_it_went(front: Fronted, log: Path) -> None:
-    body = {"messages": [{"role": "user", "content": "A"}], "stream": True, "max_tokens": 400}
-    with httpx.stream(
-        "POST", f"{front.http}/v1/chat/completions", json={**body, "ignore_eos": True}, timeout=60,
-        headers={"Authorization": f"Bearer {PLAIN}"},
-    ) as answer:  # fmt: skip
-        pieces = answer.iter_text()
-        for _ in range(5):
-            next(pieces)
-    usage = line(log, key="plain", ended="client_left")["usage"]
-    assert 1 <= usage["output_tokens"] < 400
-    assert usage["input_tokens"] > 0
+def said(front: Fronted, name: str) -> float:
+    """Tokens of a key's answers so far."""
+    headers = {"Authorization": f"Bearer {CHIEF}"}
+    page = httpx.get(f"{front.http}/metrics", headers=headers).text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "moss_key_tokens_total"
+        and sample.labels == {"key": name, "direction": "output"}
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_is_left_counts_as_far_as_it_went(
+    front: Fronted, log: Path, stream: bool
+) -> None:
+    """And while it is made."""
+    body = {"messages": [{"role": "user", "content": "A"}], "stream": stream, "max_tokens": 400}
+    text = json.dumps({**body, "ignore_eos": True}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {front.host}\r\nContent-Length: {len(text)}"
+    )
+    head += f"\r\nContent-Type: application/json\r\nAuthorization: Bearer {PLAIN}\r\n\r\n"
+    before, began = said(front, "plain"), time.monotonic()
+    host, port = front.host.split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(head.encode() + text)
+        while said(front, "plain") == before:
+            assert time.monotonic() - began < 60
+    usage = line(log, key="plain", ended="client_left", asked={**asked(400), "stream": stream})
+    assert 1 <= usage["usage"]["output_tokens"] < 400
+    assert usage["usage"]["input_tokens"] > 0
+
+
+def asked(most: int) -> dict[str, Any]:
+    return {"messages": 1, "frames": 0, "n": 1, "max_tokens": most, "stream": False}
 
 
 def test_the_fronts_page_has_its_keys_and_the_replicas_figures_once(front: Fronted) -> None:
@@ -180,11 +206,18 @@ def test_the_fronts_page_has_its_keys_and_the_replicas_figures_once(front: Front
     assert len(types) == len(set(types))
     assert "moss_key_tokens_total" in page
     assert "moss_frames_total" in page
-    for key, status in ((CHIEF, 200), (PLAIN, 401)):
-        answer = httpx.get(
-            f"{front.http}/admin/replicas", headers={"Authorization": f"Bearer {key}"}
-        )
+    for key, client, status in (
+        (CHIEF, None, 200), (PLAIN, None, 401), (CHIEF, "10.0.0.7", 403), (CHIEF, "anybody", 403),
+    ):  # fmt: skip
+        headers = {"Authorization": f"Bearer {key}"}
+        headers |= {} if client is None else {"X-Forwarded-For": client}  # by a proxy here
+        answer = httpx.get(f"{front.http}/admin/replicas", headers=headers)
         assert answer.status_code == status
+    for number in ("7", "first", "9" * 5000, "%00"):
+        url = f"{front.http}/admin/replicas/{number}/drain"
+        assert httpx.post(url).json()["error"]["code"] == "unauthorized"
+        answer = httpx.post(url, headers={"Authorization": f"Bearer {CHIEF}"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
 def test_a_session_whose_pictures_the_front_cannot_keep_is_refused(tiny: Path) -> None:

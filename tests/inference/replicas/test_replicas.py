@@ -4,7 +4,6 @@ missed by any client."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -30,11 +29,9 @@ from inference.replicas.command import check
 from inference.replicas.processes import Process, command
 from inference.replicas.replica import Replica
 from inference.serve.__main__ import main
-from inference.serve.access import Access
 from inference.serve.flags import parse
-from inference.serve.limits import Limits
 from inference.session.runner import Runner
-from tests.inference.serve.serving import Client, jpeg, serving
+from tests.inference.serve.serving import Client, jpeg
 from tools.bench import replicas as bench
 from tools.bench.replicas import Drill
 
@@ -46,12 +43,14 @@ CONFIG: dict[str, Any] = {"source": "file", "pace": 4, "silence_bias": 4.0, "max
 PATIENCE = 300.0  # seconds: a replica that is started again shares two cores with other tests
 
 
-def start(tiny: Path, *args: str) -> tuple[subprocess.Popen[bytes], Drill]:
+def start(
+    tiny: Path, *args: str, stderr: IO[bytes] | None = None
+) -> tuple[subprocess.Popen[bytes], Drill]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     front = [*ENGINE, "--max_sessions", str(SEATS), "--limit_decoders", "1", "--port", str(port)]
     command = [sys.executable, "-m", "inference.serve", "--checkpoint", str(tiny), *front, *args]
-    return subprocess.Popen(command), Drill(f"127.0.0.1:{port}")
+    return subprocess.Popen(command, stderr=stderr), Drill(f"127.0.0.1:{port}")
 
 
 @pytest.fixture(scope="module")
@@ -267,41 +266,6 @@ def test_what_a_killed_replica_does_goes_on_elsewhere(front: Drill) -> None:
         assert frames(front) == before + 8
 
 
-def test_replicas_of_other_machines_and_the_end_of_a_front_that_is_killed(tiny: Path) -> None:
-    """Two servers that this process has, and one process of the front's own, which does not outlive
-    it. A server that ends gives its session to another one."""
-    with contextlib.ExitStack() as stack:
-        remote = {}
-        for _ in range(2):
-            engine = load_engine(tiny, device="cpu", window=64, max_tokens=2048, max_sessions=SEATS)
-            access, limits = Access(front_key="k"), Limits(decoders=1)
-            running = stack.enter_context(serving(engine, limits, access=access))
-            remote[running.http] = running
-        urls = ",".join(remote)
-        process, drill = start(tiny, "--replicas", "1", "--replica_urls", urls, "--front_key", "k")
-        stack.callback(process.kill)
-        assert httpx.get(f"{urls.split(',')[0]}/v1/models").status_code == 401  # the front alone
-        drill.wait_ready(2)
-        with begin(drill) as client:
-            show(client, 0)
-            decided(client, 0)
-            serving_it = remote.pop(replica_of(drill)["address"])
-            show(client, 1, "Who is it?")
-            serving_it.server.should_exit = True
-            assert client.until("session.resumed")["reason"] == "replica_lost"
-            show(client, 2)
-            decided(client, 2)
-            assert answered(drill).json()["usage"]["completion_tokens"] <= 3
-            client.send("session.close")
-            client.rest()
-        assert numbers(client) == list(range(1, len(client.seen) + 1))
-        found = psutil.Process(process.pid).children(recursive=True)
-        assert found
-        process.kill()
-        process.wait()
-        assert gone(found)
-
-
 GPUS = ["4", "5", "6", "7"]
 
 
@@ -341,14 +305,15 @@ def test_gpus_are_counted_before_anything_starts(
     first, second = check(flags("--gpus_per_replica", "2"))
     assert first == {"CUDA_VISIBLE_DEVICES": "4,5"}
     assert second == {"CUDA_VISIBLE_DEVICES": "6,7"}
-    with pytest.raises(CommandError, match="these are 6 GPUs, and this machine has 4"):
-        check(flags("--gpus_per_replica", "3"))
+    with pytest.raises(CommandError, match="these are 8 GPUs, and this machine has 4"):
+        check(flags("--replicas", "4", "--gpus_per_replica", "2"))
     with pytest.raises(CommandError, match="replicas have devices of their own"):
         check(flags("--device", "cuda:1"))
     assert check(flags("--device", "cpu")) == [{}, {}]
-    started = command(["--port", "1"], tiny / "0.sock", 2)
-    assert "--nproc-per-node=2" in started
-    assert parse([*started[started.index("inference.serve") + 1 :], "--checkpoint", "x"]).port == 1
+    started = command(["--port", "1"], tiny / "0.sock", 2, number=0)
+    ranks = [sys.executable, "-m", "inference.replicas.ranks", "0", "2", str(tiny)]
+    assert started[:6] == ranks
+    assert parse([*started[6:], "--checkpoint", "x"]).port == 1
 
 
 @pytest.mark.parametrize(
@@ -360,6 +325,8 @@ def test_gpus_are_counted_before_anything_starts(
         (["--replica_urls", "http://a:1,http://a:1/"], "named twice"),
         (["--replicas", "2", "--window", "4", "--sinks", "9"], "sinks=9"),
         (["--replicas", "-1"], "--replicas"),
+        (["--gpus_per_replica", "2"], "--gpus_per_replica"),
+        (["--replicas", "1", "--gpus_per_replica", "3"], "3 ranks cannot share"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_starts(

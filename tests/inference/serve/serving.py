@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -74,8 +75,10 @@ def serving(
     hub = Hub(
         runner, limits, metrics, ExportInfo(STAGE_FORMS.get(stage), stage), MediaFolders(folders)
     )
-    app = make_app(hub, access or Access(api_key=key), origins, hosts)
-    server = Server(server_config(app, "127.0.0.1", 0, limits, certificate), hub)
+    access = access or Access(api_key=key)
+    app = make_app(hub, access, origins, hosts)
+    tile = runner.tile if access.front_key is not None else None
+    server = Server(server_config(app, "127.0.0.1", 0, limits, certificate, tile), hub)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     until = time.monotonic() + 120
@@ -91,6 +94,17 @@ def serving(
         runner.close()
     assert not thread.is_alive()
     assert not engine.slots  # nothing leaks
+
+
+def self_signed(folder: Path) -> tuple[str, str]:
+    """Files of a certificate and its key, for `localhost`."""
+    chain, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-keyout", key, "-out", chain],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return chain, key
 
 
 class Client:
@@ -147,6 +161,12 @@ class Client:
         """Of the close frame, after the connection has ended."""
         self.rest()
         return self.socket.close_code
+
+
+def audited(log: Path) -> list[dict[str, Any]]:
+    """The audit log so far; a line that is half written is not there yet."""
+    whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (60, 40)) -> bytes:

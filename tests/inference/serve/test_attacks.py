@@ -190,6 +190,40 @@ def test_seconds_of_frames_do_not_go_back(server: Running) -> None:
         client.rest()
 
 
+def test_seconds_of_a_file_do_not_go_back_to_before_a_frame_that_had_none(server: Running) -> None:
+    with server.open() as client:
+        client.until("session.created")
+        client.update(source="file", silence_bias=50)
+        client.until("session.updated")
+        client.frame(jpeg(), ts=5.0)
+        client.frame(jpeg())  # second 6
+        client.frame(jpeg(), ts=5.5)
+        assert client.until("error")["message"] == "ts: 5.5 is before the last frame, 6.0"
+        client.frame(jpeg(), ts=6.0)
+        client.send("input_image_buffer.end")
+        client.frame(jpeg())  # these are too late
+        client.frame(jpeg(), ts=7.0)
+        client.ask("And now?")
+        told = client.rest()
+        frames = [e["frame_at"] for e in told if e["type"] == "input_frame.processed"]
+        assert frames == [5.0, 6.0, 6.0]
+        assert "conversation.item.created" not in {e["type"] for e in told}
+
+
+def test_what_comes_too_late_is_named_as_the_client_calls_it(server: Running) -> None:
+    with server.open() as client:
+        client.until("session.created")
+        client.frame(jpeg())
+        client.until("input_frame.processed")
+        for field, value in (("instructions", "Be brief."), ("source", "file"), ("prompt", "A")):
+            client.update(**{field: value})
+            error = client.until("error")
+            assert error["field"] == f"session.{field}"
+            assert error["message"] == f"session.{field}: can be set before the first input only"
+        client.send("session.close")
+        client.rest()
+
+
 # Connections
 
 
@@ -257,6 +291,7 @@ def test_other_hosts_and_sites_ask_nothing(server: Running) -> None:
     for host, status in (
         (f"evil.example:{port}", 403), (f"localhost:{port}", 200), (f"[::1]:{port}", 200),
         (f"127.0.0.1.evil.example:{port}", 403), ("", 403), (f"10.0.0.7:{port}", 200),
+        (f"evil.example@127.0.0.1:{port}", 403), ("localhost:80:80", 403), ("[::1", 403),
     ):  # fmt: skip
         assert httpx.post(url, json=body, headers={"Host": host}).status_code == status, host
     refused(httpx.get(f"{server.http}/health", headers={"Host": "evil.example"}), 403, "host")

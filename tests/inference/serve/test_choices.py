@@ -39,6 +39,9 @@ def ask(client: openai.OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(**settings)
 
 
+ITSELF = {"$ref": "#/properties/a"}
+
+
 def schema_of(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
 
@@ -80,6 +83,19 @@ def test_an_answer_is_json_of_its_schema(client: openai.OpenAI) -> None:
         jsonschema.validate(json.loads(choice.message.content), SCHEMA)
 
 
+@pytest.mark.parametrize("spelled", ["<|eot_id|>", "<|image|>", "<|silence|>", "a <|video|> b"])
+def test_a_special_token_that_a_schema_spells_is_text(client: openai.OpenAI, spelled: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {spelled: {"enum": [spelled]}, "c": {"const": f"{spelled}{spelled}"}},
+        "required": [spelled, "c"],
+        "additionalProperties": False,
+    }
+    choice = ask(client, max_tokens=200, response_format=schema_of(schema)).choices[0]
+    assert choice.finish_reason == "stop"
+    assert json.loads(choice.message.content) == {spelled: spelled, "c": f"{spelled}{spelled}"}
+
+
 def test_the_client_parses_an_answer_into_its_own_type(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="moss-video", messages=USER, max_tokens=200, response_format=Person
@@ -105,11 +121,20 @@ def test_a_json_object_is_one_and_an_answer_that_is_cut_says_so(client: openai.O
     assert ask(client, response_format={"type": "text"}).choices == ask(client).choices
 
 
+def named(number: int) -> dict[str, Any]:
+    name = f"p{number}"
+    return {"type": "object", "properties": {name: {"pattern": f"a{number}"}}, "required": [name]}
+
+
 WRONG_FORMATS: list[tuple[dict[str, Any], str]] = [
     (schema_of({"type": "nonsense"}), "response_format"),
     (schema_of({"not": {"type": "string"}}), "response_format"),
     (schema_of({"$ref": "file:///etc/passwd"}), "response_format"),
     (schema_of({"type": "string", "pattern": "("}), "response_format"),
+    (schema_of({"$ref": "#"}), "response_format"),
+    (schema_of({"type": "object", "properties": {"a": ITSELF}}), "response_format"),
+    (schema_of({"const": "x" * 2**16}), "response_format"),
+    (schema_of({"anyOf": [named(n) for n in range(1000)]}), "response_format"),
     ({"type": "json_schema"}, "response_format.json_schema"),
     ({"type": "json_schema", "json_schema": {"name": "x"}}, "response_format.json_schema.schema"),
     ({"type": "text", "json_schema": {"schema": {}}}, "response_format.json_schema"),
@@ -122,6 +147,8 @@ def test_formats_that_cannot_be_followed_are_refused(
 ) -> None:
     for given, field in WRONG_FORMATS:
         assert refused(client, response_format=given) == field
+    hard = {"type": "string", "pattern": "^(a?){500}a{500}$"}  # fails after a few tokens
+    assert refused(client, response_format=schema_of(hard), max_tokens=40) == "response_format"
     more = {"ignore_eos": True}
     assert refused(client, response_format=schema_of(SCHEMA), extra_body=more) == "ignore_eos"
     monkeypatch.setitem(sys.modules, "llguidance", None)

@@ -114,6 +114,20 @@ def test_without_a_site_nothing_is_said(engine: Engine) -> None:
             assert client.until("session.created")
 
 
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "http://a]b", "//", ""])
+def test_what_is_no_address_is_the_origin_of_no_page(server: Running, origin: str) -> None:
+    key = {"authorization": "Bearer secret"}
+    for answer in (
+        ask(server, "POST", CHAT, "{", origin=origin, **key),
+        preflight(server, CHAT, "POST", origin),
+    ):
+        assert answer.status == 403
+        assert json.loads(answer.body)["error"]["code"] == "origin"
+    header = {"Authorization": "Bearer secret"}
+    with server.open(origin=origin or None, additional_headers=header) as client:
+        assert client.close_code == 1008 if origin else client.until("session.created")
+
+
 def test_head_is_get_without_a_body(server: Running) -> None:
     key = {"authorization": "Bearer secret"}
     for path in ("/", "/health", "/v1/models", "/metrics"):
@@ -122,10 +136,25 @@ def test_head_is_get_without_a_body(server: Running) -> None:
         assert head.headers["content-type"] == whole.headers["content-type"]
         assert whole.body
     assert ask(server, "HEAD", CHAT, **key).status == 405
+    for method, path, allowed in (
+        ("GET", CHAT, "OPTIONS, POST"), ("PUT", CHAT + "/", "OPTIONS, POST"),
+        ("POST", "/health", "GET, HEAD, OPTIONS"),
+    ):  # fmt: skip
+        wrong = ask(server, method, path, **key)
+        assert (wrong.status, wrong.headers["allow"]) == (405, allowed)
     assert ask(server, "HEAD", "/v1/models").status == 401
     options = ask(server, "OPTIONS", "/health")
     assert (options.status, options.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
     assert ask(server, "OPTIONS", "/nothing").status == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/static/page.js", "/static/page.css"])
+def test_the_page_comes_whole(server: Running, path: str) -> None:
+    whole = ask(server, "GET", path)
+    assert whole.body
+    for part in ("bytes=0-5", "bytes=9-1", "items=0-1", "bytes=999999999-", "bytes="):
+        answer = ask(server, "GET", path, range=part)
+        assert (answer.status, answer.body) == (200, whole.body)
 
 
 def test_one_model_is_there_by_its_name(server: Running) -> None:
@@ -160,3 +189,17 @@ def test_an_address_that_cannot_be_had_is_told_before_a_model_is_loaded() -> Non
         listen("no.such.host.invalid", 8000)
     with pytest.raises(SystemExit):
         parse(["--port", "70000"])
+
+
+def test_a_socket_that_an_ended_server_left_is_taken_and_no_other(tmp_path: Path) -> None:
+    path, file = str(tmp_path / "moss.sock"), tmp_path / "notes.txt"
+    file.write_text("mine")
+    with listen("", 0, path), pytest.raises(CommandError, match="Address already in use"):
+        listen("", 0, path)
+    with listen("", 0, path) as again:
+        assert again.getsockname() == path
+    with pytest.raises(CommandError, match=f"--unix_socket {file}: Address already in use"):
+        listen("", 0, str(file))
+    assert file.read_text() == "mine"
+    with pytest.raises(CommandError, match="No such file or directory"):
+        listen("", 0, str(tmp_path / "gone/moss.sock"))

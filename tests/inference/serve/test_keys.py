@@ -20,7 +20,8 @@ from inference.serve.access import Access
 from inference.serve.audit import AuditLog
 from inference.serve.keys import Key, read_keys
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Client, Running, jpeg, serving
+from tests.inference.serve import attacking
+from tests.inference.serve.serving import Client, Running, audited, jpeg, serving
 
 SECRET = "What colour is the door of the vault?"
 FPS = 10  # of cameras
@@ -91,11 +92,11 @@ def lines(log: Path, count: int, **fields: Any) -> list[dict[str, Any]]:
     """Those of the audit log with these fields, once there are so many."""
     until = time.monotonic() + 10
     while True:
-        text = log.read_text() if log.exists() else ""
-        found = [one for one in map(json.loads, text.splitlines()) if fields.items() <= one.items()]
+        told = audited(log)
+        found = [one for one in told if fields.items() <= one.items()]
         if len(found) >= count:
             return found
-        assert time.monotonic() < until, text
+        assert time.monotonic() < until, told
         time.sleep(0.02)
 
 
@@ -240,6 +241,18 @@ def test_what_a_key_uses_is_counted(server: Running, log: Path) -> None:
     assert value(server, "moss_key_limit", "file-camera", "frames_per_second") == FPS
     assert value(server, "moss_key_ended_total", "plain", "chat", "client_left") == 1
     assert value(server, "moss_key_seconds_total", "plain") > 0
+
+
+def test_an_answer_that_nobody_waits_for_has_not_failed(server: Running, log: Path) -> None:
+    """Not a stream: its client leaves while it is made."""
+    body = {"messages": [attacking.USER], "max_tokens": 400, "ignore_eos": True}
+    text = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\nHost: {server.host}\nContent-Length: {len(text)}"
+    head += f"\nContent-Type: application/json\nAuthorization: {headers('chief')['Authorization']}"
+    with attacking.raw(server, f"{head}\n\n", text):
+        server.wait(1)
+    (left,) = lines(log, 1, key="chief", kind="chat")
+    assert (left["ended"], left["code"], left["asked"]["max_tokens"]) == ("client_left", 499, 400)
 
 
 def test_only_an_operator_reads_what_is_told_of_all_keys(server: Running) -> None:

@@ -95,6 +95,10 @@ def test_files_that_name_others_are_not_opened(server: Running, tmp_path: Path) 
         data = script.replace(b"%s", str(secret).encode())
         refused(ask(server, ("video_url", data)), 400, "undecodable_video")
     assert time.monotonic() - began < 20  # SDP alone: 25 s of waiting for packets
+    still = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(still, "PNG")
+    said = refused(ask(server, ("video_url", still.getvalue())), 400, "undecodable_video")
+    assert "its format is png_pipe, taken are mov, mp4, matroska, " in said
     assert ask(server, ("video_url", secret.read_bytes())).status_code == 200
 
 

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 from inference.cli import CommandError
 from inference.engine.load import load_engine
 from inference.serve.server import Certificate
-from tests.inference.serve.serving import Running, serving
+from tests.inference.serve.serving import Running, self_signed, serving
 from tests.samples import graded_video
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -253,13 +252,8 @@ def test_a_phone_sees_the_page_without_scrolling_sideways(browser: Any, server: 
 
 
 def test_a_page_over_https_has_a_camera(browser: Any, tiny: Path, tmp_path: Path) -> None:
-    chain, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-keyout", key, "-out", chain],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    certificate = Certificate.of_flags(str(chain), str(key))
+    chain, key = self_signed(tmp_path)
+    certificate = Certificate.of_flags(chain, key)
     engine = load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=1)
     with (
         serving(engine, certificate=certificate) as server,
@@ -272,9 +266,9 @@ def test_a_page_over_https_has_a_camera(browser: Any, tiny: Path, tmp_path: Path
     wrong = tmp_path / "wrong.pem"
     wrong.write_text("no key")
     for flags, words in (
-        ((str(chain), str(wrong)), "not a certificate and its key without password"),
+        ((chain, str(wrong)), "not a certificate and its key without password"),
         ((str(tmp_path / "none.pem"), None), "none.pem: not a certificate"),
-        ((None, str(key)), "--ssl_certfile is missing"),
+        ((None, key), "--ssl_certfile is missing"),
     ):
         with pytest.raises(CommandError, match=words):
             Certificate.of_flags(*flags)

@@ -116,8 +116,9 @@ def test_a_refusal_in_the_history_is_what_was_said(http: httpx.Client) -> None:
 
 def test_an_empty_answer_at_the_end_is_left_out(http: httpx.Client) -> None:
     plain = ask(http).json()
-    for answer in ({"role": "assistant", "content": ""}, {"role": "assistant"}):
-        assert ask(http, [USER, answer]).json()["usage"] == plain["usage"]
+    empty, absent = {"role": "assistant", "content": ""}, {"role": "assistant"}
+    for answers in ([empty], [absent], [empty, absent]):
+        assert ask(http, [USER, *answers]).json()["usage"] == plain["usage"]
 
 
 def test_an_answer_is_continued(http: httpx.Client, server: Running) -> None:

@@ -110,6 +110,24 @@ def test_a_client_that_does_not_read_loses_its_socket(server: Running) -> None:
     assert "slow_client" in server.hub.page().decode()
 
 
+def test_who_has_seen_events_that_are_still_to_come_is_refused(server: Running) -> None:
+    """It would not get those that come next."""
+    with server.open() as first:
+        created = first.until("session.created")
+        first.frame(jpeg())
+        last = first.until("input_frame.processed")["seq"]
+        name = created["session"]["id"]
+        with server.open(f"?session={name}&last_seq={last + 1000}") as wrong:
+            assert wrong.close_code == 4404
+            assert f"last_seq {last + 1000}: the last event of the session is " in (
+                wrong.socket.close_reason or ""
+            )
+        first.update(temperature=0.5)  # the session is still its first client's
+        first.until("session.updated")
+        first.send("session.close")
+        first.until("session.closed")
+
+
 def test_a_session_waits_for_a_client_that_vanished_and_then_closes(server: Running) -> None:
     client = server.open()
     client.until("session.created")

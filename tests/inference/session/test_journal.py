@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,10 @@ from torch import Tensor
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
+from inference.session import rebuilder as rebuilder_module
 from inference.session.handle import SessionHandle
 from inference.session.journal import Journal, Record, fold, sources
+from inference.session.rebuilder import Rebuilder
 from inference.session.rebuilt import rebuild
 from inference.session.runner import Runner
 
@@ -67,15 +73,16 @@ def configured(runner: Runner, **sampling: Any) -> SessionHandle:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 1.0, "repetition_penalty": 1.3}], ids=["greedy", "drawn"]
-)
-def test_it_goes_on_word_for_word_from_every_record(
-    runner: Runner, engine: Engine, sampling: dict[str, Any]
-) -> None:
+Kept = tuple[Record, dict[int, Tensor]]
+
+
+def watched(
+    runner: Runner, engine: Engine, **sampling: Any
+) -> tuple[list[dict[str, Any]], list[Kept]]:
+    """The events of a session, and what was known of it after each of its records."""
     kept: Record = {}
     pictures: dict[int, Tensor] = {}
-    states: list[tuple[Record, dict[int, Tensor]]] = []
+    states: list[Kept] = []
     journal = Journal(engine.window, engine.sinks)
 
     def read() -> None:
@@ -94,6 +101,24 @@ def test_it_goes_on_word_for_word_from_every_record(
         give(session, journal)
         session.end()
         events = [event.as_dict() for event in session.events()]
+    return events, states
+
+
+def rest(again: SessionHandle, kept: Record) -> list[dict[str, Any]]:
+    """The events after what is known of it."""
+    with again:
+        give(again, None, kept["taken"])
+        again.end()
+        return [event.as_dict() for event in again.events(kept["seq"])]
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "repetition_penalty": 1.3}], ids=["greedy", "drawn"]
+)
+def test_it_goes_on_word_for_word_from_every_record(
+    runner: Runner, engine: Engine, sampling: dict[str, Any]
+) -> None:
+    events, states = watched(runner, engine, **sampling)
     whole = said(events)
     assert len(whole) > 20
     assert states[-1][0]["seq"] == len(events)
@@ -101,15 +126,76 @@ def test_it_goes_on_word_for_word_from_every_record(
     assert len(chosen) > 5
     assert any(state["session"]["response"] for state, _ in chosen)
     assert any(state["session"]["frames"] for state, _ in chosen)
+    rebuilder = Rebuilder(runner)
     for state, shown in chosen:
         before = [event for event in events if event["seq"] <= state["seq"]]
         text = json.loads(json.dumps(state))
-        with rebuild(runner, text, shown) as again:
-            give(again, None, state["taken"])
-            again.end()
-            after = [event.as_dict() for event in again.events(state["seq"])]
+        after = rest(rebuild(rebuilder, text, shown), state)
         assert after[0]["seq"] == state["seq"] + 1
         assert said(before + after) == whole
+
+
+def test_several_are_computed_together_between_the_steps_of_others(
+    runner: Runner, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And word for word. A picture that cannot be encoded ends its session alone."""
+    events, states = watched(runner, engine)
+    state, shown = next(one for one in reversed(states) if len(one[1]) == FRAMES)
+    before = [event for event in events if event["seq"] <= state["seq"]]
+    monkeypatch.setattr(rebuilder_module, "TURN_FRAMES", 6)
+    monkeypatch.setattr(rebuilder_module, "TURN_TOKENS", 40)
+    done, broken, stepping = list[str](), picture(99), Event()
+    encode, step, run = engine.encode, engine.step, engine.packed.forward
+
+    def encoded(images: Sequence[Tensor]) -> list[Tensor]:
+        if any(image is broken for image in images):
+            raise ValueError("a picture that cannot be encoded")
+        done.append(f"{len(images)} frames")
+        return encode(images)
+
+    def stepped(steps: Any) -> Any:
+        done.append("step")
+        stepping.set()
+        try:
+            return step(steps)
+        finally:
+            stepping.clear()
+
+    def ran(parts: Any) -> Any:
+        if not stepping.is_set():
+            done.append("tokens")
+            assert sum(len(tokens) for _, tokens, _ in parts) <= 40
+        return run(parts)
+
+    def hold() -> None:
+        held.set()
+        both.wait()
+
+    monkeypatch.setattr(engine, "encode", encoded)
+    monkeypatch.setattr(engine, "step", stepped)
+    monkeypatch.setattr(engine.packed, "forward", ran)
+    rebuilder, (first, *_), held, both = Rebuilder(runner), shown, Event(), Event()
+    with runner.answer([1, 2], max_new_tokens=400, ignore_end=True) as talk:
+        next(iter(talk.events()))
+        runner.call(hold)
+        held.wait()
+        with ThreadPoolExecutor(2) as pool:
+            given = [json.loads(json.dumps(state)) for _ in range(2)]
+            goes, fails = (
+                pool.submit(rebuild, rebuilder, kept, pictures)
+                for kept, pictures in zip(given, (shown, {**shown, first: broken}), strict=True)
+            )
+            while len(runner._calls) < 2:
+                time.sleep(0.01)
+            both.set()
+        with pytest.raises(ValueError, match="cannot be encoded"):
+            fails.result()
+    turns = [one for one in done if one != "step"]
+    assert turns[:2] == ["6 frames", "2 frames"]
+    assert turns[2:] == ["tokens"] * max(2, len(turns[2:]))
+    at = [number for number, one in enumerate(done) if one != "step"]
+    assert all("step" in done[begin:end] for begin, end in pairwise(at[1:]))
+    assert said(before + rest(goes.result(), state)) == said(events)
 
 
 def test_a_picture_goes_with_the_record_that_names_it(runner: Runner, engine: Engine) -> None:
@@ -150,7 +236,7 @@ def test_what_was_dropped_stays_dropped(tiny: Path) -> None:
         assert found is not None
         fold(kept, json.loads(json.dumps(found[0])))
         pictures.update(found[1])
-        with rebuild(runner, kept, pictures) as again:
+        with rebuild(Rebuilder(runner), kept, pictures) as again:
             after = again.save()["slot"]
     assert before["ring"]["count"] == 20
     assert before["slot"]["positions"] != list(range(len(before["slot"]["positions"])))

@@ -305,6 +305,26 @@ def test_a_session_saved_between_any_two_inputs_goes_on_the_same(
         assert names == whole[2][len(whole[2]) - len(names) :]
 
 
+def test_a_session_saved_in_a_long_prompt_reports_that_silence_is_its_answer(
+    tokenizer: Tokenizer,
+) -> None:
+    model = started(tokenizer)
+    model.frame()
+    model.step(model.special.silence)
+    model.ask("Who is it? " * 60)
+    first = model.session.next_step(model.now)
+    assert first is not None
+    assert not first.sample  # more of the prompt follows
+    state = torch.load(_file(state_of(model.session)), weights_only=True)
+    model.session = resume(state, Vocabulary.of(tokenizer), Stats(), model.now, None)
+    while not (request := model.session.next_step(model.now)).sample:  # type: ignore[union-attr]
+        pass
+    assert request is not None
+    model.session.on_token(request, model.special.silence, model.now + 1)
+    assert [state["state"] for state in model.emitted("session.state")] == ["silent"]
+    assert model.session.stats.summary()["ttft_ms"]["p50"] == 1000
+
+
 def _file(state: dict[str, Any]) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(state, file)

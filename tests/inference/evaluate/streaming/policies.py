@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -47,7 +46,7 @@ class _Watching:
         self._policy, self._waiting, self._turn = policy, sorted(lines), 0
         self._said: list[Emission] = []
 
-    def ask(self, text: str) -> None:
+    def ask(self, second: float, text: str) -> None:
         self._policy.questions.append(text)
         self._turn += 1
 
@@ -55,7 +54,7 @@ class _Watching:
         if self._policy.check_pictures:
             assert abs(picture.float().mean().item() / 8 - int(second)) < 0.5
         if asked is not None:
-            self.ask(asked)
+            self.ask(second, asked)
         while self._waiting and self._waiting[0][0] <= second:
             self._say(second, self._waiting.pop(0)[1])
         if self._policy.each_second and self._turn:
@@ -92,18 +91,6 @@ def silent() -> Policy:
 def always() -> Policy:
     """Says `A` after each frame, and `Yes` to every question about a clip."""
     return Policy(lambda item: [], lambda item, question, at: "Yes", "A")
-
-
-def guess(item: Item, number: int = 0) -> str:
-    return random.Random(f"7/{item.id}/{number}").choice("ABCD")
-
-
-def guesser() -> Policy:
-    """A random letter, the same for an item in both protocols."""
-    return Policy(
-        lambda item: [(ask.second, guess(item)) for ask in item.asks],
-        lambda item, question, at: guess(item),
-    )
 
 
 def exact_judge(kind: str, question: str, reference: str, answer: str) -> Verdict:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.commands import FAILED
+from data_pipeline.video import frames_at
+from inference.evaluate.results import BenchmarkError
 from inference.evaluate.streaming.chosen import choose
 from inference.evaluate.streaming.config import StreamingConfig
 from inference.evaluate.streaming.curve import Operating, best, operating
 from inference.evaluate.streaming.events import HOW, Events
 from inference.evaluate.streaming.items import Ask, Emission, Item, Watched
+from inference.evaluate.streaming.speaker import SpeakerFailed, Watching
 from inference.evaluate.streaming.suite import evaluate
 from inference.evaluate.streaming.toy import write_toy_events
 from tests.inference.evaluate.streaming import policies
@@ -73,10 +79,14 @@ def test_an_interruption_is_timed_from_its_own_second() -> None:
     turn = {"second": 6.0, "text": "Colour?", "says": ["blue"]}
     truth = {"events": [], "interruptions": [turn]}
     item = Item("0", "events", Path("a.mp4"), (Ask(0, "Tell."), Ask(6, "Colour?")), truth=truth)
-    said = (speech(3, *LONG[:4], cut=True), speech(8, "It is blue.", turn=2))
+    said = (speech(3, *LONG[:3], cut=True), speech(8, "It is blue.", turn=2))
     events = Events(within=10.0, step=1.0)
     points = {p.row: p.score for p in events.push(item, Watched(said, 30.0), exact_judge)}
+    # Its last words came with the frame of second 5, those of second 6 come after the question.
     assert points["events: interrupted while speaking"] == 1
+    for ended in (speech(3, *LONG[:3]), speech(2, *LONG[:3], cut=True)):
+        heard = events.hear(item, Watched((ended, said[1]), 30.0))
+        assert [cut for _, cut, _ in heard.answers] == [False]
     assert points["events: reaction to an interruption"] == 2
     assert points["events: interruption answered rightly"] == 1
 
@@ -100,6 +110,41 @@ def test_the_toy_world_has_its_own_events(tmp_path: Path) -> None:
     assert count == 3 * 5  # four events, and what is there at first
 
 
+def test_the_toy_world_interrupts_what_is_told(tmp_path: Path) -> None:
+    """An oracle is asked a second after the last event, and answers a second later."""
+    path = write_toy_events(tmp_path / "toy", 3, interruptions=2)
+    plain, *cut = json.loads(path.read_text())
+    assert "interruptions" not in plain
+    turns = {entry["id"]: entry["interruptions"][0] for entry in cut}
+    for entry in cut:
+        asked = turns[entry["id"]]["second"]
+        assert asked == entry["events"][-1]["second"] + 1
+        video = (path.parent / entry["video"]).read_bytes()
+        # The background is the same every six seconds.
+        seconds = [asked - 2.0, asked + 4.0, float(asked), asked + 6.0]
+        before, after, then, later = (frame.int() for frame in frames_at(video, seconds))
+        assert (then - later).abs().max() < 16 < (before - after).abs().max()
+    config = StreamingConfig(benchmarks=(f"events={path}",))
+    policy = policies.Policy(
+        lambda item: [
+            *((e["second"], e["says"][0]) for e in item.truth["events"]),
+            *((turn["second"] + 1, f"It is {turn['says'][0]}.")
+              for name, turn in turns.items() if name == item.id),
+        ],
+        lambda item, question, at: "",
+    )  # fmt: skip
+    policy.check_pictures = False
+    out = tmp_path / "out"
+    results = evaluate(choose(config), lambda bias: policy, exact_judge, "oracle", out, config)
+    values = {row.row: row.value for row in results.rows}
+    assert values["events"] == values["events: interruption answered rightly"] == 1
+    assert values["events: reaction to an interruption"] == 1
+    # Other questions in the same file are not answered by what was said about these.
+    write_toy_events(tmp_path / "toy", 3, interruptions=1)
+    with pytest.raises(BenchmarkError, match="begun with questions"):
+        evaluate(choose(config), lambda bias: policy, exact_judge, "oracle", out, config)
+
+
 def test_the_operating_curve_has_a_point_for_each_bias(tmp_path: Path) -> None:
     """-1: always speaking; 0: the oracle; 1: silent."""
     path = write_events(tmp_path / "events")
@@ -121,6 +166,42 @@ def test_the_operating_curve_has_a_point_for_each_bias(tmp_path: Path) -> None:
     svg = (out / "curve.svg").read_text()
     assert "<svg" in svg
     assert "false alarms a minute" in svg
+
+
+def test_streams_that_were_not_watched_are_counted_at_each_bias(tmp_path: Path) -> None:
+    """Of three videos one is not there; at bias 1 a second one fails, at bias 2 all of them."""
+    path = write_toy_events(tmp_path / "toy", 3)
+    entries = json.loads(path.read_text())
+    told = [len(entry["events"]) for entry in entries]
+    gone = path.parent / entries[2]["video"]
+    gone.unlink()
+    config = StreamingConfig(benchmarks=(f"events={path}",), biases=[0.0, 1.0, 2.0])
+
+    class Failing(policies.Policy):
+        def __init__(self, bias: float) -> None:
+            super().__init__(lambda item: [], lambda item, question, at: "")
+            self.check_pictures, self._bias = False, bias
+
+        @contextmanager
+        def watch(self, item: Item) -> Iterator[Watching]:
+            if (self._bias, item.id) == (1.0, "1") or self._bias == 2.0:
+                raise SpeakerFailed("it broke", fatal=False)
+            with super().watch(item) as watching:
+                yield watching
+
+    out, said = tmp_path / "out", list[str]()
+    results = evaluate(
+        choose(config), lambda bias: Failing(bias or 0.0), exact_judge, "policy", out, config,
+        said.append,
+    )  # fmt: skip
+    assert said == [f"no media: {gone}"]
+    rows = {row.row: row for row in results.rows}
+    for bias, count, failed in ((0, sum(told[:2]), 0), (1, told[0], 1), (2, 0, 2)):
+        row = rows[f"events, bias {bias}"]
+        assert (row.count, row.of, row.failed) == (count, count + failed + 1, failed)
+        assert (row.skipped, row.missing) == ({"no media": 1}, 0)
+        assert row.value == (0 if count else None)
+    assert results.exit_code == FAILED
 
 
 def test_of_equal_points_the_one_that_speaks_least_is_best() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from inference.evaluate.streaming.chosen import choose
 from inference.evaluate.streaming.config import StreamingConfig
 from inference.evaluate.streaming.forms import FormError
 from inference.evaluate.streaming.text import last_number, letter, says
-from inference.evaluate.streaming.words import read_words
+from inference.evaluate.streaming.words import describe_own, read_words
 from tests.inference.evaluate.streaming.published import WRITERS
 
 Change = Callable[[Any], Any]
@@ -56,6 +58,17 @@ def broken(folder: Path, name: str, file: str, change: Change) -> str:
         ("proactivevideoqa", "EGO/anno.json",
          lambda d: d[0]["answer"][1].update(reply_timespan=[24, 24]),
          "entry 0, answer[1]: reply_timespan: 24 to 24 is empty"),
+        ("proactivevideoqa", "EGO/anno.json",
+         lambda d: d[0]["answer"][1].update(reply_timespan=[float("nan"), 24]),
+         "entry 0, answer[1]: reply_timespan: must be two seconds, it is [nan, 24]"),
+        ("ovobench", "ovo_bench_new.json", lambda d: d[0].update(gt=float("inf")),
+         "entry 0: gt: must be a number, it is inf"),
+        ("ovobench", "ovo_bench_new.json", lambda d: d[18].update(test_info=[]),
+         "entry 18: test_info: is empty"),
+        ("omnimmi", "multiturn_dependency_reasoning.json", lambda d: d[0].update(qa=[]),
+         "entry 0: qa: is empty"),
+        ("streamingbench", "questions_sqa.json", lambda d: d[0][0].update(questions=[]),
+         "entry 0, 0: questions: is empty"),
         ("events", "events.json", lambda d: d[0]["events"][0].update(says=["?"]),
          "entry 0: events: says: has a text without words"),
     ],
@@ -84,6 +97,50 @@ def test_a_benchmark_that_is_not_there_is_named(
         choose(StreamingConfig(benchmarks=(named,)))
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """Texts have other ends of lines; editors write a byte order mark."""
+    events = [{"second": 1, "says": ["a"]}]
+    entries = [{"video": "a.mp4", "question": f"Tell\u2028me\x85 {n}", "events": events}
+               for n in range(2)]  # fmt: skip
+    lines = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(f"\ufeff{lines}\r\n\r\n".encode())
+    (chosen,) = choose(StreamingConfig(benchmarks=(f"events={file}",)))
+    assert [item.asks[0].text for item in chosen.items] == [
+        "Tell\u2028me\x85 0",
+        "Tell\u2028me\x85 1",
+    ]
+    for text, said in (("{}\n{", "events.jsonl, line 2: is not JSON"), ("[" * 10**5, "line 1: is")):
+        file.write_text(text)
+        with pytest.raises(FormError, match=said):
+            choose(StreamingConfig(benchmarks=(f"events={file}",)))
+
+
+def test_what_would_be_kept_in_one_place_is_refused(tmp_path: Path) -> None:
+    """What is said of an item is found again by its id, and by its bias."""
+    first, second = (WRITERS["events"](tmp_path / name) for name in ("one", "two"))
+    config = StreamingConfig(benchmarks=(f"events={first}", f"events={second}"))
+    with pytest.raises(FormError, match="an item of another file of events is called 0, too"):
+        choose(config)
+    config = StreamingConfig(benchmarks=(f"events={first}",), biases=[1.0, 2.0, 1.0000001])
+    with pytest.raises(FormError, match="biases: 1, 2, 1: one stands there twice"):
+        choose(config)
+
+
+def test_nothing_to_ask_is_an_error(tmp_path: Path) -> None:
+    none, questions = tmp_path / "none.json", WRITERS["ovobench"](tmp_path)
+    none.write_text("[]")
+    with pytest.raises(FormError, match=r"none.json: has no questions"):
+        choose(StreamingConfig(benchmarks=(f"events={none}",)))
+    config = StreamingConfig(benchmarks=(f"ovobench={questions}",), tasks=("OCR", "XYZ"))
+    (chosen,) = choose(config)
+    assert {item.row for item in chosen.items} == {"ovobench OCR"}
+    with pytest.raises(FormError, match="tasks XYZ: are part of no row's name: ovobench EPM, ovo"):
+        choose(replace(config, tasks=("XYZ",)))
+    with pytest.raises(FormError, match="biases: need events"):
+        choose(replace(config, biases=[0.0, 1.0]))
+
+
 def test_words_of_the_benchmark_are_those_of_its_repository(tmp_path: Path) -> None:
     """The layout of OVO-Bench's repository: data/, and constant.py at its top."""
     (tmp_path / "data").mkdir()
@@ -98,6 +155,9 @@ def test_words_of_the_benchmark_are_those_of_its_repository(tmp_path: Path) -> N
     own = tmp_path / "own.yaml"
     own.write_text("push.REC: 'Count {}.'\n")
     assert read_words(own=own)("push.REC", "jumps") == "Count jumps."
+    kept = describe_own(own)  # what run.json has of it
+    assert kept["texts"] == {"push.REC": "Count {}."}
+    assert kept["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
     for text, said in (("a: b", "'a': expected texts"), ("push.REC: Count.", "needs 1 times")):
         own.write_text(text)
         with pytest.raises(FormError, match=said):

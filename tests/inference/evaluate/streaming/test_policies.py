@@ -5,6 +5,7 @@ The numbers below follow from published.py: what is asked when, what is true, an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,6 @@ from tests.inference.evaluate.streaming.published import (
     CHOICE_TASKS,
     SECONDS,
     WRITERS,
-    script,
 )
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -144,19 +144,35 @@ def test_policies_score_what_follows_from_their_rule(
     assert all(row.count == row.of and not row.skipped for row in results.rows)
 
 
-def test_guesses_score_exactly_as_often_as_they_hit(
-    published: dict[str, str], tmp_path: Path
+# Tasks of one choice among these, and the protocols in which they are one.
+CHOICES = {
+    "letters": ("ovobench", CHOICE_TASKS, "ABCD", "both"),
+    "letters of StreamingBench": ("streamingbench", ("real", "omni", "sqa"), "ABCD", "both"),
+    "yes or no": ("ovobench", ("SSR", "CRR"), ("Yes", "No"), "official"),
+}
+
+
+def _always(reply: str) -> Policy:
+    return Policy(
+        lambda item: [(ask.second, reply) for ask in item.asks], lambda item, question, at: reply
+    )
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_a_guess_is_worth_exactly_its_share(
+    kind: str, published: dict[str, str], tmp_path: Path
 ) -> None:
-    named = published["ovobench"]
-    results = scores(named, policies.guesser(), tmp_path, tasks=CHOICE_TASKS)
-    (chosen,) = choose(StreamingConfig(benchmarks=(named,), tasks=CHOICE_TASKS))
-    hits = {row: 0 for row in {item.row for item in chosen.items}}
-    for item in chosen.items:
-        hits[item.row] += policies.guess(item) == script(item)[0][1][0]
-    found = values(results)
-    assert 0 < sum(hits.values()) < len(chosen.items)
-    for row, count in hits.items():
-        assert found[row] == found[f"{row} (push)"] == count / 2
+    """Of one item exactly one reply is right. So the scores of all who always give the same reply
+    add up to 1, and one who draws replies evenly expects 1 / their number, in each row."""
+    benchmark, tasks, replies, protocol = CHOICES[kind]
+    sums: Counter[str] = Counter()
+    for reply in replies:
+        policy = _always(reply)
+        out = tmp_path / reply
+        options = {"tasks": tasks, "protocol": protocol}
+        sums.update(values(scores(published[benchmark], policy, out, **options)))
+    assert len(sums) >= len(tasks) * (2 if protocol == "both" else 1)
+    assert dict(sums) == pytest.approx(dict.fromkeys(sums, 1.0))
 
 
 def test_a_later_question_has_the_answer_to_the_earlier_one(

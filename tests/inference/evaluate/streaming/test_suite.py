@@ -17,16 +17,20 @@ import pytest
 import inference
 from data_pipeline.commands import DONE, FAILED
 from data_pipeline.video import frames_at
-from inference.evaluate.results import Results
+from inference.engine.load import load_engine
+from inference.evaluate.results import BenchmarkError, Results
 from inference.evaluate.streaming.asking import Speakers
 from inference.evaluate.streaming.chosen import choose
 from inference.evaluate.streaming.config import StreamingConfig
+from inference.evaluate.streaming.remote import RemoteSpeaker, check_server
 from inference.evaluate.streaming.speaker import ModelSpeaker, SpeakingConfig
 from inference.evaluate.streaming.suite import evaluate
 from inference.evaluate.streaming.toy import write_toy_events
+from inference.serve.limits import Limits
 from inference.session.handle import SessionClosed
 from tests.inference.evaluate.streaming.policies import exact_judge
 from tests.inference.evaluate.streaming.published import write_ovobench
+from tests.inference.serve.serving import serving
 from tests.torchrun import REPO
 from tools.evaluate.streaming import main
 
@@ -68,13 +72,16 @@ def test_the_driver_hears_what_a_watched_video_says(
     heard = 0
     for item in chosen.items:
         (ask,) = item.asks
-        events = model.watch(
-            video, ask={ask.second: ask.text}, sampling=sampling, pace=4, max_new_tokens=9
-        )
+        # Asked between two frames; what is said to that is no earlier than the question.
+        between = {ask.second - 0.5: ask.text} if ask.second else {0.0: ask.text}
+        events = model.watch(video, ask=between, sampling=sampling, pace=4, max_new_tokens=9)
         told: list[tuple[float, str]] = []
+        earliest = 0.0
         for event in events:
-            if event.type == "response.created":
-                told.append((event.t_media, ""))
+            if event.type == "conversation.item.created":
+                earliest = ask.second
+            elif event.type == "response.created":
+                told.append((max(event.t_media, earliest), ""))
             elif event.type == "response.output_text.delta":
                 told[-1] = (told[-1][0], told[-1][1] + event.data["delta"])
         record = said(tmp_path, "push")[item.id]
@@ -88,6 +95,31 @@ def test_the_driver_hears_what_a_watched_video_says(
     reply = said(tmp_path, "official")["0"]["replies"][0]
     frames = frames_at(video.read_bytes(), [float(second) for second in range(7)])
     assert reply["answer"] == model.chat(reply["question"], video=list(frames), max_new_tokens=9)
+
+
+def test_a_server_says_what_the_export_says_and_its_death_is_no_wrong_answer(
+    model: inference.Model, tiny: Path, questions: Path, tmp_path: Path
+) -> None:
+    def asked(name: str, speakers: Speakers) -> Results:
+        return run(questions, tmp_path / name, speakers)[0]
+
+    here = asked("here", lambda bias: ModelSpeaker(model, SPEAKING))
+    engine = load_engine(tiny, device="cpu", max_sessions=2, max_tokens=512, window=16)
+    with serving(engine, Limits(fps=1000.0)) as server:
+        address = server.http
+        check_server(address)
+        there = asked("there", lambda bias: RemoteSpeaker(address, SPEAKING))
+    assert there.rows == here.rows
+    for protocol in ("push", "official"):
+        assert said(tmp_path / "there", protocol) == said(tmp_path / "here", protocol)
+    replies = [one for record in said(tmp_path / "there", "official").values()
+               for one in record["replies"]]  # fmt: skip
+    assert len({reply["answer"] for reply in replies}) > 1
+    with pytest.raises(BenchmarkError, match="no server of ours answers there"):
+        check_server(address)
+    gone = asked("gone", lambda bias: RemoteSpeaker(address, SPEAKING))
+    assert gone.exit_code == FAILED
+    assert all((row.count, row.missing) == (0, row.of) for row in gone.rows)
 
 
 def test_what_was_said_is_not_asked_again_after_a_failure(

@@ -1,0 +1,222 @@
+"""A server of ours, or a front of several, that watches and speaks in sessions of its socket."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import PIL.Image
+from torch import Tensor
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from inference.evaluate.harness.server import base_of
+from inference.evaluate.results import BenchmarkError
+from inference.evaluate.streaming.items import Emission, Item
+from inference.evaluate.streaming.speaker import (
+    Heard,
+    SpeakerFailed,
+    SpeakingConfig,
+    Watching,
+)
+from inference.session.events import Event
+from inference.session.handle import SessionClosed
+from inference.session.runner import INPUT_ENDED
+
+_CONNECT = 10.0  # seconds
+_PATIENCE = 600.0  # seconds without an event
+_AHEAD = 8  # frames that are sent before the first of them was taken in
+_QUIET = 1.0  # seconds without an event, after which a response waits for the next frame
+_SILENT = 100.0  # bias of <|silence|> with which nothing is said
+_END = "end"
+_HEAD = ("type", "seq", "t_server", "t_media")
+
+
+def check_server(url: str) -> None:
+    """BenchmarkError: no server answers there, or its model has not learned to watch."""
+    try:
+        form = httpx.get(f"{base_of(url)}/health", timeout=_CONNECT).json().get("prompt_form")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, AttributeError) as error:
+        raise BenchmarkError(f"{url}: no server of ours answers there: {error}") from None
+    if form not in (None, "realtime"):
+        raise BenchmarkError(f"{url}: has not learned to watch: serve a real-time model")
+
+
+class RemoteSpeaker:
+    """Sessions of `http(s)://HOST:PORT`; `key`: its API key, or none."""
+
+    def __init__(self, url: str, config: SpeakingConfig, key: str = "") -> None:
+        self._url = base_of(url).replace("http", "ws", 1) + "/v1/realtime"
+        self._config, self._key = config, key
+
+    def watch(self, item: Item) -> AbstractContextManager[Watching]:
+        return self._session(item.start, self._config)
+
+    def answer(self, item: Item, question: str, frames: Iterable[Tensor], at: float) -> str:
+        """As `inference.Model.chat`: the clip is watched in silence, then it is asked."""
+        quiet = replace(self._config, clock="media", silence_bias=_SILENT)
+        with self._session(0.0, quiet) as remote:
+            for number, frame in enumerate(frames):
+                remote.frame(number / quiet.fps, frame)
+            return remote.answer(question)
+
+    @contextmanager
+    def _session(self, start: float, config: SpeakingConfig) -> Iterator[_Remote]:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        try:
+            socket = connect(self._url, additional_headers=headers, max_size=None, proxy=None)
+        except (OSError, WebSocketException) as error:
+            raise SpeakerFailed(f"{self._url}: {error}", fatal=True) from None
+        try:
+            with socket, _Remote(socket, start, config) as remote:
+                yield remote
+        except (OSError, WebSocketException, SessionClosed) as error:
+            raise SpeakerFailed(f"{self._url}: {error}", fatal=False) from None
+
+
+class _Remote:
+    """A session. On the media clock frames and the questions that come with them are taken in at
+    their turn, whenever they arrive. A question without a frame waits until all frames before it
+    have been taken in and nothing was said for a second."""
+
+    def __init__(self, socket: ClientConnection, start: float, config: SpeakingConfig) -> None:
+        self._socket, self._start, self._wall = socket, start, config.clock == "wall"
+        self._heard, self._changed = Heard(start, self._wall), threading.Condition()
+        self._sent = self._taken = self._items = 0
+        self._over, self._latest = "", time.monotonic()
+        self._reader = threading.Thread(target=self._read, name="moss-hear", daemon=True)
+        self._send(
+            "session.update",
+            session={
+                "source": "live" if self._wall else "file",
+                "pace": config.pace,
+                "frame_interval": 1 / config.fps,
+                "max_output_tokens": config.max_new_tokens,
+                "silence_bias": config.silence_bias,
+                "instructions": config.system_prompt,
+            },
+        )
+
+    def __enter__(self) -> _Remote:
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        self._reader.join()
+
+    def ask(self, second: float, text: str) -> None:
+        if self._wall:
+            self._wait_until(second)
+        else:
+            self._settle()
+        self._ask(second, text)
+        if not self._wall:
+            self._settle()
+
+    def answer(self, question: str) -> str:
+        """What is said to a question after all frames, with no bias."""
+        self._settle()
+        self._send("session.update", session={"silence_bias": 0.0})
+        self._ask(0.0, question)
+        return "".join(emission.text for emission in self.end() if emission.turn)
+
+    def _ask(self, second: float, text: str) -> None:
+        self._heard.asked.append(second)
+        content = [{"type": "input_text", "text": text}]
+        self._send("conversation.item.create", item={"content": content})
+
+    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
+        heard = self._heard
+        if heard.began is None:
+            heard.began = time.time()
+        if asked is not None:
+            heard.asked.append(second)
+        if self._wall:
+            self._wait_until(second)
+        else:
+            self._wait(lambda: self._sent - self._taken < _AHEAD)
+        with self._changed:
+            self._sent += 1
+        self._send("input_image_buffer.append", ts=second, **({"prompt": asked} if asked else {}))
+        self._socket.send(png(picture))
+
+    def _wait_until(self, second: float) -> None:
+        if self._heard.began is not None:
+            time.sleep(max(0.0, self._heard.began + second - self._start - time.time()))
+
+    def said(self) -> list[Emission]:
+        if not self._wall:
+            self._settle()
+        with self._changed:
+            return self._heard.emissions()
+
+    def end(self) -> list[Emission]:
+        self._send("input_image_buffer.end")
+        with self._changed:
+            while not self._over:
+                if not self._changed.wait(_PATIENCE):
+                    raise SessionClosed(f"no event for {_PATIENCE:g} s")
+            if self._over != _END:
+                raise SessionClosed(self._over)
+            return self._heard.emissions()
+
+    def _settle(self) -> None:
+        """On the media clock: all is taken in, and it is silent, or has said what the pace allows.
+        The socket does not tell the latter: it is when no event came for a second."""
+
+        def settled() -> bool:
+            quiet = time.monotonic() - self._latest > _QUIET
+            given = self._taken >= self._sent and self._items >= len(self._heard.asked)
+            return given and (quiet or not self._heard.speaking)
+
+        self._wait(settled, every=_QUIET / 4)
+
+    def _wait(self, done: Callable[[], bool], every: float = _PATIENCE) -> None:
+        with self._changed:
+            while not done():
+                if self._over:
+                    raise SessionClosed(self._over)
+                self._changed.wait(every)
+                if time.monotonic() - self._latest > _PATIENCE:
+                    raise SessionClosed(f"no event for {_PATIENCE:g} s")
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        self._socket.send(json.dumps({"type": kind, **fields}))
+
+    def _read(self) -> None:
+        try:
+            for text in self._socket:
+                with self._changed:
+                    self._take(json.loads(text))
+                    self._latest = time.monotonic()
+                    self._changed.notify_all()
+            over = "the server has closed the connection"
+        except (OSError, ValueError, WebSocketException, SessionClosed) as error:
+            over = str(error)
+        with self._changed:
+            self._over = self._over or over
+            self._changed.notify_all()
+
+    def _take(self, data: dict[str, Any]) -> None:
+        kind, seq, t_server, t_media = (data.pop(name, 0) for name in _HEAD)
+        self._heard.take(Event(kind, seq, t_server, t_media, data))
+        self._taken += kind in ("input_frame.processed", "input_frame.dropped")
+        self._items += kind == "conversation.item.created"
+        if kind == "session.closed":
+            reason = str(data.get("reason"))
+            self._over = _END if reason == INPUT_ENDED else reason
+
+
+def png(picture: Tensor) -> bytes:
+    """uint8 [3, H, W] as a file that loses nothing."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
+    return file.getvalue()

@@ -1,0 +1,88 @@
+"""Requests whose end may be seen elsewhere by others: refused before anything of them is read.
+
+Where a proxy and the server behind it disagree on where a request ends, what follows is another
+request for one of them: the bytes of one client would begin the request of another one (request
+smuggling). RFC 9112 names what may be read in two ways (sections 2.2, 5.2, 6.1, 6.3, 7.1); of that,
+h11 accepts a part.
+"""
+
+from __future__ import annotations
+
+import re
+
+import h11
+
+_FOLDED = re.compile(rb"\r\n[ \t]")
+_LENGTHS = re.compile(rb"^content-length:[ \t]*(.*?)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+_SMALL_CHUNKS = 4096  # of a body: each takes as long to read as a thousand bytes
+_CHUNK = 1024  # bytes of all further ones, on average
+
+
+class Framing(h11.Connection):
+    """h11's side of a server, which refuses what may be read in two ways.
+
+    wrong: why the last request was refused. status: of the answer to it.
+    """
+
+    wrong, status = "", 400
+    _chunks = _bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.wrong:
+            raise h11.RemoteProtocolError(self.wrong)
+        try:
+            return self._next_event()
+        except h11.RemoteProtocolError as error:
+            self.wrong, self.status = str(error), error.error_status_hint
+            raise
+
+    def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        unread = self.trailing_data[0] if self.their_state is h11.IDLE else b""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            head = unread[: len(unread) - len(self.trailing_data[0])]
+            wrong = ambiguity(head, event)
+            if wrong:
+                raise h11.RemoteProtocolError(wrong)
+            self._chunks = self._bytes = 0
+            return _last_of_connection(event) if _coded(event) else event
+        if isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._bytes += len(event.data)
+            if self._chunks > _SMALL_CHUNKS + self._bytes / _CHUNK:
+                raise h11.RemoteProtocolError(f"{self._chunks} chunks of {self._bytes} bytes")
+        return event
+
+
+def ambiguity(head: bytes, request: h11.Request) -> str:
+    """What of a request may be read in two ways; empty: nothing. head: its bytes up to the body."""
+    lines = head.replace(b"\r\n", b"")
+    lengths = _LENGTHS.findall(head)
+    body = _coded(request) or any(length != b"0" for length in lengths)
+    # Others (h2c) are only offered, with any request.
+    socket = any(name == b"upgrade" and b"websocket" in v.lower() for name, v in request.headers)
+    found = [
+        (b"\n" in lines or b"\r" in lines, "a line does not end with CR LF"),
+        (_FOLDED.search(head), "a header goes on in the next line"),
+        (len(lengths) > 1 or any(b"," in one for one in lengths), "more than one Content-Length"),
+        (_coded(request) and lengths, "both Content-Length and Transfer-Encoding"),
+        (_coded(request) and request.http_version < b"1.1", "Transfer-Encoding in HTTP/1.0"),
+        (request.http_version not in (b"1.0", b"1.1"), "neither HTTP/1.0 nor HTTP/1.1"),
+        (socket and body, "a request for a WebSocket has no body"),
+    ]
+    return next((words for wrong, words in found if wrong), "")
+
+
+def _coded(request: h11.Request) -> bool:
+    return any(name == b"transfer-encoding" for name, _ in request.headers)
+
+
+def _last_of_connection(request: h11.Request) -> h11.Request:
+    """As one that asks to close the connection after it: what others may take for its chunks is not
+    another request here."""
+    return h11.Request(
+        method=request.method,
+        target=request.target,
+        headers=[*request.headers.raw_items(), (b"Connection", b"close")],
+        http_version=request.http_version,
+    )

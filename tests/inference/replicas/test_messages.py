@@ -1,0 +1,73 @@
+"""Messages that a front passes on: as large as a server without a front takes them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference.engine.load import load_engine
+from inference.serve.access import Access
+from inference.serve.limits import Limits
+from tests.inference.replicas.fronting import Fronted, fronting
+from tests.inference.serve.serving import jpeg
+
+FRAME_BYTES = 4000  # a picture as the model sees it has more
+
+
+@pytest.fixture(scope="module")
+def front(tiny: Path) -> Iterator[Fronted]:
+    options: dict[str, Any] = {"device": "cpu", "window": 8, "max_tokens": 512, "max_sessions": 1}
+    engines = [load_engine(tiny, **options) for _ in range(2)]
+    with fronting(engines, Access(), Limits(frame_bytes=FRAME_BYTES)) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (b"x" * 2 * FRAME_BYTES, "too_large"), ("x" * 2 * FRAME_BYTES, "invalid_json"),
+        ('"' * 2 * FRAME_BYTES, "invalid_json"), ("\x01" * 2 * FRAME_BYTES, "invalid_json"),
+    ],
+)  # fmt: skip
+def test_the_largest_message_is_an_error_and_ends_nothing(
+    front: Fronted, message: str | bytes, code: str
+) -> None:
+    with front.open() as client:
+        client.until("session.created")
+        client.socket.send(message)
+        assert client.until("error")["code"] == code
+        client.send("session.close")
+        kinds = {event["type"] for event in client.rest()}
+        assert client.close_code == 1000
+        assert "session.resumed" not in kinds
+
+
+@pytest.mark.parametrize("name", ["Accept", "Content-Type", "traceparent", "Cookie"])
+def test_headers_of_any_letters_are_no_fault(front: Fronted, name: str) -> None:
+    headers = {"Content-Type": "application/json", name: "application/json; x=\xe9"}
+    body = json.dumps({"messages": [{"role": "user", "content": "A"}], "max_tokens": 1})
+    connection = http.client.HTTPConnection(front.host, timeout=60)
+    connection.request("POST", "/v1/chat/completions", body, headers)
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_a_session_whose_pictures_are_larger_than_messages_moves(front: Fronted) -> None:
+    with front.open() as client:
+        name = client.until("session.created")["session"]["id"]
+        for second in range(3):
+            client.frame(jpeg(second, (32, 24)), ts=float(second))
+            client.until("input_frame.processed", frame_at=float(second))
+        session = front.front.sessions[name]
+        session.task.get_loop().call_soon_threadsafe(session.move, "moved")
+        assert client.until("session.resumed")["frames"] == 3
+        client.frame(jpeg(3, (32, 24)), ts=3.0)
+        client.until("input_frame.processed", frame_at=3.0)
+        client.send("session.close")
+        client.rest()
+        assert client.close_code == 1000

@@ -1,0 +1,59 @@
+"""Chat requests at the front whose clients leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+
+from inference.engine.load import load_engine
+from inference.replicas.places import Places
+from inference.replicas.proxy import Proxy
+from inference.replicas.replica import Replica
+from inference.serve.access import Access
+from inference.serve.limits import Limits
+from tests.inference.replicas.fronting import FRONT_KEY
+from tests.inference.serve.serving import Running, serving
+
+ASKED = {"messages": [{"role": "user", "content": "A"}], "stream": True, "ignore_eos": True}
+
+
+def test_a_client_that_leaves_as_its_stream_begins_leaves_nothing(tiny: Path) -> None:
+    """It has read nothing of what was sent before, so that no piece is sent on."""
+    engine = load_engine(tiny, device="cpu", window=8, max_tokens=512, max_sessions=1)
+    with serving(engine, Limits(), access=Access(front_key=FRONT_KEY)) as server:
+        asyncio.run(asyncio.wait_for(_leave(server), 60))
+        server.wait(0)  # the replica has stopped, too
+
+
+async def _leave(server: Running) -> None:
+    replica, limits = Replica(0, server.http, FRONT_KEY), Limits()
+    assert await replica.look(10.0) == "ok"
+    replica.state = "ready"
+    proxy = Proxy(Places([replica], lambda wanted: False), limits)
+    body = json.dumps({**ASKED, "max_tokens": 400}).encode()
+    left = asyncio.Event()
+    events = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if events:
+            return events.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(3600)  # until the client reads
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers}
+    visit = Access().accounts[0].enter("chat", {})
+    answer = await proxy.complete(Request(scope, receive), visit)
+    assert replica.chats == 1
+    left.set()
+    await answer(scope, receive, send)
+    assert replica.chats == 0
+    assert proxy.held == 0
+    await replica.http.aclose()
