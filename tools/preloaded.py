@@ -139,6 +139,7 @@ def _run(command: list[str], environment: Mapping[str, str], log: str | None, fo
     sys.argv = command
     if "--start-method" in command:
         _release_ended_ranks()
+        _kill_stopped_ranks_in_time()
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
@@ -154,6 +155,20 @@ def _release_ended_ranks() -> None:
         close(self, *arguments, **options)
 
     MultiprocessContext._close = release_and_close  # type: ignore[method-assign]
+
+
+def _kill_stopped_ranks_in_time() -> None:
+    """In torchrun: where a rank fails, another that does not end on SIGTERM is killed after the
+    time that torchrun gives to ranks that are no forks; for forks torch has 30 seconds of its own.
+    """
+    from torch.multiprocessing.spawn import ProcessContext
+
+    join = ProcessContext._join_procs_with_timeout
+
+    def join_in_time(self: ProcessContext, timeout: float) -> None:
+        join(self, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", timeout)))
+
+    ProcessContext._join_procs_with_timeout = join_in_time  # type: ignore[method-assign]
 
 
 def _rank() -> None:

@@ -6,7 +6,17 @@ from __future__ import annotations
 import pytest
 
 from inference.bench.measure import percentile_ms
-from tools.bench.schedule import DECODE, PROMPT_TOKEN, TOWER, Traffic, between, simulate
+from inference.session.session import StepRequest
+from tools.bench.schedule import (
+    DECODE,
+    PICTURE,
+    PROMPT_TOKEN,
+    TOWER,
+    Traffic,
+    between,
+    simulate,
+    step_seconds,
+)
 
 TOKEN = DECODE[1]
 
@@ -37,6 +47,21 @@ def test_a_long_question_delays_others_by_one_piece() -> None:
     worst = max(quiet.decisions) + 2 * 4 * piece
     assert max(asked.decisions) <= worst
     assert len(asked.answers) == sum(1 for *_, text in traffic.events() if text)
+
+
+def test_a_tower_runs_beside_the_passes_that_need_no_frame() -> None:
+    """A frame alone waits for its tower; beside another's token the longer of both counts."""
+    frame = StepRequest([7], images=[PICTURE])
+    token = StepRequest([])
+    both = [frame, token]
+    alone = TOWER[1] + TOKEN
+    assert step_seconds([frame], [True], overlap=True) == pytest.approx(alone)
+    assert step_seconds(both, [True, True]) == pytest.approx(TOWER[1] + 2 * TOKEN)
+    assert step_seconds(both, [True, True], overlap=True) == pytest.approx(TOWER[1] + TOKEN)
+    asked = StepRequest([7] * 100)  # a prompt, which needs no frame either
+    prompt = TOKEN + 100 * PROMPT_TOKEN
+    seconds = step_seconds([frame, asked], [True, False], overlap=True)
+    assert seconds == pytest.approx(max(TOWER[1], prompt) + TOKEN)
 
 
 def test_sixteen_sessions_reach_what_users_want() -> None:

@@ -12,7 +12,7 @@ from tools.demo.narrate import held_out_clip, told
 
 
 def test_a_held_out_clip_and_its_story(tmp_path: Path) -> None:
-    build_toy(tmp_path, ToyConfig(train=2, heldout=6, seed=1, stages=("realtime_sft",)))
+    build_toy(tmp_path, ToyConfig(train=2, heldout=20, seed=1, stages=("realtime_sft",)))
     content = held_out_clip(tmp_path, tmp_path / "clip.mp4")
     story = told(content)
     assert probe_video((tmp_path / "clip.mp4").read_bytes()).duration >= content.count("<|video|>")

@@ -111,7 +111,7 @@ class Client:
                     pass
                 took = time.monotonic() - began
                 self.frame_seconds.append(took)
-                await asyncio.sleep(max(0.0, self.interval - took))
+                await self._listen(socket, max(0.0, self.interval - took))
             await socket.send(json.dumps({"type": "input_image_buffer.end"}))
             while (await self._next(socket))["type"] != "session.closed":
                 pass
@@ -123,6 +123,13 @@ class Client:
             return connect(self.url, **options)
         key = {"Authorization": f"Bearer {FRONT_KEY}"}
         return unix_connect(self.path, self.url, additional_headers=key, **options)
+
+    async def _listen(self, socket: Any, seconds: float) -> None:
+        """Reads for so long: an event came when it was there, not when the next one is wanted."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    await self._next(socket)
 
     @staticmethod
     def _decided(event: dict[str, Any], second: float) -> bool:

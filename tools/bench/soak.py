@@ -218,8 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with serving(args) as (host, process):
         options: dict[str, Any] = {"interval": args.interval, "seed": args.seed}
+        options |= {"pid": process.pid}  # to measure memory takes time, too
         quiet = asyncio.run(play(host, args.sessions, args.quiet_frames, **options))
-        options |= {"faults": args.faults, "pid": process.pid}
+        options |= {"faults": args.faults}
         broken = asyncio.run(play(host, args.sessions, args.frames, **options))
         wait(lambda: health(host)["sessions"] == 0, 60)
         left = health(host)["sessions"]

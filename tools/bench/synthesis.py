@@ -47,9 +47,10 @@ def stories(count: int, seed: int = 0) -> list[Story]:
 
 
 def render(folder: Path, told: Sequence[Story], size: int = 56, fps: int = 2) -> None:
+    """With a clock: the model that knows the world knows a second by its picture."""
     folder.mkdir(parents=True)
     for number, story in enumerate(told):
-        (folder / f"{number:05d}.mp4").write_bytes(mp4(story, size, fps))
+        (folder / f"{number:05d}.mp4").write_bytes(mp4(story, size, fps, clock=True))
 
 
 def teacher(folder: Path, told: Sequence[Story], wrong: float, seed: int = 0) -> Teacher:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from data_pipeline import stores
+from data_pipeline import files
 from data_pipeline.build import BuildOptions
+from data_pipeline.importers.ahead import read_ahead
 from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.forms import OpenSource, open_source
 from data_pipeline.importers.media import Outcome
@@ -19,6 +21,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
 from tools.shards.find import StoredSample
 
+_UNREAD = "file not read"
 EXAMPLES = 3  # of each reason and note
 
 
@@ -55,6 +58,12 @@ class Checked:
             parts = {name: data for name, data in outcome.sample.items() if name != "__key__"}
             self.samples.append(StoredSample(outcome.key, Path(outcome.file), parts))
 
+    def leave_out(self, paths: Sequence[str]) -> None:
+        """Files of the source that look like data and are not read."""
+        for path in paths:
+            self.noted[_UNREAD] += 1
+            self._example(f"noted, {_UNREAD}", path)
+
     def _example(self, what: str, example: str) -> None:
         examples = self.examples[what]
         if len(examples) < EXAMPLES and example not in examples:
@@ -81,17 +90,18 @@ def check_source(source: str, options: BuildOptions, limit: int | None, shown: i
 
     ShardError for a source that cannot be used.
     """
-    stores.set_timeout(options.timeout)
+    files.use_stores(options.stores)
     pool = Pool(options.workers)
     try:
         opened = open_source(source, options.source, Path(os.devnull))
         checked = Checked(form_name(opened))
+        checked.leave_out(opened.unread)
         progress = Progress("check", unit="records")
         entries = (
             Entry(entry.key, entry.file, entry.share, entry.draft, index)
             for index, entry in enumerate(islice(opened.entries(WHOLE), limit))
         )
-        for outcome in pool.finish(entries, options.media):
+        for outcome in pool.finish(read_ahead(entries, options.stores), options.media):
             checked.add(outcome, shown)
             skipped = checked.skipped.total()
             progress.step(share=outcome.share, note=f"{skipped} skipped" if skipped else "")

@@ -46,9 +46,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FOLDER",
         help="folder of the demo (default: runs/demo, with --full runs/demo-full)")  # fmt: skip
     add("--train", type=whole_number(above=0), metavar="N",
-        help="training samples of each source (default: 1500, with --full 4000)")  # fmt: skip
+        help="training samples of each source (default: 1500, with --full 8000)")  # fmt: skip
     add("--heldout", type=whole_number(above=0), metavar="N",
-        help="held-out samples of each source (default: 60, with --full 100)")  # fmt: skip
+        help="held-out samples of each source (default: 60, with --full 200)")  # fmt: skip
     add("--ranks", type=whole_number(above=0), default=min(2, os.cpu_count() or 1), metavar="N",
         help="processes that train")  # fmt: skip
     add("--scale", type=finite_number(above=0), default=1.0, metavar="X",

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--ranks", type=whole_number(above=0), default=min(2, os.cpu_count() or 1), metavar="N",
         help="processes that train")  # fmt: skip
     add("--scale", type=finite_number(above=0), default=1.0, metavar="X",
-        help="factor of the 350 steps of each training")  # fmt: skip
+        help="factor of the 500 steps of each training")  # fmt: skip
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="field of all trainings")
     options: argparse.Namespace = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def lateness(timelines: Sequence[Mapping[str, Any]]) -> list[int]:
     found = []
     for timeline in timelines:
         events = [second for second, _ in timeline["wanted"]]
-        for second, end in zip(events, [*events[1:], timeline["seconds"]], strict=True):
+        for second, end in pairwise([*events, timeline["seconds"]]):
             said = [begin - second for begin, _ in timeline["spoken"] if second <= begin < end]
             found += said[:1]
     return found

@@ -11,12 +11,13 @@ import yaml
 
 from data_pipeline.toy.build import STAGES
 from data_pipeline.toy.stream import NARRATE
+from moss_train.data_config import CONTROLS
 from moss_train.presets import conf_dir
 
 RECORD = "demo.json"  # in the demo's folder: what was run, and how long it took
 BATCH = 16  # samples a step, over all ranks
 LIVE = STAGES[-1]
-SHORT = 350 * BATCH  # samples of the demo's only stage
+SHORT = 500 * BATCH  # samples of the demo's only stage
 BEFORE = 10  # samples of each source that the shipped weights are evaluated on
 # What losses.py compares: by the name of a run, the fields that choose its loss.
 LOSSES = {
@@ -60,7 +61,7 @@ def short(options: argparse.Namespace) -> list[Part]:
     return [
         *_beginning(options),
         _evaluate("evaluate before training", str(out / "start"), options, 10, *before),
-        _train(LIVE, [*_learning(options), "trainer.eval_every=100"], options, 85 * options.scale),
+        _train(LIVE, [*_learning(options), "trainer.eval_every=100"], options, 120 * options.scale),
         _evaluate(f"evaluate {LIVE}", str(out / LIVE), options, 12),
         *_ending(options),
     ]
@@ -71,7 +72,7 @@ def compared(options: argparse.Namespace) -> list[Part]:
     parts = _beginning(options)
     for name, fields in LOSSES.items():
         more = [*_learning(options), *fields]
-        parts.append(_train(LIVE, more, options, 85 * options.scale, name))
+        parts.append(_train(LIVE, more, options, 120 * options.scale, name))
         parts.append(_evaluate(f"evaluate {name}", str(options.out / name), options, 12))
     return parts
 
@@ -98,18 +99,20 @@ def _learning(options: argparse.Namespace) -> list[str]:
 
 
 def full(options: argparse.Namespace) -> list[Part]:
-    """The four stages from random weights, each from the one before: about a quarter of an hour."""
-    world = ["--train", str(options.train or 4_000), "--heldout", str(options.heldout or 100)]
-    parts = [_world(options, world, 80)]
+    """The four stages from random weights, each from the one before: about half an hour."""
+    world = ["--train", str(options.train or 8_000), "--heldout", str(options.heldout or 200)]
+    parts = [_world(options, world, 160)]
     before: list[str] = []
-    seconds = {"pt1": (110, 5), "pt2": (150, 5), "sft": (300, 15), LIVE: (115, 20)}
+    seconds = {"pt1": (110, 10), "pt2": (190, 10), "sft": (430, 60), LIVE: (290, 90)}
     for stage in STAGES:
         recipe = yaml.safe_load((conf_dir() / f"recipe/toy_{stage}.yaml").read_text())
         samples = f"data.samples={_steps(recipe['data']['samples'] * options.scale)}"
         training, evaluation = seconds[stage]
         run = str(options.out / stage)
         parts.append(_train(stage, [*before, samples], options, training * options.scale))
-        parts.append(_evaluate(f"evaluate {stage}", run, options, evaluation))
+        # What clips are asked about needs time: other frames, or another order, must not do.
+        more = ["--controls", *CONTROLS] if stage in ("sft", LIVE) else []
+        parts.append(_evaluate(f"evaluate {stage}", run, options, evaluation, *more))
         before = [f"init_from={run}"]
     return [*parts, *_ending(options)]
 

@@ -21,9 +21,11 @@ from data_pipeline.commands import CommandParser, report_error
 from data_pipeline.encode import SampleEncoder
 from data_pipeline.page import render
 from data_pipeline.tokens import load_tokenizer
+from data_pipeline.toy import temporal
 from data_pipeline.toy.build import MODALITIES, STAGES
 from data_pipeline.toy.stream import NARRATE
 from moss_train.config import Config, from_dict
+from moss_train.data_config import CONTROLS
 from moss_train.evaluate.items import Item, read_shards
 from moss_train.evaluate.score import Score, Timeline, asked_second
 from moss_train.evaluate.suite import table
@@ -33,6 +35,7 @@ from moss_train.train.metrics import read_metrics
 from tools.demo.narrate import Sentences, spoken, told
 from tools.demo.parts import BEFORE, RECORD
 
+SUMMED = ("with the right words", temporal.GROUP)  # parts of a score that the short table has
 SHOWN = 5  # samples of each kind on the page, the first ones
 
 
@@ -108,7 +111,7 @@ def write_report(out: Path) -> Path:
         earlier=earlier,
         before_samples=BEFORE,
         narrated=_narrated(out, stages[-1]),
-        scores=[row for row in rows if not row[1].startswith("  ") or "words" in row[1]],
+        scores=[row for row in rows if not row[1].startswith("  ") or row[1].strip() in SUMMED],
         all_scores=rows,
         panels=_curves(stages),
         samples=[(stage.name, s) for stage in stages for s in _samples(stage)],
@@ -121,10 +124,12 @@ def write_report(out: Path) -> Path:
 
 
 def score_table(stage: Stage, earlier: Mapping[str, Any] | None) -> Iterator[list[str]]:
-    """Lines of the table: source, score, before the training, after it, blind, chance, number."""
+    """Lines of the table: source, score, before the training, after it, with what each control
+    shows, chance, number."""
     known = {(s["source"], s["metric"]): s["value"] for s in (earlier or {}).get("scores", [])}
     for score in stage.scores:
-        values = (score.value, score.blind, score.chance)
+        under = (getattr(score, control) for control in CONTROLS)
+        values = (score.value, *under, score.chance)
         numbers = ["" if value is None else f"{value:.3f}" for value in values]
         if earlier is not None:
             value = known.get((score.source, score.metric))

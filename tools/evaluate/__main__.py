@@ -1,7 +1,7 @@
 """Evaluates a model: one door for all suites, and for the comparison of what they found.
 
     moss-eval --checkpoint RUN                        held-out samples of the toy world
-    moss-eval --checkpoint RUN --suite FILE.jsonl     samples of a file, as in shards
+    moss-eval --checkpoint RUN --suite FILE.jsonl     samples of a file or a folder of shards
     moss-eval --checkpoint EXPORT --suite seed25      the 25 benchmarks of the seed's table
     moss-eval --checkpoint EXPORT --suite lmms        any tasks of lmms-eval
     moss-eval --checkpoint EXPORT --suite streaming   benchmarks of streams
@@ -60,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
     suite = suite_of(arguments)
-    if suite not in ("", TOY, *SUITES) and not Path(suite).is_file():
+    if suite not in ("", TOY, *SUITES) and not Path(suite).exists():
         known = ", ".join((TOY, *SUITES))
-        words = f"--suite {suite}: there is no such suite ({known}) and no such file of samples"
+        words = f"--suite {suite}: there is no such suite ({known}), file or folder of samples"
         return report_error("moss-eval", words, WRONG_USAGE)
     if not suite and {"-h", "--help"} & set(arguments):
         print(__doc__)

@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 
 from data_pipeline.commands import CommandParser, report_error
+from inference.evaluate.harness.benchmarks import LMMS_VERSION
 from inference.evaluate.results import BenchmarkError
 
 DEFAULT = Path("~/.cache/moss_train/lmms-eval").expanduser()
-VERSION = "0.7.3"
 # In this order, each line by itself: what a line brings along is not what a later one asks for.
 PINS: tuple[tuple[str, ...], ...] = (
     # The CPU's torch: the model runs in the server. No torchvision: one of another build of torch
     # ends `import transformers` (torchvision::nms).
     ("torch==2.13.0",),
     # Without their dependencies, which are the packages of all its models.
-    ("--no-deps", f"lmms-eval=={VERSION}", "accelerate"),
-    # 0.7.3 imports filelock._api, which 4.3 does not have any more.
+    ("--no-deps", f"lmms-eval=={LMMS_VERSION}", "accelerate"),
+    # lmms-eval imports filelock._api, which 4.3 does not have any more.
     (
         "filelock<4.3", "datasets==5.2.0", "openai==3.57.0", "transformers==5.24.0", "evaluate",
         "httpx", "jinja2", "jsonlines", "loguru", "networkx", "numexpr", "openpyxl", "packaging",
@@ -67,7 +67,7 @@ def check_environment(folder: Path) -> None:
     """BenchmarkError: it is not there, or of other pins."""
     if not _ready(folder).exists() or _ready(folder).read_text() != _stamp():
         raise BenchmarkError(
-            f"{folder}: is not the environment of lmms-eval {VERSION}: make it with"
+            f"{folder}: is not the environment of lmms-eval {LMMS_VERSION}: make it with"
             f" python -m tools.evaluate.lmms_environment --folder {folder}"
         )
 

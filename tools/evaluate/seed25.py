@@ -11,21 +11,22 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.commands import CommandParser, finite_number, report_error, whole_number
-from inference.evaluate.harness.ask import Asking
+from data_pipeline.synthesis.config import EndpointConfig
 from inference.evaluate.harness.benchmarks import ZEROBENCH, Benchmark, chosen
 from inference.evaluate.harness.lmms import Harness, TaskFailed, run_task, settings_of
-from inference.evaluate.harness.server import Server, Serving, healthy
+from inference.evaluate.harness.server import KEY, MODEL, Elsewhere, Server, Serving
 from inference.evaluate.harness.zerobench import ask, read_tsv
 from inference.evaluate.results import (
     RESULTS,
     BenchmarkError,
     EvaluationRun,
     Item,
+    ItemFile,
     Row,
     mean_row,
     read_results,
@@ -34,6 +35,7 @@ from tools.evaluate.lmms_environment import DEFAULT, check_environment
 
 PROGRAM = "python -m tools.evaluate --suite seed25"
 ANY = "lmms"  # the suite of any tasks
+_TIMEOUT = 1800.0  # seconds of a request
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,6 +95,9 @@ def parse(arguments: list[str] | None) -> tuple[Any, CommandParser]:
         parser.error("give --checkpoint DIR, or --url URL")
     if options.suite == ANY and not options.tasks:
         parser.error(f"--suite {ANY}: give --tasks")
+    for folder in [*options.media, *([options.include] if options.include else [])]:
+        if not folder.is_dir():
+            parser.error(f"{folder}: is not a folder")
     return options, parser
 
 
@@ -114,25 +119,22 @@ def _evaluate(options: Any, run: EvaluationRun, rows: Sequence[Benchmark]) -> in
     found: list[Row] = []
     problems: list[str] = []
     with ExitStack() as stack:
-        server, url = None, options.url
+        server: Server | Elsewhere
         if options.checkpoint:
             server = stack.enter_context(Server(_serving(options), run.out / "server.txt"))
-            url = server.url
-        elif not healthy(url):
-            raise BenchmarkError(f"{url}: no server answers there")
-
-        def check() -> None:
-            if server is not None:
-                server.check()
-
+        else:
+            server = Elsewhere(options.url)
         for benchmark in rows:
             print(f"{benchmark.name} ...", file=sys.stderr, flush=True)
+            file = run.items(benchmark.name)
             try:
-                found.append(_row(options, run, benchmark, url, check))
+                found.append(_row(options, run, benchmark, server, file))
             except TaskFailed as error:
                 problems.append(f"{benchmark.name}: {error}")
             except BenchmarkError as error:  # the server has ended: what is done stays
                 problems.append(f"{benchmark.name}: {error}")
+                if not benchmark.task:
+                    found.append(_answered(options, benchmark, server, file))
                 break
     results = run.finish(_with_earlier(run.out, found))
     print(results.text())
@@ -149,32 +151,47 @@ def _with_earlier(out: Path, found: Sequence[Row]) -> list[Row]:
     return [*(row for row in earlier if row.row not in names), *found]
 
 
-def _row(options: Any, run: EvaluationRun, benchmark: Benchmark, url: str, check: Any) -> Row:
-    file = run.items(benchmark.name)
+def _row(
+    options: Any,
+    run: EvaluationRun,
+    benchmark: Benchmark,
+    server: Server | Elsewhere,
+    file: ItemFile,
+) -> Row:
     concurrency = options.concurrency * max(1, options.replicas)
     if not benchmark.task:
-        questions = options.questions
-        asking = Asking(url, options.max_tokens)
-        with closing(ask(questions, file, asking, concurrency, benchmark.name)) as asked:
-            for _ in asked:
-                check()
-        names = {question.index for question in questions}
-        items: list[Item] = [item for name, item in file.items.items() if name in names]
-        percent = [
-            {**item, "score": 100 * item["score"]} if "score" in item else item for item in items
-        ]
-        settings = {"frames": "", "prompt": "VLMEvalKit, ZEROBench"}
-        return mean_row(benchmark.name, benchmark.metric, percent, len(questions),
-                        beside=benchmark.seed, settings=settings)  # fmt: skip
+        config = EndpointConfig(
+            f"{server.url}/v1", MODEL, api_key_env=KEY, concurrency=concurrency, timeout=_TIMEOUT,
+            temperature=0.0, max_tokens=options.max_tokens,
+        )  # fmt: skip
+        ask(options.questions, file, config, benchmark.name, server.check)
+        return _answered(options, benchmark, server, file)
     harness = Harness(
         options.lmms / "bin/python", run.out / "lmms", options.fps, options.frames,
         options.max_tokens, concurrency, options.include, options.limit,
     )  # fmt: skip
-    row, items = run_task(harness, benchmark, url, check)
+    row, items = run_task(harness, benchmark, server.url, server.check)
     for item in items:
         if item["id"] not in file:
             file.add(item)
-    return Row(**{**vars(row), "settings": settings_of(harness, benchmark)})
+    return Row(**{**vars(row), "settings": settings_of(harness, benchmark, server.resolution)})
+
+
+def _answered(
+    options: Any, benchmark: Benchmark, server: Server | Elsewhere, file: ItemFile
+) -> Row:
+    """ZeroBench's row of what has been asked so far."""
+    names = {question.index for question in options.questions}
+    found = [item for name, item in file.items.items() if name in names]
+    items: list[Item] = [
+        {**item, "score": 100 * item["score"]} if "score" in item else item for item in found
+    ]
+    prompt = "VLMEvalKit, ZEROBench"
+    settings = {"frames": "", "resolution": server.resolution, "prompt": prompt}
+    return mean_row(
+        benchmark.name, benchmark.metric, items, len(names), beside=benchmark.seed,
+        settings=settings,
+    )  # fmt: skip
 
 
 def _serving(options: Any) -> Serving:

@@ -18,11 +18,11 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from data_pipeline import devices
-from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error, whole_number
+from data_pipeline.commands import CommandParser, report_error, whole_number
 from data_pipeline.fields import ALLOWED
 from data_pipeline.shards import ShardError
 from inference.engine.load import DTYPES
-from inference.engine.quantize import FORMATS
+from inference.engine.quantized import KINDS as QUANTIZED
 from inference.evaluate.results import BenchmarkError
 from inference.evaluate.streaming.chosen import BENCHMARKS
 from inference.evaluate.streaming.config import StreamingConfig
@@ -43,6 +43,8 @@ HELP = {
     "max_frames": "of a clip in the official protocols; of more as many, spread evenly",
     "sessions": "streams at a time",
     "biases": "of <|silence|>: an operating curve over the events",
+    "url": "http(s)://HOST:PORT of a server that runs, in place of --checkpoint",
+    "url_key_env": "environment variable with the server's API key; it may be missing",
     "prompts": "YAML with words in place of ours (inference/evaluate/streaming/prompts.yaml)",
     "clock": "media: as fast as it goes; wall: a second of the video in a second",
     "fps": "frames a second",
@@ -64,14 +66,16 @@ def parser() -> CommandParser:
     made = CommandParser("moss-eval --suite streaming", description=__doc__)
     add = made.add_argument
     add("--suite", choices=[NAME], required=True, help="this suite")
-    add("--checkpoint", required=True, metavar="DIR", help="exported folder of a real-time model")
+    add("--checkpoint", metavar="DIR", help="exported folder of a real-time model")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--toy-events", type=whole_number(above=0), metavar="N",
         help="write N videos of the toy world into OUT/toy, ask about their events")  # fmt: skip
+    add("--toy-interruptions", type=whole_number(), default=0, metavar="N",
+        help="of these videos so many have a question while an event is told")  # fmt: skip
     add("--device", default="auto", help=devices.HELP)
     add("--dtype", choices=list(DTYPES),
         help="dtype of weights (default: the checkpoint's on CUDA, fp32 on a CPU)")  # fmt: skip
-    add("--quantize", choices=list(FORMATS), help="quantize the decoder's linear layers")
+    add("--quantize", choices=QUANTIZED, help="quantize the decoder's linear layers")
     config = StreamingConfig()
     _add_fields(made, config, HELP)
     _add_fields(made, config.speaking, HELP)
@@ -119,15 +123,23 @@ def main(arguments: list[str]) -> int:
     """Evaluates, prints the table; 1 where not all could be asked."""
     made = parser()
     given = made.parse_args(arguments)
+    if bool(given.checkpoint) == bool(given.url):
+        made.error("give --checkpoint DIR, or --url URL")
+    cut = given.toy_interruptions
+    if cut > (given.toy_events or 0):
+        made.error(f"--toy-interruptions {cut}: are more than --toy-events {given.toy_events or 0}")
+    if not (given.benchmarks or given.toy_events):
+        made.error("give --benchmark or --toy-events")
     try:
         config = config_of(given)
+    except ValueError as error:
+        made.error(str(error))
+    try:
         if given.toy_events:
-            path = write_toy_events(given.out / "toy", given.toy_events)
+            path = write_toy_events(given.out / "toy", given.toy_events, interruptions=cut)
             config = replace(config, benchmarks=(*config.benchmarks, f"events={path}"))
-        if not config.benchmarks:
-            return report_error(made.prog, "give --benchmark or --toy-events", WRONG_USAGE)
         engine = {"device": given.device, "dtype": given.dtype, "quantize": given.quantize}
-        results = run(given.checkpoint, given.out, config, **engine)
+        results = run(given.checkpoint or "", given.out, config, **engine)
     except (FormError, BenchmarkError, ExportError, ShardError, ValueError) as error:
         return report_error(made.prog, error)
     print(results.text())

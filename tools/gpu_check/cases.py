@@ -84,23 +84,29 @@ class Case:
 # 11B with 5 of its 40 decoder layers, one of them cross-attention: what fits on a GPU with all
 # gradients and Adam's state, 3.0 B parameters.
 CUT = ("model.text.num_layers=5", "model.text.cross_attention_layers=[3]")
+FP8, TOWER_FP8 = ("model.fp8=all",), ("model.fp8=tower",)
 CASES = {
     "pt1": Case("pt1", "11b", (Sample(6, 64, 0, 400),) * 4, 4),
+    "pt1_fp8": Case("pt1", "11b", (Sample(6, 64, 0, 400),) * 4, 4, TOWER_FP8),
     "everything": Case("pt2", "11b", (Sample(6, 16, 0, 400),) * 8, 8, CUT),
     "decoder": Case("pt2", "11b", (Sample(0, 0, 0, 512),) * 64, 8, CUT),
+    "decoder_fp8": Case("pt2", "11b", (Sample(0, 0, 0, 512),) * 64, 8, (*CUT, *FP8)),
     "short": Case("pt2", "11b", (Sample(0, 0, 0, 512),) * 64, None, CUT),
     "realtime": Case("realtime_sft", "11b", (Sample(40, 256, 8, 0),), 1, CUT, steps=3),
 }
 # The same on a CPU in a second each.
 REHEARSED = {
     "pt1": Case("pt1", "tiny", (Sample(6, 2, 0, 20),) * 2, 2, steps=2),
+    "pt1_fp8": Case("pt1", "tiny", (Sample(6, 2, 0, 20),) * 2, 2, TOWER_FP8, steps=2),
     "everything": Case("pt2", "tiny", (Sample(6, 2, 0, 20),) * 2, 2, steps=2),
     "decoder": Case("pt2", "tiny", (Sample(0, 0, 0, 32),) * 4, 2, steps=2),
+    "decoder_fp8": Case("pt2", "tiny", (Sample(0, 0, 0, 32),) * 4, 2, FP8, steps=2),
     "short": Case("pt2", "tiny", (Sample(0, 0, 0, 32),) * 2, None, steps=2),
     "realtime": Case("realtime_sft", "tiny", (Sample(8, 6, 3, 0),), 1, steps=2),
 }
-SAVED = Case("pt2", "11b", (Sample(6, 4, 0, 100),), 1, CUT, steps=1)
-RESUMED = Case("pt2", "tiny", (Sample(6, 2, 0, 20),) * 2, 1, steps=2)
+ASYNC = ("trainer.async_save=true",)
+SAVED = Case("pt2", "11b", (Sample(6, 4, 0, 100),), 1, (*CUT, *ASYNC), steps=1)
+RESUMED = Case("pt2", "tiny", (Sample(6, 2, 0, 20),) * 2, 1, ASYNC, steps=2)
 # What CPU and GPU compute alike: every stage, small and in fp32.
 STAGES = {
     stage: Case(

@@ -45,7 +45,8 @@ def _words(found: dict[str, Any]) -> str:
         wrong = (f"{name} is not right here" for name in found["not_right"])
         return ", ".join([*(f"{n} {loss:.4f}" for n, loss in found["kinds"].items()), *wrong])
     if "save_s" in found:
-        return f"{found['written_gb']:.3g} GB in {found['save_s']:.3g} s"
+        wait = f"training goes on after {found['save_wait_s']:.3g}"
+        return f"{found['written_gb']:.3g} GB in {found['save_s']:.3g} s, {wait}"
     if "step_s" in found:
         return f"loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"
     return ""

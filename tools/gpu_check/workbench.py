@@ -13,6 +13,7 @@ from moss_train import hardware
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.weights import fill
 from moss_train.model.choose_attention import choose_attention
+from moss_train.model.choose_kernels import choose_kernels
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.process_groups import build_groups
@@ -39,7 +40,8 @@ class Workbench:
         config = self.config
         self.groups = build_groups(config.parallel, seed=1)
         config.model = choose_attention(config.model, config.parallel, self.groups)
-        self.model = MossVideo(config.model, config.parallel, self.groups)
+        kernels = choose_kernels(config.model)
+        self.model = MossVideo(config.model, config.parallel, self.groups, kernels=kernels)
         self.size = sum(p.numel() for _, p in self.model.named_parameters())
         if self.size < DRAWN_ON_THE_CPU:
             fill(self.model, random_reader(config.model, seed=8))

@@ -1,0 +1,59 @@
+"""ZeroBench of a server that ends before it has answered."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from data_pipeline.commands import FAILED
+from inference.evaluate.results import read_results
+from tools.evaluate.seed25 import main
+
+IMAGE = "AAAA" * 20
+
+
+class Health(BaseHTTPRequestHandler):
+    """Answers about a server's health, and ends with the first question."""
+
+    def do_GET(self) -> None:
+        said = json.dumps({"status": "ok", "tile": 56}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def do_POST(self) -> None:
+        self.close_connection = True
+        threading.Thread(target=self.server.shutdown).start()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_what_was_done_before_a_server_ended_is_in_the_table(tmp_path: Path) -> None:
+    lines = [f"{n}\t{IMAGE}\tWhat?\tA" for n in range(3)]
+    questions = tmp_path / "z.tsv"
+    head = "index\timage\tquestion\tanswer"
+    questions.write_text("\n".join([head, "none\t\tWhat?\tA", *lines]) + "\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+
+        def close() -> None:
+            thread.join()
+            server.socket.close()
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        code = main([
+            "--suite", "seed25", "--url", f"http://127.0.0.1:{server.server_port}/v1/",
+            "--out", str(tmp_path / "out"), "--tasks", "ZeroBench(Sub)",
+            "--zerobench", str(questions), "--concurrency", "1",
+        ])  # fmt: skip
+        closing.join()
+    assert code == FAILED
+    (row,) = read_results(tmp_path / "out").rows
+    assert (row.count, row.of, row.skipped, row.missing) == (0, 4, {"no media": 1}, 3)
+    assert row.settings["resolution"] == "56 x 56"
