@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,38 @@ REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 # Files that take longest, first: the last one to begin would keep one core waiting.
 LONG = (
-    "tests/test_readme.py",
-    "tests/moss_train/parallel/test_matrix.py",
-    "tests/moss_train/convert/test_round_trip.py",
-    "tests/moss_train/train/test_resume.py",
     "tests/moss_train/train/test_learning.py",
+    "tests/moss_train/parallel/test_matrix.py",
     "tests/moss_train/train/test_faults.py",
+    "tests/test_readme.py",
+    "tests/moss_train/train/test_resume.py",
+    "tests/tools/test_chaos.py",
     "tests/tools/test_demo.py",
+    "tests/moss_train/train/test_suites.py",
+    "tests/inference/replicas/test_replicas.py",
+    "tests/moss_train/train/test_job.py",
+    "tests/inference/replicas/test_ranks.py",
     "tests/moss_train/train/test_slurm.py",
-    "tests/moss_train/train/test_job_errors.py",
+    "tests/tools/test_gpu_check.py",
+    "tests/moss_train/convert/test_round_trip.py",
+    "tests/test_torchrun.py",
     "tests/moss_train/train/test_guard.py",
-    "tests/moss_train/train/test_watchdog.py",
-    "tests/tools/test_preflight.py",
-    "tests/docs/test_python.py",
-    "tests/docs/test_from_megatron.py",
     "tests/test_wheel.py",
-    "tests/docs/test_notebook.py",
+    "tests/moss_train/train/test_device.py",
+    "tests/inference/kernels/test_kernels.py",
     "tests/docs/test_extending.py",
+    "tests/docs/test_notebook.py",
+    "tests/docs/test_from_megatron.py",
+    "tests/docs/test_python.py",
 )
 
 
+# Processes of tests share the cores with each other: the threads of a small product would wait for
+# one another longer than they compute. Read when torch is loaded, here and in what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background job ignores Ctrl-C, and with it what tests start: those wait for its effect.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if shutil.which("nvidia-smi") is None:  # kernels then run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by torch or by us
 

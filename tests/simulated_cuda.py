@@ -4,9 +4,8 @@ Tensors hold real numbers in host memory, but their storage is marked as the dev
 so (`x.device`, `x.is_cuda`). Every call that makes, moves or reads tensors, and every operator, is
 watched:
 
-- an operator that gets tensors of both memories raises DeviceMixError, as CUDA would;
-- so does a collective that gets a host tensor, as NCCL would, and the reading of an asynchronous
-  copy before an event says that it has ended;
+- an operator that gets tensors of both memories raises DeviceMixError, as CUDA would; so does a
+  collective that gets a host tensor, and reading an asynchronous copy before its event has ended;
 - what would make the host wait for the device is recorded, with its place in the code: reading a
   value, copying from or to pageable memory, operators whose result's size depends on values;
 - operators that a device would be given, copies and collectives are counted.
@@ -31,23 +30,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.simulated_operators import FREE, INDEXED, UNSET, VALUE_DEPENDENT, rms_norm
+
 ROOT = Path(__file__).resolve().parent.parent
 CUDA, HOST = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
-
-# Operators that cannot be launched before the host knows some values.
-VALUE_DEPENDENT = {
-    aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive, aten.unique_dim,
-    aten.bincount, aten.is_nonzero, aten.equal, aten._local_scalar_dense, aten.repeat_interleave,
-}  # fmt: skip
-INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-# What launches nothing: memory, shapes, and what only autograd sees.
-FREE = {
-    aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided,
-    aten.detach, aten.view, aten._unsafe_view, aten.alias, aten.lift_fresh, aten._reshape_alias,
-    aten.set_, aten.resize_,
-}  # fmt: skip
-UNSET = ("empty", "empty_like", "new_empty", "empty_strided")
 
 
 class DeviceMixError(AssertionError):
@@ -86,8 +73,9 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.current_device = lambda: 0
+    cuda.get_device_capability = lambda *_: (9, 0)  # broadcast asks for it
     cuda.synchronize = lambda *_: record.wait("torch.cuda.synchronize")
-    cuda.max_memory_allocated = cuda.memory_allocated = lambda *_: 0
+    cuda.max_memory_allocated = cuda.memory_allocated = cuda.memory_reserved = lambda *_: 0
     cuda.reset_peak_memory_stats = lambda *_: None
     cuda.Event = _Event
     _patch_tensor()
@@ -156,16 +144,17 @@ def _place() -> str:
     frames = [
         f"{file.relative_to(ROOT) if ROOT in file.parents else file.name}:{frame.lineno}"
         for frame in traceback.extract_stack(sys._getframe(2))
-        if "/moss_train/" in frame.filename or "/megatron/" in frame.filename
+        if any(part in frame.filename for part in ("/moss_train/", "/megatron/", "/inference/"))
         for file in [Path(frame.filename)]
     ]
     return " < ".join(frames[::-1][:3])
 
 
 @contextmanager
-def _as_one() -> Iterator[None]:
-    """Operators inside are parts of a call that is counted as a whole."""
+def as_one(launches: int = 0) -> Iterator[None]:
+    """Operators inside are parts of a call that is counted as a whole, of so many launches."""
     global _quiet
+    record.counts["launches"] += 0 if _quiet else launches
     _quiet += 1
     try:
         yield
@@ -202,7 +191,7 @@ def _patch_tensor() -> None:
 
         def read(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             _check_read(x, name)
-            with _as_one():
+            with as_one():
                 return real(x, *args, **kwargs)
 
         return read
@@ -260,7 +249,7 @@ def _move(x: Tensor, device: torch.device, wait_free: bool) -> Tensor:
     down = on_device(x)
     if down == (device.type == "cuda"):
         return x
-    with _as_one():
+    with as_one():
         out = x.clone()
     _count_copy(down, wait_free, pinned=down or _mark(x) == "pinned")
     if down and wait_free:
@@ -293,11 +282,12 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if name == "rms_norm":
+            return rms_norm(as_one, *args, **kwargs)
         if name == "scaled_dot_product_attention":
-            record.counts["launches"] += 1
             math = kwargs.get("attn_mask") is not None or args[0].dtype is torch.float32
             record.counts["math"] += math and bool(kwargs.get("enable_gqa"))
-            with _as_one():
+            with as_one(1):
                 return func(*args, **kwargs)
         if kwargs.get("device") is not None and name != "to":
             return self._made(func, name, args, kwargs)
@@ -311,7 +301,7 @@ class _Functions(TorchFunctionMode):
         device = CUDA if isinstance(wanted, int) else torch.device(wanted)
         if device.type == "meta":
             return func(*args, **kwargs)
-        with _as_one():
+        with as_one():
             out = func(*args, **{**kwargs, "device": HOST})
         if device.type == "cpu":
             return _set(out, "pinned" if pinned else "host")

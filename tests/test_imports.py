@@ -71,9 +71,9 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformer_engine": ("moss_train/model/attention.py",),
     "flash_attn": ("data_pipeline/flash.py",),
     "torch_npu": ("data_pipeline/npu.py",),
-    "ray": ("data_pipeline/engines/ray_tasks.py",),
+    "ray": ("data_pipeline/engines/ray_tasks.py", "tools/bench/ray_nodes.py"),
     "opentelemetry": ("inference/serve/traces.py",),
-    "triton": ("inference/kernels/triton_",),
+    "triton": ("inference/kernels/triton_", "moss_train/model/triton_"),
 }
 # Loaded when they are chosen.
 OPTIONAL = (
@@ -84,7 +84,7 @@ OPTIONAL = (
     "opentelemetry",
 )
 # Kernels cannot be written without their package: these files are what is loaded late.
-KERNELS = "inference/kernels/triton_"
+KERNELS = ("inference/kernels/triton_", "moss_train/model/triton_")
 
 Rule = Callable[[Tree], list[str]]
 
