@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import httpx
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Running, data_url, jpeg, serving
+from tests.inference.serve.serving import Running, data_url, jpeg, serving, until
 
 LIMITS = Limits(
     decoders=1, media=1, clip_cpu=0.5, pixels=10**7, headers=1.0, body_wall=2.0, connections=40,
@@ -57,13 +56,6 @@ def raw(server: Running, text: str, body: bytes = b"") -> socket.socket:
 def reset(one: socket.socket) -> None:
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     one.close()
-
-
-def until(condition: Any, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def ask(server: Running, *parts: tuple[str, bytes | str], **fields: Any) -> httpx.Response:

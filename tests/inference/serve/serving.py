@@ -9,7 +9,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,14 @@ from inference.serve.server import Certificate, Server, server_config
 from inference.session.runner import Runner
 
 
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits for something that must come true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
 @dataclass
 class Running:
     """A server that runs: its address and what it holds."""
@@ -50,11 +58,15 @@ class Running:
         return Client(connect(f"ws://{self.host}/v1/realtime{query}", max_size=None, **options))
 
     def wait(self, sessions: int, seconds: float = 10.0) -> None:
-        """Until so many sessions are open in the engine."""
-        until = time.monotonic() + seconds
-        while self.hub.runner.sessions != sessions:
-            assert time.monotonic() < until, f"{self.hub.runner.sessions} sessions"
-            time.sleep(0.01)
+        """Until so many sessions are open in the engine, and no socket is left of one that is
+        over: it is told so after its place is free."""
+        until(lambda: self.hub.runner.sessions == sessions, seconds)
+        until(lambda: not self._ending, seconds)
+
+    @property
+    def _ending(self) -> list[str]:
+        held = list(self.hub.sessions.values())
+        return [live.id for live in held if live.socket is not None and live.handle.log.closed]
 
 
 @contextlib.contextmanager
@@ -81,10 +93,7 @@ def serving(
     server = Server(server_config(app, "127.0.0.1", 0, limits, certificate, tile), hub)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
-    until = time.monotonic() + 120
-    while not server.started:
-        assert time.monotonic() < until, "the server did not start"
-        time.sleep(0.01)
+    until(lambda: server.started, seconds=120)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield Running(f"127.0.0.1:{port}", certificate is not None, hub, server, thread)

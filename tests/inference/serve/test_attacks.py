@@ -28,9 +28,8 @@ from tests.inference.serve.attacking import (
     raw,
     refused,
     small_engine,
-    until,
 )
-from tests.inference.serve.serving import Running, jpeg, serving
+from tests.inference.serve.serving import Running, jpeg, serving, until
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,8 @@ from tests.inference.serve.attacking import (
     refused,
     reset,
     small_engine,
-    until,
 )
-from tests.inference.serve.serving import Client, Running, data_url, jpeg, serving
+from tests.inference.serve.serving import Client, Running, data_url, jpeg, serving, until
 
 
 @pytest.fixture(scope="module")

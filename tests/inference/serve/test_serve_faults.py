@@ -11,14 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Running, jpeg, serving
+from tests.inference.serve.serving import Running, jpeg, serving, until
 
 LATE = 0.5  # seconds: how late a well-behaved client's frame may be on a busy machine
 
@@ -32,8 +31,7 @@ def engine(tiny: Path) -> Engine:
 def server(engine: Engine) -> Iterator[Running]:
     with serving(engine, Limits(grace=0.4, replay=500, send=0.3)) as running:
         yield running
-        running.wait(0)
-        assert running.hub.sessions == {}
+        until(lambda: not running.hub.sessions)
 
 
 class Neighbour:
@@ -94,6 +92,7 @@ def test_a_flood_of_frames_is_dropped_and_counted(server: Running) -> None:
 
 
 def test_a_client_that_does_not_read_loses_its_socket(server: Running) -> None:
+    until(lambda: not server.hub.sessions)
     with Neighbour(server):
         quiet = socket.socket()
         quiet.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -187,13 +186,6 @@ def close_code(one: socket.socket) -> list[int]:
     except TimeoutError:
         return []
     return [struct.unpack(">H", rest[2:4])[0]] if rest[:1] == b"\x88" else []
-
-
-def until(condition: Any, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_the_seconds_of_a_live_session_go_on_on_another_socket(server: Running) -> None:
