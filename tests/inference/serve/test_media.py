@@ -180,7 +180,7 @@ def test_requests_whose_clients_left_take_no_turn(
     step = engine.step
 
     def slow(steps: Any) -> Any:
-        time.sleep(0.01)
+        time.sleep(0.05)  # an answer takes 20 s
         return step(steps)
 
     monkeypatch.setattr(engine, "step", slow)
@@ -190,8 +190,8 @@ def test_requests_whose_clients_left_take_no_turn(
     until(lambda: server.hub.waiting == 8)
     for one in sockets:
         reset(one)
-    server.wait(0, seconds=1)
-    assert server.hub.waiting == 0
+    until(lambda: server.hub.waiting == 0)
+    server.wait(0)  # before any of them could have been answered
 
 
 def test_a_client_that_leaves_in_the_prefill_frees_its_place(
