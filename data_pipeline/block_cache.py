@@ -94,10 +94,10 @@ class BlockCache:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self._folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                yield int((self._folder / ".total").read_text())
-            except (FileNotFoundError, ValueError):
-                yield -1
+            total = -1
+            with suppress(FileNotFoundError, ValueError):
+                total = int((self._folder / ".total").read_text())
+            yield total
 
     def _path(self, name: str) -> Path:
         return self._folder / name[:2] / name
