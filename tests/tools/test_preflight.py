@@ -53,16 +53,16 @@ def test_a_rank_that_is_unfit_is_named(preflight):
 
 
 def test_a_rank_that_hangs_is_named(preflight):
-    result = preflight("hang", "--limit", "6")
+    result = preflight("hang", "--limit", "15")
     assert result.returncode == 1
     assert f"error: {HOST}, rank 1: storage: no answer" in result.stderr()
-    assert result.seconds < 60
+    assert result.seconds < 15 + 120  # and a start and an end on a busy machine
 
 
 def found(rank: int) -> Findings:
     speed = {"decoder MLP TFLOP/s": 600.0, "between GB/s": 40.0}
     same = {"torch": "2.13.0", "configuration": "ab"}
-    return Findings(rank, f"node{rank}", rank, same=same, speed=speed, clock=1000.0)
+    return Findings(rank, f"node{rank}", rank, same=same, speed=speed, clocks=[1000.0, 1001.0])
 
 
 def test_machines_that_differ_from_the_others_are_named():
@@ -71,7 +71,9 @@ def test_machines_that_differ_from_the_others_are_named():
     assert [line.split() for line in table(all_well).splitlines()][1] == ["node0", "1", "600", "40"]
     old = replace(found(1), same={**found(1).same, "torch": "2.12.0"})
     slow = replace(found(2), speed={**found(2).speed, "between GB/s": 9.0})
-    late = replace(found(3), clock=1003.5, wrong=["device: 9.0 GB of its memory are taken already"])
+    late = replace(
+        found(3), clocks=[1003.5, 1005.0], wrong=["device: 9.0 GB of its memory are taken already"]
+    )
     assert list(wrong([found(0), old, slow, late, found(4)], accelerator=True)) == [
         "node3, rank 3: device: 9.0 GB of its memory are taken already",
         "node1, rank 1: torch 2.12.0; others have 2.13.0",
@@ -79,5 +81,7 @@ def test_machines_that_differ_from_the_others_are_named():
         "node3, rank 3: clock: +3.5 s from the others",
     ]
     assert list(wrong([found(0), slow, found(4)], accelerator=False)) == []
+    held_up = replace(found(1), clocks=[1009.0, 1001.0])  # it looked late, once
+    assert list(wrong([found(0), held_up], accelerator=False)) == []
     at = {0: "6 node0: all-reduce", 2: "3 node2: storage", 3: "6 node3: all-reduce"}
     assert list(missing(at)) == ["node2, rank 2: storage: no answer"]

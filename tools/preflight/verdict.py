@@ -22,10 +22,11 @@ def wrong(found: Sequence[Findings], accelerator: bool) -> Iterator[str]:
             yield f"{one.host}, rank {one.rank}: {line}"
     yield from _different(found)
     yield from _slow(found, SLOW[accelerator])
-    middle = median(one.clock for one in found)
+    middles = [median(look) for look in zip(*(one.clocks for one in found), strict=True)]
     for one in found:
-        if abs(one.clock - middle) > CLOCKS_S:
-            yield f"{one.host}, rank {one.rank}: clock: {one.clock - middle:+.1f} s from the others"
+        apart = min((a - b for a, b in zip(one.clocks, middles, strict=True)), key=abs)
+        if abs(apart) > CLOCKS_S:
+            yield f"{one.host}, rank {one.rank}: clock: {apart:+.1f} s from the others"
 
 
 def missing(at: Mapping[int, str]) -> Iterator[str]:
