@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 from data_pipeline.toy.build import ToyConfig, build_toy
 
@@ -14,10 +13,6 @@ REAL_FILES = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 # Loaders without workers run here: torch's threads would only wait for each other.
 torch.set_num_threads(1)
-
-# A busy machine is no failure.
-settings.register_profile("busy", deadline=None)
-settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")
