@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from tools.chaos.training import EVERY, Training, kill
 
 SLOW_S = 5.0
 FAILED_SAVE = "could not be written"  # says a job
-PATIENCE_S = 60.0  # until something comes that must come
+PATIENCE_S = 240.0  # until something comes that must come, on a busy machine
 CUT = 600  # bytes of a shard: within its first sample, however small that is
 SIZE = 256 << 20  # bytes of the small disk
 FULL = "full disk"
@@ -122,7 +122,9 @@ def _truncate(world: Path, job: Training, chance: random.Random) -> None:
 
 def _fill(job: Training, _chance: random.Random) -> None:
     def failed() -> int:
-        return job.log.read_text(errors="replace").count(FAILED_SAVE)
+        with suppress(FileNotFoundError):  # a start that has written nothing yet
+            return job.log.read_text(errors="replace").count(FAILED_SAVE)
+        return 0
 
     before = failed()
     with _filled(job.run.parent / "filler"):

@@ -25,7 +25,10 @@ HUNG_S = 60.0  # and some starts: without a new step, the job hangs
 STARTS = 3  # as long as the first one: on a busy machine others take longer
 FIRST_START_S = 300.0  # at most, since nothing is in the system's memory yet
 APART = 1e-5  # of a step's loss
-FIRST, EACH = 2 * EVERY + 1, 20  # steps before the first fault; for each, more than it takes
+# Steps before the first fault; for each, many more than it takes: the job goes on while a busy
+# machine does not let this process look. It is asked to stop when all is done.
+FIRST, EACH = 2 * EVERY + 1, 100
+LEFT_S = 60.0  # until the last process of a job that has ended has gone
 AFTER = 3  # steps after a fault, behind which it is over: a signal lets one or two be done
 EARLY = 0.25  # of the faults that may come while the job starts, do
 
@@ -207,7 +210,7 @@ class Chaos:
 def _wrong(job: Training, code: int | None) -> Iterator[str]:
     if code != 130:
         yield f"asked to stop, the job ended with {code}: see {job.log}"
-    until = time.monotonic() + 5
+    until = time.monotonic() + LEFT_S
     while job.left() and time.monotonic() < until:
         time.sleep(0.1)
     for pid in job.left():
