@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from typing import Any
 
 import fsspec
@@ -51,11 +52,15 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         patch.setenv(name, "test")
     fsspec.config.conf.clear()
+    # moto's buckets belong to the process: an earlier server's would be here, too.
+    reset = HTTPConnection("127.0.0.1", http.server_port)
+    reset.request("POST", "/moto-api/reset")
+    assert reset.getresponse().status == 200
+    reset.close()
     fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-    yield server
-    server.fail.clear()
-    # moto's buckets belong to the process: the next server would find this one.
-    fsspec.filesystem("s3", skip_instance_cache=True).rm("bucket", recursive=True)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    http.shutdown()
-    thread.join()
+    try:
+        yield server
+    finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        http.shutdown()
+        thread.join()

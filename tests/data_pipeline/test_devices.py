@@ -86,7 +86,7 @@ def test_a_broken_torch_npu_stops_only_who_asks_for_it(tmp_path: Path):
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}
         del environment["TORCH_DEVICE_BACKEND_AUTOLOAD"]
         command = [sys.executable, "-c", code]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
     assert "torch_npu" in run("import torch").stderr  # the package is as broken as the real one
     for room in ("data_pipeline.devices", "inference.engine.load", "moss_train.config, torch"):

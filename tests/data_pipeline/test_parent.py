@@ -39,4 +39,4 @@ def test_a_worker_ends_with_a_parent_that_is_killed(late: float) -> None:
     assert is_running(worker)
     parent.kill()
     parent.wait()
-    wait_for(lambda: not is_running(worker), timeout=10)
+    wait_for(lambda: not is_running(worker))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
+from queue import Queue
 
 import pytest
 from torch.distributed import TCPStore
@@ -68,38 +69,47 @@ def listener(monkeypatch) -> Iterator[socket.socket]:
         yield taken
 
 
-def meet(rank: int, port: int, size: int, said: list[str]) -> None:
-    """A rank meets the others in torch's store, or gives up after 0.3 s; `said`: its lines."""
-    with joining(Ranks(rank, size, f"127.0.0.1:{port}"), said.append):
-        TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=0.3))
+def meet(ranks: Ranks, port: int, seconds: float = 60) -> None:
+    """In torch's store; rank 0 may listen at any port: 0."""
+    TCPStore("127.0.0.1", port, ranks.size, ranks.rank == 0, timedelta(seconds=seconds))
+
+
+def wait_in_vain(alone: Ranks, port: int, said: Queue[str]) -> None:
+    """Meets nobody. The thread that says so may come to its turn after the store has given up."""
+    with joining(alone, said.put):
+        try:
+            meet(alone, port, seconds=0.3)
+        finally:
+            said.put(said.get(timeout=60))
 
 
 def test_a_rank_that_waits_says_for_whom(listener):
     port = listener.getsockname()[1]
-    said: list[str] = []
+    said: Queue[str] = Queue()
     for rank in (1, 0):
-        if rank == 0:
-            listener.close()
         with pytest.raises(JoinError) as caught:
-            meet(rank, port, 2, said)
+            wait_in_vain(Ranks(rank, 2, f"127.0.0.1:{port}"), port if rank else 0, said)
         assert str(caught.value).startswith(
             f"rank {rank} waited in vain for 2 ranks at 127.0.0.1:{port}: start all ranks within"
         )
         assert "\n" not in str(caught.value)
-    assert said == [f"rank {rank} waits for 2 ranks at 127.0.0.1:{port}" for rank in (1, 0)]
+        assert said.get_nowait() == f"rank {rank} waits for 2 ranks at 127.0.0.1:{port}"
+        assert said.empty()
 
 
 def test_a_port_that_is_taken_is_named(listener):
     listener.listen()
     port = listener.getsockname()[1]
-    with pytest.raises(JoinError, match=f"MASTER_PORT={port}: another process listens there"):
-        meet(0, port, 2, [])
+    first = Ranks(0, 2, f"127.0.0.1:{port}")
+    taken = f"MASTER_PORT={port}: another process listens there"
+    with pytest.raises(JoinError, match=taken), joining(first, lambda line: None):
+        meet(first, port)
 
 
 def test_a_job_that_is_whole_says_nothing(listener, monkeypatch):
-    listener.close()
     said: list[str] = []
-    meet(0, 0, 1, said)
+    with joining(Ranks(0, 1, "127.0.0.1:0"), said.append):
+        meet(Ranks(), 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(JoinError), joining(Ranks(1, 2, "127.0.0.1:1"), said.append):
         raise RuntimeError("timed out")

@@ -21,7 +21,7 @@ def test_three_steps_at_one_process_agree_with_transformers(tmp_path):
         sys.executable, "-m", "tools.bench.train", "--data", str(TOY_WORLD), "--stage", "pt1",
         "--layouts", "single", "--warmup", "2", "--steps", "1", "--rounds", "1", "--json", str(out),
     ]  # fmt: skip
-    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "ours/HF" in run.stdout
     assert "losses of the warm-up steps agree" in run.stdout

@@ -193,19 +193,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy: Toy, tmp_path: Path) -> Non
     with toy.server() as server:
         synthesize(toy.few, tmp_path / "whole", server.url)
         needed = server.served.requests
-    half = threading.Event()
+    half, over = threading.Event(), threading.Event()
     killed = tmp_path / "killed"
 
     def on_request(number: int) -> None:
         if number >= needed // 2:
             half.set()
-            threading.Event().wait(0.05)  # the rest takes longer than the kill
+            over.wait()  # the rest is not answered before the kill
 
     with toy.server(on_request=on_request) as server:
         command = Command("tools.data", arguments(toy.few, killed, server.url))
-        assert half.wait(150)
-        os.kill(command.pid, signal.SIGKILL)
-        assert command.wait() == -signal.SIGKILL
+        try:
+            assert half.wait(300)
+        finally:
+            os.kill(command.pid, signal.SIGKILL)
+            assert command.wait() == -signal.SIGKILL
+            over.set()
         assert not (killed / "shards").exists()
         before, server.on_request = server.served.requests, lambda number: None
         assert synthesize(toy.few, killed, server.url) == 0

@@ -55,12 +55,13 @@ def command(*arguments: Any) -> list[str]:
 @contextmanager
 def blocked(medium: Path) -> Iterator[None]:
     """An import comes to the record of this picture or clip and no further: it never ends."""
-    original = medium.read_bytes()
-    medium.unlink()
+    aside = medium.with_name(f".{medium.name}")
+    medium.rename(aside)
     os.mkfifo(medium)
-    yield
-    medium.unlink()
-    medium.write_bytes(original)
+    try:
+        yield
+    finally:
+        aside.rename(medium)  # whole at once, and also where a test fails: others need it
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

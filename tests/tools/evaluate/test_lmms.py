@@ -119,8 +119,11 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 def wait(process: subprocess.Popen[str], done: Callable[[], bool]) -> None:
     """Until it is done, while the process runs."""
     until = time.monotonic() + 900
-    while not done():
-        assert process.poll() is None
+    while True:
+        ended = process.poll() is not None
+        if done():
+            return
+        assert not ended
         assert time.monotonic() < until
         time.sleep(0.02)
 
