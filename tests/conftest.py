@@ -88,12 +88,10 @@ def groups():
     from moss_train import hardware
     from moss_train.config import ParallelConfig
     from moss_train.parallel.process_groups import build_groups
-    from tests.torchrun import free_port
 
     torch.set_num_threads(1)
     hardware.activate("cpu")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()  # no port, which another process could take
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield build_groups(ParallelConfig(), seed=1)
     torch.distributed.destroy_process_group()

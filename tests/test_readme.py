@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
 from tests.docs.commands import make_checkout, run
+from tests.torchrun import free_port
 
 REPO = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -68,19 +68,20 @@ def _write_records(folder: Path) -> None:
 
 
 def _serve(command: str, folder: Path, env: dict[str, str]) -> None:
-    """A server starts, is healthy, and ends when it is asked to."""
-    health = f"http://127.0.0.1:{command.split('--port ')[1].split()[0]}/health"
-    server = subprocess.Popen(
-        shlex.split(command), cwd=folder, env=env, stderr=subprocess.PIPE, text=True
-    )
+    """A server starts, is healthy, and ends when it is asked to. The README's port may be taken."""
+    words, port = shlex.split(command), free_port()
+    words[words.index("--port") + 1] = str(port)
+    health, log = f"http://127.0.0.1:{port}/health", folder / "server.log"
+    with log.open("w") as said:
+        server = subprocess.Popen(words, cwd=folder, env=env, stderr=said)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not _healthy(health):
-            assert server.poll() is None, server.stderr.read()  # type: ignore[union-attr]
+            assert server.poll() is None, log.read_text()
             assert time.monotonic() < until
             time.sleep(0.2)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=20) == 0
+        assert server.wait(timeout=120) == 0
     finally:
         server.kill()
         server.wait()
@@ -88,9 +89,9 @@ def _serve(command: str, folder: Path, env: dict[str, str]) -> None:
 
 def _healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return json.load(answer)["status"] == "ok"
-    except urllib.error.URLError:
+    except OSError:  # URLError among them
         return False
 
 

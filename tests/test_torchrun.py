@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from tests.moss_train.train.runs import is_running
+from tests.moss_train.train.runs import is_running, wait_for
 from tests.torchrun import RanksFailedError, run_ranks, start_ranks
 
 WORKER = "tests/workers/misbehave.py"
@@ -16,7 +14,7 @@ BOTH = pytest.mark.parametrize("preloaded", [True, False])
 @BOTH
 @pytest.mark.parametrize("how", ["well", "exit"])
 def test_results_of_all_ranks_come_back(tmp_path, preloaded, how):
-    result = run_ranks(WORKER, 2, how, out=tmp_path, timeout=60, preloaded=preloaded)
+    result = run_ranks(WORKER, 2, how, out=tmp_path, preloaded=preloaded)
     assert result.load_all("rank") == [0, 1]
     assert result.load("tensor", rank=1).tolist() == [1.0, 1.0]
     assert result.stdout(1) == "rank 1 says hello\n"
@@ -26,7 +24,7 @@ def test_results_of_all_ranks_come_back(tmp_path, preloaded, how):
 def test_failing_rank_ends_the_run_and_its_traceback_comes_first(tmp_path, preloaded):
     module = "tests.workers.misbehave"
     with pytest.raises(RanksFailedError) as caught:
-        run_ranks(module, 2, "raise", out=tmp_path, timeout=50, preloaded=preloaded)
+        run_ranks(module, 2, "raise", out=tmp_path, preloaded=preloaded)
     first = str(caught.value).partition("--- rank 0")[0]
     assert "--- rank 1 failed first" in first
     assert "ValueError: rank one had a bad day" in first
@@ -35,14 +33,9 @@ def test_failing_rank_ends_the_run_and_its_traceback_comes_first(tmp_path, prelo
 @BOTH
 def test_hanging_ranks_are_killed(tmp_path, preloaded):
     run = start_ranks(WORKER, 2, "hang", out=tmp_path, preloaded=preloaded)
-    began = time.monotonic()
-    while len(list(tmp_path.glob("tensor.rank*"))) < 2:
-        assert time.monotonic() - began < 50
-        time.sleep(0.1)
+    wait_for(lambda: len(list(tmp_path.glob("tensor.rank*"))) == 2)
     workers = run.rank_pids()
     assert len(workers) == 2
     with pytest.raises(RanksFailedError, match="longer than 1 s"):
         run.wait(timeout=1)
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() - began < 55
-        time.sleep(0.05)
+    wait_for(lambda: not any(is_running(pid) for pid in workers))

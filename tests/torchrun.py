@@ -15,6 +15,7 @@ plain values (`as_json=True`) as .json. Workers need `if __name__ == "__main__"`
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,9 @@ from tools.preloaded import Command, python_path, torchrun
 REPO = Path(__file__).resolve().parent.parent
 OUT = "MOSS_TEST_OUT"  # environment variable: where workers put their results
 _TAIL = 60  # lines of a rank's output that an error shows
+# The first port of tests, below those that systems give by themselves; ports of a worker.
+_PORTS, _PORTS_EACH = 20_000, 250
+_tried = itertools.count(os.getpid())  # another run of tests begins elsewhere
 
 
 class RanksFailedError(AssertionError):
@@ -231,10 +235,14 @@ def save_result(name: str, value: Any, as_json: bool = False) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing listens on, for what cannot be given 0. Nobody else takes it before
+    it is bound: systems give connections other ports, and each worker of pytest has its own."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    while True:
+        port = _PORTS + _PORTS_EACH * int(worker) + next(_tried) % _PORTS_EACH
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _text(path: Path) -> str:

@@ -12,7 +12,7 @@ from tests.torchrun import save_result
 
 
 def main(how: str) -> None:
-    """Rank 1 is the one that misbehaves; the others wait for it for a minute."""
+    """Rank 1 is the one that misbehaves; the others wait for it for minutes."""
     rank = int(os.environ["RANK"])
     save_result("rank", rank, as_json=True)
     save_result("tensor", torch.full((2,), float(rank)))
@@ -22,7 +22,7 @@ def main(how: str) -> None:
     if how == "exit":
         sys.exit(0)
     if how != "well":
-        time.sleep(60)
+        time.sleep(600)
 
 
 if __name__ == "__main__":
