@@ -18,46 +18,74 @@ HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: %s\r\n\r\n"
 Script = Callable[[int, socket.socket], None]  # (number of the connection, its socket)
 
 
-@contextmanager
-def camera(serve: Script, down: tuple[int, float] = (0, 0.0)) -> Iterator[str]:
-    """The URL of a server of `serve`, which is called for each connection.
+class Camera:
+    """A server of `serve`, which is called for each connection.
 
-    down: after so many connections it does not listen for so many seconds.
+    away_after: with this connection (the first is 1; 0: with none) it ceases to listen, until
+        `come_back`.
     """
-    listener = socket.create_server(("127.0.0.1", 0))
-    port, over = listener.getsockname()[1], threading.Event()
 
-    def accept() -> None:
-        nonlocal listener
+    def __init__(self, serve: Script, away_after: int) -> None:
+        self._serve, self._away_after = serve, away_after
+        # It holds the port while nobody listens there: connections are refused, and no other
+        # process gets it.
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self._address = self._held.getsockname()
+        self.url = f"http://127.0.0.1:{self._address[1]}/x"
+        self._listener = self._listen()
+        self._over, self._wanted, self._back = (threading.Event() for _ in range(3))
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def come_back(self) -> None:
+        """It listens again when this returns."""
+        self._wanted.set()
+        assert self._back.wait(60)
+
+    def close(self) -> None:
+        self._over.set()
+        self._wanted.set()
+        with suppress(OSError):
+            socket.create_connection(self._address).close()
+        self._thread.join(timeout=60)
+        assert not self._thread.is_alive()
+        self._listener.close()
+        self._held.close()
+
+    def _listen(self) -> socket.socket:
+        return socket.create_server(self._address, reuse_port=True)
+
+    def _accept(self) -> None:
         number = 0
-        while not over.is_set():
+        while not self._over.is_set():
             with suppress(OSError):
-                client, _ = listener.accept()
+                client, _ = self._listener.accept()
                 with client:
                     number += 1
-                    if number == down[0]:
-                        listener.close()
+                    if number == self._away_after:
+                        self._listener.close()
                     if client.recv(4096):
-                        serve(number, client)
-            if number == down[0] and listener.fileno() < 0:
-                over.wait(down[1])
-                listener = socket.create_server(("127.0.0.1", port))
+                        self._serve(number, client)
+            if self._listener.fileno() < 0:
+                self._wanted.wait()
+                self._listener = self._listen()
+                self._back.set()
 
-    thread = threading.Thread(target=accept)
-    thread.start()
+
+@contextmanager
+def camera(serve: Script, away_after: int = 0) -> Iterator[Camera]:
+    made = Camera(serve, away_after)
     try:
-        yield f"http://127.0.0.1:{port}/x"
+        yield made
     finally:
-        over.set()
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", port)).close()
-        listener.close()
-        thread.join(timeout=10)
-    assert not thread.is_alive()
+        made.close()
 
 
-def jpegs(fps: float, seconds: float) -> Script:
-    """A camera without time stamps (`multipart/x-mixed-replace`), each connection so long."""
+def jpegs(count: int, fps: float = 0.0) -> Script:
+    """A camera without time stamps (`multipart/x-mixed-replace`): so many pictures a connection.
+    fps: in a second; 0: all at once."""
     out = io.BytesIO()
     Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(out, "JPEG")
     part = b"--xx\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % out.tell()
@@ -67,9 +95,10 @@ def jpegs(fps: float, seconds: float) -> Script:
         client.sendall(HEAD % b"multipart/x-mixed-replace; boundary=xx")
         began = time.monotonic()
         with suppress(OSError):
-            for i in range(int(fps * seconds)):
+            for i in range(count):
                 client.sendall(part)
-                time.sleep(max(0.0, began + (i + 1) / fps - time.monotonic()))
+                if fps:
+                    time.sleep(max(0.0, began + (i + 1) / fps - time.monotonic()))
 
     return serve
 

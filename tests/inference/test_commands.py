@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from inference import offline_infer, realtime_offline_infer, realtime_streaming_infer
+from inference import feed, offline_infer, realtime_offline_infer, realtime_streaming_infer
+from inference.sources import FileSource
 from tests.inference.tiny import save_tiny
 from tests.samples import graded_video
 from tests.torchrun import run_ranks
@@ -134,15 +135,39 @@ def test_the_view_shows_silence_and_responses_with_their_time(
     assert "frame to decision" in err
 
 
-def test_frames_keep_the_pace_of_the_wall_clock(run: Run, tiny: Path, clip: Path) -> None:
+class Paced:
+    """A session, its log, and a clock that goes by what is waited for, and as frames are taken."""
+
+    def __init__(self) -> None:
+        self.now, self.came, self.log = 100.0, list[tuple[float, float]](), self
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait_closed(self, seconds: float) -> bool:
+        self.now += max(0.0, seconds)
+        return False
+
+    def put_frame(self, picture: Any, second: float, prompt: str | None) -> None:
+        self.came.append((second, self.now - 100.0))
+        self.now += 0.03
+
+    def emit(self, type: str, **data: Any) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def test_frames_keep_the_pace_of_the_wall_clock(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Twenty times as fast as the clock: six frames, the last after 5 / 20 s."""
-    args = stream(tiny, clip, "--speed", 20, "--jsonl", "-", "--max_new_tokens", 3)
-    code, out, _ = run(realtime_streaming_infer, *args)
-    assert code == 0
-    frames = [e for e in events(out) if e["type"] == "input_frame.processed"]
-    starts = [e["t_server"] - (e["lag_ms"] + e["decision_ms"]) / 1000 for e in frames]
-    assert len(frames) == SECONDS
-    assert starts[-1] - starts[0] == pytest.approx(5 / 20, abs=0.1)
+    session: Any = Paced()
+    monkeypatch.setattr(feed, "time", session)
+    feed.Feeder(session, FileSource(str(clip)), feed.Schedule(1.0, 20.0, [])).run()
+    assert [second for second, _ in session.came] == list(range(SECONDS))
+    assert [at for _, at in session.came] == pytest.approx([n / 20 for n in range(SECONDS)])
 
 
 def test_what_is_asked_after_the_end_is_asked_at_the_end(run: Run, tiny: Path, clip: Path) -> None:

@@ -4,100 +4,150 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from inference import live
 from inference.live import LiveSource, Notice, SourceError
 from inference.sources import FileSource, open_source
 from tests.data_pipeline.clips import every, number, video
 from tests.inference.cameras import HEAD, camera, jpegs, transport_stream
+from tests.inference.serve.serving import until
 
-LATE = 0.25  # seconds: how late a thread may run on a busy machine
+
+class Clock:
+    """The clock of the source in a test: it goes when it is read, and when something is waited for.
+
+    step: seconds by which it goes after each reading.
+    """
+
+    def __init__(self, step: float = 0.0) -> None:
+        self.step, self.now, self.last = step, 100.0, 0.0
+        self.readings, self._lock = 0, threading.Lock()
+
+    def monotonic(self) -> float:
+        with self._lock:
+            self.last, self.readings = self.now, self.readings + 1
+            self.now += self.step
+            return self.last
+
+    def pause(self, seconds: float) -> bool:
+        """What is waited for takes no time here; nobody has gone."""
+        with self._lock:
+            self.now += seconds
+        return False
 
 
 class Watched:
-    """What a source gives within some seconds, to somebody who waits for each frame's time."""
+    """What a source gives: until it is given up, or `most` frames."""
 
-    def __init__(self, url: str, seconds: float, fps: float, reconnect: float = 60.0) -> None:
-        self.frames: list[tuple[float, float]] = []  # second told, real second since the first
+    def __init__(
+        self,
+        url: str,
+        fps: float,
+        clock: Clock,
+        reconnect: float = 0.0,
+        most: int = 1000,
+        noticed: Callable[[Notice], None] = lambda notice: None,
+    ) -> None:
+        self.frames: list[tuple[float, float]] = []  # second told; clock since the first
         self.notices: list[Notice] = []
         self.error = ""
         source = open_source(url, reconnect)
         assert isinstance(source, LiveSource)
-        began, end = 0.0, threading.Event()
+        began: float | None = None
         try:
-            for item in source.frames(fps, end.wait):
-                now = time.monotonic()
-                began = began or now
+            for item in source.frames(fps, clock.pause):
                 if isinstance(item, Notice):
                     self.notices.append(item)
-                else:
-                    self.frames.append((item[0], now - began))
-                    time.sleep(max(0.0, began + item[0] - time.monotonic()))
-                if now - began > seconds:
+                    noticed(item)
+                    continue
+                began = clock.last if began is None else began
+                self.frames.append((item[0], clock.last - began))
+                if len(self.frames) == most:
                     break
         except SourceError as error:
             self.error = str(error)
         source.close()
 
+    @property
+    def seconds(self) -> list[float]:
+        return [second for second, _ in self.frames]
+
     def named(self, type: str) -> list[Notice]:
         return [notice for notice in self.notices if notice.type == type]
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(live, "time", made)
+    return made
+
+
 @pytest.mark.parametrize("rate", [5, 40])
-def test_a_camera_without_stamps_has_the_seconds_of_the_clock(rate: int) -> None:
+def test_a_camera_without_stamps_has_the_seconds_of_the_clock(clock: Clock, rate: int) -> None:
     """FFmpeg stamps 25 a second, whatever comes."""
-    with camera(jpegs(rate, 10)) as url:
-        watched = Watched(url, 1.6, fps=2)
-    assert len(watched.frames) >= 4
-    for second, real in watched.frames:
-        assert second == pytest.approx(real, abs=LATE)
-    assert [second for second, _ in watched.frames][:4] == pytest.approx([0, 0.5, 1, 1.5], abs=LATE)
+    clock.step = 1 / rate
+    with camera(jpegs(2 * rate)) as made:
+        watched = Watched(made.url, fps=2, clock=clock)
+    for second, passed in watched.frames:
+        assert second == pytest.approx(passed, abs=1e-3)
+    # The frames that are nearest to these.
+    assert watched.seconds == pytest.approx([0, 0.5, 1, 1.5], abs=0.51 / rate)
     assert not watched.notices
 
 
 @pytest.mark.parametrize("restart", [0.0, 37600.0])
-def test_a_stream_whose_clock_jumps_is_not_waited_for(restart: float) -> None:
+def test_a_stream_whose_clock_jumps_is_not_waited_for(clock: Clock, restart: float) -> None:
     def serve(_number: int, client: socket.socket) -> None:
-        client.sendall(HEAD % b"video/mp2t" + transport_stream(10, 15))
-        time.sleep(1.5)
+        # As long as it takes until FFmpeg shows what has come.
+        client.sendall(HEAD % b"video/mp2t" + transport_stream(10, 120))
+        until(lambda: clock.readings > 8, 120)
+        clock.pause(13)
         client.sendall(transport_stream(restart, 10))
-        time.sleep(1.0)
 
-    with camera(serve) as url:
-        watched = Watched(url, 1.9, fps=5)
+    with camera(serve) as made:
+        watched = Watched(made.url, fps=5, clock=clock)
     (jump,) = watched.named("source.clock")
-    assert jump.data["jump_s"] == pytest.approx(restart - 11.4, abs=0.2)
-    seconds = [second for second, _ in watched.frames]
-    assert seconds == sorted(seconds)
-    assert seconds[:7] == pytest.approx([i / 5 for i in range(7)])  # a burst has its own stamps
-    last = watched.frames[-1]
-    assert last[0] == pytest.approx(last[1], abs=LATE)
+    assert jump.data["jump_s"] == pytest.approx(restart - 21.9, abs=0.2)
+    burst = watched.seconds[:60]
+    assert burst == pytest.approx([i / 5 for i in range(60)])  # it has its own stamps
+    # The first one behind the jump is when it came, and the others follow as their stamps do.
+    assert watched.seconds[60:] == pytest.approx([13.0, 13.2, 13.4, 13.6, 13.8])
+    assert watched.frames[60][1] == 13.0
 
 
-def test_a_camera_that_comes_back_is_seen_again_and_the_seconds_go_on() -> None:
-    with camera(jpegs(10, 0.6), down=(1, 0.8)) as url:
-        watched = Watched(url, 2.5, fps=5)
+def test_a_camera_that_comes_back_is_seen_again_and_the_seconds_go_on(clock: Clock) -> None:
+    clock.step = 0.1
+    with camera(jpegs(7), away_after=1) as made:
+
+        def noticed(notice: Notice) -> None:
+            if notice.data.get("attempt") == 2 and notice.type == "source.lost":
+                made.come_back()
+
+        watched = Watched(made.url, 5, clock, reconnect=60.0, most=6, noticed=noticed)
     lost, back = watched.named("source.lost"), watched.named("source.back")
-    assert [notice.data["attempt"] for notice in lost][:2] == [1, 2]
+    assert [notice.data["attempt"] for notice in lost] == [1, 2]
     assert "Connection refused" in lost[1].data["message"]
-    assert back[0].data["lost_s"] == pytest.approx(0.5 + 1.0, abs=0.5)
-    seconds = [second for second, _ in watched.frames]
-    assert seconds == sorted(set(seconds))
-    assert seconds[-1] > back[0].data["frame_at"] - 0.01 > 1
-    for second, real in watched.frames:
-        assert second == pytest.approx(real, abs=LATE)
+    # It waited twice, and looked at the clock when it was refused and when it was there again.
+    assert back[0].data["lost_s"] == pytest.approx(0.5 + 1.0 + 2 * clock.step)
+    assert watched.seconds == sorted(set(watched.seconds))
+    assert watched.seconds[-1] > back[0].data["frame_at"] - 0.01 > 1
+    for second, passed in watched.frames:
+        assert second == pytest.approx(passed, abs=1e-3)
 
 
 @pytest.mark.parametrize("reconnect", [0.0, 0.3])
-def test_a_camera_that_stays_away_is_given_up(reconnect: float) -> None:
-    with camera(jpegs(10, 0.4), down=(1, 9)) as url:
-        watched = Watched(url, 9, 5, reconnect)
+def test_a_camera_that_stays_away_is_given_up(clock: Clock, reconnect: float) -> None:
+    clock.step = 0.01
+    with camera(jpegs(4), away_after=1) as made:
+        watched = Watched(made.url, 5, clock, reconnect)
         tries = [notice.data["attempt"] for notice in watched.named("source.lost")]
         assert tries == ([] if reconnect == 0 else [1])
-        assert watched.error.startswith(f"{url}: cannot be read: ")
+        assert watched.error.startswith(f"{made.url}: cannot be read: ")
 
 
 def test_a_server_that_is_not_ready_is_asked_again_and_a_wrong_one_is_not() -> None:
@@ -105,17 +155,17 @@ def test_a_server_that_is_not_ready_is_asked_again_and_a_wrong_one_is_not() -> N
         if number == 1:
             client.sendall(b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
         elif number == 2:
-            jpegs(10, 1)(number, client)
+            jpegs(10)(number, client)
         else:
             client.sendall(b"HTTP/1.0 404 Not Found\r\nContent-Length: 0\r\n\r\n")
 
     said: list[str] = []
-    with camera(serve) as url:
-        open_source(url, 5.0, said.append).close()  # type: ignore[union-attr]
+    with camera(serve) as made:
+        open_source(made.url, 300.0, said.append).close()  # type: ignore[union-attr]
         assert len(said) == 1
         assert "503 Service Unavailable" in said[0] or "5XX" in said[0]
         with pytest.raises(SourceError, match="404 Not Found"):
-            open_source(url, 5.0, said.append)
+            open_source(made.url, 300.0, said.append)
     assert len(said) == 1
 
 
@@ -139,8 +189,8 @@ def test_a_file_by_its_url_is_a_file(tmp_path: Path) -> None:
         head = b"HTTP/1.0 200 OK\r\nContent-Type: video/mp4\r\nContent-Length: %d\r\n\r\n"
         client.sendall(head % len(data) + data)
 
-    with camera(serve) as url:
-        fetched = open_source(url)
+    with camera(serve) as made:
+        fetched = open_source(made.url)
     assert isinstance(fetched, FileSource)
     local = open_source(path.as_uri())
     assert isinstance(local, FileSource)

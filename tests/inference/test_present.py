@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 
 from data_pipeline.commands import PIPE_CLOSED, STOPPED
-from inference import realtime_streaming_infer
+from inference import feed, realtime_streaming_infer
+from inference.live import LiveSource
 from tests.inference.cameras import camera, jpegs
+from tests.inference.serve.serving import until
 from tests.samples import graded_video
 
 TALK = ["--silence_bias=-100", "--pace=8", "--max_new_tokens=1000", "--device=cpu"]
@@ -27,13 +30,17 @@ def events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def written(path: Path) -> str:
+    """So far."""
+    return path.read_text() if path.exists() else ""
+
+
 def when(condition: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
-    """Acts once the condition holds, in a thread."""
+    """Acts once the condition holds, in a thread; or after minutes, so that the test ends."""
 
     def wait() -> None:
-        until = time.monotonic() + 30
-        while not condition() and time.monotonic() < until:
-            time.sleep(0.02)
+        with contextlib.suppress(AssertionError):
+            until(condition, 240)
         act()
 
     thread = threading.Thread(target=wait)
@@ -48,10 +55,10 @@ def test_a_stopped_run_writes_its_last_events(
     """Of a camera, which has no other end, in the middle of a response."""
     log = tmp_path / "events.jsonl"
     before = signal.getsignal(number)
-    with camera(jpegs(20, 60)) as url:
-        args = ["--checkpoint", str(tiny), "--video_path", url, "--jsonl", str(log), *TALK]
+    with camera(jpegs(100_000, fps=20)) as made:
+        args = ["--checkpoint", str(tiny), "--video_path", made.url, "--jsonl", str(log), *TALK]
         stop = when(
-            lambda: log.exists() and "output_text.delta" in log.read_text(),
+            lambda: "output_text.delta" in written(log),
             lambda: os.kill(os.getpid(), number),
         )
         code = realtime_streaming_infer.main(args)
@@ -77,8 +84,8 @@ def test_a_closed_pipe_ends_the_run_quietly(
     tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `| head` does; the events in the file are whole."""
-    log, clip = tmp_path / "events.jsonl", tmp_path / "clip.mp4"
-    graded_video(clip, [i / 5 for i in range(30)])
+    log, clip, seconds = tmp_path / "events.jsonl", tmp_path / "clip.mp4", 31
+    graded_video(clip, [float(second) for second in range(seconds)])
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as out:
@@ -89,7 +96,7 @@ def test_a_closed_pipe_ends_the_run_quietly(
     told = events(log)
     assert told[-1]["type"] == "session.closed"
     assert told[-1]["reason"] == "nobody reads the output"
-    assert sum(event["type"] == "input_frame.processed" for event in told) < 6
+    assert sum(event["type"] == "input_frame.processed" for event in told) < seconds
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(
@@ -117,33 +124,44 @@ def test_a_file_that_cannot_be_written_is_refused_first(
     assert problem in capsys.readouterr().err
 
 
-def test_questions_come_in_time_while_a_camera_is_away(tiny: Path, tmp_path: Path) -> None:
+def test_questions_come_in_time_while_a_camera_is_away(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "events.jsonl"
     args = ["--checkpoint", str(tiny), "--jsonl", str(log), "--fps=5", "--device=cpu"]
-    asks = ["--silence_bias=50", "--ask=0:Who?", "--ask=00:01.2:Where?", "--ask=2:00:30:Later?"]
+    # The camera has gone long before it is to be asked where.
+    asks = ["--silence_bias=50", "--ask=0:Who?", "--ask=00:06:Where?", "--ask=2:00:30:Later?"]
+    began: list[float] = []  # seconds since the epoch at which there was no frame yet
+    live = feed.Feeder._live
+
+    def noting(feeder: feed.Feeder, source: LiveSource) -> float:
+        began.append(time.time())
+        return live(feeder, source)
+
+    monkeypatch.setattr(feed.Feeder, "_live", noting)
 
     def serve(number: int, client: socket.socket) -> None:
         """The first connection breaks off after the first frame was seen."""
         if number == 1:
             when(
-                lambda: log.exists() and "input_frame.processed" in log.read_text(),
+                lambda: "input_frame.processed" in written(log),
                 lambda: client.shutdown(socket.SHUT_RDWR),
             )
-        jpegs(20, 60)(number, client)
+        jpegs(100_000, fps=20)(number, client)
 
-    with camera(serve, down=(1, 1.5)) as url:
+    with camera(serve, away_after=1) as made:
+        back = when(lambda: "Where?" in written(log), made.come_back)
         stop = when(
-            lambda: log.exists() and "source.back" in log.read_text(),
+            lambda: "source.back" in written(log),
             lambda: os.kill(os.getpid(), signal.SIGINT),
         )
-        assert realtime_streaming_infer.main([*args, *asks, "--video_path", url]) == STOPPED
+        assert realtime_streaming_infer.main([*args, *asks, "--video_path", made.url]) == STOPPED
+        back.join()
         stop.join()
     told = [event for event in events(log) if event["type"] != "session.metrics"]
-    began = next(event for event in told if event["type"] == "input_frame.processed")
     asked = {e["text"]: e for e in told if e["type"] == "conversation.item.created"}
     assert list(asked) == ["Who?", "Where?"]
-    since = asked["Where?"]["t_server"] - began["t_server"]
-    assert since == pytest.approx(1.2, abs=0.5)
+    assert asked["Where?"]["t_server"] - began[0] >= 5.99  # two clocks
     kinds = [event["type"] for event in told]
     away = kinds[kinds.index("source.lost") : kinds.index("source.back")]
     assert "conversation.item.created" in away
