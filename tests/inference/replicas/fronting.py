@@ -30,6 +30,7 @@ class Fronted:
 
     host: str
     front: Front
+    engines: Sequence[Engine]
 
     @property
     def http(self) -> str:
@@ -64,11 +65,11 @@ def fronting(
         server = Server(config, front)
         thread = threading.Thread(target=server.run, name="front")
         thread.start()
-        stack.callback(thread.join, 20)
+        stack.callback(thread.join, 60)
         stack.callback(setattr, server, "should_exit", True)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not server.started or any(r.state != "ready" for r in replicas):
             assert time.monotonic() < until, "the front did not start"
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Fronted(f"127.0.0.1:{port}", front)
+        yield Fronted(f"127.0.0.1:{port}", front, engines)

@@ -4,17 +4,17 @@ missed by any client."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import psutil
@@ -31,7 +31,7 @@ from inference.replicas.replica import Replica
 from inference.serve.__main__ import main
 from inference.serve.flags import parse
 from inference.session.runner import Runner
-from tests.inference.serve.serving import Client, jpeg
+from tests.inference.serve.serving import Client, jpeg, until
 from tools.bench import replicas as bench
 from tools.bench.replicas import Drill
 
@@ -41,21 +41,29 @@ ENGINE = ["--device", "cpu", "--window", "64", "--max_context", "2048"]
 CONFIG: dict[str, Any] = {"source": "file", "pace": 4, "silence_bias": 4.0, "max_output_tokens": 9}
 
 PATIENCE = 300.0  # seconds: a replica that is started again shares two cores with other tests
+BEHIND = re.compile(r" replicas behind http://([\d.:]+)/\n")  # what a front says of itself
 
 
-def start(
-    tiny: Path, *args: str, stderr: IO[bytes] | None = None
-) -> tuple[subprocess.Popen[bytes], Drill]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    front = [*ENGINE, "--max_sessions", str(SEATS), "--limit_decoders", "1", "--port", str(port)]
+def start(tiny: Path, *args: str, said: Path) -> tuple[subprocess.Popen[bytes], Drill]:
+    """A front, at a port that the system gives it. said: a file for what all of it writes."""
+    front = [*ENGINE, "--max_sessions", str(SEATS), "--limit_decoders", "1", "--port", "0"]
     command = [sys.executable, "-m", "inference.serve", "--checkpoint", str(tiny), *front, *args]
-    return subprocess.Popen(command, stderr=stderr), Drill(f"127.0.0.1:{port}")
+    with said.open("wb") as errors:
+        process = subprocess.Popen(command, stderr=errors)
+    wait_until(lambda: process.poll() is not None or BEHIND.search(said.read_text()) is not None)
+    address = BEHIND.search(said.read_text())
+    assert address, said.read_text()
+    return process, Drill(address[1])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until(condition, PATIENCE)
 
 
 @pytest.fixture(scope="module")
-def front(tiny: Path) -> Iterator[Drill]:
-    process, drill = start(tiny, "--replicas", "2")
+def front(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+    said = tmp_path_factory.mktemp("front") / "said"
+    process, drill = start(tiny, "--replicas", "2", said=said)
     try:
         drill.wait_ready(2)
         yield drill
@@ -63,12 +71,13 @@ def front(tiny: Path) -> Iterator[Drill]:
         assert len(children) > 2
     finally:
         process.terminate()
-        assert process.wait(120) == 0
+        print(said.read_text())  # where something has failed pytest shows it
+        assert process.wait(PATIENCE) == 0
     assert gone(children)
 
 
 def gone(children: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(children, timeout=60)[1]
+    return not psutil.wait_procs(children, timeout=PATIENCE)[1]
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +86,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     if "front" in request.fixturenames:
         drill = request.getfixturevalue("front")
         drill.wait_ready(2)
-        until = time.monotonic() + 60
-        while any(replica["sessions"] or replica["chats"] for replica in drill.replicas()):
-            assert time.monotonic() < until, drill.replicas()
-            time.sleep(0.05)
+        wait_until(lambda: not any(r["sessions"] or r["chats"] for r in drill.replicas()))
 
 
 class Patient(Client):
@@ -125,12 +131,18 @@ def test_killed_replicas_lose_no_word(front: Drill, tiny: Path) -> None:
     start of the first replica's next process there is none."""
 
     async def play() -> list[bench.Client]:
-        clients = [bench.Client(number, front.url) for number in range(SEATS)]
-        running = [asyncio.create_task(c.run(lambda frames: frames == 12)) for c in clients]
+        clients = [bench.Client(number, front.url, interval=0.05) for number in range(SEATS)]
+        killed = asyncio.Event()  # before that no client ends
+
+        def ends(frames: int) -> bool:
+            return frames >= 12 and killed.is_set()
+
+        running = [asyncio.create_task(client.run(ends)) for client in clients]
         for frames in (4, 8):
             while min(client.frames for client in clients) < frames:
                 await asyncio.sleep(0.01)
             await front.kill(least=1)
+        killed.set()
         return await asyncio.gather(*running)
 
     clients = asyncio.run(play())
@@ -154,10 +166,7 @@ def test_replicas_are_restarted_one_by_one_under_a_session(front: Drill) -> None
             assert client.until("session.resumed")["reason"] == "moved"
             show(client, second, "Who is it?")
             decided(client, second)
-        until = time.monotonic() + PATIENCE
-        while pids & {replica["pid"] for replica in front.replicas()}:
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_until(lambda: not pids & {replica["pid"] for replica in front.replicas()})
         front.wait_ready(2)
         client.send("session.close")
         client.rest()
@@ -236,16 +245,19 @@ def test_what_a_killed_replica_does_goes_on_elsewhere(front: Drill) -> None:
             for second in range(3):
                 show(client, second)
                 decided(client, second)
-        assert frames(front) == before + 6
-        long = ask(max_tokens=500, ignore_eos=True)
-        with http.stream("POST", f"http://{front.host}{CHAT}", json={**long, "stream": True}) as s:
-            lines = s.iter_lines()
+        wait_until(lambda: frames(front) == before + 6)  # a page may come too late for a sum
+        victim: int = front.replicas()[0]["pid"]
+        longest = ask(max_tokens=1900, ignore_eos=True, stream=True)  # of a context of 2,048
+        with http.stream("POST", f"http://{front.host}{CHAT}", json=longest) as streamed:
+            lines = streamed.iter_lines()
             assert json.loads(next(lines).removeprefix("data: "))["choices"]
-            whole = pool.submit(answered, front, **long)
-            while (victim := front.replicas()[0])["chats"] < 2:
-                assert not whole.done()
+            os.kill(victim, signal.SIGSTOP)  # neither answer ends before it is killed
+            whole = pool.submit(answered, front, max_tokens=500, ignore_eos=True)
+            wait_until(lambda: whole.done() or front.replicas()[0]["chats"] == 2)
+            assert not whole.done()
             httpx.post(f"{url}/resume", timeout=60)
-            os.kill(victim["pid"], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # a front kills one that is silent
+                os.kill(victim, signal.SIGKILL)
             goes.socket.close()
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
@@ -263,6 +275,7 @@ def test_what_a_killed_replica_does_goes_on_elsewhere(front: Drill) -> None:
         assert numbers(goes, again) == list(range(1, len(goes.seen + again.seen) + 1))
         assert [e["type"] for e in again.seen].count("session.resumed") == 1
         assert whole.result().json()["usage"]["completion_tokens"] == 500
+        wait_until(lambda: frames(front) >= before + 8)
         assert frames(front) == before + 8
 
 

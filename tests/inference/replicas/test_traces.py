@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from inference.engine.load import load_engine
+from inference.serve import traces
 from inference.serve.__main__ import main
 from inference.serve.access import Access
 from inference.serve.limits import Limits
@@ -70,8 +72,9 @@ def collector() -> Iterator[Collector]:
 def done(tiny: Path, collector: Collector) -> dict[str, Any]:
     """A chat request and a session, and what their clients got."""
     engine = load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)
-    ours = Access(tracer=Tracer(collector.url))
-    replica = Access(front_key=FRONT_KEY, tracer=Tracer(collector.url))
+    with mock.patch.object(traces, "_TIMEOUT", 120.0):  # what it gives up is not sent again
+        ours = Access(tracer=Tracer(collector.url))
+        replica = Access(front_key=FRONT_KEY, tracer=Tracer(collector.url))
     began = time.time_ns()
     with fronting([engine], ours, Limits(fps=60, decoders=1), [replica]) as front:
         found = play(front)
@@ -102,14 +105,15 @@ def attributes(span: Any) -> dict[str, Any]:
     return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in span.attributes}
 
 
-def below(spans: list[Any], parent: Any) -> dict[str, Any]:
-    """The spans below one, by their names; each lies within it."""
+def below(spans: list[Any], parent: Any, *, elsewhere: bool = False) -> dict[str, Any]:
+    """The spans below one, by their names; each lies within it. elsewhere: they are those of
+    another server, which may end its own after its last word has arrived."""
     found = [span for span in spans if span.parent_span_id == parent.span_id]
     for span in found:
         assert span.trace_id == parent.trace_id
         assert parent.start_time_unix_nano - 10**7 <= span.start_time_unix_nano
         assert span.start_time_unix_nano <= span.end_time_unix_nano
-        assert span.end_time_unix_nano <= parent.end_time_unix_nano + 10**7
+        assert elsewhere or span.end_time_unix_nano <= parent.end_time_unix_nano + 10**7
     return {span.name: span for span in found}
 
 
@@ -119,7 +123,7 @@ def test_a_chat_request_is_one_trace_from_its_client_to_the_engine(
     mine = [span for span in collector.spans if span.trace_id.hex() == TRACE]
     (request,) = (span for span in mine if span.parent_span_id.hex() == PARENT)
     assert (request.name, attributes(request)["moss.key"]) == ("chat", "anonymous")
-    at_replica = below(mine, request)["chat"]
+    at_replica = below(mine, request, elsewhere=True)["chat"]
     parts = below(mine, at_replica)
     assert set(parts) == {"decode", "queue", "answer"}
     inner = below(mine, parts["answer"])
@@ -127,6 +131,7 @@ def test_a_chat_request_is_one_trace_from_its_client_to_the_engine(
     order = [parts["decode"], parts["queue"], inner["prefill"], inner["steps"]]
     times = [t for span in order for t in (span.start_time_unix_nano, span.end_time_unix_nano)]
     assert times == sorted(times)
+    assert times[-1] <= request.end_time_unix_nano + 10**7
     assert done["began"] <= times[0] <= times[-1] <= done["ended"]
     usage = done["answer"]["usage"]
     for span in (request, at_replica):

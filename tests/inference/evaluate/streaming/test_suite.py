@@ -19,6 +19,7 @@ from data_pipeline.commands import DONE, FAILED
 from data_pipeline.video import frames_at
 from inference.engine.load import load_engine
 from inference.evaluate.results import BenchmarkError, Results
+from inference.evaluate.streaming import remote
 from inference.evaluate.streaming.asking import Speakers
 from inference.evaluate.streaming.chosen import choose
 from inference.evaluate.streaming.config import StreamingConfig
@@ -98,8 +99,15 @@ def test_the_driver_hears_what_a_watched_video_says(
 
 
 def test_a_server_says_what_the_export_says_and_its_death_is_no_wrong_answer(
-    model: inference.Model, tiny: Path, questions: Path, tmp_path: Path
+    model: inference.Model,
+    tiny: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A busy machine may take more than a second for a word: the response is not over by that.
+    monkeypatch.setattr(remote, "_QUIET", 5.0)
+
     def asked(name: str, speakers: Speakers) -> Results:
         return run(questions, tmp_path / name, speakers)[0]
 
@@ -167,7 +175,7 @@ def test_a_killed_command_goes_on_with_the_same_items(tiny: Path, tmp_path: Path
         [sys.executable, "-m", "tools.evaluate", *command], cwd=REPO, stderr=subprocess.DEVNULL
     )
     first = out / "said" / "events push.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (first.is_file() and first.read_bytes().count(b"\n") >= 1):
         assert process.poll() is None
         assert time.monotonic() < until
