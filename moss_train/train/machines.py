@@ -80,7 +80,8 @@ class Machines:
                 store.set(f"seen_{self._number}", json.dumps(own))
                 if self._hang:
                     store.set(_HANG, "")
-                self._hang = store.check([_HANG])
+                if store.check([_HANG]):  # never unset: `say_hang` may have set it meanwhile
+                    self._hang = True
                 if asked:
                     self._read(store)
 

@@ -15,14 +15,13 @@ from typing import Any
 from torch.distributed import HashStore, TCPStore
 
 from moss_train.processes import stat_fields
-from moss_train.train import flight_recorder, heartbeat
+from moss_train.train import flight_recorder, heartbeat, machines
 from moss_train.train.heartbeat import Beat, Heart, read
 from moss_train.train.machines import Machines
 from moss_train.train.silence import STOPPED, Limits, Pace, Seen, hangs, report, verdict
 from moss_train.train.stragglers import slow_ranks
 from moss_train.train.watchdog import wake, watch
 from tests.moss_train.train.runs import wait_for
-from tests.torchrun import free_port
 
 
 def seen(rank: int, step: int, doing: str, silent_s: float, **other: Any) -> Seen:
@@ -59,9 +58,9 @@ def test_the_flight_recorder_is_asked_and_its_dump_is_kept(tmp_path, monkeypatch
 
 @contextmanager
 def stopped_launcher() -> Iterator[int]:
-    with subprocess.Popen(["sleep", "60"]) as launcher:
+    with subprocess.Popen(["sleep", "1000"]) as launcher:
         os.kill(launcher.pid, signal.SIGSTOP)
-        wait_for(lambda: stat_fields(launcher.pid)[0] == "T", timeout=20)
+        wait_for(lambda: stat_fields(launcher.pid)[0] == "T")
         yield launcher.pid
         launcher.kill()
 
@@ -72,7 +71,7 @@ def test_a_stopped_launcher_is_continued():
         assert wake(pid, began, 60) == began
         assert stat_fields(pid)[0] == "T"
         assert wake(pid, began - 61, 60) == began - 61
-        wait_for(lambda: stat_fields(pid)[0] == "S", timeout=20)
+        wait_for(lambda: stat_fields(pid)[0] == "S")
         assert wake(pid, began - 61, 60) >= began
 
 
@@ -81,7 +80,7 @@ def test_a_watchdog_whose_ranks_have_ended_leaves_no_stopped_launcher(tmp_path):
     gone = 2**22 + 1  # no process has this number
     with stopped_launcher() as pid:
         watch(tmp_path / "job", Limits(60, 500), gone, pid, Machines(HashStore, 0, 1))
-        wait_for(lambda: stat_fields(pid)[0] == "S", timeout=20)
+        wait_for(lambda: stat_fields(pid)[0] == "S")
 
 
 def test_the_rank_with_the_least_progress_is_behind():
@@ -133,9 +132,10 @@ def test_a_usual_step_is_the_median_of_those_that_were_seen():
     assert pace.usual_step_s == 1.0  # of 60, 1, 1; the start is no step
 
 
-def test_machines_learn_what_the_others_see_and_that_one_says_hang():
-    port = free_port()
-    store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+def test_machines_learn_what_the_others_see_and_that_one_says_hang(monkeypatch):
+    monkeypatch.setattr(machines, "PATIENCE", 120.0)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    port = store.port
     ranks = [seen(number, 12, "data", 1) for number in range(2)]
 
     def connect() -> TCPStore:
@@ -144,23 +144,24 @@ def test_machines_learn_what_the_others_see_and_that_one_says_hang():
     both = [Machines(connect, number, 2) for number in range(2)]
     for machine, own in zip(both, ranks, strict=True):
         machine.tell([own])
-    wait_for(lambda: both[0].all() == ranks, timeout=20)
+    wait_for(lambda: both[0].all() == ranks)
     assert not both[1].hang
     assert both[0].say_hang() == ranks
-    wait_for(lambda: both[1].hang, timeout=20)
+    wait_for(lambda: both[1].hang)
     del store
     # Where the store has gone, a machine decides by itself.
     assert both[0].all() == ranks[:1]
 
 
 def test_signs_of_life_are_read_back(tmp_path):
-    heart = Heart(tmp_path, 3)
+    heart, began = Heart(tmp_path, 3), time.monotonic()
     heart.beat("data", 7)
     heart.beat("after forward")
+    ended = time.monotonic()
     (beat,) = read(tmp_path)
     assert (beat.rank, beat.pid, beat.step, beat.doing) == (3, os.getpid(), 7, "after forward")
     assert beat.count > 0
-    assert abs(time.monotonic() - beat.at) < 5
+    assert began <= beat.at <= ended
 
 
 def test_what_ranks_do_unequally_often_says_nothing_about_who_is_behind(tmp_path):
@@ -178,10 +179,10 @@ def test_what_ranks_do_unequally_often_says_nothing_about_who_is_behind(tmp_path
 
 def test_a_sign_of_life_costs_microseconds(tmp_path):
     heart = Heart(tmp_path, 0)
-    began = time.perf_counter()
+    began = time.thread_time()  # what others do meanwhile does not count
     for _ in range(1000):
         heart.beat("after forward")
-    assert (time.perf_counter() - began) / 1000 < 200e-6
+    assert (time.thread_time() - began) / 1000 < 200e-6
 
 
 def test_slow_ranks_are_named_by_phase_with_their_host():
