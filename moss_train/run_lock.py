@@ -95,9 +95,10 @@ def _changes(path: Path, holder: str) -> bool:
     if (path, first) in _seen_stale:
         return False
     log.info("%s: does that job (%s) still live? %g s", path, holder, STALE)
-    until = time.monotonic() + STALE
-    while time.monotonic() < until:
+    until, over = time.monotonic() + STALE, False
+    while not over:
         time.sleep(0.5)
+        over = time.monotonic() >= until  # and a last look
         # A network file system asks its server for the time of a file that is opened.
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mtime_ns != first:
