@@ -31,9 +31,9 @@ def test_a_rank_that_still_imports_ends_with_its_launcher(ours, tmp_path):
         assert launcher.stdout is not None
         rank = int(launcher.stdout.readline())
         if not ours:  # before that nothing tells the rank whose child it was
-            wait_for(lambda: "libtorch" in Path(f"/proc/{rank}/maps").read_text(), 60)
+            wait_for(lambda: "libtorch" in Path(f"/proc/{rank}/maps").read_text())
         launcher.kill()
-        wait_for(lambda: not is_running(rank), 60)
+        wait_for(lambda: not is_running(rank))
 
 
 def test_folders_of_processes_that_were_killed_are_removed(tmp_path):

@@ -319,7 +319,7 @@ def test_only_rank_0_prints_what_is_wrong(folder, toy):
     overrides = ["hardware=cpu", f"data.root={toy}", "data.global_batch=5", "stage=sft"]
     out = folder / "ranks"
     options = [*overrides, f"run.dir={out}/run"]
-    result = run_ranks(ENTRY, 2, *options, out=out, timeout=120, check=False, preloaded=False)
+    result = run_ranks(ENTRY, 2, *options, out=out, check=False, preloaded=False)
     assert result.returncode == 1
     said = result.stderr(0).splitlines()
     assert len(said) == 1

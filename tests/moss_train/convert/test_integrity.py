@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -23,6 +22,7 @@ from moss_train.convert.job import check_disk, check_manifest, new_folder
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
+from moss_train.processes import stat_fields
 from tests.golden.make_mllama import CONFIG
 from tests.moss_train.convert.sources import (
     differing,
@@ -31,6 +31,7 @@ from tests.moss_train.convert.sources import (
     save_by_transformers,
     save_folder,
 )
+from tests.moss_train.train.runs import wait_for
 from tests.torchrun import REPO
 
 QUERY = "language_model.model.layers.0.self_attn.q_proj.weight"
@@ -245,19 +246,20 @@ class Peak(threading.Thread):
 
 
 def begun(source: Path, out: Path) -> subprocess.Popen:
-    """A conversion in another process, which has begun to write."""
-    command = [sys.executable, "-m", "tools.convert_checkpoint", "hf-to-megatron"]
+    """A conversion in another process, which has begun to write, and is stopped there."""
+    command = [sys.executable, "-m", "tests.workers.stopped_conversion", "hf-to-megatron"]
     process = subprocess.Popen([*command, str(source), str(out)], cwd=REPO)
-    while not list(out.parent.glob(f".{out.name}.partial/*.distcp")):
-        assert process.poll() is None
-        time.sleep(0.001)
+    wait_for(lambda: process.poll() is not None or stat_fields(process.pid)[0] == "T")
+    assert process.poll() is None
+    assert list(out.parent.glob(f".{out.name}.partial/*.distcp"))
     return process
 
 
 def test_an_interrupted_conversion_clears_up(large):
     process = begun(large / "hf", large / "other")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 130
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(120) == 130
     assert sorted(path.name for path in large.iterdir()) == ["hf"]
 
 

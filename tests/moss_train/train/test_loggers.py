@@ -64,6 +64,8 @@ def records(file: Path) -> Iterator[bytes]:
             at += BLOCK - at % BLOCK
             continue
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        if at + 7 + length > len(content):  # it is being written
+            return
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -78,7 +80,7 @@ def wandb_records(run_dir: Path) -> list:
     read = []
     for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
         found: list = []
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         # wandb's own process writes the last records when `finish` has returned.
         while not (found and found[-1].HasField("exit")) and time.monotonic() < until:
             time.sleep(0.05)

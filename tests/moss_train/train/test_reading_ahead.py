@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from data_pipeline.batch import MicroBatch
 from moss_train.compose import load_config
 from moss_train.model.loss import LossOptions
+from tests.moss_train.train.runs import wait_for
 from tests.workers.matrix import microbatches
 
-LOAD_S, COMPUTE_S, STEPS = 0.3, 0.5, 5
+STEPS = 5
 
 
 @pytest.fixture
@@ -31,26 +31,28 @@ def reader(small, groups, tmp_path) -> Iterator[Any]:
     made.close()
 
 
-def slow(seconds: float) -> Iterator[MicroBatch]:
-    """Text, a part every `seconds`."""
-    for batch in microbatches("text", 0, 2, 2):
-        time.sleep(seconds)
-        yield batch
-
-
 def threads() -> int:
     return sum(thread.name == "next step" for thread in threading.enumerate())
 
 
-def test_reading_takes_no_time_where_computing_takes_longer(reader):
-    reader.batches, waited = slow(LOAD_S / 2), []
+def test_a_step_that_was_read_while_one_was_computed_is_not_waited_for(reader):
+    """The source stands still whenever all that may be read ahead has been read."""
+    given, may = count(), threading.Semaphore(reader.reads)
+
+    def stubborn() -> Iterator[MicroBatch]:
+        for batch in microbatches("text", 0, 2, 2):
+            assert may.acquire(timeout=240), "the source was asked for more"
+            next(given)
+            yield batch
+
+    reader.batches = stubborn()
     for step in range(1, STEPS + 1):
-        began = time.perf_counter()
         reader.read(step)
-        waited.append(time.perf_counter() - began)
-        time.sleep(COMPUTE_S)
-    assert waited[0] >= LOAD_S
-    assert sorted(waited[1:])[len(waited) // 2] < LOAD_S / 2
+        if step < STEPS:  # while it is computed
+            for _ in range(reader.reads):
+                may.release()
+            reader.settle()
+    assert next(given) == STEPS * reader.reads
     assert threads() == 0  # nothing is read behind the last step
 
 
@@ -102,8 +104,9 @@ def test_a_stop_waits_for_no_more_than_what_is_being_read(reader):
     numbers = count()
 
     def counted() -> Iterator[MicroBatch]:
-        for batch in slow(0.2):
-            next(numbers)
+        for batch in microbatches("text", 0, 2, 2):
+            if next(numbers) == reader.reads:  # the next step's first one comes after the stop
+                wait_for(lambda: reader._stopping)
             yield batch
 
     reader.batches = counted()

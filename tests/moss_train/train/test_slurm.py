@@ -14,7 +14,7 @@ import pytest
 from tests.moss_train.train.runs import is_running, losses, saved_steps, steps, wait_for
 from tests.torchrun import REPO, free_port
 
-STEPS = 8
+ENDLESS = 10_000  # steps: whenever the job is stopped, it has not ended
 # Two nodes: the command twice. As srun, it gives its children a signal that it gets, and ends with
 # the worst of their codes.
 SRUN = """#!/bin/bash
@@ -63,14 +63,15 @@ def submit(small, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     job = [*(o for o in small if o not in ("hardware=cpu", "model=toy")), "model=tiny"]
-    job += ["model.text.vocab_size=512", "parallel=dp2", f"trainer.steps={STEPS}"]
+    job += ["model.text.vocab_size=512", "parallel=dp2"]
     started: list[subprocess.Popen] = []
 
-    def start(script: str, **more: str) -> subprocess.Popen:
+    def start(script: str, steps: int, **more: str) -> subprocess.Popen:
         with (tmp_path / f"log{len(started)}").open("w") as log:
             started.append(
                 subprocess.Popen(
-                    ["bash", f"launch/slurm/{script}", *job, f"run.dir={tmp_path}/run"],
+                    ["bash", f"launch/slurm/{script}", *job, f"trainer.steps={steps}",
+                     f"run.dir={tmp_path}/run"],
                     cwd=REPO, env={**os.environ, **slurm, **more}, stdout=log, stderr=log,
                     start_new_session=True,
                 )
@@ -90,7 +91,8 @@ def children(pid: int) -> list[int]:
 
 def test_a_stopped_job_is_queued_again_and_the_last_of_a_chain_removes_the_rest(submit, tmp_path):
     run, said = tmp_path / "run", tmp_path / "said"
-    job = submit("train.sbatch", CONTAINER="moss.sqsh", CONTAINER_MOUNTS="/data:/data")
+    container = {"CONTAINER": "moss.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
+    job = submit("train.sbatch", ENDLESS, **container)
     wait_for(lambda: max(steps(run, whole=False), default=0) >= 2, timeout=480)
     (srun,) = children(job.pid)
     launchers = children(srun)
@@ -106,14 +108,15 @@ def test_a_stopped_job_is_queued_again_and_the_last_of_a_chain_removes_the_rest(
     assert queued == "scontrol requeue 17"
     assert not any(is_running(pid) for pid in processes)
     first = saved_steps(run)[-1]
-    assert first == steps(run)[-1] < STEPS
+    assert first == steps(run)[-1]
 
     options = "--ft-rank-heartbeat-timeout=600"
-    job = submit("chain.sbatch", PREFLIGHT="0", FT="1", FT_OPTIONS=options)
+    last = first + 3
+    job = submit("chain.sbatch", last, PREFLIGHT="0", FT="1", FT_OPTIONS=options)
     assert job.wait(480) == 0, (tmp_path / "log1").read_text()[-2000:]
     trained, removed = said.read_text().splitlines()[3:]
     assert trained.startswith(f"--kill-on-bad-exit=1 python launch/torchrun.py --ft {options} ")
     assert removed == "scancel --state=PENDING 16"
-    assert steps(run) == list(range(1, STEPS + 1))
-    assert saved_steps(run)[-1] == STEPS
-    assert len(set(losses(run))) == STEPS
+    assert steps(run) == list(range(1, last + 1))
+    assert saved_steps(run)[-1] == last
+    assert len(set(losses(run))) == last
