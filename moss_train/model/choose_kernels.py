@@ -17,15 +17,18 @@ from data_pipeline import devices
 from data_pipeline.kernel_proof import Case, Kernel, proven
 from moss_train import hardware
 from moss_train.log import log
-from moss_train.model.fp8 import linear_emulated, linear_fp8
+from moss_train.model.fp8 import Fp8, Rounded, emulated, gelu_rows, norm_rows, round_rows
 from moss_train.model.kernels import Kernels, Statistics
-from moss_train.model.linear import accumulate
 from moss_train.model.mlp import swiglu
 from moss_train.model.rope import rotate
-from moss_train.model_config import ModelConfig, TextConfig
+from moss_train.model.weight_gradient import accumulate
+from moss_train.model_config import ModelConfig, TextConfig, VisionConfig
 
-CODE = tuple(f"moss_train.model.{name}" for name in ("choose_kernels", "linear", "mlp", "rope"))
-TRITON = "moss_train.model.triton_kernels"
+CODE = tuple(
+    f"moss_train.model.{name}"
+    for name in ("choose_kernels", "fp8", "mlp", "rope", "weight_gradient")
+)
+ROUNDING = ("round", "norm", "gelu")  # of Fp8
 
 
 def choose_kernels(model: ModelConfig) -> Kernels:
@@ -34,31 +37,42 @@ def choose_kernels(model: ModelConfig) -> Kernels:
     Each is compared with plain torch once on a GPU; where it fails or differs, a line says so and
     plain torch runs. On a CPU all is plain torch; FP8, if asked for, is computed by it.
     """
-    in_fp8: dict[str, Any] = {} if model.fp8 == "none" else {"fp8": linear_fp8}
     if not hardware.on_accelerator():
-        return Kernels(**in_fp8)
-    there, right = in_fp8 | ({} if model.kernels == "torch" else candidates()), [list[str]()]
+        return Kernels(fp8=None if model.fp8 == "none" else Fp8())
+    there = {} if model.kernels == "torch" else candidates(model)
+    right = [list[str]()]
     if dist.get_rank() == 0:
-        right = [[name for name in there if _proven(name, there, model)]]
+        right[0] = [name for name in there if _proven(name, there[name], model)]
+        if model.fp8 != "none" and _proven("fp8", _fp8(there, right[0]), model):
+            right[0].append("fp8")
     dist.broadcast_object_list(right, src=0)
     if "accumulate" in right[0]:
         install(accumulate)
-    return Kernels(**{name: there[name] for name in right[0]})
+    own = {name: there[name] for name in right[0] if name not in (*ROUNDING, "fp8")}
+    return Kernels(**own, fp8=_fp8(there, right[0]) if "fp8" in right[0] else None)
 
 
-def candidates() -> dict[str, Any]:
-    """Every kernel that can be had here, by its name in `Kernels`."""
+def _fp8(there: dict[str, Any], right: list[str]) -> Fp8:
+    """With those kernels that are right."""
+    return Fp8(**{name: there[name] for name in ROUNDING if name in right})
+
+
+def candidates(model: ModelConfig) -> dict[str, Any]:
+    """Every kernel that can be had here, by its name in `Kernels` or `Fp8`."""
     found: dict[str, Any] = {"accumulate": accumulate}
     if not devices.has_triton(hardware.device()):
         return found
     try:
-        from moss_train.model import triton_kernels
+        from moss_train.model import triton_fp8, triton_kernels
     except ImportError as error:
         log.warning("Triton's kernels are not used: %s: pip install triton", error)
         return found
     others = {*found, "fp8"}
     names = [field.name for field in fields(Kernels) if field.name not in others]
-    return found | {name: getattr(triton_kernels, name) for name in names}
+    found |= {name: getattr(triton_kernels, name) for name in names}
+    if model.fp8 != "none":
+        found |= {name: getattr(triton_fp8, f"{name}_rows") for name in ROUNDING}
+    return found
 
 
 def install(kernel: Any) -> None:
@@ -71,13 +85,13 @@ def install(kernel: Any) -> None:
     )
 
 
-def _proven(name: str, there: dict[str, Any], model: ModelConfig) -> bool:
+def _proven(name: str, kernel: Any, model: ModelConfig) -> bool:
     """Whether a kernel computes what plain torch does, in the sizes of a model."""
     dtype, device = hardware.DTYPES[model.dtype], hardware.device()
-    own = there[name].__module__
-    code = CODE if own in CODE else (*CODE, own)
-    cases = partial(getattr(Trials(model.text, dtype, device), name), there[name])
-    shapes = f"{dtype}, {model.text}"
+    parts = (kernel.round, kernel.norm, kernel.gelu) if isinstance(kernel, Fp8) else (kernel,)
+    code = tuple(dict.fromkeys((*CODE, *(part.__module__ for part in parts))))
+    cases = partial(getattr(Trials(model.text, model.vision, dtype, device), name), kernel)
+    shapes = f"{dtype}, {model.text}, {model.vision}"
     return proven(
         Kernel(f"the training kernel {name}", shapes, ("torch", "triton"), code, cases), device
     )
@@ -86,8 +100,10 @@ def _proven(name: str, there: dict[str, Any], model: ModelConfig) -> bool:
 class Trials:
     """Cases of each kernel, by the name that `Kernels` gives it."""
 
-    def __init__(self, text: TextConfig, dtype: torch.dtype, device: torch.device):
-        self.text, self.dtype, self.device = text, dtype, device
+    def __init__(
+        self, text: TextConfig, vision: VisionConfig, dtype: torch.dtype, device: torch.device
+    ):
+        self.text, self.vision, self.dtype, self.device = text, vision, dtype, device
         self.generator = torch.Generator().manual_seed(0)
 
     def swiglu(self, kernel: Callable[[Tensor], Tensor]) -> Iterator[Case]:
@@ -119,12 +135,24 @@ class Trials:
             run, plain = (partial(joined, by, own) for by in (kernel, plain_statistics))
             yield Case(f"{size} columns", run, plain, self._draw((4, size)))
 
-    def fp8(self, kernel: Callable[..., Tensor]) -> Iterator[Case]:
-        """Beside the same rounded numbers in fp32. The first has rows that a product pads."""
-        width = self.text.hidden_size
+    def round(self, kernel: Callable[[Tensor], Rounded]) -> Iterator[Case]:
+        for width in (self.text.hidden_size, self.text.mlp_size):
+            yield _rounding(f"{width} columns", kernel, round_rows, self._draw((5, width)))
+
+    def norm(self, kernel: Callable[..., Rounded]) -> Iterator[Case]:
+        width, eps = self.vision.hidden_size, self.vision.norm_eps
+        inputs = self._draw((5, width), (width,), (width,))
+        yield _rounding("", partial(kernel, eps=eps), partial(norm_rows, eps=eps), inputs)
+
+    def gelu(self, kernel: Callable[[Tensor], Rounded]) -> Iterator[Case]:
+        yield _rounding("", kernel, gelu_rows, self._draw((5, self.vision.mlp_size)))
+
+    def fp8(self, fp8: Fp8) -> Iterator[Case]:
+        """Beside the same rounded numbers in fp32."""
+        width, plain = self.text.hidden_size, Fp8(product=emulated)
         for rows, out in ((19, 64), (64, width)):
             inputs = self._draw((rows, width), (out, width), (out,))
-            yield Case(f"{rows} rows", kernel, linear_emulated, inputs)
+            yield Case(f"{rows} rows", fp8.linear, plain.linear, inputs)
 
     def accumulate(self, kernel: Callable[..., None]) -> Iterator[Case]:
         def added(grad: Tensor, x: Tensor) -> Tensor:
@@ -143,6 +171,15 @@ class Trials:
     def _draw(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         drawn = (torch.randn(shape, generator=self.generator) for shape in shapes)
         return tuple(x.to(self.device, self.dtype) for x in drawn)
+
+
+def _rounding(
+    name: str, kernel: Callable[..., Rounded], plain: Callable[..., Rounded], inputs: Any
+) -> Case:
+    def number(by: Callable[..., Rounded], *given: Tensor) -> Tensor:
+        return by(*given).number()
+
+    return Case(name, partial(number, kernel), partial(number, plain), inputs, gradients=False)
 
 
 def plain_statistics(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,130 +1,143 @@
-"""Linear layers whose three matrix products run in FP8 (`model.fp8`).
+"""Linear layers whose matrix products run in FP8 (`model.fp8`).
 
-Values and weights are rounded to e4m3 (3 bits behind the point, up to 448), gradients to e5m2 (2
-bits, up to 57,344), each tensor by one factor that its largest element sets (Micikevicius et al.
-2022, "FP8 formats for deep learning"). Factors are powers of two, so that scaling is exact and a
-value is rounded once: by at most 2^-4 and 2^-3 of it, or half of the type's smallest step. Products
-are summed in fp32; the master weights, all norms, attention, residual stream and loss stay as they
-are. A GPU multiplies by `torch._scaled_mm`, a CPU the same rounded numbers in fp32.
+Each row of a matrix is rounded to e4m3 (3 bits behind the point, up to 448; Micikevicius et al.
+2022, "FP8 formats for deep learning") by one factor that its largest element sets. Factors are
+powers of two, so that scaling is exact and a number is rounded once: by at most 2^-4 of it, or half
+of the type's smallest step. In FP8 run a layer's output and the gradient of its input; the gradient
+of its weights, whose sums over all tokens are long, stays in bf16, as do the master weights, norms,
+attention, residual stream and loss. Products are summed in fp32. A GPU multiplies by
+`torch._scaled_mm`, a CPU the same rounded numbers in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import gelu, layer_norm
 
 from data_pipeline.devices import is_accelerator
+from moss_train.model.weight_gradient import Accumulate, weight_gradient
 
-VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16  # of what a product sums over, as hardware wants it
-_EXPONENT = 0x7F800000  # the bits of an fp32 number that say its power of two
-
-
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` as `values * scale`: values of `dtype`, shaped as x; scale an fp32 scalar."""
-    most = torch.linalg.vector_norm(x, torch.inf).float().clamp(min=1e-30)
-    factor = torch.finfo(dtype).max / most
-    factor = factor.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)  # rounded down
-    return (x * factor.to(x.dtype)).to(dtype), factor.reciprocal()
+FORMAT = torch.float8_e4m3fn
+LARGEST = torch.finfo(FORMAT).max
+SMALLEST = 1e-30  # a row of zeros has the factor of this
+EXPONENT = 0x7F800000  # the bits of an fp32 number that say its power of two
 
 
-def multiply(
-    left: tuple[Tensor, Tensor],
-    right: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    fast: bool = False,
-) -> Tensor:
-    """Product of what `quantize` gave: `[m, k]`, rows one after the other, and `[k, n]`, columns
-    one after the other -> `[m, n]` of `dtype`, with `bias` `[n]`. fast: sums keep 14 bits or so.
+@dataclass(frozen=True)
+class Rounded:
+    """Numbers that were of `dtype`, `[..., k]`: `values * scale`.
+
+    values: FP8 `[..., k]`. scale: fp32 `[..., 1]`.
     """
-    (a, scale_a), (b, scale_b) = left, right
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Values `[m, k]` and scale `[m, 1]`."""
+        return self.values.flatten(0, -2), self.scale.flatten(0, -2)
+
+    def number(self) -> Tensor:
+        """In fp32."""
+        return self.values.float() * self.scale
+
+
+Product = Callable[[Rounded, Rounded, Tensor | None, bool], Tensor]
+
+
+def round_rows(x: Tensor) -> Rounded:
+    """`[..., k]`, each row by its own factor."""
+    most = x.abs().amax(-1, keepdim=True).float().clamp(min=SMALLEST)
+    factor = (LARGEST / most).view(torch.int32).bitwise_and(EXPONENT).view(torch.float32)
+    return Rounded((x * factor.to(x.dtype)).to(FORMAT), factor.reciprocal(), x.dtype)
+
+
+def norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Rounded:
+    """LayerNorm of `[..., k]`, rounded."""
+    return round_rows(layer_norm(x, weight.shape, weight, bias, eps))
+
+
+def gelu_rows(hidden: Tensor) -> Rounded:
+    """GELU of `[..., k]`, rounded."""
+    return round_rows(gelu(hidden))
+
+
+def multiply(left: Rounded, right: Rounded, bias: Tensor | None, fast: bool) -> Tensor:
+    """`left @ right.T + bias`: `[..., k]`, `[n, k]`, `[n]` -> `[..., n]` of left's dtype. k and n
+    are multiples of 16. fast: sums keep 14 bits or so."""
+    (a, scale_a), (b, scale_b) = left.rows, right.rows
     if not is_accelerator(a):
-        return emulated(left, right, dtype, bias)
-    return torch._scaled_mm(
-        a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast
-    )
+        return emulated(left, right, bias, fast)
+    out = torch._scaled_mm(
+        a, b.T, scale_a=scale_a, scale_b=scale_b.T, bias=bias, out_dtype=left.dtype,
+        use_fast_accum=fast,
+    )  # fmt: skip
+    return out.view(*left.values.shape[:-1], -1)
 
 
-def emulated(
-    left: tuple[Tensor, Tensor],
-    right: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-) -> Tensor:
+def emulated(left: Rounded, right: Rounded, bias: Tensor | None, fast: bool) -> Tensor:
     """The same on any device, in fp32."""
-    (a, scale_a), (b, scale_b) = left, right
-    out = (a.float() @ b.float()) * (scale_a * scale_b)
-    return (out if bias is None else out + bias).to(dtype)
+    (a, scale_a), (b, scale_b) = left.rows, right.rows
+    out = (a.float() @ b.float().T) * (scale_a * scale_b.T)
+    out = (out if bias is None else out + bias).to(left.dtype)
+    return out.view(*left.values.shape[:-1], -1)
 
 
-def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[..., in]`, `[out, in]`, `[out]` -> `[..., out]`; in and out are multiples of 16."""
-    return _Linear.apply(x, weight, bias, multiply)
+@dataclass(frozen=True)
+class Fp8:
+    """What a layer in FP8 computes with; a GPU's quicker forms are found in choose_kernels.py.
 
+    norm and gelu write the input of a product rounded, where nobody needs it as it is.
+    """
 
-def linear_emulated(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear_fp8` with `emulated` products."""
+    round: Callable[[Tensor], Rounded] = round_rows
+    norm: Callable[[Tensor, Tensor, Tensor, float], Rounded] = norm_rows
+    gelu: Callable[[Tensor], Rounded] = gelu_rows
+    product: Product = multiply
 
-    def product(left: Any, right: Any, dtype: torch.dtype, bias: Any = None, fast: bool = False):
-        return emulated(left, right, dtype, bias)
+    def linear(
+        self,
+        x: Tensor | Rounded,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        add: Accumulate | None = None,
+    ) -> Tensor:
+        """`[..., in]`, `[out, in]`, `[out]` -> `[..., out]`; in and out are multiples of 16.
 
-    return _Linear.apply(x, weight, bias, product)
+        add: `Kernels.accumulate`.
+        """
+        if isinstance(x, Rounded):
+            return self.product(x, self.round(weight), bias, True)
+        return _Linear.apply(x, weight, bias, self, add)
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps x as a plain linear layer does, and rounds it again for the weight's gradient."""
+    """Keeps x as a plain linear layer does."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, product: Any) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, fp8: Fp8, add: Any):
         ctx.save_for_backward(x)
         # Not saved as x is: see linear.py.
-        ctx.weight, ctx.product = weight, product
-        values, scale = quantize(weight, VALUES)
-        rows = quantize(x.flatten(0, -2), VALUES)
-        out = product(rows, (values.T, scale), x.dtype, bias, True)
-        return out.view(*x.shape[:-1], -1)
+        ctx.weight, ctx.fp8, ctx.add = weight, fp8, add
+        return fp8.product(fp8.round(x), fp8.round(weight), bias, True)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x,), weight, product = ctx.saved_tensors, ctx.weight, ctx.product
-        rows, to_x, to_weight, to_bias = grad.flatten(0, -2), None, None, None
+        (x,), weight, fp8 = ctx.saved_tensors, ctx.weight, ctx.fp8
+        to_x, to_weight, to_bias = None, None, None
         if ctx.needs_input_grad[2]:
-            to_bias = rows.sum(0)
-        values, scale = quantize(rows, GRADIENTS)
+            to_bias = grad.flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
-            own, factor = quantize(weight, VALUES)
-            to_x = product((values, scale), (_columns(own), factor), x.dtype).view(x.shape)
+            columns = fp8.round(weight.T.contiguous())
+            to_x = fp8.product(fp8.round(grad.contiguous()), columns, None, False)
         if ctx.needs_input_grad[1]:
-            inputs, factor = quantize(x.flatten(0, -2), VALUES)
-            left, right = (_whole(t) for t in (values, inputs))
-            to_weight = _weight_gradient(
-                weight,
-                product((left.T.contiguous(), scale), (_columns(right), factor), torch.float32),
-            )
-        return to_x, to_weight, to_bias, None
-
-
-def _columns(x: Tensor) -> Tensor:
-    """The same matrix, its columns one after the other."""
-    return x.T.contiguous().T
-
-
-def _whole(x: Tensor) -> Tensor:
-    """With rows of zeros up to a multiple of MULTIPLE."""
-    missing = -len(x) % MULTIPLE
-    if not missing:
-        return x
-    return pad(x.view(torch.uint8), (0, 0, 0, missing)).view(x.dtype)  # no pad of FP8
-
-
-def _weight_gradient(weight: Any, gradient: Tensor) -> Tensor:
-    """`gradient`, in fp32, for autograd; or added to where megatron adds it up."""
-    if not hasattr(weight, "main_grad"):
-        return gradient.to(weight.dtype)
-    weight.main_grad.add_(gradient)
-    weight.grad_added_to_main_grad = True  # as in linear.py
-    return torch.empty_like(weight)
+            to_weight = weight_gradient(weight, grad, x, ctx.add)
+        return to_x, to_weight, to_bias, None, None

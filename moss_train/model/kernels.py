@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from moss_train.model.fp8 import Fp8
+from moss_train.model.weight_gradient import Accumulate
+
 Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -24,16 +27,16 @@ class Kernels:
         the sum of exponentials, the column's logit or 0, the sum; fp32 `[n]` each. Its backward
         pass writes the gradient over the logits.
     accumulate: adds the gradient of a weight, `gradient.T @ x` of bf16 matrices, to an fp32 one, in
-        the product (linear.py).
-    fp8: a linear layer of one tensor rank, x, weight and bias (fp8.py): other numbers than the
-        plain one's, where `model.fp8` asks for it; on a CPU, too.
+        the product (weight_gradient.py).
+    fp8: layers of one tensor rank in FP8 (fp8.py): other numbers than the plain ones', where
+        `model.fp8` asks for it; on a CPU, too.
     """
 
     swiglu: Callable[[Tensor], Tensor] | None = None
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     statistics: Statistics | None = None
-    accumulate: Callable[[Tensor, Tensor, Tensor], None] | None = None
-    fp8: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    accumulate: Accumulate | None = None
+    fp8: Fp8 | None = None
 
 
 @dataclass

@@ -27,10 +27,10 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from moss_train.model.fp8 import Fp8, Rounded
 from moss_train.model.kernels import LayerConfig
 from moss_train.model.recompute import recomputed
-
-MAIN = "main_grad"  # where megatron adds up a parameter's gradient in fp32
+from moss_train.model.weight_gradient import MAIN, weight_gradient
 
 
 class _Adaptable(nn.Module):
@@ -52,14 +52,21 @@ class _Adaptable(nn.Module):
         self.register_parameter("lora_b", None)
         self.lora_scale = 0.0
 
-    def product(self, x: Tensor) -> Tensor:
+    @property
+    def rounds(self) -> Fp8 | None:
+        """What may round this layer's input for it, since nobody needs it as it is."""
+        whole = self.config.tensor_model_parallel_size == 1 and self.lora_a is None
+        return self.config.kernels.fp8 if whole and not torch.is_grad_enabled() else None
+
+    def product(self, x: Tensor | Rounded) -> Tensor:
         """Of one tensor rank."""
-        if self.config.kernels.fp8 is not None:
-            return self.config.kernels.fp8(x, self.weight, self.bias)
-        accumulate = self.config.kernels.accumulate
-        if accumulate is None or not self.weight.requires_grad or not hasattr(self.weight, MAIN):
+        fp8, add = self.config.kernels.fp8, self.config.kernels.accumulate
+        if fp8 is not None:
+            return fp8.linear(x, self.weight, self.bias, add=add)
+        assert isinstance(x, Tensor)
+        if add is None or not self.weight.requires_grad or not hasattr(self.weight, MAIN):
             return linear(x, self.weight, self.bias)
-        return _Accumulating.apply(x, self.weight, self.bias, accumulate)
+        return _Accumulating.apply(x, self.weight, self.bias, add)
 
     def adapt(self, rank: int, scale: float) -> None:
         """Adds A and B, whose values are still to be set."""
@@ -151,17 +158,14 @@ class RowLinear(_Adaptable, RowParallelLinear):
 
 
 class _Accumulating(torch.autograd.Function):
-    """A linear layer whose product for the weight's gradient adds it to `main_grad`.
-
-    Else that product writes a gradient in bf16, which another operator reads and adds.
-    """
+    """A linear layer whose product for the weight's gradient adds it to `main_grad`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: nn.Parameter, bias: Tensor | None, accumulate: Any):
+    def forward(ctx, x: Tensor, weight: nn.Parameter, bias: Tensor | None, add: Any):
         ctx.save_for_backward(x)
         # Not saved as x is: hooks on that (recompute.py, torch's checkpoint) would give back a copy
         # of the weight, without the attributes that megatron hangs on it.
-        ctx.weight, ctx.accumulate = weight, accumulate
+        ctx.weight, ctx.add = weight, add
         return linear(x, weight, bias)
 
     @staticmethod
@@ -170,21 +174,9 @@ class _Accumulating(torch.autograd.Function):
         to_x, to_bias = None, None
         if ctx.needs_input_grad[0]:
             to_x = grad @ weight
-        rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[2]:
-            to_bias = rows.sum(0)
-        ctx.accumulate(weight.main_grad, rows, x.flatten(0, -2))
-        # As megatron's layers tell its data parallelism: what else arrives is not to be added.
-        weight.grad_added_to_main_grad = True
-        return to_x, torch.empty_like(weight), to_bias, None
-
-
-def accumulate(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Adds `grad.T @ x` of `[n, out]` and `[n, in]` to `total` `[out, in]` in fp32."""
-    if grad.dtype is total.dtype:
-        total.addmm_(grad.T, x)
-    else:  # torch has it for GPUs, from 2.8 on
-        torch.addmm(total, grad.T, x, out_dtype=total.dtype, out=total)
+            to_bias = grad.flatten(0, -2).sum(0)
+        return to_x, weight_gradient(weight, grad, x, ctx.add), to_bias, None
 
 
 def unset(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_shard
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from moss_train.model.fp8 import Rounded
 from moss_train.model.linear import ColumnLinear, RowLinear
 from moss_train.model.recompute import recomputable, selective
 
@@ -32,15 +33,21 @@ class FeedForward(MLP):
             state[rows] = apply_swiglu_sharded_factory(state[rows], sharded_offsets)
         return state
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor | Rounded) -> Tensor:  # type: ignore[override]
         """`[..., H]` -> `[..., H]`."""
         hidden, bias = self.linear_fc1(x)
         hidden = hidden if bias is None else hidden + bias
-        gated = self.config.kernels.swiglu or swiglu
-        activation = gated if self.config.gated_linear_unit else gelu
-        hidden = recomputable(selective(self.config), activation, hidden)
-        out, bias = self.linear_fc2(hidden)
+        out, bias = self.linear_fc2(self._activation(hidden))
         return out if bias is None else out + bias
+
+    def _activation(self, hidden: Tensor) -> Tensor | Rounded:
+        if self.config.gated_linear_unit:
+            function = self.config.kernels.swiglu or swiglu
+        elif self.linear_fc2.rounds is not None:
+            return self.linear_fc2.rounds.gelu(hidden)
+        else:
+            function = gelu
+        return recomputable(selective(self.config), function, hidden)
 
 
 def swiglu(hidden: Tensor) -> Tensor:

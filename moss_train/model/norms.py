@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from data_pipeline.devices import has_fused_norm, is_accelerator
+from moss_train.model.fp8 import Fp8
 from moss_train.model.recompute import recomputable, selective
 
 
@@ -41,7 +42,10 @@ class LayerNorm(nn.LayerNorm):
         )
         self.recompute = selective(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fp8: Fp8 | None = None) -> Any:
+        """`[..., k]` -> the same, `Rounded` by fp8."""
+        if fp8 is not None:
+            return fp8.norm(x, self.weight, self.bias, self.eps)
         return recomputable(self.recompute, super().forward, x)
 
 

@@ -109,9 +109,9 @@ class VisionLayer(MegatronModule):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`x`: `[N, L, D]`; `mask`: None or what is added to scores, like `[N, heads, L, L]`."""
-        branch = self.attention(self.input_norm(x), mask)
+        branch = self.attention(self.input_norm(x, self.attention.linear_qkv.rounds), mask)
         x = x + (branch if self.gate_attn is None else self.gate_attn.tanh() * branch)
-        branch = self.mlp(self.mlp_norm(x))
+        branch = self.mlp(self.mlp_norm(x, self.mlp.linear_fc1.rounds))
         return x + (branch if self.gate_ffn is None else self.gate_ffn.tanh() * branch)
 
 

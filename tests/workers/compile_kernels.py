@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from inference.kernels import triton_attention, triton_products, triton_rows
-from moss_train.model import triton_kernels
+from moss_train.model import triton_fp8, triton_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 WHOLE_TENSORS = ("slot", "limit", "position", "length", "first", "last")
@@ -47,6 +47,11 @@ KERNELS += [
     (triton_kernels._rotate, FLOATS, {"HALF": 64, "BLOCK": 64, "HEADS": 8}),
     (triton_kernels._statistics, FLOATS, {"BLOCK": 4096}),
     (triton_kernels._statistics_backward, FLOATS, {"BLOCK": 4096}),
+]
+ROUNDED = {"values": "*fp8e4nv", "scale": "*fp32", "eps": "fp32"}
+KERNELS += [
+    (kernel, ROUNDED, {"BLOCK": 16384})
+    for kernel in (triton_fp8._round, triton_fp8._norm, triton_fp8._gelu)
 ]
 for stored in ("*i8", "*fp8e4nv"):
     kinds = TYPES | {"weight": stored, "scale": "*bf16"}

@@ -123,15 +123,15 @@ def drawn_model(config, groups, lora: bool, accumulate: bool):
     from moss_train.config import AdapterConfig
     from moss_train.convert.random_init import random_reader
     from moss_train.convert.weights import fill
-    from moss_train.model import linear
+    from moss_train.model import weight_gradient
     from moss_train.model.choose_kernels import install
     from moss_train.model.kernels import Kernels
     from moss_train.model.moss_video import MossVideo
 
     adapter = AdapterConfig("lora", rank=4, alpha=8.0) if lora else None
-    kernels = Kernels(accumulate=linear.accumulate) if accumulate else None
+    kernels = Kernels(accumulate=weight_gradient.accumulate) if accumulate else None
     if accumulate:
-        install(linear.accumulate)
+        install(weight_gradient.accumulate)
     model = MossVideo(config.model, config.parallel, groups, adapter, kernels)
     fill(model, uneven(random_reader(config.model, seed=8)))
     return model
