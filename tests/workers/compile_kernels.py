@@ -50,8 +50,9 @@ KERNELS += [
 ]
 ROUNDED = {"values": "*fp8e4nv", "scale": "*fp32", "eps": "fp32"}
 KERNELS += [
-    (kernel, ROUNDED, {"BLOCK": 16384})
-    for kernel in (triton_fp8._round, triton_fp8._norm, triton_fp8._gelu)
+    (triton_fp8._round, ROUNDED, {"BLOCK": 4096}),
+    (triton_fp8._norm, ROUNDED, {"BLOCK": 2048}),
+    (triton_fp8._gelu, ROUNDED, {"BLOCK": 8192}),
 ]
 for stored in ("*i8", "*fp8e4nv"):
     kinds = TYPES | {"weight": stored, "scale": "*bf16"}
