@@ -19,7 +19,7 @@ from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, report_er
 from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
 from inference.engine.choose_attend import CHOICES
-from inference.engine.engine import KV_DTYPES, Engine, EngineConfig, EngineFull
+from inference.engine.engine import KV_DTYPES, VISION_DTYPES, Engine, EngineConfig, EngineFull
 from inference.engine.load import DTYPES, RankFinished, load_engine
 from inference.engine.quantized import KINDS as QUANTIZED
 from inference.engine.sampling import Sampling
@@ -88,6 +88,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
          help="quantize the decoder's linear layers (default: no)")  # fmt: skip
     kept = "dtype of cached keys and values; auto: the weights'; fp8: a byte each"
     flag(parser, "kv_dtype", choices=KV_DTYPES, default="auto", help=f"{kept} (default: auto)")
+    tower = "dtype of the vision tower's products; auto: the weights'; fp8: untried on a GPU"
+    flag(parser, "vision_dtype", choices=VISION_DTYPES, default="auto",
+         help=f"{tower} (default: auto)")  # fmt: skip
     flag(parser, "compile", action="store_true", help="compile single-token steps (torch.compile)")
     kinds = "attention of prompts and of the vision tower"
     flag(parser, "attention", choices=CHOICES, default="auto",
@@ -162,6 +165,7 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
             compile=args.compile,
             attention=args.attention,
             kv_dtype=args.kv_dtype,
+            vision_dtype=args.vision_dtype,
             kernels=args.kernels,
         )
     note(f"loading {args.checkpoint}")

@@ -73,7 +73,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torch_npu": ("data_pipeline/npu.py",),
     "ray": ("data_pipeline/engines/ray_tasks.py", "tools/bench/ray_nodes.py"),
     "opentelemetry": ("inference/serve/traces.py",),
-    "triton": ("inference/kernels/triton_", "moss_train/model/triton_"),
+    "triton": (
+        "inference/kernels/triton_",
+        "moss_train/model/triton_",
+        "data_pipeline/triton_fp8.py",
+    ),
 }
 # Loaded when they are chosen.
 OPTIONAL = (
@@ -84,7 +88,7 @@ OPTIONAL = (
     "opentelemetry",
 )
 # Kernels cannot be written without their package: these files are what is loaded late.
-KERNELS = ("inference/kernels/triton_", "moss_train/model/triton_")
+KERNELS = OWNERS["triton"]
 
 Rule = Callable[[Tree], list[str]]
 

@@ -26,7 +26,7 @@ from inference.bench.models import MODELS, random_model
 from inference.bench.modes import Bench
 from inference.bench.report import describe, print_table, write_report
 from inference.cli import positive, positive_int
-from inference.engine.engine import KV_DTYPES
+from inference.engine.engine import KV_DTYPES, VISION_DTYPES
 from inference.engine.load import DTYPES, load_model
 from inference.engine.quantized import KINDS as QUANTIZED
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
@@ -66,6 +66,8 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=tuple(DTYPES), help="of weights (default: bf16 on CUDA, else fp32)")
     add("--quantize", choices=QUANTIZED, help="of the engine's weights only (default: no)")
     add("--kv-dtype", choices=KV_DTYPES, default="auto", help="of keys and values (default: auto)")
+    add("--vision-dtype", choices=VISION_DTYPES, default="auto",
+        help="of the vision tower's products (default: auto)")  # fmt: skip
     add("--compile", action="store_true", help="compile single-token steps (torch.compile)")
     add("--threads", type=positive_int, metavar="N", help="threads of a CPU (default: torch's)")
     add("--clock", choices=("wall", "cpu"), default="wall",

@@ -19,6 +19,7 @@ from data_pipeline import devices
 from inference.bench.measure import Clock, random_frames
 from inference.engine.engine import Engine
 from inference.engine.quantized import QuantizedLinear
+from inference.engine.tower_fp8 import Fp8Linear
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 COPIED = {True: 1 << 30, False: 64 << 20}  # bytes that are copied, on an accelerator or a CPU
@@ -116,7 +117,8 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def _numbers(module: torch.nn.Module) -> int:
     """Weights of products, those that are quantized as well."""
-    quantized = [part for part in module.modules() if isinstance(part, QuantizedLinear)]
+    kinds = QuantizedLinear, Fp8Linear
+    quantized = [part for part in module.modules() if isinstance(part, kinds)]
     full = [tensor for tensor in module.parameters() if tensor.ndim == 2]
     return sum(part.in_features * part.out_features for part in quantized) + sum(
         tensor.numel() for tensor in full

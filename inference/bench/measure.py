@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,7 +17,6 @@ from data_pipeline import devices
 from data_pipeline.progress import Progress
 from inference.bench.published import PublishedModel
 from inference.engine.engine import Engine
-from inference.engine.quantize import quantize_decoder
 from inference.engine.slots import Slot, Step
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.session.stats import quantile
@@ -181,8 +181,11 @@ def published(model: PublishedModel, pixels: Tensor, new: int, clock: Clock) -> 
     return out
 
 
-def quantize(model: MossVideoForConditionalGeneration, kind: str) -> float:
-    """Quantizes the model; norm of the logits' change over their norm, on random text and frames
+def moved_by(
+    model: MossVideoForConditionalGeneration,
+    change: Callable[[MossVideoForConditionalGeneration], object],
+) -> float:
+    """Changes the model; norm of the logits' change over their norm, on random text and frames
     (4, and 64 tokens)."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(20, model.config.image_token_index, (64,), generator=generator)
@@ -191,13 +194,13 @@ def quantize(model: MossVideoForConditionalGeneration, kind: str) -> float:
     inputs = {"input_ids": words[None].to(pixels.device), "pixel_values": pixels[None, :, None]}
     with torch.inference_mode():
         before = model(**inputs).logits.float()
-        quantize_decoder(model, kind)
+        change(model)
         return ((model(**inputs).logits.float() - before).norm() / before.norm()).item()
 
 
 @torch.inference_mode()
 def moved_by_kept(model: MossVideoForConditionalGeneration, kv_dtype: str) -> float:
-    """As `quantize`, of the dtype of cached keys and values: 4 frames with 16 random words after
+    """As `moved_by`, of the dtype of cached keys and values: 4 frames with 16 random words after
     each, one by one."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(20, model.config.image_token_index, (64,), generator=generator).tolist()

@@ -18,6 +18,8 @@ from inference.bench.report import Row
 from inference.bench.served import plain_processor, served
 from inference.engine.engine import Engine, EngineConfig
 from inference.engine.load import load_processor
+from inference.engine.quantize import quantize_decoder
+from inference.engine.tower_fp8 import round_tower
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 SESSIONS = 16  # live ones
@@ -171,14 +173,19 @@ class Bench:
         by how much that moved the logits."""
         rows, kind = [], self.options.kv_dtype
         if self.options.quantize and not self._measured:
-            moved = measure.quantize(self.model, self.options.quantize)
+            change = partial(quantize_decoder, kind=self.options.quantize)
+            moved = measure.moved_by(self.model, change)
             rows.append(Row("logits moved (relative norm)", "", moved, None))
+        if self.options.vision_dtype != "auto" and not self._measured:
+            moved = measure.moved_by(self.model, round_tower)
+            rows.append(Row("logits moved by the vision tower", "", moved, None))
         if kind != "auto" and not self._measured:
             moved = measure.moved_by_kept(self.model, kind)
             rows.append(Row("logits moved by keys and values", "", moved, None))
         self._measured = True
         config = EngineConfig(
             kv_dtype=kind,
+            vision_dtype=self.options.vision_dtype,
             window=window,
             max_tokens=2 * self.options.frames + 1024,
             max_sessions=sessions,

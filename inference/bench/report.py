@@ -61,6 +61,8 @@ def describe(
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "quantize": arguments.quantize,
+        "kv_dtype": arguments.kv_dtype,
+        "vision_dtype": arguments.vision_dtype,
         "compile": arguments.compile,
         "frames": arguments.endless or arguments.frames,
         "new_tokens": arguments.new_tokens,

@@ -35,10 +35,11 @@ from inference.engine.quantize import use_kernels
 from inference.engine.sampling import Sampler, Sampling
 from inference.engine.slots import FrameRing, Mark, Slot, Step, check_steps
 from inference.engine.tower import BATCHES, Tower
+from inference.engine.tower_fp8 import round_tower
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.kernels.choose import KINDS, Kernels, choose
 
-KV_DTYPES = ("auto", "fp8")
+KV_DTYPES = VISION_DTYPES = ("auto", "fp8")
 VISION_BATCH = BATCHES[-1]  # frames that the vision tower encodes at once
 
 
@@ -64,6 +65,8 @@ class EngineConfig:
         kernels: what passes of fixed shape are made of: "auto": on CUDA the Triton kernels that
             prove right there, else plain torch; "triton": without a proof; "torch": plain torch.
         kv_dtype: of cached keys and values. "auto": the model's; "fp8": e4m3, a byte each.
+        vision_dtype: of the vision tower's products. "auto": the model's; "fp8": e4m3, where they
+            prove right. The model's tower is changed for good.
         tokens_before_first_frame: "zero": they attend no frame; "attend_all": they attend all
             frames that come in the same step (what checkpoints of the published code do offline).
     """
@@ -77,6 +80,7 @@ class EngineConfig:
     attention: str = choice("auto", CHOICES)
     kernels: Literal["auto", "triton", "torch"] = choice("auto", KINDS)
     kv_dtype: Literal["auto", "fp8"] = choice("auto", KV_DTYPES)
+    vision_dtype: Literal["auto", "fp8"] = choice("auto", VISION_DTYPES)
     tokens_before_first_frame: Literal["zero", "attend_all"] = choice(
         "zero", ("zero", "attend_all")
     )
@@ -119,6 +123,8 @@ class Engine:
         self.slots: dict[int, Slot] = {}
         special = self.silence_token, self.image_token, self.end_of_turn
         attend = set_up(model, options.attention)
+        if options.vision_dtype == "fp8":
+            round_tower(model)
         eight_bit = options.kv_dtype == "fp8"
         each = sizes_of_slot(
             decoder, max_tokens=self.max_tokens, window=self.window, dtype=self.dtype,

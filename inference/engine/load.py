@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from data_pipeline import devices
+from data_pipeline.ranks import ranks_of
 from data_pipeline.tokenizer_identity import TokenizerIdentity, identify
 from inference.engine.choose_attend import asks_of, choose
 from inference.engine.engine import Engine, EngineConfig
@@ -75,6 +76,8 @@ def load_engine(
     check_attention(Path(checkpoint), config.attention, where, dtype)
     if config.kv_dtype == "fp8":
         _check_eight_bit("kv_dtype=fp8: keys and values in 8 bits run", where)
+    if config.vision_dtype == "fp8":
+        _check_vision_dtype(where)
     rank, ranks = join(where.type)
     _check_tokenizer(Path(checkpoint))
     model = load_model(checkpoint, device, dtype, quantize, rank, ranks)
@@ -134,6 +137,17 @@ def _check_eight_bit(what: str, device: torch.device) -> None:
     if not devices.has_eight_bit(device):
         runs = " and ".join(devices.EIGHT_BIT)
         raise ValueError(f"{what} on {runs}, not on {device.type}: leave it out (bf16)")
+
+
+def _check_vision_dtype(device: torch.device) -> None:
+    what, ranks = "vision_dtype=fp8", ranks_of().size
+    if not devices.has_fp8(device):
+        raise ValueError(
+            f"{what}: {devices.name(device)} does not multiply in FP8 (GPUs of compute capability "
+            "8.9 and later do): leave it out"
+        )
+    if ranks > 1:
+        raise ValueError(f"{what}: needs the whole vision tower on one rank, not on {ranks}")
 
 
 def check_attention(

@@ -14,21 +14,20 @@ from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from data_pipeline import devices
+from data_pipeline.choose_fp8 import PRODUCT, fp8_of, right_parts
+from data_pipeline.fp8 import Fp8
 from data_pipeline.kernel_proof import Case, Kernel, proven
 from moss_train import hardware
 from moss_train.log import log
-from moss_train.model.fp8 import Fp8, Rounded, emulated, gelu_rows, norm_rows, round_rows
 from moss_train.model.kernels import Kernels, Statistics
 from moss_train.model.mlp import swiglu
 from moss_train.model.rope import rotate
 from moss_train.model.weight_gradient import accumulate
-from moss_train.model_config import ModelConfig, TextConfig, VisionConfig
+from moss_train.model_config import ModelConfig, TextConfig
 
 CODE = tuple(
-    f"moss_train.model.{name}"
-    for name in ("choose_kernels", "fp8", "mlp", "rope", "weight_gradient")
+    f"moss_train.model.{name}" for name in ("choose_kernels", "mlp", "rope", "weight_gradient")
 )
-ROUNDING = ("round", "norm", "gelu")  # of Fp8
 
 
 def choose_kernels(model: ModelConfig) -> Kernels:
@@ -39,40 +38,34 @@ def choose_kernels(model: ModelConfig) -> Kernels:
     """
     if not hardware.on_accelerator():
         return Kernels(fp8=None if model.fp8 == "none" else Fp8())
-    there = {} if model.kernels == "torch" else candidates(model)
-    right = [list[str]()]
+    triton = model.kernels != "torch"
+    there, right = candidates() if triton else {}, [list[str](), list[str]()]
     if dist.get_rank() == 0:
         right[0] = [name for name in there if _proven(name, there[name], model)]
-        if model.fp8 != "none" and _proven("fp8", _fp8(there, right[0]), model):
-            right[0].append("fp8")
+        if model.fp8 != "none":
+            widths = sorted(set(model.fp8_widths().values()))
+            dtype, device = hardware.DTYPES[model.dtype], hardware.device()
+            right[1] = right_parts(widths, dtype, device, triton)
     dist.broadcast_object_list(right, src=0)
     if "accumulate" in right[0]:
         install(accumulate)
-    own = {name: there[name] for name in right[0] if name not in (*ROUNDING, "fp8")}
-    return Kernels(**own, fp8=_fp8(there, right[0]) if "fp8" in right[0] else None)
+    fp8 = fp8_of(right[1]) if PRODUCT in right[1] else None
+    return Kernels(**{name: there[name] for name in right[0]}, fp8=fp8)
 
 
-def _fp8(there: dict[str, Any], right: list[str]) -> Fp8:
-    """With those kernels that are right."""
-    return Fp8(**{name: there[name] for name in ROUNDING if name in right})
-
-
-def candidates(model: ModelConfig) -> dict[str, Any]:
-    """Every kernel that can be had here, by its name in `Kernels` or `Fp8`."""
+def candidates() -> dict[str, Any]:
+    """Every kernel but FP8's that can be had here, by its name in `Kernels`."""
     found: dict[str, Any] = {"accumulate": accumulate}
     if not devices.has_triton(hardware.device()):
         return found
     try:
-        from moss_train.model import triton_fp8, triton_kernels
+        from moss_train.model import triton_kernels
     except ImportError as error:
         log.warning("Triton's kernels are not used: %s: pip install triton", error)
         return found
     others = {*found, "fp8"}
     names = [field.name for field in fields(Kernels) if field.name not in others]
-    found |= {name: getattr(triton_kernels, name) for name in names}
-    if model.fp8 != "none":
-        found |= {name: getattr(triton_fp8, f"{name}_rows") for name in ROUNDING}
-    return found
+    return found | {name: getattr(triton_kernels, name) for name in names}
 
 
 def install(kernel: Any) -> None:
@@ -88,10 +81,10 @@ def install(kernel: Any) -> None:
 def _proven(name: str, kernel: Any, model: ModelConfig) -> bool:
     """Whether a kernel computes what plain torch does, in the sizes of a model."""
     dtype, device = hardware.DTYPES[model.dtype], hardware.device()
-    parts = (kernel.round, kernel.norm, kernel.gelu) if isinstance(kernel, Fp8) else (kernel,)
-    code = tuple(dict.fromkeys((*CODE, *(part.__module__ for part in parts))))
-    cases = partial(getattr(Trials(model.text, model.vision, dtype, device), name), kernel)
-    shapes = f"{dtype}, {model.text}, {model.vision}"
+    own = kernel.__module__
+    code = CODE if own in CODE else (*CODE, own)
+    cases = partial(getattr(Trials(model.text, dtype, device), name), kernel)
+    shapes = f"{dtype}, {model.text}"
     return proven(
         Kernel(f"the training kernel {name}", shapes, ("torch", "triton"), code, cases), device
     )
@@ -100,10 +93,8 @@ def _proven(name: str, kernel: Any, model: ModelConfig) -> bool:
 class Trials:
     """Cases of each kernel, by the name that `Kernels` gives it."""
 
-    def __init__(
-        self, text: TextConfig, vision: VisionConfig, dtype: torch.dtype, device: torch.device
-    ):
-        self.text, self.vision, self.dtype, self.device = text, vision, dtype, device
+    def __init__(self, text: TextConfig, dtype: torch.dtype, device: torch.device):
+        self.text, self.dtype, self.device = text, dtype, device
         self.generator = torch.Generator().manual_seed(0)
 
     def swiglu(self, kernel: Callable[[Tensor], Tensor]) -> Iterator[Case]:
@@ -135,25 +126,6 @@ class Trials:
             run, plain = (partial(joined, by, own) for by in (kernel, plain_statistics))
             yield Case(f"{size} columns", run, plain, self._draw((4, size)))
 
-    def round(self, kernel: Callable[[Tensor], Rounded]) -> Iterator[Case]:
-        for width in (self.text.hidden_size, self.text.mlp_size):
-            yield _rounding(f"{width} columns", kernel, round_rows, self._draw((5, width)))
-
-    def norm(self, kernel: Callable[..., Rounded]) -> Iterator[Case]:
-        width, eps = self.vision.hidden_size, self.vision.norm_eps
-        inputs = self._draw((5, width), (width,), (width,))
-        yield _rounding("", partial(kernel, eps=eps), partial(norm_rows, eps=eps), inputs)
-
-    def gelu(self, kernel: Callable[[Tensor], Rounded]) -> Iterator[Case]:
-        yield _rounding("", kernel, gelu_rows, self._draw((5, self.vision.mlp_size)))
-
-    def fp8(self, fp8: Fp8) -> Iterator[Case]:
-        """Beside the same rounded numbers in fp32."""
-        width, plain = self.text.hidden_size, Fp8(product=emulated)
-        for rows, out in ((19, 64), (64, width)):
-            inputs = self._draw((rows, width), (out, width), (out,))
-            yield Case(f"{rows} rows", fp8.linear, plain.linear, inputs)
-
     def accumulate(self, kernel: Callable[..., None]) -> Iterator[Case]:
         def added(grad: Tensor, x: Tensor) -> Tensor:
             total = torch.ones(grad.shape[1], x.shape[1], device=self.device)
@@ -171,15 +143,6 @@ class Trials:
     def _draw(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         drawn = (torch.randn(shape, generator=self.generator) for shape in shapes)
         return tuple(x.to(self.device, self.dtype) for x in drawn)
-
-
-def _rounding(
-    name: str, kernel: Callable[..., Rounded], plain: Callable[..., Rounded], inputs: Any
-) -> Case:
-    def number(by: Callable[..., Rounded], *given: Tensor) -> Tensor:
-        return by(*given).number()
-
-    return Case(name, partial(number, kernel), partial(number, plain), inputs, gradients=False)
 
 
 def plain_statistics(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:

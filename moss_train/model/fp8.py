@@ -1,143 +1,56 @@
-"""Linear layers whose matrix products run in FP8 (`model.fp8`).
+"""Linear layers that compute in FP8 (`model.fp8`): their output and the gradient of their input.
 
-Each row of a matrix is rounded to e4m3 (3 bits behind the point, up to 448; Micikevicius et al.
-2022, "FP8 formats for deep learning") by one factor that its largest element sets. Factors are
-powers of two, so that scaling is exact and a number is rounded once: by at most 2^-4 of it, or half
-of the type's smallest step. In FP8 run a layer's output and the gradient of its input; the gradient
-of its weights, whose sums over all tokens are long, stays in bf16, as do the master weights, norms,
-attention, residual stream and loss. Products are summed in fp32. A GPU multiplies by
-`torch._scaled_mm`, a CPU the same rounded numbers in fp32.
+The gradient of a weight, a sum over all tokens, stays in bf16, as do the master weights, norms,
+attention, residual stream and loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
 
-from data_pipeline.devices import is_accelerator
+from data_pipeline.fp8 import Fp8, Rounded
 from moss_train.model.weight_gradient import Accumulate, weight_gradient
 
-FORMAT = torch.float8_e4m3fn
-LARGEST = torch.finfo(FORMAT).max
-SMALLEST = 1e-30  # a row of zeros has the factor of this
-EXPONENT = 0x7F800000  # the bits of an fp32 number that say its power of two
 
+def linear_fp8(
+    fp8: Fp8,
+    x: Tensor | Rounded,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    add: Accumulate | None = None,
+) -> Tensor:
+    """`[..., in]`, `[out, in]`, `[out]` -> `[..., out]`; in and out are multiples of 16.
 
-@dataclass(frozen=True)
-class Rounded:
-    """Numbers that were of `dtype`, `[..., k]`: `values * scale`.
-
-    values: FP8 `[..., k]`. scale: fp32 `[..., 1]`.
+    x: `Rounded` where no gradient is wanted. add: `Kernels.accumulate`.
     """
-
-    values: Tensor
-    scale: Tensor
-    dtype: torch.dtype
-
-    @property
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Values `[m, k]` and scale `[m, 1]`."""
-        return self.values.flatten(0, -2), self.scale.flatten(0, -2)
-
-    def number(self) -> Tensor:
-        """In fp32."""
-        return self.values.float() * self.scale
-
-
-Product = Callable[[Rounded, Rounded, Tensor | None, bool], Tensor]
-
-
-def round_rows(x: Tensor) -> Rounded:
-    """`[..., k]`, each row by its own factor."""
-    most = x.abs().amax(-1, keepdim=True).float().clamp(min=SMALLEST)
-    factor = (LARGEST / most).view(torch.int32).bitwise_and(EXPONENT).view(torch.float32)
-    return Rounded((x * factor.to(x.dtype)).to(FORMAT), factor.reciprocal(), x.dtype)
-
-
-def norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Rounded:
-    """LayerNorm of `[..., k]`, rounded."""
-    return round_rows(layer_norm(x, weight.shape, weight, bias, eps))
-
-
-def gelu_rows(hidden: Tensor) -> Rounded:
-    """GELU of `[..., k]`, rounded."""
-    return round_rows(gelu(hidden))
-
-
-def multiply(left: Rounded, right: Rounded, bias: Tensor | None, fast: bool) -> Tensor:
-    """`left @ right.T + bias`: `[..., k]`, `[n, k]`, `[n]` -> `[..., n]` of left's dtype. k and n
-    are multiples of 16. fast: sums keep 14 bits or so."""
-    (a, scale_a), (b, scale_b) = left.rows, right.rows
-    if not is_accelerator(a):
-        return emulated(left, right, bias, fast)
-    out = torch._scaled_mm(
-        a, b.T, scale_a=scale_a, scale_b=scale_b.T, bias=bias, out_dtype=left.dtype,
-        use_fast_accum=fast,
-    )  # fmt: skip
-    return out.view(*left.values.shape[:-1], -1)
-
-
-def emulated(left: Rounded, right: Rounded, bias: Tensor | None, fast: bool) -> Tensor:
-    """The same on any device, in fp32."""
-    (a, scale_a), (b, scale_b) = left.rows, right.rows
-    out = (a.float() @ b.float().T) * (scale_a * scale_b.T)
-    out = (out if bias is None else out + bias).to(left.dtype)
-    return out.view(*left.values.shape[:-1], -1)
-
-
-@dataclass(frozen=True)
-class Fp8:
-    """What a layer in FP8 computes with; a GPU's quicker forms are found in choose_kernels.py.
-
-    norm and gelu write the input of a product rounded, where nobody needs it as it is.
-    """
-
-    round: Callable[[Tensor], Rounded] = round_rows
-    norm: Callable[[Tensor, Tensor, Tensor, float], Rounded] = norm_rows
-    gelu: Callable[[Tensor], Rounded] = gelu_rows
-    product: Product = multiply
-
-    def linear(
-        self,
-        x: Tensor | Rounded,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        add: Accumulate | None = None,
-    ) -> Tensor:
-        """`[..., in]`, `[out, in]`, `[out]` -> `[..., out]`; in and out are multiples of 16.
-
-        add: `Kernels.accumulate`.
-        """
-        if isinstance(x, Rounded):
-            return self.product(x, self.round(weight), bias, True)
-        return _Linear.apply(x, weight, bias, self, add)
+    if isinstance(x, Rounded):
+        return fp8.product(x, fp8.round(weight), bias, True)
+    result: Tensor = _Linear.apply(fp8, x, weight, bias, add)
+    return result
 
 
 class _Linear(torch.autograd.Function):
     """Keeps x as a plain linear layer does."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, fp8: Fp8, add: Any):
+    def forward(ctx, fp8: Fp8, x: Tensor, weight: Tensor, bias: Tensor | None, add: Any):
         ctx.save_for_backward(x)
         # Not saved as x is: see linear.py.
-        ctx.weight, ctx.fp8, ctx.add = weight, fp8, add
+        ctx.fp8, ctx.weight, ctx.add = fp8, weight, add
         return fp8.product(fp8.round(x), fp8.round(weight), bias, True)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,), weight, fp8 = ctx.saved_tensors, ctx.weight, ctx.fp8
         to_x, to_weight, to_bias = None, None, None
-        if ctx.needs_input_grad[2]:
-            to_bias = grad.flatten(0, -2).sum(0)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             columns = fp8.round(weight.T.contiguous())
             to_x = fp8.product(fp8.round(grad.contiguous()), columns, None, False)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             to_weight = weight_gradient(weight, grad, x, ctx.add)
-        return to_x, to_weight, to_bias, None, None
+        if ctx.needs_input_grad[3]:
+            to_bias = grad.flatten(0, -2).sum(0)
+        return None, to_x, to_weight, to_bias, None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from moss_train.model.fp8 import Fp8
+from data_pipeline.fp8 import Fp8
 from moss_train.model.weight_gradient import Accumulate
 
 Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]

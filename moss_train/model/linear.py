@@ -27,7 +27,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from moss_train.model.fp8 import Fp8, Rounded
+from data_pipeline.fp8 import Fp8, Rounded
+from moss_train.model.fp8 import linear_fp8
 from moss_train.model.kernels import LayerConfig
 from moss_train.model.recompute import recomputed
 from moss_train.model.weight_gradient import MAIN, weight_gradient
@@ -62,7 +63,7 @@ class _Adaptable(nn.Module):
         """Of one tensor rank."""
         fp8, add = self.config.kernels.fp8, self.config.kernels.accumulate
         if fp8 is not None:
-            return fp8.linear(x, self.weight, self.bias, add=add)
+            return linear_fp8(fp8, x, self.weight, self.bias, add)
         assert isinstance(x, Tensor)
         if add is None or not self.weight.requires_grad or not hasattr(self.weight, MAIN):
             return linear(x, self.weight, self.bias)

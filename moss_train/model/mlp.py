@@ -9,7 +9,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_shard
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from moss_train.model.fp8 import Rounded
+from data_pipeline.fp8 import Rounded
 from moss_train.model.linear import ColumnLinear, RowLinear
 from moss_train.model.recompute import recomputable, selective
 

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from data_pipeline.devices import has_fused_norm, is_accelerator
-from moss_train.model.fp8 import Fp8
+from data_pipeline.fp8 import Fp8
 from moss_train.model.recompute import recomputable, selective
 
 

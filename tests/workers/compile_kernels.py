@@ -8,8 +8,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from data_pipeline import triton_fp8
 from inference.kernels import triton_attention, triton_products, triton_rows
-from moss_train.model import triton_fp8, triton_kernels
+from moss_train.model import triton_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 WHOLE_TENSORS = ("slot", "limit", "position", "length", "first", "last")

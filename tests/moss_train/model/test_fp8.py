@@ -1,114 +1,27 @@
-"""FP8 products: how far from fp64, what a GPU is asked, and what is refused before any work."""
+"""Layers in FP8: how far from fp64, what a frozen tower reads, and what is refused."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import cosine_similarity, gelu, layer_norm, linear
+from torch.nn.functional import cosine_similarity, linear
 
-from data_pipeline.kernel_proof import difference
+from data_pipeline.choose_fp8 import ROUNDING, triton_kernels
+from data_pipeline.fp8 import Fp8
 from moss_train import hardware
 from moss_train.config import Config
-from moss_train.model import choose_kernels, fp8
-from moss_train.model.choose_kernels import ROUNDING, Trials
-from moss_train.model.fp8 import (
-    FORMAT,
-    Fp8,
-    Rounded,
-    emulated,
-    gelu_rows,
-    norm_rows,
-    round_rows,
-)
+from moss_train.model import choose_kernels
+from moss_train.model.fp8 import linear_fp8
 from moss_train.model.kernels import Kernels
 from moss_train.model.weight_gradient import accumulate
 from moss_train.validate import check_layout
+from tests.data_pipeline.test_fp8 import OFF, drawn
 from tests.moss_train.model.build import preset, random_model
 from tests.moss_train.model.test_kernels import loss_and_gradients
-
-triton_fp8 = pytest.importorskip("moss_train.model.triton_fp8")
-
-# Of the published format: bits behind the point, the largest number, the smallest step.
-BITS, LARGEST, STEP = 3, 448.0, 2.0**-9
-OFF = 2.0 ** -(BITS + 1)  # a number is off by this share of it at most
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    """Numbers of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
-    return x.to(dtype)
-
-
-def check_rounded(found: Rounded, exact: Tensor, beside: float = 0.0) -> None:
-    """Against numbers in fp64. beside: the share of a number by which it was off before."""
-    assert found.values.dtype is FORMAT
-    assert found.values.shape == exact.shape
-    assert found.scale.shape == (*exact.shape[:-1], 1)
-    most = found.values.float().abs().amax(-1)
-    assert ((most > LARGEST / 2 * (1 - OFF)) & (most <= LARGEST)).all()  # all of the range is used
-    scale = found.scale.double()
-    allowed = (exact.abs() * (OFF + beside)).clamp(min=STEP / 2 * scale) + 1e-12 * scale
-    error = (found.values.double() * scale - exact).abs()
-    assert (error <= allowed).all()
-    assert error.sum() > exact.abs().sum() * OFF / 8  # rounded to no more bits
-
-
-@pytest.mark.parametrize("size", [1e-12, 1.0, 3e20])
-def test_a_number_is_off_by_half_a_step_at_most(size: float) -> None:
-    x = drawn(64, 33) * size * torch.logspace(-2, 2, 64)[:, None].bfloat16()
-    check_rounded(round_rows(x), x.double())
-
-
-def test_nothing_stays_nothing_and_what_is_not_finite_is_seen() -> None:
-    assert not round_rows(torch.zeros(4, 16)).values.float().any()
-    for wrong in (torch.inf, torch.nan):
-        numbers = round_rows(torch.tensor([[1.0, wrong], [2.0, 1.0]])).number()
-        assert not torch.isfinite(numbers[0]).all()
-        assert torch.equal(numbers[1], torch.tensor([2.0, 1.0]))
-
-
-# No width is a power of two.
-PLAIN: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
-    "round": (round_rows, lambda x: x, [(3, 7, 48)]),
-    "norm": (
-        partial(norm_rows, eps=1e-5),
-        lambda x, w, b: layer_norm(x, w.shape, w, b, 1e-5),
-        [(3, 7, 80), (80,), (80,)],
-    ),
-    "gelu": (gelu_rows, gelu, [(3, 7, 1100)]),
-}
-TRITON = {name: getattr(triton_fp8, f"{name}_rows") for name in PLAIN}
-TRITON["norm"] = partial(TRITON["norm"], eps=1e-5)
-
-
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("by", ["torch", "triton"])
-def test_what_writes_fp8_is_within_half_a_step_of_fp64(name: str, by: str) -> None:
-    plain, exact, shapes = PLAIN[name]
-    inputs = [drawn(*shape, dtype=torch.float32, seed=n) for n, shape in enumerate(shapes)]
-    found = (plain if by == "torch" else TRITON[name])(*inputs)
-    check_rounded(found, exact(*(x.double() for x in inputs)), 1e-4)
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
-@pytest.mark.parametrize("size", [1e-12, 1.0, 3e20])
-def test_the_kernel_rounds_as_torch_does_to_the_bit(size: float) -> None:
-    """Ties, carries, steps below the smallest normal number, rows of zeros."""
-    x = drawn(64, 96, dtype=torch.float16).float() * size
-    x[0], x[1] = 0, size * torch.arange(96) / 64  # ties
-    x[2, 1:] = size * torch.arange(95) * 2.0**-18
-    ours, torchs = triton_fp8.round_rows(x), round_rows(x)
-    assert torch.equal(ours.scale, torchs.scale)
-    assert torch.equal(ours.values.view(torch.uint8), torchs.values.view(torch.uint8))
-    assert triton_fp8.round_rows(x[:0]).values.shape == (0, 96)
-    assert not torch.isfinite(triton_fp8.round_rows(x / 0).number()[1:]).any()
 
 
 @pytest.mark.parametrize("rows", [32, 19])
@@ -119,7 +32,7 @@ def test_a_layer_and_its_gradients_are_within_the_format_of_fp64(rows: int) -> N
     x, weight, bias = drawn(2, rows, 64), drawn(48, 64, seed=1), drawn(48, seed=2)
     grad = drawn(2, rows, 48, seed=3)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    out = Fp8().linear(*leaves)
+    out = linear_fp8(Fp8(), leaves[0], leaves[1], leaves[2])
     out.backward(grad)
     found: list[Any] = [out.detach(), *(t.grad for t in leaves)]
     exact: list[Any] = [t.double().requires_grad_() for t in (x, weight, bias)]
@@ -141,48 +54,12 @@ def test_a_layer_and_its_gradients_are_within_the_format_of_fp64(rows: int) -> N
 def test_a_main_gradient_is_added_to_in_fp32() -> None:
     x, weight = (t.float() for t in (drawn(19, 64), drawn(48, 64, seed=1)))
     plain = weight.clone().requires_grad_()
-    Fp8().linear(x, plain).sum().backward()
+    linear_fp8(Fp8(), x, plain).sum().backward()
     own = weight.clone().requires_grad_()
     own.main_grad = torch.ones(48, 64)  # type: ignore[attr-defined]
-    Fp8().linear(x, own, add=accumulate).sum().backward()
+    linear_fp8(Fp8(), x, own, add=accumulate).sum().backward()
     assert own.grad_added_to_main_grad  # type: ignore[attr-defined]
     torch.testing.assert_close(own.main_grad - 1, plain.grad)  # type: ignore[attr-defined]
-
-
-def test_a_gpu_gets_products_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layouts, sizes and types are checked by torch itself, with tensors that claim to be a GPU's.
-    The numbers are those of a CPU."""
-    seen: list[tuple] = []
-
-    def product(a: Tensor, b: Tensor, *, use_fast_accum: bool, **options: Any) -> Tensor:
-        def twin(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-
-        with FakeTensorMode():
-            out = real(twin(a), twin(b), **{key: twin(x) for key, x in options.items()})
-        seen.append((a.dtype, b.dtype, out.dtype, use_fast_accum))
-        left = Rounded(a, options["scale_a"], out.dtype)
-        right = Rounded(b.T, options["scale_b"].T, out.dtype)
-        found = emulated(left, right, options["bias"], use_fast_accum)
-        assert (found.shape, found.dtype) == (out.shape, out.dtype)
-        return found
-
-    leaves = [drawn(19, 64), drawn(48, 64, seed=1), drawn(48, seed=2)]
-    results = []
-    real = torch._scaled_mm
-    for on_gpu in (False, True):
-        if on_gpu:
-            monkeypatch.setattr(fp8, "is_accelerator", lambda _: True)
-            monkeypatch.setattr(torch, "_scaled_mm", product)
-        own = [t.clone().requires_grad_() for t in leaves]
-        out = Fp8().linear(*own)
-        out.backward(drawn(19, 48, seed=3))
-        results.append([out.detach(), *(t.grad for t in own)])
-    assert seen == [(FORMAT, FORMAT, torch.bfloat16, fast) for fast in (True, False)]
-    for cpu, gpu in zip(*results, strict=True):
-        assert torch.equal(cpu, gpu)
 
 
 @pytest.mark.parametrize("part", ["tower", "all"])
@@ -211,24 +88,6 @@ def test_it_is_off_unless_it_is_asked_for(groups) -> None:
     assert choose_kernels.choose_kernels(replace(tiny, fp8="all")).fp8 == Fp8()
 
 
-def test_the_proof_on_a_gpu_sees_wrong_scales() -> None:
-    tiny = preset("tiny")
-    trials = Trials(tiny.text, tiny.vision, torch.float16, torch.device("cpu"))
-    assert [difference(case) for case in trials.fp8(Fp8())] == ["", ""]
-    twice = Fp8(product=lambda left, right, *rest: 1.1 * emulated(left, right, *rest))
-    assert all(difference(case) for case in trials.fp8(twice))
-    for name in ROUNDING:
-        kernel = getattr(triton_fp8, f"{name}_rows")
-        cases = list(getattr(trials, name)(kernel))
-        assert [difference(case) for case in cases] == [""] * len(cases)
-        wrong = getattr(trials, name)(lambda *given, by=kernel, **more: halved(by(*given, **more)))
-        assert all(difference(case) for case in wrong)
-
-
-def halved(x: Rounded) -> Rounded:
-    return replace(x, scale=x.scale * (1 - 0.5 * (torch.arange(len(x.scale)) == 1)[:, None]))
-
-
 def frozen_tower(groups: Any, kernels: Kernels, dtype: torch.dtype) -> Tensor:
     """What it makes of two frames."""
     tiny = preset("tiny", dtype="fp32", fp8="tower")
@@ -248,7 +107,7 @@ def test_a_tower_that_is_frozen_reads_what_norms_and_gelu_wrote_in_fp8(groups) -
 
         return call
 
-    by = {name: counted(name, getattr(triton_fp8, f"{name}_rows")) for name in ROUNDING}
+    by = {name: counted(name, kernel) for name, kernel in triton_kernels().items()}
     wanted = frozen_tower(groups, Kernels(fp8=Fp8()), torch.float32)
     with torch.no_grad():
         plain = frozen_tower(groups, Kernels(fp8=Fp8()), torch.float32)

@@ -18,7 +18,7 @@ from moss_train.model.loss import LossOptions, find_targets
 from moss_train.model.moss_video import MossVideo
 from moss_train.model.packed_text import PackedText
 from moss_train.model.weight_gradient import accumulate
-from moss_train.model_config import TextConfig, VisionConfig
+from moss_train.model_config import TextConfig
 from tests.moss_train.model.build import preset, random_model
 
 triton_kernels = pytest.importorskip("moss_train.model.triton_kernels")
@@ -37,16 +37,14 @@ SIZES = TextConfig(vocab_size=4500, hidden_size=30, num_heads=3, num_kv_heads=1,
     ],
 )
 def test_a_kernel_and_its_gradients_are_those_of_fp64(name: str, dtype: torch.dtype) -> None:
-    cases = list(
-        getattr(Trials(SIZES, VisionConfig(), dtype, torch.device("cpu")), name)(ALL[name])
-    )
+    cases = list(getattr(Trials(SIZES, dtype, torch.device("cpu")), name)(ALL[name]))
     assert len(cases) > (name != "swiglu")
     for case in cases:
         assert difference(case) == "", case.name
 
 
 def test_what_is_wrong_is_seen() -> None:
-    trials = Trials(SIZES, VisionConfig(), torch.float32, torch.device("cpu"))
+    trials = Trials(SIZES, torch.float32, torch.device("cpu"))
     (case,) = trials.swiglu(lambda x: 1.001 * triton_kernels.swiglu(x))
     assert "the output differs" in difference(case)
     case, *_ = trials.rotate(lambda x, cos, sin: triton_kernels.rotate(x, cos, -sin))

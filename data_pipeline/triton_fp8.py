@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moss_train.model.fp8 import EXPONENT, FORMAT, LARGEST, SMALLEST, Rounded
+from data_pipeline.fp8 import EXPONENT, FORMAT, LARGEST, SMALLEST, Rounded
 
 MOST = tl.constexpr(LARGEST)
 LEAST = tl.constexpr(SMALLEST)
