@@ -80,25 +80,30 @@ class Trials:
         yield _case("normed and rotated", _normed, ours, other, (*inputs, *self._turn(3)))
 
     def product8(self, ours: Any, other: Any) -> Iterator[Case]:
-        outs, width = self.sizes.inner, self.sizes.hidden
-        if self.sizes.fp8_weights:
-            weight = self._draw((outs, width))[0].to(plain.EIGHT_BITS)
-        else:
-            weight = self._integers(-127, 128, (outs, width)).to(torch.int8)
-        yield from self._products(ours, other, weight, (outs,))
+        for outs, width in self._weights():
+            if self.sizes.fp8_weights:
+                weight = self._draw((outs, width))[0].to(plain.EIGHT_BITS)
+            else:
+                weight = self._integers(-127, 128, (outs, width)).to(torch.int8)
+            yield from self._products(ours, other, weight, width, (outs,))
 
     def product4(self, ours: Any, other: Any) -> Iterator[Case]:
-        outs, groups = self.sizes.inner, -(-self.sizes.hidden // plain.GROUP)
-        weight = self._integers(0, 256, (outs, groups * plain.GROUP // 2)).to(torch.uint8)
-        yield from self._products(ours, other, weight, (outs, groups))
+        for outs, width in self._weights():
+            groups = -(-width // plain.GROUP)
+            weight = self._integers(0, 256, (outs, groups * plain.GROUP // 2)).to(torch.uint8)
+            yield from self._products(ours, other, weight, width, (outs, groups))
+
+    def _weights(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of a wide and of a long weight."""
+        return (self.sizes.inner, self.sizes.hidden), (self.sizes.hidden, self.sizes.inner)
 
     def _products(
-        self, ours: Any, other: Any, weight: Tensor, scales: tuple[int, ...]
+        self, ours: Any, other: Any, weight: Tensor, width: int, scales: tuple[int, ...]
     ) -> Iterator[Case]:
         run = partial(_product, weight)
         for tokens in (1, 2, 20, 40, 150):  # a tile of each size
-            inputs = self._draw((tokens, self.sizes.hidden), scales)
-            yield _case(f"{tokens} tokens", run, ours, other, inputs)
+            inputs = self._draw((tokens, width), scales)
+            yield _case(f"{tokens} tokens of {width}", run, ours, other, inputs)
 
     def attention(self, ours: Any, other: Any) -> Iterator[Case]:
         sizes = self.sizes

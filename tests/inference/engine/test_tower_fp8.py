@@ -108,7 +108,8 @@ def test_what_cannot_be_had_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="vision_dtype=fp8: CPU does not multiply in FP8"):
         load_engine(tiny, device="cpu", vision_dtype="fp8")
     monkeypatch.setattr(devices, "has_fp8", lambda _: True)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for name, value in (ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     refusal = "vision_dtype=fp8: needs the whole vision tower on one rank, not on 2"
     with pytest.raises(ValueError, match=refusal):

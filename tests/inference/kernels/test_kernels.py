@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inference.engine.decode import sizes_of
 from inference.engine.engine import Engine, EngineConfig
+from inference.engine.graphs import SPARE
 from inference.engine.quantize import quantize_decoder
 from inference.engine.quantized import FORMATS
 from inference.engine.slots import Step
@@ -130,6 +131,11 @@ def exact_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Te
         (1, 7, 16, 1, HALF, True),
         (2, 2, 16, 2, torch.float32, True),
         (2, 1, 24, 1, HALF, True),
+        # Prompts of one slot: every class of length, some of them full.
+        (1, 4, 16, 16, torch.float32, False),
+        (1, 2, 16, 31, HALF, True),
+        (1, 4, 24, 64, HALF, False),
+        (1, 4, 16, SPARE, torch.float32, False),
     ],
 )
 def test_attention(
@@ -142,12 +148,14 @@ def test_attention(
     eight_bit: bool,
 ) -> None:
     kept = buffers(kv, width, dtype, eight_bit)
-    rows = Rows(numbers([2, 0, 1]), numbers([140, 70, 0]), numbers([51, 59, 0]), count)
-    q = random(3 * count, kv * group, width, seed=3, dtype=dtype)
+    slots = [(2, min(140, 150 - count), 51), (0, 70, 59), (1, 0, 0)][: 3 if count < 16 else 1]
+    taken, lengths, positions = (numbers([*column]) for column in zip(*slots, strict=True))
+    rows = Rows(taken, lengths, positions, count)
+    q = random(len(slots) * count, kv * group, width, seed=3, dtype=dtype)
     attention = kernels.attention(kept, rows)
     tokens, frames = attention.tokens(0, q), attention.frames(1, q)
     key, place = torch.arange(150, device=DEVICE), torch.arange(4 * 33, device=DEVICE) // 33
-    for row, (slot, length, position) in enumerate([(2, 140, 51), (0, 70, 59), (1, 0, 0)]):
+    for row, (slot, length, position) in enumerate(slots):
         for new in range(count):
             n, at = row * count + new, position + new
             keys, values = held(kept, 0)[:, slot]
