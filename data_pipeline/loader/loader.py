@@ -29,6 +29,8 @@ from data_pipeline.shards import training_shards
 from data_pipeline.stores import StoreOptions, is_url
 from data_pipeline.tokens import load_tokenizer
 
+_END_S = 10.0  # seconds that a worker process may take to end once it has been asked twice
+
 
 class Loader:
     """The part of one data-parallel rank of all global batches. Build it with `build_loader`."""
@@ -77,8 +79,12 @@ class Loader:
 
     def close(self) -> None:
         """Ends the worker processes. The loader cannot be used afterwards."""
-        if self.processes:
-            self._reading._shutdown_workers()
+        if workers := self.processes:
+            self._reading._shutdown_workers()  # waits a while, then sends a signal and goes on
+            for worker in workers:
+                worker.join(_END_S)
+                worker.kill()  # nothing where it has ended
+                worker.join()
         self._iterator = iter(())
 
     def __enter__(self) -> Loader:

@@ -262,12 +262,24 @@ def test_nothing_but_bad_samples_ends_with_a_word(
             take(loader, 1)
 
 
-def test_workers_end_with_the_loader_and_a_dead_one_is_reported(toy: Path) -> None:
+def test_workers_end_with_the_loader_and_a_dead_one_is_reported(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader = open_loader(toy, workers=2)
     take(loader, 2)
     workers = loader.processes
     loader.close()
     assert [worker.is_alive() for worker in workers] == [False, False]
+
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr("data_pipeline.loader.loader._END_S", 0.1)
+    loader = open_loader(toy, workers=2)
+    take(loader, 2)
+    workers = loader.processes
+    os.kill(workers[0].pid or 0, signal.SIGSTOP)
+    loader.close()
+    assert [worker.is_alive() for worker in workers] == [False, False]
+    monkeypatch.undo()
 
     loader = open_loader(toy, workers=2)
     take(loader, 2)
