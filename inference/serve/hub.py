@@ -244,7 +244,8 @@ class Hub:
         return self.sessions.get(name)
 
     async def close(self, patience: float = 5.0) -> None:
-        """Closes all sessions; answers that are running get `patience` seconds."""
+        """Closes all sessions; answers that are running get `patience` seconds, and then sockets as
+        many to send the end of theirs."""
         self.closing = True
         if self._reaper:
             self._reaper.cancel()
@@ -253,9 +254,11 @@ class Hub:
         until = time.monotonic() + patience
         while self.runner.sessions and time.monotonic() < until:
             await asyncio.sleep(0.02)
+        # Sockets are waited for after it: a step may take longer than `patience`.
+        await asyncio.to_thread(self.runner.close, "the server is shutting down")
+        until = time.monotonic() + patience
         while any(live.socket for live in self.sessions.values()) and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self.runner.close, "the server is shutting down")
         self.close_decoders()
 
     def close_decoders(self) -> None:

@@ -132,8 +132,9 @@ class Runner:
 
     @property
     def sessions(self) -> int:
-        """How many have a place."""
-        return len(self._running)
+        """How many have a place. The log of one that has it no more is closed."""
+        with self.changed:
+            return len(self._running)
 
     @property
     def cached_frames(self) -> int:
