@@ -105,10 +105,14 @@ async def play(
         await asyncio.sleep(interval * visitor.number / sessions)
         await visitor.run(lambda: result.frames >= frames)
 
-    async def measure() -> None:
-        while pid is not None:
+    async def look() -> None:
+        if pid is not None:
             size = await asyncio.to_thread(memory, pid)
             result.memory.append((result.frames / frames, size))
+
+    async def measure() -> None:
+        while True:
+            await look()
             await asyncio.sleep(_LOOK)
 
     measuring = asyncio.create_task(measure())
@@ -118,6 +122,7 @@ async def play(
         measuring.cancel()
         await asyncio.gather(measuring, return_exceptions=True)
     result.seconds = time.monotonic() - began
+    await look()
     return result
 
 
