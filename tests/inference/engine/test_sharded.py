@@ -45,10 +45,11 @@ def test_two_ranks_stream_what_one_does(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_dead_rank_ends_all(tiny: Path, tmp_path: Path) -> None:
-    result = run_ranks(WORKER, 2, str(tiny), "die", out=tmp_path, timeout=60, check=False)
+    """And not because torchrun kills them, half a minute after its signal."""
+    result = run_ranks(WORKER, 2, str(tiny), "die", out=tmp_path, check=False)
     ended = time.time()
     assert result.returncode != 0
-    assert ended - result.load("died", rank=1) < 10
+    assert ended - result.load("died", rank=1) < 25
     assert "rank 1 of 2 has ended: rank 0 ends, too" in result.stderr(0)
     assert not list(tmp_path.glob("result*"))
 
@@ -64,9 +65,9 @@ def test_who_is_no_rank_is_turned_away() -> None:
 
     with ThreadPoolExecutor() as pool:
         first = pool.submit(Lifeline, 0, 2, give, LOOPBACK)
-        numbers, stranger = told.get(timeout=30)
+        numbers, stranger = told.get(timeout=60)
         second = Lifeline(1, 2, lambda _: numbers, LOOPBACK)
-        ends = first.result(30), second
+        ends = first.result(60), second
     with stranger:
         assert stranger.recv(1) == b""
     for end in ends:  # in any order

@@ -17,7 +17,10 @@ from inference.session.runner import Runner
 from tests.inference.tiny import SIZE
 
 FRAMES = 10
-IMAGES = list(torch.randint(0, 256, (FRAMES, 3, SIZE, SIZE), dtype=torch.uint8).unbind())
+DRAWN = torch.Generator().manual_seed(1)
+IMAGES = list(
+    torch.randint(0, 256, (FRAMES, 3, SIZE, SIZE), dtype=torch.uint8, generator=DRAWN).unbind()
+)
 COUNT = 3
 
 

@@ -47,7 +47,7 @@ class Demo:
         """Tokens up to one of `ends`."""
         found: list[str] = []
         while not found or found[-1] not in ends:
-            found.append(self.tokens.get(timeout=30))
+            found.append(self.tokens.get(timeout=60))
         return found
 
 
@@ -104,7 +104,7 @@ def test_it_stops_on_request(model: QueueModel) -> None:
     demo.read(ROUND_START)
     model.stop_real_time_generate()
     assert demo.read(DONE, ERROR)[-1] == DONE
-    demo.thread.join(timeout=10)
+    demo.thread.join(timeout=60)
     assert not demo.thread.is_alive()
     model.stop_real_time_generate()  # nothing runs: nothing happens
 
@@ -130,7 +130,8 @@ def test_prompts_wait_for_room(model: QueueModel) -> None:
 def test_a_round_ends_at_max_new_tokens(model: QueueModel) -> None:
     demo = Demo(model, max_new_tokens=2, pace=None)
     demo.prompts.put("What do you see?")
+    demo.read(ROUND_START)
     for picture in PICTURES:
         demo.images.put(picture)
     demo.images.put(None)
-    assert ROUND_END in demo.read(DONE)
+    assert ROUND_END in demo.read(DONE, ERROR)

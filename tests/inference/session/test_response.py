@@ -53,11 +53,15 @@ def test_bytes_that_become_no_character_are_told_at_once(tokenizer: Tokenizer) -
 
 def test_a_run_of_lone_bytes_costs_each_token_the_same(tokenizer: Tokenizer) -> None:
     lone = tokenizer.encode("ä", add_special_tokens=False).ids[1]
-    seconds = {}
-    for count in (2_000, 40_000):
-        response, began = Response(tokenizer, "s"), time.process_time()
+
+    def said(count: int) -> tuple[float, Response]:
+        """Seconds that this thread has computed."""
+        response, began = Response(tokenizer, "s"), time.thread_time()
         for _ in range(count):
             response.append(lone)
-        seconds[count] = time.process_time() - began
-    assert seconds[40_000] < 100 * seconds[2_000]  # 20 times; 400 where all is read again
+        return time.thread_time() - began, response
+
+    few = min(said(2_000)[0] for _ in range(3))
+    many, response = min((said(40_000) for _ in range(2)), key=lambda found: found[0])
+    assert many < 100 * few  # 20 times; 400 where all is read again
     assert response.text == "\ufffd" * 40_000
