@@ -13,11 +13,11 @@ import httpx
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Running, data_url, jpeg, serving, until
+from tests.inference.serve.serving import PATIENCE, Running, data_url, jpeg, serving, until
 
 LIMITS = Limits(
-    decoders=1, media=1, clip_cpu=0.5, pixels=10**7, headers=1.0, body_wall=2.0, connections=40,
-    grace=20, parked=2, fps=100, frame_bytes=2**21, held=40 * 2**20,
+    decoders=1, media=1, clip_cpu=0.5, pixels=10**7, connections=40, headers=30.0,
+    grace=60.0, parked=2, fps=100, frame_bytes=2**21, held=40 * 2**20,
 )  # fmt: skip
 USER = {"role": "user", "content": "A"}
 
@@ -48,7 +48,7 @@ def free(server: Running) -> None:
 def raw(server: Running, text: str, body: bytes = b"") -> socket.socket:
     """A connection on which a request's head and body are written by hand."""
     host, port = server.host.split(":")
-    made = socket.create_connection((host, int(port)), timeout=10)
+    made = socket.create_connection((host, int(port)), timeout=PATIENCE)
     made.sendall(text.replace("\n", "\r\n").encode() + body)
     return made
 
@@ -65,7 +65,7 @@ def ask(server: Running, *parts: tuple[str, bytes | str], **fields: Any) -> http
     ]
     content = [*media, {"type": "text", "text": "What?"}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, **fields}
-    return httpx.post(f"{server.http}/v1/chat/completions", json=body, timeout=60)
+    return server.post(json=body)
 
 
 def refused(answer: httpx.Response, status: int, code: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import json
 import subprocess
 import threading
@@ -13,7 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import httpx
 import numpy as np
 from PIL import Image
 from websockets.exceptions import ConnectionClosed
@@ -31,13 +35,20 @@ from inference.serve.metrics import Metrics
 from inference.serve.server import Certificate, Server, server_config
 from inference.session.runner import Runner
 
+# Seconds for what must come. It ends a hang: of how fast something is it says nothing, since any
+# thread may stand still for seconds on a busy machine.
+PATIENCE = 60.0
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+
+def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Waits for something that must come true."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+CHAT = "/v1/chat/completions"
 
 
 @dataclass
@@ -55,17 +66,38 @@ class Running:
         return f"http{'s' if self.secure else ''}://{self.host}"
 
     def open(self, query: str = "", **options: Any) -> Client:
+        options = {"open_timeout": PATIENCE, "close_timeout": PATIENCE, **options}
         return Client(connect(f"ws://{self.host}/v1/realtime{query}", max_size=None, **options))
 
-    def wait(self, sessions: int, seconds: float = 10.0) -> None:
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.http + path, timeout=PATIENCE, **options)
+
+    def post(self, path: str = CHAT, **options: Any) -> httpx.Response:
+        return httpx.post(self.http + path, timeout=PATIENCE, **options)
+
+    def wait(self, sessions: int) -> None:
         """Until so many sessions are open in the engine, and no socket is left of one that is
         over: it is told so after its place is free."""
-        until(lambda: self.hub.runner.sessions == sessions, seconds)
-        until(lambda: not self._ending, seconds)
+        until(lambda: self.hub.runner.sessions == sessions)
+        until(lambda: not self.between_turns(self._ending))
 
-    @property
+    def wait_left(self, session: str) -> None:
+        """Until the server knows that the client of a session has left."""
+        live = self.hub.sessions[session]
+        until(lambda: live.socket is None)
+
+    def between_turns(self, function: Callable[[], Any]) -> Any:
+        """What a function returns in the server's event loop: nobody there is in the middle of
+        something, as to a thread beside it he may seem to be."""
+
+        async def call() -> Any:
+            return function()
+
+        loop = self.server.servers[0].get_loop()
+        return asyncio.run_coroutine_threadsafe(call(), loop).result(PATIENCE)
+
     def _ending(self) -> list[str]:
-        held = list(self.hub.sessions.values())
+        held = self.hub.sessions.values()
         return [live.id for live in held if live.socket is not None and live.handle.log.closed]
 
 
@@ -99,10 +131,28 @@ def serving(
         yield Running(f"127.0.0.1:{port}", certificate is not None, hub, server, thread)
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=PATIENCE)
         runner.close()
     assert not thread.is_alive()
     assert not engine.slots  # nothing leaks
+
+
+@contextlib.contextmanager
+def standing_still(engine: Engine, steps: int = 0) -> Iterator[None]:
+    """After so many more steps the engine takes none until the block ends: what a test does inside
+    comes before them, however long it takes."""
+    step, going_on, taken = engine.step, threading.Event(), itertools.count()
+
+    def held(of_step: Any) -> Any:
+        if next(taken) >= steps:
+            going_on.wait(PATIENCE)
+        return step(of_step)
+
+    with mock.patch.object(engine, "step", held):
+        try:
+            yield
+        finally:
+            going_on.set()
 
 
 def self_signed(folder: Path) -> tuple[str, str]:
@@ -146,7 +196,7 @@ class Client:
             self.send("input_image_buffer.append", ts=ts, **more)
         self.socket.send(data)
 
-    def next(self, seconds: float = 20.0) -> dict[str, Any]:
+    def next(self, seconds: float = PATIENCE) -> dict[str, Any]:
         event: dict[str, Any] = json.loads(self.socket.recv(timeout=seconds))
         self.seen.append(event)
         return event

@@ -15,7 +15,6 @@ import pytest
 from pydantic import BaseModel
 
 from inference.engine.load import load_engine
-from inference.serve.limits import Limits
 from tests.inference.serve.serving import Running, serving
 
 USER: Any = [{"role": "user", "content": "Who is it?"}]
@@ -24,7 +23,7 @@ USER: Any = [{"role": "user", "content": "Who is it?"}]
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Running]:
     engine = load_engine(tiny, device="cpu", window=8, max_tokens=512, max_sessions=3)
-    with serving(engine, Limits(wait=20.0), stage="sft") as running:
+    with serving(engine, stage="sft") as running:
         yield running
 
 

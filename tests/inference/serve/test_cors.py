@@ -16,7 +16,7 @@ from inference.engine.load import load_engine
 from inference.serve.flags import origin as read_origin
 from inference.serve.flags import parse
 from inference.serve.server import listen
-from tests.inference.serve.serving import Running, serving
+from tests.inference.serve.serving import PATIENCE, Running, serving
 
 MINE, OTHER = "https://mine.example", "https://other.example"
 CHAT = "/v1/chat/completions"
@@ -36,7 +36,7 @@ def server(engine: Engine) -> Iterator[Running]:
 
 class Answer:
     def __init__(self, server: Running, method: str, path: str, body: str | None, **headers: str):
-        connection = http.client.HTTPConnection(server.host, timeout=20)
+        connection = http.client.HTTPConnection(server.host, timeout=PATIENCE)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         if body is not None:
             named["Content-Type"] = "application/json"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -16,7 +16,15 @@ from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.slots import Step
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Client, Running, jpeg, serving
+from tests.inference.serve.serving import (
+    PATIENCE,
+    Client,
+    Running,
+    jpeg,
+    serving,
+    standing_still,
+    until,
+)
 
 CONFIG: dict[str, Any] = {"source": "file", "pace": 4, "silence_bias": 2.0, "max_output_tokens": 9}
 
@@ -28,7 +36,7 @@ def engine(tiny: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Running]:
-    with serving(engine, Limits(fps=100, step=0.2)) as running:
+    with serving(engine, Limits(fps=100)) as running:
         yield running
 
 
@@ -121,12 +129,14 @@ def test_out_of_memory_together_is_not_the_end_of_both(
 
     monkeypatch.setattr(layer, "forward", short)
     monkeypatch.setattr(engine, "step", counted)
-    said: list[Any] = []
-    with begin(server) as first, begin(server) as second:
-        other = threading.Thread(target=lambda: said.append(watch(second)))
-        other.start()
-        said.append(watch(first))
-        other.join(timeout=30)
+    all_wait = threading.Event()
+    with begin(server) as first, begin(server) as second, ThreadPoolExecutor(2) as pool:
+        tasks = [slot_of(server, client).task for client in (first, second)]
+        server.hub.runner.call(lambda: all_wait.wait(PATIENCE))
+        watching = [pool.submit(watch, client) for client in (first, second)]
+        until(lambda: all(len(task.frames) == 4 for task in tasks))  # as many as may
+        all_wait.set()
+        said = [one.result() for one in watching]
     assert failed[0] > 3
     assert said == [undisturbed, undisturbed]
 
@@ -148,27 +158,23 @@ def test_an_exception_in_a_session_ends_it_alone(
         bad.frame(jpeg())
         assert watch(good) == undisturbed
         ended(bad, "a fault of ours")
-    assert httpx.get(f"{server.http}/health").json()["status"] == "ok"
+    assert server.get("/health").json()["status"] == "ok"
 
 
 def test_health_knows_a_step_that_does_not_end(
     server: Running, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, release = engine.step, threading.Event()
+    def health() -> tuple[int, str]:
+        answer = server.get("/health")
+        return answer.status_code, answer.json()["status"]
 
-    def stuck(steps: Sequence[Step]) -> list[int | None]:
-        release.wait(10)
-        return step(steps)
-
-    monkeypatch.setattr(engine, "step", stuck)
+    monkeypatch.setattr(server.hub, "limits", replace(server.hub.limits, step=0.2))
     with begin(server) as client:
-        client.frame(jpeg())
-        time.sleep(0.4)
-        health = httpx.get(f"{server.http}/health")
-        assert (health.status_code, health.json()["status"]) == (503, "stuck")
-        release.set()
+        with standing_still(engine):
+            client.frame(jpeg())
+            until(lambda: health() == (503, "stuck"))
         client.until("input_frame.processed")
-        assert httpx.get(f"{server.http}/health").status_code == 200
+        until(lambda: health() == (200, "ok"))
         client.send("session.close")
         client.rest()
 
@@ -187,7 +193,7 @@ def test_a_server_whose_engine_has_ended_ends_too(
         first.frame(jpeg())
         ended(first, "a rank has gone")
         ended(second, "a rank has gone")
-        server.thread.join(timeout=10)
+        server.thread.join(PATIENCE)
         assert not server.thread.is_alive()
         assert "a rank has gone" in server.hub.runner.failed
         assert server.hub.status == "failed"

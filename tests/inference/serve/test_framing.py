@@ -3,6 +3,7 @@ read, and clients that do not read."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -13,14 +14,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from torch import Tensor
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from inference.serve.limits import Limits
 from inference.serve.server import Certificate
 from tests.inference.serve.attacking import USER, raw, small_engine
-from tests.inference.serve.serving import Running, jpeg, self_signed, serving, until
+from tests.inference.serve.serving import PATIENCE, Running, jpeg, self_signed, serving, until
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SENT = 1.0  # seconds in which a client must read
@@ -136,7 +140,7 @@ def upgraded(server: Running, **options: int) -> socket.socket:
     if "receive" in options:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options["receive"])
     host, port = server.host.split(":")
-    one.settimeout(10)
+    one.settimeout(PATIENCE)
     one.connect((host, int(port)))
     key = b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n"
     head = b"GET /v1/realtime HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
@@ -191,48 +195,83 @@ def test_pings_and_parts_of_messages_are_answered(server: Running) -> None:
 
 
 def test_who_sends_many_texts_waits_and_no_other(server: Running) -> None:
-    """Each of them changes something, and none is wrong."""
-    with server.open() as client, httpx.Client(timeout=20) as http:
+    """Each of them changes something, and none is wrong. Others get a hundred answers before they
+    are taken, each of which therefore does not wait for long."""
+    with server.open() as client, httpx.Client(timeout=PATIENCE) as http:
         created = client.until("session.created")
+        live = server.hub.sessions[created["session"]["id"]]
         began, count = time.monotonic(), 2000
         text = json.dumps({"type": "session.update", "session": {"temperature": 0.5}}).encode()
         many = b"".join(frame(1, text) for _ in range(count))
         client.socket.socket.sendall(many)
-        pauses = []
-        while time.monotonic() < began + 2:
-            asked = time.monotonic()
+        for _ in range(100):
             assert http.get(f"{server.http}/health").status_code == 200
-            pauses.append(time.monotonic() - asked)
-        assert max(pauses) < 1
-        live = server.hub.sessions[created["session"]["id"]]
-        done, fps = live.handle.log.last_seq, server.hub.limits.fps
-        rate = 2 * fps + 8
-        assert rate < done < (4 + time.monotonic() - began) * rate + 10
+        assert live.handle.log.last_seq < count
+        rate = 2 * server.hub.limits.fps + 8
+        until(lambda: live.handle.log.last_seq > 5 * rate)
+        done = live.handle.log.last_seq
+        assert done < (4 + time.monotonic() - began) * rate + 10
+        live.close("the test is over")  # the client's own goodbye would wait behind all of them
     server.wait(0)
 
 
-def test_pings_wait_for_messages_that_wait(server: Running) -> None:
-    """A client's answer comes after what the session has not taken yet. One that does not answer
-    though nothing waits has gone."""
-    config = server.server.config
-    before = config.ws_ping_interval, config.ws_ping_timeout
-    config.ws_ping_interval, config.ws_ping_timeout = 0.2, 0.4
-    try:
-        with server.open() as client:
-            client.until("session.created")
-            client.update(source="file", silence_bias=50)
-            for second in range(40):  # of 8 a second: they come in one piece, and wait here
-                client.frame(jpeg(), ts=float(second))
-            client.until("input_frame.processed", frame_at=39.0)
-            client.send("session.close")
-            assert client.close_code == 1000
-        with upgraded(server) as one:
-            said = b""
-            while piece := one.recv(65536):
-                said += piece
-        assert b"keepalive ping timeout" in said
-    finally:
-        config.ws_ping_interval, config.ws_ping_timeout = before
+def test_pings_wait_for_messages_that_wait(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client's answer comes after what the session has not taken yet."""
+    decode, going_on = server.hub.decode, threading.Event()
+
+    async def waiting(data: bytes) -> Tensor:
+        while not going_on.is_set():
+            await asyncio.sleep(0.01)
+        return await decode(data)
+
+    monkeypatch.setattr(server.hub, "decode", waiting)
+    monkeypatch.setattr(server.server.config, "ws_ping_interval", 0.2)
+    monkeypatch.setattr(server.server.config, "ws_ping_timeout", 5.0)  # for the client's answers
+    with server.open() as client:
+        client.until("session.created")
+        (protocol,) = server.between_turns(lambda: list(of_sockets(server)))
+        late = count_calls(monkeypatch, protocol, "keepalive_timeout")
+        client.update(source="file", silence_bias=50)
+        for second in range(6):
+            client.frame(jpeg(), ts=float(second))
+        until(lambda: len(late) > 0)
+        going_on.set()
+        client.until("input_frame.processed", frame_at=5.0)
+        client.send("session.close")
+        assert client.close_code == 1000
+
+
+def of_sockets(server: Running) -> Iterator[Any]:
+    """Connections that have become WebSockets."""
+    for one in server.server.server_state.connections:
+        if isinstance(one, WebSocketsSansIOProtocol):
+            yield one
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]:
+    """Has an entry for each call of a method from now on."""
+    method, calls = getattr(owner, name), list[None]()
+
+    def counted() -> None:
+        calls.append(None)
+        method()
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_who_answers_no_ping_though_nothing_waits_has_gone(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.server.config, "ws_ping_interval", 0.2)
+    monkeypatch.setattr(server.server.config, "ws_ping_timeout", 0.4)
+    with upgraded(server) as one:
+        said = b""
+        while piece := one.recv(65536):
+            said += piece
+    assert b"keepalive ping timeout" in said
 
 
 # Clients that do not read
@@ -246,32 +285,39 @@ def test_who_does_not_read_answers_has_no_connection(server: Running) -> None:
     """Whether more of them wait, or the last one is there and the connection is to be closed."""
     host, port = server.host.split(":")
     until(lambda: connections(server) == 0)
+    state = server.server.server_state
     document = HEALTH.replace(b"/health", b"/openapi.json")
     last = document.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     for request in (document * 200, document * 20 + last):
         with socket.socket() as one:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             one.connect((host, int(port)))
+            state.total_requests = 0
             one.sendall(request)
-            until(lambda: connections(server) == 1)
-            until(lambda: connections(server) == 0, 20 * SENT)
+            until(lambda: state.total_requests > 0)
+            until(lambda: connections(server) == 0)
 
 
-def test_who_reads_slowly_gets_all(server: Running) -> None:
-    host, port = server.host.split(":")
+def test_who_reads_slowly_gets_all(tiny: Path) -> None:
+    """Longer than the limit, in which nothing would be read by one who stood still."""
+    limit = 4.0
     document = HEALTH.replace(b"/health", b"/openapi.json")
-    size = len(httpx.get(f"{server.http}/openapi.json").content)
-    count = 2**22 // size
-    with socket.socket() as one:
+    with (
+        serving(small_engine(tiny), Limits(decoders=1, send=limit)) as server,
+        socket.socket() as one,
+    ):
+        size = len(server.get("/openapi.json").content)
+        count = 2**22 // size
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
-        one.settimeout(10)
+        one.settimeout(PATIENCE)
+        host, port = server.host.split(":")
         one.connect((host, int(port)))
         one.sendall(document * count)
         began, read = time.monotonic(), 0
         while read < size * count:
             read += len(one.recv(2**16))
-            time.sleep(3 * SENT * 2**14 / (size * count))
-    assert time.monotonic() - began > 2 * SENT
+            time.sleep(1.5 * limit * 2**14 / (size * count))
+        assert time.monotonic() - began > limit
 
 
 def test_a_session_whose_client_does_not_read_has_no_connection(server: Running) -> None:
@@ -281,7 +327,7 @@ def test_a_session_whose_client_does_not_read_has_no_connection(server: Running)
         (live,) = server.hub.sessions.values()
         for _ in range(300):
             live.handle.emit("session.state", state="silent", filler="x" * 100_000)
-        until(lambda: connections(server) == 0, 20 * SENT)
+        until(lambda: connections(server) == 0)
     live.close("the test is over")
     until(lambda: not server.hub.sessions)
 
@@ -296,9 +342,15 @@ def test_a_certificates_handshake_has_its_time(tiny: Path, tmp_path: Path) -> No
         with raw(server, "") as silent, raw(server, "", b"\x16\x03\x01\x02\x00") as slow:
             began = time.monotonic()
             assert silent.recv(1) == slow.recv(1) == b""
-            assert time.monotonic() - began < 10 * SENT
-        answer = httpx.get(f"{server.http}/health", verify=False)
-        assert answer.status_code == 200
+            assert time.monotonic() - began < 30  # asyncio's own limit is a minute
+
+        def healthy() -> bool:
+            try:
+                return server.get("/health", verify=False).status_code == 200
+            except httpx.TransportError:  # this thread, too, may have stood still for so long
+                return False
+
+        until(healthy)
 
 
 # Soft and hard limits of open files: those that a process begins with, those that it then has, and

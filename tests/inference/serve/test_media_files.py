@@ -92,7 +92,7 @@ def server(tiny: Path, opened: Path) -> Iterator[Running]:
 def ask(server: Running, kind: str, url: str) -> httpx.Response:
     content = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "What?"}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8}
-    return httpx.post(f"{server.http}/v1/chat/completions", json=body, timeout=60)
+    return server.post(json=body)
 
 
 def test_the_server_answers_about_a_file_as_about_its_bytes(server: Running, opened: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -19,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
 
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Running, serving
+from tests.inference.serve.serving import PATIENCE, Running, serving
 
 EXAMPLES = {"GET": 2, "POST": 15}  # of a route
 
@@ -27,7 +26,7 @@ EXAMPLES = {"GET": 2, "POST": 15}  # of a route
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Running]:
     engine = load_engine(tiny, device="cpu", window=8, max_tokens=256, max_sessions=2)
-    with serving(engine, Limits(wait=5.0, clip_wall=5.0, max_tokens=8), stage="sft") as running:
+    with serving(engine, Limits(clip_wall=5.0, max_tokens=8), stage="sft") as running:
         yield running
 
 
@@ -50,7 +49,7 @@ def statuses(operation: Any, server: Running) -> set[int]:
     )  # fmt: skip
     @given(case=operation.as_strategy())
     def check(case: Any) -> None:
-        answer = case.call(base_url=server.http, timeout=30)
+        answer = case.call(base_url=server.http, timeout=PATIENCE)
         seen.add(answer.status_code)
         case.validate_response(answer, checks=CHECKED)
 
@@ -60,7 +59,7 @@ def statuses(operation: Any, server: Running) -> set[int]:
 
 def test_requests_of_the_document_get_what_it_says(server: Running) -> None:
     """No 5xx, no status, type or body that the document does not have."""
-    document = httpx.get(f"{server.http}/openapi.json", timeout=60).json()
+    document = server.get("/openapi.json").json()
     found: list[Any] = list(schemathesis.openapi.from_dict(document).get_all_operations())
     seen = {one.ok().label: statuses(one.ok(), server) for one in found}
     assert seen["POST /v1/chat/completions"] >= {200, 400}

@@ -65,6 +65,7 @@ def test_openais_client_watches_asks_and_cancels(server: Running) -> None:
                       "image": base64.b64encode(jpeg()).decode()}  # fmt: skip
         connection.send(frame)
         assert until(connection, "input_frame.processed").frame_at == 1.0
+        until(connection, "response.done")  # what it says to the frame alone
         content: Any = [
             {"type": "input_text", "text": "Who is it?"},
             {"type": "input_image", "image_url": data_url(jpeg(1), "image/jpeg")},
@@ -122,7 +123,7 @@ def test_openais_client_names_the_model_and_asks_for_no_limit(server: Running) -
         connection.session.update(session={"type": "realtime", "max_output_tokens": "inf"})
         updated = whole(types.SessionUpdatedEvent, until(connection, "session.updated"))
         assert updated.session.max_output_tokens == "inf"
-        (live,) = (one for one in server.hub.sessions.values() if one.socket)
+        (live,) = (one for one in list(server.hub.sessions.values()) if one.socket)
         assert live.handle.config.max_new_tokens is None
         connection.send({"type": "session.close"})  # type: ignore[arg-type,typeddict-item]
         until(connection, "session.closed")

@@ -17,10 +17,10 @@ from inference.engine.load import load_engine
 from inference.serve.limits import Limits
 from inference.serve.messages import ImageAppend
 from inference.serve.protocol import parse, read_image
-from tests.inference.serve.serving import Running, data_url, jpeg, serving
+from tests.inference.serve.serving import PATIENCE, Running, data_url, jpeg, serving
 from tests.samples import graded_video
 
-LIMITS = Limits(body_bytes=10**6, prompt_chars=500, frames=30, max_tokens=400, wait=20.0)
+LIMITS = Limits(body_bytes=10**6, prompt_chars=500, frames=30, max_tokens=400)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def server(engine: Engine) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def http(server: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"{server.http}/v1/", timeout=60) as client:
+    with httpx.Client(base_url=f"{server.http}/v1/", timeout=PATIENCE) as client:
         yield client
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import resource
 import socket
+import statistics
 import struct
 import threading
 import time
@@ -17,9 +19,12 @@ import pytest
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Running, jpeg, serving, until
+from tests.inference.serve.serving import PATIENCE, Running, jpeg, serving, until
 
-LATE = 0.5  # seconds: how late a well-behaved client's frame may be on a busy machine
+# How late a well-behaved client's frame may be: so many times as late as when it is alone, in the
+# median; and this many seconds on a machine that is fast.
+TIMES, LATE = 20, 0.5
+FEW = 12  # frames of such a client at least: of fewer the median may be one that stood still
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +34,24 @@ def engine(tiny: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Running]:
-    with serving(engine, Limits(grace=0.4, replay=500, send=0.3)) as running:
+    with serving(engine, Limits(grace=60.0, replay=500)) as running:
         yield running
         until(lambda: not running.hub.sessions)
 
 
-class Neighbour:
-    """A client that behaves: seven frames a second, while something else goes on."""
+@pytest.fixture(scope="module")
+def late(server: Running) -> float:
+    """Seconds that a frame of a well-behaved client may wait."""
+    with Neighbour(server, math.inf) as alone:
+        until(lambda: len(alone.lags) > FEW)
+    return max(LATE, TIMES * statistics.median(alone.lags))
 
-    def __init__(self, server: Running) -> None:
-        self._client, self._over = server.open(), threading.Event()
+
+class Neighbour:
+    """A client that behaves: seven frames a second, while something else goes on. late: seconds."""
+
+    def __init__(self, server: Running, late: float) -> None:
+        self._client, self._over, self._late = server.open(), threading.Event(), late
         self._thread = threading.Thread(target=self._watch)
         self.lags: list[float] = []
 
@@ -61,44 +74,45 @@ class Neighbour:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(timeout=20)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         assert self.lags
-        assert sorted(self.lags)[len(self.lags) // 2] < LATE
+        assert statistics.median(self.lags) < self._late
         assert not [e for e in self._client.seen if e["type"] in ("error", "input_frame.dropped")]
 
 
-def test_a_flood_of_frames_is_dropped_and_counted(server: Running) -> None:
-    with Neighbour(server), server.open() as client:
+def test_a_flood_of_frames_is_dropped_and_counted(server: Running, late: float) -> None:
+    with Neighbour(server, late) as neighbour, server.open() as client:
         client.until("session.created")
         client.update(silence_bias=50)
         reader = threading.Thread(target=client.rest)
         reader.start()
-        picture, sent, end = jpeg(), 0, time.monotonic() + 1.5
-        while time.monotonic() < end:
+        picture, sent = jpeg(), 0
+        while sent < 2000 or len(neighbour.lags) < FEW:
             client.socket.send(picture)
             sent += 1
-        client.send("session.close")
-        reader.join(timeout=20)
+        client.send("input_image_buffer.end")  # all that waits is taken in
+        reader.join(PATIENCE)
+        assert not reader.is_alive()
     frames = [e for e in client.seen if e["type"] == "input_frame.processed"]
     dropped = [e for e in client.seen if e["type"] == "input_frame.dropped"]
-    lost = sum(e["count"] for e in dropped)
-    assert sent > 1000
-    waiting = max(e["waiting"] for e in frames)
-    assert waiting <= 4
-    assert sent - waiting - 1 <= len(frames) + lost <= sent
+    assert len(frames) + sum(e["count"] for e in dropped) == sent
+    assert max(e["waiting"] for e in frames) <= 4
     assert {e["reason"] for e in dropped} <= {"rate_limited", "queue_full"}
-    assert max(e["lag_ms"] for e in frames) < 1000 * 4 * LATE  # it does not grow
+    last = [e["lag_ms"] for e in frames[len(frames) // 2 :]]
+    assert statistics.median(last) < 1000 * 4 * late  # it does not grow
 
 
-def test_a_client_that_does_not_read_loses_its_socket(server: Running) -> None:
-    until(lambda: not server.hub.sessions)
-    with Neighbour(server):
+def test_a_client_that_does_not_read_loses_its_socket(engine: Engine, late: float) -> None:
+    limits = Limits(grace=0.4, replay=500, send=0.3)
+    with serving(engine, limits) as server, Neighbour(server, late) as neighbour:
+        until(lambda: len(server.hub.sessions) == 1)
+        (other,) = server.hub.sessions
         quiet = socket.socket()
         quiet.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         shake_hands(quiet, server)
         until(lambda: len(server.hub.sessions) == 2)
-        live = list(server.hub.sessions.values())[-1]
+        (live,) = (one for one in list(server.hub.sessions.values()) if one.id != other)
         live.untouched = False
         for _ in range(300):  # far more than the buffers between them hold
             live.handle.emit("session.state", state="silent", filler="x" * 100_000)
@@ -106,7 +120,8 @@ def test_a_client_that_does_not_read_loses_its_socket(server: Running) -> None:
         assert len(live.handle.log.after(0, 10**6)) <= 501
         until(lambda: live.id not in server.hub.sessions)
         quiet.close()
-    assert "slow_client" in server.hub.page().decode()
+        until(lambda: len(neighbour.lags) >= FEW)
+        assert "slow_client" in server.hub.page().decode()
 
 
 def test_who_has_seen_events_that_are_still_to_come_is_refused(server: Running) -> None:
@@ -127,25 +142,28 @@ def test_who_has_seen_events_that_are_still_to_come_is_refused(server: Running) 
         first.until("session.closed")
 
 
-def test_a_session_waits_for_a_client_that_vanished_and_then_closes(server: Running) -> None:
-    client = server.open()
-    client.until("session.created")
-    client.update(pace=None, silence_bias=-50)
-    client.frame(jpeg())
-    client.until("response.output_text.delta")
-    client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    os.close(client.socket.socket.detach())  # a reset, in the middle of a response
-    assert server.hub.runner.sessions == 1
-    server.wait(0, seconds=5)
-    until(lambda: not server.hub.sessions)
+def test_a_session_waits_for_a_client_that_vanished_and_then_closes(engine: Engine) -> None:
+    with serving(engine, Limits(grace=0.4)) as server:
+        client = server.open()
+        created = client.until("session.created")
+        live = server.hub.sessions[created["session"]["id"]]
+        client.update(pace=None, silence_bias=-50)
+        client.frame(jpeg())
+        client.until("response.output_text.delta")
+        reset = struct.pack("ii", 1, 0)
+        client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        os.close(client.socket.socket.detach())  # in the middle of a response
+        until(lambda: live.handle.log.closed)
+        assert live.handle.reason == "nobody came back within 0.4 s"
+        until(lambda: not server.hub.sessions)
 
 
-def test_a_thousand_connects_leave_nothing_behind(server: Running) -> None:
+def test_a_thousand_connects_leave_nothing_behind(server: Running, late: float) -> None:
     """Most find no place free, and hear so; some leave in the middle of the handshake."""
     before, fds = len(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     codes: list[int] = []
-    with Neighbour(server):
+    with Neighbour(server, late) as neighbour:
         for batch in range(20):
             sockets = [socket.socket() for _ in range(50)]
             whole = [(number + batch) % 10 > 0 for number in range(50)]
@@ -153,7 +171,9 @@ def test_a_thousand_connects_leave_nothing_behind(server: Running) -> None:
                 shake_hands(one, server, all_of_it)
             for one, all_of_it in zip(sockets, whole, strict=True):
                 codes += close_code(one) if all_of_it else []
+            for one in sockets:
                 one.close()
+        until(lambda: len(neighbour.lags) >= FEW)
     until(lambda: not server.hub.sessions)
     server.wait(0)
     assert codes.count(1013) > 500
@@ -169,7 +189,7 @@ def shake_hands(one: socket.socket, server: Running, whole: bool = True) -> None
     """Opens a WebSocket by hand and reads nothing of it."""
     host, port = server.host.split(":")
     one.connect((host, int(port)))
-    one.settimeout(5)
+    one.settimeout(PATIENCE)
     key = base64.b64encode(os.urandom(16)).decode()
     request = (
         f"GET /v1/realtime HTTP/1.1\r\nHost: {server.host}\r\nUpgrade: websocket\r\n"
@@ -199,11 +219,13 @@ def test_the_seconds_of_a_live_session_go_on_on_another_socket(server: Running) 
     with server.open(f"?session={created['session']['id']}&last_seq={last}") as again:
         again.frame(jpeg())
         assert again.until("input_frame.processed")["frame_at"] >= 0.2
+        began = time.monotonic()
         again.frame(jpeg(), ts=30.0)
         again.until("input_frame.processed", frame_at=30.0)
         again.frame(jpeg())
-        assert 30 <= again.until("input_frame.processed")["frame_at"] < 40
-        again.update(silence_bias=-50, pace=10)
+        at = again.until("input_frame.processed")["frame_at"]
+        assert 30 <= at <= 30 + (time.monotonic() - began) + 0.001  # to milliseconds
+        again.update(silence_bias=-50, pace=1)
         again.ask("Tell me a story.")
         again.until("response.output_text.delta")
         again.send("session.close")
