@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from inference.hf.processing_moss_video import MossVideoProcessor
 from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.runner import Runner
 from inference.session.session import PromptTooLong, QueueFull
+from tests.inference.serve.serving import until
 
 BIAS = 4.0  # at which the random model is silent about as often as not
 PICTURES = [
@@ -63,13 +64,6 @@ def context(session: SessionHandle) -> list[int]:
     return slot["tokens"] + ([] if slot["pending"] is None else [slot["pending"]])
 
 
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.005)
-
-
 def quiet(session: SessionHandle, frames: int) -> bool:
     """All frames have their decision, and the model has stopped, or said what fits in a second."""
     task: Any = session._running.task
@@ -96,7 +90,7 @@ def test_every_token_is_that_of_one_offline_pass(runner: Runner, reference: Any)
     pass over the whole transcript, every frame seen by exactly the tokens after it."""
     with runner.session(**options(), system_prompt="Be brief.") as session:
         watch(session, PICTURES, {3: "Who is it?", 6: "And now?"})
-        wait_for(lambda: quiet(session, 8))
+        until(lambda: quiet(session, 8))
         tokens = context(session)
         responses = [e.data for e in session.log.after(0, 10**6) if e.type == "response.done"]
     assert {"interrupted", "silence"} <= {done["reason"] for done in responses}
@@ -131,7 +125,7 @@ def transcript(runner: Runner, seed: int, **fields: Any) -> list[int]:
     asks = {seed % 5 + 1: "Who is it?"}
     with runner.session(**options(seed, **fields)) as session:
         watch(session, PICTURES[seed:] + PICTURES[:seed], asks)
-        wait_for(lambda: quiet(session, 8))
+        until(lambda: quiet(session, 8))
         return context(session)
 
 
@@ -159,10 +153,10 @@ def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) ->
             session.put_frame(picture, float(second))
             if second == 4:
                 session.put_prompt("Who is it?")
-                wait_for(lambda: answering(session))
+                until(lambda: answering(session))
                 file = io.BytesIO()
                 torch.save(session.save(), file)
-        wait_for(lambda: quiet(session, 8))
+        until(lambda: quiet(session, 8))
         whole, last = context(session), session.events()
     file.seek(0)
     other = load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=1)
@@ -173,7 +167,7 @@ def test_a_saved_session_goes_on_as_it_would_have(runner: Runner, tiny: Path) ->
             waiting = len(state["session"]["frames"])
             for number in range(int(done) + 1 + waiting, 8):
                 resumed.put_frame(PICTURES[number], float(number))
-            wait_for(lambda: quiet(resumed, 8))
+            until(lambda: quiet(resumed, 8))
             assert context(resumed) == whole
             names = {e.data["response_id"] for e in resumed.log.after(0) if "response_id" in e.data}
             assert names <= {e.data.get("response_id") for e in last}
@@ -193,7 +187,7 @@ def test_a_state_saved_at_any_moment_has_all_that_was_given(
 
     def saved_before(steps: Any) -> Any:
         """A step for which somebody waits who saves the session."""
-        wait_for(lambda: runner._calls)
+        until(lambda: runner._calls)
         return step(steps)
 
     monkeypatch.setattr(engine, "step", saved_before)
@@ -212,7 +206,7 @@ def test_a_state_saved_at_any_moment_has_all_that_was_given(
         assert taken + len(waiting) == 6
     for state in states[:: len(states) // 7]:
         with runner.restore(state) as resumed:
-            wait_for(lambda s=resumed: settled(s, 6))
+            until(partial(settled, resumed, 6))
             assert context(resumed) == whole
 
 
@@ -269,7 +263,7 @@ def test_it_ends_cleanly_in_every_order(
     def until_closed(steps: Any) -> Any:
         """In the middle of the response it is closed, before the model ends it."""
         if order == "in_the_middle" and session.running.task.response:
-            wait_for(lambda: session.reason)
+            until(lambda: session.reason)
         return step(steps)
 
     monkeypatch.setattr(engine, "step", until_closed)
@@ -279,7 +273,7 @@ def test_it_ends_cleanly_in_every_order(
     session.push_frame(PICTURES[0])
     session.prompt("Who is it?")
     if order == "in_the_middle":
-        wait_for(lambda: session._running.task.response)
+        until(lambda: session._running.task.response)
     if order == "by_its_end":
         session.end()
         assert list(session.events())[-1].type == "session.closed"
@@ -312,10 +306,10 @@ def test_no_more_sessions_than_the_engine_has_slots(runner: Runner) -> None:
     with pytest.raises(EngineFull, match="all 3 sessions"):
         runner.session()
     opened[0].close()
-    wait_for(lambda: runner.sessions == 2)
+    until(lambda: runner.sessions == 2)
     with runner.session(**options()) as session:
         watch(session, PICTURES[:1], {})
-        wait_for(lambda: quiet(session, 1))
+        until(lambda: quiet(session, 1))
     for one in opened:
         one.close()
 
@@ -330,7 +324,7 @@ def test_the_failure_of_one_session_does_not_touch_others(runner: Runner) -> Non
         events = list(bad.events())
         assert "tokens must be" in next(e.data["message"] for e in events if e.type == "error")
         assert events[-1].type == "session.closed"
-        wait_for(lambda: quiet(good, 8))
+        until(lambda: quiet(good, 8))
 
 
 def test_a_long_prompt_goes_in_between_the_steps_of_others(
@@ -344,7 +338,7 @@ def test_a_long_prompt_goes_in_between_the_steps_of_others(
         with runner.session(**options()) as session:
             session.put_frame(PICTURES[0], 0.0)
             session.put_prompt(text)
-            wait_for(lambda: answering(session))
+            until(lambda: answering(session))
             done = [e.data["delta"] for e in session.log.after(0) if "delta" in e.data]
             return context(session), "".join(done)
 
@@ -360,7 +354,7 @@ def test_a_long_prompt_goes_in_between_the_steps_of_others(
         talk = options(pace=None, sampling=Sampling(silence_bias=-100.0), max_new_tokens=10**6)
         with runner.session(**talk) as talking:
             talking.prompt("Talk.")
-            wait_for(lambda: talking.running.task.response)
+            until(lambda: talking.running.task.response)
             counts.clear()
             said = ask(runner)
             with pytest.raises(PromptTooLong, match="at most 2048"):
@@ -386,7 +380,7 @@ def test_pictures_come_in_many_forms_and_wrong_ones_are_refused(runner: Runner) 
     for form in forms:
         with runner.session(**options()) as session:
             session.push_frame(form)
-            wait_for(lambda s=session: quiet(s, 1))
+            until(partial(quiet, session, 1))
             contexts.append(context(session))
     assert contexts[1:] == contexts[:1] * 3
     with runner.session(**options(max_waiting_frames=1)) as session:
