@@ -30,6 +30,7 @@ from inference.serve.held import GOING_AWAY, NORMAL, TRY_LATER, UNKNOWN, refusal
 from inference.serve.hub import new_id
 from inference.serve.limits import Limits
 from inference.serve.memory import Ceiling
+from inference.serve.wire import code as own_code
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +202,12 @@ class Front:
         if status == "ok":
             if replica.state in ("starting", "dead"):
                 log.warning("replica %d is ready", replica.number)
+                if replica.code != own_code():
+                    log.warning(
+                        "replica %d, %s, runs another version than this front: they may not "
+                        "understand each other: start both from the same one",
+                        replica.number, replica.address,
+                    )  # fmt: skip
                 replica.state = "ready"
                 replica.served = self._served = True
             self.places.pump()

@@ -53,6 +53,7 @@ class Replica:
         self.served = False  # it has been ready since its process was started
         self.held = False  # an administrator wants no sessions on it
         self.seats, self.memory = 0, 0
+        self.code = ""  # a digest of what it runs
         self.pid: int | None = None  # of a process that the front has started
         self.sessions: set[Tenant] = set()
         self.chats = 0
@@ -107,6 +108,7 @@ class Replica:
             return "silent"
         self.last_heard = time.monotonic()
         self.seats, self.memory = body.get("max_sessions", 0), body.get("memory_free", 0)
+        self.code = str(body.get("code", ""))
         status = str(body.get("status", "silent"))
         return status if status != "ok" or body.get("decoders") else "starting"
 

@@ -39,6 +39,7 @@ from inference.serve.limits import Refused
 from inference.serve.openapi import document
 from inference.serve.replica import add_front_route
 from inference.serve.socket import Connection
+from inference.serve.wire import code
 from inference.session.events import Event
 from inference.session.handle import SessionClosed
 
@@ -113,6 +114,7 @@ def make_routes(
             **await service.health(),
             "model": MODEL,
             "stage": service.export.stage,
+            **({} if access.front_key is None else {"code": code()}),
             "prompt_form": service.export.prompt_form,
             "tile": service.export.tile,
         }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from inference.serve.accounts import Usage
@@ -25,6 +28,17 @@ def largest_message(limits: Limits, tile: int | None) -> int:
     replica: its front sends what clients send, with more around it, and sessions that move."""
     of_client = 2 * limits.frame_bytes  # base64 in JSON is a third larger
     return of_client if tile is None else max(of_client, 3 * tile * tile, _KEPT) + _AROUND
+
+
+@cache
+def code() -> str:
+    """A digest of what makes and reads these messages: a front and a replica with another one may
+    not understand each other."""
+    inference, digest = Path(__file__).resolve().parents[1], sha256()
+    for folder in ("replicas", "serve", "session"):
+        for file in sorted((inference / folder).glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def pack(values: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:

@@ -71,3 +71,16 @@ def test_a_session_whose_pictures_are_larger_than_messages_moves(front: Fronted)
         client.send("session.close")
         client.rest()
         assert client.close_code == 1000
+
+
+def test_a_replica_of_another_version_is_told(
+    front: Fronted, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = front.front.replicas
+    front.front._seen(first, None, "ok")  # it is there already
+    for replica, code in ((first, first.code), (second, "older")):
+        monkeypatch.setattr(replica, "state", "starting")
+        monkeypatch.setattr(replica, "code", code)
+        front.front._seen(replica, None, "ok")
+    (told,) = [line for line in caplog.messages if "another version" in line]
+    assert told.startswith(f"replica 1, {second.address}, runs another version than this front")
