@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -22,7 +23,14 @@ from inference.serve.keys import Key
 from inference.serve.limits import Limits
 from tests.conftest import REPO
 from tests.inference.replicas.fronting import FRONT_KEY, Fronted, fronting
-from tests.inference.serve.serving import Client, audited, jpeg
+from tests.inference.serve.serving import (
+    PATIENCE,
+    Client,
+    audited,
+    jpeg,
+    standing_still,
+    until,
+)
 
 FPS = 10
 TWO, LIVE, FILE, READER, PLAIN, CHIEF = (
@@ -56,30 +64,25 @@ def front(tiny: Path, log: Path) -> Iterator[Fronted]:
 @pytest.fixture(autouse=True)
 def _all_free(front: Fronted) -> Iterator[None]:
     yield
-    until = time.monotonic() + 10
-    while any(replica.sessions or replica.chats for replica in front.front.replicas):
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    until(lambda: not any(one.sessions or one.chats for one in front.front.replicas), PATIENCE)
 
 
 def chat(front: Fronted, key: str, **fields: Any) -> httpx.Response:
     body = {"messages": [{"role": "user", "content": "A"}], "max_tokens": 6, **fields}
     return httpx.post(
-        f"{front.http}/v1/chat/completions", json=body, timeout=60,
+        f"{front.http}/v1/chat/completions", json=body, timeout=PATIENCE,
         headers={"Authorization": f"Bearer {key}"},
     )  # fmt: skip
 
 
 def line(log: Path, **fields: Any) -> dict[str, Any]:
     """The last one of the audit log with these fields."""
-    until = time.monotonic() + 10
-    while True:
-        lines = audited(log)
-        found = [one for one in lines if fields.items() <= one.items()]
-        if found:
-            return dict(found[-1])
-        assert time.monotonic() < until, lines
-        time.sleep(0.02)
+
+    def found() -> list[dict[str, Any]]:
+        return [one for one in audited(log) if fields.items() <= one.items()]
+
+    until(lambda: bool(found()), PATIENCE)
+    return found()[-1]
 
 
 def on_both(front: Fronted, key: str) -> list[Client]:
@@ -145,15 +148,17 @@ def test_tokens_are_counted_where_the_clients_are(front: Fronted, log: Path) -> 
         used += answer.json()["usage"]["total_tokens"]
         answer = chat(front, READER)
     assert (answer.status_code, used > 40) == (429, True)
-    whole = chat(front, PLAIN).json()["usage"]
-    told = line(log, key="plain", kind="chat")
+    answered = chat(front, PLAIN).json()
+    whole = answered["usage"]
+    told = line(log, key="plain", kind="chat", id=answered["id"])
     assert told["asked"] == asked(6)
     assert told["usage"]["input_tokens"] == whole["prompt_tokens"]
     assert told["usage"]["output_tokens"] == whole["completion_tokens"]
     streamed = chat(front, PLAIN, stream=True, stream_options={"include_usage": True}).text
     assert all(part.startswith("data: ") for part in streamed.split("\n\n") if part)
-    assert json.loads(streamed.split("\n\n")[-3].removeprefix("data: "))["usage"] == whole
-    told = line(log, key="plain", kind="chat")
+    last = json.loads(streamed.split("\n\n")[-3].removeprefix("data: "))
+    assert last["usage"] == whole
+    told = line(log, key="plain", kind="chat", id=last["id"])
     assert told["usage"]["output_tokens"] == whole["completion_tokens"]
     wrong = chat(front, PLAIN, temprature=1)
     assert wrong.status_code == 400
@@ -163,7 +168,7 @@ def test_tokens_are_counted_where_the_clients_are(front: Fronted, log: Path) -> 
 def said(front: Fronted, name: str) -> float:
     """Tokens of a key's answers so far."""
     headers = {"Authorization": f"Bearer {CHIEF}"}
-    page = httpx.get(f"{front.http}/metrics", headers=headers).text
+    page = httpx.get(f"{front.http}/metrics", headers=headers, timeout=PATIENCE).text
     return sum(
         sample.value
         for family in text_string_to_metric_families(page)
@@ -184,13 +189,15 @@ def test_an_answer_that_is_left_counts_as_far_as_it_went(
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {front.host}\r\nContent-Length: {len(text)}"
     )
     head += f"\r\nContent-Type: application/json\r\nAuthorization: Bearer {PLAIN}\r\n\r\n"
-    before, began = said(front, "plain"), time.monotonic()
+    before = said(front, "plain")
     host, port = front.host.split(":")
-    with socket.create_connection((host, int(port))) as client:
-        client.sendall(head.encode() + text)
-        while said(front, "plain") == before:
-            assert time.monotonic() - began < 60
-    usage = line(log, key="plain", ended="client_left", asked={**asked(400), "stream": stream})
+    with contextlib.ExitStack() as stack:
+        for engine in front.engines:  # the answer does not end before its client leaves
+            stack.enter_context(standing_still(engine, steps=50))
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head.encode() + text)
+            until(lambda: said(front, "plain") > before, PATIENCE)
+        usage = line(log, key="plain", ended="client_left", asked={**asked(400), "stream": stream})
     assert 1 <= usage["usage"]["output_tokens"] < 400
     assert usage["usage"]["input_tokens"] > 0
 
@@ -201,7 +208,7 @@ def asked(most: int) -> dict[str, Any]:
 
 def test_the_fronts_page_has_its_keys_and_the_replicas_figures_once(front: Fronted) -> None:
     headers = {"Authorization": f"Bearer {CHIEF}"}
-    page = httpx.get(f"{front.http}/metrics", headers=headers).text
+    page = httpx.get(f"{front.http}/metrics", headers=headers, timeout=PATIENCE).text
     types = [one.split()[2] for one in page.splitlines() if one.startswith("# TYPE")]
     assert len(types) == len(set(types))
     assert "moss_key_tokens_total" in page
@@ -211,12 +218,12 @@ def test_the_fronts_page_has_its_keys_and_the_replicas_figures_once(front: Front
     ):  # fmt: skip
         headers = {"Authorization": f"Bearer {key}"}
         headers |= {} if client is None else {"X-Forwarded-For": client}  # by a proxy here
-        answer = httpx.get(f"{front.http}/admin/replicas", headers=headers)
+        answer = httpx.get(f"{front.http}/admin/replicas", headers=headers, timeout=PATIENCE)
         assert answer.status_code == status
     for number in ("7", "first", "9" * 5000, "%00"):
         url = f"{front.http}/admin/replicas/{number}/drain"
-        assert httpx.post(url).json()["error"]["code"] == "unauthorized"
-        answer = httpx.post(url, headers={"Authorization": f"Bearer {CHIEF}"})
+        assert httpx.post(url, timeout=PATIENCE).json()["error"]["code"] == "unauthorized"
+        answer = httpx.post(url, headers={"Authorization": f"Bearer {CHIEF}"}, timeout=PATIENCE)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
@@ -231,6 +238,8 @@ def test_a_session_whose_pictures_the_front_cannot_keep_is_refused(tiny: Path) -
             name = away.until("session.created")["session"]["id"]
             away.frame(jpeg())
             away.until("input_frame.processed")
+        session = front.front.sessions[name]
+        until(lambda: session.socket is None, PATIENCE)  # the front knows that it is away
         with front.open() as first, front.open() as second:
             for client in (first, second):
                 client.until("session.created")
@@ -259,9 +268,11 @@ def test_what_the_dashboard_shows_is_served(front: Fronted) -> None:
     """With replicas all of it; without, all but what is about them."""
     chat(front, "nobody")  # of reasons there must be one
     headers = {"Authorization": f"Bearer {CHIEF}"}
-    pages = [httpx.get(f"{front.http}/metrics", headers=headers).text]
+    pages = [httpx.get(f"{front.http}/metrics", headers=headers, timeout=PATIENCE).text]
     alone = Replica(9, front.front.replicas[0].address, FRONT_KEY)
-    pages.append(httpx.get(f"{alone.address}/metrics", headers=alone.authorization).text)
+    pages.append(
+        httpx.get(f"{alone.address}/metrics", headers=alone.authorization, timeout=PATIENCE).text
+    )
     dashboard = json.loads((REPO / "inference/serve/dashboard.json").read_text())
     queries = [one["expr"] for panel in dashboard["panels"] for one in panel.get("targets", ())]
     queries += [one["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
