@@ -31,12 +31,11 @@ from inference.replicas.replica import Replica
 from inference.serve.__main__ import main
 from inference.serve.flags import parse
 from inference.session.runner import Runner
-from tests.inference.serve.serving import Client, jpeg, until
+from tests.inference.serve.serving import CHAT, Client, jpeg, until
 from tools.bench import replicas as bench
 from tools.bench.replicas import Drill
 
 SEATS = 4  # of a replica
-CHAT = "/v1/chat/completions"
 ENGINE = ["--device", "cpu", "--window", "64", "--max_context", "2048"]
 CONFIG: dict[str, Any] = {"source": "file", "pace": 4, "silence_bias": 4.0, "max_output_tokens": 9}
 
