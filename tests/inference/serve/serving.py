@@ -66,7 +66,10 @@ class Running:
         return f"http{'s' if self.secure else ''}://{self.host}"
 
     def open(self, query: str = "", **options: Any) -> Client:
-        options = {"open_timeout": PATIENCE, "close_timeout": PATIENCE, **options}
+        # Without pings of the client's own: the server reads them behind all that waits, and the
+        # client would take it for dead.
+        waits = {"open_timeout": PATIENCE, "close_timeout": PATIENCE, "ping_interval": None}
+        options = {**waits, **options}
         return Client(connect(f"ws://{self.host}/v1/realtime{query}", max_size=None, **options))
 
     def get(self, path: str, **options: Any) -> httpx.Response:
