@@ -24,6 +24,7 @@ from inference.serve.limits import Bucket, Limits, Refused
 
 _HOST = re.compile(r"(\[[0-9a-z:.%]+\]|[0-9a-z._-]+)(:[0-9]{1,5})?", re.IGNORECASE)
 _PIECE = 2**14  # bytes of a WebSocket that are read at once
+_GOODBYE = 2.0  # seconds in which a client that is refused may read why
 _PARTS = 4096  # parts of messages, pings and pongs a second; twice as many at once
 _TOO_MANY = f"more than {_PARTS} parts of messages and pings a second"
 
@@ -157,6 +158,7 @@ def socket_protocol(limits: Limits) -> type[asyncio.Protocol]:
             self._unread = _Unread(self.loop, limits.send)
             self._parts = Bucket(_PARTS)
             self._waited = False  # what came after a ping was not read at once
+            self._refused = False  # nothing more of the client is read
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -169,7 +171,7 @@ def socket_protocol(limits: Limits) -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             # A part of six bytes takes as long as one of a thousand.
             for start in range(0, len(data), _PIECE):
-                if not self.transport.is_closing():
+                if not (self._refused or self.transport.is_closing()):
                     super().data_received(data[start : start + _PIECE])
             self._waited |= self.read_paused
 
@@ -197,7 +199,17 @@ def socket_protocol(limits: Limits) -> type[asyncio.Protocol]:
                 {"type": "websocket.disconnect", "code": POLICY, "reason": _TOO_MANY}
             )
             self.transport.write(b"".join(self.conn.data_to_send()))
-            self.close_sent = True
-            self.transport.close()
+            self._refuse()
+
+        def _refuse(self) -> None:
+            """Ends the connection when the client does, or soon. Closed with something unread it
+            would be reset, and the client lose what is on its way to it."""
+            self.close_sent = self._refused = True
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            if self.read_paused:
+                self.read_paused = False
+                self.transport.resume_reading()
+            self.close_timer = self.loop.call_later(_GOODBYE, self.transport.abort)
 
     return Limited
