@@ -148,68 +148,70 @@ def _whole(event: object) -> bool:
     return event.fin and len(event.data) > 0
 
 
-def socket_protocol(limits: Limits) -> type[asyncio.Protocol]:
+class _LimitedSocket(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket, with more limits: how long a client may take to read, and how many parts
     of messages and pings it may send."""
 
-    class Limited(WebSocketsSansIOProtocol):
-        def __init__(self, *args: Any, **given: Any) -> None:
-            super().__init__(*args, **given)
-            self._unread = _Unread(self.loop, limits.send)
-            self._parts = Bucket(_PARTS)
-            self._waited = False  # what came after a ping was not read at once
-            self._refused = False  # nothing more of the client is read
+    limits: Limits
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._unread.watch(transport, lambda: not self.writable.is_set())
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self._unread = _Unread(self.loop, self.limits.send)
+        self._parts = Bucket(_PARTS)
+        self._waited = False  # what came after a ping was not read at once
+        self._refused = False  # nothing more of the client is read
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._unread.stop()
-            super().connection_lost(exc)
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._unread.watch(transport, lambda: not self.writable.is_set())
 
-        def data_received(self, data: bytes) -> None:
-            # A part of six bytes takes as long as one of a thousand.
-            for start in range(0, len(data), _PIECE):
-                if not (self._refused or self.transport.is_closing()):
-                    super().data_received(data[start : start + _PIECE])
-            self._waited |= self.read_paused
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unread.stop()
+        super().connection_lost(exc)
 
-        def send_keepalive_ping(self) -> None:
+    def data_received(self, data: bytes) -> None:
+        # A part of six bytes takes as long as one of a thousand.
+        for start in range(0, len(data), _PIECE):
+            if not (self._refused or self.transport.is_closing()):
+                super().data_received(data[start : start + _PIECE])
+        self._waited |= self.read_paused
+
+    def send_keepalive_ping(self) -> None:
+        self._waited = self.read_paused
+        super().send_keepalive_ping()
+
+    def keepalive_timeout(self) -> None:
+        """A client's answer may come after messages that wait until the session takes them."""
+        if self._waited:
             self._waited = self.read_paused
-            super().send_keepalive_ping()
+            seconds = self.ping_timeout or 0.0
+            self.pong_timer = self.loop.call_later(seconds, self.keepalive_timeout)
+        else:
+            super().keepalive_timeout()
 
-        def keepalive_timeout(self) -> None:
-            """A client's answer may come after messages that wait until the session takes them."""
-            if self._waited:
-                self._waited = self.read_paused
-                seconds = self.ping_timeout or 0.0
-                self.pong_timer = self.loop.call_later(seconds, self.keepalive_timeout)
-            else:
-                super().keepalive_timeout()
+    def handle_events(self) -> None:
+        small = sum(not _whole(event) for event in self.conn.events)
+        if self._parts.take(self.loop.time(), small):
+            return super().handle_events()
+        self.conn.events_received()
+        self.conn.data_to_send()  # answers to its pings
+        self.conn.fail(POLICY, _TOO_MANY)
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": POLICY, "reason": _TOO_MANY})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self._refuse()
 
-        def handle_events(self) -> None:
-            small = sum(not _whole(event) for event in self.conn.events)
-            if self._parts.take(self.loop.time(), small):
-                return super().handle_events()
-            self.conn.events_received()
-            self.conn.data_to_send()  # answers to its pings
-            self.conn.fail(POLICY, _TOO_MANY)
-            self.queue.put_nowait(
-                {"type": "websocket.disconnect", "code": POLICY, "reason": _TOO_MANY}
-            )
-            self.transport.write(b"".join(self.conn.data_to_send()))
-            self._refuse()
+    def _refuse(self) -> None:
+        """Ends the connection when the client does, or soon. Closed with something unread it
+        would be reset, and the client lose what is on its way to it."""
+        self.close_sent = self._refused = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        self.close_timer = self.loop.call_later(_GOODBYE, self.transport.abort)
 
-        def _refuse(self) -> None:
-            """Ends the connection when the client does, or soon. Closed with something unread it
-            would be reset, and the client lose what is on its way to it."""
-            self.close_sent = self._refused = True
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            if self.read_paused:
-                self.read_paused = False
-                self.transport.resume_reading()
-            self.close_timer = self.loop.call_later(_GOODBYE, self.transport.abort)
 
-    return Limited
+def socket_protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """Sockets of these limits."""
+    return type("LimitedSocket", (_LimitedSocket,), {"limits": limits})
