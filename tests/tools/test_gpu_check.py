@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from data_pipeline import devices, fp8
 from moss_train.train.trace import summarize
+from tools.gpu_check import preflight
 from tools.gpu_check.__main__ import main
 from tools.gpu_check.cases import CASES
 from tools.gpu_check.report import PAGE, last_measured, report
@@ -55,6 +58,20 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, groups):
     assert main(["--out", str(tmp_path / "none")]) == 1
     assert "torch finds no CUDA device: try --rehearse" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_products_in_fp8_are_timed_where_a_gpu_has_them(monkeypatch):
+    """As on such a GPU; its product is a CPU's, or there is none with a scale for each row."""
+    monkeypatch.setattr(devices, "has_fp8", lambda _: True)
+    monkeypatch.setattr(fp8, "is_accelerator", lambda _: True)
+    shape, device = (64, 32, 48), torch.device("cpu")
+    assert preflight.product(shape, device)["fp8_tflops"] > 0
+
+    def missing(*_, **__):
+        raise RuntimeError("no scales of rows")
+
+    monkeypatch.setattr(torch, "_scaled_mm", missing)
+    assert preflight.product(shape, device).keys() == {"bf16_tflops", "error"}
 
 
 def test_losses_that_differ_are_wrong():
