@@ -20,6 +20,7 @@ from data_pipeline.devices import is_accelerator
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
+MULTIPLE = 16  # of a weight's sides: what torch._scaled_mm takes
 SMALLEST = 1e-30  # a row of zeros has the factor of this
 EXPONENT = 0x7F800000  # the bits of an fp32 number that say its power of two
 
@@ -67,7 +68,7 @@ def gelu_rows(hidden: Tensor) -> Rounded:
 
 def multiply(left: Rounded, right: Rounded, bias: Tensor | None, fast: bool) -> Tensor:
     """`left @ right.T + bias`: `[..., k]`, `[n, k]`, `[n]` -> `[..., n]` of left's dtype. k and n
-    are multiples of 16. fast: sums keep 14 bits or so."""
+    are multiples of MULTIPLE. fast: sums keep 14 bits or so."""
     (a, scale_a), (b, scale_b) = left.rows, right.rows
     if not is_accelerator(a):
         return emulated(left, right, bias, fast)

@@ -16,6 +16,7 @@ from pathlib import Path
 from data_pipeline import flash
 from data_pipeline.attention_kinds import refusals
 from data_pipeline.fields import Range, wrong_values
+from data_pipeline.fp8 import MULTIPLE
 from data_pipeline.shards import check_source, shard_files
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
@@ -24,7 +25,6 @@ from moss_train.data_config import EvalSuiteConfig, SourceConfig
 from moss_train.model.hf_mapping import unmatched_targets
 
 POSITIVE = Range(above=0)
-FP8_MULTIPLE = 16  # of a weight's sides: what torch._scaled_mm takes
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -240,8 +240,8 @@ def _flex_flash(config: Config) -> Iterator[str]:
 def _fp8(config: Config) -> Iterator[str]:
     field, parallel = f"model.fp8={config.model.fp8}", config.parallel
     for name, width in config.model.fp8_widths().items():
-        if width % FP8_MULTIPLE:
-            yield f"{field}: model.{name}={width}: must be a multiple of {FP8_MULTIPLE}"
+        if width % MULTIPLE:
+            yield f"{field}: model.{name}={width}: must be a multiple of {MULTIPLE}"
     if parallel.tensor > 1 and config.model.fp8 == "all":
         yield f"{field}: needs parallel.tensor=1 (it is {parallel.tensor}): use model.fp8=tower"
     if parallel.tensor > 1 and parallel.vision_tensor:

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.choose_fp8 import PRODUCT, fp8_of, right_parts
-from data_pipeline.fp8 import Fp8, Rounded
+from data_pipeline.fp8 import MULTIPLE, Fp8, Rounded
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.vision_moss_video import VisionLayer
-
-MULTIPLE = 16  # of a weight's sides: what torch._scaled_mm takes
 
 
 class Fp8Linear(nn.Module):
@@ -54,7 +52,7 @@ class Fp8MLP(nn.Module):
         return out
 
 
-def check(model: MossVideoForConditionalGeneration) -> None:
+def _check(model: MossVideoForConditionalGeneration) -> None:
     """Raises ValueError where a model's tower has no sizes for FP8."""
     vision = model.config.vision_config
     for name in ("hidden_size", "intermediate_size"):
@@ -73,7 +71,7 @@ def round_tower(model: MossVideoForConditionalGeneration) -> None:
     Raises:
         ValueError: the tower has no sizes for it.
     """
-    check(model)
+    _check(model)
     vision, tower = model.config.vision_config, model.model.vision_model
     if any(isinstance(module, Fp8Linear) for module in tower.modules()):
         return

@@ -134,11 +134,7 @@ class _Remote:
         self._send("conversation.item.create", item={"content": content})
 
     def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
-        heard = self._heard
-        if heard.began is None:
-            heard.began = time.time()
-        if asked is not None:
-            heard.asked.append(second)
+        self._heard.shows(second, asked)
         if self._wall:
             self._wait_until(second)
         else:

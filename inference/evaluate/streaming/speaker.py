@@ -146,6 +146,13 @@ class Heard:
         running = [] if self._pieces is None else [self._emission(self._pieces, cut=False)]
         return [e for e in [*self._done, *running] if e.text.strip()]
 
+    def shows(self, second: float, asked: str | None) -> None:
+        """A frame is about to be given, with a question or None."""
+        if self.began is None:
+            self.began = time.time()
+        if asked is not None:
+            self.asked.append(second)
+
     def take(self, event: Event) -> None:
         """Raises SessionClosed for an error."""
         at, data = self._at(event), event.data
@@ -190,11 +197,7 @@ class _Session:
         self._session.settle()
 
     def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
-        heard = self._heard
-        if heard.began is None:
-            heard.began = time.time()
-        if asked is not None:
-            heard.asked.append(second)
+        self._heard.shows(second, asked)
         if self._wall:
             self._wait(second)
             self._session.push_frame(picture, second, asked)
