@@ -39,7 +39,7 @@ class Loader:
         self, samples: Samples, order: Order, part: Part, workers: int, read_ahead: int
     ) -> None:
         self._order, self._part = order, part
-        self._inner: DataLoader[MicroBatch] = DataLoader(
+        self._inner: DataLoader[MicroBatch] | None = DataLoader(
             samples,
             batch_sampler=_Endless(order, part, max(1, workers), read_ahead),
             num_workers=workers,
@@ -63,7 +63,7 @@ class Loader:
         # object of this process. Objects that were frozen before the worker started are left alone.
         gc.freeze()
         try:
-            self._reading = iter(self._inner)
+            self._reading = iter(() if self._inner is None else self._inner)
         finally:
             gc.unfreeze()
         yield from self._reading
@@ -78,14 +78,14 @@ class Loader:
         return self._order.after(steps * self._part.global_batch)
 
     def close(self) -> None:
-        """Ends the worker processes. The loader cannot be used afterwards."""
+        """Ends the worker processes, closes shards. The loader cannot be used afterwards."""
         if workers := self.processes:
             self._reading._shutdown_workers()  # waits a while, then sends a signal and goes on
             for worker in workers:
                 worker.join(_END_S)
                 worker.kill()  # nothing where it has ended
                 worker.join()
-        self._iterator = iter(())
+        self._iterator, self._reading, self._inner = iter(()), None, None
 
     def __enter__(self) -> Loader:
         return self

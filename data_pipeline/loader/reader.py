@@ -20,22 +20,23 @@ _COMMENT = re.compile(r"__[^/]*__(/|$)")  # members in which webdataset keeps no
 
 
 class OpenShards:
-    """Shards that are open in this process, with the offsets of their samples; the last used."""
+    """Shards that are open in this process, with the offsets of their samples; the last used. They
+    are closed when nobody holds this any more."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[int, NDArray[np.uint64]]] = {}
+        self._open: dict[str, tuple[io.FileIO, NDArray[np.uint64]]] = {}
 
     def read(self, shard: str, place: int) -> bytes:
         """The bytes of a shard's sample. Raises OSError, ValueError: they are not there."""
         kept = self._open.pop(shard) if shard in self._open else self._opened(shard)
-        self._open[shard] = descriptor, offsets = kept  # now the last one
+        self._open[shard] = file, offsets = kept  # now the last one
         if place + 1 >= len(offsets):
             raise ValueError(f"{os.path.basename(shard)}.idx ends before sample {place}")
         first, end = int(offsets[place]), int(offsets[place + 1])
-        size = os.fstat(descriptor).st_size
+        size = os.fstat(file.fileno()).st_size
         if not first < end <= size:
             raise ValueError(f"the sample lies at {first}..{end} of {size} bytes")
-        return os.pread(descriptor, end - first, first)
+        return os.pread(file.fileno(), end - first, first)
 
     def ahead(self, shard: str, place: int) -> None:
         """A sample is read soon: a disk's own cache is good enough."""
@@ -43,13 +44,13 @@ class OpenShards:
     def close(self, shard: str) -> None:
         """Forgets a shard: a broken handle would fail again, an old one would hide a new file."""
         if shard in self._open:
-            os.close(self._open.pop(shard)[0])
+            self._open.pop(shard)[0].close()
 
-    def _opened(self, shard: str) -> tuple[int, NDArray[np.uint64]]:
+    def _opened(self, shard: str) -> tuple[io.FileIO, NDArray[np.uint64]]:
         while len(self._open) >= _OPEN:
             self.close(next(iter(self._open)))
         offsets = np.fromfile(f"{shard}.idx", "<u8")
-        return os.open(shard, os.O_RDONLY | os.O_CLOEXEC), offsets
+        return io.FileIO(shard), offsets
 
 
 class Shards(Protocol):

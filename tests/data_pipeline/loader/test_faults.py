@@ -148,16 +148,27 @@ def test_few_shards_are_open_at_a_time(
     opened = OpenShards()
     reader = SourceReader("mine", str(shards), training_shards(shards), opened)
 
-    def descriptors() -> int:
-        """Those of these shards: other threads may open and close files of their own."""
-        return sum(file.path.startswith(str(shards)) for file in psutil.Process().open_files())
-
-    assert descriptors() == 0
+    assert descriptors(shards) == 0
     for _ in range(2):
         assert [reader.read(i)[0] for i in (0, 11, 22, 3)] == [
             f"image-{i:06d}" for i in (0, 11, 22, 3)
         ]
-        assert descriptors() == 2
+        assert descriptors(shards) == 2
+    del reader, opened
+    assert descriptors(shards) == 0
+
+
+def descriptors(shards: Path) -> int:
+    """Those of these shards: other threads may open and close files of their own."""
+    return sum(file.path.startswith(str(shards)) for file in psutil.Process().open_files())
+
+
+def test_a_loader_that_is_closed_has_no_shard_open(toy: Path, shards: Path) -> None:
+    loader = open_shards(toy, shards)
+    read(loader, 11)
+    assert descriptors(shards) == 2
+    loader.close()
+    assert descriptors(shards) == 0
 
 
 def test_a_killed_worker_ends_the_reading_with_its_signal(toy: Path, shards: Path) -> None:
