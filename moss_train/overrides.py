@@ -16,6 +16,7 @@ PATHS = (
     "init_from", "run.dir", "data.root", "data.tokenizer", "trainer.resume",
     "model.init.from_llama",
 )  # fmt: skip
+PROFILE = "trainer.profile"  # is like steps=10..12, for which the grammar wants quotes
 # Arguments with which Hydra looks for presets in other places, too.
 SEARCHED = r"\+*hydra\.searchpath\b|--config-(path|name)\b|-c[pn]\b"
 
@@ -38,8 +39,8 @@ def as_typed(arguments: Sequence[str], conf: Path) -> list[str]:
         problem = _hydras_own(argument, arguments) or _missing_preset(argument, arguments, conf)
         if problem:
             problems.append(problem)
-        elif sign and name in PATHS:
-            if not value.strip():
+        elif sign and name in (*PATHS, PROFILE):
+            if name != PROFILE and not value.strip():
                 problems.append(f"{argument}: is empty (an unset variable?): give a path")
             elif value != "null" and not _is_quoted(value):
                 argument = f"{key}={quoted(value)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moss_train.compose import load_config
 from moss_train.config import Config, TrainerConfig
 from moss_train.train.profiler import StepProfiler
 from moss_train.validate import _numbers
@@ -17,6 +18,11 @@ from moss_train.validate import _numbers
 )
 def test_a_range_of_steps(text, steps):
     assert TrainerConfig(profile=text).profiled_steps == steps
+
+
+def test_no_quotes_are_needed_on_a_command_line():
+    overrides = ["trainer.profile=steps=10..12"]
+    assert load_config("pt1", overrides=overrides).trainer.profiled_steps == (10, 12)
 
 
 @pytest.mark.parametrize("text", ["12..10", "0..3", "ten", "1..", "1-3"])
