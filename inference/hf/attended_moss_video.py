@@ -14,6 +14,9 @@ from transformers.cache_utils import DynamicLayer
 
 from .decoder_moss_video import attend
 
+# Inputs of a pass that hold frames in their second dimension.
+FRAMES = ("pixel_values", "cross_attention_states", "aspect_ratio_ids", "aspect_ratio_mask")
+
 
 class CachedTokens:
     """`TokenCache` in a transformers cache (None: nothing is kept)."""
@@ -98,6 +101,51 @@ def check_cache(cache: Any) -> None:
         )
 
 
+def check_frame_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for a cross_attention_mask of another shape than `[B, S, F, T]`, or of
+    numbers that are added to scores."""
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"cross_attention_mask is of {list(mask.shape)} rows, tokens, frames and tiles; the "
+            f"input, with the frames in the cache, has {list(shape)}"
+        )
+    if mask.is_floating_point() and bool((mask < 0).any()):
+        raise ValueError("cross_attention_mask: 1 where a token sees a tile, else 0")
+
+
+def leave_out_cached_frames(inputs: dict[str, Any], image: int, first: bool) -> None:
+    """Takes the frames that are in the cache out of what `generate` gives to a pass.
+
+    first: the pass begins a turn. Then the frames of its own `image` tokens may be given, or those
+    of the whole conversation. Others are left as they are, for the model to refuse.
+    """
+    start = _first_new_frame(inputs, image) if first else None
+    for name in FRAMES:
+        value = inputs.get(name)
+        if value is not None:
+            inputs[name] = None if start is None else value[:, start:]
+    mask = inputs.get("cross_attention_mask")
+    if mask is not None:
+        inputs["cross_attention_mask"] = mask[:, -inputs["input_ids"].shape[1] :] if first else None
+
+
+def _first_new_frame(inputs: dict[str, Any], image: int) -> int | None:
+    """Index of the first given frame that is not in the cache; None: all are there."""
+    pixels, states = inputs.get("pixel_values"), inputs.get("cross_attention_states")
+    frames = states if pixels is None else pixels
+    if frames is None:
+        return None
+    marks = (inputs["input_ids"] == image).sum(1)
+    given = real_frames(pixels, inputs.get("aspect_ratio_ids"), frames).sum(1)
+    own = getattr(inputs["past_key_values"], "own_frames", None)
+    cached = torch.zeros_like(marks) if own is None else own.sum(1)
+    if given.equal(marks) or not given.equal(cached + marks):
+        return 0
+    if not marks.any():
+        return None
+    return int(cached[0]) if bool((cached == cached[0]).all()) else 0
+
+
 def keep_frames(cache: Any, layer: int) -> None:
     """Candidates that assisted generation takes back are tokens: frames stay."""
     cache.layers[layer].crop = _crop_nothing
@@ -117,18 +165,30 @@ def real_frames(pixels: Tensor | None, ratio_ids: Tensor | None, states: Tensor)
     return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
-def token_positions(attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor:
-    """Index of each of the tokens `x` `[B, S, H]` among those that are not padding `[B, S]`."""
+def token_positions(given: Tensor | None, mask: Tensor | None, past: int, x: Tensor) -> Tensor:
+    """Positions `[B, S]` of the tokens `x` `[B, S, H]`: the `given` ones, or the index of each
+    among those that are not padding by the attention_mask `mask`.
+
+    Raises:
+        ValueError: `given` or `mask` are not of these tokens.
+    """
     length = x.shape[1]
-    if attention_mask is None or attention_mask.ndim != 2:
-        return torch.arange(past, past + length, device=x.device)[None]
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    if mask is not None:
+        _check_mask(mask, past, length)
+    if given is not None and given.shape[-1] != length:
+        raise ValueError(f"position_ids: {list(given.shape)} for {length} tokens: [B, S]")
+    if given is None and mask is not None and mask.ndim == 2:
+        given = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    elif given is None:
+        given = torch.arange(past, past + length, device=x.device)[None]
+    return given.expand(len(x), -1)
 
 
 def token_mask(attention_mask: Tensor | None, past: int, length: int) -> Tensor | None:
     """True where a token sees a token `[B, 1, S, past + S]`; None: causal without padding."""
     if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask if attention_mask.dtype is torch.bool else attention_mask >= 0
+        added = attention_mask.is_floating_point()
+        return attention_mask >= 0 if added else attention_mask.bool()
     if attention_mask is None or bool(attention_mask.all()):
         if past == 0 or length == 1:
             return None
@@ -138,6 +198,22 @@ def token_mask(attention_mask: Tensor | None, past: int, length: int) -> Tensor 
     # Padding on the left sees nothing: let it see itself, for a softmax over nothing is NaN.
     own = torch.eye(past + length, device=mask.device, dtype=torch.bool)[past:]
     return mask | own
+
+
+def _check_mask(mask: Tensor, past: int, length: int) -> None:
+    """Raises ValueError for an attention_mask of another shape, or of floats above 0."""
+    total = past + length
+    shapes = {2: (total,), 4: (length, total)}
+    if tuple(mask.shape[mask.ndim // 2 :]) != shapes.get(mask.ndim):
+        raise ValueError(
+            f"attention_mask: {list(mask.shape)} for {length} tokens after {past} in the cache: "
+            f"[B, {total}], or [B, 1, {length}, {total}]"
+        )
+    if mask.ndim == 4 and mask.is_floating_point() and bool((mask > 0).any()):
+        raise ValueError(
+            "attention_mask: of floats, which are added to scores, it must be 0 where a token sees "
+            "a token and negative elsewhere; give ones and zeros as integers or bool"
+        )
 
 
 def _causal(past: int, length: int, device: torch.device | None) -> Tensor:

@@ -20,7 +20,9 @@ from .attended_moss_video import (
     CachedTokens,
     NewFrames,
     check_cache,
+    check_frame_mask,
     keep_frames,
+    leave_out_cached_frames,
     real_frames,
     token_mask,
     token_positions,
@@ -183,6 +185,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        generated: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass.
@@ -194,9 +197,10 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             aspect_ratio_ids, aspect_ratio_mask: `[B, F]` and `[B, F, T]`, as
                 `get_image_features`.
             attention_mask: 0 for padding `[B, past + S]`, on either side; or True where a token
-                sees a token `[B, 1, S, past + S]`.
-            cross_attention_mask: 1 where a token sees a tile `[B, S, F, T]`; None: each token sees
-                the frames whose `<|image|>` it or a token before it is.
+                sees a token `[B, 1, S, past + S]` (of floats: 0 there, else negative).
+            cross_attention_mask: 1 where a token sees a tile `[B, S, F, T]`, of the frames in the
+                cache, too; None: each token sees the frames whose `<|image|>` it or a token before
+                it is.
             cross_attention_states: `get_image_features`, in place of `pixel_values`.
             position_ids: `[B, S]`; None: the index among the tokens that are not padding.
             past_key_values: a DynamicCache. Frames in it stay visible; new frames join them.
@@ -204,6 +208,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             labels: `[B, S]`, not shifted; -100 and `<|image|>` are ignored, silence weighs
                 `silence_weight`. The sum is divided by `num_items_in_batch`, or their count.
             logits_to_keep: logits of so many last positions only, or of these positions.
+            generated: the tokens are a pass of `generate` after the first, or a draft's: an
+                `<|image|>` among them stands for no frame that must be given.
         """
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         unknown = sorted(given - HARMLESS)
@@ -217,9 +223,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             check_cache(past_key_values)
         past = self._past(past_key_values)
-        if position_ids is None:
-            position_ids = token_positions(attention_mask, past, x)
-        position_ids = position_ids.expand(len(x), -1)
+        position_ids = token_positions(position_ids, attention_mask, past, x)
         if pixel_values is not None:
             if cross_attention_states is not None:
                 raise ValueError("give pixel_values or cross_attention_states, not both")
@@ -235,6 +239,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ids = real.long() if aspect_ratio_ids is None else aspect_ratio_ids
             tiles = self._tiles(ids, aspect_ratio_mask, size // self.config.tokens_per_frame)
             new.seen = new.seen & tiles[:, None]  # [B, S, F, T]
+        elif input_ids is not None and not generated:
+            self._check_marks(input_ids, [0] * len(input_ids))
         frames = self._frames(x, cross_attention_states, new, cross_attention_mask, past_key_values)
         tokens = self.tokens_type(past_key_values, token_mask(attention_mask, past, x.shape[1]))
         x = decoder(x, position_ids, tokens, frames)
@@ -274,13 +280,12 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if mask is None:
             parts = [] if old is None else [old[:, None].expand(-1, shape[1], -1, -1)]
             mask = torch.cat(parts if new is None else [*parts, new.seen], dim=2)
-        elif tuple(mask.shape[:2]) != shape:
-            raise ValueError(
-                f"cross_attention_mask is of {tuple(mask.shape[:2])} rows and tokens, "
-                f"the input of {shape}"
-            )
-        mask = mask.bool()
         keys_values = self._keys_values(states, new, cache, x.device)
+        if given:
+            tokens = next(iter(keys_values.values()))[0].shape[2]
+            tiles = tokens // (self.config.tokens_per_frame * own.shape[1])
+            check_frame_mask(mask, (*shape, own.shape[1], tiles))
+        mask = mask.bool()
         if cache is not None:
             cache.seen_tiles, cache.own_frames, cache.frame_slots = mask[:, -1], own, slots
         if given:  # padding frames are attended too, as transformers' Mllama does
@@ -298,18 +303,23 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None:
             raise ValueError("frames need input_ids: their <|image|> tokens say where they stand")
-        is_image = input_ids == self.config.image_token_index  # [B, S]
-        marks, given = is_image.sum(1).tolist(), real.sum(1).tolist()
-        if marks != given:
-            raise ValueError(
-                f"the rows have {marks} <|image|> tokens, but {given} frames are given: one "
-                "<|image|> for each frame (padding frames, after the others: aspect_ratio_ids 0)"
-            )
+        is_image = self._check_marks(input_ids, real.sum(1).tolist())
         number = is_image.cumsum(1)[:, :, None]  # frames up to each token
         frames = torch.arange(1, real.shape[1] + 1, device=is_image.device)
         own = is_image[:, :, None] & (number == frames)  # [B, S, F]
         positions = (own * position_ids[:, :, None]).sum(1)
         return NewFrames(positions, own.any(1), own.any(1), (number >= frames)[..., None])
+
+    def _check_marks(self, input_ids: Tensor, given: list[int]) -> Tensor:
+        """True for `<|image|>` `[B, S]`. ValueError unless rows have as many as frames `given`."""
+        is_image = input_ids == self.config.image_token_index
+        marks = is_image.sum(1).tolist()
+        if marks != given:
+            raise ValueError(
+                f"the rows have {marks} <|image|> tokens, but {given} frames are given: one "
+                "<|image|> for each frame (padding frames, after the others: aspect_ratio_ids 0)"
+            )
+        return is_image
 
     def _keys_values(
         self, states: Tensor | None, new: NewFrames | None, cache: Any, device: torch.device
@@ -353,19 +363,15 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Frames go in once: later passes find them in the cache."""
-        if is_first_iteration is not None:
-            kwargs["is_first_iteration"] = is_first_iteration
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        """Frames go in once: later passes find them in the cache, and so does a further turn that
+        begins with the cache of the last one."""
+        first = bool(is_first_iteration)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=first, **kwargs
+        )
         if self._past(inputs.get("past_key_values")) > 0:
-            for name in (
-                "pixel_values",
-                "aspect_ratio_ids",
-                "aspect_ratio_mask",
-                "cross_attention_mask",
-                "cross_attention_states",
-            ):
-                inputs[name] = None
+            leave_out_cached_frames(inputs, self.config.image_token_index, first)
+        inputs["generated"] = not first
         return inputs
 
 

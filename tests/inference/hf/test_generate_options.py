@@ -148,3 +148,62 @@ def test_a_resized_model_is_saved_as_it_loads(options, tmp_path):
     torch.testing.assert_close(after[..., : before.shape[-1]], before, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="needs a row: at least 505"):
         model.resize_token_embeddings(300)
+
+
+def test_marks_without_frames_are_refused_and_a_draft_needs_none():
+    model, inputs = tiny_model(), inputs_of("frames")
+    draft, wanted = tiny_model(), greedy(model, inputs, 6)
+    with pytest.raises(ValueError, match=r"\[3\] <\|image\|> tokens, but \[0\] frames"):
+        model(input_ids=inputs["input_ids"])
+    made = model.generate(
+        **inputs, assistant_model=draft, max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    assert made[0, 12:].tolist() == wanted
+
+
+@pytest.mark.parametrize("given", ["those of the turn", "all"])
+def test_a_turn_that_goes_on_from_a_cache_sees_its_frames(given):
+    """The second turn has the third frame."""
+    model, inputs = tiny_model(), inputs_of("frames")
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    options = {"do_sample": False, "eos_token_id": None}
+    first = model.generate(
+        input_ids=ids[:, :5], pixel_values=pixels[:, :2], max_new_tokens=3,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    ids = torch.cat((first.sequences, ids[:, 5:]), dim=1)
+    wanted = greedy(model, {"input_ids": ids, "pixel_values": pixels}, 5)
+    frames = pixels if given == "all" else pixels[:, 2:]
+    cache = first.past_key_values
+    for wrong in (None, pixels[:, 1:]):
+        with pytest.raises(ValueError, match=r"\[1\] <\|image\|> tokens, but \[[02]\] frames"):
+            model.generate(input_ids=ids, pixel_values=wrong, past_key_values=cache, **options)
+    made = model.generate(
+        input_ids=ids, pixel_values=frames, past_key_values=cache, max_new_tokens=5, **options
+    )
+    assert made[0, ids.shape[1] :].tolist() == wanted
+
+
+def test_masks_and_positions_of_another_form_are_refused():
+    model, inputs = tiny_model(), inputs_of("frames")
+    length = inputs["input_ids"].shape[1]
+    causal = torch.ones(length, length).tril()[None, None]
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        for mask in (causal.bool(), causal.long(), (1 - causal) * torch.finfo(torch.float32).min):
+            made = model(**inputs, attention_mask=mask).logits
+            torch.testing.assert_close(made, wanted, atol=1e-5, rtol=0)
+        past = model(**inputs, use_cache=True).past_key_values
+    one = {"input_ids": torch.tensor([[5]]), "past_key_values": past}
+    frames = torch.ones(1, length, 3, 1)
+    for given, says in (
+        ({**inputs, "attention_mask": causal}, "of floats, which are added"),
+        ({**inputs, "attention_mask": causal[0]}, r"attention_mask: \[1, 12, 12\]"),
+        ({**one, "attention_mask": torch.ones(1, 1)}, r"\[1, 1\] for 1 tokens after 12"),
+        ({**inputs, "position_ids": torch.zeros(1, 1).long()}, r"position_ids: \[1, 1\]"),
+        ({**inputs, "cross_attention_mask": frames.expand(-1, -1, -1, 4)}, r"\[1, 12, 3, 4\]"),
+        ({**inputs, "cross_attention_mask": frames[:, :, :2]}, r"\[1, 12, 2, 1\]"),
+        ({**inputs, "cross_attention_mask": frames - 2}, "1 where a token sees a tile"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            model(**given)
