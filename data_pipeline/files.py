@@ -91,8 +91,8 @@ def fetch(path: str) -> None:
 
 
 def join(folder: str, path: str) -> str:
-    """`path` seen from `folder`; a URL or an absolute path stands for itself."""
-    if is_url(path) or path.startswith("/"):
+    """`path` seen from `folder` ("" is the working one); a URL or absolute path stays as it is."""
+    if not folder or is_url(path) or path.startswith("/"):
         return path
     return f"{folder.rstrip('/')}/{path}"
 

@@ -283,8 +283,8 @@ def _transcripts(source: str, folder: bool, paths: list[str], options: SourceOpt
 
     def entries() -> Iterator[Entry]:
         for at, ((path, video), stem) in enumerate(zip(found, stems, strict=True)):
-            drafts = _drafts_or_reason(lambda p=path, v=video: speech.speech_draft(  # type: ignore[misc]
-                transcripts.read_transcript(p, v), "", options.window))  # fmt: skip
+            drafts = _drafts_or_reason(lambda p=path, v=video: speech.transcript_draft(  # type: ignore[misc]
+                *transcripts.read_transcript(p, v), options.window))  # fmt: skip
             for part, draft in enumerate(drafts):
                 key = f"{stem}-{part:06d}"
                 yield Entry(key, files.name(path), (at + 1) / len(found), draft)

@@ -16,11 +16,20 @@ from typing import Any
 
 from data_pipeline.importers.draft import Draft, Medium, unused_fields
 from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of
-from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of, words_of
+from data_pipeline.importers.timeline import (
+    DENSE,
+    Said,
+    Timeline,
+    order_notes,
+    second_of,
+    words_of,
+)
 from data_pipeline.schema import SampleError
 
 WINDOW = 240  # seconds of a sample at most: LiveCC's clips have 30 to 240
 _LEAD = 2  # seconds that are watched before the first word of a window
+# What does not go on with the word before: several words, a sign of a script without spaces.
+_WHOLE = re.compile(rf"\s|^[{DENSE}]|^$")
 _NOISE = re.compile(r"[\[(♪][^\])]*[\])♪]?|>>+")
 # What may stand in place of the words, and what is known beside it.
 _LISTS = ("words", "content", "subtitles", "text_stream", "word_segments", "segments", "narrations",
@@ -41,15 +50,28 @@ class Word:
 def speech_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> list[Draft]:
     """Words with times -> drafts; a record of LiveCC, of whisper, or with a list of triples."""
     record, question, span = _livecc(record)
-    name = words_field(record)
-    if name is None:
-        raise SampleError("missing_text", f"no words with times: one of {', '.join(_LISTS)}")
     notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, *_LISTS})
-    words = list(_words(record[name], name, notes))
+    words = timed_words(record, notes)
     if span is not None:
         words = _inside(words, span, notes)
     said = _phrases(words, notes)
     return _windows(said, clip_of(record, base), question, span, window, notes)
+
+
+def transcript_draft(
+    record: dict[str, Any], notes: list[str], window: float = WINDOW
+) -> list[Draft]:
+    """As `speech_draft`, of a transcript's file, with notes on how it was read."""
+    first, *rest = speech_draft(record, "", window)
+    return [replace(first, notes=(*notes, *first.notes)), *rest]
+
+
+def timed_words(record: dict[str, Any], notes: list[str]) -> list[Word]:
+    """The words of a record with their times; SampleError where it has none."""
+    name = words_field(record)
+    if name is None:
+        raise SampleError("missing_text", f"no words with times: one of {', '.join(_LISTS)}")
+    return _words(record[name], name, notes)
 
 
 def narration_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> list[Draft]:
@@ -160,36 +182,63 @@ def has_text_stream(record: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
-def _words(entries: list[Any], name: str, notes: list[str]) -> Iterator[Word]:
-    before: float | None = None
+def _words(entries: list[Any], name: str, notes: list[str]) -> list[Word]:
+    """The words of entries that have a text and times each, or a list of such."""
+    pieces, before = _in_pieces(entries), None
+    words: list[Word] = []
     for i, entry in enumerate(entries):
         inner = entry.get("words") if isinstance(entry, dict) else None
         if isinstance(inner, list) and inner:
-            yield from _words(inner, f"{name}[{i}].words", notes)
+            words += _words(inner, f"{name}[{i}].words", notes)
             continue
-        if isinstance(entry, dict):
-            start, end = _span(entry)
-            text = entry.get("text", entry.get("word"))
+        entry = _entry(entry, f"{name}[{i}]", before, notes)
+        if entry is None:
+            continue
+        before = entry.end
+        if pieces and words and not _WHOLE.search(entry.text):
+            words[-1] = replace(words[-1], end=entry.end, text=words[-1].text + entry.text)
         else:
-            start, end, text = entry if len(entry) == 3 else (None, None, None)
-        if not isinstance(text, str):
-            notes.append("word without a text, left out")
-            continue
-        text, described = _NOISE.subn(" ", text)
-        notes += ["sound described in brackets, left out"] if described else []
-        if start is None and end is None and before is not None:
-            notes.append("word without a time, said with the one before")  # numbers, of WhisperX
-            start = end = before
-        try:
-            first, last = second_of(start, f"{name}[{i}]"), second_of(end, f"{name}[{i}]")
-        except SampleError:
-            notes.append("word with a bad time, left out")
-            continue
-        if last < first:
-            notes.append("word that ends before it starts, left out")
-            continue
-        before = last
-        yield from spread(first, last, text)
+            words += spread(entry.start, entry.end, entry.text)
+    return words
+
+
+def _in_pieces(entries: list[Any]) -> bool:
+    """Whether a text without a space before it goes on with the word before, as whisper's do:
+    ` 25`, `-year`, `-old`."""
+    texts = [text for entry in entries if isinstance(text := _text(entry), str)]
+    return 2 * sum(text.startswith(" ") for text in texts) >= len(texts)
+
+
+def _text(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        return entry.get("text", entry.get("word"))
+    return entry[2] if isinstance(entry, list | tuple) and len(entry) == 3 else None
+
+
+def _entry(entry: Any, field: str, before: float | None, notes: list[str]) -> Word | None:
+    """An entry's text and seconds; None: it has none that can be said, which is noted.
+
+    before: the end of the entry before it.
+    """
+    text = _text(entry)
+    if not isinstance(text, str):
+        notes.append("word without a text, left out")
+        return None
+    text, described = _NOISE.subn(" ", text)
+    notes += ["sound described in brackets, left out"] if described else []
+    start, end = _span(entry) if isinstance(entry, dict) else entry[:2]
+    if start is None and end is None and before is not None:
+        notes.append("word without a time, said with the one before")  # numbers, of WhisperX
+        start = end = before
+    try:
+        first, last = second_of(start, field), second_of(end, field)
+    except SampleError:
+        notes.append("word with a bad time, left out")
+        return None
+    if last < first:
+        notes.append("word that ends before it starts, left out")
+        return None
+    return Word(first, last, text)
 
 
 def _span(entry: dict[str, Any]) -> tuple[Any, Any]:

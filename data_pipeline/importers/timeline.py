@@ -24,8 +24,8 @@ LONGEST = 100 * 3600  # seconds: a mark is written for each, and no clip is long
 PACE = 30  # words between two frames: MOSS-Video's data has 25 to 37
 _ROUNDED = 0.5  # seconds past the end of a clip that are taken for its end
 # A word, with the space before it; of scripts without spaces a character.
-_DENSE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f"
-_WORD = re.compile(rf"\s*(?:[{_DENSE}]|[^\s{_DENSE}]+)")
+DENSE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f"
+_WORD = re.compile(rf"\s*(?:[{DENSE}]|[^\s{DENSE}]+)")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Unrolled:
 def words_of(text: str) -> list[str]:
     """The words of a text, each with the space before it; of scripts without spaces characters."""
     words = _WORD.findall(text.strip())
-    spaced = words and not re.match(rf"[{_DENSE}]", words[0])
+    spaced = words and not re.match(rf"[{DENSE}]", words[0])
     return [f" {words[0]}", *words[1:]] if spaced else words
 
 

@@ -6,15 +6,21 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline import files
 from data_pipeline.importers.speech import words_field
 from data_pipeline.schema import SampleError
+from data_pipeline.seconds import parse_seconds
 
 SUFFIXES = (".srt", ".vtt", ".json")
 # Whether a line is one of times is seen by the arrow: what is wrong with them is told later.
-_TIMING = re.compile(r"\s*(-?\d[\d:.,]*)\s*-->\s*(-?\d[\d:.,]*)")
+_CLOCK = r"(-?\d+(?:\s?[:.,;]\s?\d+)*)"
+_TIMING = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}")
+_COLON = re.compile(r"(\d+:\d+:\d+):(\d{3})")  # before milliseconds
+_COMMENTS = ("WEBVTT", "NOTE", "STYLE", "REGION")  # how blocks of .vtt begin that are not shown
+_AT_ONCE = 0.1  # seconds; captions that roll keep a line for less, before the next one comes
 _INLINE = re.compile(r"<((?:\d+:)?\d+:\d+(?:[.,]\d+)?)>")
 _TAG = re.compile(r"</?[^<>]*>|\{\\[^}]*\}")  # <i>, <c.colour>, {\an8}
 
@@ -44,54 +50,113 @@ def pairs(paths: list[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def read_transcript(path: str, video: str | None) -> dict[str, Any]:
-    """A transcript as a record with words and its clip; SampleError."""
+def read_transcript(path: str, video: str | None) -> tuple[dict[str, Any], list[str]]:
+    """A transcript as a record with words and its clip, and what is worth a note; SampleError."""
     if video is None:
         raise SampleError("missing_file", f"{path}: no video of its name beside it")
     text = files.decode_text(files.read_bytes(path), files.name(path))
     if files.suffix(path) != ".json":
-        cues = list(_cues(text))
-        if not cues:
+        notes: list[str] = []
+        lines = text.replace("\r\r\n", "\n").splitlines()  # written as text twice on Windows
+        cues = _once(_cues(lines, notes), notes)
+        words = [word for cue in cues for word in _timed(cue)]
+        if not words:
             raise SampleError("missing_text", f"{files.name(path)}: no cue with a time")
-        return {"video": video, "words": cues}
+        return {"video": video, "words": words}, notes
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", f"{files.name(path)}: {error}") from None
     if not isinstance(record, dict) or words_field(record) is None:
         raise SampleError("missing_text", f"{files.name(path)}: no segments with start and end")
-    return {name: record[name] for name in record if name != "text"} | {"video": video}
+    return {name: record[name] for name in record if name != "text"} | {"video": video}, []
 
 
-def _cues(text: str) -> Iterator[list[Any]]:
-    """`[start, end, text]` of each cue, or of each word that has a time of its own."""
-    cue: tuple[str, str] | None = None
-    lines: list[str] = []
-    before = ""
-    for line in [*text.splitlines(), ""]:
+@dataclass(frozen=True)
+class _Cue:
+    """Its times as they are written, and its lines."""
+
+    start: str
+    end: str
+    lines: list[str] = field(default_factory=list)
+
+
+def _cues(lines: list[str], notes: list[str]) -> Iterator[_Cue]:
+    """The cues of a file. A line of times begins one; before it stands its number or name.
+
+    Text behind an empty line goes on with the cue in .srt, and is not shown in .vtt.
+    """
+    web = bool(lines) and lines[0].startswith("WEBVTT")
+    cue: _Cue | None = None
+    loose: list[str] = []  # since the last empty line
+    behind = True  # an empty line, or before the first cue
+    for line in [*lines, ""]:
         timing = _TIMING.match(line)
-        if timing is None and line.strip():
-            lines.append(line.strip())
+        if timing is None and (line if web else line.strip()):
+            (loose if behind or cue is None else cue.lines).append(line.strip())
             continue
-        if cue is not None:
-            if timing is not None and lines and lines[-1].isdigit():
-                lines.pop()  # the number of the next cue, without a blank line before it
-            for shown in lines:
-                plain = _plain(shown)
-                if plain and plain != before:  # rolling captions show a line twice
-                    yield from _timed(shown, *cue)
-                before = plain or before
-        cue = (timing[1], timing[2]) if timing is not None else None
-        lines = []
+        if timing is not None:
+            named = loose if behind or cue is None else cue.lines
+            if named and (named[-1].isdigit() or (web and behind)):
+                named.pop()
+        if cue is not None and not web:
+            cue.lines.extend(loose)
+        elif loose and not loose[0].startswith(_COMMENTS):
+            notes += ["line of a transcript without a time, left out"] * len(loose)
+        loose, behind = [], timing is None
+        if timing is not None:
+            if cue is not None:
+                yield cue
+            cue = _Cue(_written(timing[1]), _written(timing[2]))
+    if cue is not None:
+        yield cue
+
+
+def _written(time: str) -> str:
+    """A time without blanks, with a point before its milliseconds."""
+    plain = "".join(time.split()).replace(",", ".")
+    colon = _COLON.fullmatch(plain)
+    return f"{colon[1]}.{colon[2]}" if colon else plain
+
+
+def _once(cues: Iterator[_Cue], notes: list[str]) -> Iterator[_Cue]:
+    """Without the lines that captions which roll show again, at the top of the next cue.
+
+    The same words in a later cue of their own are said again.
+    """
+    before: list[str] = []
+    until = 0.0
+    for cue in cues:
+        lines = [line for line in cue.lines if _plain(line)]
+        plain = [_plain(line) for line in lines]
+        most = min(len(before), len(plain))
+        again = next((n for n in range(most, 0, -1) if before[-n:] == plain[:n]), 0)
+        start, end = _second(cue.start, until), _second(cue.end, until)
+        late = start > until + _AT_ONCE
+        if late and again == len(plain):
+            again = 0
+        if again and (late or (again == len(plain) and end > start + _AT_ONCE)):
+            notes.append("line shown in two cues, said once")
+        if plain:
+            before, until = plain, end
+            yield _Cue(cue.start, cue.end, lines[again:])
+
+
+def _second(time: str, default: float) -> float:
+    try:
+        return parse_seconds(time)
+    except ValueError:  # told when its words are read
+        return default
 
 
 def _plain(text: str) -> str:
     return html.unescape(_TAG.sub("", text)).strip()
 
 
-def _timed(line: str, start: str, end: str) -> Iterator[list[Any]]:
-    pieces = _INLINE.split(line)
-    times = [start, *pieces[1::2], end]
+def _timed(cue: _Cue) -> Iterator[list[Any]]:
+    """`[start, end, text]` of a cue, or of each word that has a time of its own."""
+    pieces = _INLINE.split(" ".join(cue.lines))
+    times = [cue.start, *map(_written, pieces[1::2]), cue.end]
     for text, first, last in zip(pieces[::2], times, times[1:], strict=False):
         if plain := _plain(text):
-            yield [first.replace(",", "."), last.replace(",", "."), plain]
+            yield [first, last, plain]

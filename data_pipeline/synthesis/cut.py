@@ -8,7 +8,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline import files
-from data_pipeline.importers.speech import Word, spread, words_field
-from data_pipeline.importers.timeline import second_of
+from data_pipeline.importers.speech import Word, timed_words
 from data_pipeline.importers.transcripts import SUFFIXES, pairs, read_transcript
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
@@ -147,22 +146,11 @@ def _seconds(video: Video) -> range:
     return range(math.ceil(info.first - 1e-3), math.floor(info.duration - 1e-3) + 1)
 
 
-def _words(source: Source) -> Iterator[Word]:
+def _words(source: Source) -> list[Word]:
     if source.transcript is None:
-        return
-    record = read_transcript(source.transcript, source.path)
-    name = words_field(record)
-    entries = record[name] if name else []
-    for entry in entries:
-        inside = (entry.get("words") or [entry]) if isinstance(entry, dict) else [entry]
-        for one in inside:
-            start, end, text = (
-                (one.get("start"), one.get("end"), one.get("text", one.get("word")))
-                if isinstance(one, dict)
-                else one
-            )
-            if isinstance(text, str):
-                yield from spread(second_of(start, "start"), second_of(end, "end"), text)
+        return []
+    record, notes = read_transcript(source.transcript, source.path)
+    return timed_words(record, notes)
 
 
 def _data_url(picture: Image.Image, side: int) -> str:

@@ -105,6 +105,55 @@ def test_transcripts_beside_a_video_become_the_same_commentary(folder: Path) -> 
     assert spoken == [COMMENTARY] * 3  # of .srt the words are spread evenly: 0.8 and 1.4 s
 
 
+def spoken(sample: dict[str, Any]) -> str:
+    """What is said, without frames and silence."""
+    return said(sample)[1].replace(FRAME, "").replace(SILENCE, " ").strip()
+
+
+def test_the_lines_of_a_caption_are_said_one_after_the_other(folder: Path) -> None:
+    (folder / "a.srt").write_text(
+        "1\n00:00:00, 500 --> 00:00:03, 500\none two\nthree four\n\nfive six\n\n"
+        "2\n00:00:04:000 --> 00:00:05:000\nGoal!\n\n3\n00:00:08,000 --> 00:00:09,000\nGoal!\n"
+    )
+    (sample,), summary = run(folder)
+    assert " ".join(spoken(sample).split()) == "one two three four five six Goal! Goal!"
+    assert summary.notes == {}
+
+
+def test_captions_that_roll_are_said_once(folder: Path) -> None:
+    (folder / "a.vtt").write_text(
+        "WEBVTT\nKind: captions\n\nNOTE by hand\n\n00:01.000 --> 00:02.000\nA a\nB b\nC c\n\n"
+        "second\n00:02.000 --> 00:03.000\nB b\nC c\nD d\n\nnot shown\n\n"
+        "00:03.000 --> 00:03.010\n \nD d\n \n\n00:04.000 --> 00:05.000\nE e\n\n"
+        "00:05.000 --> 00:06.000\nE e\n"
+    )
+    (sample,), summary = run(folder)
+    assert " ".join(spoken(sample).split()) == "A a B b C c D d E e"
+    assert summary.notes == {
+        "line of a transcript without a time, left out": 1,
+        "line shown in two cues, said once": 1,
+    }
+
+
+def test_pieces_of_a_word_stay_together(folder: Path) -> None:
+    pieces = (" A", " 25", "-year", "-old", " costs", " $5", ".3", " million")
+    words = [{"start": i * 0.5, "end": i * 0.5 + 0.5, "word": w} for i, w in enumerate(pieces)]
+    segment = {"start": 0, "end": 4, "text": "", "words": words}
+    (folder / "a.json").write_text(json.dumps({"segments": [segment]}))
+    (sample,), _ = run(folder)
+    assert spoken(sample) == "A 25-year-old costs $5.3 million"
+
+
+def test_a_folder_of_transcripts_has_its_videos_by_a_relative_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a.srt").write_text(SRT)
+    monkeypatch.chdir(folder.parent)
+    for source in (folder.name, f"./{folder.name}/", f"{folder.name}/a.srt"):
+        (sample,), _ = run(Path(source))
+        assert said(sample)[1] == COMMENTARY
+
+
 def test_a_long_commentary_is_cut_into_windows(folder: Path) -> None:
     record = {"video": "a.mp4", "content": [[s, s + 0.5, f"w{s}"] for s in (1, 2, 7, 8)]}
     (first, second), summary = run(write(folder / "w.jsonl", record), window=4)
