@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from data_pipeline.importers.draft import (
+    IMAGE_FIELDS,
     MEDIUM_FIELDS,
+    VIDEO_FIELDS,
     Draft,
     Turn,
     in_order,
@@ -22,9 +24,10 @@ from data_pipeline.importers.draft import (
     refuse_preferences,
     unused_fields,
 )
+from data_pipeline.importers.marks import is_numbered, number_of, place_marks
 from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.realtime import is_realtime, realtime_draft
-from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, MediaType, Role, SampleError
+from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, MediaType, Role, SampleError
 
 # A tool's answer is the user's turn; its call is the model's.
 ROLES: Mapping[str, Role] = {
@@ -44,9 +47,6 @@ LEARN_FLAGS = ("loss", "weight", "train", "train_on_turn", "trainable", "loss_sc
 _CALLS = ("tool_calls", "function_call")
 _MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *LEARN_FLAGS, *_CALLS})
 _SOUND = ("audio", "audios")
-# Under which names records on their own have their media; the first is LLaMA-Factory's.
-IMAGE_FIELDS = ("images", "image", "image_path", "image_paths", "image_url", "image_urls")
-VIDEO_FIELDS = ("videos", "video", "video_path", "video_paths", "video_url", "video_urls")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ _DIALECTS = {name: Dialect(messages=name) for name in ("messages", "conversation
 def conversation_draft(record: dict[str, Any], base: str, dialect: Dialect | None = None) -> Draft:
     """A record -> a draft; media paths are relative to `base`. Raises SampleError."""
     if dialect is None:
-        dialect = _DIALECTS["messages" if "messages" in record else "conversations"]
+        dialect = _DIALECTS[messages_field(record)]
     record = plain_contents(record, dialect.messages)
     messages = message_turns(record, dialect)
     longer = [entry for entry in record[dialect.messages] if len(entry) > 2]
@@ -113,13 +113,11 @@ def with_media(
         _media(record, columns) for columns in (dialect.images, dialect.videos)
     )
     notes = (notes or []) + unused_fields(record, dialect.known)
-    text = "".join(message["content"] for message in messages)
-    if not images and not videos:
-        notes += [f"{mark} in a record without media" for mark in _THEIRS if mark in text]
-    else:
-        messages = _our_marks(messages, bool(images))
+    named: dict[MediaType, list[Any]] = {"image": images, "video": videos}
+    messages = place_marks(messages, named, notes)
+    images, videos = named.values()
     single = {image_field, video_field} & {"image", "video"}
-    if single and not any(mark in m["content"] for m in messages for mark in _THEIRS.values()):
+    if single and not any(MARK.search(message["content"]) for message in messages):
         messages = _marked(messages, len(images), len(videos))
         notes.append("medium without a mark, put before the first user's turn")
     pictures = [medium("image", image, base) for image in images]
@@ -242,31 +240,13 @@ def _media(record: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[Any],
     if len(full) > 1:
         raise SampleError("ambiguous_media", f"{' and '.join(full)} both name media: keep one")
     value = record[full[0]]
+    if isinstance(value, dict) and value and all(map(is_numbered, value)):
+        return [value[name] for name in sorted(value, key=number_of)], full[0]
     if isinstance(value, str | dict | bytes):
         value = [value]
     if not isinstance(value, list):
         raise SampleError("bad_schema", f"{full[0]}: {value!r:.80}: expected a list of file names")
-    return value, full[0]
-
-
-# LLaMA-Factory's marks; in a record without media they are plain text.
-_THEIRS = {"<image>": IMAGE_MARK, "<video>": VIDEO_MARK}
-
-
-def _our_marks(messages: list[Turn], images: bool) -> list[Turn]:
-    """With our marks. LLaVA-Video marks a video by `<image>`, too."""
-    marks = dict(_THEIRS)
-    if not images and not any(
-        mark in message["content"] for message in messages for mark in ("<video>", VIDEO_MARK)
-    ):
-        marks["<image>"] = VIDEO_MARK
-    made = []
-    for message in messages:
-        content = message["content"]
-        for theirs, ours in marks.items():
-            content = content.replace(theirs, ours)
-        made.append(message | {"content": content})
-    return made
+    return [*value], full[0]
 
 
 def _marked(messages: list[Turn], images: int, videos: int) -> list[Turn]:
@@ -276,6 +256,10 @@ def _marked(messages: list[Turn], images: int, videos: int) -> list[Turn]:
             first = message | {"content": f"{marks}\n{message['content']}"}
             return [*messages[:i], first, *messages[i + 1 :]]
     return messages
+
+
+def messages_field(record: dict[str, Any]) -> str:
+    return "messages" if "messages" in record else "conversations"
 
 
 def looks_like_one(record: dict[str, Any]) -> bool:

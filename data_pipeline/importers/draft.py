@@ -104,6 +104,9 @@ class Entry:
 PATH_FIELDS = (
     "path", "url", "video_path", "image_path", "file", "file_name", "image", "video",
 )  # fmt: skip
+# Under which names records on their own have their media; the first is LLaMA-Factory's.
+IMAGE_FIELDS = ("images", "image", "image_path", "image_paths", "image_url", "image_urls")
+VIDEO_FIELDS = ("videos", "video", "video_path", "video_paths", "video_url", "video_urls")
 MEDIUM_FIELDS = frozenset((*PATH_FIELDS, "bytes", "type"))
 _WINDOWS = re.compile(r"(?:file:///)?[A-Za-z]:[\\/]|\\\\")
 # How base64 of a JPEG, PNG, WebP, GIF, MP4 and Matroska file begins, and how long it is at least.

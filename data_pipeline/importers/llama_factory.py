@@ -11,14 +11,19 @@ from typing import Any, TypeVar
 
 from data_pipeline import files
 from data_pipeline.importers.conversation import (
-    IMAGE_FIELDS,
-    VIDEO_FIELDS,
     Dialect,
     conversation_draft,
     system_turn,
     with_media,
 )
-from data_pipeline.importers.draft import Draft, Turn, text_draft, unused_fields
+from data_pipeline.importers.draft import (
+    IMAGE_FIELDS,
+    VIDEO_FIELDS,
+    Draft,
+    Turn,
+    text_draft,
+    unused_fields,
+)
 from data_pipeline.schema import Role, SampleError
 from data_pipeline.shards import ShardError
 

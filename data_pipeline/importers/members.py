@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline import files
-from data_pipeline.importers.conversation import IMAGE_FIELDS, VIDEO_FIELDS
-from data_pipeline.importers.draft import PATH_FIELDS
+from data_pipeline.importers.draft import IMAGE_FIELDS, PATH_FIELDS, VIDEO_FIELDS
 from data_pipeline.importers.streaming import CLIP_FIELDS
 from data_pipeline.schema import MediaType, SampleError
 

@@ -1,7 +1,7 @@
 """Contents that are lists of parts, as OpenAI's and transformers' messages have them, to texts.
 
-A part with a medium of its own gives it to the record; one that only says `image` or `video` stands
-for the next medium of the record.
+A part or message with a medium of its own gives it to the record; a part that only says `image` or
+`video` stands for the next medium of the record.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from data_pipeline.importers.draft import IMAGE_FIELDS, VIDEO_FIELDS
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
 
 _MARKS = {
@@ -17,13 +18,20 @@ _MARKS = {
 }  # fmt: skip
 _TEXTS = ("text", "input_text", "output_text")
 _PLACES = ("image", "video", "image_url", "video_url", "url", "path", "bytes")
+# Of messages: the fields with media, where the media go, and the marks that place them.
+_OWN = (
+    (IMAGE_FIELDS, "images", (IMAGE_MARK, "<image>")),
+    (VIDEO_FIELDS, "videos", (VIDEO_MARK, "<video>")),
+)
 _KNOWN = frozenset((*_PLACES, "type", "text", "index"))
 
 
 def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """The record with texts for contents, media of the parts under `images` and `videos`.
+    """The record with texts for contents, media of the parts and messages under `images` and
+    `videos`.
 
-    name: of the messages, which may be the JSON of their list. SampleError for unknown parts.
+    name: of the messages, which may be the JSON of their list. SampleError for unknown parts, and
+    for media that both the record and its messages name.
     """
     messages = record.get(name)
     if isinstance(messages, str) and messages.lstrip().startswith("["):
@@ -32,26 +40,65 @@ def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
         except ValueError as error:
             raise SampleError("bad_json", f"{name}: {error}") from None
         record = record | {name: messages}
-    if not isinstance(messages, list) or not any(map(_has_parts, messages)):
+    if not isinstance(messages, list) or not any(map(_has_more, messages)):
         return record
     media: dict[str, list[Any]] = {"images": [], "videos": []}
     plain = []
     for i, message in enumerate(messages):
-        if _has_parts(message):
-            texts = [_part(part, f"{name}[{i}].content", media) for part in message["content"]]
-            message = message | {"content": "".join(texts)}
-        plain.append(message)
-    return record | {name: plain} | {field: given for field, given in media.items() if given}
+        for field in ("content", "value"):
+            if _has_parts(message, field):
+                texts = [_part(part, f"{name}[{i}].{field}", media) for part in message[field]]
+                message = message | {field: "".join(texts)}
+        plain.append(_without_media(message, media) if isinstance(message, dict) else message)
+    given = {field: found for field, found in media.items() if found}
+    for field, found in given.items():
+        if record.get(field) and record[field] != found:
+            detail = f"{field}: the record and its {name} name different media: keep one list"
+            raise SampleError("ambiguous_media", detail)
+    return record | {name: plain} | given
 
 
-def _has_parts(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("content"), list)
+def _has_parts(message: Any, field: str) -> bool:
+    """Whether a content is a list of parts, which in ShareGPT's form are objects alone."""
+    parts = message.get(field) if isinstance(message, dict) else None
+    return isinstance(parts, list) and (
+        field == "content" or all(isinstance(part, dict) for part in parts)
+    )
+
+
+def _has_more(message: Any) -> bool:
+    """Whether a message may have more than a text."""
+    return isinstance(message, dict) and (
+        len(message) > 2 or any(isinstance(value, list) for value in message.values())
+    )
+
+
+def _without_media(message: dict[str, Any], media: dict[str, list[Any]]) -> dict[str, Any]:
+    """A message without media of its own; where its text has no marks, these stand before it."""
+    field = "content" if "content" in message else "value"
+    for names, kind, marks in _OWN:
+        for name in names:
+            given = message.get(name)
+            if not given or not isinstance(message.get(field), str):
+                continue
+            found = given if isinstance(given, list) else [given]
+            media[kind] += found
+            rest = {key: value for key, value in message.items() if key != name}
+            marked = any(mark in message[field] for mark in marks)
+            message = rest | {field: ("" if marked else marks[0] * len(found)) + message[field]}
+    return message
+
+
+def _kind(part: dict[str, Any]) -> Any:
+    """A part's type; DashScope's parts have none, and their only field says it."""
+    named = [name for name in ("text", "image", "video") if part.get(name) is not None]
+    return named[0] if "type" not in part and len(named) == 1 else part.get("type")
 
 
 def _part(part: Any, field: str, media: dict[str, list[Any]]) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = _kind(part) if isinstance(part, dict) else None
     if kind in _TEXTS and isinstance(part.get("text"), str):
         if any(part.get(place) for place in _PLACES):
             detail = f"{field}: {part!r:.80}: a text that names a medium: make two parts of it"

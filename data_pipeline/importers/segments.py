@@ -16,7 +16,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from data_pipeline.importers.conversation import Dialect, conversation_draft, message_turns
+from data_pipeline.importers.conversation import (
+    Dialect,
+    conversation_draft,
+    message_turns,
+    messages_field,
+)
 from data_pipeline.importers.draft import PATH_FIELDS, Draft, Medium, Turn, medium, unused_fields
 from data_pipeline.importers.streaming import clip_of
 from data_pipeline.importers.timeline import LONGEST, SILENCE, second_of
@@ -42,7 +47,7 @@ def mossvl_draft(record: dict[str, Any], base: str) -> Draft:
     record = _with_messages(record)
     if not has_segments(record):
         return conversation_draft(record, base)
-    dialect = Dialect(messages="messages" if "messages" in record else "conversations")
+    dialect = Dialect(messages=messages_field(record))
     messages = message_turns(record, dialect)
     cut = list(_segments(record["videos"], base))
     answers = "".join(turn["content"] for turn in messages if turn["role"] == "assistant")
@@ -161,7 +166,7 @@ def realtime_qa_draft(record: dict[str, Any], base: str) -> Draft:
     if not isinstance(stamps, list) or not stamps:
         raise SampleError("bad_schema", f"video.frame_timestamps: {stamps!r:.40}: expected seconds")
     seconds = [second_of(stamp, f"video.frame_timestamps[{i}]") for i, stamp in enumerate(stamps)]
-    dialect = Dialect(messages="messages" if "messages" in record else "conversations")
+    dialect = Dialect(messages=messages_field(record))
     messages = message_turns(record, dialect)
     marks = sum(turn["content"].count(VIDEO_MARK) for turn in messages)
     one = marks == 1 and len(seconds) > 1  # a mark for all frames

@@ -16,7 +16,11 @@ from typing import Any
 from data_pipeline import files
 from data_pipeline.importers.archive import Archive, Members, open_archive
 from data_pipeline.importers.captions import CAPTION_COLUMNS
-from data_pipeline.importers.conversation import conversation_draft, looks_like_one
+from data_pipeline.importers.conversation import (
+    conversation_draft,
+    looks_like_one,
+    messages_field,
+)
 from data_pipeline.importers.draft import (
     Convert,
     Draft,
@@ -29,6 +33,7 @@ from data_pipeline.importers.draft import (
     unused_fields,
 )
 from data_pipeline.importers.members import fill, in_number_order, member
+from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.recognize import ALIKE, form_of, form_of_all
 from data_pipeline.importers.share import WHOLE, Share
 from data_pipeline.importers.streaming import names_clip
@@ -196,6 +201,8 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
         return [_own(record, parts, key, notes)]
     stream = forms.stream(record, media)
     if stream is not None or looks_like_one(record):
+        if stream is None:
+            record = plain_contents(record, messages_field(record))
         known, used, more = fill(record, parts, key, media, stream=stream is not None)
         notes += [*more, *(f"unused member .{name}" for name in media if name not in used)]
         made = (stream or conversation_draft)(known, "")

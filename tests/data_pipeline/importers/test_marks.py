@@ -1,0 +1,114 @@
+"""The marks of other projects show where a picture belongs, and which."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from data_pipeline.build import Summary, build_shards
+from tests.samples import imported
+
+
+def jpeg(color: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(out, "JPEG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "r.jpg").write_bytes(jpeg("red"))
+    (tmp_path / "b.jpg").write_bytes(jpeg("blue"))
+    return tmp_path
+
+
+def run(source: Path) -> tuple[Summary, list[tuple[str, str]]]:
+    """The summary, and of each sample the user's turn and its pictures: `r`, `b`."""
+    out = source.parent / "out"
+    summary = build_shards(source, out)
+    names = {jpeg("red"): "r", jpeg("blue"): "b"}
+    return summary, [
+        (
+            sample["messages"][0]["content"].replace("<|image|>", "@"),
+            "".join(names[sample["members"][medium["file"]]] for medium in sample["media"]),
+        )
+        for _, sample in sorted(imported(out).items())
+    ]
+
+
+def asked(text: Any, answer: str = "Red.", **media: Any) -> dict[str, Any]:
+    """In the words of Qwen-VL and LLaVA; `own`: of the message."""
+    user = {"from": "user", "value": text} | media.pop("own", {})
+    return {"conversations": [user, {"from": "assistant", "value": answer}], **media}
+
+
+def part(path: str) -> dict[str, str]:
+    return {"type": "image", "image": path}
+
+
+SHOWN = [
+    (asked("Picture 1: <img>b.jpg</img>\nPicture 2: <img>r.jpg</img>\nWhich?"),
+     ("Picture 1: @\nPicture 2: @\nWhich?", "br")),
+    (asked("<img>r.jpg</img>?", images=["r.jpg"]), ("@?", "r")),
+    (asked("<image_01> or <image_00>?", image={"<image_00>": "r.jpg", "<image_01>": "b.jpg"}),
+     ("@ or @?", "br")),
+    (asked("<image 2>, <image 1>? <image 1>!", images=["r.jpg", "b.jpg"]),
+     ("@, @? <image 1>!", "br")),
+    (asked("<|image_1|>?", image="b.jpg"), ("@?", "b")),
+    (asked("<ImageHere>, then <ImageHere>", image=["r.jpg", "b.jpg"]), ("@, then @", "rb")),
+    (asked("<|vision_start|><|image_pad|><|vision_end|>?", images=["b.jpg"]), ("@?", "b")),
+    (asked("What?", own={"images": ["b.jpg", "r.jpg"]}), ("@@What?", "br")),
+    (asked("What <image>?", own={"image": "b.jpg"}), ("What @?", "b")),
+    (asked([part("r.jpg"), {"type": "text", "text": "?"}]), ("@?", "r")),
+    (asked([{"image": "r.jpg"}, {"text": "?"}]), ("@?", "r")),
+    ({"instruction": "<img>r.jpg</img>?", "input": "", "output": "Red."}, ("@?", "r")),
+    (asked("HTML's <img> and <b>r.jpg</b>"), ("HTML's <img> and <b>r.jpg</b>", "")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "expected"), SHOWN)
+def test_pictures_stand_where_the_marks_of_their_form_do(
+    folder: Path, record: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    (folder / "a.jsonl").write_text(json.dumps(record))
+    assert run(folder / "a.jsonl")[1] == [expected]
+
+
+def test_marks_and_media_that_do_not_agree_are_refused_or_noted(folder: Path) -> None:
+    records = [
+        asked("<image_1> and <image_3>?", images=["r.jpg", "b.jpg"]),
+        asked("<image_1>?", image=["r.jpg", "b.jpg"]),
+        asked([part("r.jpg")], images=["b.jpg"]),
+        asked("<image_1>, <ImageHere>?"),
+    ]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    summary, samples = run(folder / "a.jsonl")
+    assert summary.rejected == {"mark_media_mismatch": 2, "ambiguous_media": 1}
+    assert samples == [("<image_1>, <ImageHere>?", "")]
+    assert summary.notes == {
+        "<image_N> in a record without media": 1,
+        "<ImageHere> in a record without media": 1,
+    }
+
+
+def test_parts_of_a_record_in_a_shard_name_its_members(folder: Path) -> None:
+    record = asked([part("b.jpg"), {"type": "text", "text": "?"}])
+    members = {
+        "a.r.jpg": jpeg("red"),
+        "a.b.jpg": jpeg("blue"),
+        "a.json": json.dumps(record).encode(),
+    }
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    summary, samples = run(folder / "a.tar")
+    assert samples == [("@?", "b")]
+    assert summary.notes == {"unused member .r.jpg": 1}
