@@ -114,7 +114,7 @@ def test_readme_commands_run(checkout: Path) -> None:
         if "parallel=tp2 " in command and "stage=pt1" in command:
             small += " trainer.steps=5"  # the demo itself takes minutes
         elif command.endswith("data_pipeline.toy toy_world"):
-            small += " --train 400 --heldout 40"
+            small += " --train 120 --heldout 10"
         if "inference.serve" in command:
             _serve(command, checkout, env)
         elif command == runnable()[0]:  # this one starts as in a user's shell

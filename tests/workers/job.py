@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ class Task:
     poison: for each batch (the first is 1) what is wrong with it, on the last rank alone: "loss"
         (no number), "gradient" (infinite), "weights" (others than on other ranks) or "file" (a bit
         of the newest checkpoint flips).
+    page: the run's report is written at the end, which takes as long as three steps.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Task:
     stop_after: int | None = None
     file_limit: tuple[int, ...] | None = None
     poison: dict[str, str] = field(default_factory=dict)
+    page: bool = False
     seen: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,6 +89,7 @@ def run(task: Task, config: Config) -> None:
 def run_checked(task: Task, config: Config) -> None:
     from moss_train.evaluate.in_training import Suites
     from moss_train.parallel.distribute import StepBatch
+    from moss_train.train import loop
     from moss_train.train.loop import Job
     from moss_train.train.plan import StepPlan
     from moss_train.train.start import steps_left
@@ -125,8 +129,10 @@ def run_checked(task: Task, config: Config) -> None:
     job = Watched(config, resume_from, suites=Suites)
     if task.poison and dist.get_rank() == dist.get_world_size() - 1:
         poison(job, task.poison)
+    written = loop.write_report_or_warn if task.page else lambda run_dir: None
     try:
-        job.run()
+        with mock.patch.object(loop, "write_report_or_warn", written):
+            job.run()
     except BaseException:
         # Else the garbage collection ends the loader's workers, after it has ended the queues that
         # would tell them to: it waits five seconds for each.

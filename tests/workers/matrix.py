@@ -22,7 +22,7 @@ from moss_train import hardware
 
 KINDS = ("text", "image", "video", "mixed")
 CASES = [(train, kind) for train in ("all", "frozen_vision") for kind in KINDS]
-STEPS, GLOBAL, MICRO = 12, 4, 2
+STEPS, GLOBAL, MICRO = 8, 4, 2
 PATTERNS = {
     "all": ["*"],
     "frozen_vision": ["projector.*", "decoder.*"],

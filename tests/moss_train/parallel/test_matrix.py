@@ -1,4 +1,4 @@
-"""Every layout trains like one process: real processes over gloo, 12 steps of what is mixed, 5 of
+"""Every layout trains like one process: real processes over gloo, 8 steps of what is mixed, 4 of
 one kind of samples, frozen tower or not."""
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ BALANCED = {
     2: ["tp2", "tp2_sp", "pp2_vp2", "dp2_overlap"],
     4: ["dp2_tp2_sp", "dp2_pp2_vp2_overlap"],
 }
-FEWER = 6  # steps of variants
+FEWER = 4  # steps of variants
 FEWEST = 2
-SINGLE_KIND = 5  # steps of texts alone, images alone, clips alone
+SINGLE_KIND = 4  # steps of texts alone, images alone, clips alone
 SMALL_RUNS = [("all", "mixed"), ("pt1", "mixed"), ("pt1", "text")]
 REPLICATED = ("q_norm", "k_norm", "gate", "norm", "projector", "vision_model")
 

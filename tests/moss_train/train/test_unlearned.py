@@ -50,7 +50,7 @@ def test_cut_samples_are_counted_over_ranks_and_resumes(small, toy, run_jobs, tm
 
     def task(name: str, run: str, steps: int) -> dict:
         overrides = [*options, f"trainer.steps={steps}", f"run.dir={tmp_path / run}"]
-        return {"name": name, "overrides": overrides}
+        return {"name": name, "overrides": overrides, "page": name == "whole"}
 
     done = run_jobs(
         2, task("whole", "whole", 6), task("begun", "parts", 3), task("resumed", "parts", 6)

@@ -27,7 +27,7 @@ def test_validation_is_the_same_in_every_layout_and_falls(small, toy, run_jobs, 
 
     def task(name: str, overrides: list[str], *more: str):
         run = f"run.dir={tmp_path / name}"
-        return {"name": name, "overrides": [*overrides, *more, run]}
+        return {"name": name, "overrides": [*overrides, *more, run], "page": name == "learns"}
 
     one = run_jobs(
         1, task("single", still), task("learns", options, "trainer.eval_every=3", "trainer.steps=4")
