@@ -23,6 +23,7 @@ from moss_train import hardware
 from moss_train.config import WANDB_MODES, Config, ConfigError
 from moss_train.data_config import EvalSuiteConfig, SourceConfig
 from moss_train.model.hf_mapping import unmatched_targets
+from moss_train.model_sizes import not_multiple, unfit_sizes
 
 POSITIVE = Range(above=0)
 
@@ -107,42 +108,8 @@ def _multipliers(value: object) -> Iterator[str]:
 
 
 def _model(config: Config) -> Iterator[str]:
-    text, vision, projector = config.model.text, config.model.vision, config.model.projector
-    yield from _divides("model.text.hidden_size", text.hidden_size, "num_heads", text.num_heads)
-    yield from _divides("model.text.num_heads", text.num_heads, "num_kv_heads", text.num_kv_heads)
-    if text.hidden_size % text.num_heads == 0 and text.head_dim % 2:
-        yield (
-            f"model.text.hidden_size={text.hidden_size}: gives heads of {text.head_dim} with "
-            f"num_heads={text.num_heads}: rotary positions want an even number"
-        )
-    scaling = text.rope_scaling
-    if scaling.low_freq_factor >= scaling.high_freq_factor:
-        yield (
-            f"model.text.rope_scaling.low_freq_factor={scaling.low_freq_factor}: must be less "
-            f"than high_freq_factor={scaling.high_freq_factor}"
-        )
-    yield from _divides(
-        "model.vision.hidden_size", vision.hidden_size, "num_heads", vision.num_heads
-    )
-    yield from _divides(
-        "model.vision.image_size", vision.image_size, "patch_size", vision.patch_size
-    )
-    if projector.pool != "none":
-        yield from _divides("the patch grid", vision.grid, "projector.stride", projector.stride)
-    for name, layers, count, of in (
-        ("model.text.cross_attention_layers", text.cross_attention_layers, text.num_layers, "text"),
-        ("model.vision.intermediate_layers", vision.intermediate_layers, vision.num_layers,
-         "vision"),
-    ):  # fmt: skip
-        outside = [layer for layer in layers if layer >= count]
-        if outside:
-            yield (
-                f"{name}={outside}: layers are numbered 0..{count - 1} "
-                f"(model.{of}.num_layers={count})"
-            )
-        twice = [layer for layer, times in Counter(layers).items() if times > 1]
-        if twice:
-            yield f"{name}={twice}: name each layer once"
+    yield from unfit_sizes(config.model)
+    vision = config.model.vision
     if config.data.max_tiles > vision.max_tiles:
         yield (
             f"data.max_tiles={config.data.max_tiles}: the vision tower has embeddings for "
@@ -169,11 +136,6 @@ def _llama(config: Config) -> Iterator[str]:
         yield from error.problems
 
 
-def _divides(name: str, value: int, by: str, divisor: int) -> Iterator[str]:
-    if divisor <= 0 or value % divisor:
-        yield f"{name}={value}: must be a multiple of {by}={divisor}"
-
-
 def check_layout(config: Config, world_size: int) -> Iterator[str]:
     """A line for everything in which model, layout and ranks do not fit together."""
     parallel, text = config.parallel, config.model.text
@@ -193,15 +155,17 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
         ("model.text.vocab_size", text.vocab_size),
         ("the embedding's rows", text.vocab_size + text.extra_embedding_rows),
     ):
-        yield from _divides(name, value, tensor, parallel.tensor)
+        yield from not_multiple(name, value, tensor, parallel.tensor)
     if parallel.vision_tensor:
-        yield from _divides(
+        yield from not_multiple(
             "model.vision.num_heads", config.model.vision.num_heads, tensor, parallel.tensor
         )
     if parallel.sequence:
         if parallel.tensor == 1:
             yield "parallel.sequence=True: needs parallel.tensor of 2 or more"
-        yield from _divides("data.pad_multiple", config.data.pad_multiple, tensor, parallel.tensor)
+        yield from not_multiple(
+            "data.pad_multiple", config.data.pad_multiple, tensor, parallel.tensor
+        )
     stages = parallel.pipeline * parallel.virtual
     if text.num_layers % stages:
         yield (

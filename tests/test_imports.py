@@ -28,7 +28,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("data_pipeline.build", "data_pipeline.toy", "data_pipeline.synthesis"),
     ("data_pipeline.engines",),
-    ("moss_train.log", "moss_train.config", "moss_train.presets", "inference.engine"),
+    (
+        "moss_train.log",
+        "moss_train.config",
+        "moss_train.model_sizes",
+        "moss_train.presets",
+        "inference.engine",
+    ),
     (
         "moss_train.node_folders",
         "moss_train.overrides",

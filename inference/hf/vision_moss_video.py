@@ -146,8 +146,8 @@ class VisionTower(nn.Module):
             tiles: True for real tiles `[N, T]`; of no concern with `full_attention`.
 
         Returns:
-            The final state and the states that enter each of `intermediate_layers_indices`,
-            each `[N, T, P, D]`.
+            The final state and the states that enter each of `intermediate_layers_indices`, in
+            their order, each `[N, T, P, D]`.
         """
         x = self._embed(pixels, ratio_ids)  # [N, T, P, D]
         count, patches = x.shape[1:3]
@@ -156,16 +156,17 @@ class VisionTower(nn.Module):
         mask = None if self.config.full_attention else _padding_mask(tiles, patches, padded)
 
         x = x.flatten(1, 2)  # [N, T x padded P, D]
-        states = []
+        entering = {}
         for index, layer in enumerate(self.transformer.layers):
             if index in self.intermediate:
-                states.append(x)
+                entering[index] = x
             x = layer(x, mask)
         x = self.layernorm_post(x).unflatten(1, (count, padded))
         x = self.post_tile_positional_embedding(x, ratio_ids).flatten(1, 2)
         for layer in self.global_transformer.layers:
             x = layer(x, mask)
-        return [s.unflatten(1, (count, padded))[:, :, :patches] for s in (x, *states)]
+        states = (x, *(entering[index] for index in self.intermediate))
+        return [s.unflatten(1, (count, padded))[:, :, :patches] for s in states]
 
     def _embed(self, pixels: Tensor, ratio_ids: Tensor) -> Tensor:
         frames, tiles = pixels.shape[:2]

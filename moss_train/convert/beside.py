@@ -66,9 +66,9 @@ def read_beside(source: Path, model: ModelConfig) -> Beside:
         problems += _meanings(source, tokenizer)
         beside.notes += [*_ends(source, tokenizer), *missing_tokens(tokenizer)]
     beside.notes += _out_of_range(source, rows)
-    preprocessor = _preprocessor(source)
-    if preprocessor is not None:
-        path, values = preprocessor
+    found = _preprocessors(source)
+    problems += _differing(found)
+    for path, values in list(found.items())[:1]:
         problems += [f"{path}: {line}" for line in _pixels(values, model)]
         beside.max_tiles = values["max_image_tiles"]
     templates = chat_templates(source)
@@ -203,14 +203,31 @@ def _out_of_range(source: Path, rows: int) -> Iterator[str]:
                 )
 
 
-def _preprocessor(source: Path) -> tuple[Path, dict[str, Any]] | None:
-    """transformers 4's file; 5 writes it into processor_config.json."""
+def _preprocessors(source: Path) -> dict[Path, dict[str, Any]]:
+    """The files that say how pictures are prepared, the one that transformers 5 reads first: its
+    own processor_config.json, then transformers 4's."""
+    found = {}
+    path = source / "processor_config.json"
+    nested = read_json(path).get("image_processor") if path.is_file() else None
+    if isinstance(nested, dict):
+        found[path] = PROCESSOR_DEFAULTS | nested
     path = source / "preprocessor_config.json"
     if path.is_file():
-        return path, PROCESSOR_DEFAULTS | read_json(path)
-    path = source / "processor_config.json"
-    values = read_json(path).get("image_processor") if path.is_file() else None
-    return (path, PROCESSOR_DEFAULTS | values) if isinstance(values, dict) else None
+        found[path] = PROCESSOR_DEFAULTS | read_json(path)
+    return found
+
+
+def _differing(found: dict[Path, dict[str, Any]]) -> Iterator[str]:
+    """A line for each setting that two files have otherwise."""
+    if len(found) < 2:
+        return
+    (one, new), (other, old) = found.items()
+    for key in (*PROCESSOR_DEFAULTS, *ON, "resample", "rescale_factor"):
+        if new.get(key, old.get(key)) != old.get(key, new.get(key)):
+            yield (
+                f"{one}: image_processor.{key} is {new[key]}, in {other.name} {old[key]}: remove "
+                "the one that the model was not trained with"
+            )
 
 
 def _pixels(values: dict[str, Any], model: ModelConfig) -> Iterator[str]:

@@ -71,7 +71,7 @@ def open_llama(folder: Path, allow_pickle: bool = False) -> HfFolder:
     Raises:
         ConversionError, ConfigError: as HfFolder, and as `ties_embeddings`.
     """
-    source = HfFolder(folder, allow_pickle=allow_pickle)
+    source = HfFolder(folder, text_name, allow_pickle)
     if not ties_embeddings(folder):
         return source
     tensors = source.tensors
@@ -84,6 +84,12 @@ def open_llama(folder: Path, allow_pickle: bool = False) -> HfFolder:
             "transformers takes it"
         )
     return source
+
+
+def text_name(name: str) -> str:
+    """The name in a text model of a tensor that was saved without its output head, or as the text
+    part of a larger model."""
+    return re.sub(r"^(model\.language_model\.)?(?=(embed_tokens|layers|norm)\.)", "model.", name)
 
 
 def _equal(source: HfFolder, one: str, other: str) -> bool:

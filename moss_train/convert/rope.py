@@ -57,7 +57,9 @@ def rope_of(section: Section, theta: float | None = None) -> tuple[float, RopeSc
 
 def _scaling(rope: Section) -> RopeScalingConfig:
     rope.expect("partial_rotary_factor", 1.0)
-    key, kind = rope.find("rope_type", "type")
+    key, kind = "rope_type", "default"
+    if any(rope.has(name) for name in ("rope_type", "type", "factor")):
+        key, kind = rope.find("rope_type", "type")
     if kind == "default":
         return RopeScalingConfig(factor=1.0)
     if kind != "llama3":

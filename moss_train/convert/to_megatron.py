@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.fields import wrong_values
 from data_pipeline.progress import Progress
 from data_pipeline.prompts import STAGE_FORMS
 from data_pipeline.tokenizer_identity import identify
@@ -58,6 +59,7 @@ from moss_train.model.hf_mapping import (
     to_ours,
 )
 from moss_train.model_config import ModelConfig
+from moss_train.model_sizes import unfit_sizes
 from moss_train.trained_tokenizer import KEY, check_tokenizer
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -102,7 +104,10 @@ def convert_hf(options: FromHf) -> list[str]:
     else:
         folder = HfFolder(source, normalize_name, options.allow_pickle)
         _check_dtypes(folder, options)
-        model = _fitted(model_config_from_hf(source, options.arch, options.dtype), folder)
+        stored_as = DTYPE_NAMES.get(next(iter(folder.dtypes))) if len(folder.dtypes) == 1 else None
+        wanted = options.dtype or stored_as
+        model = _fitted(model_config_from_hf(source, options.arch, wanted), folder)
+        _check_sizes(source, model)
         _check_tensors(model, folder)
         dtypes = folder.dtypes
 
@@ -113,7 +118,7 @@ def convert_hf(options: FromHf) -> list[str]:
 
     beside = read_beside(source, model)
     _check_tokenizer(source)
-    folder.notes += [*saved_rope(folder, model.text), *beside.notes]
+    folder.notes += [*saved_rope(folder, model.text), *beside.notes, *_not_quantized(source)]
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.dtype or len(dtypes) == 1:
         model = replace(model, dtype=options.dtype or DTYPE_NAMES[next(iter(dtypes))])
@@ -144,6 +149,7 @@ def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
         raise ConversionError(f"{options.source}: is a text-only Llama, not mllama")
     into = options.grow_into or ModelConfig(tokens_before_first_frame="zero")
     model = replace(into, text=text_config_from_llama(options.source, into.text))
+    _check_sizes(options.source, model)
     model = _divisible(model, options.tensor_parallel)
     folder = open_llama(options.source, options.allow_pickle)
     _check_dtypes(folder, options)
@@ -182,6 +188,20 @@ def _read_rows(folder: HfFolder, name: str, shape: torch.Size, rows: slice) -> T
         there = folder.read(name, slice(start, min(stop, stored.shape[0])))
         out[: len(there)] = there
     return out
+
+
+def _check_sizes(source: Path, model: ModelConfig) -> None:
+    """Raises ConversionError for a model that could be neither trained nor run."""
+    problems = list(wrong_values(model, "model.")) or list(unfit_sizes(model))
+    if problems:
+        config = source / "config.json"
+        raise ConversionError("\n".join(f"{config}: makes {line}" for line in problems))
+
+
+def _not_quantized(source: Path) -> Iterator[str]:
+    """A line where weights that are whole have a note to quantize them."""
+    if read_json(source / "config.json").get("quantization_config"):
+        yield "quantization_config of config.json: is left out, for the weights are not quantized"
 
 
 def _check_tensors(model: ModelConfig, folder: HfFolder) -> None:

@@ -154,8 +154,9 @@ class VisionTower(MegatronModule):
             ratio_ids: aspect-ratio id of each frame `[N]`.
 
         Returns:
-            The final state `[N, T, P, D]` and the states that enter each layer of
-            `intermediate_layers`, each `[N, T, P, D]`; P counts the class token first.
+            The final state `[N, T, P, D]` and the states that enter the layers of
+            `intermediate_layers`, in their order, each `[N, T, P, D]`; P counts the class token
+            first.
         """
         tiles = pixels.shape[1]
         x = self._embed(pixels, ratio_ids)  # [N, T, P, D]
@@ -164,17 +165,21 @@ class VisionTower(MegatronModule):
         mask = self._mask(ratio_ids, tiles, x.dtype)
 
         x = x.flatten(1, 2)  # [N, L, D]
-        intermediate = []
+        wanted = self.vision.intermediate_layers
+        entering = {}
         for index, layer in enumerate(self.local_layers):
-            if index in self.vision.intermediate_layers:
-                intermediate.append(x)
+            if index in wanted:
+                entering[index] = x
             x = layer(x, mask)
         x = self.norm_post(x)
         x = self.post_tile(x.unflatten(1, (tiles, self.rows)), ratio_ids).flatten(1, 2)
         for layer in self.global_layers:
             x = layer(x, mask)
 
-        states = [x.unflatten(1, (tiles, self.rows))[:, :, :patches] for x in (x, *intermediate)]
+        states = [
+            x.unflatten(1, (tiles, self.rows))[:, :, :patches]
+            for x in (x, *(entering[i] for i in wanted))
+        ]
         return states[0], states[1:]
 
     def sharded_state_dict(

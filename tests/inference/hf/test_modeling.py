@@ -107,6 +107,29 @@ def test_plain_mllama_equals_transformers(mllama) -> None:
     assert max(gradient_errors(ours, grads).values()) < 1e-3
 
 
+def test_intermediate_states_come_in_the_order_of_their_layers(mllama) -> None:
+    """transformers joins them as config.json lists them."""
+    theirs, ours, batch = mllama
+    lists = (
+        (theirs.model.vision_model, "intermediate_layers_indices"),
+        (
+            ours.model.vision_model,
+            "intermediate",
+        ),
+    )
+    kept = [getattr(*place) for place in lists]
+    for (tower, name), layers in zip(lists, kept, strict=True):
+        setattr(tower, name, list(reversed(layers)))
+    try:
+        with torch.no_grad():
+            wanted, got = theirs(**batch).logits, ours(**batch).logits
+    finally:
+        for (tower, name), layers in zip(lists, kept, strict=True):
+            setattr(tower, name, layers)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[real], wanted[real], atol=1e-4, rtol=0)
+
+
 def test_plain_mllama_generates_what_transformers_does(mllama) -> None:
     theirs, ours, batch = mllama
     inputs = {k: v[:1] for k, v in batch.items() if k != "labels"}

@@ -98,6 +98,11 @@ def test_tiles_are_those_of_the_source(target, file, tiles, source, tmp_path):
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is false"),
         ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor is 1.0"),
         ("preprocessor_config.json", {"max_image_tiles": 9}, "max_image_tiles is 9, it must be"),
+        (
+            "processor_config.json",  # what transformers 5 reads first
+            {"image_processor": PROCESSOR | {"max_image_tiles": 2}},
+            r"processor_config.json: image_processor.max_image_tiles is 2, in preprocessor.* 4",
+        ),
         ("config.json", {"image_token_index": 510}, r"index is 510, .*<\|image\|> is 512"),
         ("config.json", {"silence_token_id": 3}, r"silence_token_id is 3, .*<\|silence\|> is \d+"),
         (

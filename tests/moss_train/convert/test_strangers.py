@@ -19,6 +19,7 @@ from moss_train.config import ConfigError
 from moss_train.convert.folders import why_no_checkpoint
 from moss_train.convert.hf_config import model_config_from_hf, text_config_from_llama
 from moss_train.convert.llama import check_llama
+from moss_train.convert.megatron_files import WeightFiles
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
@@ -233,6 +234,49 @@ def test_two_rotary_positions_must_agree():
     text["rope_scaling"]["factor"] = 32.0
     with pytest.raises(ConfigError, match=r"two rotary positions .*factor=32"):
         model_config_from_hf(config)
+
+
+def test_a_base_without_a_type_is_not_scaled():
+    """transformers takes rope_parameters without rope_type for `default`."""
+    config = copy.deepcopy(CONFIG)
+    config["text_config"]["rope_parameters"] = {"rope_theta": 10000.0}
+    text = model_config_from_hf(config).text
+    assert (text.rope_theta, text.rope_scaling.factor) == (10000.0, 1.0)
+    config["text_config"]["rope_parameters"] = {"rope_theta": 10000.0, "factor": 8.0}
+    with pytest.raises(ConfigError, match="rope_type is missing"):
+        model_config_from_hf(config)
+
+
+@pytest.mark.parametrize("name", ["", "model.language_model."])
+def test_names_of_a_text_model_without_its_head_are_taken(name, tmp_path):
+    """As LlamaModel saves itself, and as it is called inside of a larger model."""
+    source = tmp_path / "llama"
+    save_llama(source, True, "5GB")
+    weights = load_file(source / "model.safetensors")
+    kept = {f"{name}{k.removeprefix('model.')}": v for k, v in weights.items()}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "out")
+    tensors = WeightFiles(tmp_path / "out")
+    wanted = weights["model.embed_tokens.weight"]
+    for ours in ("decoder.output.weight", "decoder.embedding.weight"):
+        assert torch.equal(tensors.read(ours)[: len(wanted)], wanted)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says"),
+    [
+        ("vision_config", {"intermediate_layers_indices": [1, 1]}, r"=\[1\]: name each layer once"),
+        ("vision_config", {"intermediate_layers_indices": [1, -1]}, r"=\[-1\]: must be 0 or more"),
+        ("vision_config", {"intermediate_layers_indices": [1, 9]}, r"=\[9\]: layers are numbered"),
+        ("text_config", {"rms_norm_eps": -1e-5}, "norm_eps=-1e-05: must be greater than 0"),
+        ("text_config", {"cross_attention_layers": [1, 99]}, r"=\[99\]: layers are numbered"),
+    ],
+)
+def test_a_model_that_cannot_run_is_not_imported(section, change, says, tmp_path):
+    config = copy.deepcopy(CONFIG)
+    config[section] |= change
+    source = save_folder(tmp_path / "hf", mllama_weights(), config)
+    assert re.search(f"config.json: makes model.*{says}", refusal(source, tmp_path / "out"))
 
 
 def test_what_an_old_llama_does_not_say_is_what_transformers_has():

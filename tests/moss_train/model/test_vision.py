@@ -34,6 +34,20 @@ def test_one_row_stands_for_all_padding_of_a_tile(groups, full_attention, tiles)
     assert results[0][0].std() > 0.1
 
 
+def test_states_come_in_the_order_of_their_layers(groups) -> None:
+    """As transformers joins them: the projector's columns belong to them in this order."""
+    tower = random_model(preset("tiny"), groups).encoder.vision
+    side, layers = tower.vision.image_size, tower.vision.intermediate_layers
+    assert len(layers) > 1
+    pixels = torch.randn(1, 1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, states = tower(pixels, torch.tensor([1]))
+        tower.vision = replace(tower.vision, intermediate_layers=layers[::-1])
+        _, turned = tower(pixels, torch.tensor([1]))
+    assert all(torch.equal(a, b) for a, b in zip(states, reversed(turned), strict=True))
+    assert not torch.equal(states[0], states[1])
+
+
 @pytest.mark.parametrize(
     ("name", "attention", "expected"),
     [
