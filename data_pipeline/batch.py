@@ -7,7 +7,8 @@ microbatch, N: frames of a microbatch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,16 +82,19 @@ class MicroBatch:
         ]
 
     def pin_memory(self) -> MicroBatch:
-        """The same batch with its tensors in page-locked memory (torch's DataLoader calls it)."""
-        return replace(
-            self,
-            tokens=self.tokens.pin_memory(),
-            labels=self.labels.pin_memory(),
-            frames=self.frames.pin_memory(),
-            frame_rows=self.frame_rows.pin_memory(),
-            frame_positions=self.frame_positions.pin_memory(),
-            aspect_ratio_ids=self.aspect_ratio_ids.pin_memory(),
-        )
+        """The same batch with its tensors in page-locked memory, lengths, which the host reads, in
+        ordinary memory (torch's DataLoader calls it)."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        return replace(self, **pinned | {"lengths": self.lengths.clone()})
+
+    def copied(self) -> MicroBatch:
+        """The same batch in memory of this process alone: each tensor that comes from a loader
+        process keeps a file open, and a step may have thousands."""
+        return replace(self, **{name: tensor.clone() for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        own = ((one.name, getattr(self, one.name)) for one in fields(self))
+        return {name: value for name, value in own if isinstance(value, Tensor)}
 
 
 def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> MicroBatch:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from data_pipeline.open_files import allow_open_files
+
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 # Files that take longest, first: the last one to begin would keep one core waiting.
@@ -44,6 +46,8 @@ LONG = (
 # Processes of tests share the cores with each other: the threads of a small product would wait for
 # one another longer than they compute. Read when torch is loaded, here and in what tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Groups of ranks that have been stay open in a process; a shell often allows 1024 files.
+allow_open_files()
 # A shell's background job ignores Ctrl-C, and with it what tests start: those wait for its effect.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -39,13 +39,14 @@ class Loader:
         self, samples: Samples, order: Order, part: Part, workers: int, read_ahead: int
     ) -> None:
         self._order, self._part = order, part
+        pinned = torch.accelerator.is_available()  # else it warns
+        self._copies = workers > 0 and not pinned  # page-locked ones are copies, too
         self._inner: DataLoader[MicroBatch] | None = DataLoader(
             samples,
             batch_sampler=_Endless(order, part, max(1, workers), read_ahead),
             num_workers=workers,
             collate_fn=_as_it_is,
-            # Pinned memory warns where there is no accelerator.
-            pin_memory=torch.accelerator.is_available(),
+            pin_memory=pinned,
             worker_init_fn=partial(init_worker, os.getpid()),
             generator=torch.Generator(),  # else it would draw a number of the run's
         )
@@ -66,7 +67,8 @@ class Loader:
             self._reading = iter(() if self._inner is None else self._inner)
         finally:
             gc.unfreeze()
-        yield from self._reading
+        for batch in self._reading:
+            yield batch.copied() if self._copies else batch
 
     @property
     def processes(self) -> list[BaseProcess]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import socket
 import ssl
 import stat
@@ -16,6 +15,7 @@ from typing import Protocol
 import uvicorn
 from starlette.types import ASGIApp
 
+from data_pipeline.open_files import allow_open_files
 from inference import cli
 from inference.serve.connections import http_protocol, socket_protocol
 from inference.serve.limits import Limits
@@ -76,14 +76,10 @@ def allow_files(limits: Limits) -> None:
     """Raises this process's limit of open files to what its connections need, or as far as the
     system lets it, and says so where that is not enough. A front has another one for each."""
     wanted = 2 * limits.connections + _OTHER_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    allowed = allow_open_files(wanted)
     if allowed < wanted:
         words = f"{limits.connections} connections may need {wanted} open files"
-        cli.note(f"warning: {words}, and this process may have {hard}: see `ulimit -Hn`")
+        cli.note(f"warning: {words}, and this process may have {allowed}: see `ulimit -Hn`")
 
 
 def url_of(host: str, door: socket.socket, certificate: Certificate | None) -> str:

@@ -27,7 +27,7 @@ from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import check_replicas
 from moss_train.run_lock import running_in
 from moss_train.sources import unread_sources
-from moss_train.storage import or_warning
+from moss_train.storage import StorageError, or_warning
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
@@ -262,7 +262,10 @@ class Job:
             dist.barrier()
             yield None, None
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a quota; what looks like a folder that can be written
+            raise StorageError(f"run.dir={self.folder}: cannot be made: {error.strerror}") from None
         with running_in(self.folder), noting_errors(self.folder):
             self.checkpointer.open_folder(self.before.damaged)
             layout = {"world": dist.get_world_size(), "data": self.groups.data_size}

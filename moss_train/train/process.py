@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from data_pipeline import devices
+from data_pipeline.open_files import allow_open_files
 from data_pipeline.parent import signalled_with_parent
 from data_pipeline.ranks import Ranks, joining, ranks_of
 from moss_train import hardware
@@ -68,6 +69,7 @@ def start_process_group(config: Config) -> None:
     if "RANK" in os.environ and sys.platform == "linux":
         _take_forks_along()
         end_with_launcher()
+    allow_open_files()  # each group of gloo's has some for each rank
     if config.trainer.deterministic:
         hardware.make_deterministic()
     device = hardware.activate(config.hardware.device)

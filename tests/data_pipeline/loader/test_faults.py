@@ -171,6 +171,16 @@ def test_a_loader_that_is_closed_has_no_shard_open(toy: Path, shards: Path) -> N
     assert descriptors(shards) == 0
 
 
+def test_batches_of_worker_processes_hold_no_file(toy: Path, shards: Path) -> None:
+    """A step may have thousands, and a shell often allows 1024."""
+    with open_shards(toy, shards, workers=1) as loader:
+        held = list(itertools.islice(loader, 1))
+        before = psutil.Process().num_fds()
+        held += itertools.islice(loader, 40)
+        assert psutil.Process().num_fds() < before + 40
+        assert len({batch.keys[0] for batch in held}) > 20
+
+
 def test_a_killed_worker_ends_the_reading_with_its_signal(toy: Path, shards: Path) -> None:
     with open_shards(toy, shards, workers=2) as loader:
         read(loader, 2)
