@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_pipeline import files
-from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error
+from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, describe, report_error
 from data_pipeline.fields import check_values, number
 from data_pipeline.importers.ahead import read_ahead
 from data_pipeline.importers.draft import Entry
@@ -302,6 +302,8 @@ def run(given: argparse.Namespace, program: str) -> int:
         return report_error(program, error)
     except ValueError as error:
         return report_error(program, error, WRONG_USAGE)
+    except OSError as error:
+        return report_error(program, describe(error))
     except KeyboardInterrupt:
         return report_error(program, "interrupted: the same command goes on", STOPPED)
     print_summary(given.out, summary)

@@ -66,6 +66,12 @@ def _in_range(value: Any, text: str, allowed: Range) -> Any:
     return value
 
 
+def describe(error: OSError) -> str:
+    """What the system said, of which file: `/data/x: Permission denied`."""
+    known = error.filename is not None and error.strerror is not None
+    return f"{error.filename}: {error.strerror}" if known else str(error)
+
+
 def report_error(program: str, error: object, code: int = FAILED) -> int:
     """Prints `PROGRAM: error: ERROR` to stderr, as argparse does; returns the exit code."""
     print(f"{program}: error: {error}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from data_pipeline import devices
-from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, report_error
+from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, describe, report_error
 from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
 from inference.engine.choose_attend import CHOICES
@@ -227,7 +227,8 @@ def one_line_errors(program: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("MOSS_TRACEBACK"):
             raise
-        _end(program, f"{error} (MOSS_TRACEBACK=1 shows where)", FAILED)
+        words = describe(error) if isinstance(error, OSError) else error
+        _end(program, f"{words} (MOSS_TRACEBACK=1 shows where)", FAILED)
     except KeyboardInterrupt:
         note("\ninterrupted")
         raise SystemExit(STOPPED) from None

@@ -10,9 +10,9 @@ from typing import TextIO
 
 from omegaconf import DictConfig
 
-from data_pipeline.commands import STOPPED, WRONG_USAGE, report_error
+from data_pipeline.commands import STOPPED, WRONG_USAGE, describe, report_error
 from data_pipeline.ranks import JoinError, RanksError, ranks_of
-from moss_train.config import Config, ConfigError, from_hydra
+from moss_train.config import Config, ConfigError, flatten, from_hydra, to_dict
 from moss_train.imports import quick_imports
 from moss_train.log import configure, print_line
 from moss_train.processes import STOPPED_NOTE
@@ -84,11 +84,23 @@ def check(config: Config) -> Path | None:
     from moss_train.validate import validate
 
     world_size = ranks_of().size
-    validate(config, world_size)
-    _check_folder(Path(config.run.dir))
-    if os.environ.get("RANK", "0") == "0":
-        check_free(Path(config.run.dir))
-    return find_resume(config)
+    try:
+        validate(config, world_size)
+        _check_folder(Path(config.run.dir))
+        if os.environ.get("RANK", "0") == "0":
+            check_free(Path(config.run.dir))
+        return find_resume(config)
+    except OSError as error:  # no permission, a name that is too long
+        raise ConfigError([_with_field(error, config)]) from None
+
+
+def _with_field(error: OSError, config: Config) -> str:
+    """What the system said of a file, behind the field that leads there, if one does."""
+    said, file = describe(error), str(error.filename)
+    for key, value in flatten(to_dict(config)):
+        if isinstance(value, str) and value and file.startswith(value):
+            return f"{key}={value}: {said}"
+    return said
 
 
 def _check_folder(folder: Path) -> None:

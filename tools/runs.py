@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error
+from data_pipeline.commands import WRONG_USAGE, CommandParser, describe, report_error
 from data_pipeline.tables import format_table
 from moss_train.config import flatten
 from moss_train.train.curves import smooth
@@ -113,8 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(compare(options.runs, options.out))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return report_error(parser.prog, error, WRONG_USAGE)
+    except OSError as error:
+        return report_error(parser.prog, describe(error), WRONG_USAGE)
     return 0
 
 

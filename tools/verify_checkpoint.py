@@ -24,7 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL
-from data_pipeline.commands import CommandParser, finite_number, report_error, whole_number
+from data_pipeline.commands import (
+    CommandParser,
+    describe,
+    finite_number,
+    report_error,
+    whole_number,
+)
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.checkpoint_dir import find, read_run
@@ -87,6 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         difference, names = compare(options)
     except (ConversionError, ConfigError, VerificationError) as error:
         return report_error(PROGRAM, error)
+    except OSError as error:
+        return report_error(PROGRAM, describe(error))
     print(difference.table(names))
     tolerance = options.tolerance or TOLERANCE[options.dtype]
     problems = difference.problems(tolerance)

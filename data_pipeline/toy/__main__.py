@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error, whole_number
+from data_pipeline.commands import WRONG_USAGE, CommandParser, describe, report_error, whole_number
 from data_pipeline.shards import ShardError
 from data_pipeline.toy.build import STAGES, ToyConfig, build_toy
 
@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         manifest = build_toy(out, ToyConfig(**options), workers)
     except ShardError as error:
         return report_error(parser.prog, error)
+    except OSError as error:
+        return report_error(parser.prog, describe(error))
     except ValueError as error:
         return report_error(parser.prog, error, WRONG_USAGE)
     for source, size in manifest["sources"].items():

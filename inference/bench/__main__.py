@@ -25,29 +25,32 @@ from inference.bench import measure
 from inference.bench.models import MODELS, random_model
 from inference.bench.modes import Bench
 from inference.bench.report import describe, print_table, write_report
-from inference.cli import positive, positive_int
+from inference.cli import one_line_errors, positive, positive_int
 from inference.engine.engine import KV_DTYPES, VISION_DTYPES
 from inference.engine.load import DTYPES, load_model
 from inference.engine.quantized import KINDS as QUANTIZED
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
+PROGRAM = "python -m inference.bench"
+
 
 def main() -> int:
     """Measures, prints the table, writes the report; the exit code."""
     arguments = parse()
-    torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    model = open_model(arguments)
-    clock = measure.Clock(next(model.parameters()).device, arguments.clock)
-    facts = describe(model, arguments)  # before quantization hides parameters
-    rows, extra = Bench(model, arguments, clock).run()
-    print_table(arguments.mode, rows, facts)
-    write_report(Path(arguments.out), arguments.mode, rows, facts | extra)
+    with one_line_errors(PROGRAM):
+        torch.set_num_threads(arguments.threads or torch.get_num_threads())
+        model = open_model(arguments)
+        clock = measure.Clock(next(model.parameters()).device, arguments.clock)
+        facts = describe(model, arguments)  # before quantization hides parameters
+        rows, extra = Bench(model, arguments, clock).run()
+        print_table(arguments.mode, rows, facts)
+        write_report(Path(arguments.out), arguments.mode, rows, facts | extra)
     return DONE
 
 
 def parse() -> argparse.Namespace:
     """Command line."""
-    parser = CommandParser("python -m inference.bench", description=__doc__)
+    parser = CommandParser(PROGRAM, description=__doc__)
     add = parser.add_argument
     add("mode", choices=("offline", "stream", "serve"))
     add("--model", choices=tuple(MODELS), default="mid", help="sizes of a model of random weights")

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.atomic import write_atomically
-from data_pipeline.commands import CommandParser, finite_number, report_error
+from data_pipeline.commands import CommandParser, describe, finite_number, report_error
 from data_pipeline.page import render
 from moss_train.config import Config, ConfigError, from_dict
 from moss_train.data_config import CONTROLS
@@ -49,8 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(write_report(options.run, options.peak_tflops))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return report_error(parser.prog, error)
+    except OSError as error:
+        return report_error(parser.prog, describe(error))
     return 0
 
 

@@ -60,6 +60,10 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         2, ["parallel=tp2_sp", "data.pad_multiple=5"],
         ["data.pad_multiple=5: must be a multiple of parallel.tensor=2"],
     ),
+    "a name that is too long": (
+        1, [f"init_from=TMP/{'a' * 300}"],
+        [f"init_from=TMP/{'a' * 300}: TMP/{'a' * 300}/checkpoints: File name too long"],
+    ),
     "stage": (
         1, ["stage=pt9"], ["stage=pt9: choose one of pt1, pt2, realtime_sft, sft"],
     ),

@@ -21,6 +21,7 @@ from data_pipeline.commands import (
     STOPPED,
     WRONG_USAGE,
     CommandParser,
+    describe,
     report_error,
     whole_number,
 )
@@ -139,8 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
         return {"import": import_, "show": show}[given.command](given)
     except (ShardError, SampleError) as error:
         return report_error(parser.prog, error)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return report_error(parser.prog, error, WRONG_USAGE)
+    except OSError as error:
+        return report_error(parser.prog, describe(error), WRONG_USAGE)
     except KeyboardInterrupt:
         return report_error(parser.prog, "stopped", STOPPED)
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from data_pipeline.commands import WRONG_USAGE, report_error
+from data_pipeline.commands import WRONG_USAGE, describe, report_error
 
 Command = Callable[[list[str]], int]
 
@@ -59,7 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
-    suite = suite_of(arguments)
+    try:
+        return _run(suite_of(arguments), arguments)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return report_error("moss-eval", describe(error))
+
+
+def _run(suite: str, arguments: list[str]) -> int:
     if suite not in ("", TOY, *SUITES) and not Path(suite).exists():
         known = ", ".join((TOY, *SUITES))
         words = f"--suite {suite}: there is no such suite ({known}), file or folder of samples"

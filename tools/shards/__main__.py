@@ -12,7 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.commands import WRONG_USAGE, CommandParser, report_error, whole_number
+from data_pipeline.commands import (
+    WRONG_USAGE,
+    CommandParser,
+    describe,
+    report_error,
+    whole_number,
+)
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, check_source, shard_files
@@ -150,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
         return report_error(parser.prog, error)
     except ValueError as error:
         return report_error(parser.prog, error, WRONG_USAGE)
+    except OSError as error:
+        return report_error(parser.prog, describe(error))
 
 
 if __name__ == "__main__":
