@@ -1,0 +1,46 @@
+"""Is /dev/shm large enough, through which loader processes hand over batches?
+
+A container has 64 MB of it unless it is asked for more, and a loader process that finds it full is
+killed by the system, without a word of why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from moss_train.config import Config, ConfigError
+
+PLACE = Path("/dev/shm")
+
+
+def check_shared_memory(config: Config) -> None:
+    """Refuses a job of which this machine's loader processes cannot hand over a sample of the
+    largest size each.
+
+    Raises:
+        ConfigError: names what is needed, what is there, and what to change.
+    """
+    there = shutil.disk_usage(PLACE).total if PLACE.is_dir() else None
+    needed = largest_samples(config)
+    if there is not None and needed > there:
+        raise ConfigError([
+            f"data.workers={config.data.workers}: loader processes hand over batches through "
+            f"{PLACE}, which has {there / 1e6:.0f} MB, and samples of {_frames(config)} frames "
+            f"take {needed / 1e6:.0f}: give the container more (docker run --shm-size=8g, or "
+            "--ipc=host), or take data.workers=0, with which the job reads by itself"
+        ])  # fmt: skip
+
+
+def largest_samples(config: Config) -> int:
+    """Bytes of the frames of the longest samples, one of each loader process of this machine."""
+    layout, data = config.parallel, config.data
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    readers = max(1, ranks // (layout.tensor * layout.pipeline))  # a replica has one
+    frame = data.max_tiles * 3 * config.model.vision.image_size**2
+    return readers * data.workers * _frames(config) * frame
+
+
+def _frames(config: Config) -> int:
+    return config.stage.video_max_frames if "video" in config.stage.mixture.wanted else 1
