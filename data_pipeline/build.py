@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_pipeline import files
+from data_pipeline.cgroups import cores
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, describe, report_error
 from data_pipeline.fields import check_values, number
 from data_pipeline.importers.ahead import read_ahead
@@ -270,7 +271,7 @@ def add_options(parser: argparse.ArgumentParser, out: str | None = None) -> None
         "anew (H.264), at this rate (default: kept as they are)")  # fmt: skip
     add("--max-rejected", type=float, metavar="N", help="rejected records after which the import "
         "fails: a number (1, 2, ...) or a share (0.01) (default: no limit)")  # fmt: skip
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    add("--workers", type=int, default=cores(), help="processes (default: one a core)")
     _add_store_options(parser, options.stores)
 
 

@@ -11,13 +11,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from data_pipeline import npu
+from data_pipeline import cgroups, npu
 
 HOST = "cpu"
 ACCELERATORS = ("cuda", "npu", "xpu", "mps")  # in the order in which `auto` looks for them
@@ -181,7 +180,7 @@ def has_eight_bit(device: torch.device) -> bool:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device; of one that shares the host's memory, in the machine."""
     if device.type in (HOST, "mps"):
-        return int(psutil.virtual_memory().available)
+        return cgroups.free_memory()
     return int(module(device.type).mem_get_info(device)[0])
 
 

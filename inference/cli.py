@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, NoReturn
 
+import torch
+
 from data_pipeline import devices
+from data_pipeline.cgroups import cores
 from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, describe, report_error
 from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
@@ -169,6 +172,7 @@ def load(args: argparse.Namespace, max_sessions: int = 1) -> Engine:
             kernels=args.kernels,
         )
     note(f"loading {args.checkpoint}")
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))  # a quota slows each of too many
     engine = load_engine(
         args.checkpoint, config, device=args.device, dtype=args.dtype, quantize=args.quantize
     )

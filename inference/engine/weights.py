@@ -10,7 +10,6 @@ processes share.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from data_pipeline.cgroups import cores
 from inference.engine.staging import copy_all, works
 from inference.engine.tensor_parallel import GatheredLinear, RowLinear, shard
 from inference.hf.configuration_moss_video import MossVideoConfig
@@ -146,7 +146,7 @@ def _fill(
     if works(device):
         copy_all(made(), device)
         return
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(THREADS, cores())) as pool:
         for _ in pool.map(lambda name: put(name, part(name).to(device, dtype).contiguous()), names):
             pass
 

@@ -6,8 +6,7 @@ import math
 import os
 from dataclasses import replace
 
-import psutil
-
+from data_pipeline import cgroups
 from data_pipeline.ranks import ranks_of
 from moss_train import hardware
 from moss_train.config import Config, ConfigError
@@ -154,4 +153,4 @@ def _memory(kind: str) -> tuple[str, int]:
     if kind != "cpu" and hardware.has_accelerator():
         return hardware.device_name(), hardware.total_memory()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return f"this machine's share for one of {here} ranks", psutil.virtual_memory().total // here
+    return f"this machine's share for one of {here} ranks", cgroups.memory() // here

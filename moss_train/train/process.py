@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from data_pipeline import devices
+from data_pipeline.cgroups import cores
 from data_pipeline.open_files import allow_open_files
 from data_pipeline.parent import signalled_with_parent
 from data_pipeline.ranks import Ranks, joining, ranks_of
@@ -76,7 +77,7 @@ def start_process_group(config: Config) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = config.hardware.threads
     if threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // local)
+        threads = max(1, cores() // local)
     torch.set_num_threads(threads)
     if not dist.is_initialized():
         ranks = started_ranks()

@@ -8,13 +8,13 @@ samples as the model sees them.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from itertools import islice
 from pathlib import Path
 
 from data_pipeline import build
+from data_pipeline.cgroups import cores
 from data_pipeline.commands import (
     DONE,
     FAILED,
@@ -112,7 +112,7 @@ def _parser() -> CommandParser:
     shown.add_argument(
         "--workers",
         type=whole_number(least=0),
-        default=os.cpu_count() or 1,
+        default=cores(),
         metavar="N",
         help="processes; 0: this one (default: one a core)",
     )

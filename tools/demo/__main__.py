@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.atomic import write_atomically
+from data_pipeline.cgroups import cores
 from data_pipeline.commands import FAILED, CommandParser, finite_number, report_error, whole_number
 from tools import preloaded
 from tools.demo.parts import RECORD, Part, full, short
@@ -49,7 +49,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="training samples of each source (default: 1500, with --full 8000)")  # fmt: skip
     add("--heldout", type=whole_number(above=0), metavar="N",
         help="held-out samples of each source (default: 60, with --full 200)")  # fmt: skip
-    add("--ranks", type=whole_number(above=0), default=min(2, os.cpu_count() or 1), metavar="N",
+    add("--ranks", type=whole_number(above=0), default=min(2, cores()), metavar="N",
         help="processes that train")  # fmt: skip
     add("--scale", type=finite_number(above=0), default=1.0, metavar="X",
         help="factor of the samples that each stage trains on")  # fmt: skip

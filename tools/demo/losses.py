@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.cgroups import cores
 from data_pipeline.commands import FAILED, CommandParser, finite_number, report_error, whole_number
 from data_pipeline.tables import format_table
 from tools.demo.__main__ import run_all
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="training samples of each source (default: 1500)")  # fmt: skip
     add("--heldout", type=whole_number(above=0), metavar="N",
         help="held-out samples of each source (default: 60)")  # fmt: skip
-    add("--ranks", type=whole_number(above=0), default=min(2, os.cpu_count() or 1), metavar="N",
+    add("--ranks", type=whole_number(above=0), default=min(2, cores()), metavar="N",
         help="processes that train")  # fmt: skip
     add("--scale", type=finite_number(above=0), default=1.0, metavar="X",
         help="factor of the 500 steps of each training")  # fmt: skip

@@ -11,11 +11,10 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-import psutil
 import torch
 from packaging.requirements import Requirement
 
-from data_pipeline import devices, npu
+from data_pipeline import cgroups, devices, npu
 from data_pipeline.attention_kinds import INFERENCE, KINDS, NPU, PLACES, able, kinds_of, missing
 from data_pipeline.kernel_proof import cache_folder
 from moss_train import hardware
@@ -98,9 +97,8 @@ def machine(found: Findings) -> None:
             "source CANN's set_env.sh, or pip uninstall torch-npu",
         )
     found.add("device=auto", f"{devices.best()}, torch is built for {devices.runtime()}")
-    memory = psutil.virtual_memory()
-    cores = len(os.sched_getaffinity(0))
-    found.add("CPU", f"{cores} cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB")
+    free, most = cgroups.free_memory() / 1e9, cgroups.memory() / 1e9
+    found.add("CPU", f"{cgroups.cores()} cores, {free:.1f} of {most:.1f} GB")
     _shared_memory(found)
     _folders(found)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

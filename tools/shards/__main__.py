@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.cgroups import cores
 from data_pipeline.commands import (
     WRONG_USAGE,
     CommandParser,
@@ -119,7 +119,7 @@ def _parser() -> CommandParser:
         each.add_argument("tree", type=Path, metavar="TREE", help="folder with sources below it")
     for each in (counted, checked):
         each.add_argument(
-            "--workers", type=whole_number(least=0), default=os.cpu_count() or 1, metavar="N",
+            "--workers", type=whole_number(least=0), default=cores(), metavar="N",
             help="processes; 0: this one (default: one a core)",
         )  # fmt: skip
     for each in (shown, counted, checked):
