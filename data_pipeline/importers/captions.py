@@ -14,7 +14,7 @@ from data_pipeline.importers.draft import (
     distinct_stems,
     media_type,
     medium,
-    refuse_preferences,
+    refuse_unwanted,
     text_draft,
     unused_fields,
 )
@@ -92,7 +92,7 @@ def plain_draft(record: dict[str, Any], base: str) -> Draft:
     named = [column for column in MEDIA_COLUMNS if record.get(column)]
     if named:
         return table_draft(record, base, named[0], None)
-    refuse_preferences(record)
+    refuse_unwanted(record)
     return text_draft(record.get("text"), tuple(unused_fields(record, ("text",))))
 
 

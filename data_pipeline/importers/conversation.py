@@ -15,13 +15,14 @@ from typing import Any
 
 from data_pipeline.importers.draft import (
     IMAGE_FIELDS,
+    LEARN_FLAGS,
     MEDIUM_FIELDS,
     VIDEO_FIELDS,
     Draft,
     Turn,
     in_order,
     medium,
-    refuse_preferences,
+    refuse_unwanted,
     unused_fields,
 )
 from data_pipeline.importers.marks import is_numbered, number_of, place_marks
@@ -42,8 +43,6 @@ ROLES: Mapping[str, Role] = {
     "function_call": "assistant",
     "function": "assistant",
 }
-# Each says of an assistant's turn whether it is learned, or only context.
-LEARN_FLAGS = ("loss", "weight", "train", "train_on_turn", "trainable", "loss_scale")
 _CALLS = ("tool_calls", "function_call")
 _MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *LEARN_FLAGS, *_CALLS})
 _SOUND = ("audio", "audios")
@@ -105,7 +104,7 @@ def with_media(
     notes: list[str] | None = None,
 ) -> Draft:
     """Gives a conversation the media that its record names, and notes what else is there."""
-    refuse_preferences(record)
+    refuse_unwanted(record)
     for name in _SOUND:
         if record.get(name):
             raise SampleError("unknown_media", f"{name}: the model takes images and videos")

@@ -175,21 +175,39 @@ def unused_fields(record: Mapping[str, Any], known: Container[str], where: str =
     ]
 
 
-_CHOICES = ("chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response")
+_CHOICES = (
+    "chosen", "rejected", "chosen_messages", "rejected_messages", "negative_messages",
+    "rejected_response",
+)  # fmt: skip
 _VERDICTS = ("label", "kto_tag")
-_PREFERENCES = frozenset((*_CHOICES, *_VERDICTS))
+# Each says of an assistant's turn, or of a record, whether it is learned.
+LEARN_FLAGS = ("loss", "weight", "train", "training", "train_on_turn", "trainable", "loss_scale")
+_REFUSING = frozenset((*_CHOICES, *_VERDICTS, *LEARN_FLAGS))
 
 
-def refuse_preferences(record: Mapping[str, Any]) -> None:
-    """SampleError for a record that says which of two answers is better, or that one is bad."""
-    if _PREFERENCES.isdisjoint(record):
+def refuse_unwanted(record: Mapping[str, Any]) -> None:
+    """SampleError for a record that says which of two answers is better, that one is bad, or that
+    it is not to be learned."""
+    if _REFUSING.isdisjoint(record):
         return
     for name in _CHOICES:
         if record.get(name):
             raise SampleError("preference_data", f"{name}: preferences cannot be imported")
     for name in _VERDICTS:
-        if record.get(name) is False:
+        # A label of 0 may be a class.
+        if _is_false(record.get(name), zero=name == "kto_tag"):
             raise SampleError("preference_data", f"{name} is false: an answer not to be given")
+    for name in LEARN_FLAGS:
+        if _is_false(record.get(name), zero=True):
+            detail = f"{name} is {record[name]!r}: a record that is not to be learned"
+            raise SampleError("no_labels", detail)
+
+
+def _is_false(value: Any, zero: bool) -> bool:
+    """Whether a field of JSON, or of a table, says no."""
+    if isinstance(value, str):
+        return value.strip().lower() in (("false", "0", "0.0") if zero else ("false",))
+    return value is False or (zero and isinstance(value, int | float) and value == 0)
 
 
 def media_type(path: str) -> MediaType | None:

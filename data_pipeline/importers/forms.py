@@ -332,8 +332,7 @@ def _record_entries(
             again = _seen(record.value, ids)
             for part, draft in enumerate(_record_drafts(record.value, record_file)):
                 if isinstance(draft, Draft):
-                    draft = finder.placed(draft)
-                    draft = replace(draft, notes=draft.notes + again) if again else draft
+                    draft = finder.placed(replace(draft, notes=draft.notes + again))
                 yield Entry(
                     key=f"{record_file.stem}-{record.number:06d}" + (f"-{part}" if part else ""),
                     file=name,

@@ -2,7 +2,8 @@
 
 A path is tried as it stands. Then, below the root of the media, each end of it is tried, the
 longest first (`/home/someone/data/clips/1.mp4`: `data/clips/1.mp4`, `clips/1.mp4`, `1.mp4`); as a
-file, then as a member of a tar: the root itself, or tars that lie in it.
+file, then as a member of a tar: the root itself, or tars that lie in it. A member's name may begin
+with more folders, but not with others: `b/1.mp4` is not `a/1.mp4`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from urllib.parse import unquote
 
 from data_pipeline import files
 from data_pipeline.importers.draft import Draft, Medium, TarMember
-from data_pipeline.schema import MediaType
+from data_pipeline.schema import MediaType, SampleError
 from data_pipeline.shards import ShardError
 
 _SUFFIXES: dict[MediaType, frozenset[str]] = {
@@ -31,6 +32,9 @@ _SUFFIXES: dict[MediaType, frozenset[str]] = {
 _SPELLINGS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 
 
+_Members = dict[str, TarMember | list[TarMember]]  # a list: several have the name
+
+
 class Finder:
     """The media below one root; a URL is not searched."""
 
@@ -38,11 +42,17 @@ class Finder:
         self._root = root
         self._searched = not files.is_url(root)
 
-    def placed(self, draft: Draft) -> Draft:
-        """The draft with its media where they are; one that is nowhere keeps its path."""
+    def placed(self, draft: Draft) -> Draft | SampleError:
+        """The draft with its media where they are; one that is nowhere keeps its path.
+
+        A SampleError for a name that different files of several tars have.
+        """
         if not self._searched:
             return draft
-        media = [self._place(medium) for medium in draft.media]
+        try:
+            media = [self._place(medium) for medium in draft.media]
+        except SampleError as error:
+            return error
         if all(new is old for new, old in zip(media, draft.media, strict=True)):
             return draft
         notes = draft.notes
@@ -59,18 +69,20 @@ class Finder:
         path = medium.content
         if not isinstance(path, str) or files.is_url(path) or os.path.exists(path):
             return medium
-        for end in _ends(path.removeprefix(self._root.rstrip("/") + "/")):
+        foreign = not path.startswith(self._root.rstrip("/") + "/") and path.startswith("/")
+        ends = [*_ends(path.removeprefix(self._root.rstrip("/") + "/"))]
+        for end in ends:
             for spelt in dict.fromkeys(unicodedata.normalize(form, end) for form in _SPELLINGS):
                 found = os.path.join(self._root, spelt)
                 if os.path.isfile(found):
                     return replace(medium, content=found, suffix=files.suffix(found))
-            if member := self._members.get(files.composed(end)):
+            if member := self._member(end, end == ends[0] or (foreign and "/" in end)):
                 return replace(medium, content=member, suffix=files.suffix(end))
         if files.suffix(path) not in _SUFFIXES[medium.type]:  # an id, of YouTube say
             for suffix in sorted(_SUFFIXES[medium.type]):
                 if os.path.isfile(path + suffix):
                     return replace(medium, content=path + suffix, suffix=suffix)
-                if member := self._members.get(files.name(path) + suffix):
+                if ends and (member := self._member(ends[0] + suffix, True)):
                     return replace(medium, content=member, suffix=suffix)
         plain = unquote(path)
         if plain == path:
@@ -79,10 +91,30 @@ class Finder:
         there = isinstance(placed.content, TarMember) or os.path.exists(str(placed.content))
         return placed if there else medium
 
+    def _member(self, name: str, enough: bool) -> TarMember | None:
+        """The member of this name or, where that is `enough`, the only one whose name ends so: of
+        a foreign path nobody knows where the set begins, and a folder and a name are enough."""
+        name = files.composed(name)
+        whole, by_ends = self._members
+        found = whole.get(name) or (by_ends.get(name) if enough else None)
+        if not isinstance(found, list):
+            return found
+        first, *others = found
+        for other in others:
+            if other.size != first.size or other.read() != first.read():
+                raise SampleError(
+                    "ambiguous_media",
+                    f"{name}: {first.name} of {first.tar} and {other.name} of {other.tar} differ: "
+                    "give records that tell them apart",
+                )
+        return first
+
     @cached_property
-    def _members(self) -> dict[str, TarMember]:
-        """By their whole names in their tars; read when the first medium is not a file."""
-        found: dict[str, TarMember] = {}
+    def _members(self) -> tuple[_Members, _Members]:
+        """By their whole names in their tars, and by the ends of these; read when the first medium
+        is not a file."""
+        whole: _Members = {}
+        by_ends: _Members = {}
         for tar in _tars(self._root):
             try:
                 with tarfile.open(tar, "r:") as archive:
@@ -90,20 +122,20 @@ class Finder:
                         if member.isfile():
                             name = member.name.removeprefix("./")
                             where = TarMember(tar, name, member.offset_data, member.size)
-                            found.setdefault(files.composed(name), where)
+                            for i, end in enumerate(_ends(files.composed(name))):
+                                _add(by_ends if i else whole, end, where)
             except tarfile.TarError as error:
                 raise ShardError(f"{tar}: {error}: media are read from tars that are whole and "
                                  "not compressed") from None  # fmt: skip
-        return _by_their_ends(found) | found
+        return whole, by_ends
 
 
-def _by_their_ends(members: dict[str, TarMember]) -> dict[str, TarMember]:
-    """Members by the ends of their names that no other one has: a tar may have a folder more."""
-    known: dict[str, TarMember | None] = {}
-    for name, member in members.items():
-        for end in [*_ends(name)][1:]:
-            known[end] = None if end in known else member
-    return {end: member for end, member in known.items() if member}
+def _add(known: _Members, name: str, member: TarMember) -> None:
+    before = known.get(name)
+    if isinstance(before, list):
+        before.append(member)
+    else:
+        known[name] = [before, member] if before else member
 
 
 def _tars(root: str) -> list[str]:

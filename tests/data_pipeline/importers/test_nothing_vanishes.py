@@ -167,9 +167,15 @@ def test_turns_that_are_not_to_be_learned_are_context(folder: Path) -> None:
         {"conversations": TALK[1:], "label": False},
         {"conversations": TALK[1:], "kto_tag": False},
         {"messages": [user(), gpt()], "chosen": gpt(), "rejected": gpt("b")},
+        {"conversations": TALK[1:], "label": "False"},
+        {"conversations": TALK[1:], "kto_tag": 0},
+        {"messages": [user(), gpt()], "negative_messages": [user(), gpt("b")]},
+        {"messages": [user(), gpt()], "loss": False},
+        {"messages": [user(), gpt()], "weight": 0.0},
+        {"messages": [user(), gpt(training=False)]},
     )
     assert [reason.split(":")[0] for reason in reasons.values()] == [
-        "no_labels", "bad_schema", *["preference_data"] * 3,
+        "no_labels", "bad_schema", *["preference_data"] * 6, *["no_labels"] * 3,
     ]  # fmt: skip
     assert "messages[1].weight: 0.5" in reasons["000001"]
 
