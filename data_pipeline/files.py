@@ -44,7 +44,7 @@ VIDEO_SUFFIXES = frozenset({
 # Pictures that may be a sequence of them.
 ANIMATED_SUFFIXES = frozenset({".gif", ".webp", ".apng", ".avif"})
 RECORD_SUFFIXES = frozenset({
-    ".json", ".jsonl", ".ndjson", ".jsonlines", ".csv", ".tsv", ".parquet",
+    ".json", ".jsonl", ".ndjson", ".jsonlines", ".csv", ".tsv", ".parquet", ".arrow",
 })  # fmt: skip
 TAR_SUFFIXES = frozenset({".tar", ".tgz"})
 

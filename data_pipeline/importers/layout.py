@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from itertools import islice
 
 from data_pipeline import files
@@ -15,6 +15,13 @@ from data_pipeline.shards import ShardError
 
 INFO = "dataset_info.json"
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
+# What Hugging Face's datasets put beside the .arrow files of a set.
+_ABOUT_ARROW = frozenset({INFO, "state.json", "dataset_dict.json"})
+# Of files that may be a part of a set and that nobody reads.
+_DATA = frozenset({
+    ".zip", ".7z", ".rar", ".gz", ".zst", ".xz", ".bz2", ".feather", ".tfrecord", ".lmdb", ".mdb",
+    ".h5", ".hdf5", ".pkl", ".pickle", ".npz", ".xlsx", ".xls", ".yaml", ".yml", ".ass", ".ssa",
+})  # fmt: skip
 _TEXTS = (".json", ".txt", ".text", ".caption")  # of shards: what is said of a sample
 _LOOKED_AT = 200  # members of a tar, by which it is one of shards or of media
 
@@ -22,7 +29,7 @@ _LOOKED_AT = 200  # members of a tar, by which it is one of shards or of media
 def form_of_files(source: str, folder: bool, paths: list[str]) -> str:
     """A form, or `records`: files of records, each with a form of its own; ShardError."""
     there = {files.name(path) for path in paths}
-    if INFO in there:
+    if INFO in there and not _has_arrow(paths):
         return "llamafactory"
     plain = [path for path in paths if is_records(path)]
     tars = [path for path in paths if is_tar(path)]
@@ -47,6 +54,12 @@ def form_of_files(source: str, folder: bool, paths: list[str]) -> str:
     )
 
 
+def _has_arrow(paths: Iterable[str]) -> bool:
+    """Whether `datasets` has saved the files: then a dataset_info.json is another one than
+    LLaMA-Factory's."""
+    return any(files.suffix(path) == ".arrow" for path in paths)
+
+
 def is_tar(path: str) -> bool:
     return files.suffix(path) in files.TAR_SUFFIXES or files.name(path).endswith(".tar.gz")
 
@@ -59,7 +72,7 @@ def with_kinds(error: ShardError, path: str) -> ShardError:
     """Of a file that cannot be read for what it is, which kinds can."""
     if is_records(path):
         return error
-    kinds = ", ".join(sorted(files.RECORD_SUFFIXES))
+    kinds = ", ".join(sorted(files.RECORD_SUFFIXES, key=lambda kind: (kind == ".arrow", kind)))
     return ShardError(
         f"{error}: records are read from {kinds} (also .gz, .zst), shards from .tar, .tgz and "
         ".tar.gz: convert or unpack it"
@@ -96,7 +109,9 @@ def record_files(source: str, folder: bool, paths: list[str]) -> list[list[str]]
     """The files of records: an image folder's metadata, else those on top; where none of these has
     a known form, the deeper ones."""
     metadata = [path for path in paths if files.name(path) in METADATA]
+    about = _ABOUT_ARROW if _has_arrow(paths) else frozenset()
     with_records = [path for path in paths if is_records(path) or not folder]
+    with_records = [path for path in with_records if files.name(path) not in about]
     on_top = [path for path in with_records if files.parent(path) == source.rstrip("/")]
     deeper = [path for path in with_records if path not in on_top]
     groups = [metadata] if metadata else [group for group in (on_top, deeper) if group]
@@ -106,15 +121,18 @@ def record_files(source: str, folder: bool, paths: list[str]) -> list[list[str]]
 
 
 def unread(
-    paths: Iterable[str], read: Iterable[str], roots: Container[str | None]
+    paths: Sequence[str], read: Iterable[str], roots: Container[str | None]
 ) -> tuple[str, ...]:
     """The files of a source that look like data and are not read; tars in one of the `roots` are
     searched for media."""
     known = set(read)
+    about = _ABOUT_ARROW if _has_arrow(paths) else frozenset()
+    suffixes = _DATA.union(transcripts.SUFFIXES)
     data = [
         path
         for path in paths
-        if is_records(path) or is_tar(path) or files.suffix(path) in transcripts.SUFFIXES
+        if (is_records(path) or is_tar(path) or files.suffix(path) in suffixes)
+        and files.name(path) not in about
     ]
     return tuple(
         path

@@ -32,9 +32,6 @@ _SUFFIXES: dict[MediaType, frozenset[str]] = {
 _SPELLINGS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 
 
-_Members = dict[str, TarMember | list[TarMember]]  # a list: several have the name
-
-
 class Finder:
     """The media below one root; a URL is not searched."""
 
@@ -96,25 +93,25 @@ class Finder:
         a foreign path nobody knows where the set begins, and a folder and a name are enough."""
         name = files.composed(name)
         whole, by_ends = self._members
-        found = whole.get(name) or (by_ends.get(name) if enough else None)
-        if not isinstance(found, list):
-            return found
-        first, *others = found
+        if name not in whole:
+            name = (enough and by_ends.get(name)) or ""
+        if name not in whole:
+            return None
+        first, *others = whole[name]
         for other in others:
             if other.size != first.size or other.read() != first.read():
                 raise SampleError(
                     "ambiguous_media",
-                    f"{name}: {first.name} of {first.tar} and {other.name} of {other.tar} differ: "
-                    "give records that tell them apart",
+                    f"{name} of {first.tar} and of {other.tar} differ: keep one of them",
                 )
         return first
 
     @cached_property
-    def _members(self) -> tuple[_Members, _Members]:
-        """By their whole names in their tars, and by the ends of these; read when the first medium
-        is not a file."""
-        whole: _Members = {}
-        by_ends: _Members = {}
+    def _members(self) -> tuple[dict[str, list[TarMember]], dict[str, str | None]]:
+        """By their whole names in their tars; and these names by their ends, None where several
+        end so. Read when the first medium is not a file."""
+        whole: dict[str, list[TarMember]] = {}
+        by_ends: dict[str, str | None] = {}
         for tar in _tars(self._root):
             try:
                 with tarfile.open(tar, "r:") as archive:
@@ -122,20 +119,14 @@ class Finder:
                         if member.isfile():
                             name = member.name.removeprefix("./")
                             where = TarMember(tar, name, member.offset_data, member.size)
-                            for i, end in enumerate(_ends(files.composed(name))):
-                                _add(by_ends if i else whole, end, where)
+                            whole.setdefault(files.composed(name), []).append(where)
             except tarfile.TarError as error:
                 raise ShardError(f"{tar}: {error}: media are read from tars that are whole and "
                                  "not compressed") from None  # fmt: skip
+        for name in whole:
+            for end in [*_ends(name)][1:]:
+                by_ends[end] = None if end in by_ends else name
         return whole, by_ends
-
-
-def _add(known: _Members, name: str, member: TarMember) -> None:
-    before = known.get(name)
-    if isinstance(before, list):
-        before.append(member)
-    else:
-        known[name] = [before, member] if before else member
 
 
 def _tars(root: str) -> list[str]:

@@ -32,6 +32,8 @@ from data_pipeline.video import Video, check_end, open_video, probe_video
 
 _JPEG_QUALITY = 92
 _MARK, _BROKEN = "\ufeff", {"U+FFFD": "\ufffd", "NUL": "\0"}
+# How GIF, WebP and TIFF files begin.
+_SEQUENCES = (b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TICK = Fraction(1, 90000)  # seconds
 _WORTH_A_CUT = 1.5  # times the seconds that are shown: a longer video is cut
 
@@ -100,7 +102,7 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions, notes: list[str]
     for index, medium in enumerate(shown):
         with _named(medium, index):
             fitted, suffix = _fitted(medium, options, notes)
-        if medium.type == "image" and is_animated(fitted):
+        if medium.type == "image" and is_sequence(fitted):
             notes.append("animated picture, of which the first one is shown")
         name = Medium(medium.type, b"", suffix).member(index)
         members[name] = fitted
@@ -175,14 +177,13 @@ def _plain(message: Turn, index: int) -> Turn:
     return message | {"content": text}
 
 
-def is_animated(data: bytes) -> bool:
-    """Whether a picture that can be read is a sequence of them."""
-    if data[:4] not in (b"GIF8", b"RIFF") and not (
-        data[:4] == b"\x89PNG" and b"acTL" in data[:4096]
-    ):
+def is_sequence(data: bytes) -> bool:
+    """Whether a picture that can be read is animated, or has several pages."""
+    may_be = data.startswith(_SEQUENCES) or data[4:12] == b"ftypavis"
+    if not may_be and not (data[:4] == b"\x89PNG" and b"acTL" in data[:4096]):
         return False
     with Image.open(io.BytesIO(data)) as image:
-        return bool(getattr(image, "is_animated", False))
+        return getattr(image, "n_frames", 1) > 1
 
 
 def _fitted(medium: Medium, options: MediaOptions, notes: list[str]) -> tuple[bytes, str]:

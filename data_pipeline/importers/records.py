@@ -1,4 +1,4 @@
-"""Reads files of records (JSON, JSONL, CSV, TSV, parquet), one record at a time."""
+"""Reads files of records (JSON, JSONL, CSV, TSV, parquet, arrow), one record at a time."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ csv.field_size_limit(2**31 - 1)
 _CHUNK = 1 << 16  # characters that are read at a time from a list of records
 _LONGEST_RECORD = 1 << 28  # characters
 _LARGE = 1 << 26  # bytes of an object from which on it is not read whole
+_ROWS = 64  # of a table that are made into records at a time
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a list
 
 
@@ -51,7 +52,7 @@ def read_records(path: str, wanted: Wanted | None = None) -> Iterator[Record]:
     where the form of the file allows it.
     """
     wanted = wanted or _all
-    readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".arrow": _arrow}
     read = readers.get(files.record_suffix(path), _json)
     with files.open_records(path) as (file, size):
         if not file.peek(1):  # type: ignore[attr-defined]
@@ -270,9 +271,32 @@ def _parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[t
                 at += rows
                 yield from itertools.repeat((None, at / total), rows)
                 continue
-            for batch in table.iter_batches(batch_size=64, row_groups=[group]):
+            for batch in table.iter_batches(batch_size=_ROWS, row_groups=[group]):
                 for record in batch.to_pylist():
                     at += 1
                     yield _unfolded(record), at / total
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ShardError(f"{path} cannot be read: {error}") from None
+
+
+def _arrow(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+    """What Hugging Face's datasets save to disk: a stream of batches; or a file of them."""
+    import pyarrow
+
+    whole = file.peek(6)[:6] == b"ARROW1"  # type: ignore[attr-defined]
+    try:
+        opened = pyarrow.ipc.open_file(file) if whole else pyarrow.ipc.open_stream(file)
+        batches = map(opened.get_batch, range(opened.num_record_batches)) if whole else opened
+        at = 0
+        for batch in batches:
+            share = min(1.0, file.tell() / size) if size else 0.0
+            for first in range(0, batch.num_rows, _ROWS):
+                rows = batch.slice(first, _ROWS)
+                places = range(at, at + rows.num_rows)
+                at = places.stop
+                if any(map(wanted, places)):
+                    yield from ((_unfolded(record), share) for record in rows.to_pylist())
+                else:
+                    yield from itertools.repeat((None, share), rows.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None

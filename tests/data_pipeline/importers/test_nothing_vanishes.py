@@ -354,3 +354,13 @@ def test_a_column_of_videos_holds_videos(folder: Path) -> None:
         "animated picture, of which the first one is shown": 1,
         "unused field views": 1,
     }
+
+
+def test_a_picture_of_several_is_named(folder: Path) -> None:
+    pages = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    for name in ("scan.tif", "move.avif"):
+        pages[0].save(folder / name, save_all=True, append_images=pages[1:])
+    pages[0].save(folder / "one.tif")
+    pictures = [{"image": name, "caption": "x"} for name in ("scan.tif", "move.avif", "one.tif")]
+    summary, _, _ = run(folder / "a.jsonl", *pictures)
+    assert summary.notes == {"animated picture, of which the first one is shown": 2}

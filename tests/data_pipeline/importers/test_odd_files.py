@@ -287,3 +287,35 @@ def test_a_tar_that_is_compressed_by_its_first_bytes_alone(folder: Path) -> None
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     assert shown(folder / "packed.tar")[0] == [red]
+
+
+def test_parts_of_a_set_that_cannot_be_read_are_named(folder: Path) -> None:
+    write(folder / "good.jsonl", chat("one"))
+    for name in ("b.tar.zst", "c.zip", "mix.yaml", "readme.md"):
+        (folder / name).write_bytes(b"")
+    unread = open_source(str(folder), SourceOptions(), folder / "out").unread
+    assert unread == tuple(f"{folder}/{name}" for name in ("b.tar.zst", "c.zip", "mix.yaml"))
+
+
+@pytest.mark.parametrize("whole", [False, True])  # a stream, as datasets write it, or a file
+def test_what_datasets_save_to_disk(folder: Path, whole: bool) -> None:
+    """By `save_to_disk` of a DatasetDict: its split has a dataset_info.json, which is its own."""
+    split, red = folder / "set" / "train", picture("red")
+    split.mkdir(parents=True)
+    (folder / "red.png").write_bytes(red)
+    images = [{"bytes": red, "path": None}, {"bytes": None, "path": str(folder / "red.png")}, None]
+    rows = [{"image": images[i % 3], "text": f"row {i}"} for i in range(150)]
+    table = pyarrow.Table.from_pylist(rows)
+    opened = pyarrow.ipc.new_file if whole else pyarrow.ipc.new_stream
+    with opened(str(split / "data-00000-of-00001.arrow"), table.schema) as out:
+        out.write_table(table, max_chunksize=70)
+    about = {"dataset_info.json": {"features": {"text": {"dtype": "string"}}, "citation": ""},
+             "state.json": {"_split": "train"}}  # fmt: skip
+    for name, value in about.items():
+        (split / name).write_text(json.dumps(value))
+    (split.parent / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert open_source(str(split.parent), SourceOptions(), folder / "out").unread == ()
+    for source in (split.parent, split, split / "data-00000-of-00001.arrow"):
+        media, summary = shown(source)
+        assert media == [red] * 100
+        assert summary.rejected == {"missing_file": 50}
