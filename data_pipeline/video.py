@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import av
-import numpy as np
 import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from data_pipeline.clock import EPSILON, Data, VideoError, open_container, read_track
 from data_pipeline.packets import Packets
+from data_pipeline.pixels import frame_pixels
 from data_pipeline.schema import SampleError
 
 _LATE = 1.0  # seconds after the last frame's start at which it is shown in any case
@@ -133,10 +133,5 @@ def frames_at(data: bytes, times: Sequence[float], threads: int = 1) -> Iterator
 
 
 def upright_pixels(frame: VideoFrame) -> Tensor:
-    """uint8 [3, H, W], turned as its rotation says; strides are those of [H, W, 3]."""
-    # One thread: starting one for each core and frame costs more than converting a small picture.
-    array: np.ndarray = frame.to_ndarray(format="rgb24", threads=1)  # [H, W, 3]
-    turns = round(frame.rotation / 90) % 4  # phones store a rotated picture
-    if turns:
-        array = np.ascontiguousarray(np.rot90(array, turns))
-    return torch.from_numpy(array).permute(2, 0, 1)
+    """uint8 [3, H, W], as `frame_pixels` has them; strides are those of [H, W, 3]."""
+    return torch.from_numpy(frame_pixels(frame)).permute(2, 0, 1)

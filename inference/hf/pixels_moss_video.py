@@ -57,6 +57,26 @@ def to_rgb(picture: Any) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
+def frame_pixels(frame: Any) -> np.ndarray:
+    """RGB of a decoded frame of PyAV, uint8 [H, W, 3], on white where it is transparent.
+
+    Turned and mirrored as its display matrix says, to the nearest right angle.
+    """
+    clear = any(component.is_alpha for component in frame.format.components)
+    # One thread: starting one for each core and frame costs more than converting a small picture.
+    pixels: np.ndarray = frame.to_ndarray(format="rgba" if clear else "rgb24", threads=1)
+    if clear:
+        pixels = np.asarray(_on_white(Image.fromarray(pixels)).convert("RGB"))
+    stored = frame.side_data.get("DISPLAYMATRIX")
+    if stored is None:
+        return pixels
+    # x is shown at a x + c y, y at b x + d y.
+    a, b, _, c, d, *_ = np.frombuffer(bytes(stored), np.int32)
+    if abs(int(b)) + abs(int(c)) > abs(int(a)) + abs(int(d)):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
 def _scale_transparent_color(picture: Image.Image) -> None:
     """Pillow brings a PNG's values to 8 bits, but not the one of them that is transparent."""
     tiles: Any = getattr(picture, "tile", None)  # until it is decoded

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin, __version__
@@ -26,7 +25,7 @@ from .clock_moss_video import (
     read_track,
 )
 from .options_moss_video import padded_length, read_options, share, texts_of
-from .pixels_moss_video import to_rgb
+from .pixels_moss_video import frame_pixels, to_rgb
 
 IMAGE, VIDEO, HEADER_END = "<|image|>", "<|video|>", "<|end_header_id|>"
 INLINE = {IMAGE, VIDEO, "<|silence|>", "<|...|>"}  # special tokens that a content may hold
@@ -260,7 +259,9 @@ def read_video(path: str | Path, fps: float, min_frames: int, max_frames: int) -
             decoded = (frame for packet in [*track.packets, None] for frame in codec.decode(packet))
             shown = frames_on_screen(decoded, track, moments)
             upright: dict[int, Any] = {}  # a frame that stays is turned once
-            return [upright.setdefault(id(f), (f, _upright(f)))[1] for f in shown]
+            return [
+                upright.setdefault(id(f), (f, Image.fromarray(frame_pixels(f))))[1] for f in shown
+            ]
     except (OSError, ValueError, VideoError, av.FFmpegError) as error:
         raise ValueError(f"{path}: cannot be read as a video: {error}") from None
 
@@ -273,11 +274,6 @@ def _moments(track: Track, fps: float, least: int, most: int) -> list[float]:
     if count == natural:
         return [first + i / fps for i in range(count)]
     return [first + (last - first) * i / max(count - 1, 1) for i in range(count)]
-
-
-def _upright(frame: Any) -> Image.Image:
-    turns = round(frame.rotation / 90) % 4
-    return Image.fromarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
 
 
 def _picture(image: Any) -> Image.Image:

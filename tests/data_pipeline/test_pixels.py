@@ -15,6 +15,7 @@ from PIL import Image
 from data_pipeline.build import build_shards
 from data_pipeline.images import decode_image, picture_pixels, read_picture
 from data_pipeline.schema import SampleError
+from data_pipeline.video import frames_at
 from inference.engine.images import as_picture
 from inference.hf.processing_moss_video import _picture
 from tests.data_pipeline.pictures import ARRAYS, PICTURES, Known
@@ -92,3 +93,20 @@ def test_every_way_takes_and_refuses_the_same_arrays(way: Callable[[Any], Any]) 
         made = way(array.given)
         pixels = np.asarray(made) if isinstance(made, Image.Image) else made.permute(1, 2, 0)
         assert np.array_equal(pixels, array.pixels), array.name
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a.gif"])
+def test_a_transparent_animation_is_on_white_as_its_pictures_are(tmp_path: Path, name: str) -> None:
+    pictures = [Image.new("RGBA", (16, 16)) for _ in range(3)]  # of two libwebp drops alpha
+    for i, picture in enumerate(pictures):
+        picture.paste((255, 0, 0, 255), (8, 0, 16, 8 + i))
+    kept: dict[str, Any] = {
+        "a.webp": {"lossless": True, "exact": True}, "a.png": {}, "a.gif": {"disposal": 2},
+    }  # fmt: skip
+    pictures[0].save(
+        tmp_path / name, save_all=True, append_images=pictures[1:], duration=500, **kept[name]
+    )
+    data = (tmp_path / name).read_bytes()
+    for frame in (decode_image(data), *frames_at(data, [0.0, 1.0])):
+        assert frame[:, 4, 4].tolist() == [255, 255, 255]
+        assert frame[:, 4, 12].tolist() == [255, 0, 0]

@@ -134,11 +134,13 @@ def test_pictures_that_end_before_the_sound(tmp_path: Path) -> None:
 
 # What the ISO file format calls the matrix of a track: a, b, u, c, d, v, x, y, w.
 TURNS = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+# Mirrored left to right, upside down, at either diagonal: where the corner at the top left goes.
+MIRRORED = [((-1, 0, 0, 1), 90), ((1, 0, 0, -1), 270), ((0, 1, 1, 0), 0), ((0, -1, -1, 0), 180)]
 
 
-@pytest.mark.parametrize("degrees", TURNS)
-def test_a_phones_video_comes_out_upright(tmp_path: Path, degrees: int) -> None:
-    """The file asks to be shown turned by so many degrees clockwise, as a phone's does."""
+@pytest.mark.parametrize(("matrix", "degrees"), [*((m, t) for t, m in TURNS.items()), *MIRRORED])
+def test_a_phones_video_comes_out_upright(tmp_path: Path, matrix: Any, degrees: int) -> None:
+    """The file asks to be shown turned by so many degrees clockwise, or mirrored."""
     path = tmp_path / "a.mp4"
     pixels = np.zeros((32, 64, 3), np.uint8)
     pixels[:16, :32] = 255  # the corner at the top left
@@ -149,12 +151,12 @@ def test_a_phones_video_comes_out_upright(tmp_path: Path, degrees: int) -> None:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         file.mux(stream.encode())
     data = bytearray(path.read_bytes())
-    a, b, c, d = (value << 16 for value in TURNS[degrees])
+    a, b, c, d = (value << 16 for value in matrix)
     place = data.index(b"tkhd") + 4 + 40  # behind version, times, id, duration, layer, volume
     assert data[place : place + 4] == struct.pack(">i", 1 << 16)
     data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     (frame,) = frames_at(bytes(data), [0.0])
-    assert frame.shape == ((3, 32, 64) if degrees == 180 else (3, 64, 32))
+    assert frame.shape == ((3, 32, 64) if a else (3, 64, 32))
     height, width = frame.shape[1] // 2, frame.shape[2] // 2
     corners = {  # clockwise from the top left
         0: frame[:, :height, :width], 90: frame[:, :height, width:],
