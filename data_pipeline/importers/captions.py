@@ -26,6 +26,7 @@ MEDIA_COLUMNS = (
     "file_name", "video_path", "image_path", "video", "image", "path", "file", "filename",
     "filepath", "video_url", "image_url", "url",
 )  # fmt: skip
+_NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
 CAPTION_COLUMNS = ("caption", "text", "description", "sentence")
 
 
@@ -75,7 +76,7 @@ def table_draft(
     place = _column(record, media_column, MEDIA_COLUMNS, "--media-column")
     words = _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
     caption = record.get(words)
-    if not isinstance(caption, str) or not caption.strip():
+    if not isinstance(caption, str) or not caption.strip() or caption.strip() in _NOTHING:
         raise SampleError("missing_caption", f"{caption!r:.80} is not a caption")
     if not record[place]:
         raise SampleError("missing_file", f"{place} is empty")
@@ -105,13 +106,20 @@ def check_columns(
 
 
 def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
-    column = wanted or next((name for name in usual if name in record), None)
+    there = [name for name in usual if name in record]
+    # Of a row with a picture or a video each is empty where the other is not.
+    column = wanted or next(filter(lambda name: _is_there(record[name]), there), None)
+    column = column or next(iter(there), None)
     if column is None or column not in record:
         raise ShardError(
             f"no column {column or ' or '.join(usual)} among {', '.join(map(str, record))}: "
             f"name it with {option}"
         )
     return column
+
+
+def _is_there(value: Any) -> bool:
+    return value not in (None, "", []) and value == value  # NaN is not
 
 
 def _type(column: str, value: Any, base: str) -> MediaType:

@@ -7,9 +7,10 @@ message. Another field that holds something is counted (`Draft.notes`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_pipeline.importers.draft import (
     MEDIUM_FIELDS,
     VIDEO_FIELDS,
     Draft,
+    Medium,
     Turn,
     in_order,
     medium,
@@ -28,6 +30,7 @@ from data_pipeline.importers.draft import (
 from data_pipeline.importers.marks import is_numbered, number_of, place_marks
 from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.realtime import is_realtime, realtime_draft
+from data_pipeline.importers.timeline import second_of
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, MediaType, Role, SampleError
 
 # A tool's answer is the user's turn; its call is the model's.
@@ -46,6 +49,7 @@ ROLES: Mapping[str, Role] = {
 _CALLS = ("tool_calls", "function_call")
 _MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *LEARN_FLAGS, *_CALLS})
 _SOUND = ("audio", "audios")
+_SPAN = ("video_start", "video_end")  # of a video, as Qwen2-VL's messages have them: seconds
 
 
 @dataclass(frozen=True)
@@ -123,17 +127,33 @@ def with_media(
     if is_realtime(videos):
         draft = realtime_draft(messages, pictures, videos, base)
         return Draft(draft.messages, draft.media, draft.kind, notes=tuple(notes))
+    used = {"images": MEDIUM_FIELDS, "videos": MEDIUM_FIELDS.union(_SPAN)}
     for column, values in (("images", images), ("videos", videos)):
         for value in values:
             if isinstance(value, dict):
-                notes += unused_fields(value, MEDIUM_FIELDS, f"{column}[].")
+                notes += unused_fields(value, used[column], f"{column}[].")
     given: dict[MediaType, list[Any]] = {
         "image": pictures,
-        "video": [medium("video", video, base) for video in videos],
+        "video": [_clip(video, base) for video in videos],
     }
     media = in_order(messages, given)
     _check_answers(messages)
     return Draft(messages, media, notes=tuple(notes))
+
+
+def _clip(video: Any, base: str) -> Medium:
+    """A video, or the part of it that its `video_start` and `video_end` say; SampleError."""
+    shown = medium("video", video, base)
+    times = [video.get(name) for name in _SPAN] if isinstance(video, dict) else [None, None]
+    if times == [None, None]:
+        return shown
+    start, end = (
+        default if time is None else second_of(time, name)
+        for time, name, default in zip(times, _SPAN, (0.0, math.inf), strict=True)
+    )
+    if end <= start:
+        raise SampleError("bad_time", f"video_end: {end:g} s is not after video_start {start:g} s")
+    return replace(shown, part=(start, end))
 
 
 def _message(entry: Any, index: int, dialect: Dialect) -> Turn:

@@ -23,6 +23,7 @@ _CHUNK = 1 << 16  # characters that are read at a time from a list of records
 _LONGEST_RECORD = 1 << 28  # characters
 _LARGE = 1 << 26  # bytes of an object from which on it is not read whole
 _ROWS = 64  # of a table that are made into records at a time
+_IN_QUOTES = re.compile(r'"(?:[^"]|"")*"')  # a field of a table
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a list
 
 
@@ -206,14 +207,19 @@ def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple
     # A byte that is no UTF-8 costs its row.
     text = io.TextIOWrapper(file, encoding=form, newline="", errors="surrogateescape")
     first = text.readline()
-    reader = csv.DictReader(itertools.chain([first], text), delimiter=_delimiter(first, path))
+    lines = _Lines(first, text, _delimiter(first, path))
+    reader = csv.DictReader(lines, delimiter=lines.delimiter)
     try:
         columns = list(reader.fieldnames or ())
         if twice := [name for name in columns if name and columns.count(name) > 1]:
             raise ShardError(f"{path}: two columns are called {twice[0]!r}: rename one")
+        begins = 2  # the record's first line
         for record in reader:
             share = min(1.0, file.tell() / size) if size else 0.0
-            if None in record or None in record.values():
+            if lines.ended:
+                detail = f"line {begins}: a quote is not closed up to the file's end: correct it"
+                yield SampleError("bad_csv", detail), share
+            elif None in record or None in record.values():
                 width = len(columns)
                 yield SampleError("bad_csv", f"line {reader.line_num}: not {width} fields"), share
             elif strange := [name for name, value in record.items() if not _is_unicode(value)]:
@@ -221,10 +227,41 @@ def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple
                 yield SampleError("bad_text", detail), share
             else:
                 yield _unfolded(record), share
+            begins = reader.line_num + 1
     except (csv.Error, UnicodeError) as error:
         raise ShardError(f"{path}: line {reader.line_num + 1}: {error}") from None
     finally:
         text.detach()  # or the wrapper would close the file
+
+
+class _Lines:
+    """The lines of a table, as csv.reader takes them. ended: it wanted more than there are.
+
+    Tables with tabs are often written without quoting. There a quote that opens a field and does
+    not close it is part of the text if the line has all fields, and so has the next one.
+    """
+
+    def __init__(self, first: str, rest: Iterable[str], delimiter: str) -> None:
+        self.delimiter, self.ended = delimiter, False
+        self._lines = itertools.chain([first], rest)
+        self._tabs = first.count("\t") if delimiter == "\t" else 0
+
+    def __iter__(self) -> Iterator[str]:
+        line = next(self._lines, None)
+        while line is not None:
+            following = next(self._lines, None)
+            whole = following is None or following.count("\t") == self._tabs
+            if '"' in line and whole and self._tabs and line.count("\t") == self._tabs:
+                line = "\t".join(map(_closed, line.rstrip("\r\n").split("\t"))) + "\n"
+            yield line
+            line = following
+        self.ended = True
+
+
+def _closed(field: str) -> str:
+    if not field.startswith('"') or _IN_QUOTES.fullmatch(field):
+        return field
+    return '"' + field.replace('"', '""') + '"'
 
 
 def _delimiter(header: str, path: str) -> str:

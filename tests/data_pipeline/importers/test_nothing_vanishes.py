@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from data_pipeline.build import Summary, build_shards
 from data_pipeline.encode import EncodeConfig, SampleEncoder
 from data_pipeline.shards import read_samples
 from data_pipeline.tokens import build_toy_tokenizer, load_tokenizer
-from tests.data_pipeline.clips import animated
+from data_pipeline.video import frames_at, probe_video
+from tests.data_pipeline.clips import animated, every, number, video
 from tests.samples import imported
 
 
@@ -364,3 +366,30 @@ def test_a_picture_of_several_is_named(folder: Path) -> None:
     pictures = [{"image": name, "caption": "x"} for name in ("scan.tif", "move.avif", "one.tif")]
     summary, _, _ = run(folder / "a.jsonl", *pictures)
     assert summary.notes == {"animated picture, of which the first one is shown": 2}
+
+
+def test_rows_whose_media_are_in_different_columns(folder: Path) -> None:
+    (folder / "t.csv").write_text(
+        "video,image,caption\na.gif,,turns\n,a.jpg,red\n,,nothing\na.gif,,nan\n"
+    )
+    summary, _, _ = run(folder / "t.csv")
+    assert summary.imported == {"video": 1, "image": 1}
+    assert summary.rejected == {"missing_file": 1, "missing_caption": 1}
+    summary, _, _ = run(folder / "t.jsonl", {"video": math.nan, "image": "a.jpg", "caption": "red"})
+    assert summary.imported == {"image": 1}
+
+
+def test_a_part_of_a_video_is_cut_out_of_it(folder: Path) -> None:
+    video(folder / "a.mp4", every(0.1, 100))
+    part = {"type": "video", "video": "a.mp4", "video_start": 4.0, "video_end": "6s"}
+    content = [part, {"type": "text", "text": "?"}]
+    summary, (sample,), reasons = run(
+        folder / "a.jsonl",
+        {"messages": [user(content), gpt()]},
+        {"messages": [user([part | {"video_end": 3}]), gpt()]},
+        {"messages": [user([part | {"video_start": 30.0, "video_end": None}]), gpt()]},
+    )
+    assert summary.rejected == {"bad_time": 1, "frame_after_end": 1}, reasons
+    clip = sample["members"]["0.mp4"]
+    assert probe_video(clip).duration == pytest.approx(2.0, abs=0.05)
+    assert [number(f.permute(1, 2, 0)) for f in frames_at(clip, [0.0, 1.0, 1.9])] == [40, 50, 59]

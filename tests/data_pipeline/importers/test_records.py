@@ -98,3 +98,19 @@ def test_parts_share_out_the_records_of_a_file(suffix: str, tmp_path: Path) -> N
     assert together == list(read_records(str(path)))
     assert [one.value for one in together] == rows
     assert all(200 < len(part) < 500 for part in parts)
+
+
+def rows(path: Path) -> list[Any]:
+    """The last field of each row, the reason where it has none."""
+    values = [record.value for record in read_records(str(path))]
+    return [v.detail if isinstance(v, SampleError) else [*v.values()][-1] for v in values]
+
+
+def test_quotes_in_tables_take_no_rows_away(tmp_path: Path) -> None:
+    text = 'image\tcaption\na\t"Hi" she says\nb\t"open\nc\tlast\nd\t"two\nlines"\ne\t"a ""b"""\n'
+    (tmp_path / "a.tsv").write_text(text)
+    said = ['"Hi" she says', '"open', "last", "two\nlines", 'a "b"']
+    assert rows(tmp_path / "a.tsv") == said
+    (tmp_path / "a.csv").write_text('image,caption\na,"two\nlines"\nb,"open\nc,x\nd,y\n')
+    first, rejected = rows(tmp_path / "a.csv")
+    assert (first, rejected[:6]) == ("two\nlines", "line 4")
