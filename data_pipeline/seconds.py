@@ -1,4 +1,7 @@
-"""Times as people write them, and as a player shows them: `3`, `3.5s`, `00:03`, `1:02:03.5`."""
+"""Times as people write them, and as a player shows them: `3`, `3.5s`, `00:03`, `1:02:03.5`.
+
+Of a clock the decimals may stand behind a comma, as in .srt files.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import re
 from typing import Any
 
 _PLAIN = re.compile(r"(\d+\.?\d*|\.\d+)\s*s?")
-_CLOCK = re.compile(r"(?:(\d+):(?=\d+:))?(\d+):(\d{1,2}(?:\.\d*)?)")
+_CLOCK = re.compile(r"(?:(\d+):(?=\d+:))?(\d+):(\d{1,2}(?:[.,]\d*)?)")
 _FORMS = "3, 12.5, 3s, 00:03 (MM:SS) or 1:02:03.5 (HH:MM:SS)"
 
 
@@ -40,7 +43,11 @@ def _parse(text: str) -> float:
         return float(match[1])
     if not (match := _CLOCK.fullmatch(text)):
         return math.nan
-    hours, minutes, seconds = float(match[1] or 0), float(match[2]), float(match[3])
+    hours, minutes, seconds = (
+        float(match[1] or 0),
+        float(match[2]),
+        float(match[3].replace(",", ".")),
+    )
     # 75:00 is an hour and a quarter; 1:75:00 and 0:75 are slips.
     if seconds >= 60 or (match[1] and minutes >= 60):
         return math.nan

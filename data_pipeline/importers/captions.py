@@ -14,7 +14,6 @@ from data_pipeline.importers.draft import (
     distinct_stems,
     media_type,
     medium,
-    refuse_unwanted,
     text_draft,
     unused_fields,
 )
@@ -93,7 +92,6 @@ def plain_draft(record: dict[str, Any], base: str) -> Draft:
     named = [column for column in MEDIA_COLUMNS if record.get(column)]
     if named:
         return table_draft(record, base, named[0], None)
-    refuse_unwanted(record)
     return text_draft(record.get("text"), tuple(unused_fields(record, ("text",))))
 
 

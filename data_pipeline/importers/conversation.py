@@ -24,7 +24,6 @@ from data_pipeline.importers.draft import (
     Turn,
     in_order,
     medium,
-    refuse_unwanted,
     unused_fields,
 )
 from data_pipeline.importers.marks import is_numbered, number_of, place_marks
@@ -108,7 +107,6 @@ def with_media(
     notes: list[str] | None = None,
 ) -> Draft:
     """Gives a conversation the media that its record names, and notes what else is there."""
-    refuse_unwanted(record)
     for name in _SOUND:
         if record.get(name):
             raise SampleError("unknown_media", f"{name}: the model takes images and videos")

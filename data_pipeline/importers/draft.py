@@ -181,7 +181,9 @@ _CHOICES = (
 )  # fmt: skip
 _VERDICTS = ("label", "kto_tag")
 # Each says of an assistant's turn, or of a record, whether it is learned.
-LEARN_FLAGS = ("loss", "weight", "train", "training", "train_on_turn", "trainable", "loss_scale")
+LEARN_FLAGS = (
+    "loss", "weight", "train", "training", "train_on_turn", "trainable", "loss_scale", "learn",
+)  # fmt: skip
 _REFUSING = frozenset((*_CHOICES, *_VERDICTS, *LEARN_FLAGS))
 
 

@@ -25,7 +25,7 @@ from data_pipeline.importers import (
     streaming,
     transcripts,
 )
-from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems
+from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems, refuse_unwanted
 from data_pipeline.importers.layout import (
     INFO,
     METADATA,
@@ -378,7 +378,12 @@ def _record_drafts(
 ) -> list[Draft | SampleError]:
     if isinstance(value, SampleError):
         return [value]
-    return _drafts_or_reason(lambda: record_file.convert(value, record_file.base), value)
+
+    def made() -> Draft | list[Draft]:
+        refuse_unwanted(value)
+        return record_file.convert(value, record_file.base)
+
+    return _drafts_or_reason(made, value)
 
 
 def _drafts_or_reason(

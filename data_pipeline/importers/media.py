@@ -28,7 +28,7 @@ from data_pipeline.importers.draft import Draft, Entry, Group, Medium, TarMember
 from data_pipeline.importers.timeline import Timeline, unroll
 from data_pipeline.schema import Sample, SampleError, parse_sample
 from data_pipeline.shards import ShardError
-from data_pipeline.video import Video, check_end, open_video, probe_video
+from data_pipeline.video import Video, VideoInfo, check_end, open_video, probe_video
 
 _JPEG_QUALITY = 92
 _MARK, _BROKEN = "\ufeff", {"U+FFFD": "\ufffd", "NUL": "\0"}
@@ -204,10 +204,20 @@ def _fitted(medium: Medium, options: MediaOptions, notes: list[str]) -> tuple[by
     if medium.part is None and not slower and not smaller:
         return data, medium.suffix
     if medium.part is not None:
-        check_end([medium.part[0]], info)
+        _check_part(medium.part, info)
         notes.append("clip cut out of a longer video, encoded anew")
     fps = options.video_fps if slower else None
     return shrink_video(data, options.max_side, fps, medium.part), ".mp4"
+
+
+def _check_part(part: tuple[float, float], info: VideoInfo) -> None:
+    """SampleError for a part that is not in the video; its end may be rounded up, or unknown."""
+    check_end([part[0]], info)
+    if info.duration + 1 < part[1] < math.inf:
+        raise SampleError(
+            "frame_after_end",
+            f"{part[0]:g} s to {part[1]:g} s is wanted, the video ends at {info.duration:.2f} s",
+        )
 
 
 def shrink_image(picture: Tensor, max_side: int) -> bytes:

@@ -23,9 +23,10 @@ from data_pipeline.importers.conversation import (
     messages_field,
 )
 from data_pipeline.importers.draft import PATH_FIELDS, Draft, Medium, Turn, medium, unused_fields
+from data_pipeline.importers.marks import place_marks
 from data_pipeline.importers.streaming import clip_of
 from data_pipeline.importers.timeline import LONGEST, SILENCE, second_of
-from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, SampleError
+from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, MediaType, SampleError
 
 _ABOUT = ("metadata", "video_duration_seconds", "task_type", "source")
 _IDS = ("id", "video_id", "youtube_id", "yt_id", "name")
@@ -48,12 +49,13 @@ def mossvl_draft(record: dict[str, Any], base: str) -> Draft:
     if not has_segments(record):
         return conversation_draft(record, base)
     dialect = Dialect(messages=messages_field(record))
-    messages = message_turns(record, dialect)
     cut = list(_segments(record["videos"], base))
-    answers = "".join(turn["content"] for turn in messages if turn["role"] == "assistant")
-    stream = VIDEO_MARK in answers or SILENCE in answers or any(end is None for _, _, end in cut)
     notes = unused_fields(record, {*dialect.known, *_ABOUT})
     pictures = [medium("image", image, base) for image in record.get("images") or []]
+    shown: dict[MediaType, list[Any]] = {"image": pictures, "video": cut}
+    messages = place_marks(message_turns(record, dialect), shown, notes)
+    answers = "".join(turn["content"] for turn in messages if turn["role"] == "assistant")
+    stream = VIDEO_MARK in answers or SILENCE in answers or any(end is None for _, _, end in cut)
     if stream:
         return _stream(messages, cut, pictures, notes)
     clips = [replace(clip, part=(start, end or start + 1)) for clip, start, end in cut]
@@ -167,13 +169,15 @@ def realtime_qa_draft(record: dict[str, Any], base: str) -> Draft:
         raise SampleError("bad_schema", f"video.frame_timestamps: {stamps!r:.40}: expected seconds")
     seconds = [second_of(stamp, f"video.frame_timestamps[{i}]") for i, stamp in enumerate(stamps)]
     dialect = Dialect(messages=messages_field(record))
-    messages = message_turns(record, dialect)
+    notes = unused_fields(record, {*dialect.known, *_ABOUT, "video"})
+    pictures = [medium("image", image, base) for image in record.get("images") or []]
+    frames: dict[MediaType, list[Any]] = {"image": pictures, "video": seconds}
+    messages = place_marks(message_turns(record, dialect), frames, notes)
     marks = sum(turn["content"].count(VIDEO_MARK) for turn in messages)
     one = marks == 1 and len(seconds) > 1  # a mark for all frames
     messages, times = _spread(messages, [seconds] if one else [[second] for second in seconds])
-    notes = unused_fields(record, {*dialect.known, *_ABOUT, "video"})
-    return Draft(messages, [replace(_clip(video, record, base), times=times)], "realtime",
-                 notes=tuple(notes))  # fmt: skip
+    clip = replace(_clip(video, record, base), times=times)
+    return Draft(messages, [clip, *pictures], "realtime", notes=tuple(notes))
 
 
 def has_frame_timestamps(record: dict[str, Any]) -> bool:

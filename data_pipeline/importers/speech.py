@@ -225,6 +225,7 @@ def _entry(entry: Any, field: str, before: float | None, notes: list[str]) -> Wo
         notes.append("word without a text, left out")
         return None
     text, described = _NOISE.subn(" ", text)
+    text = re.sub(r"\s{2,}", " ", text) if described else text
     notes += ["sound described in brackets, left out"] if described else []
     start, end = _span(entry) if isinstance(entry, dict) else entry[:2]
     if start is None and end is None and before is not None:
@@ -282,7 +283,7 @@ def _phrases(words: list[Word], notes: list[str]) -> list[Said]:
         notes.append("words whose times overlap")
     by_second = groupby(ordered, key=lambda word: math.ceil(word.end - 1e-3))
     said = [Said(float(second), "".join(w.text for w in group)) for second, group in by_second]
-    following = [*said[1:], None]
+    following = [*said[1:], None][: len(said)]
     return [
         replace(one, goes_on=after is not None and after.second == one.second + 1)
         for one, after in zip(said, following, strict=True)

@@ -14,7 +14,14 @@ import re
 from itertools import pairwise
 from typing import Any
 
-from data_pipeline.importers.draft import Draft, Medium, medium, unused_fields
+from data_pipeline.importers.draft import (
+    LEARN_FLAGS,
+    Draft,
+    Medium,
+    medium,
+    refuse_unwanted,
+    unused_fields,
+)
 from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
 from data_pipeline.schema import SampleError
 
@@ -23,6 +30,9 @@ INSTRUCTION = "Describe what happens, as it happens."
 CLIP_FIELDS = ("video_path", "video", "videos", "video_name", "video_uid", "video_id", "path")
 _EVENT_FIELDS = ("question", "response", "duration")
 _ABOUT = ("task_type", "source")  # said of a record, and no part of its conversation
+# The fields of an event, and of a turn.
+_TIMED = ("content", "time", "st_time", "end_time", *LEARN_FLAGS)
+_TURN = ("role", "content", "time", *LEARN_FLAGS)
 _STATE = re.compile(r"\s*</(silence|standby|response)>\s*", re.IGNORECASE)
 _FRAME = re.compile(r"\s*<(stream|image)>\s*")
 _STAMP = re.compile(r"\s*<([\d.]+)(?:s-[\d.]+s| seconds)>\s*")
@@ -55,11 +65,11 @@ def _events_draft(record: dict[str, Any], base: str, before: int) -> Draft:
     """`before`: seconds from the start of a frame to the number that names it."""
     notes = unused_fields(record, {*CLIP_FIELDS, *_EVENT_FIELDS, *_ABOUT})
     questions = []
-    for i, entry in enumerate(_entries(record, "question")):
+    for i, entry in enumerate(_entries(record, "question", _TIMED, notes)):
         second = second_of(_time(entry, "time", 0), f"question[{i}].time")
         questions.append(Said(max(0.0, math.floor(second) - before), _text(entry)))
     answers, spans = [], []
-    for i, entry in enumerate(_entries(record, "response")):
+    for i, entry in enumerate(_entries(record, "response", _TIMED, notes)):
         if not _text(entry).strip():
             notes.append("response without a text, left out")
             continue
@@ -80,13 +90,26 @@ def _events_draft(record: dict[str, Any], base: str, before: int) -> Draft:
     return Draft([], [clip_of(record, base)], "realtime", notes=tuple(notes), timeline=timeline)
 
 
-def _entries(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def _entries(
+    record: dict[str, Any], name: str, known: tuple[str, ...], notes: list[str]
+) -> list[dict[str, Any]]:
+    """The objects of a list, with a note for each field that is not known; SampleError.
+
+    An answer that is context alone has no place in a stream, whose turns are learned whole.
+    """
     entries = record.get(name)
     entries = [entries] if isinstance(entries, dict) else entries
     if entries is None:
         return []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SampleError("bad_schema", f"{name}: {entries!r:.80}: expected a list of objects")
+    for i, entry in enumerate(entries):
+        if name != "question" and entry.get("role", "assistant") == "assistant":
+            try:
+                refuse_unwanted(entry)
+            except SampleError as error:
+                raise SampleError(error.reason, f"{name}[{i}].{error.detail}") from None
+        notes += unused_fields(entry, known, f"{name}[].")
     return entries
 
 
@@ -139,7 +162,7 @@ def frames_draft(record: dict[str, Any], base: str) -> Draft:
     questions: list[Said] = []
     answers: list[Said] = []
     seconds: list[float] = []
-    for i, message in enumerate(_entries(record, "messages")):
+    for i, message in enumerate(_entries(record, "messages", _TURN, notes)):
         role, content = message.get("role"), _text(message)
         if role == "system":
             foreign = "</Silence>" in content or "</silence>" in content
@@ -215,7 +238,7 @@ def livechat_draft(record: dict[str, Any], base: str) -> Draft:
     notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, "conversation", "duration"})
     questions: list[Said] = []
     answers: list[Said] = []
-    for i, message in enumerate(_entries(record, "conversation")):
+    for i, message in enumerate(_entries(record, "conversation", _TURN, notes)):
         second = second_of(message.get("time"), f"conversation[{i}].time")
         role, text = message.get("role"), _text(message)
         if role not in ("user", "assistant") or not text.strip():

@@ -29,6 +29,7 @@ from data_pipeline.importers.draft import (
     caption_draft,
     distinct_stems,
     media_type,
+    refuse_unwanted,
     text_draft,
     unused_fields,
 )
@@ -199,6 +200,7 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
     notes = [f"unused member .{name}" for name in others]
     if "media" in record and looks_like_one(record):
         return [_own(record, parts, key, notes)]
+    refuse_unwanted(record)
     stream = forms.stream(record, media)
     if stream is not None or looks_like_one(record):
         if stream is None:

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from data_pipeline.build import build_shards
 from data_pipeline.importers.forms import SourceOptions, open_source
 from data_pipeline.importers.records import read_records
 from data_pipeline.schema import SampleError
@@ -319,3 +320,22 @@ def test_what_datasets_save_to_disk(folder: Path, whole: bool) -> None:
         media, summary = shown(source)
         assert media == [red] * 100
         assert summary.rejected == {"missing_file": 50}
+
+
+def test_a_medium_of_another_folder_is_not_taken_for_a_missing_one(folder: Path) -> None:
+    data = (folder / "a.mp4").read_bytes()
+    for tar, names in (("c.tar", ["sets/a/1.mp4", "x/2.mp4"]), ("d.tar", ["x/2.mp4", "x/3.mp4"])):
+        with tarfile.open(folder / tar, "w") as archive:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = len(data) - (tar == "d.tar")
+                archive.addfile(member, io.BytesIO(data))
+    paths = ["a/1.mp4", "b/1.mp4", "/home/me/b/1.mp4", "/home/me/a/1.mp4", "1.mp4", "x/2.mp4"]
+    records = [streamo(video_path=path, video_name="") for path in paths]
+    out = folder.parent / "out"
+    summary = build_shards(write(folder / "raw.jsonl", *records), out)
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["record"], line["reason"]) for line in lines] == [
+        (1, "missing_file"), (2, "missing_file"), (5, "ambiguous_media"),
+    ]  # fmt: skip
+    assert summary.notes == {"medium in a tar": 3}

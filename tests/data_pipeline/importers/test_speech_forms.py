@@ -144,6 +144,14 @@ def test_pieces_of_a_word_stay_together(folder: Path) -> None:
     assert spoken(sample) == "A 25-year-old costs $5.3 million"
 
 
+def test_times_with_a_comma_are_read_and_words_without_any_are_told(folder: Path) -> None:
+    record = {"video": "a.mp4", "subtitles": [{"start": "00:01,5", "end": "00:02,0", "text": "hi"}]}
+    none = {"video": "a.mp4", "subtitles": [{"start": "one", "end": "two", "text": "hi"}]}
+    (sample,), summary = run(write(folder / "a.jsonl", record, none))
+    assert spoken(sample) == "hi"
+    assert summary.rejected == {"missing_text": 1}
+
+
 def test_a_folder_of_transcripts_has_its_videos_by_a_relative_path(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,25 +248,6 @@ def test_media_are_found_in_tars_and_by_the_ends_of_foreign_paths(folder: Path) 
     assert summary.notes == {"medium in a tar": 3, "medium found by the end of its path": 1}
 
 
-def test_a_medium_of_another_folder_is_not_taken_for_a_missing_one(folder: Path) -> None:
-    data = (folder / "a.mp4").read_bytes()
-    for tar, names in (("c.tar", ["sets/a/1.mp4", "x/2.mp4"]), ("d.tar", ["x/2.mp4", "x/3.mp4"])):
-        with tarfile.open(folder / tar, "w") as archive:
-            for name in names:
-                member = tarfile.TarInfo(name)
-                member.size = len(data) - (tar == "d.tar")
-                archive.addfile(member, io.BytesIO(data))
-    paths = ["a/1.mp4", "b/1.mp4", "/home/me/b/1.mp4", "/home/me/a/1.mp4", "1.mp4", "x/2.mp4"]
-    records = [streamo(video_path=path, video_name="") for path in paths]
-    out = folder.parent / "out"
-    summary = build_shards(write(folder / "raw.jsonl", *records), out)
-    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-    assert [(line["record"], line["reason"]) for line in lines] == [
-        (1, "missing_file"), (2, "missing_file"), (5, "ambiguous_media"),
-    ]  # fmt: skip
-    assert summary.notes == {"medium in a tar": 3}
-
-
 def test_a_list_is_read_record_by_record_up_to_where_it_is_cut_off(folder: Path) -> None:
     text = json.dumps([streamo(), streamo(), streamo()], indent=2)
     (folder / "raw.json").write_text(text[: text.rindex("{") - 40])
