@@ -266,9 +266,12 @@ def encoding(data: bytes) -> str:
 
 
 def decode_text(data: bytes, file: str) -> str:
-    """A text file's bytes, in UTF-8 or as its byte order mark says; SampleError(`bad_text`)."""
+    """A text file's bytes, in UTF-8 or as its byte order mark says, with plain line ends.
+
+    Raises SampleError(`bad_text`).
+    """
     try:
-        return data.decode(encoding(data))
+        return data.decode(encoding(data)).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise SampleError(
             "bad_text",

@@ -1,7 +1,8 @@
 """A tar as samples: members by key wherever they stand, and what cannot be used by name.
 
 A key ends at the first dot of a name, as WebDataset has it. Where no text and no JSON goes by that
-key, the names have dots of their own (`22.05.jpg`, `22.05.txt`), and it ends at the last one.
+key, or a name has both a medium and a text of its own, the names have dots of their own
+(`22.05.jpg`, `22.05.txt`), and it ends at the last one.
 """
 
 from __future__ import annotations
@@ -130,10 +131,19 @@ def _group(key: str, group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
             stem, _, rest = member.name.rpartition(".")
             dotted.setdefault(stem, Members(stem)).add(rest.lower(), member)
         return list(dotted.values())
-    sample = Members(key)
+    # Names with dots of their own may stand beside one without: `1.jpg`, `1.txt`, `1.5.jpg`, ...
+    suffixes: dict[str, set[str]] = {}
+    for rest, _ in group:
+        stem, _, suffix = rest.rpartition(".")
+        suffixes.setdefault(stem, set()).add(suffix)
+    pairs = {stem for stem, found in suffixes.items() if found & _TEXTS and found - _TEXTS} - {""}
+    samples = {"": Members(key)}
     for rest, member in group:
-        sample.add(rest, member)
-    return [sample]
+        stem, _, suffix = rest.rpartition(".")
+        own = stem if stem in pairs else ""
+        sample = samples.setdefault(own, Members(member.name.rpartition(".")[0]))
+        sample.add(suffix if own else rest, member)
+    return [sample for sample in samples.values() if sample.found]
 
 
 def names(path: str) -> Iterator[str]:

@@ -70,7 +70,7 @@ def fill(
             if stream and videos and kind == "image":  # beside a clip: its cover
                 continue
             names = [name for name in media if media[name] == kind]
-            known[column] = [_bytes(parts, name) for name in names]
+            known[column] = [{"bytes": parts[name], "path": f"m.{name}"} for name in names]
             used.update(names)
     return known, used, notes
 

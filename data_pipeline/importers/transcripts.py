@@ -57,7 +57,7 @@ def read_transcript(path: str, video: str | None) -> tuple[dict[str, Any], list[
     text = files.decode_text(files.read_bytes(path), files.name(path))
     if files.suffix(path) != ".json":
         notes: list[str] = []
-        lines = text.replace("\r\r\n", "\n").splitlines()  # written as text twice on Windows
+        lines = text.replace("\r\n", "\n").splitlines()  # \r\r\n: written as text twice on Windows
         cues = _once(_cues(lines, notes), notes)
         words = [word for cue in cues for word in _timed(cue)]
         if not words:

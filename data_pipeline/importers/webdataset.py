@@ -206,7 +206,8 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
         if stream is None:
             record = plain_contents(record, messages_field(record))
         known, used, more = fill(record, parts, key, media, stream=stream is not None)
-        notes += [*more, *(f"unused member .{name}" for name in media if name not in used)]
+        unused = [name for name in parts if name in _TEXTS or (name in media and name not in used)]
+        notes += [*more, *(f"unused member .{name}" for name in unused)]
         made = (stream or conversation_draft)(known, "")
         first, *rest = made if isinstance(made, list) else [made]
         return [_noted(first, tuple(notes)), *rest]
@@ -241,7 +242,11 @@ def _json(parts: dict[str, bytes]) -> dict[str, Any]:
         record = json.loads(parts["json"])
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", str(error)) from None
-    return record if isinstance(record, dict) else {}
+    if isinstance(record, dict):
+        return record
+    if isinstance(record, list) and record and all(isinstance(turn, dict) for turn in record):
+        return {"conversations": record}
+    raise SampleError("bad_schema", f"json: {record!r:.80}: expected an object, or a list of turns")
 
 
 def _caption(parts: dict[str, bytes], record: dict[str, Any], key: str) -> tuple[str, list[str]]:

@@ -339,3 +339,22 @@ def test_a_medium_of_another_folder_is_not_taken_for_a_missing_one(folder: Path)
         (1, "missing_file"), (2, "missing_file"), (5, "ambiguous_media"),
     ]  # fmt: skip
     assert summary.notes == {"medium in a tar": 3}
+
+
+def test_members_of_odd_names_and_texts(folder: Path) -> None:
+    red = picture("red")
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "r"}]
+    members = {
+        "1.jpg": red, "1.txt": b"one\r\nline", "1.V5.jpg": red, "1.V5.txt": b"half",
+        "2.jpg": red, "2.json": json.dumps(turns).encode(), "2.txt": b"kept apart",
+        "3.jpg": red, "3.json": b'"a string"',
+    }  # fmt: skip
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    samples, summary = run(folder / "a.tar")
+    assert [said(sample)[-1] for sample in samples] == ["one\nline", "half", "r"]
+    assert summary.notes == {"unused member .txt": 1}
+    assert summary.rejected == {"bad_schema": 1}
