@@ -84,6 +84,8 @@ def read_track(container: InputContainer, data: Data) -> Track:
     Raises VideoError: no video track, no picture, no decoder, the file has been cut off.
     """
     stream = best_stream(container)
+    if stream is None and _extent(container.format.name, data) == "cut":
+        raise VideoError("truncated_video", "the data end before what says which tracks there are")
     if stream is None:
         raise VideoError("empty_video", "the file has no video stream")
     if stream.codec_context is None:

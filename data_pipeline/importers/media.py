@@ -197,6 +197,8 @@ def _fitted(medium: Medium, options: MediaOptions, notes: list[str]) -> tuple[by
     with open_video(data) as video:
         info = video.info
         frame = next(video.frames([0.0]))
+    if info.frames == 1:
+        notes.append("video of one frame")
     length = info.duration - info.first
     rate = info.frames / length if length else 0.0
     slower = options.video_fps is not None and rate > options.video_fps * 1.01

@@ -257,3 +257,9 @@ def test_real_clips(real_files: Path) -> None:
         times = sample_times(probe_video(data), 1, 8, 256)
         frames = list(frames_at(data, times))
         assert (len(frames), tuple(frames[0].shape)) == (count, shape)
+
+
+def test_a_file_cut_off_in_its_table_of_contents_is_not_said_to_have_no_video() -> None:
+    data = make_video([i / 10 for i in range(30)])
+    with pytest.raises(SampleError, match="truncated_video"):
+        probe_video(data[: data.index(b"moov") + 200])
