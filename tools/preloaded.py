@@ -90,8 +90,11 @@ class Command:
 
 
 def torchrun(options: list[str], script: Path, arguments: list[str]) -> list[str]:
-    """Arguments of the module torch.distributed.run for a script whose ranks are forks."""
+    """Arguments of the module torch.distributed.run for a script whose ranks are forks, on one
+    machine."""
     forks = ["--run-path", "--start-method", METHOD]
+    # A machine often does not know itself by the name that it has: ranks would look for it.
+    forks += ["--local-addr", "127.0.0.1"]
     return [*options, *forks, __file__, str(script), *arguments]
 
 
