@@ -110,7 +110,8 @@ class ExportedModel(TrainedModel):
         for one in inputs:
             count, tokens = len(one.positions), torch.tensor(list(one.tokens))
             (row, shown) = to_device([tokens, one.ratios[:count]])
-            frames: dict[str, Tensor] = {}
+            # A control without frames keeps its <|image|> tokens, as if the model had said them.
+            frames: dict[str, Any] = {"generated": True}
             if count:
                 frames = {
                     "cross_attention_states": one.states[None, :count],
