@@ -7,12 +7,15 @@ normalized by transformers' Mllama image processor (`max_image_tiles: 1` for MOS
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin, __version__
 
@@ -29,6 +32,7 @@ from .pixels_moss_video import frame_pixels, to_rgb
 
 IMAGE, VIDEO, HEADER_END = "<|image|>", "<|video|>", "<|end_header_id|>"
 INLINE = {IMAGE, VIDEO, "<|silence|>", "<|...|>"}  # special tokens that a content may hold
+_LONGEST_PATH = 4096
 TYPED = "\ufdd0"  # no character: stands in what looks like a special token and is text
 
 
@@ -65,10 +69,11 @@ class MossVideoProcessor(ProcessorMixin):
         Args:
             images: of one text: a list; of a batch: a list for each text, or one list that the
                 marks of all texts go through.
-            videos: likewise; each a path, a list of pictures (all are shown), or an array
-                `[F, H, W, 3]`.
-                A picture is a path, a PIL image, or what `to_rgb` takes beside one; any is turned
-                as its EXIF says, put on white where transparent, 16 bits brought to 8.
+            videos: likewise; each a path, a file's bytes, a list of pictures (all are shown), or
+                an array `[F, H, W, 3]`.
+                A picture is a path, a file's bytes, or these as base64 or `data:` URL, a PIL
+                image, or what `to_rgb` takes beside one; any is turned as its EXIF says, put on
+                white where transparent, 16 bits brought to 8. URLs are not fetched.
             return_tensors: "pt", "np" or None (lists).
             padding: False, True or "longest", "max_length" (with `max_length`).
             pad_to_multiple_of: length in tokens that the padded one is a multiple of.
@@ -151,7 +156,7 @@ class MossVideoProcessor(ProcessorMixin):
         return "".join(pieces), frames
 
     def _video(self, video: Any, options: dict[str, Any]) -> list[Any]:
-        if not isinstance(video, str | Path):
+        if not isinstance(video, str | Path | bytes):
             return [video] if isinstance(video, Image.Image) else list(video)
         names = ("video_fps", "video_min_frames", "video_max_frames")
         return read_video(video, *(options.get(name, getattr(self, name)) for name in names))
@@ -230,7 +235,7 @@ def _typed(turn: dict[str, Any]) -> Any:
     content = turn.get("content") or []
     if isinstance(content, str):
         return _with_meanings(content, INLINE)
-    kept = INLINE - {IMAGE, VIDEO} if turn.get("role") == "system" else set()
+    kept = INLINE - {IMAGE, VIDEO} if turn.get("role") in ("system", "developer") else set()
     return [
         {**part, "text": _with_meanings(part["text"], kept)} if part.get("text") else part
         for part in content
@@ -242,8 +247,13 @@ def _with_meanings(text: str, kept: set[str]) -> str:
     return re.sub(rf"<{meant}(?=\|)", f"<{TYPED}", text)
 
 
-def read_video(path: str | Path, fps: float, min_frames: int, max_frames: int) -> list[Image.Image]:
+def read_video(
+    source: str | Path | bytes, fps: float, min_frames: int, max_frames: int
+) -> list[Image.Image]:
     """The frames on screen at the moments that `MossVideoProcessor` describes, upright.
+
+    Args:
+        source: a path, or the bytes of a file.
 
     Raises:
         ValueError: the file cannot be read as a video.
@@ -251,7 +261,7 @@ def read_video(path: str | Path, fps: float, min_frames: int, max_frames: int) -
     import av
 
     try:
-        data = Path(path).read_bytes()
+        data = source if isinstance(source, bytes) else Path(_no_url(source)).read_bytes()
         with open_container(data) as file:
             track = read_track(file, data)
             moments = _moments(track, fps, min_frames, max_frames)
@@ -263,7 +273,7 @@ def read_video(path: str | Path, fps: float, min_frames: int, max_frames: int) -
                 upright.setdefault(id(f), (f, Image.fromarray(frame_pixels(f))))[1] for f in shown
             ]
     except (OSError, ValueError, VideoError, av.FFmpegError) as error:
-        raise ValueError(f"{path}: cannot be read as a video: {error}") from None
+        raise ValueError(f"{source!s:.200}: cannot be read as a video: {error!s:.200}") from None
 
 
 def _moments(track: Track, fps: float, least: int, most: int) -> list[float]:
@@ -277,11 +287,38 @@ def _moments(track: Track, fps: float, least: int, most: int) -> list[float]:
 
 
 def _picture(image: Any) -> Image.Image:
-    """RGB of a PIL image, an array, a tensor, or a file by its path; ValueError."""
+    """RGB of a PIL image, an array, a tensor, or a file: its path, its bytes, or these as base64;
+    ValueError."""
     try:
-        return to_rgb(Image.open(image) if isinstance(image, str | Path) else image)
+        file = isinstance(image, str | Path | bytes)
+        return to_rgb(Image.open(_file(image)) if file else image)
+    except UnidentifiedImageError:
+        raise ValueError(f"images: {image!r:.80}: is no picture, of a file or in base64") from None
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"images: {image!r:.80}: cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"images: {image!r:.80}: cannot be read: {reason:.200}") from None
+
+
+def _file(image: str | Path | bytes) -> Path | io.BytesIO:
+    """What Pillow opens of a path, of bytes, or of text that stands for bytes."""
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    text = str(_no_url(image))
+    if text.startswith("data:"):
+        return io.BytesIO(base64.b64decode(text.partition(",")[2]))
+    try:
+        path = Path(image)
+        if len(text) < _LONGEST_PATH and path.exists():
+            return path
+        return io.BytesIO(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        raise OSError("there is no such file") from None
+
+
+def _no_url(name: str | Path) -> str | Path:
+    if str(name).startswith(("http://", "https://")):
+        raise ValueError(f"{name:.80}: URLs are not fetched: give a path or the file's bytes")
+    return name
 
 
 if __version__.startswith("4."):  # which asks the class for its parts; 5 asks the constructor

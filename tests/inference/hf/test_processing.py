@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -265,3 +267,44 @@ def test_a_mark_that_the_tokenizer_does_not_have_is_refused(processor, tmp_path:
         with pytest.raises(ValueError, match=r"the tokenizer has no token <\|image\|>"):
             blind(**media)
     assert blind(text="a man")["input_ids"]
+
+
+def test_a_file_s_bytes_are_taken_as_they_are_and_in_base64(processor, tmp_path: Path) -> None:
+    """As transformers' own processors take pictures; an error does not repeat what is long."""
+    file = tmp_path / "a.png"
+    picture(0).save(file)
+    data = file.read_bytes()
+    text = base64.b64encode(data).decode()
+    wanted = processor(text="<|image|>", images=[file], return_tensors="pt")["pixel_values"]
+    for given in (data, text, f"data:image/png;base64,{text}"):
+        got = processor(text="<|image|>", images=[given], return_tensors="pt")["pixel_values"]
+        assert torch.equal(got, wanted)
+    for given, says in (
+        ("https://a.b/c.png", "URLs are not fetched"),
+        (str(tmp_path / "b.png"), "there is no such file"),
+        (text[: len(text) // 8 * 4] * 3000, "cannot be read|is no picture"),
+    ):
+        with pytest.raises(ValueError, match=says) as caught:
+            processor(text="<|image|>", images=[given])
+        assert len(str(caught.value)) < 400
+
+
+def test_what_the_prompts_of_training_do_not_have_is_refused(processor) -> None:
+    """Tools, their calls and results, documents; by the processor and by its tokenizer."""
+    user = {"role": "user", "content": "hello"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
+    for one in (processor, processor.tokenizer):
+        for turns, options, says in (
+            ([user], {"tools": [{"type": "function", "function": {"name": "f"}}]}, "no tools"),
+            ([user], {"documents": [{"title": "a", "text": "b"}]}, "documents"),
+            ([user, call], {}, "role 'assistant' with tool_calls"),
+            ([user, {"role": "tool", "content": "5"}], {}, "role 'tool'"),
+        ):
+            with pytest.raises(TemplateError, match=says):
+                one.apply_chat_template(
+                    turns, chat_template=processor.chat_template, tokenize=False, **options
+                )
+    system = [{"role": "system", "content": "Be brief. <|silence|>"}, user]
+    same = [{**system[0], "role": "developer"}, user]
+    made = [processor.apply_chat_template(turns, tokenize=True) for turns in (system, same)]
+    assert made[0] == made[1]
