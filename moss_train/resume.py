@@ -10,11 +10,13 @@ from typing import Any
 from moss_train.checkpoint_dir import checkpoints_folder, find, flaw, read_run, steps_in
 from moss_train.config import AdapterConfig, Config, ConfigError, flatten, to_dict
 from moss_train.convert.folders import why_no_checkpoint
+from moss_train.log import log
 from moss_train.sources import order_changes
 from moss_train.trained_tokenizer import check_llama, check_start, check_tokenizer
 
 # What a resumed run must have as before, beside the model's sizes.
 STAGE = ("name", "train", "also", "prompt")
+ROPE = "cross_attention_rope"
 NUMBERS = ("dtype", "tokens_before_first_frame")
 
 
@@ -67,6 +69,7 @@ def find_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Pa
         saved = read_run(source)
         check_architecture(config, saved["config"], source)
         check_adapter(config, saved["config"], source, resume=False)
+        _warn_of_first_frames(config, saved["config"], source)
         check_start(saved, source, config.data.tokenizer, named, config.data.new_tokenizer)
     elif config.model.init.from_llama is not None:
         llama = Path(config.model.init.from_llama)
@@ -119,7 +122,9 @@ def _must_find(field: str, value: str) -> Path:
 def check_architecture(config: Config, saved: dict, checkpoint: Path) -> None:
     """Raises ConfigError where `saved` (the checkpoint's configuration) has another model."""
     mine, theirs = to_dict(config)["model"], saved["model"]
-    problems: list[str] = []
+    # No parameter shows it, but keys and queries are made for it.
+    rope = {name: mine[name] for name in (ROPE,) if name in theirs}
+    problems = list(_differences(rope, theirs, "model", (), checkpoint))
     for part, ignored in (
         ("vision", ("frames_per_chunk", "recompute")),
         ("projector", ()),
@@ -128,6 +133,14 @@ def check_architecture(config: Config, saved: dict, checkpoint: Path) -> None:
         problems += _differences(mine[part], theirs[part], f"model.{part}", ignored, checkpoint)
     if problems:
         raise ConfigError(problems)
+
+
+def _warn_of_first_frames(config: Config, saved: dict, checkpoint: Path) -> None:
+    """New weights may learn it either way; until they have, the loss is higher."""
+    name = "tokens_before_first_frame"
+    said, before = getattr(config.model, name), saved["model"].get(name)
+    if before not in (None, said):
+        log.warning("model.%s=%s: %s was trained with %s", name, said, checkpoint, before)
 
 
 def check_stage(config: Config, saved: dict, checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from data_pipeline.shards import training_shards, write_shards
 from moss_train.compose import load_config
 from moss_train.config import Config, ConfigError, to_dict
 from moss_train.data_config import MODALITIES
-from moss_train.resume import changed_fields, check_order, check_stage
+from moss_train.resume import changed_fields, check_architecture, check_order, check_stage
 from moss_train.sources import mixed_sources
 
 
@@ -44,6 +44,17 @@ def test_every_changed_field_has_a_line():
         "trainer.steps=9 (was None)",
     ]
     assert list(changed_fields(composed(), BEFORE)) == []
+
+
+def test_weights_are_for_one_kind_of_positions():
+    """No parameter shows whether keys and queries of frames are rotated."""
+    checkpoint = Path("imported")
+    check_architecture(composed(), BEFORE, checkpoint)
+    with pytest.raises(ConfigError) as caught:
+        check_architecture(composed("model.cross_attention_rope=false"), BEFORE, checkpoint)
+    assert caught.value.problems == [
+        "model.cross_attention_rope=False: the checkpoint imported has True"
+    ]
 
 
 @pytest.fixture(scope="module")

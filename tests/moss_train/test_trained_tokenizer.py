@@ -146,6 +146,16 @@ def test_more_added_tokens_are_taken_from_weights_with_a_warning(made, tmp_path,
     assert "other added tokens, 514 tokens, not 513): it is taken" in caplog.text
 
 
+def test_what_tokens_before_a_frame_saw_in_training_is_told(made, caplog):
+    config = start(made, made / "source")
+    now = {"zero": "attend_all", "attend_all": "zero"}[config.model.tokens_before_first_frame]
+    before, config.model.tokens_before_first_frame = config.model.tokens_before_first_frame, now
+    with caplog.at_level(logging.WARNING, log.name):
+        assert find_resume(config) is None
+    said = f"first_frame={now}: {made / 'checkpoint'} was trained with {before}"
+    assert said in caplog.text
+
+
 def resumed(made: Path, folder: Path, tokenizer: Path, known: bool = True) -> Config:
     """A run in `folder` whose checkpoint is the imported one, as if it had been trained."""
     checkpoint = folder / "checkpoints/step_00000003"
