@@ -185,7 +185,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        generated: bool = False,
+        marks_alone: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass.
@@ -208,8 +208,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             labels: `[B, S]`, not shifted; -100 and `<|image|>` are ignored, silence weighs
                 `silence_weight`. The sum is divided by `num_items_in_batch`, or their count.
             logits_to_keep: logits of so many last positions only, or of these positions.
-            generated: the tokens are a pass of `generate` after the first, or a draft's: an
-                `<|image|>` among them stands for no frame that must be given.
+            marks_alone: without frames, an `<|image|>` is a token like others: where the model has
+                said it itself, or is to be shown nothing.
         """
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         unknown = sorted(given - HARMLESS)
@@ -239,7 +239,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ids = real.long() if aspect_ratio_ids is None else aspect_ratio_ids
             tiles = self._tiles(ids, aspect_ratio_mask, size // self.config.tokens_per_frame)
             new.seen = new.seen & tiles[:, None]  # [B, S, F, T]
-        elif input_ids is not None and not generated:
+        elif input_ids is not None and not marks_alone:
             self._check_marks(input_ids, [0] * len(input_ids))
         frames = self._frames(x, cross_attention_states, new, cross_attention_mask, past_key_values)
         tokens = self.tokens_type(past_key_values, token_mask(attention_mask, past, x.shape[1]))
@@ -371,7 +371,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if self._past(inputs.get("past_key_values")) > 0:
             leave_out_cached_frames(inputs, self.config.image_token_index, first)
-        inputs["generated"] = not first
+        inputs["marks_alone"] = not first
         return inputs
 
 

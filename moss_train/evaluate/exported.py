@@ -110,8 +110,8 @@ class ExportedModel(TrainedModel):
         for one in inputs:
             count, tokens = len(one.positions), torch.tensor(list(one.tokens))
             (row, shown) = to_device([tokens, one.ratios[:count]])
-            # A control without frames keeps its <|image|> tokens, as if the model had said them.
-            frames: dict[str, Any] = {"generated": True}
+            # A control without frames keeps its <|image|> tokens.
+            frames: dict[str, Any] = {"marks_alone": True}
             if count:
                 frames = {
                     "cross_attention_states": one.states[None, :count],
