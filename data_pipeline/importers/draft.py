@@ -185,13 +185,20 @@ LEARN_FLAGS = (
     "loss", "weight", "train", "training", "train_on_turn", "trainable", "loss_scale", "learn",
 )  # fmt: skip
 _REFUSING = frozenset((*_CHOICES, *_VERDICTS, *LEARN_FLAGS))
+# Of a record without an answer these are a class, a metric, a weight of sampling, a split.
+_OF_PLAIN = frozenset({"label", "loss", "weight", "train", "training"})
 
 
-def refuse_unwanted(record: Mapping[str, Any]) -> None:
+def refuse_unwanted(record: Mapping[str, Any], plain: bool = False) -> None:
     """SampleError for a record that says which of two answers is better, that one is bad, or that
-    it is not to be learned."""
+    it is not to be learned.
+
+    plain: the record is a text or a caption, and has no answer.
+    """
     if _REFUSING.isdisjoint(record):
         return
+    if plain:
+        record = {name: value for name, value in record.items() if name not in _OF_PLAIN}
     for name in _CHOICES:
         if record.get(name):
             raise SampleError("preference_data", f"{name}: preferences cannot be imported")

@@ -307,7 +307,7 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
             parts += [(data_set, path) for path in inside]
     stems = distinct_stems([data_set.name for data_set, _ in parts])
     record_files = [
-        RecordFile(path, stem, base, data_set.draft, "llamafactory", data_set.limit)
+        RecordFile(path, stem, base, data_set.draft, data_set.form, data_set.limit)
         for (data_set, path), stem in zip(parts, stems, strict=True)
     ]
 
@@ -380,7 +380,7 @@ def _record_drafts(
         return [value]
 
     def made() -> Draft | list[Draft]:
-        refuse_unwanted(value)
+        refuse_unwanted(value, plain=record_file.form in ("text", "table"))
         return record_file.convert(value, record_file.base)
 
     return _drafts_or_reason(made, value)

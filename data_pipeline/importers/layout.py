@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 from itertools import islice
 
 from data_pipeline import files
-from data_pipeline.importers import captions, transcripts
+from data_pipeline.importers import captions, llama_factory, transcripts
 from data_pipeline.importers.archive import names
 from data_pipeline.importers.recognize import form_of
 from data_pipeline.importers.records import first_records
@@ -15,8 +15,6 @@ from data_pipeline.shards import ShardError
 
 INFO = "dataset_info.json"
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
-# What Hugging Face's datasets put beside the .arrow files of a set.
-_ABOUT_ARROW = frozenset({INFO, "state.json", "dataset_dict.json"})
 # Of files that may be a part of a set and that nobody reads.
 _DATA = frozenset({
     ".zip", ".7z", ".rar", ".gz", ".zst", ".xz", ".bz2", ".feather", ".tfrecord", ".lmdb", ".mdb",
@@ -29,7 +27,8 @@ _LOOKED_AT = 200  # members of a tar, by which it is one of shards or of media
 def form_of_files(source: str, folder: bool, paths: list[str]) -> str:
     """A form, or `records`: files of records, each with a form of its own; ShardError."""
     there = {files.name(path) for path in paths}
-    if INFO in there and not _has_arrow(paths):
+    info = files.join(source, INFO) if folder else source
+    if info in paths and files.name(info) == INFO and info not in _about_arrow(paths):
         return "llamafactory"
     plain = [path for path in paths if is_records(path)]
     tars = [path for path in paths if is_tar(path)]
@@ -54,10 +53,20 @@ def form_of_files(source: str, folder: bool, paths: list[str]) -> str:
     )
 
 
-def _has_arrow(paths: Iterable[str]) -> bool:
-    """Whether `datasets` has saved the files: then a dataset_info.json is another one than
-    LLaMA-Factory's."""
-    return any(files.suffix(path) == ".arrow" for path in paths)
+def _about_arrow(paths: Iterable[str]) -> frozenset[str]:
+    """What Hugging Face's datasets put beside the .arrow files of a set, and above its splits. A
+    dataset_info.json that names files is LLaMA-Factory's, which reads .arrow, too."""
+    folders = {files.parent(path) for path in paths if files.suffix(path) == ".arrow"}
+    above = {files.parent(folder) for folder in folders}
+
+    def is_theirs(path: str) -> bool:
+        name, parent = files.name(path), files.parent(path)
+        if name == "dataset_dict.json":
+            return parent in above
+        known = name in (INFO, "state.json") and parent in folders
+        return known and not (name == INFO and llama_factory.names_data_sets(path))
+
+    return frozenset(filter(is_theirs, paths))
 
 
 def is_tar(path: str) -> bool:
@@ -109,9 +118,9 @@ def record_files(source: str, folder: bool, paths: list[str]) -> list[list[str]]
     """The files of records: an image folder's metadata, else those on top; where none of these has
     a known form, the deeper ones."""
     metadata = [path for path in paths if files.name(path) in METADATA]
-    about = _ABOUT_ARROW if _has_arrow(paths) else frozenset()
+    about = _about_arrow(paths)
     with_records = [path for path in paths if is_records(path) or not folder]
-    with_records = [path for path in with_records if files.name(path) not in about]
+    with_records = [path for path in with_records if path not in about]
     on_top = [path for path in with_records if files.parent(path) == source.rstrip("/")]
     deeper = [path for path in with_records if path not in on_top]
     groups = [metadata] if metadata else [group for group in (on_top, deeper) if group]
@@ -126,13 +135,13 @@ def unread(
     """The files of a source that look like data and are not read; tars in one of the `roots` are
     searched for media."""
     known = set(read)
-    about = _ABOUT_ARROW if _has_arrow(paths) else frozenset()
+    about = _about_arrow(paths)
     suffixes = _DATA.union(transcripts.SUFFIXES)
     data = [
         path
         for path in paths
         if (is_records(path) or is_tar(path) or files.suffix(path) in suffixes)
-        and files.name(path) not in about
+        and path not in about
     ]
     return tuple(
         path

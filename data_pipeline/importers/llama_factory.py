@@ -69,10 +69,12 @@ class Tags:
 
 # Columns of a record without a dataset_info.json.
 ALPACA = Columns(history="history", system="system", tools="tools")
+_HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
+_PLACES = ("file_name", "cloud_file_name", *_HUBS)
 # Of an entry: those that are used, and those that mean something elsewhere only.
 _ENTRY = frozenset({
-    "file_name", "cloud_file_name", "formatting", "columns", "tags", "num_samples", "ranking",
-    "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "subset", "split", "folder",
+    *_PLACES, "formatting", "columns", "tags", "num_samples", "ranking", "subset", "split",
+    "folder",
 })  # fmt: skip
 
 
@@ -86,6 +88,11 @@ class DataSet:
     columns: Columns = field(default_factory=Columns)
     tags: Tags = field(default_factory=Tags)
     limit: int | None = None  # records that are taken at most
+
+    @property
+    def form(self) -> str:
+        plain = not self.sharegpt and self.columns.response is None
+        return "text" if plain else "llamafactory"
 
     def draft(self, record: dict[str, Any], base: str) -> Draft:
         """A record of this data set; SampleError where it does not fit."""
@@ -103,6 +110,21 @@ class DataSet:
             videos=_names(columns.videos),
         )
         return conversation_draft(record, base, dialect)
+
+
+def names_data_sets(info: str) -> bool:
+    """Whether an entry of a dataset_info.json says where its data set is: others have such files,
+    too."""
+    try:
+        with files.open_file(info) as file:
+            entries = json.loads(file.read())
+    except ValueError:
+        return False
+    return isinstance(entries, dict) and any(
+        isinstance(entry, dict) and isinstance(entry.get(place), str)
+        for entry in entries.values()
+        for place in _PLACES
+    )
 
 
 def read_info(path: str, wanted: tuple[str, ...]) -> list[DataSet | tuple[str, SampleError]]:
@@ -128,8 +150,7 @@ def read_info(path: str, wanted: tuple[str, ...]) -> list[DataSet | tuple[str, S
 def _data_set(folder: str, name: str, entry: dict[str, Any]) -> DataSet | tuple[str, SampleError]:
     file = entry.get("cloud_file_name") or entry.get("file_name")
     formatting = entry.get("formatting", "alpaca")
-    hubs = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
-    elsewhere = [key for key in hubs if entry.get(key)]
+    elsewhere = [key for key in _HUBS if entry.get(key)]
     if elsewhere or not file:
         detail = f"has {elsewhere[0]}" if elsewhere else "has no file_name"
         return name, SampleError("unsupported_data_set", f"{detail}: download it, name its file")

@@ -190,19 +190,22 @@ def _drafts(
 
 def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft]:
     """A sample of a shard -> drafts; SampleError where it has no caption or no medium."""
-    record = _json(parts)
+    found = _json(parts)
+    record = found or {}
     media = {n: kind for n in sorted(parts, key=in_number_order) if (kind := media_type(f"m.{n}"))}
     others = [name for name in sorted(parts) if name not in media and name != "json"]
     others = [name for name in others if name not in _TEXTS]
     strange = [name for name in others if name.rpartition(".")[2] not in _ABOUT]
     if strange and "media" not in record:
         raise SampleError("unknown_media", f"{key}.{strange[0]}: neither text, picture nor video")
-    notes = [f"unused member .{name}" for name in others]
+    left_out = others if found is not None else [*others, "json"]
+    notes = [f"unused member .{name}" for name in left_out]
     if "media" in record and looks_like_one(record):
         return [_own(record, parts, key, notes)]
-    refuse_unwanted(record)
     stream = forms.stream(record, media)
-    if stream is not None or looks_like_one(record):
+    answers = stream is not None or looks_like_one(record)
+    refuse_unwanted(record, plain=not answers)
+    if answers:
         if stream is None:
             record = plain_contents(record, messages_field(record))
         known, used, more = fill(record, parts, key, media, stream=stream is not None)
@@ -235,7 +238,9 @@ def _captioned(
     return caption_draft(shown, caption.strip(), notes=tuple(notes))
 
 
-def _json(parts: dict[str, bytes]) -> dict[str, Any]:
+def _json(parts: dict[str, bytes]) -> dict[str, Any] | None:
+    """The record of a sample; None: its `json` is neither an object nor a list of turns (boxes, a
+    number), and a text has the caption."""
     if "json" not in parts:
         return {}
     try:
@@ -244,9 +249,15 @@ def _json(parts: dict[str, bytes]) -> dict[str, Any]:
         raise SampleError("bad_json", str(error)) from None
     if isinstance(record, dict):
         return record
-    if isinstance(record, list) and record and all(isinstance(turn, dict) for turn in record):
+    if isinstance(record, list) and any(map(_is_turn, record)):
         return {"conversations": record}
+    if any(name in parts for name in _TEXTS):
+        return None
     raise SampleError("bad_schema", f"json: {record!r:.80}: expected an object, or a list of turns")
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or {"from", "value"} <= set(value))
 
 
 def _caption(parts: dict[str, bytes], record: dict[str, Any], key: str) -> tuple[str, list[str]]:

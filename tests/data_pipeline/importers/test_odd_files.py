@@ -322,6 +322,25 @@ def test_what_datasets_save_to_disk(folder: Path, whole: bool) -> None:
         assert summary.rejected == {"missing_file": 50}
 
 
+def test_a_dataset_info_that_names_files_is_llama_factorys_beside_arrow_files(folder: Path) -> None:
+    source = folder / "set"
+    (source / "cache").mkdir(parents=True)
+    info = {
+        "talks": {"file_name": "t.json", "formatting": "sharegpt", "columns": {"messages": "said"}},
+        "texts": {"file_name": "x.json", "columns": {"prompt": "p"}},
+    }
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    records = {"t": [{"said": turns}], "x": [{"p": "b", "label": False}]}
+    for name, value in ({"dataset_info": info, "cache/dataset_info": {}} | records).items():
+        (source / f"{name}.json").write_text(json.dumps(value))
+    for place in ("cache", "."):
+        (source / place / "x.arrow").write_bytes(b"")
+        samples, summary = run(source)
+        assert sorted(said(sample)[-1] for sample in samples) == ["a", "b"]
+        assert summary.notes == {"unused field label": 1}
+        assert open_source(str(source), SourceOptions(), folder / "out").form == "llamafactory"
+
+
 def test_a_medium_of_another_folder_is_not_taken_for_a_missing_one(folder: Path) -> None:
     data = (folder / "a.mp4").read_bytes()
     for tar, names in (("c.tar", ["sets/a/1.mp4", "x/2.mp4"]), ("d.tar", ["x/2.mp4", "x/3.mp4"])):
@@ -348,6 +367,8 @@ def test_members_of_odd_names_and_texts(folder: Path) -> None:
         "1.jpg": red, "1.txt": b"one\r\nline", "1.V5.jpg": red, "1.V5.txt": b"half",
         "2.jpg": red, "2.json": json.dumps(turns).encode(), "2.txt": b"kept apart",
         "3.jpg": red, "3.json": b'"a string"',
+        "4.jpg": red, "4.txt": b"boxes", "4.json": b'[{"bbox": [0, 1], "category": 2}]',
+        "5.jpg": red, "5.caption": b"none", "5.json": b"[]", "6.jpg": red, "6.json": b"[]",
     }  # fmt: skip
     with tarfile.open(folder / "a.tar", "w") as tar:
         for name, data in members.items():
@@ -355,6 +376,8 @@ def test_members_of_odd_names_and_texts(folder: Path) -> None:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     samples, summary = run(folder / "a.tar")
-    assert [said(sample)[-1] for sample in samples] == ["one\nline", "half", "r"]
-    assert summary.notes == {"unused member .txt": 1}
-    assert summary.rejected == {"bad_schema": 1}
+    assert [said(sample)[-1] for sample in samples] == [
+        "one\nline", "half", "r", "boxes", "none",
+    ]  # fmt: skip
+    assert summary.notes == {"unused member .txt": 1, "unused member .json": 2}
+    assert summary.rejected == {"bad_schema": 2}

@@ -36,3 +36,20 @@ def test_streams_that_are_not_to_be_learned_are_refused(folder: Path) -> None:
     assert [detail.split(" is")[0] for detail in details] == [
         "response[0].loss", "label", "conversation[1].weight", "loss", "train",
     ]  # fmt: skip
+
+
+def test_classes_metrics_and_splits_of_plain_rows_refuse_nothing(tmp_path: Path) -> None:
+    """A text or a caption has no answer that such a field could speak of."""
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.csv").write_text("text,weight,label\none,1,True\ntwo,0,False\n")
+    rows = [{"text": "a", "loss": 0.0}, {"text": "b", "train": False}, {"text": "c", "chosen": "d"},
+            {"text": "e", "learn": False}]  # fmt: skip
+    write(source / "b.jsonl", *rows)
+    summary = build_shards(source, tmp_path / "out")
+    assert summary.imported == {"text": 4}
+    assert summary.rejected == {"preference_data": 1, "no_labels": 1}
+    assert summary.notes == {
+        "unused field weight": 2, "unused field label": 2, "unused field loss": 1,
+        "unused field train": 1,
+    }  # fmt: skip
