@@ -115,9 +115,9 @@ def with_media(
     )
     notes = (notes or []) + unused_fields(record, dialect.known)
     named: dict[MediaType, list[Any]] = {"image": images, "video": videos}
-    messages = place_marks(messages, named, notes)
+    single = not {"image", "video"}.isdisjoint((image_field, video_field))
+    messages = place_marks(messages, named, notes, unmarked=single)
     images, videos = named.values()
-    single = {image_field, video_field} & {"image", "video"}
     if single and not any(MARK.search(message["content"]) for message in messages):
         messages = _marked(messages, len(images), len(videos))
         notes.append("medium without a mark, put before the first user's turn")

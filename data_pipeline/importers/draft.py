@@ -125,6 +125,18 @@ def plain_path(path: str) -> str:
     return path if "/" in path else path.replace("\\", "/")
 
 
+def medium_name(value: Any) -> str | None:
+    """The path or URL by which a record names a medium, to compare; None: it has bytes alone."""
+    if isinstance(value, dict):
+        value = next((value[name] for name in PATH_FIELDS if value.get(name)), None)
+    if not isinstance(value, str):
+        return None
+    path = plain_path(value)
+    while path.startswith("./"):
+        path = path[2:]
+    return path
+
+
 def medium(kind: MediaType, value: Any, base: str) -> Medium:
     """The picture or video that a record names, by path or URL, or holds: as `{"bytes": ...}`, as
     a `data:` URL or as base64.

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.build import Summary, build_shards
+from data_pipeline.importers.conversation import conversation_draft
 from tests.samples import imported
 
 
@@ -68,6 +69,11 @@ SHOWN = [
     (asked([part("r.jpg"), {"type": "text", "text": "?"}]), ("@?", "r")),
     (asked([{"image": "r.jpg"}, {"text": "?"}]), ("@?", "r")),
     ({"instruction": "<img>r.jpg</img>?", "input": "", "output": "Red."}, ("@?", "r")),
+    (asked("<img>./b.jpg</img>, <img>r.jpg</img>? <img>r.jpg</img>!", images=["r.jpg", "b.jpg"]),
+     ("@, @? <img>r.jpg</img>!", "br")),
+    (asked("<image>? <img>icon.png</img>", images=["r.jpg"]), ("@? <img>icon.png</img>", "r")),
+    (asked("<img>icon.png</img>?", image="r.jpg"), ("@\n<img>icon.png</img>?", "r")),
+    (asked("See <image_3> of the book", image=["r.jpg"]), ("@\nSee <image_3> of the book", "r")),
     (asked("HTML's <img> and <b>r.jpg</b>"), ("HTML's <img> and <b>r.jpg</b>", "")),
 ]  # fmt: skip
 
@@ -78,6 +84,34 @@ def test_pictures_stand_where_the_marks_of_their_form_do(
 ) -> None:
     (folder / "a.jsonl").write_text(json.dumps(record))
     assert run(folder / "a.jsonl")[1] == [expected]
+
+
+ANSWERS = (
+    "<channel><image>https://e.org/logo.png</image></channel>", "<img>icon.png</img>",
+    "<img>r.jpg</img>", "<|vision_start|><|image_pad|><|vision_end|>", "<ImageHere>", "<image_1>",
+    "<image 2>",
+)  # fmt: skip
+QUESTIONS: tuple[dict[str, Any], ...] = (
+    {"text": "<image>\nWhat?", "images": ["r.jpg"]},
+    {"text": "What?", "image": "r.jpg"},
+    {"text": "<image_1>\nWhat?", "images": ["r.jpg"]},
+    {"text": "<img>r.jpg</img>\nWhat?"},
+    {"text": "What?", "own": {"image": "r.jpg"}},
+)
+
+
+def test_answers_that_write_like_marks_are_learned_as_they_are(folder: Path) -> None:
+    records = [asked(answer=answer, **question) for answer in ANSWERS for question in QUESTIONS]
+    records += [asked("What?", ANSWERS[0]), asked("What?", own={}, answer=ANSWERS[1])]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    summary, samples = run(folder / "a.jsonl")
+    answers = [
+        sample["messages"][-1]["content"] for _, sample in sorted(imported(folder / "out").items())
+    ]
+    assert summary.rejected == {}
+    assert sorted(answers) == sorted([*ANSWERS * len(QUESTIONS), *ANSWERS[:2]])
+    shown = {(text.replace("\n", ""), pictures) for text, pictures in samples}
+    assert shown == {("@What?", "r"), ("What?", "")}
 
 
 def test_marks_and_media_that_do_not_agree_are_refused_or_noted(folder: Path) -> None:
@@ -112,3 +146,10 @@ def test_parts_of_a_record_in_a_shard_name_its_members(folder: Path) -> None:
     summary, samples = run(folder / "a.tar")
     assert samples == [("@?", "b")]
     assert summary.notes == {"unused member .r.jpg": 1}
+
+
+def test_paths_in_a_text_are_the_places_of_bytes_in_their_order() -> None:
+    pictures = [{"bytes": jpeg("red"), "path": None}, {"bytes": jpeg("blue"), "path": None}]
+    draft = conversation_draft(asked("<img>1.jpg</img> or <img>2.jpg</img>?", images=pictures), "")
+    assert draft.messages[0]["content"] == "<|image|> or <|image|>?"
+    assert [medium.content for medium in draft.media] == [jpeg("red"), jpeg("blue")]
