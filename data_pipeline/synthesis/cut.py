@@ -117,9 +117,12 @@ def key_of(name: str) -> str:
     return f"{plain}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def clips(source: Source, data: bytes, config: CutConfig) -> list[Clip]:
-    """The clips of a video's bytes; SampleError for what cannot be read, or is too short."""
-    words = tuple(_words(source))
+def clips(source: Source, data: bytes, config: CutConfig, notes: list[str]) -> list[Clip]:
+    """The clips of a video's bytes; SampleError for what cannot be read, or is too short.
+
+    notes: gets what of the transcript is left out or changed.
+    """
+    words = tuple(_words(source, notes))
     about = ""
     if source.about:
         about = files.decode_text(files.read_bytes(source.about), source.about).strip()
@@ -146,10 +149,11 @@ def _seconds(video: Video) -> range:
     return range(math.ceil(info.first - 1e-3), math.floor(info.duration - 1e-3) + 1)
 
 
-def _words(source: Source) -> list[Word]:
+def _words(source: Source, notes: list[str]) -> list[Word]:
     if source.transcript is None:
         return []
-    record, notes = read_transcript(source.transcript, source.path)
+    record, read = read_transcript(source.transcript, source.path)
+    notes += read
     return timed_words(record, notes)
 
 

@@ -26,7 +26,8 @@ from data_pipeline.synthesis.watch import Watched, watch
 _VERSION = 1  # of what an outcome depends on besides the settings
 _REQUESTS_A_VIDEO = 4  # at a time, about: so many videos are worked on that all places are taken
 
-Outcome = dict[str, Any]  # of a video: `sha256`, `fault` or `clips` with their candidates
+# Of a video: `sha256`, `fault` or `clips` with their candidates, `notes` on its transcript.
+Outcome = dict[str, Any]
 
 
 @dataclass
@@ -114,15 +115,17 @@ class _Work:
                 f"{self._accepted} samples, {self._rejected} rejected")  # fmt: skip
 
     async def video(self, source: Source) -> None:
+        notes: list[str] = []
         try:
             data = await asyncio.to_thread(files.read_bytes, source.path)
-            shown = await asyncio.to_thread(clips, source, data, self._config.cut)
+            shown = await asyncio.to_thread(clips, source, data, self._config.cut, notes)
         except SampleError as error:
-            outcome: Outcome = {"fault": [error.reason, error.detail], "clips": []}
+            wrong = [error.reason, error.detail]
+            outcome: Outcome = {"fault": wrong, "clips": [], "notes": notes}
         else:
             made = await _all([self._clip(clip) for clip in shown])
             digest = hashlib.sha256(data).hexdigest()
-            outcome = {"sha256": digest, "fault": None, "clips": made}
+            outcome = {"sha256": digest, "fault": None, "clips": made, "notes": notes}
         mark = fingerprint(source, self._config, self._prompts)
         self._store.finish(source.path, mark, outcome)
 

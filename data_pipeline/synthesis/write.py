@@ -33,19 +33,24 @@ from data_pipeline.video import probe_video
 SHARDS, RECORDS, REJECTED, MANIFEST = "shards", "records.jsonl", "rejected.jsonl", "synthesis.json"
 OutcomeOf = Callable[[Source], Outcome | None]  # None: the video is not finished
 AddLine = Callable[[dict[str, Any]], None]
-_VERSION = 1  # of how outcomes become samples
+_VERSION = 2  # of how outcomes become samples
 
 
 @dataclass
 class Written:
-    """What is in the shards, and what is not, by role; of videos and clips the role is empty."""
+    """What is in the shards, and what is not, by role; of videos and clips the role is empty.
+
+    notes: what of the transcripts is left out or changed.
+    """
 
     accepted: Counter[str] = field(default_factory=Counter)
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # role, reason
+    notes: Counter[str] = field(default_factory=Counter)
 
     def data(self) -> dict[str, Any]:
         by_reason = [[role, reason, count] for (role, reason), count in self.rejected.items()]
-        return {"accepted": dict(self.accepted), "rejected": sorted(by_reason)}
+        return {"accepted": dict(self.accepted), "rejected": sorted(by_reason),
+                "notes": dict(self.notes)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,13 @@ def write(
         kept = json.loads(manifest.read_text())
         if kept["digest"] == digest:
             rejected = {(role, reason): count for role, reason, count in kept["rejected"]}
-            return Written(Counter(kept["accepted"]), Counter(rejected))
+            return Written(Counter(kept["accepted"]), Counter(rejected), Counter(kept["notes"]))
     manifest.unlink(missing_ok=True)
     shutil.rmtree(out / SHARDS, ignore_errors=True)
     written = Written()
+    for source in sources:
+        # Outcomes of earlier versions have no notes.
+        written.notes.update((outcome_of(source) or {}).get("notes", ()))
     with _lines(out / RECORDS) as record, _lines(out / REJECTED) as reject:
         made = _accepted(samples(sources, outcome_of), _Maker(config), written, record, reject)
         first = next(made, None)

@@ -57,7 +57,7 @@ def teacher(folder: Path, told: Sequence[Story], wrong: float, seed: int = 0) ->
     """One that knows the pictures of a folder of clips."""
     pictures: dict[str, tuple[int, int]] = {}
     for number, source in enumerate(find_sources(str(folder))):
-        (clip,) = clips(source, Path(source.path).read_bytes(), CutConfig())
+        (clip,) = clips(source, Path(source.path).read_bytes(), CutConfig(), [])
         pictures |= {picture: (number, t) for t, picture in enumerate(clip.pictures)}
     return Teacher(told, pictures, wrong, seed)
 

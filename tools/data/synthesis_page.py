@@ -83,6 +83,7 @@ def _facts(done: Finished, written: Written, ledger: Ledger) -> list[str]:
         f"{ledger.tokens_in} tokens of prompts, {ledger.tokens_out} of replies"
         + (f", cost {ledger.cost:.2f}" if ledger.cost else ""),
     ]
+    facts += [f"noted, {note}: {count}" for note, count in sorted(written.notes.items())]
     facts += ["stopped at the budget"] if done.stopped else []
     return facts + [f"not finished: {path}: {why}" for path, why in islice(done.failed.items(), 20)]
 
@@ -132,7 +133,7 @@ def _pictures(source: Source, start: int, count: int) -> list[str]:
     """Small pictures of a clip's seconds; none where the file is gone."""
     whole = CutConfig(clip=10**9, shortest=3, frame_side=_THUMB)
     try:
-        (clip,) = clips(Source(source.path, source.name), files.read_bytes(source.path), whole)
+        (clip,) = clips(Source(source.path, source.name), files.read_bytes(source.path), whole, [])
     except SampleError:
         return []
     return list(clip.pictures[start - clip.start :][:count])

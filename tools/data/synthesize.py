@@ -165,6 +165,8 @@ def synthesize(given: argparse.Namespace, program: str) -> int:
 def _ended(out: Path, done: Any, written: Any, program: str) -> int:
     for (role, reason), count in sorted(written.rejected.items()):
         print(f"rejected, {role or 'video'}, {reason}: {count}")
+    for note, count in sorted(written.notes.items()):
+        print(f"noted, {note}: {count}")
     for role, count in written.accepted.items():
         print(f"{role}: {count} samples")
     print(f"{done.videos} videos: {written.accepted.total()} samples, "

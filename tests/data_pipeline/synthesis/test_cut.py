@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from data_pipeline.shards import ShardError
 from data_pipeline.synthesis.config import CutConfig, config_from
 from data_pipeline.synthesis.cut import clips, find_sources, key_of
 from data_pipeline.synthesis.prompts import TEMPLATES, PromptError, load_prompts
+from data_pipeline.synthesis.write import write
 from tests.data_pipeline.clips import every, video
 
 SIZES = CutConfig(clip=10, shortest=4, window=2)
@@ -23,7 +25,7 @@ def scenes(path: Path) -> Path:
 
 def spans(path: Path, config: CutConfig) -> list[tuple[int, int]]:
     (source,) = find_sources(str(path))
-    return [(clip.start, clip.end) for clip in clips(source, path.read_bytes(), config)]
+    return [(clip.start, clip.end) for clip in clips(source, path.read_bytes(), config, [])]
 
 
 def test_a_long_video_is_cut_where_its_picture_changes(tmp_path: Path) -> None:
@@ -38,16 +40,31 @@ def test_it_is_rather_cut_between_words(tmp_path: Path) -> None:
     )
     assert spans(plain, SIZES) == [(0, 5), (6, 13)]
     (source,) = find_sources(str(plain))
-    first, second = clips(source, plain.read_bytes(), SIZES)
+    first, second = clips(source, plain.read_bytes(), SIZES, [])
     assert (first.speech(0, 5), second.speech(0, 7)) == ("words all the time", "and again")
+
+
+def test_what_of_a_transcript_is_left_out_is_counted(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", [0.0], stays=5.0)
+    record = {"segments": [{"start": 0, "end": 1, "text": "good"},
+                           {"start": 2, "end": "??", "text": "bad"}]}  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    sources = find_sources(str(path))
+    notes: list[str] = []
+    (clip,) = clips(sources[0], path.read_bytes(), SIZES, notes)
+    assert (clip.speech(0, 4), notes) == ("good", ["word with a bad time, left out"])
+    outcome = {"fault": ["too_short", "x"], "clips": [], "notes": notes}
+    for _ in range(2):  # the second one is read from what the first has written
+        written = write(tmp_path, sources, lambda _: outcome, config_from({}))
+        assert written.notes == {"word with a bad time, left out": 1}
 
 
 def test_each_second_has_its_picture_and_a_short_video_is_an_error(tmp_path: Path) -> None:
     (source,) = find_sources(str(video(tmp_path / "a.mp4", every(0.5, 9))))
-    (clip,) = clips(source, Path(source.path).read_bytes(), SIZES)
+    (clip,) = clips(source, Path(source.path).read_bytes(), SIZES, [])
     assert (clip.start, clip.end, len(set(clip.pictures))) == (0, 4, 5)
     with pytest.raises(SampleError, match="too_short"):
-        clips(source, Path(source.path).read_bytes(), CutConfig(shortest=6))
+        clips(source, Path(source.path).read_bytes(), CutConfig(shortest=6), [])
 
 
 def test_what_lies_beside_a_video_belongs_to_it(tmp_path: Path) -> None:
