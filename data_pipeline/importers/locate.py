@@ -3,7 +3,8 @@
 A path is tried as it stands. Then, below the root of the media, each end of it is tried, the
 longest first (`/home/someone/data/clips/1.mp4`: `data/clips/1.mp4`, `clips/1.mp4`, `1.mp4`); as a
 file, then as a member of a tar: the root itself, or tars that lie in it. A member's name may begin
-with more folders, but not with others: `b/1.mp4` is not `a/1.mp4`.
+with more folders, but not with others: `b/1.mp4` is not `a/1.mp4`. They stand before all of a
+relative path: `vg/images/1.jpg`, whose tar is not there, is not `gqa/images/1.jpg`.
 """
 
 from __future__ import annotations

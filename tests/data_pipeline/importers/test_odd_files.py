@@ -349,13 +349,22 @@ def test_a_medium_of_another_folder_is_not_taken_for_a_missing_one(folder: Path)
                 member = tarfile.TarInfo(name)
                 member.size = len(data) - (tar == "d.tar")
                 archive.addfile(member, io.BytesIO(data))
-    paths = ["a/1.mp4", "b/1.mp4", "/home/me/b/1.mp4", "/home/me/a/1.mp4", "1.mp4", "x/2.mp4"]
+    paths = [
+        "a/1.mp4",
+        "b/1.mp4",
+        "/home/me/b/1.mp4",
+        "/home/me/a/1.mp4",
+        "1.mp4",
+        "x/2.mp4",
+        "b/a/1.mp4",
+    ]
     records = [streamo(video_path=path, video_name="") for path in paths]
     out = folder.parent / "out"
     summary = build_shards(write(folder / "raw.jsonl", *records), out)
     lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert [(line["record"], line["reason"]) for line in lines] == [
         (1, "missing_file"), (2, "missing_file"), (5, "ambiguous_media"),
+        (6, "missing_file"),
     ]  # fmt: skip
     assert summary.notes == {"medium in a tar": 3}
 
