@@ -30,6 +30,7 @@ WINDOW = 240  # seconds of a sample at most: LiveCC's clips have 30 to 240
 _LEAD = 2  # seconds that are watched before the first word of a window
 # What does not go on with the word before: several words, a sign of a script without spaces.
 _WHOLE = re.compile(rf"\s|^[{DENSE}]|^$")
+_PIECE_GAP = 0.2  # seconds at most between the pieces of a word
 _NOISE = re.compile(r"[\[(♪][^\])]*[\])♪]?|>>+")
 # What may stand in place of the words, and what is known beside it.
 _LISTS = ("words", "content", "subtitles", "text_stream", "word_segments", "segments", "narrations",
@@ -195,8 +196,11 @@ def _words(entries: list[Any], name: str, notes: list[str]) -> list[Word]:
         if entry is None:
             continue
         before = entry.end
-        if pieces and words and not _WHOLE.search(entry.text):
-            words[-1] = replace(words[-1], end=entry.end, text=words[-1].text + entry.text)
+        near = bool(words) and abs(entry.start - words[-1].end) <= _PIECE_GAP
+        sign = not any(map(str.isalnum, entry.text))  # goes on with the word over any gap
+        if pieces and words and not _WHOLE.search(entry.text) and (near or sign):
+            end = entry.end if near else words[-1].end
+            words[-1] = replace(words[-1], end=end, text=words[-1].text + entry.text)
         else:
             words += spread(entry.start, entry.end, entry.text)
     return words

@@ -7,10 +7,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from data_pipeline import files
 from data_pipeline.importers.speech import words_field
+from data_pipeline.importers.timeline import DENSE
 from data_pipeline.schema import SampleError
 from data_pipeline.seconds import parse_seconds
 
@@ -21,6 +23,8 @@ _TIMING = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}")
 _COLON = re.compile(r"(\d+:\d+:\d+):(\d{3})")  # before milliseconds
 _COMMENTS = ("WEBVTT", "NOTE", "STYLE", "REGION")  # how blocks of .vtt begin that are not shown
 _AT_ONCE = 0.1  # seconds; captions that roll keep a line for less, before the next one comes
+_UNSPACED = re.compile(rf"[{DENSE}]{{2}}")
+_SAID_ONCE = "line shown in two cues, said once"
 _INLINE = re.compile(r"<((?:\d+:)?\d+:\d+(?:[.,]\d+)?)>")
 _TAG = re.compile(r"</?[^<>]*>|\{\\[^}]*\}")  # <i>, <c.colour>, {\an8}
 
@@ -122,24 +126,30 @@ def _written(time: str) -> str:
 def _once(cues: Iterator[_Cue], notes: list[str]) -> Iterator[_Cue]:
     """Without the lines that captions which roll show again, at the top of the next cue.
 
-    The same words in a later cue of their own are said again.
+    The same words in a later cue of their own are said again. A line of two
+    cues alone may be meant twice, too (`- No.`), and is noted: captions that roll go on and on.
     """
     before: list[str] = []
     until = 0.0
+    rolls = open_ = False  # whether the cue before shows lines again; and is the first that does
     for cue in cues:
         lines = [line for line in cue.lines if _plain(line)]
         plain = [_plain(line) for line in lines]
+        if not plain:
+            continue
         most = min(len(before), len(plain))
         again = next((n for n in range(most, 0, -1) if before[-n:] == plain[:n]), 0)
         start, end = _second(cue.start, until), _second(cue.end, until)
         late = start > until + _AT_ONCE
         if late and again == len(plain):
             again = 0
-        if again and (late or (again == len(plain) and end > start + _AT_ONCE)):
-            notes.append("line shown in two cues, said once")
-        if plain:
-            before, until = plain, end
-            yield _Cue(cue.start, cue.end, lines[again:])
+        told = again > 0 and (late or (again == len(plain) and end > start + _AT_ONCE))
+        ended = open_ and (late or not again)
+        notes += [_SAID_ONCE] * (told + ended)
+        open_ = 0 < again < len(plain) and not told and not rolls
+        rolls, before, until = again > 0, plain, end
+        yield _Cue(cue.start, cue.end, lines[again:])
+    notes += [_SAID_ONCE] * open_
 
 
 def _second(time: str, default: float) -> float:
@@ -153,9 +163,18 @@ def _plain(text: str) -> str:
     return html.unescape(_TAG.sub("", text)).strip()
 
 
+def _joined(lines: list[str]) -> str:
+    """Lines as one text, with a space between them, but not in scripts without spaces."""
+    text = lines[0] if lines else ""
+    for before, line in pairwise(lines):
+        dense = _UNSPACED.fullmatch(_plain(before)[-1:] + _plain(line)[:1])
+        text += line if dense else f" {line}"
+    return text
+
+
 def _timed(cue: _Cue) -> Iterator[list[Any]]:
     """`[start, end, text]` of a cue, or of each word that has a time of its own."""
-    pieces = _INLINE.split(" ".join(cue.lines))
+    pieces = _INLINE.split(_joined(cue.lines))
     times = [cue.start, *map(_written, pieces[1::2]), cue.end]
     for text, first, last in zip(pieces[::2], times, times[1:], strict=False):
         if plain := _plain(text):

@@ -144,6 +144,27 @@ def test_pieces_of_a_word_stay_together(folder: Path) -> None:
     assert spoken(sample) == "A 25-year-old costs $5.3 million"
 
 
+def test_words_far_apart_are_no_pieces_of_one(folder: Path) -> None:
+    words = [[0, 1, " Hello"], [2, 3, "World"], [6, 7, " so"], [7.5, 8, "again"], [8, 8.5, " x"],
+             [9.2, 9.5, "."]]  # fmt: skip
+    (sample,), _ = run(write(folder / "w.jsonl", {"video": "a.mp4", "words": words}))
+    assert said(sample)[1] == (
+        WATCHED + SILENCE + FRAME + "Hello" + WATCHED + SILENCE + FRAME + "World"
+        + WATCHED * 3 + SILENCE + FRAME + "so" + FRAME + " again" + FRAME + " x." + SILENCE
+    )  # fmt: skip
+
+
+def test_a_line_that_two_people_may_have_said_is_told(folder: Path) -> None:
+    (folder / "a.srt").write_text(
+        "1\n00:00:01,000 --> 00:00:02,000\n- No.\n- No.\n\n"
+        "2\n00:00:02,050 --> 00:00:03,000\n- No.\n- Why?\n\n"
+        "3\n00:00:03,000 --> 00:00:04,000\n\u4f60\u597d\n<i>\u518d\u89c1</i>\nB b\n"
+    )
+    (sample,), summary = run(folder)
+    assert " ".join(spoken(sample).split()) == "- No. - No. - Why?\u4f60\u597d\u518d\u89c1 B b"
+    assert summary.notes["line shown in two cues, said once"] == 1
+
+
 def test_times_with_a_comma_are_read_and_words_without_any_are_told(folder: Path) -> None:
     record = {"video": "a.mp4", "subtitles": [{"start": "00:01,5", "end": "00:02,0", "text": "hi"}]}
     none = {"video": "a.mp4", "subtitles": [{"start": "one", "end": "two", "text": "hi"}]}
