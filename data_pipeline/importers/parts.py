@@ -7,9 +7,10 @@ A part or message with a medium of its own gives it to the record; a part that o
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
-from data_pipeline.importers.draft import IMAGE_FIELDS, VIDEO_FIELDS
+from data_pipeline.importers.draft import IMAGE_FIELDS, VIDEO_FIELDS, medium_name
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
 
 _MARKS = {
@@ -31,7 +32,7 @@ def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
     `videos`.
 
     name: of the messages, which may be the JSON of their list. SampleError for unknown parts, and
-    for media that both the record and its messages name.
+    where the record and its messages name different media.
     """
     messages = record.get(name)
     if isinstance(messages, str) and messages.lstrip().startswith("["):
@@ -42,6 +43,33 @@ def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
         record = record | {name: messages}
     if not isinstance(messages, list) or not any(map(_has_more, messages)):
         return record
+    plain, media = _texts(messages, name)
+    repeated = set()
+    for fields, kind, _ in _OWN:
+        for field in fields if media[kind] else ():
+            if not record.get(field):
+                continue
+            own, found = _listed(record[field]), media[kind]
+            if len(own) == len(found) and all(map(_is_same, own, found)):
+                media[kind] = [_joined(*both) for both in zip(own, found, strict=True)]
+                record = {key: value for key, value in record.items() if key != field}
+            elif _repeats(own, found) and not _texts(messages, name, {kind})[1][kind]:
+                repeated.add(kind)
+            else:
+                raise _different(field, name)
+    if repeated:
+        plain = _texts(messages, name, repeated)[0]
+    given = {kind: found for kind, found in media.items() if found and kind not in repeated}
+    return record | {name: plain} | given
+
+
+def _texts(
+    messages: list[Any], name: str, repeated: Collection[str] = ()
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Messages with texts for contents, and the media of their parts and their own.
+
+    repeated: kinds that the record lists in full: such fields of a message are left out.
+    """
     media: dict[str, list[Any]] = {"images": [], "videos": []}
     plain = []
     for i, message in enumerate(messages):
@@ -49,13 +77,46 @@ def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
             if _has_parts(message, field):
                 texts = [_part(part, f"{name}[{i}].{field}", media) for part in message[field]]
                 message = message | {field: "".join(texts)}
-        plain.append(_without_media(message, media) if isinstance(message, dict) else message)
-    given = {field: found for field, found in media.items() if found}
-    for field, found in given.items():
-        if record.get(field) and record[field] != found:
-            detail = f"{field}: the record and its {name} name different media: keep one list"
-            raise SampleError("ambiguous_media", detail)
-    return record | {name: plain} | given
+        if isinstance(message, dict):
+            message = _without_media(message, media, repeated)
+        plain.append(message)
+    return plain, media
+
+
+def _repeats(own: list[Any], found: list[Any]) -> bool:
+    """Whether messages name media of their record, some perhaps again or not, in its order."""
+    places: list[int] = []
+    for medium in found:
+        place = next((i for i, one in enumerate(own) if _is_same(one, medium)), None)
+        if place is None or (place not in places and place < max(places, default=0)):
+            return False
+        places.append(place)
+    return True
+
+
+def _different(field: str, name: str) -> SampleError:
+    detail = f"{field}: the record and its {name} name different media: keep one list"
+    return SampleError("ambiguous_media", detail)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two fields name one medium, in whatever spelling; one path may be absolute."""
+    names = [name for name in map(medium_name, (one, other)) if name is not None]
+    if len(names) < 2:
+        return bool(one == other)
+    short, long = sorted(names, key=len)
+    return short == long or (long.startswith("/") and long.endswith(f"/{short}"))
+
+
+def _joined(own: Any, given: Any) -> Any:
+    """A medium of a part, with what the record's field says beyond its name."""
+    if not isinstance(own, dict):
+        return given
+    return own | (given if isinstance(given, dict) else {"path": given})
 
 
 def _has_parts(message: Any, field: str) -> bool:
@@ -73,18 +134,29 @@ def _has_more(message: Any) -> bool:
     )
 
 
-def _without_media(message: dict[str, Any], media: dict[str, list[Any]]) -> dict[str, Any]:
-    """A message without media of its own; where its text has no marks, these stand before it."""
+def _without_media(
+    message: dict[str, Any], media: dict[str, list[Any]], repeated: Collection[str]
+) -> dict[str, Any]:
+    """A message without media of its own; where its text has no marks, these stand before it.
+
+    The field of an answer without marks stays, to be counted: what is learned gets no mark.
+    """
     field = "content" if "content" in message else "value"
+    answer = message.get("role", message.get("from")) in ("assistant", "gpt")
     for names, kind, marks in _OWN:
         for name in names:
             given = message.get(name)
             if not given or not isinstance(message.get(field), str):
                 continue
-            found = given if isinstance(given, list) else [given]
-            media[kind] += found
-            rest = {key: value for key, value in message.items() if key != name}
             marked = any(mark in message[field] for mark in marks)
+            if answer and not marked:
+                continue
+            rest = {key: value for key, value in message.items() if key != name}
+            if kind in repeated:
+                message = rest
+                continue
+            found = _listed(given)
+            media[kind] += found
             message = rest | {field: ("" if marked else marks[0] * len(found)) + message[field]}
     return message
 

@@ -148,6 +148,16 @@ def test_parts_of_a_record_in_a_shard_name_its_members(folder: Path) -> None:
     assert summary.notes == {"unused member .r.jpg": 1}
 
 
+def test_a_message_of_a_shard_may_repeat_a_medium_of_its_record(folder: Path) -> None:
+    record = asked("<image><image>?", own={"image": "b.jpg"}, images=["./r.jpg", "b.jpg"])
+    (folder / "a.json").write_text(json.dumps(record))
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name in ("r.jpg", "b.jpg"):
+            tar.add(folder / name, f"a.{name}")
+        tar.add(folder / "a.json", "a.json")
+    assert run(folder / "a.tar")[1] == [("@@?", "rb")]
+
+
 def test_paths_in_a_text_are_the_places_of_bytes_in_their_order() -> None:
     pictures = [{"bytes": jpeg("red"), "path": None}, {"bytes": jpeg("blue"), "path": None}]
     draft = conversation_draft(asked("<img>1.jpg</img> or <img>2.jpg</img>?", images=pictures), "")
