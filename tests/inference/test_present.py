@@ -107,7 +107,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(
     with pytest.raises(SystemExit) as stopped:
         realtime_streaming_infer.main([*args, "--jsonl", "/dev/full"])
     assert stopped.value.code == 1
-    assert "No space left on device: '/dev/full'" in capsys.readouterr().err
+    assert "/dev/full: No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
