@@ -15,6 +15,7 @@ from data_pipeline.ranks import JoinError, RanksError, ranks_of
 from moss_train.config import Config, ConfigError, flatten, from_hydra, to_dict
 from moss_train.imports import quick_imports
 from moss_train.log import configure, print_line
+from moss_train.overrides import PATHS
 from moss_train.processes import STOPPED_NOTE
 from moss_train.run_lock import check_free
 from moss_train.storage import StorageError, or_warning
@@ -97,11 +98,15 @@ def check(config: Config) -> Path | None:
 
 def _with_field(error: OSError, config: Config) -> str:
     """What the system said of a file, behind the field that leads there, if one does."""
-    said, file = describe(error), str(error.filename)
-    for key, value in flatten(to_dict(config)):
-        if isinstance(value, str) and value and file.startswith(value):
-            return f"{key}={value}: {said}"
-    return said
+    paths = {key: value for key, value in flatten(to_dict(config)) if key in PATHS and value}
+    for suite in config.trainer.eval_suites:
+        paths[f"trainer.eval_suites[{suite.name}].path"] = suite.path
+    file = Path(os.fsdecode(error.filename or ""))
+    found = [(len(path), key) for key, path in paths.items() if file.is_relative_to(path)]
+    if not found:
+        return describe(error)
+    _, key = max(found)
+    return f"{key}={paths[key]}: {describe(error)}"
 
 
 def _check_folder(folder: Path) -> None:

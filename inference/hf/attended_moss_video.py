@@ -143,7 +143,12 @@ def _first_new_frame(inputs: dict[str, Any], image: int) -> int | None:
         return 0
     if not marks.any():
         return None
-    return int(cached[0]) if bool((cached == cached[0]).all()) else 0
+    if not bool((cached == cached[0]).all()):
+        raise ValueError(
+            f"the rows have {cached.tolist()} frames in the cache: where these numbers differ, "
+            "give the frames of this turn alone"
+        )
+    return int(cached[0])
 
 
 def keep_frames(cache: Any, layer: int) -> None:

@@ -280,11 +280,10 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if mask is None:
             parts = [] if old is None else [old[:, None].expand(-1, shape[1], -1, -1)]
             mask = torch.cat(parts if new is None else [*parts, new.seen], dim=2)
+        if given:  # before the cache takes the new ones
+            seen = [one for one in (old, None if new is None else new.seen) if one is not None]
+            check_frame_mask(mask, (*shape, own.shape[1], seen[0].shape[-1]))
         keys_values = self._keys_values(states, new, cache, x.device)
-        if given:
-            tokens = next(iter(keys_values.values()))[0].shape[2]
-            tiles = tokens // (self.config.tokens_per_frame * own.shape[1])
-            check_frame_mask(mask, (*shape, own.shape[1], tiles))
         mask = mask.bool()
         if cache is not None:
             cache.seen_tiles, cache.own_frames, cache.frame_slots = mask[:, -1], own, slots

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -304,15 +305,15 @@ def _file(image: str | Path | bytes) -> Path | io.BytesIO:
     if isinstance(image, bytes):
         return io.BytesIO(image)
     text = str(_no_url(image))
-    if text.startswith("data:"):
-        return io.BytesIO(base64.b64decode(text.partition(",")[2]))
+    inside = text.startswith("data:")
+    # Path.exists raises for base64, as for all names that are too long for a file.
+    if not inside and len(text) < _LONGEST_PATH and os.path.exists(text):
+        return Path(text)
     try:
-        path = Path(image)
-        if len(text) < _LONGEST_PATH and path.exists():
-            return path
-        return io.BytesIO(base64.b64decode(text, validate=True))
+        data = text.partition(",")[2] if inside else text
+        return io.BytesIO(base64.b64decode(data, validate=not inside))
     except (binascii.Error, ValueError):
-        raise OSError("there is no such file") from None
+        raise OSError("is no base64" if inside else "there is no such file") from None
 
 
 def _no_url(name: str | Path) -> str | Path:

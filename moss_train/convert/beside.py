@@ -223,11 +223,20 @@ def _differing(found: dict[Path, dict[str, Any]]) -> Iterator[str]:
         return
     (one, new), (other, old) = found.items()
     for key in (*PROCESSOR_DEFAULTS, *ON, "resample", "rescale_factor"):
-        if new.get(key, old.get(key)) != old.get(key, new.get(key)):
+        if not _same(new.get(key), old.get(key)):
             yield (
                 f"{one}: image_processor.{key} is {new[key]}, in {other.name} {old[key]}: remove "
                 "the one that the model was not trained with"
             )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings mean the same: one that is not given, numbers that were fp32 once."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(_same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one is None or other is None or one == other
 
 
 def _pixels(values: dict[str, Any], model: ModelConfig) -> Iterator[str]:

@@ -107,7 +107,7 @@ def convert_hf(options: FromHf) -> list[str]:
         stored_as = DTYPE_NAMES.get(next(iter(folder.dtypes))) if len(folder.dtypes) == 1 else None
         wanted = options.dtype or stored_as
         model = _fitted(model_config_from_hf(source, options.arch, wanted), folder)
-        _check_sizes(source, model)
+        _check_sizes(f"{source}/config.json", model)
         _check_tensors(model, folder)
         dtypes = folder.dtypes
 
@@ -149,7 +149,7 @@ def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
         raise ConversionError(f"{options.source}: is a text-only Llama, not mllama")
     into = options.grow_into or ModelConfig(tokens_before_first_frame="zero")
     model = replace(into, text=text_config_from_llama(options.source, into.text))
-    _check_sizes(options.source, model)
+    _check_sizes(f"{options.source}/config.json in the sizes of --model (default: 11b)", model)
     model = _divisible(model, options.tensor_parallel)
     folder = open_llama(options.source, options.allow_pickle)
     _check_dtypes(folder, options)
@@ -190,12 +190,12 @@ def _read_rows(folder: HfFolder, name: str, shape: torch.Size, rows: slice) -> T
     return out
 
 
-def _check_sizes(source: Path, model: ModelConfig) -> None:
-    """Raises ConversionError for a model that could be neither trained nor run."""
+def _check_sizes(sizes: str, model: ModelConfig) -> None:
+    """Raises ConversionError for a model that could be neither trained nor run. `sizes`: where its
+    sizes come from."""
     problems = list(wrong_values(model, "model.")) or list(unfit_sizes(model))
     if problems:
-        config = source / "config.json"
-        raise ConversionError("\n".join(f"{config}: makes {line}" for line in problems))
+        raise ConversionError("\n".join(f"{sizes}: makes {line}" for line in problems))
 
 
 def _not_quantized(source: Path) -> Iterator[str]:

@@ -6,31 +6,37 @@ killed by the system, without a word of why.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 
 from moss_train.config import Config, ConfigError
+from moss_train.log import log
 
 PLACE = Path("/dev/shm")
 
 
 def check_shared_memory(config: Config) -> None:
-    """Refuses a job of which this machine's loader processes cannot hand over a sample of the
-    largest size each.
+    """Warns where this machine's loader processes cannot hand over a sample of the largest size
+    each, and refuses a job of which one for each replica could not.
 
     Raises:
         ConfigError: names what is needed, what is there, and what to change.
     """
-    there = shutil.disk_usage(PLACE).total if PLACE.is_dir() else None
-    needed = largest_samples(config)
-    if there is not None and needed > there:
-        raise ConfigError([
-            f"data.workers={config.data.workers}: loader processes hand over batches through "
-            f"{PLACE}, which has {there / 1e6:.0f} MB, and samples of {_frames(config)} frames "
-            f"take {needed / 1e6:.0f}: give the container more (docker run --shm-size=8g, or "
-            "--ipc=host), or take data.workers=0, with which the job reads by itself"
-        ])  # fmt: skip
+    workers, needed = config.data.workers, largest_samples(config)
+    there = shutil.disk_usage(PLACE).total if PLACE.is_dir() else needed
+    if needed <= there:
+        return
+    words = (
+        f"data.workers={workers}: loader processes hand over batches through {PLACE}, which has "
+        f"{there / 1e6:.0f} MB, and samples of {_frames(config)} frames take {needed / 1e6:.0f}: "
+        f"give the container more (docker run --shm-size={math.ceil(2 * needed / 1e9)}g, or "
+        "--ipc=host), or take data.workers=0, with which the job reads by itself"
+    )
+    if needed // workers > there:
+        raise ConfigError([words])
+    log.warning("%s", words)
 
 
 def largest_samples(config: Config) -> int:

@@ -64,6 +64,11 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         1, [f"init_from=TMP/{'a' * 300}"],
         [f"init_from=TMP/{'a' * 300}: TMP/{'a' * 300}/checkpoints: File name too long"],
     ),
+    "a folder behind two fields": (
+        1, [f"data.root=TMP/{'a' * 256}"],
+        [f"data.tokenizer=TMP/{'a' * 256}/tokenizer: TMP/{'a' * 256}/tokenizer: "
+         "File name too long"],
+    ),
     "stage": (
         1, ["stage=pt9"], ["stage=pt9: choose one of pt1, pt2, realtime_sft, sft"],
     ),

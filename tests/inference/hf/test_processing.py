@@ -272,16 +272,20 @@ def test_a_mark_that_the_tokenizer_does_not_have_is_refused(processor, tmp_path:
 def test_a_file_s_bytes_are_taken_as_they_are_and_in_base64(processor, tmp_path: Path) -> None:
     """As transformers' own processors take pictures; an error does not repeat what is long."""
     file = tmp_path / "a.png"
-    picture(0).save(file)
+    Image.new("RGB", (400, 300)).save(file)
     data = file.read_bytes()
     text = base64.b64encode(data).decode()
     wanted = processor(text="<|image|>", images=[file], return_tensors="pt")["pixel_values"]
+    assert 255 < len(text) < 4096  # a path may be as long, no name is
+    assert "/" not in text
     for given in (data, text, f"data:image/png;base64,{text}"):
         got = processor(text="<|image|>", images=[given], return_tensors="pt")["pixel_values"]
         assert torch.equal(got, wanted)
     for given, says in (
         ("https://a.b/c.png", "URLs are not fetched"),
         (str(tmp_path / "b.png"), "there is no such file"),
+        ("data:image/png;base64,AAAAA", "is no base64"),
+        ("data:image/svg+xml,<svg>", "is no base64|is no picture"),
         (text[: len(text) // 8 * 4] * 3000, "cannot be read|is no picture"),
     ):
         with pytest.raises(ValueError, match=says) as caught:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -86,6 +87,17 @@ def test_tiles_are_those_of_the_source(target, file, tiles, source, tmp_path):
     made = json.loads((folder / "preprocessor_config.json").read_text())
     assert made["max_image_tiles"] == tiles
     assert made["image_mean"] == pytest.approx(OPENAI_CLIP_MEAN)
+
+
+def test_two_files_that_mean_the_same_are_no_conflict(source, tmp_path):
+    """A setting that is null, numbers that were saved in fp32."""
+    means = np.array(OPENAI_CLIP_MEAN, np.float32).tolist()
+    values = PROCESSOR | {"image_mean": means, "do_convert_rgb": None}
+    assert means != OPENAI_CLIP_MEAN
+    given = changed(
+        source, tmp_path / "given", "processor_config.json", {"image_processor": values}
+    )
+    assert convert_hf(FromHf(given, tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
-"""A job whose loader processes could not hand over a batch is refused with a line."""
+"""A job whose loader processes could hand over no batch is refused, or warned, with a line."""
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ class Usage(NamedTuple):
         ("1", ["stage=realtime_sft", "data.workers=0"], 0),
     ],
 )
-def test_each_loader_process_has_room_for_a_sample(monkeypatch, ranks, options, bytes_):
+def test_each_loader_process_has_room_for_a_sample(monkeypatch, caplog, ranks, options, bytes_):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     monkeypatch.setattr(shared_memory, "PLACE", shared_memory.Path("/"))
     config = load_config(
@@ -35,8 +37,13 @@ def test_each_loader_process_has_room_for_a_sample(monkeypatch, ranks, options, 
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(bytes_))
     shared_memory.check_shared_memory(config)
+    assert not caplog.messages
     if bytes_ == 0:
         return
+    advice = rf"data.workers=4: .*docker run --shm-size={math.ceil(2 * bytes_ / 1e9)}g"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(bytes_ - 1))
-    with pytest.raises(ConfigError, match=r"data.workers=4: .*docker run --shm-size=8g"):
+    shared_memory.check_shared_memory(config)  # few samples are as long
+    assert re.match(advice, caplog.messages[0])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(bytes_ // 4 - 1))
+    with pytest.raises(ConfigError, match=advice):
         shared_memory.check_shared_memory(config)
