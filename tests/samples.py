@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,3 +42,12 @@ def imported(out: Path) -> dict[str, dict[str, Any]]:
                 else:
                     sample["members"][suffix] = data
     return samples
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
+    """A tar of members by name."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))

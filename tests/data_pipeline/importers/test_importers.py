@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from PIL import Image
 from data_pipeline.build import BuildOptions, Summary, build_shards
 from data_pipeline.importers.forms import SourceOptions
 from data_pipeline.shards import ShardError
-from tests.samples import imported
+from tests.samples import imported, write_tar
 
 
 def picture(path: Path, color: str = "red", size: tuple[int, int] = (12, 8)) -> bytes:
@@ -273,11 +271,7 @@ def test_shards_of_others(tmp_path: Path, toy: Path) -> None:
         "004.jpg": red, "004.json": b"{",
         "a/005.jpg": red[:200], "a/005.txt": b"Broken",
     }  # fmt: skip
-    with tarfile.open(source / "00000.tar", "w") as tar:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
+    write_tar(source / "00000.tar", members)
     whole = (source / "00000.tar").read_bytes()
     (source / "00001.tar").write_bytes(whole[:1800])  # its tail is gone, in the second member
     summary = run(source, tmp_path / "out")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_pipeline.build import Summary, build_shards
 from data_pipeline.importers.conversation import conversation_draft
-from tests.samples import imported
+from tests.samples import imported, write_tar
 
 
 def jpeg(color: str) -> bytes:
@@ -138,11 +138,7 @@ def test_parts_of_a_record_in_a_shard_name_its_members(folder: Path) -> None:
         "a.b.jpg": jpeg("blue"),
         "a.json": json.dumps(record).encode(),
     }
-    with tarfile.open(folder / "a.tar", "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_tar(folder / "a.tar", members)
     summary, samples = run(folder / "a.tar")
     assert samples == [("@?", "b")]
     assert summary.notes == {"unused member .r.jpg": 1}

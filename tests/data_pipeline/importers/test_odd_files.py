@@ -22,6 +22,7 @@ from data_pipeline.importers.records import read_records
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 from tests.data_pipeline.importers.realtime import FRAME, SILENCE, WATCHED, run, said, write
+from tests.samples import write_tar
 
 
 def chat(answer: str) -> dict[str, Any]:
@@ -379,11 +380,7 @@ def test_members_of_odd_names_and_texts(folder: Path) -> None:
         "4.jpg": red, "4.txt": b"boxes", "4.json": b'[{"bbox": [0, 1], "category": 2}]',
         "5.jpg": red, "5.caption": b"none", "5.json": b"[]", "6.jpg": red, "6.json": b"[]",
     }  # fmt: skip
-    with tarfile.open(folder / "a.tar", "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_tar(folder / "a.tar", members)
     samples, summary = run(folder / "a.tar")
     assert [said(sample)[-1] for sample in samples] == [
         "one\nline", "half", "r", "boxes", "none",
