@@ -150,7 +150,7 @@ class TrainerConfig:
     # then alone).
     eval_suites: list[EvalSuiteConfig] = field(default_factory=list)
     eval_suites_every: int | None = number(None, above=0)
-    async_save: bool = False
+    async_save: bool | None = None  # None: on a GPU
     resume: str = "auto"  # auto: run.dir's latest checkpoint, if any | none | a checkpoint's path
     # Begin at step 1 where run.dir has checkpoints and none can be loaded; they become .damaged_*.
     start_over: bool = False

@@ -45,6 +45,7 @@ from moss_train.storage import StorageError
 from moss_train.train.optimizer import TrainState
 from moss_train.train.optimizer_state import load_rest, sharded_state
 from moss_train.train.save import Save, SaveError
+from moss_train.train.staging import Staging
 from moss_train.trained_tokenizer import KEY
 
 # megatron-core 0.19's own default for asynchronous saving is another package.
@@ -66,7 +67,11 @@ class Checkpointer:
         self.config, self.model, self.state, self.tokenizer = config, model, state, tokenizer
         self.folder = checkpoints_folder(Path(config.run.dir))
         self.last = False  # the save that was begun last ends the job
-        self.queue = AsyncCallsQueue() if config.trainer.async_save else None
+        asynchronous = config.trainer.async_save
+        if asynchronous is None:
+            asynchronous = hardware.on_accelerator()
+        self.queue = AsyncCallsQueue() if asynchronous else None
+        self.staging = Staging(on_device=hardware.on_accelerator())
         # Every rank of a data-parallel group writes a part of the weights that all of them hold.
         self.strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(),
@@ -128,7 +133,7 @@ class Checkpointer:
                 if dist.get_rank() == 0:
                     self._remove_old()
 
-        request = saving.summing(request)._replace(finalize_fns=[finalize])
+        request = self.staging.checked(saving.summing(request))._replace(finalize_fns=[finalize])
         if self.queue is None:
             request.execute_sync()
         else:

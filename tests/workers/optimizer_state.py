@@ -98,6 +98,7 @@ def job(folder: Path, layout: dict, groups: Any, steps: int) -> Any:
         size = (1, 3, 56, 56)
         step(read_step(data, each, Bounds(MICRO), 8, size, groups, step.exchange.shares))
     checkpointer = Checkpointer(config, model, state, tokenizer=None)
+    checkpointer.staging.on_device = True  # compares copies, as on a GPU
     if dist.get_rank() == 0:
         checkpointer.open_folder()
     return checkpointer
