@@ -125,6 +125,7 @@ class Checkpointer:
         finalize_fns = request.finalize_fns
 
         def finalize() -> None:
+            self.staging.release()
             try:
                 saving.complete(finalize_fns, lambda: self._rest(step, samples, order))
             except SaveError as error:

@@ -3,6 +3,10 @@
 megatron-core copies them into page-locked memory, without waiting for each. So that training may go
 on from there by default, the copies of a process's first save are compared with the tensors; where
 they differ, this save and later ones copy one tensor after the other into ordinary memory.
+
+The copies are kept here until the files are written. megatron-core 0.16 drops them when it has
+started the writing processes, which share page-locked memory with this one: torch would give it to
+the next batch.
 """
 
 from __future__ import annotations
@@ -31,13 +35,24 @@ class Staging:
     def __init__(self, on_device: bool):
         """`on_device`: the tensors are a device's. Else they are in host memory already."""
         self.on_device, self.proven, self.one_by_one = on_device, False, False
+        self.copies: Files = []
 
     def checked(self, request: AsyncRequest) -> AsyncRequest:
-        """The same `request`, whose copies are proven before anything is written of them."""
+        """The same `request`, whose copies are proven before anything is written of them, and kept
+        until `release`."""
         if request.preload_fn is None or not self.on_device:
             return request
         copy, files = request.preload_fn, request.async_fn_args[1]
-        return request._replace(preload_fn=lambda: self._copied(copy, files))
+
+        def kept() -> Files:
+            self.copies = self._copied(copy, files)
+            return self.copies
+
+        return request._replace(preload_fn=kept)
+
+    def release(self) -> None:
+        """Gives the copies' memory back: everything is written."""
+        self.copies = []
 
     def _copied(self, copy: Any, files: Files) -> Files:
         if not self.proven:

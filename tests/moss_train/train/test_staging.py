@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -79,8 +81,7 @@ def test_a_wrong_copy_is_made_again(caplog, number):
     def copy(of: Files) -> Files:
         calls.append(1)
         copies = cloned(of)
-        held = [tensor for _, _, (_, ts) in copies for _, tensor in ts]
-        last = held[number].view(-1)[-1:].view(torch.uint8)
+        last = held(copies)[number].view(-1)[-1:].view(torch.uint8)
         last ^= 1
         return copies
 
@@ -98,6 +99,22 @@ def test_later_saves_are_not_compared():
     saves.checked(request(whole, cloned)).preload_fn()
     other = files()
     assert bits(saves.checked(request(whole, lambda _: other)).preload_fn()) == bits(other)
+
+
+def test_copies_are_kept_until_all_is_written():
+    """A writing process shares their memory, and whoever asks for page-locked memory next gets it
+    once they are dropped."""
+    saves = Staging(on_device=True)
+    copies = [weakref.ref(t) for t in held(saves.checked(request(files(), cloned)).preload_fn())]
+    gc.collect()
+    assert all(copy() is not None for copy in copies)
+    saves.release()
+    gc.collect()
+    assert all(copy() is None for copy in copies)
+
+
+def held(of: Files) -> list[torch.Tensor]:
+    return [tensor for _, _, (_, pairs) in of for _, tensor in pairs]
 
 
 def test_what_is_in_host_memory_is_not_copied():
