@@ -23,7 +23,7 @@ from data_pipeline import cgroups
 from moss_train import hardware
 from moss_train.log import log
 
-PIECE = 1 << 26  # bytes that are compared at once
+PIECE = 1 << 24  # bytes that are compared at once: a device may have little memory left
 
 # A file of a checkpoint as megatron-core's writers take it: path, name, and what it holds.
 Files = list[tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]]
