@@ -10,11 +10,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from data_pipeline.fields import Range
+from data_pipeline.fields import Range, described
 
 DONE, FAILED, WRONG_USAGE, STOPPED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
@@ -44,25 +45,22 @@ class CommandParser(argparse.ArgumentParser):
 
 def whole_number(**bounds: Any) -> Callable[[str], int]:
     """The `type` of an option that takes a whole number of `Range(**bounds)`."""
-
-    def number(text: str) -> int:
-        return _in_range(int(text), text, Range(**bounds))
-
-    return number
+    return lambda text: _number(int, text, Range(**bounds))
 
 
 def finite_number(**bounds: Any) -> Callable[[str], float]:
     """The `type` of an option that takes a finite number of `Range(**bounds)`."""
-
-    def number(text: str) -> float:
-        return _in_range(float(text), text, Range(**bounds))
-
-    return number
+    return lambda text: _number(float, text, Range(**bounds))
 
 
-def _in_range(value: Any, text: str, allowed: Range) -> Any:
+def _number(kind: Callable[[str], Any], text: str, allowed: Range) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
     if value not in allowed:
-        raise argparse.ArgumentTypeError(f"{text}: must be {allowed}")
+        wanted = described(allowed, value, whole=kind is int)
+        raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
     return value
 
 

@@ -134,7 +134,7 @@ def _wrong(name: str, value: Any, allowed: Range | tuple[str, ...], hint: str) -
     bad = [one for one in given if one not in allowed or (whole and one != int(one))]
     if bad:
         shown = bad if isinstance(value, list | tuple) else value
-        yield f"{name}={shown}: must be {_described(allowed, bad[0], whole)}"
+        yield f"{name}={shown}: must be {described(allowed, bad[0], whole)}"
 
 
 def _is_finite(value: object) -> bool:
@@ -144,8 +144,9 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _described(allowed: Range, value: Any, whole: bool) -> str:
-    """The range; with the kind of number where the value is of another."""
+def described(allowed: Range, value: Any, whole: bool) -> str:
+    """The range, as an error goes on after `must be`; with the kind of number where the value is of
+    another."""
     if not _is_finite(value):
         kind = "a whole number" if whole else "a finite number"
         kind += " of 64 bits" if isinstance(value, int) else ""

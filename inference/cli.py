@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import math
 import os
 import signal
 import sys
@@ -18,7 +17,15 @@ import torch
 
 from data_pipeline import devices
 from data_pipeline.cgroups import cores
-from data_pipeline.commands import DONE, FAILED, STOPPED, WRONG_USAGE, describe, report_error
+from data_pipeline.commands import (
+    DONE,
+    FAILED,
+    STOPPED,
+    WRONG_USAGE,
+    describe,
+    report_error,
+    whole_number,
+)
 from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
 from inference.engine.choose_attend import CHOICES
@@ -50,27 +57,6 @@ def flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
     """Adds a flag that may be spelled with `_`, as published, or with `-`."""
     names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
     parser.add_argument(*names, dest=name, **options)
-
-
-def positive(text: str) -> float:
-    """A flag's number, which must be more than 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
-    return float(text)
-
-
-def not_negative(text: str) -> float:
-    """A flag's number, which must be 0 or more."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must not be less than 0")
-    return float(text)
-
-
-def positive_int(text: str) -> int:
-    """A flag's whole number, which must be more than 0."""
-    if not int(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
-    return int(text)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +98,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """How much is said, and where the events go."""
-    flag(parser, "max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, metavar="N",
+    flag(parser, "max_new_tokens", type=whole_number(above=0), default=MAX_NEW_TOKENS, metavar="N",
          help="maximum number of new tokens of an answer")  # fmt: skip
     flag(parser, "jsonl", metavar="FILE",
          help="write every event to FILE; -: to the terminal, in place of the text")  # fmt: skip

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # run as a file: imports start at the repository
 
 from torch import Tensor
 
-from data_pipeline.commands import CommandParser, report_error
+from data_pipeline.commands import CommandParser, finite_number, report_error, whole_number
 from data_pipeline.prompts import Prompt, PromptForm, as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
@@ -40,13 +40,13 @@ def parser(program: str, doc: str, max_frames: int) -> argparse.ArgumentParser:
     cli.flag(made, "prompt", metavar="TEXT",
              help="question (default: Describe the video. or Describe the image.)")  # fmt: skip
     cli.flag(made, "system_prompt", default="", metavar="TEXT", help="system prompt")
-    cli.flag(made, "video_fps", type=cli.positive, default=CLIP_FPS, metavar="N",
+    cli.flag(made, "video_fps", type=finite_number(above=0), default=CLIP_FPS, metavar="N",
              help="frames per second of the video that are looked at")  # fmt: skip
-    made.add_argument("--fps", dest="video_fps", type=cli.positive, default=argparse.SUPPRESS,
-                      metavar="N", help="same as --video_fps")  # fmt: skip
-    cli.flag(made, "video_minlen", type=cli.positive_int, default=CLIP_MIN_FRAMES, metavar="N",
+    made.add_argument("--fps", dest="video_fps", type=finite_number(above=0), metavar="N",
+                      default=argparse.SUPPRESS, help="same as --video_fps")  # fmt: skip
+    cli.flag(made, "video_minlen", type=whole_number(above=0), default=CLIP_MIN_FRAMES, metavar="N",
              help="minimum number of frames of a video")  # fmt: skip
-    cli.flag(made, "video_maxlen", type=cli.positive_int, default=max_frames, metavar="N",
+    cli.flag(made, "video_maxlen", type=whole_number(above=0), default=max_frames, metavar="N",
              help="maximum number of frames of a video")  # fmt: skip
     cli.add_output_flags(made)
     cli.add_sampling_flags(made)

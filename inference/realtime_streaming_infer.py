@@ -17,7 +17,7 @@ from typing import Any
 if __name__ == "__main__":  # run as a file: imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_pipeline.commands import CommandParser
+from data_pipeline.commands import CommandParser, finite_number, whole_number
 from data_pipeline.seconds import clock, is_time, parse_seconds
 from inference import cli
 from inference.engine.sampling import Sampling
@@ -51,12 +51,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
              "again")  # fmt: skip
     cli.flag(parser, "system_prompt", default=default.system_prompt, metavar="TEXT",
              help="system prompt")  # fmt: skip
-    cli.flag(parser, "fps", type=cli.positive, default=1 / default.frame_interval, metavar="N",
-             help="frames per second of the video")  # fmt: skip
-    cli.flag(parser, "speed", type=cli.not_negative, default=1.0, metavar="X",
+    cli.flag(parser, "fps", type=finite_number(above=0), default=1 / default.frame_interval,
+             metavar="N", help="frames per second of the video")  # fmt: skip
+    cli.flag(parser, "speed", type=finite_number(least=0), default=1.0, metavar="X",
              help="seconds of a file per second of the wall clock; 0: as fast as possible (a live "
              "source has a speed of its own)")  # fmt: skip
-    cli.flag(parser, "reconnect", type=cli.not_negative, default=RECONNECT, metavar="SECONDS",
+    cli.flag(parser, "reconnect", type=finite_number(least=0), default=RECONNECT, metavar="SECONDS",
              help="seconds for which a camera or stream that is lost is tried again; 0: it is "
              "not")  # fmt: skip
     cli.flag(parser, "pace", type=pace, default=default.pace, metavar="N",
@@ -88,7 +88,7 @@ def question(text: str) -> tuple[float, str]:
 
 
 def pace(text: str) -> int | None:
-    return None if text == "none" else cli.positive_int(text)
+    return None if text == "none" else whole_number(above=0)(text)
 
 
 def schedule_of(args: argparse.Namespace, live: bool) -> Schedule:

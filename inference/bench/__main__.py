@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from data_pipeline import devices
-from data_pipeline.commands import DONE, CommandParser
+from data_pipeline.commands import DONE, CommandParser, finite_number, whole_number
 from inference.bench import measure
 from inference.bench.models import MODELS, random_model
 from inference.bench.modes import Bench
 from inference.bench.report import describe, print_table, write_report
-from inference.cli import one_line_errors, positive, positive_int
+from inference.cli import one_line_errors
 from inference.engine.engine import KV_DTYPES, VISION_DTYPES
 from inference.engine.load import DTYPES, load_model
 from inference.engine.quantized import KINDS as QUANTIZED
@@ -51,20 +51,20 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = CommandParser(PROGRAM, description=__doc__)
-    add = parser.add_argument
+    add, count = parser.add_argument, whole_number(above=0)
     add("mode", choices=("offline", "stream", "serve"))
     add("--model", choices=tuple(MODELS), default="mid", help="sizes of a model of random weights")
     add("--random-weights", action="store_true", help="measure the model of --model")
     add("--checkpoint", metavar="DIR", help="exported folder, in place of random weights")
     add("--baseline", choices=("hf",), help="measure the published way too (default: no)")
     add("--table", action="store_true", help="beside each figure the least that it could be here")
-    add("--sessions", type=positive_int, metavar="N",
+    add("--sessions", type=count, metavar="N",
         help="live ones (serve, default: 16); also decode in so many at once (stream)")  # fmt: skip
-    add("--seconds", type=positive_int, default=30, metavar="N", help="of live frames (serve)")
-    add("--fps", type=positive, default=1.0, metavar="N",
+    add("--seconds", type=count, default=30, metavar="N", help="of live frames (serve)")
+    add("--fps", type=finite_number(above=0), default=1.0, metavar="N",
         help="frames a second of each session (serve)")  # fmt: skip
-    add("--frames", type=positive_int, default=256, metavar="N", help="number of frames")
-    add("--new-tokens", type=positive_int, default=32, metavar="N", help="number of new tokens")
+    add("--frames", type=count, default=256, metavar="N", help="number of frames")
+    add("--new-tokens", type=count, default=32, metavar="N", help="number of new tokens")
     add("--device", default="auto", help=devices.HELP)
     add("--dtype", choices=tuple(DTYPES), help="of weights (default: bf16 on CUDA, else fp32)")
     add("--quantize", choices=QUANTIZED, help="of the engine's weights only (default: no)")
@@ -72,12 +72,12 @@ def parse() -> argparse.Namespace:
     add("--vision-dtype", choices=VISION_DTYPES, default="auto",
         help="of the vision tower's products (default: auto)")  # fmt: skip
     add("--compile", action="store_true", help="compile single-token steps (torch.compile)")
-    add("--threads", type=positive_int, metavar="N", help="threads of a CPU (default: torch's)")
+    add("--threads", type=count, metavar="N", help="threads of a CPU (default: torch's)")
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="time: of the wall clock, or of this process on the CPU")  # fmt: skip
     add("--endless", type=int, default=0, metavar="N",
         help="frames of a test whether memory and time stay flat (stream); 0: none")  # fmt: skip
-    add("--window", type=positive_int, metavar="N",
+    add("--window", type=count, metavar="N",
         help="frames in the ring (default: all of the test)")  # fmt: skip
     add("--out", default=".", metavar="DIR", help="folder of bench-MODE.json and bench-MODE.png")
     arguments = parser.parse_args()

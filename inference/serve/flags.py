@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from data_pipeline.commands import CommandParser, whole_number
+from data_pipeline.commands import CommandParser, finite_number, whole_number
 from inference import cli
 from inference.serve.limits import Limits
 
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
              help="address to listen on; 127.0.0.1: this machine only")  # fmt: skip
     cli.flag(parser, "port", type=port, default=8000, metavar="N",
              help="port to listen on; 0: a free one")  # fmt: skip
-    cli.flag(parser, "max_sessions", type=cli.positive_int, default=4, metavar="N",
+    cli.flag(parser, "max_sessions", type=whole_number(above=0), default=4, metavar="N",
              help="maximum number of sessions and answers at once")  # fmt: skip
     cli.flag(parser, "api_key", type=key, default=os.environ.get("MOSS_API_KEY"), metavar="KEY",
              help="key that clients must send (default: $MOSS_API_KEY, else none)")  # fmt: skip
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, text in LIMIT_HELP.items():
         default = getattr(defaults, name)
         whole = whole_number(above=0) if default else whole_number(least=0)
-        kind = whole if isinstance(default, int) else cli.positive
+        kind = whole if isinstance(default, int) else finite_number(above=0)
         cli.flag(parser, f"limit_{name}", type=kind, default=default, metavar="N", help=text)
     args = parser.parse_args(argv)
     if args.gpus_per_replica > 1 and not args.replicas:
@@ -93,7 +93,7 @@ def add_replica_flags(parser: argparse.ArgumentParser) -> None:
     cli.flag(parser, "replicas", type=whole_number(least=0), default=0, metavar="N",
              help="number of replicas of the model on this machine, each a process on GPUs of its "
              "own, behind this server; 0: the model runs in this process")  # fmt: skip
-    cli.flag(parser, "gpus_per_replica", type=cli.positive_int, default=1, metavar="N",
+    cli.flag(parser, "gpus_per_replica", type=whole_number(above=0), default=1, metavar="N",
              help="number of GPUs that a replica is shared among (tensor parallelism)")  # fmt: skip
     cli.flag(parser, "replica_urls", type=urls, default=[], metavar="URLS",
              help="replicas on other machines, http://HOST:PORT,...; they have the same "

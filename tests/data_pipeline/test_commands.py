@@ -42,9 +42,11 @@ def test_a_flag_cannot_be_abbreviated(capsys):
     ("value", "says"),
     [
         (["--workers", "0"], "argument --workers: 0: must be greater than 0"),
-        (["--workers", "1.5"], "argument --workers: invalid number value: '1.5'"),
-        (["--speed", "nan"], "argument --speed: nan: must be 0 or more"),
-        (["--speed", "inf"], "argument --speed: inf: must be 0 or more"),
+        (["--workers", "1.5"], "argument --workers: 1.5: must be a whole number, greater than 0"),
+        (["--workers", "x"], "argument --workers: x: must be a whole number, greater than 0"),
+        (["--speed", "nan"], "argument --speed: nan: must be a finite number, 0 or more"),
+        (["--speed", "x"], "argument --speed: x: must be a finite number, 0 or more"),
+        (["--speed", "inf"], "argument --speed: inf: must be a finite number, 0 or more"),
     ],
 )
 def test_a_number_out_of_range_is_refused(capsys, value, says):

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from data_pipeline.commands import DONE, CommandParser
+from data_pipeline.commands import DONE, CommandParser, finite_number, whole_number
 from data_pipeline.tables import format_table
 from inference.bench.measure import percentile_ms
 from inference.bench.served import plain_processor
-from inference.cli import not_negative, positive_int
 from inference.session.response import Vocabulary
 from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
 from inference.session.stats import Stats
@@ -173,10 +172,10 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = CommandParser("python -m tools.bench.schedule", description=__doc__)
     add = parser.add_argument
-    add("--sessions", type=positive_int, nargs="+", default=[1, 4, 16], metavar="N",
+    add("--sessions", type=whole_number(above=0), nargs="+", default=[1, 4, 16], metavar="N",
         help="live ones, each with a frame a second")  # fmt: skip
-    add("--seconds", type=positive_int, default=120, metavar="N", help="of the stream")
-    add("--host-ms", type=not_negative, default=1.0, metavar="MS",
+    add("--seconds", type=whole_number(above=0), default=120, metavar="N", help="of the stream")
+    add("--host-ms", type=finite_number(least=0), default=1.0, metavar="MS",
         help="of the host between two steps")  # fmt: skip
     add("--overlap", action="store_true",
         help="the tower runs beside passes that need no frame, at no cost")  # fmt: skip
