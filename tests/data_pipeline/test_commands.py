@@ -16,6 +16,7 @@ def test_help_has_the_form_of_argparse_with_defaults(capsys):
     shown.add_argument("--size", type=int, default=5, help="size in MB")
     shown.add_argument("--from", type=int, default=0, help="first step")
     shown.add_argument("--stages", nargs="+", default=["pt1", "sft"], help="stages")
+    shown.add_argument("--files", nargs="*", default=(), help="files beside them")
     shown.add_argument("--dry", action="store_true", help="change nothing")
     shown.add_argument("--out", help="file to write (default: stdout)")
     with pytest.raises(SystemExit):
@@ -25,6 +26,7 @@ def test_help_has_the_form_of_argparse_with_defaults(capsys):
     assert "size in MB (default: 5)" in lines
     assert "first step (default: 0)" in lines
     assert "stages (default: pt1 sft)" in lines
+    assert "files beside them --dry" in lines
     assert lines.endswith("change nothing --out OUT file to write (default: stdout)")
 
 
