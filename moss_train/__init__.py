@@ -14,12 +14,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import data_pipeline  # noqa: F401  before torch
+from moss_train.log import silence_advice as _silence_advice
 
 if TYPE_CHECKING:
     from moss_train.api import Run, train
     from moss_train.compose import load_config
     from moss_train.config import Config, ConfigError
     from moss_train.evaluate.model import TrainedModel
+
+_silence_advice()  # megatron's begins with its import, which any module of this package may cause
 
 __all__ = ["Config", "ConfigError", "Run", "TrainedModel", "load_config", "train"]
 
@@ -34,7 +37,6 @@ def __getattr__(name: str) -> Any:
         return import_module("moss_train.train")
     if name not in _MODULES:
         raise AttributeError(f"module 'moss_train' has no attribute {name!r}")
-    import_module("moss_train.log").silence_advice()  # megatron's begins with its import
     return getattr(import_module(f"moss_train.{_MODULES[name]}"), name)
 
 

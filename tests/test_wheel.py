@@ -20,20 +20,21 @@ REPO = Path(__file__).resolve().parent.parent
 PACKAGES = ("moss_train", "data_pipeline", "inference", "tools")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 
-# Calls every command as its script does, with --help (one with --list); prints what each one did.
+# Calls every command as its script does, with --help (one with --list); prints what each one did:
+# its exit code, and what it wrote to stdout and to stderr.
 HELP = """
 import contextlib, importlib.metadata, io, json, sys
 import data_pipeline, inference, moss_train, tools
 done = {"files": [module.__file__ for module in (data_pipeline, inference, moss_train, tools)]}
 for point in importlib.metadata.distribution("moss-train").entry_points:
     option = "--list" if point.name == "moss-convert" else "--help"
-    sys.argv, said = [point.name, option], io.StringIO()
+    sys.argv, said, complained = [point.name, option], io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
             code = point.load()()
     except SystemExit as end:
         code = end.code
-    done[point.name] = [code, said.getvalue()]
+    done[point.name] = [code, said.getvalue(), complained.getvalue()]
 print(json.dumps(done))
 """
 
@@ -101,6 +102,8 @@ def test_the_wheel_holds_every_file_and_the_presets(installed: Installed) -> Non
     inside = zipfile.ZipFile(installed.wheel).namelist()
     found = {name for name in inside if ".dist-info/" not in name}
     assert found == expected | presets
+    typed = {f"{package}/py.typed" for package in ("moss_train", "inference", "data_pipeline")}
+    assert typed <= found  # else no type checker reads their annotations
 
 
 def test_every_command_starts_from_the_wheel(installed: Installed) -> None:
@@ -108,8 +111,9 @@ def test_every_command_starts_from_the_wheel(installed: Installed) -> None:
     assert all(Path(file).is_relative_to(installed.venv) for file in done.pop("files"))
     scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
     assert done.keys() == scripts.keys()
-    assert {name: code for name, (code, _) in done.items() if code not in (0, None)} == {}
-    assert [name for name, (_, said) in done.items() if len(said) < 100] == []
+    assert {name: code for name, (code, *_) in done.items() if code not in (0, None)} == {}
+    assert [name for name, (_, said, _) in done.items() if len(said) < 100] == []
+    assert {name: words for name, (*_, words) in done.items() if words} == {}
     assert "stage: pt1, pt2, realtime_sft, sft" in done["moss-train"][1]
     assert "--checkpoint" in done["moss-serve"][1]
     assert "language_model.model.embed_tokens.weight" in done["moss-convert"][1]
