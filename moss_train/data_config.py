@@ -79,7 +79,7 @@ class DataConfig:
     # Stop when more than this share of the samples cannot be read.
     max_bad_ratio: float = number(0.01, least=0, most=1)
     stores: StoreOptions = field(default_factory=StoreOptions)  # how sources that are URLs are read
-    audit: bool = False  # write the keys of every step to audit.jsonl
+    audit: bool = False  # write the keys of every step to audit.RANK.jsonl
 
     def read_together(self, replicas: int) -> int:
         """Samples that a replica's loader gives at once: those of a microbatch, where these make up

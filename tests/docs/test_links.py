@@ -1,4 +1,5 @@
-"""Every link of the README and of the pages leads to a file that is there, or to a heading."""
+"""Every link of the README and of the pages leads to a file that is there, or to a heading; every
+test that they name is there."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from tests.conftest import REPO
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+LABEL = re.compile(r"\[(?:docs/)?([\w-]+\.md)\]\((?:[\w./-]*/)?([\w-]+\.md)?")
+TEST = re.compile(r"`(?:[\w/]+/)?(test_\w+)(?:\.py)?`")
+DEFINED = re.compile(r"^(?:async )?def (test_\w+)", re.MULTILINE)
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
@@ -36,6 +40,21 @@ def broken(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_a_link_that_names_a_page_leads_to_it(page: Path) -> None:
+    links = LABEL.findall(page.read_text())
+    assert [link for link in links if link[0] != (link[1] or page.name)] == []
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    files = list((REPO / "tests").rglob("test_*.py"))
+    known = {file.stem for file in files}
+    known |= {name for file in files for name in DEFINED.findall(file.read_text())}
+    named = {name for page in PAGES for name in TEST.findall(page.read_text())}
+    assert len(named) > 50
+    assert named - known == set()
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
