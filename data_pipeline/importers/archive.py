@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
@@ -24,6 +25,7 @@ from data_pipeline.schema import SampleError
 
 DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
 _GZIP = b"\x1f\x8b"
+_CHUNK = 1 << 20  # bytes that are searched at a time for another archive
 _TEXTS = frozenset({"json", "txt", "text", "caption"})
 
 
@@ -47,8 +49,9 @@ class Members:
 class Archive:
     """An open tar whose names are known.
 
-    samples: in the order of their first members. left_out: what is no member of any sample, by
-    kind, counted. damage: what ends the archive before its end.
+    samples: in the order of their first members; of joined tars that have a name in common each
+    tar's for themselves. left_out: what is no member of any sample, by kind, counted. damage: what
+    ends the archive before its end.
     """
 
     def __init__(self, file: BinaryIO, damage: Exception | None) -> None:
@@ -57,19 +60,21 @@ class Archive:
         self.left_out: Counter[str] = Counter()
         size = file.seek(0, 2)
         file.seek(0)
-        plain: list[tarfile.TarInfo] = []
+        joined: dict[int, list[tarfile.TarInfo]] = {}
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if not member.islnk() and member.offset_data + member.size > size:
-                        raise tarfile.ReadError(f"{member.name} is cut off")
-                    if self._belongs(member):
-                        plain.append(member)
+            for number, member in members(file):
+                if not member.islnk() and member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} is cut off")
+                if self._belongs(member):
+                    joined.setdefault(number, []).append(member)
         except DAMAGE as error:
             self.damage = self.damage or error
         if self.damage is None and _ends_early(file, size):
             self.damage = tarfile.ReadError("the end of the archive is missing")
-        self.samples = _samples(plain)
+        names = [{member.name for member in tar} for tar in joined.values()]
+        apart = sum(map(len, names)) > len(set().union(*names))
+        tars = list(joined.values()) if apart else [list(chain(*joined.values()))]
+        self.samples = [sample for tar in tars for sample in _samples(tar)]
 
     def read(self, member: tarfile.TarInfo) -> bytes:
         """The bytes of a member, of a link those of its target; SampleError."""
@@ -107,15 +112,46 @@ class Archive:
         return True
 
 
+def members(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
+    """The members of the tars that a file holds one behind the other, each with its tar's number.
+
+    tarfile ends with the first one (`cat a.tar b.tar`), and at any header that it cannot read.
+    Raises ReadError where something else than a tar follows.
+    """
+    number = at = 0
+    following: int | None = 0
+    while following is not None:
+        at = following
+        file.seek(at)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                yield number, member
+            end = tar.offset
+        following = _behind_zeros(file, end)
+        if following == at:
+            raise tarfile.ReadError(f"byte {at} is not the header of a member")
+        number += 1
+
+
+def _behind_zeros(file: BinaryIO, at: int) -> int | None:
+    """Where a block begins that is not empty; None: there is none up to the file's end."""
+    file.seek(at)
+    while chunk := file.read(_CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            return (at + len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        at += len(chunk)
+    return None
+
+
 def _ends_early(file: BinaryIO, size: int) -> bool:
     """An archive ends with zeros; tarfile takes a torn header for the end."""
     file.seek(max(0, size - 512))
     return any(file.read(512))
 
 
-def _samples(members: list[tarfile.TarInfo]) -> list[Members]:
+def _samples(found: list[tarfile.TarInfo]) -> list[Members]:
     groups: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
-    for member in members:
+    for member in found:
         folder, _, base = member.name.rpartition("/")
         stem, _, rest = base.partition(".")
         key = f"{folder}/{stem}" if folder else stem
@@ -149,8 +185,8 @@ def _group(key: str, group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
 def names(path: str) -> Iterator[str]:
     """The names of a local tar's members, up to where it is damaged."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            yield from (member.name for member in tar)
+        with open(path, "rb") as file:
+            yield from (member.name for _, member in members(file))
     except DAMAGE:
         return
 

@@ -19,6 +19,7 @@ from typing import Literal
 from urllib.parse import unquote
 
 from data_pipeline import files
+from data_pipeline.importers.archive import members
 from data_pipeline.importers.draft import Draft, Medium, TarMember
 from data_pipeline.schema import MediaType, SampleError
 from data_pipeline.shards import ShardError
@@ -115,8 +116,8 @@ class Finder:
         by_ends: dict[str, str | None] = {}
         for tar in _tars(self._root):
             try:
-                with tarfile.open(tar, "r:") as archive:
-                    for member in archive:
+                with open(tar, "rb") as file:
+                    for _, member in members(file):
                         if member.isfile():
                             name = member.name.removeprefix("./")
                             where = TarMember(tar, name, member.offset_data, member.size)

@@ -1,0 +1,64 @@
+"""Tars that lie one behind the other in a file, and headers that nobody can read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from tests.data_pipeline.importers.realtime import run, said, write
+from tests.samples import write_tar
+
+
+def tar(folder: Path, *names: str) -> bytes:
+    """A tar of pictures with captions, which say their names."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(picture, "PNG")
+    members = {f"{name}.png": picture.getvalue() for name in names}
+    write_tar(folder / "one.tar", members | {f"{name}.txt": name.encode() for name in names})
+    data = (folder / "one.tar").read_bytes()
+    (folder / "one.tar").unlink()
+    return data
+
+
+def captions(source: Path) -> tuple[list[str], dict[str, int]]:
+    samples, summary = run(source)
+    return [said(sample)[-1] for sample in samples], dict(summary.rejected)
+
+
+def test_joined_tars_are_read_to_the_end(folder: Path) -> None:
+    """`cat a.tar b.tar`: tarfile reads the first one."""
+    one, two = tar(folder, "0", "1"), tar(folder, "2")
+    for name, data, found in (
+        ("a.tar", one + two, ["0", "1", "2"]),
+        ("b.tar", one + one, ["0", "1", "0", "1"]),
+        ("c.tar.gz", gzip.compress(one) + gzip.compress(two), ["0", "1", "2"]),
+    ):
+        (folder / name).write_bytes(data)
+        assert captions(folder / name) == (found, {})
+        (folder / name).unlink()
+
+
+def test_a_header_that_cannot_be_read_is_not_the_end(folder: Path) -> None:
+    data = bytearray(tar(folder, "0", "1"))
+    (folder / "a.tar").write_bytes(data + b"something else" * 100)
+    assert captions(folder / "a.tar") == (["0", "1"], {"damaged_shard": 1})
+    second = data.index(b"1.png")
+    data[second + 148 : second + 156] = b"\xff" * 8  # its checksum
+    (folder / "a.tar").write_bytes(data)
+    found, rejected = captions(folder / "a.tar")
+    assert found == []
+    assert rejected["damaged_shard"] == 1
+    last = sorted(folder.parent.glob("out-*/rejected.jsonl"))[-1].read_text().splitlines()[-1]
+    assert f"byte {second} is not the header of a member" in json.loads(last)["detail"]
+
+
+def test_media_in_joined_tars_are_found(folder: Path) -> None:
+    (folder / "media.tar").write_bytes(tar(folder, "0") + tar(folder, "1"))
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "ok"}]
+    records = [{"messages": turns, "images": [f"{n}.png"]} for n in (1, 0)]
+    samples, summary = run(write(folder / "r.jsonl", *records))
+    assert (len(samples), summary.notes) == (2, {"medium in a tar": 2})
