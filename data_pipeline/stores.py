@@ -6,6 +6,7 @@ What fails on its way over a network is asked for again; what is not there is no
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,13 @@ from data_pipeline.fields import number
 
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the extra of ours that brings it
 _LONGEST_PAUSE = 30.0  # seconds
+# In a URL: a user's name and password, and fields of a query that are as good as these.
+_USER = re.compile(r"://(?:[^/?#\s]*|[^/@:\s]*:(?!\d+[/?#])[^@\s]*)@")
+_SECRET = re.compile(
+    r"([?&](?:[\w-]*[-_])?(?:access|api)?"
+    r"(?:pass|passwd|password|pwd|token|secret|signature|credential|key|auth|sig)=)[^&#\s]+",
+    re.IGNORECASE,
+)
 # What says that a file is another one now, by the name that each protocol has for it.
 _VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "mtime", "created")
 
@@ -61,6 +69,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def without_secrets(text: str) -> str:
+    """URLs in a text as people may see them: logs are passed on."""
+    return _SECRET.sub(r"\1***", _USER.sub("://***@", text))
+
+
 def set_timeout(seconds: float) -> None:
     """Seconds without an answer after which a request fails, in this process and its children."""
     import aiohttp
@@ -74,7 +87,7 @@ def set_timeout(seconds: float) -> None:
 def missing_package(url: str, error: ImportError) -> str:
     extra = _EXTRAS.get(url.partition("://")[0])
     advice = f"pip install 'moss-train[{extra}]'" if extra else str(error)
-    return f"{url}: its protocol needs another package: {advice}"
+    return f"{without_secrets(url)}: its protocol needs another package: {advice}"
 
 
 def read(
@@ -116,6 +129,7 @@ def names(folder: str, retries: int = RETRIES) -> list[str]:
 
 
 def _persistently(url: str, ask: Callable[[], _Result], retries: int) -> _Result:
+    shown = without_secrets(url)
     for attempt in range(retries + 1):
         try:
             return ask()
@@ -125,11 +139,14 @@ def _persistently(url: str, ask: Callable[[], _Result], retries: int) -> _Result
             # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
             if isinstance(error, FileNotFoundError) and not silent:
-                raise GoneError(f"{url} does not exist") from None
+                raise GoneError(f"{shown} does not exist") from None
             if isinstance(error, PermissionError):
-                raise ForbiddenError(f"{url} may not be read: {error}") from None
-            said = "the server does not answer" if silent else f"{type(error).__name__}: {error}"
+                raise ForbiddenError(
+                    f"{shown} may not be read: {without_secrets(str(error))}"
+                ) from None
+            said = f"{type(error).__name__}: {without_secrets(str(error))}"
+            said = "the server does not answer" if silent else said
         if attempt < retries:
             pause = min(0.25 * 2**attempt, _LONGEST_PAUSE)
             time.sleep(pause * random.uniform(0.5, 1.0))  # not all ranks at once
-    raise StoreError(f"{url} cannot be read, tried {retries + 1} times: {said}")
+    raise StoreError(f"{shown} cannot be read, tried {retries + 1} times: {said}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import av
 from av.format import Flags
@@ -15,11 +19,13 @@ from av.video.frame import VideoFrame
 from torch import Tensor
 
 from data_pipeline.clock import best_stream
+from data_pipeline.stores import without_secrets
 from data_pipeline.video import upright_pixels
 from inference.live_clock import AHEAD, Grid, LiveClock
 
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
-_TIMEOUT = "10000000"  # microseconds after which a network stream counts as dead
+_TIMEOUT = 10.0  # seconds after which a connection that gives nothing counts as dead
+_OPENED, _SILENT = 20.0, 60.0  # the same for all of its connections together; a playlist has many
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries; the last one again and again
 _BROKEN = 50  # so many broken pictures one after the other are no stream
 _HOUR = 3600.0
@@ -51,9 +57,11 @@ class LiveSource:
     live: ClassVar[bool] = True
 
     def __init__(self, name: str, camera: str, piped: bool, reconnect: float) -> None:
-        self.name = f"camera {camera}" if camera else name
-        self.file_size = 0  # bytes of what turns out to be a whole file, not a stream
+        self.name = f"camera {camera}" if camera else without_secrets(name)
+        self.whole = False  # whether it turns out to be a file with an end, not a stream
+        self.file_size = 0  # its bytes; 0: nobody says
         self._url, self._camera, self._piped, self._reconnect = name, camera, piped, reconnect
+        self._still = False  # whether each connection gives one picture, the newest
         self._ends = False  # whether its end is an end, not a loss
         self._ahead = AHEAD
         self._frames = self._connection()
@@ -118,6 +126,11 @@ class LiveSource:
                 error = caught
             if error is None and self._ends:
                 return
+            if error is None and self._still:
+                if pause(1 / fps):
+                    return
+                self._frames = self._connection()
+                continue
             self._problem, now = None, time.monotonic()
             lost = lost if tries else now
             left = self._reconnect - (now - lost)
@@ -140,17 +153,7 @@ class LiveSource:
             stream = best_stream(container)
             if stream is None:
                 raise OSError("it has no video stream")
-            form: str = container.format.name
-            flags: Any = container.format.flags  # an integer in PyAV 18
-            bare = bool(getattr(flags, "value", flags) & Flags.no_timestamps.value)
-            # Cameras' stamps may be the time of day, which somebody sets.
-            bare = bare or form.endswith("pipe") or bool(self._camera)
-            playlist = form.startswith(_PLAYLISTS)
-            self._ends = self._piped or playlist or bool(container.duration)
-            if container.duration:
-                self._ahead = _HOUR
-                whole = self._url.startswith("http") and not playlist
-                self.file_size = max(container.size, 0) if whole else 0
+            bare = self._describe(container)
             broken = 0
             for packet in container.demux(stream):
                 try:
@@ -163,17 +166,60 @@ class LiveSource:
                     continue
                 for frame in frames:
                     yield (None if bare else frame.time), frame
+                    if self._still:
+                        return
+            goes_on = container.format.name.startswith(_PLAYLISTS) and not container.duration
+        if goes_on:
+            self._ends = self._has_ended()
+
+    def _describe(self, container: av.container.InputContainer) -> bool:
+        """What is at the other end. Returns whether its frames have no time stamps of their own."""
+        form: str = container.format.name
+        flags: Any = container.format.flags  # an integer in PyAV 18
+        bare = bool(getattr(flags, "value", flags) & Flags.no_timestamps.value)
+        fetched = self._url.startswith("http")
+        playlist = form.startswith(_PLAYLISTS)
+        self._still = fetched and form.endswith("_pipe")
+        # What goes on for ever has no length; a camera of pictures may give a made-up one.
+        length = max(container.size, 0) if fetched and not (bare or playlist or self._still) else 0
+        ends = bool(container.duration or length) and not self._still
+        self.whole, self.file_size = fetched and ends and not playlist, length
+        self._ends = self._piped or ends
+        if container.duration:
+            self._ahead = _HOUR
+        # Cameras' stamps may be the time of day, which somebody sets.
+        return bare or form.endswith("pipe") or bool(self._camera)
+
+    def _has_ended(self) -> bool:
+        """Whether the playlist that gives nothing more says that this is its end: FFmpeg does not
+        tell a server that has gone from that. What is wrong with it is raised."""
+        with self._open() as container:
+            return bool(container.duration)
 
     def _open(self) -> av.container.InputContainer:
         if not self._camera:
-            options = {"timeout": _TIMEOUT}
-            if self._url.startswith("rtsp"):
-                options["rtsp_transport"] = "tcp"
-            return av.open(self._url, options=options)
+            return self._open_url()
         if sys.platform not in _CAMERAS:
             raise OSError("cameras are read on Linux and macOS only")
         form, device = _CAMERAS[sys.platform]
         return av.open(device.format(self._camera), format=form)
+
+    def _open_url(self) -> av.container.InputContainer:
+        if self._piped:
+            return av.open(self._url)
+        wait = f"{_TIMEOUT * 1e6:.0f}"
+        options = {"rw_timeout": wait}
+        if not self._url.startswith("rtmp"):  # there it is how long to wait for a client
+            options["timeout"] = wait
+        if self._url.startswith("rtsp"):
+            options["rtsp_flags"] = "prefer_tcp"  # UDP where a camera has nothing else
+        began = perf_counter()
+        try:
+            return av.open(self._url, options=options, timeout=(_OPENED, _SILENT))
+        except (av.FFmpegError, OSError) as error:
+            if perf_counter() - began >= _TIMEOUT:
+                raise TimeoutError(f"no answer for {_TIMEOUT:g} s") from error
+            raise
 
     def _answers(self, began: float, tries: int, tell: Callable[[str], None]) -> bool:
         """Whether the first picture is there; False after a pause in which a server gets ready."""
@@ -205,7 +251,9 @@ class LiveSource:
             self._reader.join()
 
     def _error(self, error: Exception) -> SourceError:
-        return SourceError(f"{self.name}: cannot be read: {_words(error)}")
+        return SourceError(
+            f"{self.name}: cannot be read: {_hint(self._url, error) or _words(error)}"
+        )
 
 
 def _pause(tries: int) -> float:
@@ -213,4 +261,29 @@ def _pause(tries: int) -> float:
 
 
 def _words(error: Exception) -> str:
+    if isinstance(error, av.ExitError):
+        return f"nothing came for {_SILENT:g} s"
+    if isinstance(error, av.InvalidDataError):
+        return "what it sends is not a video"
     return str(getattr(error, "strerror", None) or error)
+
+
+def _hint(url: str, error: Exception) -> str:
+    """Why a URL cannot be opened, where FFmpeg does not say it; else ""."""
+    scheme, colon, _ = url.partition("://")
+    try:
+        parts = urlsplit(url if colon else "")
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return (
+            "its port is not a number: write characters such as # / : @ of a user name or password "
+            "as %23 %2F %3A %40"
+        )
+    if isinstance(error, av.ProtocolNotFoundError):
+        return f"{scheme}:// is not a protocol here: try rtsp, rtmp, http, https, tcp or udp"
+    if host and getattr(error, "errno", None) == errno.EIO:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as unknown:
+            return f"{host}: {unknown.strerror or unknown}"
+    return ""

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # run as a file: imports start at the repository
 
 from data_pipeline.commands import CommandParser, finite_number, whole_number
 from data_pipeline.seconds import clock, is_time, parse_seconds
+from data_pipeline.stores import without_secrets
 from inference import cli
 from inference.engine.sampling import Sampling
 from inference.feed import Schedule, follow
@@ -94,7 +95,8 @@ def pace(text: str) -> int | None:
 def schedule_of(args: argparse.Namespace, live: bool) -> Schedule:
     """A live source has a speed of its own, which is 1."""
     if live and args.speed not in (0, 1):
-        cli.note(f"--speed {args.speed:g}: {args.video_path} is live and has a speed of its own")
+        name = without_secrets(args.video_path)
+        cli.note(f"--speed {args.speed:g}: {name} is live and has a speed of its own")
     for second, text in args.ask:
         cli.note(f"asked at {clock(second)} ({second:g} s): {text}")
     return Schedule(args.fps, 1.0 if live else args.speed, sorted(args.ask, key=itemgetter(0)))

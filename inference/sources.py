@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipeline import files
 from data_pipeline.images import decode_image
 from data_pipeline.schema import SampleError
+from data_pipeline.stores import without_secrets
 from data_pipeline.video import open_video, probe_video, sample_times
 from inference.live import LiveSource, SourceError
 
@@ -33,7 +34,7 @@ class FileSource:
     live: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = without_secrets(name)
         with _explained(name):
             self._data = files.read_bytes(name)
             probe_video(self._data)
@@ -59,6 +60,7 @@ def open_source(
     Raises:
         SourceError: it is not there.
     """
+    name = re.sub(r"^[A-Za-z0-9+.-]+://", lambda scheme: scheme[0].lower(), name)
     if name.startswith("file:"):
         name = unquote(urlsplit(name).path)
     path = Path(name)
@@ -68,10 +70,11 @@ def open_source(
         device = camera[1] if camera else ""
         live = LiveSource("pipe:0" if name == "-" else name, device, piped, reconnect)
         live.connect(tell)
-        if not 0 < live.file_size <= _LARGEST:
+        if not live.whole or live.file_size > _LARGEST:
             return live
         live.close()
-        tell(f"{name}: a file of {live.file_size / 2**20:.1f} MiB, fetched first")
+        size = f" of {live.file_size / 2**20:.1f} MiB" if live.file_size else ""
+        tell(f"{live.name}: a file{size}, fetched first")
     return FileSource(name)
 
 
@@ -97,10 +100,12 @@ def clip_frames(data: bytes, fps: float, least: int, most: int) -> list[Tensor]:
 def _explained(name: str) -> Iterator[None]:
     """Turns what a file can raise into SourceError."""
     if not files.is_url(name) and not Path(name).is_file():
-        raise SourceError(f"{name}: there is no such file")
+        folder = Path(name).is_dir()
+        raise SourceError(f"{name}: {'is a folder' if folder else 'there is no such file'}")
+    shown = without_secrets(name)
     try:
         yield
     except SampleError as error:
-        raise SourceError(f"{name}: {error.reason}: {error.detail}") from None
+        raise SourceError(f"{shown}: {error.reason}: {error.detail}") from None
     except OSError as error:
-        raise SourceError(f"{name}: cannot be read: {error}") from None
+        raise SourceError(f"{shown}: cannot be read: {error}") from None

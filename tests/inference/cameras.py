@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,13 +85,18 @@ def camera(serve: Script, away_after: int = 0) -> Iterator[Camera]:
         made.close()
 
 
+def _picture() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
 def jpegs(count: int, fps: float = 0.0) -> Script:
     """A camera without time stamps (`multipart/x-mixed-replace`): so many pictures a connection.
     fps: in a second; 0: all at once."""
-    out = io.BytesIO()
-    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(out, "JPEG")
-    part = b"--xx\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % out.tell()
-    part += out.getvalue() + b"\r\n"
+    picture = _picture()
+    part = b"--xx\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(picture)
+    part += picture + b"\r\n"
 
     def serve(_number: int, client: socket.socket) -> None:
         client.sendall(HEAD % b"multipart/x-mixed-replace; boundary=xx")
@@ -99,6 +106,61 @@ def jpegs(count: int, fps: float = 0.0) -> Script:
                 client.sendall(part)
                 if fps:
                     time.sleep(max(0.0, began + (i + 1) / fps - time.monotonic()))
+
+    return serve
+
+
+def still(sized: bool) -> Script:
+    """A camera that gives its newest picture to each connection. sized: it says the length, as
+    nobody must in HTTP/1.0."""
+    picture = _picture()
+    length = b"\r\nContent-Length: %d" % len(picture) if sized else b""
+
+    def serve(_number: int, client: socket.socket) -> None:
+        client.sendall(HEAD % (b"image/jpeg" + length) + picture)
+
+    return serve
+
+
+def rtsp(stream: bytes, over_tcp: bool) -> Script:
+    """A camera that sends a transport stream in packets of RTP: in its connection, or by UDP
+    alone. The request that Camera has read is OPTIONS."""
+    description = (
+        "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\n"
+        "m=video 0 RTP/AVP 33\r\na=control:track\r\n"
+    )
+    described = f"Content-Type: application/sdp\r\nContent-Length: {len(description)}\r\n\r\n"
+
+    def serve(_number: int, client: socket.socket) -> None:
+        def answer(number: int, more: str = "\r\n", status: str = "200 OK") -> None:
+            client.sendall(f"RTSP/1.0 {status}\r\nCSeq: {number}\r\n{more}".encode())
+
+        answer(1)
+        port, number = 0, 1
+        while True:
+            request = client.recv(4096).decode()
+            number += 1
+            if request.startswith("DESCRIBE"):
+                answer(number, described + description)
+            elif request.startswith("SETUP"):
+                offered = re.search(r"client_port=(\d+)", request)
+                port = int(offered[1]) if offered else 0
+                if bool(port) == over_tcp:
+                    answer(number, status="461 Unsupported Transport")
+                    continue
+                way = f";client_port={port}-{port + 1}" if port else "/TCP;interleaved=0-1"
+                answer(number, f"Session: 1\r\nTransport: RTP/AVP{way};unicast\r\n\r\n")
+            else:
+                answer(number)
+                break
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+            for i, start in enumerate(range(0, len(stream), 7 * 188)):
+                packet = struct.pack("!BBHII", 0x80, 33, i, 0, 1) + stream[start : start + 7 * 188]
+                if port:
+                    datagrams.sendto(packet, ("127.0.0.1", port))
+                else:
+                    client.sendall(b"$\0" + struct.pack("!H", len(packet)) + packet)
+            client.recv(1)  # until the reader has gone
 
     return serve
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from inference import live
 from inference.live import LiveSource, Notice, SourceError
 from inference.sources import FileSource, open_source
 from tests.data_pipeline.clips import every, number, video
-from tests.inference.cameras import HEAD, camera, jpegs, transport_stream
+from tests.inference.cameras import HEAD, camera, jpegs, rtsp, still, transport_stream
 from tests.inference.serve.serving import until
 
 
@@ -180,18 +182,116 @@ def test_what_is_not_there_is_said_at_once(tmp_path: Path) -> None:
         open_source(str(tmp_path / "half.mkv"))
 
 
+@contextmanager
+def playlists(given: list[str | None]) -> Iterator[str]:
+    """The address of a live stream whose playlist is the first one given, then, until there are
+    others, the second one; None: it is not found. A segment is of ten pictures."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+        def do_GET(self) -> None:
+            if self.path.endswith(".m3u8"):
+                playlist = given.pop(0) if len(given) > 1 else given[0]
+                if playlist is None:
+                    return self.send_error(404)
+                body = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n{playlist}".encode()
+            else:
+                body = transport_stream(float(self.path.strip("/.ts")), 10)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/live.m3u8"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_playlist_that_cannot_be_read_any_more_is_lost_and_one_that_ends_is_not(
+    clock: Clock,
+) -> None:
+    segments = [f"#EXTINF:1.0,\n{i}.ts\n" for i in range(3)]
+    going, ended = segments[0] + segments[1], "".join(segments) + "#EXT-X-ENDLIST\n"
+    with playlists([going, ended]) as url:
+        watched = Watched(url, 1, clock, reconnect=60.0)
+    assert watched.seconds == [0, 1, 2]
+    assert not watched.notices
+    given = [going, None]
+    with playlists(given) as url:
+        watched = Watched(url, 1, clock, 60.0, noticed=lambda _: given.__setitem__(0, ended))
+    assert len(watched.seconds) == 2 + 3
+    (lost,) = watched.named("source.lost")
+    assert "404 Not Found" in lost.data["message"]
+    assert len(watched.named("source.back")) == 1
+    assert not watched.error
+
+
+@pytest.mark.parametrize("over_tcp", [True, False])
+def test_a_camera_may_have_one_transport_of_rtsp_alone(clock: Clock, over_tcp: bool) -> None:
+    with camera(rtsp(transport_stream(0, 60), over_tcp)) as made:
+        watched = Watched(made.url.replace("http", "RTSP"), 1, clock, most=3)
+    assert watched.seconds == [0, 1, 2]
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_camera_of_single_pictures_is_asked_for_the_next_one(clock: Clock, sized: bool) -> None:
+    with camera(still(sized)) as made:
+        watched = Watched(made.url, 2, clock, reconnect=60.0, most=4)
+    assert watched.seconds == [0, 0.5, 1, 1.5]
+    assert not watched.notices
+
+
+@pytest.mark.parametrize("url", ["rtsp://{}@127.0.0.1:1/x", "http://127.0.0.1:1/x?a=1&pwd={}"])
+def test_what_is_said_of_a_source_has_no_password(url: str) -> None:
+    with pytest.raises(SourceError, match="Connection refused") as caught:
+        open_source(url.format("admin:hunter2"))
+    assert "hunter2" not in str(caught.value)
+    assert "127.0.0.1:1/x" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("rtmp://127.0.0.1:1/a/b", "Connection refused"),
+        ("rtsp://admin:a#b@127.0.0.1:1/x", "write characters such as # .* as %23"),
+        ("srtx://127.0.0.1:1", "srtx:// is not a protocol here"),
+        ("rtsp://moss.invalid/x", "moss.invalid: "),
+        ("/", "/: is a folder"),
+    ],
+)
+def test_what_is_wrong_with_an_address_is_said(url: str, words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        open_source(url)
+
+
 def test_a_file_by_its_url_is_a_file(tmp_path: Path) -> None:
     """Served with its length, it has a file's clock: sound first, a last picture that stays."""
     path = video(tmp_path / "a.mp4", every(0.5, 6, 2), sound=5, stays=2)
-    data = path.read_bytes()
 
-    def serve(_number: int, client: socket.socket) -> None:
-        head = b"HTTP/1.0 200 OK\r\nContent-Type: video/mp4\r\nContent-Length: %d\r\n\r\n"
-        client.sendall(head % len(data) + data)
+    def served(data: bytes, sized: bool) -> FileSource:
+        length = b"Content-Length: %d\r\n" % len(data) if sized else b""
 
-    with camera(serve) as made:
-        fetched = open_source(made.url)
-    assert isinstance(fetched, FileSource)
+        def serve(_number: int, client: socket.socket) -> None:
+            client.sendall(b"HTTP/1.0 200 OK\r\n" + length + b"\r\n" + data)
+
+        with camera(serve) as made:
+            source = open_source(made.url)
+        assert isinstance(source, FileSource)
+        return source
+
+    fetched = served(path.read_bytes(), sized=True)
+    # Of these one alone says that it ends: the file's table of contents, or the server.
+    served(path.read_bytes(), sized=False)
+    stream = served(transport_stream(0, 30), sized=True)
+    assert [second for second, _ in stream.frames(1)] == [0, 1, 2]
     local = open_source(path.as_uri())
     assert isinstance(local, FileSource)
     for source in (fetched, local):
