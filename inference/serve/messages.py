@@ -11,10 +11,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from inference.serve.limits import SAMPLING_RANGES
-from inference.serve.requests import Url, branch
+from inference.serve.requests import ONE_TILE, Url, branch
 from inference.serve.typed_fields import Chars, Choice, Fields, Range, harmless, neutral
-
-_ONE_TILE = "every picture is seen as one tile of the model's size"
 
 
 class Session(Fields):
@@ -51,7 +49,7 @@ class TextInput(Fields):
 class ImageInput(Fields):
     type: Annotated[str, Choice({"input_image": "input_image"})]
     image_url: Url = None
-    detail: Any = neutral(_ONE_TILE, "auto")
+    detail: Any = neutral(ONE_TILE, "auto")
 
 
 _Part = Annotated[

@@ -17,7 +17,7 @@ _NO_TOOLS = "this model has no tools"
 _SAMPLING = "the engine samples by temperature, top_k, top_p and repetition_penalty alone"
 _TEXT = "the answer is text"
 _AS_TRAINED = "prompts are written as in training"
-_ONE_TILE = "every picture is seen as one tile of the model's size"
+ONE_TILE = "every picture is seen as one tile of the model's size"
 _SCHEMA = "use response_format"
 
 _FRAMES = Range(1, lambda limits: limits.frames, whole=True)
@@ -32,9 +32,9 @@ class Frames(Fields):
     min_frames: Annotated[int | None, _FRAMES] = None
     max_frames: Annotated[int | None, _FRAMES] = None
     num_frames: Annotated[int | None, _FRAMES] = None
-    min_pixels: Any = neutral(_ONE_TILE)
-    max_pixels: Any = neutral(_ONE_TILE)
-    total_pixels: Any = neutral(_ONE_TILE)
+    min_pixels: Any = neutral(ONE_TILE)
+    max_pixels: Any = neutral(ONE_TILE)
+    total_pixels: Any = neutral(ONE_TILE)
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -45,15 +45,15 @@ class Frames(Fields):
 
 class ImageUrl(Fields):
     url: Url = None
-    detail: Any = neutral(_ONE_TILE, "auto")
-    min_pixels: Any = neutral(_ONE_TILE)
-    max_pixels: Any = neutral(_ONE_TILE)
-    total_pixels: Any = neutral(_ONE_TILE)
+    detail: Any = neutral(ONE_TILE, "auto")
+    min_pixels: Any = neutral(ONE_TILE)
+    max_pixels: Any = neutral(ONE_TILE)
+    total_pixels: Any = neutral(ONE_TILE)
 
 
 class VideoUrl(Frames):
     url: Url = None
-    detail: Any = neutral(_ONE_TILE, "auto")
+    detail: Any = neutral(ONE_TILE, "auto")
 
 
 def _as_object(given: Any) -> Any:
@@ -76,9 +76,9 @@ class ImagePart(Fields):
         ImageUrl, BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str)
     ]
     uuid: Any = harmless()
-    min_pixels: Any = neutral(_ONE_TILE)
-    max_pixels: Any = neutral(_ONE_TILE)
-    total_pixels: Any = neutral(_ONE_TILE)
+    min_pixels: Any = neutral(ONE_TILE)
+    max_pixels: Any = neutral(ONE_TILE)
+    total_pixels: Any = neutral(ONE_TILE)
 
 
 class VideoPart(Frames):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from operator import itemgetter
 
-from inference.evaluate.streaming.items import Ask, Benchmark, Item, Reply, Watched
+from inference.evaluate.streaming.items import EARLIER_ANSWER, Ask, Benchmark, Item, Reply, Watched
 from inference.evaluate.streaming.source import open_source
 from inference.evaluate.streaming.speaker import Speaker, Watching
-
-_ANSWER = "##ANSWER##"
 
 
 def watch(speaker: Speaker, item: Item, fps: float) -> Watched:
@@ -44,7 +42,7 @@ def _text(ask: Ask, watching: Watching) -> str:
         return ask.text
     turn = ask.answer_to + 1
     answer = next((e.text for e in watching.said() if e.turn == turn), "")
-    return ask.text.replace(_ANSWER, answer)
+    return ask.text.replace(EARLIER_ANSWER, answer)
 
 
 def poll(

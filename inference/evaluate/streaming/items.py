@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+EARLIER_ANSWER = "##ANSWER##"  # in a question of OmniMMI
+
 
 @dataclass(frozen=True)
 class Ask:
     """A user's turn at a second of the video; from its end where that is negative.
 
-    answer_to: number of an earlier question whose answer stands for ##ANSWER## in the text.
+    answer_to: number of an earlier question whose answer stands for EARLIER_ANSWER in the text.
     """
 
     second: float

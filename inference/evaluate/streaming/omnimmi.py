@@ -12,6 +12,7 @@ from typing import Any
 
 from inference.evaluate.streaming.forms import Entry, kind_of, read_entries
 from inference.evaluate.streaming.items import (
+    EARLIER_ANSWER,
     Ask,
     Emission,
     Item,
@@ -35,7 +36,6 @@ _NEEDS = {
     "SI": ("video", "question", "answer", "timestamp"),
 }  # fmt: skip
 _LATE = -5.0  # seconds from the end, at which AP and PT are asked in a stream
-_MARK = "##ANSWER##"
 
 
 class OmniMMI:
@@ -100,7 +100,7 @@ class OmniMMI:
         for turn in truth["turns"]:
             text = turn["question"]
             if task == "MD":
-                text = text.replace(_MARK, replies[-1].answer) if replies else text
+                text = text.replace(EARLIER_ANSWER, replies[-1].answer) if replies else text
             else:
                 told += f"user\n{text}\nassistant\n"
                 text = told
