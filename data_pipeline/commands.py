@@ -26,7 +26,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         nothing = any(action.default is x for x in (None, False, argparse.SUPPRESS))
-        if nothing or action.default in ("", [], ()) or not action.option_strings or "(default" in text:
+        nothing = nothing or action.default in ("", [], ())
+        if nothing or not action.option_strings or "(default" in text:
             return text
         if isinstance(action.default, list | tuple):
             return f"{text} (default: {' '.join(map(str, action.default))})"
