@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,7 +20,16 @@ from inference.serve.hub import Hub
 from inference.serve.limits import Limits
 from inference.serve.media_files import MediaFolders
 from inference.serve.metrics import Metrics
-from inference.serve.server import Certificate, Server, allow_files, listen, server_config, url_of
+from inference.serve.server import (
+    Certificate,
+    Doors,
+    Server,
+    allow_files,
+    is_local,
+    listen,
+    server_config,
+    url_of,
+)
 from inference.session.runner import Runner
 
 
@@ -41,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{args.checkpoint} does not say its prompt form: it may not have learned to watch"
             )
         open_to_all = not (args.api_key or args.keys)
-        if args.host not in ("127.0.0.1", "localhost", "::1") and open_to_all:
+        if open_to_all and not is_local(args.host):
             cli.note(f"warning: {args.host} is open to the network, and there is no --api_key")
         if "*" in args.allow_origin and open_to_all:
             cli.note("warning: any site's page may use this server, and there is no --api_key")
@@ -50,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.replicas or args.replica_urls:
             return run_front(args, argv, limits, export, certificate)
         # Before the model is loaded, which takes long; other ranks of torchrun serve nothing.
-        door = listen(args.host, args.port, args.unix_socket) if cli.leads() else socket.socket()
+        doors = listen(args.host, args.port, args.unix_socket) if cli.leads() else Doors()
         with cli.refusing_values():
             access = Access.of_flags(args, limits, args.front_key)
         if cli.leads():
             media.prepare()
         metrics = Metrics()
         with (
-            door,
+            doors,
             closing(access),
             Runner(cli.load(args, args.max_sessions), metrics.measured) as runner,
         ):
@@ -67,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             app = make_app(hub, access, args.allow_origin, args.allow_host)
             # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
             signal.signal(signal.SIGTERM, lambda *_: None)
-            cli.note(url_of(args.host, door, certificate))
+            cli.note(url_of(args.host, doors, certificate))
             tile = runner.tile if args.front_key else None
             config = server_config(app, args.host, args.port, limits, certificate, tile)
             server = Server(config, hub)
             if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
                 signal.signal(signal.SIGHUP, server.handle_exit)  # as SIGTERM, which uvicorn takes
-            server.run(sockets=[door])
+            server.run(sockets=doors)
             if runner.failed:
                 report_error(PROGRAM, runner.failed)
     return FAILED if runner.failed else DONE

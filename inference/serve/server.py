@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import ipaddress
 import os
+import re
 import socket
 import ssl
 import stat
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -82,31 +85,81 @@ def allow_files(limits: Limits) -> None:
         cli.note(f"warning: {words}, and this process may have {allowed}: see `ulimit -Hn`")
 
 
-def url_of(host: str, door: socket.socket, certificate: Certificate | None) -> str:
-    """Where a socket is reached; `host` as it was given."""
-    if door.family == socket.AF_UNIX:
-        return f"unix:{door.getsockname()}"
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if certificate else 'http'}://{host}:{door.getsockname()[1]}/"
+class Doors(list[socket.socket]):
+    """The sockets on which a server listens; closed when it is left."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for door in self:
+            door.close()
 
 
-def listen(host: str, port: int, path: str | None = None) -> socket.socket:
-    """The socket of an address, or of a path; CommandError where it cannot be had."""
-    if path is not None:
-        made = socket.socket(socket.AF_UNIX)
-        _remove_left(path)
-        try:
-            made.bind(path)
-        except OSError as error:
-            raise cli.CommandError(f"--unix_socket {path}: {error.strerror or error}") from None
-        made.listen()
-        return made
+def url_of(host: str, doors: Doors, certificate: Certificate | None) -> str:
+    """Where a server is reached; `host` as it was given."""
+    if doors[0].family == socket.AF_UNIX:
+        return f"unix:{doors[0].getsockname()}"
+    host = f"[{host.strip('[]')}]" if ":" in host else host
+    return f"{'https' if certificate else 'http'}://{host}:{doors[0].getsockname()[1]}/"
+
+
+def is_local(host: str) -> bool:
+    """Whether a server of this host is reached from its own machine alone."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int, path: str | None = None) -> Doors:
+    """The sockets of a host, one for each of its addresses, or of a path; CommandError where they
+    cannot be had. `::` takes IPv4, too, as most servers do."""
+    if path is not None:
+        return Doors([_listen_at(path)])
+    flags = f"--host {host} --port {port}"
+    if host in ("", "*") or "/" in host or re.fullmatch(r"[^:]*:\d*|\[.*\]:\d*", host):
+        words = "write an address alone: 127.0.0.1, 0.0.0.0 (all of IPv4), :: (all)"
+        raise cli.CommandError(f"--host {host!r}: {words}")
+    doors = Doors()
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        for family, _, _, _, (name, _, *scope) in dict.fromkeys(found):
+            # A free port that is the same for all.
+            port = doors[0].getsockname()[1] if doors else port
+            try:
+                doors.append(_listen(family, (name, port, *scope)))
+            except OSError as error:
+                # A name may have addresses of a family that the machine does not use.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if not doors:
+            raise missing
     except OSError as error:
+        doors.__exit__()
         words = f"{error.strerror or error}: give another --host or --port"
-        raise cli.CommandError(f"--host {host} --port {port}: {words}") from None
+        raise cli.CommandError(f"{flags}: {words}") from None
+    return doors
+
+
+def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
+    both = False
+    if family == socket.AF_INET6:
+        named = ipaddress.IPv6Address(address[0])
+        both = socket.has_dualstack_ipv6() and (named.is_unspecified or bool(named.ipv4_mapped))
+    return socket.create_server(address, family=family, dualstack_ipv6=both)
+
+
+def _listen_at(path: str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    _remove_left(path)
+    try:
+        made.bind(path)
+    except OSError as error:
+        raise cli.CommandError(f"--unix_socket {path}: {error.strerror or error}") from None
+    made.listen()
+    return made
 
 
 def _remove_left(path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import http.client
 import json
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.flags import origin as read_origin
 from inference.serve.flags import parse
-from inference.serve.server import listen
+from inference.serve.server import is_local, listen
 from tests.inference.serve.serving import PATIENCE, Running, serving
 
 MINE, OTHER = "https://mine.example", "https://other.example"
@@ -182,13 +183,41 @@ def test_origins_are_written_as_browsers_write_them() -> None:
 
 def test_an_address_that_cannot_be_had_is_told_before_a_model_is_loaded() -> None:
     with listen("127.0.0.1", 0) as taken:
-        number = taken.getsockname()[1]
+        number = taken[0].getsockname()[1]
         with pytest.raises(CommandError, match=f"--port {number}: Address already in use"):
             listen("127.0.0.1", number)
     with pytest.raises(CommandError, match=r"--host no\.such\.host\.invalid"):
         listen("no.such.host.invalid", 8000)
+    for mistaken in ("", "*", "127.0.0.1:80", "[::1]:80", "http://127.0.0.1"):
+        with pytest.raises(CommandError, match="write an address alone"):
+            listen(mistaken, 8000)
     with pytest.raises(SystemExit):
         parse(["--port", "70000"])
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_a_host_is_listened_to_at_all_of_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(host: str, *addresses: str) -> None:
+        with listen(host, 0) as doors:
+            number = doors[0].getsockname()[1]
+            for address in addresses:
+                socket.create_connection((address, number), 10).close()
+
+    reached("::", "::1", "127.0.0.1")
+    reached("[::1]", "::1")
+    reached("::ffff:127.0.0.1", "127.0.0.1")
+    found = socket.getaddrinfo
+    # As most machines have it, in /etc/hosts; the last one is another machine's.
+    several = [one for name in ("::1", "127.0.0.1", "192.0.2.1") for one in found(name, 0, type=1)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: several)
+    with listen("localhost", 0) as doors:
+        assert [door.getsockname()[0] for door in doors] == ["::1", "127.0.0.1"]
+        assert len({door.getsockname()[1] for door in doors}) == 1
+
+
+def test_only_addresses_of_this_machine_alone_need_no_key() -> None:
+    assert all(map(is_local, ("localhost", "127.0.0.1", "127.0.0.2", "::1", "[::1]")))
+    assert not any(map(is_local, ("0.0.0.0", "::", "192.0.2.1", "video.example")))
 
 
 def test_a_socket_that_an_ended_server_left_is_taken_and_no_other(tmp_path: Path) -> None:
@@ -197,7 +226,7 @@ def test_a_socket_that_an_ended_server_left_is_taken_and_no_other(tmp_path: Path
     with listen("", 0, path), pytest.raises(CommandError, match="Address already in use"):
         listen("", 0, path)
     with listen("", 0, path) as again:
-        assert again.getsockname() == path
+        assert again[0].getsockname() == path
     with pytest.raises(CommandError, match=f"--unix_socket {file}: Address already in use"):
         listen("", 0, str(file))
     assert file.read_text() == "mine"
