@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +49,7 @@ PAGE = STATIC / "index.html"
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PIECES = {path.name: path for path in STATIC.iterdir() if path.suffix in (".css", ".js")}
 _MODEL_CARD = {"id": MODEL, "object": "model", "created": 0, "owned_by": "moss"}
-_PROTOCOL = "realtime"
+_REALTIME, _PROTOCOL = "/v1/realtime", "realtime"
 
 
 class Service(Protocol):
@@ -90,7 +91,16 @@ def make_app(
 
 
 def guarded(app: FastAPI, origins: Sequence[str], hosts: Sequence[str]) -> ASGIApp:
-    """Routes for browsers; as in `make_routes`."""
+    """All routes, for browsers, too; as in `make_routes`."""
+
+    @app.websocket("/{path:path}")
+    async def wrong_socket(socket: WebSocket) -> None:
+        path = socket.url.path
+        words = f"a WebSocket of {path:.80}: {_no_route(app, path)}"
+        if path in _paths(app):
+            words = f"a WebSocket of {path}: sessions are at {_REALTIME}"
+        await socket.send_denial_response(refusal(Refused("not_found", words)))
+
     return Cors(Visits(app), origins, hosts, partial(_methods, app))
 
 
@@ -127,7 +137,7 @@ def make_routes(
         page = await service.metrics_page() + access.page()
         return Response(page, media_type="text/plain; version=0.0.4")
 
-    @app.websocket("/v1/realtime")
+    @app.websocket(_REALTIME)
     async def realtime(socket: WebSocket) -> None:
         offered = socket.headers.get("sec-websocket-protocol", "")
         chosen = _PROTOCOL if _PROTOCOL in [p.strip() for p in offered.split(",")] else None
@@ -266,17 +276,42 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def wrong(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.url.path:.80}"
+        path = request.url.path
+        where = f"{request.method} {path:.80}"
+        if path == _REALTIME:
+            words = f"{where}: sessions are WebSockets: the request has no `Upgrade: websocket`, "
+            answer = refusal(Refused("upgrade_required", f"{words}which a proxy must pass on"))
+            answer.headers["Upgrade"] = "websocket"
+            return answer
         if error.status_code == 405:
             words = f"{where}: this route has no such method"
             answer = refusal(Refused("method_not_allowed", words))
-            answer.headers["Allow"] = ", ".join(_methods(app, request.url.path))
+            answer.headers["Allow"] = ", ".join(_methods(app, path))
             return answer
-        return refusal(Refused("not_found", f"{where}: there is no such route"))
+        return refusal(Refused("not_found", f"{where}: {_no_route(app, path)}"))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
         return refusal(Refused("failed", f"the server failed: {type(error).__name__}"))
+
+
+def _paths(app: FastAPI) -> list[str]:
+    """Of routes without parameters."""
+    found = dict.fromkeys(getattr(route, "path", "") for route in app.routes)
+    return [path for path in found if path and "{" not in path]
+
+
+def _no_route(app: FastAPI, path: str) -> str:
+    """What is said of a path that leads nowhere: with the one that is meant, where that is clear,
+    as where its prefix is missing, or a proxy has left its own."""
+    known, given = [one for one in _paths(app) if one != "/"], re.sub("/+", "/", path)
+    near = [one for one in known if given.endswith(one) or (given != "/" and one.endswith(given))]
+    near += get_close_matches(given, known, 1)
+    return (
+        f"there is no such route: {near[0]} is"
+        if near
+        else ("there is no such route: /openapi.json lists them")
+    )
 
 
 def _methods(app: FastAPI, path: str) -> list[str]:

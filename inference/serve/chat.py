@@ -37,7 +37,8 @@ from inference.session.handle import SessionClosed, SessionHandle
 _STATUS = {  # of a refusal's code; else 400
     "too_large": 413, "overloaded": 503, "unauthorized": 401, "failed": 500, "model_not_found": 404,
     "not_found": 404, "method_not_allowed": 405, "origin": 403, "host": 403, "timeout": 408,
-    "unsupported_media_type": 415, "replica_lost": 503, "rate_limit_exceeded": 429,
+    "unsupported_media_type": 415, "upgrade_required": 426, "replica_lost": 503,
+    "rate_limit_exceeded": 429,
 }  # fmt: skip
 _TOLD = 0.2  # seconds after which a front hears what a whole answer has used
 _HELD = 4  # a request's text, its JSON and its pictures' bytes are there at the same time

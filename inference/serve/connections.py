@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import h11
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
@@ -175,6 +176,12 @@ class _LimitedSocket(WebSocketsSansIOProtocol):
             if not (self._refused or self.transport.is_closing()):
                 super().data_received(data[start : start + _PIECE])
         self._waited |= self.read_paused
+
+    async def send(self, message: ASGISendEvent) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            # Refused with an answer: uvicorn logs an error of the routes where nobody says so.
+            self.handshake_complete = True
 
     def send_keepalive_ping(self) -> None:
         self._waited = self.read_paused

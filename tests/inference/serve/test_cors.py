@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import socket
 import http.client
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from inference.cli import CommandError
 from inference.engine.engine import Engine
@@ -20,7 +22,7 @@ from inference.serve.server import is_local, listen
 from tests.inference.serve.serving import PATIENCE, Running, serving
 
 MINE, OTHER = "https://mine.example", "https://other.example"
-CHAT = "/v1/chat/completions"
+CHAT, REALTIME = "/v1/chat/completions", "/v1/realtime"
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,42 @@ def test_sockets_have_parameters_that_are_known(server: Running) -> None:
             assert client.close_code == 1008
     with server.open("?model=moss-video", additional_headers=header) as client:
         assert client.until("session.created")
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", CHAT),
+        ("/moss" + CHAT, CHAT),
+        ("/" + CHAT, CHAT),
+        ("/v1/realtimes", REALTIME),
+        ("/nothing", None),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_told_the_one_that_is_meant(
+    server: Running, path: str, meant: str | None
+) -> None:
+    words = f"{meant} is" if meant else "/openapi.json lists them"
+    answer = server.post(path, json={}, headers={"Authorization": "Bearer key"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"].endswith(f"{path}: there is no such route: {words}")
+    with pytest.raises(InvalidStatus) as refused:
+        connect(f"ws://{server.host}{path}", open_timeout=PATIENCE)
+    assert refused.value.response.status_code == 404
+    assert json.loads(refused.value.response.body)["error"]["message"].endswith(words)
+
+
+def test_sessions_and_requests_are_told_apart(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A proxy that passes no Upgrade on makes a request of a session."""
+    answer = server.get(REALTIME)
+    assert (answer.status_code, answer.headers["Upgrade"]) == (426, "websocket")
+    assert "Upgrade: websocket" in answer.json()["error"]["message"]
+    with pytest.raises(InvalidStatus) as refused:
+        connect(f"ws://{server.host}{CHAT}", open_timeout=PATIENCE)
+    assert f"sessions are at {REALTIME}" in refused.value.response.body.decode()
+    assert not caplog.records
 
 
 def test_origins_are_written_as_browsers_write_them() -> None:
