@@ -113,7 +113,7 @@ def read_track(container: InputContainer, data: Data) -> Track:
     last = max(shown, key=lambda p: p.pts if p.pts is not None else p.dts or 0)
     # Encoders give each packet the length that their nominal rate has, however far apart they are.
     end = times[-1] + max((last.duration or 0) * unit, gap)
-    end = max(end, _stated_end(container, stream, data, times[0], end, gap) - zero)
+    end = max(end, _stated_end(container, stream, data, times[0], end) - zero)
     # AVI knows no times of showing: FFmpeg guesses them, wrongly where the order is another one.
     guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
     stamped = bool(stamps) and not guessed and all(p.pts is not None for p in shown)
@@ -213,7 +213,7 @@ def _rate(stream: Any) -> float:
 
 
 def _stated_end(
-    container: InputContainer, stream: Any, data: Data, first: float, end: float, gap: float
+    container: InputContainer, stream: Any, data: Data, first: float, end: float
 ) -> float:
     """Where the header says that the pictures end, in the stream's own seconds; 0: it does not.
 

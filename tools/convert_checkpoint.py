@@ -18,6 +18,7 @@ import inference.hf
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error, whole_number
 from data_pipeline.tables import format_table
 from moss_train.config import RENAMED, ConfigError
+from moss_train.convert.hf_config import ARCHITECTURES
 from moss_train.convert.source import ConversionError
 from moss_train.convert.to_hf import ToHf, convert_megatron
 from moss_train.convert.to_megatron import FromHf, convert_hf
@@ -109,7 +110,7 @@ def _add_to_megatron(add: Callable[..., object]) -> None:
     add("out", type=Path, metavar="OUT", help="checkpoint to make; must not exist")
     add(
         "--arch",
-        choices=("moss", "mllama"),
+        choices=ARCHITECTURES,
         help="format of SRC (default: as its config.json says)",
     )
     add("--model", type=Path, metavar="FILE.yaml",
@@ -130,7 +131,7 @@ def _add_to_megatron(add: Callable[..., object]) -> None:
 def _add_to_hf(add: Callable[..., object]) -> None:
     add("source", type=Path, metavar="RUN", help="run folder or checkpoint")
     add("out", type=Path, metavar="OUT", help="folder to make; must not exist")
-    add("--target", choices=("moss", "mllama"), help="model class of the export (default: moss)")
+    add("--target", choices=ARCHITECTURES, help="model class of the export (default: moss)")
     add("--quantize", choices=("int8", "fp8"), help="quantize the decoder's linear layers")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer (default: the run's)")
     add("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE",

@@ -46,7 +46,6 @@ def _spoken(record: Record) -> bool:
     return speech.words_field(record) is not None and streaming.names_clip(record)
 
 
-_CLIP = ("video_path", "video", "video_uid")
 # The first that fits is a record's form: the narrower ones stand before the wider ones.
 KNOWN: tuple[Known, ...] = (
     Known("realtime-qa", segments.has_frame_timestamps, (("messages", "video"),)),

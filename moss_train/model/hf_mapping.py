@@ -18,7 +18,6 @@ from torch import Tensor
 from moss_train.model_config import ModelConfig
 
 TEXT = "language_model.model."
-PATCH = "vision 3 patch patch"  # shape of the convolution
 TEXT_LAYER = TEXT + "layers.{i}."
 
 
