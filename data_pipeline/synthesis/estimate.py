@@ -26,9 +26,11 @@ _WRITTEN = {"caption": 60, "confirm": 20, "write": 150, "audit": 25, "say": 15, 
 
 @dataclass(frozen=True)
 class Estimate:
-    """requests, tokens: by kind; tokens of prompts and of replies."""
+    """requests, tokens: by kind; tokens of prompts and of replies. left_out: videos that are too
+    short, or whose length no header says: they are not among the others."""
 
     videos: int
+    left_out: int
     seconds: float
     clips: int
     requests: dict[str, float]
@@ -50,13 +52,18 @@ class Estimate:
         cost = sum(n * p for n, p in zip(self.total, price, strict=True)) / 1e6
         head = (f"estimate: {self.videos} videos, {self.seconds:.0f} s, {self.clips} clips"
                 + (f", cost {cost:.2f}" if any(price) else ""))  # fmt: skip
+        if self.left_out:
+            head += (f"; {self.left_out} videos left out: shorter than --shortest "
+                     f"{config.cut.shortest} s, or their headers state no length")  # fmt: skip
         return [head, *format_table(rows).splitlines()]
 
 
 def estimate(sources: Sequence[Source], config: SynthesisConfig, prompts: Prompts) -> Estimate:
-    """Reads the headers of the videos. What cannot be read counts nothing; nor does what was
-    asked before: it costs nothing."""
-    lengths = [length for length in map(_length, sources) if length >= config.cut.shortest]
+    """Reads the headers of the videos. What was asked before is counted, too, though it costs
+    nothing."""
+    stated = map(_length, sources)
+    # As the run does: a frame each whole second, so 5.2 s have six.
+    lengths = [one for one in stated if math.ceil(one - 1e-3) >= config.cut.shortest]
     clips = [math.ceil(length / config.cut.clip) for length in lengths]
     requests = dict.fromkeys(KINDS, 0.0)
     tokens_in = dict.fromkeys(KINDS, 0.0)
@@ -65,7 +72,8 @@ def estimate(sources: Sequence[Source], config: SynthesisConfig, prompts: Prompt
             requests[kind] += count * number
             tokens_in[kind] += count * number * size
     tokens = {kind: (tokens_in[kind], requests[kind] * _WRITTEN[kind]) for kind in KINDS}
-    return Estimate(len(lengths), sum(lengths), sum(clips), requests, tokens)
+    left_out = len(sources) - len(lengths)
+    return Estimate(len(lengths), left_out, sum(lengths), sum(clips), requests, tokens)
 
 
 def _length(source: Source) -> float:

@@ -11,6 +11,7 @@ from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 from data_pipeline.synthesis.config import CutConfig, config_from
 from data_pipeline.synthesis.cut import clips, find_sources, key_of
+from data_pipeline.synthesis.estimate import estimate
 from data_pipeline.synthesis.prompts import TEMPLATES, PromptError, load_prompts
 from data_pipeline.synthesis.write import write
 from tests.data_pipeline.clips import every, video
@@ -42,6 +43,19 @@ def test_it_is_rather_cut_between_words(tmp_path: Path) -> None:
     (source,) = find_sources(str(plain))
     first, second = clips(source, plain.read_bytes(), SIZES, [])
     assert (first.speech(0, 5), second.speech(0, 7)) == ("words all the time", "and again")
+
+
+def test_an_estimate_counts_the_videos_that_a_run_takes_and_the_others(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", every(1.0, 6), stays=0.2)  # 5.2 s: frames at 0, 1, ... 5
+    video(tmp_path / "b.mp4", every(1.0, 5), stays=0.2)
+    (tmp_path / "c.mp4").write_bytes(b"no video")
+    config, sources = config_from({"cut": {"shortest": 6}}), find_sources(str(tmp_path))
+    head, *_ = estimate(sources, config, load_prompts(None)).lines(config)
+    assert head.startswith("estimate: 1 videos, 5 s, 1 clips; 2 videos left out: shorter than")
+    first, second = (Path(source.path).read_bytes() for source in sources[:2])
+    assert len(clips(sources[0], first, config.cut, [])) == 1
+    with pytest.raises(SampleError, match="less than cut"):
+        clips(sources[1], second, config.cut, [])
 
 
 def test_what_of_a_transcript_is_left_out_is_counted(tmp_path: Path) -> None:
