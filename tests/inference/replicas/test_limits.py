@@ -213,6 +213,9 @@ def test_the_fronts_page_has_its_keys_and_the_replicas_figures_once(front: Front
     assert len(types) == len(set(types))
     assert "moss_key_tokens_total" in page
     assert "moss_frames_total" in page
+    docs = [(REPO / "docs" / name).read_text() for name in ("serving.md", "replicas.md")]
+    documented = set(re.findall(r"moss_\w+", "".join(docs)))
+    assert {one for one in types if not one.endswith("_created")} <= documented
     for key, client, status in (
         (CHIEF, None, 200), (PLAIN, None, 401), (CHIEF, "10.0.0.7", 403), (CHIEF, "anybody", 403),
     ):  # fmt: skip
