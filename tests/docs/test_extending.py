@@ -57,6 +57,15 @@ def test_the_form_reads_its_records_and_rejects_the_incomplete_one(extended) -> 
     assert json.loads(line)["detail"] == "a: None is not a text"
 
 
+def test_what_it_adds_passes_the_checks_of_the_project(extended) -> None:
+    tree, _ = extended
+    config = ["--config", str(REPO / "pyproject.toml"), "--no-cache"]
+    for check in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *check, *config, "data_pipeline/importers"]
+        done = subprocess.run(ruff, cwd=tree, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_model_has_the_sizes_of_its_preset(extended) -> None:
     _, printed = extended
     (shown,) = [out for command, out in printed.items() if "--cfg job" in command]
