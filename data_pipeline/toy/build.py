@@ -31,7 +31,7 @@ MODALITIES = ("text", "image", "video")
 _STORIES = {"pt1": (0.4, 4), "pt2": (0.7, 5)}
 # The share of the clips that are drawn so that their order alone tells what is asked (temporal.py).
 _TEMPORAL = {"pt1": 0.0, "pt2": 0.5, "sft": 0.8, "realtime_sft": 0.25}
-_VERSION = 15  # changes with pictures and texts: folders of another version are refused
+_VERSION = 16  # changes with pictures and texts: folders of another version are refused
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """Real-time conversations about the toy world: one frame a second, words or silence after each.
 
 After each frame come at most `WORDS` words; a longer sentence goes on after the next frame. A
-second in which a sentence ends, or without a word, ends with `<|silence|>`.
+second in which a sentence ends, or without a word, ends with `<|silence|>`. Whoever asks does not
+wait for a frame to come or for the answer to end: half of the questions are answered before the
+next frame, a quarter after it, and in a quarter it comes in the middle of the answer.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 from data_pipeline.schema import VIDEO_MARK
@@ -47,19 +50,33 @@ def narration(story: Story) -> Stream:
 
 def question(story: Story, rng: random.Random) -> Stream:
     """One with a question in the middle; the model answers, and says when the answer changes."""
-    asked = rng.randrange(1, len(story.states) // 2)
+    asked = rng.randrange(1, len(story.states) // 2)  # second of the last frame that is asked about
     for _ in range(_TRIES):
         qa = question_at(story.states[asked], rng)
         speech = _corrections(story, asked, qa)
         if speech:
             break
+    comes = rng.choice(("after", "after", "before", "within"))  # the next frame, to the answer
+    before = asked if comes == "before" else asked + 1  # frames before the question
+    first, rest = _cut(qa.answer, comes, rng)
     messages = [
         _user(""),
-        _assistant(_watch({}, range(asked + 1))),
+        _assistant(_watch({}, range(before))),
         _user(qa.question),
-        _assistant(qa.answer + SILENCE + _watch(speech, range(asked + 1, len(story.states)))),
+        _assistant(first + _watch(speech, range(before, len(story.states)), rest)),
     ]
     return Stream(messages, speech, qa)
+
+
+def _cut(answer: str, comes: str, rng: random.Random) -> tuple[str, str]:
+    """What is said before the next frame, and after it, without the silence of the latter."""
+    if comes == "after":
+        return answer + SILENCE, ""
+    if comes == "before":
+        return "", answer
+    parts = re.findall(r" ?\w+|[^\w ]", answer)
+    cut = rng.randrange(1, len(parts))
+    return "".join(parts[:cut]), "".join(parts[cut:])
 
 
 def question_at(state: State, rng: random.Random) -> QA:
@@ -88,15 +105,16 @@ def _fact(state: State, task: str, subject: str) -> str:
     return sentence(f"now it is {thing.colour if task == 'colour' else PLACES[thing.place]}")
 
 
-def _watch(speech: dict[int, str], seconds: range) -> str:
-    """Frames, each followed by the words of its second."""
+def _watch(speech: dict[int, str], seconds: range, answer: str = "") -> str:
+    """Frames, each followed by the words of its second; `answer` (or its rest) by the first one."""
     content, waiting = "", []
     for second in seconds:
         content += VIDEO_MARK
         if second in speech:
             waiting += [speech[second].split()]
-        if not waiting:
-            content += SILENCE
+        if answer or not waiting:
+            content += answer + SILENCE
+            answer = ""
             continue
         words = waiting[0]
         begun = content.removesuffix(VIDEO_MARK)[-1:] not in (">", "")

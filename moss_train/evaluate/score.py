@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from data_pipeline.schema import MARK
+from data_pipeline.schema import MARK, VIDEO_MARK
 from moss_train.evaluate.controls import BLIND, ONE_FRAME, SEEN, SHUFFLED
 from moss_train.evaluate.items import Known
 from moss_train.evaluate.outcomes import Outcome, plain, says
@@ -227,11 +227,10 @@ def _count(items: Sequence[Known], timelines: Sequence[Timeline]) -> Counter[str
         said = list(timeline.spoken)
         if item.options:  # asked in the middle: the first thing said after that is the answer
             counts["questions"] += 1
-            asked = asked_second(item)
+            asked, expected = asked_answer(item)
             answer = next((u for u in said if u[0] == asked), None)
             if answer is not None:
                 said.remove(answer)
-                expected = item.answer.partition("<|")[0]
                 counts["answered"] += plain(answer[1]) == plain(expected)
         counts["told"] += len(timeline.wanted) + len(said)
         for second, wanted in timeline.wanted:
@@ -248,6 +247,12 @@ def _count(items: Sequence[Known], timelines: Sequence[Timeline]) -> Counter[str
     return counts | Counter({"minutes": counts["seconds"] / 60})  # type: ignore[dict-item]
 
 
-def asked_second(item: Known) -> int:
-    """The second of the last frame before the question."""
-    return sum(message.content.count("<|video|>") for message in item.sample.messages[:-1]) - 1
+def asked_answer(item: Known) -> tuple[int, str]:
+    """Of a stream with a question: the second of the frame after which its answer begins, and the
+    answer, without frames that come within it."""
+    second = sum(message.content.count(VIDEO_MARK) for message in item.sample.messages[:-1]) - 1
+    rest = item.answer
+    while rest.startswith(VIDEO_MARK):
+        second += 1
+        rest = rest.removeprefix(VIDEO_MARK).removeprefix("<|silence|>")
+    return second, rest.replace(VIDEO_MARK, "").partition("<|")[0]

@@ -156,9 +156,9 @@ def spoken(messages: list[dict[str, str]]) -> list[tuple[int, str]]:
             continue
         for i, part in enumerate(message["content"].split("<|video|>")):
             second += i > 0
-            words = part.replace("<|silence|>", "").strip()
+            words = part.replace("<|silence|>", "")
             if words and goes_on:
-                found[-1] = (found[-1][0], f"{found[-1][1]} {words}")
+                found[-1] = (found[-1][0], found[-1][1] + words)
             elif words:
                 found.append((second, words))
             assert len(words.split()) <= 5
@@ -182,7 +182,7 @@ def test_narration_tells_each_event_within_a_second_of_it() -> None:
 
 
 def test_a_question_is_answered_and_the_answer_kept_right() -> None:
-    corrected = 0
+    corrected, forms = 0, Counter[str]()
     for seed, story in enumerate(streams(200)):
         live = question(story, random.Random(seed))
         watched = live.messages[1]["content"].count("<|video|>")
@@ -197,13 +197,27 @@ def test_a_question_is_answered_and_the_answer_kept_right() -> None:
                 return NUMBERS[len(state)]
             return state[subject][task == "place"] if subject in state else "gone"
 
-        facts = [fact(state) for state in states[watched - 1 :]]
+        first, _, rest = live.messages[3]["content"].partition("<|video|>")
+        form = "within" if first and not first.endswith("<|silence|>") else "after"
+        form = form if first else "before"  # when the next frame comes
+        asked = watched - (form != "before")  # the last second that is seen
+        facts = [fact(state) for state in states[asked:]]
         changes = [
             (second, new)
-            for second, (old, new) in enumerate(pairwise(facts), watched)
+            for second, (old, new) in enumerate(pairwise(facts), asked + 1)
             if old != new
         ]
-        assert said[0] == (watched - 1, facts[0].capitalize() + ".")
+        answer = facts[0].capitalize() + "."
+        assert said[0] == (asked, answer)
+        if form == "within":
+            assert rest.startswith(answer.removeprefix(first) + "<|silence|>")
+            assert first == answer[: len(first)] != answer
+            changes = [  # a correction waits for the end of the answer
+                (second + (second == watched), new) for second, new in changes
+            ]
         assert [(at, text.rstrip(".").split(maxsplit=3)[-1]) for at, text in said[1:]] == changes
         corrected += bool(changes)
+        forms[form] += 1
     assert corrected > 60
+    assert 80 < forms["after"] < 120
+    assert min(forms["before"], forms["within"]) > 35

@@ -99,14 +99,40 @@ def test_events_in_time_right_words_and_false_alarms(live) -> None:
 
 
 def test_an_answer_in_the_middle_is_neither_an_event_nor_a_false_alarm(live) -> None:
-    item = next(item for item in live if item.options)
-    asked = item.sample.messages[1].content.count("<|video|>") - 1
-    right = item.sample.messages[3].content.partition("<|")[0]
-    counts = _count([item], [Timeline("k", 10, [], [(asked, right)])])
+    item = asked(next(item for item in live if item.options), "Top left.<|silence|><|video|>Oh.")
+    counts = _count([item], [Timeline("k", 10, [], [(2, "Top left.")])])
     assert (counts["questions"], counts["answered"], counts["false"]) == (1, 1, 0)
     assert counts["told"] == 0
-    counts = _count([item], [Timeline("k", 10, [], [(asked, "Nonsense."), (asked + 1, "Oh.")])])
+    counts = _count([item], [Timeline("k", 10, [], [(2, "Nonsense."), (3, "Oh.")])])
     assert (counts["questions"], counts["answered"], counts["false"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "second"),
+    [
+        ("<|video|>Top left.<|silence|><|video|><|silence|>", 3),
+        ("<|video|><|silence|><|video|>Top left.<|silence|>", 4),
+        ("Top<|video|> left.<|silence|><|video|>Now it is gone.<|silence|>", 2),
+        ("Top left<|video|>.<|silence|>", 2),
+    ],
+)
+def test_an_answer_begins_with_a_frame_or_has_one_within(live, answer, second) -> None:
+    item = asked(next(item for item in live if item.options), answer)
+    for at in range(1, 6):
+        counts = _count([item], [Timeline("k", 10, [], [(at, "Top left.")])])
+        assert (counts["answered"], counts["false"]) == ((1, 0) if at == second else (0, 1))
+    counts = _count([item], [Timeline("k", 10, [], [(second, "Top")])])
+    assert (counts["answered"], counts["false"]) == (0, 0)
+
+
+def asked(item, answer: str):
+    """`item` with a question after the third frame, seconds 0 to 2, and this answer."""
+    texts = {1: "<|video|><|silence|>" * 3, 3: answer}
+    turns = [
+        Message(turn.role, texts.get(number, turn.content))
+        for number, turn in enumerate(item.sample.messages)
+    ]
+    return replace(item.known(), sample=replace(item.sample, messages=turns))
 
 
 def test_decisions_are_those_after_frames_of_the_model_s_turns(model, live) -> None:
