@@ -365,6 +365,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Frames go in once: later passes find them in the cache, and so does a further turn that
         begins with the cache of the last one."""
         first = bool(is_first_iteration)
+        for name in ("tokenizer", "assistant_tokenizer"):  # of generate: what stop_strings need
+            kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=first, **kwargs
         )

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import url2pathname
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -72,9 +73,10 @@ class MossVideoProcessor(ProcessorMixin):
                 marks of all texts go through.
             videos: likewise; each a path, a file's bytes, a list of pictures (all are shown), or
                 an array `[F, H, W, 3]`.
-                A picture is a path, a file's bytes, or these as base64 or `data:` URL, a PIL
-                image, or what `to_rgb` takes beside one; any is turned as its EXIF says, put on
-                white where transparent, 16 bits brought to 8. URLs are not fetched.
+                A picture is a path or `file://` URL, a file's bytes, or these as base64 or `data:`
+                URL, an open file, `{"bytes": ..., "path": ...}` (an undecoded row of datasets), a
+                PIL image, or what `to_rgb` takes beside one; any is turned as its EXIF says, put on
+                white where transparent, 16 bits brought to 8. Other URLs are not fetched.
             return_tensors: "pt", "np" or None (lists).
             padding: False, True or "longest", "max_length" (with `max_length`).
             pad_to_multiple_of: length in tokens that the padded one is a multiple of.
@@ -117,9 +119,16 @@ class MossVideoProcessor(ProcessorMixin):
         A content of None is an empty one.
 
         A text that is returned has U+FDD0 in such places, which this processor's call takes out.
+
+        Raises:
+            ValueError: there is no message, a part says no type, the mask of answers is wanted.
         """
+        if kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError("return_assistant_tokens_mask: not done: labels are those of training")
         one = conversation and isinstance(conversation[0], dict)
         chats = [conversation] if one else conversation
+        if not chats or not all(chats):
+            raise ValueError("conversation: has no messages")
         typed = [[{**turn, "content": _typed(turn)} for turn in turns] for turns in chats]
         return super().apply_chat_template(typed[0] if one else typed, *args, **kwargs)
 
@@ -236,6 +245,9 @@ def _typed(turn: dict[str, Any]) -> Any:
     content = turn.get("content") or []
     if isinstance(content, str):
         return _with_meanings(content, INLINE)
+    for part in content:
+        if not isinstance(part, dict) or "type" not in part:
+            raise ValueError(f"content: {part!r:.80}: it needs a type: text, image or video")
     kept = INLINE - {IMAGE, VIDEO} if turn.get("role") in ("system", "developer") else set()
     return [
         {**part, "text": _with_meanings(part["text"], kept)} if part.get("text") else part
@@ -290,8 +302,15 @@ def _moments(track: Track, fps: float, least: int, most: int) -> list[float]:
 def _picture(image: Any) -> Image.Image:
     """RGB of a PIL image, an array, a tensor, or a file: its path, its bytes, or these as base64;
     ValueError."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path") or image
+    if hasattr(image, "read"):
+        image = image.read()
+    file = isinstance(image, str | Path | bytes)
+    if not file and not isinstance(image, Image.Image) and not hasattr(image, "shape"):
+        raise ValueError(f"images: a {type(image).__name__} is no picture: give a path, a file's "
+                         "bytes, a PIL image, an array or a tensor")  # fmt: skip
     try:
-        file = isinstance(image, str | Path | bytes)
         return to_rgb(Image.open(_file(image)) if file else image)
     except UnidentifiedImageError:
         raise ValueError(f"images: {image!r:.80}: is no picture, of a file or in base64") from None
@@ -319,7 +338,8 @@ def _file(image: str | Path | bytes) -> Path | io.BytesIO:
 def _no_url(name: str | Path) -> str | Path:
     if str(name).startswith(("http://", "https://")):
         raise ValueError(f"{name:.80}: URLs are not fetched: give a path or the file's bytes")
-    return name
+    local = str(name).startswith("file://")
+    return url2pathname(str(name).removeprefix("file://")) if local else name
 
 
 if __version__.startswith("4."):  # which asks the class for its parts; 5 asks the constructor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,10 @@ def test_an_export_opens_by_itself_and_generates(tiny: Path, processor) -> None:
     # Greedy with the cache is greedy without.
     again = model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
     assert torch.equal(again, greedy)
+    # stop_strings need the tokenizer, which transformers hands on to each pass.
+    stops = {"stop_strings": ["no such words"], "tokenizer": processor.tokenizer}
+    again = model.generate(**inputs, max_new_tokens=6, do_sample=False, **stops)
+    assert torch.equal(again, greedy)
 
 
 def test_a_video_in_a_chat_is_read_from_its_path(processor, tmp_path: Path) -> None:
@@ -278,7 +283,9 @@ def test_a_file_s_bytes_are_taken_as_they_are_and_in_base64(processor, tmp_path:
     wanted = processor(text="<|image|>", images=[file], return_tensors="pt")["pixel_values"]
     assert 255 < len(text) < 4096  # a path may be as long, no name is
     assert "/" not in text
-    for given in (data, text, f"data:image/png;base64,{text}"):
+    row = {"bytes": None, "path": str(file)}  # of datasets, not decoded
+    for given in (data, text, f"data:image/png;base64,{text}", file.as_uri(), io.BytesIO(data),
+                  row, {"bytes": data, "path": "gone.png"}):  # fmt: skip
         got = processor(text="<|image|>", images=[given], return_tensors="pt")["pixel_values"]
         assert torch.equal(got, wanted)
     for given, says in (
@@ -286,11 +293,25 @@ def test_a_file_s_bytes_are_taken_as_they_are_and_in_base64(processor, tmp_path:
         (str(tmp_path / "b.png"), "there is no such file"),
         ("data:image/png;base64,AAAAA", "is no base64"),
         ("data:image/svg+xml,<svg>", "is no base64|is no picture"),
+        ({"caption": "a"}, "a dict is no picture: give a path"),
         (text[: len(text) // 8 * 4] * 3000, "cannot be read|is no picture"),
     ):
         with pytest.raises(ValueError, match=says) as caught:
             processor(text="<|image|>", images=[given])
         assert len(str(caught.value)) < 400
+
+
+def test_conversations_that_say_nothing_are_refused(processor) -> None:
+    untyped = [{"role": "user", "content": [{"text": "hello"}]}]
+    user = [{"role": "user", "content": "hello"}]
+    for turns, options, says in (
+        ([], {}, "conversation: has no messages"),
+        ([user, []], {}, "conversation: has no messages"),
+        (untyped, {}, "{'text': 'hello'}: it needs a type"),
+        (user, {"return_assistant_tokens_mask": True}, "return_assistant_tokens_mask: not done"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            processor.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
 
 
 def test_what_the_prompts_of_training_do_not_have_is_refused(processor) -> None:
