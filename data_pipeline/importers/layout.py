@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 from itertools import islice
 
 from data_pipeline import files
-from data_pipeline.importers import captions, llama_factory, transcripts
+from data_pipeline.importers import captions, llama_factory, speech, transcripts
 from data_pipeline.importers.archive import names
 from data_pipeline.importers.recognize import form_of
 from data_pipeline.importers.records import first_records
@@ -105,7 +105,9 @@ def _is_transcript(path: str) -> bool:
     """Whether a file beside a video has its words; other records may have a video's name, too."""
     if files.suffix(path) != ".json":
         return True
-    records = first_records(path, 1) if _is_object(path) else [{"messages": None}]
+    if not _is_object(path):
+        return speech.are_segments(first_records(path, 3))
+    records = first_records(path, 1)
     return not records or form_of(records[0]) in (None, "text", "speech")
 
 

@@ -15,7 +15,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from data_pipeline.importers.draft import Draft, Medium, unused_fields
-from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of
+from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of, names_clip
 from data_pipeline.importers.timeline import (
     DENSE,
     Said,
@@ -36,6 +36,8 @@ _NOISE = re.compile(r"[\[(♪][^\])]*[\])♪]?|>>+")
 _LISTS = ("words", "content", "subtitles", "text_stream", "word_segments", "segments", "narrations",
           "chunks", "transcription")  # fmt: skip
 _SPANS = frozenset({"timestamp", "offsets"})  # fields that have both times of a word
+_LOOKED_AT = 10  # entries of a list, by which it is one of words
+_ENDS = frozenset({"end", "duration"})  # beside `start`; the second one of youtube-transcript-api
 _ABOUT = ("title", "category", "previous", "language", "text", "preasr", "task_type", "source",
           "status", "duration")  # fmt: skip
 _EGO4D = re.compile(r"#\s?(?:C|O|Unsure)\b|@c\b|#", re.IGNORECASE)
@@ -133,13 +135,36 @@ def _passes(record: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 def words_field(record: dict[str, Any]) -> str | None:
     """The field that has the words with their times; None: there is none."""
-    for name in _LISTS:
-        first = next(iter(record[name]), None) if isinstance(record.get(name), list) else None
-        triple = isinstance(first, list | tuple) and len(first) == 3
-        spans = isinstance(first, dict) and ({"start", "end"} <= set(first) or set(first) & _SPANS)
-        if triple or spans:
-            return name
-    return None
+    return next((name for name in _LISTS if _has_words(record, name)), None)
+
+
+def _has_words(record: dict[str, Any], name: str) -> bool:
+    """Whether one of the first entries of a field has a time: WhisperX's numbers have none."""
+    entries = record.get(name)
+    if not isinstance(entries, list) or (name == "word_segments" and _in_segments(record)):
+        return False
+    return any(
+        _has_span(entry) if isinstance(entry, dict) else isinstance(entry, list | tuple)
+        and len(entry) == 3 for entry in entries[:_LOOKED_AT]
+    )  # fmt: skip
+
+
+def _in_segments(record: dict[str, Any]) -> bool:
+    """Whether the words stand in the segments, too, whose times those without any have."""
+    segments = record.get("segments")
+    first = segments[0] if isinstance(segments, list) and segments else None
+    return isinstance(first, dict) and bool(first.get("words"))
+
+
+def are_segments(records: list[dict[str, Any]]) -> bool:
+    """Whether the first records of a list are the segments of one transcript: texts with times."""
+    return bool(records) and all(
+        _has_span(one) and isinstance(_text(one), str) and not names_clip(one) for one in records
+    )
+
+
+def _has_span(entry: dict[str, Any]) -> bool:
+    return not _SPANS.isdisjoint(entry) or ("start" in entry and not _ENDS.isdisjoint(entry))
 
 
 def looks_like_narrations(record: dict[str, Any]) -> bool:
@@ -183,14 +208,23 @@ def has_text_stream(record: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
-def _words(entries: list[Any], name: str, notes: list[str]) -> list[Word]:
-    """The words of entries that have a text and times each, or a list of such."""
-    pieces, before = _in_pieces(entries), None
+def _words(
+    entries: list[Any], name: str, notes: list[str], before: float | None = None
+) -> list[Word]:
+    """The words of entries that have a text and times each, or a list of such.
+
+    before: when the first one is said if it has no time; None: when the next one begins.
+    """
+    pieces = _in_pieces(entries)
     words: list[Word] = []
+    if before is None:
+        before = next(filter(None.__ne__, map(_start, entries)), None)
     for i, entry in enumerate(entries):
         inner = entry.get("words") if isinstance(entry, dict) else None
-        if isinstance(inner, list) and inner:
-            words += _words(inner, f"{name}[{i}].words", notes)
+        untimed = isinstance(inner, list) and all(_start(word) is None for word in inner)
+        # WhisperX knows when a segment of numbers alone is said, and not its words.
+        if inner and not (untimed and _start(entry) is not None and _text(entry)):
+            words += _words(inner, f"{name}[{i}].words", notes, _start(entry))
             continue
         entry = _entry(entry, f"{name}[{i}]", before, notes)
         if entry is None:
@@ -204,6 +238,15 @@ def _words(entries: list[Any], name: str, notes: list[str]) -> list[Word]:
         else:
             words += spread(entry.start, entry.end, entry.text)
     return words
+
+
+def _start(entry: Any) -> float | None:
+    """When an entry begins; None: it does not say so."""
+    start = _span(entry)[0] if isinstance(entry, dict) else entry[0] if _text(entry) else None
+    try:
+        return second_of(start, "start")
+    except SampleError:
+        return None
 
 
 def _in_pieces(entries: list[Any]) -> bool:
@@ -247,8 +290,8 @@ def _entry(entry: Any, field: str, before: float | None, notes: list[str]) -> Wo
 
 
 def _span(entry: dict[str, Any]) -> tuple[Any, Any]:
-    """Start and end of an entry: in fields of their own, a pair of transformers' (whose last
-    end may be unknown), or whisper.cpp's milliseconds."""
+    """Start and end of an entry: in fields of their own, a pair of transformers', or whisper.cpp's
+    milliseconds. The last end may be unknown."""
     pair, offsets = entry.get("timestamp"), entry.get("offsets")
     if isinstance(pair, list | tuple) and len(pair) == 2:
         return pair[0], pair[0] if pair[1] is None else pair[1]
@@ -256,7 +299,10 @@ def _span(entry: dict[str, Any]) -> tuple[Any, Any]:
         times = (offsets.get("from"), offsets.get("to"))
         start, end = (time / 1e3 if isinstance(time, int) else None for time in times)
         return start, end
-    return entry.get("start"), entry.get("end")
+    start, end, length = (entry.get(name) for name in ("start", "end", "duration"))
+    if end is None and isinstance(start, int | float) and isinstance(length, int | float):
+        return start, start + length
+    return start, start if end is None else end
 
 
 def spread(start: float, end: float, text: str) -> Iterator[Word]:
@@ -303,7 +349,8 @@ def _windows(
     notes: list[str],
 ) -> list[Draft]:
     if not said:
-        raise SampleError("missing_text", "no words with times are left")
+        why = f": {', '.join(dict.fromkeys(notes))}" if notes else ""
+        raise SampleError("missing_text", f"no words with times are left{why}")
     drafts: list[Draft] = []
     first, shown = 0, -1
     while first < len(said):

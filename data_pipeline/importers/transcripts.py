@@ -22,6 +22,7 @@ _CLOCK = r"(-?\d+(?:\s?[:.,;]\s?\d+)*)"
 _TIMING = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}")
 _COLON = re.compile(r"(\d+:\d+:\d+):(\d{3})")  # before milliseconds
 _COMMENTS = ("WEBVTT", "NOTE", "STYLE", "REGION")  # how blocks of .vtt begin that are not shown
+_HEADER = 10  # lines at the start of a .vtt among which is what is said of all of it
 _AT_ONCE = 0.1  # seconds; captions that roll keep a line for less, before the next one comes
 _UNSPACED = re.compile(rf"[{DENSE}]{{2}}")
 _SAID_ONCE = "line shown in two cues, said once"
@@ -62,6 +63,8 @@ def read_transcript(path: str, video: str | None) -> tuple[dict[str, Any], list[
     if files.suffix(path) != ".json":
         notes: list[str] = []
         lines = text.replace("\r\n", "\n").splitlines()  # \r\r\n: written as text twice on Windows
+        shifted = any(line.startswith("X-TIMESTAMP-MAP") for line in lines[:_HEADER])
+        notes += ["X-TIMESTAMP-MAP of a transcript, not used"] * shifted
         cues = _once(_cues(lines, notes), notes)
         words = [word for cue in cues for word in _timed(cue)]
         if not words:
@@ -71,6 +74,8 @@ def read_transcript(path: str, video: str | None) -> tuple[dict[str, Any], list[
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", f"{files.name(path)}: {error}") from None
+    if isinstance(record, list):
+        record = {"segments": record}
     if not isinstance(record, dict) or words_field(record) is None:
         raise SampleError("missing_text", f"{files.name(path)}: no segments with start and end")
     return {name: record[name] for name in record if name != "text"} | {"video": video}, []

@@ -173,6 +173,47 @@ def test_times_with_a_comma_are_read_and_words_without_any_are_told(folder: Path
     assert summary.rejected == {"missing_text": 1}
 
 
+def at_seconds(sample: dict[str, Any]) -> dict[float, str]:
+    """What is said after the frame of each second, where something is."""
+    _, *pieces = said(sample)[1].replace(SILENCE, "").split(FRAME)
+    times = sample["media"][0].get("times", range(len(pieces)))
+    return {second: text.strip() for second, text in zip(times, pieces, strict=True) if text}
+
+
+def test_words_without_times_are_said_in_their_segment(folder: Path) -> None:
+    """WhisperX gives numbers no time; the segments have theirs, the flat list has none."""
+    segments = [
+        {"start": 1.0, "end": 2.0, "text": "in 2014",
+         "words": [{"word": "in", "start": 1.0, "end": 2.0}, {"word": "2014"}]},
+        {"start": 5.0, "end": 6.0, "text": "7 8", "words": [{"word": "7"}, {"word": "8"}]},
+        {"start": 8.0, "end": 9.0, "text": "9 is",
+         "words": [{"word": "9"}, {"word": "is", "start": 8.5, "end": 9.0}]},
+    ]  # fmt: skip
+    flat = [word for segment in segments for word in segment["words"]]  # type: ignore[attr-defined]
+    whole = {"segments": segments, "word_segments": flat}
+    (folder / "a.json").write_text(json.dumps(whole))
+    (sample,), _ = run(folder)
+    assert at_seconds(sample) == {2: "in 2014", 6: "7 8", 8: "9", 9: "is"}
+    (folder / "a.json").write_text(json.dumps({"word_segments": flat[3:]}))
+    (sample,), _ = run(folder)
+    assert " ".join(at_seconds(sample).values()) == "8 9 is"
+
+
+def test_a_list_of_segments_is_a_transcript(folder: Path) -> None:
+    """As youtube-transcript-api and many scripts write them: no object around the list."""
+    for segments, wanted in (
+        ([{"text": "hi", "start": 1.0, "duration": 1.0}], {2: "hi"}),
+        ([{"start": 1, "end": 2, "text": " hi"}, {"start": 8, "end": None, "text": " you"}],
+         {2: "hi", 8: "you"}),
+    ):  # fmt: skip
+        (folder / "a.json").write_text(json.dumps(segments))
+        (sample,), _ = run(folder)
+        assert at_seconds(sample) == wanted
+    records = [{"video": "a.mp4", "start": 1, "end": 2, "text": "hi"}]  # of a table
+    (folder / "a.json").write_text(json.dumps(records))
+    assert run(folder)[1].imported == {"video": 1}
+
+
 def test_a_folder_of_transcripts_has_its_videos_by_a_relative_path(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

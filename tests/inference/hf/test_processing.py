@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -288,14 +289,15 @@ def test_a_file_s_bytes_are_taken_as_they_are_and_in_base64(processor, tmp_path:
                   row, {"bytes": data, "path": "gone.png"}):  # fmt: skip
         got = processor(text="<|image|>", images=[given], return_tensors="pt")["pixel_values"]
         assert torch.equal(got, wanted)
-    for given, says in (
+    refused: list[tuple[Any, str]] = [
         ("https://a.b/c.png", "URLs are not fetched"),
         (str(tmp_path / "b.png"), "there is no such file"),
         ("data:image/png;base64,AAAAA", "is no base64"),
         ("data:image/svg+xml,<svg>", "is no base64|is no picture"),
         ({"caption": "a"}, "a dict is no picture: give a path"),
         (text[: len(text) // 8 * 4] * 3000, "cannot be read|is no picture"),
-    ):
+    ]
+    for given, says in refused:
         with pytest.raises(ValueError, match=says) as caught:
             processor(text="<|image|>", images=[given])
         assert len(str(caught.value)) < 400
