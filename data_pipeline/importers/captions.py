@@ -14,6 +14,7 @@ from data_pipeline.importers.draft import (
     distinct_stems,
     media_type,
     medium,
+    names_medium,
     text_draft,
     unused_fields,
 )
@@ -24,6 +25,7 @@ from data_pipeline.shards import ShardError
 MEDIA_COLUMNS = (
     "file_name", "video_path", "image_path", "video", "image", "path", "file", "filename",
     "filepath", "video_url", "image_url", "url",
+    "images", "videos", "file_names", "image_paths", "video_paths", "image_urls", "video_urls",
 )  # fmt: skip
 _NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
 CAPTION_COLUMNS = ("caption", "text", "description", "sentence")
@@ -77,19 +79,30 @@ def table_draft(
     caption = record.get(words)
     if not isinstance(caption, str) or not caption.strip() or caption.strip() in _NOTHING:
         raise SampleError("missing_caption", f"{caption!r:.80} is not a caption")
-    if not record[place]:
+    if not names_medium(record[place]):
         raise SampleError("missing_file", f"{place} is empty")
+    value = _only(record[place], place)
     try:
-        shown = medium(_type(place, record[place], base), record[place], base)
+        shown = medium(_type(place, value, base), value, base)
     except ValueError as error:  # a URL that cannot be one
-        raise SampleError("bad_schema", f"{place}: {record[place]!r:.80}: {error}") from None
+        raise SampleError("bad_schema", f"{place}: {value!r:.80}: {error}") from None
     notes = tuple(unused_fields(record, (place, words)))
     return caption_draft(shown, caption.strip(), notes=notes)
 
 
+def _only(value: Any, place: str) -> Any:
+    """The one medium of a list; one of several has no place in a caption."""
+    if not isinstance(value, list) or not all(isinstance(one, str | bytes | dict) for one in value):
+        return value
+    if len(value) > 1:
+        raise SampleError("ambiguous_media", f"{place}: one caption, {len(value)} media: give "
+                          "messages with a mark for each")  # fmt: skip
+    return value[0]
+
+
 def plain_draft(record: dict[str, Any], base: str) -> Draft:
     """A record of plain text; one that names a medium, too, is a caption."""
-    named = [column for column in MEDIA_COLUMNS if record.get(column)]
+    named = [column for column in MEDIA_COLUMNS if names_medium(record.get(column))]
     if named:
         return table_draft(record, base, named[0], None)
     return text_draft(record.get("text"), tuple(unused_fields(record, ("text",))))
@@ -117,7 +130,7 @@ def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], 
 
 
 def _is_there(value: Any) -> bool:
-    return value not in (None, "", []) and value == value  # NaN is not
+    return names_medium(value) and value == value  # NaN is not
 
 
 def _type(column: str, value: Any, base: str) -> MediaType:

@@ -23,10 +23,12 @@ from data_pipeline.importers.draft import (
     Medium,
     Turn,
     in_order,
+    media_type,
     medium,
+    names_medium,
     unused_fields,
 )
-from data_pipeline.importers.marks import is_numbered, number_of, place_marks
+from data_pipeline.importers.marks import ANY_MARKS, is_numbered, number_of, place_marks
 from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.realtime import is_realtime, realtime_draft
 from data_pipeline.importers.timeline import second_of
@@ -48,6 +50,9 @@ ROLES: Mapping[str, Role] = {
 _CALLS = ("tool_calls", "function_call")
 _MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *LEARN_FLAGS, *_CALLS})
 _SOUND = ("audio", "audios")
+_FILE_NAMES = ("file_name", "file_names")
+# Of ms-swift: each stands for the next value of the record's `objects`.
+_OBJECT_MARKS = ("<bbox>", "<ref-object>")
 _SPAN = ("video_start", "video_end")  # of a video, as Qwen2-VL's messages have them: seconds
 
 
@@ -81,9 +86,28 @@ def conversation_draft(record: dict[str, Any], base: str, dialect: Dialect | Non
         dialect = _DIALECTS[messages_field(record)]
     record = plain_contents(record, dialect.messages)
     messages = message_turns(record, dialect)
+    record = _with_file_names(record, messages, dialect)
     longer = [entry for entry in record[dialect.messages] if len(entry) > 2]
     notes = [note for entry in longer for note in _message_notes(entry, dialect)]
     return with_media(messages, record, base, dialect, notes)
+
+
+def _with_file_names(
+    record: dict[str, Any], messages: list[Turn], dialect: Dialect
+) -> dict[str, Any]:
+    """The record with the media of `file_name`, as folders of Hugging Face's have it, under
+    `images` and `videos`, where its texts have marks for them and it names no others."""
+    field = next((name for name in _FILE_NAMES if record.get(name)), None)
+    columns = (*dialect.images, *dialect.videos)
+    if field is None or any(names_medium(record.get(name)) for name in columns):
+        return record
+    names = record[field] if isinstance(record[field], list) else [record[field]]
+    kinds = {media_type(name) if isinstance(name, str) else None for name in names}
+    if None in kinds or not any(m in turn["content"] for m in ANY_MARKS for turn in messages):
+        return record
+    found = {kind: [name for name in names if media_type(name) == kind] for kind in kinds}
+    given = {f"{kind}s": named for kind, named in found.items()}
+    return {name: value for name, value in record.items() if name != field} | given
 
 
 def message_turns(record: dict[str, Any], dialect: Dialect) -> list[Turn]:
@@ -110,6 +134,10 @@ def with_media(
     for name in _SOUND:
         if record.get(name):
             raise SampleError("unknown_media", f"{name}: the model takes images and videos")
+    for mark in _OBJECT_MARKS if record.get("objects") else ():
+        if any(mark in message["content"] for message in messages):
+            raise SampleError("bad_schema", f"objects: {mark} in a text stands for a value of it, "
+                              "which is not put in: write the values into the texts")  # fmt: skip
     (images, image_field), (videos, video_field) = (
         _media(record, columns) for columns in (dialect.images, dialect.videos)
     )
@@ -251,7 +279,7 @@ def _check_answers(messages: list[Turn]) -> None:
 
 def _media(record: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[Any], str]:
     """What a record names, and the field that does."""
-    full = [column for column in columns if record.get(column)]
+    full = [column for column in columns if names_medium(record.get(column))]
     if not full:
         return [], ""
     if len(full) > 1:

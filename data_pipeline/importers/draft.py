@@ -137,6 +137,13 @@ def medium_name(value: Any) -> str | None:
     return path
 
 
+def names_medium(value: Any) -> bool:
+    """Whether a field holds something: parquet has `{"bytes": None, "path": None}` for nothing."""
+    if isinstance(value, dict):
+        return any(one is not None for one in value.values())
+    return value not in (None, "", b"", [])
+
+
 def medium(kind: MediaType, value: Any, base: str) -> Medium:
     """The picture or video that a record names, by path or URL, or holds: as `{"bytes": ...}`, as
     a `data:` URL or as base64.

@@ -18,6 +18,8 @@ from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, MediaType, SampleError
 
 _OURS: dict[MediaType, str] = {"image": IMAGE_MARK, "video": VIDEO_MARK}
 _PLAIN: dict[MediaType, str] = {"image": "<image>", "video": "<video>"}
+ANY_MARKS = (*_OURS.values(), *_PLAIN.values())
+_SOUND = re.compile(r"<\|?audio(?:_?\d+|_pad)?\|?>", re.IGNORECASE)
 _WITH_PATH = re.compile(r"<(img|image|video)>\s*([^<>\n]+?)\s*</\1>")
 _MARK = re.compile("<image>|<video>")
 _ELEMENT_OR_MARK = re.compile(f"{_WITH_PATH.pattern}|{_MARK.pattern}")
@@ -42,6 +44,8 @@ def place_marks(
     text = "\n".join(message["content"] for message in messages)
     if "<" not in text:
         return messages
+    if sound := _SOUND.search(text):
+        notes.append(f"{sound[0]} in a text, which stays text: the model takes no sound")
     if "</" in text:
         messages = _with_paths(messages, media)
     if not any(media.values()):

@@ -24,7 +24,9 @@ _OWN = (
     (IMAGE_FIELDS, "images", (IMAGE_MARK, "<image>")),
     (VIDEO_FIELDS, "videos", (VIDEO_MARK, "<video>")),
 )
-_KNOWN = frozenset((*_PLACES, "type", "text", "index"))
+_DATA = ("source", "base64")  # with base64 itself, in an object or alone
+_KNOWN = frozenset((*_PLACES, *_DATA, "type", "text", "index"))
+_LONG = 256  # characters, from which on a value is no option of a medium
 
 
 def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -167,6 +169,20 @@ def _kind(part: dict[str, Any]) -> Any:
     return named[0] if "type" not in part and len(named) == 1 else part.get("type")
 
 
+def _inside(part: dict[str, Any], field: str) -> Any:
+    """What a part holds under a name of another project: Anthropic's `source` (base64, or a URL),
+    transformers' `base64`; None: it only marks a place. SampleError for a name that is not known.
+    """
+    for name, value in part.items():
+        held = value if name == "source" and isinstance(value, dict) else {"data": value}
+        if name in _DATA and (text := held.get("url") or held.get("data")):
+            return text if held.get("url") else f"data:{held.get('media_type', '')};base64,{text}"
+        if name not in _KNOWN and (isinstance(value, dict) or len(str(value)) > _LONG):
+            detail = f"{field}: {name}: not where a part has its medium: {', '.join(_PLACES)}"
+            raise SampleError("bad_schema", detail)
+    return None
+
+
 def _part(part: Any, field: str, media: dict[str, list[Any]]) -> str:
     if isinstance(part, str):
         return part
@@ -179,6 +195,8 @@ def _part(part: Any, field: str, media: dict[str, list[Any]]) -> str:
     if kind not in _MARKS:
         raise SampleError("bad_schema", f"{field}: {part!r:.80}: a part is a text, image or video")
     given = next((part[place] for place in _PLACES if part.get(place)), None)
+    if given is None:
+        given = _inside(part, field)
     if given is not None:
         if isinstance(given, bytes):
             given = {"bytes": given, "path": part.get("path")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import tarfile
@@ -53,6 +54,12 @@ def part(path: str) -> dict[str, str]:
     return {"type": "image", "image": path}
 
 
+def source(**said: str) -> dict[str, Any]:
+    """A part of Anthropic's messages."""
+    return {"type": "image", "source": said}
+
+
+BLUE = base64.b64encode(jpeg("blue")).decode()
 SHOWN = [
     (asked("Picture 1: <img>b.jpg</img>\nPicture 2: <img>r.jpg</img>\nWhich?"),
      ("Picture 1: @\nPicture 2: @\nWhich?", "br")),
@@ -74,6 +81,16 @@ SHOWN = [
     (asked("<image>? <img>icon.png</img>", images=["r.jpg"]), ("@? <img>icon.png</img>", "r")),
     (asked("<img>icon.png</img>?", image="r.jpg"), ("@\n<img>icon.png</img>?", "r")),
     (asked("See <image_3> of the book", image=["r.jpg"]), ("@\nSee <image_3> of the book", "r")),
+    (asked("<image>?", file_name="r.jpg"), ("@?", "r")),
+    (asked("<image> <image>?", file_names=["b.jpg", "r.jpg"]), ("@ @?", "br")),
+    (asked("Of a page?", file_name="r.jpg"), ("Of a page?", "")),
+    (asked([source(type="base64", media_type="image/jpeg", data=BLUE), {"text": "?"}]),
+     ("@?", "b")),
+    (asked([source(type="url", url="r.jpg"), {"text": "?"}]), ("@?", "r")),
+    (asked([{"type": "image", "base64": BLUE}, {"text": "?"}]), ("@?", "b")),
+    (asked("Plain?", image={"bytes": None, "path": None}), ("Plain?", "")),
+    ({"text": "Red.", "images": ["r.jpg"]}, ("@", "r")),
+    ({"caption": "Red.", "image_paths": ["r.jpg"], "image": {"bytes": None}}, ("@", "r")),
     (asked("HTML's <img> and <b>r.jpg</b>"), ("HTML's <img> and <b>r.jpg</b>", "")),
 ]  # fmt: skip
 
@@ -120,15 +137,31 @@ def test_marks_and_media_that_do_not_agree_are_refused_or_noted(folder: Path) ->
         asked("<image_1>?", image=["r.jpg", "b.jpg"]),
         asked([part("r.jpg")], images=["b.jpg"]),
         asked("<image_1>, <ImageHere>?"),
+        asked([{"type": "image", "blob": BLUE}], images=["r.jpg"]),
+        asked("<image>Where?", "<bbox>", image="r.jpg", objects={"bbox": [[1, 2, 3, 4]]}),
+        asked("<audio>?", audios=["a.wav"]),
+        asked("<audio>?"),
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     summary, samples = run(folder / "a.jsonl")
-    assert summary.rejected == {"mark_media_mismatch": 2, "ambiguous_media": 1}
-    assert samples == [("<image_1>, <ImageHere>?", "")]
+    assert summary.rejected == {
+        "mark_media_mismatch": 2,
+        "ambiguous_media": 1,
+        "bad_schema": 2,
+        "unknown_media": 1,
+    }
+    assert samples == [("<image_1>, <ImageHere>?", ""), ("<audio>?", "")]
     assert summary.notes == {
+        "<audio> in a text, which stays text: the model takes no sound": 1,
         "<image_N> in a record without media": 1,
         "<ImageHere> in a record without media": 1,
     }
+
+
+def test_a_caption_of_several_pictures_is_refused(folder: Path) -> None:
+    record = {"text": "Both.", "images": ["r.jpg", "b.jpg"]}
+    (folder / "a.jsonl").write_text(json.dumps(record))
+    assert run(folder / "a.jsonl")[0].rejected == {"ambiguous_media": 1}
 
 
 def test_parts_of_a_record_in_a_shard_name_its_members(folder: Path) -> None:
