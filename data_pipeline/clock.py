@@ -221,6 +221,9 @@ def _stated_end(
     """
     form = container.format.name
     state = _extent(form, data)
+    if state == "joined":
+        raise VideoError("undecodable_video", f"another file begins behind the first one's "
+                         f"{end:.2f} s: join videos with ffmpeg's concat")  # fmt: skip
     length = (container.duration or 0) / _SECONDS
     own = float((stream.duration or 0) * (stream.time_base or 0))
     lengths = form.partition(",")[0] in ("mov", "matroska", "flv", "avi", "asf")
@@ -239,7 +242,8 @@ def _stated_end(
 
 
 def _extent(form: str, data: Data) -> str:
-    """Whether a file holds all that its structure states: "whole", "cut" or, unknown, ""."""
+    """Whether a file holds all that its structure states: "whole", "cut" or, unknown, ""; "joined"
+    where it holds another one, which nobody reads."""
     name = form.partition(",")[0]
     readers = {"mov": _boxes, "matroska": _segment, "flv": _tags, "avi": _riff, "gif": _gif}
     reader = readers.get(name)
@@ -266,6 +270,8 @@ def _boxes(data: Data) -> str:
             return "cut"
     if kinds and kinds[-1] == b"moof":
         return "cut"
+    if b"moof" not in kinds and min(kinds.count(b"moov"), kinds.count(b"mdat")) > 1:
+        return "joined"  # `cat a.mp4 b.mp4`
     return "" if b"moof" in kinds else "whole"
 
 
@@ -289,6 +295,8 @@ def _tags(data: Data) -> str:
     """FLV: tags of a stated size, each with a number behind it."""
     at = int.from_bytes(data[5:9], "big") + 4
     while at + 11 <= len(data):
+        if data[at : at + 3] == b"FLV":
+            return "joined"
         at += 15 + int.from_bytes(data[at + 1 : at + 4], "big")
     return "whole" if at == len(data) else "cut"
 

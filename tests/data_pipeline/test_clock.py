@@ -95,6 +95,14 @@ def test_half_a_file_is_refused_and_a_whole_one_taken(
         assert caught.value.reason in ("truncated_video", "undecodable_video")
 
 
+@pytest.mark.parametrize("form", ["mp4", "mov", "flv"])
+def test_a_file_behind_another_is_told(form: str, tmp_path: Path) -> None:
+    """`cat a.mp4 b.mp4`: FFmpeg and players show the first one alone."""
+    data = video(tmp_path / f"a.{form}", every(0.1, 60), **FORMS[form]).read_bytes()
+    with pytest.raises(SampleError, match=r"another file begins behind the first one's 6\.00 s"):
+        probe_video(data + data)
+
+
 def test_a_live_stream_without_a_length_is_whole_wherever_it_ends(tmp_path: Path) -> None:
     path = video(tmp_path / "a.ts", every(0.1, 60))
     data = path.read_bytes()
