@@ -21,14 +21,17 @@ from data_pipeline.shards import ShardError
 # Fields of a record, none of which is an id.
 _FIELDS = frozenset({
     "messages", "conversations", "conversation", "question", "response", "segments", "words",
-    "images", "videos", "narrations", "content", "subtitles",
+    "images", "videos", "narrations", "content", "subtitles", "transcription", "chunks",
+    "word_segments", "text_stream",
 })  # fmt: skip
+_TIMES = frozenset({"time", "timestamp_sec"})  # one of which a narration has
 _VIDEOS = "videos"
 _LOOKED_AT = 1000  # first entries of a large object that say what it is
 
 
-def records_by_id(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The records of an object, or the object where it is one itself."""
+def records_by_id(value: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
+    """The records of an object in a file, or the object where it is one itself. Raises ShardError
+    for lists of other records than narrations."""
     inner = value[_VIDEOS] if isinstance(value.get(_VIDEOS), dict) else value
     if not inner or _FIELDS & set(inner) or not all(
         isinstance(entry, dict | list) for entry in inner.values()
@@ -36,11 +39,17 @@ def records_by_id(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield value
         return
     for name, entry in inner.items():
-        yield _record(name, entry)
+        yield _record(name, entry, path)
 
 
-def _record(name: str, entry: dict[str, Any] | list[Any]) -> dict[str, Any]:
+def _record(name: str, entry: dict[str, Any] | list[Any], path: str) -> dict[str, Any]:
     fields = entry if isinstance(entry, dict) else {"narrations": entry}
+    first = entry[0] if isinstance(entry, list) and entry else None
+    if isinstance(first, dict) and _TIMES.isdisjoint(first):
+        raise ShardError(
+            f"{path}: {name} holds a list of records, which is read alone: take it out "
+            f"(jq '.[\"{name}\"]' FILE > {name}.json)"
+        )
     return {"video_uid": name} | fields
 
 
@@ -64,7 +73,7 @@ def by_ids(path: str, inside: str, size: int) -> Iterator[tuple[Any, float]]:
     """The records that lie `inside`, each with the share of the file's `size` bytes read so far.
 
     What is neither an object nor a list among them is a SampleError, and so is damage, which ends
-    them. Raises ShardError for damage before the first.
+    them. Raises ShardError for damage before the first, and as `records_by_id`.
     """
     found = 0
     with _opened(path) as file:
@@ -73,7 +82,7 @@ def by_ids(path: str, inside: str, size: int) -> Iterator[tuple[Any, float]]:
                 found += 1
                 share = min(1.0, file.tell() / size) if size else 0.0
                 if isinstance(entry, dict | list):
-                    yield _record(name, entry), share
+                    yield _record(name, entry, path), share
                 else:
                     yield SampleError("bad_schema", f"{name}: {entry!r:.80} is no object"), share
         except ijson.JSONError as error:

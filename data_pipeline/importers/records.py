@@ -196,7 +196,7 @@ def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
-    records = list(records_by_id(value)) if isinstance(value, dict) else [value]
+    records = list(records_by_id(value, path)) if isinstance(value, dict) else [value]
     for number, record in enumerate(records):
         yield record, (number + 1) / len(records)
 

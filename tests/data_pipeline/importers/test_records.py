@@ -55,6 +55,18 @@ def test_large_objects_of_records_by_ids_are_read_as_small_ones(
         assert len(small) == count
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_a_list_of_records_under_a_name_is_told(
+    large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `{"data": [...]}` and `{"train": [...], "test": [...]}`; nobody knows which are meant."""
+    if large:
+        monkeypatch.setattr(records, "_LARGE", 8)
+    for path in written(tmp_path / "a.json", {"train": [{"messages": []}], "test": []}):
+        with pytest.raises(ShardError, match=r"a\.json: train holds a list of records"):
+            values(path)
+
+
 def test_a_large_object_that_is_cut_off_gives_what_is_before_the_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
