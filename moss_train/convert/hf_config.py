@@ -172,14 +172,18 @@ def _vision(section: Section, full_attention: bool) -> VisionConfig:
 def _text(section: Section, theta: float | None) -> TextConfig:
     section.expect("hidden_act", "silu")
     section.expect("tie_word_embeddings", False)
+    heads, hidden = section.integer("num_attention_heads"), section.integer("hidden_size")
+    if heads and hidden % heads == 0:  # else told with the other sizes
+        section.expect("head_dim", hidden // heads)
+    section.expect("partial_rotary_factor", 1.0)
     theta, scaling = rope_of(section, theta)
     return TextConfig(
         vocab_size=section.integer("vocab_size"),
         extra_embedding_rows=EXTRA_EMBEDDING_ROWS,
-        hidden_size=section.integer("hidden_size"),
+        hidden_size=hidden,
         num_layers=section.integer("num_hidden_layers"),
         cross_attention_layers=section.integers("cross_attention_layers"),
-        num_heads=section.integer("num_attention_heads"),
+        num_heads=heads,
         num_kv_heads=section.integer("num_key_value_heads"),
         mlp_size=section.integer("intermediate_size"),
         norm_eps=section.number("rms_norm_eps"),

@@ -270,13 +270,17 @@ def test_names_of_a_text_model_without_its_head_are_taken(name, tmp_path):
         ("vision_config", {"intermediate_layers_indices": [1, 9]}, r"=\[9\]: layers are numbered"),
         ("text_config", {"rms_norm_eps": -1e-5}, "norm_eps=-1e-05: must be greater than 0"),
         ("text_config", {"cross_attention_layers": [1, 99]}, r"=\[99\]: layers are numbered"),
+        ("text_config", {"head_dim": 99}, "head_dim is 99, it must be"),
+        ("text_config", {"partial_rotary_factor": 0.5}, r"_factor is 0\.5, it must be 1\.0"),
     ],
 )
 def test_a_model_that_cannot_run_is_not_imported(section, change, says, tmp_path):
     config = copy.deepcopy(CONFIG)
     config[section] |= change
     source = save_folder(tmp_path / "hf", mllama_weights(), config)
-    assert re.search(f"config.json: makes model.*{says}", refusal(source, tmp_path / "out"))
+    assert re.search(
+        rf"config\.json: (makes model|text_config)\..*{says}", refusal(source, tmp_path / "out")
+    )
 
 
 def test_what_an_old_llama_does_not_say_is_what_transformers_has():
