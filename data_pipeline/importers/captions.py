@@ -12,6 +12,7 @@ from data_pipeline.importers.draft import (
     Medium,
     caption_draft,
     distinct_stems,
+    may_name_medium,
     media_type,
     medium,
     names_medium,
@@ -25,6 +26,8 @@ from data_pipeline.shards import ShardError
 MEDIA_COLUMNS = (
     "file_name", "video_path", "image_path", "video", "image", "path", "file", "filename",
     "filepath", "video_url", "image_url", "url",
+)  # fmt: skip
+_LISTS = (
     "images", "videos", "file_names", "image_paths", "video_paths", "image_urls", "video_urls",
 )  # fmt: skip
 _NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
@@ -67,14 +70,15 @@ def _inside(folder: str, path: str) -> str:
 
 
 def looks_like_a_table(record: dict[str, Any]) -> bool:
-    return any(column in record for column in MEDIA_COLUMNS)
+    named = any(may_name_medium(record.get(column)) for column in _LISTS)
+    return named or any(column in record for column in MEDIA_COLUMNS)
 
 
 def table_draft(
     record: dict[str, Any], base: str, media_column: str | None, caption_column: str | None
 ) -> Draft:
     """A record with the path of a picture or video and its caption; SampleError, ShardError."""
-    place = _column(record, media_column, MEDIA_COLUMNS, "--media-column")
+    place = _column(record, media_column, _media_columns(record), "--media-column")
     words = _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
     caption = record.get(words)
     if not isinstance(caption, str) or not caption.strip() or caption.strip() in _NOTHING:
@@ -102,7 +106,7 @@ def _only(value: Any, place: str) -> Any:
 
 def plain_draft(record: dict[str, Any], base: str) -> Draft:
     """A record of plain text; one that names a medium, too, is a caption."""
-    named = [column for column in MEDIA_COLUMNS if names_medium(record.get(column))]
+    named = [column for column in (*MEDIA_COLUMNS, *_LISTS) if may_name_medium(record.get(column))]
     if named:
         return table_draft(record, base, named[0], None)
     return text_draft(record.get("text"), tuple(unused_fields(record, ("text",))))
@@ -112,8 +116,13 @@ def check_columns(
     record: dict[str, Any], media_column: str | None, caption_column: str | None
 ) -> None:
     """ShardError where a table's first record has no such columns."""
-    _column(record, media_column, MEDIA_COLUMNS, "--media-column")
+    _column(record, media_column, _media_columns(record), "--media-column")
     _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
+
+
+def _media_columns(record: dict[str, Any]) -> tuple[str, ...]:
+    """The usual columns; lists where one of them has a medium."""
+    return MEDIA_COLUMNS + tuple(name for name in _LISTS if may_name_medium(record.get(name)))
 
 
 def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:

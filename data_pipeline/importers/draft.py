@@ -144,6 +144,11 @@ def names_medium(value: Any) -> bool:
     return value not in (None, "", b"", [])
 
 
+def may_name_medium(value: Any) -> bool:
+    """Whether it is something by which a medium is named, and not how many there are, say."""
+    return isinstance(value, str | bytes | dict | list) and names_medium(value)
+
+
 def medium(kind: MediaType, value: Any, base: str) -> Medium:
     """The picture or video that a record names, by path or URL, or holds: as `{"bytes": ...}`, as
     a `data:` URL or as base64.

@@ -159,9 +159,11 @@ def test_marks_and_media_that_do_not_agree_are_refused_or_noted(folder: Path) ->
 
 
 def test_a_caption_of_several_pictures_is_refused(folder: Path) -> None:
-    record = {"text": "Both.", "images": ["r.jpg", "b.jpg"]}
-    (folder / "a.jsonl").write_text(json.dumps(record))
-    assert run(folder / "a.jsonl")[0].rejected == {"ambiguous_media": 1}
+    records = [{"text": "None.", "images": 2}, {"text": "Both.", "images": ["r.jpg", "b.jpg"]}]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    summary, _ = run(folder / "a.jsonl")
+    assert summary.rejected == {"ambiguous_media": 1}
+    assert summary.notes == {"unused field images": 1}
 
 
 def test_parts_of_a_record_in_a_shard_name_its_members(folder: Path) -> None:
