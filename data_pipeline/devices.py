@@ -90,6 +90,14 @@ def select(kind: str, number: int) -> torch.device:
     return torch.device(kind, number)
 
 
+def use(device: torch.device) -> None:
+    """Makes it the device that this thread uses. Each thread begins with the first of several:
+    Triton's kernels and what a graph records would be given to that one.
+    """
+    if is_accelerator(device):
+        select(device.type, device.index)
+
+
 def visible(kind: str) -> list[str]:
     """What this process's environment calls the accelerators that it may use; the CPU is none."""
     if kind == HOST:

@@ -130,12 +130,6 @@ def refusal(kind: str) -> str | None:
     return None
 
 
-def select_device(where: torch.device) -> None:
-    """Makes it the device of this thread: each has its own, and begins with the first."""
-    if devices.is_accelerator(where):
-        devices.select(where.type, where.index)
-
-
 def seed_everything(seed: int) -> None:
     """Seeds python, numpy and torch on this process."""
     random.seed(seed)

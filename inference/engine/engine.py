@@ -92,7 +92,8 @@ class EngineConfig:
 
 
 class Engine:
-    """A model with `max_sessions` slots. Synchronous; one thread owns it.
+    """A model with `max_sessions` slots. Synchronous; one thread owns it: the one that
+    has made it, or another that says `claim`.
 
     Args:
         model: whole, or this rank's slice.
@@ -114,6 +115,7 @@ class Engine:
         decoder = model.model.language_model
         self.device = decoder.embed_tokens.weight.device
         self.dtype = decoder.embed_tokens.weight.dtype
+        self.claim()
         self.window, self.sinks, self.max_tokens = options.window, options.sinks, options.max_tokens
         self.max_sessions = options.max_sessions
         self.attend_all = options.tokens_before_first_frame == "attend_all"
@@ -157,6 +159,10 @@ class Engine:
             with expected.told(self.device):
                 self.graph_runner.capture()
                 self.tower.capture()
+
+    def claim(self) -> None:
+        """This thread owns it from now on."""
+        devices.use(self.device)
 
     def make_graph_runner(self, kernels: Kernels, graphs: bool, compile: bool) -> GraphRunner:
         """What runs passes of fixed shape of this engine's slots, made of `kernels`."""

@@ -199,6 +199,7 @@ class Runner:
 
     def _run(self) -> None:
         try:
+            self.engine.claim()
             while not self._stopping:
                 self._close_finished()
                 batch = self._wait()
@@ -335,10 +336,9 @@ class Runner:
         assert running.slot is not None
         task = running.task
         for eviction in running.slot.evictions:
-            count = len(eviction.positions)
-            task.stats.count(f"evicted_{eviction.kind}", count)
             at = list(eviction.positions)
-            task.emit("session.evicted", kind=eviction.kind, count=count, positions=at)
+            task.stats.count(f"evicted_{eviction.kind}", len(at))
+            task.emit("session.evicted", kind=eviction.kind, count=len(at), positions=at)
         running.slot.evictions.clear()
         if now - running.last_report >= METRICS_EVERY:
             running.last_report = now

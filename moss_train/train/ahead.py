@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from data_pipeline import devices
 from moss_train import hardware
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ class Ahead(Generic[T]):
 
     def _run(self) -> None:
         try:
-            hardware.select_device(self._device)
+            devices.use(self._device)
             self._done.append(self._work())
         except BaseException as error:
             self._error = error

@@ -70,6 +70,9 @@ def test_each_kind_is_asked_through_its_own_module(monkeypatch):
     assert devices.new_graph(device) == {}
     devices.synchronize(device)
     assert told == [3, device]
+    devices.use(torch.device("xpu", 1))
+    devices.use(torch.device("cpu"))
+    assert told == [3, device, 1]
     assert devices.backend("xpu") == "xccl"
     assert not devices.has_graphs(torch.device("cpu"))
 

@@ -35,6 +35,8 @@ def main() -> None:
     torch.set_num_threads(1)
     simulated_cuda.install()
     torch.cuda.mem_get_info = lambda *_: (80 << 30, 80 << 30)  # type: ignore[assignment]
+    used: list[int] = []
+    torch.cuda.set_device = used.append  # type: ignore[assignment]
     from inference.engine.sampling import Sampling
     from inference.engine.slots import Step
     from tests.torchrun import save_result
@@ -72,6 +74,7 @@ def main() -> None:
             call()
     save_result("seen", seen)
     save_result("refused", refused())
+    save_result("used", used)
 
 
 class SimulatedPool:

@@ -61,6 +61,11 @@ def test_the_host_waits_once_a_step_for_its_tokens(seen) -> None:
         assert not seen[name].waits
 
 
+def test_the_thread_that_makes_it_uses_its_device(result: Result) -> None:
+    """Else one on the second GPU would record graphs, and give Triton's kernels, to the first."""
+    assert set(result.load("used")) == {0}
+
+
 def test_graphs_are_told_with_their_memory_before_and_after(result: Result) -> None:
     lines = [line for line in result.stderr().splitlines() if line.startswith("CUDA graphs")]
     assert lines[0].startswith("CUDA graphs will take about ")
