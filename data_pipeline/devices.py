@@ -90,6 +90,18 @@ def select(kind: str, number: int) -> torch.device:
     return torch.device(kind, number)
 
 
+def lacking(kind: str, number: int) -> str:
+    """Why the process of that number among those of this machine has no device of its own; empty
+    where it has one."""
+    there = count(kind)
+    if kind == HOST or number < there:
+        return ""
+    return (
+        f"process {number} of this machine (LOCAL_RANK) has no device of its own, it sees "
+        f"{there}: start as many processes as it sees (--nproc-per-node {there})"
+    )
+
+
 def use(device: torch.device) -> None:
     """Makes it the device that this thread uses. Each thread begins with the first of several:
     Triton's kernels and what a graph records would be given to that one.

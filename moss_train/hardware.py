@@ -119,7 +119,8 @@ def kind_of(asked: str) -> str:
 
 def refusal(kind: str) -> str | None:
     """Why training does not run on a kind of device here; None where it does."""
-    if kind in ("auto", "cpu"):
+    kind = kind_of(kind)
+    if kind == "cpu":
         return None
     if kind in UNSUPPORTED:
         return f"hardware.device={kind}: training does not run there ({UNSUPPORTED[kind]})"
@@ -127,7 +128,8 @@ def refusal(kind: str) -> str | None:
         devices.find(kind, "hardware.device")
     except ValueError as error:
         return str(error)
-    return None
+    reason = devices.lacking(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    return f"hardware.device={kind}: {reason}" if reason else None
 
 
 def seed_everything(seed: int) -> None:
@@ -153,6 +155,9 @@ def make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")  # a sum's order must not depend on message timing
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine
     torch.use_deterministic_algorithms(True)
+    # Else torch fills all memory that it allocates: of a step's launches, a third.
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
 
 

@@ -73,6 +73,7 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.current_device = lambda: 0
+    cuda.device_count = lambda: 8
     cuda.get_device_capability = lambda *_: (9, 0)  # broadcast asks for it
     cuda.synchronize = lambda *_: record.wait("torch.cuda.synchronize")
     cuda.max_memory_allocated = cuda.memory_allocated = cuda.memory_reserved = lambda *_: 0
@@ -356,7 +357,8 @@ class _Operators(TorchDispatchMode):
 
     def _copy(self, func: Any, to: Tensor, source: Tensor, wait_free: bool = False) -> Tensor:
         down = on_device(source)
-        if down or source.dim() > 0:  # a number in host memory is a kernel's argument
+        # A number in host memory is a kernel's argument, unless it goes to a single place.
+        if down or source.dim() > 0 or to.dim() == 0:
             _count_copy(down, wait_free, _mark(to if down else source) == "pinned")
         func(to, source)
         if down and wait_free:
@@ -370,8 +372,8 @@ class _Operators(TorchDispatchMode):
             for x in args[1]:
                 if x is not None and not on_device(x):
                     record.wait("index in host memory")
-                elif x is not None and x.dtype in (torch.bool, torch.uint8) and not fill:
-                    record.wait("mask as an index")
+                elif x is not None and (x.dtype in (torch.bool, torch.uint8)) is not fill:
+                    record.wait("a number at places" if fill else "mask as an index")
             tensors = [args[0]]
         for x in tensors:
             # Numbers in host memory may be among the operands.

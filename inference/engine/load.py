@@ -117,7 +117,10 @@ def load_model(
         raise ValueError(f"{folder}: is quantized; several ranks need full weights (--quantize)")
     if ranks > 1:
         check_divisible(config, ranks)
-        where = devices.select(where.type, int(os.environ.get("LOCAL_RANK", rank)))
+        number = int(os.environ.get("LOCAL_RANK", rank))
+        if reason := devices.lacking(where.type, number):
+            raise ValueError(f"device={where.type}: {reason}")
+        where = devices.select(where.type, number)
     # What is quantized must not take the device's memory in full before.
     first = where if quantize is None and stored is None else torch.device("cpu")
     try:

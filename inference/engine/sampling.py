@@ -85,13 +85,13 @@ class Sampler:
         row = [float(getattr(sampling, field.name)) for field in fields(Sampling)[:-1]]
         self.settings[slot] = upload(row, self.settings.device, torch.float64)
         assert sampling.seed is not None
-        self.seeds[slot] = sampling.seed
+        self.seeds[slot].fill_(sampling.seed)  # for `= seed` the host would wait
 
     def add_context(self, slot: int, tokens: Sequence[int]) -> None:
         """Adds tokens to the context that the repetition penalty counts."""
         known = [t for t in tokens if t < self.seen.shape[1] and t != self.silence]
         if known:
-            self.seen[slot, upload(known, self.seen.device)] = True
+            self.seen[slot].index_fill_(0, upload(known, self.seen.device), True)
 
     def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, draw: Draw) -> Tensor:
         """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moss_train import hardware
 from moss_train.model.moss_video import MossVideo
 
+PIECE = 1 << 24  # words that are summed at once: as 64 bits, those of an embedding are 4 GB
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,5 +58,9 @@ def _differing(parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGr
 
 def _checksum(tensor: Tensor) -> Tensor:
     """Two int64 sums over the tensor's bits: of its words, and of their squares (both wrap)."""
-    words = tensor.contiguous().view(_WORDS[tensor.element_size()]).long()
+    words = tensor.contiguous().view(_WORDS[tensor.element_size()]).flatten()
+    return torch.stack([_sums(piece.long()) for piece in words.split(PIECE)]).sum(0)
+
+
+def _sums(words: Tensor) -> Tensor:
     return torch.stack((words.sum(), (words * words).sum()))

@@ -41,6 +41,15 @@ def test_what_is_not_here_is_refused_with_what_is(asked, said, monkeypatch):
         devices.find(asked, "--device")
 
 
+def test_a_process_beyond_the_last_device_is_told_how_many_there_are(monkeypatch):
+    monkeypatch.setattr(devices, "count", lambda kind: 4)
+    assert devices.lacking("cuda", 3) == devices.lacking("cpu", 9) == ""
+    assert devices.lacking("cuda", 4) == (
+        "process 4 of this machine (LOCAL_RANK) has no device of its own, it sees 4: "
+        "start as many processes as it sees (--nproc-per-node 4)"
+    )
+
+
 def test_processes_share_the_devices_that_this_one_may_use(monkeypatch):
     monkeypatch.setattr(devices, "count", lambda kind: 2)
     monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)

@@ -175,7 +175,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     """What a GPU would refuse or wait in, and what it would not."""
     here = torch.arange(4.0, device="cuda")
     host, pinned = torch.arange(4.0), torch.arange(4.0).pin_memory()
-    mask = here > 1
+    mask, order = here > 1, here.argsort()
 
     def fetch() -> Any:
         copy, event = here.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -200,6 +200,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         "too early": lambda: here.to("cpu", non_blocking=True).tolist(),
         "fetched": fetch,
         "masked fill": lambda: here.clone().__setitem__(mask, 0),
+        "a number at a place": lambda: here.clone().__setitem__(1, 5.0),
+        "a number at places": lambda: here.clone().__setitem__(order, 5.0),
+        "a number in a row": lambda: here.view(2, 2).clone().__setitem__(1, 5.0),
         "pinned": lambda: pinned.to("cuda", non_blocking=True) + here * 2.0,
         "made there": lambda: torch.zeros(3, device="cuda") + here.sum(),
     }

@@ -54,6 +54,7 @@ def main() -> None:
         return Step(slot, [*tokens, image], [features[0]])
 
     drawn = Sampling(temperature=0.7, seed=1)
+    penalized = Sampling(repetition_penalty=1.1, seed=1)
     kinds: dict[str, Callable[[], Any]] = {
         "pictures": lambda: engine.encode(frames),
         "a token": lambda: engine.step([Step(first)]),
@@ -67,6 +68,8 @@ def main() -> None:
         ),
         "settings": lambda: engine.set_sampling(first, drawn),
         "a token that is drawn": lambda: engine.step([Step(first)]),
+        "settings of a context": lambda: engine.set_sampling(first, penalized),
+        "a token that is penalized": lambda: engine.step([Step(first)]),
     }
     seen = {}
     for name, call in kinds.items():

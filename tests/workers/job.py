@@ -140,6 +140,8 @@ def run_checked(task: Task, config: Config) -> None:
         raise
     task.seen["weights"] = whole_weights(job.model)
     task.seen["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    task.seen["fills_memory"] = settings.fill_uninitialized_memory
     task.seen["adam_steps"] = [g["step"] for g in job.state.optimizer.param_groups]
 
 

@@ -24,13 +24,18 @@ BOUNDS = {
     "a token": Asked(13, 2),
     "a token of each": Asked(13, 2),
     "a token that is drawn": Asked(14, 2),
+    "a token that is penalized": Asked(15, 3),
     "a question": Asked(14, 2),
     "a frame": Asked(33, 5),
     "a frame of each": Asked(90, 14),
     "a question with a frame": Asked(33, 5),
     "a token, a frame, a question": Asked(58, 9),
 }
-NO_STEPS = {"pictures": Asked(15, 1), "settings": Asked(1, 1)}
+NO_STEPS = {
+    "pictures": Asked(15, 1),
+    "settings": Asked(2, 1),
+    "settings of a context": Asked(3, 2),
+}
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ def test_two_runs_are_equal_to_the_bit(small, run_jobs, tmp_path, ranks):
     one, two = (result.load(run.name) for run in runs)
     assert one["error"] is None
     assert one["deterministic"]
+    assert not one["fills_memory"]
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in metrics(runs[0])] == [row[key] for row in metrics(runs[1])]
     assert len(metrics(runs[0])) == 3

@@ -161,6 +161,7 @@ def test_the_simulation_sees_what_a_gpu_would_refuse_or_wait_in(seen):
     waits = {name for name, counts in found.items() if name not in refused and counts.get("waits")}
     assert waits == {
         "item", "truth", "list", "pageable", "number", "mask", "nonzero", "host index", "fetched",
+        "a number at a place", "a number at places",
     }  # fmt: skip
     assert found["pinned"] == {"copies": 1, "launches": 2}
     assert found["made there"] == {"launches": 3}
