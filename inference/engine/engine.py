@@ -164,6 +164,12 @@ class Engine:
         """This thread owns it from now on."""
         devices.use(self.device)
 
+    def release_graphs(self) -> None:
+        """Frees all graphs: passes, and the vision tower, run without from now on."""
+        if self.graph_runner is not None:
+            self.graph_runner.release()
+        self.tower.graphs.clear()
+
     def make_graph_runner(self, kernels: Kernels, graphs: bool, compile: bool) -> GraphRunner:
         """What runs passes of fixed shape of this engine's slots, made of `kernels`."""
         use_kernels(self.model, kernels)

@@ -209,6 +209,11 @@ class GraphRunner:
                 progress.step()
         progress.end()
 
+    def release(self) -> None:
+        """Frees all graphs."""
+        self.passes.clear()
+        self.draws.clear()
+
     def _check(self, kind: tuple[int, int]) -> None:
         """Raises RuntimeError where a graph's logits are not those of the pass without it."""
         self.inputs.fill_(1)

@@ -73,6 +73,7 @@ class ShardedEngine(Engine):
     def abandon(self) -> None:
         """No more calls: a step has failed, and the other ranks may wait in the middle of it."""
         self.running = False
+        self.release_graphs()  # see `_stop`: the process group ends with the process
 
     def follow(self) -> None:
         """What other ranks do: the calls of rank 0, until it shuts down."""
@@ -140,6 +141,8 @@ class ShardedEngine(Engine):
     def _stop(self) -> None:
         self.running = False
         self.lifeline.close()
+        # NCCL's communicator does not end before the graphs that have recorded its collectives.
+        self.release_graphs()
         dist.destroy_process_group()  # else its threads may abort the process's exit
 
     def _gather(self, slot: Slot) -> dict[str, Any]:

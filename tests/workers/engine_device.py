@@ -5,6 +5,7 @@ A graph is one launch, as its replay is, whatever it holds; what it holds runs a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -75,6 +76,16 @@ def main() -> None:
     for name, call in kinds.items():
         with simulated_cuda.recording() as seen[name]:
             call()
+    runner = engine.graph_runner
+    held = [*runner.passes.values(), *(graph for graph, _ in runner.draws.values())]
+    graphs = [
+        weakref.ref(graph) for graph in (*held, *(g for g, _ in engine.tower.graphs.values()))
+    ]
+    del runner, held
+    engine.release_graphs()
+    left = [graph for graph in graphs if graph() is not None]
+    engine.step([Step(first), framed(second)])  # as before, without
+    save_result("released", (len(graphs), len(left)))
     save_result("seen", seen)
     save_result("refused", refused())
     save_result("used", used)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,7 +68,7 @@ def scenario(checkpoint: str) -> dict[str, Any]:
     both = engine.step([Step(slot, [70]), Step(twin, [70])])
     assert both[0] == both[1]
     sampled += both
-    engine.shutdown()
+    freed = ended(engine)
     tensors = {name: state[name] for name in ("text", "frames")}
     assert not any("CALL" in kinds for kinds in messages.values())  # which are pickled
     return {
@@ -75,7 +76,25 @@ def scenario(checkpoint: str) -> dict[str, Any]:
         "logits": [player.logits for player in players],
         "sampled": sampled,
         "state": tensors,
+        "freed": freed,
     }
+
+
+def ended(engine: Engine) -> bool | None:
+    """Shuts it down. Whether a graph of its tower was freed when the process group ended, for which
+    NCCL would wait then; None where there is no group."""
+    engine.tower.graphs[0] = mock.Mock(), torch.empty(0)
+    graph, freed = weakref.ref(engine.tower.graphs[0][0]), None
+    destroy = dist.destroy_process_group
+
+    def destroying() -> None:
+        nonlocal freed
+        freed = graph() is None
+        destroy()
+
+    with mock.patch.object(dist, "destroy_process_group", destroying):
+        engine.shutdown()
+    return freed
 
 
 @contextmanager

@@ -71,6 +71,13 @@ def test_the_thread_that_makes_it_uses_its_device(result: Result) -> None:
     assert set(result.load("used")) == {0}
 
 
+def test_graphs_that_are_released_are_freed(result: Result) -> None:
+    """NCCL's communicators wait for it when they end."""
+    graphs, left = result.load("released")
+    assert graphs > 10
+    assert left == 0
+
+
 def test_graphs_are_told_with_their_memory_before_and_after(result: Result) -> None:
     lines = [line for line in result.stderr().splitlines() if line.startswith("CUDA graphs")]
     assert lines[0].startswith("CUDA graphs will take about ")

@@ -31,6 +31,7 @@ def test_two_ranks_stream_what_one_does(tiny: Path, tmp_path: Path) -> None:
         for i, logits in wanted.items():
             torch.testing.assert_close(got[i], logits, atol=1e-4, rtol=0)
     assert one["sampled"] == two["sampled"]
+    assert two["freed"]
     # A message of numbers, and a tensor where there is one: nothing is pickled between two tokens.
     assert two["messages"] == {
         "a token": ["STEP", "broadcast"],
