@@ -106,7 +106,7 @@ def use(device: torch.device) -> None:
     """Makes it the device that this thread uses. Each thread begins with the first of several:
     Triton's kernels and what a graph records would be given to that one.
     """
-    if is_accelerator(device):
+    if device.type in ACCELERATORS:  # not "meta"
         select(device.type, device.index)
 
 

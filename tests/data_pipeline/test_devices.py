@@ -81,6 +81,7 @@ def test_each_kind_is_asked_through_its_own_module(monkeypatch):
     assert told == [3, device]
     devices.use(torch.device("xpu", 1))
     devices.use(torch.device("cpu"))
+    devices.use(torch.device("meta"))
     assert told == [3, device, 1]
     assert devices.backend("xpu") == "xccl"
     assert not devices.has_graphs(torch.device("cpu"))
