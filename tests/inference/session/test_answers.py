@@ -1,4 +1,5 @@
-"""Several answers to one question: what it costs, against answers that are asked for one by one."""
+"""Several answers to one question: what it costs, against answers that are asked for one by one;
+and the thread that computes them."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline import devices
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
@@ -86,3 +88,16 @@ def test_a_question_is_computed_once_for_all_answers(
         for one, other in zip(alone[1:], map(said, others), strict=True):
             same(one, other)
     assert not engine.slots
+
+
+def test_its_thread_uses_the_device_of_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA gives each new thread the first of several GPUs."""
+    used: list[tuple[torch.device, str]] = []
+    monkeypatch.setattr(
+        devices, "use", lambda device: used.append((device, threading.current_thread().name))
+    )
+    with Runner(engine):
+        pass
+    assert used == [(engine.device, "moss-engine")]

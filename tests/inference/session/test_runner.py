@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline import devices
 from data_pipeline.schema import SampleError
 from inference.engine.engine import Engine, EngineFull
 from inference.engine.load import load_engine
@@ -209,19 +208,6 @@ def test_a_state_saved_at_any_moment_has_all_that_was_given(
         with runner.restore(state) as resumed:
             until(partial(settled, resumed, 6))
             assert context(resumed) == whole
-
-
-def test_its_thread_uses_the_device_of_the_engine(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """CUDA gives each new thread the first of several GPUs."""
-    used: list[tuple[torch.device, str]] = []
-    monkeypatch.setattr(
-        devices, "use", lambda device: used.append((device, threading.current_thread().name))
-    )
-    with Runner(engine):
-        pass
-    assert used == [(engine.device, "moss-engine")]
 
 
 def test_endless_streams_drop_the_oldest_and_report_it(tiny: Path) -> None:
