@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -45,9 +46,16 @@ class Pool:
                 compute()
         ours.current_stream().wait_stream(side)
         graph = devices.new_graph(self._device)
-        with ours.graph(graph, pool=self._handle):
+        with ours.graph(graph, pool=self._handle, stream=_capture_stream(self._device)):
             out = compute()
         return graph, out
+
+
+@cache
+def _capture_stream(device: torch.device) -> Any:
+    """One for all pools of a device, as `side` is one for all graphs of a pool. torch's own is on
+    the device on which a process has captured first."""
+    return devices.module(device.type).Stream(device)
 
 
 @contextmanager

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from data_pipeline import devices
+from inference.engine import capture
 from tests.torchrun import Result, run_ranks
 
 
@@ -76,6 +83,32 @@ def test_graphs_that_are_released_are_freed(result: Result) -> None:
     graphs, left = result.load("released")
     assert graphs > 10
     assert left == 0
+
+
+def test_graphs_are_recorded_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a process that has recorded on another one before."""
+    used: list[Any] = []
+
+    @contextmanager
+    def entered(stream: Any) -> Iterator[None]:
+        used.append(stream)
+        yield
+
+    fake = SimpleNamespace(
+        graph_pool_handle=lambda: 1,
+        Stream=lambda device: SimpleNamespace(device=device, wait_stream=lambda other: None),
+        current_stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        stream=entered,
+        graph=lambda graph, pool, stream: entered(stream),
+    )
+    monkeypatch.setattr(devices, "module", lambda kind: fake)
+    monkeypatch.setattr(devices, "new_graph", lambda device: None)
+    monkeypatch.setattr(capture, "_capture_stream", cache(capture._capture_stream.__wrapped__))
+    second, first = torch.device("cuda:1"), torch.device("cuda:0")
+    for device in (second, first, second):
+        assert capture.Pool(device).capture(lambda: 3)[1] == 3
+    assert [stream.device for stream in used] == [second, second, first, first, second, second]
+    assert used[1] is used[5]  # one for all pools: cuBLAS keeps memory for each
 
 
 def test_graphs_are_told_with_their_memory_before_and_after(result: Result) -> None:
