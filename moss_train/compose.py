@@ -7,14 +7,19 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+    SearchPathException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -22,7 +27,13 @@ from yaml import YAMLError
 from data_pipeline.commands import WRONG_USAGE, report_error
 from moss_train.config import RENAMED, Config, ConfigError, from_hydra
 from moss_train.field_errors import cause_of, explain_field
-from moss_train.overrides import as_typed, explain_composing, explain_override
+from moss_train.overrides import (
+    as_typed,
+    explain_composing,
+    explain_override,
+    explain_own_file,
+    flags_first,
+)
 from moss_train.presets import conf_dir
 from moss_train.processes import age_s
 
@@ -66,19 +77,25 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors: `explain` says them in one line
     ConfigStore.instance().store(name="schema", node=Config)
 
-    composed = False
+    composed, unresolved = False, list[Exception]()
 
     def compose_and_run(raw: DictConfig) -> None:
         nonlocal composed
-        OmegaConf.resolve(raw)
+        try:
+            _check_whole(raw)
+            OmegaConf.resolve(raw)
+        except COMPOSING as error:  # Hydra writes lines of its own about what is raised here
+            return unresolved.append(error)
         composed = True
         job(raw)
 
     compose_and_run.__module__ = name  # Hydra's help takes the name of the program from there
     decorate = hydra.main(version_base=VERSION, config_path=str(conf_dir()), config_name=ROOT)
     try:
-        sys.argv[1:] = as_typed(sys.argv[1:], conf_dir())
+        sys.argv[1:] = flags_first(as_typed(sys.argv[1:], conf_dir()))
         decorate(compose_and_run)()
+        if unresolved:
+            raise unresolved[0]
     except COMPOSING as error:
         if composed:
             raise
@@ -88,6 +105,18 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
                 report_error(name, line)
         return WRONG_USAGE
     return 0
+
+
+def _check_whole(raw: DictConfig) -> None:
+    """Raises ConfigError where a file of one's own does not begin with all that conf/ has."""
+    absent = [entry.name for entry in fields(Config) if entry.name not in raw]
+    if absent:
+        raise ConfigError(
+            [
+                f"--config-name: has no {', '.join(absent)}: the file must begin with "
+                "`defaults: [config, _self_]`, its own values behind it"
+            ]
+        )
 
 
 def _when_job_started(form: str) -> str:
@@ -107,6 +136,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: choose one of {', '.join(sorted(error.options))}"
+    if isinstance(error, MissingConfigException | SearchPathException):
+        return explain_own_file(line, sys.argv[1:])
     if isinstance(error, OverrideParseException):
         return explain_override(error.override, line)
     if isinstance(error, YAMLError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -17,6 +18,8 @@ PATHS = (
     "model.init.from_llama",
 )  # fmt: skip
 PROFILE = "trainer.profile"  # is like steps=10..12, for which the grammar wants quotes
+# Flags of Hydra's that have a value, in the next argument or behind a =.
+_VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 # Arguments with which Hydra looks for presets in other places, too.
 SEARCHED = r"\+*hydra\.searchpath\b|--config-(path|name)\b|-c[pn]\b"
 
@@ -108,6 +111,27 @@ def _own_folders(arguments: Sequence[str]) -> Iterator[str]:
         name, sign, value = flag.partition("=")
         if name in ("--config-dir", "-cd"):
             yield value if sign else following
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's flags before the overrides: it takes no override behind a flag behind another one."""
+    flags, overrides = list[str](), list[str]()
+    for before, argument in pairwise(["", *arguments]):
+        is_override = re.match(r"~|[^-].*=", argument) and before not in _VALUED
+        (overrides if is_override else flags).append(argument)
+    return [*flags, *overrides]
+
+
+def explain_own_file(line: str, arguments: Sequence[str]) -> str:
+    """Where a configuration of one's own must be: `line` is Hydra's word about what it misses."""
+    given = [f"{flag} {value}" for flag, value in pairwise(arguments) if flag in _VALUED]
+    given += [one for one in arguments if re.match("--config-.*=", one)]
+    inside = re.match(r"In '(.*)': Could not load '(.*)'", line)
+    missing = f"{inside[1]}.yaml names {inside[2]}, which is not there: " if inside else ""
+    return (
+        f"{' '.join(given) or line}: {missing}--config-dir FOLDER --config-name NAME reads "
+        "FOLDER/NAME.yaml beside the presets of conf/ (--config-path: in place of them)"
+    )
 
 
 def quoted(text: str) -> str:

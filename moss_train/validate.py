@@ -20,10 +20,11 @@ from data_pipeline.fp8 import MULTIPLE
 from data_pipeline.shards import check_source, shard_files
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
-from moss_train.config import WANDB_MODES, Config, ConfigError
+from moss_train.config import WANDB_MODES, Config, ConfigError, flatten, to_dict
 from moss_train.data_config import EvalSuiteConfig, SourceConfig
 from moss_train.model.hf_mapping import unmatched_targets
 from moss_train.model_sizes import not_multiple, unfit_sizes
+from moss_train.overrides import PATHS
 
 POSITIVE = Range(above=0)
 
@@ -43,10 +44,18 @@ def validate(config: Config, world_size: int) -> None:
 def _fields(config: Config) -> Iterator[str]:
     """Each field by itself."""
     yield from wrong_values(config)
+    yield from _paths(config)
     yield from _multipliers(config.optimizer.lr_multipliers)
     yield from _source_names(config.data.sources, "data.sources")
     yield from _source_names(config.data.eval_sources, "data.eval_sources")
     yield from _source_names(config.trainer.eval_suites, "trainer.eval_suites")
+
+
+def _paths(config: Config) -> Iterator[str]:
+    """Values that are known only now, as those of `${oc.env:...}`."""
+    for field, value in flatten(to_dict(config)):
+        if field in PATHS and field != "data.root" and isinstance(value, str) and not value.strip():
+            yield f"{field}=: is empty (an empty variable?): give a path"
 
 
 def _source_names(sources: Sequence[SourceConfig | EvalSuiteConfig], field: str) -> Iterator[str]:

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moss_train.compose import load_config
+from moss_train.compose import load_config, run_command_line
 from moss_train.config import Config, ConfigError
 from moss_train.overrides import as_typed
 from moss_train.presets import conf_dir
@@ -149,6 +150,58 @@ def test_a_folder_of_own_presets_has_recipes_too(tmp_path: Path):
         assert as_typed([*flag, "recipe=own"], conf_dir()) == [*flag, "recipe=own"]
     with pytest.raises(ConfigError, match="choose one of mine, toy_pt1"):
         as_typed(["--config-dir", str(tmp_path), "recipe=yours"], conf_dir())
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch, capsys):
+    """Runs a command line in a folder with files of one's own: its exit code, what it composed,
+    and what it said."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "whole.yaml").write_text("defaults: [config, _self_]\ntrainer: {steps: 7}")
+    (tmp_path / "part.yaml").write_text("trainer: {steps: 7}")
+
+    def run(*arguments: str):
+        made: list[Any] = []
+        monkeypatch.setattr(sys, "argv", ["moss-train", *arguments])
+        code = run_command_line(made.append, "moss-train")
+        return code, made, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--config-dir", ".", "-cn", "whole", "trainer.seed=3"),
+        ("trainer.seed=3", "--config-name=whole", "--config-dir=."),
+        ("trainer.seed=2", "--config-dir", ".", "--config-name", "whole", "trainer.seed=3"),
+    ],
+)
+def test_a_configuration_of_ones_own_is_taken_from_its_folder(command, arguments):
+    code, (raw,), said = command(*arguments)
+    assert (code, raw.trainer.steps, raw.trainer.seed, said) == (0, 7, 3, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            "--config-dir . --config-name none",
+            "--config-name none: --config-dir FOLDER --config-name NAME",
+        ),
+        ("--config-path /none", "--config-path /none: --config-dir FOLDER --config-name NAME"),
+        ("--config-dir=/none", "--config-dir=/none: --config-dir FOLDER --config-name NAME"),
+        ("--config-path {} -cn whole", "whole.yaml names config, which is not there: --config-dir"),
+        ("--config-dir . -cn part", "the file must begin with `defaults: [config, _self_]`"),
+        ("run.dir=${{oc.env:NO_SUCH}}", "${oc.env:NO_SUCH}: the environment has no variable"),
+    ],
+)
+def test_where_it_must_be_is_said_in_one_line(command, tmp_path: Path, arguments, says):
+    code, made, said = command(*arguments.format(tmp_path).split())
+    assert (code, made) == (2, [])
+    assert says in said
+    assert len(said.splitlines()) == 1
 
 
 def test_spellings_that_are_proposed_are_read():

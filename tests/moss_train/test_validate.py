@@ -43,6 +43,11 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["parallel.tensor=2 x parallel.pipeline=1: a replica takes 2 ranks, and the job has 3: "
          "start a multiple of 2"],
     ),
+    "paths of empty variables": (
+        1, ["run.dir=${oc.env:NOTHING}", "init_from=${oc.env:NOTHING}"],
+        ["init_from=: is empty (an empty variable?): give a path",
+         "run.dir=: is empty (an empty variable?): give a path"],
+    ),
     "batch": (
         4, ["data.global_batch=6", "data.micro_batch=2"],
         ["data.global_batch=6: must be a multiple of the 4 data-parallel replicas"],
@@ -301,7 +306,7 @@ def answers(toy, folder) -> dict[str, dict]:
     subprocess.run(
         [sys.executable, "tests/workers/refuse.py", str(folder / "cases.json")],
         cwd=REPO,
-        env={**os.environ, "PYTHONPATH": str(REPO), OUT: str(folder)},
+        env={**os.environ, "PYTHONPATH": str(REPO), OUT: str(folder), "NOTHING": ""},
         check=True,
         timeout=300,
     )
