@@ -71,6 +71,12 @@ def describe(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if known else str(error)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, in one line, without the file: for a line that names it already."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or " ".join(str(error).split())
+
+
 def report_error(program: str, error: object, code: int = FAILED) -> int:
     """Prints `PROGRAM: error: ERROR` to stderr, as argparse does; returns the exit code."""
     print(f"{program}: error: {error}", file=sys.stderr, flush=True)

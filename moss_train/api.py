@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 
+from data_pipeline.commands import one_line
 from moss_train.checkpoint_dir import find
 from moss_train.config import Config, ConfigError, from_dict, to_dict
 from moss_train.log import configure
@@ -78,7 +79,7 @@ class Run:
         try:
             return from_dict(yaml.safe_load(path.read_text()))
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError([f"{path}: {error}: give the folder of a run"]) from None
+            raise ConfigError([f"{path}: {one_line(error)}: give the folder of a run"]) from None
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import yaml
 from jsonschema import Draft202012Validator, SchemaError
 from jsonschema.exceptions import best_match
 
+from data_pipeline.commands import one_line
 from data_pipeline.synthesis.config import ROLES, EndpointConfig
 
 TEMPLATES = Path(__file__).with_name("prompts.yaml")
@@ -100,7 +101,7 @@ def load_prompts(path: Path | None = None) -> Prompts:
         text = file.read_text()
         data = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise PromptError(f"{file}: cannot be read: {error}") from None
+        raise PromptError(f"{file}: cannot be read: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise PromptError(f"{file}: expected system, roles and {', '.join(KINDS)}")
     tasks, schemas = {}, {}

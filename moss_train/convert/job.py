@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 from torch import Tensor
 
 from data_pipeline import atomic
+from data_pipeline.commands import one_line
 from moss_train.convert.source import ConversionError
 
 MANIFEST = "manifest.json"
@@ -176,7 +177,7 @@ def check_manifest(folder: Path) -> list[str]:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
-        return [f"{folder / MANIFEST}: cannot be read: {error}"]
+        return [f"{folder / MANIFEST}: cannot be read: {one_line(error)}"]
     problems = []
     for name, wanted in files.items():
         path = folder / name

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import EncodedSample
+from data_pipeline.commands import one_line
 from moss_train import hardware
 from moss_train.config import Config, HardwareConfig, ParallelConfig, from_dict
 from moss_train.evaluate.controls import ModelInput
@@ -56,7 +57,8 @@ class ExportedModel(TrainedModel):
             config = from_dict(training["config"])
         except (OSError, ValueError, KeyError) as error:
             raise EvaluationError(
-                f"{checkpoint}: cannot read training.json ({error}): give the export of a run"
+                f"{checkpoint}: cannot read training.json ({one_line(error)}): "
+                "give the export of a run"
             ) from None
         file = checkpoint / "tokenizer.json"
         check_tokenizer(training, checkpoint, file, str(file), "put back the export's")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.batch import EncodedSample
+from data_pipeline.commands import one_line
 from data_pipeline.encode import SampleEncoder
 from data_pipeline.schema import Sample, SampleError, parse_sample
 from data_pipeline.shards import shard_files
@@ -108,7 +109,7 @@ def read_lines(path: Path, source: str, encoder: SampleEncoder) -> Iterator[Item
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: cannot be read: {error}") from None
+        raise EvaluationError(f"{path}: cannot be read: {one_line(error)}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL
+from data_pipeline.commands import one_line
 
 NEEDED = ("input_ids", "pixel_values", "aspect_ratio_ids", "cross_attention_mask")
 
@@ -75,7 +76,7 @@ def read_case(path: Path, image_id: int, silence_id: int, silence_weight: float)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise VerificationError(f"{path}: cannot be read: {error}") from None
+        raise VerificationError(f"{path}: cannot be read: {one_line(error)}") from None
     missing = [name for name in NEEDED if name not in tensors]
     if missing:
         raise VerificationError(f"{path}: has no {', '.join(missing)}")

@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 
-from data_pipeline.commands import CommandParser, finite_number, report_error, whole_number
+from data_pipeline.commands import (
+    CommandParser,
+    finite_number,
+    one_line,
+    report_error,
+    whole_number,
+)
 from tests.conftest import REPO
 
 
@@ -67,6 +74,16 @@ def test_an_error_of_ours_reads_like_one_of_argparse(capsys):
     said = capsys.readouterr()
     assert said.err == "python -m tools.thing: error: size: 3: must be even\n"
     assert said.out == ""
+
+
+def test_what_an_error_says_is_a_line_without_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as missing:
+        (tmp_path / "a.yaml").read_text()
+    assert one_line(missing.value) == "No such file or directory"
+    with pytest.raises(yaml.YAMLError) as broken:
+        yaml.safe_load("a: [1\nb: 2")
+    assert "\n" in str(broken.value)
+    assert one_line(broken.value) == " ".join(str(broken.value).split())
 
 
 def test_every_command_has_this_parser():

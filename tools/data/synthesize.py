@@ -25,7 +25,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from data_pipeline.commands import DONE, STOPPED, report_error, whole_number
+from data_pipeline.commands import DONE, STOPPED, one_line, report_error, whole_number
 from data_pipeline.fields import ALLOWED
 from data_pipeline.synthesis.config import ROLES, SynthesisConfig, config_from
 
@@ -111,7 +111,7 @@ def config_of(given: argparse.Namespace) -> SynthesisConfig:
         try:
             values = yaml.safe_load(given.config.read_text()) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{given.config}: cannot be read: {error}") from None
+            raise ValueError(f"{given.config}: cannot be read: {one_line(error)}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{given.config}: expected groups of fields, as endpoint: {{...}}")
     config = config_from(values)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.commands import one_line
 from data_pipeline.synthesis.config import EndpointConfig
 from data_pipeline.synthesis.endpoint import Endpoint, EndpointError, RequestFailed
 from data_pipeline.synthesis.prompts import Request
@@ -50,7 +51,7 @@ def read_tsv(path: Path, limit: int | None = None) -> list[Question]:
             table = csv.DictReader(file, delimiter="\t")
             rows, columns = list(table), set(table.fieldnames or ())
     except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{path}: cannot be read: {error}") from None
+        raise BenchmarkError(f"{path}: cannot be read: {one_line(error)}") from None
     wanted = "answers" if "answers" in columns else "answer"
     lacks = sorted({"index", "image", "question", wanted} - columns)
     if lacks:

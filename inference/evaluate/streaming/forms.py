@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.commands import one_line
 from data_pipeline.seconds import parse_seconds
 
 _MOST = 1e15  # of a number
@@ -100,7 +101,7 @@ def read_list(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise FormError(f"{path}: cannot be read: {error}") from None
+        raise FormError(f"{path}: cannot be read: {one_line(error)}") from None
     if path.suffix == ".jsonl":  # a text in it may have other ends of lines than this one
         lines = enumerate(text.split("\n"), 1)
         return [_json(f"{path}, line {number}", line) for number, line in lines if line.strip()]

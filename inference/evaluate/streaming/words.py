@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.commands import one_line
 from inference.evaluate.streaming.forms import FormError
 
 _OURS = Path(__file__).with_name("prompts.yaml")
@@ -74,7 +75,7 @@ def read_own(file: Path, known: dict[str, str]) -> dict[str, str]:
     try:
         data = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise FormError(f"{file}: cannot be read: {error}") from None
+        raise FormError(f"{file}: cannot be read: {one_line(error)}") from None
     for name, text in data.items() if isinstance(data, dict) else [("", None)]:
         if name not in known or not isinstance(text, str):
             raise FormError(f"{file}: {name!r}: expected texts by names of {_OURS.name}")
