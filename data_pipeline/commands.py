@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Callable
@@ -42,6 +43,18 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             prog, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **options}
         )
+
+    def parse_known_args(self, *given: Any, **options: Any) -> Any:
+        print_all_signs()
+        return super().parse_known_args(*given, **options)
+
+
+def print_all_signs() -> None:
+    """Names and answers may have signs that the encoding of the terminal or of a log does not have:
+    from now on they are printed as `\\u65e5`, where they were an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def whole_number(**bounds: Any) -> Callable[[str], int]:

@@ -29,7 +29,7 @@ class Sink:
         self.terminal, self._name = name == "-", name
         self._out: TextIO | None = None
         if name:
-            self._out = sys.stdout if self.terminal else open(name, "w")  # noqa: SIM115
+            self._out = sys.stdout if self.terminal else Path(name).open("w", encoding="utf-8")
 
     @staticmethod
     def check(name: str | None) -> None:
@@ -48,7 +48,9 @@ class Sink:
         if not self._out:
             return
         try:
-            print(json.dumps(event.as_dict(), ensure_ascii=False), file=self._out, flush=True)
+            # A terminal of another encoding does not have all signs: JSON's own escapes are ASCII.
+            bare = not (self._out.encoding or "").lower().startswith("utf")
+            print(json.dumps(event.as_dict(), ensure_ascii=bare), file=self._out, flush=True)
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._name) from None
 

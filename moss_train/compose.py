@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data_pipeline.commands import WRONG_USAGE, report_error
+from data_pipeline.commands import WRONG_USAGE, print_all_signs, report_error
 from moss_train.config import RENAMED, Config, ConfigError, from_hydra
 from moss_train.field_errors import cause_of, explain_field
 from moss_train.overrides import (
@@ -74,6 +74,7 @@ def load_config(
 
 def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
     """Composes what sys.argv says and runs `job`; `name` stands in the help. The exit code."""
+    print_all_signs()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors: `explain` says them in one line
     ConfigStore.instance().store(name="schema", node=Config)
 

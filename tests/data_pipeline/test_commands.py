@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 
 import pytest
 import yaml
@@ -95,3 +97,13 @@ def test_every_command_has_this_parser():
         if re.search(r"argparse\.ArgumentParser\(", path.read_text())
     ]
     assert own == []
+
+
+def test_signs_that_an_encoding_does_not_have_are_printed_all_the_same(monkeypatch) -> None:
+    """As with PYTHONIOENCODING=ascii, or in a locale that is not UTF-8."""
+    for encoding, expected in (("ascii", b"\\u65e5\n"), ("utf-8", "日\n".encode())):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+        CommandParser("python -m x").parse_args([])
+        print("日", flush=True)
+        assert written.getvalue() == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ import pytest
 from data_pipeline.commands import PIPE_CLOSED, STOPPED
 from inference import feed, realtime_streaming_infer
 from inference.live import LiveSource
+from inference.present import Sink
+from inference.session.events import Event
 from tests.inference.cameras import camera, jpegs
 from tests.inference.serve.serving import until
 from tests.samples import graded_video
@@ -166,3 +169,14 @@ def test_questions_come_in_time_while_a_camera_is_away(
     away = kinds[kinds.index("source.lost") : kinds.index("source.back")]
     assert "conversation.item.created" in away
     assert kinds[-1] == "session.closed"
+
+
+def test_events_are_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = Event("response.done", 1, 0.0, 0.0, {"text": "日 \U0001f600"})
+    for encoding in ("ascii", "utf-8"):
+        shown = io.BytesIO()
+        monkeypatch.setattr(
+            sys, "stdout", io.TextIOWrapper(shown, encoding, errors="backslashreplace")
+        )
+        Sink("-").show(event)
+        assert json.loads(shown.getvalue().decode(encoding))["text"] == "日 \U0001f600"
