@@ -29,7 +29,8 @@ class Sink:
         self.terminal, self._name = name == "-", name
         self._out: TextIO | None = None
         if name:
-            self._out = sys.stdout if self.terminal else Path(name).open("w", encoding="utf-8")
+            file = Path(name)
+            self._out = sys.stdout if self.terminal else file.open("w", encoding="utf-8")
 
     @staticmethod
     def check(name: str | None) -> None:
