@@ -141,7 +141,7 @@ def names_medium(value: Any) -> bool:
     """Whether a field holds something: parquet has `{"bytes": None, "path": None}` for nothing."""
     if isinstance(value, dict):
         return any(one is not None for one in value.values())
-    return value not in (None, "", b"", [])
+    return bool(value)
 
 
 def may_name_medium(value: Any) -> bool:

@@ -45,7 +45,8 @@ def place_marks(
     if "<" not in text:
         return messages
     if sound := _SOUND.search(text):
-        notes.append(f"{sound[0]} in a text, which stays text: the model takes no sound")
+        mark = re.sub(r"\d+", "N", sound[0])
+        notes.append(f"{mark} in a text, which stays text: the model takes no sound")
     if "</" in text:
         messages = _with_paths(messages, media)
     if not any(media.values()):

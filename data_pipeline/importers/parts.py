@@ -24,9 +24,9 @@ _OWN = (
     (IMAGE_FIELDS, "images", (IMAGE_MARK, "<image>")),
     (VIDEO_FIELDS, "videos", (VIDEO_MARK, "<video>")),
 )
-_DATA = ("source", "base64")  # with base64 itself, in an object or alone
-_KNOWN = frozenset((*_PLACES, *_DATA, "type", "text", "index"))
-_LONG = 256  # characters, from which on a value is no option of a medium
+_SOURCE, _BASE64 = "source", "base64"  # where Anthropic's and transformers' parts have it
+_KNOWN = frozenset((*_PLACES, _SOURCE, _BASE64, "type", "text", "index"))
+_LONG = 256  # characters without a space, of which no option of a medium has so many
 
 
 def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -173,14 +173,29 @@ def _inside(part: dict[str, Any], field: str) -> Any:
     """What a part holds under a name of another project: Anthropic's `source` (base64, or a URL),
     transformers' `base64`; None: it only marks a place. SampleError for a name that is not known.
     """
+    source = part.get(_SOURCE)
+    held = source if isinstance(source, dict) else {"data": part.get(_BASE64)}
+    if held.get("url"):
+        return held["url"]
+    if data := held.get("data"):
+        is_url = str(data).startswith("data:")
+        return data if is_url else f"data:{held.get('media_type', '')};base64,{data}"
     for name, value in part.items():
-        held = value if name == "source" and isinstance(value, dict) else {"data": value}
-        if name in _DATA and (text := held.get("url") or held.get("data")):
-            return text if held.get("url") else f"data:{held.get('media_type', '')};base64,{text}"
-        if name not in _KNOWN and (isinstance(value, dict) or len(str(value)) > _LONG):
+        if name not in _KNOWN and _may_be_medium(value):
             detail = f"{field}: {name}: not where a part has its medium: {', '.join(_PLACES)}"
             raise SampleError("bad_schema", detail)
     return None
+
+
+def _may_be_medium(value: Any) -> bool:
+    """Whether a value is a medium's bytes or base64, or has them; options, descriptions in any
+    script, and how long a cache keeps a part are not."""
+    if isinstance(value, dict):
+        return any(map(_may_be_medium, value.values()))
+    if isinstance(value, str):
+        start = value[:_LONG]
+        return len(value) > _LONG and start.isascii() and not any(map(str.isspace, start))
+    return isinstance(value, bytes) and bool(value)
 
 
 def _part(part: Any, field: str, media: dict[str, list[Any]]) -> str:

@@ -60,6 +60,11 @@ def source(**said: str) -> dict[str, Any]:
 
 
 BLUE = base64.b64encode(jpeg("blue")).decode()
+# What a part that marks the place of one of the record's media may say besides.
+OPTIONS: list[dict[str, Any]] = [
+    {"cache_control": {"type": "ephemeral"}}, {"meta": {"size": None}}, {"source": "coco"},
+    {"alt": "A red square. " * 30}, {"alt": "\u7ea2" * 300},
+]  # fmt: skip
 SHOWN = [
     (asked("Picture 1: <img>b.jpg</img>\nPicture 2: <img>r.jpg</img>\nWhich?"),
      ("Picture 1: @\nPicture 2: @\nWhich?", "br")),
@@ -88,7 +93,14 @@ SHOWN = [
      ("@?", "b")),
     (asked([source(type="url", url="r.jpg"), {"text": "?"}]), ("@?", "r")),
     (asked([{"type": "image", "base64": BLUE}, {"text": "?"}]), ("@?", "b")),
+    (asked([{"type": "image", "base64": f"data:image/jpeg;base64,{BLUE}"}, {"text": "?"}]),
+     ("@?", "b")),
+    (asked([{"cache_control": {"type": "ephemeral"}, **source(type="url", url="r.jpg")}]),
+     ("@", "r")),
+    *((asked([{"type": "image", **option}, {"text": "?"}], images=["r.jpg"]), ("@?", "r"))
+      for option in OPTIONS),
     (asked("Plain?", image={"bytes": None, "path": None}), ("Plain?", "")),
+    (asked("Plain?", image=False, videos=0), ("Plain?", "")),
     ({"text": "Red.", "images": ["r.jpg"]}, ("@", "r")),
     ({"caption": "Red.", "image_paths": ["r.jpg"], "image": {"bytes": None}}, ("@", "r")),
     (asked("HTML's <img> and <b>r.jpg</b>"), ("HTML's <img> and <b>r.jpg</b>", "")),
@@ -138,21 +150,25 @@ def test_marks_and_media_that_do_not_agree_are_refused_or_noted(folder: Path) ->
         asked([part("r.jpg")], images=["b.jpg"]),
         asked("<image_1>, <ImageHere>?"),
         asked([{"type": "image", "blob": BLUE}], images=["r.jpg"]),
+        asked([{"type": "image", "file": {"blob": BLUE}}], images=["r.jpg"]),
         asked("<image>Where?", "<bbox>", image="r.jpg", objects={"bbox": [[1, 2, 3, 4]]}),
         asked("<audio>?", audios=["a.wav"]),
         asked("<audio>?"),
+        asked("<audio_7>?"),
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     summary, samples = run(folder / "a.jsonl")
     assert summary.rejected == {
         "mark_media_mismatch": 2,
         "ambiguous_media": 1,
-        "bad_schema": 2,
+        "bad_schema": 3,
         "unknown_media": 1,
     }
-    assert samples == [("<image_1>, <ImageHere>?", ""), ("<audio>?", "")]
+    texts = ("<image_1>, <ImageHere>?", "<audio>?", "<audio_7>?")
+    assert samples == [(text, "") for text in texts]
     assert summary.notes == {
         "<audio> in a text, which stays text: the model takes no sound": 1,
+        "<audio_N> in a text, which stays text: the model takes no sound": 1,
         "<image_N> in a record without media": 1,
         "<ImageHere> in a record without media": 1,
     }
