@@ -7,7 +7,7 @@ narrations. Large ones are read entry by entry, so that an import takes no more 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO
@@ -24,33 +24,52 @@ _FIELDS = frozenset({
     "images", "videos", "narrations", "content", "subtitles", "transcription", "chunks",
     "word_segments", "text_stream",
 })  # fmt: skip
-_TIMES = frozenset({"time", "timestamp_sec"})  # one of which a narration has
+# One of which narrations have, or words and segments.
+_TIMES = frozenset({"time", "timestamp_sec", "start", "timestamp", "offsets"})
 _VIDEOS = "videos"
 _LOOKED_AT = 1000  # first entries of a large object that say what it is
+_OF_LIST = 10  # first entries of a list that do
 
 
-def records_by_id(value: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
-    """The records of an object in a file, or the object where it is one itself. Raises ShardError
-    for lists of other records than narrations."""
+def records_by_id(value: dict[str, Any], path: str) -> Iterator[dict[str, Any] | SampleError]:
+    """The records of an object in a file, or the object where it is one itself.
+
+    A list of other records than narrations and words is a SampleError. Raises ShardError where it
+    is the first list.
+    """
     inner = value[_VIDEOS] if isinstance(value.get(_VIDEOS), dict) else value
     if not inner or _FIELDS & set(inner) or not all(
         isinstance(entry, dict | list) for entry in inner.values()
     ):  # fmt: skip
         yield value
         return
-    for name, entry in inner.items():
-        yield _record(name, entry, path)
+    yield from _records(inner.items(), path, "" if inner is value else _VIDEOS)
 
 
-def _record(name: str, entry: dict[str, Any] | list[Any], path: str) -> dict[str, Any]:
-    fields = entry if isinstance(entry, dict) else {"narrations": entry}
-    first = entry[0] if isinstance(entry, list) and entry else None
-    if isinstance(first, dict) and _TIMES.isdisjoint(first):
-        raise ShardError(
-            f"{path}: {name} holds a list of records, which is read alone: take it out "
-            f"(jq '.[\"{name}\"]' FILE > {name}.json)"
-        )
-    return {"video_uid": name} | fields
+def _records(
+    entries: Iterable[tuple[str, Any]], path: str, inside: str
+) -> Iterator[dict[str, Any] | SampleError]:
+    lists = 0  # that were of narrations or words
+    for name, entry in entries:
+        if isinstance(entry, dict):
+            yield {"video_uid": name} | entry
+        elif not isinstance(entry, list):
+            yield SampleError("bad_schema", f"{name}: {entry!r:.80} is no object")
+        elif _are_timed(entry):
+            lists += 1
+            yield {"video_uid": name, "narrations": entry}
+        else:
+            detail = (f"{name} holds a list of records, which is read alone: take it out "
+                      f"(jq '.{inside}[\"{name}\"]' FILE > {name}.json)")  # fmt: skip
+            if not lists:
+                raise ShardError(f"{path}: {detail}")
+            yield SampleError("bad_schema", detail)
+
+
+def _are_timed(entries: list[Any]) -> bool:
+    """Whether a list is one of narrations or words, and not of records."""
+    first = entries[:_OF_LIST]
+    return not first or any(not isinstance(e, dict) or not _TIMES.isdisjoint(e) for e in first)
 
 
 def place_of_records(path: str) -> str | None:
@@ -72,19 +91,16 @@ def place_of_records(path: str) -> str | None:
 def by_ids(path: str, inside: str, size: int) -> Iterator[tuple[Any, float]]:
     """The records that lie `inside`, each with the share of the file's `size` bytes read so far.
 
-    What is neither an object nor a list among them is a SampleError, and so is damage, which ends
-    them. Raises ShardError for damage before the first, and as `records_by_id`.
+    What is neither an object nor a list of `records_by_id` among them is a SampleError, and so is
+    damage, which ends them. Raises ShardError for damage before the first, and as `records_by_id`.
     """
     found = 0
     with _opened(path) as file:
         try:
-            for name, entry in ijson.kvitems(file, inside, use_float=True):
+            entries = ijson.kvitems(file, inside, use_float=True)
+            for record in _records(entries, path, inside):
                 found += 1
-                share = min(1.0, file.tell() / size) if size else 0.0
-                if isinstance(entry, dict | list):
-                    yield _record(name, entry, path), share
-                else:
-                    yield SampleError("bad_schema", f"{name}: {entry!r:.80} is no object"), share
+                yield record, min(1.0, file.tell() / size) if size else 0.0
         except ijson.JSONError as error:
             damage = SampleError("bad_json", f"after {found} records: {_line(error)}")
             if not found:

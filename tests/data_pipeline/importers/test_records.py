@@ -65,6 +65,14 @@ def test_a_list_of_records_under_a_name_is_told(
     for path in written(tmp_path / "a.json", {"train": [{"messages": []}], "test": []}):
         with pytest.raises(ShardError, match=r"a\.json: train holds a list of records"):
             values(path)
+    narrated = [{"text": "no time"}, {"time": 1, "text": "x"}]
+    timed: dict[str, list[Any]] = {"a": narrated, "b": [{"start": 1, "end": 2, "text": "x"}]}
+    for path in written(tmp_path / "b.json", {"videos": timed | {"c": [{"text": "x"}]}}):
+        *found, last = values(path)
+        assert found == [{"video_uid": name, "narrations": timed[name]} for name in "ab"]
+        assert isinstance(last, SampleError)
+        assert "c holds a list of records" in last.detail
+        assert "jq '.videos[\"c\"]' FILE" in last.detail
 
 
 def test_a_large_object_that_is_cut_off_gives_what_is_before_the_cut(
