@@ -153,7 +153,7 @@ def _in_segments(record: dict[str, Any]) -> bool:
     """Whether the words stand in the segments, too, whose times those without any have."""
     segments = record.get("segments")
     first = segments[0] if isinstance(segments, list) and segments else None
-    return isinstance(first, dict) and bool(first.get("words"))
+    return isinstance(first, dict) and bool(_own_words(first))
 
 
 def are_segments(records: list[dict[str, Any]]) -> bool:
@@ -218,13 +218,14 @@ def _words(
     pieces = _in_pieces(entries)
     words: list[Word] = []
     if before is None:
-        before = next(filter(None.__ne__, map(_start, entries)), None)
+        before = next((at for at in map(_start, entries) if at is not None), None)
     for i, entry in enumerate(entries):
-        inner = entry.get("words") if isinstance(entry, dict) else None
-        untimed = isinstance(inner, list) and all(_start(word) is None for word in inner)
+        inner = _own_words(entry)
+        untimed = all(_start(word) is None for word in inner)
         # WhisperX knows when a segment of numbers alone is said, and not its words.
         if inner and not (untimed and _start(entry) is not None and _text(entry)):
             words += _words(inner, f"{name}[{i}].words", notes, _start(entry))
+            before = words[-1].end if words else before
             continue
         entry = _entry(entry, f"{name}[{i}]", before, notes)
         if entry is None:
@@ -238,6 +239,12 @@ def _words(
         else:
             words += spread(entry.start, entry.end, entry.text)
     return words
+
+
+def _own_words(segment: Any) -> list[Any]:
+    """The words of a segment with times of their own; under the name may be their number, too."""
+    words = segment.get("words") if isinstance(segment, dict) else None
+    return words if isinstance(words, list) else []
 
 
 def _start(entry: Any) -> float | None:
@@ -300,8 +307,11 @@ def _span(entry: dict[str, Any]) -> tuple[Any, Any]:
         start, end = (time / 1e3 if isinstance(time, int) else None for time in times)
         return start, end
     start, end, length = (entry.get(name) for name in ("start", "end", "duration"))
-    if end is None and isinstance(start, int | float) and isinstance(length, int | float):
-        return start, start + length
+    if end is None and length is not None:
+        try:
+            return start, second_of(start, "start") + second_of(length, "duration")
+        except SampleError:
+            return start, length  # one of which is told
     return start, start if end is None else end
 
 

@@ -197,6 +197,17 @@ def test_words_without_times_are_said_in_their_segment(folder: Path) -> None:
     (folder / "a.json").write_text(json.dumps({"word_segments": flat[3:]}))
     (sample,), _ = run(folder)
     assert " ".join(at_seconds(sample).values()) == "8 9 is"
+    (folder / "a.json").write_text(json.dumps({"segments": [segments[0], {"text": "so"}]}))
+    (sample,), _ = run(folder)
+    assert at_seconds(sample) == {2: "in 2014 so"}
+
+
+def test_the_number_of_a_segment_s_words_is_not_its_words(folder: Path) -> None:
+    for count in (2, "two", {"all": 2}):
+        segments = [{"start": 1, "end": 2, "text": "hi you", "words": count}]
+        (folder / "a.json").write_text(json.dumps({"segments": segments}))
+        (sample,), _ = run(folder)
+        assert " ".join(at_seconds(sample).values()) == "hi you"
 
 
 def test_a_list_of_segments_is_a_transcript(folder: Path) -> None:
@@ -205,6 +216,7 @@ def test_a_list_of_segments_is_a_transcript(folder: Path) -> None:
         ([{"text": "hi", "start": 1.0, "duration": 1.0}], {2: "hi"}),
         ([{"start": 1, "end": 2, "text": " hi"}, {"start": 8, "end": None, "text": " you"}],
          {2: "hi", 8: "you"}),
+        ([{"text": "hi you", "start": "0.0", "duration": "4.0"}], {2: "hi", 4: "you"}),
     ):  # fmt: skip
         (folder / "a.json").write_text(json.dumps(segments))
         (sample,), _ = run(folder)
