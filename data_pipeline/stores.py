@@ -19,7 +19,7 @@ from data_pipeline.fields import number
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the extra of ours that brings it
 _LONGEST_PAUSE = 30.0  # seconds
 # In a URL: a user's name and password, and fields of a query that are as good as these.
-_USER = re.compile(r"://(?:[^/?#\s]*|[^/@:\s]*:(?!\d+[/?#])[^@\s]*)@")
+_USER = re.compile(r"://(?:[^/?#\s]*|[^/@:\[\s]*:(?!\d+[/?#])[^@\s]*)@")
 _SECRET = re.compile(
     r"([?&](?:[\w-]*[-_])?(?:access|api)?"
     r"(?:pass|passwd|password|pwd|token|secret|signature|credential|key|auth|sig)=)[^&#\s]+",

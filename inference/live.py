@@ -29,6 +29,7 @@ _OPENED, _SILENT = 20.0, 60.0  # the same for all of its connections together; a
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries; the last one again and again
 _BROKEN = 50  # so many broken pictures one after the other are no stream
 _HOUR = 3600.0
+_STREAMED = ("flv", "matroska")  # may begin with a length that a stream does not keep to
 _PLAYLISTS = ("hls", "dash")  # they say where a stream ends; others end because somebody has gone
 
 
@@ -168,6 +169,8 @@ class LiveSource:
                     yield (None if bare else frame.time), frame
                     if self._still:
                         return
+            if self._still:  # else it would be asked for pictures for ever
+                raise OSError("its picture is broken")
             goes_on = container.format.name.startswith(_PLAYLISTS) and not container.duration
         if goes_on:
             self._ends = self._has_ended()
@@ -183,7 +186,8 @@ class LiveSource:
         # What goes on for ever has no length; a camera of pictures may give a made-up one.
         length = max(container.size, 0) if fetched and not (bare or playlist or self._still) else 0
         ends = bool(container.duration or length) and not self._still
-        self.whole, self.file_size = fetched and ends and not playlist, length
+        sure = bool(length) or not form.startswith(_STREAMED)
+        self.whole, self.file_size = fetched and ends and sure and not playlist, length
         self._ends = self._piped or ends
         if container.duration:
             self._ahead = _HOUR
@@ -217,7 +221,8 @@ class LiveSource:
         try:
             return av.open(self._url, options=options, timeout=(_OPENED, _SILENT))
         except (av.FFmpegError, OSError) as error:
-            if perf_counter() - began >= _TIMEOUT:
+            answered = isinstance(error, av.HTTPClientError | av.HTTPServerError)
+            if not answered and perf_counter() - began >= _TIMEOUT:
                 raise TimeoutError(f"no answer for {_TIMEOUT:g} s") from error
             raise
 
@@ -276,8 +281,8 @@ def _hint(url: str, error: Exception) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         return (
-            "its port is not a number: write characters such as # / : @ of a user name or password "
-            "as %23 %2F %3A %40"
+            "no HOST:PORT behind its :// (IPv6 addresses are in [ ], ports 65535 at most): "
+            "write characters such as # / : @ of a user name or password as %23 %2F %3A %40"
         )
     if isinstance(error, av.ProtocolNotFoundError):
         return f"{scheme}:// is not a protocol here: try rtsp, rtmp, http, https, tcp or udp"
@@ -286,4 +291,6 @@ def _hint(url: str, error: Exception) -> str:
             socket.getaddrinfo(host, None)
         except OSError as unknown:
             return f"{host}: {unknown.strerror or unknown}"
+        except UnicodeError as wrong:
+            return f"{host}: is not the name of a host: {wrong.__cause__ or wrong}"
     return ""

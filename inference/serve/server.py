@@ -136,10 +136,10 @@ def listen(host: str, port: int, path: str | None = None) -> Doors:
                 missing = error
         if not doors:
             raise missing
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: a part of a name is too long, or empty
         doors.__exit__()
-        words = f"{error.strerror or error}: give another --host or --port"
-        raise cli.CommandError(f"{flags}: {words}") from None
+        why = getattr(error, "strerror", None) or error.__cause__ or error
+        raise cli.CommandError(f"{flags}: {why}: give another --host or --port") from None
     return doors
 
 

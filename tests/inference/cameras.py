@@ -110,13 +110,14 @@ def jpegs(count: int, fps: float = 0.0) -> Script:
     return serve
 
 
-def still(sized: bool) -> Script:
-    """A camera that gives its newest picture to each connection. sized: it says the length, as
-    nobody must in HTTP/1.0."""
-    picture = _picture()
-    length = b"\r\nContent-Length: %d" % len(picture) if sized else b""
+def still(sized: bool, broken_after: int = 1000) -> Script:
+    """A camera that gives its newest picture to each connection, half of it after so many of them.
+    sized: it says the length, as nobody must in HTTP/1.0."""
+    whole = _picture()
 
-    def serve(_number: int, client: socket.socket) -> None:
+    def serve(number: int, client: socket.socket) -> None:
+        picture = whole if number <= broken_after else whole[: len(whole) // 2]
+        length = b"\r\nContent-Length: %d" % len(picture) if sized else b""
         client.sendall(HEAD % (b"image/jpeg" + length) + picture)
 
     return serve

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +11,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import av
 import pytest
 
+from data_pipeline.stores import without_secrets
 from inference import live
 from inference.live import LiveSource, Notice, SourceError
 from inference.sources import FileSource, open_source
@@ -249,6 +253,57 @@ def test_a_camera_of_single_pictures_is_asked_for_the_next_one(clock: Clock, siz
     assert not watched.notices
 
 
+def test_a_camera_of_single_pictures_that_are_broken_is_lost(clock: Clock) -> None:
+    with camera(still(sized=True, broken_after=3)) as made:
+        watched = Watched(made.url, 2, clock, reconnect=60.0)
+    assert watched.seconds == [0, 0.5]
+    assert watched.error.endswith("its picture is broken")
+    assert {notice.type for notice in watched.notices} == {"source.lost"}
+
+
+@pytest.mark.parametrize("form", ["flv", "matroska"])
+def test_a_stream_that_begins_with_a_length_is_not_fetched(form: str) -> None:
+    """As FFmpeg writes it when it sends a file on: what was made of it may go on for ever."""
+    made = io.BytesIO()
+    with av.open(made, "w", format=form) as container:
+        stream = container.add_stream("mpeg4" if form == "matroska" else "flv1", rate=10)
+        for frame in [av.VideoFrame(64, 64, "yuv420p") for _ in range(50)]:
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+    def serve(_number: int, client: socket.socket) -> None:
+        client.sendall(HEAD % b"video/x" + made.getvalue())
+
+    with camera(serve) as server:
+        source = open_source(server.url)
+        assert isinstance(source, LiveSource)
+        source.close()
+
+
+def test_an_answer_that_comes_late_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redirections may take longer than the time without an answer that is allowed."""
+    clock = itertools.count(step=100)
+    monkeypatch.setattr(live, "perf_counter", lambda: next(clock))
+    with (
+        camera(lambda _, client: client.sendall(b"HTTP/1.0 404 Not Found\r\n\r\n")) as made,
+        pytest.raises(SourceError, match="404 Not Found"),
+    ):
+        open_source(made.url)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://[::1]:80/a@b", "http://[::1]:80/a@b"),
+        ("http://host:80/a@b?author=me", "http://host:80/a@b?author=me"),
+        ("rtsp://admin:a/b@host:554/x", "rtsp://***@host:554/x"),
+        ("rtsp://admin:a@[::1]:554/x", "rtsp://***@[::1]:554/x"),
+    ],
+)
+def test_passwords_alone_are_hidden(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
+
+
 @pytest.mark.parametrize("url", ["rtsp://{}@127.0.0.1:1/x", "http://127.0.0.1:1/x?a=1&pwd={}"])
 def test_what_is_said_of_a_source_has_no_password(url: str) -> None:
     with pytest.raises(SourceError, match="Connection refused") as caught:
@@ -262,6 +317,9 @@ def test_what_is_said_of_a_source_has_no_password(url: str) -> None:
     [
         ("rtmp://127.0.0.1:1/a/b", "Connection refused"),
         ("rtsp://admin:a#b@127.0.0.1:1/x", "write characters such as # .* as %23"),
+        ("rtsp://127.0.0.1:70000/x", "ports 65535 at most"),
+        ("rtsp://[::1/x", r"IPv6 addresses are in \[ \]"),
+        (f"rtsp://{'a' * 70}/x", "aaa: is not the name of a host: label too long"),
         ("srtx://127.0.0.1:1", "srtx:// is not a protocol here"),
         ("rtsp://moss.invalid/x", "moss.invalid: "),
         ("/", "/: is a folder"),
