@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline import npu  # noqa: F401  before torch
+from data_pipeline import (  # noqa: F401
+    forks,  # before this process forks
+    npu,  # before torch
+)

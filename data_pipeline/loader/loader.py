@@ -6,7 +6,6 @@ torch's DataLoader read and encode them in turns, and keep nothing that would ha
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -60,13 +59,7 @@ class Loader:
         return self._iterator
 
     def _batches(self) -> Iterator[MicroBatch]:
-        # The first garbage collection of a worker would copy each memory page that has a Python
-        # object of this process. Objects that were frozen before the worker started are left alone.
-        gc.freeze()
-        try:
-            self._reading = iter(() if self._inner is None else self._inner)
-        finally:
-            gc.unfreeze()
+        self._reading = iter(() if self._inner is None else self._inner)
         for batch in self._reading:
             yield batch.copied() if self._copies else batch
 
