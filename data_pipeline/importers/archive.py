@@ -56,7 +56,6 @@ class Archive:
 
     def __init__(self, file: BinaryIO, damage: Exception | None) -> None:
         self._file, self.damage = file, damage
-        self._by_name: dict[str, tarfile.TarInfo] = {}
         self.left_out: Counter[str] = Counter()
         size = file.seek(0, 2)
         file.seek(0)
@@ -71,8 +70,8 @@ class Archive:
             self.damage = self.damage or error
         if self.damage is None and _ends_early(file, size):
             self.damage = tarfile.ReadError("the end of the archive is missing")
-        names = [{member.name for member in tar} for tar in joined.values()]
-        apart = sum(map(len, names)) > len(set().union(*names))
+        self._by_name = [{member.name: member for member in tar} for tar in joined.values()]
+        apart = sum(map(len, self._by_name)) > len(set().union(*self._by_name))
         tars = list(joined.values()) if apart else [list(chain(*joined.values()))]
         self.samples = [sample for tar in tars for sample in _samples(tar)]
 
@@ -85,11 +84,18 @@ class Archive:
             target = member.linkname
             if member.issym():
                 target = str(PurePosixPath(member.name).parent / target)
-            if target not in self._by_name:
+            found = self._target(member, target)
+            if found is None:
                 break
-            member = self._by_name[target]
+            member = found
         raise SampleError("missing_file", f"{member.name} is a link to {member.linkname}, "
                           "which is not in the shard")  # fmt: skip
+
+    def _target(self, link: tarfile.TarInfo, name: str) -> tarfile.TarInfo | None:
+        """What a link leads to: of joined tars the member of its own, else of the first one."""
+        there = [tar for tar in self._by_name if name in tar]
+        own = (tar for tar in there if tar.get(link.name) is link)
+        return next((tar[name] for tar in (*own, *there)), None)
 
     def _belongs(self, member: tarfile.TarInfo) -> bool:
         path = PurePosixPath(member.name)
@@ -108,7 +114,6 @@ class Archive:
         if kind:
             self.left_out[f"{kind} in a shard"] += 1
             return False
-        self._by_name[member.name] = member
         return True
 
 

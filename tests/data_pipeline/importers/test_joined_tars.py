@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import tarfile
 from pathlib import Path
 
 from PIL import Image
 
+from data_pipeline.importers.archive import Archive
 from tests.data_pipeline.importers.realtime import run, said, write
 from tests.samples import write_tar
 
@@ -40,6 +42,22 @@ def test_joined_tars_are_read_to_the_end(folder: Path) -> None:
         (folder / name).write_bytes(data)
         assert captions(folder / name) == (found, {})
         (folder / name).unlink()
+
+
+def test_a_link_leads_to_the_member_of_its_own_tar() -> None:
+    """Of joined tars that have a name in common: WebDataset counts anew in each."""
+    joined = io.BytesIO()
+    for content in (b"one", b"two"):
+        with tarfile.open(fileobj=joined, mode="w") as one:
+            member, link = tarfile.TarInfo("0.txt"), tarfile.TarInfo(f"{content.decode()}.txt")
+            member.size, link.type, link.linkname = 3, tarfile.LNKTYPE, "0.txt"
+            one.addfile(member, io.BytesIO(content))
+            one.addfile(link)
+    archive = Archive(joined, None)
+    assert {sample.key: archive.read(sample.found["txt"]) for sample in archive.samples[1::2]} == {
+        "one": b"one",
+        "two": b"two",
+    }
 
 
 def test_a_header_that_cannot_be_read_is_not_the_end(folder: Path) -> None:
