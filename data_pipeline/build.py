@@ -33,7 +33,7 @@ from data_pipeline.index import prepare_index
 from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, ShardWriter, check_source
-from data_pipeline.stores import StoreOptions
+from data_pipeline.stores import StoreOptions, without_secrets
 
 _VERSION = 7  # of the importers: what a source becomes changes with it
 _NAMED = 3  # files that are not read
@@ -77,7 +77,8 @@ def build_shards(
     pool = Pool(options.workers)
     try:
         opened = open_source(str(source), options.source, out)
-        print(f"{source}: form {', '.join(opened.found) or opened.form}", file=sys.stderr)
+        shown = without_secrets(str(source))
+        print(f"{shown}: form {', '.join(opened.found) or opened.form}", file=sys.stderr)
         print_unread(opened)
         journal = Journal(out, arguments_of(str(source), opened, options))
         try:

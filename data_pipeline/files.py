@@ -31,6 +31,7 @@ from data_pipeline.stores import (
     StoreOptions,
     is_url,
     missing_package,
+    without_secrets,
 )
 
 IMAGE_SUFFIXES = frozenset({
@@ -243,12 +244,13 @@ def _web_or_local_bytes(path: str) -> bytes:
             # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
             if isinstance(error, FileNotFoundError) and not silent:
-                detail = f"{path}: No such file or directory"
+                detail = f"{without_secrets(path)}: No such file or directory"
                 raise SampleError("missing_file", detail) from None
             if is_url(path) and pause is not None and not isinstance(error, PermissionError):
                 time.sleep(pause)
                 continue
-            detail = f"{name(path)}: {'the server does not answer' if silent else error}"
+            said = "the server does not answer" if silent else without_secrets(str(error))
+            detail = f"{name(path)}: {said}"
             raise SampleError("unreadable_file", detail) from None
     raise AssertionError("unreachable")
 
@@ -298,7 +300,8 @@ def _explained(path: str) -> Iterator[None]:
     except StoreError as error:
         raise ShardError(str(error)) from None
     except FileNotFoundError:
-        raise ShardError(f"{path} does not exist: correct the path") from None
+        shown = without_secrets(path)
+        raise ShardError(f"{shown} does not exist: correct the path") from None
     except ImportError as error:
         raise ShardError(missing_package(path, error)) from None
     except ShardError:
@@ -307,4 +310,4 @@ def _explained(path: str) -> Iterator[None]:
         # Every protocol has errors of its own; of a local file's, others are the reader's.
         if not is_url(path) and not isinstance(error, OSError | ValueError):
             raise
-        raise ShardError(f"{path} cannot be read: {error}") from None
+        raise ShardError(without_secrets(f"{path} cannot be read: {error}")) from None

@@ -21,7 +21,7 @@ from data_pipeline.importers.ahead import read_ahead
 from data_pipeline.importers.draft import Draft, Entry, Medium
 from data_pipeline.importers.forms import SourceOptions
 from data_pipeline.loader.remote import samples_in_order
-from data_pipeline.shards import read_samples
+from data_pipeline.shards import ShardError, read_samples
 from data_pipeline.stores import StoreOptions
 from tests.data_pipeline.hub import hub
 from tests.data_pipeline.importers.jobs import contents
@@ -151,3 +151,21 @@ def test_media_are_fetched_before_their_turn(tmp_path: Path) -> None:
     assert [e.key for e in read_ahead(entries(), StoreOptions(cache_size=0))] == [
         *map(str, range(9))
     ]
+
+
+def test_what_is_said_of_a_url_has_no_password_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "http://me:hidden@127.0.0.1:1/x.{}?X-Amz-Signature=hidden"  # where nobody listens
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "ok"}]
+    record = {"messages": turns, "images": [url.format("jpg")]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n")
+    summary = build_shards(tmp_path / "r.jsonl", tmp_path / "out", BuildOptions())
+    assert summary.rejected == {"missing_file": 1}
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert "http://***@127.0.0.1:1/x.jpg?X-Amz-Signature=***" in rejected
+    with pytest.raises(ShardError) as caught:
+        build_shards(url.format("jsonl"), tmp_path / "out2", BuildOptions())
+    said = capsys.readouterr()
+    assert "hidden" not in f"{rejected}{caught.value}{said.out}{said.err}"
+    assert "http://***@127.0.0.1:1/x.jsonl" in str(caught.value)
