@@ -307,7 +307,7 @@ def _picture(image: Any) -> Image.Image:
     if hasattr(image, "read"):
         image = image.read()
     file = isinstance(image, str | Path | bytes)
-    if not file and not isinstance(image, Image.Image) and not hasattr(image, "shape"):
+    if not file and not isinstance(image, Image.Image) and not hasattr(image, "__array__"):
         raise ValueError(f"images: a {type(image).__name__} is no picture: give a path, a file's "
                          "bytes, a PIL image, an array or a tensor")  # fmt: skip
     try:

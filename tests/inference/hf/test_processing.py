@@ -275,6 +275,16 @@ def test_a_mark_that_the_tokenizer_does_not_have_is_refused(processor, tmp_path:
     assert blind(text="a man")["input_ids"]
 
 
+class AsArray:
+    """As arrays of other libraries: numpy may ask for them, and knows nothing else of them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __array__(self, *options: Any, **more: Any) -> np.ndarray:
+        return np.asarray(Image.open(self.file))
+
+
 def test_a_file_s_bytes_are_taken_as_they_are_and_in_base64(processor, tmp_path: Path) -> None:
     """As transformers' own processors take pictures; an error does not repeat what is long."""
     file = tmp_path / "a.png"
@@ -286,7 +296,7 @@ def test_a_file_s_bytes_are_taken_as_they_are_and_in_base64(processor, tmp_path:
     assert "/" not in text
     row = {"bytes": None, "path": str(file)}  # of datasets, not decoded
     for given in (data, text, f"data:image/png;base64,{text}", file.as_uri(), io.BytesIO(data),
-                  row, {"bytes": data, "path": "gone.png"}):  # fmt: skip
+                  row, {"bytes": data, "path": "gone.png"}, AsArray(file)):  # fmt: skip
         got = processor(text="<|image|>", images=[given], return_tensors="pt")["pixel_values"]
         assert torch.equal(got, wanted)
     refused: list[tuple[Any, str]] = [
