@@ -121,8 +121,9 @@ def check_columns(
 
 
 def _media_columns(record: dict[str, Any]) -> tuple[str, ...]:
-    """The usual columns; lists where one of them has a medium."""
-    return MEDIA_COLUMNS + tuple(name for name in _LISTS if may_name_medium(record.get(name)))
+    """The usual columns; also those of lists, unless they say how many media there are."""
+    lists = (name for name in _LISTS if not isinstance(record.get(name), int | float))
+    return MEDIA_COLUMNS + tuple(name for name in lists if name in record)
 
 
 def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:

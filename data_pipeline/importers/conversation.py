@@ -82,11 +82,11 @@ _DIALECTS = {name: Dialect(messages=name) for name in ("messages", "conversation
 
 def conversation_draft(record: dict[str, Any], base: str, dialect: Dialect | None = None) -> Draft:
     """A record -> a draft; media paths are relative to `base`. Raises SampleError."""
-    if dialect is None:
-        dialect = _DIALECTS[messages_field(record)]
+    named = dialect is not None
+    dialect = dialect or _DIALECTS[messages_field(record)]
     record = plain_contents(record, dialect.messages)
     messages = message_turns(record, dialect)
-    record = _with_file_names(record, messages, dialect)
+    record = record if named else _with_file_names(record, messages, dialect)
     longer = [entry for entry in record[dialect.messages] if len(entry) > 2]
     notes = [note for entry in longer for note in _message_notes(entry, dialect)]
     return with_media(messages, record, base, dialect, notes)
@@ -96,14 +96,15 @@ def _with_file_names(
     record: dict[str, Any], messages: list[Turn], dialect: Dialect
 ) -> dict[str, Any]:
     """The record with the media of `file_name`, as folders of Hugging Face's have it, under
-    `images` and `videos`, where its texts have marks for them and it names no others."""
+    `images` and `videos`, where its questions have marks for them and it names no others."""
     field = next((name for name in _FILE_NAMES if record.get(name)), None)
     columns = (*dialect.images, *dialect.videos)
     if field is None or any(names_medium(record.get(name)) for name in columns):
         return record
     names = record[field] if isinstance(record[field], list) else [record[field]]
     kinds = {media_type(name) if isinstance(name, str) else None for name in names}
-    if None in kinds or not any(m in turn["content"] for m in ANY_MARKS for turn in messages):
+    asked = [turn["content"] for turn in messages if turn["role"] != "assistant"]
+    if None in kinds or not any(mark in text for mark in ANY_MARKS for text in asked):
         return record
     found = {kind: [name for name in names if media_type(name) == kind] for kind in kinds}
     given = {f"{kind}s": named for kind, named in found.items()}

@@ -89,6 +89,7 @@ SHOWN = [
     (asked("<image>?", file_name="r.jpg"), ("@?", "r")),
     (asked("<image> <image>?", file_names=["b.jpg", "r.jpg"]), ("@ @?", "br")),
     (asked("Of a page?", file_name="r.jpg"), ("Of a page?", "")),
+    (asked("Of HTML?", "<image> is none", file_name="r.jpg"), ("Of HTML?", "")),
     (asked([source(type="base64", media_type="image/jpeg", data=BLUE), {"text": "?"}]),
      ("@?", "b")),
     (asked([source(type="url", url="r.jpg"), {"text": "?"}]), ("@?", "r")),
@@ -175,11 +176,18 @@ def test_marks_and_media_that_do_not_agree_are_refused_or_noted(folder: Path) ->
 
 
 def test_a_caption_of_several_pictures_is_refused(folder: Path) -> None:
-    records = [{"text": "None.", "images": 2}, {"text": "Both.", "images": ["r.jpg", "b.jpg"]}]
+    both = {"text": "Both.", "images": ["r.jpg", "b.jpg"]}
+    records = [{"text": "None.", "images": 2}, both]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     summary, _ = run(folder / "a.jsonl")
     assert summary.rejected == {"ambiguous_media": 1}
     assert summary.notes == {"unused field images": 1}
+    records = [both, {"text": "None.", "images": []}, {"text": "Red.", "images": ["../r.jpg"]}]
+    (folder / "in").mkdir()
+    (folder / "in" / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    summary, samples = run(folder / "in" / "a.jsonl")
+    assert summary.rejected == {"ambiguous_media": 1, "missing_file": 1}
+    assert samples == [("@", "r")]
 
 
 def test_parts_of_a_record_in_a_shard_name_its_members(folder: Path) -> None:
