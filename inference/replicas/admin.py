@@ -3,8 +3,6 @@ out of service, to restart all of them one by one."""
 
 from __future__ import annotations
 
-import ipaddress
-
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -14,6 +12,7 @@ from inference.serve.access import Access
 from inference.serve.app import UNAUTHORIZED
 from inference.serve.chat import refusal
 from inference.serve.limits import Refused
+from inference.serve.server import is_loopback
 
 
 def add_admin_routes(app: FastAPI, front: Front, access: Access) -> None:
@@ -22,7 +21,8 @@ def add_admin_routes(app: FastAPI, front: Front, access: Access) -> None:
     def refused(request: Request) -> Response | None:
         if not access.is_operator(request):
             return refusal(UNAUTHORIZED)
-        if request.client is None or not _is_local(request.client.host):
+        # A header that a proxy has not written may have anything in place of an address.
+        if request.client is None or not is_loopback(request.client.host):
             return refusal(Refused("host", "only from the machine of the server"))
         return None
 
@@ -55,11 +55,3 @@ def add_admin_routes(app: FastAPI, front: Front, access: Access) -> None:
             await front.drain(replica)
         front.places.pump()
         return JSONResponse(replica.describe())
-
-
-def _is_local(host: str) -> bool:
-    """Of an address; a header that a proxy has not written may have anything in its place."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

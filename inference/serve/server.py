@@ -26,6 +26,9 @@ from inference.serve.wire import largest_message
 
 _OTHER_FILES = 512  # of a process: libraries, decoders, media of chat requests
 
+# Of a proxy on this machine, whose X-Forwarded-For says who asks; the last one at a socket of `::`.
+_PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"
+
 
 class Served(Protocol):
     """What a Server serves."""
@@ -106,10 +109,16 @@ def url_of(host: str, doors: Doors, certificate: Certificate | None) -> str:
 
 def is_local(host: str) -> bool:
     """Whether a server of this host is reached from its own machine alone."""
+    return host == "localhost" or is_loopback(host.strip("[]"))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is of this machine alone, also one of IPv4 as a socket of `::` has it."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        found = ipaddress.ip_address(address)
     except ValueError:
-        return host == "localhost"
+        return False
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def listen(host: str, port: int, path: str | None = None) -> Doors:
@@ -216,6 +225,7 @@ def server_config(
         ssl_keyfile=certificate.key if certificate else None,
         host=host,
         port=port,
+        forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", _PROXIES),
         log_level="warning",
         ws_max_size=largest_message(limits, tile),
         ws_per_message_deflate=False,

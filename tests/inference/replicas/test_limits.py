@@ -218,6 +218,7 @@ def test_the_fronts_page_has_its_keys_and_the_replicas_figures_once(front: Front
     assert {one for one in types if not one.endswith("_created")} <= documented
     for key, client, status in (
         (CHIEF, None, 200), (PLAIN, None, 401), (CHIEF, "10.0.0.7", 403), (CHIEF, "anybody", 403),
+        (CHIEF, "::ffff:127.0.0.1", 200), (CHIEF, "::ffff:10.0.0.7", 403),
     ):  # fmt: skip
         headers = {"Authorization": f"Bearer {key}"}
         headers |= {} if client is None else {"X-Forwarded-For": client}  # by a proxy here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import http.client
 import json
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.types import Scope
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -19,7 +21,8 @@ from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.flags import origin as read_origin
 from inference.serve.flags import parse
-from inference.serve.server import is_local, listen
+from inference.serve.limits import Limits
+from inference.serve.server import is_local, listen, server_config
 from tests.inference.serve.serving import PATIENCE, Running, serving
 
 MINE, OTHER = "https://mine.example", "https://other.example"
@@ -267,8 +270,26 @@ def test_a_host_is_listened_to_at_all_of_its_addresses(monkeypatch: pytest.Monke
 
 
 def test_only_addresses_of_this_machine_alone_need_no_key() -> None:
-    assert all(map(is_local, ("localhost", "127.0.0.1", "127.0.0.2", "::1", "[::1]")))
-    assert not any(map(is_local, ("0.0.0.0", "::", "192.0.2.1", "video.example")))
+    own = ("localhost", "127.0.0.1", "127.0.0.2", "::1", "[::1]", "::ffff:127.0.0.1")
+    assert all(map(is_local, own))
+    assert not any(map(is_local, ("0.0.0.0", "::", "::ffff:192.0.2.1", "192.0.2.1", "x.example")))
+
+
+@pytest.mark.parametrize("proxy", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
+def test_a_proxy_on_this_machine_says_who_asks(proxy: str) -> None:
+    """Its address is the last one where a server listens to `::` and is asked by IPv4."""
+    asked: list[str] = []
+
+    async def app(scope: Scope, *_: object) -> None:
+        asked.append(scope["client"][0])
+
+    config = server_config(app, "::", 0, Limits())
+    config.load()
+    forwarded = [(b"x-forwarded-for", b"192.0.2.7")]
+    for address in (proxy, "192.0.2.1"):
+        scope = {"type": "http", "scheme": "http", "client": (address, 1), "headers": forwarded}
+        asyncio.run(config.loaded_app(scope, None, None))
+    assert asked == ["192.0.2.7", "192.0.2.1"]
 
 
 def test_a_socket_that_an_ended_server_left_is_taken_and_no_other(tmp_path: Path) -> None:
