@@ -37,7 +37,6 @@ _LISTS = ("words", "content", "subtitles", "text_stream", "word_segments", "segm
           "chunks", "transcription")  # fmt: skip
 _SPANS = frozenset({"timestamp", "offsets"})  # fields that have both times of a word
 _LOOKED_AT = 10  # entries of a list, by which it is one of words
-_ENDS = frozenset({"end", "duration"})  # beside `start`; the second one of youtube-transcript-api
 _ABOUT = ("title", "category", "previous", "language", "text", "preasr", "task_type", "source",
           "status", "duration")  # fmt: skip
 _EGO4D = re.compile(r"#\s?(?:C|O|Unsure)\b|@c\b|#", re.IGNORECASE)
@@ -164,7 +163,8 @@ def are_segments(records: list[dict[str, Any]]) -> bool:
 
 
 def _has_span(entry: dict[str, Any]) -> bool:
-    return not _SPANS.isdisjoint(entry) or ("start" in entry and not _ENDS.isdisjoint(entry))
+    lasts = "duration" in entry and isinstance(_text(entry), str)  # labels may have one, too
+    return not _SPANS.isdisjoint(entry) or ("start" in entry and ("end" in entry or lasts))
 
 
 def looks_like_narrations(record: dict[str, Any]) -> bool:

@@ -221,9 +221,13 @@ def test_a_list_of_segments_is_a_transcript(folder: Path) -> None:
         (folder / "a.json").write_text(json.dumps(segments))
         (sample,), _ = run(folder)
         assert at_seconds(sample) == wanted
-    records = [{"video": "a.mp4", "start": 1, "end": 2, "text": "hi"}]  # of a table
-    (folder / "a.json").write_text(json.dumps(records))
-    assert run(folder)[1].imported == {"video": 1}
+    labels = [{"start": 1, "duration": 2, "label": "wave"}]
+    for record in (  # of a table
+        {"video": "a.mp4", "start": 1, "end": 2, "text": "hi"},
+        {"video": "a.mp4", "text": "hi", "segments": labels},
+    ):
+        (folder / "a.json").write_text(json.dumps([record]))
+        assert run(folder)[1].imported == {"video": 1}
 
 
 def test_a_folder_of_transcripts_has_its_videos_by_a_relative_path(
