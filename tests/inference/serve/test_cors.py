@@ -212,7 +212,8 @@ def test_sessions_and_requests_are_told_apart(
     with pytest.raises(InvalidStatus) as refused:
         connect(f"ws://{server.host}{CHAT}", open_timeout=PATIENCE)
     assert f"sessions are at {REALTIME}" in refused.value.response.body.decode()
-    assert not caplog.records
+    # The client's lines are there where a test before this one has asked for all.
+    assert not [record for record in caplog.records if record.name != "httpx"]
 
 
 def test_origins_are_written_as_browsers_write_them() -> None:
