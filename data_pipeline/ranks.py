@@ -72,6 +72,16 @@ def ranks_of(environment: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(rank, size, f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}")
 
 
+def local_rank() -> int:
+    """Which of this machine's processes of the job this is (LOCAL_RANK); 0 in a job of one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def ranks_of_machine() -> int:
+    """How many processes of the job this machine has (LOCAL_WORLD_SIZE)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joining(ranks: Ranks, say: Callable[[str], None]) -> Iterator[None]:
     """While this rank meets the others: says after a second what it waits for.

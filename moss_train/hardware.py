@@ -20,6 +20,7 @@ import torch
 from torch.utils import _device
 
 from data_pipeline import devices
+from data_pipeline.ranks import local_rank
 
 TRAINS = "cuda"  # megatron-core's kind of accelerator
 KINDS = ("auto", TRAINS, "cpu", "npu")
@@ -107,7 +108,7 @@ def activate(kind: str) -> torch.device:
     if reason := refusal(kind):
         raise ValueError(reason)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron's overlap wants it
-    return devices.select(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    return devices.select(kind, local_rank())
 
 
 def kind_of(asked: str) -> str:
@@ -128,7 +129,7 @@ def refusal(kind: str) -> str | None:
         devices.find(kind, "hardware.device")
     except ValueError as error:
         return str(error)
-    reason = devices.lacking(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    reason = devices.lacking(kind, local_rank())
     return f"hardware.device={kind}: {reason}" if reason else None
 
 
@@ -170,8 +171,7 @@ def free_memory() -> int:
 
 def total_memory() -> int:
     """Bytes of the memory of the device that this rank would get."""
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    return devices.module(TRAINS).get_device_properties(number).total_memory
+    return devices.module(TRAINS).get_device_properties(local_rank()).total_memory
 
 
 def new_event(timing: bool = False) -> Any:
@@ -181,8 +181,7 @@ def new_event(timing: bool = False) -> Any:
 
 def has_fp8() -> bool:
     """Whether the GPU that this rank would get multiplies in FP8."""
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    return devices.has_fp8(torch.device(TRAINS, number))
+    return devices.has_fp8(torch.device(TRAINS, local_rank()))
 
 
 def synchronize() -> None:

@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 
 from data_pipeline.commands import STOPPED, WRONG_USAGE, describe, report_error
 from data_pipeline.ranks import JoinError, RanksError, ranks_of
-from moss_train.config import Config, ConfigError, flatten, from_hydra, to_dict
+from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.imports import quick_imports
 from moss_train.log import configure, print_line
-from moss_train.overrides import PATHS
+from moss_train.overrides import given_paths
 from moss_train.processes import STOPPED_NOTE
 from moss_train.run_lock import check_free
 from moss_train.storage import StorageError, or_warning
@@ -98,7 +98,7 @@ def check(config: Config) -> Path | None:
 
 def _with_field(error: OSError, config: Config) -> str:
     """What the system said of a file, behind the field that leads there, if one does."""
-    paths = {key: value for key, value in flatten(to_dict(config)) if key in PATHS and value}
+    paths = {key: path for key, path in given_paths(config).items() if path}
     for suite in config.trainer.eval_suites:
         paths[f"trainer.eval_suites[{suite.name}].path"] = suite.path
     file = Path(os.fsdecode(error.filename or ""))

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import get_args, get_origin
 
-from moss_train.config import Config, ConfigError
+from moss_train.config import Config, ConfigError, flatten, to_dict
 from moss_train.field_errors import field_types, similar
 
 # Fields whose text is a path, whatever signs are in it.
@@ -132,6 +132,12 @@ def explain_own_file(line: str, arguments: Sequence[str]) -> str:
         f"{' '.join(given) or line}: {missing}--config-dir FOLDER --config-name NAME reads "
         "FOLDER/NAME.yaml beside the presets of conf/ (--config-path: in place of them)"
     )
+
+
+def given_paths(config: Config) -> dict[str, str]:
+    """The fields among PATHS that have a value, which may be empty."""
+    return {key: value for key, value in flatten(to_dict(config))
+            if key in PATHS and isinstance(value, str)}  # fmt: skip
 
 
 def quoted(text: str) -> str:

@@ -20,11 +20,11 @@ from data_pipeline.fp8 import MULTIPLE
 from data_pipeline.shards import check_source, shard_files
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
-from moss_train.config import WANDB_MODES, Config, ConfigError, flatten, to_dict
+from moss_train.config import WANDB_MODES, Config, ConfigError
 from moss_train.data_config import EvalSuiteConfig, SourceConfig
 from moss_train.model.hf_mapping import unmatched_targets
 from moss_train.model_sizes import not_multiple, unfit_sizes
-from moss_train.overrides import PATHS
+from moss_train.overrides import given_paths
 
 POSITIVE = Range(above=0)
 
@@ -53,8 +53,8 @@ def _fields(config: Config) -> Iterator[str]:
 
 def _paths(config: Config) -> Iterator[str]:
     """Values that are known only now, as those of `${oc.env:...}`."""
-    for field, value in flatten(to_dict(config)):
-        if field in PATHS and field != "data.root" and isinstance(value, str) and not value.strip():
+    for field, value in given_paths(config).items():
+        if field != "data.root" and not value.strip():
             yield f"{field}=: is empty (an empty variable?): give a path"
 
 

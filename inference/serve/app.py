@@ -307,11 +307,7 @@ def _no_route(app: FastAPI, path: str) -> str:
     known, given = [one for one in _paths(app) if one != "/"], re.sub("/+", "/", path)
     near = [one for one in known if given.endswith(one) or (given != "/" and one.endswith(given))]
     near += get_close_matches(given, known, 1)
-    return (
-        f"there is no such route: {near[0]} is"
-        if near
-        else ("there is no such route: /openapi.json lists them")
-    )
+    return f"there is no such route: {f'{near[0]} is' if near else '/openapi.json lists them'}"
 
 
 def _methods(app: FastAPI, path: str) -> list[str]:

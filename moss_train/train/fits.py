@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 from data_pipeline import cgroups
-from data_pipeline.ranks import ranks_of
+from data_pipeline.ranks import ranks_of, ranks_of_machine
 from moss_train import hardware
 from moss_train.config import Config, ConfigError
 from moss_train.log import log
@@ -152,5 +151,5 @@ def _memory(kind: str) -> tuple[str, int]:
     """What this rank computes on, and the bytes that it has."""
     if kind != "cpu" and hardware.has_accelerator():
         return hardware.device_name(), hardware.total_memory()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = ranks_of_machine()
     return f"this machine's share for one of {here} ranks", cgroups.memory() // here

@@ -24,7 +24,7 @@ from data_pipeline import devices
 from data_pipeline.cgroups import cores
 from data_pipeline.open_files import allow_open_files
 from data_pipeline.parent import signalled_with_parent
-from data_pipeline.ranks import Ranks, joining, ranks_of
+from data_pipeline.ranks import Ranks, joining, ranks_of, ranks_of_machine
 from moss_train import hardware
 from moss_train.config import Config
 from moss_train.log import print_line
@@ -74,10 +74,9 @@ def start_process_group(config: Config) -> None:
     if config.trainer.deterministic:
         hardware.make_deterministic()
     device = hardware.activate(config.hardware.device)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = config.hardware.threads
     if threads is None:
-        threads = max(1, cores() // local)
+        threads = max(1, cores() // ranks_of_machine())
     torch.set_num_threads(threads)
     if not dist.is_initialized():
         ranks = started_ranks()

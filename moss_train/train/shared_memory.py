@@ -7,10 +7,10 @@ killed by the system, without a word of why.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from pathlib import Path
 
+from data_pipeline.ranks import ranks_of_machine
 from moss_train.config import Config, ConfigError
 from moss_train.log import log
 
@@ -42,8 +42,7 @@ def check_shared_memory(config: Config) -> None:
 def largest_samples(config: Config) -> int:
     """Bytes of the frames of the longest samples, one of each loader process of this machine."""
     layout, data = config.parallel, config.data
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    readers = max(1, ranks // (layout.tensor * layout.pipeline))  # a replica has one
+    readers = max(1, ranks_of_machine() // (layout.tensor * layout.pipeline))  # a replica has one
     frame = data.max_tiles * 3 * config.model.vision.image_size**2
     return readers * data.workers * _frames(config) * frame
 

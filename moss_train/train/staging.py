@@ -11,7 +11,6 @@ the next batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
 from data_pipeline import cgroups
+from data_pipeline.ranks import local_rank, ranks_of_machine
 from moss_train import hardware
 from moss_train.log import log
 
@@ -34,7 +34,8 @@ class Staging:
 
     def __init__(self, on_device: bool):
         """`on_device`: the tensors are a device's. Else they are in host memory already."""
-        self.on_device, self.proven, self.one_by_one = on_device, False, False
+        self.on_device = on_device
+        self.right: bool | None = None  # megatron-core's copies; None: not compared yet
         self.copies: Files = []
 
     def checked(self, request: AsyncRequest) -> AsyncRequest:
@@ -43,6 +44,9 @@ class Staging:
         if request.preload_fn is None or not self.on_device:
             return request
         copy, files = request.preload_fn, request.async_fn_args[1]
+
+        if self.right is None:
+            _warn_of_memory(files)
 
         def kept() -> Files:
             self.copies = self._copied(copy, files)
@@ -55,16 +59,14 @@ class Staging:
         self.copies = []
 
     def _copied(self, copy: Any, files: Files) -> Files:
-        if not self.proven:
-            _warn_of_memory(files)
-        if self.one_by_one:
+        if self.right is False:
             return _copied_one_by_one(files)
         copies: Files = copy()
-        if not self.proven:
-            self.proven = True
-            self.one_by_one = not _are_equal(files, copies)
-        if not self.one_by_one:
+        if self.right is None:
+            self.right = _are_equal(files, copies)
+        if self.right:
             return copies
+        del copies  # their memory, before as much is asked for
         log.warning(
             "copies of the checkpoint in page-locked memory differ from what is on %s: it is "
             "copied into ordinary memory, more slowly",
@@ -104,9 +106,9 @@ def host_bytes(files: Files) -> int:
 
 
 def _warn_of_memory(files: Files) -> None:
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # one line for each machine
+    if local_rank() != 0:  # one line for each machine
         return
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = ranks_of_machine()
     needed, free = ranks * host_bytes(files), cgroups.free_memory()
     if needed > free:
         log.warning(
