@@ -207,11 +207,14 @@ class Session(ResponseWriter):
     def settled(self) -> bool:
         """All input is taken in, and what the pace allows on the media clock is said."""
         waiting = self.frames or self.prompts or self._unfinished
+        return not waiting and (self.response is None or self._said_enough)
+
+    @property
+    def _said_enough(self) -> bool:
+        """On the media clock: as many tokens as the pace allows, until more input comes."""
         config = self.config
         paced = config.clock == "media" and config.pace is not None
-        return not waiting and (
-            self.response is None or (paced and self._tokens_since_frame >= (config.pace or 0))
-        )
+        return paced and self._tokens_since_frame >= (config.pace or 0)
 
     # Steps
 
@@ -249,18 +252,20 @@ class Session(ResponseWriter):
         if token is None:
             return
         special, self._turn_over = self._vocabulary.special, False
+        silent = token == special.silence
+        ends = silent or token in (special.eot_id, special.end_of_text)
+        nothing = ends and self.response is None  # is said to the frame, or the prompt
         ttft = None if self._prompt_time is None else now - self._prompt_time
         if ttft is not None:
             self.stats.add("ttft", ttft)
         self._prompt_time = None
-        silent = token == special.silence
         if request.frame:
-            self._report_decision(request, silent, now)
+            self._report_decision(request, silent or nothing, now)
+        if nothing and ttft is not None:
+            self.emit("session.state", state="silent")  # silence is the answer
         if silent:
-            if ttft is not None and self.response is None:
-                self.emit("session.state", state="silent")  # silence is the answer
             self._end_response("completed", "silence")
-        elif token in (special.eot_id, special.end_of_text):
+        elif ends:
             self._end_response("completed", "turn_ended")
             self._turn_over = token == special.eot_id
             self._queued_tokens = [] if self._turn_over else [special.silence]
@@ -331,7 +336,7 @@ class Session(ResponseWriter):
         if config.pace is None:
             return True
         if config.clock == "media":
-            return self._tokens_since_frame < config.pace or self._input_ended
+            return not self._said_enough or self._input_ended
         due = self._paced_from + config.frame_interval / config.pace
         if now < due:
             self.wake = due
@@ -354,8 +359,11 @@ class Session(ResponseWriter):
         )
 
     def _continue_response(self, token: int, now: float, ttft: float | None) -> None:
-        if self.response is None:
+        config = self.config
+        waited = config.clock == "media" and self._tokens_since_frame in (0, config.pace)
+        if self.response is None or waited:
             self.emit("session.state", state="speaking")
+        if self.response is None:
             self._responses += 1
             name = f"{self.name}-{self._responses}"
         else:
@@ -365,6 +373,9 @@ class Session(ResponseWriter):
         if len(response.tokens) >= (self.config.max_new_tokens or math.inf):
             self._end_response("incomplete", "max_new_tokens")
             self._queued_tokens.append(self._vocabulary.special.silence)
+        elif config.clock == "media" and self._tokens_since_frame == config.pace:
+            # Also where the input has ended: what is told does not depend on when that comes.
+            self.emit("session.state", state="waiting")
 
     def close(self, status: str, reason: str) -> None:
         self._end_response(status, reason)

@@ -33,7 +33,6 @@ from inference.session.runner import INPUT_ENDED
 _CONNECT = 10.0  # seconds
 _PATIENCE = 600.0  # seconds without an event
 _AHEAD = 8  # frames that are sent before the first of them was taken in
-_QUIET = 1.0  # seconds without an event, after which a response waits for the next frame
 _SILENT = 100.0  # bias of <|silence|> with which nothing is said
 _END = "end"
 _HEAD = ("type", "seq", "t_server", "t_media")
@@ -84,12 +83,13 @@ class RemoteSpeaker:
 class _Remote:
     """A session. On the media clock frames and the questions that come with them are taken in at
     their turn, whenever they arrive. A question without a frame waits until all frames before it
-    have been taken in and nothing was said for a second."""
+    have been taken in, and what the pace allows was said to them."""
 
     def __init__(self, socket: ClientConnection, start: float, config: SpeakingConfig) -> None:
         self._socket, self._start, self._wall = socket, start, config.clock == "wall"
         self._heard, self._changed = Heard(start, self._wall), threading.Condition()
         self._sent = self._taken = self._items = 0
+        self._state = "silent"  # or `speaking`, also while it decides; or `waiting`
         self._over, self._latest = "", time.monotonic()
         self._reader = threading.Thread(target=self._read, name="moss-hear", daemon=True)
         self._send(
@@ -165,22 +165,22 @@ class _Remote:
             return self._heard.emissions()
 
     def _settle(self) -> None:
-        """On the media clock: all is taken in, and it is silent, or has said what the pace allows.
-        The socket does not tell the latter: it is when no event came for a second."""
+        """On the media clock: waits until all is taken in, and it is silent, or has said what the
+        pace allows."""
+        self._wait(
+            lambda: (
+                self._taken >= self._sent
+                and self._items >= len(self._heard.asked)
+                and self._state != "speaking"
+            )
+        )
 
-        def settled() -> bool:
-            quiet = time.monotonic() - self._latest > _QUIET
-            given = self._taken >= self._sent and self._items >= len(self._heard.asked)
-            return given and (quiet or not self._heard.speaking)
-
-        self._wait(settled, every=_QUIET / 4)
-
-    def _wait(self, done: Callable[[], bool], every: float = _PATIENCE) -> None:
+    def _wait(self, done: Callable[[], bool]) -> None:
         with self._changed:
             while not done():
                 if self._over:
                     raise SessionClosed(self._over)
-                self._changed.wait(every)
+                self._changed.wait(_PATIENCE)
                 if time.monotonic() - self._latest > _PATIENCE:
                     raise SessionClosed(f"no event for {_PATIENCE:g} s")
 
@@ -206,6 +206,14 @@ class _Remote:
         self._heard.take(Event(kind, seq, t_server, t_media, data))
         self._taken += kind in ("input_frame.processed", "input_frame.dropped")
         self._items += kind == "conversation.item.created"
+        if kind == "session.state":
+            self._state = str(data.get("state"))
+        elif kind == "conversation.item.created" or (
+            # A frame that ends a response, or is spoken to, is followed by a state.
+            kind == "input_frame.processed"
+            and (data.get("decision") == "speech" or self._state != "silent")
+        ):
+            self._state = "speaking"
         if kind == "session.closed":
             reason = str(data.get("reason"))
             self._over = _END if reason == INPUT_ENDED else reason

@@ -178,6 +178,45 @@ def test_words_are_paced_and_input_goes_before_the_delay(
     assert model.step(words[2]).tokens == []
 
 
+def test_a_client_can_tell_when_all_is_said_that_the_pace_allows(
+    tokenizer: Tokenizer, words: list[int]
+) -> None:
+    """After each frame and question: a decision for silence, or a state when it is over."""
+    model = started(tokenizer, pace=2, clock="media", live=False)
+
+    seen = 0
+
+    def told() -> list[str]:
+        nonlocal seen
+        kinds = {"input_frame.processed": "decision", "session.state": "state"}
+        told = [e.data[kinds[e.type]] for e in model.session.log.after(seen) if e.type in kinds]
+        seen = model.session.log.last_seq
+        return told
+
+    model.frame()
+    model.say(words[:2])
+    assert told() == ["speech", "speaking", "waiting"]
+    model.frame(1.0)
+    model.say([words[2], model.special.silence])
+    assert told() == ["speech", "speaking", "silent"]
+    model.ask("Who is it?")
+    model.say([model.special.eot_id])  # that it says nothing, in another way
+    assert told() == ["silent"]
+    model.frame(2.0)
+    model.say([model.special.eot_id])
+    assert told() == ["silence"]
+    model.ask("And now?")
+    model.say(words[:2])
+    model.frame(3.0)
+    model.say([model.special.eot_id])
+    assert told() == ["speaking", "waiting", "speech", "silent"]
+    model.frame(4.0)
+    model.say(words[:2])
+    model.session.end()
+    model.say([words[2], model.special.silence])
+    assert told() == ["speech", "speaking", "waiting", "speaking", "silent"]
+
+
 def test_on_the_media_clock_a_frame_waits_for_the_words_of_its_second(
     tokenizer: Tokenizer, words: list[int]
 ) -> None:
