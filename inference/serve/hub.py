@@ -187,13 +187,16 @@ class Hub:
                 return True
         if not holding:
             return False
-        live = holding[0]
+        # To its end also where who needs the place has left in between.
+        await asyncio.shield(asyncio.create_task(self._park(holding[0])))
+        return True
+
+    async def _park(self, live: LiveSession) -> None:
         live.parked = True
         await asyncio.wrap_future(self.runner.park(live.handle))
         if not live.log.closed:
             kept = parked_size(live.handle.running.parked) + self.each.pixels
             self.memory.take(live.log, min(kept, self.each.total))
-        return True
 
     def describe(self, live: LiveSession) -> dict[str, object]:
         """`session` of `session.created` and `session.updated`."""

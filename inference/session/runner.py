@@ -26,6 +26,7 @@ from inference.engine.engine import Engine, EngineFull
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
 from inference.session.answer import Answer
+from inference.session.calls import Call
 from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle, led_by_first
@@ -49,7 +50,7 @@ class Runner:
         self.measured = measured
         self._running: list[RunningSession] = []
         self._parked: list[RunningSession] = []
-        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._calls: list[Call] = []
         self._numbers = itertools.count(1)
         self.changed = threading.Condition()
         self._stopping = ""
@@ -148,13 +149,14 @@ class Runner:
         return 0.0 if since is None else time.monotonic() - since
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Runs a function in the engine's thread, between two steps."""
-        future: Future[Any] = Future()
+        """Runs a function in the engine's thread, between two steps; unless its future is cancelled
+        before."""
+        call = Call(function)
         with self.changed:
             self._refuse_if_stopped()
-            self._calls.append((function, future))
+            self._calls.append(call)
             self.changed.notify_all()
-        return future
+        return call.future
 
     def close(self, reason: str = "the runner was closed") -> None:
         """Closes all sessions, then the thread. Calling it twice is not an error."""
@@ -216,8 +218,8 @@ class Runner:
         with self.changed:
             for running in (*self._running, *self._parked):
                 running.closing = running.closing or self._stopping
-            for _, future in self._calls:
-                future.set_exception(SessionClosed(self._stopping))
+            for call in self._calls:
+                call.refuse(SessionClosed(self._stopping))
             self._calls.clear()
         self._close_finished()
 
@@ -252,8 +254,8 @@ class Runner:
             calls, self._calls = self._calls, []
         # Before the steps are planned: a planned step is in no queue any more, and not yet in the
         # engine, so that a session which is saved then would have lost it.
-        for function, future in calls:
-            _resolve(function, future)
+        for call in calls:
+            call.run()
         with self.changed:
             now = time.monotonic()
             batch = []
@@ -391,10 +393,3 @@ def _attempt(function: Callable[[], object]) -> None:
         function()
     except Exception:
         log.exception("a session did not end as it should")
-
-
-def _resolve(function: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(function())
-    except Exception as error:
-        future.set_exception(error)

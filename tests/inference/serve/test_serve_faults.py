@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import os
 import resource
@@ -19,7 +20,16 @@ import pytest
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import PATIENCE, Running, jpeg, serving, until
+from tests.inference.serve.attacking import USER, raw
+from tests.inference.serve.serving import (
+    CHAT,
+    PATIENCE,
+    Running,
+    jpeg,
+    serving,
+    standing_still,
+    until,
+)
 
 # How late a well-behaved client's frame may be: so many times as late as when it is alone, in the
 # median; and this many seconds on a machine that is fast.
@@ -232,3 +242,33 @@ def test_the_seconds_of_a_live_session_go_on_on_another_socket(server: Running) 
         types = [event["type"] for event in again.rest()]
     assert types[-4:] == ["response.done", "session.state", "session.metrics", "session.closed"]
     assert types.count("response.created") == types.count("response.done")
+
+
+def test_who_leaves_while_a_place_is_made_for_him_ends_nothing(
+    server: Running, engine: Engine
+) -> None:
+    """The engine is at a step; the session that gives up its place afterwards does so all the same,
+    and its client comes back to it."""
+    names = []
+    for _ in range(engine.max_sessions):
+        with server.open() as client:
+            names.append(client.until("session.created")["session"]["id"])
+            client.update(silence_bias=-50, pace=None, max_output_tokens="inf")
+            client.ask("Talk.")
+            client.until("response.output_text.delta")
+        server.wait_left(names[-1])
+    with standing_still(engine):
+        until(lambda: server.hub.runner.busy > 0)
+        body = json.dumps({"messages": [USER], "max_tokens": 2}).encode()
+        head = f"POST {CHAT} HTTP/1.1\nHost: {server.host}\nContent-Type: application/json\n"
+        asking = raw(server, f"{head}Content-Length: {len(body)}\n\n", body)
+        until(lambda: server.hub.sessions[names[0]].parked)
+        asking.close()
+        until(lambda: server.hub.waiting == 0)
+    until(lambda: server.hub.runner.sessions == engine.max_sessions - 1)
+    assert server.post(json={"messages": [USER], "max_tokens": 2}).status_code == 200
+    for name in names:
+        with server.open(f"?session={name}&last_seq=1") as again:
+            again.until("response.output_text.delta")
+            again.send("session.close")
+            assert again.close_code == 1000

@@ -1,0 +1,61 @@
+"""What is called in the engine's thread for others, who may give up waiting for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+from inference.engine.load import load_engine
+from inference.session.handle import SessionClosed
+from inference.session.runner import Runner
+from tests.inference.serve.serving import PATIENCE, until
+
+
+@pytest.fixture
+def runner(tiny: Path) -> Iterator[Runner]:
+    with Runner(load_engine(tiny, device="cpu", window=4, max_tokens=128)) as made:
+        yield made
+
+
+def hold(runner: Runner) -> threading.Event:
+    """The engine's thread is busy until the event is set."""
+    begun, over = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        over.wait(PATIENCE)
+
+    runner.call(wait)
+    assert begun.wait(PATIENCE)
+    return over
+
+
+def test_what_nobody_waits_for_any_more_is_not_called(runner: Runner) -> None:
+    called, over = list[int](), hold(runner)
+    futures = [runner.call(lambda n=n: called.append(n)) for n in range(3)]  # type: ignore[misc]
+    assert futures[1].cancel()
+    over.set()
+    futures[2].result(PATIENCE)
+    assert called == [0, 2]
+    assert not runner.failed
+
+
+def test_the_end_is_told_to_those_who_still_wait(runner: Runner) -> None:
+    over = hold(runner)
+    futures = [runner.call(lambda: None) for _ in range(3)]
+    futures[0].cancel()
+    closing = threading.Thread(target=runner.close)
+    closing.start()
+    until(lambda: runner._stopping)
+    over.set()
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
+    assert not runner.failed
+    with pytest.raises(CancelledError):
+        futures[0].result(PATIENCE)
+    for future in futures[1:]:
+        assert isinstance(future.exception(PATIENCE), SessionClosed)
