@@ -25,6 +25,7 @@ from data_pipeline import devices
 from data_pipeline.fields import check_values, choice, number
 from inference.engine import slot_state
 from inference.engine.cache import KVCache, make_room, sizes_of_slot
+from inference.engine.capture import ALONE, Ranks
 from inference.engine.choose_attend import CHOICES, set_up
 from inference.engine.decode import sizes_of
 from inference.engine.graph_memory import GraphMemory
@@ -155,10 +156,11 @@ class Engine:
             self.graph_runner = self.make_graph_runner(kernels, graphs, options.compile)
         self.pixels = Pixels(self.config, processor, self.device)
         self.tower = Tower(self._encode, self.pixels.size, self.device)
+        ranks = self.meet()
         if self.graph_runner is not None and expected is not None:
             with expected.told(self.device):
-                self.graph_runner.capture()
-                self.tower.capture()
+                self.graph_runner.capture(ranks)
+                self.tower.capture(ranks)
 
     def claim(self) -> None:
         """This thread owns it from now on."""
@@ -187,6 +189,10 @@ class Engine:
     def agreed(self, kernels: Kernels) -> Kernels:
         """What passes of fixed shape are made of, where each of several ranks has chosen."""
         return kernels
+
+    def meet(self) -> Ranks:
+        """Who shares the model: from now on all end where one does."""
+        return ALONE
 
     recovers = True  # a step that failed may be tried again
 

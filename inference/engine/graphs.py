@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_pipeline.progress import Progress
 from inference.engine.cache import KVCache, put_frames
-from inference.engine.capture import Graph, Pool, check_same, or_without
+from inference.engine.capture import Graph, Pool, Ranks, check_same, or_without
 from inference.engine.choice import choose_tokens
 from inference.engine.decode import FixedDecoder
 from inference.engine.memory import SPARE
@@ -190,19 +190,19 @@ class GraphRunner:
         return self.sampler(self.logits[:rows], slot, position + last + 1, draw)
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Captures all graphs, before a session is open: a capture stops everything else for a
-        quarter of a second. Where it fails, or a graph computes something else than the pass
-        without it, passes run without graphs, and a line says so."""
+    def capture(self, ranks: Ranks) -> None:
+        """Captures all graphs, on all ranks at once, before a session is open: a capture stops
+        everything else for a quarter of a second. Where it fails, or a graph computes something
+        else than the pass without it, passes run without graphs, and a line says so."""
         if not self.graphs:
             return
         kinds, rows = self.shapes.kinds, self.shapes.rows[::-1]
         progress = Progress("CUDA graphs", len(kinds) + len(rows) * len(Draw), "graphs")
-        pool = Pool(self.inputs.device)  # only one of them runs at a time
-        with or_without("passes", self.passes, self.draws):
+        pool = Pool(self.inputs.device, ranks)  # only one of them runs at a time
+        with or_without("passes", ranks, self.passes, self.draws):
             for kind in kinds:
                 self.passes[kind] = pool.capture(partial(self.compute, *kind))[0]
-                self._check(kind)
+                self._check(kind, ranks)
                 progress.step()
             for count, draw in product(rows, reversed(Draw)):
                 self.draws[count, draw] = pool.capture(partial(self._sample, count, draw))
@@ -214,12 +214,13 @@ class GraphRunner:
         self.passes.clear()
         self.draws.clear()
 
-    def _check(self, kind: tuple[int, int]) -> None:
-        """Raises RuntimeError where a graph's logits are not those of the pass without it."""
+    def _check(self, kind: tuple[int, int], ranks: Ranks) -> None:
+        """Raises GraphError where a graph's logits are not those of the pass without it."""
         self.inputs.fill_(1)
         self.inputs[:3].zero_()
         self._compute(*kind)
         wanted = self.logits[: kind[1]].clone()
         self.logits.zero_()
         self.passes[kind].replay()
-        check_same("{} tokens of {} slots".format(*kind), self.logits[: kind[1]], wanted)
+        name, got = "{} tokens of {} slots".format(*kind), self.logits[: kind[1]]
+        ranks.together(partial(check_same, name, got, wanted))

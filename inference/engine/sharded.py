@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import signal
 import sys
 import threading
@@ -25,12 +26,15 @@ from torch import Tensor
 
 from data_pipeline import devices
 from data_pipeline.ranks import joining, ranks_of
+from inference.engine.capture import Ranks
 from inference.engine.engine import Engine
 from inference.engine.lifeline import Lifeline, host_of
 from inference.engine.lock_step import Channel, Kind
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
 from inference.kernels.choose import Kernels
+
+log = logging.getLogger(__name__)
 
 
 def join(kind: str) -> tuple[int, int]:
@@ -53,9 +57,11 @@ class ShardedEngine(Engine):
     recovers = False  # whether the other ranks failed too is not known: they may wait for this one
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.leads, self.running = self.rank == 0, True
+        super().__init__(*args, **options)
+
+    def meet(self) -> Ranks:
         size = self.pixels.size
         frame = self.cache.patches, self.config.text_config.hidden_size
         picture = 1, 3, size, size
@@ -63,6 +69,13 @@ class ShardedEngine(Engine):
         self.lifeline = Lifeline(self.rank, self.ranks, self.channel.share, host_of())
         if self.leads:
             atexit.register(self.shutdown)
+        return Ranks(self.ranks, self.leads, self._agree)
+
+    def _agree(self, wrong: str) -> str:
+        """The first rank's of which something is wrong, with its number. A collective."""
+        everywhere = [""] * self.ranks
+        dist.all_gather_object(everywhere, wrong, group=self.channel.group)
+        return next((f"rank {rank}: {said}" for rank, said in enumerate(everywhere) if said), "")
 
     def shutdown(self) -> None:
         """Ends the other ranks."""
@@ -95,13 +108,21 @@ class ShardedEngine(Engine):
             function(self, *arguments)
 
     def agreed(self, kernels: Kernels) -> Kernels:
-        """Those that have proven right on all ranks, whose passes must have the same shapes."""
+        """Those that have proven right on all ranks, whose passes must have the same shapes. Rank 0
+        names a rank that lacks one. A collective."""
         others = Kernels()
         names = [field.name for field in fields(Kernels)]
-        own = [getattr(kernels, name) is not getattr(others, name) for name in names]
-        all_have = torch.tensor(own, dtype=torch.int32, device=self.device)
-        dist.all_reduce(all_have, dist.ReduceOp.MIN)
-        lacking = [name for name, has in zip(names, all_have.tolist(), strict=True) if not has]
+        own = {name for name in names if getattr(kernels, name) is not getattr(others, name)}
+        everywhere = [set[str]()] * self.ranks
+        dist.all_gather_object(everywhere, own)
+        lacking = dict[str, int]()
+        for name in sorted(set[str]().union(*everywhere)):
+            ranks = [rank for rank, has in enumerate(everywhere) if name not in has]
+            if ranks:
+                lacking[name] = ranks[0]
+        if self.leads:
+            for name, rank in lacking.items():
+                log.warning("rank %d is without the kernel %s: so are all ranks", rank, name)
         return replace(kernels, **{name: getattr(others, name) for name in lacking})
 
     def open(self, sampling: Sampling | None = None) -> Slot:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.progress import Progress
-from inference.engine.capture import Graph, Pool, check_same, or_without
+from inference.engine.capture import Graph, Pool, Ranks, check_same, or_without
 
 BATCHES = (1, 2, 4, 8, 16)  # frames; a number between is padded
 
@@ -37,17 +37,18 @@ class Tower:
         return features[:count].clone()  # the next replay writes there
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Captures all batches. Where it fails, or a graph computes something else, frames are
-        encoded without graphs, and a line says so."""
+    def capture(self, ranks: Ranks) -> None:
+        """Captures all batches, on all ranks at once. Where it fails, or a graph computes something
+        else, frames are encoded without graphs, and a line says so."""
         self.pixels = torch.zeros(self.shape, device=self.device)
         progress = Progress("vision graphs", len(BATCHES), "graphs")
-        pool = Pool(self.device)
-        with or_without("frames", self.graphs):
+        pool = Pool(self.device, ranks)
+        with or_without("frames", ranks, self.graphs):
             for batch in reversed(BATCHES):  # in whose memory the smaller ones have room
                 self.graphs[batch] = pool.capture(partial(self.encode, self.pixels[:batch]))
                 self.pixels.normal_()
                 wanted = self.encode(self.pixels[:batch])
-                check_same(f"{batch} frames", self(self.pixels[:batch].clone()), wanted)
+                got = self(self.pixels[:batch].clone())
+                ranks.together(partial(check_same, f"{batch} frames", got, wanted))
                 progress.step()
         progress.end()

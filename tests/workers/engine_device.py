@@ -94,7 +94,7 @@ def main() -> None:
 class SimulatedPool:
     """In place of capture.Pool."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, ranks: Any):
         assert device.type == "cuda"
 
     def capture(self, compute: Callable[[], Any]) -> tuple[Replayed, Any]:

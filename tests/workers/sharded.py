@@ -2,7 +2,8 @@
 steps and pictures took.
 
 Arguments: checkpoint; what rank 1 does: `follow`, or `die` at the second step. Then rank 0 waits
-for it as a collective of NCCL would, and takes no notice of torchrun's signal.
+for it as a collective of NCCL would, and takes no notice of torchrun's signal. Or what is captured
+in place of CUDA graphs, and how it fails on one rank alone: `capture`, `wrong`, `pass`.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from inference.engine.capture import ALONE, Ranks
 from inference.engine.engine import Engine
 from inference.engine.fork import fork
 from inference.engine.load import RankFinished, load_engine
 from inference.engine.lock_step import Channel, Kind
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Step
-from tests.inference.engine.streams import Player, make_stream, play
+from inference.kernels.choose import Kernels
+from tests.inference.engine.streams import AnyRows, Player, make_stream, play
 from tests.torchrun import save_result
 
 
@@ -121,10 +125,82 @@ def told() -> Iterator[list[str]]:
 def main() -> None:
     checkpoint, part = sys.argv[1:]
     torch.set_num_threads(1)
+    if part in ("capture", "wrong", "pass"):
+        with contextlib.suppress(RankFinished):
+            _capture(checkpoint, part)
+        return
     if part == "die":
         _die_at_second_step() if os.environ["RANK"] == "1" else _hang_in_a_failed_step()
     with contextlib.suppress(RankFinished):  # rank 1
         save_result("result", scenario(checkpoint))
+
+
+class Recorded:
+    """In place of a graph: computes again, to where the result was when it was captured."""
+
+    def __init__(self, compute: Callable[[], Any], scale: float):
+        self.compute, self.scale, self.out = compute, scale, compute()
+
+    def replay(self) -> None:
+        new = self.compute()
+        if self.out is not None:
+            self.out.copy_(new * self.scale)
+
+
+class FailingPool:
+    """In place of capture.Pool, on a CPU. `plan`: how each capture of this rank goes, in turn:
+    `capture`: it fails; `wrong`: the graph computes something else; `pass`: the pass fails before
+    its first collective; others go well."""
+
+    plan: ClassVar[list[str]] = []
+
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE):
+        self.ranks = ranks
+
+    def capture(self, compute: Callable[[], Any]) -> tuple[Recorded, Any]:
+        how = self.plan.pop(0) if self.plan else ""
+        if how == "pass":
+            raise RuntimeError("the pass itself fails")
+
+        def record() -> tuple[Recorded, Any]:
+            graph = Recorded(compute, 2.0 if how == "wrong" else 1.0)
+            if how == "capture":
+                raise RuntimeError("operation not permitted when stream is capturing\nat line 3")
+            return graph, graph.out
+
+        return self.ranks.together(record)
+
+
+def _capture(checkpoint: str, part: str) -> None:
+    """An engine whose captures fail on rank 1: of passes at the third, of frames at the second;
+    leaves how many graphs each rank has."""
+    kernels = Kernels(attention=AnyRows)
+    if os.environ["RANK"] == "0":
+        kernels = replace(kernels, swiglu=lonely)
+    else:
+        # After a failure nothing more of that kind is captured: the next one is the tower's.
+        FailingPool.plan = ["", "", "capture", "", "wrong"] if part == "capture" else [part]
+    with (
+        mock.patch("inference.engine.graphs.Pool", FailingPool),
+        mock.patch("inference.engine.tower.Pool", FailingPool),
+        mock.patch("inference.engine.engine.choose", return_value=kernels),
+        mock.patch("inference.engine.engine.devices.has_graphs", return_value=True),
+    ):
+        engine = load_engine(checkpoint, device="cpu", window=3, max_sessions=2, max_tokens=640)
+    engine.on_all(leave_graphs)
+    engine.step([Step(engine.open(), [1, 40, 50])])
+    engine.shutdown()
+
+
+def lonely(x: torch.Tensor) -> torch.Tensor:
+    """A kernel that one rank alone has."""
+    raise AssertionError("the other rank is without it")
+
+
+def leave_graphs(engine: Engine) -> None:
+    runner = engine.graph_runner
+    assert runner is not None
+    save_result("graphs", [len(runner.passes), len(runner.draws), len(engine.tower.graphs)])
 
 
 def _die_at_second_step() -> None:

@@ -55,6 +55,32 @@ def test_a_dead_rank_ends_all(tiny: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("result*"))
 
 
+def test_graphs_that_fail_on_one_rank_are_left_out_on_all(tiny: Path, tmp_path: Path) -> None:
+    """And no rank waits for another in a collective of one: 10 minutes, over NCCL."""
+    result = run_ranks(WORKER, 2, str(tiny), "capture", out=tmp_path, timeout=60)
+    assert result.load_all("graphs") == [[0, 0, 0], [0, 0, 0]]
+    lines = [line for line in result.stderr(0).splitlines() if "no graphs" in line]
+    assert lines == [
+        "no graphs: passes run without them: rank 1: operation not permitted when stream is "
+        "capturing",
+        "no graphs: frames run without them: rank 1: the graph of 8 frames is off by "
+        + lines[1].rpartition(" ")[2],
+    ]
+    assert "no graphs" not in result.stderr(1)
+    # A kernel that one rank is without is used on none.
+    said = [result.stderr(rank).count("rank 1 is without the kernel swiglu") for rank in (0, 1)]
+    assert said == [1, 0]
+
+
+def test_a_rank_on_which_a_pass_fails_while_it_is_captured_ends_all(
+    tiny: Path, tmp_path: Path
+) -> None:
+    result = run_ranks(WORKER, 2, str(tiny), "pass", out=tmp_path, check=False, timeout=60)
+    assert result.returncode != 0
+    assert "the pass itself fails" in result.stderr(1)
+    assert "rank 1 of 2 has ended: rank 0 ends, too" in result.stderr(0)
+
+
 def test_who_is_no_rank_is_turned_away() -> None:
     told: queue.Queue[tuple[list[int], socket.socket]] = queue.Queue()
 
