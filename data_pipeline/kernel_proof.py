@@ -2,7 +2,8 @@
 
 It is compared once with plain torch, output and gradients, over the shapes that matter; the verdict
 is kept in the user's cache folder by device, versions and code. Where it fails or differs, the
-caller takes the plain path, and one line says so:
+caller takes the plain path, and one line says so. A failure whose cause may pass (memory, a full
+disk, a compiler that was stopped) is not kept: the next start tries again.
 
     kernel = Kernel("FlexAttention", "heads of 128", ("torch", "triton"), (__name__,), cases)
     if proven(kernel, device):
@@ -14,8 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -34,6 +36,16 @@ from data_pipeline.atomic import write_atomically
 log = logging.getLogger("moss_train.kernels")
 
 Function = Callable[..., Tensor]
+
+# Of what says nothing of a kernel, and may be otherwise at the next start: exceptions, and words of
+# those that hide them. Drivers and compilers have no exceptions of their own for it.
+PASSING = (MemoryError, OSError, EOFError, subprocess.SubprocessError, torch.OutOfMemoryError)
+PASSING_WORDS = (
+    "out of memory", "cannot allocate", "alloc_failed", "allocation_failed", "no space left",
+    "quota exceeded", "read-only file system", "permission denied", "too many open files",
+    "input/output error", "stale file handle", "interrupted", "timed out", "busy or unavailable",
+    "failed to find c compiler", "non-zero exit status", "worker process", "broken process pool",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,13 @@ def proven(kernel: Kernel, device: torch.device) -> bool:
     started = time.perf_counter()
     where = _file(device, kernel.name, kernel.shapes, kernel.packages, kernel.modules)
     kept = _read(where)
-    wrong = kept["wrong"] if kept else _first_wrong(kernel)
-    if not kept:
+    wrong, passing = (kept["wrong"], False) if kept else _first_wrong(kernel)
+    if not kept and not passing:
         _write(where, {"wrong": wrong})
     machine = devices.name(device)
     if wrong:
-        log.warning("%s is not used on %s: %s (%s)", kernel.name, machine, wrong, where)
+        place = "this may pass: the next start tries again" if passing else where
+        log.warning("%s is not used on %s: %s (%s)", kernel.name, machine, wrong, place)
         _check_device(kernel.name, device)
     else:
         seconds = "before" if kept else f"in {time.perf_counter() - started:.1f} s"
@@ -108,20 +121,36 @@ def remembered(
     return kept["measured"]
 
 
-def _first_wrong(kernel: Kernel) -> str:
-    """What is wrong with it, in a few words; "" where nothing is."""
+def _first_wrong(kernel: Kernel) -> tuple[str, bool]:
+    """What is wrong with it, in a few words, "" where nothing is; whether that may pass."""
     case = None
     try:
         for case in kernel.cases():
             wrong = difference(case)
             if wrong:
-                return f"{case.name}: {wrong}"
+                return f"{case.name}: {wrong}", False
     except torch.OutOfMemoryError:  # says nothing of the kernel
         raise
     except Exception as error:  # whatever a kernel of others raises: then the plain path runs
         said = str(error).strip().split("\n")[0][:160]
-        return f"{case.name if case else 'no case'}: {type(error).__name__}: {said}"
-    return ""
+        passing = any(map(_may_pass, _with_causes(error)))
+        return f"{case.name if case else 'no case'}: {type(error).__name__}: {said}", passing
+    return "", False
+
+
+def _may_pass(error: BaseException) -> bool:
+    said = str(error).lower()
+    return isinstance(error, PASSING) or any(words in said for words in PASSING_WORDS)
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those on the way to it: a compiler's are inside of torch's."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        hidden = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or hidden
 
 
 def difference(case: Case) -> str:

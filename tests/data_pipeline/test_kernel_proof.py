@@ -3,7 +3,9 @@ often they are tried."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -97,6 +99,50 @@ def test_a_wrong_kernel_is_not_used_and_not_tried_again(run, said, caplog, cache
     for line in lines:
         assert line.startswith(f"softmax(xW/8) is not used on CPU: {said}")
         assert line.endswith(f"({file})")
+
+
+def compiled(error: Exception) -> Callable[..., Tensor]:
+    """A kernel whose compiler fails inside of torch's."""
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        try:
+            raise error
+        except Exception as inner:
+            raise RuntimeError("backend='inductor' raised:") from inner
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/tmp/torchinductor/x.so"),
+        MemoryError(),
+        subprocess.CalledProcessError(-9, ["gcc", "x.c"]),
+        subprocess.TimeoutExpired(["ptxas"], 60),
+        EOFError(),  # a compiling process has gone
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("/tmp/x.c:3: fatal error: error writing to /tmp/y.s: No space left on device"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_failure_that_may_pass_is_no_verdict(error, hidden, caplog, cache):
+    def fails(x: Tensor, weight: Tensor) -> Tensor:
+        raise error
+
+    tried: list[str] = []
+    assert not proven(kernel(compiled(error) if hidden else fails, tried), CPU)
+    assert not list(cache.glob("*"))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("softmax(xW/8) is not used on CPU: short: ")
+    assert line.endswith("(this may pass: the next start tries again)")
+    assert proven(kernel(same, tried), CPU)  # once there is room again
+    assert tried == ["short", "short", "long"]
 
 
 def test_another_device_version_or_code_is_another_proof(monkeypatch, tmp_path):
