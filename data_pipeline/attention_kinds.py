@@ -23,7 +23,7 @@ HALF, ALL = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """One row.
+    """What one kind of attention can do.
 
     training, inference: the places that it computes there; the others are sdpa's.
     devices, dtypes: that it runs on, and computes in.
@@ -54,7 +54,7 @@ class AttentionKind:
     install: str = "torch"
 
     def places(self, use: str) -> tuple[str, ...]:
-        """That it computes in TRAINING or INFERENCE."""
+        """The places that it computes in TRAINING or INFERENCE."""
         return self.training if use == TRAINING else self.inference
 
     def installed(self) -> bool:
@@ -100,7 +100,7 @@ class Wanted:
 
 
 def kinds_of(use: str) -> tuple[str, ...]:
-    """Those that compute anything there."""
+    """Names of the kinds that compute anything in TRAINING or INFERENCE."""
     return tuple(name for name, kind in KINDS.items() if kind.places(use))
 
 
@@ -133,7 +133,7 @@ def missing(name: str, wanted: Wanted) -> list[str]:
 
 
 def able(wanted: Wanted) -> list[str]:
-    """Those that can be had, sdpa first."""
+    """Names of the kinds that can be had, sdpa first."""
     return [name for name in KINDS if not missing(name, wanted)]
 
 

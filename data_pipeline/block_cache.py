@@ -28,7 +28,7 @@ def default_folder() -> Path:
 
 
 class BlockCache:
-    """At most `most` bytes below `folder`; 0: nothing is kept."""
+    """A cache of at most `most` bytes below `folder`; 0: nothing is kept."""
 
     def __init__(self, folder: Path, most: int) -> None:
         self._folder, self._most = folder, most
@@ -61,7 +61,8 @@ class BlockCache:
             self._said = True
 
     def _write(self, path: Path, data: bytes, total: int) -> None:
-        """In the lock: that bounds the folder, whoever else writes."""
+        """Writes a block and the new total. The caller holds the lock, which bounds the folder,
+        whoever else writes."""
         length = str(total + len(data))
         if total < 0 or total + len(data) > self._most:
             length = str(self._make_room(len(data)) + len(data))

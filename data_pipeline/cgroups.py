@@ -67,8 +67,9 @@ def _cached(folder: Path) -> int:
 
 
 def _folders(controller: str, limits: Path, own: Path) -> Iterator[Path]:
-    """Those of this process's cgroup of a controller and of all above it, each of which has a limit
-    of its own. In a container the mounted one is often the process's, whatever `own` says."""
+    """The folder of this process's cgroup for a controller, and those of all above it, each of
+    which has a limit of its own. In a container the mounted one is often the process's, whatever
+    `own` says."""
     try:
         lines = own.read_text().splitlines()
     except OSError:  # not Linux

@@ -53,7 +53,8 @@ def fp8_of(right: Sequence[str]) -> Fp8:
 
 
 def triton_kernels() -> dict[str, Any]:
-    """By the name of the part; none where Triton is not installed, and a line says so."""
+    """Triton's kernels by the name of the part that they compute; {} where Triton is not installed,
+    and a line says so."""
     try:
         from data_pipeline import triton_fp8
     except ImportError as error:

@@ -124,12 +124,12 @@ def only(kind: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def backend(kind: str) -> str:
-    """Of torch.distributed."""
+    """Name of torch.distributed's backend for a kind of device."""
     return BACKENDS.get(kind, "gloo")
 
 
 def name(device: torch.device) -> str:
-    """As its driver has it; "CPU"."""
+    """The device's name, as its driver has it; "CPU"."""
     if device.type in (HOST, "mps"):
         return NAMES[device.type]
     return module(device.type).get_device_name(device)
@@ -227,6 +227,6 @@ def activity(device: torch.device) -> ProfilerActivity:
 
 
 def event_type(device: torch.device) -> DeviceType:
-    """Of the profiler's events of what the device did."""
+    """The type of the profiler's events of what the device did."""
     others = {"cuda": DeviceType.CUDA, "xpu": DeviceType.XPU, "npu": DeviceType.PrivateUse1}
     return others.get(device.type, DeviceType.CPU)

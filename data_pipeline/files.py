@@ -118,7 +118,7 @@ def composed(path: str) -> str:
 
 
 def record_suffix(path: str) -> str:
-    """That of a file of records: `.jsonl` of `a.jsonl.gz`."""
+    """The suffix of a file of records without that of its compression: `.jsonl` of `a.jsonl.gz`."""
     own = suffix(path)
     return suffix(name(path)[: -len(own)]) if own in _COMPRESSED_SUFFIXES else own
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Flash:
-    """Its calls. Query heads that share a KV head are taken as such; a causal query of the last
-    row sees all keys, those above one less each.
+    """The two calls of flash-attn. Query heads that share a KV head are taken as such; a causal
+    query of the last row sees all keys, those above one less each.
 
     whole: `[B, S, heads, D]`, keys and values `[B, K, KV heads, D]`, causal -> like the query, and
         the logarithm of each row's sum of exponentials, fp32 `[B, heads, S]`, which has no

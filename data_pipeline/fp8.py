@@ -42,7 +42,7 @@ class Rounded:
         return self.values.flatten(0, -2), self.scale.flatten(0, -2)
 
     def number(self) -> Tensor:
-        """In fp32."""
+        """The rounded numbers, in fp32."""
         return self.values.float() * self.scale
 
 
@@ -80,7 +80,7 @@ def multiply(left: Rounded, right: Rounded, bias: Tensor | None, fast: bool) -> 
 
 
 def emulated(left: Rounded, right: Rounded, bias: Tensor | None, fast: bool) -> Tensor:
-    """The same on any device, in fp32."""
+    """The same product on any device, computed in fp32."""
     (a, scale_a), (b, scale_b) = left.rows, right.rows
     out = (a.float() @ b.float().T) * (scale_a * scale_b.T)
     out = (out if bias is None else out + bias).to(left.dtype)

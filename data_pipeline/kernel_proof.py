@@ -50,7 +50,7 @@ PASSING_WORDS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a kernel, and the same by plain torch.
+    """One call of a kernel, and the same call in plain torch.
 
     run, plain: from `inputs` to one tensor.
     inputs: floating-point tensors on the device.

@@ -32,7 +32,7 @@ class SampleError(Exception):
         self.key = key
 
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str]]:
-        """It travels between processes."""
+        """Lets the error travel between processes."""
         return SampleError, (self.reason, self.detail, self.key)
 
 

@@ -33,7 +33,7 @@ class StoredFile(NamedTuple):
 
 
 class StoredFiles:
-    """Those that this process reads; it may be called from several threads."""
+    """The files in object storage that this process reads. May be called from several threads."""
 
     def __init__(self, options: StoreOptions) -> None:
         self.options = options

@@ -40,11 +40,11 @@ class GoneError(StoreError):
 
 
 class ForbiddenError(GoneError):
-    """It may not be read."""
+    """The file may not be read."""
 
 
 class PackageError(GoneError):
-    """It takes a package that is not installed."""
+    """Reading the file takes a package that is not installed."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ class TokenizerIdentity:
 
     @property
     def digest(self) -> str:
-        """Of all that counts."""
+        """A digest of all that tells tokenizers apart."""
         return _digest([self.text, self.added])
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class TokenizerIdentity:
         return self.text == old.text and not list(self._moved(old))
 
     def differences(self, old: TokenizerIdentity) -> str:
-        """In which way it is another one than `old`, in words; empty where it is not."""
+        """In words, how this tokenizer differs from `old`; empty where it does not."""
         parts = list(self._moved(old))
         if self.text != old.text:
             parts.insert(0, "other vocabulary, merges or normalizer")
@@ -112,8 +112,8 @@ def _identify(file: Path, _state: object) -> TokenizerIdentity:
 
 
 def _stated(value: Any) -> Any:
-    """Without what is null, false or empty, which other versions of the file do not write, and the
-    option that only moves the places of tokens in a text."""
+    """A part of the file without what is null, false or empty, which other versions of the file do
+    not write, and without the option that only moves the places of tokens in a text."""
     if isinstance(value, dict):
         parts = {key: _stated(part) for key, part in value.items() if key != "trim_offsets"}
         return {key: part for key, part in parts.items() if not _is_unsaid(part)}

@@ -56,7 +56,8 @@ class Feeder:
         self._over = threading.Event()  # no more frames come
 
     def run(self) -> None:
-        """To be called once. What is wrong with the source becomes an `error` event."""
+        """Feeds the source to the session; to be called once. What is wrong with the source becomes
+        an `error` event."""
         session, source = self._session, self._source
         try:
             last = self._live(source) if isinstance(source, LiveSource) else self._file(source)

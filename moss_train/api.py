@@ -74,7 +74,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """Its configuration (config.yaml)."""
+        """The run's configuration (config.yaml)."""
         path = self.dir / "config.yaml"
         try:
             return from_dict(yaml.safe_load(path.read_text()))
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """Its newest complete checkpoint."""
+        """The run's newest complete checkpoint."""
         return find(self.dir)
 
     def plot(self) -> Figure:

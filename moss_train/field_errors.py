@@ -106,7 +106,7 @@ def _wanted(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """As it is written on a command line."""
+    """A value as it is written on a command line."""
     return "null" if value is None else str(value).lower() if value in (True, False) else str(value)
 
 

@@ -141,7 +141,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> torch.Tensor:
-    """Of the device's generator."""
+    """The state of the device's random generator."""
     return devices.module(TRAINS).get_rng_state()
 
 
@@ -151,7 +151,8 @@ def set_random_state(state: torch.Tensor) -> None:
 
 
 def make_deterministic() -> None:
-    """The same numbers from the same run, at some cost in speed. Before anything touches CUDA."""
+    """Makes the same run give the same numbers, at some cost in speed. To be called before anything
+    touches CUDA."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")  # a sum's order must not depend on message timing
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine

@@ -123,7 +123,8 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 
 
 def explain_own_file(line: str, arguments: Sequence[str]) -> str:
-    """Where a configuration of one's own must be: `line` is Hydra's word about what it misses."""
+    """Says where a configuration of one's own must be: `line` is Hydra's message about what it
+    misses."""
     given = [f"{flag} {value}" for flag, value in pairwise(arguments) if flag in _VALUED]
     given += [one for one in arguments if re.match("--config-.*=", one)]
     inside = re.match(r"In '(.*)': Could not load '(.*)'", line)
@@ -141,7 +142,7 @@ def given_paths(config: Config) -> dict[str, str]:
 
 
 def quoted(text: str) -> str:
-    """In single quotes: a backslash is special before a quote only."""
+    """`text` in single quotes: a backslash is special before a quote only."""
     text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
     return "'" + re.sub(r"(\\+)$", lambda found: found[1] * 2, text) + "'"
 

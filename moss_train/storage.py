@@ -53,9 +53,8 @@ def patiently(read: Callable[[], T], path: Path) -> T:
 
 @contextmanager
 def or_warning(what: object, then: str = "training goes on without it") -> Iterator[None]:
-    """Where something is written that is no checkpoint: an error of the operating system is a
-    warning of any rank.
-    """
+    """Turns an error of the operating system into a warning, on any rank: for files that training
+    can do without, which a checkpoint's are not."""
     try:
         yield
     except OSError as error:

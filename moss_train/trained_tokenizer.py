@@ -17,7 +17,8 @@ KEY = "tokenizer"  # in run.json and training.json
 
 
 def saved_identity(run: dict[str, Any], where: Path) -> TokenizerIdentity | None:
-    """That of a run.json or training.json; None where an earlier version wrote it.
+    """The tokenizer's identity in a run.json or training.json; None: an earlier version wrote the
+    file, without one.
 
     Raises:
         ConfigError: it cannot be read.

@@ -128,7 +128,7 @@ def _context() -> BaseContext:
 
 
 def _run(command: list[str], environment: Mapping[str, str], log: str | None, folder: Path) -> None:
-    """In the new process."""
+    """Runs a command in the new process."""
     if METHOD == "fork":  # of the server, which ends with the process that has asked for this one
         signalled_with_parent(os.getppid(), signal.SIGTERM)
     os.chdir(folder)

@@ -71,7 +71,7 @@ def run_parts(job: Job, mine: RunRank, silence: float, done: Callable[[int], Non
 
 
 def _place(number: int, mine: RunRank) -> tuple[bool, int]:
-    """Its own parts first, then the others, in an order of this rank."""
+    """Where a part stands in this rank's order: its own parts first, then the others."""
     return _hash(number) % mine.size != mine.rank, _hash(number, mine.rank)
 
 
@@ -113,7 +113,8 @@ class _Claims:
 
     @contextmanager
     def held(self, number: int) -> Iterator[None]:
-        """While a part is made: counts into its claim."""
+        """Keeps this rank's claim on a part while it is made: a thread counts into the claim's
+        file."""
         ended = threading.Event()
 
         def count() -> None:

@@ -139,7 +139,7 @@ def members(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
 
 
 def _behind_zeros(file: BinaryIO, at: int) -> int | None:
-    """Where a block begins that is not empty; None: there is none up to the file's end."""
+    """Offset of the next block that is not empty; None: there is none up to the file's end."""
     file.seek(at)
     while chunk := file.read(_CHUNK):
         if rest := chunk.lstrip(b"\0"):

@@ -73,9 +73,8 @@ def _are_timed(entries: list[Any]) -> bool:
 
 
 def place_of_records(path: str) -> str | None:
-    """Where in a large object ijson finds the records: `videos`, or "", the top of it; None: it is
-    one record, or nothing can be read of it.
-    """
+    """Where ijson finds the records in a large object: `videos`, or "", the top of it; None: it is
+    one record, or nothing can be read of it."""
     with _opened(path) as file:
         top = list(islice(_kinds(file, ""), _LOOKED_AT))
     inside, kinds = "", dict(top)
@@ -109,7 +108,7 @@ def by_ids(path: str, inside: str, size: int) -> Iterator[tuple[Any, float]]:
 
 
 def _kinds(file: BinaryIO, inside: str) -> Iterator[tuple[str, str]]:
-    """Of each entry of an object its name, and the event that its value begins with; nothing after
+    """For each entry of an object its name, and the event that its value begins with; nothing after
     the one called `videos`."""
     name: str | None = None
     try:

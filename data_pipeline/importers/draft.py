@@ -244,7 +244,7 @@ def _is_false(value: Any, zero: bool) -> bool:
 
 
 def media_type(path: str) -> MediaType | None:
-    """By the suffix."""
+    """The type of medium that a path's suffix says."""
     suffix = files.suffix(path)
     if suffix in files.IMAGE_SUFFIXES:
         return "image"

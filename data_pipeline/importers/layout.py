@@ -78,7 +78,8 @@ def is_records(path: str) -> bool:
 
 
 def with_kinds(error: ShardError, path: str) -> ShardError:
-    """Of a file that cannot be read for what it is, which kinds can."""
+    """The error of a file that cannot be read; where its kind is none that can be read, with those
+    that can."""
     if is_records(path):
         return error
     kinds = ", ".join(sorted(files.RECORD_SUFFIXES, key=lambda kind: (kind == ".arrow", kind)))

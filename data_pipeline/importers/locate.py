@@ -110,8 +110,8 @@ class Finder:
 
     @cached_property
     def _members(self) -> tuple[dict[str, list[TarMember]], dict[str, str | None]]:
-        """By their whole names in their tars; and these names by their ends, None where several
-        end so. Read when the first medium is not a file."""
+        """The members of all tars by their whole names; and these names by their ends, None where
+        several end so. Read when the first medium is not a file."""
         whole: dict[str, list[TarMember]] = {}
         by_ends: dict[str, str | None] = {}
         for tar in _tars(self._root):

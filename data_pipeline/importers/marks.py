@@ -88,8 +88,8 @@ def _plain_mark(match: re.Match[str]) -> str:
 
 
 def _with_paths(messages: list[Turn], media: dict[MediaType, list[Any]]) -> list[Turn]:
-    """With marks in place of the paths in the questions, which are the media of a record that names
-    none of them elsewhere."""
+    """The messages with marks in place of the paths in the questions, which are the media of a
+    record that names none of them elsewhere."""
     if any(media.values()):
         for kind, own in media.items():
             messages = _with_own_paths(messages, kind, own)
@@ -106,8 +106,8 @@ def _with_paths(messages: list[Turn], media: dict[MediaType, list[Any]]) -> list
 
 
 def _with_own_paths(messages: list[Turn], kind: MediaType, own: list[Any]) -> list[Turn]:
-    """With marks in place of the paths of a record's own media, where all of them stand in the
-    questions: the first of each is its place. Other paths are text."""
+    """The messages with marks in place of the paths of a record's own media, where all of them
+    stand in the questions: the first of each is its place. Other paths are text."""
     questions = _questions(messages)
     outside = _WITH_PATH.sub("", questions)
     if not own or _PLAIN[kind] in outside or _OURS[kind] in outside:
@@ -169,8 +169,8 @@ def _numbered(messages: list[Turn], kind: MediaType, own: list[Any], unmarked: b
 
 
 def _our_marks(messages: list[Turn], images: bool) -> list[Turn]:
-    """With our marks. LLaVA-Video marks a video by `<image>`, too; in an answer `<image>` that is
-    closed by `</image>` is text."""
+    """The messages with our marks. LLaVA-Video marks a video by `<image>`, too; in an answer
+    `<image>` that is closed by `</image>` is text."""
     marks = {_PLAIN[kind]: ours for kind, ours in _OURS.items()}
     if not images and not any(
         mark in message["content"] for message in messages for mark in ("<video>", VIDEO_MARK)

@@ -163,7 +163,8 @@ def _bytes(medium: Medium) -> bytes:
 
 
 def _plain(message: Turn, index: int) -> Turn:
-    """Without byte order marks; SampleError for what only a wrong decoding leaves behind."""
+    """The message without byte order marks; SampleError for what only a wrong decoding leaves
+    behind."""
     text = message["content"]
     if text.isascii() and "\0" not in text:
         return message

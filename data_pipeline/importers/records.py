@@ -84,7 +84,7 @@ def _all(number: int) -> bool:
 
 
 def first_records(path: str, most: int = 100) -> list[dict[str, Any]]:
-    """Those of the first records that can be read."""
+    """The objects among a file's first `most` records."""
     records = itertools.islice(read_records(path), most)
     return [record.value for record in records if isinstance(record.value, dict)]
 

@@ -200,7 +200,8 @@ def _video(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clip(video: dict[str, Any], record: dict[str, Any], base: str) -> Medium:
-    """By its path or bytes, else by its id, of which a file among the media has the name."""
+    """The record's video by its path or bytes, else by its id, which is the name of a file among
+    the media."""
     if isinstance(video.get("bytes"), bytes) or any(video.get(name) for name in PATH_FIELDS):
         return medium("video", video, base)
     known = [str(part[name]) for part in (video, record) for name in _IDS if part.get(name)]

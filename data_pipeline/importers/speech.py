@@ -63,7 +63,7 @@ def speech_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> l
 def transcript_draft(
     record: dict[str, Any], notes: list[str], window: float = WINDOW
 ) -> list[Draft]:
-    """As `speech_draft`, of a transcript's file, with notes on how it was read."""
+    """As `speech_draft`, for a transcript's file, with notes on how it was read."""
     first, *rest = speech_draft(record, "", window)
     return [replace(first, notes=(*notes, *first.notes)), *rest]
 

@@ -211,7 +211,8 @@ class _Conversation:
         self._goes_on = said.goes_on
 
     def finished(self) -> list[dict[str, str]]:
-        """After the last frame nothing has to wait: what is left is said at once."""
+        """The messages at the end: nothing has to wait after the last frame, so what is left is
+        said at once."""
         while self._words or self._due:
             if not self._words:  # a whole answer had to wait for another
                 self._content = self._content.removesuffix(SILENCE)

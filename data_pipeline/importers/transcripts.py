@@ -83,7 +83,7 @@ def read_transcript(path: str, video: str | None) -> tuple[dict[str, Any], list[
 
 @dataclass(frozen=True)
 class _Cue:
-    """Its times as they are written, and its lines."""
+    """A cue: its times as they are written, and its lines."""
 
     start: str
     end: str
@@ -129,7 +129,8 @@ def _written(time: str) -> str:
 
 
 def _once(cues: Iterator[_Cue], notes: list[str]) -> Iterator[_Cue]:
-    """Without the lines that captions which roll show again, at the top of the next cue.
+    """Yields the cues without the lines that rolling captions show again at the top of the next
+    cue.
 
     The same words in a later cue of their own are said again. A line of two
     cues alone may be meant twice, too (`- No.`), and is noted: captions that roll go on and on.

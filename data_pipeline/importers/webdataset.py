@@ -102,7 +102,7 @@ class _Forms:
         self._archive, self._converts, self._named = archive, converts, named
 
     def stream(self, record: dict[str, Any], media: Mapping[str, str]) -> Convert | None:
-        """For a record and the kinds of its sample's media; None: it is no stream."""
+        """What converts a record, with the kinds of its sample's media; None: it is no stream."""
         if "video" in media.values() and not names_clip(record):
             record = record | {"video": True}  # the clip is beside it
         form = self._named or form_of(record)

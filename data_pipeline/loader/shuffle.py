@@ -63,7 +63,8 @@ class SourceOrder:
         return int(first[piece]) + place - int(ends[piece - 1] if piece else 0)
 
     def _shuffled_pieces(self, epoch: int) -> tuple[Numbers, Numbers]:
-        """Of each piece in an epoch's order: its first sample, and the samples up to its end."""
+        """For each piece in an epoch's order: its first sample, and the number of samples up to its
+        end."""
         order = permutation(len(self._first), number(*self._named, epoch))
         return self._first[order], np.cumsum(self._length[order])
 

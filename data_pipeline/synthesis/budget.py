@@ -25,7 +25,7 @@ class Ledger:
 
     @property
     def cost(self) -> float:
-        """In the currency of the prices."""
+        """What was spent, in the currency of the prices."""
         return self.price(self.tokens_in, self.tokens_out)
 
     def price(self, tokens_in: float, tokens_out: float) -> float:

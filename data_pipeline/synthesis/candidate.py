@@ -41,7 +41,7 @@ class Candidate:
     answers: tuple[Said, ...]
 
     def data(self) -> dict[str, Any]:
-        """As the models and the records have it."""
+        """The candidate as the models and the records have it."""
         return {
             name: [{"second": int(said.second), "text": said.text} for said in getattr(self, name)]
             for name in ("questions", "answers")
@@ -54,7 +54,7 @@ class Candidate:
 
 
 def candidate_of(role: str, written: dict[str, Any]) -> Candidate:
-    """Of one sample of a `write` reply."""
+    """The candidate that one sample of a `write` reply describes."""
     questions, answers = (
         tuple(sorted((Said(float(one["second"]), " ".join(one["text"].split()))
                       for one in written[name]), key=lambda said: said.second))

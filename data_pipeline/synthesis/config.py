@@ -142,7 +142,8 @@ class SynthesisConfig:
 
 
 def config_from(values: dict[str, Any]) -> SynthesisConfig:
-    """Of `{group: {field: value}}`, as a YAML file has it; ValueError for what is not a field."""
+    """The configuration of `{group: {field: value}}`, as a YAML file has it; ValueError for what is
+    not a field."""
     groups: dict[str, Any] = {}
     kinds = get_type_hints(SynthesisConfig)
     for group, entries in values.items():

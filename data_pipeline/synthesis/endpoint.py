@@ -32,7 +32,7 @@ class EndpointError(Exception):
 
 
 class RequestFailed(Exception):
-    """One request that failed as often as it may."""
+    """A request has failed as often as it may."""
 
 
 class _Retry(Exception):

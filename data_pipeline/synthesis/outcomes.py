@@ -41,7 +41,7 @@ class Finished:
 
 
 def fingerprint(source: Source, config: SynthesisConfig, prompts: Prompts) -> str:
-    """Of everything that decides what is made of a video, but for the models' replies."""
+    """A digest of everything that decides what is made of a video, except the models' replies."""
     asked = config.endpoint
     settings = [
         _VERSION, source.name, source.identity(), prompts.text,

@@ -64,7 +64,7 @@ class Sample:
     fault: tuple[str, str] | None
 
     def record(self) -> dict[str, Any]:
-        """In Streamo's raw form, which calls the frame of second n `n + 1`."""
+        """The sample in Streamo's raw form, which calls the frame of second n `n + 1`."""
         start = self.clip["start"] + 1
         times = {name: [(one["text"], start + one["second"]) for one in self.candidate[name]]
                  for name in ("questions", "answers")}  # fmt: skip
@@ -139,7 +139,7 @@ def write(
 
 
 def _digest(sources: Sequence[Source], outcome_of: OutcomeOf, config: SynthesisConfig) -> str:
-    """Of all that decides what is written."""
+    """A digest of all that decides what is written."""
     settings = [_VERSION, config.write.pace, asdict(config.output)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source in sources:

@@ -228,7 +228,7 @@ def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
 def _count(
     samples: Iterator[dict[str, Any]], progress: Progress, texts: list[str] | None
 ) -> Iterator[dict[str, Any]]:
-    """The same samples; collects their contents in `texts`."""
+    """Yields the same samples, and collects their contents in `texts`."""
     for sample in samples:
         if texts is not None:
             texts += [message["content"] for message in sample["json"]["messages"]]

@@ -49,7 +49,8 @@ def narration(story: Story) -> Stream:
 
 
 def question(story: Story, rng: random.Random) -> Stream:
-    """One with a question in the middle; the model answers, and says when the answer changes."""
+    """A stream with a question in the middle; the model answers, and says when the answer
+    changes."""
     asked = rng.randrange(1, len(story.states) // 2)  # second of the last frame that is asked about
     for _ in range(_TRIES):
         qa = question_at(story.states[asked], rng)

@@ -73,7 +73,7 @@ class Story:
 
 
 def still(seed: int) -> State:
-    """One to three things."""
+    """A picture's state, with one to three things."""
     rng = random.Random(seed)
     return _cast(rng, rng.randint(1, 3))
 

@@ -127,7 +127,7 @@ def _numbers(module: torch.nn.Module) -> int:
 
 @torch.inference_mode()
 def encoding_flop(model: MossVideoForConditionalGeneration) -> int:
-    """Of a frame in the tower and the projector: it is encoded once, and counted."""
+    """FLOPs of encoding a frame in the tower and the projector: one is encoded, and counted."""
     pixels = random_frames(model, 1)[:, None]
     ones = torch.ones(1, dtype=torch.long, device=pixels.device)
     with FlopCounterMode(display=False) as counter:

@@ -155,7 +155,7 @@ def together(engine: Engine, pixels: Tensor, new: int, clock: Clock) -> list[flo
 
 
 def published(model: PublishedModel, pixels: Tensor, new: int, clock: Clock) -> Timings:
-    """The same question through `generate`."""
+    """Times the same question through the published model's `generate`."""
     out, times = Timings(), []
     image = model.config.image_token_index
     tokens = torch.tensor([[*PROMPT, *[image] * len(pixels), *QUESTION]], device=pixels.device)
@@ -200,7 +200,7 @@ def moved_by(
 
 @torch.inference_mode()
 def moved_by_kept(model: MossVideoForConditionalGeneration, kv_dtype: str) -> float:
-    """As `moved_by`, of the dtype of cached keys and values: 4 frames with 16 random words after
+    """As `moved_by`, for the dtype of cached keys and values: 4 frames with 16 random words after
     each, one by one."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(20, model.config.image_token_index, (64,), generator=generator).tolist()

@@ -201,7 +201,8 @@ class Bench:
         return plain_processor(self.model.config.text_config.vocab_size)
 
     def _floor(self, engine: Engine, frames: int) -> Floor | None:
-        """Of sessions that have seen so many frames, a token with each, and a question."""
+        """The least times on this machine for sessions that have seen so many frames, a token with
+        each, and a question."""
         if self.machine is None:
             return None
         seen = min(frames, engine.window)

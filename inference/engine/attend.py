@@ -20,8 +20,8 @@ from inference.kernels.rows import Attention
 
 
 class Attend(Protocol):
-    """One kind. A slot's keys and values are `[1, KV heads, places, D]`, of which the first
-    `length` are attended by queries `[1, heads, S, D]`, whose result is like them.
+    """One kind of attention. A slot's keys and values are `[1, KV heads, places, D]`, of which the
+    first `length` are attended by queries `[1, heads, S, D]`; the result has the queries' shape.
 
     `text` and `frames` make what is the same in all layers of a pass; `__call__` takes it.
     """
@@ -38,7 +38,7 @@ class Attend(Protocol):
         None: all see all. A frame is `patches` places, and a slot has `places` in all."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, length: int, plan: Any) -> Tensor:
-        """What the queries see."""
+        """The attention of the queries, by what `text` or `frames` has planned."""
 
     def tower(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """All patches of a frame see each other: `[N, L, heads, D]` each; mask: True where they do
@@ -46,7 +46,7 @@ class Attend(Protocol):
 
 
 class Sdpa:
-    """torch's."""
+    """`Attend` by torch's scaled_dot_product_attention."""
 
     fixed = plain.Attention
 
@@ -76,7 +76,7 @@ def frame_mask(seen: Tensor, patches: int, device: torch.device) -> Tensor:
 
 
 def attend_by(model: nn.Module, kind: Attend) -> None:
-    """The layers of a model's vision tower attend by it."""
+    """Makes the layers of a model's vision tower attend by this kind."""
     for module in model.modules():
         if isinstance(module, VisionAttention):
             module.attend = kind.tower

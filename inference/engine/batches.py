@@ -82,8 +82,10 @@ class PackedFrames:
         self.plans = [attend.frames(mask, cache.patches, places, cache.device) for mask, _ in views]
         seen = torch.cat([sees for _, sees in views])  # [N]
         self.any = bool(seen.any())
-        blind = not bool(seen.all())
-        self.sees = upload(seen[None, :, None].to(cache.dtype), cache.device) if blind else None
+        some_see_none = not bool(seen.all())
+        self.sees = (
+            upload(seen[None, :, None].to(cache.dtype), cache.device) if some_see_none else None
+        )
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """`q` `[1, heads, N, D]`."""
@@ -118,7 +120,8 @@ class PackedFrames:
 
 
 def _scales(cache: KVCache, layer: int) -> tuple[Tensor | None, Tensor | None]:
-    """Of keys and values in 8 bits `[KV heads, 1, 1]`."""
+    """Scales of a layer's keys and values in 8 bits, `[KV heads, 1, 1]` each; None: they are in the
+    model's dtype."""
     scales = cache.scales_of.get(layer)
     return (None, None) if scales is None else (scales[0, :, None, None], scales[1, :, None, None])
 
@@ -126,7 +129,8 @@ def _scales(cache: KVCache, layer: int) -> tuple[Tensor | None, Tensor | None]:
 def _read(
     buffers: Tensor, scales: Sequence[Tensor | None], length: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """A slot's keys and values `[1, KV heads, places, D]`; in 8 bits, `length` places of them."""
+    """A slot's keys and values `[1, KV heads, places, D]`; of those in 8 bits, the first `length`
+    places."""
     return [
         plain.read(buffer if scale is None else buffer[:, :length], scale, dtype)[None]
         for buffer, scale in zip(buffers, scales, strict=True)

@@ -93,8 +93,8 @@ class KVCache:
         self.write_views(slot)
 
     def _project(self, states: Tensor) -> Tensor:
-        """Of states `[n, H]`: keys, neither rotated nor normed, and values of all cross-attention
-        layers `[layers, 2, KV heads, n, D]`."""
+        """Projects states `[n, H]` to keys, neither rotated nor normed, and values of all
+        cross-attention layers: `[layers, 2, KV heads, n, D]`."""
         layers, _, _, heads, _, width = self.frames.shape
         projected = F.linear(states, self._projection).view(-1, layers, 2, heads, width)
         return projected.permute(1, 2, 3, 0, 4)
@@ -148,7 +148,8 @@ class KVCache:
         self.write_views(slot)
 
     def _buffers(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        """Each with its name in a saved session, and its scales `[layers, 2, KV heads, 1, 1]`."""
+        """Each buffer with its name in a saved session, and its scales `[layers, 2, KV heads, 1,
+        1]`."""
         own = [self.scales_of[layer] for layer in self.own] if self.scales_of else []
         yield "text", self.text, torch.stack(own)[..., None, None] if own else None
         yield "frames", self.frames, self._frame_scales
@@ -157,7 +158,8 @@ class KVCache:
 def sizes_of_slot(
     decoder: Decoder, *, max_tokens: int, window: int, dtype: torch.dtype, eight_bit: bool
 ) -> CacheSizes:
-    """Of the keys and values of a decoder, whose weights say how many KV heads this rank has."""
+    """Sizes of a slot's caches, from a decoder's weights, which say how many KV heads this rank
+    has."""
     text = decoder.config.text_config
     head_dim = text.hidden_size // text.num_attention_heads
     keys = decoder.cross_attention(decoder.cross[0]).k_proj.weight

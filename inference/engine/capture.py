@@ -103,15 +103,15 @@ class Pool:
 
 @cache
 def _capture_stream(device: torch.device) -> Any:
-    """One for all pools of a device, as `side` is one for all graphs of a pool. torch's own is on
-    the device on which a process has captured first."""
+    """The stream on which graphs of a device are captured: one for all pools, as `side` is one for
+    all graphs of a pool. torch's own is on the device on which a process has captured first."""
     return devices.module(device.type).Stream(device)
 
 
 @contextmanager
 def or_without(what: str, ranks: Ranks, *graphs: dict[Any, Any]) -> Iterator[None]:
-    """Where a capture fails, or a graph computes something else, `what` runs without: its `graphs`
-    are emptied, on all ranks, and a line says so.
+    """Lets `what` run without graphs where a capture fails, or a graph computes something else: its
+    `graphs` are emptied, on all ranks, and a line says so.
 
     Of several ranks, one on which a pass itself fails raises that, and so ends all: the others
     wait in it.

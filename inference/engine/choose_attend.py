@@ -68,7 +68,7 @@ def choose(
 
 
 def make(kind: str) -> Attend:
-    """One of the kinds.
+    """The attention of this kind.
 
     Raises:
         ValueError: its package cannot be imported.

@@ -163,7 +163,7 @@ class Engine:
                 self.tower.capture(ranks)
 
     def claim(self) -> None:
-        """This thread owns it from now on."""
+        """Makes the calling thread the engine's owner from now on."""
         devices.use(self.device)
 
     def release_graphs(self) -> None:
@@ -187,7 +187,7 @@ class Engine:
         )
 
     def agreed(self, kernels: Kernels) -> Kernels:
-        """What passes of fixed shape are made of, where each of several ranks has chosen."""
+        """The kernels of passes of fixed shape, where each of several ranks has chosen its own."""
         return kernels
 
     def meet(self) -> Ranks:

@@ -56,5 +56,5 @@ def _nearest(groups: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def _error(groups: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
-    """Squared, of each group `[out, groups, 1]`."""
+    """The squared error of each group, `[out, groups, 1]`."""
     return (numbers * scale - groups).square().sum(-1, keepdim=True)

@@ -36,7 +36,7 @@ STREAMS = 3  # that multiply: one on which graphs are captured, and a warm-up's 
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """Bytes on one rank.
+    """Bytes that an engine's graphs take on one rank.
 
     passes: of the pool that decoding passes share with the sampling after them.
     tower: of the vision tower's pool.
@@ -58,7 +58,7 @@ class GraphMemory:
         slots: int,
         kernels: Kernels,
     ) -> GraphMemory:
-        """Of a model's engine with so many slots, whose passes are made of `kernels`."""
+        """The memory of a model's engine with so many slots, whose passes are made of `kernels`."""
         shapes = Shapes.of(slots, kernels.any_rows)
         item = model.model.language_model.embed_tokens.weight.itemsize
         words = model.config.text_config.vocab_size
@@ -74,12 +74,13 @@ class GraphMemory:
 
     @property
     def total(self) -> int:
-        """That is taken for good."""
+        """Bytes that are taken for good."""
         return self.passes + self.tower + self.buffers + self.workspaces
 
     @property
     def peak(self) -> int:
-        """While they are captured: a pass runs before, without a graph and outside the pool."""
+        """Bytes at most while graphs are captured: a pass runs before, without a graph and outside
+        the pool."""
         return self.total + max(self.passes, self.tower)
 
     @contextmanager
@@ -125,7 +126,7 @@ def _pass_bytes(
 
 
 def _copies_of_logits(model: MossVideoForConditionalGeneration) -> int:
-    """Several ranks gather their parts, and join them."""
+    """How often a pass holds its logits: several ranks gather their parts, and join them."""
     return 1 if isinstance(model.lm_head, torch.nn.Linear | QuantizedLinear) else 3
 
 
@@ -143,7 +144,8 @@ def _full_weights(model: MossVideoForConditionalGeneration, sizes: Sizes, kernel
 
 
 def _tower_bytes(model: MossVideoForConditionalGeneration, sizes: Sizes, item: int) -> int:
-    """Of the largest batch of frames, in a layer's MLP, and the features of all batches."""
+    """Bytes of the tower's pool: the largest batch of frames in a layer's MLP, and the features of
+    all batches."""
     vision, config = model.config.vision_config, model.config
     tower = model.model.vision_model
     patches = (vision.image_size // vision.patch_size) ** 2 + 1

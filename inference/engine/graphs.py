@@ -38,7 +38,7 @@ HEAD = 4  # rows of the input before its tokens: slot, length, position, last to
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of the passes of an engine.
+    """The shapes of an engine's passes.
 
     rows: slots of a pass. counts: tokens of a slot in it: the pending one, one and a frame, and
     prompts, of one slot alone.
@@ -102,13 +102,19 @@ class GraphRunner:
         self.draws: dict[tuple[int, Draw], tuple[Graph, Tensor]] = {}
 
     def divide(self, steps: Sequence[Step]) -> tuple[list[list[Step]], list[Step]]:
-        """Those that fit, one pass each (a prompt is a pass of its own), and the others."""
+        """Divides steps into those that have a fixed shape, one list for each pass (a prompt is a
+        pass of its own), and the others."""
         kinds: dict[int, list[Step]] = {}
         prompts, rest = [], []
         for step in steps:
             count = len(step.inputs)
-            blind = self.attend_all and step.slot.ring.count == 0 and step.frames
-            if blind or count > self.shapes.counts[-1] or len(step.frames) > step.slot.ring.room:
+            # Tokens before these frames attend them, too, which a fixed shape does not plan.
+            first_frames = self.attend_all and step.slot.ring.count == 0 and step.frames
+            if (
+                first_frames
+                or count > self.shapes.counts[-1]
+                or len(step.frames) > step.slot.ring.room
+            ):
                 rest.append(step)
             elif count > 2:
                 prompts.append([step])

@@ -30,7 +30,8 @@ NUMBER = struct.Struct("!q")
 
 
 class Lifeline:
-    """One rank's end of it. All ranks make it at once.
+    """One rank's end of the connections over which ranks learn that one has gone. All ranks make it
+    at once.
 
     Args:
         share: gives rank 0's numbers to all ranks, and returns them.
@@ -55,7 +56,7 @@ class Lifeline:
         threading.Thread(target=self._watch, name="moss-ranks", daemon=True).start()
 
     def close(self) -> None:
-        """This rank is done, and so will be the others: nobody is missed from now on."""
+        """Says that this rank is done, and so will be the others: from now on none is missed."""
         self._done.set()
         self._tell(DONE)
 
@@ -108,7 +109,7 @@ class Lifeline:
 
 
 def host_of(environment: Mapping[str, str] = os.environ) -> str:
-    """Where rank 0 is, as torchrun says: on this machine, if all ranks are."""
+    """The address of rank 0, as torchrun says; this machine's own, if all ranks are on it."""
     if environment.get("LOCAL_WORLD_SIZE", "") == environment.get("WORLD_SIZE"):
         return LOOPBACK
     return environment.get("MASTER_ADDR", LOOPBACK)

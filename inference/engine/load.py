@@ -27,9 +27,9 @@ from inference.engine.quantize import quantize_decoder, take_scales
 from inference.engine.sharded import ShardedEngine, join
 from inference.engine.staging import move
 from inference.engine.tensor_parallel import check_divisible, shard
-from inference.engine.weights import Reading, has_safetensors, read_model
+from inference.engine.weights import Reading, has_safetensors, read_model, today_name
 from inference.hf.configuration_moss_video import MossVideoConfig
-from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +43,8 @@ AutoConfig.register("moss_video", MossVideoConfig, exist_ok=True)
 
 
 class RankFinished(Exception):
-    """This process is not rank 0: it has served rank 0 to its end, and nothing is left to do."""
+    """This process is not rank 0: it has served rank 0 until that ended, and nothing is left to
+    do."""
 
 
 def load_engine(
@@ -235,9 +236,7 @@ def _restore_quantized(
 
 def _layer(name: str) -> str:
     """The module of a scale, in either layout of names."""
-    for old, new in OLD_NAMES.items():
-        name = re.sub(old, new, name)
-    return name.removesuffix(".weight_scale")
+    return today_name(name).removesuffix(".weight_scale")
 
 
 def _check_tokenizer(folder: Path) -> None:

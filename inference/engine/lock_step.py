@@ -33,7 +33,7 @@ NONE = -1
 
 
 class Kind(IntEnum):
-    """Of a message."""
+    """The kind of a message."""
 
     CALL = 0  # bytes of a pickle
     STEP = 1  # steps
@@ -41,7 +41,7 @@ class Kind(IntEnum):
 
 
 class Channel:
-    """From rank 0 to all others. All ranks make it at once.
+    """Messages from rank 0 to all other ranks. All ranks make it at once.
 
     Args:
         device, dtype: of the engine's tensors.
@@ -68,7 +68,7 @@ class Channel:
         return list(shared.tolist())
 
     def send_steps(self, steps: Sequence[Step]) -> None:
-        """On rank 0: what `receive_steps` returns on the others."""
+        """Sends, on rank 0, what `receive_steps` returns on the others."""
         self._send(Kind.STEP, [number for step in steps for number in _numbers(step)])
         frames = [frame for step in steps for frame in step.frames]
         if frames:
@@ -102,7 +102,7 @@ class Channel:
         return steps
 
     def send_pixels(self, pixels: Tensor) -> None:
-        """On rank 0: what `receive_pixels` returns on the others."""
+        """Sends, on rank 0, what `receive_pixels` returns on the others."""
         self._send(Kind.ENCODE, [len(pixels)])
         dist.broadcast(pixels.to(self.dtype).contiguous(), src=0)
 
@@ -114,8 +114,8 @@ class Channel:
         return pixels
 
     def send_call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        """On rank 0: what `receive_call` returns on the others. A slot travels as its index and
-        its pending token, a tensor on the engine's device from there."""
+        """Sends, on rank 0, what `receive_call` returns on the others. A slot travels as its index
+        and its pending token; a tensor on the engine's device travels from there."""
         file = io.BytesIO()
         pickler = _Pickler(file, self.device)
         pickler.dump((function, arguments))
@@ -140,8 +140,8 @@ class Channel:
             dist.broadcast(torch.tensor(message[WORDS:]), src=0, group=self.group)
 
     def receive(self) -> tuple[Kind, list[int]]:
-        """On other ranks: the kind of rank 0's next message and its numbers; the `receive_...` of
-        that kind must follow."""
+        """Receives, on other ranks, the kind of rank 0's next message and its numbers; the
+        `receive_...` of that kind must follow."""
         message = torch.empty(WORDS, dtype=torch.long)
         dist.broadcast(message, src=0, group=self.group)
         kind, count, *numbers = message.tolist()

@@ -17,7 +17,7 @@ SPARE = 128
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """Of one slot on one rank.
+    """Sizes of one slot's caches on one rank.
 
     own, cross: layers with self- and with cross-attention. kv_heads: of this rank. patches: vision
     tokens of a frame. item: bytes of a number.

@@ -81,15 +81,16 @@ class PackedRunner:
     def forward(
         self, parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]]
     ) -> dict[int, Tensor]:
-        """One pass over some tokens and frames of each slot; its last hidden state `[H]`."""
+        """Runs one pass over some tokens and frames of each slot. Returns the hidden state `[H]` of
+        each slot's last token, by the slot's index."""
         for slot, tokens, _ in parts:
             make_room(self.cache, slot, len(tokens), self.special)
         segments = []
         for slot, tokens, frames in parts:
-            blind = self.attend_all and slot.ring.count == 0
+            attend_all = self.attend_all and slot.ring.count == 0
             if frames:
                 put_frames(self.cache, slot, tokens, frames)
-            segments.append(Segment(slot, len(tokens), blind))
+            segments.append(Segment(slot, len(tokens), attend_all))
         packed = PackedBatch(self.cache, segments, self.attend)
         ids, positions = list[int](), list[int]()
         for slot, tokens, _ in parts:

@@ -32,7 +32,7 @@ class Pixels:
         return torch.stack(parts)[:, None]
 
     def _made(self, images: list[Image.Image | Tensor]) -> Tensor | tuple[()]:
-        """All in one copy to the device, of bytes."""
+        """Pictures cut to tiles and normalized: all in one copy to the device, of bytes."""
         if not images:
             return ()
         tiles = torch.stack([fit(as_picture(image).cpu(), self.size) for image in images])

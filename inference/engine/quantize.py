@@ -44,7 +44,7 @@ def quantize_decoder(
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
-    """How all quantized layers of a model compute."""
+    """Sets the kernels by which all quantized layers of a model compute."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.product = module.product_of(kernels)

@@ -58,7 +58,7 @@ def begin(engine: Engine, outline: Outline) -> Slot:
 
 @torch.inference_mode()
 def add_frames(engine: Engine, slot: Slot, place: int, features: Sequence[Tensor]) -> None:
-    """Features `[P, H]` of frames, from a place of the ring on."""
+    """Writes features `[P, H]` of frames into a slot's ring, from `place` on."""
     cache = engine.cache
     states = torch.stack(tuple(features)).to(cache.device, cache.dtype)
     at = torch.tensor(slot.ring.first[place : place + len(features)], device=cache.device)
@@ -68,14 +68,14 @@ def add_frames(engine: Engine, slot: Slot, place: int, features: Sequence[Tensor
 
 @torch.inference_mode()
 def add_tokens(engine: Engine, parts: Sequence[tuple[Slot, list[int], int]]) -> None:
-    """Tokens of slots whose frames are all there, in one pass: of each those whose positions follow
-    each other, from a position on."""
+    """Runs tokens of slots whose frames are all there, in one pass: of each slot some whose
+    positions follow each other, from a position on."""
     for slot, _, position in parts:
         slot.position = position
     engine.packed.forward([(slot, tokens, ()) for slot, tokens, _ in parts])
 
 
 def finish(engine: Engine, slot: Slot, position: int, pending: int | None) -> None:
-    """The slot goes on from here."""
+    """Ends the rebuilding: the slot goes on from here."""
     slot.position, slot.pending = position, pending
     engine.set_sampling(slot, slot.sampling)  # which counts the context

@@ -58,7 +58,7 @@ class Sampling:
 
     @property
     def draw(self) -> Draw:
-        """What it takes."""
+        """The operations that choosing this slot's token takes."""
         if self.temperature > 0:
             return Draw.CUT if self.top_k or self.top_p < 1 else Draw.WHOLE
         unchanged = (self.repetition_penalty, self.silence_bias) == (1.0, 0.0)

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 
 def join(kind: str) -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says; the process group is made,
-    for a kind of device.
+    """Makes the process group, for a kind of device. Returns this process's rank and how many there
+    are, as torchrun says.
 
     Raises:
         RanksError, JoinError: the environment is wrong, or the ranks do not come together.
@@ -108,8 +108,8 @@ class ShardedEngine(Engine):
             function(self, *arguments)
 
     def agreed(self, kernels: Kernels) -> Kernels:
-        """Those that have proven right on all ranks, whose passes must have the same shapes. Rank 0
-        names a rank that lacks one. A collective."""
+        """The kernels that have proven right on all ranks: their passes must have the same shapes.
+        Rank 0 names a rank that lacks one. A collective."""
         others = Kernels()
         names = [field.name for field in fields(Kernels)]
         own = {name for name in names if getattr(kernels, name) is not getattr(others, name)}

@@ -130,13 +130,14 @@ class Slot:
         self.evictions.append(Eviction("text", gone))
 
     def mark(self) -> Mark:
-        """Before a step."""
+        """What `undo` needs; to be taken before a step."""
         ring = {**vars(self.ring), "first": [*self.ring.first], "last": [*self.ring.last]}
         return Mark(self.length, self.position, len(self.evictions), ring)
 
     def undo(self, mark: Mark) -> None:
-        """After a step that failed: as before it, but for text that was dropped to make room. What
-        cannot be undone, because a pass has overwritten a frame or moved the text, is `broken`."""
+        """Brings the slot back to where it was before a step that failed, but for text that was
+        dropped to make room. Where that cannot be, because a pass has overwritten a frame or moved
+        the text, the slot is `broken`."""
         new = self.evictions[mark.evictions :]
         if self.position > mark.position:
             if new:

@@ -69,8 +69,8 @@ def _send(filled: Future[Tensor], buffer: _Buffer, target: Tensor) -> None:
 
 
 def _pieces(pairs: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut such that each fits a buffer: between any two numbers, or, of a slice of columns, between
-    two rows."""
+    """Cuts each pair into pieces that fit a buffer: between any two numbers, or, of a slice of
+    columns, between two rows."""
     for source, target in pairs:
         if source.is_contiguous():
             source, target = source.view(-1), target.view(-1)

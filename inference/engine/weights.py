@@ -44,7 +44,7 @@ class Reading:
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Else the folder's weights are in a form that only transformers reads."""
+    """Whether the folder's weights are in safetensors; else only transformers reads them."""
     return (folder / INDEX).is_file() or (folder / WHOLE).is_file()
 
 
@@ -73,7 +73,7 @@ def read_model(
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in _files(folder)]
         files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-        known = {_today(name): name for name in files}
+        known = {today_name(name): name for name in files}
         found = Reading(
             model,
             [name for name in wanted if name not in known],
@@ -89,14 +89,14 @@ Target = tuple[nn.Module, str]  # a module and its parameter's name
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Target]]:
-    """By their names in a folder, in which no layer is cut."""
+    """All parameters by their names in a folder, in which no layer is cut."""
     cut = {f"{p}.linear": p for p, m in model.named_modules() if isinstance(m, _CUT)}
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
             yield f"{cut.get(path, path)}.{name}", (module, name)
 
 
-def _today(name: str) -> str:
+def today_name(name: str) -> str:
     """A tensor's name in today's layout."""
     for old, new in OLD_NAMES.items():
         name = re.sub(old, new, name)
@@ -152,7 +152,7 @@ def _fill(
 
 
 def _part(name: str, opened: Any, shape: torch.Size, rank: int, ranks: int) -> Tensor:
-    """This rank's part: a layer is cut along the dimension in which it is smaller."""
+    """This rank's part of a tensor: a layer is cut along the dimension in which it is smaller."""
     stored = opened.get_slice(name)
     whole = tuple(stored.get_shape())
     cut = [n for n, (a, b) in enumerate(zip(whole, shape, strict=False)) if a != b]

@@ -323,7 +323,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _keys_values(
         self, states: Tensor | None, new: NewFrames | None, cache: Any, device: torch.device
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Of each cross-attention layer, new frames appended to the cached ones."""
+        """Keys and values of frames for each cross-attention layer, new frames appended to the
+        cached ones."""
         decoder = self.model.language_model
         if states is None or new is None:
             layers = {i: cache.layers[i] for i in decoder.cross}  # on the CPU, if offloaded

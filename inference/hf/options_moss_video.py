@@ -175,5 +175,5 @@ def share(media: Any, counts: list[int], name: str) -> list[list[Any]]:
 
 
 def _plain(given: list[Any]) -> list[Any]:
-    """Without arrays, which do not compare."""
+    """The values that are no arrays, which do not compare."""
     return [one for one in given if not hasattr(one, "shape")]

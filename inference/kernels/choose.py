@@ -84,7 +84,8 @@ def _triton() -> Kernels:
 
 
 def proven_ones(fused: Kernels, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Kernels:
-    """Of each operation `fused`'s where it computes what plain torch does, else plain torch."""
+    """For each operation the kernel of `fused` where it computes what plain torch does, else plain
+    torch."""
     trials, chosen = Trials(device, dtype, sizes), Kernels()
     for name in Kernels.__dataclass_fields__:
         ours, others = getattr(fused, name), getattr(chosen, name)

@@ -26,12 +26,12 @@ class Rows:
 
     @property
     def places(self) -> Tensor:
-        """Where the new tokens' keys and values go `[B, S]`."""
+        """Where the new tokens' keys and values go in a slot's buffers, `[B, S]`."""
         return self.length[:, None] + torch.arange(self.count, device=self.length.device)
 
     @property
     def positions(self) -> Tensor:
-        """Of the new tokens `[B, S]`."""
+        """Positions of the new tokens in their streams, `[B, S]`."""
         return self.position[:, None] + torch.arange(self.count, device=self.position.device)
 
     def slots(self, count: int) -> Tensor:

@@ -21,7 +21,7 @@ MANY_PLACES, LONG_WINDOW = 4200, 44  # where keys are cut into as many parts as 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder, as far as the kernels depend on them; of one rank's slice."""
+    """Sizes of a decoder that the kernels depend on; those of one rank's slice."""
 
     hidden: int
     inner: int
@@ -135,7 +135,8 @@ class Trials:
         return (2, 3, self.sizes.kv_heads, length, self.sizes.head_dim)
 
     def _rows(self, count: int, rows: int = 2, places: int = PLACES) -> Rows:
-        """Of the first so many slots; the first row has almost half of its places full."""
+        """`count` new tokens of each of the first `rows` slots; the first has almost half of its
+        places full."""
         numbers = [2, 0], [places // 2 - 20, 40], [400, 60]
         slot, length, position = (self._whole(each[:rows]) for each in numbers)
         return Rows(slot, length, position, count)
@@ -152,7 +153,7 @@ class Trials:
         return _Buffers({}, {}, *views, self.sizes.patches, scales_of)
 
     def _scales(self) -> Tensor | None:
-        """Of keys and values `[2, KV heads]`."""
+        """Scales of keys and values `[2, KV heads]`; None: they are in the model's dtype."""
         if not self.sizes.eight_bit:
             return None
         powers = torch.arange(2 * self.sizes.kv_heads) % 5 - 6

@@ -166,8 +166,9 @@ class Attention:
 
 
 def _division(heads: int, queries: int, places: int) -> tuple[int, int, int]:
-    """For so many KV heads of rows, each with so many queries and keys: queries of a tile, tiles,
-    and into how many parts keys are split, a power of two, for about `PROGRAMS` programs."""
+    """How the work is divided for so many KV heads of rows, each with so many queries and keys:
+    queries of a tile, tiles, and into how many parts keys are split, a power of two, for about
+    `PROGRAMS` programs."""
     tile = min(max(16, triton.next_power_of_2(queries)), MOST_QUERIES)
     tiles = triton.cdiv(queries, tile)
     pairs = heads * tiles

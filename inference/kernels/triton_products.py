@@ -31,7 +31,7 @@ class Tile:
 
     @classmethod
     def of(cls, count: int) -> Tile:
-        """For so many tokens."""
+        """The tile for a product of so many tokens."""
         if count > FEW:
             return cls(tokens=128, outs=128, block=64, warps=8, stages=3)
         tokens = max(16, triton.next_power_of_2(count))

@@ -44,7 +44,7 @@ def run_front(
         access = Access.of_flags(args, limits)
     with (
         closing(access),
-        listen(args.host, args.port) as doors,
+        listen(args.host, args.port) as sockets,
         tempfile.TemporaryDirectory(prefix="moss-front-") as folder,
     ):
         front_key = args.front_key or secrets.token_urlsafe(32)
@@ -70,9 +70,9 @@ def run_front(
         server = Server(server_config(routes, args.host, args.port, limits, certificate), front)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
             signal.signal(signal.SIGHUP, server.handle_exit)
-        cli.note(f"{len(replicas)} replicas behind {url_of(args.host, doors, certificate)}")
+        cli.note(f"{len(replicas)} replicas behind {url_of(args.host, sockets, certificate)}")
         cli.keep_for_life()
-        server.run(sockets=doors)
+        server.run(sockets=sockets)
     if front.failed:
         report_error(PROGRAM, front.failed)
     return FAILED if front.failed else DONE

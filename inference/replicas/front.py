@@ -222,7 +222,7 @@ class Front:
                 process.end(signal.SIGKILL)
 
     def _lose(self, replica: Replica) -> None:
-        """It serves no more: its sessions go on elsewhere."""
+        """Takes a replica out of service: its sessions go on elsewhere."""
         if replica.state == "dead":
             return
         replica.state = "dead"

@@ -71,14 +71,14 @@ class FrontMetrics:
         self._rebuilds.observe(seconds)
 
     def ended(self, replica: Replica) -> None:
-        """Its process has ended: what it counted stays."""
+        """Keeps the counts of a replica whose process has ended."""
         self._starts.inc()
         for key, value in self._pages.pop(replica.number, {}).items():
             if not _is_gauge(key[0]):
                 self._ended[key] = self._ended.get(key, 0.0) + value
 
     async def page(self, replicas: Sequence[Replica], **gauges: int) -> bytes:
-        """In Prometheus' text format. gauges: what the front has now."""
+        """The page in Prometheus' text format. gauges: the front's own, as they are now."""
         await asyncio.gather(*(self._read(replica) for replica in replicas))
         for name, value in gauges.items():
             self._gauges[name].set(value)

@@ -22,7 +22,8 @@ _SHUTDOWN = "10"
 
 
 def main(replica: str, ranks: str, folder: str, *flags: str) -> int:
-    """Until all ranks have ended; the exit code. folder: for what torchrun writes."""
+    """Runs a replica's ranks until all have ended; returns the exit code. folder: for what torchrun
+    writes."""
     os.environ["MOSS_END_WITH_PARENT"] = str(os.getpid())
     os.environ[NAMED] = "1"
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN)

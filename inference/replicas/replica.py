@@ -30,11 +30,11 @@ class Tenant(Protocol):
         """Whether a replica has had it; else it is new."""
 
     def queued(self, position: int, estimate: float | None, reason: str) -> None:
-        """Its position in the queue, from 1, and in how many seconds it is expected to have a
-        seat; None: that is not known."""
+        """Reports the session's position in the queue, from 1, and in how many seconds it is
+        expected to have a seat; None: that is not known."""
 
     def move(self, reason: str) -> None:
-        """It leaves its replica, and goes on elsewhere."""
+        """Has the session leave its replica, and go on elsewhere."""
 
 
 class Replica:
@@ -69,7 +69,7 @@ class Replica:
 
     @property
     def serves(self) -> bool:
-        """Its process answers."""
+        """Whether its process answers."""
         return self.state in ("ready", "draining")
 
     @property
@@ -81,7 +81,7 @@ class Replica:
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[ClientConnection]:
-        """For one session."""
+        """Opens a connection to the replica for one session."""
         options: dict[str, Any] = {
             "additional_headers": self.authorization,
             "max_size": None,
@@ -113,7 +113,7 @@ class Replica:
         return status if status != "ok" or body.get("decoders") else "starting"
 
     def describe(self) -> dict[str, Any]:
-        """For an administrator."""
+        """The replica's state, for an administrator."""
         return {
             "replica": self.number,
             "address": self.address,

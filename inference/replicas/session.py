@@ -40,7 +40,7 @@ _LEAVE = 1.0  # seconds in which a replica that a session leaves gives its seat 
 
 @dataclass(eq=False)
 class Message:
-    """Of a client: text, or bytes."""
+    """A client's message: text, or bytes."""
 
     number: int
     arrived: float
@@ -115,7 +115,7 @@ class FrontSession(Held):
 
     @property
     def leaving(self) -> bool:
-        """It gives its place back at this moment."""
+        """Whether it is giving its place back at this moment."""
         return self._cut.is_set()
 
     @property
@@ -125,7 +125,7 @@ class FrontSession(Held):
 
     @property
     def rebuilding(self) -> bool:
-        """Its client waits until a replica goes on with it."""
+        """Whether its client waits until a replica goes on with it."""
         return self._adrift and self.socket is not None and not self.over
 
     @property
@@ -135,7 +135,7 @@ class FrontSession(Held):
 
     @property
     def size(self) -> int:
-        """Of pictures and messages that are kept."""
+        """Bytes of the pictures and messages that are kept."""
         return self._held_bytes + sum(map(len, self.pictures.values()))
 
     @property
@@ -162,7 +162,7 @@ class FrontSession(Held):
         self._more.set()
 
     def wake(self) -> None:
-        """Its client is there: it wants a place."""
+        """Asks for a place: its client is there."""
         self._wanted.set()
 
     def sleep(self) -> None:
@@ -230,7 +230,8 @@ class FrontSession(Held):
             self.finish(FAILED, f"the server failed: {type(error).__name__}")
 
     async def _stay(self, replica: Replica) -> None:
-        """On one replica, until the session or the replica ends, or the session leaves."""
+        """Runs the session on one replica, until the session or the replica ends, or the session
+        leaves."""
         self._cut.clear()
         self._lost_at = self._lost_at or time.monotonic()
         async with replica.connection() as link:
@@ -314,7 +315,7 @@ class FrontSession(Held):
                 self.finish(FAILED, values["refused"])
 
     async def _kick(self, code: int, reason: str) -> None:
-        """Its client's socket is closed; the session lives on."""
+        """Closes its client's socket; the session lives on."""
         if isinstance(self.socket, Holder):
             await self.socket.close(code, reason)
 

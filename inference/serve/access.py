@@ -27,7 +27,7 @@ _USED = ("input_tokens", "output_tokens")
 
 
 class Access(Collector):
-    """Of one server.
+    """Who may use one server, with what limits, and what they have used.
 
     Args:
         keys: those of a file.
@@ -132,7 +132,7 @@ class Access(Collector):
     # Metrics
 
     def page(self) -> bytes:
-        """In Prometheus' text format."""
+        """The counts in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -183,7 +183,8 @@ class Access(Collector):
 
 
 class _Traced:
-    """Of requests that a front passes on: it writes them down itself, but for what happens here."""
+    """Records of requests that a front passes on: the front writes them down itself, except for
+    what happens here."""
 
     def __init__(self, access: Access) -> None:
         self._access = access

@@ -32,8 +32,8 @@ class Usage:
 
 
 class Rate:
-    """So many a second on average, and up to `burst` at once. What is spent beyond that must come
-    back before more may be spent."""
+    """A limit of so many a second on average, and up to `burst` at once. What is spent beyond that
+    must come back before more may be spent."""
 
     def __init__(self, rate: float, burst: float) -> None:
         self._rate, self._burst = rate, burst
@@ -71,7 +71,7 @@ class Records(Protocol):
         """A session or request is over. code: of its HTTP answer or its socket; or a word."""
 
     def turned_away(self, name: str | None, kind: Kind, code: str) -> None:
-        """One was refused before it began. name: of its key; None: it has none."""
+        """A session or request was refused before it began. name: of its key; None: it has none."""
 
 
 @dataclass(eq=False)
@@ -119,8 +119,8 @@ class Visit:
             self.reads = lambda: usage
 
     def end(self, status: int, *, whole: bool = True) -> None:
-        """It is over. status: of its HTTP answer, or the code that closes its socket. whole: the
-        client has got all of it. Calling it twice is not an error."""
+        """Ends the visit. status: of its HTTP answer, or the code that closes its socket. whole:
+        the client has got all of it. Calling it twice is not an error."""
         if self.over:
             return
         ended = _ENDS.get(status, "closed")
@@ -163,11 +163,11 @@ class Account:
 
     @property
     def unlimited(self) -> bool:
-        """It has no rates."""
+        """Whether this account has no rates."""
         return self._frames is None and self._tokens is None
 
     def enter(self, kind: Kind, headers: Mapping[str, str]) -> Visit:
-        """One more session or request, which has sent these headers;
+        """Begins one more session or request, which has sent these headers;
         Refused(`rate_limit_exceeded`)."""
         late, most = self.late(frame=False), self.quota.sessions
         if most is not None and len(self.open) >= most:
@@ -183,7 +183,7 @@ class Account:
         return visit
 
     def leave(self, visit: Visit, ended: str, status: int) -> None:
-        """As Visit.end."""
+        """Ends a visit, as Visit.end says."""
         visit.over = True
         self._settle(visit)
         self.open.discard(visit)

@@ -45,7 +45,7 @@ class _Likelihoods:
         self._taken += len(text)
 
     def give(self, text: str, *, all: bool = False) -> list[Any]:
-        """Those of a text that is given out, and of what is left where it is the last."""
+        """What belongs to a text that is given out; with `all`, what is left, too."""
         self._given += len(text)
         given = []
         while self._waiting and (all or self._waiting[0][0] < self._given):
@@ -233,7 +233,7 @@ class Stream(StreamingResponse):
 async def with_usage(
     pieces: AsyncIterator[str | bytes], used: Callable[[], Usage]
 ) -> AsyncIterator[str | bytes]:
-    """Before each piece a line that tells what has been used so far."""
+    """Yields before each piece a line that says what has been used so far."""
     async for piece in pieces:
         yield f"{USED_LINE.decode()}{usage_text(used())}\n"
         yield piece

@@ -296,7 +296,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _paths(app: FastAPI) -> list[str]:
-    """Of routes without parameters."""
+    """Paths of the routes without parameters."""
     found = dict.fromkeys(getattr(route, "path", "") for route in app.routes)
     return [path for path in found if path and "{" not in path]
 
@@ -311,7 +311,7 @@ def _no_route(app: FastAPI, path: str) -> str:
 
 
 def _methods(app: FastAPI, path: str) -> list[str]:
-    """Those of a path; none where there is no such route."""
+    """HTTP methods that a path allows; [] where there is no such route."""
     known: set[str] = set()
     for route in app.routes:
         if isinstance(route, APIRoute) and route.path_regex.match(path):

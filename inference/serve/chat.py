@@ -226,7 +226,7 @@ class _Asked:
     grammar: Grammar | None
 
     def described(self) -> dict[str, Any]:
-        """Without its contents."""
+        """The request without its contents, for logs."""
         question = self.question
         return {
             "messages": len(question.messages), "frames": len(self.frames), "n": question.count,

@@ -22,7 +22,7 @@ from inference.serve.media_files import MediaFolders
 from inference.serve.metrics import Metrics
 from inference.serve.server import (
     Certificate,
-    Doors,
+    ListeningSockets,
     Server,
     allow_files,
     is_local,
@@ -58,14 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.replicas or args.replica_urls:
             return run_front(args, argv, limits, export, certificate)
         # Before the model is loaded, which takes long; other ranks of torchrun serve nothing.
-        doors = listen(args.host, args.port, args.unix_socket) if cli.leads() else Doors()
+        sockets = (
+            listen(args.host, args.port, args.unix_socket) if cli.leads() else ListeningSockets()
+        )
         with cli.refusing_values():
             access = Access.of_flags(args, limits, args.front_key)
         if cli.leads():
             media.prepare()
         metrics = Metrics()
         with (
-            doors,
+            sockets,
             closing(access),
             Runner(cli.load(args, args.max_sessions), metrics.measured) as runner,
         ):
@@ -75,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             app = make_app(hub, access, args.allow_origin, args.allow_host)
             # uvicorn raises SIGTERM again after a clean shutdown, which must not kill the process.
             signal.signal(signal.SIGTERM, lambda *_: None)
-            cli.note(url_of(args.host, doors, certificate))
+            cli.note(url_of(args.host, sockets, certificate))
             tile = runner.tile if args.front_key else None
             config = server_config(app, args.host, args.port, limits, certificate, tile)
             server = Server(config, hub)
             if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
                 signal.signal(signal.SIGHUP, server.handle_exit)  # as SIGTERM, which uvicorn takes
-            server.run(sockets=doors)
+            server.run(sockets=sockets)
             if runner.failed:
                 report_error(PROGRAM, runner.failed)
     return FAILED if runner.failed else DONE

@@ -82,7 +82,7 @@ class Cors:
         return None
 
     def _headers(self, origin: str | None) -> list[tuple[bytes, bytes]]:
-        """Of every answer, errors too."""
+        """CORS headers of every answer, errors too."""
         if not self._origins:
             return []
         headers = [(b"vary", b"Origin")]

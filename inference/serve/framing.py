@@ -78,8 +78,8 @@ def _coded(request: h11.Request) -> bool:
 
 
 def _last_of_connection(request: h11.Request) -> h11.Request:
-    """As one that asks to close the connection after it: what others may take for its chunks is not
-    another request here."""
+    """The same request, asking to close the connection after it: what others may take for its
+    chunks is not another request here."""
     return h11.Request(
         method=request.method,
         target=request.target,

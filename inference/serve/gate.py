@@ -15,7 +15,7 @@ _PATIENCE = 5.0
 
 
 class Gate:
-    """Of one socket."""
+    """Holds the messages of one socket to the rates of its account."""
 
     def __init__(self, account: Account | None) -> None:
         self._account = account

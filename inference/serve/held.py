@@ -150,7 +150,7 @@ class Holder:
 
 
 def written(event: Event, of_openai: bool) -> list[str]:
-    """As it is sent: to a client of OpenAI's, or to one of ours."""
+    """An event's messages as they are sent to a client of OpenAI's API, or to one of ours."""
     messages = as_messages(event) if of_openai else [as_message(event)]
     return [json.dumps(message, ensure_ascii=False) for message in messages]
 
@@ -167,17 +167,17 @@ def refusal_to_resume(held: Held | None, account: Account, last_seq: int) -> str
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a session's config, what may be written down."""
+    """The fields of a session's config that may be written down."""
     names = ("pace", "frame_interval", "max_new_tokens")
     source = "live" if config["live"] else "file"
     return {"source": source, **{name: config[name] for name in names}}
 
 
 def used(counts: Mapping[str, int]) -> Usage:
-    """From a session's counts."""
+    """The usage that a session's counts say."""
     return Usage(counts.get("frames", 0), counts.get("input_tokens", 0), counts.get("tokens", 0))
 
 
 def cut(reason: str) -> str:
-    """As much as a close frame holds: 123 bytes."""
+    """A reason's first 123 bytes, which a close frame can hold."""
     return reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")

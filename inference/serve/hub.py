@@ -36,7 +36,7 @@ MODEL = "moss-video"  # its name in the protocols
 
 
 def new_id() -> str:
-    """Of a session. Whoever knows it may resume the session: it cannot be guessed."""
+    """A session's new id. Whoever knows it may resume the session, so it cannot be guessed."""
     return f"sess_{secrets.token_urlsafe(16)}"
 
 

@@ -26,7 +26,7 @@ class SessionMemory:
 
     @classmethod
     def of(cls, engine: Engine, tile: int) -> SessionMemory:
-        """Of a session of the server. Of several ranks: what one of them holds."""
+        """Memory of one of the server's sessions; with several ranks, what one of them holds."""
         sizes = engine.cache.sizes
         waiting = SessionConfig().max_waiting_frames
         return cls(sizes.text, sizes.frames, (waiting + 1) * picture(tile))

@@ -79,7 +79,7 @@ class Metrics:
         )
 
     def measured(self, name: str, value: float) -> None:
-        """One more count or duration of a session."""
+        """Takes one more count or duration of a session."""
         with self._lock:
             if name == "inter_token":
                 self._gaps.append(value)

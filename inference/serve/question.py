@@ -66,7 +66,8 @@ class Question:
 
     @property
     def samplings(self) -> list[Sampling]:
-        """Of each answer: the first as for one alone, the others with seeds of their own."""
+        """The sampling of each answer: the first as for a single one, the others with seeds of
+        their own."""
         seed = self.sampling.seed
         assert seed is not None
         lowest, highest = SEEDS
@@ -152,8 +153,8 @@ class _Messages:
         self._written = as_typed  # its texts as the prompt takes them
 
     def read(self, turns: Sequence[Any], goes_on: bool) -> list[Message]:
-        """Without empty answers at the end, which a page sends after a stop, unless the request
-        goes on from the last one."""
+        """The messages without empty answers at the end, which a page sends after a stop, unless
+        the request goes on from the last one."""
         messages = [self._message(turn, f"messages[{n}]") for n, turn in enumerate(turns)]
         while not goes_on and messages[-1] == Message("assistant", "") and len(messages) > 1:
             messages.pop()
@@ -221,7 +222,7 @@ class _Messages:
 
 
 def _frame_choice(asked: ChatRequest) -> dict[str, Any]:
-    """Of the videos of the request that say nothing themselves."""
+    """Which frames are taken of videos that say nothing themselves: by the request's fields."""
     processed, read = asked.mm_processor_kwargs.chosen, asked.media_io_kwargs.video.chosen
     if processed and read:
         field = "media_io_kwargs.video"
@@ -250,7 +251,7 @@ def _likely(asked: ChatRequest) -> int | None:
 
 
 def _schema(given: ResponseFormat) -> dict[str, Any] | None:
-    """Of the JSON that is asked for; None: the answer is text."""
+    """The schema of the JSON that is asked for; None: the answer is text."""
     field = "response_format.json_schema"
     if (given.type == "json_schema") != (given.json_schema is not None):
         raise Refused("invalid_value", f"{field}: goes with type json_schema, and only so", field)

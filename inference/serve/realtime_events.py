@@ -17,7 +17,7 @@ _OURS = ("failed", "engine_error", "events_lost")  # codes of errors that are no
 
 
 def as_message(event: Event) -> dict[str, Any]:
-    """For JSON. Events that OpenAI's API does not have get `event_id` alone."""
+    """An event as a JSON message. Events that OpenAI's API does not have get `event_id` alone."""
     message = event.as_dict()
     add = _MORE.get(event.type)
     more = add(message) if add else {}
@@ -25,8 +25,9 @@ def as_message(event: Event) -> dict[str, Any]:
 
 
 def as_messages(event: Event) -> list[dict[str, Any]]:
-    """For a client of OpenAI's API: also the events in which that tells how an item and its text
-    begin and end. They have no `seq`: they repeat what ours say, which may be asked for again."""
+    """An event's messages for a client of OpenAI's API: also those by which that API tells how an
+    item and its text begin and end. They have no `seq`: they repeat what our message says, which
+    may be asked for again."""
     message = as_message(event)
     before, after = _around(message)
     told = [*before, message, *after]

@@ -41,10 +41,10 @@ class Served(Protocol):
 
     @property
     def decodes(self) -> bool:
-        """Whether it may open its door."""
+        """Whether it decodes media, so that it may listen now."""
 
     def start(self) -> None:
-        """In the event loop, before the first request."""
+        """Starts its work in the event loop, before the first request."""
 
     async def close(self) -> None:
         """Ends all sessions."""
@@ -88,23 +88,23 @@ def allow_files(limits: Limits) -> None:
         cli.note(f"warning: {words}, and this process may have {allowed}: see `ulimit -Hn`")
 
 
-class Doors(list[socket.socket]):
-    """The sockets on which a server listens; closed when it is left."""
+class ListeningSockets(list[socket.socket]):
+    """The sockets on which a server listens; leaving the context closes them."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for door in self:
-            door.close()
+        for listening in self:
+            listening.close()
 
 
-def url_of(host: str, doors: Doors, certificate: Certificate | None) -> str:
+def url_of(host: str, sockets: ListeningSockets, certificate: Certificate | None) -> str:
     """Where a server is reached; `host` as it was given."""
-    if doors[0].family == socket.AF_UNIX:
-        return f"unix:{doors[0].getsockname()}"
+    if sockets[0].family == socket.AF_UNIX:
+        return f"unix:{sockets[0].getsockname()}"
     host = f"[{host.strip('[]')}]" if ":" in host else host
-    return f"{'https' if certificate else 'http'}://{host}:{doors[0].getsockname()[1]}/"
+    return f"{'https' if certificate else 'http'}://{host}:{sockets[0].getsockname()[1]}/"
 
 
 def is_local(host: str) -> bool:
@@ -121,35 +121,35 @@ def is_loopback(address: str) -> bool:
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
-def listen(host: str, port: int, path: str | None = None) -> Doors:
+def listen(host: str, port: int, path: str | None = None) -> ListeningSockets:
     """The sockets of a host, one for each of its addresses, or of a path; CommandError where they
     cannot be had. `::` takes IPv4, too, as most servers do."""
     if path is not None:
-        return Doors([_listen_at(path)])
+        return ListeningSockets([_listen_at(path)])
     flags = f"--host {host} --port {port}"
     if host in ("", "*") or "/" in host or re.fullmatch(r"[^:]*:\d*|\[.*\]:\d*", host):
         words = "write an address alone: 127.0.0.1, 0.0.0.0 (all of IPv4), :: (all)"
         raise cli.CommandError(f"--host {host!r}: {words}")
-    doors = Doors()
+    sockets = ListeningSockets()
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
         for family, _, _, _, (name, _, *scope) in dict.fromkeys(found):
             # A free port that is the same for all.
-            port = doors[0].getsockname()[1] if doors else port
+            port = sockets[0].getsockname()[1] if sockets else port
             try:
-                doors.append(_listen(family, (name, port, *scope)))
+                sockets.append(_listen(family, (name, port, *scope)))
             except OSError as error:
                 # A name may have addresses of a family that the machine does not use.
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
                 missing = error
-        if not doors:
+        if not sockets:
             raise missing
     except (OSError, UnicodeError) as error:  # the latter: a part of a name is too long, or empty
-        doors.__exit__()
+        sockets.__exit__()
         why = getattr(error, "strerror", None) or error.__cause__ or error
         raise cli.CommandError(f"{flags}: {why}: give another --host or --port") from None
-    return doors
+    return sockets
 
 
 def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:

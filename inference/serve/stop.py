@@ -51,7 +51,8 @@ class StopFilter:
 
 
 def _borders(stop: str) -> list[int]:
-    """For each of its beginnings: how much of the text's start its end repeats."""
+    """For each prefix of `stop`: the length of the longest shorter prefix with which it also ends
+    (the failure function of Knuth, Morris and Pratt)."""
     borders = [0] * len(stop)
     for at in range(1, len(stop)):
         size = borders[at - 1]

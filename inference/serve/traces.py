@@ -60,7 +60,7 @@ class Tracer:
 
 
 class Trace:
-    """One span and those below it. Times are seconds since the epoch."""
+    """A span and those below it. Times are seconds since the epoch."""
 
     def __init__(
         self, tracer: Any, name: str, attributes: Mapping[str, Any], began: float, parent: Any
@@ -75,7 +75,7 @@ class Trace:
 
     @property
     def headers(self) -> dict[str, str]:
-        """For a request that is part of it."""
+        """Headers that make a request a part of this trace."""
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         carrier: dict[str, str] = {}

@@ -99,7 +99,7 @@ class Fields(BaseModel):
 
     @classmethod
     def names(cls) -> list[str]:
-        """As clients write them."""
+        """The names of the fields as clients write them."""
         return [entry.alias or name for name, entry in cls.model_fields.items()]
 
 

@@ -42,7 +42,7 @@ def code() -> str:
 
 
 def pack(values: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
-    """One message; each of the bytes follows with its length."""
+    """One message: the values, then each blob with its length."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
     parts = [_HEAD.pack(len(text)), text]
     for blob in blobs:

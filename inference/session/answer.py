@@ -59,11 +59,12 @@ class Answer(ResponseWriter):
 
     @property
     def taken_in(self) -> bool:
-        """What it shares with others is in its slot, and nothing else."""
+        """Whether all of the question that it shares with other answers, and no more, is in its
+        slot."""
         return self._shared and self._prompt_time is not None and len(self._tokens) == 1
 
     def take_over(self, other: Answer) -> None:
-        """What another answer has taken in is in this one's slot, too."""
+        """Goes on from where another answer to the question is, whose context its slot has now."""
         self._tokens, self._images = list(other._tokens), list(other._images)
         self._prompt_time = other._prompt_time
 

@@ -33,7 +33,7 @@ class TextStream:
 
 
 def special_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Those that are no text."""
+    """Ids of the tokens that are no text."""
     added = tokenizer.get_added_tokens_decoder()
     return {number for number, token in added.items() if token.special}
 

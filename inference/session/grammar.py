@@ -68,13 +68,13 @@ class Grammars:
 
 
 class Grammar:
-    """Where a text stands in a grammar; of one answer."""
+    """The state of one answer's text in a grammar."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     def copy(self) -> Grammar:
-        """For another answer, from the same place."""
+        """A copy for another answer, in the same state."""
         return Grammar(self._matcher.deep_copy())
 
     def mask(self) -> Tensor:
@@ -84,13 +84,13 @@ class Grammar:
         return mask
 
     def take(self, token: int) -> None:
-        """The next token of the text."""
+        """Takes the next token of the text."""
         self._matcher.consume_token(token)
         self._check()
 
     @property
     def complete(self) -> bool:
-        """Nothing may follow."""
+        """Whether nothing may follow."""
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:

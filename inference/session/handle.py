@@ -44,20 +44,21 @@ class RunningSession:
 
     @property
     def held(self) -> bool:
-        """It takes no step now."""
+        """Whether it takes no step now."""
         if self.leader is not None and (self.leader.closing or self.leader.task.over):
             self.leader = None  # it takes the question in itself
         return bool(self.closing or self.rebuilding or self.leader)
 
     def stepped(self, request: StepRequest) -> None:
-        """After a step: what it has changed, into the journal."""
+        """Writes to the journal what a step has changed."""
         self.in_step = False
         if self.journal is not None and request.frame is not None and self.slot is not None:
             self.journal.add_frame(self.slot.position - 1, request.frame.source)
         self.write()
 
     def share(self, sessions: Sequence[RunningSession], engine: Engine) -> None:
-        """After a step: a question that was taken in goes into the slots of those who wait."""
+        """After a step, gives the answers that wait for this one's question copies of its slot,
+        once the question was taken in."""
         if isinstance(self.task, Answer) and self.task.taken_in and self.slot is not None:
             for other in sessions:
                 if other.leader is self and isinstance(other.task, Answer) and not other.closing:
@@ -66,7 +67,8 @@ class RunningSession:
                     other.leader = None
 
     def write(self) -> None:
-        """Into the journal, if there is one; what a step has begun is written when it is done."""
+        """Writes what has changed to the journal, if there is one; what a step has begun is written
+        when it is done."""
         if self.journal is not None and not self.in_step:
             assert isinstance(self.task, Session)
             self.journal.write(self.task, self.slot)
@@ -102,7 +104,7 @@ class SessionHandle:
 
     @property
     def failed(self) -> bool:
-        """It was closed because something is broken, not because it was over."""
+        """Whether it was closed because something is broken, not because it was over."""
         return self._running.failed
 
     @property
@@ -147,8 +149,8 @@ class SessionHandle:
             self.push_frame(image, at, prompt)
 
     def put_prompt(self, text: str) -> None:
-        """As `prompt`, but the frames that were given before it are taken in first; waits for room
-        in their queue."""
+        """As `prompt`, but frames that were given before it are taken in first; waits for room in
+        their queue."""
         changed, task = self._open()
         with changed:
             changed.wait_for(lambda: self._room() or self.log.closed)
@@ -181,7 +183,7 @@ class SessionHandle:
             seen = self.log.last_seq
 
     def keep(self, journal: Journal) -> None:
-        """From now on all that changes is written into the journal."""
+        """Has all changes from now on written into `journal`."""
         with self._changed:
             self._running.journal = journal
             self._running.write()
@@ -200,8 +202,8 @@ class SessionHandle:
             self._running.write()
 
     def check(self, *texts: str) -> None:
-        """Of texts that are to be given to the session: PromptTooLong, SampleError. What takes time
-        of it is done here, and not in a change, in which others wait."""
+        """Checks texts that are to be given to the session; raises PromptTooLong, SampleError. It
+        takes time, so it is done here, and not in a change, for which others wait."""
         self._open()[1].check_texts(*texts)
 
     def configure(self, **changes: Any) -> None:
@@ -310,7 +312,7 @@ class SessionHandle:
 
 
 def led_by_first(answers: list[SessionHandle]) -> list[SessionHandle]:
-    """Answers to one question, which the first one takes in for all."""
+    """Lets the first of several answers to one question take it in for all."""
     for other in answers[1:]:
         other.running.leader = answers[0].running
     return answers

@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """Of one session. All methods are called under the lock of the session's Runner.
+    """The journal of one session. All methods are called under the lock of the session's Runner.
 
     Args:
         window, sinks: of the engine.
@@ -45,7 +45,7 @@ class Journal:
         self._said: tuple[str, int] = ("", 0)  # response, and its tokens
 
     def go_on(self, kept: Record) -> None:
-        """After the records of the process before."""
+        """Goes on after the records that another process has written."""
         self.taken, self.connection = kept["taken"], dict(kept["connection"])
         ring = kept.get("slot", {}).get("ring", {"first": [], "sources": []})
         self._sources = dict(zip(ring["first"], ring["sources"], strict=True))
@@ -54,11 +54,11 @@ class Journal:
         self._new[message] = picture
 
     def add_frame(self, position: int, message: int) -> None:
-        """A frame that the model has seen now."""
+        """Notes which message brought a frame that the model has seen now."""
         self._sources[position] = message
 
     def write(self, task: Session, slot: Slot | None) -> None:
-        """All that has changed; between two steps of the session."""
+        """Adds a record of all that has changed; to be called between two steps of the session."""
         self._pictures.update(self._new)
         self._new.clear()
         state = state_of(task, pictures=False)

@@ -28,7 +28,7 @@ TURN_TOKENS = LONGEST_PASS // 4
 
 @dataclass(eq=False)
 class _Lost:
-    """A slot on its way. frames, tokens: how many of them are computed."""
+    """A slot that is being rebuilt. frames, tokens: how many of them are computed."""
 
     outline: Outline
     images: Sequence[Tensor]  # of the frames in its ring, uint8 [3, tile, tile]
@@ -43,7 +43,7 @@ class _Lost:
         return self.slot
 
     def next_tokens(self, most: int) -> list[int]:
-        """Those whose positions follow each other."""
+        """The next tokens to compute, at most `most`, whose positions follow each other."""
         begin, at = self.tokens, self.outline.positions
         end = begin + 1
         while end < min(len(at), begin + most) and at[end] == at[end - 1] + 1:
@@ -52,7 +52,8 @@ class _Lost:
 
 
 class Rebuilder:
-    """Of a runner. Its engine's thread alone changes what it holds."""
+    """Rebuilds lost slots of a runner's sessions. The engine's thread alone changes what it
+    holds."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self._engine = runner, runner.engine
@@ -104,7 +105,7 @@ class Rebuilder:
         return parts
 
     def _some_tokens(self) -> list[tuple[_Lost, int]]:
-        """As above, of those whose frames are all there."""
+        """Which slots get how many tokens in this turn, of those whose frames are all computed."""
         room, parts = TURN_TOKENS, []
         for lost in self._lost:
             ready = lost.frames == len(lost.images) and lost.tokens < len(lost.outline.tokens)
@@ -119,7 +120,8 @@ class Rebuilder:
         parts: Sequence[tuple[_Lost, int]],
         work: Callable[[Sequence[tuple[_Lost, int]]], None],
     ) -> None:
-        """Works on all together. Where that fails, on each alone: who fails then, is given up."""
+        """Computes these parts together. Where that fails, each is tried alone, and what fails
+        again is given up."""
         try:
             if parts:
                 work(parts)

@@ -92,7 +92,7 @@ class Runner:
         grammar: Grammar | None = None,
         **options: Any,
     ) -> list[SessionHandle]:
-        """As `answer`, once for each sampling: all, or EngineFull; it is computed once."""
+        """An answer for each sampling, or EngineFull; the question is computed once."""
         tasks = [
             Answer(
                 f"answer{next(self._numbers)}", tokens, images, self.vocabulary, self._stats(),

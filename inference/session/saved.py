@@ -97,5 +97,5 @@ def _frame(frame: Frame, pictures: bool) -> tuple[Any, float, str | None, int]:
 
 
 def _request(request: StepRequest, pictures: bool) -> tuple[list[int], Any]:
-    """Its tokens, and its frame, if it has one."""
+    """A request's tokens, and its frame, if it has one."""
     return list(request.tokens), request.frame and _frame(request.frame, pictures)

@@ -211,7 +211,8 @@ class Session(ResponseWriter):
 
     @property
     def _said_enough(self) -> bool:
-        """On the media clock: as many tokens as the pace allows, until more input comes."""
+        """Whether, on the media clock, as many tokens have been said as the pace allows until more
+        input comes."""
         config = self.config
         paced = config.clock == "media" and config.pace is not None
         return paced and self._tokens_since_frame >= (config.pace or 0)

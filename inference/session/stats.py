@@ -21,7 +21,8 @@ _KEPT = 1024
 
 
 class Stats:
-    """Of one session. `measured(name, value)` is called with every count and every duration."""
+    """Counts and durations of one session. `measured(name, value)` is called with every count and
+    every duration."""
 
     def __init__(self, measured: Measure | None = None) -> None:
         self.counts: Counter[str] = Counter()
@@ -70,7 +71,7 @@ class Stats:
 
 
 def usage_of(counts: Mapping[str, int], seconds: float) -> dict[str, float]:
-    """As events and logs tell it."""
+    """A session's usage, as events and logs tell it."""
     return {
         "frames": counts.get("frames", 0),
         "input_tokens": counts.get("input_tokens", 0),

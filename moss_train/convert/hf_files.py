@@ -316,7 +316,7 @@ def _generation(
 
 
 def _in_range(values: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Without ids of tokens that have no row."""
+    """`values` without ids of tokens that have no row."""
     for key in ENDS:
         ids = values.get(key)
         if isinstance(ids, list):

@@ -139,7 +139,7 @@ class Box:
 
     @property
     def bytes(self) -> int:
-        """Its size on disk."""
+        """Bytes that the tensor takes on disk."""
         return prod(self.sizes) * self.dtype.itemsize
 
 

@@ -35,7 +35,7 @@ def adapter_part(names: Collection[str]) -> str | None:
 
 
 def unwrapped(name: str) -> str:
-    """Without what wrappers put inside of it."""
+    """A parameter's name without the parts that wrappers put into it."""
     return WRAPPERS.sub("", name)
 
 

@@ -107,7 +107,7 @@ class HfFolder:
         return {stored.dtype for stored in self.tensors.values()}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Those `rows` (of dimension 0) of one tensor, as stored. Only they are read."""
+        """Reads only `rows` (of dimension 0) of one tensor, as stored."""
         return self.read_stored(self.tensors[name], rows)
 
     def read_stored(self, stored: Stored, rows: slice = slice(None)) -> Tensor:

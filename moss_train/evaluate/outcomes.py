@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass
 class Outcome:
-    """Of one sample. Dictionaries have a value for SEEN, and one for each control.
+    """What came of one sample. Dictionaries have a value for SEEN, and one for each control.
 
     frames: that the sample has.
     labels, hits: of a caption: its tokens; how many of them were the likeliest, teacher-forced.
@@ -44,7 +44,8 @@ class Outcome:
 def outcomes(
     model: Model, items: Sequence[Item], controls: Sequence[str] = (BLIND,), generates: bool = True
 ) -> list[Outcome]:
-    """In order of the items, whose frames are encoded once.
+    """What comes of each item, in their order. Frames are encoded once. generates: also what needs
+    generation: answers in the model's words, and streams live.
 
     generates: also what needs generation: answers in the model's words, and streams live.
     """
@@ -65,8 +66,8 @@ Work = Callable[[list[Watched]], Sequence[T]]
 def _under(
     watched: Sequence[Watched], controls: Sequence[str], work: Work[T]
 ) -> list[dict[str, T]]:
-    """For each sample `{SEEN: ..., control: ...}`; what a control does not change is not computed
-    again."""
+    """Runs `work` on the samples as they are and under each control: `{SEEN: ..., control: ...}`
+    for each sample. What a control does not change is not computed again."""
     found = [{SEEN: one} for one in work([*watched])]
     for control in controls:
         shown = [seen.under(control) for seen in watched]

@@ -70,7 +70,7 @@ class ReplicaModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states."""
+        """dtype of the frames' states."""
         return self.exchange.encoder.projector.linear.weight.dtype
 
     @torch.no_grad()

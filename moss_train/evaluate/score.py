@@ -20,7 +20,8 @@ IN_TIME = 1  # seconds from an event's frame to the sentence about it
 
 @dataclass
 class Score:
-    """One number of one source: of the model, of chance, and with what controls show (controls.py).
+    """One number of one source, for the model, for chance, and for the model under each control
+    (controls.py).
 
     None: not asked for; of `one_frame` and `shuffled` also where no sample has two frames.
     """
@@ -147,7 +148,8 @@ def _chance(found: Sequence[Outcome]) -> float:
 
 
 def questions_together(scores: Sequence[Score]) -> list[Score]:
-    """One score of the exact answers of all sources; none where only one asks."""
+    """The score of the exact answers of all sources together; [] where fewer than two sources
+    ask."""
     parts = [score for score in scores if score.metric == EXACT]
     if len(parts) < 2:
         return []
@@ -248,7 +250,7 @@ def _count(items: Sequence[Known], timelines: Sequence[Timeline]) -> Counter[str
 
 
 def asked_answer(item: Known) -> tuple[int, str]:
-    """Of a stream with a question: the second of the frame after which its answer begins, and the
+    """For a stream with a question: the second of the frame after which its answer begins, and the
     answer, without frames that come within it."""
     second = sum(message.content.count(VIDEO_MARK) for message in item.sample.messages[:-1]) - 1
     rest = item.answer

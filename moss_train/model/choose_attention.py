@@ -169,7 +169,8 @@ class Trial:
             )
 
     def _milliseconds(self, name: str) -> float:
-        """Of a microbatch of a clip and text, by the layers that a model has of each kind."""
+        """Milliseconds of attention in a microbatch of a clip and text, summed over a model's
+        layers."""
         text, frames = self._text([TEXT]), self._frames([TEXT], CLIP, 1, name)
         cores = self._core(name, True), self._core(name, False), frames_core(name)
         cross = len(self.model.text.cross_attention_layers)
@@ -211,7 +212,8 @@ class Trial:
         return plan
 
     def _masked(self, plan: FramePlan, query: Tensor) -> FramePlan:
-        """With masks in the type of the query: that of the exact numbers, too."""
+        """The plan with masks in the dtype of `query`, which in the exact reference is another
+        one."""
         return plan.with_masks(self.model.text.shared_heads, pooled_tokens(self.model), query.dtype)
 
     def _text_inputs(self, tokens: int) -> tuple[Tensor, ...]:
@@ -240,7 +242,8 @@ class Trial:
 
 
 def _milliseconds(run, inputs: tuple[Tensor, ...], times: int = 5) -> float:
-    """Of a forward and backward pass, the fastest of some after two that plan and compile."""
+    """Milliseconds of a forward and backward pass: the fastest of `times`, after two that plan and
+    compile."""
     leaves = [x.requires_grad_() for x in inputs]
     best = float("inf")
     for number in range(times + 2):

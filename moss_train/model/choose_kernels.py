@@ -31,7 +31,7 @@ CODE = tuple(
 
 
 def choose_kernels(model: ModelConfig) -> Kernels:
-    """Those of `model.kernels` that this job uses. A collective: all ranks take rank 0's.
+    """The kernels of `model.kernels` that this job uses. A collective: all ranks take rank 0's.
 
     Each is compared with plain torch once on a GPU; where it fails or differs, a line says so and
     plain torch runs. On a CPU all is plain torch; FP8, if asked for, is computed by it.

@@ -170,7 +170,7 @@ def attend_frames(
 def attend_blocks(
     query: Tensor, key: Tensor, value: Tensor, frames: FramePlan, core: Core = attend_fused
 ) -> Tensor:
-    """The same, block by block of `frames.blocks`."""
+    """As `attend_frames`, block by block of `frames.blocks`."""
     blocks, patches = frames.blocks, key.shape[1]
     if frames.slots > len(key):
         key, value = (pad(x, (0,) * 7 + (frames.slots - len(key),)) for x in (key, value))
@@ -187,7 +187,7 @@ def attend_blocks(
 def attend_padded(
     query: Tensor, key: Tensor, value: Tensor, frames: FramePlan, core: Core = attend
 ) -> Tensor:
-    """The same for many short sequences, all of them at once."""
+    """As `attend_frames`, for many short sequences, all of them at once."""
     padded = frames.padded
     assert padded is not None
     batch = padded.shape[0]

@@ -89,7 +89,7 @@ class FlexPlan:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """For FlexAttention; made once, where the plan is then."""
+        """The plan in FlexAttention's form; made once, on the device where the plan is then."""
         first, last, free = self.first, self.last, self.free
         frame_of, unreal = self.frame_of, self.unreal
 
@@ -115,7 +115,8 @@ class FlexPlan:
 def plan_flex(
     first: Tensor, last: Tensor, free: Tensor, real: Tensor, patches: int
 ) -> FlexPlan | None:
-    """As FlexPlan; None for so few tokens or keys that a call of their own is as fast.
+    """The FlexPlan of these arguments; None for so few tokens or keys that a call of their own is
+    as fast.
 
     A compiled kernel is for all sizes but 1: without this, it would be compiled for those, too.
     """

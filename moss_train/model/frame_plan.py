@@ -209,7 +209,7 @@ def _check_order(frame_sequences: Tensor, start: Tensor, stop: Tensor) -> None:
 
 
 def _rows(blocks: list[Block]) -> RowSubset:
-    """Where the tokens of all blocks are among their rows."""
+    """Where the tokens lie among the rows of all blocks, one block after the other."""
     starts = [0, *accumulate(block.size for block in blocks)]
     places = [
         torch.arange(start, start + block.stop - block.start)

@@ -19,7 +19,7 @@ Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Kernels:
-    """Each with the signature of the plain form.
+    """The kernels that layers use, each with the signature of the plain form.
 
     swiglu: `[..., 2 F]` -> `[..., F]` (mlp.swiglu).
     rotate: `[N, ..., D]`, cosines and sines `[N, 1, D]` -> as the first (rope.rotate).

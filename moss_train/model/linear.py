@@ -55,12 +55,13 @@ class _Adaptable(nn.Module):
 
     @property
     def rounds(self) -> Fp8 | None:
-        """What may round this layer's input for it, since nobody needs it as it is."""
+        """What may round this layer's input to FP8 where it is made; None: the input is needed as
+        it is."""
         whole = self.config.tensor_model_parallel_size == 1 and self.lora_a is None
         return self.config.kernels.fp8 if whole and not torch.is_grad_enabled() else None
 
     def product(self, x: Tensor | Rounded) -> Tensor:
-        """Of one tensor rank."""
+        """The layer's output on one tensor rank, which holds the whole layer."""
         fp8, add = self.config.kernels.fp8, self.config.kernels.accumulate
         if fp8 is not None:
             return linear_fp8(fp8, x, self.weight, self.bias, add)

@@ -59,7 +59,7 @@ def attend(
 def attend_fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """The same by torch's fused kernels, however short."""
+    """As `attend`, by torch's fused kernels for sequences of any length."""
     shared = q.shape[2] // k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     grouped = mask is None and (q.dtype in HALF if is_accelerator(q) else causal)

@@ -81,7 +81,7 @@ class SelfAttention(MegatronModule):
 
 
 class SelfAttentionLayer(MegatronModule):
-    """One layer of the decoder that attends text: Llama's."""
+    """One of the decoder's layers whose tokens attend the text before them: Llama's."""
 
     def __init__(
         self, config: TransformerConfig, groups: ProcessGroupCollection, backend: str, number: int

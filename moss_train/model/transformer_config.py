@@ -52,7 +52,7 @@ def _common(
 def decoder_config(
     model: ModelConfig, parallel: ParallelConfig, kernels: Kernels | None = None
 ) -> LayerConfig:
-    """That of the decoder."""
+    """megatron's configuration of the decoder."""
     text, kernels = model.text, kernels or Kernels()
     if model.fp8 != "all":
         kernels = replace(kernels, fp8=None)
@@ -86,7 +86,8 @@ def decoder_config(
 def vision_config(
     model: ModelConfig, parallel: ParallelConfig, kernels: Kernels | None = None
 ) -> LayerConfig:
-    """That of the vision tower's layers. Its pipeline has one stage on every rank."""
+    """megatron's configuration of the vision tower's layers. Its pipeline has one stage on every
+    rank."""
     vision = model.vision
     return LayerConfig(
         num_layers=vision.num_layers + vision.num_global_layers,

@@ -178,5 +178,6 @@ class _Statistics(torch.autograd.Function):
 
 
 def statistics(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `Kernels.statistics`: once backward, and nobody else may need the logits."""
+    """As `Kernels.statistics`. The backward pass may run once, and overwrites the logits: nobody
+    else may need them."""
     return _Statistics.apply(logits, own)

@@ -95,7 +95,7 @@ class FrameExchange:
         return encoder.projector(features)
 
     def _gather(self, parts: list[Tensor], tiles: int) -> Tensor:
-        """This rank's share -> every rank's, in order of frames."""
+        """Gathers all ranks' shares of the states: every rank gets them in order of frames."""
         weight = self.encoder.projector.linear.weight
         shape = (tiles * pooled_tokens(self.model), self.model.text.hidden_size)
         own = torch.cat(parts) if parts else weight.new_zeros(0, *shape)

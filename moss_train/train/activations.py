@@ -55,7 +55,7 @@ def trains(config: Config, name: str) -> bool:
 
 
 class DecoderActivations:
-    """Of one microbatch of `batch`, on a rank of the layout. All in bytes."""
+    """Bytes of activations of one microbatch of `batch`, on a rank of the layout."""
 
     def __init__(self, config: Config, batch: Batch):
         text, layout = config.model.text, config.parallel
@@ -72,7 +72,7 @@ class DecoderActivations:
         self.states_train = any(trains(config, name) for name in states)
 
     def kept(self, first: int, last: int) -> float:
-        """By layers [first, last), which keep what their gradients need."""
+        """Bytes that layers [first, last) keep for their backward pass."""
         full = self.config.parallel.recompute == "full"
         cross = self.config.model.text.cross_attention_layers
         reached = trains(self.config, "decoder.embedding.weight")
@@ -89,7 +89,8 @@ class DecoderActivations:
         return total + masks
 
     def layer(self, number: int, trained: bool, reached: bool) -> float:
-        """By one layer, unless it is run again. reached: its input has a gradient."""
+        """Bytes that one layer keeps, without full recomputation. trained: its weights train.
+        reached: its input has a gradient."""
         if number not in self.config.model.text.cross_attention_layers:
             last = number == self.config.model.text.num_layers - 1
             shortened = last and not self.config.parallel.sequence
@@ -127,11 +128,12 @@ class DecoderActivations:
         return self.size * kept + FP32 * fp32
 
     def _masks(self) -> float:
-        """Of all layers of a chunk (`FramePlan.with_masks`)."""
+        """Bytes of the masks, which all layers of a chunk share (`FramePlan.with_masks`)."""
         return self.size * self.batch.masked * self.patches * self.config.model.text.shared_heads
 
     def at_peak(self, stage: int) -> float:
-        """On a stage of a pipeline, when a backward pass begins: of all microbatches there."""
+        """Bytes on a pipeline stage when a backward pass begins: what its microbatches keep, and
+        what this pass needs beside that."""
         layout, layers = self.config.parallel, self.config.model.text.num_layers
         size = layers // (layout.pipeline * layout.virtual)
         begins = [(v * layout.pipeline + stage) * size for v in range(layout.virtual)]
@@ -151,9 +153,9 @@ class DecoderActivations:
         return there * kept + passing
 
     def _passing(self) -> float:
-        """What a backward pass needs beside what is kept, at the activation function of a layer:
-        gradients of its output and input and of the layer's output, less what is not needed any
-        more; the activation where it is computed again. Plain torch has one more of its size.
+        """Bytes that a backward pass needs beside what is kept, at the activation function of a
+        layer: gradients of its output and input and of the layer's output, less what is not needed
+        any more; the activation where it is computed again. Plain torch has one more of its size.
         """
         plain = self.config.model.kernels == "torch"
         again = self.config.parallel.recompute == "selective"
@@ -161,10 +163,10 @@ class DecoderActivations:
         return self.size * self.batch.tokens * (inner + 2 * self.width / self.parts)
 
     def logits(self) -> float:
-        """At the head: its input before and behind the norm, logits and all that the loss makes of
-        them. Where the kernel runs (model/kernels.py), their gradient takes their place, and that
-        of the weight comes then; plain torch has three of their size in fp32.
-        """
+        """Bytes at the output head: its input before and behind the norm, the logits and all that
+        the loss makes of them. Where the kernel runs (model/kernels.py), the gradient of the logits
+        takes their place, and that of the weight comes then; plain torch has three tensors of the
+        logits' size in fp32."""
         columns = self.config.model.text.vocab_size / self.config.parallel.tensor
         rows = self.batch.labels * 2 * self.size * self.width
         if self.config.model.kernels == "torch":

@@ -79,8 +79,8 @@ def kept_by_frame(config: Config) -> int:
 
 
 def passing_of_frame(config: Config) -> int:
-    """Bytes that the backward pass of a layer needs beside them: what GELU gives, its gradient and
-    that of its input."""
+    """Bytes that the backward pass of a tower's layer needs for a frame beside `kept_by_frame`:
+    what GELU gives, its gradient and that of its input."""
     vision, model = config.model.vision, config.model
     rows = config.data.max_tiles * rows_of_tile(vision, model.attention)[0]
     return 3 * rows * vision.mlp_size * hardware.DTYPES[model.dtype].itemsize

@@ -89,6 +89,8 @@ def largest_batch(config: Config, ranks: int) -> Batch:
     of_sample = max(most[modality] for modality in stage.mixture.wanted)
     frames = max(of_sample, min(config.microbatch_frames, samples * of_sample))
     frames = min(frames, tokens - 1)
+    # A token of a stream sees the frames before it: on average half of them. The frames of clips
+    # and pictures stand before all text that sees them, which takes no mask.
     masked = tokens * frames // 2 if stage.prompt == "realtime" else 0
     count = layout.pipeline
     return Batch(tokens, tokens - frames, frames, masked, count, count * frames)

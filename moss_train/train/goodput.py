@@ -76,7 +76,7 @@ def spent(
 
 
 def _start(entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
-    """From a process's start to its first step; its entry is written after that."""
+    """Seconds from a process's start to its first step; the entry is written after that step."""
     first = next((row["step_time_s"] for row in rows if row["step"] == entry["step"] + 1), 0.0)
     return max(0.0, entry["time"] - entry["started"] - first)
 

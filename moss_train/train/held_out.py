@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 @dataclass
 class Measured:
-    """Of one step; None: not due, or cut short by a signal. seconds: that it took."""
+    """What was measured after one step; None: it was not due, or a signal cut it short. seconds:
+    how long it took."""
 
     validation: dict[str, Any] | None = None
     suites: dict[str, dict[str, float]] | None = None
@@ -41,7 +42,8 @@ class HeldOut:
         self.suites = None if wanted is None else wanted(step, reader)
 
     def __call__(self, done: int, result: StepResult, asked: Sequence[float]) -> Measured:
-        """After step `done`, where it was accepted and nobody asks to stop. A collective."""
+        """Measures after step `done`, if the step was accepted and nobody asks to stop. A
+        collective."""
         measured = Measured()
         if result.refused is not None or result.stop:
             return measured

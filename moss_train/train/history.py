@@ -37,8 +37,8 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Before:
-    """What a job has found in its run folder: the checkpoint that it goes on from, those that are
-    damaged, and a line for each field that it has otherwise."""
+    """What a job has found in its run folder: the checkpoint that it resumes from, checkpoints that
+    are damaged, and a line for each field whose value has changed."""
 
     resumed_from: Path | None = None
     damaged: Sequence[Path] = ()

@@ -88,7 +88,7 @@ def cut(path: Path, last: int) -> None:
 
 
 def _whole(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Of each whole line: where it ends in the file, and its record."""
+    """Each whole line of a file: where it ends, and its record."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     place = left_out = 0
     for line in lines:

@@ -212,7 +212,7 @@ class Job:
         return self.reader.read(self.done + 1)
 
     def _skip(self, result: StepResult, batch: StepBatch, writer: MetricsWriter | None) -> None:
-        """After a step that was left out: writes it down; after several, goes back."""
+        """Writes a left-out step down; after several in a row, goes back to a checkpoint."""
         assert result.refused is not None
         log.warning("step %d left out: %s (%g)", self.done, result.refused, result.loss)
         write_bad_step(

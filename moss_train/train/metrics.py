@@ -232,7 +232,8 @@ class StepLine:
 
 @contextmanager
 def _patient() -> Iterator[None]:
-    """Where the console is a file on a full disk, Python keeps the text until it can be written."""
+    """Ignores a console that cannot be written: where it is a file on a full disk, Python keeps the
+    text until it can be."""
     try:
         yield
     except BrokenPipeError:  # nobody reads it any more

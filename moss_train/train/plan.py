@@ -53,7 +53,7 @@ class StepPlan:
 
     @property
     def targets(self) -> list[Targets]:
-        """Of each microbatch."""
+        """The targets of each microbatch."""
         return [item.targets for item in self.inputs]
 
     def forget_states(self) -> None:
@@ -62,5 +62,5 @@ class StepPlan:
             item.frames.states = None
 
     def move(self) -> None:
-        """To the device, where it has not been moved yet."""
+        """Moves all of it to the device, where it has not been moved yet."""
         self._staged.move()

@@ -66,7 +66,8 @@ class Save:
     def complete(
         self, finalize_fns: Sequence[Callable[[], None]], rest: Callable[[], dict[str, str]]
     ) -> None:
-        """After the writing: the remaining files, then the checkpoint's name. A collective.
+        """Finishes the checkpoint after the writing: adds the remaining files, then gives it its
+        name. A collective.
 
         Args:
             finalize_fns: megatron's.

@@ -26,7 +26,7 @@ GONE = ("gone", "ended")  # processes
 class Seen:
     """A rank as its machine's watchdog sees it.
 
-    at: step, and signs of life in it: of two ranks in the same step the one with fewer is behind.
+    count: signs of life in the step: of two ranks in the same step the one with fewer is behind.
     doing: as in `Beat`. state: of the process. silent_s: seconds since the last sign of life.
     """
 
@@ -77,7 +77,7 @@ class Pace:
 
     @property
     def usual_step_s(self) -> float | None:
-        """None: no step has ended yet."""
+        """Seconds of a usual step; None: no step has ended yet."""
         return median(self._took) if self._took else None
 
 
@@ -117,7 +117,7 @@ def describe_late(ranks: Sequence[Seen]) -> str:
 
 
 def verdict(ranks: Sequence[Seen], hang_s: float) -> str:
-    """That the job hangs, and who is behind, in a line."""
+    """One line: the job hangs, and who is behind."""
     return f"the job hangs (hardware.hang_s={hang_s:g}): {describe_late(ranks)}"
 
 

@@ -100,7 +100,8 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def host_bytes(files: Files) -> int:
-    """Of page-locked memory that torch takes for copies: it rounds each up to a power of two."""
+    """Bytes of page-locked memory that torch takes for the copies: it rounds each up to a power of
+    two."""
     sizes = (tensor.nbytes for tensor in _tensors(files))
     return sum(1 << (size - 1).bit_length() for size in sizes if size)
 

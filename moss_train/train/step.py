@@ -131,7 +131,8 @@ class TrainStep:
     def _result(
         self, numbers: list[float], names: list[str], own_skipped: Mapping[str, int]
     ) -> StepResult:
-        """From what the device says: see `__call__`."""
+        """Makes the step's result of the numbers that the device returned, in the order of
+        `__call__`."""
         norm, verdict, most_frames, longest_wait, most_memory, *rest = numbers
         loss, weighted, skipped, stops, encoded, *rest = rest
         unlearned, rest = rest[:_UNLEARNED], rest[_UNLEARNED:]
@@ -187,7 +188,7 @@ class TrainStep:
         return [loss, torch.stack(weighted).sum()] if weighted else [loss], counts
 
     def _plan_kernels(self, plan: StepPlan) -> None:
-        """Before the first step, on a GPU, where torch's attention plans its kernels."""
+        """Plans the kernels of torch's attention, before the first step on a GPU (warm_up.py)."""
         config, first = self.config, not self._kernels_planned
         self._kernels_planned = True
         # Parameters that are gathered while a step computes are there in a step alone.
@@ -198,7 +199,8 @@ class TrainStep:
             self.phases.end("plan")
 
     def _ended(self, phase: str) -> None:
-        """Told by the schedule (`run_schedule`): before each forward of a chunk, and after it."""
+        """Takes what the schedule (`run_schedule`) tells: before each forward of a chunk, and after
+        it."""
         self.phases.end(phase)
         if phase == "backward":
             self.exchange.begin_microbatch()

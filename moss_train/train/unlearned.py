@@ -32,7 +32,7 @@ class Totals:
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]]) -> Totals:
-        """Of lines of metrics.jsonl; those of earlier versions lack some of the fields."""
+        """Sums lines of metrics.jsonl; those of earlier versions lack some of the fields."""
         totals = cls()
         for row in rows:
             totals.add(row)

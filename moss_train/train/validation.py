@@ -76,8 +76,8 @@ class Validator:
         return measured
 
     def _count_anew(self) -> None:
-        """Of a validation, on this rank: was it cut short; samples, those left out, what the others
-        lost."""
+        """Sets this rank's counts of a validation to zero: whether it was cut short, samples read,
+        samples left out, and what was cut from the others (`Unlearned`)."""
         self.cut = False
         self.samples, self.skipped, self.unlearned = 0, Counter[str](), Unlearned()
 

@@ -146,7 +146,7 @@ def wake(launcher: int, ran: float, hang_s: float = 0.0) -> float:
 
 
 def _name_late(own: Sequence[Seen], everywhere: Sequence[Seen]) -> None:
-    """On the machine of the rank that is furthest behind."""
+    """Prints who is late, on the machine of the rank that is furthest behind."""
     hosts = {rank.host for rank in furthest_behind(everywhere)}
     if own[0].host in hosts:
         line = f"no sign of life for {NAMED:g} s: {describe_late(everywhere)}"
@@ -196,7 +196,8 @@ def _seen(beats: list[Beat]) -> list[Seen]:
 
 
 def _folder_of_hang(folder: Path) -> Path:
-    """In the run folder, as rank 0 has named it; in `folder` before it is known."""
+    """Where this machine writes what it sees: the folder that rank 0 has named in the run folder;
+    one in `folder` before that name is known."""
     told = folder / heartbeat.RUN_FILE
     return Path(told.read_text()) if told.exists() else folder / HANGS
 

@@ -47,7 +47,7 @@ def write(file: Path, size: float) -> int:
 
 
 def seconds(file: Path, device: torch.device, threads: int) -> float:
-    """That it takes to read the file."""
+    """Seconds that reading the file takes."""
     target = device if devices.is_accelerator(device) else torch.device("meta")
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:

@@ -42,7 +42,7 @@ FRAME_BYTES = 2**17  # the server's limit here: frames beyond it are quickly mad
 
 @dataclass
 class Result:
-    """Of a run."""
+    """What came of one run."""
 
     visitors: list[Visitor]
     seconds: float
@@ -72,8 +72,8 @@ class Result:
         return [words for visitor in self.visitors for words in visitor.wrong]
 
     def grown(self) -> float:
-        """By which share memory has grown from after the warm-up to the end: medians of a tenth of
-        the frames each."""
+        """The share by which memory has grown from after the warm-up to the end: medians of a tenth
+        of the frames each."""
 
         def around(begin: float) -> float:
             found = [size for at, size in self.memory if begin <= at <= begin + 0.1]
@@ -137,7 +137,7 @@ def memory(pid: int) -> int:
 
 @contextlib.contextmanager
 def serving(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server whose door is open."""
+    """A server that accepts connections."""
     flags = [
         "--checkpoint", args.checkpoint, "--device", args.device, "--port", str(args.port),
         "--max_sessions", str(args.sessions + 4), "--window", "32", "--max_context", "2048",

@@ -80,12 +80,12 @@ class Judged:
 
     @property
     def kept_share(self) -> float:
-        """Of the right samples."""
+        """The share of the right samples that were kept."""
         return self.kept_right / max(self.right, 1)
 
     @property
     def wrong_share(self) -> float:
-        """Of the samples that were kept."""
+        """The share of wrong samples among those that were kept."""
         return self.kept_wrong / max(self.kept_right + self.kept_wrong, 1)
 
     def lines(self) -> list[str]:

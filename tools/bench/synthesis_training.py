@@ -115,7 +115,7 @@ def parts(folder: Path, steps: int, ranks: int) -> list[Part]:
 
 
 def scores(run: Path) -> dict[str, float]:
-    """Those of the streams."""
+    """The scores of a run's streams."""
     found = json.loads((run / "evaluation.json").read_text())["scores"]
     return {one["metric"]: one["value"] for one in found if one["source"].endswith("video")}
 

@@ -178,7 +178,8 @@ def _caption(story: Story, seconds: list[int], last: int) -> dict[str, Any]:
 def _miscaptioned(
     truth: dict[str, Any], seconds: list[int], draws: random.Random
 ) -> dict[str, Any]:
-    """With another scene, or an event that is invented, left out, another, or at another time."""
+    """The caption with another scene, or with an event that is invented, left out, changed, or at
+    another time."""
     events = [dict(event) for event in truth["events"]]
     how = draws.choice(["scene", "invented"] + ["left out", "another", "time"] * bool(events))
     if how == "scene":
@@ -213,7 +214,7 @@ _SETS = ([*COLOURS], [*SHAPES], [*DIRECTIONS], [*NUMBERS[1:6]], ["yes", "no"], [
 
 
 def _changed(text: str, draws: random.Random) -> str:
-    """With another colour, shape, direction, number, or yes for no."""
+    """The text with another colour, shape, direction or number, or yes for no."""
     words = re.findall(r"\w+|\W+", text)
     places = [(i, names) for i, word in enumerate(words) for names in _SETS
               if word.lower() in names]  # fmt: skip
@@ -289,7 +290,8 @@ def _when(event: Event) -> str:
 
 
 def _spoiled(sample: dict[str, Any], facts: Facts, draws: random.Random) -> dict[str, Any]:
-    """With an answer at another time, another answer, one too few; or a time in its text."""
+    """The sample with an answer at another time, another answer, one answer too few, or a time in a
+    text."""
     answers = [dict(answer) for answer in sample["answers"]]
     if not answers:  # asks for what happens, and says nothing
         if not facts.events:

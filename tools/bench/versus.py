@@ -52,12 +52,12 @@ class Figure:
 
     @property
     def ratios(self) -> list[float]:
-        """Of each round, by how many times it is worse now."""
+        """For each round, by how many times it is worse now."""
         pairs = zip(self.before, self.now, strict=True)
         return [old / new if self.more_is_better else new / old for old, new in pairs]
 
     def is_worse(self, allowed: float) -> bool:
-        """In the median by more than `allowed`, a share, and in every round."""
+        """Whether it is worse in every round, and in the median by more than `allowed`, a share."""
         return statistics.median(self.ratios) > 1 + allowed and min(self.ratios) > 1
 
 

@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def happened(self) -> str:
-        """In words."""
+        """What happened, in words."""
         words = [f"the job ended with {code} and was started again" for code in set(self.ends)]
         if self.again:
             words.append("torchrun started the ranks again")

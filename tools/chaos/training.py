@@ -101,17 +101,17 @@ class Training:
 
     @property
     def switch(self) -> Path:
-        """While this file is there, storage is slow."""
+        """A file: while it exists, storage is slow."""
         return self.folder / "slow"
 
     @property
     def temporary(self) -> Path:
-        """Where its processes make temporary files."""
+        """Folder in which the run's processes make temporary files."""
         return self.folder / "tmp"
 
     @property
     def log(self) -> Path:
-        """Of the start that runs."""
+        """The log of the start that runs now."""
         return self.folder / f"{self.run.name}_{len(self.ends):03d}.log"
 
     @property
@@ -211,7 +211,7 @@ class Training:
         return found
 
     def starts(self) -> list[dict[str, Any]]:
-        """Those in its history."""
+        """The starts of the run, from its history."""
         return [e for e in read(self.run / HISTORY_FILE, "event") if e["event"] == "start"]
 
     def _last_step(self) -> int:

@@ -105,7 +105,7 @@ def _add_field(options: Any, name: str, hint: Any, allowed: Any, default: Any) -
 
 
 def config_of(given: argparse.Namespace) -> SynthesisConfig:
-    """Of --config and the flags; ValueError."""
+    """The configuration of --config and the flags; ValueError where one of them is wrong."""
     values: Any = {}
     if given.config is not None:
         try:

@@ -43,11 +43,11 @@ class Findings:
     faults: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, what: str, found: str) -> None:
-        """One more row."""
+        """Adds a row."""
         self.rows.append((what, found))
 
     def fault(self, wrong: str, mend: str) -> None:
-        """One more fault."""
+        """Adds a fault, and what mends it."""
         self.faults.append((wrong, mend))
 
 

@@ -40,7 +40,7 @@ GOODBYE_S = 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """This rank's part; the exit code is the same on all ranks."""
+    """Runs this rank's part; the exit code is the same on all ranks."""
     parser = CommandParser(PROGRAM, description=__doc__)
     add = parser.add_argument
     add("--limit", type=whole_number(above=0), default=LIMIT_S, metavar="S",
@@ -99,7 +99,7 @@ def _run(config: Config, limit: int) -> int:
 
 
 def _judge(store: dist.Store, size: int, until: float, accelerator: bool) -> int:
-    """On rank 0: prints the table and what is wrong."""
+    """Prints, on rank 0, the table and what is wrong."""
     from tools.preflight.checks import Findings
     from tools.preflight.verdict import missing, table, wrong
 
@@ -120,7 +120,7 @@ def _judge(store: dist.Store, size: int, until: float, accelerator: bool) -> int
 
 
 def _store() -> dist.Store:
-    """Where ranks leave their answers."""
+    """The store in which ranks leave their answers."""
     import torch.distributed as dist
 
     from moss_train.train.process import store_of

@@ -56,7 +56,7 @@ class Findings:
 
 
 def here() -> Findings:
-    """Those of this rank, empty."""
+    """This rank's findings, still empty."""
     node = os.environ.get("GROUP_RANK", "0")
     return Findings(dist.get_rank(), socket.gethostname(), int(node))
 

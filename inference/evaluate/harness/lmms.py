@@ -226,7 +226,7 @@ def _text(value: Any) -> str:
 
 
 def _paths(media: Any) -> list[str]:
-    """Those of the pictures that are files."""
+    """Paths of the media that are files."""
     found = media if isinstance(media, list) else []
     return [path for path in found if isinstance(path, str) and os.path.isfile(path)]
 

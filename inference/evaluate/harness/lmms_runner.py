@@ -60,7 +60,8 @@ class Journal:
 
 
 class Completions:
-    """In place of the client's `chat.completions`."""
+    """Takes the place of the client's `chat.completions`: sets this project's options, and asks
+    nothing twice."""
 
     def __init__(self, inner: Any, settings: dict[str, Any]) -> None:
         self._inner, self._settings = inner, settings

@@ -42,8 +42,8 @@ class Serving:
     flags: Sequence[str] = ()
 
     def arguments(self) -> list[str]:
-        """Of `python -m inference.serve`. Its limits are for clients that are not trusted: a
-        benchmark's pictures and videos are larger."""
+        """Arguments of `python -m inference.serve`. Its default limits are for clients that are not
+        trusted: a benchmark's pictures and videos are larger."""
         tile = _tile(self.checkpoint)
         held = 4 * (self.concurrency + 1) * (self.frames * 3 * tile * tile + 2**28)
         limits = {

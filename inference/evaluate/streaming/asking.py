@@ -82,7 +82,7 @@ class Asking:
         self._lock = threading.Lock()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """As many at a time as there are sessions."""
+        """Asks the items that were not asked yet, as many at a time as there are sessions."""
         waiting = [job for job in jobs if job.item.id not in self._asked.file(job)]
         with ThreadPoolExecutor(self._config.sessions, "moss-evaluate") as pool:
             try:

@@ -132,7 +132,7 @@ class Benchmark(Protocol):
 
 
 class PushAlone:
-    """Of a benchmark without another protocol."""
+    """A benchmark that has no protocol of its own."""
 
     def polls(self, item: Item) -> bool:
         return False

@@ -121,5 +121,5 @@ class EndpointJudge:
 
 
 def no_judge(kind: str, question: str, reference: str, answer: str) -> Verdict:
-    """In place of a judge where none is configured."""
+    """Takes the place of a judge where none is configured."""
     raise NoJudge

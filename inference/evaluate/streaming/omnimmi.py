@@ -151,7 +151,8 @@ def _judged(item: Item, answers: Sequence[str], judge: Judge) -> list[Point]:
 
 
 def _alert_points(item: Item, said: Sequence[Emission]) -> list[Point]:
-    """Its scorer does not count alerts in second 0, and has no tolerance."""
+    """Scores as OmniMMI's own scorer does: alerts in second 0 do not count, and there is no
+    tolerance."""
     first, last = item.truth["span"]
     alerts = [e.second for e in said if int(e.second) != 0]
     inside = [first <= second <= last for second in alerts]

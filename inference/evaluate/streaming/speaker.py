@@ -28,7 +28,7 @@ class SpeakerFailed(Exception):
 
 
 class Watching(Protocol):
-    """One stream that is watched."""
+    """A stream that a model watches."""
 
     def ask(self, second: float, text: str) -> None:
         """A user's turn, at a second of the source, after what was shown so far."""

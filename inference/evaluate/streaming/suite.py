@@ -99,7 +99,7 @@ def evaluate(
     config: StreamingConfig,
     tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Results:
-    """As `run`, of any speaker. tell: is given what went wrong."""
+    """As `run`, for any speaker. tell: is given what went wrong."""
     jobs = list(_jobs(chosen, config))
     with EvaluationRun(out, model, NAME, _settings(chosen, config)) as run:
         asked = Asked(out / "said")
@@ -146,7 +146,7 @@ def _jobs(chosen: list[Chosen], config: StreamingConfig) -> Iterator[Job]:
 
 
 def _curve(jobs: list[Job], asked: Asked, out: Path) -> list[Row]:
-    """Of the biases, with what could not be watched at each."""
+    """Rows of the curve over the biases, with what could not be watched at each."""
     heard: dict[float, list[Heard]] = {}
     lost: dict[float, list[dict[str, Any]]] = {}
     for job in jobs:

@@ -253,8 +253,8 @@ def test_a_host_is_listened_to_at_all_of_its_addresses(monkeypatch: pytest.Monke
         pytest.skip("this machine has no address of IPv6")
 
     def reached(host: str, *addresses: str) -> None:
-        with listen(host, 0) as doors:
-            number = doors[0].getsockname()[1]
+        with listen(host, 0) as sockets:
+            number = sockets[0].getsockname()[1]
             for address in addresses:
                 socket.create_connection((address, number), 10).close()
 
@@ -265,9 +265,9 @@ def test_a_host_is_listened_to_at_all_of_its_addresses(monkeypatch: pytest.Monke
     # As most machines have it, in /etc/hosts; the last one is another machine's.
     several = [one for name in ("::1", "127.0.0.1", "192.0.2.1") for one in found(name, 0, type=1)]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: several)
-    with listen("localhost", 0) as doors:
-        assert [door.getsockname()[0] for door in doors] == ["::1", "127.0.0.1"]
-        assert len({door.getsockname()[1] for door in doors}) == 1
+    with listen("localhost", 0) as sockets:
+        assert [each.getsockname()[0] for each in sockets] == ["::1", "127.0.0.1"]
+        assert len({each.getsockname()[1] for each in sockets}) == 1
 
 
 def test_only_addresses_of_this_machine_alone_need_no_key() -> None:
