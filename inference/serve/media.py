@@ -12,10 +12,10 @@ import contextlib
 import json
 import logging
 import multiprocessing
-import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -34,12 +34,13 @@ from inference.serve.limits import Refused
 log = logging.getLogger(__name__)
 
 _LOOK = 0.05  # seconds between looks at whether the client has left
+_CLOSING = "the server is shutting down"
 _LAST = 2.0  # seconds in which a process must end when the server does
 # Imported once, in the process from which the others are forked.
 _IMPORTED = ["inference.serve.decoding", "inference.serve.__main__"]  # which is light
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A task on its way. taken: is called with the bytes of each frame, and may raise Refused."""
 
@@ -71,7 +72,8 @@ class MediaPool:
     def __init__(
         self, name: str, processes: int, waiting: int, seconds: float, memory: int, nice: int = 0
     ) -> None:
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
+        self._jobs, self._most = deque[_Job](), waiting
+        self._changed = threading.Condition()  # the lock of both: there is a job; it closes
         self._seconds = seconds
         self._closing = False
         self._tried = threading.Event()
@@ -94,6 +96,11 @@ class MediaPool:
         found = [worker.pid for worker in self._workers]
         return [pid for pid in found if pid is not None]
 
+    @property
+    def waiting(self) -> int:
+        """Tasks without a process."""
+        return len(self._jobs)
+
     async def frames(
         self, task: Task, taken: Callable[[int], None] = lambda size: None
     ) -> list[Tensor]:
@@ -104,26 +111,32 @@ class MediaPool:
             SampleError: the medium cannot be decoded.
         """
         job = _Job(task, self._seconds, taken)
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise Refused("overloaded", "too many media wait to be decoded") from None
+        with self._changed:
+            if self._closing:
+                raise Refused("overloaded", _CLOSING)
+            if len(self._jobs) >= self._most:
+                raise Refused("overloaded", "too many media wait to be decoded")
+            self._jobs.append(job)
+            self._changed.notify()
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
             job.abandoned = True
+            with self._changed, contextlib.suppress(ValueError):  # where it does not wait any more
+                self._jobs.remove(job)
             raise
 
     def close(self) -> None:
         """Ends the processes. What waits is refused; a process that is still being started ends
         when it finds its server gone."""
-        self._closing = True
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = self._jobs.get_nowait()
-                if job is not None:
-                    job.future.cancel()
-        self._wake()
+        with self._changed:
+            self._closing = True
+            waiting = [*self._jobs]
+            self._jobs.clear()
+            self._changed.notify_all()
+        for job in waiting:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(Refused("overloaded", _CLOSING))
         until = time.monotonic() + _LAST
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -134,7 +147,7 @@ class MediaPool:
         except Exception:
             log.exception("a process that decodes did not start: it is tried again with a task")
         self._tried.set()
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
             try:
@@ -142,12 +155,12 @@ class MediaPool:
             except Exception as error:
                 job.future.set_exception(error)
         worker.kill()
-        self._wake()
 
-    def _wake(self) -> None:
-        """Lets one thread see that the pool closes; each wakes the next."""
-        with contextlib.suppress(queue.Full):
-            self._jobs.put_nowait(None)
+    def _next(self) -> _Job | None:
+        """The job that has waited longest; None: the pool closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            return None if self._closing else self._jobs.popleft()
 
     def _unwanted(self, job: _Job) -> bool:
         return job.abandoned or self._closing

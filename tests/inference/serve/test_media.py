@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +23,8 @@ from PIL import Image
 
 from inference.engine.engine import Engine
 from inference.serve import media
+from inference.serve.decoding import Task
+from inference.serve.limits import Refused
 from tests.inference.serve.attacking import (
     JSON,
     LIMITS,
@@ -136,10 +140,11 @@ def scans(count: int) -> bytes:
     return data[:last] + data[last:-2] * count + data[-2:]
 
 
-def test_clips_that_take_long_stop_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is decoded, one waits, the third is refused at once; a session's frames go on."""
-    bomb = scans(6000)
-    assert len(bomb) < LIMITS.frame_bytes
+def held_decoder(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> tuple[threading.Event, threading.Event]:
+    """The process for clips is busy with the first one: that it has begun, and that it may go
+    on."""
     (worker,), taken, going_on = server.hub.clips._workers, threading.Event(), threading.Event()
     run = worker.run
 
@@ -149,13 +154,21 @@ def test_clips_that_take_long_stop_nobody(server: Running, monkeypatch: pytest.M
         return run(*arguments)
 
     monkeypatch.setattr(worker, "run", held)
+    return taken, going_on
+
+
+def test_clips_that_take_long_stop_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is decoded, one waits, the third is refused at once; a session's frames go on."""
+    bomb = scans(6000)
+    assert len(bomb) < LIMITS.frame_bytes
+    taken, going_on = held_decoder(server, monkeypatch)
     with server.open() as client, concurrent.futures.ThreadPoolExecutor(2) as pool:
         client.until("session.created")
         client.update(silence_bias=50)
         slow = [pool.submit(ask, server, ("image_url", bomb))]
         assert taken.wait(PATIENCE)
         slow.append(pool.submit(ask, server, ("image_url", bomb)))
-        until(server.hub.clips._jobs.full)
+        until(lambda: server.hub.clips.waiting == 1)
         third = ask(server, ("image_url", bomb))
         refused(third, 503, "overloaded")
         assert third.headers["retry-after"] == "1"
@@ -208,6 +221,30 @@ def test_requests_whose_clients_left_take_no_turn(
         reset(one)
     until(lambda: server.hub.waiting == 0)
     server.wait(0)  # before any of them could have been answered
+
+
+def test_media_whose_clients_left_take_no_turn_and_no_memory(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may wait for the process: who comes after it has left is not refused."""
+    taken, going_on = held_decoder(server, monkeypatch)
+    picture = {"type": "image_url", "image_url": data_url(jpeg(), "image/jpeg")}
+    messages = [{"role": "user", "content": [picture]}]
+    first = post(server, messages=messages)
+    assert taken.wait(PATIENCE)
+    for _ in range(3):
+        waiting = post(server, messages=messages)
+        until(lambda: server.hub.clips.waiting == 1)
+        job = weakref.ref(server.hub.clips._jobs[0])
+        reset(waiting)
+        until(lambda: server.hub.clips.waiting == 0)
+        until(lambda job=job: job() is None)  # type: ignore[misc]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, server, ("image_url", jpeg()))
+        until(lambda: server.hub.clips.waiting == 1)
+        going_on.set()
+        assert answer.result().status_code == 200
+    reset(first)
 
 
 def test_a_client_that_leaves_in_the_prefill_frees_its_place(
@@ -301,6 +338,17 @@ def test_a_server_that_stops_while_its_decoders_start_does_not_wait_for_them(
     monkeypatch.setattr(media._Worker, "start", start)
     pool = media.MediaPool("decoder", processes=2, waiting=1, seconds=1, memory=2**30)
     assert starting.wait(PATIENCE)
-    pool.close()
+
+    async def close() -> None:
+        asked = asyncio.create_task(pool.frames(task))
+        while not pool.waiting:
+            await asyncio.sleep(0.01)
+        pool.close()
+        for late in (asked, pool.frames(task)):  # what waits, and what comes then
+            with pytest.raises(Refused, match="the server is shutting down"):
+                await late
+
+    task = Task("image", "data:,", "image", 56, 1, 1, 1.0)
+    asyncio.run(close())
     assert not started.is_set()
     imported.set()
