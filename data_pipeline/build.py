@@ -22,12 +22,12 @@ from data_pipeline import files
 from data_pipeline.cgroups import cores
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, describe, report_error
 from data_pipeline.fields import check_values, number
-from data_pipeline.importers.ahead import read_ahead
 from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.forms import FORMS, OpenSource, SourceOptions, open_source
 from data_pipeline.importers.journal import REJECTED, Journal, Summary
 from data_pipeline.importers.media import MediaOptions, Outcome
 from data_pipeline.importers.pool import Pool
+from data_pipeline.importers.prefetch import read_ahead
 from data_pipeline.importers.share import WHOLE
 from data_pipeline.index import prepare_index
 from data_pipeline.progress import Progress

@@ -31,7 +31,7 @@ from data_pipeline.schema import SampleError
 from inference.engine.choose_attend import CHOICES
 from inference.engine.engine import KV_DTYPES, VISION_DTYPES, Engine, EngineConfig, EngineFull
 from inference.engine.load import DTYPES, RankFinished, load_engine
-from inference.engine.quantized import KINDS as QUANTIZED
+from inference.engine.quantized_linear import KINDS as QUANTIZED
 from inference.engine.sampling import Sampling
 from inference.export_info import FORM_KEY, ExportError, ExportInfo, read_export_info
 from inference.kernels.choose import KINDS

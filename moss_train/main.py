@@ -63,9 +63,9 @@ def run(config: Config, console: TextIO | None = None) -> bool:
     resume_from = check(config)
     # megatron is imported only now: a wrong configuration is refused in two seconds, not six.
     with quick_imports():
-        from moss_train.train import fits, loop, shared_memory
+        from moss_train.train import loop, memory_check, shared_memory
 
-    fits.check_fits(config)
+    memory_check.check_fits(config)
     shared_memory.check_shared_memory(config)
     if not config.trainer.eval_suites:
         return loop.run(config, resume_from, console)

@@ -32,7 +32,7 @@ MODULES = [
     "hydra",
     "moss_train.compose",
     "moss_train.validate",
-    "moss_train.train.fits",
+    "moss_train.train.memory_check",
     "moss_train.train.loop",
     "moss_train.evaluate.exported",
     "megatron.core.transformer.multi_token_prediction",  # a schedule's first forward pass

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline import devices
 from inference.bench.measure import Clock, random_frames
 from inference.engine.engine import Engine
-from inference.engine.quantized import QuantizedLinear
+from inference.engine.quantized_linear import QuantizedLinear
 from inference.engine.tower_fp8 import Fp8Linear
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 

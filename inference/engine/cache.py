@@ -3,8 +3,8 @@
 Self-attention: `max_tokens` of each slot, in the order of arrival. Cross-attention: a ring of
 `window` frames and one place more (slots.FrameRing says which place holds which frame). A frame
 may lie anywhere in the ring: its position is in its keys. Keys and values are kept once per KV
-head. How a pass attends them is in batches.py (any number of tokens) and inference/kernels (passes
-of fixed shape).
+head. How a pass attends them is in packed_batch.py (any number of tokens) and inference/kernels
+(passes of fixed shape).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.engine import kv_scales
-from inference.engine.memory import CacheSizes
+from inference.engine.cache_sizes import CacheSizes
 from inference.engine.slots import NEVER, Eviction, Slot, tokens_to_keep
 from inference.engine.upload import upload
 from inference.hf.decoder_moss_video import CrossLayer, Decoder, Rotation, SelfLayer, rotate

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from inference.engine.cache import KVCache
-from inference.engine.memory import CacheSizes
-from inference.engine.quantized import QuantizedLinear
+from inference.engine.cache_sizes import CacheSizes
+from inference.engine.quantized_linear import QuantizedLinear
 from inference.hf.decoder_moss_video import CrossLayer, Decoder, RMSNorm, SelfLayer
 from inference.kernels.choose import Kernels
 from inference.kernels.rows import Rows

@@ -30,13 +30,13 @@ from inference.engine.choose_attend import CHOICES, set_up
 from inference.engine.decode import sizes_of
 from inference.engine.graph_memory import GraphMemory
 from inference.engine.graphs import GraphRunner
-from inference.engine.packed import PackedRunner
+from inference.engine.packed_runner import PackedRunner
 from inference.engine.preprocess import Pixels
 from inference.engine.quantize import use_kernels
 from inference.engine.sampling import Sampler, Sampling
 from inference.engine.slots import FrameRing, Mark, Slot, Step, check_steps
-from inference.engine.tower import BATCHES, Tower
 from inference.engine.tower_fp8 import round_tower
+from inference.engine.tower_graphs import BATCHES, Tower
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.kernels.choose import KINDS, Kernels, choose
 

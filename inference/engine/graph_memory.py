@@ -16,10 +16,10 @@ from typing import cast
 import torch
 
 from data_pipeline import devices
+from inference.engine.cache_sizes import CacheSizes, gib
 from inference.engine.graphs import HEAD, Shapes
-from inference.engine.memory import CacheSizes, gib
-from inference.engine.quantized import QuantizedLinear
-from inference.engine.tower import BATCHES
+from inference.engine.quantized_linear import QuantizedLinear
+from inference.engine.tower_graphs import BATCHES
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.vision_moss_video import PATCH_MULTIPLE, VisionLayer
 from inference.kernels.choose import Kernels

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inference.engine.quantized import QuantizedLinear
+from inference.engine.quantized_linear import QuantizedLinear
 from inference.hf.decoder_moss_video import CrossLayer, SelfLayer
 from inference.kernels.plain import LARGEST
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.engine.cache import frame_projections
-from inference.engine.quantized import FORMATS, KINDS, QuantizedLinear
+from inference.engine.quantized_linear import FORMATS, KINDS, QuantizedLinear
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.kernels.choose import Kernels
 

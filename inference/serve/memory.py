@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from inference.engine.cache_sizes import gib
 from inference.engine.engine import Engine, EngineFull
-from inference.engine.memory import gib
 from inference.session.session import SessionConfig
 
 FLAG = "--limit_sessions_memory"

@@ -36,9 +36,9 @@ from inference.serve.held import NORMAL, POLICY, TRY_LATER
 from inference.serve.hub import Hub, LiveSession
 from inference.serve.socket import Connection
 from inference.serve.wire import ROUTE, pack, unpack
+from inference.session.from_journal import rebuild
 from inference.session.handle import SessionClosed
 from inference.session.journal import Journal, Record
-from inference.session.rebuilt import rebuild
 
 
 def add_front_route(app: FastAPI, hub: Hub, key: str) -> None:

@@ -19,8 +19,8 @@ from inference.engine.slots import Slot
 from inference.session.answer import Answer
 from inference.session.events import Event
 from inference.session.journal import Journal, Record
-from inference.session.saved import state_of
 from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
+from inference.session.session_state import state_of
 
 
 class SessionClosed(Exception):

@@ -1,5 +1,5 @@
 """What another process needs to go on with a session whose own process dies: written after each
-step and each message, read by who keeps it (`fold`), and given to `rebuilt.rebuild`.
+step and each message, read by who keeps it (`fold`), and given to `from_journal.rebuild`.
 
 A record is whole in itself: it names the last event and the last message that it covers, and what
 has changed of the session since the record before. Records hold plain values for JSON; pictures,
@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from inference.engine.slots import Slot
-from inference.session.saved import state_of
 from inference.session.session import Session, SessionConfig
+from inference.session.session_state import state_of
 
 Record = dict[str, Any]
 

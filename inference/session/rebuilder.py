@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inference.engine import rebuild
 from inference.engine.engine import VISION_BATCH
-from inference.engine.packed import LONGEST_PASS
+from inference.engine.packed_runner import LONGEST_PASS
 from inference.engine.rebuild import Outline
 from inference.engine.slots import Slot
 from inference.session.runner import Runner

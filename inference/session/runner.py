@@ -31,8 +31,8 @@ from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle, led_by_first
 from inference.session.response import Vocabulary
-from inference.session.saved import resume
 from inference.session.session import Session, SessionConfig, StepRequest
+from inference.session.session_state import resume
 from inference.session.stats import Measure, Stats
 
 log = logging.getLogger(__name__)

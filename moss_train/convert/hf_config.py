@@ -9,8 +9,8 @@ from typing import Any
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
 from moss_train.config import ConfigError
+from moss_train.convert.config_section import Section, read_section
 from moss_train.convert.rope import rope_of
-from moss_train.convert.section import Section, read_section
 from moss_train.hardware import DTYPES
 from moss_train.model_config import POOLS, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 

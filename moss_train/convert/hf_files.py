@@ -19,15 +19,15 @@ from data_pipeline.tokenizer_identity import identify
 from data_pipeline.tokens import token_text
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import Config
-from moss_train.convert.beside import (
+from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
+from moss_train.convert.quantize import Quantizer
+from moss_train.convert.side_files import (
     ENDS,
     chat_templates,
     missing_tokens,
     read_tokenizer,
     same_special_tokens,
 )
-from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
-from moss_train.convert.quantize import Quantizer
 from moss_train.convert.source import ConversionError, read_json
 from moss_train.model_config import ModelConfig
 from moss_train.trained_tokenizer import KEY, check_tokenizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moss_train.config import ConfigError
-from moss_train.convert.section import Section
+from moss_train.convert.config_section import Section
 from moss_train.convert.source import HfFolder
 from moss_train.model_config import RopeScalingConfig, TextConfig
 

@@ -19,7 +19,6 @@ from data_pipeline.prompts import STAGE_FORMS
 from data_pipeline.tokenizer_identity import identify
 from moss_train.checkpoint_dir import write_complete
 from moss_train.config import Config, RunConfig, StageConfig, from_dict, to_dict
-from moss_train.convert.beside import read_beside
 from moss_train.convert.folders import foreign_form
 from moss_train.convert.hf_config import kind_of, model_config_from_hf, text_config_from_llama
 from moss_train.convert.hf_files import (
@@ -46,6 +45,7 @@ from moss_train.convert.megatron_files import (
 )
 from moss_train.convert.random_init import random_reader
 from moss_train.convert.rope import saved_rope
+from moss_train.convert.side_files import read_beside
 from moss_train.convert.source import ConversionError, HfFolder, problems_of, read_json
 from moss_train.data_config import DataConfig
 from moss_train.hardware import DTYPES

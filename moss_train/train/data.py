@@ -26,10 +26,10 @@ from moss_train.parallel.distribute import (
 )
 from moss_train.parallel.packing import Bounds
 from moss_train.sources import mixed_sources
-from moss_train.train import lines
-from moss_train.train.ahead import Ahead
+from moss_train.train import json_lines
+from moss_train.train.background import BackgroundWork
 from moss_train.train.metrics import read_metrics
-from moss_train.train.plan import StepPlan
+from moss_train.train.step_plan import StepPlan
 from moss_train.train.unlearned import reasons
 
 
@@ -59,7 +59,7 @@ def open_loader(config: Config, groups: Groups, order: dict[str, Any] | None) ->
 
 
 @dataclass
-class Ready:
+class PreparedStep:
     """A step that has been read."""
 
     step: HostStep
@@ -91,7 +91,7 @@ class StepReader:
         """`shares`: as in `read_step`; `loss`: of training; `order`: as in `open_loader`."""
         data, vision = config.data, config.model.vision
         self.loss = loss
-        self._ahead: Ahead[Ready] | None = None
+        self._ahead: BackgroundWork[PreparedStep] | None = None
         self._stopping = False
         self.config, self.groups, self.shares = config, groups, shares
         self.loader = open_loader(config, groups, order) if groups.is_leader else None
@@ -112,12 +112,12 @@ class StepReader:
         ready = self._prepare() if ahead is None else ahead.result()
         self.steps += 1
         if step < self.config.steps:
-            self._ahead = Ahead(self._prepare, "next step")
+            self._ahead = BackgroundWork(self._prepare, "next step")
         batch = distribute(ready.step, self.frame_shape, self.groups, self.shares)
         check_tokens(batch, self.config, step)
         return batch, ready.plan
 
-    def _prepare(self) -> Ready:
+    def _prepare(self) -> PreparedStep:
         """The next step."""
         batches = self.batches and self._until_stopped(self.batches)
         multiple = self.config.data.pad_multiple
@@ -127,7 +127,7 @@ class StepReader:
             end_reading(self.groups)
             raise
         plan = StepPlan(step.microbatches, self.config, self.loss)
-        return Ready(step, plan)
+        return PreparedStep(step, plan)
 
     def _until_stopped(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for batch in batches:
@@ -279,8 +279,8 @@ class Audit:
     def cut(run: Path, last: int) -> None:
         """Removes the steps after `last`, which the job goes on from, from all replicas' files."""
         for path in run.glob("audit.*.jsonl"):
-            lines.cut(path, last)
+            json_lines.cut(path, last)
 
     def write(self, step: int, keys: list[str]) -> None:
         """Appends the keys of a step."""
-        lines.append(self.path, {"step": step, "keys": keys})
+        json_lines.append(self.path, {"step": step, "keys": keys})

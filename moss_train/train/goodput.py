@@ -26,8 +26,8 @@ PARTS = {
 
 
 @dataclass
-class Around:
-    """What is beside a step, for its line of metrics.jsonl: see StepMetrics."""
+class OutsideSteps:
+    """Time that is spent outside of steps, for their lines of metrics.jsonl: see StepMetrics."""
 
     time: float = 0.0
     validation_s: float = 0.0

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moss_train.train import lines
+from moss_train.train import json_lines
 from moss_train.train.metrics import read_metrics
 
 WINDOW = 100  # accepted losses whose median a spike is measured against
@@ -100,4 +100,4 @@ def write_bad_step(
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "keys": [key for part in everywhere for key in part],
         }
-        lines.append(run / BAD_STEPS_FILE, record)
+        json_lines.append(run / BAD_STEPS_FILE, record)

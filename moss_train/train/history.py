@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moss_train.processes import age_s
-from moss_train.train import lines
+from moss_train.train import json_lines
 from moss_train.train.description import REPO, git_commit
 from moss_train.train.metrics import read_metrics
 
@@ -27,16 +27,16 @@ HISTORY_FILE = "history.jsonl"
 
 def note(run: Path, event: str, **what: Any) -> None:
     """Appends a line: `event`, `time` (seconds since 1970, UTC), and what else is given."""
-    lines.append(run / HISTORY_FILE, {"event": event, "time": round(time.time(), 3), **what})
+    json_lines.append(run / HISTORY_FILE, {"event": event, "time": round(time.time(), 3), **what})
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's history that are whole; [] where there is none."""
-    return lines.read(run / HISTORY_FILE, "event", "time")
+    return json_lines.read(run / HISTORY_FILE, "event", "time")
 
 
 @dataclass(frozen=True)
-class Before:
+class FoundRun:
     """What a job has found in its run folder: the checkpoint that it resumes from, checkpoints that
     are damaged, and a line for each field whose value has changed."""
 
@@ -53,7 +53,7 @@ def all_hosts() -> dict[str, int]:
 
 
 def note_start(
-    run: Path, before: Before, step: int, hosts: dict[str, int], layout: dict[str, int]
+    run: Path, found: FoundRun, step: int, hosts: dict[str, int], layout: dict[str, int]
 ) -> None:
     """The entry of a job that goes on after `step`, before it removes later steps from the metrics:
     how many they are, and the seconds that they took, are lost; `last_sign`: of the job before."""
@@ -68,9 +68,9 @@ def note_start(
         step=step,
         started=round(started, 3),
         last_sign=round(max(signs, default=started), 3),
-        resumed_from=before.resumed_from and str(before.resumed_from),
-        damaged=[str(path) for path in before.damaged],
-        changed=list(before.changed),
+        resumed_from=found.resumed_from and str(found.resumed_from),
+        damaged=[str(path) for path in found.damaged],
+        changed=list(found.changed),
         lost_steps=len(lost),
         lost_s=round(sum(row["step_time_s"] for row in lost), 3),
         hosts=hosts,

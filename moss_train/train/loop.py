@@ -32,21 +32,21 @@ from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
 from moss_train.train.description import write_description
 from moss_train.train.flops import TrainedParts, step_flops
-from moss_train.train.goodput import Around
+from moss_train.train.goodput import OutsideSteps
 from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.heartbeat import beat
 from moss_train.train.held_out import HeldOut, Measured, OpenSuites
-from moss_train.train.history import Before, all_hosts, note, note_start, noting_errors
+from moss_train.train.history import FoundRun, all_hosts, note, note_start, noting_errors
 from moss_train.train.loggers import open_loggers
 from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetrics, read_metrics
 from moss_train.train.optimizer import make_train_state, schedule_warnings
 from moss_train.train.param_groups import check_gradients, freeze
-from moss_train.train.plan import StepPlan
 from moss_train.train.process import process_group, start_writer_queue, stop_signals
 from moss_train.train.profiler import StepProfiler
 from moss_train.train.report import write_report_or_warn
 from moss_train.train.start import agree_on_start, last_whole, steps_left
 from moss_train.train.step import StepResult, TrainStep
+from moss_train.train.step_plan import StepPlan
 from moss_train.train.stragglers import Stragglers
 from moss_train.train.summary import summary_table
 from moss_train.train.unlearned import UnlearnedWarnings
@@ -80,8 +80,8 @@ def run(
         if not left:
             return False
         tell_run_folder(Path(config.run.dir))
-        before = Before(resume_from, damaged, changed)
-        job = Job(config, resume_from, console, loggers, before, suites)
+        found = FoundRun(resume_from, damaged, changed)
+        job = Job(config, resume_from, console, loggers, found, suites)
         try:
             return job.run()
         except BaseException:
@@ -99,10 +99,10 @@ class Job:
         resume_from: Path | None,
         console: TextIO | None = None,
         loggers: Sequence[Logger] = (),
-        before: Before | None = None,
+        found: FoundRun | None = None,
         suites: OpenSuites | None = None,
     ):
-        self.before = before or Before(resume_from)
+        self.found = found or FoundRun(resume_from)
         self.config, self.console, self.loggers = config, console, loggers
         self.folder, self.first_rank = Path(config.run.dir), dist.get_rank() == 0
         self.groups = build_groups(config.parallel, config.trainer.seed, config.hardware.timeout_s)
@@ -134,7 +134,7 @@ class Job:
         self.profiler = StepProfiler(profiled, self.folder / "profile")
         self.due = False  # a checkpoint should have been saved, but the last step was left out
         self.recovered = -1  # steps accepted until the last return to a checkpoint
-        self.around, self.stragglers = Around(), Stragglers(config.trainer.slow_ranks_every)
+        self.outside, self.stragglers = OutsideSteps(), Stragglers(config.trainer.slow_ranks_every)
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
             self.epochs = Epochs(config, self.done)
@@ -180,9 +180,9 @@ class Job:
                 self.done += 1
                 self.samples += self.config.data.global_batch
                 self._check(result)
-                self.around.time = time.time()
+                self.outside.time = time.time()
                 measured = self.held_out(self.done, result, asked)
-                self.around.validation_s = measured.seconds
+                self.outside.validation_s = measured.seconds
                 self._report(result, seconds, measured, batch, writer, progress)
                 slow = self.stragglers.add(result.phase_s | {"data": waited})
                 for line in slow if self.first_rank else ():
@@ -193,13 +193,13 @@ class Job:
                 if every is not None and self.done % every == 0:
                     self._compare()
                 stopped = result.stop > 0
-                with self.around.saving():
+                with self.outside.saving():
                     self.checkpointer.poll()
                 self.due |= self.done % self.config.trainer.checkpoint_every == 0
                 # Weights that steps fail with are not worth a checkpoint.
                 last = stopped or self.done == steps
                 if last or (self.due and not self.guard.in_a_row):
-                    with self.around.saving():
+                    with self.outside.saving():
                         self._save(last)
             beat("save")
             self.checkpointer.close()
@@ -267,13 +267,13 @@ class Job:
         except OSError as error:  # a quota; what looks like a folder that can be written
             raise StorageError(f"run.dir={self.folder}: cannot be made: {error.strerror}") from None
         with running_in(self.folder), noting_errors(self.folder):
-            self.checkpointer.open_folder(self.before.damaged)
+            self.checkpointer.open_folder(self.found.damaged)
             layout = {"world": dist.get_world_size(), "data": self.groups.data_size}
             layout |= {"pipeline": config.parallel.pipeline, "tensor": config.parallel.tensor}
             kind = hardware.device().type
             with or_warning("run.json and config.yaml"):
                 write_description(self.folder, config, layout, asdict(self.counts), kind)
-            note_start(self.folder, self.before, self.done, hosts, layout)
+            note_start(self.folder, self.found, self.done, hosts, layout)
             self.audit.cut(self.folder, self.done)
             dist.barrier()  # from now on other replicas write to their audits
             with self._sinks() as sinks:
@@ -348,7 +348,7 @@ class Job:
             epochs=self.epochs.add(result.sources),
             validation=measured.validation,
             suites=measured.suites,
-            **self.around.take(),
+            **self.outside.take(),
         )
 
     def _announce(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 import torch.distributed as dist
 
-from moss_train.train.silence import Seen
+from moss_train.train.hang_detection import RankStatus
 
 EVERY = 3.0  # seconds between two tellings
 PATIENCE = 6.0  # seconds in which the store must have answered
@@ -30,8 +30,8 @@ class Machines:
     def __init__(self, connect: Callable[[], dist.Store], number: int, count: int):
         """`connect`: makes the connection. number, count: of this machine, of all."""
         self._connect, self._number, self._count = connect, number, count
-        self._own: Sequence[Seen] = ()
-        self._all: list[Seen] = []
+        self._own: Sequence[RankStatus] = ()
+        self._all: list[RankStatus] = []
         self._read_at = -1.0  # when `_all` was read
         self._hang = False
         self._asked = threading.Event()
@@ -45,11 +45,11 @@ class Machines:
         number = int(os.environ.get("GROUP_RANK", "0"))
         return cls(connect, number, int(os.environ.get("GROUP_WORLD_SIZE", "1")))
 
-    def tell(self, own: Sequence[Seen]) -> None:
+    def tell(self, own: Sequence[RankStatus]) -> None:
         """What this machine sees now; the others learn it within seconds."""
         self._own = own
 
-    def all(self) -> list[Seen]:
+    def all(self) -> list[RankStatus]:
         """What all machines see, of the last seconds; this one's own where the store does not
         answer in time."""
         asked = time.monotonic()
@@ -59,7 +59,7 @@ class Machines:
             time.sleep(0.05)
         return self._all if self._read_at >= asked else list(self._own)
 
-    def say_hang(self) -> list[Seen]:
+    def say_hang(self) -> list[RankStatus]:
         """Tells the others that the job hangs: they write down what they see. Returns `all`."""
         self._hang = True
         return self.all()
@@ -89,5 +89,5 @@ class Machines:
         started = time.monotonic()
         names = [f"seen_{number}" for number in range(self._count)]
         told = [json.loads(store.get(name)) for name in names if store.check([name])]
-        self._all = [Seen(**row) for rows in told for row in rows]
+        self._all = [RankStatus(**row) for rows in told for row in rows]
         self._read_at = started

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TextIO
 
 from data_pipeline.progress import ConsoleLine, eta, rate
 from moss_train.storage import or_warning
-from moss_train.train import lines
+from moss_train.train import json_lines
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -121,7 +121,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     A line that is not whole (a killed run wrote it) is left out, with a warning. A value that was
     not finite is None.
     """
-    return lines.read(run_dir / METRICS_FILE, "step")
+    return json_lines.read(run_dir / METRICS_FILE, "step")
 
 
 class Logger(Protocol):
@@ -146,11 +146,11 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._loggers = list(loggers)
         self._path = run_dir / METRICS_FILE
-        lines.cut(self._path, resume_step)
+        json_lines.cut(self._path, resume_step)
 
     def rewind(self, step: int) -> None:
         """Removes the steps after `step`, from which the run goes on, here and from loggers."""
-        lines.cut(self._path, step)
+        json_lines.cut(self._path, step)
         self._tell("rewind", step)
 
     def write(self, metrics: StepMetrics) -> None:
@@ -163,7 +163,7 @@ class MetricsWriter:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
-        lines.append(self._path, finite)
+        json_lines.append(self._path, finite)
         self._tell("write", metrics.step, logged_values(values))
 
     def _tell(self, method: str, *what: Any) -> None:

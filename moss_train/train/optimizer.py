@@ -22,7 +22,7 @@ from moss_train.config import Config, ConfigError
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.data_parallel import DataParallel
 from moss_train.train import adam
-from moss_train.train.guarded import GuardedOptimizer
+from moss_train.train.guarded_optimizer import GuardedOptimizer
 from moss_train.train.param_groups import Counts, group_overrides
 
 

@@ -24,7 +24,7 @@ from moss_train.train.flops import StepCounts
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import TrainState
 from moss_train.train.phases import Phases
-from moss_train.train.plan import StepPlan
+from moss_train.train.step_plan import StepPlan
 from moss_train.train.warm_up import plan_kernels
 from moss_train.transfer import HostCopy, to_device
 

@@ -1,10 +1,10 @@
 """A process on each machine that ends a job that hangs, and says who hangs where.
 
 It reads the signs of life of the machine's ranks (heartbeat.py). Where one has given none for too
-long (silence.py), the ranks have their Python stacks written, each machine puts what it sees into
-`hangs/` of the run folder, names the ranks that are furthest behind, and kills its own: torchrun
-starts them again if it may. On several machines they decide by what all see (machines.py): the rank
-that the others wait for may be anywhere.
+long (hang_detection.py), the ranks have their Python stacks written, each machine puts what it sees
+into `hangs/` of the run folder, names the ranks that are furthest behind, and kills its own:
+torchrun starts them again if it may. On several machines they decide by what all see (machines.py):
+the rank that the others wait for may be anywhere.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from moss_train.node_folders import claimed, remove_unclaimed
 from moss_train.processes import stat_fields
 from moss_train.storage import or_warning
 from moss_train.train import flight_recorder, heartbeat
-from moss_train.train.heartbeat import Beat
-from moss_train.train.machines import Machines
-from moss_train.train.process import store_of
-from moss_train.train.silence import (
+from moss_train.train.hang_detection import (
     STOPPED,
     Limits,
     Pace,
-    Seen,
+    RankStatus,
     describe_late,
     furthest_behind,
     hangs,
     report,
     verdict,
 )
+from moss_train.train.heartbeat import Beat
+from moss_train.train.machines import Machines
+from moss_train.train.process import store_of
 
 NAMED = 60.0  # seconds of silence after which a line says who is late, whatever it does
 OTHERS = 10.0  # seconds in which the other machines write down what they see
@@ -118,7 +118,7 @@ def watch(folder: Path, limits: Limits, parent: int, launcher: int, machines: Ma
         beats = heartbeat.read(folder)
         pace.add(beats, time.monotonic())
         limits = replace(limits, usual_step_s=pace.usual_step_s)
-        own = _seen(beats)
+        own = _statuses(beats)
         machines.tell(own)
         if not own:
             continue
@@ -145,7 +145,7 @@ def wake(launcher: int, ran: float, hang_s: float = 0.0) -> float:
     return ran
 
 
-def _name_late(own: Sequence[Seen], everywhere: Sequence[Seen]) -> None:
+def _name_late(own: Sequence[RankStatus], everywhere: Sequence[RankStatus]) -> None:
     """Prints who is late, on the machine of the rank that is furthest behind."""
     hosts = {rank.host for rank in furthest_behind(everywhere)}
     if own[0].host in hosts:
@@ -157,7 +157,7 @@ def end_job(folder: Path, machines: Machines, limits: Limits, parent: int) -> No
     """Writes down what this machine sees, names who is behind, and kills its ranks: also where
     nothing can be written."""
     beats = heartbeat.read(folder)
-    own, ranks = _seen(beats), [beat.rank for beat in beats]
+    own, ranks = _statuses(beats), [beat.rank for beat in beats]
     machines.tell(own)
     flight_recorder.ask(folder, ranks)
     for beat in beats:
@@ -185,11 +185,11 @@ def end_job(folder: Path, machines: Machines, limits: Limits, parent: int) -> No
             os.kill(pid, signal.SIGKILL)
 
 
-def _seen(beats: list[Beat]) -> list[Seen]:
+def _statuses(beats: list[Beat]) -> list[RankStatus]:
     """What this machine sees of its ranks."""
     now, host = time.monotonic(), socket.gethostname()
     return [
-        Seen(beat.rank, host, beat.pid, beat.step, beat.count, beat.doing, now - beat.at,
+        RankStatus(beat.rank, host, beat.pid, beat.step, beat.count, beat.doing, now - beat.at,
              _state(beat.pid))
         for beat in beats
     ]  # fmt: skip

@@ -111,7 +111,7 @@ def make_engine(**options: Any) -> Any:
 
     with (
         mock.patch("inference.engine.graphs.Pool", SimulatedPool),
-        mock.patch("inference.engine.tower.Pool", SimulatedPool),
+        mock.patch("inference.engine.tower_graphs.Pool", SimulatedPool),
         mock.patch("inference.engine.engine.choose", return_value=Kernels(attention=AnyRows)),
     ):
         return Engine(

@@ -28,8 +28,8 @@ def main() -> None:
     resume_from = check(config)
     from moss_train.parallel.distribute import StepBatch
     from moss_train.train.loop import Job
-    from moss_train.train.plan import StepPlan
     from moss_train.train.process import process_group
+    from moss_train.train.step_plan import StepPlan
 
     class Faulty(Job):
         """A job with a bad day."""

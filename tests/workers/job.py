@@ -91,9 +91,9 @@ def run_checked(task: Task, config: Config) -> None:
     from moss_train.parallel.distribute import StepBatch
     from moss_train.train import loop
     from moss_train.train.loop import Job
-    from moss_train.train.plan import StepPlan
     from moss_train.train.start import steps_left
     from moss_train.train.step import StepResult
+    from moss_train.train.step_plan import StepPlan
 
     class Watched(Job):
         """A job that things happen to."""

@@ -75,8 +75,8 @@ def peak(memory: LiveMemory, samples: int = 2, **run: Any) -> dict[str, Any]:
     from moss_train.parallel.packing import Bounds
     from moss_train.parallel.process_groups import build_groups
     from moss_train.train.activations import Batch
-    from moss_train.train.fits import peak_bytes
     from moss_train.train.guard import Guard
+    from moss_train.train.memory_check import peak_bytes
     from moss_train.train.optimizer import make_train_state
     from moss_train.train.param_groups import freeze
     from moss_train.train.step import TrainStep

@@ -182,7 +182,7 @@ def _capture(checkpoint: str, part: str) -> None:
         FailingPool.plan = ["", "", "capture", "", "wrong"] if part == "capture" else [part]
     with (
         mock.patch("inference.engine.graphs.Pool", FailingPool),
-        mock.patch("inference.engine.tower.Pool", FailingPool),
+        mock.patch("inference.engine.tower_graphs.Pool", FailingPool),
         mock.patch("inference.engine.engine.choose", return_value=kernels),
         mock.patch("inference.engine.engine.devices.has_graphs", return_value=True),
     ):

@@ -17,7 +17,7 @@ from typing import Any
 from data_pipeline.toy.build import ToyConfig, build_toy
 from moss_train.processes import stat_fields
 from moss_train.train.history import HISTORY_FILE
-from moss_train.train.lines import read
+from moss_train.train.json_lines import read
 from moss_train.train.metrics import METRICS_FILE
 from tools.preloaded import REPO, Command, python_path, torchrun
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from data_pipeline import files
 from data_pipeline.build import BuildOptions
-from data_pipeline.importers.ahead import read_ahead
 from data_pipeline.importers.draft import Entry
 from data_pipeline.importers.forms import OpenSource, open_source
 from data_pipeline.importers.media import Outcome
 from data_pipeline.importers.pool import Pool
+from data_pipeline.importers.prefetch import read_ahead
 from data_pipeline.importers.share import WHOLE
 from data_pipeline.progress import Progress
 from data_pipeline.schema import SampleError

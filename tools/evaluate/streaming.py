@@ -22,7 +22,7 @@ from data_pipeline.commands import CommandParser, report_error, whole_number
 from data_pipeline.fields import ALLOWED
 from data_pipeline.shards import ShardError
 from inference.engine.load import DTYPES
-from inference.engine.quantized import KINDS as QUANTIZED
+from inference.engine.quantized_linear import KINDS as QUANTIZED
 from inference.evaluate.results import BenchmarkError
 from inference.evaluate.streaming.chosen import BENCHMARKS
 from inference.evaluate.streaming.config import StreamingConfig

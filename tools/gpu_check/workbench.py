@@ -17,14 +17,14 @@ from moss_train.model.choose_kernels import choose_kernels
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch, read_step
 from moss_train.parallel.process_groups import build_groups
-from moss_train.train.ahead import Ahead
+from moss_train.train.background import BackgroundWork
 from moss_train.train.data import microbatch_bounds
 from moss_train.train.flops import TrainedParts, step_flops
 from moss_train.train.guard import Guard
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
-from moss_train.train.plan import StepPlan
 from moss_train.train.step import StepResult, TrainStep
+from moss_train.train.step_plan import StepPlan
 from moss_train.train.trace import profiled
 from tools.gpu_check.cases import Case
 
@@ -73,7 +73,7 @@ class Workbench:
         for _ in range(self.case.steps):
             hardware.synchronize()
             started = time.perf_counter()
-            following = Ahead(lambda: self._plan(batch), "next step")  # as in a job
+            following = BackgroundWork(lambda: self._plan(batch), "next step")  # as in a job
             results.append(self.step(batch, plan))
             plan = following.result()
             hardware.synchronize()

@@ -17,9 +17,9 @@ from PIL import Image
 
 from data_pipeline import files
 from data_pipeline.build import BuildOptions, build_shards
-from data_pipeline.importers.ahead import read_ahead
 from data_pipeline.importers.draft import Draft, Entry, Medium
 from data_pipeline.importers.forms import SourceOptions
+from data_pipeline.importers.prefetch import read_ahead
 from data_pipeline.loader.remote import samples_in_order
 from data_pipeline.shards import ShardError, read_samples
 from data_pipeline.stores import StoreOptions

@@ -20,7 +20,7 @@ from inference.engine.engine import Engine
 from inference.engine.graph_memory import GraphMemory
 from inference.engine.quantize import quantize_decoder
 from inference.engine.sampling import Draw
-from inference.engine.tower import BATCHES
+from inference.engine.tower_graphs import BATCHES
 from inference.hf.vision_moss_video import VisionAttention
 from inference.kernels.choose import Kernels, choose
 from inference.kernels.trials import Sizes

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from inference.engine.load import load_engine, load_model
-from inference.engine.quantized import QuantizedLinear
+from inference.engine.quantized_linear import QuantizedLinear
 from tests.inference.engine.streams import Player, largest_error, make_stream, offline, play
 
 

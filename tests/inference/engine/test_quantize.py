@@ -10,7 +10,7 @@ from inference.engine.engine import Engine
 from inference.engine.four_bit import round_to_four_bits
 from inference.engine.load import load_model
 from inference.engine.quantize import quantize_decoder
-from inference.engine.quantized import QuantizedLinear
+from inference.engine.quantized_linear import QuantizedLinear
 from inference.kernels.choose import Kernels
 from tests.inference.engine.streams import AnyRows, Player, make_stream, offline, play
 from tests.inference.tiny import tiny_model

@@ -16,7 +16,7 @@ from inference.engine.decode import sizes_of
 from inference.engine.engine import Engine, EngineConfig
 from inference.engine.graphs import SPARE
 from inference.engine.quantize import quantize_decoder
-from inference.engine.quantized import FORMATS
+from inference.engine.quantized_linear import FORMATS
 from inference.engine.slots import Step
 from inference.kernels import plain
 from inference.kernels.choose import Kernels, choose, proven_ones

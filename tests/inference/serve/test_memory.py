@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_pipeline import devices
-from inference.engine import memory
+from inference.engine.cache_sizes import gib
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
@@ -68,11 +68,11 @@ def test_a_session_beyond_the_ceiling_is_refused_with_both_figures(
             with server.open() as third:
                 assert third.close_code == 1013
                 reason = third.socket.close_reason or ""
-                assert memory.gib(each.total) in reason
+                assert gib(each.total) in reason
                 assert "1000 bytes of the" in reason
             full = chat(server)
             assert (full.status_code, full.headers["Retry-After"]) == (503, "1")
-            assert memory.gib(each.kept) in full.json()["error"]["message"]
+            assert gib(each.kept) in full.json()["error"]["message"]
             # One that waits is answered when another session has ended.
             server.hub.limits = replace(limits, wait=PATIENCE)
             with ThreadPoolExecutor(1) as pool:

@@ -22,10 +22,10 @@ from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.session import rebuilder as rebuilder_module
+from inference.session.from_journal import rebuild
 from inference.session.handle import SessionHandle
 from inference.session.journal import Journal, Record, fold, sources
 from inference.session.rebuilder import Rebuilder
-from inference.session.rebuilt import rebuild
 from inference.session.runner import Runner
 
 FRAMES = 8

@@ -18,8 +18,8 @@ from data_pipeline.prompts import PromptBuilder
 from data_pipeline.schema import Message, SampleError
 from data_pipeline.tokens import SpecialTokens
 from inference.session.response import Vocabulary
-from inference.session.saved import resume, state_of
 from inference.session.session import Frame, QueueFull, SessionConfig
+from inference.session.session_state import resume, state_of
 from inference.session.stats import Stats
 from tests.inference.session.scripted import BLACK, Model, make, started
 

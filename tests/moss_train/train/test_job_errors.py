@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.index import prepare_index
 from data_pipeline.shards import write_shards
 from data_pipeline.toy.build import ToyConfig, make_sample
-from moss_train.train.lines import read
+from moss_train.train.json_lines import read
 from tests.moss_train.train.runs import audit, metrics, saved_steps, steps
 
 

@@ -57,7 +57,7 @@ def test_a_step_that_was_read_while_one_was_computed_is_not_waited_for(reader):
 
 
 def test_what_is_read_ahead_is_planned_and_in_order(reader):
-    from moss_train.train.plan import StepPlan
+    from moss_train.train.step_plan import StepPlan
 
     reader.batches = microbatches("mixed", 0, 2, 2)
     direct = microbatches("mixed", 0, 2, 2)

@@ -16,18 +16,26 @@ from torch.distributed import HashStore, TCPStore
 
 from moss_train.processes import stat_fields
 from moss_train.train import flight_recorder, heartbeat, machines
+from moss_train.train.hang_detection import (
+    STOPPED,
+    Limits,
+    Pace,
+    RankStatus,
+    hangs,
+    report,
+    verdict,
+)
 from moss_train.train.heartbeat import Beat, Heart, read
 from moss_train.train.machines import Machines
-from moss_train.train.silence import STOPPED, Limits, Pace, Seen, hangs, report, verdict
 from moss_train.train.stragglers import slow_ranks
 from moss_train.train.watchdog import wake, watch
 from tests.moss_train.train.runs import wait_for
 
 
-def seen(rank: int, step: int, doing: str, silent_s: float, **other: Any) -> Seen:
+def seen(rank: int, step: int, doing: str, silent_s: float, **other: Any) -> RankStatus:
     given: dict[str, Any] = {"host": f"node{rank}", "count": 3, "pid": 70 + rank, "state": "waits"}
     given |= other
-    return Seen(rank=rank, step=step, doing=doing, silent_s=silent_s, **given)
+    return RankStatus(rank=rank, step=step, doing=doing, silent_s=silent_s, **given)
 
 
 def test_the_report_has_all_ranks_of_all_machines_the_late_ones_first():

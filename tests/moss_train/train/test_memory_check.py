@@ -14,7 +14,7 @@ from moss_train import hardware
 from moss_train.config import Config, ConfigError, ParallelConfig, StageConfig
 from moss_train.model.hf_mapping import our_shape, table
 from moss_train.train.activations import Batch
-from moss_train.train.fits import check_fits, largest_batch, least_bytes, peak_bytes
+from moss_train.train.memory_check import check_fits, largest_batch, least_bytes, peak_bytes
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
 from tests.moss_train.model.build import preset, random_model

@@ -23,7 +23,7 @@ GONE = ("gone", "ended")  # processes
 
 
 @dataclass(frozen=True)
-class Seen:
+class RankStatus:
     """A rank as its machine's watchdog sees it.
 
     count: signs of life in the step: of two ranks in the same step the one with fewer is behind.
@@ -48,7 +48,7 @@ class Limits:
     io_s: float
     usual_step_s: float | None = None  # None: no step has been seen
 
-    def of(self, rank: Seen) -> float:
+    def of(self, rank: RankStatus) -> float:
         """How long `rank` may be silent."""
         if rank.state == STOPPED:
             return self.step_s
@@ -81,7 +81,7 @@ class Pace:
         return median(self._took) if self._took else None
 
 
-def hangs(ranks: Iterable[Seen], limits: Limits) -> bool:
+def hangs(ranks: Iterable[RankStatus], limits: Limits) -> bool:
     """Whether ranks have been silent for too long, and wait for none that may still be busy."""
     living = [rank for rank in ranks if rank.state not in GONE]
     late = [rank for rank in living if rank.silent_s > limits.of(rank)]
@@ -96,7 +96,7 @@ def hangs(ranks: Iterable[Seen], limits: Limits) -> bool:
     return bool(late) and not busy
 
 
-def furthest_behind(ranks: Sequence[Seen]) -> list[Seen]:
+def furthest_behind(ranks: Sequence[RankStatus]) -> list[RankStatus]:
     """The ranks with the least progress; of ranks that are stopped, which all others wait for."""
     ranks = [rank for rank in ranks if rank.state == STOPPED] or ranks
     least = min((rank.step, rank.count) for rank in ranks)
@@ -104,7 +104,7 @@ def furthest_behind(ranks: Sequence[Seen]) -> list[Seen]:
     return sorted(late, key=lambda rank: rank.rank)
 
 
-def describe_late(ranks: Sequence[Seen]) -> str:
+def describe_late(ranks: Sequence[RankStatus]) -> str:
     """`furthest behind: rank 3 on node2 (step 12, after forward, silent for 61 s, waits)`"""
     late = furthest_behind(ranks)
     where = ", ".join(
@@ -116,12 +116,12 @@ def describe_late(ranks: Sequence[Seen]) -> str:
     return f"furthest behind: {where}{more}"
 
 
-def verdict(ranks: Sequence[Seen], hang_s: float) -> str:
+def verdict(ranks: Sequence[RankStatus], hang_s: float) -> str:
     """One line: the job hangs, and who is behind."""
     return f"the job hangs (hardware.hang_s={hang_s:g}): {describe_late(ranks)}"
 
 
-def report(ranks: Sequence[Seen], hang_s: float) -> str:
+def report(ranks: Sequence[RankStatus], hang_s: float) -> str:
     """`verdict`, and where each rank is."""
     rows = [("rank", "machine", "step", "doing", "silent s", "process")]
     rows += [

@@ -16,7 +16,7 @@ from inference.session.events import LOG_LIMIT
 from inference.session.handle import SessionHandle
 from inference.session.journal import Journal, Record
 from inference.session.rebuilder import Rebuilder
-from inference.session.saved import resume
+from inference.session.session_state import resume
 from inference.session.stats import Stats
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from inference.engine.attend import Attend
-from inference.engine.batches import PackedBatch, Segment
 from inference.engine.cache import KVCache, make_room, put_frames
 from inference.engine.choice import choose_tokens
+from inference.engine.packed_batch import PackedBatch, Segment
 from inference.engine.sampling import Sampler
 from inference.engine.slots import Slot, Step
 from inference.engine.upload import upload

@@ -1,4 +1,4 @@
-"""Work that a thread does while this one does something else."""
+"""Work in a background thread, whose result is asked for later."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moss_train import hardware
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
-    """What `work` returns, as soon as it is asked for.
+class BackgroundWork(Generic[T]):
+    """Calls `work` in a thread, at once; `result` waits for it and returns what it returned.
 
     The thread does not keep the process from ending.
     """
