@@ -22,6 +22,7 @@ from data_pipeline.importers.draft import (
     Draft,
     Medium,
     Turn,
+    as_list,
     in_order,
     media_type,
     medium,
@@ -101,7 +102,7 @@ def _with_file_names(
     columns = (*dialect.images, *dialect.videos)
     if field is None or any(names_medium(record.get(name)) for name in columns):
         return record
-    names = record[field] if isinstance(record[field], list) else [record[field]]
+    names = as_list(record[field])
     kinds = {media_type(name) if isinstance(name, str) else None for name in names}
     asked = [turn["content"] for turn in messages if turn["role"] != "assistant"]
     if None in kinds or not any(mark in text for mark in ANY_MARKS for text in asked):

@@ -125,6 +125,11 @@ def plain_path(path: str) -> str:
     return path if "/" in path else path.replace("\\", "/")
 
 
+def as_list(value: Any) -> list[Any]:
+    """A list as it is; anything else as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
 def medium_name(value: Any) -> str | None:
     """The path or URL by which a record names a medium, to compare; None: it has bytes alone."""
     if isinstance(value, dict):

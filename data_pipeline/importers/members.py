@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline import files
-from data_pipeline.importers.draft import IMAGE_FIELDS, PATH_FIELDS, VIDEO_FIELDS
+from data_pipeline.importers.draft import IMAGE_FIELDS, PATH_FIELDS, VIDEO_FIELDS, as_list
 from data_pipeline.importers.streaming import CLIP_FIELDS
 from data_pipeline.schema import MediaType, SampleError
 
@@ -50,7 +50,7 @@ def fill(
         if not value:
             continue
         found = []
-        for one in value if isinstance(value, list) else [value]:
+        for one in as_list(value):
             try:
                 own = member(parts, one, key)
             except SampleError:

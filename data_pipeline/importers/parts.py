@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from data_pipeline.importers.draft import IMAGE_FIELDS, VIDEO_FIELDS, medium_name
+from data_pipeline.importers.draft import IMAGE_FIELDS, VIDEO_FIELDS, as_list, medium_name
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
 
 _MARKS = {
@@ -51,7 +51,7 @@ def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
         for field in fields if media[kind] else ():
             if not record.get(field):
                 continue
-            own, found = _listed(record[field]), media[kind]
+            own, found = as_list(record[field]), media[kind]
             if len(own) == len(found) and all(map(_is_same, own, found)):
                 media[kind] = [_joined(*both) for both in zip(own, found, strict=True)]
                 record = {key: value for key, value in record.items() if key != field}
@@ -99,10 +99,6 @@ def _repeats(own: list[Any], found: list[Any]) -> bool:
 def _different(field: str, name: str) -> SampleError:
     detail = f"{field}: the record and its {name} name different media: keep one list"
     return SampleError("ambiguous_media", detail)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -157,7 +153,7 @@ def _without_media(
             if kind in repeated:
                 message = rest
                 continue
-            found = _listed(given)
+            found = as_list(given)
             media[kind] += found
             message = rest | {field: ("" if marked else marks[0] * len(found)) + message[field]}
     return message

@@ -26,6 +26,7 @@ from data_pipeline.importers.draft import (
     Draft,
     Entry,
     Medium,
+    as_list,
     caption_draft,
     distinct_stems,
     media_type,
@@ -212,7 +213,7 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
         unused = [name for name in parts if name in _TEXTS or (name in media and name not in used)]
         notes += [*more, *(f"unused member .{name}" for name in unused)]
         made = (stream or conversation_draft)(known, "")
-        first, *rest = made if isinstance(made, list) else [made]
+        first, *rest = as_list(made)
         return [_noted(first, tuple(notes)), *rest]
     return [_captioned(record, parts, key, media, notes)]
 
