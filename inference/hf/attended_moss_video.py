@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .decoder_moss_video import attend
@@ -88,6 +89,21 @@ class NewFrames:
     marked: Tensor
     slots: Tensor
     seen: Tensor
+
+
+def cache_of_pass(given: Any, wanted: bool, again: bool) -> Any:
+    """The cache that a pass fills, or None. given: a caller's; wanted: one is to be made where none
+    is given; again: gradient checkpointing runs each layer twice, which would fill it twice.
+
+    Raises:
+        ValueError: a cache that check_cache refuses, or one with gradient checkpointing.
+    """
+    if given is not None:
+        if again:
+            raise ValueError("past_key_values: not with gradient checkpointing")
+        check_cache(given)
+        return given
+    return DynamicCache() if wanted and not again else None
 
 
 def check_cache(cache: Any) -> None:

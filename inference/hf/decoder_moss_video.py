@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_moss_video import MossVideoConfig
 
@@ -217,7 +218,7 @@ class CrossAttention(Attention):
         return self._out(frame_cache.attend(self.layer, rotate(q, rotation) if self.rope else q))
 
 
-class SelfLayer(nn.Module):
+class SelfLayer(GradientCheckpointingLayer):
     """Llama's layer."""
 
     def __init__(self, config: MossVideoConfig, layer: int):
@@ -233,7 +234,7 @@ class SelfLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class CrossLayer(nn.Module):
+class CrossLayer(GradientCheckpointingLayer):
     """x += tanh(gate) * attention to frames; x += tanh(gate) * MLP, 0 for tokens without frame."""
 
     def __init__(self, config: MossVideoConfig, layer: int):

@@ -7,19 +7,21 @@ with the names of transformers 4 (`language_model.model.*`, `vision_model.*`) lo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attended_moss_video import (
     AttendedFrames,
     CachedTokens,
     NewFrames,
-    check_cache,
+    cache_of_pass,
     check_frame_mask,
     keep_frames,
     leave_out_cached_frames,
@@ -75,6 +77,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _no_split_modules = ("VisionLayer", "SelfLayer", "CrossLayer")
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _tied_weights_keys = None
     tokens_type = CachedTokens
 
@@ -90,6 +93,14 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """transformers' `from_pretrained`, which reads the names of transformers 4 too."""
         kwargs.setdefault("key_mapping", OLD_NAMES)
         return super().from_pretrained(*args, **kwargs)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        """transformers' own, always with `use_reentrant=False`: a layer gets the keys and values of
+        frames in an object, and the reentrant form gives those no gradient."""
+        function = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.language_model.embed_tokens
@@ -203,7 +214,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 it is.
             cross_attention_states: `get_image_features`, in place of `pixel_values`.
             position_ids: `[B, S]`; None: the index among the tokens that are not padding.
-            past_key_values: a DynamicCache. Frames in it stay visible; new frames join them.
+            past_key_values: a DynamicCache. Frames in it stay visible; new frames join them. Not
+                in training with gradient checkpointing.
             inputs_embeds: in place of embedded `input_ids`; frames need both.
             labels: `[B, S]`, not shifted; -100 and `<|image|>` are ignored, silence weighs
                 `silence_weight`. The sum is divided by `num_items_in_batch`, or their count.
@@ -217,11 +229,9 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{', '.join(unknown)}: this model has no such input or output")
         decoder = self.model.language_model
         x = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = use_cache if use_cache is not None else not self.training and labels is None
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        if past_key_values is not None:
-            check_cache(past_key_values)
+        wanted = not self.training and labels is None if use_cache is None else use_cache
+        again = self.training and any(layer.gradient_checkpointing for layer in decoder.layers)
+        past_key_values = cache_of_pass(past_key_values, wanted, again)
         past = self._past(past_key_values)
         position_ids = token_positions(position_ids, attention_mask, past, x)
         if pixel_values is not None:

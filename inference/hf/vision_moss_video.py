@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_moss_video import MossVideoConfig
 
@@ -89,7 +90,7 @@ class VisionMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class VisionLayer(nn.Module):
+class VisionLayer(GradientCheckpointingLayer):
     """Pre-norm layer; those of the global transformer gate both branches."""
 
     def __init__(self, config: MossVideoConfig, gated: bool):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import DynamicCache
 
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
@@ -238,3 +239,35 @@ def test_wrong_settings_are_named(changes: dict, message: str) -> None:
 def test_the_config_of_an_export_of_an_earlier_version_is_read() -> None:
     assert MossVideoConfig(blind_rows="zero").tokens_before_first_frame == "zero"
     assert not hasattr(MossVideoConfig(blind_rows="zero"), "blind_rows")
+
+
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}])
+def test_gradients_of_layers_that_are_run_again_are_the_same(options):
+    model, (tokens, pixels) = tiny_model().train(), batch_of_two()
+    inputs = {"input_ids": tokens, "pixel_values": pixels, "labels": tokens}
+
+    runs = []
+    for layer in (*model.model.language_model.layers, *model.model.vision_model.transformer.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_: runs.append(1))
+
+    def gradients() -> dict[str, Tensor]:
+        runs.clear()
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted, once = gradients(), len(runs)
+    model.gradient_checkpointing_enable(options)
+    got = gradients()
+    assert len(runs) == 2 * once
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
+    assert model(**inputs, use_cache=True).past_key_values is None
+    with pytest.raises(ValueError, match="past_key_values: not with"):
+        model(**inputs, past_key_values=DynamicCache())
+    model.eval()
+    assert model(**inputs, use_cache=True).past_key_values is not None  # where nothing runs again
+    model.train().gradient_checkpointing_disable()
+    gradients()
+    assert len(runs) == once
