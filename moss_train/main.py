@@ -36,9 +36,11 @@ def train(raw: DictConfig) -> None:
     note = os.environ.get(STOPPED_NOTE)
     try:
         stopped = run(from_hydra(raw))
-        if stopped and note is not None:
-            with or_warning(note, "the launcher takes the job for done"):
-                Path(note).write_text("stopped")
+        if note is not None:
+            # A start of the ranks before may have left one: torchrun stops them to begin with more
+            # machines.
+            with or_warning(note, "the launcher may take a stopped job for done"):
+                Path(note).write_text("stopped" if stopped else "")
         if stopped and "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(STOPPED)
     except ConfigError as error:

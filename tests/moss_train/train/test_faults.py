@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moss_train.processes import STOPPED_NOTE
 from tests.moss_train.train.runs import (
     ENTRY,
     Process,
@@ -54,13 +55,15 @@ def uninterrupted(job, tmp_path_factory) -> Path:
 def start(job, tmp_path) -> Iterator[Callable[..., Run]]:
     """Starts the job, again and again, in one run folder; `preloaded=False`: as a user does;
     `hold`: after this step it waits for what the test does to it."""
-    number = iter(range(100))
+    number, note = iter(range(100)), tmp_path / "note"
+    note.touch()
 
     def again(*more: str, hold: int = STEPS, preloaded: bool = True) -> Run:
         out, options = tmp_path / f"start{next(number)}", [*more, f"run.dir={tmp_path}/run"]
         return start_ranks(
-            HELD, 2, str(hold), *job, *options, out=out, preloaded=preloaded, env=UNKILLED
-        )
+            HELD, 2, str(hold), *job, *options, out=out, preloaded=preloaded,
+            env={**UNKILLED, STOPPED_NOTE: str(note)},
+        )  # fmt: skip
 
     yield again
     end_orphans(tmp_path)
@@ -101,7 +104,10 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
     weights = weights_file(last)
     os.truncate(weights, weights.stat().st_size // 2)
     (folder / "checkpoints" / "latest").unlink()
+    # Of a start before, which torchrun had stopped: another machine has come.
+    (tmp_path / "note").write_text("stopped")
     said = start().wait(timeout=300).stderr()
+    assert (tmp_path / "note").read_text() == ""  # launch/torchrun.py would end with 130
     assert f"WARNING checkpoint {last} is damaged: {weights.name} has " in said
     assert f"WARNING {last} is damaged: it is .damaged_{last.name} now" in said
     assert re.search(r"WARNING removing .*/\.writing_step_\d+: a save .* was cut off", said)
@@ -122,6 +128,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
         os.kill(pid, signal.SIGTERM)
     result = running.wait()
     assert result.returncode == 0
+    assert (tmp_path / "note").read_text() == "stopped"
     first = steps(folder)[-1]
     assert first < STEPS
     assert saved_steps(folder) == [first]
