@@ -30,12 +30,8 @@ class OpenShards:
         """The bytes of a shard's sample. Raises OSError, ValueError: they are not there."""
         kept = self._open.pop(shard) if shard in self._open else self._opened(shard)
         self._open[shard] = file, offsets = kept  # now the last one
-        if place + 1 >= len(offsets):
-            raise ValueError(f"{os.path.basename(shard)}.idx ends before sample {place}")
-        first, end = int(offsets[place]), int(offsets[place + 1])
         size = os.fstat(file.fileno()).st_size
-        if not first < end <= size:
-            raise ValueError(f"the sample lies at {first}..{end} of {size} bytes")
+        first, end = bounds(offsets, place, os.path.basename(shard), size)
         return os.pread(file.fileno(), end - first, first)
 
     def ahead(self, shard: str, place: int) -> None:
@@ -51,6 +47,17 @@ class OpenShards:
             self.close(next(iter(self._open)))
         offsets = np.fromfile(f"{shard}.idx", "<u8")
         return io.FileIO(shard), offsets
+
+
+def bounds(offsets: NDArray[np.uint64], place: int, shard: str, size: int) -> tuple[int, int]:
+    """Where sample `place` begins and ends in a shard of `size` bytes, by its index. Raises
+    ValueError: the index does not have it."""
+    if place + 1 >= len(offsets):
+        raise ValueError(f"{shard}.idx ends before sample {place}")
+    first, end = int(offsets[place]), int(offsets[place + 1])
+    if not first < end <= size:
+        raise ValueError(f"the sample lies at {first}..{end} of {size} bytes")
+    return first, end
 
 
 class Shards(Protocol):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline import stores
-from data_pipeline.loader.reader import OpenShards, Shards, SourceReader
+from data_pipeline.loader.reader import OpenShards, Shards, SourceReader, bounds
 from data_pipeline.shards import training_shards
 from data_pipeline.stored_files import AT_ONCE, StoredFile, StoredFiles
 from data_pipeline.stores import StoreOptions, is_url
@@ -62,12 +62,7 @@ class RemoteShards:
 
     def _fetch(self, shard: str, place: int) -> bytes:
         file, offsets = self._opened(shard)
-        if place + 1 >= len(offsets):
-            raise ValueError(f"{shard}.idx ends before sample {place}")
-        first, end = int(offsets[place]), int(offsets[place + 1])
-        if not first < end <= file.size:
-            raise ValueError(f"the sample lies at {first}..{end} of {file.size} bytes")
-        return self._files.read(file, first, end)
+        return self._files.read(file, *bounds(offsets, place, shard, file.size))
 
     def _opened(self, shard: str) -> _Shard:
         with self._lock:

@@ -141,7 +141,7 @@ class DecoderActivations:
         ahead = layout.pipeline - stage
         if layout.virtual > 1:
             ahead += ahead - 1 + (layout.virtual - 1) * layout.pipeline
-        there = min(ahead, self.batch.microbatches * layout.virtual)
+        held = min(ahead, self.batch.microbatches * layout.virtual)
         kept = sum(self.kept(first, first + size) for first in begins) / layout.virtual
         passing = self._passing()
         if layout.recompute == "full":
@@ -150,7 +150,7 @@ class DecoderActivations:
             )
         if stage == layout.pipeline - 1:
             passing = max(passing, self.logits())
-        return there * kept + passing
+        return held * kept + passing
 
     def _passing(self) -> float:
         """Bytes that a backward pass needs beside what is kept, at the activation function of a

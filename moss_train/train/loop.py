@@ -179,7 +179,7 @@ class Job:
                 writer, progress = sinks
                 self.done += 1
                 self.samples += self.config.data.global_batch
-                self._check(result)
+                self._count_bad_samples(result)
                 self.outside.time = time.time()
                 measured = self.held_out(self.done, result, asked)
                 self.outside.validation_s = measured.seconds
@@ -247,8 +247,8 @@ class Job:
         self.checkpointer.save(self.done, self.samples, self.reader.state(), last)
         self.due = False
 
-    def _check(self, result: StepResult) -> None:
-        """Ends the job on too many unusable samples."""
+    def _count_bad_samples(self, result: StepResult) -> None:
+        """Raises RuntimeError where too many samples were unusable."""
         self.bad_samples.add(self.done, self.config.data.global_batch, result.skipped)
 
     @contextmanager

@@ -45,7 +45,7 @@ class Machines:
         number = int(os.environ.get("GROUP_RANK", "0"))
         return cls(connect, number, int(os.environ.get("GROUP_WORLD_SIZE", "1")))
 
-    def tell(self, own: Sequence[RankStatus]) -> None:
+    def publish(self, own: Sequence[RankStatus]) -> None:
         """What this machine sees now; the others learn it within seconds."""
         self._own = own
 
@@ -59,7 +59,7 @@ class Machines:
             time.sleep(0.05)
         return self._all if self._read_at >= asked else list(self._own)
 
-    def say_hang(self) -> list[RankStatus]:
+    def publish_hang(self) -> list[RankStatus]:
         """Tells the others that the job hangs: they write down what they see. Returns `all`."""
         self._hang = True
         return self.all()
@@ -80,7 +80,7 @@ class Machines:
                 store.set(f"seen_{self._number}", json.dumps(own))
                 if self._hang:
                     store.set(_HANG, "")
-                if store.check([_HANG]):  # never unset: `say_hang` may have set it meanwhile
+                if store.check([_HANG]):  # never unset: `publish_hang` may have set it meanwhile
                     self._hang = True
                 if asked:
                     self._read(store)

@@ -28,12 +28,12 @@ def check_fits(config: Config) -> None:
     """
     ranks = ranks_of().size
     needed = least_bytes(config, ranks)
-    name, there = _memory(config.hardware.device)
+    device, available = _memory(config.hardware.device)
     layout = config.parallel
-    if sum(needed.values()) > there:
+    if sum(needed.values()) > available:
         raise ConfigError([
-            f"each rank needs at least {_described(needed)}, {name} has {there / 1e9:.1f}: more "
-            f"ranks with a larger parallel.tensor ({layout.tensor}) or parallel.pipeline "
+            f"each rank needs at least {_described(needed)}, {device} has {available / 1e9:.1f}: "
+            f"more ranks with a larger parallel.tensor ({layout.tensor}) or parallel.pipeline "
             f"({layout.pipeline}), more data-parallel ranks, which share the optimizer, a smaller "
             "model, or fewer parts in stage.train"
         ])  # fmt: skip
@@ -41,14 +41,14 @@ def check_fits(config: Config) -> None:
         return
     batch = largest_batch(config, ranks)
     needed = peak_bytes(config, ranks, batch)
-    if sum(needed.values()) > there:
+    if sum(needed.values()) > available:
         raise ConfigError([
             f"a microbatch of {batch.tokens} tokens and {batch.frames} frames, as large as the "
-            f"configuration allows, needs {_described(needed)} on a rank, {name} has "
-            f"{there / 1e9:.1f}: {_remedies(config, ranks, batch)}"
+            f"configuration allows, needs {_described(needed)} on a rank, {device} has "
+            f"{available / 1e9:.1f}: {_remedies(config, ranks, batch)}"
         ])  # fmt: skip
     if ranks_of().rank == 0:
-        log.info("memory at the peak of a step: %s of %.1f", _described(needed), there / 1e9)
+        log.info("memory at the peak of a step: %s of %.1f", _described(needed), available / 1e9)
 
 
 def _described(needed: dict[str, int]) -> str:
@@ -59,7 +59,7 @@ def _described(needed: dict[str, int]) -> str:
 def _remedies(config: Config, ranks: int, batch: Batch) -> str:
     """Fields to change for a batch that does not fit."""
     data, layout = config.data, config.parallel
-    again = [
+    recomputing = [
         f"parallel.recompute={kind} ({sum(peak_bytes(other, ranks, batch).values()) / 1e9:.1f} GB)"
         for kind in RECOMPUTE[RECOMPUTE.index(layout.recompute) + 1 :]
         for other in [replace(config, parallel=replace(layout, recompute=kind))]
@@ -71,7 +71,7 @@ def _remedies(config: Config, ranks: int, batch: Batch) -> str:
         f"data.sequence_length ({config.sequence_length})",
         f"model.vision.frames_per_chunk ({config.model.vision.frames_per_chunk or 'null'})",
     ]
-    return f"{', '.join([*again, *smaller])}, or a larger parallel.tensor ({layout.tensor})"
+    return f"{', '.join([*recomputing, *smaller])}, or a larger parallel.tensor ({layout.tensor})"
 
 
 def largest_batch(config: Config, ranks: int) -> Batch:
@@ -130,22 +130,24 @@ def peak_bytes(config: Config, ranks: int, batch: Batch) -> dict[str, int]:
     layout, model = config.parallel, config.model
     decoder = DecoderActivations(config, batch)
     slices = layout.tensor if layout.vision_tensor else 1
+    # Frames that this rank encodes; bytes of a frame's projected states, and of their gradient.
     own = math.ceil(batch.step_frames * slices / (layout.tensor * layout.pipeline))
     state = decoder.patches * decoder.width * decoder.size
     gradient = state * decoder.states_train
     pixels = config.data.max_tiles * 3 * model.vision.image_size**2
     parts["frames"] = own * pixels + batch.step_frames * state
-    again = frame > 0 and model.vision.recompute
-    if decoder.states_train and not again:  # the encoder's graphs are kept meanwhile
+    recomputes = frame > 0 and model.vision.recompute
+    if decoder.states_train and not recomputes:  # the encoder's graphs are kept meanwhile
         features = decoder.patches * model.vision.output_size * decoder.size
         parts["frames"] += own * (frame + features)
+    # Frames whose gradients wait on this rank until they are summed (parallel/exchange.py).
     waiting = batch.frames if layout.pipeline == 1 else batch.step_frames
-    text = max(decoder.at_peak(stage) for stage in (0, layout.pipeline - 1))
-    tower = float(own * gradient)
-    if again:
+    decoding = max(decoder.at_peak(stage) for stage in (0, layout.pipeline - 1))
+    encoding = float(own * gradient)
+    if recomputes:
         chunk = min(own, model.vision.frames_per_chunk or 1)
-        tower += chunk * (frame + passing_of_frame(config) / slices)
-    parts["activations"] = round(max(text + waiting * gradient, tower))
+        encoding += chunk * (frame + passing_of_frame(config) / slices)
+    parts["activations"] = round(max(decoding + waiting * gradient, encoding))
     return parts
 
 

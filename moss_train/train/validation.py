@@ -47,7 +47,7 @@ class Validator:
         encode = encode_config(self.config)
         self.encoder = SampleEncoder(encode, load_tokenizer(encode.tokenizer))
         self._warned: set[str] = set()
-        self._count_anew()
+        self._reset_counts()
 
     def __call__(self, asked: Sequence[float] = ()) -> dict[str, Any] | None:
         """What `validation` returns; None where it was cut short. A collective.
@@ -55,7 +55,7 @@ class Validator:
         asked: a signal to stop puts something in it; a replica whose leader got one reads no
         further.
         """
-        self._count_anew()
+        self._reset_counts()
         self.asked = asked
         self.reader.settle()
         self.step.state.gather_parameters()
@@ -75,7 +75,7 @@ class Validator:
         Totals.of([measured]).warn(self._warned, "validation: ")
         return measured
 
-    def _count_anew(self) -> None:
+    def _reset_counts(self) -> None:
         """Sets this rank's counts of a validation to zero: whether it was cut short, samples read,
         samples left out, and what was cut from the others (`Unlearned`)."""
         self.cut = False

@@ -119,7 +119,7 @@ def watch(folder: Path, limits: Limits, parent: int, launcher: int, machines: Ma
         pace.add(beats, time.monotonic())
         limits = replace(limits, usual_step_s=pace.usual_step_s)
         own = _statuses(beats)
-        machines.tell(own)
+        machines.publish(own)
         if not own:
             continue
         late = max(rank.silent_s for rank in own) > NAMED
@@ -158,12 +158,12 @@ def end_job(folder: Path, machines: Machines, limits: Limits, parent: int) -> No
     nothing can be written."""
     beats = heartbeat.read(folder)
     own, ranks = _statuses(beats), [beat.rank for beat in beats]
-    machines.tell(own)
+    machines.publish(own)
     flight_recorder.ask(folder, ranks)
     for beat in beats:
         with suppress(ProcessLookupError):
             os.kill(beat.pid, signal.SIGUSR2)  # faulthandler's
-    everywhere = machines.say_hang()
+    everywhere = machines.publish_hang()
     time.sleep(STACKS)
     out = _folder_of_hang(folder)
     with or_warning(out, "the job is ended without it"):

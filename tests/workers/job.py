@@ -104,8 +104,8 @@ def run_checked(task: Task, config: Config) -> None:
             self.batch += 1
             return super()._read()
 
-        def _check(self, result: StepResult) -> None:
-            super()._check(result)
+        def _count_bad_samples(self, result: StepResult) -> None:
+            super()._count_bad_samples(result)
             last = dist.get_rank() == dist.get_world_size() - 1
             how = task.poison.get(str(self.batch)) if last else None
             if how == "weights":

@@ -151,10 +151,10 @@ def test_machines_learn_what_the_others_see_and_that_one_says_hang(monkeypatch):
 
     both = [Machines(connect, number, 2) for number in range(2)]
     for machine, own in zip(both, ranks, strict=True):
-        machine.tell([own])
+        machine.publish([own])
     wait_for(lambda: both[0].all() == ranks)
     assert not both[1].hang
-    assert both[0].say_hang() == ranks
+    assert both[0].publish_hang() == ranks
     wait_for(lambda: both[1].hang)
     del store
     # Where the store has gone, a machine decides by itself.
