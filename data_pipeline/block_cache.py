@@ -1,7 +1,7 @@
 """A folder of blocks of bytes, bounded, which all processes of a machine share.
 
-A block has its name only when it is whole. Of more than fits the blocks that were used longest ago
-go. It is a cache: what cannot be written is not kept, and whatever is missing is fetched again.
+A block has its name only when it is whole. The least recently used blocks are removed where others
+would not fit. What cannot be written is not kept, and whatever is missing is fetched again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What of this machine a process may use: a container or a batch system often gives it less than
-there is, by limits of its cgroups (version 1 or 2), of which no other call knows."""
+"""How many cores and how much memory this process may use: a container or a batch system often
+gives it less than the machine has, by limits of its cgroups (version 1 or 2), of which no other
+call knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What products in FP8 are made of on a GPU: those parts that prove right there."""
+"""Chooses how products in FP8 are computed on a GPU: by the kernels that prove right there."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a forked process leaves alone of the one that it is a copy of: its garbage.
+"""Keeps the garbage collector of a forked process from freeing objects of its parent.
 
-Garbage may hold what a copy does not have, threads of a codec's filters or a device's memory; a
-collector that frees it there waits for ever, or ends the process. It would also make a memory page
-the copy's own for each Python object that it looks at. So it passes over all that was there before
+Such objects may hold what the fork does not have (threads of a codec's filters, a device's memory):
+a collector that frees them there waits for ever, or ends the process. It would also copy a memory
+page for each Python object that it looks at. So it passes over all objects that were there before
 the fork.
 """
 

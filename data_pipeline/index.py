@@ -1,4 +1,4 @@
-"""Makes the index that energon reads a folder of shards with, as `energon prepare` does.
+"""Makes the index that energon needs to read a folder of shards, as `energon prepare` does.
 
 A folder of shards can be loaded once it has one. data_pipeline.build makes it by itself.
 """

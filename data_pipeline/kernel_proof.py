@@ -1,4 +1,4 @@
-"""A kernel that nobody has seen on a device proves itself there before it is used.
+"""Compares a kernel with plain torch on a device, before its first use there.
 
 It is compared once with plain torch, output and gradients, over the shapes that matter; the verdict
 is kept in the user's cache folder by device, versions and code. Where it fails or differs, the

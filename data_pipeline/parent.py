@@ -1,4 +1,4 @@
-"""Processes that end with the one that they work for, or that has started them, however it ends."""
+"""Lets a process end with the one that has started it, or that it works for, however that ends."""
 
 from __future__ import annotations
 

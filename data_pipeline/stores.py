@@ -1,6 +1,6 @@
 """Bytes of object stores and servers through fsspec: `s3://`, `gs://`, `hf://`, `https://`, ...
 
-What fails on its way over a network is asked for again; what is not there is not.
+Requests that fail on the network are repeated; those for files that are not there are not.
 """
 
 from __future__ import annotations

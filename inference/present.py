@@ -1,4 +1,4 @@
-"""Shows a session's events until the last one, also where somebody ends the command before."""
+"""Shows a session's events until the last one, also where a signal ends the command before."""
 
 from __future__ import annotations
 

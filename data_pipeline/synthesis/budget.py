@@ -1,4 +1,4 @@
-"""What has been spent, and whether the next request may be."""
+"""What has been spent, and whether the next request fits the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model writes, and what is wrong with it that needs no model to see."""
+"""A candidate that a model has written, and the checks of it that need no model."""
 
 from __future__ import annotations
 

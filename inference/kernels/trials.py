@@ -1,4 +1,4 @@
-"""What the kernels are compared in on a device, before they are used there."""
+"""The cases in which kernels are compared with plain torch on a device, before they are used there."""
 
 from __future__ import annotations
 

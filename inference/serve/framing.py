@@ -1,4 +1,4 @@
-"""Requests whose end may be seen elsewhere by others: refused before anything of them is read.
+"""Refuses requests whose end a proxy may see elsewhere, before anything of them is read.
 
 Where a proxy and the server behind it disagree on where a request ends, what follows is another
 request for one of them: the bytes of one client would begin the request of another one (request

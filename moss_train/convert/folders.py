@@ -1,4 +1,4 @@
-"""What lies in a folder that is not what was asked for, and what to do with it."""
+"""Tells what a folder is that is not what was asked for, and what to do with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans the attention's kernels for a step before it, and says how far that is.
+"""Plans the kernels of attention before the first step, and logs how far that is.
 
 cuDNN plans a kernel for each shape that it has not met, 0.14 s each (an H200). Of a first step all
 are new: a minute may pass for which a job would say nothing, and its first step look slow. So each
