@@ -23,7 +23,7 @@ ACCELERATORS = ("cuda", "npu", "xpu", "mps")  # in the order in which `auto` loo
 KINDS = (*ACCELERATORS, HOST)
 NAMES = {"cuda": "CUDA", "npu": "Ascend NPU", "xpu": "Intel GPU", "mps": "Apple GPU", HOST: "CPU"}
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl"}  # of collectives; others: gloo
-# By which a process is told the devices that it may use.
+# Environment variables that limit a process to some devices.
 VISIBLE = {
     "cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK",
 }  # fmt: skip

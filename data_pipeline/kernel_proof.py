@@ -37,8 +37,8 @@ log = logging.getLogger("moss_train.kernels")
 
 Function = Callable[..., Tensor]
 
-# Of what says nothing of a kernel, and may be otherwise at the next start: exceptions, and words of
-# those that hide them. Drivers and compilers have no exceptions of their own for it.
+# Failures that say nothing of a kernel, and may be gone at the next start: exceptions, and words in
+# the messages of others. Drivers and compilers have no exceptions of their own for them.
 PASSING = (MemoryError, OSError, EOFError, subprocess.SubprocessError, torch.OutOfMemoryError)
 PASSING_WORDS = (
     "out of memory", "cannot allocate", "alloc_failed", "allocation_failed", "no space left",

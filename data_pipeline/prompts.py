@@ -31,7 +31,7 @@ from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, Message, Role, Sa
 from data_pipeline.tokens import SpecialTokens
 
 PromptForm = Literal["pretrain", "chat", "realtime"]
-# By the name of a training stage: for runs and exports that do not say their form.
+# The form by the name of the training stage, for runs and exports that do not say it.
 STAGE_FORMS: dict[str | None, PromptForm] = {
     "pt1": "pretrain",
     "pt2": "pretrain",

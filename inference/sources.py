@@ -19,7 +19,7 @@ from data_pipeline.stores import without_secrets
 from data_pipeline.video import open_video, probe_video, sample_times
 from inference.live import LiveSource, SourceError
 
-# Of a whole video, by default; a real-time model watches more frames than another is shown.
+# Frames that are taken of a whole video by default; a real-time model watches more of them.
 CLIP_FPS, CLIP_MIN_FRAMES, CLIP_MAX_FRAMES, WATCHED_MAX_FRAMES = 1.0, 8, 16, 256
 RECONNECT = 60.0  # seconds for which a live source that is lost is tried again, by default
 _LARGEST = 2 * 2**30  # bytes of a file on the network that is fetched as a whole

@@ -87,7 +87,7 @@ class StageConfig:
     schedule: str = choice("cosine", ("cosine", "linear", "wsd", "constant"))
     decay_ratio: float = number(0.1, least=0, most=1)
     silence_weight: float = number(1.0, least=0, most=1)  # of the labels <|silence|>
-    # Of a real-time frame and the word before it, in training.
+    # Probability that a real-time frame and the word before it change places, in training.
     swap_probability: float = number(0.0, least=0, most=1)
     label_smoothing: float = number(0.0, least=0, most=1)
     z_loss: float = number(0.0, least=0, most=1)  # a usual one: 1e-4

@@ -68,7 +68,7 @@ class DataConfig:
     micro_batch: int | None = number(None, above=0)  # samples; None: no bound
     max_tiles: int = number(1, above=0)
     sequence_length: int | None = number(None, above=1)  # None: stage.sequence_length
-    # Of each decoder; more help where there are more cores than workers.
+    # Threads of each video decoder; more help where there are more cores than workers.
     video_threads: int = number(1, above=0)
     # Loader processes for each data-parallel rank; 0: in the training process.
     workers: int = number(2, least=0, zero="no worker processes")

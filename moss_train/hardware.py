@@ -157,7 +157,7 @@ def make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")  # a sum's order must not depend on message timing
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine
     torch.use_deterministic_algorithms(True)
-    # Else torch fills all memory that it allocates: of a step's launches, a third.
+    # Else torch fills all memory that it allocates, which is a third of a step's launches.
     settings: Any = torch.utils.deterministic
     settings.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

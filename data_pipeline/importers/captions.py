@@ -128,7 +128,7 @@ def _media_columns(record: dict[str, Any]) -> tuple[str, ...]:
 
 def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
     there = [name for name in usual if name in record]
-    # Of a row with a picture or a video each is empty where the other is not.
+    # A table may have a column for pictures and one for videos: in each row one of them is empty.
     column = wanted or next(filter(lambda name: _is_there(record[name]), there), None)
     column = column or next(iter(there), None)
     if column is None or column not in record:

@@ -214,7 +214,7 @@ LEARN_FLAGS = (
     "loss", "weight", "train", "training", "train_on_turn", "trainable", "loss_scale", "learn",
 )  # fmt: skip
 _REFUSING = frozenset((*_CHOICES, *_VERDICTS, *LEARN_FLAGS))
-# Of a record without an answer these are a class, a metric, a weight of sampling, a split.
+# In a record without an answer these fields are a class, a metric, a sampling weight, a split.
 _OF_PLAIN = frozenset({"label", "loss", "weight", "train", "training"})
 
 

@@ -15,7 +15,7 @@ from data_pipeline.shards import ShardError
 
 INFO = "dataset_info.json"
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
-# Of files that may be a part of a set and that nobody reads.
+# Suffixes of files that may be part of a data set and that no importer reads.
 _DATA = frozenset({
     ".zip", ".7z", ".rar", ".gz", ".zst", ".xz", ".bz2", ".feather", ".tfrecord", ".lmdb", ".mdb",
     ".h5", ".hdf5", ".pkl", ".pickle", ".npz", ".xlsx", ".xls", ".yaml", ".yml", ".ass", ".ssa",

@@ -71,7 +71,7 @@ class Tags:
 ALPACA = Columns(history="history", system="system", tools="tools")
 _HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
 _PLACES = ("file_name", "cloud_file_name", *_HUBS)
-# Of an entry: those that are used, and those that mean something elsewhere only.
+# Keys of an entry that are known: some are used, others matter to LLaMA-Factory alone.
 _ENTRY = frozenset({
     *_PLACES, "formatting", "columns", "tags", "num_samples", "ranking", "subset", "split",
     "folder",

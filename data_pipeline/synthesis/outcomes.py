@@ -26,7 +26,8 @@ from data_pipeline.synthesis.watch import Watched, watch
 _VERSION = 1  # of what an outcome depends on besides the settings
 _REQUESTS_A_VIDEO = 4  # at a time, about: so many videos are worked on that all places are taken
 
-# Of a video: `sha256`, `fault` or `clips` with their candidates, `notes` on its transcript.
+# What came of a video: `sha256`, `fault` or `clips` with their candidates, `notes` on its
+# transcript.
 Outcome = dict[str, Any]
 
 

@@ -103,7 +103,7 @@ class Bench:
         )
         each = decision = None
         if floor := self._floor(engine, options.frames):
-            # Of a second, what the frames of all sessions leave for tokens.
+            # The share of a second that the frames of all sessions leave for tokens, in steps.
             frames = floor.vision(count) + floor.step(count, tokens=2)
             each = max(0.0, 1 - options.fps * frames) / floor.step(count)
             decision = 1e3 * floor.decision()

@@ -1,4 +1,4 @@
-"""The cases in which kernels are compared with plain torch on a device, before they are used there."""
+"""The cases in which kernels are compared with plain torch on a device, before their first use."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from inference.replicas.replica import Replica
 
 _SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _WAIT = 2.0  # seconds for a replica's page
-# Of which a sum says nothing.
+# Metrics of which the largest of all replicas is shown: a sum would mean nothing.
 _WORST = ("moss_inter_token_quantile_seconds", "moss_session_bytes")
 _LEFT_OUT = ("moss_silence_ratio",)  # follows from moss_decisions_total
 _OWN = ("moss_key_", "moss_audit_")  # of the front itself, which has the clients

@@ -33,8 +33,8 @@ class Journal:
         self.wake: Callable[[], None] = _nothing  # is called when there is something to read
         self.taken = 0  # number of the last message whose effects are all there
         self.connection: dict[str, Any] = {}  # what the server knows of the session's input
-        # Not written yet, and not read yet: a picture goes with the record that names it, for the
-        # reader forgets those that no record names.
+        # Pictures that are not written yet, and written ones that are not read yet: a picture goes
+        # with the record that names it, for the reader forgets those that no record names.
         self._new: dict[int, Tensor] = {}
         self._pictures: dict[int, Tensor] = {}
         self._sources: dict[int, int] = {}  # message that brought a frame, by the frame's position

@@ -21,7 +21,7 @@ from inference.engine.rebuild import Outline
 from inference.engine.slots import Slot
 from inference.session.runner import Runner
 
-# Of a turn, of all slots together: what others wait for.
+# Frames and tokens that one turn computes, of all slots together: steps of others wait for it.
 TURN_FRAMES = VISION_BATCH
 TURN_TOKENS = LONGEST_PASS // 4
 

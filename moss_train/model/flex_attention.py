@@ -144,7 +144,8 @@ def attend_flex(
     global _compiled
     kernel: Callable[..., Tensor] = flex_attention
     if is_accelerator(query):
-        # For all lengths at once; and rather an error than what would keep all scores.
+        # dynamic: one kernel for all lengths. fullgraph: an error, not an eager form that keeps all
+        # scores.
         _compiled = _compiled or torch.compile(flex_attention, dynamic=True, fullgraph=True)
         kernel = _compiled
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key.flatten(0, 1), value.flatten(0, 1)))

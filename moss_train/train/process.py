@@ -38,12 +38,13 @@ _started = False  # by this module: then it is ended by it, too
 
 @contextmanager
 def process_group(config: Config) -> Iterator[None]:
-    """A job's time in its process group."""
+    """Joins the job's process group on entry; leaves it at the end."""
     start_process_group(config)
     try:
         yield
     except BaseException as error:
-        # With others: they would notice, and report that before this rank's error.
+        # With other ranks the group is left to the process's end: they would notice that this
+        # rank has gone, and report that before this rank's error.
         if dist.get_world_size() == 1:
             leave_process_group()
         elif _comes_from_another_rank(error):
