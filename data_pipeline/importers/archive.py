@@ -188,9 +188,11 @@ def _group(key: str, group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
 
 
 def names(path: str) -> Iterator[str]:
-    """The names of a local tar's members, up to where it is damaged."""
+    """The names of the members of a local tar, compressed or not, up to where it is damaged."""
     try:
         with open(path, "rb") as file:
+            packed = file.read(2) == _GZIP
+        with cast(BinaryIO, gzip.open(path)) if packed else open(path, "rb") as file:
             yield from (member.name for _, member in members(file))
     except DAMAGE:
         return

@@ -1,7 +1,8 @@
 """A JSON object that has the records of a set by their ids.
 
-Ego4D's `{"videos": {id: {...}}}` and VideoLLM-online's `{id: {...}}`, whose entries may be lists of
-narrations. Large ones are read entry by entry, so that an import takes no more memory for them.
+Ego4D's `{"videos": {id: {...}}}`, YouCook2's under `database`, and `{id: {...}}` of ActivityNet
+Captions and VideoLLM-online, whose entries may be lists of narrations. Large ones are read entry by
+entry, so that an import takes no more memory for them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
 # Fields of a record, none of which is an id.
-_FIELDS = frozenset({
+FIELDS = frozenset({
     "messages", "conversations", "conversation", "question", "response", "segments", "words",
     "images", "videos", "narrations", "content", "subtitles", "transcription", "chunks",
     "word_segments", "text_stream",
 })  # fmt: skip
 # One of which narrations have, or words and segments.
 _TIMES = frozenset({"time", "timestamp_sec", "start", "timestamp", "offsets"})
-_VIDEOS = "videos"
+_INSIDE = ("videos", "database")  # of Ego4D, YouCook2: where else an object has its records
 _LOOKED_AT = 1000  # first entries of a large object that say what it is
 _OF_LIST = 10  # first entries of a list that do
 
@@ -37,13 +38,14 @@ def records_by_id(value: dict[str, Any], path: str) -> Iterator[dict[str, Any] |
     A list of other records than narrations and words is a SampleError. Raises ShardError where it
     is the first list.
     """
-    inner = value[_VIDEOS] if isinstance(value.get(_VIDEOS), dict) else value
-    if not inner or _FIELDS & set(inner) or not all(
+    inside = next((name for name in _INSIDE if isinstance(value.get(name), dict)), "")
+    inner = value[inside] if inside else value
+    if not inner or FIELDS & set(inner) or not all(
         isinstance(entry, dict | list) for entry in inner.values()
     ):  # fmt: skip
         yield value
         return
-    yield from _records(inner.items(), path, "" if inner is value else _VIDEOS)
+    yield from _records(inner.items(), path, inside)
 
 
 def _records(
@@ -59,11 +61,16 @@ def _records(
             lists += 1
             yield {"video_uid": name, "narrations": entry}
         else:
-            detail = (f"{name} holds a list of records, which is read alone: take it out "
-                      f"(jq '.{inside}[\"{name}\"]' FILE > {name}.json)")  # fmt: skip
+            detail = list_alone(name, inside)
             if not lists:
                 raise ShardError(f"{path}: {detail}")
             yield SampleError("bad_schema", detail)
+
+
+def list_alone(name: str, inside: str = "") -> str:
+    """What to do with a list of records under a name."""
+    return (f"{name} holds a list of records, which is read alone: take it out "
+            f"(jq '.{inside}[\"{name}\"]' FILE > {name}.json)")  # fmt: skip
 
 
 def _are_timed(entries: list[Any]) -> bool:
@@ -72,17 +79,20 @@ def _are_timed(entries: list[Any]) -> bool:
     return not first or any(not isinstance(e, dict) or not _TIMES.isdisjoint(e) for e in first)
 
 
-def place_of_records(path: str) -> str | None:
-    """Where ijson finds the records in a large object: `videos`, or "", the top of it; None: it is
-    one record, or nothing can be read of it."""
-    with _opened(path) as file:
-        top = list(islice(_kinds(file, ""), _LOOKED_AT))
-    inside, kinds = "", dict(top)
-    if kinds.get(_VIDEOS) == "start_map":
-        inside = _VIDEOS
-        with _opened(path) as file:
+def top_of(path: str) -> dict[str, str]:
+    """The event of ijson with which each field of a large object begins."""
+    with opened_json(path) as file:
+        return dict(islice(_kinds(file, ""), _LOOKED_AT))
+
+
+def place_of_records(path: str, kinds: dict[str, str]) -> str | None:
+    """Where ijson finds the records in a large object with these fields: `videos`, or "", the top
+    of it; None: it is one record, or nothing can be read of it."""
+    inside = next((name for name in _INSIDE if kinds.get(name) == "start_map"), "")
+    if inside:
+        with opened_json(path) as file:
             kinds = dict(islice(_kinds(file, inside), _LOOKED_AT))
-    if not kinds or _FIELDS & kinds.keys() or set(kinds.values()) - {"start_map", "start_array"}:
+    if not kinds or FIELDS & kinds.keys() or set(kinds.values()) - {"start_map", "start_array"}:
         return None
     return inside
 
@@ -94,14 +104,14 @@ def by_ids(path: str, inside: str, size: int) -> Iterator[tuple[Any, float]]:
     damage, which ends them. Raises ShardError for damage before the first, and as `records_by_id`.
     """
     found = 0
-    with _opened(path) as file:
+    with opened_json(path) as file:
         try:
             entries = ijson.kvitems(file, inside, use_float=True)
             for record in _records(entries, path, inside):
                 found += 1
                 yield record, min(1.0, file.tell() / size) if size else 0.0
         except ijson.JSONError as error:
-            damage = SampleError("bad_json", f"after {found} records: {_line(error)}")
+            damage = SampleError("bad_json", f"after {found} records: {line(error)}")
             if not found:
                 raise ShardError(f"{path} cannot be read: {damage.detail}") from None
             yield damage, 1.0
@@ -109,30 +119,30 @@ def by_ids(path: str, inside: str, size: int) -> Iterator[tuple[Any, float]]:
 
 def _kinds(file: BinaryIO, inside: str) -> Iterator[tuple[str, str]]:
     """For each entry of an object its name, and the event that its value begins with; nothing after
-    the one called `videos`."""
+    an object that has the records."""
     name: str | None = None
     try:
         for prefix, event, value in ijson.parse(file):
             if name is not None:
                 yield name, event
-                if not inside and name == _VIDEOS:
+                if not inside and name in _INSIDE and event == "start_map":
                     return
                 name = None
             elif prefix == inside and event == "map_key":
                 name = value
-            elif prefix == inside == _VIDEOS and event == "end_map":
+            elif inside and prefix == inside and event == "end_map":
                 return
     except ijson.JSONError:  # said when the records before the damage have been read
         return
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
+def opened_json(path: str) -> Iterator[BinaryIO]:
     with files.open_records(path) as (file, _):
         if file.peek(3)[:3] == codecs.BOM_UTF8:  # type: ignore[attr-defined]
             file.read(3)
         yield file
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,20 @@ from data_pipeline.importers import (
     captions,
     conversation,
     llama_factory,
+    published,
     segments,
     speech,
     streaming,
     transcripts,
 )
-from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems, refuse_unwanted
+from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems
+from data_pipeline.importers.entries import (
+    RecordFile,
+    Refusal,
+    drafts_or_reason,
+    folder_entries,
+    record_entries,
+)
 from data_pipeline.importers.layout import (
     INFO,
     METADATA,
@@ -37,16 +45,12 @@ from data_pipeline.importers.layout import (
     unread,
     with_kinds,
 )
-from data_pipeline.importers.locate import Finder
 from data_pipeline.importers.recognize import form_beside, form_of_all, nearest
-from data_pipeline.importers.records import first_records, read_records
-from data_pipeline.importers.share import WHOLE, Share
+from data_pipeline.importers.records import first_records
+from data_pipeline.importers.share import Share
 from data_pipeline.importers.webdataset import shard_entries
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
-
-_KNOWN_IDS = 1 << 18  # of a file, 25 MB of memory: it may have any number of records
-
 
 # The forms of records, and what turns one (and the folder of its media) into a draft.
 RECORD_FORMS: dict[str, Convert] = {
@@ -61,6 +65,9 @@ RECORD_FORMS: dict[str, Convert] = {
     "livechat": streaming.livechat_draft,
     "narrations": speech.narration_draft,
     "speech": speech.speech_draft,
+    "moments": published.moments_draft,
+    "vqa": published.vqa_draft,
+    "webvid": published.webvid_draft,
 }
 FORMS = (*RECORD_FORMS, "transcripts", "table", "llamafactory", "captions", "webdataset")
 
@@ -78,28 +85,6 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
-
-
-@dataclass(frozen=True)
-class RecordFile:
-    """A file of records, and what turns one into drafts."""
-
-    path: str
-    stem: str  # what the keys of its records start with
-    base: str  # the folder of its media
-    convert: Convert
-    form: str
-    limit: int | None = None  # records that are taken at most
-    told: bool = True  # whether it has records, which say their form
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A file that cannot be read, or has no known form, among others that can."""
-
-    path: str
-    stem: str
-    reason: SampleError
 
 
 Entries = Callable[[Share], Iterator[Entry]]
@@ -170,9 +155,9 @@ def _opened(
         return _llama_factory(source, folder, options)
     chosen, refused = _record_files(record_files(source, folder, paths), form, options)
     media = [path for path in paths if captions.media_type(path)]
-    of_part: Entries = partial(_record_entries, chosen, refused=refused)
+    of_part: Entries = partial(record_entries, chosen, refused=refused)
     if media and files.name(chosen[0].path) in METADATA:
-        of_part = _by_key(partial(_folder_entries, chosen, refused, media))
+        of_part = _by_key(partial(folder_entries, chosen, refused, media))
     found = tuple(sorted({file.form for file in chosen if file.told}))
     read = [*(file.path for file in chosen), *(refusal.path for refusal in refused)]
     return OpenSource(form, read, of_part, found)
@@ -235,6 +220,7 @@ def _converts(options: SourceOptions) -> dict[str, Convert]:
         **RECORD_FORMS,
         "narrations": partial(speech.narration_draft, window=options.window),
         "speech": partial(speech.speech_draft, window=options.window),
+        "moments": partial(published.moments_draft, window=options.window),
         "table": partial(
             captions.table_draft,
             media_column=options.media_column,
@@ -283,7 +269,7 @@ def _transcripts(source: str, folder: bool, paths: list[str], options: SourceOpt
 
     def entries() -> Iterator[Entry]:
         for at, ((path, video), stem) in enumerate(zip(found, stems, strict=True)):
-            drafts = _drafts_or_reason(lambda p=path, v=video: speech.transcript_draft(  # type: ignore[misc]
+            drafts = drafts_or_reason(lambda p=path, v=video: speech.transcript_draft(  # type: ignore[misc]
                 *transcripts.read_transcript(p, v), options.window))  # fmt: skip
             for part, draft in enumerate(drafts):
                 key = f"{stem}-{part:06d}"
@@ -312,89 +298,9 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
     ]
 
     def entries(share: Share) -> Iterator[Entry]:
-        yield from _record_entries(record_files, share)
+        yield from record_entries(record_files, share)
         for name, reason in rejected:
             if share.has(name):
                 yield Entry(name, INFO, 1.0, reason)
 
     return OpenSource("llamafactory", [info, *(file.path for file in record_files)], entries)
-
-
-def _record_entries(
-    record_files: list[RecordFile], share: Share = WHOLE, refused: Sequence[Refusal] = ()
-) -> Iterator[Entry]:
-    for at, record_file in enumerate(record_files):
-        name, finder = files.name(record_file.path), Finder(record_file.base)
-        ids: set[int] = set()
-        for record in read_records(record_file.path, partial(share.has_record, record_file.stem)):
-            if record_file.limit is not None and record.number >= record_file.limit:
-                break
-            again = _seen(record.value, ids)
-            for part, draft in enumerate(_record_drafts(record.value, record_file)):
-                if isinstance(draft, Draft):
-                    draft = finder.placed(replace(draft, notes=draft.notes + again))
-                yield Entry(
-                    key=f"{record_file.stem}-{record.number:06d}" + (f"-{part}" if part else ""),
-                    file=name,
-                    share=(at + record.share) / len(record_files),
-                    draft=draft,
-                )
-
-    for one in refused:
-        if share.has(one.stem):
-            yield Entry(f"{one.stem}-000000", files.name(one.path), 1.0, one.reason)
-
-
-def _seen(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]:
-    """A note for a record whose `id` another one has, too, of the first _KNOWN_IDS."""
-    own = value.get("id") if isinstance(value, dict) else None
-    if not isinstance(own, str | int) or own == "":
-        return ()
-    known = hash(own) in ids
-    if len(ids) < _KNOWN_IDS:
-        ids.add(hash(own))
-    return ("id of an earlier record",) if known else ()
-
-
-def _folder_entries(
-    record_files: list[RecordFile], refused: list[Refusal], media: list[str]
-) -> Iterator[Entry]:
-    """The records of an image folder's metadata, then a rejection for each medium without one."""
-    named: set[str] = set()
-    *_, stem = distinct_stems([*(file.stem for file in record_files), "unnamed"])
-    for entry in _record_entries(record_files, refused=refused):
-        if isinstance(entry.draft, Draft):
-            paths = [medium.content for medium in entry.draft.media]
-            named.update(os.path.normpath(path) for path in paths if isinstance(path, str))
-        yield entry
-    left = [path for path in media if os.path.normpath(path) not in named]
-    for place, path in enumerate(left):
-        reason = SampleError("missing_caption", "no record of the metadata names it")
-        yield Entry(f"{stem}-{place:06d}", files.name(path), 1.0, reason)
-
-
-def _record_drafts(
-    value: dict[str, Any] | SampleError, record_file: RecordFile
-) -> list[Draft | SampleError]:
-    if isinstance(value, SampleError):
-        return [value]
-
-    def made() -> Draft | list[Draft]:
-        refuse_unwanted(value, plain=record_file.form in ("text", "table"))
-        return record_file.convert(value, record_file.base)
-
-    return _drafts_or_reason(made, value)
-
-
-def _drafts_or_reason(
-    made: Callable[[], Draft | list[Draft]], value: object = ""
-) -> list[Draft | SampleError]:
-    try:
-        drafts = made()
-    except SampleError as error:
-        return [error]
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a strange value leads to: one record ends no import
-        return [SampleError("bad_schema", f"{type(error).__name__}: {error}: {value!r:.200}")]
-    return list(drafts) if isinstance(drafts, list) else [drafts]

@@ -9,6 +9,7 @@ from itertools import islice
 from data_pipeline import files
 from data_pipeline.importers import captions, llama_factory, speech, transcripts
 from data_pipeline.importers.archive import names
+from data_pipeline.importers.by_lists import answers_among
 from data_pipeline.importers.recognize import form_of
 from data_pipeline.importers.records import first_records
 from data_pipeline.shards import ShardError
@@ -95,9 +96,9 @@ def is_dangling(path: str) -> bool:
 
 
 def _has_texts(tar: str) -> bool:
-    """Whether a tar has texts beside its media; of a server's, which is not looked into, and of a
-    compressed one that is taken for granted."""
-    if files.is_url(tar) or files.suffix(tar) != ".tar":
+    """Whether a tar has texts beside its media; of a server's, which is not looked into, that is
+    taken for granted."""
+    if files.is_url(tar):
         return True
     return any(files.suffix(name) in _TEXTS for name in islice(names(tar), _LOOKED_AT))
 
@@ -124,7 +125,7 @@ def record_files(source: str, folder: bool, paths: list[str]) -> list[list[str]]
     """The files of records: an image folder's metadata, else those on top; where none of these has
     a known form, the deeper ones."""
     metadata = [path for path in paths if files.name(path) in METADATA]
-    about = _about_arrow(paths)
+    about = _about_arrow(paths) | answers_among(paths)
     with_records = [path for path in paths if is_records(path) or not folder]
     with_records = [path for path in with_records if path not in about]
     on_top = [path for path in with_records if files.parent(path) == source.rstrip("/")]
@@ -141,7 +142,7 @@ def unread(
     """The files of a source that look like data and are not read; tars in one of the `roots` are
     searched for media."""
     known = set(read)
-    about = _about_arrow(paths)
+    about = _about_arrow(paths) | answers_among(paths)
     suffixes = _DATA.union(transcripts.SUFFIXES)
     data = [
         path

@@ -29,7 +29,9 @@ _SUFFIXES: dict[MediaType, frozenset[str]] = {
     "video": files.VIDEO_SUFFIXES,
 }
 
-
+# Archives in which no media are searched.
+_PACKED = (".zip", ".7z", ".rar", ".tgz", ".txz", ".tbz2",
+           ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2")  # fmt: skip
 # An accent may be a sign of its own, as macOS writes names, or part of its letter.
 _SPELLINGS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 
@@ -44,12 +46,13 @@ class Finder:
     def placed(self, draft: Draft) -> Draft | SampleError:
         """The draft with its media where they are; one that is nowhere keeps its path.
 
-        A SampleError for a name that different files of several tars have.
+        A SampleError for a name that different files of several tars have, and for a medium that
+        may be in an archive which is not searched.
         """
         if not self._searched:
             return draft
         try:
-            media = [self._place(medium) for medium in draft.media]
+            media = [self._found(medium) for medium in draft.media]
         except SampleError as error:
             return error
         if all(new is old for new, old in zip(media, draft.media, strict=True)):
@@ -63,6 +66,15 @@ class Finder:
             elif new is not old and not str(new.content).startswith(str(old.content)):
                 notes += ("medium found by the end of its path",)
         return replace(draft, media=media, notes=notes)
+
+    def _found(self, medium: Medium) -> Medium:
+        placed, path = self._place(medium), medium.content
+        if placed is not medium or not isinstance(path, str) or files.is_url(path):
+            return placed
+        if not os.path.exists(path) and self._packed:
+            detail = f"{path}: No such file; {self._packed} is not searched: unpack it"
+            raise SampleError("missing_file", detail)
+        return placed
 
     def _place(self, medium: Medium) -> Medium:
         path = medium.content
@@ -79,8 +91,9 @@ class Finder:
                 return replace(medium, content=member, suffix=files.suffix(end))
         if files.suffix(path) not in _SUFFIXES[medium.type]:  # an id, of YouTube say
             for suffix in sorted(_SUFFIXES[medium.type]):
-                if os.path.isfile(path + suffix):
-                    return replace(medium, content=path + suffix, suffix=suffix)
+                for start in (path, *(os.path.join(self._root, end) for end in ends)):
+                    if os.path.isfile(start + suffix):
+                        return replace(medium, content=start + suffix, suffix=suffix)
                 if ends and (member := self._member(ends[0] + suffix, True)):
                     return replace(medium, content=member, suffix=suffix)
         plain = unquote(path)
@@ -89,6 +102,14 @@ class Finder:
         placed = self._place(replace(medium, content=plain, suffix=files.suffix(plain)))
         there = isinstance(placed.content, TarMember) or os.path.exists(str(placed.content))
         return placed if there else medium
+
+    @cached_property
+    def _packed(self) -> str | None:
+        """An archive in the root that is not searched."""
+        if not os.path.isdir(self._root):
+            return None
+        names = sorted(entry.name for entry in os.scandir(self._root) if entry.is_file())
+        return next((name for name in names if name.lower().endswith(_PACKED)), None)
 
     def _member(self, name: str, enough: bool) -> TarMember | None:
         """The member of this name or, where that is `enough`, the only one whose name ends so: of
@@ -123,8 +144,8 @@ class Finder:
                             where = TarMember(tar, name, member.offset_data, member.size)
                             whole.setdefault(files.composed(name), []).append(where)
             except tarfile.TarError as error:
-                raise ShardError(f"{tar}: {error}: media are read from tars that are whole and "
-                                 "not compressed") from None  # fmt: skip
+                raise ShardError(f"{tar}: {error}: media are read from tars that are whole and not "
+                                 f"compressed: unpack it (tar -xf {tar})") from None  # fmt: skip
         for name in whole:
             for end in [*_ends(name)][1:]:
                 by_ends[end] = None if end in by_ends else name

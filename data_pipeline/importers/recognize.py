@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.importers import captions, conversation, segments, speech, streaming
+from data_pipeline.importers import captions, conversation, published, segments, speech, streaming
 
 Record = dict[str, Any]
 
@@ -59,13 +59,17 @@ KNOWN: tuple[Known, ...] = (
     Known("sharegpt", conversation.looks_like_one, (("messages",), ("conversations",))),
     Known("speech", _spoken, tuple((name, "video") for name in ("words", "segments", "content"))),
     Known("narrations", speech.looks_like_narrations, (("narrations", "video_uid"),)),
+    Known("moments", published.looks_like_moments, (("timestamps", "sentences", "video"),)),
     Known("alpaca", lambda record: "instruction" in record, (("instruction", "output"),)),
+    Known("vqa", published.looks_like_vqa,
+          tuple(("question", "answer", shown) for shown in ("image", "video"))),
+    Known("webvid", published.looks_like_webvid, (("videoid", "name"),)),
     Known("table", captions.looks_like_a_table,
           tuple((media, "caption") for media in captions.MEDIA_COLUMNS)),
     Known("text", lambda record: "text" in record, (("text",),)),
 )  # fmt: skip
 # Records of these may stand in one file; of which of the last two they are, all of them tell.
-_MIXED = frozenset(known.form for known in KNOWN) - {"alpaca", "table", "text"}
+_MIXED = frozenset(known.form for known in KNOWN) - {"alpaca", "table", "text", "webvid"}
 ALIKE = frozenset({"streamo", "joyai"})
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_pipeline import files
-from data_pipeline.importers.by_ids import by_ids, place_of_records, records_by_id
+from data_pipeline.importers.by_ids import by_ids, place_of_records, records_by_id, top_of
+from data_pipeline.importers.by_lists import in_large_lists, in_lists, lists_of
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
@@ -111,11 +112,13 @@ def _json(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tupl
     elif lines:
         yield from _json_lines(itertools.chain([start], file), size, wanted)
     elif len(start) > _LARGE or isinstance(_line(start), SampleError):
-        inside = place_of_records(path) if size > _LARGE or not size else None
-        if inside is None:
-            yield from _whole(start + file.read(), path)
-        else:
+        kinds = top_of(path) if size > _LARGE or not size else {}
+        if lists := lists_of(kinds):
+            yield from in_large_lists(path, lists, size)
+        elif (inside := place_of_records(path, kinds)) is not None:
             yield from by_ids(path, inside, size)
+        else:
+            yield from _whole(start + file.read(), path)
     else:
         after = next((line for line in file if line.strip()), None)
         if after is None:
@@ -191,12 +194,15 @@ def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tu
 
 
 def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
-    """One record, or an object that has the records by their ids, on one line or many."""
+    """One record, or an object that has the records by their ids or in lists."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
-    records = list(records_by_id(value, path)) if isinstance(value, dict) else [value]
+    records = [value]
+    if isinstance(value, dict):
+        listed = in_lists(value, path)
+        records = list(records_by_id(value, path) if listed is None else listed)
     for number, record in enumerate(records):
         yield record, (number + 1) / len(records)
 

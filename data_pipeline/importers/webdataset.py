@@ -36,6 +36,7 @@ from data_pipeline.importers.draft import (
 )
 from data_pipeline.importers.members import fill, in_number_order, member
 from data_pipeline.importers.parts import plain_contents
+from data_pipeline.importers.published import looks_like_vqa, vqa_draft
 from data_pipeline.importers.recognize import ALIKE, form_of, form_of_all
 from data_pipeline.importers.share import WHOLE, Share
 from data_pipeline.importers.streaming import names_clip
@@ -51,7 +52,7 @@ _TEXTS = ("txt", "text", "caption")
 # Records of these show their media second by second; the others are conversations or captions.
 _STREAMS = frozenset({
     "realtime-qa", "moss-vl", "streamo-stream", "streamo", "joyai", "livechat", "narrations",
-    "speech",
+    "speech", "moments",
 })  # fmt: skip
 _TOLD_BY = 100  # records of a shard by which forms that look alike are told apart
 
@@ -204,15 +205,17 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
     if "media" in record and looks_like_one(record):
         return [_own(record, parts, key, notes)]
     stream = forms.stream(record, media)
-    answers = stream is not None or looks_like_one(record)
+    captioned = any(name in parts for name in _TEXTS)
+    asked = bool(media) and not captioned and looks_like_vqa(record | {"image": True})
+    answers = asked or stream is not None or looks_like_one(record)
     refuse_unwanted(record, plain=not answers)
     if answers:
-        if stream is None:
+        if stream is None and not asked:
             record = plain_contents(record, messages_field(record))
         known, used, more = fill(record, parts, key, media, stream=stream is not None)
         unused = [name for name in parts if name in _TEXTS or (name in media and name not in used)]
         notes += [*more, *(f"unused member .{name}" for name in unused)]
-        made = (stream or conversation_draft)(known, "")
+        made = (stream or (vqa_draft if asked else conversation_draft))(known, "")
         first, *rest = as_list(made)
         return [_noted(first, tuple(notes)), *rest]
     return [_captioned(record, parts, key, media, notes)]

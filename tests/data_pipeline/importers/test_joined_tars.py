@@ -1,4 +1,4 @@
-"""Tars that lie one behind the other in a file, and headers that nobody can read."""
+"""Tars that lie one behind the other in a file, packed ones, and headers that nobody can read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import json
 import tarfile
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from data_pipeline.importers.archive import Archive
+from data_pipeline.shards import ShardError
 from tests.data_pipeline.importers.realtime import run, said, write
 from tests.samples import write_tar
 
@@ -80,3 +82,30 @@ def test_media_in_joined_tars_are_found(folder: Path) -> None:
     records = [{"messages": turns, "images": [f"{n}.png"]} for n in (1, 0)]
     samples, summary = run(write(folder / "r.jsonl", *records))
     assert (len(samples), summary.notes) == (2, {"medium in a tar": 2})
+
+
+@pytest.mark.parametrize("name", ["photos.tar.gz", "photos.zip"])
+def test_media_in_archives_that_are_not_searched_are_told(folder: Path, name: str) -> None:
+    """Packed media beside records are no shards, and each record says which to unpack."""
+    write_tar(folder / "plain.tar", {"photos/1.jpg": b"a picture"})
+    packed = gzip.compress((folder / "plain.tar").read_bytes())
+    (folder / "plain.tar").unlink()
+    (folder / name).write_bytes(packed)
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}]
+    write(folder / "r.jsonl", {"messages": turns, "images": ["photos/1.jpg"]})
+    _, summary = run(folder)
+    assert summary.rejected == {"missing_file": 1}
+    (line,) = (folder.parent / "out-0/rejected.jsonl").read_text().splitlines()
+    assert f"{name} is not searched: unpack it" in line
+    if name.endswith(".gz"):
+        with pytest.raises(ShardError, match=f"unpack it .tar -xf .*{name}"):
+            run(folder / "r.jsonl", media_dir=str(folder / name))
+
+
+def test_packed_shards_beside_a_file_about_them_are_shards(folder: Path) -> None:
+    write_tar(folder / "plain.tar", {"1.txt": b"one", "2.txt": b"two"})
+    (folder / "s.tar.gz").write_bytes(gzip.compress((folder / "plain.tar").read_bytes()))
+    (folder / "plain.tar").unlink()
+    (folder / "info.json").write_text('{"version": 1}')
+    samples, _ = run(folder)
+    assert [said(sample)[-1] for sample in samples] == ["one", "two"]

@@ -1,0 +1,120 @@
+"""Reads the records of files one after the other: each as an entry, with its draft or why not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from data_pipeline import files
+from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems, refuse_unwanted
+from data_pipeline.importers.locate import Finder
+from data_pipeline.importers.records import read_records
+from data_pipeline.importers.share import WHOLE, Share
+from data_pipeline.schema import SampleError
+
+_KNOWN_IDS = 1 << 18  # of a file, 25 MB of memory: it may have any number of records
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A file of records, and what turns one into drafts."""
+
+    path: str
+    stem: str  # what the keys of its records start with
+    base: str  # the folder of its media
+    convert: Convert
+    form: str
+    limit: int | None = None  # records that are taken at most
+    told: bool = True  # whether it has records, which say their form
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A file that cannot be read, or has no known form, among others that can."""
+
+    path: str
+    stem: str
+    reason: SampleError
+
+
+def record_entries(
+    record_files: list[RecordFile], share: Share = WHOLE, refused: Sequence[Refusal] = ()
+) -> Iterator[Entry]:
+    for at, record_file in enumerate(record_files):
+        name, finder = files.name(record_file.path), Finder(record_file.base)
+        ids: set[int] = set()
+        for record in read_records(record_file.path, partial(share.has_record, record_file.stem)):
+            if record_file.limit is not None and record.number >= record_file.limit:
+                break
+            again = _seen(record.value, ids)
+            for part, draft in enumerate(_record_drafts(record.value, record_file)):
+                if isinstance(draft, Draft):
+                    draft = finder.placed(replace(draft, notes=draft.notes + again))
+                yield Entry(
+                    key=f"{record_file.stem}-{record.number:06d}" + (f"-{part}" if part else ""),
+                    file=name,
+                    share=(at + record.share) / len(record_files),
+                    draft=draft,
+                )
+
+    for one in refused:
+        if share.has(one.stem):
+            yield Entry(f"{one.stem}-000000", files.name(one.path), 1.0, one.reason)
+
+
+def _seen(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]:
+    """A note for a record whose `id` another one has, too, of the first _KNOWN_IDS."""
+    own = value.get("id") if isinstance(value, dict) else None
+    if not isinstance(own, str | int) or own == "":
+        return ()
+    known = hash(own) in ids
+    if len(ids) < _KNOWN_IDS:
+        ids.add(hash(own))
+    return ("id of an earlier record",) if known else ()
+
+
+def folder_entries(
+    record_files: list[RecordFile], refused: list[Refusal], media: list[str]
+) -> Iterator[Entry]:
+    """The records of an image folder's metadata, then a rejection for each medium without one."""
+    named: set[str] = set()
+    *_, stem = distinct_stems([*(file.stem for file in record_files), "unnamed"])
+    for entry in record_entries(record_files, refused=refused):
+        if isinstance(entry.draft, Draft):
+            paths = [medium.content for medium in entry.draft.media]
+            named.update(os.path.normpath(path) for path in paths if isinstance(path, str))
+        yield entry
+    left = [path for path in media if os.path.normpath(path) not in named]
+    for place, path in enumerate(left):
+        reason = SampleError("missing_caption", "no record of the metadata names it")
+        yield Entry(f"{stem}-{place:06d}", files.name(path), 1.0, reason)
+
+
+def _record_drafts(
+    value: dict[str, Any] | SampleError, record_file: RecordFile
+) -> list[Draft | SampleError]:
+    if isinstance(value, SampleError):
+        return [value]
+
+    def made() -> Draft | list[Draft]:
+        refuse_unwanted(value, plain=record_file.form in ("text", "table"))
+        return record_file.convert(value, record_file.base)
+
+    return drafts_or_reason(made, value)
+
+
+def drafts_or_reason(
+    made: Callable[[], Draft | list[Draft]], value: object = ""
+) -> list[Draft | SampleError]:
+    try:
+        drafts = made()
+    except SampleError as error:
+        return [error]
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a strange value leads to: one record ends no import
+        return [SampleError("bad_schema", f"{type(error).__name__}: {error}: {value!r:.200}")]
+    return list(drafts) if isinstance(drafts, list) else [drafts]

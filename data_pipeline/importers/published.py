@@ -1,0 +1,187 @@
+"""Records of published sets of pictures and videos, to drafts.
+
+Questions about a picture or video and their answers (VQAv2, OK-VQA, TextVQA, DocVQA, GQA, ...),
+captions of the moments of a video (ActivityNet Captions, YouCook2), and WebVid's rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data_pipeline.importers.captions import table_draft
+from data_pipeline.importers.conversation import Dialect, with_media
+from data_pipeline.importers.draft import (
+    IMAGE_FIELDS,
+    VIDEO_FIELDS,
+    Draft,
+    as_list,
+    media_type,
+    medium,
+    names_medium,
+    unused_fields,
+)
+from data_pipeline.importers.marks import ANY_MARKS
+from data_pipeline.importers.speech import WINDOW
+from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of
+from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
+from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, MediaType, SampleError
+
+# Under which names a question has its picture or video; the last ones are names without a suffix.
+_FILES = ("file_name", "image_filename", "file_path", "image_local_name")
+_IMAGE_IDS, _VIDEO_IDS = ("image_id", "imageId"), ("video_uid", "video_id", "video_name")
+_SHOWN = (*IMAGE_FIELDS, *VIDEO_FIELDS, *_FILES, *_IMAGE_IDS, *_VIDEO_IDS)
+_ANSWERS = ("multiple_choice_answer", "answer", "answers")  # the likeliest first
+_CHOICES = ("choices", "options", "multiple_choices")
+_LEAD = 2  # seconds that are watched before what the first caption of a window is about
+
+
+def looks_like_vqa(record: Mapping[str, Any]) -> bool:
+    answered = any(record.get(name) is not None for name in _ANSWERS)
+    shown = answered and any(names_medium(record.get(name)) for name in _SHOWN)
+    return shown and isinstance(record.get("question"), str)
+
+
+def vqa_draft(record: dict[str, Any], base: str) -> Draft:
+    """A question about a picture or video, and its answer -> a conversation; SampleError."""
+    for name in _CHOICES:
+        if names_medium(record.get(name)):
+            raise SampleError("bad_schema", f"{name}: a question with choices: write them into "
+                              "the question, and the answer as it is to be said")  # fmt: skip
+    question, answer = record.get("question"), answer_of(record)
+    if not isinstance(question, str) or not question.strip():
+        raise SampleError("missing_text", f"question: {question!r:.80} is not a text")
+    if answer is None or not answer.strip():
+        raise SampleError("missing_text", f"no answer: one of {', '.join(_ANSWERS)}")
+    kind, name, shown = _shown(record)
+    if not any(mark in question for mark in ANY_MARKS):
+        question = (IMAGE_MARK if kind == "image" else VIDEO_MARK) * len(shown) + question
+    notes = unused_fields(record, {"question", name, *_ANSWERS})
+    people = record.get("answers")
+    if isinstance(people, list) and len(people) > 1:
+        notes.append("several answers, of which the most frequent one is taken")
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return with_media(turns, {f"{kind}s": shown}, base, Dialect(messages="question"), notes)
+
+
+def answer_of(record: Mapping[str, Any]) -> str | None:
+    """The answer to a question, of several people's the most frequent, of these the first; None:
+    there is none."""
+    for name in _ANSWERS:
+        value = record.get(name)
+        said = [one.get("answer") if isinstance(one, dict) else one for one in as_list(value)]
+        texts = [one for one in said if isinstance(one, str) and one.strip()]
+        if texts:
+            return Counter(texts).most_common(1)[0][0]
+    return None
+
+
+def _shown(record: dict[str, Any]) -> tuple[MediaType, str, list[Any]]:
+    """What a question is about: pictures or videos, the field that names them, their names."""
+    name = next((name for name in _SHOWN if names_medium(record.get(name))), None)
+    if name is None:
+        raise SampleError("missing_file", f"no picture or video is named: {', '.join(_SHOWN[:3])}, "
+                          f"{', '.join(VIDEO_FIELDS[:3])}, ...")  # fmt: skip
+    shown = as_list(record[name])
+    if name in (*_IMAGE_IDS, *_VIDEO_IDS) and not all(isinstance(one, str) for one in shown):
+        detail = (
+            f"{name}: {shown[0]!r:.40} is no file's name: put the path under `image` or `video`"
+        )
+        raise SampleError("bad_schema", detail)
+    kind: MediaType = "video" if name in (*VIDEO_FIELDS, *_VIDEO_IDS) else "image"
+    if name in _FILES:
+        kind = media_type(str(shown[0])) or kind
+    return kind, name, shown
+
+
+def looks_like_moments(record: Mapping[str, Any]) -> bool:
+    if all(isinstance(record.get(name), list) for name in ("timestamps", "sentences")):
+        return True
+    annotations = record.get("annotations")
+    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    return isinstance(first, dict) and {"segment", "sentence"} <= first.keys()
+
+
+def moments_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> list[Draft]:
+    """Captions of the moments of a video -> drafts: each is said when its moment has ended."""
+    known = {*CLIP_FIELDS, "duration", "timestamps", "sentences", "annotations", "subset",
+             "recipe_type"}  # fmt: skip
+    notes = unused_fields(record, known)
+    spans = list(_spans(record, notes))
+    if not spans:
+        raise SampleError("missing_text", f"no caption is left: {', '.join(dict.fromkeys(notes))}")
+    clip = (
+        medium("video", _placed(record), base) if "recipe_type" in record else clip_of(record, base)
+    )
+    said = [Said(end, text) for _, end, text in spans]
+    notes += order_notes(said, "captions")
+    spans.sort(key=lambda span: span[1])
+    if any(start < before[1] for (start, _, _), before in zip(spans[1:], spans, strict=False)):
+        notes.append("captions whose times overlap")
+    drafts: list[Draft] = []
+    for inside in _windows(spans, window):
+        start = max(0, math.floor(min(start for start, _, _ in inside)) - _LEAD)
+        said = [Said(end, text) for _, end, text in inside]
+        timeline = Timeline((Said(float(start), INSTRUCTION),), tuple(said), start=float(start),
+                            end=float(math.ceil(said[-1].second)), late=True)  # fmt: skip
+        drafts.append(Draft([], [clip], "realtime", notes=tuple(() if drafts else notes),
+                            timeline=timeline))  # fmt: skip
+    return drafts
+
+
+def _placed(record: dict[str, Any]) -> str:
+    """Where YouCook2 has a video: in a folder of its part and of its recipe."""
+    parts = (record.get(name) for name in ("subset", "recipe_type", "video_uid"))
+    return "/".join(str(part) for part in parts if part)
+
+
+def _spans(record: dict[str, Any], notes: list[str]) -> Iterator[tuple[float, float, str]]:
+    """Start, end and text of each caption that can be said."""
+    times, texts = record.get("timestamps"), record.get("sentences")
+    if not isinstance(times, list) or not isinstance(texts, list):
+        entries = [one if isinstance(one, dict) else {} for one in record.get("annotations") or []]
+        times, texts = ([one.get(name) for one in entries] for name in ("segment", "sentence"))
+    if len(times) != len(texts):
+        raise SampleError("bad_schema", f"timestamps has {len(times)} entries, sentences "
+                          f"{len(texts)}: each caption needs its [start, end]")  # fmt: skip
+    for i, (time, text) in enumerate(zip(times, texts, strict=True)):
+        try:
+            start, end = (second_of(one, f"timestamps[{i}]") for one in time)
+        except (SampleError, TypeError, ValueError):
+            start, end = 1.0, 0.0
+        if end < start:
+            notes.append("caption with a bad time, left out")
+        elif not isinstance(text, str) or not text.strip():
+            notes.append("caption without a text, left out")
+        else:
+            yield start, end, text.strip()
+
+
+def _windows(
+    spans: list[tuple[float, float, str]], window: float
+) -> Iterator[list[tuple[float, float, str]]]:
+    """The captions, by their ends, in parts whose moments lie in so many seconds."""
+    inside: list[tuple[float, float, str]] = []
+    for span in spans:
+        first = min([span[0], *(start for start, _, _ in inside)])
+        if inside and span[1] - first > window - _LEAD:
+            yield inside
+            inside = []
+        inside.append(span)
+    yield inside
+
+
+def looks_like_webvid(record: Mapping[str, Any]) -> bool:
+    return {"videoid", "name"} <= record.keys()
+
+
+def webvid_draft(record: dict[str, Any], base: str) -> Draft:
+    """WebVid's row -> a video and its caption; the video lies in its page's folder, or in none."""
+    number, folder = record.get("videoid"), record.get("page_dir")
+    if not isinstance(number, str | int) or not str(number).strip():
+        raise SampleError("missing_file", "videoid is empty")
+    path = "/".join(str(part) for part in (folder, f"{number}.mp4") if part)
+    rest = {name: v for name, v in record.items() if name not in ("videoid", "page_dir", "name")}
+    return table_draft(rest | {"video": path, "caption": record["name"]}, base, "video", "caption")
