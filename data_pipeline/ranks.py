@@ -84,7 +84,8 @@ def ranks_of_machine() -> int:
 
 @contextmanager
 def joining(ranks: Ranks, say: Callable[[str], None]) -> Iterator[None]:
-    """While this rank meets the others: says after a second what it waits for.
+    """Says what this rank waits for, if it has not met the others after a second. Under torchrun
+    rank 0 alone speaks: torchrun has started all the others.
 
     Under torchrun rank 0 alone speaks: torchrun has started all the others.
 

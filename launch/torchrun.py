@@ -86,7 +86,7 @@ def _note() -> Iterator[Path]:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """For what ranks tell torchrun, which would make such a folder for each job and keep it."""
+    """Folder for what ranks tell torchrun, which would make one for each job and keep it."""
     prefix = f"moss-train-torchrun-{os.getuid()}-"
     remove_unclaimed(Path(tempfile.gettempdir()), prefix)
     # Under another name until it is claimed: a launcher that starts now would remove it.

@@ -29,9 +29,9 @@ def age_s(pid: int) -> float:
 
 
 def end_with_launcher() -> None:
-    """In a rank of torchrun's: a launcher that is killed stops it, as a signal does; else it would
-    go on without one. To be called before anything that takes time: of a launcher that has gone
-    already only launch/torchrun.py leaves a trace."""
+    """Lets a rank of torchrun's end with its launcher: a launcher that is killed stops the rank, as
+    a signal does; else the rank would go on without one. To be called before anything that takes
+    time: of a launcher that has gone already only launch/torchrun.py leaves a trace."""
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     signalled_with_parent(os.getppid(), signal.SIGTERM)

@@ -54,7 +54,7 @@ class Medium:
     part: tuple[float, float] | None = None  # seconds of the file that are the clip
 
     def member(self, index: int) -> str:
-        """Its name in the shard: `0.jpg`."""
+        """The medium's name in the shard: `0.jpg`."""
         return f"{index}{self.suffix if _PLAIN_SUFFIX.fullmatch(self.suffix) else '.bin'}"
 
 

@@ -40,7 +40,7 @@ class Summary:
         return self.imported.total() + self.rejected.total()
 
     def result(self) -> dict[str, Counter[str]]:
-        """For JSON."""
+        """The counts as plain values for JSON."""
         return {"imported": self.imported, "rejected": self.rejected, "notes": self.notes}
 
     def add(self, result: dict[str, dict[str, int]]) -> None:

@@ -57,7 +57,7 @@ class Timeline:
     pace: int = PACE
 
     def __post_init__(self) -> None:
-        """In the order of time; SampleError for an answer before there is a question."""
+        """Sorts all by time; SampleError for an answer before there is a question."""
         for name in ("questions", "answers"):
             ordered = sorted(getattr(self, name), key=lambda said: said.second)
             object.__setattr__(self, name, tuple(ordered))

@@ -42,7 +42,7 @@ class OrderState:
     samples: int = 0  # taken so far, of all sources
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The state as plain values for JSON."""
         return asdict(self)
 
     @classmethod

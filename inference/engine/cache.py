@@ -107,7 +107,8 @@ class KVCache:
         self._frame_scales = scales[..., None, None]
 
     def commit_eviction(self, slot: Slot) -> None:
-        """After the pass in which a frame arrived, moves it to the place of the one it replaces."""
+        """Moves a frame that has arrived in a full ring to the place of the one it replaces; to be
+        called after its pass."""
         victim = slot.ring.commit_eviction()
         if victim is None:
             return

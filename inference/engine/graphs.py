@@ -22,10 +22,10 @@ from data_pipeline.progress import Progress
 from inference.engine.cache import KVCache, put_frames
 from inference.engine.cache_sizes import SPARE
 from inference.engine.capture import Graph, Pool, Ranks, check_same, or_without
-from inference.engine.choice import choose_tokens
 from inference.engine.decode import FixedDecoder
 from inference.engine.sampling import Draw, Sampler
 from inference.engine.slots import Slot, Step
+from inference.engine.token_choice import choose_tokens
 from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.kernels.choose import Kernels

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from inference.engine.attend import Attend
 from inference.engine.cache import KVCache, make_room, put_frames
-from inference.engine.choice import choose_tokens
 from inference.engine.packed_batch import PackedBatch, Segment
 from inference.engine.sampling import Sampler
 from inference.engine.slots import Slot, Step
+from inference.engine.token_choice import choose_tokens
 from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 

@@ -89,7 +89,7 @@ class Slot:
     tokens, positions: the cached tokens and where in the stream each stands.
     position: of the next token; it only grows, also when tokens are dropped.
     pending: the sampled token that is not cached yet: the next step begins with it.
-    likely: of the last step that asked for it, on the device: see `choice.read_likely`.
+    likely: of the last step that asked for it, on the device: see `token_choice.read_likely`.
     evictions: what was dropped, oldest first; the reader empties it.
     """
 
@@ -156,7 +156,7 @@ class Step:
     tokens: appended after the slot's pending token.
     frames: features from `encode`, one for each `<|image|>` in `tokens`.
     sample: False: no token is sampled, nothing is pending, and the next step must bring tokens.
-    allowed: tokens that may be sampled, a bit each (int32, on the CPU; choice.py); None: all.
+    allowed: tokens that may be sampled, a bit each (int32, on the CPU; token_choice.py); None: all.
     likely: how many of the most likely tokens `slot.likely` shall tell; None: it is not told.
     """
 

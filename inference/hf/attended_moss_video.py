@@ -173,7 +173,7 @@ def keep_frames(cache: Any, layer: int) -> None:
 
 
 def _crop_nothing(*_: Any) -> None:
-    """In place of DynamicLayer.crop."""
+    """Takes the place of DynamicLayer.crop."""
 
 
 def real_frames(pixels: Tensor | None, ratio_ids: Tensor | None, states: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def _several_tokens(
     x, weight, scale, out, N, K, outs,
     TOKENS: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same for a tile of tokens, in the processors' matrix units."""
+    """As `_one_token` for a tile of tokens, in the processors' matrix units."""
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     o, i = tl.program_id(1) * OUT + tl.arange(0, OUT), tl.arange(0, BLOCK)
     line, tokens = weight + o.to(tl.int64)[:, None] * K, x + n.to(tl.int64)[:, None] * K

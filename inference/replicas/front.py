@@ -135,7 +135,7 @@ class Front:
     decodes = True  # its replicas do
 
     def start(self) -> None:
-        """In the event loop: starts the replicas, and looks after them."""
+        """Starts the replicas, in the event loop, and looks after them."""
         for process in self.processes:
             self._spawn(process.run(self._exited, self._settled))
         for replica in self.replicas:

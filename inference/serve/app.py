@@ -64,7 +64,7 @@ class Service(Protocol):
         """`status`, `ok` if it serves, and more."""
 
     async def metrics_page(self) -> bytes:
-        """In Prometheus' form."""
+        """The metrics in Prometheus' form."""
 
     async def complete(self, request: Request, visit: Visit) -> Response:
         """Answers a chat request."""

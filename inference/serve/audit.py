@@ -89,7 +89,7 @@ class _File(RotatingFileHandler):
             self._failing = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """In place of logging's own, which prints each record."""
+        """Takes the place of logging's own, which prints each record."""
         self.lost += 1
         if not self._failing:
             log.warning(

@@ -75,7 +75,7 @@ class Question:
         return [replace(self.sampling, seed=own) for own in seeds]
 
     def headers(self) -> dict[str, str]:
-        """Of the answer: they name what was given and the model does not see."""
+        """Headers of the answer: they name what was given and the model does not see."""
         if not self.ignored:
             return {}
         more = ", ..." if len(self.ignored) > _MOST_NAMED else ""

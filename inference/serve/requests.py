@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag, WithJsonSchema
 
-from inference.engine.choice import MOST_LIKELY
+from inference.engine.token_choice import MOST_LIKELY
 from inference.serve.limits import SAMPLING_RANGES
 from inference.serve.typed_fields import Choice, Fields, Range, harmless, neutral
 
@@ -90,7 +90,7 @@ class VideoPart(Frames):
 
 
 def branch(value: Any) -> str:
-    """Of a content or a part, as pydantic's tags of unions."""
+    """The tag of a content or a part in pydantic's tagged unions."""
     if isinstance(value, str | list):
         return "<text>" if isinstance(value, str) else "<parts>"
     given = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)

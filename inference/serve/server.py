@@ -185,14 +185,16 @@ def _remove_left(path: str) -> None:
 
 @dataclass(frozen=True)
 class Certificate:
-    """For HTTPS, in PEM form. key: of the private key; None: it is in `chain`, too."""
+    """A certificate for HTTPS, in PEM form. key: the file of the private key; None: it is in
+    `chain`, too."""
 
     chain: Path
     key: Path | None = None
 
     @classmethod
     def of_flags(cls, chain: str | None, key: str | None) -> Certificate | None:
-        """None: HTTP. CommandError where the files are not a certificate and its key."""
+        """The certificate of the flags; None: HTTP. CommandError where the files are not a
+        certificate and its key."""
         if not (chain or key):
             return None
         if not chain:

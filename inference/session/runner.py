@@ -21,10 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-from inference.engine.choice import read_likely
 from inference.engine.engine import Engine, EngineFull
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
+from inference.engine.token_choice import read_likely
 from inference.session.answer import Answer
 from inference.session.calls import Call
 from inference.session.events import LOG_LIMIT

@@ -107,7 +107,8 @@ _ANY_TIME = ("pace", "max_new_tokens", "sampling")
 
 
 class Session(ResponseWriter):
-    """Not thread-safe: the runner calls every method under its lock."""
+    """The state machine of one stream. Not thread-safe: the runner calls every method under its
+    lock."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class Stats:
             self._measured(name, number)
 
     def add(self, name: str, seconds: float) -> None:
-        """One more duration."""
+        """Adds a duration."""
         self._kept[name].append(seconds)
         if self._measured:
             self._measured(name, seconds)

@@ -75,7 +75,7 @@ class Section:
         return Section(value, self.file, f"{self.path}{key}.")
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Section:
-        """With `defaults` for keys that are not there at all."""
+        """This mapping, with `defaults` for keys that are not there at all."""
         return Section({**defaults, **self.values}, self.file, self.path, self.name)
 
     def expect(self, key: str, wanted: Any) -> None:

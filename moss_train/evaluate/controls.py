@@ -53,7 +53,7 @@ class Model(Protocol):
         """The most likely token after each sequence."""
 
     def predict(self, inputs: Sequence[ModelInput]) -> list[tuple[Tensor, Tensor]]:
-        """Of each sequence the most likely token `[S]` after each of its tokens, and the log
+        """For each sequence the most likely token `[S]` after each of its tokens, and the log
         probability of each of its tokens `[S]` (that of the first is 0). On the host."""
 
 

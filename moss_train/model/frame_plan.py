@@ -107,10 +107,9 @@ class FramePlan:
         return one_call.pairs if one_call else sum(block.pairs for block in self.blocks)
 
     def with_masks(self, shared: int, keys: int, dtype: torch.dtype) -> FramePlan:
-        """This plan with masks as the attention adds them: of the `shared` query heads of a KV head
-        and the `keys` of a tile. Made once for all layers, whose graphs keep the same: of 256
-        frames and 2,344 tokens of a stream 288 MB.
-        """
+        """A copy of this plan whose masks have the form that attention adds to scores: for the
+        `shared` query heads of a KV head and the `keys` of a tile. Made once for all layers, whose
+        graphs keep the same masks (256 frames and 2,344 tokens of a stream: 288 MB)."""
         plan = copy.copy(self)  # with what it has cached
         kind, padded = (shared, keys, dtype), self.padded
         plan.blocks = [

@@ -78,7 +78,7 @@ class Checkpointer:
         )
 
     def open_folder(self, damaged: Collection[Path] = ()) -> None:
-        """On rank 0, before the first `save`: makes the folder, removes what a killed job left
+        """Makes the folder, on rank 0 before the first `save`; removes what a killed job left
         there, and gives damaged checkpoints (those in `damaged`, too) another name. No collective.
         """
         self.folder.mkdir(parents=True, exist_ok=True)

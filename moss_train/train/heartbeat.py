@@ -76,7 +76,8 @@ _heart: Heart | None = None
 
 
 def start(folder: Path, rank: int) -> None:
-    """From now on `beat` writes into `folder`. Raises OSError where there is no space for it."""
+    """Lets `beat` write into `folder` from now on. Raises OSError where there is no space for
+    it."""
     global _heart
     _heart = Heart(folder, rank)
 

@@ -41,7 +41,7 @@ class Machines:
 
     @classmethod
     def of_job(cls, connect: Callable[[], dist.Store]) -> Machines:
-        """Those that torchrun's environment names."""
+        """The machines that torchrun's environment names."""
         number = int(os.environ.get("GROUP_RANK", "0"))
         return cls(connect, number, int(os.environ.get("GROUP_WORLD_SIZE", "1")))
 

@@ -100,8 +100,8 @@ def start_process_group(config: Config) -> None:
 
 
 def started_ranks() -> Ranks:
-    """This process among those that open a model together: torchrun's, else itself alone, whatever
-    WORLD_SIZE says; a job has checked that."""
+    """This process's rank among those that open a model together: torchrun's, else a single one,
+    whatever WORLD_SIZE says; a job has checked that."""
     return ranks_of() if "RANK" in os.environ else Ranks()
 
 
@@ -207,9 +207,9 @@ def _take_forks_along() -> None:
 
 
 def _outlive_signals(rank: int) -> None:
-    """In the queue's process: it ends with its rank (with the thread that started it), however
-    that ends, and not before: torchrun and batch systems signal every process of a job, and the
-    rank saves then."""
+    """Runs in the queue's process: it ignores signals, and ends with its rank (with the thread that
+    started it), however that ends. torchrun and batch systems signal every process of a job, and
+    the rank saves then."""
     signalled_with_parent(rank)
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

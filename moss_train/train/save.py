@@ -133,7 +133,7 @@ class Save:
 def _write_and_sum(
     write: Callable[..., None], folder: Path, sums: Path, *args: Any, **options: Any
 ) -> None:
-    """In the writer: `write`, then the checksums of what this rank wrote, read back while the
+    """Runs in the writer: `write`, then the checksums of what this rank wrote, read back while the
     system still has it in memory."""
     write(*args, **options)
     rank = sums.stem.rpartition("_")[2]

@@ -104,7 +104,8 @@ def _resident() -> int:
 def measure(
     attend: Callable[[], Tensor], leaves: list[Tensor], repeat: int
 ) -> tuple[float, float, float]:
-    """Of a forward and backward pass: best seconds, best CPU seconds, peak of memory in GB.
+    """Measures a forward and backward pass: best seconds, best CPU seconds, peak of memory in GB.
+    CPU seconds (of all threads) say more than seconds where other processes share the cores.
 
     CPU seconds (of all threads) say more than seconds where other processes share the cores.
     """

@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: ToyEndpoint
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on the console."""
+        """Prints nothing on the console."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, status: int, data: dict[str, Any], headers: dict[str, str] | None = None
     ) -> None:
-        """In one piece: two would wait for each other."""
+        """Sends an answer in one piece: two would wait for each other."""
         content = json.dumps(data).encode()
         lines = [f"HTTP/1.1 {status} .", "Content-Type: application/json",
                  f"Content-Length: {len(content)}"]  # fmt: skip

@@ -101,7 +101,7 @@ def train(size: str, part: str, steps: int, lr: float) -> Iterator[float]:
 
 
 def samples(config: Config) -> Iterator[MicroBatch]:
-    """Without end, the same for each run."""
+    """Samples without end, the same for each run."""
     generator = torch.Generator().manual_seed(1)
     image, size = config.model.text.vocab_size, config.model.vision.image_size
     places = torch.arange(FRAMES) * 3 + 1

@@ -47,7 +47,8 @@ def stories(count: int, seed: int = 0) -> list[Story]:
 
 
 def render(folder: Path, told: Sequence[Story], size: int = 56, fps: int = 2) -> None:
-    """With a clock: the model that knows the world knows a second by its picture."""
+    """Renders the clips with a clock in the picture, by which the model that knows the world knows
+    the second."""
     folder.mkdir(parents=True)
     for number, story in enumerate(told):
         (folder / f"{number:05d}.mp4").write_bytes(mp4(story, size, fps, clock=True))
@@ -126,7 +127,7 @@ def judge(found: dict[str, dict[str, Any]], told: Sequence[Story]) -> Judged:
 
 
 def arguments(videos: Path, out: Path, url: str, *more: str) -> list[str]:
-    """Of `moss-data`: the toy world's words a second, and short pauses."""
+    """Arguments of `moss-data`: the toy world's words a second, and short pauses."""
     return [
         "synthesize", str(videos), str(out), "--url", url, "--model", "toy", "--pace", str(PACE),
         "--backoff", "0.02", "--timeout", "2", "--concurrency", "8", *more,

@@ -156,7 +156,7 @@ async def killed(_: Visitor, socket: ClientConnection) -> bool:
 
 
 async def vanishes(visitor: Visitor, socket: ClientConnection) -> bool:
-    """Its machine is switched off; somebody else comes."""
+    """Leaves as a machine does that is switched off; somebody else comes."""
     socket.transport.abort()
     visitor.name = ""
     return True

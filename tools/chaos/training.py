@@ -160,7 +160,8 @@ class Training:
                 self._start()
 
     def wait(self, step: int, limit_s: float) -> bool:
-        """Until a step is done, or the job; False where none was for `limit_s`."""
+        """Waits until a step is done, or the job has ended; False where no step was done for
+        `limit_s`."""
         while self.step < step and not self.done:
             self.poll()
             if time.monotonic() - self._since > limit_s:

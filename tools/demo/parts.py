@@ -45,7 +45,7 @@ class Part:
 
     @property
     def command(self) -> str:
-        """For a shell."""
+        """The command as a line for a shell."""
         start = f"python -m {self.module}"
         if self.ranks:
             start = f"torchrun --nproc-per-node {self.ranks} -m {self.module}"

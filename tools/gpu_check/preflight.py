@@ -97,7 +97,7 @@ def copies(size: int, device: torch.device) -> dict[str, float]:
 def all_reduced(
     size: int, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> tuple[bool, float]:
-    """Of an all-reduce of `size` bytes over a group: whether the sum is right, and GB a second
+    """Runs an all-reduce of `size` bytes over a group: whether the sum is right, and GB a second
     through each rank's link (as nccl-tests count them). A collective."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     numbers = torch.full((size // 4,), float(rank + 1), device=device)

@@ -57,7 +57,7 @@ def _small(case: Case) -> Case:
 
 
 def _begin_save(bench: Workbench, step: int) -> Checkpointer:
-    """Until training can go on; its `close` waits for the rest."""
+    """Saves until training can go on; the result's `close` waits for the rest."""
     checkpointer = _checkpointer(bench)
     checkpointer.open_folder()
     checkpointer.save(step, step * len(bench.case.samples), None)

@@ -66,7 +66,7 @@ class EndpointJudge:
         return Verdict(reply["pred"] == "yes", float(int(reply["score"])))
 
     async def _open(self, folder: Path) -> None:
-        """In the loop's thread: SQLite's connections belong to one."""
+        """Opens the database in the loop's thread: a connection of SQLite belongs to one thread."""
         self._store = Store(folder)
         self._endpoint = Endpoint(self._config, self._store.waste)
 

@@ -165,8 +165,8 @@ class _Remote:
             return self._heard.emissions()
 
     def _settle(self) -> None:
-        """On the media clock: waits until all is taken in, and it is silent, or has said what the
-        pace allows."""
+        """Waits, on the media clock, until all is taken in, and the model is silent or has said
+        what the pace allows."""
         self._wait(
             lambda: (
                 self._taken >= self._sent

@@ -206,7 +206,7 @@ class _Session:
             self._session.settle()
 
     def _wait(self, second: float) -> None:
-        """On the wall clock."""
+        """Waits on the wall clock until a second of the source is due."""
         if self._heard.began is not None:
             due = self._heard.began + second - self._start
             self._session.log.wait_closed(due - time.time())

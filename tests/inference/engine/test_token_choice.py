@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.engine.choice import read_likely
 from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Step
+from inference.engine.token_choice import read_likely
 from tests.inference.engine.test_engine import engine_of
 from tests.inference.tiny import tiny_model
 
