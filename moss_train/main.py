@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from data_pipeline.commands import STOPPED, WRONG_USAGE, describe, report_error
 from data_pipeline.ranks import JoinError, RanksError, ranks_of
+from moss_train.checkpoint_dir import checkpoints_folder
 from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.imports import quick_imports
 from moss_train.log import configure, print_line
@@ -60,7 +61,7 @@ def run(config: Config, console: TextIO | None = None) -> bool:
     Raises:
         ConfigError: the configuration is wrong; nothing has been started.
         RanksError, JoinError: this is a rank of a job that cannot start.
-        StorageError: the storage of a checkpoint does not answer.
+        StorageError: the storage does not answer, or does not take the last checkpoint.
     """
     resume_from = check(config)
     # megatron is imported only now: a wrong configuration is refused in two seconds, not six.
@@ -90,7 +91,8 @@ def check(config: Config) -> Path | None:
     world_size = ranks_of().size
     try:
         validate(config, world_size)
-        _check_folder(Path(config.run.dir))
+        for folder in (Path(config.run.dir), checkpoints_folder(Path(config.run.dir))):
+            _check_folder(Path(config.run.dir), folder)
         if os.environ.get("RANK", "0") == "0":
             check_free(Path(config.run.dir))
         return find_resume(config)
@@ -111,15 +113,18 @@ def _with_field(error: OSError, config: Config) -> str:
     return f"{key}={paths[key]}: {describe(error)}"
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises ConfigError where the run folder cannot be made or written."""
+def _check_folder(run: Path, folder: Path) -> None:
+    """Raises ConfigError where the run folder, or a `folder` of its, cannot be made or written."""
     for path in (folder, *folder.absolute().parents):
         if not path.exists():
+            if path.is_symlink():  # to a scratch, say, that is not mounted
+                there = f"{path} leads to {os.readlink(path)}, which is not there"
+                raise ConfigError([f"run.dir={run}: {there}: make it, or give another one"])
             continue
         if not path.is_dir():
-            raise ConfigError([f"run.dir={folder}: {path} is not a folder: give another one"])
+            raise ConfigError([f"run.dir={run}: {path} is not a folder: give another one"])
         if not os.access(path, os.W_OK | os.X_OK):
-            raise ConfigError([f"run.dir={folder}: {path} cannot be written: give another one"])
+            raise ConfigError([f"run.dir={run}: {path} cannot be written: give another one"])
         return
 
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class StorageError(RuntimeError):
-    """The storage did not answer, several times."""
+    """The storage did not answer, several times, or does not take what a job cannot do without."""
 
 
 def patiently(read: Callable[[], T], path: Path) -> T:

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch import nn
 
+from data_pipeline.commands import describe
 from data_pipeline.tokenizer_identity import TokenizerIdentity
 from moss_train import hardware
 from moss_train.checkpoint_dir import (
@@ -80,12 +81,24 @@ class Checkpointer:
     def open_folder(self, damaged: Collection[Path] = ()) -> None:
         """Makes the folder, on rank 0 before the first `save`; removes what a killed job left
         there, and gives damaged checkpoints (those in `damaged`, too) another name. No collective.
+
+        Raises:
+            StorageError: the folder cannot be made or changed.
         """
+        try:
+            self._open_folder(damaged)
+        except OSError as error:
+            raise StorageError(f"run.dir: {describe(error)}") from None
+
+    def _open_folder(self, damaged: Collection[Path]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for pattern in (".writing_*", ".removing_*"):
             for leftover in self.folder.glob(pattern):
                 log.warning("removing %s: a save or a removal that was cut off", leftover)
-                shutil.rmtree(leftover)
+                try:
+                    shutil.rmtree(leftover)
+                except OSError as error:  # NFS keeps files that a process still has open
+                    log.warning("%s cannot be removed: %s", leftover, error)
         for path in steps_in(self.folder):
             if path in damaged or flaw(path) is not None:
                 set_aside(path)

@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data_pipeline.atomic import write_atomically
 from moss_train.checkpoint_dir import set_aside, write_complete
 from moss_train.log import log
-from moss_train.storage import describe_files
+from moss_train.storage import StorageError, describe_files, or_warning
 
 RESERVE = 4 << 20  # bytes for each eight ranks: what rank 0 writes alone, most of it .metadata
 
 
-class SaveError(RuntimeError):
+class SaveError(StorageError):
     """A checkpoint could not be written. All ranks raise it."""
 
 
@@ -105,8 +105,10 @@ class Save:
             if self.target.exists():  # damaged, or the run would have gone on after it
                 set_aside(self.target)
             self.temporary.rename(self.target)
-            write_atomically(self.folder / "latest", self.target.name + "\n")
             log.info("saved %s", self.target)
+            latest = self.folder / "latest"  # for people: nothing here reads it
+            with or_warning(latest, "the checkpoint is whole without it"):
+                write_atomically(latest, self.target.name + "\n")
 
         self._on_first_rank(publish)
 

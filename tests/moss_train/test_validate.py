@@ -43,6 +43,15 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         ["parallel.tensor=2 x parallel.pipeline=1: a replica takes 2 ranks, and the job has 3: "
          "start a multiple of 2"],
     ),
+    "checkpoints are elsewhere": (
+        1, ["run.dir=TMP/linked"],
+        ["run.dir=TMP/linked: TMP/linked/checkpoints leads to /scratch/gone, which is not there: "
+         "make it, or give another one"],
+    ),
+    "checkpoints are a file": (
+        1, ["run.dir=TMP/filed"],
+        ["run.dir=TMP/filed: TMP/filed/checkpoints is not a folder: give another one"],
+    ),
     "paths of empty variables": (
         1, ["run.dir=${oc.env:NOTHING}", "init_from=${oc.env:NOTHING}"],
         ["init_from=: is empty (an empty variable?): give a path",
@@ -291,7 +300,12 @@ LATE = ("patterns",)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("refused")
+    folder = tmp_path_factory.mktemp("refused")
+    for name in ("linked", "filed"):
+        (folder / name).mkdir()
+    (folder / "linked" / "checkpoints").symlink_to("/scratch/gone")
+    (folder / "filed" / "checkpoints").touch()
+    return folder
 
 
 @pytest.fixture(scope="module")

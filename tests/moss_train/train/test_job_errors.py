@@ -47,6 +47,8 @@ def outcomes(small, broken, run_jobs, tmp_path_factory):
     # Less than what is reserved at first; less than the weights.
     none, some = (3, 200_000), (3, 10_000_000)
     # Nothing at all in steps 2 to 4.
+    (runs / "no_latest" / "checkpoints" / "latest").mkdir(parents=True)
+    (runs / "no_latest" / "checkpoints" / ".removing_step_00000001").touch()  # nor is it a folder
     result = run_jobs(
         1,
         task("few", *pictures("few")),
@@ -64,6 +66,7 @@ def outcomes(small, broken, run_jobs, tmp_path_factory):
             file_limit=(2, 1, 5),
             poison={"3": "loss"},
         ),
+        task("no_latest", "trainer.checkpoint_every=2", "trainer.steps=2"),
         task("full_again", *full, f"trainer.resume={runs / 'full'}"),
     )
     return result, runs
@@ -154,6 +157,17 @@ def test_a_full_disk_is_a_warning_and_at_the_end_an_error_and_harms_no_checkpoin
     if name == "full":
         assert result.load("full_again")["error"] is None
         assert steps(runs / "full_again") == [3, 4, 5, 6]
+
+
+def test_a_checkpoint_is_whole_without_the_name_of_the_newest(outcomes):
+    """Where that cannot be written, or something old cannot be removed, a line says so."""
+    result, runs = outcomes
+    assert result.load("no_latest")["error"] is None
+    folder = runs / "no_latest" / "checkpoints"
+    assert saved_steps(runs / "no_latest") == [2]
+    said = rf"{folder}/latest cannot be written \(.*: the checkpoint is whole"
+    assert re.search(said, result.stderr())
+    assert f"{folder}/.removing_step_00000001 cannot be removed" in result.stderr()
 
 
 def test_where_nothing_can_be_written_training_goes_on_and_the_lines_come_later(outcomes):
