@@ -61,16 +61,23 @@ class Staging:
     def _copied(self, copy: Any, files: Files) -> Files:
         if self.right is False:
             return _copied_one_by_one(files)
-        copies: Files = copy()
-        if self.right is None:
-            self.right = _are_equal(files, copies)
-        if self.right:
-            return copies
-        del copies  # their memory, before as much is asked for
+        copies: Files | None = None
+        try:
+            copies = copy()
+            if self.right is None:
+                self.right = _are_equal(files, copies)
+            wrong = f"differ from what is on {hardware.device_name()}"
+        except RuntimeError as error:  # on this rank alone: there is no such memory left, now
+            said = str(error).partition("\n")[0]
+            wrong = f"cannot be made ({said})"
+        else:
+            if self.right:
+                return copies
+        copies = None  # their memory, before as much is asked for
         log.warning(
-            "copies of the checkpoint in page-locked memory differ from what is on %s: it is "
-            "copied into ordinary memory, more slowly",
-            hardware.device_name(),
+            "copies of the checkpoint in page-locked memory %s: it is copied into ordinary memory, "
+            "more slowly",
+            wrong,
         )
         return _copied_one_by_one(files)
 

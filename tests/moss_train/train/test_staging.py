@@ -94,6 +94,26 @@ def test_a_wrong_copy_is_made_again(caplog, number):
     assert len(calls) == 1
 
 
+def test_without_page_locked_memory_a_save_uses_ordinary_one(caplog):
+    """A rank that raised would leave the others in the save. The next save tries again."""
+    whole, calls = files(), []
+
+    def copy(of: Files) -> Files:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported")
+        return cloned(of)
+
+    saves = Staging(on_device=True)
+    with caplog.at_level(logging.WARNING):
+        assert bits(saves.checked(request(whole, copy)).preload_fn()) == bits(whole)
+    assert "cannot be made (CUDA error: out of memory): it is copied into" in caplog.text
+    again = files()
+    assert saves.checked(request(again, copy)).preload_fn() is saves.copies
+    assert bits(saves.copies) == bits(again)
+    assert len(calls) == 2
+
+
 def test_later_saves_are_not_compared():
     saves, whole = Staging(on_device=True), files()
     saves.checked(request(whole, cloned)).preload_fn()
