@@ -9,7 +9,14 @@ from functools import partial
 from typing import Any
 
 from data_pipeline import files
-from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems, refuse_unwanted
+from data_pipeline.importers.draft import (
+    Convert,
+    Draft,
+    Entry,
+    as_list,
+    distinct_stems,
+    refuse_unwanted,
+)
 from data_pipeline.importers.locate import Finder
 from data_pipeline.importers.records import read_records
 from data_pipeline.importers.share import WHOLE, Share
@@ -28,7 +35,7 @@ class RecordFile:
     convert: Convert
     form: str
     limit: int | None = None  # records that are taken at most
-    told: bool = True  # whether it has records, which say their form
+    has_records: bool = True  # else `form` is a guess
 
 
 @dataclass(frozen=True)
@@ -117,4 +124,4 @@ def drafts_or_reason(
         raise
     except Exception as error:  # whatever a strange value leads to: one record ends no import
         return [SampleError("bad_schema", f"{type(error).__name__}: {error}: {value!r:.200}")]
-    return list(drafts) if isinstance(drafts, list) else [drafts]
+    return as_list(drafts)

@@ -158,7 +158,7 @@ def _opened(
     of_part: Entries = partial(record_entries, chosen, refused=refused)
     if media and files.name(chosen[0].path) in METADATA:
         of_part = _by_key(partial(folder_entries, chosen, refused, media))
-    found = tuple(sorted({file.form for file in chosen if file.told}))
+    found = tuple(sorted({file.form for file in chosen if file.has_records}))
     read = [*(file.path for file in chosen), *(refusal.path for refusal in refused)]
     return OpenSource(form, read, of_part, found)
 
@@ -190,7 +190,7 @@ def _record_files(
                 error = with_kinds(error, path)
                 errors.append(error)
                 refused.append(Refusal(path, stem, SampleError("unreadable_file", str(error))))
-        if any(file.told for file in opened):
+        if any(file.has_records for file in opened):
             break
     if not opened:
         raise errors[0]
@@ -206,12 +206,12 @@ def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> Rec
         captions.check_columns(records[0], options.media_column, options.caption_column)
     converts = _converts(options)
     if named:
-        return RecordFile(path, stem, base, converts[form], form, told=bool(records))
+        return RecordFile(path, stem, base, converts[form], form, has_records=bool(records))
 
     def convert(record: dict[str, Any], base: str) -> Draft | list[Draft]:
         return converts[form_beside(record, form)](record, base)
 
-    return RecordFile(path, stem, base, convert, form, told=bool(records))
+    return RecordFile(path, stem, base, convert, form, has_records=bool(records))
 
 
 def _converts(options: SourceOptions) -> dict[str, Convert]:

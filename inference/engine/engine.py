@@ -158,7 +158,7 @@ class Engine:
         self.tower = Tower(self._encode, self.pixels.size, self.device)
         ranks = self.meet()
         if self.graph_runner is not None and expected is not None:
-            with expected.told(self.device):
+            with expected.reported(self.device):
                 self.graph_runner.capture(ranks)
                 self.tower.capture(ranks)
 

@@ -84,7 +84,7 @@ class GraphMemory:
         return self.total + max(self.passes, self.tower)
 
     @contextmanager
-    def told(self, device: torch.device) -> Iterator[None]:
+    def reported(self, device: torch.device) -> Iterator[None]:
         """Says before a capture how much is expected, and afterwards how much was taken."""
         parts = {"passes": self.passes, "vision": self.tower, "buffers": self.buffers,
                  "cuBLAS": self.workspaces}  # fmt: skip
