@@ -143,14 +143,9 @@ class PromptBuilder:
         swap with `swap_probability`, decided by `draws` (None: no swaps, as in evaluation). Raises
         SampleError where nothing is left to learn.
         """
-        prompt, counts = Prompt(), iter(frames_per_mark)
-        prompt.add([self._special.begin_of_text], learn=False)
-        for message in messages:
-            self._add_message(prompt, message, counts, form)
+        prompt = self._conversation(messages, frames_per_mark, form)
         if form == "pretrain":
             prompt.add([self._special.end_of_text], learn=False)
-        if next(counts, None) is not None:
-            raise SampleError("mark_media_mismatch", "more media than marks")
         if draws is not None:
             prompt.swap_frames(swap_probability, draws)
         prompt.cut(sequence_length)
@@ -167,13 +162,8 @@ class PromptBuilder:
         unfinished: bool = False,
     ) -> Prompt:
         """As `build`, without labels, up to the place where the assistant is to go on: at the start
-        of an answer, or where the last message, its own, is `unfinished`."""
-        prompt, counts = Prompt(), iter(frames_per_mark)
-        prompt.add([self._special.begin_of_text], learn=False)
-        for message in messages:
-            self._add_message(prompt, message, counts, form)
-        if next(counts, None) is not None:
-            raise SampleError("mark_media_mismatch", "more media than marks")
+        of an answer, or inside the last message, the assistant's own, if that is `unfinished`."""
+        prompt = self._conversation(messages, frames_per_mark, form)
         if unfinished and form != "pretrain":
             del prompt.tokens[-1], prompt.labels[-1]  # <|eot_id|>
         elif form != "pretrain":
@@ -206,6 +196,18 @@ class PromptBuilder:
         content = as_system(text) if role == "system" else as_typed(text)
         self._add_content(prompt, content, iter(()), learn=False)
         return [*self.header(role), *prompt.tokens, self._special.eot_id]
+
+    def _conversation(
+        self, messages: Sequence[Message], frames_per_mark: Sequence[int], form: PromptForm
+    ) -> Prompt:
+        """The begin of text, and all messages. Raises SampleError: other media than marks."""
+        prompt, counts = Prompt(), iter(frames_per_mark)
+        prompt.add([self._special.begin_of_text], learn=False)
+        for message in messages:
+            self._add_message(prompt, message, counts, form)
+        if next(counts, None) is not None:
+            raise SampleError("mark_media_mismatch", "more media than marks")
+        return prompt
 
     def _add_message(
         self, prompt: Prompt, message: Message, counts: Iterator[int], form: PromptForm

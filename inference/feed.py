@@ -90,9 +90,9 @@ class Feeder:
         return second
 
     def _asked_with(self, second: float, shown: bool) -> str | None:
-        """Asks what is due at the second of a frame, right before it: as in training a turn of its
-        own, which has an answer of its own. With the first frame the last one goes together, and is
-        returned: there is nothing yet to say about."""
+        """Asks the questions of a frame's second before the frame, each as a turn with an answer of
+        its own, as in training. Before the first frame there is nothing to answer about: the last
+        of its questions is returned, to be taken in with the frame."""
         questions = self._questions
         while questions and questions[0][0] == second:
             last = len(questions) == 1 or questions[1][0] > second
@@ -102,7 +102,8 @@ class Feeder:
         return None
 
     def _live(self, source: LiveSource) -> float:
-        """Frames come when they come, questions at their own time, also while the source is lost.
+        """Frames come at their own time; questions are asked at theirs, also while the source is
+        lost.
 
         Returns the second of the last frame.
         """

@@ -46,7 +46,7 @@ class Notice:
 
 
 class LiveSource:
-    """Frames come at their own time.
+    """A source that sends frames at its own time: a camera, a stream, a pipe.
 
     Args:
         name: URL, `pipe:0`, path of a named pipe; of a camera, for messages.
@@ -83,8 +83,8 @@ class LiveSource:
             tries += 1
 
     def skip(self) -> None:
-        """Lets pictures pass unseen until they are wanted: else those that are sent while a model
-        is loaded would be seen, too late."""
+        """Reads and drops pictures in a thread until they are wanted: else those that are sent
+        while a model is loaded would be seen, too late."""
         if not self._piped:
             self._reader = threading.Thread(target=self._skip, name="moss-source", daemon=True)
             self._reader.start()
@@ -176,7 +176,8 @@ class LiveSource:
             self._ends = self._has_ended()
 
     def _describe(self, container: av.container.InputContainer) -> bool:
-        """What is at the other end. Returns whether its frames have no time stamps of their own."""
+        """Finds out what the connection is: a file, a stream or single pictures. Returns whether
+        its frames have no time stamps of their own."""
         form: str = container.format.name
         flags: Any = container.format.flags  # an integer in PyAV 18
         bare = bool(getattr(flags, "value", flags) & Flags.no_timestamps.value)

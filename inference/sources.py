@@ -26,7 +26,7 @@ _LARGEST = 2 * 2**30  # bytes of a file on the network that is fetched as a whol
 
 
 class FileSource:
-    """A video file: all of it is there, and nobody else says how fast it is watched.
+    """A video file: it is read as a whole, and can be watched at any speed.
 
     Raises SourceError for a file that is not there, or not a whole video.
     """
@@ -91,7 +91,7 @@ def clip(path: str, fps: float, least: int, most: int) -> list[Tensor]:
 
 
 def clip_frames(data: bytes, fps: float, least: int, most: int) -> list[Tensor]:
-    """As `clip`, of a video file's bytes; SampleError."""
+    """As `clip`, for a video file's bytes; SampleError."""
     with open_video(data) as video:
         return list(video.frames(sample_times(video.info, fps, least, most)))
 
