@@ -7,13 +7,12 @@ Proven and timed are forward and backward pass of the three places: text, tower,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.attention_kinds import KINDS, able
@@ -21,6 +20,7 @@ from data_pipeline.kernel_proof import Case, Kernel, proven, remembered
 from moss_train import hardware
 from moss_train.config import ParallelConfig
 from moss_train.log import log
+from moss_train.model.agreement import agreed
 from moss_train.model.attention import attend_packed, attend_whole, attention_core, frames_core
 from moss_train.model.cross_attention import attend_blocks, attend_frames
 from moss_train.model.frame_plan import FramePlan, plan_frames
@@ -54,7 +54,8 @@ FRAMES = 64  # that the tower encodes for this much text
 
 
 def choose_attention(model: ModelConfig, parallel: ParallelConfig, groups: Groups) -> ModelConfig:
-    """`model` with the attention that it runs with. A collective: all ranks take rank 0's choice.
+    """`model` with the attention that it runs with: rank 0's choice, if it is right on all ranks,
+    else sdpa. A collective.
 
     On a CPU auto is sdpa. On a GPU, sdpa is taken as it is; any other is compared with it once, and
     sdpa is taken in its place where it fails or differs; auto is the fastest of those that do not.
@@ -63,11 +64,9 @@ def choose_attention(model: ModelConfig, parallel: ParallelConfig, groups: Group
     if model.attention == "sdpa" or not hardware.on_accelerator():
         name = "sdpa" if model.attention == "auto" else model.attention
         return replace(model, attention=name)
-    chosen = [""]
-    if dist.get_rank() == 0:
-        chosen = [Trial(model, parallel, groups).choose()]
-    dist.broadcast_object_list(chosen, src=0)
-    return replace(model, attention=chosen[0])
+    trial = Trial(model, parallel, groups)
+    chosen = agreed("model.attention", lambda: [trial.choose()], trial.right)
+    return replace(model, attention=chosen[0] if chosen else "sdpa")
 
 
 def packages_of(name: str) -> tuple[str, ...]:
@@ -100,7 +99,7 @@ class Trial:
         asked = self.model.attention
         if asked != "auto":
             return asked if self._proven(asked) else "sdpa"
-        right = ["sdpa", *(name for name in self._installed() if self._proven(name))]
+        right = ["sdpa", *self.right(self._installed())]
         if len(right) == 1:
             log.info("attention: sdpa (nothing else is installed, or right here)")
             return "sdpa"
@@ -113,6 +112,10 @@ class Trial:
         told = ", ".join(f"{name} {times[name]:.1f} ms" for name in right)
         log.info("attention: %s (%s)", fastest, told)
         return fastest
+
+    def right(self, names: Iterable[str]) -> list[str]:
+        """Those that compute what sdpa does."""
+        return [name for name in names if name == "sdpa" or self._proven(name)]
 
     def _installed(self) -> list[str]:
         """What may be tried beside sdpa."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from data_pipeline.fp8 import Fp8
 from data_pipeline.kernel_proof import Case, Kernel, proven
 from moss_train import hardware
 from moss_train.log import log
+from moss_train.model.agreement import agreed
 from moss_train.model.kernels import Kernels, Statistics
 from moss_train.model.mlp import swiglu
 from moss_train.model.rope import rotate
@@ -31,7 +31,8 @@ CODE = tuple(
 
 
 def choose_kernels(model: ModelConfig) -> Kernels:
-    """The kernels of `model.kernels` that this job uses. A collective: all ranks take rank 0's.
+    """The kernels of `model.kernels` that this job uses: those that are right on all ranks. A
+    collective.
 
     Each is compared with plain torch once on a GPU; where it fails or differs, a line says so and
     plain torch runs. On a CPU all is plain torch; FP8, if asked for, is computed by it.
@@ -39,18 +40,21 @@ def choose_kernels(model: ModelConfig) -> Kernels:
     if not hardware.on_accelerator():
         return Kernels(fp8=None if model.fp8 == "none" else Fp8())
     triton = model.kernels != "torch"
-    there, right = candidates() if triton else {}, [list[str](), list[str]()]
-    if dist.get_rank() == 0:
-        right[0] = [name for name in there if _proven(name, there[name], model)]
-        if model.fp8 != "none":
-            widths = sorted(set(model.fp8_widths().values()))
-            dtype, device = hardware.DTYPES[model.dtype], hardware.device()
-            right[1] = right_parts(widths, dtype, device, triton)
-    dist.broadcast_object_list(right, src=0)
-    if "accumulate" in right[0]:
+    there, parts = candidates() if triton else {}, list[str]()
+
+    def prove(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in there and _proven(name, there[name], model)]
+
+    right = agreed("the training kernel", lambda: prove(there), prove)
+    if model.fp8 != "none":
+        widths = sorted(set(model.fp8_widths().values()))
+        dtype, device = hardware.DTYPES[model.dtype], hardware.device()
+        find = partial(right_parts, widths, dtype, device, triton)
+        parts = agreed("FP8, the part", find, lambda names: find())
+    if "accumulate" in right:
         install(accumulate)
-    fp8 = fp8_of(right[1]) if PRODUCT in right[1] else None
-    return Kernels(**{name: there[name] for name in right[0]}, fp8=fp8)
+    fp8 = fp8_of(parts) if PRODUCT in parts else None
+    return Kernels(**{name: there[name] for name in right}, fp8=fp8)
 
 
 def candidates() -> dict[str, Any]:

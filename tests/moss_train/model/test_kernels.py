@@ -20,6 +20,7 @@ from moss_train.model.packed_text import PackedText
 from moss_train.model.weight_gradient import accumulate
 from moss_train.model_config import TextConfig
 from tests.moss_train.model.build import preset, random_model
+from tests.torchrun import run_ranks
 
 triton_kernels = pytest.importorskip("moss_train.model.triton_kernels")
 ALL = {name: getattr(triton_kernels, name) for name in ("swiglu", "rotate", "statistics")}
@@ -120,3 +121,18 @@ def test_only_what_is_right_is_used(groups, tmp_path: Path, monkeypatch, caplog)
     assert first.startswith("the training kernel swiglu is not used on CPU: ")
     model.kernels = "torch"
     assert choose_kernels.choose_kernels(model) == Kernels()
+
+
+def test_what_is_not_right_on_one_rank_is_used_on_none(tmp_path: Path) -> None:
+    result = run_ranks("tests/workers/agreement.py", 2, out=tmp_path, timeout=60)
+    assert result.load_all("found") == [[["a", "c"], [], [], ["a"]]] * 2
+    said, why = ([line.partition("WARNING ")[2] for line in result.stderr(rank).splitlines()
+                  if "WARNING " in line] for rank in (0, 1))  # fmt: skip
+    assert said == [
+        "the kernel b: is not right on rank 1: no rank uses it",
+        "the kernel large: is not right on rank 1: no rank uses it",
+    ]
+    assert why == [
+        "b is not used on a device of rank 1: it differs",
+        "the kernel large: not tried on this rank: CUDA out of memory.",
+    ]
