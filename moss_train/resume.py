@@ -30,9 +30,33 @@ def find_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Pa
             the run folder has checkpoints, and none of them is whole.
         StorageError: the storage does not answer.
     """
-    resume, init_from = config.trainer.resume, config.init_from
+    checkpoint = _chosen(config, damaged or {})
     named = f"data.tokenizer={config.data.tokenizer}"
-    damaged = damaged or {}
+    if checkpoint is not None:
+        saved = read_run(checkpoint)
+        check_architecture(config, saved["config"], checkpoint)
+        check_adapter(config, saved["config"], checkpoint, resume=True)
+        check_stage(config, saved["config"], checkpoint)
+        check_order(config, saved, checkpoint)
+        mend = f"give that one, or start a new run with init_from={checkpoint}"
+        check_tokenizer(saved, checkpoint, config.data.tokenizer, named, mend)
+    elif config.init_from is not None:
+        source = _must_find("init_from", config.init_from)
+        saved = read_run(source)
+        check_architecture(config, saved["config"], source)
+        check_adapter(config, saved["config"], source, resume=False)
+        _warn_of_first_frames(config, saved["config"], source)
+        check_start(saved, source, config.data.tokenizer, named, config.data.new_tokenizer)
+    elif config.model.init.from_llama is not None:
+        llama = Path(config.model.init.from_llama)
+        check_llama(llama, config.data.tokenizer, named, config.data.new_tokenizer)
+    return checkpoint
+
+
+def _chosen(config: Config, damaged: Mapping[Path, str]) -> Path | None:
+    """The checkpoint that `trainer.resume` means: auto is the newest of the run's own, none is
+    None. Raises ConfigError where that cannot be continued."""
+    resume = config.trainer.resume
     own = checkpoint = find(Path(config.run.dir), damaged)
     if own is None and resume == "auto" and not config.trainer.start_over:
         _check_new(Path(config.run.dir), damaged)
@@ -58,22 +82,6 @@ def find_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Pa
             raise ConfigError(
                 [f"trainer.resume={checkpoint}: holds weights alone: start from it with init_from"]
             )
-        check_architecture(config, saved["config"], checkpoint)
-        check_adapter(config, saved["config"], checkpoint, resume=True)
-        check_stage(config, saved["config"], checkpoint)
-        check_order(config, saved, checkpoint)
-        mend = f"give that one, or start a new run with init_from={checkpoint}"
-        check_tokenizer(saved, checkpoint, config.data.tokenizer, named, mend)
-    elif init_from is not None:
-        source = _must_find("init_from", init_from)
-        saved = read_run(source)
-        check_architecture(config, saved["config"], source)
-        check_adapter(config, saved["config"], source, resume=False)
-        _warn_of_first_frames(config, saved["config"], source)
-        check_start(saved, source, config.data.tokenizer, named, config.data.new_tokenizer)
-    elif config.model.init.from_llama is not None:
-        llama = Path(config.model.init.from_llama)
-        check_llama(llama, config.data.tokenizer, named, config.data.new_tokenizer)
     return checkpoint
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,30 +99,14 @@ def convert_hf(options: FromHf) -> list[str]:
     if not (source / "config.json").is_file():
         form = foreign_form(source) or "has no config.json: give a folder in Hugging Face's form"
         raise ConversionError(f"{source}: {form}")
-    if kind_of(source) == "text":
-        model, folder, read = _text_source(options)
-        dtypes = folder.dtypes
-    else:
-        folder = HfFolder(source, normalize_name, options.allow_pickle)
-        _check_dtypes(folder, options)
-        stored_as = DTYPE_NAMES.get(next(iter(folder.dtypes))) if len(folder.dtypes) == 1 else None
-        wanted = options.dtype or stored_as
-        model = _fitted(model_config_from_hf(source, options.arch, wanted), folder)
-        _check_sizes(f"{source}/config.json", model)
-        _check_tensors(model, folder)
-        dtypes = folder.dtypes
-
-        model = _divisible(model, options.tensor_parallel)
-
-        def read(name: str, shape: torch.Size, rows: slice) -> Tensor:
-            return _read_rows(folder, name, shape, rows)
-
+    opened = _text_source(options) if kind_of(source) == "text" else _vision_source(options)
+    model, folder, read = opened
     beside = read_beside(source, model)
     _check_tokenizer(source)
     folder.notes += [*saved_rope(folder, model.text), *beside.notes, *_not_quantized(source)]
     dtype = DTYPES[options.dtype] if options.dtype else None
-    if options.dtype or len(dtypes) == 1:
-        model = replace(model, dtype=options.dtype or DTYPE_NAMES[next(iter(dtypes))])
+    if options.dtype or len(folder.dtypes) == 1:
+        model = replace(model, dtype=options.dtype or DTYPE_NAMES[next(iter(folder.dtypes))])
     finite = FiniteCheck(options.check_finite)
     stored = {name: dtype or tensor.dtype for name, tensor in folder.tensors.items()}
     default = DTYPES[model.dtype]
@@ -133,18 +118,32 @@ def convert_hf(options: FromHf) -> list[str]:
 
     boxes = [box for rule in table(model) for box in _boxes(model, rule, cast, stored, default)]
     size = sum(box.bytes for box in boxes)
-    with new_folder(options.out, size) as partial:
+    with new_folder(options.out, size) as unfinished:
         progress = Progress(f"{source} -> {options.out}", size, "GB", scale=1e9)
-        hashes = _write(partial, model, boxes, options.workers, progress.step)
+        hashes = _write(unfinished, model, boxes, options.workers, progress.step)
         finite.finish(source)
-        lines = _describe(partial, options, model, beside.max_tiles)
+        lines = _describe(unfinished, options, model, beside.max_tiles)
         facts = {"source": str(source), "tensors": len(folder.tensors), "bytes": size}
-        write_manifest(partial, hashes, facts)
-        write_complete(partial)
+        write_manifest(unfinished, hashes, facts)
+        write_complete(unfinished)
     return [progress.summary(), *folder.notes, *lines]
 
 
+def _vision_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
+    """Configuration, tensors and reader of a checkpoint of this architecture."""
+    source = options.source
+    folder = HfFolder(source, normalize_name, options.allow_pickle)
+    _check_dtypes(folder, options)
+    stored_as = DTYPE_NAMES.get(next(iter(folder.dtypes))) if len(folder.dtypes) == 1 else None
+    model = model_config_from_hf(source, options.arch, options.dtype or stored_as)
+    model = _fitted(model, folder)
+    _check_sizes(f"{source}/config.json", model)
+    _check_tensors(model, folder)
+    return _divisible(model, options.tensor_parallel), folder, partial(_read_rows, folder)
+
+
 def _text_source(options: FromHf) -> tuple[ModelConfig, HfFolder, Read]:
+    """As `_vision_source`, for a text-only Llama: new cross-attention layers go between its own."""
     if options.arch == "mllama":
         raise ConversionError(f"{options.source}: is a text-only Llama, not mllama")
     into = options.grow_into or ModelConfig(tokens_before_first_frame="zero")
