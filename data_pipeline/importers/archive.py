@@ -157,7 +157,7 @@ def _ends_early(file: BinaryIO, size: int) -> bool:
 def _samples(found: list[tarfile.TarInfo]) -> list[Members]:
     groups: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
     for member in found:
-        folder, _, base = member.name.rpartition("/")
+        folder, _, base = member.name.removeprefix("./").rpartition("/")
         stem, _, rest = base.partition(".")
         key = f"{folder}/{stem}" if folder else stem
         groups.setdefault(key, []).append((rest.lower(), member))

@@ -113,11 +113,14 @@ def plain_draft(record: dict[str, Any], base: str) -> Draft:
 
 
 def check_columns(
-    record: dict[str, Any], media_column: str | None, caption_column: str | None
+    path: str, record: dict[str, Any], media_column: str | None, caption_column: str | None
 ) -> None:
-    """ShardError where a table's first record has no such columns."""
-    _column(record, media_column, _media_columns(record), "--media-column")
-    _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
+    """ShardError, which names the table, where its first record has no such columns."""
+    try:
+        _column(record, media_column, _media_columns(record), "--media-column")
+        _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
+    except ShardError as error:
+        raise ShardError(f"{path}: {error}") from None
 
 
 def _media_columns(record: dict[str, Any]) -> tuple[str, ...]:

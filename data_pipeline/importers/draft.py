@@ -167,6 +167,9 @@ def medium(kind: MediaType, value: Any, base: str) -> Medium:
     path = value
     if isinstance(value, dict):
         path = next((value[name] for name in PATH_FIELDS if value.get(name)), None)
+    if isinstance(path, list) and kind == "video":
+        raise SampleError("bad_schema", f"video: {path!r:.80}: frames as pictures: make a video of "
+                          "them (ffmpeg -framerate), or name them as images")  # fmt: skip
     if not isinstance(path, str) or not path:
         raise SampleError("bad_schema", f"{kind}: {value!r:.80} is not a path")
     if held := _held(kind, path):

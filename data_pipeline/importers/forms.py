@@ -203,7 +203,7 @@ def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> Rec
     named = form in (*RECORD_FORMS, "table")
     form = form if named else _record_form(path, records, options)
     if form == "table" and records:
-        captions.check_columns(records[0], options.media_column, options.caption_column)
+        captions.check_columns(path, records[0], options.media_column, options.caption_column)
     converts = _converts(options)
     if named:
         return RecordFile(path, stem, base, converts[form], form, has_records=bool(records))
@@ -256,7 +256,7 @@ def _transcripts(source: str, folder: bool, paths: list[str], options: SourceOpt
     """Transcripts and the videos of their names, beside them or in the folder of the media."""
     elsewhere = options.media_dir or (None if folder else files.parent(source))
     around = files.list_files(elsewhere) if elsewhere else []
-    found = transcripts.pairs(paths)
+    found = transcripts.once(transcripts.pairs(paths))
     if elsewhere:
         by_stem = {transcripts.stems(p)[0]: p for p in around if captions.media_type(p)}
         found = [

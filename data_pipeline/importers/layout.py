@@ -20,6 +20,7 @@ METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"
 _DATA = frozenset({
     ".zip", ".7z", ".rar", ".gz", ".zst", ".xz", ".bz2", ".feather", ".tfrecord", ".lmdb", ".mdb",
     ".h5", ".hdf5", ".pkl", ".pickle", ".npz", ".xlsx", ".xls", ".yaml", ".yml", ".ass", ".ssa",
+    ".json3", ".srv3", ".ttml", ".lrc", ".sbv",
 })  # fmt: skip
 _TEXTS = (".json", ".txt", ".text", ".caption")  # of shards: what is said of a sample
 _LOOKED_AT = 200  # members of a tar, by which it is one of shards or of media

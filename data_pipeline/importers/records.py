@@ -216,7 +216,7 @@ def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple
     lines = _Lines(first, text, _delimiter(first, path))
     reader = csv.DictReader(lines, delimiter=lines.delimiter)
     try:
-        columns = list(reader.fieldnames or ())
+        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         if twice := [name for name in columns if name and columns.count(name) > 1]:
             raise ShardError(f"{path}: two columns are called {twice[0]!r}: rename one")
         begins = 2  # the record's first line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,6 +18,7 @@ from data_pipeline.schema import SampleError
 from data_pipeline.seconds import parse_seconds
 
 SUFFIXES = (".srt", ".vtt", ".json")
+_BEST_FIRST = (".json", ".vtt", ".srt")  # the first ones may have the times of words
 # Whether a line is one of times is seen by the arrow: what is wrong with them is told later.
 _CLOCK = r"(-?\d+(?:\s?[:.,;]\s?\d+)*)"
 _TIMING = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}")
@@ -53,6 +55,28 @@ def pairs(paths: list[str]) -> list[tuple[str, str | None]]:
         if video is not None or files.suffix(path) != ".json":
             found.append((path, video))
     return found
+
+
+def once(found: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Transcripts and their videos without those that say the same again: whisper writes each as
+    .json, .vtt and .srt; and without .json beside a video's transcript that has no words."""
+    of_video = Counter(video for _, video in found)
+    kept: dict[tuple[str | None, str], tuple[str, str | None]] = {}
+    for path, video in sorted(found, key=lambda one: _BEST_FIRST.index(files.suffix(one[0]))):
+        again = video is not None and of_video[video] > 1
+        if not again or files.suffix(path) != ".json" or _has_words(path, video):
+            own = path.rpartition(".")[0] if again else path
+            kept.setdefault((video, own), (path, video))
+    left = frozenset(kept.values())
+    return [one for one in found if one in left]
+
+
+def _has_words(path: str, video: str | None) -> bool:
+    try:
+        read_transcript(path, video)
+    except SampleError:
+        return False
+    return True
 
 
 def read_transcript(path: str, video: str | None) -> tuple[dict[str, Any], list[str]]:

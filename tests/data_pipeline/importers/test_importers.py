@@ -239,7 +239,7 @@ def test_tables_and_image_folders_with_metadata(tmp_path: Path) -> None:
         "label": [1, 2],
     })  # fmt: skip
     pyarrow.parquet.write_table(table, tmp_path / "t/p.parquet")
-    with pytest.raises(ShardError, match=r"no column caption or text .* --caption-column"):
+    with pytest.raises(ShardError, match=r"p\.parquet: no column caption or .* --caption-column"):
         run(tmp_path / "t/p.parquet", tmp_path / "nothing")
     columns = {"media_column": "image", "caption_column": "alt"}
     assert run(tmp_path / "t/p.parquet", tmp_path / "pq", **columns).imported == {"image": 2}

@@ -109,3 +109,15 @@ def test_packed_shards_beside_a_file_about_them_are_shards(folder: Path) -> None
     (folder / "info.json").write_text('{"version": 1}')
     samples, _ = run(folder)
     assert [said(sample)[-1] for sample in samples] == ["one", "two"]
+
+
+def test_members_with_and_without_a_dot_slash_belong_together(folder: Path) -> None:
+    data = tar(folder, "1", "2")
+    with tarfile.open(folder / "s.tar", "w") as out, tarfile.open(fileobj=io.BytesIO(data)) as old:
+        for member in old:
+            inside = old.extractfile(member)
+            member.name = member.name if member.name.endswith(".txt") else f"./{member.name}"
+            out.addfile(member, inside)
+    samples, summary = run(folder / "s.tar")
+    assert not summary.rejected
+    assert [said(sample)[-1] for sample in samples] == ["1", "2"]

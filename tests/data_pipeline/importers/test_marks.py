@@ -156,14 +156,17 @@ def test_marks_and_media_that_do_not_agree_are_refused_or_noted(folder: Path) ->
         asked("<audio>?", audios=["a.wav"]),
         asked("<audio>?"),
         asked("<audio_7>?"),
+        asked("Draw it.", "<image>", images=["r.jpg"]),  # a mark has no label
+        asked("<video>?", videos=[["r.jpg", "b.jpg"]]),
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     summary, samples = run(folder / "a.jsonl")
     assert summary.rejected == {
         "mark_media_mismatch": 2,
         "ambiguous_media": 1,
-        "bad_schema": 3,
+        "bad_schema": 4,
         "unknown_media": 1,
+        "missing_text": 1,
     }
     texts = ("<image_1>, <ImageHere>?", "<audio>?", "<audio_7>?")
     assert samples == [(text, "") for text in texts]

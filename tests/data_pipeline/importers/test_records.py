@@ -134,3 +134,9 @@ def test_quotes_in_tables_take_no_rows_away(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('image,caption\na,"two\nlines"\nb,"open\nc,x\nd,y\n')
     first, rejected = rows(tmp_path / "a.csv")
     assert (first, rejected[:6]) == ("two\nlines", "line 4")
+
+
+def test_names_of_columns_have_no_spaces_around_them(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image, caption\na.jpg, red\n")
+    (record,) = values(tmp_path / "a.csv")
+    assert list(record) == ["image", "caption"]
