@@ -7,6 +7,7 @@ took, and torch's reader would load them.
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,13 @@ def damage(checkpoint: Path) -> str | None:
         StorageError: a rank cannot read its share.
     """
     began = time.perf_counter()
-    files = patiently(lambda: listed_files(checkpoint), checkpoint)
-    told = {name: about for name, about in files.items() if "crc32" in about}
-    # The largest ones first, one after the other: even shares.
-    ordered = sorted(told, key=lambda name: (-told[name]["size"], name))
-    share = ordered[dist.get_rank() :: dist.get_world_size()]
-    found, failed = "", ""
+    told, found, failed = dict[str, dict[str, Any]](), "", ""
     try:
+        files = patiently(lambda: listed_files(checkpoint), checkpoint)
+        told = {name: about for name, about in files.items() if "crc32" in about}
+        # The largest ones first, one after the other: even shares.
+        ordered = sorted(told, key=lambda name: (-told[name]["size"], name))
+        share = ordered[dist.get_rank() :: dist.get_world_size()]
         paths = [checkpoint / name for name in share]
         read = patiently(lambda: describe_files(checkpoint, paths), checkpoint)
         wrong = [name for name in share if read[name] != told[name]]
@@ -105,6 +106,10 @@ def damage(checkpoint: Path) -> str | None:
             found = f"{', '.join(wrong)}: not the bytes that were written"
     except NOT_THERE as error:
         found = f"{error.filename} is not there"
+        if not told:  # rank 0 has seen it: machines that do not share their storage
+            found += f" for rank {dist.get_rank()}, on {socket.gethostname()}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"complete.json cannot be read ({error})"
     except StorageError as error:
         failed = str(error)
     everywhere: list[tuple[str, str]] = [("", "")] * dist.get_world_size()

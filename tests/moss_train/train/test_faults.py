@@ -7,12 +7,14 @@ import random
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from moss_train.checkpoint_dir import write_complete
 from moss_train.processes import STOPPED_NOTE
 from tests.moss_train.train.runs import (
     ENTRY,
@@ -277,3 +279,13 @@ def test_a_bit_that_flipped_is_found_and_the_checkpoint_before_is_loaded(
     assert result.returncode == 1
     assert "none of its checkpoints can be loaded: bring one back, or begin at" in result.stderr()
     assert saved_steps(tmp_path / "run") == [STEPS - EVERY, STEPS]
+
+
+def test_a_checkpoint_that_one_machine_does_not_see_is_damaged_for_all(tmp_path):
+    """And the machine is named."""
+    (tmp_path / "weights").write_text("1234")
+    write_complete(tmp_path)
+    worker = "tests/workers/agreement.py"
+    result = run_ranks(worker, 2, "damage", str(tmp_path), out=tmp_path / "out", timeout=60)
+    said = f"{tmp_path}/unmounted/complete.json is not there for rank 1, on {socket.gethostname()}"
+    assert result.load_all("found") == [said, said]
