@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from data_pipeline.seconds import parse_seconds
 from inference.cli import MAX_NEW_TOKENS
-from inference.engine.engine import Engine
+from inference.engine.engine import Engine, EngineFull
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.export_info import ExportInfo, read_export_info
@@ -28,6 +30,7 @@ from inference.live import LiveSource
 from inference.session.answer import LARGE_CHUNK_FRAMES
 from inference.session.events import Event
 from inference.session.handle import SessionClosed, SessionHandle
+from inference.session.lifetime import when_forgotten
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 from inference.sources import (
@@ -43,6 +46,8 @@ from inference.sources import (
 
 # A file's path or bytes, a PIL image, an array [H, W, 3], a tensor [3, H, W].
 Image = str | Path | bytes | PIL.Image.Image | np.ndarray | torch.Tensor
+
+_FORGOTTEN = "nobody refers to it any more"
 
 
 def load(
@@ -75,11 +80,13 @@ def load(
 
 
 class Model:
-    """An opened export, until `close`. Every method may be called from any thread."""
+    """An opened export, until `close`, or until nobody refers to it or its sessions any more. Every
+    method may be called from any thread, of the process that has loaded it."""
 
     def __init__(self, engine: Engine, info: ExportInfo, name: str) -> None:
         self.info, self.name = info, name
         self.runner = Runner(engine)
+        when_forgotten(self, partial(self.runner.close, _FORGOTTEN))
 
     def chat(
         self,
@@ -127,13 +134,15 @@ class Model:
             system = [Message("system", as_system(system_prompt))] if system_prompt else []
             messages = [*system, Message("user", marks + as_typed(text))]
             tokens = prompts.question(messages, counts, self.info.question_form).tokens
-        with self.runner.answer(
-            tokens,
-            [*frames, *shown],
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            chunk=LARGE_CHUNK_FRAMES,
-        ) as answer:
+        with _hinting():
+            asked = self.runner.answer(
+                tokens,
+                [*frames, *shown],
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                chunk=LARGE_CHUNK_FRAMES,
+            )
+        with asked as answer:
             return _text_of(answer)
 
     def watch(
@@ -185,7 +194,9 @@ class Model:
     def _watch(
         self, source: FileSource | LiveSource, schedule: Schedule, fields: Mapping[str, Any]
     ) -> Iterator[Event]:
-        with self.runner.session(**fields) as session:
+        with _hinting():
+            opened = self.runner.session(**fields)
+        with opened as session:
             yield from follow(session, source, schedule)
 
     def session(self, prompt: str = "", **fields: Any) -> SessionHandle:
@@ -197,14 +208,20 @@ class Model:
                 for event in session.events():
                     ...
 
-        `fields` are those of `SessionConfig`; what a session does is in docs/streaming.md.
+        `fields` are those of `SessionConfig`; what a session does is in docs/streaming.md. It ends
+        with `close`, or once nobody refers to it any more.
 
         Raises:
             ValueError: the model has not learned to watch, or a field is wrong.
             EngineFull: all `max_sessions` are in use.
         """
         self._check_watches()
-        return self.runner.session(prompt=prompt, **fields)
+        with _hinting():
+            session = self.runner.session(prompt=prompt, **fields)
+        session.model = self
+        close = partial(session.running.close, self.runner.changed, _FORGOTTEN)
+        when_forgotten(session, close)
+        return session
 
     def close(self) -> None:
         """Ends all sessions, and the engine's thread."""
@@ -222,6 +239,16 @@ class Model:
                 f"{self.name}: its prompts are of the form {self.info.prompt_form}: it has not "
                 "learned when to be silent: use chat(), or load a real-time model"
             )
+
+
+@contextlib.contextmanager
+def _hinting() -> Iterator[None]:
+    """Says what to do where all places are taken."""
+    try:
+        yield
+    except EngineFull as error:
+        words = "close one, or load the model with a larger max_sessions"
+        raise EngineFull(f"{error}: {words}") from None
 
 
 def _text_of(answer: SessionHandle) -> str:

@@ -128,8 +128,9 @@ class EventLog:
         with self._changed:
             return self._changed.wait_for(lambda: self.closed, max(0.0, seconds))
 
-    def follow(self, seq: int = 0) -> Iterator[Event]:
-        """Waits for events after number `seq` and yields them until the log is closed."""
+    def follow(self, seq: int = 0, session: object = None) -> Iterator[Event]:
+        """Waits for events after number `seq` and yields them until the log is closed. session:
+        whose log it is, which somebody else may forget while they are read."""
         while not (self.closed and self.last_seq <= seq):
             with self._changed:
                 while self.last_seq <= seq and not self.closed:
@@ -156,7 +157,7 @@ class EventLog:
             with self._changed:
                 self._wakers.discard(waker)
 
-    async def afollow(self, seq: int = 0) -> AsyncIterator[Event]:
+    async def afollow(self, seq: int = 0, session: object = None) -> AsyncIterator[Event]:
         """As `follow`, in an event loop."""
         while not (self.closed and self.last_seq <= seq):
             await self.wait(seq)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,8 +16,9 @@ from inference.engine.fork import fork
 from inference.engine.images import Picture, as_picture, fit
 from inference.engine.slots import Slot
 from inference.session.answer import Answer
-from inference.session.events import Event
+from inference.session.events import Event, EventLog
 from inference.session.journal import Journal, Record
+from inference.session.lifetime import ProcessLock
 from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
 from inference.session.session_state import state_of
 
@@ -66,6 +66,15 @@ class RunningSession:
                     other.task.take_over(self.task)
                     other.leader = None
 
+    def close(self, changed: ProcessLock, reason: str) -> None:
+        """Ends it at the next token boundary; in a copy of the process it does not go on anyway.
+        changed: as of SessionHandle."""
+        if changed.copied:
+            return
+        with changed:
+            self.closing = self.closing or reason
+            changed.notify_all()
+
     def write(self) -> None:
         """Writes what has changed to the journal, if there is one; what a step has begun is written
         when it is done."""
@@ -88,7 +97,7 @@ class SessionHandle:
         self,
         running: RunningSession,
         *,
-        changed: threading.Condition,
+        changed: ProcessLock,
         tile: int,
         call: Callable[[Callable[[], Any]], Future[Any]],
         save: Callable[[Slot], dict[str, Any]],
@@ -96,6 +105,7 @@ class SessionHandle:
         self._running, self._changed, self._tile = running, changed, tile
         self._call, self._save = call, save
         self.name, self.log = running.task.name, running.task.log
+        self.model: object = None  # in which it runs; not forgotten before the session is
 
     @property
     def running(self) -> RunningSession:
@@ -253,9 +263,7 @@ class SessionHandle:
 
     def close(self, reason: str = "closed by its owner") -> None:
         """Closes the session at the next token boundary. Closing it twice is not an error."""
-        with self._changed:
-            self._running.closing = self._running.closing or reason
-            self._changed.notify_all()
+        self._running.close(self._changed, reason)
 
     def save(self) -> dict[str, Any]:
         """The state between two steps, for `Runner.restore`. The session continues."""
@@ -286,6 +294,8 @@ class SessionHandle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        if self._changed.copied:
+            return
         with self._changed:
             self._changed.wait_for(lambda: self.log.closed)
 
@@ -294,10 +304,14 @@ class SessionHandle:
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
-        while not self.log.closed:
+        while not (self.log.closed or self._changed.copied):
             await self.log.wait(self.log.last_seq)
 
-    def _open(self) -> tuple[threading.Condition, Session]:
+    def check_process(self) -> None:
+        """RuntimeError in a copy of the process, in which the session does not go on."""
+        self._changed.check()
+
+    def _open(self) -> tuple[ProcessLock, Session]:
         task = self._running.task
         assert isinstance(task, Session), "an answer takes no input"
         return self._changed, task
@@ -325,7 +339,11 @@ class Events:
         self._handle, self._after = handle, after
 
     def __iter__(self) -> Iterator[Event]:
-        return self._handle.log.follow(self._after)
+        return self._log().follow(self._after, self._handle)
 
     def __aiter__(self) -> AsyncIterator[Event]:
-        return self._handle.log.afollow(self._after)
+        return self._log().afollow(self._after, self._handle)
+
+    def _log(self) -> EventLog:
+        self._handle.check_process()
+        return self._handle.log

@@ -30,6 +30,7 @@ from inference.session.calls import Call
 from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle, led_by_first
+from inference.session.lifetime import ProcessLock, close_at_exit
 from inference.session.response import Vocabulary
 from inference.session.session import Session, SessionConfig, StepRequest
 from inference.session.session_state import resume
@@ -52,12 +53,13 @@ class Runner:
         self._parked: list[RunningSession] = []
         self._calls: list[Call] = []
         self._numbers = itertools.count(1)
-        self.changed = threading.Condition()
+        self.changed = ProcessLock()
         self._stopping = ""
         self.failed = ""  # why the engine's thread has ended; empty: it has not failed
         self._busy_since: float | None = None  # when what the engine does now began
         self._thread = threading.Thread(target=self._run, name="moss-engine", daemon=True)
         self._thread.start()
+        close_at_exit(self)
 
     def session(
         self, config: SessionConfig | None = None, *, log_limit: int = LOG_LIMIT, **fields: Any
@@ -158,13 +160,16 @@ class Runner:
             self.changed.notify_all()
         return call.future
 
-    def close(self, reason: str = "the runner was closed") -> None:
-        """Closes all sessions, then the thread. Calling it twice is not an error."""
+    def close(self, reason: str = "the runner was closed", seconds: float | None = None) -> None:
+        """Closes all sessions, then the thread, for which it waits, up to `seconds`. Calling it
+        twice is not an error, nor is it in a copy of the process, which has no thread."""
+        if self.changed.copied:
+            return
         with self.changed:
             self._stopping = self._stopping or reason
             self.changed.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(seconds)
 
     def __enter__(self) -> Runner:
         return self
