@@ -1,4 +1,4 @@
-"""What has been spent, and whether the next request fits the budget."""
+"""Counts what has been spent, and holds the next request back where the budget may not allow it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from data_pipeline.synthesis.config import OutputConfig
 
 
 class BudgetReached(Exception):
-    """The next request could cost more than is left."""
+    """The next request could cost more than what is left of the budget."""
 
 
 class Ledger:
-    """Counts tokens and their cost. The cost of what is under way is held back at its most, so
+    """Counts tokens and their cost. Requests under way are counted at the most they can cost, so
     that the budget is never exceeded."""
 
     def __init__(self, config: OutputConfig, tokens_in: int = 0, tokens_out: int = 0) -> None:
@@ -37,8 +37,11 @@ class Ledger:
 
     @asynccontextmanager
     async def hold(self, tokens_in: int, tokens_out: int) -> AsyncIterator[None]:
-        """Around a request of at most so many tokens; waits for others where only they are in the
-        way. BudgetReached."""
+        """Reserves the cost of a request of at most so many tokens while the context is open.
+
+        Waits where the request fits only once others under way cost less than is reserved for
+        them; raises BudgetReached where it cannot fit.
+        """
         budget, most = self._config.budget, self.price(tokens_in, tokens_out)
         async with self._changed:
             while budget is not None and self.cost + self._held + most > budget:

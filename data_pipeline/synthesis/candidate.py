@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.importers.timeline import Said, words_of
 
-# Words that only somebody says who has the time stamps, the captions or a file before them.
+# Words that betray that the writer read time stamps, captions or a file, not what is on screen.
 _LEAKS = re.compile(
     r"\b\d+:\d\d\b"
     r"|\b\d+(?:\.\d+)?\s?(?:s|sec|secs|seconds?|min|minutes?)\b"
@@ -41,16 +41,16 @@ class Candidate:
     answers: tuple[Said, ...]
 
     def data(self) -> dict[str, Any]:
-        """The candidate as the models and the records have it."""
+        """The conversation as plain values: the form of requests, outcomes and records."""
         return {
             name: [{"second": int(said.second), "text": said.text} for said in getattr(self, name)]
             for name in ("questions", "answers")
         }
 
     def question_at(self, second: float) -> Said:
-        """The latest question at a second; the first one before all."""
-        asked = [question for question in self.questions if question.second <= second]
-        return asked[-1] if asked else self.questions[0]
+        """The latest question asked by a second; before any, the first question."""
+        earlier = [question for question in self.questions if question.second <= second]
+        return earlier[-1] if earlier else self.questions[0]
 
 
 def candidate_of(role: str, written: dict[str, Any]) -> Candidate:
@@ -64,11 +64,11 @@ def candidate_of(role: str, written: dict[str, Any]) -> Candidate:
 
 
 def fault(candidate: Candidate, seconds: int, pace: int) -> tuple[str, str] | None:
-    """A reason and a detail where the form, the words or the rate are wrong; None: they are not.
+    """The reason and detail of the first fault in form, words or rate; None where it has none.
 
     Args:
-        seconds: of the clip, a frame each.
-        pace: words that are said after a frame.
+        seconds: length of the clip; it has a frame each second.
+        pace: words that the model says after each frame.
     """
     wrong = _form(candidate, seconds)
     if wrong:
@@ -82,20 +82,21 @@ def fault(candidate: Candidate, seconds: int, pace: int) -> tuple[str, str] | No
 
 
 def _form(candidate: Candidate, seconds: int) -> str:
-    asked, answers = candidate.questions, candidate.answers
+    """What is wrong with the number, order or place of questions and answers; "": nothing."""
+    questions, answers = candidate.questions, candidate.answers
     wanted, (least, most) = _SHAPES[candidate.role]
-    if len(asked) != wanted:
-        return f"{len(asked)} questions, {candidate.role} has {wanted}"
+    if len(questions) != wanted:
+        return f"{len(questions)} questions, {candidate.role} has {wanted}"
     if not least <= len(answers) <= most:
         return f"{len(answers)} answers to {candidate.role}"
-    for said in (*asked, *answers):
+    for said in (*questions, *answers):
         if not said.text:
             return f"an empty text at second {said.second:g}"
         if not 0 <= said.second < seconds:
             return f"second {said.second:g} is not in the clip, 0 to {seconds - 1}"
     if len({said.second for said in answers}) < len(answers):
         return "two answers in one second"
-    first = asked[0].second
+    first = questions[0].second
     if any(answer.second < first or (answer.second == first and candidate.role not in _AT_ONCE)
            for answer in answers):  # fmt: skip
         return "an answer before there is something to answer"
@@ -104,17 +105,15 @@ def _form(candidate: Candidate, seconds: int) -> str:
     ):
         return "a correction that says the same"
     if candidate.role == "interruption":
-        newer = asked[1].second
-        if not (asked[0].second < newer and answers[0].second < newer <= answers[-1].second):
+        newer = questions[1].second
+        if not (first < newer and answers[0].second < newer <= answers[-1].second):
             return "the newer question must come after an answer to the older, and have one"
     return ""
 
 
 def _too_fast(candidate: Candidate, seconds: int, pace: int) -> str:
-    """What is not said to its end before the next answer, or before the clip's end.
-
-    A newer question cuts an answer off: that is no fault.
-    """
+    """The first answer that is still being said when the next one, or the clip's end, comes; "":
+    there is none. An answer that a newer question cuts off is not a fault."""
     ends_by = [*(answer.second for answer in candidate.answers), float(seconds)][1:]
     for answer, following in zip(candidate.answers, ends_by, strict=True):
         words = len(words_of(answer.text))
@@ -126,7 +125,7 @@ def _too_fast(candidate: Candidate, seconds: int, pace: int) -> str:
 
 
 def same_words(a: str, b: str) -> bool:
-    """Equal but for case and signs."""
+    """Whether two texts are equal but for case and punctuation."""
     return _words(a) == _words(b)
 
 
@@ -135,8 +134,8 @@ def _words(text: str) -> list[str]:
 
 
 def duplicate_of(candidate: Candidate, others: Sequence[Candidate], similar: float) -> str:
-    """The question of an earlier candidate of the clip that asks the same, with the same seconds
-    of answers; empty: there is none. `similar`: share of common words."""
+    """The question of the first of `others` that asks the same and answers in the same seconds;
+    "": there is none. Two questions ask the same from a share of `similar` common words."""
     for other in others:
         seconds = [[a.second for a in one.answers] for one in (candidate, other)]
         if candidate.role != other.role or seconds[0] != seconds[1]:
@@ -148,6 +147,6 @@ def duplicate_of(candidate: Candidate, others: Sequence[Candidate], similar: flo
 
 
 def _overlap(a: str, b: str) -> float:
-    """Common words of all, as Jaccard has it."""
+    """The Jaccard index of two texts' words, 0..1."""
     mine, theirs = set(_words(a)), set(_words(b))
     return len(mine & theirs) / max(len(mine | theirs), 1)

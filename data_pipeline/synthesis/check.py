@@ -22,7 +22,7 @@ from data_pipeline.synthesis.watch import Watched
 
 @dataclass(frozen=True)
 class _Claim:
-    """What must be so: the vote `ask(number)` comes out as wanted, else there is a reason."""
+    """The verdict of the votes `ask(number)` must be `wanted`, else `reason` and `detail` hold."""
 
     ask: Callable[[int], Awaitable[bool]]
     wanted: bool
@@ -41,7 +41,7 @@ class Check:
         self._check, self._frames = config.check, config.cut.frames
 
     async def fault(self, candidate: Candidate) -> tuple[str, str] | None:
-        """A reason and a detail of what is wrong first; None: nothing is."""
+        """The reason and detail of the first claim that fails; None where all hold."""
         for claim in self._claims(candidate):
             verdict = await vote(claim.ask, self._check.lead, self._check.most_votes)
             if verdict is not claim.wanted:
@@ -49,7 +49,7 @@ class Check:
         return None
 
     def _claims(self, candidate: Candidate) -> Iterator[_Claim]:
-        """The cheapest first, and those that wrong candidates fail most often."""
+        """All claims about a candidate: first the cheap ones, and those that fail most often."""
         audit = partial(self._audit, candidate)
         yield _Claim(audit, True, "audit", "the timeline does not bear it out")
         for answer in candidate.answers:
@@ -64,6 +64,7 @@ class Check:
             yield _Claim(speaks, False, "not_silent", f"an answer is due at {second}")
 
     async def _audit(self, candidate: Candidate, number: int) -> bool:
+        """Whether the timeline bears a candidate out, by a model without frames."""
         data = {
             "instruction": self._prompts.roles[candidate.role],
             "seconds": len(self._clip.pictures),
@@ -73,11 +74,12 @@ class Check:
         return bool((await self._model.ask("audit", data, number))["right"])
 
     async def _say(self, candidate: Candidate, now: int, number: int) -> dict[str, Any]:
-        said = candidate.data()
+        """What a model says now that sees the frames, the questions and its earlier answers."""
+        conversation = candidate.data()
         data = {
             "now": now,
-            "questions": [one for one in said["questions"] if one["second"] <= now],
-            "said": [one for one in said["answers"] if one["second"] < now],
+            "questions": [one for one in conversation["questions"] if one["second"] <= now],
+            "said": [one for one in conversation["answers"] if one["second"] < now],
         }
         frames = [(second, self._clip.pictures[second]) for second in self._shown(now)]
         reply: dict[str, Any] = await self._model.ask("say", data, number, frames)
@@ -90,16 +92,18 @@ class Check:
             return False
         if same_words(reply["text"], answer.text):
             return True
-        asked = candidate.question_at(answer.second).text
-        data = {"question": asked, "answers": [answer.text, reply["text"]]}
+        question = candidate.question_at(answer.second).text
+        data = {"question": question, "answers": [answer.text, reply["text"]]}
         return bool((await self._model.ask("same", data, number))["same"])
 
     async def _speaks(self, candidate: Candidate, now: int, number: int) -> bool:
+        """Whether the model says anything now."""
         reply = await self._say(candidate, now, number)
         return bool(reply["speak"] and reply["text"].strip())
 
     def _shown(self, now: int) -> list[int]:
-        """The seconds up to now; of too many the latest half, and some of the others."""
+        """Seconds whose frames are shown: all up to now; where these are more than cut.frames,
+        half of the places go to the latest, the others are spread over the older ones."""
         most = self._frames
         if now < most:
             return list(range(now + 1))
@@ -109,13 +113,15 @@ class Check:
         return [*spread, *range(older, now + 1)]
 
     def _silences(self, candidate: Candidate) -> Iterator[int]:
-        """Seconds in which nothing is to be said: the last ones that leave nothing unchecked in
-        between, spread over those after the first question."""
+        """Seconds at which the model must be silent: spread over the seconds from the first
+        question to the clip's end that no other claim covers, the last of them first."""
         begin = int(candidate.questions[0].second)
-        said = {int(answer.second) for answer in candidate.answers}
-        asked = {int(question.second) for question in candidate.questions}
-        # Where an answer is checked, the second before it is, too.
-        checked = said | {second - 1 for second in said} | (asked if candidate.answers else set())
+        answers = {int(answer.second) for answer in candidate.answers}
+        questions = {int(question.second) for question in candidate.questions}
+        # An answer's claims cover its second and the one before it.
+        checked = answers | {second - 1 for second in answers}
+        if candidate.answers:
+            checked |= questions
         free = [t for t in range(begin, len(self._clip.pictures)) if t not in checked]
         wanted = self._check.silences + 2 * (not candidate.answers)
         for number in range(min(wanted, len(free))):

@@ -1,4 +1,4 @@
-"""What may be configured of a synthesis, with ranges, choices and defaults."""
+"""The configuration of a synthesis, with ranges, choices and defaults."""
 
 from __future__ import annotations
 
@@ -23,19 +23,16 @@ JSON_FORMS = ("auto", "schema", "object", "text")
 
 @dataclass
 class EndpointConfig:
-    """Where the models answer, and how they are asked.
+    """The servers that models answer at, and how requests are sent to them."""
 
-    url: up to `/v1`. model: sees pictures. text_url, text_model: for requests without pictures;
-    empty: the same. api_key_env: the environment variable that has the key; it may be missing.
-    json_form: `schema` asks by a JSON Schema in `response_format`, `object` by `json_object`,
-    `text` in the prompt alone; `auto` goes on to the next where a server refuses one.
-    """
-
-    url: str = "http://127.0.0.1:8000/v1"
-    model: str = ""
-    text_url: str = ""
-    text_model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
+    url: str = "http://127.0.0.1:8000/v1"  # up to `/v1`
+    model: str = ""  # sees pictures
+    text_url: str = ""  # for requests without pictures; empty: `url`
+    text_model: str = ""  # for requests without pictures; empty: `model`
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key; may be missing
+    # How a reply is made to be JSON: `schema` sends a JSON schema in `response_format`, `object`
+    # sends `json_object`, `text` says so in the prompt alone. `auto` begins with `schema` and goes
+    # on to the next where a server refuses one.
     json_form: str = choice("auto", JSON_FORMS)
     concurrency: int = number(16, above=0)  # requests at a time
     timeout: float = number(120.0, above=0)  # seconds of a request
@@ -53,58 +50,55 @@ class EndpointConfig:
 
 @dataclass
 class CutConfig:
-    """clip, shortest: seconds. window: seconds that are captioned together. frame_side: pixels.
-    frames: of a request at most; of more the older ones are thinned out."""
+    """How videos are cut into clips, and which pictures of them a model sees."""
 
-    clip: int = number(60, least=4)
-    shortest: int = number(6, least=3)
-    window: int = number(2, above=0)
-    frame_side: int = number(448, least=32)
-    frames: int = number(48, least=4)
+    clip: int = number(60, least=4)  # seconds of a clip at most
+    shortest: int = number(6, least=3)  # seconds of a clip at least
+    window: int = number(2, above=0)  # seconds that share a caption
+    frame_side: int = number(448, least=32)  # pixels of a picture's longer side at most
+    frames: int = number(48, least=4)  # of a request at most; of more the older are thinned out
 
 
 @dataclass
 class WriteConfig:
-    """roles: of ROLES. per_role: samples of each role that are asked for, for each clip. pace:
-    words that are said after a frame, a second's."""
+    """Which samples a model writes for a clip."""
 
     roles: tuple[str, ...] = ROLES
-    per_role: int = number(1, above=0)
-    pace: int = number(4, above=0)
+    per_role: int = number(1, above=0)  # samples of each role, for each clip
+    pace: int = number(4, above=0)  # words that are said after each frame, so each second
 
 
 @dataclass
 class CheckConfig:
-    """lead: votes by which yes or no must lead; where a vote is wrong in one of ten cases, a
-    verdict is so in 1.2 % with 2, in 0.14 % with 3. most_votes: then a question is undecided.
-    recaptions: of a window whose caption is not confirmed. silences: seconds of silence that are
-    checked. similar: share of common words from which two questions of a clip are one."""
+    """How captions and candidates are checked."""
 
+    # Votes by which yes or no must lead. Where one vote in ten is wrong, a verdict is wrong in
+    # 1.2 % of cases with 2, in 0.14 % with 3.
     lead: int = number(3, above=0)
-    most_votes: int = number(15, above=0, most=99)
-    recaptions: int = number(3, least=0, most=9)
-    silences: int = number(1, least=0)
+    most_votes: int = number(15, above=0, most=99)  # after which a question is undecided
+    recaptions: int = number(3, least=0, most=9)  # of a window whose caption is not confirmed
+    silences: int = number(1, least=0)  # seconds of silence that are checked
+    # Share of common words from which two questions of a clip count as the same.
     similar: float = number(0.9, above=0, most=1)
 
 
 @dataclass
 class OutputConfig:
-    """price_in, price_out: of 10^6 tokens. budget: in the same currency, over all runs into a
-    folder; None: no limit. samples_per_shard, shard_size (MB), max_side (pixels), video_fps: as
-    an import's."""
+    """What a synthesis may cost, and the form of its shards (as of `moss-data import`)."""
 
-    price_in: float = number(0.0, least=0)
-    price_out: float = number(0.0, least=0)
+    price_in: float = number(0.0, least=0)  # of 10^6 tokens in prompts
+    price_out: float = number(0.0, least=0)  # of 10^6 tokens in replies
+    # In the same currency, over all runs into a folder; None: no limit.
     budget: float | None = number(None, above=0)
     samples_per_shard: int = number(1000, above=0)
-    shard_size: float = number(512.0, above=0)
-    max_side: int | None = number(None, least=16)
+    shard_size: float = number(512.0, above=0)  # MB
+    max_side: int | None = number(None, least=16)  # pixels
     video_fps: float | None = number(None, above=0)
 
 
 @dataclass
 class SynthesisConfig:
-    """Wrong values raise ValueError that names the field."""
+    """All settings of a synthesis. Raises ValueError, which names the field, for a wrong value."""
 
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     cut: CutConfig = field(default_factory=CutConfig)
@@ -131,7 +125,7 @@ class SynthesisConfig:
                              "both 1 it counts 10^6 tokens")  # fmt: skip
 
     def check_endpoint(self) -> None:
-        """What must be known before anything is sent; ValueError."""
+        """Checks what must be known before anything is sent. Raises ValueError."""
         for name in ("url", "text_url"):
             url = getattr(self.endpoint, name)
             parts = urlsplit(url)
@@ -142,8 +136,8 @@ class SynthesisConfig:
 
 
 def config_from(values: dict[str, Any]) -> SynthesisConfig:
-    """The configuration of `{group: {field: value}}`, as a YAML file has it; ValueError for what is
-    not a field."""
+    """The configuration from `{group: {field: value}}`, as in a YAML file. Raises ValueError for a
+    wrong value, and for a group or field that there is not."""
     groups: dict[str, Any] = {}
     kinds = get_type_hints(SynthesisConfig)
     for group, entries in values.items():

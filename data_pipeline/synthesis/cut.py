@@ -1,4 +1,4 @@
-"""Videos to clips: where a video longer than a clip is cut, and the pictures of each second."""
+"""Cuts videos into clips, and makes the picture of each second that the models see."""
 
 from __future__ import annotations
 
@@ -24,25 +24,22 @@ from data_pipeline.shards import ShardError
 from data_pipeline.synthesis.config import CutConfig
 from data_pipeline.video import Video, open_video
 
-_QUALITY = 85  # of the JPEG that a model sees
-_SMALL = 32  # pixels of the side of pictures that are compared
-_QUIET = 0.15  # what a second without speech adds to its difference (0..1) from the one before
+_QUALITY = 85  # JPEG quality of the pictures that a model sees
+_SMALL = 32  # side, in pixels, of the pictures that are compared to find a cut
+_QUIET = 0.15  # added to the change (0..1) of a second without speech, so that cuts prefer these
 
 
 @dataclass(frozen=True)
 class Source:
-    """A video file; `transcript`: its words with times; `about`: what is known of it.
-
-    name: its path below the folder that was given, without suffix, as keys and records have it.
-    """
+    """A video file, and the files beside it."""
 
     path: str
-    name: str
-    transcript: str | None = None
-    about: str | None = None
+    name: str  # the path below the folder that was given, without suffix; keys begin with it
+    transcript: str | None = None  # path of its words with times
+    about: str | None = None  # path of a text with what is known of the video
 
     def identity(self) -> list[list[object]]:
-        """Changes with the files."""
+        """Path, size and time of each file: a value that changes when a file does."""
         named = [path for path in (self.path, self.transcript, self.about) if path]
         if any(map(files.is_url, named)):
             return [[path, files.file_size(path)] for path in named]
@@ -56,7 +53,7 @@ class Clip:
 
     start: int
     pictures: tuple[str, ...]
-    words: tuple[Word, ...] = ()  # that are said meanwhile
+    words: tuple[Word, ...] = ()  # of the whole video, in its seconds
     about: str = ""
 
     @property
@@ -65,19 +62,19 @@ class Clip:
         return self.start + len(self.pictures) - 1
 
     def part(self, first: int, count: int) -> Clip:
-        """`count` of its seconds, from its second `first` on."""
+        """The clip of `count` seconds from second `first` of this clip on."""
         shown = self.pictures[first : first + count]
         return Clip(self.start + first, shown, self.words, self.about)
 
     def speech(self, first: int, last: int) -> str:
-        """What is said in seconds of the clip, both of them inside."""
+        """The words said in seconds `first` to `last` of the clip, both included."""
         begin, end = self.start + first, self.start + last + 1
         return "".join(word.text for word in self.words if begin <= word.start < end).strip()
 
 
 def find_sources(source: str) -> list[Source]:
-    """The videos of a file or folder, by name, with their transcripts (`talk.en.srt`) and texts
-    (`talk.txt`); ShardError where there are none."""
+    """The videos of a file or folder, in order of name, with the transcripts (`talk.en.srt`) and
+    texts (`talk.txt`) beside them. ShardError: there is no video."""
     listed = files.list_files(source) if files.is_folder(source) else [source]
     root = source.rstrip("/") if files.is_folder(source) else files.parent(source)
     videos = [path for path in listed if files.suffix(path) in files.VIDEO_SUFFIXES]
@@ -105,12 +102,13 @@ def _beside(path: str) -> list[str]:
 
 
 def _name(path: str, root: str) -> str:
+    """A path below `root` without its suffix."""
     inside = path.removeprefix(root).lstrip("/")
     return inside.rpartition(".")[0] or inside
 
 
 def key_of(name: str) -> str:
-    """A name as the first part of samples' keys: without dots, different for different names."""
+    """The first part of samples' keys: the name without dots, distinct for distinct names."""
     plain = re.sub(r"[^\w-]", "_", name)
     if plain == name:
         return plain
@@ -118,9 +116,9 @@ def key_of(name: str) -> str:
 
 
 def clips(source: Source, data: bytes, config: CutConfig, notes: list[str]) -> list[Clip]:
-    """The clips of a video's bytes; SampleError for what cannot be read, or is too short.
+    """The clips of a video's bytes. SampleError: it cannot be read, or is too short.
 
-    notes: gets what of the transcript is left out or changed.
+    What of the transcript is left out or changed is added to `notes`.
     """
     words = tuple(_words(source, notes))
     about = ""
@@ -165,7 +163,7 @@ def _data_url(picture: Image.Image, side: int) -> str:
 
 
 def _small(frame: Tensor) -> np.ndarray:
-    """float [_SMALL, _SMALL], 0..1."""
+    """The frame in grey and small: float [_SMALL, _SMALL], 0..1."""
     grey = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).numpy())).convert("L")
     return np.asarray(grey.resize((_SMALL, _SMALL), Image.Resampling.BOX), np.float32) / 255
 
@@ -173,8 +171,11 @@ def _small(frame: Tensor) -> np.ndarray:
 def _cut(
     small: Sequence[np.ndarray], words: Sequence[Word], first: int, config: CutConfig
 ) -> list[int]:
-    """Where clips begin and end: at the largest change of the picture, rather between words, in
-    the seconds that make a clip neither too short nor too long."""
+    """The second at which each clip begins, and the end of the last one.
+
+    A clip is at least `shortest` and at most `clip` seconds long. It ends where the picture
+    changes most, and rather where nobody speaks.
+    """
     count = len(small)
     spoken = {second for word in words for second in range(int(word.start), int(word.end) + 1)}
     change = [0.0] + [

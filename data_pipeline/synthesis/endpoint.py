@@ -1,4 +1,4 @@
-"""Requests over HTTP: one chat completion, tried again with growing pauses, as JSON or text."""
+"""Sends requests over HTTP as chat completions, and retries them with growing pauses."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import aiohttp
 from data_pipeline.synthesis.config import EndpointConfig
 from data_pipeline.synthesis.prompts import Request
 
-SEEDS = 1000  # of a request: a reply that cannot be used is asked for again with seed + SEEDS
-_AGAIN = frozenset({408, 409, 425, 429})  # and 500 to 599
-_LOST = 8  # requests that fail in a row before a server is given up; more with more at a time
-_FATAL = frozenset({401, 402, 403, 404, 405})
-_FALLBACK = {"schema": "object", "object": "text"}
+SEEDS = 1000  # a request whose reply cannot be used is sent again with seed + SEEDS
+_AGAIN = frozenset({408, 409, 425, 429})  # statuses to retry, besides 500 to 599
+_LOST = 8  # failed requests in a row after which a server is given up, or `concurrency` if larger
+_FATAL = frozenset({401, 402, 403, 404, 405})  # statuses with which no request will succeed
+_FALLBACK = {"schema": "object", "object": "text"}  # the json_form after one that is refused
 
-Tokens = tuple[int, int]  # of the prompt, of the reply
+Tokens = tuple[int, int]  # number in the prompt, number in the reply
 
 
 class EndpointError(Exception):
@@ -32,11 +32,12 @@ class EndpointError(Exception):
 
 
 class RequestFailed(Exception):
-    """A request has failed as often as it may."""
+    """A request has failed, after all its retries."""
 
 
 class _Retry(Exception):
-    """A try that failed; `after`: seconds that the server asks to wait."""
+    """A try that failed. `after`: seconds that the server asks to wait. `unusable`: a reply came,
+    but not in the form that was asked for."""
 
     def __init__(self, why: str, after: float = 0.0, unusable: bool = False) -> None:
         super().__init__(why)
@@ -45,22 +46,22 @@ class _Retry(Exception):
 
 @dataclass
 class Counts:
-    """tries: requests that were sent. failed: of them, those without a usable reply."""
+    """Counts of an Endpoint."""
 
-    tries: int = 0
-    failed: int = 0
+    tries: int = 0  # requests sent
+    failed: int = 0  # of these, requests without a usable reply
 
 
 class Endpoint:
-    """Sends requests; `wasted` is told the tokens of replies that cannot be used."""
+    """Sends requests. `wasted` is called with the kind and tokens of each unusable reply."""
 
     def __init__(self, config: EndpointConfig, wasted: Callable[[str, Tokens], None]) -> None:
         self.counts = Counts()
         self._config, self._wasted = config, wasted
         self._form = "schema" if config.json_form == "auto" else config.json_form
-        self._resume = 0.0  # on the monotonic clock: until then a server wants no requests
-        self._answered = False
-        self._lost = 0  # requests that failed one after the other
+        self._resume = 0.0  # monotonic time before which the server wants no requests
+        self._answered = False  # whether any reply has come
+        self._lost = 0  # requests that failed in a row
         self._jitter = random.Random()
         key = os.environ.get(config.api_key_env, "")
         self._session = aiohttp.ClientSession(
@@ -74,9 +75,10 @@ class Endpoint:
         await self._session.close()
 
     async def ask(self, request: Request) -> tuple[Any, Tokens]:
-        """The reply, JSON of the request's schema or a text, and its tokens.
+        """Sends a request until it has a usable reply; returns that and its tokens.
 
-        Raises RequestFailed after `retries`, EndpointError where no request can succeed.
+        The reply is JSON of the request's schema, or a text. Raises RequestFailed after `retries`
+        and EndpointError where no request can succeed.
         """
         seed, room, why = request.seed, request.max_tokens, ""
         for attempt in range(self._config.retries + 1):
@@ -109,21 +111,22 @@ class Endpoint:
             await asyncio.sleep(seconds)
 
     async def _once(self, request: Request, seed: int, room: int) -> tuple[Any, Tokens]:
+        """One try; `room`: max_tokens. Raises _Retry where another try may succeed."""
         self.counts.tries += 1
         form = self._form
         url = f"{request.url.rstrip('/')}/chat/completions"
         try:
             async with self._session.post(url, json=_body(request, form, seed, room)) as answer:
-                said = await answer.text(errors="replace")
+                body = await answer.text(errors="replace")
         except aiohttp.ClientConnectorError as error:
             raise _Retry(f"no connection ({error})") from None
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _Retry(type(error).__name__) from None
         if answer.status != 200:
             after = _retry_after(answer.headers.get("Retry-After", ""))
-            self._refused(request, form, answer.status, said[:300], after)
+            self._refused(request, form, answer.status, body[:300], after)
         self._answered = True
-        tokens, text, cut = _parts(said, request)
+        tokens, text, cut = _parts(body, request)
         try:
             reply = text if request.schema is None else _json(text)
             request.check(reply)
@@ -134,19 +137,19 @@ class Endpoint:
         return reply, tokens
 
     def _refused(self, request: Request, form: str, status: int, text: str, after: float) -> None:
-        """Raises what a status that is not 200 means."""
-        said = f"HTTP {status}: {text}"
+        """Raises the error that a status other than 200 stands for."""
+        why = f"HTTP {status}: {text}"
         if status in _AGAIN or status >= 500:
-            raise _Retry(said, after)
+            raise _Retry(why, after)
         if status in _FATAL:
-            raise EndpointError(f"{request.url}, model {request.model}: {said}")
+            raise EndpointError(f"{request.url}, model {request.model}: {why}")
         auto = self._config.json_form == "auto" and request.schema is not None
         fallback = _FALLBACK.get(form) if auto else None
         if fallback and any(word in text for word in ("response_format", "json_schema",
                                                             "json_object", "guided")):  # fmt: skip
             self._form = fallback if self._form == form else self._form
-            raise _Retry(said)
-        raise RequestFailed(f"{request.kind}: {said}")
+            raise _Retry(why)
+        raise RequestFailed(f"{request.kind}: {why}")
 
 
 def _body(request: Request, form: str, seed: int, room: int) -> dict[str, Any]:
@@ -175,10 +178,10 @@ def _body(request: Request, form: str, seed: int, room: int) -> dict[str, Any]:
     return body
 
 
-def _parts(said: str, request: Request) -> tuple[Tokens, str, bool]:
-    """Tokens, text, and whether the text was cut off, of a chat completion."""
+def _parts(body: str, request: Request) -> tuple[Tokens, str, bool]:
+    """The tokens and text of a chat completion, and whether the text was cut off."""
     try:
-        data = json.loads(said)
+        data = json.loads(body)
         choice = data["choices"][0]
         text = choice["message"]["content"] or ""
         used = data.get("usage") or {}
@@ -190,7 +193,8 @@ def _parts(said: str, request: Request) -> tuple[Tokens, str, bool]:
 
 
 def _json(text: str) -> Any:
-    """The JSON object of a reply, also from between other words or fences; ValueError."""
+    """The JSON object in a reply, which may stand between other words or fences. ValueError:
+    there is none."""
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
         raise ValueError(f"no JSON object in {text[:100]!r}")
@@ -198,7 +202,7 @@ def _json(text: str) -> Any:
 
 
 def _retry_after(value: str) -> float:
-    """Seconds of a Retry-After header: a number, or a date."""
+    """Seconds from now that a Retry-After header names, as a number or a date; 0 for neither."""
     try:
         return max(0.0, float(value))
     except ValueError:

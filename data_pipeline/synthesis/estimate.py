@@ -1,4 +1,4 @@
-"""What a synthesis will cost, before it starts: requests, tokens, money."""
+"""Estimates what a synthesis will cost, before it starts: requests, tokens, money."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from data_pipeline.synthesis.prompts import KINDS, Prompts
 from data_pipeline.tables import format_table
 
 # Guesses that hold for videos of an event every few seconds; a run prints what it really took.
-_ANSWERS = 2.5  # of a sample
-_DECIDED = 0.8  # votes by which a verdict leads, for each vote: one in ten is wrong
-_LEFT = 0.7  # of candidates after the audit
-_OTHER_WORDS = 0.3  # of answers that must be compared by a model
-_EVENTS = 0.3  # in a second
+_ANSWERS = 2.5  # answers of a sample
+_DECIDED = 0.8  # by how much each vote moves the lead, if one in ten is wrong
+_LEFT = 0.7  # share of candidates that pass the audit
+_OTHER_WORDS = 0.3  # share of replies whose words differ, which a model must compare
+_EVENTS = 0.3  # events a second
+# Tokens of a reply by kind of request.
 _WRITTEN = {"caption": 60, "confirm": 20, "write": 150, "audit": 25, "say": 15, "same": 8}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """requests, tokens: by kind; tokens of prompts and of replies. left_out: videos that are too
-    short, or whose length no header says: they are not among the others."""
+    """The estimate for a set of videos."""
 
-    videos: int
-    left_out: int
+    videos: int  # without those left out
+    left_out: int  # videos that are too short, or whose header states no length
     seconds: float
     clips: int
-    requests: dict[str, float]
-    tokens: dict[str, tuple[float, float]]
+    requests: dict[str, float]  # by kind
+    tokens: dict[str, tuple[float, float]]  # by kind: in prompts, in replies
 
     @property
     def total(self) -> tuple[float, float]:
+        """Tokens of all prompts, and of all replies."""
         columns = zip(*self.tokens.values(), strict=True)
         tokens_in, tokens_out = (sum(column) for column in columns)
         return tokens_in, tokens_out
 
     def lines(self, config: SynthesisConfig) -> list[str]:
+        """The estimate as text: a summary with the cost, then a table by kind of request."""
         rows = [["requests", "number", "tokens in", "tokens out"]]
         rows += [[kind, f"{self.requests[kind]:.0f}", *(f"{n / 1e6:.2f}M" for n in tokens)]
                  for kind, tokens in self.tokens.items()]  # fmt: skip
@@ -59,10 +61,10 @@ class Estimate:
 
 
 def estimate(sources: Sequence[Source], config: SynthesisConfig, prompts: Prompts) -> Estimate:
-    """Reads the headers of the videos. What was asked before is counted, too, though it costs
-    nothing."""
+    """Estimates from the headers of the videos. Requests whose replies are stored already are
+    counted, too, though they cost nothing."""
     stated = map(_length, sources)
-    # As the run does: a frame each whole second, so 5.2 s have six.
+    # The run takes a frame each whole second, so a video of 5.2 s has six.
     lengths = [one for one in stated if math.ceil(one - 1e-3) >= config.cut.shortest]
     clips = [math.ceil(length / config.cut.clip) for length in lengths]
     requests = dict.fromkeys(KINDS, 0.0)
@@ -77,21 +79,21 @@ def estimate(sources: Sequence[Source], config: SynthesisConfig, prompts: Prompt
 
 
 def _length(source: Source) -> float:
-    """Seconds, as the header states them; 0 where it does not."""
+    """The length in seconds that the header states; 0 where it states none."""
     try:
         with (
             files.open_file(source.path) as file,
             av.open(file, "r", options={"protocol_whitelist": "none"}) as container,
         ):
             return (container.duration or 0) / 1e6
-    except Exception:  # of any kind: the run itself says what is wrong with the file
+    except Exception:  # whatever it is: the run itself reports what is wrong with the file
         return 0.0
 
 
 def _of_clip(
     seconds: float, config: SynthesisConfig, prompts: Prompts
 ) -> list[tuple[str, float, float]]:
-    """Kind, number and tokens of the prompts of a clip's requests."""
+    """(kind, number of requests, tokens of each prompt) for a clip of so many seconds."""
     votes = config.check.lead / _DECIDED
     windows = math.ceil(seconds / config.cut.window)
     samples = len(config.write.roles) * config.write.per_role

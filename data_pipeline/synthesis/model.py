@@ -1,4 +1,4 @@
-"""Questions to the models: from the kept replies where they were asked before, else sent."""
+"""Requests to the models: answered from the stored replies where there is one, else sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Frames = Sequence[tuple[int, str]]  # seconds, and `data:` URLs of their picture
 
 
 class Model:
-    """Asks, keeps replies, counts tokens; at most `concurrency` requests at a time."""
+    """Sends requests, at most `concurrency` at a time; stores the replies and counts tokens."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Model:
         store: Store,
         replied: Callable[[], None] = lambda: None,
     ) -> None:
-        """`replied` is called after each reply that was sent for."""
+        """`replied` is called after each reply that a server, not the store, has given."""
         used = store.usage().values()
         self.ledger = Ledger(config.output, sum(u[1] for u in used), sum(u[2] for u in used))
         self.sent: Counter[str] = Counter()
@@ -34,23 +34,23 @@ class Model:
         self._config, self._prompts, self._store = config.endpoint, prompts, store
         self._replied = replied
         self._places = asyncio.Semaphore(config.endpoint.concurrency)
-        self._asked: dict[str, asyncio.Future[Any]] = {}  # under way
+        self._pending: dict[str, asyncio.Future[Any]] = {}  # replies under way, by request key
 
     async def ask(
         self, kind: str, data: Mapping[str, Any], seed: int = 0, frames: Frames = ()
     ) -> Any:
-        """The reply to a request of prompts.yaml; the errors are those of Endpoint and Ledger.
+        """The reply to the request of this kind in prompts.yaml.
 
-        `seed` tells apart votes on the same question.
+        `seed` tells votes on the same question apart. Raises what Endpoint and Ledger raise.
         """
         request = self._prompts.request(kind, data, self._config, seed, frames)
         known = self._store.reply(request.key)
         if known is not None:
             return known
-        if request.key in self._asked:  # the same video twice
-            return await asyncio.shield(self._asked[request.key])
+        if request.key in self._pending:  # the same video twice
+            return await asyncio.shield(self._pending[request.key])
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._asked[request.key] = future
+        self._pending[request.key] = future
         try:
             async with self._places, self.ledger.hold(request.tokens, request.max_tokens):
                 reply, tokens = await self.endpoint.ask(request)
@@ -68,12 +68,12 @@ class Model:
                 future.cancel()
             raise
         finally:
-            del self._asked[request.key]
+            del self._pending[request.key]
 
     async def close(self) -> None:
-        """Waits for what is under way, which is paid for, and closes the connections."""
-        while self._asked:
-            await asyncio.gather(*self._asked.values(), return_exceptions=True)
+        """Waits for replies under way, which are paid for, and closes the connections."""
+        while self._pending:
+            await asyncio.gather(*self._pending.values(), return_exceptions=True)
         await self.endpoint.close()
 
     def _wasted(self, kind: str, tokens: Tokens) -> None:
@@ -82,11 +82,12 @@ class Model:
 
 
 async def vote(ask: Callable[[int], Awaitable[bool]], lead: int, most: int) -> bool | None:
-    """Yes or no, as soon as one leads by `lead` votes; None: neither did after `most`.
+    """The verdict of repeated votes, as soon as yes or no leads by `lead`; None where neither does
+    after `most` votes.
 
-    `ask` is given the number of the vote. The result depends on the votes' numbers alone, not on
-    which reply comes first. Where a vote is wrong with probability p, the result is so with
-    p^n / (p^n + (1 - p)^n), n = lead (gambler's ruin).
+    `ask` gets the number of the vote, from 0. The verdict depends on the replies alone, not on
+    the order in which they come. Where a vote is wrong with probability p, the verdict is wrong
+    with p^n / (p^n + (1 - p)^n), n = lead (gambler's ruin).
     """
     votes = list(await asyncio.gather(*(ask(number) for number in range(lead))))
     while True:
@@ -95,6 +96,6 @@ async def vote(ask: Callable[[int], Awaitable[bool]], lead: int, most: int) -> b
             return ahead > 0
         if len(votes) >= most:
             return None
-        # As many as are needed at least.
+        # The fewest votes that can decide it, so that none is paid for in vain.
         more = min(lead - abs(ahead), most - len(votes))
         votes += await asyncio.gather(*(ask(len(votes) + n) for n in range(more)))

@@ -1,4 +1,4 @@
-"""All videos to outcomes, many at a time; what is finished is not done again."""
+"""Makes the outcome of each video, many at a time; a finished video is not done again."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ from data_pipeline.synthesis.store import Store
 from data_pipeline.synthesis.watch import Watched, watch
 
 _VERSION = 1  # of what an outcome depends on besides the settings
-_REQUESTS_A_VIDEO = 4  # at a time, about: so many videos are worked on that all places are taken
+# Requests that a video has under way at a time, about. Decides how many videos are worked on.
+_REQUESTS_A_VIDEO = 4
 
-# What came of a video: `sha256`, `fault` or `clips` with their candidates, `notes` on its
+# The result of a video: `sha256` and `clips` with their candidates, or a `fault`; `notes` on its
 # transcript.
 Outcome = dict[str, Any]
 
 
 @dataclass
 class Finished:
-    """videos: with an outcome, of this run or an earlier one. failed: those with a request that
-    failed, and why: they are tried again by the next run. stopped: the budget was reached."""
+    """How far all runs into a folder have come."""
 
-    videos: int = 0
+    videos: int = 0  # with an outcome, of this run or an earlier one
+    # Videos with a request that failed, and why; the next run tries them again.
     failed: dict[str, str] = field(default_factory=dict)
-    stopped: bool = False
+    stopped: bool = False  # whether the budget was reached
 
 
 def fingerprint(source: Source, config: SynthesisConfig, prompts: Prompts) -> str:
-    """A digest of everything that decides what is made of a video, except the models' replies."""
-    asked = config.endpoint
+    """A digest of everything that decides a video's outcome, except the models' replies."""
+    endpoint = config.endpoint
     settings = [
         _VERSION, source.name, source.identity(), prompts.text,
-        asked.model, asked.of_text()[1], asked.temperature,
+        endpoint.model, endpoint.of_text()[1], endpoint.temperature,
         asdict(config.cut), asdict(config.write), asdict(config.check),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -55,7 +56,10 @@ def fingerprint(source: Source, config: SynthesisConfig, prompts: Prompts) -> st
 async def make_outcomes(
     sources: Sequence[Source], store: Store, config: SynthesisConfig, prompts: Prompts
 ) -> Finished:
-    """Raises EndpointError where no request can succeed; what is finished is kept."""
+    """Makes the outcomes of all sources that have none yet, and stores each at once.
+
+    Raises EndpointError where no request can succeed; finished videos stay finished.
+    """
     done = Finished()
     progress = Progress("synthesize", len(sources), unit="videos")
     work = _Work(store, config, prompts, progress)
@@ -96,7 +100,7 @@ async def make_outcomes(
 
 
 class _Work:
-    """What is done with each video."""
+    """Makes the outcome of one video after the other, and counts the samples of all."""
 
     def __init__(
         self, store: Store, config: SynthesisConfig, prompts: Prompts, progress: Progress
@@ -116,6 +120,7 @@ class _Work:
                 f"{self._accepted} samples, {self._rejected} rejected")  # fmt: skip
 
     async def video(self, source: Source) -> None:
+        """Makes a video's outcome, and stores it."""
         notes: list[str] = []
         try:
             data = await asyncio.to_thread(files.read_bytes, source.path)
@@ -131,6 +136,7 @@ class _Work:
         self._store.finish(source.path, mark, outcome)
 
     async def _clip(self, clip: Clip) -> dict[str, Any]:
+        """A clip's part of the outcome: timeline, and candidates with their faults."""
         watched = await watch(clip, self.model, self._config)
         if watched is None:
             detail = f"no {self._config.cut.shortest} s of {clip.start} to {clip.end} s confirmed"
@@ -154,6 +160,7 @@ class _Work:
         }
 
     async def _written(self, role: str, watched: Watched) -> list[Candidate]:
+        """The candidates that the model writes for a role."""
         count = len(watched.clip.pictures)
         data = {
             "role": role,
@@ -171,7 +178,8 @@ class _Work:
     async def _checked(
         self, candidates: list[Candidate], watched: Watched
     ) -> list[tuple[str, str] | None]:
-        """What is wrong with each candidate: by itself, as another's double, for the models."""
+        """The fault of each candidate, or None: first its own, then duplicates, then the models'
+        checks of those that are left."""
         seconds = len(watched.clip.pictures)
         wrong: list[tuple[str, str] | None] = []
         for number, candidate in enumerate(candidates):
@@ -188,8 +196,8 @@ class _Work:
 
 
 async def _all(work: Sequence[Any]) -> list[Any]:
-    """The results of all; where one fails, the others go on to their end first: what they ask is
-    paid for, and kept."""
+    """The results of all coroutines. Where one fails, the others run to their end before the error
+    is raised: their requests are paid for, and their replies are kept."""
     results = await asyncio.gather(*work, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -1,4 +1,4 @@
-"""The templates of all requests (prompts.yaml), and the requests that are made of them."""
+"""Makes requests from the templates in prompts.yaml."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_pipeline.synthesis.config import ROLES, EndpointConfig
 
 TEMPLATES = Path(__file__).with_name("prompts.yaml")
 KINDS = ("caption", "confirm", "write", "audit", "say", "same")
-_VERSION = 1  # of what a request is made of
+_VERSION = 1  # of a request's form: part of its key
 
 
 class PromptError(ValueError):
@@ -27,28 +27,23 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """A question to a model.
+    """A question to a model."""
 
-    kind: of KINDS, or what errors are to name. system: empty: none. content: OpenAI's parts of the
-    user's message. schema, validator: of the reply; None: it is a text. key: the same for the same
-    question to the same model with the same seed, whichever server answers it.
-    """
-
-    kind: str
+    kind: str  # one of KINDS, or another word for errors
     url: str
     model: str
-    system: str
-    content: tuple[dict[str, Any], ...]
-    schema: Mapping[str, Any] | None
-    validator: Draft202012Validator | None
+    system: str  # the system message; "": none
+    content: tuple[dict[str, Any], ...]  # OpenAI's parts of the user's message
+    schema: Mapping[str, Any] | None  # JSON schema of the reply; None: the reply is a text
+    validator: Draft202012Validator | None  # of the schema
     temperature: float
     max_tokens: int
     seed: int
-    key: str
-    tokens: int  # estimated, of the prompt
+    key: str  # hash of the question, the model and the seed, not of the server's address
+    tokens: int  # of the prompt, estimated
 
     def check(self, reply: Any) -> None:
-        """ValueError where a reply does not have the form that was asked for."""
+        """Raises ValueError for a reply that the schema does not allow."""
         wrong = self.validator and best_match(self.validator.iter_errors(reply))
         if wrong is not None:
             place = "/".join(map(str, wrong.absolute_path))
@@ -57,9 +52,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The templates; `text` is their file, for fingerprints."""
+    """The templates of a file; tasks, schemas and validators by kind, roles' instructions by
+    role."""
 
-    text: str
+    text: str  # the whole file, for fingerprints
     system: str
     tasks: Mapping[str, str]
     schemas: Mapping[str, Mapping[str, Any]]
@@ -74,7 +70,7 @@ class Prompts:
         seed: int = 0,
         frames: Sequence[tuple[int, str]] = (),
     ) -> Request:
-        """A request of one kind; `frames`: seconds and `data:` URLs of their pictures."""
+        """The request of a kind with `data` as JSON; `frames`: (second, `data:` URL) of each."""
         url, model = (config.url, config.model) if frames else config.of_text()
         # Frames before the data: requests about one clip then begin alike, and servers that keep
         # prefixes read a frame once.
@@ -84,8 +80,8 @@ class Prompts:
             content.append({"type": "image_url", "image_url": {"url": picture}})
         content.append({"type": "text", "text": json.dumps(data, ensure_ascii=False)})
         schema = self.schemas[kind]
-        asked = [_VERSION, model, self.system, content, schema, config.temperature, seed]
-        digest = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode())
+        identity = [_VERSION, model, self.system, content, schema, config.temperature, seed]
+        digest = hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode())
         letters = len(self.system) + sum(len(part.get("text", "")) for part in content)
         tokens = letters // 4 + len(frames) * config.image_tokens
         return Request(
@@ -95,7 +91,7 @@ class Prompts:
 
 
 def load_prompts(path: Path | None = None) -> Prompts:
-    """The templates of a file (None: ours); PromptError."""
+    """The templates of a file (None: prompts.yaml beside this module). Raises PromptError."""
     file = path or TEMPLATES
     try:
         text = file.read_text()

@@ -1,4 +1,4 @@
-"""What is paid for is kept: every reply under its request's hash, and the outcome of each video.
+"""Keeps what was paid for: every reply by its request's hash, and the outcome of each video.
 
 A SQLite file in write-ahead mode: a process that is killed loses no reply that it had committed.
 """
@@ -28,7 +28,7 @@ class Store:
     """Replies and outcomes of one output folder; one process at a time works on it."""
 
     def __init__(self, out: Path) -> None:
-        """ShardError for a folder that another process works on, or a damaged file."""
+        """Raises ShardError for a folder that another process works on, or a damaged file."""
         out.mkdir(parents=True, exist_ok=True)
         path = out / REPLIES
         self._lock = os.open(out, os.O_RDONLY)
@@ -46,23 +46,23 @@ class Store:
             raise ShardError(f"{path}: cannot be used ({error}): remove it to start anew") from None
 
     def reply(self, key: str) -> Any | None:
-        """The reply to a request that was asked before."""
+        """The stored reply to a request; None: there is none."""
         row = self._base.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def keep(self, key: str, kind: str, reply: Any, tokens: tuple[int, int]) -> None:
-        """`tokens`: of the prompt and of the reply, as the server counts them."""
+        """Stores a reply; `tokens`: of the prompt and of the reply, as the server counts them."""
         text = json.dumps(reply, ensure_ascii=False)
         self._base.execute(
             "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?)", (key, kind, text, *tokens)
         )
 
     def waste(self, kind: str, tokens: tuple[int, int]) -> None:
-        """A reply that was paid for and cannot be used."""
+        """Counts a reply that was paid for and cannot be used."""
         self._base.execute("INSERT INTO wasted VALUES (?, ?, ?)", (kind, *tokens))
 
     def usage(self) -> dict[str, tuple[int, int, int]]:
-        """Replies, their tokens in and out, by kind of request; those that were wasted, too."""
+        """(replies, tokens in, tokens out) by kind of request; wasted ones as `unusable KIND`."""
         rows = self._base.execute(
             "SELECT kind, COUNT(*), SUM(tokens_in), SUM(tokens_out) FROM replies GROUP BY kind"
             " UNION ALL SELECT 'unusable ' || kind, COUNT(*), SUM(tokens_in), SUM(tokens_out)"
@@ -71,14 +71,14 @@ class Store:
         return {kind: (count, read, written) for kind, count, read, written in rows}
 
     def outcome(self, path: str, fingerprint: str) -> dict[str, Any] | None:
-        """What was made of a video with these settings; None: it is not finished."""
+        """The outcome of a video with the settings of a fingerprint; None: it is not finished."""
         row = self._base.execute(
             "SELECT outcome FROM videos WHERE path = ? AND fingerprint = ?", (path, fingerprint)
         ).fetchone()
         return None if row is None else json.loads(row[0])
 
     def finished(self, path: str, fingerprint: str) -> bool:
-        """Whether there is an outcome."""
+        """Whether `outcome` has one."""
         row = self._base.execute(
             "SELECT 1 FROM videos WHERE path = ? AND fingerprint = ?", (path, fingerprint)
         )

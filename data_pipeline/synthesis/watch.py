@@ -1,4 +1,4 @@
-"""A clip to a timeline: captions of its windows, each confirmed by a second look."""
+"""Makes the timeline of a clip: captions of its windows, each confirmed by votes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipeline.synthesis.model import Frames, Model, vote
 
 @dataclass(frozen=True)
 class Timeline:
-    """What happens in a clip: `second` and `text` of scenes and of events, by second."""
+    """What happens in a clip: `second` and `text` of scenes and of events, in order of time."""
 
     scenes: tuple[dict[str, Any], ...]
     events: tuple[dict[str, Any], ...]
@@ -25,15 +25,15 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Watched:
-    """The part of a clip of which everything is confirmed, and its timeline."""
+    """The part of a clip whose captions are all confirmed, and its timeline."""
 
     clip: Clip
     timeline: Timeline
 
 
 async def watch(clip: Clip, model: Model, config: SynthesisConfig) -> Watched | None:
-    """Captions all windows. Of a clip with windows that stay unconfirmed the longest part between
-    them is left; None: it is shorter than cut.shortest."""
+    """Captions all windows, and keeps the longest run of windows whose captions are confirmed;
+    None where that is shorter than cut.shortest."""
     size, count = config.cut.window, len(clip.pictures)
     starts = range(0, count, size)
     captions = await asyncio.gather(
@@ -63,18 +63,18 @@ async def watch(clip: Clip, model: Model, config: SynthesisConfig) -> Watched | 
 async def _caption(
     clip: Clip, seconds: range, model: Model, config: SynthesisConfig
 ) -> dict[str, Any] | None:
-    """A caption of some seconds that a second look confirms; None: there is none."""
+    """The first caption of these seconds that is confirmed; None after 1 + recaptions tries."""
     shown = range(max(0, seconds[0] - config.cut.window), seconds[-1] + 1)
     frames = [(second, clip.pictures[second]) for second in shown]
     data: dict[str, Any] = {"seconds": list(seconds)}
     known = {"speech": clip.speech(seconds[0], seconds[-1]), "about": clip.about}
-    asked = data | {name: text for name, text in known.items() if text}
+    question = data | {name: text for name, text in known.items() if text}
     for attempt in range(config.check.recaptions + 1):
-        caption = await model.ask("caption", asked, attempt, frames)
+        caption = await model.ask("caption", question, attempt, frames)
         caption["events"].sort(key=lambda event: event["second"])
         if any(event["second"] not in seconds for event in caption["events"]):
             continue
-        # The same caption again has new votes.
+        # Each attempt has vote numbers of its own: the same caption again gets new votes.
         ask = partial(_right, model, data | caption, frames, attempt * config.check.most_votes)
         if await vote(ask, config.check.lead, config.check.most_votes):
             return caption
@@ -82,7 +82,7 @@ async def _caption(
 
 
 async def _right(
-    model: Model, said: dict[str, Any], frames: Frames, before: int, number: int
+    model: Model, caption: dict[str, Any], frames: Frames, before: int, number: int
 ) -> bool:
-    """A vote on a description; `before`: votes on earlier ones."""
-    return bool((await model.ask("confirm", said, before + number, frames))["right"])
+    """Vote `number` on whether a caption is right; `before`: vote numbers of earlier captions."""
+    return bool((await model.ask("confirm", caption, before + number, frames))["right"])

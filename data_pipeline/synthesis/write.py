@@ -1,7 +1,7 @@
-"""Outcomes to indexed shards, `records.jsonl` in Streamo's form, and `rejected.jsonl`.
+"""Writes outcomes as indexed shards, `records.jsonl` in Streamo's form, and `rejected.jsonl`.
 
-Shards are made of the outcomes alone: the same ones make the same bytes, however often the work on
-them was stopped.
+Shards depend on the outcomes alone: the same outcomes make the same bytes, however often the runs
+that made them were stopped.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ _VERSION = 2  # of how outcomes become samples
 
 @dataclass
 class Written:
-    """What is in the shards, and what is not, by role; of videos and clips the role is empty.
+    """Counts of the samples that are in the shards, and of those that are not."""
 
-    notes: what of the transcripts is left out or changed.
-    """
-
-    accepted: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # role, reason
-    notes: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)  # by role
+    # By role and reason; a whole video or clip that cannot be used has the role "".
+    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)  # what transcripts lost, or had changed
 
     def data(self) -> dict[str, Any]:
         by_reason = [[role, reason, count] for (role, reason), count in self.rejected.items()]
@@ -64,7 +62,7 @@ class Sample:
     fault: tuple[str, str] | None
 
     def record(self) -> dict[str, Any]:
-        """The sample in Streamo's raw form, which calls the frame of second n `n + 1`."""
+        """The sample in Streamo's raw form, whose times count from 1: second n is `n + 1`."""
         start = self.clip["start"] + 1
         times = {name: [(one["text"], start + one["second"]) for one in self.candidate[name]]
                  for name in ("questions", "answers")}  # fmt: skip
@@ -80,8 +78,11 @@ class Sample:
 
 
 def samples(sources: Iterable[Source], outcome_of: OutcomeOf) -> Iterator[Sample]:
-    """All candidates of finished videos, in the order of the sources. What stands for a video or a
-    clip that cannot be used has no role; a video with the bytes of an earlier one is one."""
+    """All candidates of finished videos, in the order of the sources.
+
+    A video or clip that cannot be used is a rejected sample with the role ""; so is a video with
+    the same bytes as an earlier one.
+    """
     seen: dict[str, str] = {}
     nothing = {"role": "", "questions": [], "answers": []}
     for source in sources:
@@ -110,9 +111,9 @@ def samples(sources: Iterable[Source], outcome_of: OutcomeOf) -> Iterator[Sample
 def write(
     out: Path, sources: Sequence[Source], outcome_of: OutcomeOf, config: SynthesisConfig
 ) -> Written:
-    """Writes shards and records anew where they are not those of these outcomes already.
+    """Writes shards and records, unless those in the folder were written from the same outcomes.
 
-    Without an accepted sample there are no shards.
+    Without an accepted sample no shards are written.
     """
     digest, manifest = _digest(sources, outcome_of, config), out / MANIFEST
     if manifest.exists():
@@ -139,7 +140,7 @@ def write(
 
 
 def _digest(sources: Sequence[Source], outcome_of: OutcomeOf, config: SynthesisConfig) -> str:
-    """A digest of all that decides what is written."""
+    """A digest of everything that decides what is written."""
     settings = [_VERSION, config.write.pace, asdict(config.output)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source in sources:
@@ -150,7 +151,8 @@ def _digest(sources: Sequence[Source], outcome_of: OutcomeOf, config: SynthesisC
 def _accepted(
     found: Iterable[Sample], maker: _Maker, written: Written, record: AddLine, reject: AddLine
 ) -> Iterator[dict[str, Any]]:
-    """The samples as ShardWriter takes them; counts them, and adds each to one of the files."""
+    """Yields the accepted samples as ShardWriter takes them; counts all of them, and adds each to
+    the file of records or of rejected samples."""
     for sample in found:
         made = sample.fault or maker.members(sample)
         role = sample.candidate["role"]
@@ -167,7 +169,8 @@ def _accepted(
 
 @contextmanager
 def _lines(path: Path) -> Iterator[AddLine]:
-    """A file of JSON lines that has its name when it is complete; what adds a line to it."""
+    """Opens a file of JSON lines, which gets its name once it is complete; yields a function that
+    adds a line."""
     with partial_path(path).open("w") as file:
         yield lambda line: print(json.dumps(line, ensure_ascii=False), file=file)
     publish(partial_path(path))
@@ -178,7 +181,7 @@ def _without_fault(candidate: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Maker:
-    """Makes the samples of clips; keeps the video of the latest one, which has several."""
+    """Makes samples; keeps the video of the latest clip, which several samples share."""
 
     def __init__(self, config: SynthesisConfig) -> None:
         self._pace, self._output = config.write.pace, config.output
@@ -186,7 +189,7 @@ class _Maker:
         self._medium = Medium("video", b"")
 
     def members(self, sample: Sample) -> dict[str, Any] | tuple[str, str]:
-        """A sample as ShardWriter takes it, or why there is none."""
+        """A sample as ShardWriter takes it, or the reason and detail why there is none."""
         try:
             medium = self._cut_out(sample)
         except SampleError as error:
@@ -198,18 +201,19 @@ class _Maker:
         end = float(sample.clip["end"] - sample.clip["start"])
         timeline = Timeline(questions, answers, end=end, pace=self._pace)
         draft = Draft([], [medium], "realtime", timeline=timeline)
-        # Its bytes have been shrunk before.
+        # No MediaOptions: _cut_out has shrunk the video already.
         made = finish(Entry(sample.key, sample.source.name, 0.0, draft), MediaOptions()).sample
         if isinstance(made, SampleError):
             return made.reason, made.detail
         data = json.loads(made["json"])
         data["task"] = sample.candidate["role"]
-        # [second, sentence]: what evaluation expects.
+        # Evaluation expects pairs [second, sentence].
         data["speech"] = [[int(answer.second), answer.text] for answer in answers]
         return made | {"json": json.dumps(data, ensure_ascii=False).encode()}
 
     def _cut_out(self, sample: Sample) -> Medium:
-        """The clip: its file as it is, or encoded anew where it is a part or too large."""
+        """The clip's video: the file as it is, or encoded anew where the clip is a part of it or
+        output.max_side or output.video_fps ask for it."""
         path, start, end = sample.source.path, sample.clip["start"], sample.clip["end"]
         if self._clip != (path, start, end):
             data, suffix = files.read_bytes(path), files.suffix(path)
