@@ -63,6 +63,7 @@ def _as_object(given: Any) -> Any:
 class TextPart(Fields):
     type: Annotated[str, Choice({"text": "text"})]
     text: str = ""
+    prompt_cache_breakpoint: Any = harmless()
 
 
 class RefusalPart(Fields):
@@ -76,6 +77,7 @@ class ImagePart(Fields):
         ImageUrl, BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str)
     ]
     uuid: Any = harmless()
+    prompt_cache_breakpoint: Any = harmless()
     min_pixels: Any = neutral(ONE_TILE)
     max_pixels: Any = neutral(ONE_TILE)
     total_pixels: Any = neutral(ONE_TILE)
@@ -87,6 +89,7 @@ class VideoPart(Frames):
         VideoUrl, BeforeValidator(_as_object, json_schema_input_type=VideoUrl | str)
     ]
     uuid: Any = harmless()
+    prompt_cache_breakpoint: Any = harmless()
 
 
 def branch(value: Any) -> str:
@@ -240,6 +243,7 @@ class ChatRequest(Fields):
     safety_identifier: Any = harmless()
     prompt_cache_key: Any = harmless()
     prompt_cache_retention: Any = harmless()
+    prompt_cache_options: Any = harmless()
     prediction: Any = harmless()
     parallel_tool_calls: Any = harmless()
     request_id: Any = harmless()
@@ -261,8 +265,11 @@ class ChatRequest(Fields):
     bad_words: Any = neutral(_SAMPLING, [])
     allowed_token_ids: Any = neutral(_SAMPLING, [])
     modalities: Any = neutral(_TEXT, ["text"])
+    audio: Any = neutral(_TEXT)
     verbosity: Any = neutral(_TEXT, "medium")
     reasoning_effort: Any = neutral("the model does not reason before it answers", "none")
+    web_search_options: Any = neutral("the model sees what the request has")
+    moderation: Any = neutral("neither messages nor answers are moderated")
     echo: Any = neutral("the answer is what is new", False)
     skip_special_tokens: Any = neutral(_TEXT, True)
     spaces_between_special_tokens: Any = neutral("", True, False)

@@ -97,6 +97,7 @@ def test_a_frame_is_not_the_callers_memory() -> None:
         (b"<!DOCTYPE html><html></html>", "HTML"),
         (b"%PDF-1.7 ...", "PDF"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "an AVIF picture"),
         (b"\0\0\0\x18ftypisom\0\0\0\0isommp41", "video"),
         (b"\x1aE\xdf\xa3" + b"\0" * 60, "video"),
         (b"no picture", "no picture in a format that is known"),
@@ -104,4 +105,10 @@ def test_a_frame_is_not_the_callers_memory() -> None:
 )
 def test_what_is_no_picture_is_named(data: bytes, named: str) -> None:
     with pytest.raises(SampleError, match=named):
-        check_header(data, 10**6)
+        check_header(data, 10**6, ("JPEG", "PNG"))
+
+
+def test_a_picture_beyond_pillows_own_limit_is_told_ours() -> None:
+    words = r"too_many_pixels: it has many more than 1000000$"
+    with pytest.raises(SampleError, match=words):
+        check_header(b"P6 20000 20000 255\n", 10**6)

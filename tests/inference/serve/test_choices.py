@@ -7,14 +7,24 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jsonschema
 import openai
 import pytest
+from openai.types import chat
+from openai.types.chat.completion_create_params import CompletionCreateParams
 from pydantic import BaseModel
 
 from inference.engine.load import load_engine
+from inference.serve.requests import (
+    Answer,
+    ChatRequest,
+    ImagePart,
+    Message,
+    StreamOptions,
+    TextPart,
+)
 from tests.inference.serve.serving import Running, serving
 
 USER: Any = [{"role": "user", "content": "Who is it?"}]
@@ -50,6 +60,26 @@ def refused(client: openai.OpenAI, **options: Any) -> str:
         ask(client, **options)
     assert f"{error.value.param}: " in error.value.message
     return str(error.value.param)
+
+
+def fields_of(given: Any) -> set[str]:
+    """Of a TypedDict, or of all those of a union."""
+    parts = get_args(given)
+    return set().union(*map(fields_of, parts)) if parts else set(given.__annotations__)
+
+
+def test_each_field_of_openais_client_is_known_by_its_name() -> None:
+    """Done, without effect, or refused with a reason: never a field that is not there."""
+    for theirs, ours in (
+        (CompletionCreateParams, ChatRequest),
+        (chat.ChatCompletionUserMessageParam, Message),
+        (chat.ChatCompletionDeveloperMessageParam, Message),
+        (chat.ChatCompletionAssistantMessageParam, Answer),
+        (chat.ChatCompletionContentPartTextParam, TextPart),
+        (chat.ChatCompletionContentPartImageParam, ImagePart),
+        (chat.ChatCompletionStreamOptionsParam, StreamOptions),
+    ):
+        assert fields_of(theirs) - set(ours.names()) == set(), theirs
 
 
 # Schemas
