@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from data_pipeline.importers.draft import (
     IMAGE_FIELDS,
     LEARN_FLAGS,
     MEDIUM_FIELDS,
+    ROLES,
     VIDEO_FIELDS,
     Draft,
     Medium,
@@ -27,6 +28,7 @@ from data_pipeline.importers.draft import (
     media_type,
     medium,
     names_medium,
+    role_of,
     unused_fields,
 )
 from data_pipeline.importers.marks import ANY_MARKS, is_numbered, number_of, place_marks
@@ -35,19 +37,6 @@ from data_pipeline.importers.realtime import is_realtime, realtime_draft
 from data_pipeline.importers.timeline import second_of
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, MediaType, Role, SampleError
 
-# A tool's answer is the user's turn; its call is the model's.
-ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "observation": "user",
-    "tool": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "function": "assistant",
-}
 _CALLS = ("tool_calls", "function_call")
 _MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *LEARN_FLAGS, *_CALLS})
 _SOUND = ("audio", "audios")
@@ -64,12 +53,14 @@ class Dialect:
     messages: str = "messages"
     role: str | None = None  # None: `role` or `from`, whichever the messages have
     content: str | None = None  # None: `content` or `value`
-    roles: Mapping[str, Role] = field(default_factory=lambda: ROLES)
+    roles: Mapping[str, Role] | None = None  # None: ROLES, in any letter case
     system: str | None = "system"
     tools: tuple[str, ...] = ("tools", "functions")
     images: tuple[str, ...] = IMAGE_FIELDS
     videos: tuple[str, ...] = VIDEO_FIELDS
     others: tuple[str, ...] = ()  # that are read elsewhere
+    # Media without any mark stand before the first question, under whatever name.
+    media_first: bool = False
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -146,11 +137,14 @@ def with_media(
     notes = (notes or []) + unused_fields(record, dialect.known)
     named: dict[MediaType, list[Any]] = {"image": images, "video": videos}
     single = not {"image", "video"}.isdisjoint((image_field, video_field))
-    messages = place_marks(messages, named, notes, unmarked=single)
+    unmarked = single or dialect.media_first
+    messages = place_marks(messages, named, notes, unmarked=unmarked)
     images, videos = named.values()
-    if single and not any(MARK.search(message["content"]) for message in messages):
-        messages = _marked(messages, len(images), len(videos))
-        notes.append("medium without a mark, put before the first user's turn")
+    if unmarked and not any(MARK.search(message["content"]) for message in messages):
+        marks = IMAGE_MARK * len(images) + VIDEO_MARK * len(videos)
+        messages = _marked(messages, marks if dialect.media_first else f"{marks}\n")
+        if not dialect.media_first:
+            notes.append("medium without a mark, put before the first user's turn")
     pictures = [medium("image", image, base) for image in images]
     if is_realtime(videos):
         draft = realtime_draft(messages, pictures, videos, base)
@@ -189,11 +183,11 @@ def _message(entry: Any, index: int, dialect: Dialect) -> Turn:
         raise SampleError("bad_schema", f"messages[{index}]: {entry!r:.80} is not an object")
     role_key, content_key = _keys(entry, dialect)
     name, content = entry.get(role_key), entry.get(content_key)
-    role = dialect.roles.get(name) if isinstance(name, str) else None
-    if name == "function" and role_key == "role" and "name" in entry:
+    role = role_of(name) if dialect.roles is None else dialect.roles.get(str(name))
+    if role_key == "role" and "name" in entry and str(name).lower() == "function":
         role = "user"  # OpenAI's: the answer of the function of that name
     if role is None:
-        allowed = ", ".join(dialect.roles)
+        allowed = ", ".join(dialect.roles or ROLES)
         raise SampleError("bad_schema", f"messages[{index}].{role_key}: {name!r}: not of {allowed}")
     # Most messages have a role and a content alone.
     more = len(entry) > 2 or content is None
@@ -297,11 +291,10 @@ def _media(record: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[Any],
     return [*value], full[0]
 
 
-def _marked(messages: list[Turn], images: int, videos: int) -> list[Turn]:
-    marks = IMAGE_MARK * images + VIDEO_MARK * videos
+def _marked(messages: list[Turn], marks: str) -> list[Turn]:
     for i, message in enumerate(messages):
         if message["role"] == "user":
-            first = message | {"content": f"{marks}\n{message['content']}"}
+            first = message | {"content": marks + message["content"]}
             return [*messages[:i], first, *messages[i + 1 :]]
     return messages
 

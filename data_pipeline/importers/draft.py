@@ -19,6 +19,7 @@ from data_pipeline.schema import (
     VIDEO_MARK,
     Kind,
     MediaType,
+    Role,
     SampleError,
 )
 
@@ -79,6 +80,30 @@ class Draft:
             return "realtime"
         types = {medium.type for medium in self.media}
         return "video" if "video" in types else "image" if "image" in types else "text"
+
+
+# Under which names messages have a role. A tool's answer is the user's turn; its call the model's.
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "observation": "user",
+    "tool": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function_call": "assistant",
+    "function": "assistant",
+}
+
+
+def role_of(name: Any) -> Role | None:
+    """The role that a message names, in whatever letter case; None: it is not known."""
+    return ROLES.get(name.lower()) if isinstance(name, str) else None
 
 
 # A record and the folder of its media -> what it becomes; a long one may become several samples.

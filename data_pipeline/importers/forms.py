@@ -20,6 +20,7 @@ from data_pipeline.importers import (
     captions,
     conversation,
     llama_factory,
+    pairs,
     published,
     segments,
     speech,
@@ -68,6 +69,8 @@ RECORD_FORMS: dict[str, Convert] = {
     "moments": published.moments_draft,
     "vqa": published.vqa_draft,
     "webvid": published.webvid_draft,
+    "cauldron": pairs.cauldron_draft,
+    "ms-swift": pairs.swift_draft,
 }
 FORMS = (*RECORD_FORMS, "transcripts", "table", "llamafactory", "captions", "webdataset")
 

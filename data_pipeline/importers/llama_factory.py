@@ -20,10 +20,10 @@ from data_pipeline.importers.draft import (
     IMAGE_FIELDS,
     VIDEO_FIELDS,
     Draft,
-    Turn,
     text_draft,
     unused_fields,
 )
+from data_pipeline.importers.pairs import history_turns, turn
 from data_pipeline.schema import Role, SampleError
 from data_pipeline.shards import ShardError
 
@@ -200,29 +200,16 @@ def alpaca_draft(record: dict[str, Any], base: str, columns: Columns = ALPACA) -
         notes = unused_fields(record, dialect.known)
         return text_draft(record.get(columns.prompt or ""), tuple(notes))
     messages = system_turn(record, dialect)
-    history = record.get(columns.history) if columns.history else None
-    if not isinstance(history or [], list):
-        raise SampleError("bad_schema", f"{columns.history}: {history!r:.80}: expected a list")
-    for turn in history or []:
-        if not isinstance(turn, list) or not len(turn) == 2:
-            raise SampleError(
-                "bad_schema", f"{columns.history}: {turn!r:.80}: expected [question, answer]"
-            )
-        messages += _turn(*turn)
+    if columns.history:
+        messages += history_turns(record.get(columns.history), columns.history)
     question = [_text(record, column) for column in (columns.prompt, columns.query)]
     answer = record.get(columns.response)
-    messages += _turn("\n".join(filter(None, question)), answer)
+    messages += turn("\n".join(filter(None, question)), answer, f"{columns.response}")
     return with_media(messages, record, base, dialect)
 
 
 def _names(*columns: str | None) -> tuple[str, ...]:
     return tuple(column for column in columns if column)
-
-
-def _turn(question: Any, answer: Any) -> list[Turn]:
-    if not isinstance(question, str) or not isinstance(answer, str):
-        raise SampleError("bad_schema", f"{question!r:.40}, {answer!r:.40}: a turn is two texts")
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _text(record: dict[str, Any], column: str | None) -> str:

@@ -10,7 +10,13 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from data_pipeline.importers.draft import IMAGE_FIELDS, VIDEO_FIELDS, as_list, medium_name
+from data_pipeline.importers.draft import (
+    IMAGE_FIELDS,
+    VIDEO_FIELDS,
+    as_list,
+    medium_name,
+    role_of,
+)
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
 
 _MARKS = {
@@ -140,7 +146,7 @@ def _without_media(
     The field of an answer without marks stays, to be counted: what is learned gets no mark.
     """
     field = "content" if "content" in message else "value"
-    answer = message.get("role", message.get("from")) in ("assistant", "gpt")
+    answer = role_of(message.get("role", message.get("from"))) == "assistant"
     for names, kind, marks in _OWN:
         for name in names:
             given = message.get(name)

@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.importers import captions, conversation, published, segments, speech, streaming
+from data_pipeline.importers import (
+    captions,
+    conversation,
+    pairs,
+    published,
+    segments,
+    speech,
+    streaming,
+)
 
 Record = dict[str, Any]
 
@@ -57,6 +65,8 @@ KNOWN: tuple[Known, ...] = (
     Known("joyai", _events, (("question", "response", "video_path"),)),
     Known("livechat", _livechat, (("conversation", "video_uid"),)),
     Known("sharegpt", conversation.looks_like_one, (("messages",), ("conversations",))),
+    Known("cauldron", pairs.looks_like_cauldron, (("texts",),)),
+    Known("ms-swift", pairs.looks_like_swift, (("query", "response"),)),
     Known("speech", _spoken, tuple((name, "video") for name in ("words", "segments", "content"))),
     Known("narrations", speech.looks_like_narrations, (("narrations", "video_uid"),)),
     Known("moments", published.looks_like_moments, (("timestamps", "sentences", "video"),)),

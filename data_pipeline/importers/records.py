@@ -32,7 +32,7 @@ _BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a list
 _EVENTS = frozenset({"question", "response"})
 _NESTED = _EVENTS | {
     "messages", "conversations", "conversation", "videos", "images", "segments", "words",
-    "narrations", "subtitles",
+    "narrations", "subtitles", "texts", "history",
 }  # fmt: skip
 _BY_LINE = (".jsonl", ".ndjson", ".jsonlines")
 Wanted = Callable[[int], bool]

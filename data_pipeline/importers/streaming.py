@@ -20,6 +20,7 @@ from data_pipeline.importers.draft import (
     Medium,
     medium,
     refuse_unwanted,
+    role_of,
     unused_fields,
 )
 from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
@@ -104,7 +105,7 @@ def _entries(
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SampleError("bad_schema", f"{name}: {entries!r:.80}: expected a list of objects")
     for i, entry in enumerate(entries):
-        if name != "question" and entry.get("role", "assistant") == "assistant":
+        if name != "question" and role_of(entry.get("role", "assistant")) == "assistant":
             try:
                 refuse_unwanted(entry)
             except SampleError as error:
@@ -148,7 +149,7 @@ def is_by_frames(record: dict[str, Any]) -> bool:
         message["content"]
         for message in (messages if isinstance(messages, list) else [])
         if isinstance(message, dict)
-        and message.get("role") == "assistant"
+        and role_of(message.get("role")) == "assistant"
         and isinstance(message.get("content"), str)
     ]
     return bool(answers) and all(_STATE.match(answer) for answer in answers[:3])
@@ -163,7 +164,7 @@ def frames_draft(record: dict[str, Any], base: str) -> Draft:
     answers: list[Said] = []
     seconds: list[float] = []
     for i, message in enumerate(_entries(record, "messages", _TURN, notes)):
-        role, content = message.get("role"), _text(message)
+        role, content = role_of(message.get("role")), _text(message)
         if role == "system":
             foreign = "</Silence>" in content or "</silence>" in content
             system = "" if foreign else content
@@ -180,7 +181,7 @@ def frames_draft(record: dict[str, Any], base: str) -> Draft:
             answer = _answer(content, f"messages[{i}]")
             answers += [Said(seconds[-1] if seconds else 0.0, answer)] if answer else []
         else:
-            raise SampleError("bad_schema", f"messages[{i}].role: {role!r}")
+            raise SampleError("bad_schema", f"messages[{i}].role: {message.get('role')!r}")
     questions = _asked_once(questions, answers, notes)
     if not questions:
         questions = [Said(seconds[0] if seconds else 0.0, INSTRUCTION)]
@@ -240,7 +241,7 @@ def livechat_draft(record: dict[str, Any], base: str) -> Draft:
     answers: list[Said] = []
     for i, message in enumerate(_entries(record, "conversation", _TURN, notes)):
         second = second_of(message.get("time"), f"conversation[{i}].time")
-        role, text = message.get("role"), _text(message)
+        role, text = role_of(message.get("role")), _text(message)
         if role not in ("user", "assistant") or not text.strip():
             raise SampleError("bad_schema", f"conversation[{i}]: {message!r:.80}")
         (questions if role == "user" else answers).append(Said(second, text))

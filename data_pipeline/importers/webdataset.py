@@ -35,6 +35,7 @@ from data_pipeline.importers.draft import (
     unused_fields,
 )
 from data_pipeline.importers.members import fill, in_number_order, member
+from data_pipeline.importers.pairs import draft_of
 from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.published import looks_like_vqa, vqa_draft
 from data_pipeline.importers.recognize import ALIKE, form_of, form_of_all
@@ -207,16 +208,17 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
     stream = forms.stream(record, media)
     captioned = any(name in parts for name in _TEXTS)
     asked = bool(media) and not captioned and looks_like_vqa(record | {"image": True})
-    answers = asked or stream is not None or looks_like_one(record)
+    turns = looks_like_one(record)
+    made = stream or (None if turns else draft_of(record) or (vqa_draft if asked else None))
+    answers = made is not None or turns
     refuse_unwanted(record, plain=not answers)
     if answers:
-        if stream is None and not asked:
+        if made is None:
             record = plain_contents(record, messages_field(record))
         known, used, more = fill(record, parts, key, media, stream=stream is not None)
         unused = [name for name in parts if name in _TEXTS or (name in media and name not in used)]
         notes += [*more, *(f"unused member .{name}" for name in unused)]
-        made = (stream or (vqa_draft if asked else conversation_draft))(known, "")
-        first, *rest = as_list(made)
+        first, *rest = as_list((made or conversation_draft)(known, ""))
         return [_noted(first, tuple(notes)), *rest]
     return [_captioned(record, parts, key, media, notes)]
 
