@@ -86,8 +86,9 @@ class _Remote:
     have been taken in, and what the pace allows was said to them."""
 
     def __init__(self, socket: ClientConnection, start: float, config: SpeakingConfig) -> None:
-        self._socket, self._start, self._wall = socket, start, config.clock == "wall"
-        self._heard, self._changed = Heard(start, self._wall), threading.Condition()
+        self._socket, self._wall = socket, config.clock == "wall"
+        self._heard = Heard(start, self._wall, time.monotonic)  # the server's clock is another one
+        self._changed = threading.Condition()
         self._sent = self._taken = self._items = 0
         self._state = "silent"  # or `speaking`, also while it decides; or `waiting`
         self._over, self._latest = "", time.monotonic()
@@ -114,7 +115,7 @@ class _Remote:
 
     def ask(self, second: float, text: str) -> None:
         if self._wall:
-            self._wait_until(second)
+            time.sleep(self._heard.left(second))
         else:
             self._settle()
         self._ask(second, text)
@@ -136,17 +137,13 @@ class _Remote:
     def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
         self._heard.shows(second, asked)
         if self._wall:
-            self._wait_until(second)
+            time.sleep(self._heard.left(second))
         else:
             self._wait(lambda: self._sent - self._taken < _AHEAD)
         with self._changed:
             self._sent += 1
         self._send("input_image_buffer.append", ts=second, **({"prompt": asked} if asked else {}))
         self._socket.send(png(picture))
-
-    def _wait_until(self, second: float) -> None:
-        if self._heard.began is not None:
-            time.sleep(max(0.0, self._heard.began + second - self._start - time.time()))
 
     def said(self) -> list[Emission]:
         if not self._wall:
@@ -202,8 +199,8 @@ class _Remote:
             self._changed.notify_all()
 
     def _take(self, data: dict[str, Any]) -> None:
-        kind, seq, t_server, t_media = (data.pop(name, 0) for name in _HEAD)
-        self._heard.take(Event(kind, seq, t_server, t_media, data))
+        kind, seq, _, t_media = (data.pop(name, 0) for name in _HEAD)
+        self._heard.take(Event(kind, seq, time.monotonic(), t_media, data))
         self._taken += kind in ("input_frame.processed", "input_frame.dropped")
         self._items += kind == "conversation.item.created"
         if kind == "session.state":

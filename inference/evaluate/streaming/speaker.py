@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -124,13 +124,15 @@ class ModelSpeaker:
 class Heard:
     """What a session says, from its events: emissions with their seconds.
 
-    wall: seconds are those at which words came, not those of the newest frame. began: seconds since
-    the epoch, at second `start` of the source.
+    wall: seconds are those at which words came, not those of the newest frame. now: the clock of
+    the events' `t_server`.
     """
 
-    def __init__(self, start: float, wall: bool) -> None:
-        self._start, self._wall = start, wall
-        self.began: float | None = None
+    def __init__(self, start: float, wall: bool, now: Callable[[], float] = time.time) -> None:
+        self._start, self._wall, self._now = start, wall, now
+        # At second `start` of the source: on that clock, and on one that nobody sets.
+        self._began: float | None = None
+        self._moment = 0.0
         self.asked: list[float] = []  # second of each turn
         self._turn = 0
         self._done: list[Emission] = []
@@ -148,10 +150,16 @@ class Heard:
 
     def shows(self, second: float, asked: str | None) -> None:
         """A frame is about to be given, with a question or None."""
-        if self.began is None:
-            self.began = time.time()
+        if self._began is None:
+            self._began, self._moment = self._now(), time.monotonic()
         if asked is not None:
             self.asked.append(second)
+
+    def left(self, second: float) -> float:
+        """Seconds of the wall clock until one of the source is due."""
+        if self._began is None:
+            return 0.0
+        return max(0.0, self._moment + second - self._start - time.monotonic())
 
     def take(self, event: Event) -> None:
         """Raises SessionClosed for an error."""
@@ -175,17 +183,17 @@ class Heard:
         return Emission(self._second, text, end, self._turn, cut, tuple(pieces))
 
     def _at(self, event: Event) -> float:
-        if not self._wall or self.began is None:
+        if not self._wall or self._began is None:
             # What is said to a question is no earlier than that, whatever frame is the newest.
             return max(event.t_media, self._start, *self.asked[self._turn - 1 : self._turn])
-        return self._start + event.t_server - self.began
+        return self._start + event.t_server - self._began
 
 
 class _Session:
     """A session of a model. On the media clock each call waits until all was taken in."""
 
     def __init__(self, session: SessionHandle, start: float, wall: bool) -> None:
-        self._session, self._start, self._wall = session, start, wall
+        self._session, self._wall = session, wall
         self._seq, self._heard = 0, Heard(start, wall)
 
     def ask(self, second: float, text: str) -> None:
@@ -207,9 +215,7 @@ class _Session:
 
     def _wait(self, second: float) -> None:
         """Waits on the wall clock until a second of the source is due."""
-        if self._heard.began is not None:
-            due = self._heard.began + second - self._start
-            self._session.log.wait_closed(due - time.time())
+        self._session.log.wait_closed(self._heard.left(second))
 
     def said(self) -> list[Emission]:
         while events := self._session.log.after(self._seq):

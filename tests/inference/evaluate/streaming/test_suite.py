@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,6 +245,33 @@ def test_on_the_wall_clock_a_second_takes_a_second(
     assert seconds == sorted(seconds) != []
     assert 6.0 <= seconds[0] <= record["said"][-1]["end"] <= 6.0 + spent
     assert all(e["second"] % 0.2 for e in record["said"])  # not those of the frames
+
+
+def test_the_time_of_day_may_be_set_and_a_servers_may_be_another_one(
+    model: inference.Model, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = SpeakingConfig(clock="wall", fps=2.0, silence_bias=-100.0, max_new_tokens=3)
+    item, black = Item("talk", "row", tmp_path, ()), torch.zeros(3, 56, 56, dtype=torch.uint8)
+
+    def watch(speaker: Speaker) -> tuple[float, list[Emission]]:
+        began = time.monotonic()
+        with speaker.watch(item) as watching:
+            watching.frame(0.0, black)
+            with monkeypatch.context() as patched:
+                patched.setattr(time, "time", lambda now=time.time: now() + 3600)
+                watching.frame(0.5, black)
+            heard = watching.end()
+            return time.monotonic() - began, heard
+
+    spent, _ = watch(ModelSpeaker(model, talk))
+    assert spent >= 0.5
+    late = SimpleNamespace(time=lambda: time.time() - 3600)
+    monkeypatch.setattr("inference.session.events.time", late)
+    engine = load_engine(tiny, device="cpu", max_sessions=1, max_tokens=512, window=16)
+    with serving(engine, Limits(fps=1000.0)) as server:
+        spent, heard = watch(RemoteSpeaker(server.http, talk))
+    assert heard
+    assert all(0 <= emission.second <= spent for emission in heard)
 
 
 def test_a_broken_session_is_said_and_not_an_answer(model: inference.Model) -> None:
