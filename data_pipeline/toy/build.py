@@ -27,21 +27,21 @@ from data_pipeline.toy import captions, facts, render, stream, temporal, world
 
 STAGES = ("pt1", "pt2", "sft", "realtime_sft")
 MODALITIES = ("text", "image", "video")
-# Pretraining: the share of the image samples that are stories in pictures, and their pictures.
+# Pretraining: the share of image samples that are stories in pictures, and the pictures of each.
 _STORIES = {"pt1": (0.4, 4), "pt2": (0.7, 5)}
-# The share of the clips that are drawn so that their order alone tells what is asked (temporal.py).
+# The share of clips whose questions only the order of their frames answers (temporal.py).
 _TEMPORAL = {"pt1": 0.0, "pt2": 0.5, "sft": 0.8, "realtime_sft": 0.25}
 _VERSION = 16  # changes with pictures and texts: folders of another version are refused
 
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """`train`, `heldout`: samples of each modality of each stage; `size`: side in pixels."""
+    """The arguments of a toy data set."""
 
-    train: int = number(500, above=0)
-    heldout: int = number(50, above=0)
+    train: int = number(500, above=0)  # samples of each modality of each stage
+    heldout: int = number(50, above=0)  # likewise
     seed: int = number(0)
-    size: int = number(56, least=32)
+    size: int = number(56, least=32)  # side of pictures and videos in pixels
     fps: int = number(2, least=2)
     samples_per_shard: int = number(500, above=0)
     vocab_size: int = number(512, above=0)
@@ -83,8 +83,8 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
             shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed
             make = partial(make_sample, source, config)
             samples = pool.map(make, range(counts[split]), chunksize=16)
-            seen = _count(samples, progress, texts if split == "train" else None)
-            shards = write_shards(seen, folder, config.samples_per_shard)
+            passed = _observe(samples, progress, texts if split == "train" else None)
+            shards = write_shards(passed, folder, config.samples_per_shard)
             prepare_index(folder, workers)
             sizes[source] = {
                 "samples": counts[split],
@@ -103,6 +103,7 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
 
 
 def _finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder that was built with these arguments; None: it is not finished."""
     file = out / "toy.json"
     if not file.is_file():
         return None
@@ -118,7 +119,7 @@ def _finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
-    """Sample `index` of a source (`sft/heldout/video`); depends on its arguments alone."""
+    """Sample `index` of a source (`sft/heldout/video`), determined by the arguments alone."""
     # `random` hashes a string seed the same way on every machine. The split is part of the seed:
     # held-out worlds are different worlds.
     rng = random.Random(f"{config.seed}/{source}/{index}")
@@ -132,8 +133,8 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
         state, story = world.still(seed), world.simulate(seed, seconds=5, events=3)
         if pretrain:
             return key | {"json": _caption(*facts.of_text(state, story, rng))}
-        text, asked = captions.ask_text(state, story, rng)
-        return key | {"json": _answers(f"{text} ", asked, split)}
+        text, questions = captions.ask_text(state, story, rng)
+        return key | {"json": _answers(f"{text} ", questions, split)}
     if modality == "image":
         state = world.still(seed)
         if pretrain and split == "train" and rng.random() < _STORIES[stage][0]:
@@ -151,7 +152,7 @@ def make_sample(source: str, config: ToyConfig, index: int) -> dict[str, Any]:
 def _clip(
     stage: str, split: str, seed: int, plain: bool, rng: random.Random
 ) -> tuple[dict[str, Any], world.Story]:
-    """The JSON of a clip, and its story."""
+    """A clip's sample as JSON, and its story."""
     if rng.random() < _TEMPORAL[stage]:
         clip = temporal.draw(rng)
         if stage.startswith("pt"):
@@ -159,8 +160,8 @@ def _clip(
         return _answers(VIDEO_MARK, list(clip.asked), split), clip.story
     story = make_story(stage, seed, rng)
     if stage == "sft":
-        asked = captions.ask_end(story.states[-1], rng)
-        return _answers(VIDEO_MARK, asked, split), story
+        questions = captions.ask_end(story.states[-1], rng)
+        return _answers(VIDEO_MARK, questions, split), story
     if stage == "realtime_sft":
         return _live(story, rng), story
     text = captions.narrate(story) if stage == "pt1" else captions.narrate_order(story)
@@ -168,7 +169,7 @@ def _clip(
 
 
 def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
-    """Short clips of one event, long clips of several, and streams that are often quiet."""
+    """A stage's kind of story: one event (pt1), two events, or a stream that is often quiet."""
     if stage == "pt1":
         return world.simulate(seed, seconds=3, events=1)
     if stage == "realtime_sft":
@@ -177,21 +178,21 @@ def make_story(stage: str, seed: int, rng: random.Random) -> world.Story:
 
 
 def _live(story: world.Story, rng: random.Random) -> dict[str, Any]:
-    """The JSON of a clip with a real-time conversation."""
+    """The sample, as JSON, of a clip with a real-time conversation."""
     live = stream.question(story, rng) if rng.random() < 0.5 else stream.narration(story)
     data = {
         "messages": live.messages,
         "media": [{"type": "video", "file": "0.mp4"}],
         "kind": "realtime",
         "task": live.qa.task if live.qa else "narrate",
-        # [second, sentence]: what evaluation expects, besides the answer to a question.
+        # Pairs [second, sentence] that evaluation expects besides the answer to a question.
         "speech": [[second, text] for second, text in sorted(live.speech.items())],
     }
     return data | ({"options": list(live.qa.options)} if live.qa else {})
 
 
 def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig) -> dict[str, Any]:
-    """Pictures of a story, each followed by what is new in it."""
+    """A sample of several pictures of a story, each followed by what is new in it."""
     story = world.simulate(seed, pictures, events=rng.randint(2, pictures - 1))
     texts = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
     data = _caption("", "".join(f"{IMAGE_MARK}{text}" for text in texts))
@@ -200,12 +201,13 @@ def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig
 
 
 def _caption(shown: str, text: str) -> dict[str, Any]:
+    """A caption's sample as JSON; `shown`: mark of the picture or video, or a text."""
     return _talk([(shown, text)], "caption") | {"task": "caption"}
 
 
-def _answers(shown: str, asked: list[captions.QA], split: str) -> dict[str, Any]:
-    """A chat with all questions, in training; with the first one alone, where it is evaluated."""
-    first, *others = asked
+def _answers(shown: str, questions: list[captions.QA], split: str) -> dict[str, Any]:
+    """A chat's sample as JSON: with all questions in training, held-out with the first alone."""
+    first, *others = questions
     turns = [(shown + first.question, first.answer)]
     turns += [(qa.question, qa.answer) for qa in others if split == "train"]
     data = _talk(turns, "chat") | {"task": first.task}
@@ -213,7 +215,7 @@ def _answers(shown: str, asked: list[captions.QA], split: str) -> dict[str, Any]
 
 
 def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
-    """A conversation; its n-th mark stands for `n.jpg` or `n.mp4`."""
+    """A conversation as JSON; its n-th mark stands for `n.jpg` or `n.mp4`."""
     messages = [
         {"role": role, "content": content}
         for turn in turns
@@ -225,10 +227,10 @@ def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
     return {"messages": messages, "media": media, "kind": kind}
 
 
-def _count(
+def _observe(
     samples: Iterator[dict[str, Any]], progress: Progress, texts: list[str] | None
 ) -> Iterator[dict[str, Any]]:
-    """Yields the same samples, and collects their contents in `texts`."""
+    """Passes samples on: reports progress, and collects their contents in `texts`."""
     for sample in samples:
         if texts is not None:
             texts += [message["content"] for message in sample["json"]["messages"]]

@@ -1,4 +1,4 @@
-"""The toy world in words: captions, and questions with their answers."""
+"""Describes the toy world in words: captions, and questions with their answers."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ _PAST = {"come": "came", "leave": "left", "move": "moved", "turn": "turned"}
 
 @dataclass(frozen=True)
 class QA:
-    """A question; `options` are all its possible answers, none where it asks for a sentence."""
+    """A question and its answer."""
 
     task: str
     question: str
     answer: str
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # all possible answers; none where it asks for a sentence
 
 
 def sentence(text: str) -> str:
+    """The text with a capital letter and a full stop."""
     return text[0].upper() + text[1:] + "."
 
 
 def describe(state: State) -> str:
-    """`A red circle and a blue square.`, in order of place."""
+    """A caption of a state: `A red circle and a blue square.`, in order of place."""
     return _listed([f"a {thing.name}" for thing in state])
 
 
 def describe_places(state: State) -> str:
-    """`A red circle top left and a blue square bottom right.`"""
+    """A caption with places: `A red circle top left and a blue square bottom right.`"""
     return _listed([f"a {thing.name} {PLACES[thing.place]}" for thing in state])
 
 
@@ -51,12 +52,12 @@ def _listed(names: list[str]) -> str:
 
 
 def tell(event: Event) -> str:
-    """`The red circle turns blue.`"""
+    """An event as a sentence: `The red circle turns blue.`"""
     return sentence(_clause(event, _PRESENT))
 
 
 def past(event: Event) -> str:
-    """`the red circle turned blue`"""
+    """An event as a clause in the past: `the red circle turned blue`"""
     return _clause(event, _PAST)
 
 
@@ -66,24 +67,25 @@ def _clause(event: Event, tense: dict[str, str]) -> str:
 
 
 def narrate(story: Story) -> str:
-    """The first state, then every event, in order."""
+    """A story's caption: the first state, then every event, in order."""
     return " ".join([describe(story.states[0]), *map(tell, story.events)])
 
 
 def narrate_changes(story: Story) -> list[str]:
-    """What is new in each second after the first: an event, or nothing."""
+    """A text for each second after the first: its events, or `Nothing new.`"""
     seconds = range(1, len(story.states))
     return [" ".join(map(tell, story.at(second))) or "Nothing new." for second in seconds]
 
 
 def narrate_order(story: Story) -> str:
-    """As `narrate`, and which of the first and the last event came before the other."""
+    """The caption of `narrate`, and a sentence on the order of the first and the last event."""
     first, last = story.events[0], story.events[-1]
     order = sentence(f"{past(first)} before {past(last)}")
     return f"{narrate(story)} {order}"
 
 
 def _closed(task: str, question: str, answer: str, options: Sequence[str]) -> QA:
+    """A question whose answer is one of several options."""
     return QA(task, question, sentence(answer), tuple(map(sentence, options)))
 
 
@@ -104,7 +106,7 @@ def count(state: State, when: str = "") -> QA:
 
 
 def exists(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:
-    """Yes, of `thing`, or no, equally often: is there a circle, or a red shape?"""
+    """Asks whether a shape or a colour is there. Half of the time it is one of `thing`."""
     yes = rng.random() < 0.5
     return _exists(by_one(thing, rng) if yes else absent(state, rng), yes, when)
 
@@ -118,34 +120,34 @@ def yes_or_no(true: bool) -> str:
 
 
 def checks(state: State, rng: random.Random) -> list[QA]:
-    """Four different questions whether something is there; yes and no are equally likely."""
+    """Four different questions of `exists`, whose answers are yes and no equally often."""
     names = {True: _named(state), False: _missing(state)}
     for candidates in names.values():
         rng.shuffle(candidates)
-    asked = []
+    questions = []
     for _ in range(4):
         yes = rng.random() < 0.5 if all(names.values()) else bool(names[True])
-        asked.append(_exists(names[yes].pop(), yes, ""))
-    return asked
+        questions.append(_exists(names[yes].pop(), yes, ""))
+    return questions
 
 
 def by_one(thing: Thing, rng: random.Random) -> str:
-    """A thing by its shape or by its colour."""
+    """A name of a thing: its shape, or its colour (`red shape`)."""
     return rng.choice((thing.shape, f"{thing.colour} shape"))
 
 
 def absent(state: State, rng: random.Random) -> str:
-    """A shape or a colour that is not there."""
+    """The name of a shape or a colour that is not there."""
     return rng.choice(_missing(state))
 
 
 def _named(state: State) -> list[str]:
-    """Every thing by its shape, and by its colour."""
+    """The names of all shapes and colours that are there."""
     return [name for thing in state for name in (thing.shape, f"{thing.colour} shape")]
 
 
 def _missing(state: State) -> list[str]:
-    """Every shape and every colour that is not there (as many shapes as colours)."""
+    """The names of all shapes and colours that are not there (as many shapes as colours)."""
     every, there = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)], _named(state)
     return [name for name in every if name not in there]
 
@@ -157,11 +159,12 @@ def about(thing: Thing, state: State, rng: random.Random, when: str = "") -> QA:
 
 
 def ends(story: Story) -> list[tuple[str, Event]]:
+    """The first and the last event, each after its word."""
     return [("first", story.events[0]), ("last", story.events[-1])]
 
 
 def order(word: str, event: Event) -> QA:
-    """`word`: whether the event is the first or the last."""
+    """Asks what happens `first` or `last` (`word`), which is `event`."""
     return QA("order", f"What happens {word}?", tell(event))
 
 

@@ -1,4 +1,4 @@
-"""Texts of pretraining about the toy world, besides captions: statements in any order.
+"""Writes pretraining texts about the toy world, besides captions: statements in any order.
 
 The words of a caption often follow from the words before them, without the picture. The end of a
 statement (`The circle is red, top left.`) needs the picture: its beginning names what to look at.
@@ -6,7 +6,7 @@ statement (`The circle is red, top left.`) needs the picture: its beginning name
 - statements about things (`still_facts`)
 - `checklist`: `Circle: yes. Red: no. ...`
 - `timeline`: what happens in each second, the seconds in any order
-- `tracks`: what changes of each thing, second by second
+- `tracks`: how the colour or place of each thing changes, second by second
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def still_facts(state: State, rng: random.Random) -> str:
 
 
 def _about(thing: Thing, state: State, rng: random.Random) -> str:
-    """What a thing is, by its shape, its colour or its place; or whether something is there."""
+    """A statement that begins with a thing's shape, colour or place, or says what is there."""
     kind = rng.choice(("shape", "shape", "colour", "place", "exists"))
     if kind == "shape":
         return f"The {thing.shape} is {thing.colour}, {PLACES[thing.place]}."
@@ -49,7 +49,7 @@ def _about(thing: Thing, state: State, rng: random.Random) -> str:
 
 
 def of_still(state: State, rng: random.Random) -> str:
-    """A caption or statements, and a checklist, in any order."""
+    """The text for a picture: a caption or statements, and a checklist, in either order."""
     text = describe_places(state) if rng.random() < 0.3 else still_facts(state, rng)
     return _with_checklist(text, state, rng)
 
@@ -59,16 +59,16 @@ def _with_checklist(text: str, state: State, rng: random.Random) -> str:
 
 
 def of_story(story: Story, rng: random.Random) -> str:
-    """What changes of each thing, second by second, and what happens in each second."""
+    """The text for a video: its tracks and its timeline, in either order."""
     return " ".join(rng.sample((tracks(story, rng), timeline(story, rng)), 2))
 
 
 def of_text(state: State, story: Story, rng: random.Random) -> tuple[str, str]:
-    """The text that describes a scene or a story, and what is learned after it.
+    """(prompt, target) of a text sample: a scene or a story, and statements about it.
 
-    For a scene that is its things again in another order, and statements. From statements alone the
-    model has not learned after 25,000 samples to look up a thing's colour, shape and place in the
-    text. The repetition teaches to look up what followed a word before.
+    The target of a scene begins with its things again, in another order: with statements alone the
+    model had not learned after 25,000 samples to look up a thing's colour, shape and place in the
+    text. The repetition teaches it to look up what followed a word before.
     """
     if rng.random() < 0.6:
         again = describe_places(tuple(rng.sample(state, len(state))))
@@ -79,7 +79,8 @@ def of_text(state: State, story: Story, rng: random.Random) -> tuple[str, str]:
 
 
 def _compared(story: Story, rng: random.Random) -> str:
-    """`The red circle left before the blue square came.`, or the later after the sooner."""
+    """The order of two events that follow each other: `The red circle left before the blue square
+    came.`, or the same with `after`."""
     place = rng.randrange(len(story.events) - 1)
     sooner, later = map(past, story.events[place : place + 2])  # neighbours are never the same
     if rng.random() < 0.5:
@@ -90,7 +91,7 @@ def _compared(story: Story, rng: random.Random) -> str:
 def checklist(state: State, rng: random.Random) -> str:
     """`Circle: yes. Red: no. ...`: whether each of six shapes and colours is there.
 
-    This is learned last, from questions alone: each of them has only one word to learn from.
+    Without it the model learns what is there last, from questions with one word to learn from.
     """
     there = {thing.shape for thing in state} | {thing.colour for thing in state}
     names = rng.sample([*SHAPES, *COLOURS], 6)
@@ -100,7 +101,8 @@ def checklist(state: State, rng: random.Random) -> str:
 def tracks(story: Story, rng: random.Random) -> str:
     """`Colours of the circle: red, red, blue, gone. Places of the cross: ...`, in any order.
 
-    Of each thing that changes what does; of one that is not always there its colours.
+    A thing has a track of its colours where they change or it is not always there, and a track of
+    its places where they change.
     """
     texts = []
     for shape in SHAPES:
@@ -125,7 +127,7 @@ def _find(state: State, shape: str) -> Thing | None:
 def timeline(story: Story, rng: random.Random) -> str:
     """`Second two: the red circle moves right. Second one: nothing new. ...`: all seconds.
 
-    They are in any order: in order, each would follow from the text before, without the video.
+    They are shuffled: in order, each would follow from the text before it, without the video.
     """
     changes = list(enumerate(narrate_changes(story), 1))
     rng.shuffle(changes)

@@ -1,7 +1,7 @@
-"""The toy world to real files: JPEG pictures, H.264 videos.
+"""Renders the toy world as real files: JPEG pictures, H.264 videos.
 
-A frame shows the state of its moment and nothing else: no trace of what was before, and the same
-background at all times. What has happened, and when, is seen by comparing frames.
+A frame shows the state of its moment and nothing else: no trace of what was before, and always the
+same background. Only comparing frames shows what has happened, and when.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data_pipeline.toy.world import COLOURS, State, Story, Thing
 
 BACKGROUND = (20, 20, 24)
 _SCALE = 2  # drawn larger and reduced, for smooth edges
-_START, _END = 0.25, 0.75  # of a second: when a change begins to show, and when it is done
+_START, _END = 0.25, 0.75  # when, within a second, a change begins to show and when it is done
 
 
 def draw(state: State, size: int) -> Image.Image:
@@ -48,7 +48,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
 
 
 def jpeg(state: State, size: int) -> bytes:
-    """As `draw`."""
+    """The picture of `draw` as a JPEG file."""
     out = io.BytesIO()
     draw(state, size).save(out, "JPEG", quality=92)
     return out.getvalue()
@@ -57,7 +57,7 @@ def jpeg(state: State, size: int) -> bytes:
 def mp4(story: Story, size: int, fps: int, clock: bool = False) -> bytes:
     """The story as H.264 in an MP4 with `fps` frames a second, `len(story.states)` seconds long.
 
-    clock: a bar at the lower edge grows each second, for who must tell equal frames apart.
+    clock: a bar at the lower edge grows each second, which tells equal frames apart.
     """
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
@@ -75,9 +75,9 @@ def mp4(story: Story, size: int, fps: int, clock: bool = False) -> bytes:
 
 
 def between(story: Story, time: float) -> State:
-    """What is seen at `time` seconds: after the last state's second nothing changes any more.
+    """The state to draw at `time` seconds; from the last state's second on, the last state.
 
-    At a whole second that is its state alone; a change is shown half done between two only.
+    At a whole second it is that second's state; between two seconds a change is shown half done.
     """
     second = min(int(time), len(story.states) - 1)
     done = min(max((time - second - _START) / (_END - _START), 0.0), 1.0)
@@ -89,6 +89,7 @@ def between(story: Story, time: float) -> State:
 
 
 def _half_done(old: Thing | None, new: Thing | None, done: float) -> Thing:
+    """A thing between two states, of which a share `done` (0..1) of the change has happened."""
     if old is None or new is None:  # grows or shrinks
         thing = new or old
         assert thing is not None

@@ -1,9 +1,9 @@
-"""Real-time conversations about the toy world: one frame a second, words or silence after each.
+"""Writes real-time conversations about the toy world: a frame each second, then words or silence.
 
-After each frame come at most `WORDS` words; a longer sentence goes on after the next frame. A
-second in which a sentence ends, or without a word, ends with `<|silence|>`. Whoever asks does not
-wait for a frame to come or for the answer to end: half of the questions are answered before the
-next frame, a quarter after it, and in a quarter it comes in the middle of the answer.
+At most `WORDS` words follow a frame; a longer sentence goes on after the next frame. A second in
+which a sentence ends, or without a word, ends with `<|silence|>`. The next frame may come at any
+time after a question: half of the questions are answered before it, a quarter after it, and in a
+quarter it comes in the middle of the answer.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from data_pipeline.toy.world import PLACES, State, Story
 
 SILENCE = "<|silence|>"
 NARRATE = "Tell me what happens."
-WORDS = 5  # a second
-_TRIES = 3  # at a question whose answer changes later; if none is found, it does not change
+WORDS = 5  # words a second at most
+_TRIES = 3  # to find a question whose answer changes later; else one is taken that stays right
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A conversation, and the sentences that start in each second, without the answer."""
+    """A real-time conversation."""
 
     messages: list[dict[str, str]]
-    speech: dict[int, str]
+    speech: dict[int, str]  # the sentence that starts in a second; without the answer to `qa`
     qa: QA | None = None
 
 
@@ -49,17 +49,18 @@ def narration(story: Story) -> Stream:
 
 
 def question(story: Story, rng: random.Random) -> Stream:
-    """A stream with a question in the middle; the model answers, and says when the answer
-    changes."""
-    asked = rng.randrange(1, len(story.states) // 2)  # second of the last frame that is asked about
+    """A conversation with a question in the middle; the model answers, and says each time that
+    the answer changes."""
+    second = rng.randrange(1, len(story.states) // 2)  # of the last frame before the answer
     for _ in range(_TRIES):
-        qa = question_at(story.states[asked], rng)
-        speech = _corrections(story, asked, qa)
+        qa = question_at(story.states[second], rng)
+        speech = _corrections(story, second, qa)
         if speech:
             break
-    comes = rng.choice(("after", "after", "before", "within"))  # the next frame, to the answer
-    before = asked if comes == "before" else asked + 1  # frames before the question
-    first, rest = _cut(qa.answer, comes, rng)
+    # Whether the next frame comes before, within or after the answer.
+    next_frame = rng.choice(("after", "after", "before", "within"))
+    before = second if next_frame == "before" else second + 1  # frames before the question
+    first, rest = _cut(qa.answer, next_frame, rng)
     messages = [
         _user(""),
         _assistant(_watch({}, range(before))),
@@ -69,11 +70,11 @@ def question(story: Story, rng: random.Random) -> Stream:
     return Stream(messages, speech, qa)
 
 
-def _cut(answer: str, comes: str, rng: random.Random) -> tuple[str, str]:
-    """What is said before the next frame, and after it, without the silence of the latter."""
-    if comes == "after":
+def _cut(answer: str, next_frame: str, rng: random.Random) -> tuple[str, str]:
+    """The parts of the answer before and after the next frame; the second without its silence."""
+    if next_frame == "after":
         return answer + SILENCE, ""
-    if comes == "before":
+    if next_frame == "before":
         return "", answer
     parts = re.findall(r" ?\w+|[^\w ]", answer)
     cut = rng.randrange(1, len(parts))
@@ -81,15 +82,16 @@ def _cut(answer: str, comes: str, rng: random.Random) -> tuple[str, str]:
 
 
 def question_at(state: State, rng: random.Random) -> QA:
-    """About colour or place of one of the shapes, or their number."""
+    """A question about the colour or place of one of the shapes, or about their number."""
     ask = rng.choice((colour, place, None))
     return ask(rng.choice(state)) if ask else count(state)
 
 
-def _corrections(story: Story, asked: int, qa: QA) -> dict[int, str]:
+def _corrections(story: Story, start: int, qa: QA) -> dict[int, str]:
+    """The sentence for each second after `start` in which the answer to a question changes."""
     subject = qa.question.rstrip("?").split()[-1]  # the shape, for colour and place
-    speech, latest = {}, _fact(story.states[asked], qa.task, subject)
-    for second in range(asked + 1, len(story.states)):
+    speech, latest = {}, _fact(story.states[start], qa.task, subject)
+    for second in range(start + 1, len(story.states)):
         fact = _fact(story.states[second], qa.task, subject)
         if fact != latest:
             speech[second], latest = fact, fact
@@ -107,7 +109,8 @@ def _fact(state: State, task: str, subject: str) -> str:
 
 
 def _watch(speech: dict[int, str], seconds: range, answer: str = "") -> str:
-    """Frames, each followed by the words of its second; `answer` (or its rest) by the first one."""
+    """The model's turn: frames, each followed by the words of its second. `answer` (all of an
+    answer, or its rest) follows the first one."""
     content, waiting = "", []
     for second in seconds:
         content += VIDEO_MARK

@@ -1,17 +1,17 @@
-"""Clips and questions that need time: no frame answers them, nor do all frames in another order.
+"""Draws clips and questions that only the order of the frames answers: no single frame does, nor
+do all frames in another order.
 
-A thing looks in one of two ways in each second: it has one of two colours, stands in one of two
-places, or is one of two shapes. The order of the two is drawn from a pattern, such that a clip of
-the same frames in another order, with another answer, is as likely; and such that the frame in
-the middle goes with every answer alike:
+In each second a thing has one of two looks: two colours, two places or two shapes. A pattern says
+in which order. Patterns are such that a clip of the same frames in another order, with another
+answer, is equally likely, and that the middle frame says nothing about the answer:
 
-- a change once (`before`, `first`, `direction`): `abbb` or `aaab`, and which look is `a`. A clip
-  played backwards has the other answer. The third frame shows either look as often.
-- looks that last equally long in all (`repeats`, `duration`): `aabb`, `abba`, `abab`.
+- one change (`before`, `first`, `direction`): `abbb` or `aaab`; either look may be `a`. A clip
+  played backwards has the other answer. The third frame shows either look equally often.
+- both looks equally long in all (`repeats`, `duration`): `aabb`, `abba`, `abab`.
 
-An answer says what is seen in each second, then, as its last sentence, what was asked:
-`Yellow, red, yellow, red. Three.` Single words are not learned by a small model within thousands of
-steps: such a word leaves open which of the frames it follows from.
+An answer names the look in each second; its last sentence answers the question:
+`Yellow, red, yellow, red. Three.` A small model does not learn single words as answers within
+thousands of steps: a single word leaves open which of the frames it follows from.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dataclasses import dataclass, replace
 from data_pipeline.toy.captions import NUMBERS, QA, sentence
 from data_pipeline.toy.world import COLOURS, PLACES, SHAPES, Story, Thing, make_thing
 
-GROUP = "time"  # of these tasks, which are also scored together
+GROUP = "time"  # name of these tasks together, as which they are also scored
 TASKS = ("before", "first", "direction", "repeats", "duration")
 SECONDS = 4
 _ONCE = ("abbb", "aaab")
 _BY_CHANGES = ("aabb", "abba", "abab")
 _BY_LENGTH = {"one": ("abba", "abab"), "two": ("aabb",)}
-# Rows and columns. What moves stays in its lane, what else is there has the other one.
+# Rows and columns: a thing that moves stays in its lane, another thing has the other lane.
 _LANES = (((0, 1), (2, 3)), ((0, 2), (1, 3)))
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A story of four seconds, and questions about different things in it, one at least."""
+    """A story of four seconds, and one or two questions about different things in it."""
 
     story: Story
     asked: tuple[QA, ...]
@@ -43,7 +43,7 @@ class Clip:
 
 @dataclass
 class _Draw:
-    """What is left to draw from for the things of a clip."""
+    """Shapes, colours and lanes that the things of a clip have not used yet."""
 
     rng: random.Random
     shapes: list[str]
@@ -52,16 +52,16 @@ class _Draw:
 
 
 def draw(rng: random.Random) -> Clip:
-    """A clip whose first question is of each of TASKS equally often.
+    """A clip; its first question is drawn from TASKS.
 
-    In half of the clips a second thing changes too. It does so once, which tells nothing about the
-    order in which the first one changed.
+    In half of the clips a second thing changes, too. It changes once, which says nothing about how
+    the first one changes.
     """
     axis = rng.choice(_LANES)
     left = _Draw(rng, rng.sample(SHAPES, 4), rng.sample(sorted(COLOURS), 4), rng.sample(axis, 2))
-    asked = [rng.choice(TASKS)]
-    asked += [rng.choice(("before", "direction"))] if rng.random() < 0.5 else []
-    made = [_OF[task](left) for task in asked]
+    tasks = [rng.choice(TASKS)]
+    tasks += [rng.choice(("before", "direction"))] if rng.random() < 0.5 else []
+    made = [_MAKERS[task](left) for task in tasks]
     seconds = zip(*(things for things, _ in made), strict=True)
     states = tuple(tuple(sorted(state, key=lambda thing: thing.place)) for state in seconds)
     return Clip(Story(states, ()), tuple(qa for _, qa in made))
@@ -71,19 +71,20 @@ _Made = tuple[list[Thing], QA]  # a thing in each second, and a question about i
 
 
 def _thing(left: _Draw) -> Thing:
+    """A thing of an unused shape and colour, in the last of the lanes left."""
     return make_thing(
         left.rng, left.shapes.pop(), left.colours.pop(), left.rng.choice(left.lanes[-1])
     )
 
 
 def _ordered(left: _Draw, looks: Sequence[Thing], patterns: Sequence[str]) -> list[Thing]:
-    """A thing in each second; either of the two looks may be the first."""
+    """The thing's look in each second, by one of the patterns; either look may be `a`."""
     a, b = left.rng.sample(looks, 2)
     return [a if letter == "a" else b for letter in left.rng.choice(patterns)]
 
 
 def _turning(left: _Draw, patterns: Sequence[str]) -> list[Thing]:
-    """A thing of two colours."""
+    """A thing in each second, which has one of two colours."""
     thing = _thing(left)
     other = replace(thing, colour=left.colours.pop())
     left.lanes.pop()
@@ -97,7 +98,7 @@ def _before(left: _Draw) -> _Made:
     word = left.rng.choice(("before", "after"))
     question = f"Which colour does the {things[0].shape} have {word} the other, {one} or {other}?"
     answer = seen[0] if word == "before" else seen[-1]
-    return things, _told("before", question, seen, answer, (one, other))
+    return things, _question("before", question, seen, answer, (one, other))
 
 
 def _first(left: _Draw) -> _Made:
@@ -107,7 +108,7 @@ def _first(left: _Draw) -> _Made:
     seen = [thing.shape for thing in things]
     one, other = left.rng.sample((seen[0], seen[-1]), 2)
     question = f"Which is there first, the {one} or the {other}?"
-    return things, _told("first", question, seen, seen[0], (one, other))
+    return things, _question("first", question, seen, seen[0], (one, other))
 
 
 def _direction(left: _Draw) -> _Made:
@@ -119,7 +120,7 @@ def _direction(left: _Draw) -> _Made:
     answer = ways[things[-1].place == lane[1]]
     one, other = left.rng.sample(ways, 2)
     question = f"Which way does the {thing.shape} move, {one} or {other}?"
-    return things, _told("direction", question, seen, answer, (one, other))
+    return things, _question("direction", question, seen, answer, (one, other))
 
 
 def _repeats(left: _Draw) -> _Made:
@@ -127,7 +128,7 @@ def _repeats(left: _Draw) -> _Made:
     things = _turning(left, _BY_CHANGES[changes : changes + 1])
     question = f"How often does the {things[0].shape} change its colour?"
     seen = [thing.colour for thing in things]
-    return things, _told("repeats", question, seen, NUMBERS[changes + 1], NUMBERS[1:4])
+    return things, _question("repeats", question, seen, NUMBERS[changes + 1], NUMBERS[1:4])
 
 
 def _duration(left: _Draw) -> _Made:
@@ -135,10 +136,10 @@ def _duration(left: _Draw) -> _Made:
     things = _turning(left, _BY_LENGTH[length])
     question = f"How many seconds does the {things[0].shape} keep its first colour?"
     seen = [thing.colour for thing in things]
-    return things, _told("duration", question, seen, length, tuple(_BY_LENGTH))
+    return things, _question("duration", question, seen, length, tuple(_BY_LENGTH))
 
 
-_OF: dict[str, Callable[[_Draw], _Made]] = {
+_MAKERS: dict[str, Callable[[_Draw], _Made]] = {
     "before": _before,
     "first": _first,
     "direction": _direction,
@@ -147,7 +148,9 @@ _OF: dict[str, Callable[[_Draw], _Made]] = {
 }
 
 
-def _told(task: str, question: str, seen: Sequence[str], answer: str, options: Sequence[str]) -> QA:
-    """The answer in two sentences: what is seen in each second, and what was asked."""
-    told = f"{sentence(', '.join(seen))} {sentence(answer)}"
-    return QA(f"{GROUP}/{task}", question, told, tuple(map(sentence, options)))
+def _question(
+    task: str, question: str, seen: Sequence[str], answer: str, options: Sequence[str]
+) -> QA:
+    """A question whose answer has two sentences: the look in each second, and `answer`."""
+    full = f"{sentence(', '.join(seen))} {sentence(answer)}"
+    return QA(f"{GROUP}/{task}", question, full, tuple(map(sentence, options)))

@@ -1,7 +1,7 @@
-"""A small exact world: coloured shapes on four places that come, leave, move and change colour.
+"""Simulates the toy world: coloured shapes on four places come, leave, move and change colour.
 
-A story is one state for each second and the events between them; captions, questions and answers
-are made from these, never from pictures. Between two seconds a picture shows the change halfway.
+A story is one state for each second and the events between them. Captions, questions and answers
+are made from these, never from pictures. A picture between two seconds shows a change half done.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Thing:
     shape: str
     colour: str
     place: int  # index into PLACES
-    radius: float  # as a share of the picture's side, as are dx and dy
-    dx: float  # from the middle of its place
-    dy: float
+    radius: float  # in units of the picture's side, like dx and dy
+    dx: float  # offset from the middle of its place, to the right
+    dy: float  # likewise, down
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class Thing:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """x (right) and y (down), as shares of the picture's side."""
+        """x (to the right) and y (down) in units of the picture's side."""
         return 0.25 + 0.5 * (self.place % 2) + self.dx, 0.25 + 0.5 * (self.place // 2) + self.dy
 
 
@@ -48,11 +48,11 @@ State = tuple[Thing, ...]  # in order of place
 
 @dataclass(frozen=True)
 class Event:
-    """A change at a second; `who` is the name of the thing before it."""
+    """A change of one thing."""
 
     second: int
     kind: EventKind
-    who: str  # "red circle"
+    who: str  # the thing's name before the change: "red circle"
     to: str = ""  # move: the direction; turn: the new colour
 
     @property
@@ -62,10 +62,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Story:
-    """`states[t]` is the world at second t, `events` what happened since the second before."""
+    """What happens in a clip."""
 
-    states: tuple[State, ...]
-    events: tuple[Event, ...]
+    states: tuple[State, ...]  # the world at each second, from 0
+    events: tuple[Event, ...]  # those of second t lead from state t - 1 to state t
 
     def at(self, second: int) -> list[Event]:
         """The events of a second."""
@@ -73,7 +73,7 @@ class Story:
 
 
 def still(seed: int) -> State:
-    """A picture's state, with one to three things."""
+    """The state of a picture, with one to three things."""
     rng = random.Random(seed)
     return _cast(rng, rng.randint(1, 3))
 
@@ -102,13 +102,14 @@ def simulate(seed: int, seconds: int, events: int, gap: int = 1) -> Story:
 
 
 def _cast(rng: random.Random, count: int) -> State:
+    """`count` things of different shapes, colours and places."""
     shapes, colours = rng.sample(SHAPES, count), rng.sample(sorted(COLOURS), count)
     places = sorted(rng.sample(range(len(PLACES)), count))
     return tuple(map(lambda *which: make_thing(rng, *which), shapes, colours, places))
 
 
 def make_thing(rng: random.Random, shape: str, colour: str, place: int) -> Thing:
-    """A thing of a drawn size, near the middle of its place."""
+    """A thing of a random size, near the middle of its place."""
     shift = 0.03
     dx, dy = rng.uniform(-shift, shift), rng.uniform(-shift, shift)
     return Thing(shape, colour, place, rng.uniform(0.19, 0.22), dx, dy)
@@ -117,7 +118,7 @@ def make_thing(rng: random.Random, shape: str, colour: str, place: int) -> Thing
 def _happen(
     rng: random.Random, state: State, shapes: list[str], second: int
 ) -> tuple[State, Event]:
-    """The next state and its event; takes a new shape from `shapes`, those not seen yet."""
+    """The next state and its event. A new thing gets its shape from `shapes`, those not used."""
     kinds: list[EventKind] = ["move", "move", "turn"]  # places are learned more slowly than colours
     kinds += ["come"] if shapes and len(state) < 3 else []
     kinds += ["leave"] if len(state) > 1 else []
@@ -146,7 +147,7 @@ def _ordered(things: list[Thing]) -> State:
 
 
 def _moves(state: State) -> list[tuple[Thing, str, int]]:
-    """(thing, direction, place) of every move to a free place."""
+    """Every move to a free place: (thing, direction, new place)."""
     taken = {thing.place for thing in state}
     moves = []
     for thing in state:

@@ -1,1 +1,1 @@
-"""How fast the engine is, beside the same model run the published way."""
+"""Measures how fast the engine is, beside the same model run the way the published code runs it."""

@@ -1,4 +1,4 @@
-"""How fast the engine is on this machine.
+"""Measures how fast the engine is on this machine.
 
     python -m inference.bench offline --model mid --random-weights --baseline hf
     python -m inference.bench stream --checkpoint DIR
@@ -6,10 +6,10 @@
     python -m inference.bench serve --model 11b --random-weights --sessions 16 --table
 
 `offline`: a question about a whole video. `stream`: the same frames one by one, a question when
-they have been seen. `serve`: many live sessions, all of which speak without end. With
-`--baseline hf` the same model is run the published way too (see published.py), with `--table` the
-least time that this machine could need stands beside each figure (see floor.py). Prints a table;
-writes bench-MODE.json and bench-MODE.png.
+they have been seen. `serve`: many live sessions, all of which speak without end. `--baseline hf`
+also runs the same model the way the published code does (see published.py); `--table` adds the
+least time that this machine could need to each figure (see floor.py). Prints a table; writes
+bench-MODE.json and bench-MODE.png.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROGRAM = "python -m inference.bench"
 
 
 def main() -> int:
-    """Measures, prints the table, writes the report; the exit code."""
+    """Measures, prints the table, writes the report; returns the exit code."""
     arguments = parse()
     with one_line_errors(PROGRAM):
         torch.set_num_threads(arguments.threads or torch.get_num_threads())
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Command line."""
+    """Parses and checks the command line."""
     parser = CommandParser(PROGRAM, description=__doc__)
     add, count = parser.add_argument, whole_number(above=0)
     add("mode", choices=("offline", "stream", "serve"))
@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
 
 
 def open_model(arguments: argparse.Namespace) -> MossVideoForConditionalGeneration:
-    """The model in full weights, on its device."""
+    """The model of the command line, not quantized, on its device."""
     device = devices.find(arguments.device, "--device")
     if arguments.checkpoint:
         return load_model(arguments.checkpoint, str(device), arguments.dtype)

@@ -1,4 +1,4 @@
-"""The measurements, of the engine and of the published way. Inputs are ready on the device."""
+"""Times the engine and the published way. Inputs are ready on the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.session.stats import quantile
 
 QUESTION = [3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]  # a turn of twelve tokens
-LONGER = list(range(20, 50))  # one of thirty
+LONGER = list(range(20, 50))  # a turn of thirty tokens
 PROMPT = [1, 3, 4, 5]
 
 
@@ -39,7 +39,7 @@ class Clock:
 
 @dataclass
 class Timings:
-    """Seconds; lists hold one entry a token or a frame."""
+    """Measured seconds; a list has an entry for each token, frame or question."""
 
     vision: float = 0.0  # all frames
     first_token: float = 0.0  # vision, prefill and one token
@@ -52,12 +52,12 @@ class Timings:
 
     @property
     def tokens_per_second(self) -> float:
-        """(n - 1) / (t_end - t_first)."""
+        """Tokens after the first over the time they took: (n - 1) / (t_end - t_first)."""
         return len(self.tokens) / sum(self.tokens)
 
     @property
     def published_total(self) -> float:
-        """2 x TTFT + (n - 1) / TPS, as the published script counts it."""
+        """Total seconds as the published script counts them: 2 x TTFT + (n - 1) / TPS."""
         return 2 * self.first_token + sum(self.tokens)
 
 
@@ -69,7 +69,7 @@ def random_frames(model: MossVideoForConditionalGeneration, count: int) -> Tenso
 
 
 def offline(engine: Engine, pixels: Tensor, new: int, clock: Clock) -> Timings:
-    """All frames and a question at once, then `new` tokens."""
+    """Times all frames and a question at once, then `new` tokens."""
     out = Timings()
     tokens = [*PROMPT, *[engine.image_token] * len(pixels), *QUESTION]
     slot = engine.open()
@@ -84,8 +84,8 @@ def offline(engine: Engine, pixels: Tensor, new: int, clock: Clock) -> Timings:
 
 
 def stream(engine: Engine, pixels: Tensor, new: int, clock: Clock, questions: int = 8) -> Timings:
-    """A frame at a time, the model staying silent; then questions, alone and each together with a
-    frame, and `new` tokens."""
+    """Times frames one by one, to which the model is silent; then questions, alone and together
+    with a frame, `new` tokens, longer questions, and uploads of pictures."""
     out, silence = Timings(), engine.silence_token
     slot = engine.open()
     engine.step([Step(slot, PROMPT)])
@@ -126,7 +126,7 @@ def _decode(engine: Engine, slot: Slot, new: int, clock: Clock) -> list[float]:
 
 
 def uploaded(engine: Engine, clock: Clock, pictures: int = 16) -> list[float]:
-    """Seconds in which pictures, bytes of the tower's size, are on the device and normalized."""
+    """Seconds to bring pictures (bytes, of the tower's size) to the device and normalize them."""
     size, seconds = engine.pixels.size, []
     given = list(torch.randint(0, 255, (pictures, 3, size, size), dtype=torch.uint8))
     for _ in range(8):
@@ -137,8 +137,8 @@ def uploaded(engine: Engine, clock: Clock, pictures: int = 16) -> list[float]:
 
 
 def together(engine: Engine, pixels: Tensor, new: int, clock: Clock) -> list[float]:
-    """All slots of an engine that have seen the frames say `new` tokens at once: seconds of each
-    step."""
+    """Seconds of each step in which all slots of an engine, after the frames and a question,
+    decode a token at once."""
     features = engine.encode(list(pixels))
     tokens = [*PROMPT, *[engine.image_token] * len(pixels), *QUESTION]
     slots = [engine.open() for _ in range(engine.max_sessions)]
@@ -185,8 +185,8 @@ def moved_by(
     model: MossVideoForConditionalGeneration,
     change: Callable[[MossVideoForConditionalGeneration], object],
 ) -> float:
-    """Changes the model; norm of the logits' change over their norm, on random text and frames
-    (4, and 64 tokens)."""
+    """Changes the model; returns the norm of the logits' change over their norm, for 64 random
+    tokens with 4 random frames."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(20, model.config.image_token_index, (64,), generator=generator)
     words[[4, 20, 21, 40]] = model.config.image_token_index
@@ -200,8 +200,8 @@ def moved_by(
 
 @torch.inference_mode()
 def moved_by_kept(model: MossVideoForConditionalGeneration, kv_dtype: str) -> float:
-    """As `moved_by`, for the dtype of cached keys and values: 4 frames with 16 random words after
-    each, one by one."""
+    """Measures what `moved_by` does for another dtype of cached keys and values, on 4 frames with
+    16 random words after each, one by one."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(20, model.config.image_token_index, (64,), generator=generator).tolist()
     logits = []
@@ -220,19 +220,18 @@ def moved_by_kept(model: MossVideoForConditionalGeneration, kv_dtype: str) -> fl
 
 @dataclass
 class Endless:
-    """A long stream: megabytes of this process and milliseconds of a frame's step (the median) at
-    each tenth of it, and frames a second."""
+    """Measurements of a long stream; lists have an entry for each tenth of it."""
 
     frames: int
-    megabytes: list[float]
-    milliseconds: list[float]
-    rate: float
-    text_tokens: int
-    cached_frames: int
+    megabytes: list[float]  # memory of this process
+    milliseconds: list[float]  # median of a frame's step
+    rate: float  # frames/s
+    text_tokens: int  # in the cache at the end
+    cached_frames: int  # likewise
 
 
 def endless(engine: Engine, frames: int, clock: Clock) -> Endless:
-    """Streams `frames` frames through one slot, all but every tenth second silent."""
+    """Streams `frames` frames through one slot, which is silent after nine of ten frames."""
     pixels = random_frames(engine.model, 8)
     slot = engine.open()
     engine.step([Step(slot, PROMPT)])
@@ -259,7 +258,7 @@ def endless(engine: Engine, frames: int, clock: Clock) -> Endless:
 
 
 def median_ms(seconds: list[float]) -> float:
-    """Median in milliseconds, without the first quarter, in which things warm up."""
+    """The median in milliseconds, without the first quarter, which warms up."""
     return 1e3 * statistics.median(seconds[len(seconds) // 4 :])
 
 

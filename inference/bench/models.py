@@ -1,4 +1,4 @@
-"""Models of the right shape with random weights: timings do not depend on the weights."""
+"""Makes models of MOSS-Video's shape with random weights, on which timings do not depend."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TEXT_11B: dict[str, Any] = {
 }  # the rest are Mllama's defaults
 VISION_11B = {"image_size": 560}
 
-# As MOSS-Video in what decides (101 vision tokens a frame, 4 query heads a KV head, every fifth
-# layer attends frames), in sizes for a CPU.
+# Like MOSS-Video in what decides the speed (101 vision tokens a frame, 4 query heads a KV head,
+# every fifth layer attends frames), but of a size for a CPU.
 TEXT_MID: dict[str, Any] = {
     **TEXT_11B, "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816,
     "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 4,

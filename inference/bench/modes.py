@@ -1,4 +1,4 @@
-"""The modes of `python -m inference.bench`: what each runs, and the rows of its table."""
+"""Runs the modes of `python -m inference.bench`, and makes the rows of their tables."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from inference.engine.quantize import quantize_decoder
 from inference.engine.tower_fp8 import round_tower
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
-SESSIONS = 16  # live ones
+SESSIONS = 16  # default number of live sessions
 Result = tuple[list[Row], dict[str, object]]
 Run = Callable[[Engine, torch.Tensor, int, measure.Clock], measure.Timings]
 
 
 class Bench:
-    """A model, and how it is measured.
+    """Measures a model.
 
     Args:
-        model: in full weights, on its device.
+        model: not quantized, on its device.
         options: of the command line.
+        clock: what times are measured with.
     """
 
     def __init__(
@@ -46,15 +47,16 @@ class Bench:
         self.machine = (
             Machine.measured(weight.device, weight.dtype, clock) if options.table else None
         )
+        self._quantized = False  # the model is changed once, by the first engine
 
     def run(self) -> Result:
-        """The rows of the mode, and what else is written about it."""
+        """Runs the mode: the rows of its table, and further facts for the report."""
         return {"offline": self.offline, "stream": self.stream, "serve": self.serve}[
             self.options.mode
         ]()
 
     def offline(self) -> Result:
-        """A question about a whole video."""
+        """Measures a question about a whole video."""
         frames = self.options.frames
         ours, theirs, floor, common = self._compare(frames, measure.offline)
         rows = [
@@ -68,7 +70,8 @@ class Bench:
         return [*rows, *common], self._facts()
 
     def stream(self) -> Result:
-        """Frames one by one, then questions. The published way computes the whole prompt again."""
+        """Measures frames one by one, then questions. The published way computes the whole prompt
+        again for a question."""
         if self.options.endless:
             return self._endless()
         window = self.options.window or self.options.frames
@@ -76,9 +79,9 @@ class Bench:
         whole = None if theirs is None else 1e3 * theirs.first_token
         decision = question = joined = None
         if floor:
-            asked = 1 + len(measure.QUESTION)  # after the pending token
-            decision, question = 1e3 * floor.decision(), 1e3 * floor.step(tokens=asked)
-            joined = 1e3 * (floor.vision() + floor.step(tokens=asked + 1))
+            tokens = 1 + len(measure.QUESTION)  # the pending token and the question
+            decision, question = 1e3 * floor.decision(), 1e3 * floor.step(tokens=tokens)
+            joined = 1e3 * (floor.vision() + floor.step(tokens=tokens + 1))
         median, percentile = measure.median_ms, measure.percentile_ms
         rows = [
             Row("question -> first token", "ms", median(ours.question), whole, floor=question),
@@ -95,7 +98,7 @@ class Bench:
         return [*rows, *common], self._facts()
 
     def serve(self) -> Result:
-        """Many live sessions, all of which speak."""
+        """Measures many live sessions, all of which speak."""
         options, count = self.options, self.options.sessions or SESSIONS
         engine, moved = self._engine(options.window or options.frames, count, self._processor())
         found = served(
@@ -119,7 +122,7 @@ class Bench:
         return [*rows, *moved], {**self._facts(), **facts}
 
     def _endless(self) -> Result:
-        """Whether memory and latency stay flat."""
+        """Measures whether memory and latency stay flat over a long stream."""
         engine, _ = self._engine(self.options.window or EngineConfig.window)
         result = measure.endless(engine, self.options.endless, self.clock)
         rows = [
@@ -147,7 +150,7 @@ class Bench:
         return ours, theirs, floor, [decode, memory_row(engine, theirs is not None), *moved]
 
     def _together(self, window: int, sessions: int) -> Row:
-        """All sessions say a token at a time, at once."""
+        """Measures the decoding of all sessions at once."""
         engine, _ = self._engine(window, sessions)
         pixels = measure.random_frames(self.model, self.options.frames)
         measure.together(engine, pixels[:2], 4, self.clock)
@@ -158,7 +161,7 @@ class Bench:
         return Row(name, "tokens/s", rate, None, True, least)
 
     def _baseline(self, pixels: torch.Tensor) -> measure.Timings | None:
-        """The same model run the published way."""
+        """Timings of the same model run the published way; None: they are not asked for."""
         if self.options.baseline is None:
             return None
         print("running the published way ...", flush=True)
@@ -169,20 +172,22 @@ class Bench:
     def _engine(
         self, window: int, sessions: int = 1, processor: Any = None
     ) -> tuple[Engine, list[Row]]:
-        """An engine, quantized if asked (after the baseline has run, for the layers change), and
-        by how much that moved the logits."""
+        """An engine in the dtypes of the options, and rows with how far these move the logits.
+
+        The first call quantizes the model itself, so the baseline must have run before.
+        """
         rows, kind = [], self.options.kv_dtype
-        if self.options.quantize and not self._measured:
+        if self.options.quantize and not self._quantized:
             change = partial(quantize_decoder, kind=self.options.quantize)
             moved = measure.moved_by(self.model, change)
             rows.append(Row("logits moved (relative norm)", "", moved, None))
-        if self.options.vision_dtype != "auto" and not self._measured:
+        if self.options.vision_dtype != "auto" and not self._quantized:
             moved = measure.moved_by(self.model, round_tower)
             rows.append(Row("logits moved by the vision tower", "", moved, None))
-        if kind != "auto" and not self._measured:
+        if kind != "auto" and not self._quantized:
             moved = measure.moved_by_kept(self.model, kind)
             rows.append(Row("logits moved by keys and values", "", moved, None))
-        self._measured = True
+        self._quantized = True
         config = EngineConfig(
             kv_dtype=kind,
             vision_dtype=self.options.vision_dtype,
@@ -192,8 +197,6 @@ class Bench:
             compile=self.options.compile,
         )
         return Engine(self.model, processor, config), rows
-
-    _measured = False  # how far the logits move
 
     def _processor(self) -> Any:
         if self.options.checkpoint:
@@ -220,8 +223,8 @@ class Bench:
 def _late(
     ours: measure.Timings, decision: float | None, joined: float | None, longer: float
 ) -> list[Row]:
-    """What a table of a stream has in addition: means, late answers, pictures. The rest are floors
-    in milliseconds."""
+    """Further rows of a stream's table: means, 95th percentiles and uploads. `decision`, `joined`
+    and `longer` are floors in milliseconds."""
     p95 = partial(measure.percentile_ms, percent=95)
     return [
         Row("frame -> decision, mean", "ms", 1e3 * mean(ours.frames), None, floor=decision),
@@ -245,7 +248,7 @@ def _row(
 
 
 def memory_row(engine: Engine, compared: bool) -> Row:
-    """Keys and values of a frame: theirs are repeated to all heads."""
+    """The memory of a frame's keys and values, which the published way repeats to all heads."""
     frame = engine.cache.frames[..., : engine.cache.patches, :]  # [layers, 2, slots, ...]
     megabytes = frame.numel() * frame.element_size() / engine.max_sessions / 1e6
     text = engine.config.text_config

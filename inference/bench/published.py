@@ -1,9 +1,9 @@
-"""The same model run the way the published code runs it (transformers 4.46.3), to compare with.
+"""Runs the same model the way the published code runs it (transformers 4.46.3), to compare with.
 
-What differs from modeling_moss_video.py: keys and values are repeated to all heads (those of frames
-before they are cached), the mask of frames is made anew for the whole text at each token, patches
-are pooled after all states are joined, all frames are one batch, and the cache is transformers'
-DynamicCache, which copies itself for each token. The numbers are the same.
+The numbers are the same as modeling_moss_video.py's. What differs: keys and values are repeated to
+all heads (those of frames before they are cached), the mask of frames is made anew for the whole
+text at each token, patches are pooled after all states are joined, all frames are one batch, and
+the cache is transformers' DynamicCache, which copies itself for each token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from inference.hf.vision_moss_video import pool_grid
 
 
 class RepeatedTokens(CachedTokens):
-    """Repeats what the cache holds at each token."""
+    """Repeats all cached keys and values to all heads at each token."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
@@ -35,7 +35,7 @@ class RepeatedTokens(CachedTokens):
 
 
 class RepeatedFrames:
-    """Frames with all heads, and a mask of numbers."""
+    """Keys and values of frames that are repeated to all heads, and an additive mask."""
 
     def __init__(self, keys_values: dict[int, tuple[Tensor, Tensor]], mask: Tensor, sees: Tensor):
         self.keys_values, self.mask, self.sees = keys_values, mask, sees

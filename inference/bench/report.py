@@ -1,4 +1,4 @@
-"""The table of a run, as text, JSON and a picture."""
+"""Writes the table of a run as text, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -21,29 +21,25 @@ COLOURS = {"ours": "#2a7de1", "published": "#b0b7c3", "floor": "#3a9d5d"}
 
 @dataclass(frozen=True)
 class Row:
-    """One measured thing.
-
-    published: None where the published way has nothing like it. floor: the best that this machine
-    could do (see floor.py); None: not computed.
-    """
+    """A measurement."""
 
     name: str
     unit: str
     ours: float
-    published: float | None
+    published: float | None  # None: not measured, or the published way has nothing like it
     more_is_better: bool = False
-    floor: float | None = None
+    floor: float | None = None  # the best that this machine could do (floor.py); None: unknown
 
     @property
     def of_floor(self) -> float | None:
-        """How many times as long as the floor ours takes."""
+        """Our time over the floor's (or the floor's rate over ours); 1 is the best."""
         if self.floor is None:
             return None
         return self.floor / self.ours if self.more_is_better else self.ours / self.floor
 
     @property
     def gain(self) -> float | None:
-        """How many times better ours is."""
+        """How many times better ours is than the published way."""
         if self.published is None:
             return None
         return self.ours / self.published if self.more_is_better else self.published / self.ours
@@ -52,7 +48,7 @@ class Row:
 def describe(
     model: MossVideoForConditionalGeneration, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """What was measured, on what."""
+    """The facts of a run: model, settings, device and versions."""
     weight = model.model.language_model.embed_tokens.weight
     gpu = devices.name(weight.device) if devices.is_accelerator(weight) else None
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -74,8 +70,8 @@ def describe(
 
 
 def print_table(mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
-    """Columns: what, ours, the floor and how many times as long, the published way and how many
-    times better; without columns that have nothing."""
+    """Prints a line for each row: ours, the floor and our ratio to it, the published way and our
+    gain on it. A column without values is left out."""
     print(f"{mode}: {', '.join(f'{k} {v}' for k, v in facts.items() if v not in (None, False))}")
     columns: list[tuple[str, str, list[str]]] = [
         ("", "l", [row.name for row in rows]),
@@ -96,7 +92,7 @@ def _cell(value: float | None, form: str, unit: str = "") -> str:
 
 
 def write_report(folder: Path, mode: str, rows: list[Row], facts: dict[str, Any]) -> None:
-    """bench-MODE.json and bench-MODE.png."""
+    """Writes bench-MODE.json and bench-MODE.png."""
     folder.mkdir(parents=True, exist_ok=True)
     report = {**facts, "rows": [_plain(row) for row in rows]}
     (folder / f"bench-{mode}.json").write_text(json.dumps(report, indent=1) + "\n")

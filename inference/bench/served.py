@@ -1,4 +1,4 @@
-"""Many live sessions at once: how fast each speaks, and how late decisions on frames come."""
+"""Measures many live sessions at once: how fast each speaks, how late decisions on frames come."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from inference.engine.sampling import Sampling
 from inference.session.handle import SessionHandle
 from inference.session.runner import Runner
 
-SPEAKS = -1e4  # bias of `<|silence|>` with which a model never is silent
-LIVE = 10**6  # second of the first live frame: those before it warm up
-PATIENCE_S = 60
-EVENTS = 10**6  # of a session that are kept: all of them
+SPEAKS = -1e4  # bias of `<|silence|>` with which a model is never silent
+LIVE = 10**6  # second of the first live frame, by which live frames are told from earlier ones
+PATIENCE_S = 60  # how long the last frames' decisions are waited for
+EVENTS = 10**6  # size of a session's event log: all events are kept
 PLAIN_WORDS = ["A man walks in and sits down. Who is it?"]
 
 
 @dataclass
 class Served:
-    """What sessions saw. decisions: seconds from a frame's arrival to its decision, of all
-    sessions; rates: tokens/s of each."""
+    """Measurements of all sessions."""
 
-    rates: list[float]
-    decisions: list[float]
-    dropped: int
+    rates: list[float]  # tokens/s of each session
+    decisions: list[float]  # seconds from each frame's arrival to its decision
+    dropped: int  # frames
 
     @property
     def rate(self) -> float:
+        """The median session's tokens/s."""
         return statistics.median(self.rates)
 
 
 def plain_processor(vocabulary: int) -> SimpleNamespace:
-    """A tokenizer of so many tokens, for a model of random weights."""
+    """A processor that is a tokenizer of so many tokens alone, for a model of random weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = build_toy_tokenizer(folder, PLAIN_WORDS, vocabulary)
         return SimpleNamespace(tokenizer=PreTrainedTokenizerFast.from_pretrained(path))
@@ -50,10 +50,10 @@ def served(engine: Engine, *, sessions: int, seen: int, seconds: int, fps: float
     """Streams to `sessions` sessions at once, all of which speak without end.
 
     Args:
-        seen: frames that each has seen before the clock starts.
-        seconds: that are measured.
-        fps: frames a second of each; those of the sessions come evenly spread, as from viewers who
-            know nothing of each other.
+        seen: frames that each session gets before the clock starts.
+        seconds: how long is measured.
+        fps: frames a second of each session. Frames of all sessions are evenly spread in time, as
+            those of independent viewers are.
     """
     size = engine.pixels.size
     frame = torch.randint(0, 255, (3, size, size), dtype=torch.uint8)
@@ -74,6 +74,7 @@ def served(engine: Engine, *, sessions: int, seen: int, seconds: int, fps: float
 
 
 def _wait(sessions: list[SessionHandle], seen: int) -> None:
+    """Waits until each session has seen so many frames."""
     progress, before = Progress("frames seen first", seen * len(sessions), "frames"), 0
     while before < seen * len(sessions):
         time.sleep(0.1)
@@ -85,6 +86,7 @@ def _wait(sessions: list[SessionHandle], seen: int) -> None:
 
 
 def _check(sessions: list[SessionHandle]) -> None:
+    """Raises RuntimeError for a session that has ended."""
     for session in sessions:
         if session.reason:
             raise RuntimeError(session.reason)
@@ -93,7 +95,7 @@ def _check(sessions: list[SessionHandle]) -> None:
 def _measured(
     sessions: list[SessionHandle], frame: torch.Tensor, seconds: int, fps: float
 ) -> Served:
-    said = [session.stats()["tokens"] for session in sessions]
+    tokens_before = [session.stats()["tokens"] for session in sessions]
     count, start = round(seconds * fps * len(sessions)), time.perf_counter()
     progress = Progress("live", count, "frames")
     for number in range(count):
@@ -106,15 +108,15 @@ def _measured(
     tokens = [session.stats()["tokens"] for session in sessions]
     decisions, dropped = _decided(sessions, count)
     return Served(
-        rates=[(now - before) / took for now, before in zip(tokens, said, strict=True)],
+        rates=[(now - before) / took for now, before in zip(tokens, tokens_before, strict=True)],
         decisions=decisions,
         dropped=dropped,
     )
 
 
 def _decided(sessions: list[SessionHandle], count: int) -> tuple[list[float], int]:
-    """Waits until each live frame was decided on or dropped: seconds of each decision since its
-    frame came, and how many were dropped."""
+    """Waits until each live frame is decided on or dropped. Returns the seconds from each frame's
+    arrival to its decision, and the number of dropped frames."""
     until = time.perf_counter() + PATIENCE_S
     while True:
         events = [e for session in sessions for e in session.log.after(0, EVENTS)]

@@ -1,4 +1,4 @@
-"""Two evaluations of the same items: by how much do they differ, and is that more than chance?
+"""Compares two evaluations of the same items: how far they differ, and whether by chance.
 
 Only items that both answered are compared. The interval is that of a paired bootstrap over groups
 of items that show the same media (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
@@ -18,31 +18,25 @@ from numpy.typing import NDArray
 
 from inference.evaluate.results import BenchmarkError, Item
 
-_AT_ONCE = 2**22  # numbers of the bootstrap that are held at the same time
+_AT_ONCE = 2**22  # numbers of the bootstrap that are held in memory at the same time
 ALL = "all rows"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row of two runs, or the mean of all rows (`ALL`).
-
-    count: shared items. only_first, only_second: items that just one of them answered.
-    first, second: means over the shared items; low, high: interval of second - first.
-    gained, lost: items that turned right, and wrong; None: the scores are not right or wrong.
-    p: that as many or more would turn one way by chance.
-    """
+    """How a row, or the mean of all rows (`ALL`), differs between two runs."""
 
     row: str
-    count: int
-    only_first: int
+    count: int  # items that both runs answered
+    only_first: int  # items that only one of the runs answered
     only_second: int
-    first: float
+    first: float  # mean score over the shared items
     second: float
-    low: float
+    low: float  # confidence interval of second - first
     high: float
-    gained: int | None = None
-    lost: int | None = None
-    p: float | None = None
+    gained: int | None = None  # items that turned right; None: scores are not right or wrong
+    lost: int | None = None  # items that turned wrong
+    p: float | None = None  # McNemar's p-value
 
     @property
     def difference(self) -> float:
@@ -51,11 +45,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """resamples: how many are drawn. level: share of them that the interval holds."""
+    """Settings of the bootstrap."""
 
     seed: int = 0
     resamples: int = 10_000
-    level: float = 0.95
+    level: float = 0.95  # confidence level of the interval
 
 
 def compare(
@@ -63,30 +57,32 @@ def compare(
     second: Mapping[str, Mapping[str, Item]],
     bootstrap: Bootstrap = Bootstrap(),
 ) -> list[Difference]:
-    """Each row that both have, and where these are several, the mean of all of them last.
+    """The difference in each row that both runs have; of several rows also their mean, last.
 
-    first, second: items by row and id, as `read_items` gives them. BenchmarkError: the two share no
-    scored item.
+    first, second: items by row and id, as `read_items` returns them. BenchmarkError: the two runs
+    share no scored item.
     """
     rows = [row for row in first if row in second and _shared(first[row], second[row])]
     if not rows:
         raise BenchmarkError("the runs share no item with a score: compare runs of one suite")
     rng = np.random.default_rng(bootstrap.seed)
-    found, draws = [], []
+    differences, draws = [], []
     for row in rows:
         one, other = first[row], second[row]
         ids = _shared(one, other)
         drawn = _draw([one[name] for name in ids], [other[name] for name in ids], bootstrap, rng)
         draws.append(drawn)
-        found.append(_difference(row, one, other, ids, _interval(drawn, bootstrap.level)))
+        interval = _interval(drawn, bootstrap.level)
+        differences.append(_difference(row, one, other, ids, interval))
     if len(rows) > 1:
-        found.append(_together(found, _interval(np.mean(draws, axis=0), bootstrap.level)))
-    return found
+        interval = _interval(np.mean(draws, axis=0), bootstrap.level)
+        differences.append(_together(differences, interval))
+    return differences
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value: that of min(gained, lost) heads or fewer, or as many tails, in
-    gained + lost throws of a coin."""
+    """The two-sided exact p-value: the probability of min(gained, lost) or fewer heads, or of as
+    few tails, in gained + lost throws of a fair coin."""
     count, least = gained + lost, min(gained, lost)
     term, total = 1, 0
     for k in range(least + 1):
@@ -96,12 +92,13 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def changed(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[str]:
-    """Ids of the items of a row whose score is not the same in both."""
+    """Ids of a row's items whose scores differ between the two runs."""
     ids = _shared(first, second)
     return [name for name in ids if first[name]["score"] != second[name]["score"]]
 
 
 def _shared(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[str]:
+    """Ids of the items that have a score in both."""
     return [
         name
         for name, item in first.items()
@@ -135,7 +132,8 @@ def _difference(
 
 
 def _together(rows: Sequence[Difference], interval: tuple[float, float]) -> Difference:
-    """Each row counts the same, however many items it has; McNemar's test is over all items."""
+    """The difference of the mean of all rows, each with the same weight whatever its number of
+    items. McNemar's test is over all items."""
     before = math.fsum(r.first for r in rows) / len(rows)
     after = math.fsum(r.second for r in rows) / len(rows)
     count, only_first, only_second = (
@@ -155,11 +153,10 @@ def _together(rows: Sequence[Difference], interval: tuple[float, float]) -> Diff
 def _draw(
     first: Sequence[Item], second: Sequence[Item], bootstrap: Bootstrap, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Mean differences of the resamples `[resamples]`.
+    """The mean difference of each resample `[resamples]`.
 
-    A group is its sum of differences and its size. Groups with the same two numbers are drawn
-    together, as one draw of a multinomial distribution, which is the same and takes no time for
-    100,000 items.
+    All that counts of a group is the sum of its differences and its size. Groups that are equal in
+    both are drawn together, from a multinomial distribution: the same, and fast for 100,000 items.
     """
     groups: dict[object, list[float]] = {}
     for number, (one, other) in enumerate(zip(first, second, strict=True)):

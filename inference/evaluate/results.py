@@ -1,4 +1,4 @@
-"""The common form of an evaluation's results, whichever suite it is.
+"""Reads and writes the results of an evaluation, in one form for all suites.
 
     OUT/run.json                 which model and weights were evaluated, with which settings
     OUT/items/ROW.jsonl          a line for each item, added when it is done
@@ -6,10 +6,10 @@
 
 An item is a dict: `id` (text, unique in its row), `row`, `score` (in the row's unit), `correct`
 (true or false, where an answer is one of them), `question`, `answer`, `reference`, `media` (paths),
-`at` (seconds of the media at which it was asked), and what else a suite wants to keep. An item
-that could not be asked has `skipped` in place of a score, a short reason (`no media`); one whose
-request failed has `failed`, the error. Neither is ever taken for a wrong answer, and a run that
-goes on after a stop asks both again.
+`at` (seconds of the media at which it was asked), and what else a suite adds. An item that could
+not be asked has a short reason in place of a score: `skipped` (`no media`). An item whose request
+failed has the error: `failed`. Neither counts as a wrong answer, and a run that goes on after a
+stop asks both again.
 """
 
 from __future__ import annotations
@@ -32,45 +32,38 @@ from data_pipeline.page import render
 from data_pipeline.tables import format_table
 
 RUN, RESULTS, ITEMS = "run.json", "results.json", "items"
-# Settings in which a run that goes on may differ from the one that it continues.
+# Settings that may change when a run goes on in the folder of an earlier one.
 FREE = ("limit", "replicas")
-_TAIL = 2**20  # bytes
+_TAIL = 2**20  # bytes at the end of a weights file that its digest is made of
 Item = dict[str, Any]
 
 
 class BenchmarkError(ValueError):
-    """Something that cannot be evaluated or compared; the text names it and says what to do."""
+    """Something cannot be evaluated or compared; the text names it and says what to do."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
-
-    value: the metric, in its own unit; None: no item was scored.
-    count: items that it is taken from. of: items that there are (with `--limit`: are wanted).
-    skipped: how many were left out, by reason. Of items that are in none of these a run that was
-    stopped has not heard.
-    beside: the same metric of others, by their names. settings: of this row alone.
-    """
+    """A line of the table."""
 
     row: str
     metric: str
-    value: float | None
-    count: int
-    of: int
-    failed: int = 0
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    beside: Mapping[str, float] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    value: float | None  # in the metric's unit; None: no item was scored
+    count: int  # items that the value is the mean of
+    of: int  # items of the benchmark (with `--limit`: those asked for)
+    failed: int = 0  # items whose requests failed
+    skipped: Mapping[str, int] = field(default_factory=dict)  # items left out, by reason
+    beside: Mapping[str, float] = field(default_factory=dict)  # the metric of others, by name
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of this row alone
 
     @property
     def missing(self) -> int:
-        """Items without an answer, and without a reason for that."""
+        """Items that were not asked, because the run was stopped."""
         return self.of - self.count - self.failed - sum(self.skipped.values())
 
     @property
     def lacks(self) -> str:
-        """Why the value is not of all items."""
+        """The number of items that the value leaves out, with the reasons."""
         counts = {"failed": self.failed, "not asked": self.missing, **self.skipped}
         return ", ".join(f"{count} {why}" for why, count in counts.items() if count)
 
@@ -98,11 +91,11 @@ class Results:
 
     @property
     def exit_code(self) -> int:
-        """FAILED where requests failed, or the run ended before all items were asked."""
+        """FAILED where requests failed or the run ended before all items were asked, else DONE."""
         return FAILED if any(row.failed or row.missing for row in self.rows) else DONE
 
     def cells(self) -> list[list[str]]:
-        """The table, its header first."""
+        """The cells of the table, row by row, the header first."""
         beside = list(dict.fromkeys(name for row in self.rows for name in row.beside))
         settings = list(dict.fromkeys(name for row in self.rows for name in row.settings))
         head = ["", "metric", "value", *beside, "n", "of", "left out", *settings]
@@ -122,7 +115,7 @@ class Results:
         return format_table(self.cells(), "llr", rule=True)
 
     def write(self, out: Path) -> None:
-        """results.json, results.md and results.html."""
+        """Writes results.json, results.md and results.html."""
         write_atomically(out / RESULTS, json.dumps(asdict(self), indent=1) + "\n")
         cells, facts = self.cells(), [f"{name}: {value}" for name, value in self.settings.items()]
         title = f"{self.suite}: {self.model}"
@@ -134,7 +127,7 @@ class Results:
 
 
 def number(value: float | None) -> str:
-    """A value of a table; nothing where there is none."""
+    """A value as a cell of a table; empty for None."""
     return "" if value is None else f"{value:.4g}"
 
 
@@ -149,7 +142,7 @@ def markdown(title: str, facts: Sequence[str], cells: Sequence[Sequence[str]]) -
 
 
 def read_results(out: Path) -> Results:
-    """What `write` wrote. BenchmarkError names a missing file or field."""
+    """Reads what `Results.write` wrote. Raises BenchmarkError, which names the file or field."""
     path = out / RESULTS
     try:
         found = json.loads(path.read_text())
@@ -163,7 +156,7 @@ def read_results(out: Path) -> Results:
 
 
 def read_items(out: Path) -> dict[str, dict[str, Item]]:
-    """Each row's items that have an answer, by their ids."""
+    """The items that have an answer, by row and id."""
     paths = sorted((out / ITEMS).glob("*.jsonl"))
     return {
         unquote(path.stem): {k: v for k, v in _lines(path)[0].items() if _done(v)} for path in paths
@@ -171,11 +164,11 @@ def read_items(out: Path) -> dict[str, dict[str, Item]]:
 
 
 class ItemFile:
-    """The items of a row, in the order in which they were done. Several threads may add."""
+    """The file of a row's items, in the order in which they were done. Several threads may add."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there. A line that a kill has cut off is removed, and its item is asked
-        again; so is one that failed or was skipped."""
+        """Reads the items of earlier runs. Removes lines that a kill has cut off, and items that
+        failed or were skipped: these are asked again."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         found, torn = _lines(path)
@@ -188,10 +181,10 @@ class ItemFile:
         return name in self.items and _done(self.items[name])
 
     def add(self, item: Item) -> None:
-        """Writes an item. ValueError: it has no `id`, or one that is there."""
+        """Appends an item. ValueError: its `id` is not a text, or the file has it already."""
         name = item["id"]
         if not isinstance(name, str) or name in self.items:
-            raise ValueError(f"{self.path}: {name!r}: the id is not a text, or is there")
+            raise ValueError(f"{self.path}: {name!r}: the id is not a text, or is there already")
         line = _line(item)
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -202,7 +195,7 @@ class ItemFile:
 
 
 class EvaluationRun:
-    """The folder of a run. One process at a time writes it, and goes on where another stopped."""
+    """The folder of a run, written by one process at a time; a later one goes on from there."""
 
     def __init__(self, out: Path, model: str, suite: str, settings: Mapping[str, Any]) -> None:
         """model: path of an export, or a server's address.
@@ -256,8 +249,8 @@ class EvaluationRun:
 
 
 def weights_of(export: Path) -> str:
-    """A digest of the weights that lie in a folder now: of the SHA-256 of its files in an export's
-    manifest.json, else of their sizes and last bytes. Empty: there are none."""
+    """A digest of the weights in a folder: of the SHA-256 of its files in manifest.json, where an
+    export has one, else of their sizes and last bytes. Empty: there are no weights."""
     try:
         known = json.loads((export / "manifest.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -267,12 +260,13 @@ def weights_of(export: Path) -> str:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))
-            told = known.get(path.name, {}).get("sha256") or hashlib.sha256(file.read()).hexdigest()
-        digest.update(f"{path.name} {size} {told}\n".encode())
+            sha = known.get(path.name, {}).get("sha256") or hashlib.sha256(file.read()).hexdigest()
+        digest.update(f"{path.name} {size} {sha}\n".encode())
     return digest.hexdigest()[:16] if files else ""
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
+    """Writes run.json; raises BenchmarkError where an earlier run wrote other settings."""
     wanted = json.loads(json.dumps(wanted))
     try:
         found = json.loads(path.read_text())
@@ -298,7 +292,7 @@ def _line(item: Item) -> bytes:
 
 
 def _lines(path: Path) -> tuple[dict[str, Item], int]:
-    """The whole lines of a file by their ids, the last of an id; and how many others there are."""
+    """The items of a file by id (the last line of an id counts), and the number of broken lines."""
     data = path.read_bytes() if path.exists() else b""
     found: dict[str, Item] = {}
     torn = 0
