@@ -1,36 +1,29 @@
-"""The rows of suite seed25: which task of lmms-eval each is, and what the seed reports for it."""
+"""Lists the rows of the suite seed25: each one's task in lmms-eval, and the seed's own figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What lmms_runner.py is made for, and the environment holds (tools/evaluate/lmms_environment.py).
+# The version that lmms_runner.py changes and tools/evaluate/lmms_environment.py installs.
 LMMS_VERSION = "0.7.3"
 ZEROBENCH = "ZeroBench(Sub)"  # the one that lmms-eval does not have
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A row.
+    """A row of the suite."""
 
-    name: as the seed's table has it. task: lmms-eval's; empty: asked by `zerobench.py`. metric:
-    lmms-eval's; empty: the first that the task has.
-    scale: what a value is multiplied with to be as in the table.
-    realtime, sft: the seed's two columns (MOSS-Video-Preview-Realtime-SFT and -SFT).
-    video: the task shows videos.
-    """
-
-    name: str
-    task: str
-    metric: str = ""
-    scale: float = 1.0
-    realtime: float | None = None
-    sft: float | None = None
-    video: bool = False
+    name: str  # in the seed's table
+    task: str  # in lmms-eval; empty: zerobench.py asks it
+    metric: str = ""  # in lmms-eval; empty: the first of the task
+    scale: float = 1.0  # factor that brings lmms-eval's value to the table's unit
+    realtime: float | None = None  # figure of MOSS-Video-Preview-Realtime-SFT
+    sft: float | None = None  # figure of MOSS-Video-Preview-SFT
+    video: bool = False  # whether the task shows videos
 
     @property
     def seed(self) -> dict[str, float]:
-        """The seed's columns."""
+        """The seed's figures by column."""
         columns = {"seed, realtime": self.realtime, "seed, sft": self.sft}
         return {name: value for name, value in columns.items() if value is not None}
 
@@ -67,7 +60,7 @@ ROWS = (
 
 
 def chosen(names: list[str]) -> list[Benchmark]:
-    """The rows of these names or tasks, all where there are none; ValueError: one is unknown."""
+    """The rows of these names or tasks; all for an empty list. ValueError: one is unknown."""
     known = {word.lower(): row for row in ROWS for word in (row.name, row.task) if word}
     for name in names:
         if name.lower() not in known:

@@ -1,4 +1,4 @@
-"""One task of lmms-eval: run in its own environment, and read into our form of results."""
+"""Runs a task of lmms-eval in its own environment, and reads its results into our form."""
 
 from __future__ import annotations
 
@@ -21,39 +21,35 @@ HERE = Path(__file__).parent
 _RUNNER, _TASKS = HERE / "lmms_runner.py", HERE / "tasks"
 _DONE = "done.json"
 _GRADES = ("score", "rating", "match_success", "is_correct", "correct", "accuracy")
-_SAID = ("pred_answer", "parsed_pred", "pred", "prediction")
-_WANTED = ("answer", "ground_truth", "gt_answer", "gt")
+_PREDICTIONS = ("pred_answer", "parsed_pred", "pred", "prediction")
+_REFERENCES = ("answer", "ground_truth", "gt_answer", "gt")
 
 
 @dataclass(frozen=True)
 class Harness:
-    """How lmms-eval is run.
+    """How lmms-eval is run."""
 
-    python: of its environment. out: folder of its files. fps, max_frames: of videos. concurrency:
-    requests at once. include: a folder of tasks beside lmms-eval's own. limit: items of a task.
-    """
-
-    python: Path
-    out: Path
-    fps: float
-    max_frames: int
-    max_tokens: int
-    concurrency: int
-    include: Path | None = None
-    limit: int | None = None
+    python: Path  # interpreter of its environment
+    out: Path  # folder of its files
+    fps: float  # of videos
+    max_frames: int  # of a video
+    max_tokens: int  # of an answer
+    concurrency: int  # requests at a time
+    include: Path | None = None  # folder of tasks besides lmms-eval's own; None: harness/tasks
+    limit: int | None = None  # items of a task
 
 
 class TaskFailed(Exception):
-    """lmms-eval could not run a task; the text has its last words."""
+    """lmms-eval could not run a task; the text has the last line of its log."""
 
 
 def run_task(
     harness: Harness, benchmark: Benchmark, url: str, check: Callable[[], None]
 ) -> tuple[Row, list[Item]]:
-    """Asks the server at `url` all items of a task, and reads what came of it.
+    """Runs a task against the server at `url`; returns its row and items.
 
-    A task that is finished is not run again; of one that was stopped, or in which requests failed,
-    only what has no answer is asked again. `check` is called while it runs, and may raise.
+    A finished task is not run again. Of a task that was stopped, or in which requests failed, only
+    items without an answer are asked again. `check` is called while the task runs, and may raise.
 
     Raises TaskFailed, and what `check` raises.
     """
@@ -76,7 +72,7 @@ def finished(folder: Path, limit: int | None) -> bool:
 
 
 def command(harness: Harness, benchmark: Benchmark, folder: Path, url: str) -> list[str]:
-    """How lmms-eval is started; its settings are written into the folder."""
+    """Writes the settings of lmms_runner.py into the folder; returns the command that runs it."""
     settings = {
         "journal": str(folder / "answers.jsonl"), "media": str(folder / "media.json"),
         "fps": harness.fps, "max_frames": harness.max_frames, "max_tokens": harness.max_tokens,
@@ -125,14 +121,15 @@ def _run(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode:
-        said = last_words(log)
-        raise TaskFailed(f"lmms-eval ended with code {process.returncode}: {said} ({log})")
+        raise TaskFailed(
+            f"lmms-eval ended with code {process.returncode}: {last_words(log)} ({log})"
+        )
 
 
 def read_task(folder: Path, benchmark: Benchmark) -> tuple[Row, list[Item]]:
-    """The row and the items of what lmms-eval wrote.
+    """Reads the row and the items of a task from the files of lmms-eval.
 
-    Raises TaskFailed where a file or the metric is not there.
+    Raises TaskFailed where a file or the metric is missing.
     """
     samples = _one(folder, f"*_samples_{benchmark.task}.jsonl")
     with samples.open(encoding="utf-8") as file:
@@ -153,7 +150,7 @@ def read_task(folder: Path, benchmark: Benchmark) -> tuple[Row, list[Item]]:
 
 
 def _value(path: Path, benchmark: Benchmark) -> tuple[str, float]:
-    """The metric's name and value."""
+    """The name and value of a task's metric, in the unit of the seed's table."""
     found = json.loads(path.read_text())["results"].get(benchmark.task, {})
     for name, value in found.items():
         metric = name.partition(",")[0]
@@ -173,7 +170,7 @@ def _one(folder: Path, pattern: str) -> Path:
 def _item(sample: dict[str, Any], benchmark: Benchmark, media: dict[str, list[str]]) -> Item:
     name = str(sample["doc_id"])
     # `resps` is there where a filter of the task has changed the answer.
-    said = _text(sample.get("resps", sample.get("filtered_resps")))
+    answer = _text(sample.get("resps", sample.get("filtered_resps")))
     item: Item = {
         "id": name,
         "row": benchmark.name,
@@ -181,15 +178,15 @@ def _item(sample: dict[str, Any], benchmark: Benchmark, media: dict[str, list[st
         "reference": str(sample.get("target", "")),
         "media": media.get(name) or _paths(sample.get("input_media")),
     }
-    if said.startswith(FAILED):
-        return item | {"failed": said}
-    if said.startswith(SKIPPED):
-        return item | {"skipped": "no media", "detail": said.removeprefix(SKIPPED).strip()}
-    return item | {"answer": said, "metrics": sample}
+    if answer.startswith(FAILED):
+        return item | {"failed": answer}
+    if answer.startswith(SKIPPED):
+        return item | {"skipped": "no media", "detail": answer.removeprefix(SKIPPED).strip()}
+    return item | {"answer": answer, "metrics": sample}
 
 
 def _grade(item: Item, metric: str) -> None:
-    """Puts the score in the place of the whole sample."""
+    """Replaces an item's `metrics`, all of lmms-eval's sample, by its score."""
     if "metrics" in item:
         item["score"] = score = grade(item.pop("metrics").get(metric))
         if score in (0.0, 1.0):
@@ -197,8 +194,11 @@ def _grade(item: Item, metric: str) -> None:
 
 
 def grade(value: Any) -> float | None:
-    """An item's score from what its task keeps for its metric: a number, or a dict with one or
-    with what was said and what was wanted. None: neither; the item has no score of its own."""
+    """An item's score from the value that its task keeps for the metric.
+
+    The value is a number, or a dict with a number or with prediction and reference. None: it is
+    none of these; the item has no score of its own.
+    """
     if isinstance(value, bool | int | float):
         return float(value)
     if not isinstance(value, dict):
@@ -206,12 +206,12 @@ def grade(value: Any) -> float | None:
     for name in _GRADES:
         if isinstance(value.get(name), bool | int | float):
             return float(value[name])
-    said, wanted = (
-        next((value[n] for n in names if n in value), None) for names in (_SAID, _WANTED)
+    prediction, reference = (
+        next((value[n] for n in names if n in value), None) for names in (_PREDICTIONS, _REFERENCES)
     )
-    if said is None or wanted is None:
+    if prediction is None or reference is None:
         return None
-    return float(_plain(said) == _plain(wanted))
+    return float(_plain(prediction) == _plain(reference))
 
 
 def _plain(value: Any) -> str:
@@ -219,20 +219,20 @@ def _plain(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """The answer: samples hold it inside lists."""
+    """The text of an answer, which samples hold inside lists."""
     while isinstance(value, list) and value:
         value = value[0]
     return value if isinstance(value, str) else ""
 
 
 def _paths(media: Any) -> list[str]:
-    """Paths of the media that are files."""
+    """The entries of a sample's media that are paths of files."""
     found = media if isinstance(media, list) else []
     return [path for path in found if isinstance(path, str) and os.path.isfile(path)]
 
 
 def settings_of(harness: Harness, benchmark: Benchmark, resolution: str) -> dict[str, Any]:
-    """What a row was asked with, for the table."""
+    """A row's settings for the table: frames, resolution and prompt."""
     frames = f"{harness.fps:g}/s, at most {harness.max_frames}" if benchmark.video else ""
     prompt = f"lmms-eval {LMMS_VERSION}, {benchmark.task}"
     return {"frames": frames, "resolution": resolution, "prompt": prompt}

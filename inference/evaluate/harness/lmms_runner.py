@@ -1,14 +1,14 @@
-"""Runs lmms-eval with answers kept as they come, and failures left out of its scores.
+"""Runs lmms-eval; keeps each answer when it comes, and leaves failures out of its scores.
 
     LMMS_PYTHON inference/evaluate/harness/lmms_runner.py SETTINGS.json LMMS_EVAL_ARGUMENTS...
 
-Another interpreter runs this file, that of lmms-eval's environment: it imports nothing of ours. It
-changes lmms-eval (`benchmarks.LMMS_VERSION`) in three places:
+The interpreter of lmms-eval's environment runs this file, so it imports nothing of ours. It changes
+lmms-eval (`benchmarks.LMMS_VERSION`) in three places:
 
 - an answer is written to a journal when it comes, and read from there by a later run;
 - a video is named as a proper `file:` URL, with the frames that the run is to show;
 - an item whose media are missing, which would end the process, and one whose request failed, which
-  would count as a wrong answer, have no score. They stand in the samples with their mark.
+  would count as a wrong answer, have no score. Their answers in the samples begin with a mark.
 
 SETTINGS.json: `journal`, `media` (files that this writes), `fps`, `max_frames`, `max_tokens`.
 """
@@ -32,7 +32,8 @@ FAILED, SKIPPED = "[LMMS_EVAL_REQUEST_FAILED", "[MOSS_SKIPPED]"
 
 
 class Journal:
-    """Answers by what was asked, in a file of JSON lines. A line that a kill cut off is ignored."""
+    """Answers by the hash of their requests, in a file of JSON lines. A line that a kill has cut
+    off is ignored."""
 
     def __init__(self, path: str) -> None:
         self.path, self.known = path, dict[str, list[Any]]()
@@ -60,44 +61,44 @@ class Journal:
 
 
 class Completions:
-    """Takes the place of the client's `chat.completions`: sets this project's options, and asks
-    nothing twice."""
+    """Replaces the client's `chat.completions`: sets this project's options, and takes an answer
+    that has come before from the journal."""
 
     def __init__(self, inner: Any, settings: dict[str, Any]) -> None:
         self._inner, self._settings = inner, settings
         self._journal = Journal(settings["journal"])
 
-    def create(self, **asked: Any) -> Any:
-        chosen = {"fps": self._settings["fps"], "max_frames": self._settings["max_frames"]}
-        asked["extra_body"] = {"media_io_kwargs": {"video": chosen}}
-        asked["max_tokens"] = min(asked["max_tokens"], self._settings["max_tokens"])
-        for part in (part for message in asked["messages"] for part in message["content"]):
+    def create(self, **request: Any) -> Any:
+        frames = {"fps": self._settings["fps"], "max_frames": self._settings["max_frames"]}
+        request["extra_body"] = {"media_io_kwargs": {"video": frames}}
+        request["max_tokens"] = min(request["max_tokens"], self._settings["max_tokens"])
+        for part in (part for message in request["messages"] for part in message["content"]):
             if part["type"] == "video_url":
                 part["video_url"]["url"] = file_url(part["video_url"]["url"])
-        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         if key not in self._journal.known:
-            found = self._inner.create(**asked)
-            used = found.usage
+            reply = self._inner.create(**request)
+            used = reply.usage
             counts = [used.prompt_tokens, used.completion_tokens] if used else [0, 0]
-            self._journal.add(key, [found.choices[0].message.content, *counts])
-        text, prompt, said = self._journal.known[key]
-        usage = SimpleNamespace(prompt_tokens=prompt, completion_tokens=said)
+            self._journal.add(key, [reply.choices[0].message.content, *counts])
+        text, prompt_tokens, completion_tokens = self._journal.known[key]
+        usage = SimpleNamespace(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
         message = SimpleNamespace(content=text)
         return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage=usage)
 
 
 def file_url(url: str) -> str:
-    """lmms-eval writes a path as it is behind `file://`."""
+    """Quotes the path of a `file:` URL, which lmms-eval leaves as it is; other URLs unchanged."""
     return Path(url[7:]).as_uri() if url.startswith("file:///") else url
 
 
 def missing(messages: list[dict[str, Any]]) -> list[str]:
-    """Videos of a question that are not there."""
+    """Paths of a question's videos that do not exist."""
     return [path for path in videos(messages) if not os.path.exists(path)]
 
 
 def videos(messages: list[dict[str, Any]]) -> list[str]:
-    """Paths of the videos of a question."""
+    """Paths of a question's videos."""
     parts = [part for message in messages for part in message["content"]]
     urls = [str(part["url"]) for part in parts if part["type"] == "video"]
     return [
@@ -108,7 +109,7 @@ def videos(messages: list[dict[str, Any]]) -> list[str]:
 
 
 def keep_answers(chat: Any, settings: dict[str, Any]) -> None:
-    """Has lmms-eval's chat class use the journal, and ask only what can be asked."""
+    """Makes lmms-eval's chat class use the journal, and skip questions whose media are missing."""
     generate = chat.generate_until
 
     def generate_until(self: Any, requests: list[Any]) -> list[Any]:
@@ -129,16 +130,16 @@ def keep_answers(chat: Any, settings: dict[str, Any]) -> None:
                 answers[number] = f"{SKIPPED} no media: {', '.join(gone)}"
         with open(settings["media"], "w", encoding="utf-8") as file:
             json.dump(media, file)
-        asked = [n for n in range(len(requests)) if n not in answers]
-        told = generate(self, [requests[n] for n in asked])
-        answers.update(zip(asked, told, strict=True))
+        left = [n for n in range(len(requests)) if n not in answers]
+        generated = generate(self, [requests[n] for n in left])
+        answers.update(zip(left, generated, strict=True))
         return [answers[n] for n in range(len(requests))]
 
     chat.generate_until = generate_until
 
 
 class Unscored:
-    """A task that gives an item no score."""
+    """A task whose items get no score."""
 
     def __init__(self, task: Any) -> None:
         self._task = task
@@ -151,7 +152,7 @@ class Unscored:
 
 
 def leave_out_failures(evaluator: Any) -> None:
-    """Has lmms-eval score only items that were answered."""
+    """Makes lmms-eval score only items that were answered."""
     process = evaluator._process_document_results
 
     def process_document_results(item: Any, *, task: Any, **more: Any) -> Any:
@@ -163,13 +164,13 @@ def leave_out_failures(evaluator: Any) -> None:
 
 
 def end_with_parent() -> None:
-    """A run that is killed leaves no process that goes on asking."""
+    """Ends this process when its parent ends, however that ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:
-    """Changes lmms-eval, then does what its own command does."""
+    """Changes lmms-eval, then runs its command."""
     end_with_parent()
     settings = json.loads(Path(sys.argv.pop(1)).read_text())
     from lmms_eval import evaluator

@@ -1,4 +1,4 @@
-"""The server of a run: `inference.serve` on an export, as a process of its own."""
+"""Starts the server of a run, `inference.serve` in a process of its own, or watches another."""
 
 from __future__ import annotations
 
@@ -20,30 +20,28 @@ from inference.evaluate.results import BenchmarkError
 MODEL = "moss-video"  # its name in requests
 KEY = "MOSS_API_KEY"  # environment variable with the API key of a server; it may be missing
 _ADDRESS = re.compile(r"https?://[\w.\[\]:]+:\d+(?=/)")
-_START, _STOP = 1800.0, 30.0  # seconds: an 11B model is read from a slow disk; a clean end
-_LOOK, _PATIENCE = 0.2, 10.0
-# Seconds between looks at a server that is not ours, and without an answer after which it has gone.
+# Seconds: to start, with an 11B model on a slow disk; to stop by itself.
+_START, _STOP = 1800.0, 30.0
+_LOOK, _PATIENCE = 0.2, 10.0  # seconds: between looks at a start; for an answer
+# A server that somebody else runs is looked at every _ASK seconds, and has gone after _GONE seconds
+# without an answer.
 _ASK, _GONE = 5.0, 30.0
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How an export is served.
-
-    frames: of a question, at most. concurrency: questions at once, of each replica. media: folders
-    whose files may be named. flags: more of the server's own, which override these.
-    """
+    """How an export is served."""
 
     checkpoint: Path
-    frames: int
-    concurrency: int = 4
+    frames: int  # of a question at most
+    concurrency: int = 4  # questions at a time, of each replica
     replicas: int = 0
-    media: Sequence[Path] = ()
-    flags: Sequence[str] = ()
+    media: Sequence[Path] = ()  # folders of files that requests may name
+    flags: Sequence[str] = ()  # further flags of the server, which override these
 
     def arguments(self) -> list[str]:
-        """Arguments of `python -m inference.serve`. Its default limits are for clients that are not
-        trusted: a benchmark's pictures and videos are larger."""
+        """Arguments of `python -m inference.serve`, with limits above its defaults: those are for
+        clients that are not trusted, and a benchmark's pictures and videos are larger."""
         tile = _tile(self.checkpoint)
         held = 4 * (self.concurrency + 1) * (self.frames * 3 * tile * tile + 2**28)
         limits = {
@@ -62,7 +60,7 @@ class Serving:
 
 
 class Server:
-    """A server that runs while its `with` does. Its output goes to a file."""
+    """A server that runs while its `with` block does. Its output goes to a file."""
 
     def __init__(self, serving: Serving, log: Path) -> None:
         self._log = log
@@ -83,7 +81,7 @@ class Server:
             raise
 
     def _wait(self) -> str:
-        """The address, once it answers there. BenchmarkError: it ended, or took too long."""
+        """Waits until the server answers; its address. BenchmarkError: it ended, or is too slow."""
         until = time.monotonic() + _START
         while time.monotonic() < until:
             self.check()
@@ -94,7 +92,7 @@ class Server:
         raise BenchmarkError(f"the server has not answered within {_START:g} s: see {self._log}")
 
     def check(self) -> None:
-        """BenchmarkError with its last words, if it has ended."""
+        """Raises BenchmarkError with the log's last line if the server has ended."""
         code = self._process.poll()
         if code is not None:
             raise BenchmarkError(f"the server ended with code {code}: {last_words(self._log)}")
@@ -120,11 +118,11 @@ class Server:
 
 
 class Elsewhere:
-    """A server that somebody else runs. gone: seconds without an answer after which it counts as
-    ended; every: seconds between two looks."""
+    """A server that somebody else runs. It is looked at every `every` seconds, and counts as ended
+    after `gone` seconds without an answer."""
 
     def __init__(self, url: str, gone: float = _GONE, every: float = _ASK) -> None:
-        """BenchmarkError: no server answers there."""
+        """Raises BenchmarkError where no server answers."""
         self.url, self._gone, self._every = base_of(url), gone, every
         self._looked = self._answered = time.monotonic()
         if not healthy(self.url):
@@ -132,7 +130,7 @@ class Elsewhere:
         self.resolution = resolution(self.url)
 
     def check(self) -> None:
-        """BenchmarkError, if it has ended."""
+        """Raises BenchmarkError if the server has ended."""
         if time.monotonic() - self._looked < self._every:
             return
         if answers(self.url):
@@ -149,22 +147,22 @@ def last_words(log: Path) -> str:
 
 
 def base_of(url: str) -> str:
-    """A server's address, whether it was given with `/v1` or without."""
+    """A server's address without `/v1`."""
     return url.rstrip("/").removesuffix("/v1")
 
 
 def healthy(url: str) -> bool:
-    """Whether a server answers at an address that it can be asked."""
+    """Whether the server at an address says that it serves."""
     return _status(url) == 200
 
 
 def answers(url: str) -> bool:
-    """Whether there is a server at an address, be it a busy one."""
+    """Whether a server at an address answers at all, though it may be busy."""
     return _status(url) is not None
 
 
 def resolution(url: str) -> str:
-    """Pixels of each picture and frame as the model sees it; empty: the server does not say."""
+    """The size of the model's pictures and frames (`560 x 560`); "": the server does not say."""
     try:
         tile = httpx.get(f"{url}/health", timeout=_PATIENCE).json().get("tile")
     except (httpx.HTTPError, ValueError, AttributeError):

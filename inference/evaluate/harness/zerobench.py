@@ -1,4 +1,4 @@
-"""ZeroBench's subquestions from the TSV that VLMEvalKit reads, with its prompt and its scoring."""
+"""Asks ZeroBench's subquestions, from VLMEvalKit's TSV, with its prompt and its scoring."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PROMPT = (
 )
 _BRACES = re.compile(r"\{(.*?)\}")
 _LOOK = 1.0  # seconds between looks at whether the server lives
-_LONGEST_REFERENCE = 64  # characters of an image that is another row's index
+_LONGEST_REFERENCE = 64  # an image of at most so many characters is the index of another row
 
 
 @dataclass(frozen=True)
 class Question:
-    """A line. images: their bytes in base64; empty: there is none."""
+    """A line of the TSV. images: in base64."""
 
     index: str
     text: str
@@ -41,9 +41,9 @@ class Question:
 
 
 def read_tsv(path: Path, limit: int | None = None) -> list[Question]:
-    """The questions of a file, the first `limit` of them.
+    """The first `limit` questions of a file, or all.
 
-    Raises BenchmarkError that names a missing file, column, or index.
+    Raises BenchmarkError, which names the file and what is missing.
     """
     csv.field_size_limit(sys.maxsize)  # an image is a field
     try:
@@ -71,21 +71,22 @@ def read_tsv(path: Path, limit: int | None = None) -> list[Question]:
 
 
 def _images(text: str, others: dict[str, str]) -> tuple[str, ...]:
-    """Base64, a list of it as Python writes one, or the index of a row whose image is meant."""
+    """The images of a row's field, which is base64, a Python list of such texts, or the index of
+    another row with the image."""
     if 0 < len(text) <= _LONGEST_REFERENCE:
         text = others.get(text, "")
     if text.startswith("["):
         try:
             return tuple(map(str, ast.literal_eval(text)))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass  # it is not base64, either
+            pass  # kept as one text, which _part then refuses: it is not base64
     return (text,) if text else ()
 
 
-def is_right(said: str, wanted: str) -> bool:
-    """Whether the last thing in braces holds the reference. Without braces an answer is wrong."""
-    found = _BRACES.findall(said.strip().lower())
-    return bool(found) and wanted.strip().lower() in found[-1]
+def is_right(answer: str, reference: str) -> bool:
+    """Whether the last text in braces contains the reference. Without braces it is wrong."""
+    found = _BRACES.findall(answer.strip().lower())
+    return bool(found) and reference.strip().lower() in found[-1]
 
 
 def ask(
@@ -95,10 +96,10 @@ def ask(
     row: str,
     check: Callable[[], None],
 ) -> None:
-    """Asks what the file has not, as many at once as the endpoint's `concurrency`, and adds each
-    item to it when it is done. `check` is called meanwhile, and may raise.
+    """Asks the questions that the file has no item of, `concurrency` of them at a time, and adds
+    each item to it when it is done. `check` is called meanwhile, and may raise.
 
-    Raises BenchmarkError where the server cannot be asked at all.
+    Raises BenchmarkError where no request can succeed.
     """
     todo = [question for question in questions if question.index not in file]
 
@@ -136,11 +137,11 @@ async def _item(question: Question, endpoint: Endpoint, config: EndpointConfig, 
         config.max_tokens, 0, question.index, 0,
     )  # fmt: skip
     try:
-        said, _ = await endpoint.ask(request)
+        answer, _ = await endpoint.ask(request)
     except RequestFailed as error:
         return item | {"failed": str(error)}
-    right = is_right(said, question.answer)
-    return item | {"answer": said, "correct": right, "score": float(right)}
+    right = is_right(answer, question.answer)
+    return item | {"answer": answer, "correct": right, "score": float(right)}
 
 
 def _part(image: str) -> dict[str, Any] | None:
@@ -150,5 +151,6 @@ def _part(image: str) -> dict[str, Any] | None:
     except (binascii.Error, ValueError):
         return None
     if not data:
-        return None  # the server looks at the bytes for what they are
+        return None
+    # Whatever the format: the server recognizes it by the bytes.
     return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}}

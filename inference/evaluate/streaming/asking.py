@@ -1,4 +1,4 @@
-"""Asks a speaker about items, several at a time, and keeps what it said."""
+"""Runs the jobs of an evaluation, several at a time, and keeps what the speaker said."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from inference.evaluate.streaming.items import Benchmark, Emission, Item, Reply,
 from inference.evaluate.streaming.speaker import Speaker, SpeakerFailed
 
 OFFICIAL, PUSH = "official", "push"
-_IN_A_ROW = 8  # failures after which nothing more is asked
+_IN_A_ROW = 8  # failures in a row after which the run stops
 NO_MEDIA, UNREADABLE = "no media", "unreadable media"
 
 
 @dataclass(frozen=True)
 class Job:
-    """An item and the way in which it is asked; bias: of `<|silence|>`, where it is not the
-    configured one."""
+    """An item, and how the speaker is asked about it."""
 
     benchmark: Benchmark
     item: Item
-    protocol: str
-    bias: float | None = None
+    protocol: str  # OFFICIAL or PUSH
+    bias: float | None = None  # of `<|silence|>`; None: the configured one
 
     @property
     def file(self) -> str:
-        """Name of the file of what was said."""
+        """The name of the file with its record."""
         bias = "" if self.bias is None else f" bias {self.bias:g}"
         return f"{self.benchmark.name} {self.protocol}{bias}.jsonl"
 
@@ -43,7 +42,7 @@ Speakers = Callable[[float | None], Speaker]
 
 
 class Asked:
-    """The records of jobs in a folder, one file for each benchmark and protocol."""
+    """The records of finished jobs, in one file for each benchmark and protocol."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,22 +54,26 @@ class Asked:
         return self._files[job.file]
 
     def record(self, job: Job) -> dict[str, Any] | None:
-        """What is known of a job: `said` and `seconds`, `replies`, `skipped` or `failed`."""
+        """A job's record, or None: `said` and `seconds` of push mode, `replies` of the official
+        protocol, `skipped` or `failed`."""
         return self.file(job).items.get(job.item.id)
 
 
 def replies_of(record: dict[str, Any]) -> list[Reply]:
+    """The replies in a record of the official protocol."""
     return [Reply(**reply) for reply in record["replies"]]
 
 
 def watched_of(record: dict[str, Any]) -> Watched:
+    """The stream in a record of push mode."""
     return Watched(tuple(Emission.of(e) for e in record["said"]), record["seconds"])
 
 
 class Asking:
-    """Asks jobs that are not known yet. stopped: why it ended before all were; empty: it did not.
+    """Runs the jobs that have no record yet. `stopped` says why it ended before all were run.
 
-    step: called after each job.
+    Args:
+        step: called after each job.
     """
 
     def __init__(
@@ -82,13 +85,13 @@ class Asking:
         self._lock = threading.Lock()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Asks the items that were not asked yet, as many at a time as there are sessions."""
+        """Runs the jobs that have no record, `sessions` of them at a time."""
         waiting = [job for job in jobs if job.item.id not in self._asked.file(job)]
         with ThreadPoolExecutor(self._config.sessions, "moss-evaluate") as pool:
             try:
                 for done in [pool.submit(self._one, job) for job in waiting]:
                     done.result()
-            except BaseException:  # Ctrl-C, too: what waits is not begun
+            except BaseException:  # Ctrl-C, too: jobs that wait are not begun
                 self.stopped = self.stopped or "interrupted"
                 raise
 
@@ -101,12 +104,13 @@ class Asking:
             self._failures = self._failures + 1 if "failed" in record else 0
             if fatal or self._failures >= _IN_A_ROW:
                 self.stopped = self.stopped or record["failed"]
-            if not fatal:  # else the next run asks it
+            if not fatal:  # else the next run asks again
                 self._asked.file(job).add(record)
         self._step()
 
 
 def _ask(job: Job, speaker: Speaker, config: StreamingConfig) -> dict[str, Any]:
+    """Runs a job; its record, with `fatal` where the speaker cannot go on."""
     item, fps = job.item, config.speaking.fps
     record: dict[str, Any] = {"id": item.id, "row": item.row}
     if not item.video.is_file():

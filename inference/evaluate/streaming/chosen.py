@@ -1,4 +1,4 @@
-"""Benchmarks by name, and the items that are wanted of them."""
+"""Chooses benchmarks by name, and the items that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from inference.evaluate.streaming.streamingbench import StreamingBench
 from inference.evaluate.streaming.timing import Timing
 from inference.evaluate.streaming.words import Words, read_words
 
-# Files of a folder that is given in place of one of them.
+# Where a benchmark is given as a folder: its files of questions in there.
 _FILES = {
     "ovobench": ("ovo_bench_new.json", "data/ovo_bench_new.json"),
     "streamingbench": tuple(
@@ -39,17 +39,16 @@ BENCHMARKS = tuple(_FILES)
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark, its items, the words in which it asks. files: of questions, with the digests of
-    what was in them."""
+    """A benchmark and its items."""
 
     benchmark: Benchmark
     items: list[Item]
-    words: Words
-    files: dict[str, str]
+    words: Words  # the templates of its questions
+    files: dict[str, str]  # path of each file of questions -> digest of its content
 
 
 def choose(config: StreamingConfig) -> list[Chosen]:
-    """The benchmarks of a configuration; FormError for what cannot be read."""
+    """The benchmarks of a configuration. Raises FormError for a file that cannot be read."""
     own = Path(config.prompts) if config.prompts else None
     timing = Timing(config.context or None, config.patience)
     chosen, rows, known = list[Chosen](), dict[str, None](), set[tuple[str, str]]()
@@ -80,8 +79,10 @@ def choose(config: StreamingConfig) -> list[Chosen]:
 
 
 def _refuse_twice(name: str, path: str, items: list[Item], known: set[tuple[str, str]]) -> None:
-    """What is said of an item is kept under its id. known: benchmark and id of those of other
-    files; these are added."""
+    """Raises FormError for an id that two items of a benchmark share: answers are kept by id.
+
+    known: benchmark and id of the items of earlier files; the ids of these are added.
+    """
     twice = [key for key, count in Counter(item.id for item in items).items() if count > 1]
     if twice:
         raise FormError(f"{path}: several items are called {twice[0]}")
@@ -113,6 +114,7 @@ def _benchmark(name: str, words: Words, timing: Timing, config: StreamingConfig)
 
 
 def _files(name: str, path: Path) -> list[Path]:
+    """The files of questions of a benchmark that is given as a file or folder."""
     if not path.is_dir():
         return [path]
     files = [path / file for file in _FILES[name] if (path / file).is_file()]
@@ -122,6 +124,7 @@ def _files(name: str, path: Path) -> list[Path]:
 
 
 def _wanted(items: list[Item], config: StreamingConfig) -> list[Item]:
+    """The items of the configured tasks, at most `limit` of each row."""
     counts: Counter[str] = Counter()
     wanted = []
     for item in items:

@@ -1,4 +1,4 @@
-"""The operating curve over the bias of `<|silence|>`: what is told, and what is said in vain."""
+"""Computes the operating curve over the bias of `<|silence|>`: events told against false alarms."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from inference.evaluate.streaming.events import Heard
 
 @dataclass(frozen=True)
 class Operating:
-    """A point of the curve. recall: share of events told in time. precision: share of responses
-    that tell one, or answer. false_alarms, words: a minute. delay: seconds to the first right word,
-    the mean; None: nothing was told."""
+    """A point of the curve."""
 
     bias: float
     events: int
-    recall: float
-    precision: float
+    recall: float  # share of events told in time
+    precision: float  # share of responses that tell an event or answer a question
     f1: float
-    false_alarms: float
-    words: float
-    delay: float | None
+    false_alarms: float  # a minute
+    words: float  # a minute
+    delay: float | None  # mean seconds to the first right word; None: no event was told
 
 
 def operating(bias: float, heard: Sequence[Heard]) -> Operating:
-    """All streams at one bias; ValueError where there is no event or no time."""
+    """The point of all streams at one bias. ValueError: they have no event or no length."""
     told = [told for one in heard for told in one.told]
     minutes = sum(one.minutes for one in heard)
     if not told or not minutes:
@@ -46,13 +44,16 @@ def operating(bias: float, heard: Sequence[Heard]) -> Operating:
 
 
 def best(points: Sequence[Operating]) -> Operating:
-    """The one of the best F1; of equals the one that speaks least."""
+    """The point of the best F1; of several, the one with the fewest words."""
     return max(points, key=lambda point: (point.f1, -point.words))
 
 
 def rows(points: Sequence[Operating], lost: Mapping[float, Sequence[Item]]) -> list[Row]:
-    """A line of the table for each bias, and the best one. lost: by bias, of each stream that was
-    not watched `failed` or `skipped`, or nothing, where it was not asked."""
+    """A row of the table for each bias, and one for the best.
+
+    lost: by bias, a record for each stream that was not watched: `failed`, `skipped`, or empty
+    where it was not asked.
+    """
     known = {point.bias: point for point in points}
     named = [(f"events, bias {bias:g}", bias) for bias in lost]
     if points:
@@ -61,11 +62,11 @@ def rows(points: Sequence[Operating], lost: Mapping[float, Sequence[Item]]) -> l
 
 
 def _row(name: str, point: Operating | None, lost: Sequence[Item]) -> Row:
-    told = mean_row(name, "F1", lost, len(lost))
+    row = mean_row(name, "F1", lost, len(lost))
     if point is None:
-        return told
+        return row
     of = point.events + len(lost)
-    return replace(told, value=point.f1, count=point.events, of=of, settings=_settings(point))
+    return replace(row, value=point.f1, count=point.events, of=of, settings=_settings(point))
 
 
 def _settings(point: Operating) -> dict[str, float | str]:
@@ -79,7 +80,7 @@ def _settings(point: Operating) -> dict[str, float | str]:
 
 
 def write_curve(points: Sequence[Operating], out: Path) -> None:
-    """curve.json and curve.svg."""
+    """Writes curve.json and curve.svg."""
     data = {"points": [asdict(point) for point in points], "best_bias": best(points).bias}
     write_atomically(out / "curve.json", json.dumps(data, indent=1) + "\n")
     write_atomically(out / "curve.svg", _svg(points))

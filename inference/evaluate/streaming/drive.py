@@ -1,4 +1,4 @@
-"""The one driver: a source, frame by frame, with its questions at their time; and clips of it."""
+"""Shows an item to a speaker: as a stream with its questions, or as clips it is asked about."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from inference.evaluate.streaming.speaker import Speaker, Watching
 
 
 def watch(speaker: Speaker, item: Item, fps: float) -> Watched:
-    """Push mode: what the speaker says while it watches the item.
+    """Runs push mode: shows the item frame by frame, and returns what the speaker says meanwhile.
 
-    A question is a turn of its own, right before the first frame at or after its second; what is
-    asked beyond the end comes after the last frame. What is asked before the first frame comes with
-    that one: there is nothing yet to say about. SampleError: the video cannot be read; and what the
-    speaker raises.
+    A question is a turn of its own, right before the first frame at or after its second; one
+    beyond the end comes after the last frame. The last question before the first frame is given
+    together with that frame: there is nothing to say before it. Raises SampleError for a video
+    that cannot be read, and what the speaker raises.
     """
     with open_source(item.video) as source:
         asks = sorted(((source.second(ask.second), ask) for ask in item.asks), key=itemgetter(0))
@@ -38,6 +38,7 @@ def watch(speaker: Speaker, item: Item, fps: float) -> Watched:
 
 
 def _text(ask: Ask, watching: Watching) -> str:
+    """A question's text, with the model's answer to an earlier question where it refers to one."""
     if ask.answer_to is None:
         return ask.text
     turn = ask.answer_to + 1
@@ -48,7 +49,7 @@ def _text(ask: Ask, watching: Watching) -> str:
 def poll(
     speaker: Speaker, benchmark: Benchmark, item: Item, fps: float, max_frames: int
 ) -> list[Reply]:
-    """The official protocol: the speaker is asked about clips. Errors as in `watch`."""
+    """Runs the benchmark's official protocol, which asks about clips. Raises what `watch` does."""
     with open_source(item.video) as source:
 
         def ask(start: float, end: float | None, question: str) -> Reply:

@@ -1,4 +1,4 @@
-"""Perceiving while speaking, and latency as a user feels it: of any video with annotated events.
+"""Scores how a model tells annotated events of a video: in time, also while it speaks, how late.
 
 A file is a list of
 
@@ -6,7 +6,7 @@ A file is a list of
      "events": [{"second": 4, "says": ["the circle moves", "it moves right"]}, ...],
      "interruptions": [{"second": 6, "text": "What colour is it?", "says": ["blue"]}, ...]}
 
-An event's frame is the one of its second; each of `says` is a way to tell it.
+An event's frame is the one of its second; each of `says` is a phrase that tells it.
 """
 
 from __future__ import annotations
@@ -35,41 +35,41 @@ HOW = ("in the same breath", "after it stopped", "after it had finished")
 
 @dataclass(frozen=True)
 class Told:
-    """An event, and how it was told.
-
-    speaking: something was being said when its frame came. second: of the first right word; None:
-    it was not told in time. end: of the last word of that response. how: of HOW, of an event while
-    speaking.
-    """
+    """An event, and how it was told."""
 
     event: dict[str, Any]
-    speaking: bool
-    second: float | None = None
-    end: float | None = None
-    text: str = ""
-    how: str = ""
+    speaking: bool  # whether the model was speaking when the event's frame came
+    second: float | None = None  # of the first right word; None: it was not told in time
+    end: float | None = None  # of the last word of that response
+    text: str = ""  # of that response
+    how: str = ""  # one of HOW, for an event that came while the model was speaking
 
     @property
     def delay(self) -> float | None:
+        """Seconds from the event to the first right word."""
         return None if self.second is None else self.second - self.event["second"]
 
 
 @dataclass
 class Heard:
-    """What a stream held: `matched` responses told an event or answered a question, `false` did
-    neither. answers: to interruptions, each with its second."""
+    """What was said in a stream, held against its events and interruptions."""
 
     told: list[Told] = field(default_factory=list)
+    # (interruption, whether it cut a response off, its answer or None)
     answers: list[tuple[dict[str, Any], bool, Emission | None]] = field(default_factory=list)
-    matched: int = 0
-    false: int = 0
+    matched: int = 0  # responses that told an event or answered an interruption
+    false: int = 0  # responses that did neither
     spoken: int = 0  # words
-    minutes: float = 0.0
+    minutes: float = 0.0  # length of the stream
 
 
 class Events(PushAlone):
-    """See the module. within: seconds from an event's frame in which it is told in time. step:
-    seconds between two frames."""
+    """The benchmark that the module describes.
+
+    Args:
+        within: seconds from an event's frame in which it is told in time.
+        step: seconds between two frames.
+    """
 
     name = "events"
 
@@ -77,7 +77,7 @@ class Events(PushAlone):
         self._within, self._step = within, step
 
     def read(self, file: Path, videos: Path) -> list[Item]:
-        """FormError."""
+        """The items of a file. Raises FormError."""
         entries = read_entries(file, ("video", "question", "events"))
         return [self._item(number, entry, videos) for number, entry in enumerate(entries)]
 
@@ -106,7 +106,7 @@ class Events(PushAlone):
         return Item(name, "events", videos / entry.text("video"), asks, truth=truth)
 
     def hear(self, item: Item, watched: Watched) -> Heard:
-        """Which event was told by which response; a response may tell several."""
+        """Finds the response that tells each event (one may tell several) or answers a question."""
         said, heard = watched.said, Heard(minutes=watched.seconds / 60)
         heard.spoken = sum(len(_WORD.findall(emission.text)) for emission in said)
         used: set[int] = set()
@@ -126,6 +126,7 @@ class Events(PushAlone):
         return heard
 
     def _told(self, event: dict[str, Any], said: Sequence[Emission]) -> tuple[Told, int | None]:
+        """How an event was told, and the index of the response that tells it, or None."""
         second = event["second"]
         during = next((e for e in said if e.second < second <= e.end), None)
         for place, emission in enumerate(said):
@@ -180,7 +181,7 @@ class Events(PushAlone):
 
 
 def _first(emission: Emission, phrases: Sequence[str], since: float) -> float | None:
-    """When the first of the phrases begins that is said whole from second `since` on."""
+    """The second at which the first phrase begins that is said in full after `since`, or None."""
     pieces = [piece for piece in emission.pieces if piece[0] >= since]
     text = "".join(piece for _, piece in pieces)
     starts = [

@@ -1,4 +1,4 @@
-"""Files of benchmarks: entries whose fields are checked by name before anything is asked."""
+"""Reads files of benchmarks, and checks the fields of their entries before anything is asked."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from data_pipeline.commands import one_line
 from data_pipeline.seconds import parse_seconds
 
-_MOST = 1e15  # of a number
+_MOST = 1e15  # numbers must be smaller
 
 
 class FormError(ValueError):
-    """A file that is not of the form that was expected; says which file, entry and fields."""
+    """A file does not have the expected form; the text names file, entry and field."""
 
 
 def kind_of(file: Path, kinds: Mapping[str, str]) -> str:
-    """What a file holds, by its name; FormError."""
+    """The kind of a file, by its name. Raises FormError for a name that is not in `kinds`."""
     if file.stem not in kinds:
         names = ", ".join(f"{name}.json" for name in kinds)
         raise FormError(f"{file}: its name says what it holds: name it as one of {names}")
@@ -26,10 +26,10 @@ def kind_of(file: Path, kinds: Mapping[str, str]) -> str:
 
 
 class Entry:
-    """One object of a file; every getter raises FormError that names the field."""
+    """An object of a file. Every getter raises FormError, which names the field."""
 
     def __init__(self, place: str, data: Any, needs: Sequence[str] = ()) -> None:
-        """place: file and number of the entry. needs: fields that must be there."""
+        """`place`: file and number of the entry, for errors. `needs`: fields that it must have."""
         if not isinstance(data, dict):
             raise FormError(f"{place}: expected an object with {', '.join(needs) or 'fields'}")
         missing = [name for name in needs if name not in data]
@@ -82,7 +82,7 @@ class Entry:
         return [str(value) for value in self.elements(name)]
 
     def entries(self, name: str, needs: Sequence[str], least: int = 0) -> list[Entry]:
-        """The objects of a list; `least`: so many there must be."""
+        """The objects of a list, at least `least`, each with the fields that it needs."""
         found = [
             Entry(f"{self.place}, {name}[{i}]", data, needs)
             for i, data in enumerate(self.elements(name))
@@ -97,7 +97,7 @@ class Entry:
 
 
 def read_list(path: Path) -> list[Any]:
-    """The list that a JSON file holds; of JSON Lines one element a line. FormError."""
+    """The list in a JSON file, or the lines of a JSON Lines file. Raises FormError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -119,5 +119,5 @@ def _json(place: str, text: str) -> Any:
 
 
 def read_entries(path: Path, needs: Sequence[str]) -> list[Entry]:
-    """The entries of a file, each with the fields that it needs; FormError."""
+    """The entries of a file, each with the fields that it needs. Raises FormError."""
     return [Entry(f"{path}, entry {i}", data, needs) for i, data in enumerate(read_list(path))]

@@ -1,4 +1,4 @@
-"""What travels: items of a benchmark -> what a model said about them -> scored points."""
+"""Defines what travels: items of a benchmark -> what a model said about them -> scored points."""
 
 from __future__ import annotations
 
@@ -12,48 +12,40 @@ EARLIER_ANSWER = "##ANSWER##"  # in a question of OmniMMI
 
 @dataclass(frozen=True)
 class Ask:
-    """A user's turn at a second of the video; from its end where that is negative.
+    """A user's turn."""
 
-    answer_to: number of an earlier question whose answer stands for EARLIER_ANSWER in the text.
-    """
-
-    second: float
+    second: float  # of the video; a negative one counts from its end
     text: str
+    # Number of an earlier question, whose answer replaces EARLIER_ANSWER in the text.
     answer_to: int | None = None
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something to watch, with the questions of push mode.
-
-    row: task that it counts for. start, end: seconds of the source that are shown; None: its end.
-    truth: what the scorer of its benchmark needs.
-    """
+    """An item of a benchmark: a video and questions."""
 
     id: str
-    row: str
+    row: str  # row of the table that it counts for
     video: Path
-    asks: tuple[Ask, ...]
-    start: float = 0.0
-    end: float | None = None
-    truth: dict[str, Any] = field(default_factory=dict)
+    asks: tuple[Ask, ...]  # in push mode
+    start: float = 0.0  # second of the video from which it is shown
+    end: float | None = None  # second up to which it is shown; None: the video's end
+    truth: dict[str, Any] = field(default_factory=dict)  # what its benchmark's scorer needs
 
 
 @dataclass(frozen=True)
 class Emission:
-    """What was said at one go.
+    """A response of the model.
 
-    second: of the newest frame when its first word came; on the wall clock, when it came. end: the
-    same of its last word. turn: how many questions had been asked. cut: it was not finished.
-    pieces: (second, text), in order, which together are `text`.
+    Seconds are those of the newest frame when a word came; on the wall clock, when it came.
     """
 
-    second: float
+    second: float  # of the first word
     text: str
-    end: float
-    turn: int = 0
-    cut: bool = False
-    pieces: tuple[tuple[float, str], ...] = ()
+    end: float  # second of the last word
+    turn: int = 0  # number of questions asked before it
+    cut: bool = False  # whether it was not finished
+    pieces: tuple[tuple[float, str], ...] = ()  # (second, text) in order; together `text`
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,10 +58,10 @@ class Emission:
 
 @dataclass(frozen=True)
 class Watched:
-    """A stream that was watched: what was said, and how many seconds were shown."""
+    """A stream that was watched."""
 
     said: tuple[Emission, ...]
-    seconds: float
+    seconds: float  # length of what was shown
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Point:
-    """One score, between 0 and 1, of an item or of a part of it."""
+    """A score of an item or of a part of it; between 0 and 1 where the metric has no unit."""
 
     id: str
     row: str
@@ -99,40 +91,46 @@ class Point:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's: is the answer right, and how good it is (0 to 5; of PAUC 0 to 2)."""
+    """A judge's verdict on an answer."""
 
     right: bool
-    score: float
+    score: float  # 0 to 5; for PAUC 0 to 2
 
 
-# kind of request, question, reference, answer -> what the judge says.
+# kind of request (judge.py), question, reference, answer -> verdict
 Judge = Callable[[str, str, str, str], Verdict]
-# start, end (None: of the source), question -> the model's answer, at the end that was resolved
+# start, end (None: the video's), question -> the model's reply about that clip
 Poll = Callable[[float, float | None, str], Reply]
 
 
 class Benchmark(Protocol):
-    """A benchmark's forms and protocols."""
+    """A benchmark: reads its files, and scores what a model said."""
 
     name: str
 
     def polls(self, item: Item) -> bool:
-        """Whether it has an official protocol that is not push mode."""
+        """Whether an item has an official protocol, other than push mode."""
         ...
 
-    def read(self, file: Path, videos: Path) -> list[Item]: ...
+    def read(self, file: Path, videos: Path) -> list[Item]:
+        """The items of a file of questions. Raises FormError."""
+        ...
 
     def poll(self, item: Item, ask: Poll) -> list[Reply]:
-        """The official protocol, of one item."""
+        """Runs the official protocol for an item: asks about clips of its video."""
         ...
 
-    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]: ...
+    def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
+        """Scores the replies of `poll`."""
+        ...
 
-    def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]: ...
+    def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
+        """Scores what was said in push mode."""
+        ...
 
 
 class PushAlone:
-    """A benchmark that has no protocol of its own."""
+    """Base of a benchmark that has no official protocol but push mode."""
 
     def polls(self, item: Item) -> bool:
         return False
@@ -145,4 +143,4 @@ class PushAlone:
 
 
 class NoJudge(Exception):
-    """A score needs a judge, and there is none."""
+    """A score needs a judge, and none is configured."""

@@ -1,4 +1,4 @@
-"""A judge behind any OpenAI-compatible server; replies are kept under their requests' hash."""
+"""Asks a judge behind an OpenAI-compatible server; keeps replies by their requests' hash."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ _SCHEMAS: Mapping[str, Mapping[str, Any]] = {
 
 
 class JudgeFailed(Exception):
-    """The judge's server does not answer, or not in its form."""
+    """The judge's server does not answer, or not in the form that was asked for."""
 
 
 class EndpointJudge:
-    """`match`: is an answer right, and 0 to 5. `coverage`: what it covers of the right one, 0 to 2.
+    """Judges answers. Kind `match`: whether an answer is right, and how good it is, 0 to 5. Kind
+    `coverage`: how much of the reference it covers, 0 to 2.
 
-    May be called from many threads; as many requests run as the endpoint's `concurrency` allows.
+    May be called from many threads; the endpoint's `concurrency` limits requests at a time.
     """
 
     def __init__(self, config: EndpointConfig, words: Words, folder: Path) -> None:
-        """folder: for replies.sqlite. ShardError: another process works on it."""
+        """`folder` gets replies.sqlite. Raises ShardError where another process works on it."""
         self._config, self._words = config, words
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -59,7 +60,7 @@ class EndpointJudge:
         self._failed = ""  # why no request can succeed
 
     def __call__(self, kind: str, question: str, reference: str, answer: str) -> Verdict:
-        """JudgeFailed."""
+        """The verdict on an answer. Raises JudgeFailed."""
         reply = self._run(self._ask(self._request(kind, question, reference, answer)))
         if kind == "coverage":
             return Verdict(reply["score"] == 3, float(reply["score"] - 1))
@@ -98,8 +99,8 @@ class EndpointJudge:
         config, schema = self._config, _SCHEMAS[kind]
         system = self._words("judge.system")
         text = self._words(f"judge.{kind}", question, reference, answer)
-        asked = [config.model, system, text, schema, config.temperature]
-        key = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+        identity = [config.model, system, text, schema, config.temperature]
+        key = hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()
         content = ({"type": "text", "text": text},)
         return Request(
             kind, config.url, config.model, system, content, schema, Draft202012Validator(schema),
@@ -121,5 +122,5 @@ class EndpointJudge:
 
 
 def no_judge(kind: str, question: str, reference: str, answer: str) -> Verdict:
-    """Takes the place of a judge where none is configured."""
+    """Stands for the judge where none is configured. Raises NoJudge."""
     raise NoJudge

@@ -1,7 +1,8 @@
-"""OmniMMI: what comes next, states, chains of questions, speakers, alerts, turns to keep silent in.
+"""OmniMMI: action prediction (AP), state grounding (SG), dependent questions (MD), proactive alerts
+(PA), turns to keep silent in (PT), speaker identification (SI).
 
-Official protocol of AP, SI, PT: a question about the whole source; of SG, MD: about the source up
-to the end of each question's span, with what was said before. PA has push mode alone.
+Its official protocol asks AP, SI and PT about the whole video, SG and MD about the video up to the
+end of each question's span, with the conversation so far. PA has push mode alone.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ _NEEDS = {
     "PA": ("video", "question", "answer"), "PT": ("video", "conversation"),
     "SI": ("video", "question", "answer", "timestamp"),
 }  # fmt: skip
-_LATE = -5.0  # seconds from the end, at which AP and PT are asked in a stream
+_LATE = -5.0  # seconds, counted from the end, at which AP and PT are asked in push mode
 
 
 class OmniMMI:
-    """See the module."""
+    """The benchmark that the module describes."""
 
     name = "omnimmi"
 
@@ -47,7 +48,7 @@ class OmniMMI:
         self._words, self._timing = words, timing
 
     def read(self, file: Path, videos: Path) -> list[Item]:
-        """The items of one of its files; FormError."""
+        """The items of one of FILES. Raises FormError."""
         task = kind_of(file, FILES)
         return [
             self._item(f"{task} {number}", task, entry, videos)
@@ -96,20 +97,20 @@ class OmniMMI:
         if task not in ("SG", "MD"):
             return [ask(0.0, None, item.asks[0].text)]
         replies: list[Reply] = []
-        told = ""
+        conversation = ""
         for turn in truth["turns"]:
             text = turn["question"]
             if task == "MD":
                 text = text.replace(EARLIER_ANSWER, replies[-1].answer) if replies else text
             else:
-                told += f"user\n{text}\nassistant\n"
-                text = told
+                conversation += f"user\n{text}\nassistant\n"
+                text = conversation
             replies.append(ask(0.0, float(int(turn["end"])), text))
-            told += f"{replies[-1].answer}\n"
+            conversation += f"{replies[-1].answer}\n"
         return replies
 
     def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
-        """PT: silence, or the token that its models keep silent with."""
+        """Scores replies. In PT silence is right, also as `<2>`, as its models write it."""
         if item.truth["task"] == "PT":
             silent = replies[0].answer == "" or replies[0].answer.startswith("<2>")
             return [_turn_point(item, silent, replies[0].answer)]
@@ -128,8 +129,10 @@ class OmniMMI:
 
 
 def _judged(item: Item, answers: Sequence[str], judge: Judge) -> list[Point]:
-    """SG, MD: an item is right where all its turns are; `(turns)` has each of them. The judge is
-    given a question as the file has it."""
+    """Points of answers that a judge compares with the references, by the questions of the file.
+
+    An item is right where all its turns are. SG and MD also have a row `(turns)` with each turn.
+    """
     turns = item.truth["turns"]
     pairs = list(zip(turns, answers, strict=True))
     verdicts = [judge("match", turn["question"], turn["answer"], said) for turn, said in pairs]
@@ -151,8 +154,8 @@ def _judged(item: Item, answers: Sequence[str], judge: Judge) -> list[Point]:
 
 
 def _alert_points(item: Item, said: Sequence[Emission]) -> list[Point]:
-    """Scores as OmniMMI's own scorer does: alerts in second 0 do not count, and there is no
-    tolerance."""
+    """Points of alerts, scored as OmniMMI's own scorer does: alerts in second 0 do not count, and
+    there is no tolerance."""
     first, last = item.truth["span"]
     alerts = [e.second for e in said if int(e.second) != 0]
     inside = [first <= second <= last for second in alerts]

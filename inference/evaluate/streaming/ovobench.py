@@ -1,7 +1,7 @@
 """OVO-Bench: twelve tasks about the past, the present and the future of a stream.
 
-Official protocol: the model is asked about the source from its start to `ceil(realtime)`. Forward
-tasks are polled at each time of `test_info`. Push mode: docs/evaluation.md.
+Its official protocol asks about the video from its start to `ceil(realtime)`; a forward task is
+asked at each time of `test_info`. docs/evaluation.md describes push mode.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _POLL_NEEDS = {
 
 
 class OvoBench:
-    """See the module."""
+    """The benchmark that the module describes."""
 
     name = "ovobench"
 
@@ -54,7 +54,7 @@ class OvoBench:
         self._words, self._timing = words, timing
 
     def read(self, file: Path, videos: Path) -> list[Item]:
-        """The items of ovo_bench_new.json; FormError."""
+        """The items of ovo_bench_new.json. Raises FormError."""
         return [self._item(entry, videos) for entry in read_entries(file, ("task",))]
 
     def _item(self, entry: Entry, videos: Path) -> Item:
@@ -121,8 +121,8 @@ class OvoBench:
         return replies
 
     def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
-        """Quirks of its scorer that are kept: a letter, Yes or No counts wherever it stands in the
-        reply, in any word; all digits of a reply are one number."""
+        """Scores replies as OVO-Bench's own scorer does, with its quirks: a letter, Yes or No
+        counts wherever it stands in the reply, in any word; all digits of it are one number."""
         truth, task = item.truth, item.truth["task"]
         if task in _CHOICE:
             (reply,) = replies

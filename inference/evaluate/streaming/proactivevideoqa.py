@@ -1,7 +1,7 @@
-"""ProactiveVideoQA: a question at the start, answers at their time; PAUC.
+"""ProactiveVideoQA: a question at the start, to which answers are due at certain times.
 
-Its protocol is push mode. A judge says how much of each right answer what was said so far covers;
-PAUC is the area under that curve over the span in which the answer is due.
+Its protocol is push mode. A judge marks how much of each reference answer the responses so far
+cover. The score, PAUC, is the area under that mark over the span in which the answer is due.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from inference.evaluate.streaming.items import (
 )
 
 OMEGAS = (0.0, 0.5, 1.0)
-_BEST, _START = 2.0, 0.5  # a judge's 3, 2, 1 are 2, 1, 0; before a word is said it is 0.5
+_BEST, _START = 2.0, 0.5  # the best mark (0 to 2), and the mark before a word is said
 
 
 class ProactiveVideoQA(PushAlone):
-    """See the module."""
+    """The benchmark that the module describes."""
 
     name = "proactivevideoqa"
 
     def read(self, file: Path, videos: Path) -> list[Item]:
-        """The items of an anno.json, whose folder (EGO, TV, VAD, WEB) is their row; FormError."""
+        """The items of an anno.json, whose folder (EGO, TV, VAD, WEB) names their row. Raises
+        FormError."""
         part = file.parent.name or file.stem
         return [
             self._item(part, entry, videos)
@@ -67,18 +68,18 @@ class ProactiveVideoQA(PushAlone):
         return Item(name, row, video, asks, 0.0, max(span[1] for span in spans), truth)
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
-        """An emission counts from the second of its last word."""
+        """Scores each answer. A response counts from the second of its last word."""
         points = []
         for number, answer in enumerate(item.truth["answers"]):
             start, end = answer["span"]
-            marks, told = {}, list[str]()
+            marks, texts = {}, list[str]()
             for emission in watched.said:
-                if start <= emission.end <= end and emission.text not in told:
-                    told.append(emission.text)
-                    verdict = judge("coverage", item.asks[0].text, answer["text"], " ".join(told))
+                if start <= emission.end <= end and emission.text not in texts:
+                    texts.append(emission.text)
+                    verdict = judge("coverage", item.asks[0].text, answer["text"], " ".join(texts))
                     marks[emission.end] = verdict.score
             marks = _forgiven(marks, answer["due"])
-            rest = (item.asks[0].text, " ".join(told), answer["text"], start)
+            rest = (item.asks[0].text, " ".join(texts), answer["text"], start)
             points += [
                 Point(f"{item.id}.{number}", _row(item.row, omega), pauc(marks, start, end, omega),
                       *rest, metric=f"PAUC, omega {omega:g}")
@@ -92,17 +93,17 @@ def _row(row: str, omega: float) -> str:
 
 
 def _forgiven(marks: Mapping[float, float], due: float) -> dict[float, float]:
-    """What is said after the moment has passed does not lower the mark of what was said by then."""
+    """The marks without those after second `due` that are lower than the mark by then."""
     before = [mark for second, mark in sorted(marks.items()) if second <= due]
     least = before[-1] if before else 0.0
     return {s: mark for s, mark in sorted(marks.items()) if s <= due or mark >= least}
 
 
 def pauc(marks: Mapping[float, float], start: float, end: float, omega: float) -> float:
-    """Area under the steps of `marks` (second -> 0 to 2) between `start` and `end`, of 1.
+    """The area, 0 to 1, under the steps of `marks` (second -> 0 to 2) between `start` and `end`.
 
     Seconds since `start` count (1 - omega) times: with omega 1 only what is said counts, not when.
-    arXiv 2507.09313, and the code of the benchmark as others have ported it.
+    See arXiv 2507.09313; details as in ports of the benchmark's code.
     """
     length, level, before, area = end - start, _START, 0.0, 0.0
     for second, mark in sorted(marks.items()):

@@ -1,4 +1,4 @@
-"""A server of ours, or a front of several, that watches and speaks in sessions of its socket."""
+"""A speaker that is a server of ours, or a front of several, in sessions over its WebSocket."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from inference.session.events import Event
 from inference.session.handle import SessionClosed
 from inference.session.runner import INPUT_ENDED
 
-_CONNECT = 10.0  # seconds
-_PATIENCE = 600.0  # seconds without an event
-_AHEAD = 8  # frames that are sent before the first of them was taken in
-_SILENT = 100.0  # bias of <|silence|> with which nothing is said
-_END = "end"
-_HEAD = ("type", "seq", "t_server", "t_media")
+_CONNECT = 10.0  # seconds for an answer of /health
+_PATIENCE = 600.0  # seconds without an event after which a session counts as ended
+_AHEAD = 8  # frames that may be sent before the server has taken in the first of them
+_SILENT = 100.0  # bias of <|silence|> with which the model never speaks
+_END = "end"  # why a session is over: the input's end
+_HEAD = ("type", "seq", "t_server", "t_media")  # fields that every event has
 
 
 def check_server(url: str) -> None:
-    """BenchmarkError: no server answers there, or its model has not learned to watch."""
+    """Raises BenchmarkError where no server answers, or its model has not learned to watch."""
     try:
         form = httpx.get(f"{base_of(url)}/health", timeout=_CONNECT).json().get("prompt_form")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, AttributeError) as error:
@@ -49,7 +49,7 @@ def check_server(url: str) -> None:
 
 
 class RemoteSpeaker:
-    """Sessions of `http(s)://HOST:PORT`; `key`: its API key, or none."""
+    """A speaker at `http(s)://HOST:PORT`; `key`: the server's API key, or empty."""
 
     def __init__(self, url: str, config: SpeakingConfig, key: str = "") -> None:
         self._url = base_of(url).replace("http", "ws", 1) + "/v1/realtime"
@@ -59,7 +59,7 @@ class RemoteSpeaker:
         return self._session(item.start, self._config)
 
     def answer(self, item: Item, question: str, frames: Iterable[Tensor], at: float) -> str:
-        """As `inference.Model.chat`: the clip is watched in silence, then it is asked."""
+        """The answer to a question about a clip, which the model watches in silence before."""
         quiet = replace(self._config, clock="media", silence_bias=_SILENT)
         with self._session(0.0, quiet) as remote:
             for number, frame in enumerate(frames):
@@ -81,9 +81,12 @@ class RemoteSpeaker:
 
 
 class _Remote:
-    """A session. On the media clock frames and the questions that come with them are taken in at
-    their turn, whenever they arrive. A question without a frame waits until all frames before it
-    have been taken in, and what the pace allows was said to them."""
+    """A stream that the server's model watches in a session.
+
+    On the media clock the server takes in frames, and questions that come with them, in their
+    order, whenever they arrive. A question without a frame is sent only when all frames before it
+    have been taken in and the model has said to them what the pace allows.
+    """
 
     def __init__(self, socket: ClientConnection, start: float, config: SpeakingConfig) -> None:
         self._socket, self._wall = socket, config.clock == "wall"
@@ -123,7 +126,7 @@ class _Remote:
             self._settle()
 
     def answer(self, question: str) -> str:
-        """What is said to a question after all frames, with no bias."""
+        """The answer, without a bias of `<|silence|>`, to a question after all frames."""
         self._settle()
         self._send("session.update", session={"silence_bias": 0.0})
         self._ask(0.0, question)
@@ -162,8 +165,8 @@ class _Remote:
             return self._heard.emissions()
 
     def _settle(self) -> None:
-        """Waits, on the media clock, until all is taken in, and the model is silent or has said
-        what the pace allows."""
+        """Waits, on the media clock, until the server has taken in all input, and the model is
+        silent or has said what the pace allows."""
         self._wait(
             lambda: (
                 self._taken >= self._sent
@@ -217,7 +220,7 @@ class _Remote:
 
 
 def png(picture: Tensor) -> bytes:
-    """uint8 [3, H, W] as a file that loses nothing."""
+    """A picture, uint8 [3, H, W], as a PNG file."""
     file = io.BytesIO()
     PIL.Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
     return file.getvalue()

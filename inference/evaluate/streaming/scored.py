@@ -1,4 +1,4 @@
-"""What was said -> items with scores, rows of the table, totals of benchmarks."""
+"""Scores what was said: items with scores, rows of the table, totals of benchmarks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Line = dict[str, Any]  # an item of inference.evaluate.results
 
 @dataclass(frozen=True)
 class Scores:
-    """Lines of each row, with the metric; `of`: how many there are to be."""
+    """The scored items of each row."""
 
-    lines: dict[str, list[Line]]
-    metrics: dict[str, str]
-    of: dict[str, int]
+    lines: dict[str, list[Line]]  # by row
+    metrics: dict[str, str]  # by row
+    of: dict[str, int]  # number of items that each row should have
     failure: str  # of the judge; empty: none
 
     def rows(self, run: EvaluationRun) -> list[Row]:
-        """The table; each row's lines into its file."""
+        """Writes each row's items into its file; returns the rows of the table."""
         rows = []
         for name, lines in self.lines.items():
             run.items(name).path.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ class Scores:
 
 
 def score(jobs: Sequence[Job], asked: Asked, judge: Judge, threads: int) -> Scores:
-    """Scores what is known of the jobs. Where the judge fails, what needs it is `failed`."""
+    """Scores the jobs that have a record. Items whose judge fails are `failed`."""
     lines: dict[str, list[Line]] = defaultdict(list)
     metrics: dict[str, str] = {}
     of: dict[str, int] = defaultdict(int)
@@ -65,12 +65,12 @@ def score(jobs: Sequence[Job], asked: Asked, judge: Judge, threads: int) -> Scor
 
 
 def named(row: str, job: Job) -> str:
-    """A row's name, with the protocol where there are two."""
+    """A row's name, with ` (push)` where the item has an official protocol, too."""
     return row if job.protocol == OFFICIAL or not job.benchmark.polls(job.item) else f"{row} (push)"
 
 
 def _lines(job: Job, asked: Asked, judge: Judge) -> list[tuple[str, str, Line]] | None:
-    """(row, metric, line) of a job's points; None: nothing is known of it."""
+    """(row, metric, line) for each point of a job; None: the job has no record."""
     record, item = asked.record(job), job.item
     row = named(item.row, job)
     if record is None:
@@ -103,9 +103,8 @@ def _line(point: Point, base: Line, row: str) -> Line:
 
 
 def totals(rows: Sequence[Row]) -> list[Row]:
-    """Means that benchmarks report beside their tasks: of OVO-Bench's groups and all of it (means
-    of means), of StreamingBench's real and omni, of ProactiveVideoQA's parts (of all their items).
-    """
+    """Means that benchmarks report besides their tasks: OVO-Bench's groups and its total (means of
+    their rows), StreamingBench's `real` and `omni` (means of their items)."""
     by_name = {row.row: row for row in rows}
     extra = []
     for end in ("", " (push)"):

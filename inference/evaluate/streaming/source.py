@@ -1,4 +1,4 @@
-"""Frames of a source by its own seconds: a stream of them, or a clip."""
+"""Reads frames of a video by its own seconds: as a stream, or as a clip."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from torch import Tensor
 from data_pipeline.files import read_bytes
 from data_pipeline.video import Video, open_video
 
-_CLOSE = 1e-6  # seconds
+_CLOSE = 1e-6  # frames: rounding errors below it do not count as one more
 
 
 @dataclass(frozen=True)
 class Source:
-    """An open video file. `duration`: where its last frame ends, in seconds of its own clock."""
+    """An open video file."""
 
     video: Video
 
     @property
     def duration(self) -> float:
+        """Where the last frame ends, in seconds of the file's clock."""
         return self.video.info.duration
 
     def second(self, second: float) -> float:
-        """A second from the start; a negative one counts from the end."""
+        """A second counted from the start; a negative `second` counts from the end."""
         return second if second >= 0 else max(0.0, self.duration + second)
 
     def stream(self, start: float, end: float | None, fps: float) -> Iterator[tuple[float, Tensor]]:
-        """(second, uint8 [3, H, W]) every 1/fps s from `start` to `end`, both included, as long as
-        there is something to show."""
+        """Yields (second, uint8 [3, H, W]) every 1/fps s from `start` to `end`, both included, but
+        not beyond the end of the video."""
         times = self._times(start, end, fps, closed=True)
         yield from zip(times, self.video.frames(times), strict=True)
 
     def clip(self, start: float, end: float | None, fps: float, most: int) -> Iterator[Tensor]:
-        """uint8 [3, H, W] every 1/fps s from `start` up to `end`, one at least; of more than `most`
-        as many, spread evenly."""
+        """Yields uint8 [3, H, W] every 1/fps s from `start` up to `end`, at least one; where these
+        are more than `most`, so many of them, spread evenly."""
         times = self._times(start, end, fps, closed=False)
         if len(times) > most:
             step = (len(times) - 1) / max(most - 1, 1)
@@ -56,6 +57,6 @@ class Source:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """SampleError where the file is missing, broken or not a video."""
+    """Opens a video. Raises SampleError where the file is missing, broken or not a video."""
     with open_video(read_bytes(str(path))) as video:
         yield Source(video)

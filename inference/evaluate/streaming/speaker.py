@@ -1,4 +1,4 @@
-"""Who watches and speaks: a model in sessions of its own, or whatever else keeps this protocol."""
+"""Defines what can be evaluated, a speaker, and the one that is a model in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inference.session.handle import SessionClosed, SessionHandle
 
 
 class SpeakerFailed(Exception):
-    """A model or server that cannot go on. `fatal`: nothing else can be asked, either."""
+    """A model or server cannot go on. `fatal`: no other item can be asked, either."""
 
     def __init__(self, why: str, fatal: bool) -> None:
         super().__init__(why)
@@ -28,29 +28,31 @@ class SpeakerFailed(Exception):
 
 
 class Watching(Protocol):
-    """A stream that a model watches."""
+    """A stream that a speaker watches."""
 
     def ask(self, second: float, text: str) -> None:
-        """A user's turn, at a second of the source, after what was shown so far."""
+        """Gives a user's turn, at a second of the source, after the frames shown so far."""
         ...
 
     def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
-        """Shows uint8 [3, H, W] of a second; `asked`: a user's turn right before it."""
+        """Shows the frame of a second, uint8 [3, H, W]; `asked`: a user's turn right before it."""
         ...
 
     def said(self) -> list[Emission]:
-        """What has begun until now, also what is not finished."""
+        """All responses so far, also one that is not finished."""
         ...
 
     def end(self) -> list[Emission]:
-        """No more frames come: what was said in all, to its end."""
+        """Ends the stream; all responses, once the last one is finished."""
         ...
 
 
 class Speaker(Protocol):
-    """Both ways to be evaluated: watching a stream, and answers about clips."""
+    """What is evaluated: it watches streams, and answers questions about clips."""
 
-    def watch(self, item: Item) -> AbstractContextManager[Watching]: ...
+    def watch(self, item: Item) -> AbstractContextManager[Watching]:
+        """Opens a stream for an item. Raises SpeakerFailed, also while the stream is open."""
+        ...
 
     def answer(self, item: Item, question: str, frames: Iterable[Tensor], at: float) -> str:
         """The answer to a question about a clip that ends at second `at` of the source."""
@@ -59,13 +61,11 @@ class Speaker(Protocol):
 
 @dataclass(frozen=True)
 class SpeakingConfig:
-    """How a model watches (SessionConfig's and Sampling's fields of the same names).
+    """How a model watches. Fields are those of SessionConfig and Sampling, but for `fps`."""
 
-    clock: `media`, as fast as the machine can; `wall`, a second of the video in a second.
-    """
-
+    # `media`: as fast as the machine can; `wall`: each second of the video takes a second.
     clock: Literal["media", "wall"] = choice("media", ("media", "wall"))
-    fps: float = number(1.0, above=0)
+    fps: float = number(1.0, above=0)  # frames a second of the video
     pace: int = number(40, above=0)  # tokens between two frames
     max_new_tokens: int = number(512, above=0)
     silence_bias: float = number(0.0, least=-100, most=100)
@@ -76,7 +76,7 @@ class SpeakingConfig:
 
 
 class ModelSpeaker:
-    """An opened export."""
+    """A speaker that is an export, opened in this process."""
 
     def __init__(self, model: Model, config: SpeakingConfig) -> None:
         self._model, self._config = model, config
@@ -110,7 +110,7 @@ class ModelSpeaker:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns what an engine that has failed raises into SpeakerFailed."""
+        """Turns the errors of a session or a failed engine into SpeakerFailed."""
         try:
             yield
         except (SessionClosed, RuntimeError) as error:
@@ -122,34 +122,37 @@ class ModelSpeaker:
 
 
 class Heard:
-    """What a session says, from its events: emissions with their seconds.
+    """Collects a session's responses, with their seconds, from its events.
 
-    wall: seconds are those at which words came, not those of the newest frame. now: the clock of
-    the events' `t_server`.
+    Args:
+        start: second of the source from which it is shown.
+        wall: seconds are those at which words came, not those of the newest frame.
+        now: the clock of the events' `t_server`.
     """
 
     def __init__(self, start: float, wall: bool, now: Callable[[], float] = time.time) -> None:
         self._start, self._wall, self._now = start, wall, now
-        # At second `start` of the source: on that clock, and on one that nobody sets.
+        # When second `start` of the source was shown: on that clock, and on the monotonic clock.
         self._began: float | None = None
         self._moment = 0.0
         self.asked: list[float] = []  # second of each turn
-        self._turn = 0
+        self._turn = 0  # turns that the session has taken in
         self._done: list[Emission] = []
-        self._pieces: list[tuple[float, str]] | None = None  # of what is being said
-        self._second = 0.0  # at which it began
+        self._pieces: list[tuple[float, str]] | None = None  # of the response under way
+        self._second = 0.0  # at which that began
 
     @property
     def speaking(self) -> bool:
+        """Whether a response is under way."""
         return self._pieces is not None
 
     def emissions(self) -> list[Emission]:
-        """What has begun until now, also what is not finished."""
+        """All responses so far, also one that is not finished."""
         running = [] if self._pieces is None else [self._emission(self._pieces, cut=False)]
         return [e for e in [*self._done, *running] if e.text.strip()]
 
     def shows(self, second: float, asked: str | None) -> None:
-        """A frame is about to be given, with a question or None."""
+        """Notes that the frame of a second is about to be shown, with a question or None."""
         if self._began is None:
             self._began, self._moment = self._now(), time.monotonic()
         if asked is not None:
@@ -162,7 +165,7 @@ class Heard:
         return max(0.0, self._moment + second - self._start - time.monotonic())
 
     def take(self, event: Event) -> None:
-        """Raises SessionClosed for an error."""
+        """Takes an event in. Raises SessionClosed for one that is an error."""
         at, data = self._at(event), event.data
         if event.type == "conversation.item.created":
             self._turn += 1
@@ -183,14 +186,16 @@ class Heard:
         return Emission(self._second, text, end, self._turn, cut, tuple(pieces))
 
     def _at(self, event: Event) -> float:
+        """The second of the source at which an event came."""
         if not self._wall or self._began is None:
-            # What is said to a question is no earlier than that, whatever frame is the newest.
+            # An answer is never earlier than its question, whatever frame is the newest.
             return max(event.t_media, self._start, *self.asked[self._turn - 1 : self._turn])
         return self._start + event.t_server - self._began
 
 
 class _Session:
-    """A session of a model. On the media clock each call waits until all was taken in."""
+    """A stream that a model watches in a session. On the media clock each call waits until the
+    session has taken in all input."""
 
     def __init__(self, session: SessionHandle, start: float, wall: bool) -> None:
         self._session, self._wall = session, wall

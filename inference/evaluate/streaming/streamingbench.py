@@ -1,7 +1,7 @@
 """StreamingBench: multiple choice in the stream, questions that refer to each other, alerts.
 
-Official protocol: the model is asked about the source up to a second (`context` seconds of it); an
-alert is polled each second until the model says yes, then it is asked the question itself.
+Its official protocol asks about the video up to the question's second (`context` seconds of it).
+For an alert it asks each second whether it is time; when the model says yes, it asks the question.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FILES = {
 }  # fmt: skip
 _CHOICE = ("task_type", "question", "time_stamp", "answer", "options")
 _ALERT = ("task_type", "question", "time_stamp", "ground_truth_time_stamp", "ground_truth_output")
-_POLLED = 4  # seconds after the right one for which an alert is polled
-_IN_TIME = 2.0  # seconds from the right one
+_POLLED = 4  # seconds after the right second up to which an alert is asked about
+_IN_TIME = 2.0  # seconds from the right second, within which an alert is in time
 
 
 class StreamingBench:
-    """See the module."""
+    """The benchmark that the module describes."""
 
     name = "streamingbench"
 
@@ -43,7 +43,7 @@ class StreamingBench:
         self._words, self._timing = words, timing
 
     def read(self, file: Path, videos: Path) -> list[Item]:
-        """The items of a questions_*.json; FormError."""
+        """The items of a questions_*.json. Raises FormError."""
         part = kind_of(file, FILES)
         items: list[Item] = []
         for number, data in enumerate(read_list(file)):
@@ -63,7 +63,7 @@ class StreamingBench:
 
     def _choice(self, name: str, question: Entry, video: Path, part: str) -> Item:
         row = f"streamingbench {part}: {question.text('task_type')}"
-        ask, truth = self._asked(question)
+        ask, truth = self._ask_of(question)
         start, end = self._timing.start(ask.second), self._timing.end(ask.second)
         return Item(name, row, video, (ask,), start, end, {"part": part, "questions": [truth]})
 
@@ -72,14 +72,15 @@ class StreamingBench:
             Entry(f"{place}, {i}", one, ("video_path", "questions")) for i, one in enumerate(data)
         ]
         questions = [q for entry in entries for q in entry.entries("questions", _CHOICE, least=1)]
-        asked = sorted((self._asked(question) for question in questions), key=lambda a: a[0].second)
-        asks, truths = [ask for ask, _ in asked], [truth for _, truth in asked]
+        pairs = sorted((self._ask_of(q) for q in questions), key=lambda pair: pair[0].second)
+        asks, truths = [ask for ask, _ in pairs], [truth for _, truth in pairs]
         start, end = self._timing.start(asks[0].second), self._timing.end(asks[-1].second)
         truth = {"part": "sqa", "questions": truths}
         video = _video(entries[0], videos)
         return Item(name, "streamingbench sqa", video, tuple(asks), start, end, truth)
 
-    def _asked(self, question: Entry) -> tuple[Ask, dict[str, Any]]:
+    def _ask_of(self, question: Entry) -> tuple[Ask, dict[str, Any]]:
+        """The turn that asks a multiple-choice question, and what its scorer needs."""
         options = question.texts("options")
         if len(options) < 4:
             raise FormError(f"{question.place}: options: expected four, there are {len(options)}")
@@ -106,12 +107,13 @@ class StreamingBench:
         truth = item.truth
         if truth["part"] == "proactive":
             return self._poll_alert(item, ask)
-        replies, told = [], ""
+        replies, earlier = [], ""
         for question in truth["questions"]:
             options = question["options"][:4]
             if truth["part"] == "sqa":
-                text = self._words("streamingbench.sequence", told, question["question"], *options)
-                told = (told or "What was asked before, and the right answers:") + (
+                name = "streamingbench.sequence"
+                text = self._words(name, earlier, question["question"], *options)
+                earlier = (earlier or "What was asked before, and the right answers:") + (
                     f" At {question['stamp']}: {question['question']} {'; '.join(options)};"
                     f" answer: {question['answer']}."
                 )
@@ -139,12 +141,14 @@ class StreamingBench:
         return replies
 
     def official(self, item: Item, replies: Sequence[Reply], judge: Judge) -> list[Point]:
-        """Quirks of its scorer that are kept: only the first character of a reply counts; of an
-        alert the last poll, whatever it was answered, is the time of the answer, and the answer is
-        right only in time and where it has the output letter by letter."""
+        """Scores replies as StreamingBench's own scorer does, with its quirks.
+
+        Only the first character of a reply counts. The last reply to an alert, whatever it says,
+        is its answer; that is right only in time and where it has the output letter by letter.
+        """
         truth = item.truth
         if truth["part"] == "proactive":
-            if not replies:  # it is due so long before its question that it is never polled
+            if not replies:  # it is due so long before its question that it is never asked about
                 return self._alert_points(item, None, "")
             return self._alert_points(item, replies[-1].at, replies[-1].answer)
         return [
@@ -188,7 +192,7 @@ def _point(item: Item, number: int, right: bool, question: dict[str, Any], answe
 
 
 def _video(entry: Entry, videos: Path) -> Path:
-    """`./videos/a.mp4` of the files is `a.mp4` of the folder, or as it is written there."""
+    """The path of a video: the file's `./videos/a.mp4` below the folder, else `a.mp4` in it."""
     path = PurePosixPath(entry.text("video_path"))
     whole = videos / path
     return whole if whole.is_file() else videos / path.name

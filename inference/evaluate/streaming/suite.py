@@ -1,4 +1,4 @@
-"""The suite `streaming`: benchmarks of streams, in their official protocols and in push mode.
+"""Runs the suite `streaming`: benchmarks of streams, in official protocols and in push mode.
 
 OUT/said/BENCHMARK PROTOCOL.jsonl   what the model said: never asked again
 OUT/replies.sqlite                  what the judge said
@@ -41,18 +41,18 @@ from inference.evaluate.streaming.speaker import ModelSpeaker
 from inference.evaluate.streaming.words import describe_own, read_words
 
 NAME = "streaming"
-_NAMED = 5  # missing videos that are told; the files of items have all of them
+_NAMED = 5  # missing videos that a message names; the files of items have all of them
 
 
 def run(checkpoint: str, out: Path, config: StreamingConfig, **engine: Any) -> Results:
-    """Evaluates an export, or what a server has (`config.url`; then `checkpoint` is not opened);
-    the results' exit code says whether all was asked.
+    """Evaluates an export, or the model of a server (`config.url`; then `checkpoint` is not
+    opened). The results' exit code says whether all items were asked.
 
     Args:
         engine: arguments of `inference.load`: device, dtype, quantize, ...
 
     Raises:
-        FormError, BenchmarkError, ExportError, ValueError: what was given cannot be used.
+        FormError, BenchmarkError, ExportError, ValueError: an argument cannot be used.
     """
     chosen = choose(config)
     if config.url:
@@ -99,7 +99,7 @@ def evaluate(
     config: StreamingConfig,
     tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Results:
-    """As `run`, for any speaker. tell: is given what went wrong."""
+    """Evaluates any speaker, as `run` does. `tell` is called with each message about a problem."""
     jobs = list(_jobs(chosen, config))
     with EvaluationRun(out, model, NAME, _settings(chosen, config)) as run:
         asked = Asked(out / "said")
@@ -122,7 +122,7 @@ def evaluate(
 
 
 def _missing(jobs: list[Job], asked: Asked) -> Iterator[str]:
-    """Which videos are not there, or cannot be read."""
+    """Messages that name the videos that are missing, or cannot be read."""
     for why in (NO_MEDIA, UNREADABLE):
         lacking = (job for job in jobs if (asked.record(job) or {}).get("skipped") == why)
         paths = list(dict.fromkeys(str(job.item.video) for job in lacking))
@@ -132,6 +132,7 @@ def _missing(jobs: list[Job], asked: Asked) -> Iterator[str]:
 
 
 def _jobs(chosen: list[Chosen], config: StreamingConfig) -> Iterator[Job]:
+    """Each item in the configured protocols, and each item of events at each bias."""
     for one in chosen:
         benchmark, wanted = one.benchmark, config.protocol
         for item in one.items:
@@ -146,19 +147,21 @@ def _jobs(chosen: list[Chosen], config: StreamingConfig) -> Iterator[Job]:
 
 
 def _curve(jobs: list[Job], asked: Asked, out: Path) -> list[Row]:
-    """Rows of the curve over the biases, with what could not be watched at each."""
+    """Writes the curve over the biases; returns its rows of the table."""
     heard: dict[float, list[Heard]] = {}
     lost: dict[float, list[dict[str, Any]]] = {}
     for job in jobs:
         if job.bias is not None and isinstance(job.benchmark, Events):
             record = asked.record(job) or {}
-            told, gone = heard.setdefault(job.bias, []), lost.setdefault(job.bias, [])
+            streams, unwatched = heard.setdefault(job.bias, []), lost.setdefault(job.bias, [])
             if "said" in record:
-                told.append(job.benchmark.hear(job.item, watched_of(record)))
+                streams.append(job.benchmark.hear(job.item, watched_of(record)))
             else:
-                gone.append(record)
+                unwatched.append(record)
     points = [
-        curve.operating(bias, told) for bias, told in heard.items() if any(one.told for one in told)
+        curve.operating(bias, streams)
+        for bias, streams in heard.items()
+        if any(stream.told for stream in streams)
     ]
     if points:
         curve.write_curve(points, out)
@@ -179,11 +182,11 @@ def _judge(config: StreamingConfig, out: Path) -> Iterator[Judge]:
 
 
 def _settings(chosen: list[Chosen], config: StreamingConfig) -> dict[str, Any]:
-    """What a later run must have in common with this one."""
+    """The settings that a later run in the same folder must share."""
     settings = asdict(config)
     judge = settings.pop("judge")
     settings["judge"] = f"{judge['model']} at {judge['url']}" if judge["model"] else "none"
-    for name in ("sessions", "url", "url_key_env"):  # change no answer
+    for name in ("sessions", "url", "url_key_env"):  # these do not change answers
         del settings[name]
     settings |= settings.pop("speaking")
     if config.prompts:

@@ -1,4 +1,4 @@
-"""What a text says: an option's letter, a number, a phrase."""
+"""Finds what a text says: an option's letter, a number, a phrase."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 
 
 def letter(text: str) -> str:
-    """The first option's letter that stands alone in a text: `B`, `(B)`, `B. A cat`; else empty."""
+    """The first letter A to H that stands alone in a text (`B`, `(B)`, `B. A cat`); "": none."""
     found = _LETTER.search(text)
     return found[1] if found else ""
 
 
 def last_number(text: str) -> int | None:
-    """The last number of a text, of digits or words up to ten."""
+    """The last number in a text, in digits or as a word up to ten; None: there is none."""
     numbers = [
         int(word) if word.isdecimal() else _NUMBERS[word]
         for word in _WORDS.findall(text.lower())
@@ -27,7 +27,7 @@ def last_number(text: str) -> int | None:
 
 
 def words(text: str) -> str:
-    """A text as phrases are compared: words in lower case, with a space on each side of each."""
+    """A text in the form in which phrases are compared: words in lower case between spaces."""
     return f" {' '.join(_WORDS.findall(text.lower()))} "
 
 

@@ -1,4 +1,4 @@
-"""Which part of a source is watched around a question."""
+"""Decides which part of a video is watched around a question."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """context: seconds before a question that are watched; None: all. patience: seconds after it in
-    which an answer may begin."""
+    """How long a video is watched before and after a question."""
 
-    context: float | None = None
-    patience: float = 10.0
+    context: float | None = None  # seconds before it; None: all
+    patience: float = 10.0  # seconds after it, in which an answer may begin
 
     def start(self, second: float) -> float:
+        """The second from which the video is watched, for a question at `second`."""
         return 0.0 if self.context is None else max(0.0, second - self.context)
 
     def end(self, second: float) -> float:
+        """The second up to which the video is watched, for a question at `second`."""
         return second + self.patience

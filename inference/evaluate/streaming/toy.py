@@ -1,4 +1,4 @@
-"""The toy world as a file of events: videos whose truth is known, with events while one speaks."""
+"""Makes toy videos with a file of their events, some of which come while a model still speaks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from data_pipeline.toy.stream import NARRATE, narration, question_at
 from data_pipeline.toy.world import Story, simulate
 
 FILE = "events.json"
-_EVENTS, _SECONDS = 4, 12  # of a video; events may follow each other, so that one is still told
+# Of a video. Events may follow each other closely, so that one comes while another is told.
+_EVENTS, _SECONDS = 4, 12
 
 
 def write_toy_events(folder: Path, count: int, seed: int = 0, interruptions: int = 0) -> Path:
-    """Writes `count` videos and the file of their events, which is returned.
+    """Writes `count` videos and the file of their events; returns the path of that.
 
-    interruptions: in so many of the videos, the last ones, a question is asked about what is there,
-    a second after an event's frame, while it may be told; nothing happens after that.
+    interruptions: number of videos, the last ones, with a question about what is on screen. It
+    comes a second after an event's frame, while the event may still be told; nothing happens later.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries, config = [], ToyConfig()
@@ -29,11 +30,11 @@ def write_toy_events(folder: Path, count: int, seed: int = 0, interruptions: int
         name = f"toy-{number:04d}.mp4"
         entry: dict[str, Any] = {"id": str(number), "video": name, "question": NARRATE}
         if number >= count - interruptions:
-            told = list(narration(story).speech)
-            second = told[len(told) // 2] + 1
+            speech_seconds = list(narration(story).speech)
+            second = speech_seconds[len(speech_seconds) // 2] + 1
             story = _still_from(story, second)
-            asked = question_at(story.states[-1], random.Random(number))
-            turn = {"second": second, "text": asked.question, "says": [asked.answer.rstrip(".")]}
+            qa = question_at(story.states[-1], random.Random(number))
+            turn = {"second": second, "text": qa.question, "says": [qa.answer.rstrip(".")]}
             entry["interruptions"] = [turn]
         (folder / name).write_bytes(mp4(story, config.size, config.fps))
         speech = narration(story).speech
@@ -45,7 +46,7 @@ def write_toy_events(folder: Path, count: int, seed: int = 0, interruptions: int
 
 
 def _still_from(story: Story, second: int) -> Story:
-    """The story, in which nothing happens from a second on."""
+    """The story up to a second, with nothing happening from there on."""
     events = tuple(event for event in story.events if event.second < second)
     rest = story.states[second - 1 : second] * (len(story.states) - second)
     return Story(story.states[:second] + rest, events)

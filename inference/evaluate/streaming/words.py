@@ -1,7 +1,7 @@
-"""The words in which a model and a judge are asked (prompts.yaml).
+"""Reads the templates of questions to a model and to a judge (prompts.yaml).
 
-A benchmark's own words are not ours to ship. They are read from its repository where the file of
-questions lies in one: its templates are texts that a Python file assigns to names.
+A benchmark's own templates may not be shipped with this project. Where the file of questions lies
+in the benchmark's repository, they are read from there, out of its Python files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data_pipeline.commands import one_line
 from inference.evaluate.streaming.forms import FormError
 
 _OURS = Path(__file__).with_name("prompts.yaml")
-# name here -> file in the repository, name there
+# Name of a template -> file in the benchmark's repository, and constant in it.
 _THEIRS = {
     "streamingbench.choice": ("src/benchmark/StreamingBench.py", "PROMPT_TEMPLATE"),
     "streamingbench.sequence": ("src/benchmark/StreamingBenchSQA.py", "PROMPT_TEMPLATE"),
@@ -35,22 +35,23 @@ _THEIRS = {
 
 @dataclass(frozen=True)
 class Words:
-    """Templates by name; `found`: those of the benchmark's own repository, with their file."""
+    """Templates of questions."""
 
-    templates: dict[str, str]
-    found: dict[str, str]
+    templates: dict[str, str]  # by name
+    found: dict[str, str]  # those of the benchmark's own repository: name -> file and constant
 
     def __call__(self, name: str, *values: object) -> str:
-        """A template with its `{}` filled in; other braces are text."""
+        """A template with the values in place of its `{}`; other braces stay as they are."""
         parts = self.templates[name].split("{}")
         filled = [str(value) + part for value, part in zip(values, parts[1:], strict=True)]
         return "".join([parts[0], *filled]).strip()
 
 
 def read_words(questions: Path | None = None, own: Path | None = None) -> Words:
-    """Ours, those of the repository around `questions`, and those of a file of the user.
+    """Our templates, overridden by those of the repository that the file `questions` lies in, and
+    these by those of the user's file `own`.
 
-    FormError for a file that has other names, or another number of `{}`.
+    FormError: the user's file has another name, or a template with another number of `{}`.
     """
     templates = yaml.safe_load(_OURS.read_text())
     found: dict[str, str] = {}
@@ -65,13 +66,14 @@ def read_words(questions: Path | None = None, own: Path | None = None) -> Words:
 
 
 def describe_own(file: Path) -> dict[str, Any]:
-    """What a run keeps of a file of the user: its digest and its texts."""
+    """The digest and the texts of a user's file, which a run's settings keep."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return {"sha256": digest, "texts": read_own(file, yaml.safe_load(_OURS.read_text()))}
 
 
 def read_own(file: Path, known: dict[str, str]) -> dict[str, str]:
-    """The texts of a file, by names that are `known`. FormError for anything else in it."""
+    """The templates of a user's file. FormError: it has a name that is not `known`, or a template
+    with another number of `{}` than the known one."""
     try:
         data = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -89,7 +91,8 @@ def _holes(text: str) -> int:
 
 
 def _constant(file: Path, name: str) -> str | None:
-    """The text that a Python file assigns to a name; the file is not run."""
+    """The text that a Python file assigns to a name, without running the file; None: there is
+    none."""
     if not file.is_file():
         return None
     try:
