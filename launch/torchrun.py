@@ -1,4 +1,4 @@
-"""torchrun with an exit code of its own for a job that was stopped before its end: 130.
+"""Runs torchrun, with an exit code of its own (130) for a job that was stopped before its end.
 
     python launch/torchrun.py --nproc-per-node 8 launch/train.py stage=pt1 ...
 
@@ -35,7 +35,7 @@ from moss_train.processes import STOPPED_NOTE
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs torchrun with `arguments`; its exit code, or 130."""
+    """Runs torchrun with `arguments`; returns its exit code, or 130."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "270")
     # Else ranks that are started again may find the addresses of those that have ended.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -73,8 +73,8 @@ def _ft_launcher() -> Callable[[list[str]], object]:
 
 @contextmanager
 def _note() -> Iterator[Path]:
-    """An empty file that ranks can write to. On Linux in memory: nothing is left of a launcher that
-    is killed, and no disk can be full."""
+    """An empty file that ranks can write to. On Linux it is in memory: a launcher that is killed
+    leaves nothing behind, and no disk can be full."""
     if sys.platform == "linux":
         file = os.memfd_create("stopped")
         yield Path(f"/proc/{os.getpid()}/fd/{file}")
@@ -86,7 +86,8 @@ def _note() -> Iterator[Path]:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Folder for what ranks tell torchrun, which would make one for each job and keep it."""
+    """A folder for torchrun's log and error files: by itself torchrun makes one for each job and
+    keeps it."""
     prefix = f"moss-train-torchrun-{os.getuid()}-"
     remove_unclaimed(Path(tempfile.gettempdir()), prefix)
     # Under another name until it is claimed: a launcher that starts now would remove it.

@@ -31,7 +31,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Converts. 1 with a message where that cannot be done; nothing is left then."""
+    """Converts; returns 1, with a message and nothing left behind, where that cannot be done."""
     options = _parse(arguments)
     if options.list:
         print(listing(read_model(options.model)))
@@ -139,7 +139,8 @@ def _add_to_hf(add: Callable[..., object]) -> None:
 
 
 def listing(model: ModelConfig) -> str:
-    """The table as text: our names, shapes over tensor ranks, HF names."""
+    """The table of parameters as text: our names, shapes over tensor ranks, Hugging Face's
+    names."""
     rows = [("megatron", "split", "kind", "Hugging Face", "shape")]
     for pattern in patterns(model):
         rule = pattern.rule
@@ -164,7 +165,7 @@ def _layers(rules: list[Pattern]) -> str:
 
 
 def read_model(path: Path | None) -> ModelConfig:
-    """A file as in conf/model; without one, that of 11b."""
+    """The model of a file as in conf/model; without a file, that of 11b."""
     if path is None:
         return ModelConfig()
     try:

@@ -147,8 +147,8 @@ def _run(command: list[str], environment: Mapping[str, str], log: str | None, fo
 
 
 def _release_ended_ranks() -> None:
-    """In torchrun: a rank that is a fork and has ended waits until all have. Where torchrun is told
-    to stop nothing would tell it so, and it would wait until it is killed."""
+    """Patches torchrun, where ranks that are forks end only when all have: one that has ended would
+    wait for ever after torchrun stops the others."""
     from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 
     close = MultiprocessContext._close
@@ -175,7 +175,7 @@ def _kill_stopped_ranks_in_time() -> None:
 
 
 def _rank() -> None:
-    """In a rank: runs the script that is named first, as an interpreter of its own would."""
+    """Runs, in a rank, the script that is named first, as an interpreter of its own would."""
     del sys.argv[0]
     launcher = os.getppid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not torchrun's handlers

@@ -27,7 +27,7 @@ class Run:
     """A run folder: its configuration and its steps."""
 
     def __init__(self, folder: Path):
-        """Raises ValueError where the folder is not a run's."""
+        """Reads the run. Raises ValueError where the folder is not a run's."""
         self.folder, self.name = folder, folder.resolve().name
         self.rows = read_metrics(folder)
         if not self.rows:
@@ -43,7 +43,7 @@ class Run:
             self.config |= dict(flatten(described))
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a key (`validation.loss` is nested), where it has one."""
+        """The steps at which a key (also nested: `validation.loss`) has a value, and the values."""
         values = [(row["step"], dict(flatten(row)).get(key)) for row in self.rows]
         points = [(step, value) for step, value in values if value is not None]
         return [step for step, _ in points], [value for _, value in points]
@@ -62,13 +62,13 @@ def differences(runs: list[Run]) -> list[list[str]]:
 
 
 def table(title: str, runs: list[Run], rows: list[list[str]], width: int = 40) -> str:
-    """Aligned columns: a name, then a value for each run."""
+    """The lines of a table in aligned columns: a name, then a value for each run."""
     header = [title, *(run.name for run in runs)]
     return format_table([header, *rows], "l", rule=True, max_width=width)
 
 
 def plot(runs: list[Run], out: Path) -> None:
-    """Losses over steps, smoothed; validation losses as dots."""
+    """Plots losses over steps, smoothed, and validation losses as dots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -89,7 +89,7 @@ def plot(runs: list[Run], out: Path) -> None:
 
 
 def compare(folders: list[Path], out: Path) -> str:
-    """The tables of runs; writes the plot to `out`."""
+    """The tables of runs; also writes the plot to `out`."""
     runs = [Run(folder) for folder in folders]
     names = [run.name for run in runs]
     for run in runs:
@@ -104,7 +104,7 @@ def compare(folders: list[Path], out: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = CommandParser("python -m tools.runs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare", help="plots runs over each other, prints differences")

@@ -57,7 +57,7 @@ class Difference:
     greedy: tuple[list[int], list[int]] | None
 
     def problems(self, tolerance: float) -> list[str]:
-        """What is over the tolerance."""
+        """A line for each thing that exceeds the tolerance."""
         wrong = []
         if not self.logits_max <= tolerance:  # NaN is
             wrong.append(f"logits differ by {self.logits_max:.2e}, allowed is {tolerance:.0e}")
@@ -68,7 +68,7 @@ class Difference:
         return wrong
 
     def table(self, names: tuple[str, str]) -> str:
-        """Lines of text."""
+        """The differences as lines of text."""
         lines = [f"logits  max {self.logits_max:.2e}  mean {self.logits_mean:.2e}"]
         if self.losses:
             off = abs(self.losses[0] - self.losses[1])
@@ -83,7 +83,7 @@ class Difference:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compares. 1 where something is over the tolerance, or cannot be compared."""
+    """Compares; returns 1 where something exceeds the tolerance, or cannot be compared."""
     options = _parse(arguments)
     try:
         if options.hashes:
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(options: argparse.Namespace) -> tuple[Difference, tuple[str, str]]:
-    """Runs what is to be compared; the difference, and the names of the two sides."""
+    """Runs both sides; returns their difference and names."""
     checkpoint = None
     if options.megatron is not None:
         checkpoint = find(options.megatron)
@@ -127,7 +127,7 @@ def compare(options: argparse.Namespace) -> tuple[Difference, tuple[str, str]]:
 
 
 def difference(case: Case, mine: dict[str, Tensor], other: dict[str, Tensor]) -> Difference:
-    """Logits are compared where there is no padding."""
+    """The difference of two sides' results; logits are compared where there is no padding."""
     kept = case.attention_mask.bool()
     off = (mine["logits"][kept] - other["logits"][kept].float()).abs()
     losses = greedy = None
@@ -179,7 +179,7 @@ def _shift_intermediate_layers(config: Any) -> None:
 
 
 def the_case(config: Any, path: Path | None) -> Case:
-    """The case of a file, or one of our own."""
+    """The case in a file, or one that is made here."""
     image = config.image_token_index
     silence = getattr(config, "silence_token_id", None)
     weight = getattr(config, "silence_weight", None)
@@ -193,7 +193,8 @@ def the_case(config: Any, path: Path | None) -> Case:
 
 @torch.no_grad()
 def run_hf(model: Any, case: Case, greedy: int) -> dict[str, Tensor]:
-    """`logits`, `loss` and `greedy` tokens after the first row, each from a full forward pass."""
+    """The `logits`, `loss`, and `greedy` tokens after the first row, each of these from a full
+    forward pass."""
     tiles = case.mask.any(1).long()  # [B, F, T]
     tiles[..., 0] = 1  # no image counts as one tile, as in transformers' processor
     inputs = {
@@ -221,7 +222,7 @@ def run_hf(model: Any, case: Case, greedy: int) -> dict[str, Tensor]:
 
 
 def check_parallel(checkpoint: Path, layout: str) -> None:
-    """Raises ConfigError where the checkpoint's model cannot be laid out so."""
+    """Raises ConfigError where the checkpoint's model does not fit the layout."""
     config = from_dict(read_run(checkpoint)["config"])
     checked = Config(model=config.model, parallel=parallel_of(layout))
     checked.hardware = HardwareConfig()
@@ -231,7 +232,7 @@ def check_parallel(checkpoint: Path, layout: str) -> None:
 
 
 def parallel_of(layout: str) -> ParallelConfig:
-    """`tp2_pp2` and the like: tp and pp with a number, sp; `single`.
+    """The parallel sizes of a layout: `single`, or words such as `tp2_pp2_sp`.
 
     Raises:
         VerificationError: it is none of these.
@@ -247,7 +248,7 @@ def parallel_of(layout: str) -> ParallelConfig:
 
 
 def ranks_of(layout: str) -> int:
-    """Processes that a layout takes."""
+    """The number of ranks of a layout."""
     parallel = parallel_of(layout)
     return parallel.tensor * parallel.pipeline
 
@@ -255,7 +256,8 @@ def ranks_of(layout: str) -> int:
 def run_megatron(
     checkpoint: Path, case: Case, options: argparse.Namespace, greedy: int
 ) -> dict[str, Tensor]:
-    """`run_hf` for a checkpoint, on the ranks of a layout, started with torchrun."""
+    """The results of `run_hf` for a checkpoint, computed by the ranks of a layout, under
+    torchrun."""
     with tempfile.TemporaryDirectory(prefix="moss-verify-") as folder:
         inputs, out = Path(folder) / "case.safetensors", Path(folder) / "out.safetensors"
         save_file(_tensors(case), inputs)

@@ -1,5 +1,5 @@
-"""What reading a step ahead is worth: a step that reads, then computes, beside one that does both
-at once.
+"""Measures what reading a step ahead is worth: a step that reads, then computes, beside one that
+does both at once.
 
 Steps of the toy world on one rank. The loader reads in the training process; `--wait` adds a
 storage that takes its time, and no processor. Both kinds take turns on the same job.
@@ -21,14 +21,15 @@ from moss_train.compose import load_config
 
 
 def slowed(batches: Iterator[MicroBatch], seconds: float) -> Iterator[MicroBatch]:
-    """The same batches, each `seconds` later."""
+    """Yields the same batches, each delayed by so many seconds."""
     for batch in batches:
         time.sleep(seconds)
         yield batch
 
 
 def turn(job: Any, steps: int, ahead: bool) -> dict[str, float]:
-    """Seconds of a step, and of these of waiting for its batch and of computing."""
+    """Runs steps; returns the seconds of a step, and of these the seconds that it waited for its
+    batch and computed."""
     number = 1 if ahead else job.config.steps  # behind the last step nothing is read ahead
     batch, plan = job.reader.read(number)
     waited, began = 0.0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""A contestant of the training benchmark: its processes, and what each of them does.
+"""Runs a contestant of the training benchmark: starts its processes, and is each of them.
 
 `python -m tools.bench.contestant JOB.json` is one rank. It sets up, then does as many steps as each
 line on stdin says, and answers with JSON.
@@ -32,10 +32,8 @@ Step = Callable[[], tuple[float, float]]  # loss, and this rank's part of all to
 
 
 def _free_port() -> int:
-    """A port without a listener, below those of outgoing connections.
-
-    Contestants that start at the same time would sometimes take each other's port otherwise.
-    """
+    """A port without a listener, below those of outgoing connections: contestants that start at the
+    same time would sometimes take each other's."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
@@ -44,7 +42,7 @@ def _free_port() -> int:
 
 
 class Contestant:
-    """The processes of one side in one layout."""
+    """The processes of one contestant in one layout."""
 
     def __init__(self, name: str, ranks: int, job: dict[str, Any]):
         self.name, self.ranks = name, ranks

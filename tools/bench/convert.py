@@ -1,4 +1,5 @@
-"""Time and memory of converting a checkpoint of a model's size to training's format and back.
+"""Measures time and memory of converting a checkpoint of a model's size to training's format and
+back.
 
 The checkpoint has random bf16 weights in the published format. Afterwards all tensors are compared;
 the exit code is 1 where one differs. FOLDER needs room for three times the model.
@@ -28,7 +29,7 @@ from tools.convert_checkpoint import read_model
 
 
 def main() -> int:
-    """Measures; 1 where converting back does not give the same bits."""
+    """Measures; returns 1 where converting back does not give the same bits."""
     parser = CommandParser("python -m tools.bench.convert", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the checkpoints")
     parser.add_argument(
@@ -51,7 +52,7 @@ def main() -> int:
 
 
 def write_source(folder: Path, preset: Path | None, workers: int) -> int:
-    """A published checkpoint's files; the bytes of the largest tensor."""
+    """Writes a published checkpoint's files; returns the bytes of the largest tensor."""
     folder.mkdir(parents=True)
     model = read_model(preset)
     groups = [

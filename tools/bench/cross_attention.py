@@ -1,4 +1,4 @@
-"""Time and memory of one cross-attention core, forward and backward, on a long video.
+"""Measures time and memory of one cross-attention core, forward and backward, on a long video.
 
 Compares the blocks of moss_train.model.cross_attention with scaled_dot_product_attention over all
 keys under a dense float mask [tokens, frames x vision tokens], in two layouts: `realtime` (a frame
@@ -29,7 +29,7 @@ from moss_train.transfer import move
 
 
 def plan(layout: str, tokens: int, frames: int, flex: int | None = None) -> FramePlan:
-    """One row; every frame is seen from its mark on. On the device."""
+    """The frame plan of one row, on the device; tokens see each frame from its mark on."""
     step = tokens // frames if layout == "realtime" else 1
     planned = plan_frames(
         torch.zeros(frames, dtype=torch.long),
@@ -53,7 +53,7 @@ def dense_mask(frames: FramePlan, tokens: int, patches: int, dtype: torch.dtype)
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """All keys for all tokens. KV heads are repeated, for SDPA's fused kernels."""
+    """Attends all keys for all tokens, with KV heads repeated for SDPA's fused kernels."""
     heads = query.shape[1] // key.shape[2]
     key, value = (x.flatten(0, 1).repeat_interleave(heads, dim=1) for x in (key, value))
     q, k, v = (x.movedim(0, -2) for x in (query, key, value))  # [heads, S, D], [heads, K, D]
@@ -61,7 +61,7 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Ten
 
 
 class PeakMemory:
-    """Peak of this process's memory over its start, in GB."""
+    """Measures by how much this process's memory grows at most, in GB."""
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
@@ -93,7 +93,7 @@ class PeakMemory:
 
     @property
     def gigabytes(self) -> float:
-        """What came on top."""
+        """The growth so far."""
         return (self.peak - self.start) / 1e9
 
 

@@ -1,4 +1,5 @@
-"""Cost of the loader over decoding: samples and frames a second of one core, start, memory.
+"""Measures what the loader costs over decoding: samples and frames a second of one core, start,
+memory.
 
 The whole loader (index, shuffling, mixing, labels, batches) is measured against a bare webdataset
 pipeline that reads the same shards in order and does the same decoding and resizing: of pictures
@@ -89,7 +90,7 @@ def samples(kind: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def bare(folder: Path) -> Iterator[int]:
-    """Frames of each sample: read, decoded, resized into tiles, and forgotten."""
+    """Yields the frames of each sample: read, decoded and resized into tiles, nothing else."""
     shards = [str(path) for path in sorted(folder.glob("*.tar"))]
     for sample in webdataset.WebDataset(shards, shardshuffle=False):
         json.loads(sample["json"])
@@ -103,7 +104,7 @@ def bare(folder: Path) -> Iterator[int]:
 
 
 def plain_tile(data: bytes) -> Tensor:
-    """A picture as the loader makes it, [3, TILE, TILE], to the bit."""
+    """A picture as the loader makes it, [3, TILE, TILE], equal to the bit."""
     with Image.open(io.BytesIO(data)) as opened:
         pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
     size = fit_size(pixels.shape[1], pixels.shape[2], (1, 1), TILE)

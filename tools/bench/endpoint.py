@@ -26,7 +26,7 @@ _FAILURES = ["500"] * 8 + ["cut"] * 7 + ["429"] * 3 + ["closed", "hang"]
 
 @dataclass
 class Served:
-    """What a server was asked: requests in all, by kind, and how those that failed did."""
+    """Counts of a server: requests in all, by kind, and by the way in which they failed."""
 
     requests: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -73,13 +73,13 @@ class ToyEndpoint(ThreadingHTTPServer):
         sys.setswitchinterval(self._interval)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is gone is no error here."""
+        """Prints nothing for a client that has gone, which is no error here."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
     def count(self, kind: str, question: str) -> str:
-        """Counts a request; how it fails, empty where it does not. A repeated request has another
-        chance."""
+        """Counts a request; returns how it is to fail, "" where it is not. A repeated request may
+        succeed."""
         with self._lock:
             self.served.requests += 1
             self.served.kinds[kind] += 1
@@ -156,7 +156,8 @@ def _question(body: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
 
 
 def _kind(data: dict[str, Any]) -> str:
-    """Which question has such data: the schema, which names it, may not have been sent."""
+    """The kind of a request, by the fields of its data: the schema that names it may not be
+    sent."""
     if "role" in data:
         return "write"
     if "instruction" in data:

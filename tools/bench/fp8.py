@@ -1,4 +1,5 @@
-"""What FP8 products change in how a model learns: its losses beside bf16's, from equal weights.
+"""Measures what FP8 products change in how a model learns: its losses beside bf16's, from equal
+weights.
 
     python -m tools.bench.fp8 --model toy --steps 300
 
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(size: str, part: str, steps: int, lr: float) -> Iterator[float]:
-    """The loss of each step."""
+    """Trains; the loss of each step."""
     config = load_config(
         "sft",
         overrides=[
@@ -101,7 +102,7 @@ def train(size: str, part: str, steps: int, lr: float) -> Iterator[float]:
 
 
 def samples(config: Config) -> Iterator[MicroBatch]:
-    """Samples without end, the same for each run."""
+    """Yields samples without end, the same for each run."""
     generator = torch.Generator().manual_seed(1)
     image, size = config.model.text.vocab_size, config.model.vision.image_size
     places = torch.arange(FRAMES) * 3 + 1

@@ -1,4 +1,4 @@
-"""The baseline of the training benchmark: transformers' Mllama, trained with plain PyTorch or DDP.
+"""Trains the baseline of the training benchmark: transformers' Mllama, with plain PyTorch or DDP.
 
 Built from the same sizes and weights, fed the same microbatches, with the same trained parameters
 and the same AdamW. What differs from a bare MllamaForConditionalGeneration:
@@ -131,7 +131,8 @@ class PooledVision(nn.Module):
         self.num_patches = (grid // stride) ** 2 + 1  # MllamaModel sizes its mask by it
 
     def forward(self, **inputs: Tensor) -> BaseModelOutput:
-        """As MllamaVisionModel: `[B, F, T, P, D]`, with the pooled P."""
+        """Returns the states of MllamaVisionModel, `[B, F, T, P, D]`, with P patches after
+        pooling."""
         x = self.tower(**inputs).last_hidden_state
         image = x[..., 1:, :].flatten(0, 2).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         pooled = avg_pool2d(image, self.stride).flatten(2).transpose(1, 2)
@@ -140,7 +141,8 @@ class PooledVision(nn.Module):
 
 
 def build_model(config: Config, weights: dict[str, Tensor]) -> MllamaForConditionalGeneration:
-    """The model with `weights` (HF names on disk); only what the stage trains has gradients."""
+    """The model with `weights` (HF names on disk); only parameters that the stage trains have
+    gradients."""
     hf = mllama_config(config.model)
     hf._attn_implementation = "sdpa"  # also transformers' default
     model = MllamaForConditionalGeneration(hf).float().train()
@@ -254,7 +256,8 @@ def make_step(
 
 
 def _adamw(config: Config, trained: list[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
-    """As moss_train/train/optimizer.py: norms, gates and biases do not decay; fused kernel."""
+    """The optimizer of moss_train/train/optimizer.py: norms, gates and biases do not decay; fused
+    kernel."""
 
     def decays(name: str) -> bool:
         return not ("norm" in name or name.endswith(("gate", "gate_attn", "gate_ffn", "bias")))

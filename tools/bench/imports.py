@@ -1,4 +1,4 @@
-"""Time that importing this project's packages takes.
+"""Measures the time that importing this project's packages takes.
 
 Each import runs in processes of its own; the table has the median and the fastest of them in
 seconds, how many modules it loads, and which heavy ones. A limit is what the project promises for
@@ -38,7 +38,7 @@ print(json.dumps([seconds, len(sys.modules) - before, heavy]))
 
 @dataclass(frozen=True)
 class Import:
-    """What one statement costs; seconds."""
+    """Costs of one import statement, in seconds."""
 
     statement: str
     times: list[float]

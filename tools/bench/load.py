@@ -1,4 +1,5 @@
-"""How fast weights come from a file that the system has in memory, by 1, 2, ... threads.
+"""Measures how fast weights are read by 1, 2, ... threads from a file that the system has in
+memory.
 
     python -m tools.bench.load --threads 1 2 4
     python -m tools.bench.load --device cuda --gigabytes 8
@@ -35,7 +36,7 @@ WHOLE_MODEL = 21.3  # GB of 11B in bf16
 
 
 def write(file: Path, size: float) -> int:
-    """A file of about so many GB; its bytes."""
+    """Writes a file of about so many GB; returns its bytes."""
     tensors, total = dict[str, Tensor](), 0
     while total < size * 1e9:
         shape = SHAPES[len(tensors) % len(SHAPES)]
@@ -80,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(times: dict[int, list[float]], total: int) -> str:
-    """A line for each number of threads; ratios are of a round, to the first of the numbers."""
+    """The table: a line for each number of threads, with the ratio to the first number in the same
+    round."""
     first = next(iter(times.values()))
     lines = [["threads", "GB/s", "range", "times as fast", "range", "11B would take"]]
     for threads, taken in times.items():
@@ -96,7 +98,7 @@ def table(times: dict[int, list[float]], total: int) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
+    """Parses the command line."""
     parser = CommandParser(PROGRAM, description=__doc__)
     add = parser.add_argument
     add("--threads", type=whole(above=0), nargs="+", default=[1, 2, THREADS], metavar="N",

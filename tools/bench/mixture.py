@@ -1,4 +1,4 @@
-"""Speed of `moss-data show`, next to reading the same tars.
+"""Measures the speed of `moss-data show` beside reading the same tars.
 
 Shards of pictures and clips, as tools.bench.data makes them, are counted in this process, and read
 by webdataset without decoding anything; both take turns, from the page cache, and are measured in
@@ -31,7 +31,7 @@ KINDS = (("pictures", "image", 0), ("small clips", "video", 12), ("clips", "vide
 
 
 def repeated(kind: str, grain: int, count: int) -> Iterator[dict[str, Any]]:
-    """`count` samples that share the media of five."""
+    """Yields `count` samples that share the media of five."""
     made = list(samples(kind, 5))
     if grain:
         made = [one | {"0.mp4": clip(seed, grain=grain)} for seed, one in enumerate(made)]

@@ -1,4 +1,4 @@
-"""Time of an import on two Ray nodes of one core each, next to one.
+"""Measures an import on two Ray nodes of one core each beside one node.
 
 Records with pictures, each of which is decoded and made smaller. Both builds run on the same
 cluster of this machine, whose nodes keep to a core of their own, in turns; the shards must be the
@@ -41,7 +41,7 @@ _CONFIG = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500,
 
 @contextmanager
 def ray_cluster() -> Iterator[Any]:
-    """A Ray of its own, whose head has no cores."""
+    """Starts a Ray cluster, whose head has no cores."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
@@ -53,7 +53,7 @@ def ray_cluster() -> Iterator[Any]:
 
 
 def add_node(cluster: Any, core: int | None = None) -> Any:
-    """A node that runs one task at a time; `core`: the one that its processes keep to."""
+    """Starts a node that runs one task at a time, on the core `core`."""
     node = _started(cluster, num_cpus=1)
     if core is not None:
         raylet = psutil.Process(raylet_of(node))
@@ -63,7 +63,7 @@ def add_node(cluster: Any, core: int | None = None) -> Any:
 
 
 def _started(cluster: Any, **arguments: Any) -> Any:
-    """A new node. Ray gives it up after 30 s, which are too few on a busy machine."""
+    """A new node. A busy machine may need several tries: Ray gives a node up after 30 s."""
     before = _raylets()
     for _ in range(_STARTS - 1):
         try:
@@ -84,7 +84,7 @@ def raylet_of(node: Any) -> int:
 
 
 def make_source(folder: Path, records: int) -> Path:
-    """Records that share PICTURES pictures of noise."""
+    """Writes records that share PICTURES pictures of noise."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for n in range(PICTURES):
@@ -101,7 +101,7 @@ def make_source(folder: Path, records: int) -> Path:
 
 
 def build(source: Path, out: Path, address: str, parts: int) -> float:
-    """Seconds of a build, without the start of its command."""
+    """Builds; returns the seconds, without the start of the command."""
     began = time.perf_counter()
     code = shards(["build", str(source), str(out), "--engine", "ray", "--ray-address", address,
                    "--parts", str(parts), "--max-side", str(SMALLER)])  # fmt: skip
@@ -112,7 +112,7 @@ def build(source: Path, out: Path, address: str, parts: int) -> float:
 
 @contextmanager
 def _driver(cluster: Any) -> Iterator[None]:
-    """One for all builds: a node has workers of their own for each."""
+    """The driver that all builds share: nodes have workers of their own for each driver."""
     import ray
 
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -123,7 +123,7 @@ def _driver(cluster: Any) -> Iterator[None]:
 
 
 def measure(folder: Path, source: Path, parts: int, rounds: int) -> list[tuple[float, float]]:
-    """Seconds with one node and with two, of each round."""
+    """Seconds of each round with one node, and with two."""
     little, found = make_source(folder / "little", 256), []
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
@@ -156,7 +156,7 @@ def same(folder: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; 1 where two nodes are less than ENOUGH times as fast."""
+    """Prints the table; returns 1 where two nodes are less than ENOUGH times as fast as one."""
     parser = CommandParser(PROGRAM, description=__doc__)
     number = whole_number(above=0)
     parser.add_argument("--records", type=number, default=3200, metavar="N", help="with a picture")

@@ -1,4 +1,5 @@
-"""Sessions behind replicas that are killed: is a word lost, and how long are sessions away?
+"""Checks sessions behind replicas that are killed: whether a word is lost, how long sessions are
+away.
 
 python -m tools.bench.replicas --checkpoint DIR [--sessions 60 --replicas 3 --kill_every 20]
 
@@ -68,7 +69,7 @@ def told(events: Sequence[dict[str, Any]]) -> Told:
 
 
 def undisturbed(runner: Runner, session: int, frames: int) -> Told:
-    """What a session says in one process, given its frames one after the other."""
+    """The events of a session in one process, which is given its frames one after the other."""
     with runner.session(
         live=False, clock="media", pace=PACE, max_new_tokens=LONGEST,
         sampling=Sampling(silence_bias=BIAS, seed=session),
@@ -81,7 +82,7 @@ def undisturbed(runner: Runner, session: int, frames: int) -> Told:
 
 @dataclass
 class Client:
-    """One session over a socket; each frame is sent when the one before is decided."""
+    """A session over a socket; each frame is sent when the one before it is decided."""
 
     number: int
     url: str
@@ -93,7 +94,7 @@ class Client:
     frames: int = 0
 
     async def run(self, stop: Callable[[int], bool]) -> Client:
-        """Until `stop(frames)`."""
+        """Sends frames until `stop(frames)`."""
         async with self._connect() as socket:
             settings = {
                 "source": "file", "pace": PACE, "silence_bias": BIAS, "seed": self.number,
@@ -125,7 +126,8 @@ class Client:
         return unix_connect(self.path, self.url, additional_headers=key, **options)
 
     async def _listen(self, socket: Any, seconds: float) -> None:
-        """Reads for so long: an event came when it was there, not when the next one is wanted."""
+        """Reads events for so many seconds, so that an event counts when it comes, not when it is
+        used."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while True:
@@ -143,7 +145,7 @@ class Client:
 
     @property
     def gaps(self) -> int:
-        """Events that are missing, or came twice."""
+        """The number of events that are missing, or came twice."""
         numbers = [event["seq"] for event in self.events]
         return sum(a != b for a, b in zip(numbers, range(1, len(numbers) + 1), strict=True))
 
@@ -161,7 +163,7 @@ class Kill:
 
 
 class Drill:
-    """A front with replicas, clients, and somebody who kills."""
+    """A front with replicas, its clients, and the kills."""
 
     def __init__(self, host: str) -> None:
         self.host, self.kills = host, list[Kill]()
@@ -191,7 +193,7 @@ class Drill:
             await self.kill()
 
     async def kill(self, least: int = 2) -> None:
-        """Kills the one with the most sessions, where so many are ready."""
+        """Kills the replica with the most sessions, once so many replicas are ready."""
         ready = [r for r in await asyncio.to_thread(self.replicas) if r["state"] == "ready"]
         if len(ready) >= least:
             victim = max(ready, key=lambda replica: replica["sessions"])
@@ -201,7 +203,7 @@ class Drill:
     async def play(
         self, sessions: int, seconds: float, interval: float, kill_every: float
     ) -> list[Client]:
-        """All sessions at once, for so long."""
+        """Runs all sessions at once for so many seconds."""
         began = time.monotonic()
         until = began + seconds
         clients = [Client(n, self.url, interval) for n in range(sessions)]
@@ -223,7 +225,7 @@ class Drill:
 
 @contextlib.contextmanager
 def serving(args: Sequence[str], port: int) -> Iterator[Drill]:
-    """A front with its replicas."""
+    """Starts a front with its replicas."""
     command = [sys.executable, "-m", "inference.serve", "--port", str(port), *args]
     process = subprocess.Popen(command, env={**os.environ, "MOSS_FRONT_KEY": FRONT_KEY})
     try:
@@ -234,8 +236,8 @@ def serving(args: Sequence[str], port: int) -> Iterator[Drill]:
 
 
 async def ways(drill: Drill, rounds: int = 5, frames: int = 20) -> tuple[list[float], list[float]]:
-    """Seconds from a frame to its decision: through the front, and straight to a replica, by turns,
-    where nobody else is served."""
+    """Seconds from a frame to its decision, by turns through the front and straight to a replica,
+    while no other client is served."""
     ready = next(r for r in await asyncio.to_thread(drill.replicas) if r["state"] == "ready")
     path = ready["address"].removeprefix("unix:")
     through, straight = list[float](), list[float]()
@@ -247,7 +249,7 @@ async def ways(drill: Drill, rounds: int = 5, frames: int = 20) -> tuple[list[fl
 
 
 def differing(clients: Sequence[Client], runner: Runner) -> list[int]:
-    """The sessions that did not say what they say undisturbed."""
+    """The sessions whose events differ from the undisturbed ones."""
 
     def differs(client: Client) -> bool:
         return told(client.events) != undisturbed(runner, client.number, client.frames)
@@ -263,7 +265,7 @@ def share(values: Sequence[float], percent: int) -> float:
 
 
 def milliseconds(values: Sequence[float]) -> list[float]:
-    """Their median and p99."""
+    """The median and p99 of seconds, in milliseconds."""
     return [round(1000 * share(values, percent), 1) for percent in (50, 99)]
 
 

@@ -1,4 +1,4 @@
-"""How fast many sessions would speak on a GPU, from the times that its steps take.
+"""Simulates how fast many sessions would speak on a GPU, from the times that its steps take.
 
     python -m tools.bench.schedule --sessions 16 --seconds 60
 
@@ -35,7 +35,7 @@ PICTURE = torch.zeros(3, 1, 1, dtype=torch.uint8)
 
 
 def between(table: dict[int, float], count: int) -> float:
-    """A value of the table, on the straight line between its neighbours; of 0 it is 0."""
+    """A value of the table, interpolated between its neighbours; 0 for 0."""
     if not count:
         return 0.0
     sizes = sorted(table)
@@ -49,8 +49,8 @@ def between(table: dict[int, float], count: int) -> float:
 def step_seconds(
     requests: Sequence[StepRequest], pending: Sequence[bool], overlap: bool = False
 ) -> float:
-    """A step of the engine: the tower, then a pass for all tokens, one for all frames, and one for
-    each prompt (inference/engine/graphs.py, `divide`).
+    """Seconds of an engine's step: the tower, then a pass for all tokens, one for all frames, and
+    one for each prompt (inference/engine/graphs.py, `divide`).
 
     overlap: the tower takes no time while passes run that need no frame.
     """
@@ -108,7 +108,7 @@ class Result:
 
     @property
     def slowest(self) -> float:
-        """Tokens a second of the slowest session."""
+        """Tokens/s of the slowest session."""
         return min(self.tokens) / self.seconds
 
 
@@ -169,7 +169,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Command line."""
+    """Parses the command line."""
     parser = CommandParser("python -m tools.bench.schedule", description=__doc__)
     add = parser.add_argument
     add("--sessions", type=whole_number(above=0), nargs="+", default=[1, 4, 16], metavar="N",

@@ -1,4 +1,4 @@
-"""A server under clients that break off, send garbage and leave: does it stay as it was?
+"""Checks whether a server stays as it was under clients that break off, send garbage and leave.
 
 python -m tools.bench.soak --checkpoint DIR [--frames 10000 --sessions 20]
 
@@ -42,7 +42,7 @@ FRAME_BYTES = 2**17  # the server's limit here: frames beyond it are quickly mad
 
 @dataclass
 class Result:
-    """What came of one run."""
+    """The measurements of one run."""
 
     visitors: list[Visitor]
     seconds: float
@@ -63,12 +63,12 @@ class Result:
 
     @property
     def gaps(self) -> int:
-        """Events that are missing, or came twice."""
+        """The number of events that are missing, or came twice."""
         return sum(visitor.gaps for visitor in self.visitors)
 
     @property
     def wrong(self) -> list[str]:
-        """What should not have happened."""
+        """What went wrong, a line each."""
         return [words for visitor in self.visitors for words in visitor.wrong]
 
     def grown(self) -> float:
@@ -127,7 +127,7 @@ async def play(
 
 
 def memory(pid: int) -> int:
-    """Bytes of a process and its children; a page that several share counts once."""
+    """Bytes of a process and its children; each counts its share of a shared page (PSS)."""
     server, total = psutil.Process(pid), 0
     for process in (server, *server.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -137,7 +137,7 @@ def memory(pid: int) -> int:
 
 @contextlib.contextmanager
 def serving(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server that accepts connections."""
+    """Starts a server; yields when it accepts connections."""
     flags = [
         "--checkpoint", args.checkpoint, "--device", args.device, "--port", str(args.port),
         "--max_sessions", str(args.sessions + 4), "--window", "32", "--max_context", "2048",
@@ -159,7 +159,7 @@ def health(host: str) -> dict[str, Any]:
 
 
 def wait(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether it was so within that time."""
+    """Waits until a condition holds; whether it did within so many seconds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with contextlib.suppress(httpx.HTTPError):

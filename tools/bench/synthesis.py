@@ -1,4 +1,4 @@
-"""How good `moss-data synthesize` is where the truth is known.
+"""Measures how good `moss-data synthesize` is where the truth is known.
 
 Clips of the toy world are given to it, and a server whose model errs at a known rate
 (tools.bench.endpoint). Counted are the right samples that it keeps, of all right ones that the
@@ -47,15 +47,14 @@ def stories(count: int, seed: int = 0) -> list[Story]:
 
 
 def render(folder: Path, told: Sequence[Story], size: int = 56, fps: int = 2) -> None:
-    """Renders the clips with a clock in the picture, by which the model that knows the world knows
-    the second."""
+    """Renders the clips with a clock in the picture, by which the model tells the seconds apart."""
     folder.mkdir(parents=True)
     for number, story in enumerate(told):
         (folder / f"{number:05d}.mp4").write_bytes(mp4(story, size, fps, clock=True))
 
 
 def teacher(folder: Path, told: Sequence[Story], wrong: float, seed: int = 0) -> Teacher:
-    """One that knows the pictures of a folder of clips."""
+    """The model that knows the pictures of a folder of clips."""
     pictures: dict[str, tuple[int, int]] = {}
     for number, source in enumerate(find_sources(str(folder))):
         (clip,) = clips(source, Path(source.path).read_bytes(), CutConfig(), [])
@@ -81,12 +80,12 @@ class Judged:
 
     @property
     def kept_share(self) -> float:
-        """The share of the right samples that were kept."""
+        """The share of the right candidates that were kept."""
         return self.kept_right / max(self.right, 1)
 
     @property
     def wrong_share(self) -> float:
-        """The share of wrong samples among those that were kept."""
+        """The share of wrong candidates among those that were kept."""
         return self.kept_wrong / max(self.kept_right + self.kept_wrong, 1)
 
     def lines(self) -> list[str]:
@@ -107,8 +106,8 @@ def outcomes(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def judge(found: dict[str, dict[str, Any]], told: Sequence[Story]) -> Judged:
-    """What became of the candidates, by the truth: the answers must be those of the world, and
-    the conversation one that can be held."""
+    """Holds candidates against the truth: the answers must be those of the world, and the
+    conversation must be possible."""
     judged = Judged()
     for path, outcome in found.items():
         story = told[int(Path(path).stem)]
@@ -127,7 +126,7 @@ def judge(found: dict[str, dict[str, Any]], told: Sequence[Story]) -> Judged:
 
 
 def arguments(videos: Path, out: Path, url: str, *more: str) -> list[str]:
-    """Arguments of `moss-data`: the toy world's words a second, and short pauses."""
+    """Arguments of `moss-data`, with the toy world's words a second and short pauses."""
     return [
         "synthesize", str(videos), str(out), "--url", url, "--model", "toy", "--pace", str(PACE),
         "--backoff", "0.02", "--timeout", "2", "--concurrency", "8", *more,
@@ -135,7 +134,7 @@ def arguments(videos: Path, out: Path, url: str, *more: str) -> list[str]:
 
 
 def synthesize(videos: Path, out: Path, url: str, *more: str) -> int:
-    """The command in this process; its exit code."""
+    """Runs the command in this process; returns its exit code."""
     return moss_data(arguments(videos, out, url, *more))
 
 

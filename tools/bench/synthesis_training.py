@@ -38,7 +38,8 @@ SHOWN = ("decision F1", "events spoken within 1 s", "  with the right words",
 
 
 def truth(folder: Path, out: Path, told: Sequence[Story]) -> None:
-    """Samples of all roles about a folder of clips, by a model that never errs, unchecked."""
+    """Yields samples of all roles about a folder of clips, unchecked, from a model that never
+    errs."""
     model, found = Teacher(told, {}, 0.0), {}
     for source, story in zip(find_sources(str(folder)), told, strict=True):
         seconds = len(story.states)
@@ -61,7 +62,7 @@ def truth(folder: Path, out: Path, told: Sequence[Story]) -> None:
 
 
 def world(out: Path, base: Path, made: Path, heldout: Path) -> Path:
-    """A toy world with the pictures and texts of `base`, and other clips."""
+    """Makes a toy world with the pictures and texts of `base`, and other clips."""
     if out.exists():
         return out
     partial = out.with_name(f".{out.name}")
@@ -74,7 +75,7 @@ def world(out: Path, base: Path, made: Path, heldout: Path) -> Path:
 
 
 def data(folder: Path, given: argparse.Namespace) -> None:
-    """The clips, what is made of them, the truth, and the toy worlds with each."""
+    """Makes the clips, their synthesized samples, their true samples, and a toy world with each."""
     told, other = stories(given.clips), stories(given.heldout, seed=1)
     for name, those in (("clips", told), ("heldout", other)):
         if not (folder / name).exists():
@@ -91,7 +92,7 @@ def data(folder: Path, given: argparse.Namespace) -> None:
 
 
 def parts(folder: Path, steps: int, ranks: int) -> list[Part]:
-    """The commands that train and evaluate, as anyone would type them."""
+    """The commands that train and evaluate, as a user would type them."""
     shipped, start = folder / "shipped", folder / "start"
     todo = [
         Part("unpack the weights", "tools.demo.checkpoint", ("unpack", str(shipped)), 1),

@@ -1,4 +1,4 @@
-"""A model that knows the toy world, and errs at a known rate: it plays both the one that sees and
+"""Plays a model that knows the toy world and errs at a known rate, both the one that watches and
 the one that writes (tools.bench.endpoint serves it).
 
 What it sees are pictures that it knows: each belongs to a second of a story. What it writes follows
@@ -49,14 +49,14 @@ class Facts:
 
 
 def of_story(story: Story, start: int = 0) -> Facts:
-    """The truth, of a clip that begins at second `start` of a story."""
+    """The facts of a clip that begins at second `start` of a story."""
     events = [Event(event.second - start, event.kind, event.who, event.to)
               for event in story.events if event.second > start]  # fmt: skip
     return Facts(describe(story.states[start]), tuple(events))
 
 
 def of_timeline(data: Mapping[str, Any]) -> Facts:
-    """What captions say."""
+    """The facts that captions state."""
     events = []
     for said in data["events"]:
         match = _EVENT.fullmatch(said["text"])
@@ -68,7 +68,7 @@ def of_timeline(data: Mapping[str, Any]) -> Facts:
 
 
 def spoken(facts: Facts, questions: Sequence[Said], seconds: int) -> dict[int, str]:
-    """What is to be said at which second: the latest question counts, from its second on."""
+    """The texts that are due at each second; from its second on, the latest question counts."""
     said: dict[int, str] = {}
     ends = [question["second"] for question in questions[1:]] + [seconds]
     for question, end in zip(questions, ends, strict=True):
@@ -100,7 +100,7 @@ def _answers(facts: Facts, asked: str, begin: int, later: range) -> dict[int, st
 
 
 def _corrected(facts: Facts, asked: str, begin: int, later: range) -> dict[int, str]:
-    """The answer now, and each time that it changes."""
+    """The answer now, and its correction each time that it changes."""
 
     def answer(second: int) -> str:
         colours = facts.colours(second)
@@ -134,7 +134,8 @@ class Teacher:
         self._stories, self.pictures, self._wrong, self._seed = stories, pictures, wrong, seed
 
     def reply(self, kind: str, data: dict[str, Any], shown: Sequence[str], vote: str) -> Any:
-        """A reply; the same for the same request and vote. KeyError for an unknown picture."""
+        """The reply to a request, always the same for the same request and vote. KeyError: a
+        picture is unknown."""
         frames = [self.pictures[picture] for picture in shown]
         # The data last: a difference in them alone must make another draw.
         draws = random.Random(f"{self._seed}/{kind}/{vote}/{frames}/{sorted(data.items())}")
@@ -167,7 +168,7 @@ def _verdict(name: str, yes: bool) -> dict[str, Any]:
 
 
 def _caption(story: Story, seconds: list[int], last: int) -> dict[str, Any]:
-    """The truth of a window whose last second is `last` of the story."""
+    """The true caption of a window whose last second is `last` of the story."""
     shift = seconds[-1] - last  # from seconds of the story to those of the clip
     events = [{"second": event.second + shift, "text": tell(event)}
               for event in story.events if event.second + shift in seconds
@@ -178,7 +179,7 @@ def _caption(story: Story, seconds: list[int], last: int) -> dict[str, Any]:
 def _miscaptioned(
     truth: dict[str, Any], seconds: list[int], draws: random.Random
 ) -> dict[str, Any]:
-    """The caption with another scene, or with an event that is invented, left out, changed, or at
+    """A wrong caption: another scene, or an event that is invented, left out, changed, or at
     another time."""
     events = [dict(event) for event in truth["events"]]
     how = draws.choice(["scene", "invented"] + ["left out", "another", "time"] * bool(events))
@@ -204,7 +205,7 @@ def _event(draws: random.Random) -> str:
 
 
 def _misheard(text: str, draws: random.Random) -> str:
-    """Silence or something else in place of a text; a text in place of silence."""
+    """A wrong reply: silence or another text in place of a text, a text in place of silence."""
     if not text:
         return _event(draws)
     return draws.choice(["", _changed(text, draws)])
@@ -227,7 +228,7 @@ def _changed(text: str, draws: random.Random) -> str:
 
 
 def _written(data: dict[str, Any], draws: random.Random, wrong: bool) -> list[dict[str, Any]]:
-    """Conversations of a role about a timeline, fewer where it has no more."""
+    """Conversations of a role about a timeline; fewer than asked for where it has no more."""
     facts, seconds = of_timeline(data), data["seconds"]
     asked = _questions(data["role"], facts, seconds, draws)
     made = []
@@ -240,7 +241,7 @@ def _written(data: dict[str, Any], draws: random.Random, wrong: bool) -> list[di
 
 
 def _questions(role: str, facts: Facts, seconds: int, draws: random.Random) -> list[list[Said]]:
-    """What could be asked in a role."""
+    """The questions of a role that fit the timeline."""
     kinds = {verb: [e.second for e in facts.events if e.kind == kind]
              for verb, kind in _KINDS.items()}  # fmt: skip
     happened = {verb: times for verb, times in kinds.items() if times}
@@ -267,7 +268,7 @@ def _questions(role: str, facts: Facts, seconds: int, draws: random.Random) -> l
 
 
 def _known(facts: Facts, asked: Said) -> bool:
-    """Whether a shape whose colour is asked for is there."""
+    """Whether the shape whose colour is asked for is there."""
     shape = asked["text"].removeprefix(_COLOUR).rstrip("?")
     return asked["text"] == _HOW_MANY or shape in facts.colours(asked["second"])
 
@@ -290,7 +291,7 @@ def _when(event: Event) -> str:
 
 
 def _spoiled(sample: dict[str, Any], facts: Facts, draws: random.Random) -> dict[str, Any]:
-    """The sample with an answer at another time, another answer, one answer too few, or a time in a
+    """A wrong sample: an answer at another time, another answer, one answer too few, or a time in a
     text."""
     answers = [dict(answer) for answer in sample["answers"]]
     if not answers:  # asks for what happens, and says nothing

@@ -1,4 +1,4 @@
-"""Speed of training, compared with transformers' Mllama under plain PyTorch and DDP.
+"""Measures the speed of training, beside transformers' Mllama under plain PyTorch and DDP.
 
 transformers gets --micro-batch samples in a microbatch (it is fastest with 8). Ours takes all of a
 rank's samples as one packed microbatch; a pipeline needs several. Every contestant is a group of
@@ -35,7 +35,7 @@ AGREE = 1e-4  # relative difference of losses that is taken for the same arithme
 
 
 def run_stage(args: argparse.Namespace, stage: str) -> dict[str, Any]:
-    """All contestants on one stage."""
+    """Runs all contestants on one stage."""
     from moss_train.validate import validate
     from tools.bench.hf_baseline import comparable_config
 

@@ -1,4 +1,5 @@
-"""Whether inference has become slower since a commit: `inference.bench` of both, in turns.
+"""Checks whether inference has become slower since a commit: runs `inference.bench` of both, in
+turns.
 
     python -m tools.bench.versus HEAD~3
     python -m tools.bench.versus v1.2 --bench "offline --model small --random-weights --clock cpu"
@@ -42,7 +43,7 @@ class BenchFailed(RuntimeError):
 
 @dataclass
 class Figure:
-    """One row of the benchmark's table, of each round."""
+    """A row of the benchmark's table, with its value in each round."""
 
     name: str
     unit: str
@@ -52,17 +53,18 @@ class Figure:
 
     @property
     def ratios(self) -> list[float]:
-        """For each round, by how many times it is worse now."""
+        """By how many times it is worse now, in each round."""
         pairs = zip(self.before, self.now, strict=True)
         return [old / new if self.more_is_better else new / old for old, new in pairs]
 
     def is_worse(self, allowed: float) -> bool:
-        """Whether it is worse in every round, and in the median by more than `allowed`, a share."""
+        """Whether it is worse in every round, and in the median by more than the share
+        `allowed`."""
         return statistics.median(self.ratios) > 1 + allowed and min(self.ratios) > 1
 
 
 def compare(repository: Path, revision: str, bench: list[str], rounds: int) -> list[Figure]:
-    """The figures that both have.
+    """Measures the figures that both have.
 
     Args:
         revision: any name that git knows of what was before; now: the repository's files.
@@ -97,7 +99,7 @@ def _checked_out(repository: Path, revision: str) -> Iterator[Path]:
 
 
 def _run(folder: Path, bench: list[str]) -> list[dict[str, str | float | bool]]:
-    """The rows of one benchmark of the code in a folder."""
+    """Runs the benchmark of the code in a folder; its rows."""
     with tempfile.TemporaryDirectory() as out:
         _call([sys.executable, "-m", "inference.bench", *bench, "--out", out], folder)
         report = json.loads((Path(out) / f"bench-{bench[0]}.json").read_text())
@@ -112,7 +114,7 @@ def _call(command: list[str], folder: Path) -> None:
 
 
 def table(figures: list[Figure]) -> str:
-    """A line a figure."""
+    """The table: a line for each figure."""
     lines = [["", "before", "now", "worse by", "range", ""]]
     for figure in figures:
         before, now, ratio = map(statistics.median, (figure.before, figure.now, figure.ratios))
@@ -124,7 +126,7 @@ def table(figures: list[Figure]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compares, prints the table; the exit code."""
+    """Compares and prints the table; returns the exit code."""
     options = parse(arguments)
     try:
         figures = compare(REPO, options.revision, options.bench, options.rounds)
@@ -138,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
+    """Parses the command line."""
     parser = CommandParser(PROGRAM, description=__doc__)
     add = parser.add_argument
     add("revision", metavar="REVISION", help="commit, branch or tag of what was before")

@@ -1,4 +1,4 @@
-"""Speed of decoding videos and of resizing pictures, compared with other libraries.
+"""Measures the speed of decoding videos and of resizing pictures, beside other libraries.
 
 Video: one frame a second of an H.264 file with 30 frames a second, as RGB, compared with decord2,
 OpenCV and torchcodec, where these are installed. Pictures: resizing and tiling, compared with
@@ -52,7 +52,8 @@ def write_video(path: Path, seconds: int, height: int) -> None:
 
 
 def decoders(path: Path, seconds: int, threads: int) -> dict[str, Contestant]:
-    """Ours first. Each makes the frames of all seconds, in memory, from opening the file on."""
+    """The decoders to compare, ours first. Each decodes the frames of all seconds into memory,
+    opening the file included."""
     data, times = path.read_bytes(), [float(i) for i in range(seconds)]
     frames = [i * RATE for i in range(seconds)]
 
@@ -119,7 +120,8 @@ def compare(contestants: dict[str, Contestant], rounds: int) -> None:
 
 
 def transforms(picture: np.ndarray, max_tiles: int, repeat: int = 8) -> dict[str, Contestant]:
-    """Ours and transformers', as bytes and normalized, at the size of Llama-3.2-Vision's tiles."""
+    """The transforms to compare, ours and transformers', into bytes and normalized, at the tile
+    size of Llama-3.2-Vision."""
     vision = VisionConfig(max_tiles=max_tiles)
     image, pixels = Image.fromarray(picture), torch.from_numpy(picture).permute(2, 0, 1)
     size = {"height": vision.image_size, "width": vision.image_size}

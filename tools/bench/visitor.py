@@ -1,5 +1,4 @@
-"""A client that is not always well-behaved: what it does wrong, and what it must see all the same.
-Used by soak.py."""
+"""A client that misbehaves, and checks that its sessions go on as they should. Used by soak.py."""
 
 from __future__ import annotations
 
@@ -35,7 +34,8 @@ def frame(number: int) -> bytes:
 
 @dataclass
 class Visitor:
-    """A session after another: each is resumed when its socket breaks off, until it is left."""
+    """A client that runs one session after the other, and resumes each when its socket breaks
+    off."""
 
     number: int
     host: str
@@ -55,7 +55,7 @@ class Visitor:
     _deck: list[str] = field(default_factory=list)
 
     async def run(self, stop: Callable[[], bool]) -> None:
-        """Until `stop()`; then it ends its session."""
+        """Runs sessions until `stop()`; then ends the last one."""
         # One for all requests, without certificates: to read those takes 40 ms, in which no other
         # visitor reads what it waits for.
         async with httpx.AsyncClient(verify=False, timeout=PATIENCE) as self.http:
@@ -76,7 +76,7 @@ class Visitor:
                 self.wrong.append(f"{self.number}: {type(error).__name__}: {error}")
 
     async def _visit(self, stop: Callable[[], bool]) -> None:
-        """One socket, to its end."""
+        """Runs the session over one socket, until that ends."""
         query = f"?session={self.name}&last_seq={self.seq}" if self.name else ""
         url = f"ws://{self.host}/v1/realtime{query}"
         options: dict[str, Any] = {"max_size": None, "compression": None, "ping_interval": None}
@@ -100,13 +100,13 @@ class Visitor:
             self.name = ""
 
     def _next_fault(self) -> str:
-        """Each kind once in a random order, then again in another one."""
+        """The next fault: each kind once in a random order, then again in another order."""
         if not self._deck:
             self._deck = self.rng.sample(list(FAULTS), len(FAULTS))
         return self._deck.pop()
 
     async def _show(self, socket: ClientConnection) -> None:
-        """A frame, and its decision."""
+        """Sends a frame, and waits for its decision."""
         began, second = time.monotonic(), self.second
         asks = int(second) % ASK_EVERY == self.number % ASK_EVERY
         prompt = "What is new?" if asks else None
@@ -123,7 +123,7 @@ class Visitor:
         await socket.send(json.dumps({"type": type, **fields}))
 
     async def until(self, socket: ClientConnection, type: str) -> dict[str, Any]:
-        """The next event of a type; TimeoutError."""
+        """Waits for the next event of a type. Raises TimeoutError."""
         while True:
             try:
                 async with asyncio.timeout(PATIENCE):
@@ -143,7 +143,7 @@ class Visitor:
 
 
 async def leaves(_: Visitor, socket: ClientConnection) -> bool:
-    """Says goodbye, and comes back."""
+    """Closes the socket in order, and comes back."""
     await socket.close()
     return True
 
@@ -156,21 +156,22 @@ async def killed(_: Visitor, socket: ClientConnection) -> bool:
 
 
 async def vanishes(visitor: Visitor, socket: ClientConnection) -> bool:
-    """Leaves as a machine does that is switched off; somebody else comes."""
+    """Leaves without closing, as a machine that is switched off, for good: a new session
+    follows."""
     socket.transport.abort()
     visitor.name = ""
     return True
 
 
 async def garbage(visitor: Visitor, socket: ClientConnection) -> bool:
-    """No WebSocket frame: bits are set that must not be."""
+    """Sends bytes that are not a WebSocket frame: reserved bits are set."""
     socket.transport.write(bytes([0xF0 | visitor.rng.randrange(16)]) + visitor.rng.randbytes(63))
     await _closed(visitor, socket)
     return True
 
 
 async def nonsense(visitor: Visitor, socket: ClientConnection) -> bool:
-    """A message that is no JSON, or none of the protocol."""
+    """Sends messages that are not JSON, or not of the protocol."""
     texts = ("", "{", "null", '{"type": 7}', '{"type": "\\ud800"}', "[" * 1000, "\0" * 50)
     await socket.send(visitor.rng.choice(texts))
     await visitor.until(socket, "error")
@@ -178,14 +179,14 @@ async def nonsense(visitor: Visitor, socket: ClientConnection) -> bool:
 
 
 async def large(visitor: Visitor, socket: ClientConnection) -> bool:
-    """A picture of more bytes than it may have."""
+    """Sends a picture above the limit of its bytes."""
     await socket.send(bytes(visitor.frame_bytes + 1))
     await visitor.until(socket, "error")
     return False
 
 
 async def huge(visitor: Visitor, socket: ClientConnection) -> bool:
-    """A message that the server does not even read."""
+    """Sends a message so large that the server does not read it."""
     with contextlib.suppress(ConnectionClosed):
         await socket.send(bytes(2 * visitor.frame_bytes + 1))
     await _closed(visitor, socket)
@@ -193,14 +194,14 @@ async def huge(visitor: Visitor, socket: ClientConnection) -> bool:
 
 
 async def corrupt(visitor: Visitor, socket: ClientConnection) -> bool:
-    """A picture that begins well."""
+    """Sends a picture that is damaged behind a good beginning."""
     await socket.send(frame(0)[:100] + visitor.rng.randbytes(400))
     await visitor.until(socket, "error")
     return False
 
 
 async def cancels(visitor: Visitor, socket: ClientConnection) -> bool:
-    """Asks, and does not want to know."""
+    """Asks, and cancels the answer."""
     item = {"type": "message", "role": "user", "content": "Who is it?"}
     await visitor.send(socket, "conversation.item.create", item=item)
     await visitor.until(socket, "conversation.item.created")
@@ -213,7 +214,7 @@ def _chat(visitor: Visitor) -> str:
 
 
 def _clip(visitor: Visitor) -> dict[str, Any]:
-    """A request about a video that is none."""
+    """A chat request about a file that is not a video."""
     data = b"\0\0\0\x18ftypisom" + visitor.rng.randbytes(2000)
     url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
     content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "What?"}]
@@ -228,14 +229,14 @@ async def asks_about_a_corrupt_clip(visitor: Visitor, _: ClientConnection) -> bo
 
 
 async def asks_and_leaves(visitor: Visitor, _: ClientConnection) -> bool:
-    """As above, but it does not wait."""
+    """Sends such a request, and leaves before the answer."""
     with contextlib.suppress(httpx.TimeoutException):
         await visitor.http.post(_chat(visitor), json=_clip(visitor), timeout=0.02)
     return False
 
 
 async def knocks(visitor: Visitor, _: ClientConnection) -> bool:
-    """A connection that brings no HTTP."""
+    """Opens a connection that sends no HTTP."""
     host, port = visitor.host.split(":")
     writer = (await asyncio.open_connection(host, int(port)))[1]
     writer.write(visitor.rng.randbytes(200))
@@ -244,7 +245,7 @@ async def knocks(visitor: Visitor, _: ClientConnection) -> bool:
 
 
 async def _closed(visitor: Visitor, socket: ClientConnection) -> None:
-    """Reads to the end of a socket, which the server closes."""
+    """Reads a socket to its end: the server must close it."""
     with contextlib.suppress(ConnectionClosed):
         await visitor.until(socket, "")
 

@@ -1,1 +1,2 @@
-"""Does a run survive what machines do to it? Faults by a seed, and the losses of a quiet run."""
+"""Checks that a run survives what machines do to it: faults drawn by a seed, losses of a quiet
+run."""

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write(out: Path, verdict: Verdict) -> None:
-    """chaos.json and chaos.md: what has come of the faults so far."""
+    """Writes chaos.json and chaos.md: the outcomes of the faults so far."""
     write_atomically(out / "chaos.json", json.dumps(asdict(verdict), indent=1))
     header, *rows = ["| " + " | ".join(row) + " |" for row in _rows(verdict)]
     lines = [_summary(verdict), "", header, "|---" * len(HEADER) + "|", *rows]

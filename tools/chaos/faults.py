@@ -1,4 +1,5 @@
-"""What happens to the job: signals to its processes, damaged files, full and slow storage."""
+"""Faults that a job must survive: signals to its processes, damaged files, full and slow
+storage."""
 
 from __future__ import annotations
 
@@ -31,9 +32,8 @@ class NotSeenError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """inflict raises NotSeenError. lost: checkpoint intervals that it may cost. early: it may come
-    while the job starts.
-    """
+    """A fault. `inflict` causes it, and raises NotSeenError where the job does not notice it. lost:
+    checkpoint intervals that it may cost. early: whether it may also come while the job starts."""
 
     name: str
     inflict: Callable[[Training, random.Random], None]
@@ -52,7 +52,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 
 
 def _until(job: Training, there: Callable[[], object], what: str) -> None:
-    """Raises NotSeenError where `there` stays false."""
+    """Waits until `there` holds. Raises NotSeenError, with `what`, where it does not."""
     until = time.monotonic() + PATIENCE_S
     while not there():
         if time.monotonic() > until:
@@ -67,8 +67,8 @@ def _send(number: int, target: str, job: Training, chance: random.Random) -> Non
 
 
 def while_it_starts(fault: Fault, start_s: float) -> Fault:
-    """The launcher is killed, and `fault` comes while the job starts again, which takes about
-    `start_s` seconds."""
+    """The fault in a job that starts: kills the launcher, and inflicts `fault` within about
+    `start_s` seconds, while the job starts again."""
 
     def inflict(job: Training, chance: random.Random) -> None:
         launcher = job.launcher
@@ -83,7 +83,7 @@ def while_it_starts(fault: Fault, start_s: float) -> Fault:
 
 
 def _damage(job: Training, chance: random.Random) -> None:
-    """All processes are killed; then a byte of the newest checkpoint is another one."""
+    """Kills all processes, and changes a byte of the newest checkpoint."""
     folder = checkpoints_folder(job.run)
 
     def two_in_a_row() -> bool:  # which a full disk may have prevented
@@ -104,6 +104,7 @@ def _damage(job: Training, chance: random.Random) -> None:
 
 
 def _truncate(world: Path, job: Training, chance: random.Random) -> None:
+    """Cuts off a shard of validation data until a validation has left out a sample."""
     shard, before = chance.choice(sorted(world.glob("*/heldout/*/*.tar"))), job.step
 
     def noticed() -> bool:
@@ -121,6 +122,8 @@ def _truncate(world: Path, job: Training, chance: random.Random) -> None:
 
 
 def _fill(job: Training, _chance: random.Random) -> None:
+    """Fills the disk until a save has failed, and waits for the next checkpoint."""
+
     def failed() -> int:
         with suppress(FileNotFoundError):  # a start that has written nothing yet
             return job.log.read_text(errors="replace").count(FAILED_SAVE)
@@ -151,6 +154,7 @@ def _filled(path: Path) -> Iterator[None]:
 
 
 def _slow(job: Training, _chance: random.Random) -> None:
+    """Makes storage slow for a while."""
     job.switch.touch()
     until, last = time.monotonic() + SLOW_S, job.step + EVERY
     while time.monotonic() < until and job.step < last:
@@ -159,7 +163,7 @@ def _slow(job: Training, _chance: random.Random) -> None:
 
 
 def all_faults(world: Path, small_disk: bool) -> list[Fault]:
-    """One of each kind. `small_disk`: the run folder is on a disk that can be filled."""
+    """A fault of each kind. `small_disk`: the run folder is on a disk that can be filled."""
     found = [
         Fault(
             f"{number.name}, {target}",
@@ -179,7 +183,8 @@ def all_faults(world: Path, small_disk: bool) -> list[Fault]:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """`folder` as a file system of its own, in memory; False where this user may not mount one."""
+    """Mounts `folder` as a file system of its own, in memory; yields False where this user may
+    not."""
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
     try:

@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def slow_down(switch: str, folder: str) -> None:
-    """Delays this process's opening of files, from now on."""
+    """Delays this process's opening of files from now on."""
 
     def hook(event: str, details: tuple) -> None:
         if event == "open" and str(details[0]).startswith(folder) and os.path.exists(switch):

@@ -1,4 +1,4 @@
-"""Faults by a seed, one after the other; what each did to the job, and what is wrong about that."""
+"""Inflicts faults drawn by a seed, one after the other; checks what each did to the job."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def happened(self) -> str:
-        """What happened, in words."""
+        """The effect on the job, in words."""
         words = [f"the job ended with {code} and was started again" for code in set(self.ends)]
         if self.again:
             words.append("torchrun started the ranks again")
@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass
 class Verdict:
-    """What a chaotic run has come to so far. `wrong`: what should not be, a line each."""
+    """The results of a chaotic run so far. `wrong`: a line for each thing that must not be."""
 
     planned: int
     seed: int
@@ -74,7 +74,7 @@ class Verdict:
 
 
 def chosen(faults: Sequence[Fault], count: int, chance: random.Random) -> list[tuple[Fault, bool]]:
-    """`count` faults, each kind as often as the others, in a random order; whether each comes while
+    """`count` faults in a random order, each kind equally often; with each, whether it comes while
     the job starts."""
     plan: list[tuple[Fault, bool]] = []
     while len(plan) < count:
@@ -102,7 +102,7 @@ class Chaos:
     asked: Callable[[], bool] = lambda: False
 
     def __call__(self) -> Verdict:
-        """The verdict."""
+        """Runs both trainings; returns the verdict."""
         self.chance, self.began = random.Random(self.seed), time.monotonic()
         self.verdict = Verdict(self.count, self.seed)
         self.options = options(make_world(self.folder), FIRST + EACH * self.count)
@@ -153,7 +153,7 @@ class Chaos:
                 break
 
     def _one(self, job: Training, fault: Fault) -> Outcome:
-        """One fault, and what comes of it."""
+        """Inflicts one fault; its outcome."""
         limit_s = HUNG_S + STARTS * self.verdict.start_s
         job.wait(max(FIRST, job.step + self.chance.randint(0, EVERY - 1)), limit_s)
         time.sleep(self.chance.uniform(0, 0.5))
@@ -177,7 +177,7 @@ class Chaos:
         return outcome
 
     def _in_peace(self, steps: int) -> Path:
-        """Run folder of a run that does as many steps."""
+        """Runs as many steps without faults; returns the run folder."""
         self.say(f"{steps} steps in peace")
         overrides = [*self.options, *in_peace(steps)]
         quiet = Training(self.folder, self.folder / "quiet", overrides)
@@ -187,6 +187,7 @@ class Chaos:
         return quiet.run
 
     def _compare(self, quiet: Path) -> None:
+        """Compares the losses of both runs, step by step."""
         verdict = self.verdict
         steps = range(1, verdict.steps + 1)
         found = [row["step"] for row in read_metrics(self.folder / "run")]

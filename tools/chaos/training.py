@@ -1,6 +1,5 @@
-"""The job that faults happen to: two replicas of two tensor ranks train the smallest model on the
-toy world; whenever the job has ended, it is started again.
-"""
+"""Runs the job that faults happen to: two replicas of two tensor ranks train the smallest model on
+the toy world; when the job has ended, it is started again."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ _BLOCKED = 1 << (signal.SIGTERM - 1)
 
 
 def make_world(folder: Path) -> Path:
-    """A toy world of which a shard of training data is cut off: what cannot be read is replaced by
-    the same samples, however often the job is interrupted."""
+    """Builds a toy world with a shard of training data cut off: the loader replaces what it cannot
+    read by the same samples, however often the job is interrupted."""
     world = folder / "world"
     build_toy(world, ToyConfig(train=24, heldout=1, samples_per_shard=8, stages=("pt2",)))
     shard = max((world / "pt2" / "train" / "image").glob("*.tar"))
@@ -40,7 +39,7 @@ def make_world(folder: Path) -> Path:
 
 
 def options(world: Path, steps: int) -> list[str]:
-    """Overrides of the job, but for its run folder."""
+    """Overrides of the job, without its run folder."""
     return [
         "stage=pt2", "model=tiny", "model.text.vocab_size=512", "data=toy", f"data.root='{world}'",
         "parallel=tp2", "hardware=cpu", "hardware.threads=1", f"hardware.hang_s={HANG_S}",
@@ -53,12 +52,12 @@ def options(world: Path, steps: int) -> list[str]:
 
 
 def in_peace(steps: int) -> list[str]:
-    """Further overrides of a run that nothing happens to: nothing but steps."""
+    """Further overrides of the run without faults: it does nothing but steps."""
     return [f"trainer.checkpoint_every={steps}", "trainer.eval_every=null"]
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started, in all of its threads, and that run."""
+    """The running processes that a process has started, in all of its threads."""
     found: list[int] = []
     for listed in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
@@ -67,7 +66,7 @@ def children(pid: int) -> list[int]:
 
 
 def runs(pid: int) -> bool:
-    """False where a process has ended, too, and nobody has asked how."""
+    """Whether a process runs; False for one that has ended and is still listed (a zombie), too."""
     with suppress(OSError):
         return stat_fields(pid)[0] not in "ZX"
     return False
@@ -101,12 +100,12 @@ class Training:
 
     @property
     def switch(self) -> Path:
-        """A file: while it exists, storage is slow."""
+        """The file that makes storage slow while it exists."""
         return self.folder / "slow"
 
     @property
     def temporary(self) -> Path:
-        """Folder in which the run's processes make temporary files."""
+        """The folder in which the run's processes make temporary files."""
         return self.folder / "tmp"
 
     @property
@@ -116,17 +115,17 @@ class Training:
 
     @property
     def launcher(self) -> int:
-        """Process of torchrun."""
+        """The process of torchrun."""
         return self.launchers[-1]
 
     @property
     def done(self) -> bool:
-        """All of its steps are."""
+        """Whether the job has done all of its steps."""
         return self.ends[-1:] == [0]
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The job's time; none of its processes outlives that."""
+        """Runs the job inside the context; kills all of its processes at the end."""
         self.temporary.mkdir(exist_ok=True)
         try:
             self._start()
@@ -146,7 +145,7 @@ class Training:
         self.launchers.append(self._command.pid)
 
     def poll(self) -> None:
-        """Looks what has become of it; starts it again where it has ended."""
+        """Looks how far the job has come; starts it again where it has ended."""
         time.sleep(POLL)
         now, step = time.monotonic(), self._last_step()
         self.stall_s = max(self.stall_s, now - self._since)
@@ -169,7 +168,7 @@ class Training:
         return True
 
     def stop(self, limit_s: float) -> int | None:
-        """Asks the job to end; its exit code, None where it has not ended in time."""
+        """Asks the job to end; returns its exit code, or None where it has not ended in time."""
         assert self._command is not None
         kill([self.launcher], signal.SIGTERM)
         until = time.monotonic() + limit_s
@@ -179,7 +178,7 @@ class Training:
         return code
 
     def fresh(self) -> None:
-        """Measures stalls anew."""
+        """Begins to measure stalls anew."""
         self.stall_s, self._since = 0.0, time.monotonic()
 
     def ranks(self) -> list[int]:
@@ -187,11 +186,11 @@ class Training:
         return children(self.launcher)
 
     def workers(self) -> list[int]:
-        """The loaders' processes: what a rank has started that blocks SIGTERM."""
+        """The loaders' processes: those started by ranks that block SIGTERM."""
         return [pid for rank in self.ranks() for pid in children(rank) if _blocks_term(pid)]
 
     def left(self) -> list[int]:
-        """Processes of all its starts that run."""
+        """All processes of the job, of any of its starts, that still run."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -201,7 +200,8 @@ class Training:
         return found
 
     def files_left(self) -> list[Path]:
-        """Files that no job should leave: in its run folder, in memory, in its temporary folder."""
+        """Files that a job must not leave in its run folder, in memory or in its temporary
+        folder."""
         patterns = ("checkpoints/.writing_*", "checkpoints/.removing_*", "**/*.partial", "running")
         found = [path for pattern in patterns for path in self.run.glob(pattern)]
         for launcher in self.launchers:

@@ -1,1 +1,1 @@
-"""`moss-data import` and `moss-data show`: other people's data, and what is in shards."""
+"""Commands `moss-data import`, `synthesize` and `show`."""

@@ -1,4 +1,4 @@
-"""`import --check`: what an import would make of a source, without writing shards."""
+"""`import --check`: reports what an import would make of a source, without writing shards."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def form_name(opened: OpenSource) -> str:
 
 def check_source(source: str, options: BuildOptions, limit: int | None, shown: int) -> Checked:
     """Reads, decodes and converts the first `limit` records (None: all); keeps `shown` samples.
-
-    ShardError for a source that cannot be used.
-    """
+    Raises ShardError for a source that cannot be used."""
     files.use_stores(options.stores)
     pool = Pool(options.workers)
     try:

@@ -16,7 +16,8 @@ _BOXES = 64  # that are looked at before FFmpeg is asked
 
 
 def stated_seconds(file: BinaryIO, size: int) -> float:
-    """Seconds; av.FFmpegError where the file is no video. 0: its header does not say."""
+    """The length in seconds that the header states; 0: it states none. Raises av.FFmpegError for a
+    file that is not a video."""
     for kind, start, end in _boxes(file, 0, size):
         if kind == b"moov":
             inner = next((box for box in _boxes(file, start, end) if box[0] == b"mvhd"), None)
@@ -28,7 +29,7 @@ def stated_seconds(file: BinaryIO, size: int) -> float:
 
 
 def _boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The kind, first byte and end of each box."""
+    """Yields the kind, first byte and end of each box."""
     for _ in range(_BOXES):
         if at + 8 > end:
             return

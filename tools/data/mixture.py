@@ -1,4 +1,4 @@
-"""`show`: samples, frames, tokens of each source, their lengths, and how well they pack.
+"""`show`: counts samples, frames and tokens of each source, their lengths, and how well they pack.
 
 No medium is decoded and no picture is read: of a tar the JSON members are read, of its videos the
 header, from where they lie. So the frames of a video of a `chat` are those of the length that its
@@ -95,7 +95,7 @@ def table(by_source: dict[Path, Mixture], length: int) -> str:
 
 
 def packing(lengths: Sequence[tuple[int, int]], length: int) -> float:
-    """The share of microbatches of `length` tokens that is filled, packed as training does it."""
+    """The share of microbatches of `length` tokens that is filled, when packed as in training."""
     used = space = 0
     for first in range(0, len(lengths), _STEP):
         step = [_Sized(range(min(tokens, length)), range(frames))
@@ -134,7 +134,7 @@ def histogram(lengths: Sequence[tuple[int, int]]) -> str:
 
 
 def shard_mixture(shard: Path, config: EncodeConfig) -> Mixture:
-    """Counts the samples of a shard; what cannot be counted is an error by its reason."""
+    """Counts the samples of a shard; those that cannot be counted are errors, by reason."""
     counted = Mixture()
     tokenizer = load_tokenizer(config.tokenizer)
     special = SpecialTokens.from_tokenizer(tokenizer, config.tokenizer)
@@ -154,7 +154,7 @@ def shard_mixture(shard: Path, config: EncodeConfig) -> Mixture:
 
 
 def _keys(file: BinaryIO, counted: Mixture) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Where the members of each sample lie; those of one follow each other."""
+    """Yields, sample by sample, where its members lie; those of a sample follow each other."""
     key, members = "", dict[str, tuple[int, int]]()
     try:
         places = file_places(file)
@@ -206,7 +206,7 @@ def _count(
 
 
 def _frames(file: _Slice, config: EncodeConfig) -> int:
-    """Frames that are sampled of a video of the length that its header states."""
+    """The number of frames that are sampled of a video, by the length that its header states."""
     seconds = stated_seconds(cast(BinaryIO, file), file.size)
     info = VideoInfo(seconds, seconds, 0)
     times = sample_times(info, config.video_fps, config.video_min_frames, config.video_max_frames)
@@ -214,7 +214,7 @@ def _frames(file: _Slice, config: EncodeConfig) -> int:
 
 
 class _Slice(io.RawIOBase):
-    """A member of a tar as a file, of which only what is asked for is read."""
+    """A member of a tar as a file that reads only what is asked for."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
         self._file, self._offset, self.size, self._at = file, offset, size, 0

@@ -1,4 +1,4 @@
-"""A page of samples as the model sees them: tokens, labels, frames with their seconds."""
+"""Writes a page of samples as the model sees them: tokens, labels, frames with their seconds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOST = 600  # frames of a sample that are shown
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens that follow each other: a `label` or `text` in words, or frames."""
+    """Neighbouring tokens of one kind: a `label` or `text` in words, or frames."""
 
     what: str
     text: str
@@ -59,7 +59,7 @@ def write_page(
 
 
 def toy_tokenizer(folder: Path, samples: Sequence[StoredSample]) -> str:
-    """A small tokenizer of the samples' own texts, where none is given."""
+    """A small tokenizer made of the samples' own texts, for a page without one."""
     texts = [
         message["content"]
         for stored in samples

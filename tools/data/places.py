@@ -1,4 +1,4 @@
-"""Where the files of a tar lie, from its headers alone.
+"""Finds where the files of a tar lie, from its headers alone.
 
 A plain header (POSIX 1003.1, "ustar": a name, a size in octal digits, a sum) is read here, at a
 fifth of tarfile's time; a tar with any other one (long names, pax, links' data, sizes above 8 GB)
@@ -18,7 +18,7 @@ Place = tuple[str, int, int]  # name, first byte, bytes
 
 
 def file_places(file: BinaryIO) -> list[Place]:
-    """The plain files of a tar that is not compressed. Raises what tarfile raises of damage."""
+    """The plain files of a tar that is not compressed. Raises what tarfile raises for damage."""
     size = os.fstat(file.fileno()).st_size
     places: list[Place] = []
     at = 0
@@ -36,7 +36,8 @@ def file_places(file: BinaryIO) -> list[Place]:
 
 
 def _plain(head: bytes) -> tuple[str, int, bool] | None:
-    """Name, bytes of data, and whether it is a file; None: not a header of the plain kind."""
+    """The name, bytes of data, and whether it is a file, of a plain header; None for any other
+    header."""
     kind = head[156:157]
     if len(head) < BLOCK or head[257:262] != b"ustar" or not kind or kind not in _FILE + _NO_FILE:
         return None

@@ -1,4 +1,4 @@
-"""The page of a synthesis: how many samples of each role, why others were rejected, examples."""
+"""Writes the page of a synthesis: samples of each role, why others were rejected, examples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SECONDS = 60  # of an example that are shown
 
 @dataclass(frozen=True)
 class Second:
-    """A second of an example: its picture (a `data:` URL), what is asked, said, and captioned."""
+    """A second of an example: its picture (a `data:` URL), questions, answers and captions."""
 
     second: int
     picture: str

@@ -88,7 +88,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_field(options: Any, name: str, hint: Any, allowed: Any, default: Any) -> None:
-    """A flag that is not in the result where it is not given: a file may have the field."""
+    """Adds a flag that is absent from the result where it is not given: the file may have the
+    field."""
     flag, text = f"--{name.replace('_', '-')}", HELP[name]
     more: dict[str, Any] = {"default": argparse.SUPPRESS}
     if isinstance(default, tuple):
@@ -105,7 +106,7 @@ def _add_field(options: Any, name: str, hint: Any, allowed: Any, default: Any) -
 
 
 def config_of(given: argparse.Namespace) -> SynthesisConfig:
-    """The configuration of --config and the flags; ValueError where one of them is wrong."""
+    """The configuration of --config and the flags. Raises ValueError for a wrong value."""
     values: Any = {}
     if given.config is not None:
         try:
@@ -123,7 +124,7 @@ def config_of(given: argparse.Namespace) -> SynthesisConfig:
 
 
 def synthesize(given: argparse.Namespace, program: str) -> int:
-    """The command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     config = config_of(given)
     config.check_endpoint()
     # Late: the other commands need none of it.

@@ -1,1 +1,1 @@
-"""A real-time model on the toy world, in minutes: trained, evaluated, and watching a clip live."""
+"""Trains a real-time model on the toy world in minutes, evaluates it, and lets it watch a clip."""

@@ -27,7 +27,7 @@ PROGRAM = "python -m tools.demo"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the demo. The exit code is that of the first command that fails."""
+    """Runs the demo; returns the exit code of the first command that fails, or 0."""
     options = _parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     parts = full(options) if options.full else short(options)
@@ -89,7 +89,7 @@ def run_all(parts: Sequence[Part], record: Path) -> None:
 
 
 def run(part: Part) -> None:
-    """Runs one command; CalledProcessError where it fails."""
+    """Runs a command. Raises CalledProcessError where it fails."""
     if not part.ranks:
         preloaded.run(part.module, *part.arguments)
         return

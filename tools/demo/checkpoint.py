@@ -28,7 +28,7 @@ SCALE = "/scale"  # follows a tensor's name
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = CommandParser("python -m tools.demo.checkpoint", description=__doc__)
     parser.add_argument("direction", choices=("pack", "unpack"))
     parser.add_argument("export", type=Path, metavar="EXPORT", help="folder with whole weights")
@@ -83,7 +83,7 @@ def unpack(folder: Path, out: Path) -> None:
 
 
 def _quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor `[rows, ...]` as whole numbers up to LARGEST, and a scale for each row, fp16."""
+    """A tensor `[rows, ...]` as whole numbers up to LARGEST, and an fp16 scale for each row."""
     scale = (tensor.abs().flatten(1).amax(1) / LARGEST).clamp(min=1e-6).half()
     numbers = (tensor / _per_row(scale.float(), tensor)).round().clamp(-LARGEST, LARGEST)
     return numbers.to(torch.int8), scale

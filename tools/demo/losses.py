@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def rows(out: Path) -> Iterator[list[str]]:
-    """The table: a header, and a line for each loss."""
+    """The rows of the table: a header, and one for each loss."""
     yield ["loss", *METRICS, "s to first word"]
     for name in LOSSES:
         found = json.loads((out / name / "evaluation.json").read_text())

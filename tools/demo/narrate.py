@@ -16,7 +16,7 @@ Sentences = list[tuple[int, str]]  # seconds, and what is said in them
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = CommandParser("python -m tools.demo.narrate", description=__doc__)
     parser.add_argument("world", type=Path, metavar="WORLD", help="folder of data_pipeline.toy")
     parser.add_argument("clip", type=Path, metavar="CLIP", help="MP4 file to write")
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def held_out_clip(world: Path, out: Path) -> str:
-    """Writes the first held-out clip that is to be narrated to `out`; what there is to say."""
+    """Writes the first held-out clip with a narration to `out`; returns the narration's turn."""
     for shard in sorted((world / STAGES[-1] / "heldout/video").glob("*.tar")):
         with tarfile.open(shard) as tar:
             members = {member.name: member for member in tar}
@@ -46,7 +46,7 @@ def held_out_clip(world: Path, out: Path) -> str:
 
 
 def told(content: str) -> Sentences:
-    """What a sample's turn says: seconds and words, a sentence in the second in which it begins."""
+    """The sentences of a sample's turn, each with the second in which it begins."""
     found: Sentences = []
     goes_on = False
     for second, piece in enumerate(content.split("<|video|>")[1:]):
@@ -60,7 +60,7 @@ def told(content: str) -> Sentences:
 
 
 def spoken(events: Path) -> Sentences:
-    """What the streaming command said, from what it wrote with `--jsonl`."""
+    """The sentences of the streaming command, from its `--jsonl` file."""
     began: dict[str, int] = {}
     found: Sentences = []
     for event in map(json.loads, events.read_text().splitlines()):

@@ -1,4 +1,4 @@
-"""What the demos and the comparison of losses consist of: commands as anyone would type them."""
+"""Lists the commands of the demos and of the comparison of losses, as a user would type them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Part:
 
 
 def short(options: argparse.Namespace) -> list[Part]:
-    """The shipped model after `sft` learns to watch live: five minutes with the set-up."""
+    """The parts of the short demo: the shipped model after `sft` learns to watch live, in five
+    minutes with the set-up."""
     out: Path = options.out
     # Few samples: a model that has not learned to be silent yet takes long to play a stream.
     before = ["--stages", LIVE, "--data", str(out / "world"), "--limit", str(BEFORE)]
@@ -68,7 +69,8 @@ def short(options: argparse.Namespace) -> list[Part]:
 
 
 def compared(options: argparse.Namespace) -> list[Part]:
-    """The short demo's training and evaluation, once with each of LOSSES."""
+    """The parts of the comparison: the short demo's training and evaluation, once with each of
+    LOSSES."""
     parts = _beginning(options)
     for name, fields in LOSSES.items():
         more = [*_learning(options), *fields]
@@ -78,7 +80,7 @@ def compared(options: argparse.Namespace) -> list[Part]:
 
 
 def _beginning(options: argparse.Namespace) -> list[Part]:
-    """The world of the short demo, and the shipped weights as a checkpoint."""
+    """The parts that make the short demo's world, and a checkpoint of the shipped weights."""
     shipped, start = str(options.out / "shipped"), str(options.out / "start")
     world = ["--stages", LIVE, "--train", str(options.train or 1_500)]
     return [
@@ -89,7 +91,7 @@ def _beginning(options: argparse.Namespace) -> list[Part]:
 
 
 def _learning(options: argparse.Namespace) -> list[str]:
-    """Fields of a training that goes on from the shipped weights."""
+    """Overrides of a training that goes on from the shipped weights."""
     start = options.out / "start"
     return [
         f"init_from={start}",
@@ -99,7 +101,8 @@ def _learning(options: argparse.Namespace) -> list[str]:
 
 
 def full(options: argparse.Namespace) -> list[Part]:
-    """The four stages from random weights, each from the one before: about half an hour."""
+    """The parts of the full demo: four stages from random weights, each from the one before, in
+    about half an hour."""
     world = ["--train", str(options.train or 8_000), "--heldout", str(options.heldout or 200)]
     parts = [_world(options, world, 160)]
     before: list[str] = []
@@ -118,7 +121,7 @@ def full(options: argparse.Namespace) -> list[Part]:
 
 
 def _ending(options: argparse.Namespace) -> list[Part]:
-    """A held-out clip is told through the streaming command, then all is shown on a page."""
+    """The parts that run the streaming command on a held-out clip, and write the page."""
     out: Path = options.out
     export, clip = str(out / "export"), str(out / "clip.mp4")
     watch = ["--checkpoint", export, "--video_path", clip, "--prompt", NARRATE, "--speed", "0"]
@@ -156,7 +159,7 @@ def _train(
     seconds: float,
     run: str | None = None,
 ) -> Part:
-    """`run`: name of its folder, where it is not the stage's."""
+    """The part that trains a stage. `run`: name of its folder (default: the stage's)."""
     overrides = [
         f"stage={stage}",
         "model=toy",
@@ -175,5 +178,5 @@ def _train(
 
 
 def _steps(samples: float) -> int:
-    """A whole number of steps' samples, a step's at least."""
+    """The number of samples rounded to whole steps, at least one."""
     return max(1, round(samples / BATCH)) * BATCH

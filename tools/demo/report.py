@@ -41,7 +41,7 @@ SHOWN = 5  # samples of each kind on the page, the first ones
 
 @dataclass(frozen=True)
 class Strip:
-    """A clip second by second: a picture, and in each lane the words of that second."""
+    """A clip second by second: a picture, and the words of that second in each lane."""
 
     title: str
     frames: list[str]
@@ -78,7 +78,7 @@ class Stage:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = CommandParser("python -m tools.demo.report", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of tools.demo")
     options = parser.parse_args(arguments)
@@ -161,7 +161,7 @@ def _samples(stage: Stage) -> list[Sample]:
 
 
 def _narrated(out: Path, stage: Stage) -> Strip | None:
-    """The clip that was watched through the streaming command."""
+    """The strip of the clip that the streaming command has watched."""
     events = out / "narration.jsonl"
     if not events.exists():
         return None
@@ -172,7 +172,7 @@ def _narrated(out: Path, stage: Stage) -> Strip | None:
 
 
 def _streams(stage: Stage) -> list[Strip]:
-    """The first held-out streams as the evaluation played them."""
+    """The strips of the first held-out streams, as the evaluation played them."""
     timelines = {t["key"]: Timeline(**t) for t in stage.result["timelines"]}
     items = (i for i in stage.items("video", 20) if i.encoded.key in timelines and i.speech)
     found = []
@@ -188,7 +188,7 @@ def _streams(stage: Stage) -> list[Strip]:
 
 
 def strip(item: Item, lanes: Mapping[str, Sentences]) -> Strip:
-    """A clip with the sentences of each lane under the second in which they begin."""
+    """The strip of a clip, with each lane's sentences under the second in which they begin."""
     frames = urls(item.encoded.frames[:, 0])
     cells = {
         name: [" ".join(w for s, w in said if s == second) for second in range(len(frames))]
@@ -198,7 +198,7 @@ def strip(item: Item, lanes: Mapping[str, Sentences]) -> Strip:
 
 
 def urls(frames: Tensor) -> list[str]:
-    """Frames `[F, 3, h, w]`, uint8, as URLs that hold the pictures."""
+    """Frames `[F, 3, h, w]`, uint8, as `data:` URLs."""
     found = []
     for frame in frames:
         file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""One page of what this machine has, how fast it is, and what is wrong with it, with the mend:
+"""Prints what this machine has, how fast it is, what is wrong with it and how to mend that:
 
     python -m tools.doctor
 

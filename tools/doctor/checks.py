@@ -1,4 +1,5 @@
-"""What a machine has, and what is wrong with it: packages, devices, attention, memory, media."""
+"""Finds what a machine has, and what is wrong with it: packages, devices, attention, memory,
+media."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ class Findings:
 
 
 def packages(found: Findings) -> None:
-    """Versions against those that the project needs."""
+    """Checks versions of packages against those that the project needs."""
     for wanted in _requirements():
         have = _version(wanted.name)
         if have is None:
@@ -85,7 +86,7 @@ def _version(name: str) -> str | None:
 
 
 def machine(found: Findings) -> None:
-    """Devices, memory, disk, and the limits of a process."""
+    """Reports devices, memory, disk, and the limits of a process."""
     for kind in devices.ACCELERATORS:
         for number in range(devices.count(kind)):
             device = devices.select(kind, number)
@@ -132,7 +133,7 @@ def _folders(found: Findings) -> None:
 
 
 def attention(found: Findings) -> None:
-    """Which attention and kernels run here, and why, for the sizes of 11B in bf16."""
+    """Reports which attention and kernels run here, and why, for the sizes of 11B in bf16."""
     model = ModelConfig()
     training = model.attention_wanted(hardware.kind_of("auto"))
     inference = replace(training, use=INFERENCE, device=devices.best())
@@ -173,7 +174,7 @@ def _import(found: Findings, name: str) -> None:
 
 
 def media(found: Findings) -> None:
-    """Whether videos as people have them can be decoded."""
+    """Checks whether the usual codecs of videos can be decoded."""
     import av
 
     able = [name for name in CODECS if name in av.codecs_available]

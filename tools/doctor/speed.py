@@ -1,4 +1,4 @@
-"""How fast a machine computes, copies, and sums over its ranks, in seconds of measuring."""
+"""Measures how fast a machine computes, copies, and sums over its ranks, within seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMIT_S = 120  # until local ranks must have summed
 
 
 def computing(found: Findings) -> None:
-    """A product in bf16 against the exact one and the data sheet, and copies."""
+    """Measures a product in bf16, against the exact one and the data sheet, and copies."""
     device = devices.find("auto")
     fast = devices.is_accelerator(device)
     rate = product(SHAPES[fast], device)
@@ -39,7 +39,7 @@ def computing(found: Findings) -> None:
 
 
 def sums(found: Findings) -> None:
-    """An all-reduce over all local devices, or over some ranks on the CPU, in processes."""
+    """Measures an all-reduce over all local devices, or over RANKS processes on the CPU."""
     count = devices.count(hardware.TRAINS) or RANKS
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={count}", "-m", "tools.doctor.speed"]  # fmt: skip
@@ -67,7 +67,7 @@ def _mend() -> str:
 
 
 def rank() -> None:
-    """One rank's part of `sums`; the first prints what came of it."""
+    """Runs one rank's part of `sums`; rank 0 prints the result."""
     from data_pipeline.ranks import joining, ranks_of
 
     ranks = ranks_of()

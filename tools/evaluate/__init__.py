@@ -1,1 +1,1 @@
-"""The command that evaluates models, and compares what it found."""
+"""The command that evaluates models, and compares evaluations."""

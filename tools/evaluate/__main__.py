@@ -55,7 +55,7 @@ def _compare(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command of the suite that is named; the exit code."""
+    """Runs the command of the named suite; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
@@ -78,7 +78,7 @@ def _run(suite: str, arguments: list[str]) -> int:
 
 
 def suite_of(arguments: list[str]) -> str:
-    """The value of `--suite`, the last one; "" where there is none."""
+    """The last value of `--suite`; "" where there is none."""
     found = ""
     for number, word in enumerate(arguments):
         if word == "--suite" and number + 1 < len(arguments):

@@ -38,7 +38,7 @@ HEAD = ["", "n", "first", "second", "difference", "from", "to", "gained", "lost"
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that an evaluation wrote."""
+    """An evaluation's folder, read."""
 
     name: str
     results: Results
@@ -58,7 +58,7 @@ class Changed:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the tables, writes compare.json, .md and .html."""
+    """Prints the tables; writes compare.json, .md and .html."""
     parser = CommandParser(PROGRAM, description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="--out of an evaluation; two or more")
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """BenchmarkError: one is not an evaluation's, or they are of different suites."""
+    """Opens runs. Raises BenchmarkError where one is not an evaluation, or their suites differ."""
     runs = [Run(str(folder), read_results(folder), read_items(folder)) for folder in folders]
     for run in runs[1:]:
         if run.results.suite != runs[0].results.suite:
@@ -98,7 +98,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def cells(rows: Sequence[Difference]) -> list[list[str]]:
-    """A table, its header first."""
+    """The cells of a table, the header first."""
     return [HEAD, *map(_cells, rows)]
 
 
@@ -113,7 +113,7 @@ def _cells(row: Difference) -> list[str]:
 
 
 def write(out: Path, runs: Sequence[Run], found: Sequence[list[Difference]], show: int) -> Path:
-    """compare.json, compare.md and the page, which is returned."""
+    """Writes compare.json, compare.md and the page; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     names = [run.name for run in runs]
     data = {
@@ -139,14 +139,14 @@ def write(out: Path, runs: Sequence[Run], found: Sequence[list[Difference]], sho
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """The model and each setting, one column for a run."""
+    """The model and each setting, with a column for each run."""
     all_of = [{"model": run.results.model, **run.results.settings} for run in runs]
     keys = dict.fromkeys(key for settings in all_of for key in settings)
     return [(key, *(str(settings.get(key, "")) for settings in all_of)) for key in keys]
 
 
 def _changed(row: str, runs: Sequence[Run], show: int) -> tuple[int, list[Changed]]:
-    """How many items of a row changed in any run, and the first `show` of them."""
+    """The number of items of a row that changed in any run, and the first `show` of them."""
     first = runs[0].items[row]
     others = [run.items.get(row, {}) for run in runs[1:]]
     ids = dict.fromkeys(name for other in others for name in changed(first, other))
@@ -172,7 +172,8 @@ def _shown(name: str, row: str, runs: Sequence[Run]) -> Changed:
 
 
 def frames(path: Path, at: float | None) -> list[tuple[str, str]]:
-    """A picture; of a video its first and last frames, and that at `at` s, or in the middle.
+    """(URL, caption) of a picture, or of a video's first and last frames and the one at `at` s
+    (None: in the middle).
 
     Raises OSError, SampleError.
     """

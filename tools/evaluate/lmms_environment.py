@@ -33,7 +33,7 @@ CPU = "https://download.pytorch.org/whl/cpu"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Makes it, or says that it is there."""
+    """Makes the environment, or says that it exists."""
     parser = CommandParser("python -m tools.evaluate.lmms_environment", description=__doc__)
     add = parser.add_argument
     add("--folder", type=Path, default=DEFAULT, metavar="FOLDER", help="where it is made")
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make(folder: Path) -> None:
-    """Installs what is pinned, once; a folder that was begun and not finished is made anew."""
+    """Installs the pinned packages, once; a folder that an earlier run did not finish is made
+    anew."""
     if _ready(folder).exists() and _ready(folder).read_text() == _stamp():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -64,7 +65,7 @@ def make(folder: Path) -> None:
 
 
 def check_environment(folder: Path) -> None:
-    """BenchmarkError: it is not there, or of other pins."""
+    """Raises BenchmarkError where the environment is missing, or has other pins."""
     if not _ready(folder).exists() or _ready(folder).read_text() != _stamp():
         raise BenchmarkError(
             f"{folder}: is not the environment of lmms-eval {LMMS_VERSION}: make it with"

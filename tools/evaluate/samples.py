@@ -34,7 +34,7 @@ from moss_train.train.report import write_report_or_warn
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluates, prints the table, writes the JSON. 1 where that cannot be done."""
+    """Evaluates, prints the table, writes the JSON; returns 1 where that cannot be done."""
     parser = CommandParser("python -m tools.evaluate", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="RUN",
@@ -79,7 +79,7 @@ def report_progress(line: str) -> None:
 
 
 def suite_items(model: TrainedModel, options: Namespace) -> Iterable[Item]:
-    """The samples that are named."""
+    """The samples of the suite."""
     path = Path(options.suite)
     if options.suite == "toy":
         return toy_items(model, options.limit, options.stages, options.data)
@@ -87,7 +87,7 @@ def suite_items(model: TrainedModel, options: Namespace) -> Iterable[Item]:
 
 
 def write(result: Evaluation, options: Namespace) -> int:
-    """Prints the table, and what is not in it; leaves the JSON."""
+    """Prints the table and what was left out; writes the JSON."""
     print(table(result.scores))
     out = options.out
     out.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
@@ -100,7 +100,7 @@ def write(result: Evaluation, options: Namespace) -> int:
 
 
 def open_model(options: Namespace) -> TrainedModel:
-    """A run, a checkpoint, or an export, which alone has a config.json at its top."""
+    """Opens a run, a checkpoint, or an export, which alone has a config.json at its top."""
     checkpoint, device, threads = options.checkpoint, options.device, options.threads
     layout = {"tensor": options.tensor, "pipeline": options.pipeline}
     if not (checkpoint / "config.json").is_file():

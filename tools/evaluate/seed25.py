@@ -39,7 +39,8 @@ _TIMEOUT = 1800.0  # seconds of a request
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serves, asks, writes the table. 1: requests failed, a row has no value, or a server ended."""
+    """Serves, asks, writes the table; returns 1 where requests failed, a row has no value, or a
+    server ended."""
     options, parser = parse(arguments)
     try:
         rows = rows_of(options)
@@ -102,7 +103,7 @@ def parse(arguments: list[str] | None) -> tuple[Any, CommandParser]:
 
 
 def rows_of(options: Any) -> list[Benchmark]:
-    """The rows that are asked for. ValueError: one is not known, or lacks its file."""
+    """The rows to ask. ValueError: one is unknown, or needs a file that is not given."""
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if options.suite == ANY:
         return [Benchmark(name, name, video=True) for name in names]
@@ -145,7 +146,7 @@ def _evaluate(options: Any, run: EvaluationRun, rows: Sequence[Benchmark]) -> in
 
 
 def _with_earlier(out: Path, found: Sequence[Row]) -> list[Row]:
-    """The rows, and before them those of an earlier run in the folder that this one did not ask."""
+    """The rows, after those that only an earlier run in the folder has asked."""
     earlier = read_results(out).rows if (out / RESULTS).exists() else ()
     names = {row.row for row in found}
     return [*(row for row in earlier if row.row not in names), *found]
@@ -180,7 +181,7 @@ def _row(
 def _answered(
     options: Any, benchmark: Benchmark, server: Server | Elsewhere, file: ItemFile
 ) -> Row:
-    """ZeroBench's row of what has been asked so far."""
+    """ZeroBench's row, over the questions answered so far."""
     names = {question.index for question in options.questions}
     found = [item for name, item in file.items.items() if name in names]
     items: list[Item] = [

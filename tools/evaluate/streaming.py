@@ -104,7 +104,7 @@ def _add_fields(made: CommandParser, part: Any, words: Mapping[str, str], before
 
 
 def config_of(given: argparse.Namespace) -> StreamingConfig:
-    """ValueError for a value out of its range."""
+    """The configuration of the flags. Raises ValueError for a value out of its range."""
     values = vars(given)
     default = StreamingConfig()
     own = {n: values[n] for n in (f.name for f in fields(default)) if n in values}
@@ -120,7 +120,7 @@ def config_of(given: argparse.Namespace) -> StreamingConfig:
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluates, prints the table; 1 where not all could be asked."""
+    """Evaluates, prints the table; returns 1 where not all items could be asked."""
     made = parser()
     given = made.parse_args(arguments)
     if bool(given.checkpoint) == bool(given.url):

@@ -1,1 +1,2 @@
-"""What a machine's GPU does with this code: is it right, and how fast is it? See docs/gpu.md."""
+"""Checks what a machine's GPU does with this code: whether it is right, and how fast
+(docs/gpu.md)."""

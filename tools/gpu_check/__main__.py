@@ -22,7 +22,7 @@ PROGRAM = "python -m tools.gpu_check"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what is asked for and not done yet; reports all that is done, also as JSON."""
+    """Runs the sections that are asked for and not done yet; reports all findings, also as JSON."""
     from tools.gpu_check.report import PAGE, report
     from tools.gpu_check.sections import LIMITS, compare_losses
 
@@ -75,7 +75,7 @@ def _run_one(name: str, rehearse: bool, folder: Path) -> int:
 
 
 def _run_process(name: str, folder: Path, limit: float) -> None:
-    """Runs a section in a process; what ends it early is its finding."""
+    """Runs a section in a process; an error that ends it is its finding."""
     command = [sys.executable, "-m", "tools.gpu_check", "--one", name, "--out", str(folder)]
     log, path = _file(folder, name).with_suffix(".log"), _file(folder, name)
     with log.open("w") as out:

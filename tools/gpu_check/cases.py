@@ -1,4 +1,4 @@
-"""The training steps that are measured, and their batches, which are made: no data is needed."""
+"""Defines the training steps that are measured; their batches are random, so no data is needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 
 @dataclass(frozen=True)
 class Sample:
-    """Text around frames: `before` tokens, then `frames` with `gap` tokens after each, `after`."""
+    """The layout of a sample: `before` tokens of text, `frames` with `gap` tokens after each, then
+    `after` tokens."""
 
     before: int
     frames: int
@@ -26,7 +27,7 @@ class Sample:
     after: int
 
     def encoded(self, config: Config, generator: torch.Generator) -> EncodedSample:
-        """Random tokens and pixels; all text behind the first frame is learned."""
+        """The sample with random tokens and pixels; all text after the first frame is learned."""
         vision, tiles = config.model.vision, config.data.max_tiles
         positions = self.before + torch.arange(self.frames) * (self.gap + 1)
         length = self.before + self.frames * (self.gap + 1) + self.after
@@ -75,7 +76,7 @@ class Case:
         )  # fmt: skip
 
     def batches(self, config: Config) -> Iterator[MicroBatch]:
-        """The samples of one step, as the loader gives them."""
+        """The samples of one step, as the loader yields them."""
         generator = torch.Generator().manual_seed(7)
         for sample in self.samples:
             yield collate([sample.encoded(config, generator)], pad_token_id=0)

@@ -1,4 +1,4 @@
-"""The machine: versions, memory, the speed of products and copies, and whether they are right."""
+"""Measures the machine: versions, memory, the speed of products and copies, and their errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ERROR = 2e-2  # relative, of a product in bf16
 
 
 def preflight(rehearse: bool) -> dict[str, Any]:
-    """Everything that later figures are compared with."""
+    """The figures of the machine, to which later ones are compared."""
     device = hardware.device()
     rates = {
         name: product(shape, device)
@@ -61,8 +61,8 @@ def _memory_gb(device: torch.device) -> dict[str, float]:
 
 
 def product(shape: tuple[int, int, int], device: torch.device) -> dict[str, float]:
-    """1e12 FLOPs a second of a product in bf16, and in FP8 as `model.fp8` has it, where the GPU
-    can; and the error in bf16."""
+    """The speed of a product in bf16 and, where the GPU can, in FP8 as `model.fp8` has it, in 1e12
+    FLOP/s; and the error in bf16."""
     m, k, n = shape
     generator = torch.Generator(device).manual_seed(1)
     x, w = (
@@ -83,7 +83,7 @@ def product(shape: tuple[int, int, int], device: torch.device) -> dict[str, floa
 
 
 def copies(size: int, device: torch.device) -> dict[str, float]:
-    """GB a second of copies of `size` bytes: on the device (read and written), from the host."""
+    """GB/s of copies of `size` bytes: on the device (read and written), and from the host."""
     there = torch.empty(size, dtype=torch.uint8, device=device)
     other, host = torch.empty_like(there), torch.empty(size, dtype=torch.uint8)
     found = {"on the device": 2e-9 * size / timed(device, lambda: other.copy_(there))}
@@ -97,8 +97,8 @@ def copies(size: int, device: torch.device) -> dict[str, float]:
 def all_reduced(
     size: int, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> tuple[bool, float]:
-    """Runs an all-reduce of `size` bytes over a group: whether the sum is right, and GB a second
-    through each rank's link (as nccl-tests count them). A collective."""
+    """Runs an all-reduce of `size` bytes over a group: whether the sum is right, and the GB/s of
+    each rank's link (as nccl-tests count them). A collective."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     numbers = torch.full((size // 4,), float(rank + 1), device=device)
     dist.all_reduce(numbers, group=group)
@@ -108,7 +108,7 @@ def all_reduced(
 
 
 def timed(device: torch.device, work: Callable[[], Any], times: int = 10, warm: int = 2) -> float:
-    """Seconds of one call on a device, the mean of several after some."""
+    """Mean seconds of a call on a device, after some calls to warm up."""
     for _ in range(warm):
         work()
     devices.synchronize(device)

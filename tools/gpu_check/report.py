@@ -1,4 +1,4 @@
-"""Findings as tables: what is right, the steps beside those of docs/gpu.md, where time goes."""
+"""Writes findings as tables: what is right, the steps beside those of docs/gpu.md, profiles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Findings = dict[str, dict[str, Any]]
 
 
 def report(findings: Findings, page: str) -> str:
-    """All of it as text. `page`: docs/gpu.md, whose last table the steps are compared with."""
+    """All findings as text. `page`: docs/gpu.md, whose last table the steps are compared with."""
     parts = [_verdicts(findings)]
     cases = {name: found for name, found in findings.items() if "step_s" in found}
     if cases:
@@ -90,7 +90,7 @@ def _ratio(now: float, before: float | None) -> str:
 
 
 def last_measured(page: str) -> dict[str, float]:
-    """Seconds of a step of each case, from the page's table."""
+    """Seconds of a step of each case, from the last table of the page."""
     _, _, rest = page.partition(HEADING)
     found = {}
     for line in rest.partition("\n## ")[0].splitlines():

@@ -1,4 +1,4 @@
-"""Save and resume: whether it goes on with the same numbers, and how long a save takes."""
+"""Checks that a run that is saved and resumed goes on with the same numbers; times a save."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tools.gpu_check.workbench import Workbench
 
 
 def resume(device: str) -> dict[str, Any]:
-    """Two steps, a save, two more while it is written; then a new model loads it and does the
-    same."""
+    """Does two steps, a save, and two more while it is written; then a new model loads it, and must
+    do the same two."""
     with tempfile.TemporaryDirectory() as folder:
         first = Workbench(RESUMED, device, folder)
         batch = first.batch()
@@ -35,7 +35,7 @@ def resume(device: str) -> dict[str, Any]:
 
 def save(device: str, rehearse: bool) -> dict[str, Any]:
     """Seconds of saving the cut 11B model, 3.0 B parameters with Adam's state, on one rank: until
-    training would go on, and until all is on disk."""
+    training can go on, and until all is on disk."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Workbench(_small(SAVED) if rehearse else SAVED, device, folder)
         bench.step(bench.batch())

@@ -1,4 +1,5 @@
-"""The sections of a check, each a function of its own process: from a device to its findings.
+"""Runs the sections of a check, each a function from a device to its findings, in a process of its
+own.
 
 Every finding has "correct", which the exit code is made of; speeds never make it fail.
 """
@@ -78,8 +79,8 @@ def stage_losses(device: str, steps: int | None) -> dict[str, Any]:
 
 
 def attention_losses(device: str) -> dict[str, Any]:
-    """Loss of a first step with each kind of attention that can be had here, beside sdpa's: streams
-    and packed texts, small model, bf16 (fp32 on a CPU, where sdpa is alone)."""
+    """Loss of a first step with each kind of attention that runs here, beside sdpa's: streams and
+    packed texts, small model, bf16 (fp32 on a CPU, where sdpa is alone)."""
     case, losses, replaced = STAGES["realtime_sft"], dict[str, float](), list[str]()
     if device != "cpu":
         case = replace(case, overrides=(*case.overrides, "model.dtype=bf16"))
@@ -96,7 +97,7 @@ def attention_losses(device: str) -> dict[str, Any]:
 
 
 def compare_losses(findings: dict[str, dict[str, Any]]) -> None:
-    """Holds the GPU's losses against the CPU's, in place, where both are there."""
+    """Compares the GPU's losses with the CPU's, in place, where both are there."""
     if not all("losses" in findings.get(name, {}) for name in (CPU_LOSSES, GPU_LOSSES)):
         return
     theirs, ours = findings[CPU_LOSSES]["losses"], findings[GPU_LOSSES]["losses"]

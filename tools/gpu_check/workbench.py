@@ -1,4 +1,4 @@
-"""A model that trains on a case's made batch, and how long its steps take."""
+"""Builds the model of a case, and times its steps on a random batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DRAWN_ON_THE_CPU = 10**8  # parameters; larger models are drawn on the device, i
 
 
 class Workbench:
-    """A case's model on one rank; the process group must be there."""
+    """A case's model on one rank. The process group must exist."""
 
     def __init__(self, case: Case, device: str, folder: str):
         started = time.perf_counter()
@@ -92,7 +92,7 @@ class Workbench:
         return StepPlan(batch.microbatches, self.config, self.step.loss)
 
     def speed(self, result: StepResult, seconds: float) -> dict[str, Any]:
-        """What a step of `seconds` comes to. MFU and HFU: None on a CPU."""
+        """The figures of a step that takes `seconds`. MFU and HFU are None on a CPU."""
         trained, config = self.counts.trained, self.config
         parts = TrainedParts(*(trained[part] > 0 for part in ("vision", "projector", "decoder")))
         flops = step_flops(
@@ -118,7 +118,7 @@ class Workbench:
 
 
 def _draw(model: MossVideo) -> None:
-    """Random weights, made on the device; norms are one, gates and biases zero."""
+    """Fills a model with random weights, on its device; norms are one, gates and biases zero."""
     generator = torch.Generator(hardware.device()).manual_seed(8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,1 +1,1 @@
-"""Are all machines of a job fit for it? A minute before a run, in place of hours of it."""
+"""Checks whether all machines of a job are fit for it, in a minute, before hours are lost."""

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: Config, limit: int) -> int:
-    """The verdict, once all ranks have answered, or `limit` seconds are over."""
+    """The verdict, once all ranks have answered or `limit` seconds are over."""
     import torch.distributed as dist
 
     with quick_imports():
@@ -130,7 +130,8 @@ def _store() -> dist.Store:
 
 
 def _wait(store: dist.Store, keys: list[str], until: float) -> bool:
-    """Whether all keys come in time. Asks again and again, as the thread uses it, too."""
+    """Whether all keys come in time. It asks again and again, because the main thread uses the
+    store, too."""
     while not (came := store.check(keys)) and time.monotonic() < until:
         time.sleep(0.05)
     return came

@@ -1,4 +1,4 @@
-"""What one rank finds out about its machine, its network and its storage."""
+"""Checks one rank's machine, network and storage."""
 
 from __future__ import annotations
 
@@ -56,13 +56,14 @@ class Findings:
 
 
 def here() -> Findings:
-    """This rank's findings, still empty."""
+    """Findings of this rank, still empty."""
     node = os.environ.get("GROUP_RANK", "0")
     return Findings(dist.get_rank(), socket.gethostname(), int(node))
 
 
 def check(config: Config, found: Findings, begin: Callable[[str], None]) -> None:
-    """Fills `found`. A collective. `begin` is told what comes next."""
+    """Fills `found`. A collective. `begin` is called with the name of each check before it
+    starts."""
     for name, work in (
         ("device", lambda: _device(found)),
         ("matrix product", lambda: _product(found)),
@@ -92,7 +93,7 @@ def _device(found: Findings) -> None:
 
 
 def _product(found: Findings) -> None:
-    """Against the exact result, and against the GPU's data sheet."""
+    """Checks products against the exact result and the GPU's data sheet."""
     device = hardware.device()
     peak = hardware.peak_tflops_of(hardware.device_name())
     for name, shape in (REHEARSED if not devices.is_accelerator(device) else PRODUCTS).items():
@@ -107,7 +108,7 @@ def _product(found: Findings) -> None:
 
 
 def _storage(run: Path, found: Findings) -> None:
-    """A file as a rank writes it in a checkpoint, read back with its checksum."""
+    """Writes a file as a rank does in a checkpoint, and reads it back with its checksum."""
     folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
     path = folder / f".preflight_{found.rank}"
     size = WRITTEN[hardware.on_accelerator()]
@@ -130,7 +131,7 @@ def _storage(run: Path, found: Findings) -> None:
 
 
 def _data(config: Config, found: Findings) -> None:
-    """Samples of each source, anywhere in its shards."""
+    """Reads samples of each source, anywhere in its shards."""
     chance, opened = random.Random(found.rank), AnyShards(config.data.stores)
     began, size = time.perf_counter(), 0
     for source in mixed_sources(config):
@@ -150,7 +151,7 @@ def _versions(config: Config, found: Findings) -> None:
 
 
 def _all_reduce(found: Findings) -> None:
-    """Within each machine, then between machines, where each rank has one of every other."""
+    """Measures all-reduces within each machine, then between machines, over one rank of each."""
     size, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     place, summed = found.rank % local, SUMMED[hardware.on_accelerator()]
     inside = range(found.rank - place, min(found.rank - place + local, size))

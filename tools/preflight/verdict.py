@@ -1,4 +1,4 @@
-"""All ranks' findings: which machines are unfit, and a table of them."""
+"""Judges all ranks' findings: which machines are unfit, and a table of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SLOW = {True: 0.7, False: 0.0}  # of the median; a CPU that others use, too, is 
 
 
 def wrong(found: Sequence[Findings], accelerator: bool) -> Iterator[str]:
-    """`HOST, rank 3: ...` for each thing that is wrong. `found`: of the ranks that answered."""
+    """A line `HOST, rank 3: ...` for each thing that is wrong with the ranks that answered."""
     if not found:
         return
     for one in found:
@@ -43,7 +43,7 @@ def missing(at: Mapping[int, str]) -> Iterator[str]:
 
 
 def _different(found: Sequence[Findings]) -> Iterator[str]:
-    """What a minority has otherwise."""
+    """A line for each thing that a minority of ranks has otherwise than the others."""
     for name in sorted({name for one in found for name in one.same}):
         counts = Counter(one.same.get(name, "unknown") for one in found)
         usual = max(counts, key=lambda value: (counts[value], value == found[0].same.get(name)))

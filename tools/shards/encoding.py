@@ -18,7 +18,7 @@ def stage_names() -> list[str]:
 
 
 def stage_encoding(tokenizer: str, stage: str, tile_size: int, max_tiles: int) -> EncodeConfig:
-    """How conf/stage/STAGE.yaml encodes samples; ValueError for an unknown stage."""
+    """The encoding of conf/stage/STAGE.yaml. ValueError: the stage is unknown."""
     path = conf_dir() / "stage" / f"{stage}.yaml"
     if not path.is_file():
         raise ValueError(f"--stage {stage}: choose one of {', '.join(stage_names())}")
@@ -42,7 +42,7 @@ def open_encoder(config: EncodeConfig) -> SampleEncoder:
 def frame_times(
     sample: Sample, parts: dict[str, bytes], config: EncodeConfig
 ) -> list[float | None]:
-    """Seconds of each frame in reading order, None for a picture."""
+    """The second of each frame in reading order; None for a picture."""
     owners = sample.mark_media()
     clips = {
         owner: iter(sample.media[owner].realtime_times(owners.count(owner)))

@@ -15,7 +15,7 @@ from data_pipeline.shards import INDEX_FOLDER, ShardError, shard_files
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample as its shard holds it: members by name without the key."""
+    """A sample as it is in its shard: its members by name, without the key."""
 
     key: str
     shard: Path
@@ -24,7 +24,7 @@ class StoredSample:
 
 
 def find_sources(root: str | Path) -> list[Path]:
-    """All folders with shards at or below `root`; ShardError where there is none."""
+    """All folders with shards at or below `root`. ShardError: there is none."""
     top = Path(root)
     if not top.is_dir():
         raise ShardError(f"{top} is not a folder: correct the path")
@@ -35,14 +35,15 @@ def find_sources(root: str | Path) -> list[Path]:
 
 
 def stored_samples(shard: Path) -> Iterator[StoredSample]:
-    """The samples of a shard; DAMAGE of data_pipeline.importers.archive where it is torn."""
+    """Yields a shard's samples. Raises DAMAGE of data_pipeline.importers.archive where it is
+    torn."""
     for parts in read_samples(str(shard)):
         key = parts.pop("__key__")
         yield StoredSample(key, shard, parts, parts.pop("__error__", None))
 
 
 def indexed_counts(source: Path) -> dict[str, int]:
-    """Samples of each shard as the index says, empty without a readable one."""
+    """The number of samples of each shard in the index; empty without a readable index."""
     try:
         info = json.loads((source / INDEX_FOLDER / ".info.json").read_text())
         return {str(name): int(count) for name, count in info["shard_counts"].items()}
@@ -51,7 +52,7 @@ def indexed_counts(source: Path) -> dict[str, int]:
 
 
 def find_sample(source: Path, wanted: str) -> StoredSample:
-    """A sample by its key, or by its number from 0; ShardError where there is none such."""
+    """The sample of a key, or of a number from 0. ShardError: there is no such sample."""
     shards = shard_files(source)
     return _by_number(shards, int(wanted)) if wanted.isdigit() else _by_key(shards, wanted)
 

@@ -1,4 +1,4 @@
-"""`show`: the prompt of a sample with its labels, and a picture of its frames."""
+"""`show`: prints the prompt of a sample with its labels, and draws its frames."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _prompt(
 
 
 def runs(encoded: EncodedSample) -> Iterator[tuple[str, list[int]]]:
-    """The positions of tokens that follow each other and are alike: `frame`, `label`, `text`."""
+    """Neighbouring positions of one kind: `frame`, `label` or `text`."""
     shown = set(encoded.frame_positions.tolist())
     has_label = (encoded.labels != IGNORED_LABEL).tolist()
 
@@ -99,7 +99,7 @@ def _painted(text: str, what: str, color: bool) -> str:
 
 
 def _frames(numbers: list[int], frames: list[Frame]) -> str:
-    """`[0 | 0.0s @5]` for each frame; of more than eight the first and the last."""
+    """A mark such as `[0 | 0.0s @5]` for each frame; of more than eight the first and the last."""
     if len(numbers) > 8:
         first, last = numbers[0], numbers[-1]
         return f"[{first} | {frames[first]}]...[{last} | {frames[last]}]"
@@ -107,7 +107,8 @@ def _frames(numbers: list[int], frames: list[Frame]) -> str:
 
 
 def contact_sheet(encoded: EncodedSample, frames: list[Frame]) -> Image.Image:
-    """All frames as the model gets them, with their numbers, times and token positions."""
+    """A picture of all frames as the model gets them, with their numbers, times and token
+    positions."""
     rows = -(-len(frames) // _COLUMNS)
     columns = min(len(frames), _COLUMNS)
     sheet = Image.new("RGB", (columns * _THUMB, rows * (_THUMB + _TEXT)), "white")
@@ -124,7 +125,7 @@ def contact_sheet(encoded: EncodedSample, frames: list[Frame]) -> Image.Image:
 
 
 def untiled(tiles: Tensor, aspect_ratio_id: int) -> Tensor:
-    """uint8 [T, 3, h, w] -> the canvas that was cut, uint8 [3, high h, wide w]."""
+    """The canvas that was cut into tiles: uint8 [T, 3, h, w] -> uint8 [3, high h, wide w]."""
     high, wide = supported_aspect_ratios(len(tiles))[aspect_ratio_id - 1]
     grid = tiles[: high * wide].unflatten(0, (high, wide))
     return torch.cat([torch.cat(list(row), dim=-1) for row in grid], dim=-2)

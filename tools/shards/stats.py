@@ -1,4 +1,4 @@
-"""`stats`: counts of sources, of the samples as they are trained on."""
+"""`stats`: counts the samples of sources as they are trained on."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from tools.shards.workers import each_shard
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong (`what`), and in which folder, shard or sample (`where`)."""
+    """A problem: `what` is wrong, and `where` (folder, shard or sample)."""
 
     where: str
     what: str
@@ -42,10 +42,10 @@ class ShardReport:
 def validate_tree(
     root: str | Path, config: EncodeConfig | None, workers: int
 ) -> tuple[int, list[Problem]]:
-    """The number of samples below `root`, and all that is wrong with them.
+    """Checks all shards below `root`; returns the number of samples and all problems.
 
-    Media are decoded, videos at a frame a second; with `config` each sample is encoded, too.
-    Raises ShardError where there are no shards.
+    Media are decoded, videos at a frame a second; with `config` each sample is encoded, too. Raises
+    ShardError where there are no shards.
     """
     total = 0
     problems: list[Problem] = []
@@ -110,7 +110,7 @@ def check_shard(shard: Path, config: EncodeConfig | None) -> ShardReport:
 
 
 def check_sample(stored: StoredSample) -> Iterator[str]:
-    """What is wrong with a sample; SampleError for what makes further checks pointless."""
+    """The problems of a sample. Raises SampleError for one that makes further checks pointless."""
     if stored.error is not None:
         raise stored.error
     if "json" not in stored.parts:

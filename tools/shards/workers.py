@@ -1,4 +1,4 @@
-"""Work on shards in parallel."""
+"""Runs work on shards in parallel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Result = TypeVar("_Result")
 def each_shard(
     work: Callable[[Path], _Result], shards: Iterable[Path], workers: int
 ) -> Iterator[_Result]:
-    """The results in the order of the shards, by `workers` processes; 0: by this one."""
+    """The results in the order of the shards, from `workers` processes; 0: from this one."""
     if workers == 0:
         yield from map(work, shards)
         return
