@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.batch import EncodedSample, Unlearned
 from data_pipeline.images import decode_image, tile_into
 from data_pipeline.prompts import Prompt, PromptBuilder, PromptForm
-from data_pipeline.schema import Media, Sample, SampleError, parse_sample
+from data_pipeline.schema import Media, Sample, SampleError, member_named, parse_sample
 from data_pipeline.tokens import SpecialTokens
 from data_pipeline.video import open_video, sample_times
 
@@ -78,9 +78,10 @@ class SampleEncoder:
         `draws` decides what augmentation does; None: there is none, as in evaluation. Raises
         SampleError with the key and the reason where something is wrong with the data.
         """
-        if "json" not in parts:
+        described = member_named("json", parts)
+        if described is None:
             raise SampleError("missing_json", f"members: {', '.join(sorted(parts))}", key)
-        sample = parse_sample(key, parts["json"])
+        sample = parse_sample(key, parts[described])
         try:
             return self._encode(sample, parts, draws)
         except SampleError as error:
@@ -135,9 +136,10 @@ class SampleEncoder:
         parts: Mapping[str, bytes],
         files: ExitStack,
     ) -> _MediumFrames:
-        if medium.file not in parts:
+        name = member_named(medium.file, parts)
+        if name is None:
             raise SampleError("missing_media", f"{medium.file} is not in the shard")
-        data, config = parts[medium.file], self.config
+        data, config = parts[name], self.config
         if medium.type == "image":
             return _MediumFrames(1, lambda count: (decode_image(data) for _ in range(count)))
         video = files.enter_context(open_video(data, config.video_threads))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -82,6 +83,15 @@ class Sample:
         return next((i for i, medium in enumerate(self.media) if medium.type == "video"), -1)
 
 
+def member_named(file: str, members: Collection[str]) -> str | None:
+    """The member of a sample that a name means: as it is written, else in another letter case,
+    which some readers of tars change; None: there is none."""
+    if file in members:
+        return file
+    plain = file.lower()
+    return next((name for name in members if name.lower() == plain), None)
+
+
 def parse_sample(key: str, raw: bytes | str | dict[str, Any]) -> Sample:
     """Reads and checks a sample's JSON; raises SampleError with the key, the reason, the field."""
     try:
@@ -93,6 +103,7 @@ def parse_sample(key: str, raw: bytes | str | dict[str, Any]) -> Sample:
             raise SampleError("bad_schema", f"expected a JSON object, got {type(data).__name__}")
         sample = Sample(key, _kind(data), _messages(data), _media(data))
         _check_marks(sample)
+        _check_answers(sample)
     except SampleError as error:
         raise SampleError(error.reason, error.detail, key) from None
     return sample
@@ -173,6 +184,17 @@ def _check_marks(sample: Sample) -> None:
             "mark_media_mismatch",
             f"the text has the marks [{', '.join(shown)}], the media are [{', '.join(expected)}]",
         )
+
+
+def _check_answers(sample: Sample) -> None:
+    """An answer without text would teach to say nothing; in a stream silence has its token."""
+    for i, message in enumerate(sample.messages if sample.kind != "realtime" else ()):
+        learned = message.role == "assistant" and message.learn
+        # A mark has no label.
+        if learned and not MARK.sub("", message.content).strip():
+            raise SampleError(
+                "missing_text", f"messages[{i}]: the assistant's turn has no text: nothing to learn"
+            )
 
 
 def _check_clip(clip: Media, marks: int) -> None:

@@ -158,9 +158,7 @@ def with_media(
         "image": pictures,
         "video": [_clip(video, base) for video in videos],
     }
-    media = in_order(messages, given)
-    _check_answers(messages)
-    return Draft(messages, media, notes=tuple(notes))
+    return Draft(messages, in_order(messages, given), notes=tuple(notes))
 
 
 def _clip(video: Any, base: str) -> Medium:
@@ -262,16 +260,6 @@ def system_turn(record: dict[str, Any], dialect: Dialect) -> list[Turn]:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _check_answers(messages: list[Turn]) -> None:
-    for i, message in enumerate(messages):
-        silent = message["role"] == "assistant" and message.get("learn", True)
-        # A mark has no label.
-        if silent and not MARK.sub("", message["content"]).strip():
-            raise SampleError(
-                "missing_text", f"message {i}: the assistant's turn has no text: nothing to learn"
-            )
 
 
 def _media(record: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[Any], str]:

@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline import files
 from data_pipeline.importers.draft import IMAGE_FIELDS, PATH_FIELDS, VIDEO_FIELDS, as_list
 from data_pipeline.importers.streaming import CLIP_FIELDS
-from data_pipeline.schema import MediaType, SampleError
+from data_pipeline.schema import MediaType, SampleError, member_named
 
 _IDS = frozenset(CLIP_FIELDS) - frozenset(VIDEO_FIELDS)  # a clip's name or id, perhaps no file's
 _OTHER_NAME = "the sample's only video, whose name is not the one that the record gives"
@@ -84,10 +84,10 @@ def member(parts: dict[str, bytes], name: Any, key: str) -> dict[str, Any]:
         raise SampleError("bad_schema", f"{name!r:.80} is not the name of a member")
     stem = key.rpartition("/")[2]
     last = path.rpartition("/")[2]
-    inside = last.removeprefix(f"{stem}.").lower() if last.startswith(f"{stem}.") else last
+    inside = last.removeprefix(f"{stem}.") if last.startswith(f"{stem}.") else last
     spelt = {files.composed(name): name for name in parts}
-    for found in map(files.composed, (path, inside)):
-        if found in spelt:
+    for named in map(files.composed, (path, inside)):
+        if found := member_named(named, spelt):
             return _bytes(parts, spelt[found])
     raise SampleError("missing_file", f"{path} is not in the shard")
 

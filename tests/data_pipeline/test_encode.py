@@ -61,6 +61,16 @@ def test_in_a_stage_of_streams_other_samples_are_chats(toy: Path) -> None:
     assert tokens["realtime"] == tokens["chat"] != tokens["pretrain"]
 
 
+def test_members_are_found_in_any_letter_case(toy: Path) -> None:
+    """Training reads names as they are written, the commands and validation in lower case."""
+    parts = realtime(3)
+    described = json.loads(parts["json"])
+    described["media"][0]["file"] = "0.MP4"
+    for data, clip in (("json", "0.mp4"), ("JSON", "0.MP4"), ("json", "0.Mp4")):
+        named = {data: json.dumps(described).encode(), clip: parts["0.mp4"]}
+        assert levels(encoder(toy).encode("k", named).frames) == [0, 10, 20]
+
+
 def test_a_cut_leaves_the_first_frames(toy: Path) -> None:
     whole = encoder(toy).encode("k", realtime(8))
     place = int(whole.frame_positions[3])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.schema import MARK, SampleError, parse_sample
+from data_pipeline.schema import MARK, SampleError, member_named, parse_sample
 
 
 def _data(content: str, media: list[dict[str, Any]], kind: str = "chat") -> dict[str, Any]:
@@ -24,6 +24,27 @@ def test_marks_meet_their_media_in_order() -> None:
     sample = parse_sample("k", json.dumps(_data("<|image|> and <|video|>?", [IMAGE, VIDEO])))
     assert [medium.file for medium in sample.media] == ["0.jpg", "1.mp4"]
     assert sample.mark_media() == [0, 1]
+
+
+@pytest.mark.parametrize("answer", ["", " \n", "<|image|>", "<|image|> <|image|>"])
+def test_an_answer_without_text_is_none_but_in_a_stream_and_as_context(answer: str) -> None:
+    media = [IMAGE | {"file": f"{i}.jpg"} for i in range(len(MARK.findall(answer)))]
+    data = _data("Show it.", media)
+    asked, said = data["messages"]
+    for kind in ("chat", "caption"):
+        with pytest.raises(SampleError, match=r"missing_text: messages\[3\]: the assistant's turn"):
+            parse_sample("k", data | {"kind": kind, "messages": [
+                asked, said, asked, said | {"content": answer}]})  # fmt: skip
+    context = said | {"content": answer, "learn": False}
+    parse_sample("k", data | {"messages": [asked, context, asked, said]})
+    parse_sample("k", data | {"kind": "realtime", "messages": [asked, said | {"content": answer}]})
+
+
+def test_a_member_is_found_as_it_is_written_then_in_another_letter_case() -> None:
+    assert member_named("0.JPG", ["0.jpg", "0.JPG"]) == "0.JPG"
+    assert member_named("0.JPG", ["json", "0.jpg"]) == "0.jpg"
+    assert member_named("0.jpg", ["0.JPG"]) == "0.JPG"
+    assert member_named("0.jpg", ["0.jpeg", "10.jpg"]) is None
 
 
 def test_all_video_marks_of_a_realtime_sample_belong_to_its_clip() -> None:

@@ -187,6 +187,14 @@ def test_stats_count_what_is_trained_on(
     assert rows["video"]["silence_ratio"] is None
 
 
+def sample(
+    key: str, content: str, media: list[dict[str, Any]], answer: str = "A", **members: bytes
+) -> Any:
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    files = {name.replace("_", ".").lstrip("m"): data for name, data in members.items()}
+    return {"__key__": key, "json": {"messages": messages, "media": media}, **files}
+
+
 def test_a_good_tree_is_valid_and_each_fault_is_named(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,11 +207,6 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
     graded_video(tmp_path / "v.mp4", [i / 10 for i in range(30)])
     png, mp4 = picture[0].read_bytes(), (tmp_path / "v.mp4").read_bytes()
 
-    def sample(key: str, content: str, media: list[dict[str, Any]], **members: bytes) -> Any:
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]
-        files = {name.replace("_", ".").lstrip("m"): data for name, data in members.items()}
-        return {"__key__": key, "json": {"messages": messages, "media": media}, **files}
-
     image, clip = {"type": "image", "file": "0.png"}, {"type": "video", "file": "0.mp4"}
     tree = tmp_path / "tree"
     write_shards([
@@ -215,6 +218,9 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
         sample("short", "<|video|>", [clip], m0_mp4=mp4[: len(mp4) // 3]),
         {"__key__": "schema", "json": {"messages": "none"}},
         sample("typed", "<|end_of_text|>", []),
+        sample("mute", "Show it.", [image], " <|image|>", m0_png=png),
+        sample("CAPS", "<|image|>", [image | {"file": "0.PNG"}], m0_PNG=png),
+        sample("camera", "<|image|>", [image], m0_PNG=png),
     ], tree / "a")  # fmt: skip
     prepare_index(tree / "a")
     write_shards([sample(f"k{i}", "", []) for i in range(6)], tree / "b", samples_per_shard=3)
@@ -234,6 +240,7 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
         f"{a}torn: undecodable_image: 0.png:",
         f"{a}short: undecodable_video: 0.mp4:",
         f"{a}schema: bad_schema: messages:",
+        f"{a}mute: missing_text: messages[1]: the assistant's turn has no text",
         f"{b}3.tar.partial: unfinished",
         "b: the index does not match the shards (shard-000002.tar)",
         f"{b}1.tar: damaged_shard: after 1 samples",
@@ -241,7 +248,7 @@ def test_a_good_tree_is_valid_and_each_fault_is_named(
         f"{b}2.tar: the key k0 is also in shard-000000.tar",
         f"{b}2.tar: the key k1 is also in",
         f"{b}2.tar: the key k2 is also in",
-        f"{tree}: 15 samples, 13 problems",
+        f"{tree}: 18 samples, 14 problems",
     ]
     for line, start in zip(lines, expected, strict=True):
         assert line.startswith(start)

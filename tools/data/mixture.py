@@ -23,7 +23,7 @@ from data_pipeline.encode import EncodeConfig
 from data_pipeline.importers.archive import DAMAGE
 from data_pipeline.progress import Progress
 from data_pipeline.prompts import PromptBuilder, PromptForm
-from data_pipeline.schema import Sample, SampleError, parse_sample
+from data_pipeline.schema import Sample, SampleError, member_named, parse_sample
 from data_pipeline.shards import shard_files
 from data_pipeline.tables import format_table
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
@@ -142,9 +142,10 @@ def shard_mixture(shard: Path, config: EncodeConfig) -> Mixture:
     with shard.open("rb") as file:
         for key, members in _keys(file, counted):
             try:
-                if "json" not in members:
+                described = member_named("json", members)
+                if described is None:
                     raise SampleError("missing_json", key)
-                sample = parse_sample(key, _Slice(file, *members["json"]).read())
+                sample = parse_sample(key, _Slice(file, *members[described]).read())
                 _count(sample, members, file, prompts, special, config, counted)
             except SampleError as error:
                 counted.errors[error.reason] += 1
@@ -187,10 +188,11 @@ def _count(
     frames = []
     for owner in sample.mark_media():
         medium = sample.media[owner]
-        if medium.file not in members:
+        name = member_named(medium.file, members)
+        if name is None:
             raise SampleError("missing_media", medium.file)
         plain = realtime or medium.type == "image"
-        frames.append(1 if plain else _frames(_Slice(file, *members[medium.file]), config))
+        frames.append(1 if plain else _frames(_Slice(file, *members[name]), config))
     prompt = prompts.build(
         sample.messages, frames, form=form, sequence_length=config.sequence_length
     )

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.encode import EncodeConfig, SampleEncoder
-from data_pipeline.schema import Sample
+from data_pipeline.schema import Sample, member_named
 from data_pipeline.tokens import load_tokenizer
 from data_pipeline.video import probe_video, sample_times
 from moss_train.presets import conf_dir
@@ -56,7 +56,8 @@ def frame_times(
         elif sample.media[owner].type == "image":
             times.append(None)
         else:
-            info = probe_video(parts[sample.media[owner].file])
+            file = sample.media[owner].file
+            info = probe_video(parts[member_named(file, parts) or file])
             times += sample_times(
                 info, config.video_fps, config.video_min_frames, config.video_max_frames
             )

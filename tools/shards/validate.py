@@ -12,7 +12,7 @@ from data_pipeline.encode import EncodeConfig
 from data_pipeline.images import decode_image
 from data_pipeline.importers.archive import DAMAGE
 from data_pipeline.progress import Progress
-from data_pipeline.schema import Sample, SampleError, parse_sample
+from data_pipeline.schema import Media, SampleError, member_named, parse_sample
 from data_pipeline.shards import ShardError, check_source, shard_files
 from data_pipeline.video import frames_at, probe_video
 from tools.shards.encoding import open_encoder
@@ -116,26 +116,25 @@ def check_sample(stored: StoredSample) -> Iterator[str]:
     if "json" not in stored.parts:
         raise SampleError("missing_json", f"members: {', '.join(sorted(stored.parts))}")
     sample = parse_sample(stored.key, stored.parts["json"])
-    used = {medium.file for medium in sample.media}
-    for extra in sorted(set(stored.parts) - used - {"json"}):
+    used = [(medium, member_named(medium.file, stored.parts)) for medium in sample.media]
+    for extra in sorted(set(stored.parts) - {name for _, name in used} - {"json"}):
         yield f"unused_member: {extra} is not a medium of the sample"
-    for medium in sample.media:
-        if medium.file not in stored.parts:
+    for medium, name in used:
+        if name is None:
             yield f"missing_media: {medium.file} is not in the shard"
-    yield from _media_problems(sample, stored.parts)
+    for medium, name in used:
+        if name is not None:
+            yield from _media_problems(medium, stored.parts[name])
 
 
-def _media_problems(sample: Sample, parts: dict[str, bytes]) -> Iterator[str]:
-    for medium in sample.media:
-        if medium.file not in parts:
-            continue
-        try:
-            if medium.type == "image":
-                decode_image(parts[medium.file])
-                continue
-            info = probe_video(parts[medium.file])
-            times = medium.times or [float(second) for second in range(int(info.last) + 1)]
-            for _ in frames_at(parts[medium.file], times):
-                pass
-        except SampleError as error:
-            yield f"{error.reason}: {medium.file}: {error.detail}"
+def _media_problems(medium: Media, data: bytes) -> Iterator[str]:
+    try:
+        if medium.type == "image":
+            decode_image(data)
+            return
+        info = probe_video(data)
+        times = medium.times or [float(second) for second in range(int(info.last) + 1)]
+        for _ in frames_at(data, times):
+            pass
+    except SampleError as error:
+        yield f"{error.reason}: {medium.file}: {error.detail}"

@@ -111,6 +111,17 @@ def test_packed_shards_beside_a_file_about_them_are_shards(folder: Path) -> None
     assert [said(sample)[-1] for sample in samples] == ["one", "two"]
 
 
+def test_our_own_samples_name_their_members_in_any_letter_case(folder: Path) -> None:
+    Image.new("RGB", (8, 8)).save(folder / "1.jpg")
+    data = (folder / "1.jpg").read_bytes()
+    turns = [{"role": "user", "content": "<|image|>?"}, {"role": "assistant", "content": "x"}]
+    for name, file in (("1.0.JPG", "0.JPG"), ("1.0.jpg", "0.JPG"), ("1.0.Jpg", "1.0.JPG")):
+        record = {"messages": turns, "media": [{"type": "image", "file": file}]}
+        write_tar(folder / "s.tar", {"1.json": json.dumps(record).encode(), name: data})
+        (sample,), _ = run(folder / "s.tar")
+        assert sample["members"] == {"0.jpg": data}
+
+
 def test_members_with_and_without_a_dot_slash_belong_together(folder: Path) -> None:
     data = tar(folder, "1", "2")
     with tarfile.open(folder / "s.tar", "w") as out, tarfile.open(fileobj=io.BytesIO(data)) as old:

@@ -177,11 +177,14 @@ def broken_samples() -> list[dict[str, Any]]:
     image = make_sample("sft/train/image", config, 50)
     mismatch = json.loads(json.dumps(image["json"]))
     mismatch["messages"][0]["content"] = "no mark"
+    mute = json.loads(json.dumps(image["json"]))
+    mute["messages"][0]["content"], mute["messages"][1]["content"] = "Show it.", "<|image|>"
     return [
         *good,
         {**image, "__key__": "bad-json", "json": b"{"},
         {**image, "__key__": "bad-jpeg", "0.jpg": image["0.jpg"][:200]},
         {**image, "__key__": "bad-mark", "json": mismatch},
+        {**image, "__key__": "bad-mute", "json": mute},
         {"__key__": "bad-missing", "json": image["json"]},
         {**video, "__key__": "bad-mp4", "0.mp4": video["0.mp4"][:3000]},
         {**video, "__key__": "bad-empty", "0.mp4": b""},
@@ -201,20 +204,21 @@ def test_bad_samples_are_counted_logged_once_and_replaced(
         caplog.at_level(logging.WARNING),
         open_loader(toy, workers=workers, sources=sources) as loader,
     ):
-        for batch in itertools.islice(loader, 54):  # three epochs
+        for batch in itertools.islice(loader, 57):  # three epochs
             skipped.update(batch.skipped)
             keys += batch.keys
     assert not any("bad" in key for key in keys)
     assert set(skipped) == {
         "bad_json", "undecodable_image", "mark_media_mismatch", "missing_media",
-        "undecodable_video",
+        "undecodable_video", "missing_text",
     }  # fmt: skip
     assert min(skipped.values()) >= 3  # counted in every epoch
-    assert len(keys) == 54
+    assert len(keys) == 57
     if workers == 0:
         lines = [record.getMessage() for record in caplog.records]
         assert sorted(line.split()[1] for line in lines) == [
-            f"mine/bad-{name}" for name in ("empty", "jpeg", "json", "mark", "missing", "mp4")
+            f"mine/bad-{name}"
+            for name in ("empty", "jpeg", "json", "mark", "missing", "mp4", "mute")
         ]
         assert all("shard-000000.tar" in line for line in lines)
 
