@@ -151,12 +151,13 @@ class Hub:
 
     async def revive(self, live: LiveSession) -> None:
         """A session whose client has come back gets a place again; EngineFull."""
-        while live.parked:
+        while live.parked and not live.log.closed:
             try:
-                self.memory.check(self.each.total, live.log)
-                await asyncio.wrap_future(self.runner.unpark(live.handle))
+                with self.memory.promised(self.each.total, live.log):
+                    await asyncio.wrap_future(self.runner.unpark(live.handle))
                 live.parked = False
-                self.memory.take(live.log, self.each.total)
+                if not live.log.closed:  # else it has given all back
+                    self.memory.take(live.log, self.each.total)
             except EngineFull:
                 if not await self.make_room(self.each.total):
                     raise
@@ -187,12 +188,12 @@ class Hub:
                 return True
         if not holding:
             return False
+        holding[0].parked = True
         # To its end also where who needs the place has left in between.
         await asyncio.shield(asyncio.create_task(self._park(holding[0])))
         return True
 
     async def _park(self, live: LiveSession) -> None:
-        live.parked = True
         await asyncio.wrap_future(self.runner.park(live.handle))
         if not live.log.closed:
             kept = parked_size(live.handle.running.parked) + self.each.pixels

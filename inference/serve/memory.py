@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,18 @@ class Ceiling:
         wrong = self.lacks(size, holder)
         if wrong:
             raise EngineFull(f"no memory for one more session: {wrong}")
+
+    @contextlib.contextmanager
+    def promised(self, size: int, holder: object = None) -> Iterator[None]:
+        """So many bytes, in place of what the holder has, are kept from others while somebody waits
+        for what will have them; EngineFull."""
+        self.check(size, holder)
+        promise = object()
+        self.take(promise, size - self._held.get(holder, 0))
+        try:
+            yield
+        finally:
+            self.give_back(promise)
 
     def take(self, holder: object, size: int) -> None:
         """The holder has so many bytes from now on."""

@@ -78,11 +78,11 @@ async def _rebuild(
 ) -> LiveSession:
     kept = {**opening["kept"], "seq": opening["seq"]}
     options = {"reason": opening["reason"], "journal": journal, "log_limit": hub.limits.replay}
-    hub.memory.check(hub.each.total)
     work = partial(rebuild, hub.rebuilder, kept, pictures, **options)
-    handle = await asyncio.get_running_loop().run_in_executor(hub.rebuilding, work)
+    with hub.memory.promised(hub.each.total):
+        handle = await asyncio.get_running_loop().run_in_executor(hub.rebuilding, work)
+        hub.hold(handle.log, hub.each.total)
     live = LiveSession(handle, opening["id"])
-    hub.hold(handle.log, hub.each.total)
     hub.sessions[live.id] = live
     connection = kept["connection"]
     live.untouched, live.newest = connection["untouched"], connection["newest"]

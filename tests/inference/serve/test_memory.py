@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,11 +14,18 @@ import torch
 
 from data_pipeline import devices
 from inference.engine.cache_sizes import gib
-from inference.engine.engine import Engine
+from inference.engine.engine import Engine, EngineFull
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from inference.serve.memory import SessionMemory
-from tests.inference.serve.serving import PATIENCE, Running, jpeg, serving, until
+from inference.serve.memory import Ceiling, SessionMemory
+from tests.inference.serve.serving import (
+    PATIENCE,
+    Running,
+    jpeg,
+    serving,
+    standing_still,
+    until,
+)
 from tests.inference.tiny import SIZE
 
 
@@ -108,6 +116,54 @@ def test_those_who_are_away_give_their_memory_to_those_who_are_there(
                 with server.open(f"?session={gone[0]}&last_seq=1") as again:
                     assert again.close_code in (4404, 1013)
                 assert server.hub.memory.held <= 2 * each.total
+
+
+def test_what_is_promised_to_one_is_not_given_to_another() -> None:
+    ceiling = Ceiling(100)
+    ceiling.take("parked", 10)
+    with ceiling.promised(60, "parked"):
+        assert ceiling.held == 60
+        with pytest.raises(EngineFull), ceiling.promised(41):
+            pass
+        ceiling.give_back("parked")  # it has ended meanwhile
+        with ceiling.promised(50):
+            assert ceiling.held == 100
+    assert ceiling.held == 0
+
+
+def test_a_session_that_ends_while_its_client_comes_back_leaves_nothing_behind(
+    engine: Engine, each: SessionMemory
+) -> None:
+    with serving(engine, Limits(sessions_memory=3 * each.total)) as server:
+        with server.open() as client:
+            name = client.until("session.created")["session"]["id"]
+            client.frame(jpeg())
+            client.until("input_frame.processed")
+        server.wait_left(name)
+        live, loop = server.hub.sessions[name], server.server.servers[0].get_loop()
+
+        async def make_room() -> bool:
+            made = asyncio.create_task(server.hub.make_room(0))
+            await asyncio.sleep(0)
+            assert live.parked  # whoever comes back from now on must wait for a place
+            return await made
+
+        assert asyncio.run_coroutine_threadsafe(make_room(), loop).result(PATIENCE)
+        with server.open() as other:
+            other.until("session.created")
+            with standing_still(engine):
+                other.frame(jpeg())
+                until(lambda: server.hub.runner.busy > 0)
+                with ThreadPoolExecutor(1) as pool:
+                    back = pool.submit(server.open, f"?session={name}&last_seq=1")
+                    until(lambda: server.between_turns(lambda: server.hub.runner._calls))
+                    live.close("its time is over")
+                    again = back.result()
+            with again:
+                assert again.rest()[-1]["reason"] == "its time is over"
+            other.send("session.close")
+            other.rest()
+        until(lambda: server.hub.memory.held == 0)
 
 
 def test_usage_is_told_and_its_totals_at_the_end(
