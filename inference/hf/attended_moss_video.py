@@ -1,4 +1,4 @@
-"""What a pass attends: tokens and frames in a transformers cache, and the masks over them.
+"""Holds what a pass attends: tokens and frames in a transformers cache, and the masks over them.
 
 A copy of this file is in every exported folder.
 """
@@ -92,8 +92,12 @@ class NewFrames:
 
 
 def cache_of_pass(given: Any, wanted: bool, again: bool) -> Any:
-    """The cache that a pass fills, or None. given: a caller's; wanted: one is to be made where none
-    is given; again: gradient checkpointing runs each layer twice, which would fill it twice.
+    """The cache that a pass fills, or None.
+
+    Args:
+        given: the caller's cache, or None.
+        wanted: a cache is to be made where none is given.
+        again: gradient checkpointing runs each layer twice, which would fill a cache twice.
 
     Raises:
         ValueError: a cache that check_cache refuses, or one with gradient checkpointing.
@@ -130,7 +134,7 @@ def check_frame_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def leave_out_cached_frames(inputs: dict[str, Any], image: int, first: bool) -> None:
-    """Takes the frames that are in the cache out of what `generate` gives to a pass.
+    """Removes the frames that are in the cache from the inputs that `generate` gives to a pass.
 
     first: the pass begins a turn. Then the frames of its own `image` tokens may be given, or those
     of the whole conversation. Others are left as they are, for the model to refuse.
@@ -146,7 +150,7 @@ def leave_out_cached_frames(inputs: dict[str, Any], image: int, first: bool) -> 
 
 
 def _first_new_frame(inputs: dict[str, Any], image: int) -> int | None:
-    """Index of the first given frame that is not in the cache; None: all are there."""
+    """The index of the first given frame that is not in the cache; None: all are in it."""
     pixels, states = inputs.get("pixel_values"), inputs.get("cross_attention_states")
     frames = states if pixels is None else pixels
     if frames is None:
@@ -168,16 +172,18 @@ def _first_new_frame(inputs: dict[str, Any], image: int) -> int | None:
 
 
 def keep_frames(cache: Any, layer: int) -> None:
-    """Candidates that assisted generation takes back are tokens: frames stay."""
+    """Makes a cache keep its frames when assisted generation takes candidates back, which are
+    tokens."""
     cache.layers[layer].crop = _crop_nothing
 
 
 def _crop_nothing(*_: Any) -> None:
-    """Takes the place of DynamicLayer.crop."""
+    """Replaces DynamicLayer.crop for layers that keep everything."""
 
 
 def real_frames(pixels: Tensor | None, ratio_ids: Tensor | None, states: Tensor) -> Tensor:
-    """False for padding frames `[B, F]`: their ratio id is 0, or their pixels are all 0."""
+    """True for the frames of each row, False for padding frames `[B, F]`, whose ratio id is 0 or
+    whose pixels are all 0."""
     real = [] if ratio_ids is None else [ratio_ids > 0]
     if pixels is not None:
         real.append(pixels.flatten(2).any(-1))

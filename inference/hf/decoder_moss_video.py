@@ -73,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = 
 
 
 def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `attend`, for few queries over many keys, in plain products.
+    """Computes `attend` for few queries over many keys, in plain products.
 
     A group's queries share their keys, which are read once for all of them. A fused CUDA kernel
     gives one block of threads to a KV head and a tile of queries, a handful of blocks for a whole
@@ -166,7 +166,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections that self- and cross-attention share."""
+    """The projections that self- and cross-attention share."""
 
     def __init__(self, config: MossVideoConfig, layer: int):
         super().__init__()
@@ -219,7 +219,7 @@ class CrossAttention(Attention):
 
 
 class SelfLayer(GradientCheckpointingLayer):
-    """Llama's layer."""
+    """A layer as Llama's: self-attention and MLP."""
 
     def __init__(self, config: MossVideoConfig, layer: int):
         super().__init__()
@@ -281,7 +281,7 @@ class Decoder(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def cross_attention(self, layer: int) -> CrossAttention:
-        """The attention of cross-attention layer number `layer`."""
+        """The attention module of cross-attention layer number `layer`."""
         attention = self.layers[layer].cross_attn
         assert isinstance(attention, CrossAttention)
         return attention

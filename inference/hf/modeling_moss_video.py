@@ -57,8 +57,10 @@ class MossVideoModel(nn.Module):
         self.language_model = Decoder(config)
 
     def encode(self, pixels: Tensor, ratio_ids: Tensor, tiles: Tensor) -> Tensor:
-        """Normalized frames `[N, T, 3, h, w]`, their ratio ids `[N]` and real tiles `[N, T]` ->
-        the states that the decoder attends `[N, T x P, H]`."""
+        """Encodes frames to the states that the decoder attends `[N, T x P, H]`.
+
+        pixels: normalized `[N, T, 3, h, w]`. Ratio ids are `[N]`, real tiles `[N, T]`.
+        """
         states = self.vision_model(pixels, ratio_ids, tiles)
         config = self.config
         joined = join_states(states, config.pool_mode, config.pool_stride, self.patch_merger)
@@ -90,7 +92,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> MossVideoForConditionalGeneration:
-        """transformers' `from_pretrained`, which reads the names of transformers 4 too."""
+        """transformers' `from_pretrained`; also reads weights with the names of transformers 4."""
         kwargs.setdefault("key_mapping", OLD_NAMES)
         return super().from_pretrained(*args, **kwargs)
 
@@ -157,10 +159,8 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         aspect_ratio_ids: Tensor | None = None,
         aspect_ratio_mask: Tensor | None = None,
     ) -> Tensor:
-        """Frames `[B, F, T, 3, h, w]` -> the states that text attends `[B, F, T x P, H]`.
-
-        Without ids a frame is one tile, without mask its tiles follow from its id.
-        """
+        """Encodes frames `[B, F, T, 3, h, w]` to the states that text attends `[B, F, T x P, H]`.
+        Without ids a frame is one tile; without a mask its tiles follow from its id."""
         batch, frames, count = pixel_values.shape[:3]
         if aspect_ratio_ids is None:
             if count > 1:
@@ -262,7 +262,7 @@ class MossVideoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def _past(self, cache: Any) -> int:
-        """Tokens in the cache."""
+        """The number of tokens in the cache."""
         cross = self.model.language_model.cross
         layers = range(self.config.text_config.num_hidden_layers)
         return 0 if cache is None else int(cache.get_seq_length(min(set(layers) - set(cross))))

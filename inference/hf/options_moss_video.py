@@ -1,4 +1,4 @@
-"""What a processor's call is given: every option is known, or refused by its name.
+"""Reads the options of a processor's call: each is known, or refused by its name.
 
 A copy of this file is in every exported folder.
 """
@@ -34,7 +34,8 @@ PADDINGS = (False, None, "do_not_pad", True, "longest", "max_length")
 
 
 def read_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names alone, out of transformers' groups, checked.
+    """The options by name, checked; those in transformers' groups (`text_kwargs`, ...) are taken
+    out of them.
 
     Raises:
         ValueError: one is unknown, not done, or has a value that is not allowed.
@@ -106,7 +107,7 @@ def _check_frames(options: dict[str, Any]) -> None:
 
 
 def padded_length(lengths: Sequence[int], options: Mapping[str, Any]) -> int:
-    """Tokens of each row after padding; 0: rows stay as they are.
+    """The number of tokens of each row after padding; 0: rows are not padded.
 
     Raises:
         ValueError: rows of unequal length are to be a tensor, or a row is longer than max_length.
@@ -128,7 +129,7 @@ def padded_length(lengths: Sequence[int], options: Mapping[str, Any]) -> int:
 
 
 def texts_of(text: Any) -> list[str]:
-    """The batch of texts. Raises ValueError for none, and for what is not a string."""
+    """The texts of a call, as a batch. Raises ValueError for none, and for what is not a string."""
     if text is None:
         raise ValueError("text: needed, with a mark for each medium")
     texts = [text] if isinstance(text, str) else list(text)
@@ -141,7 +142,7 @@ def texts_of(text: Any) -> list[str]:
 
 
 def share(media: Any, counts: list[int], name: str) -> list[list[Any]]:
-    """Media of each text, as its marks count them.
+    """Divides media among the texts of a batch, as the texts' marks count them.
 
     Args:
         media: of one text: a list; of a batch: a list for each text (None: nothing), or one list
@@ -175,5 +176,5 @@ def share(media: Any, counts: list[int], name: str) -> list[list[Any]]:
 
 
 def _plain(given: list[Any]) -> list[Any]:
-    """The values that are no arrays, which do not compare."""
+    """The values without arrays, which cannot be compared."""
     return [one for one in given if not hasattr(one, "shape")]

@@ -1,4 +1,4 @@
-"""Text with marks, images and videos -> what the model takes: `AutoProcessor`.
+"""Makes the model's inputs from text with marks, images and videos: `AutoProcessor`.
 
 A copy of this file is in every exported folder. `<|image|>` in a text stands for an image,
 `<|video|>` for a video, which becomes one `<|image|>` for each of its frames. Tiles are cut and
@@ -143,17 +143,17 @@ class MossVideoProcessor(ProcessorMixin):
         ]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's."""
+        """The tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """The tokenizer's."""
+        """The tokenizer's `decode`."""
         return self.tokenizer.decode(*args, **kwargs)
 
     def _expand(
         self, text: str, images: Iterator[Any], videos: Iterator[Any], options: dict[str, Any]
     ) -> tuple[str, list[Any]]:
-        """The text with an `<|image|>` for each frame, and the frames in that order."""
+        """The text with an `<|image|>` for each frame of its media, and these frames in order."""
         pieces, frames = [], []
         for piece in re.split(r"(<\|image\|>|<\|video\|>)", text):
             if piece == IMAGE:
@@ -184,7 +184,8 @@ class MossVideoProcessor(ProcessorMixin):
                 )
 
     def _encode(self, text: str, add_bos: bool) -> list[int]:
-        """Tokens as in training: a header's line ends never merge with what follows."""
+        """The tokens of a text, as in training: a header's line ends never merge with what
+        follows."""
         bos = self.tokenizer.bos_token
         if add_bos and bos and bos not in text:
             text = bos + text
@@ -197,7 +198,7 @@ class MossVideoProcessor(ProcessorMixin):
         return tokens
 
     def _encode_typed(self, text: str) -> list[int]:
-        """Special tokens, and between them text that may spell others."""
+        """The tokens of a text in which typed special tokens are text."""
         added = self.tokenizer.added_tokens_decoder
         special = {str(token): number for number, token in added.items() if token.special}
         tokens: list[int] = []
@@ -225,7 +226,8 @@ class MossVideoProcessor(ProcessorMixin):
         return {"input_ids": ids, "attention_mask": masks}
 
     def _pixels(self, frames: list[list[Any]]) -> dict[str, Tensor]:
-        """All frames of the batch; rows with fewer end in zeros (one empty tile, ratio id 0)."""
+        """The frames of all rows in one tensor; rows with fewer frames end in zeros (one empty
+        tile, ratio id 0)."""
         flat = [_picture(frame) for row in frames for frame in row]
         made = self.image_processor([flat], return_tensors="pt")
         counts, most = [len(row) for row in frames], max(map(len, frames))
@@ -241,7 +243,7 @@ class MossVideoProcessor(ProcessorMixin):
 
 
 def _typed(turn: dict[str, Any]) -> Any:
-    """A turn's content with TYPED in every special token that has no meaning there."""
+    """The content of a turn, with TYPED in every special token that must stay text."""
     content = turn.get("content") or []
     if isinstance(content, str):
         return _with_meanings(content, INLINE)
@@ -290,7 +292,7 @@ def read_video(
 
 
 def _moments(track: Track, fps: float, least: int, most: int) -> list[float]:
-    """Seconds of the file's clock."""
+    """Seconds, on the file's clock, at which frames of a video are shown."""
     first, last = track.times[0], track.times[-1]
     natural = max(1, int((track.end - first) * fps + EPSILON))
     count = min(max(natural, least), most)
@@ -300,8 +302,8 @@ def _moments(track: Track, fps: float, least: int, most: int) -> list[float]:
 
 
 def _picture(image: Any) -> Image.Image:
-    """RGB of a PIL image, an array, a tensor, or a file: its path, its bytes, or these as base64;
-    ValueError."""
+    """The RGB pixels of a PIL image, an array, a tensor, or a file: its path, its bytes, or these
+    as base64. Raises ValueError."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or image
     if hasattr(image, "read"):

@@ -55,7 +55,8 @@ class PositionEmbedding(nn.Module):
 
 
 def attend_patches(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention `[N, L, heads, D]`; mask: True where one sees another `[N, 1, L, L]`."""
+    """Softmax attention `[N, L, heads, D]`; `mask` `[N, 1, L, L]` is True where a patch sees
+    another."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
@@ -120,7 +121,7 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Tiles -> the final hidden state and the intermediate ones."""
+    """Encodes tiles to the final hidden state and the intermediate ones."""
 
     def __init__(self, config: MossVideoConfig):
         super().__init__()

@@ -1,5 +1,5 @@
-"""Routes for whoever runs the server, from this machine only: which replicas there are, to take one
-out of service, to restart all of them one by one."""
+"""Administrator's routes, for this machine only: list replicas, take one out of service, restart
+all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inference.serve.server import is_loopback
 
 
 def add_admin_routes(app: FastAPI, front: Front, access: Access) -> None:
-    """`/admin/replicas` and what can be done with them."""
+    """Adds `/admin/replicas` and what can be done with them."""
 
     def refused(request: Request) -> Response | None:
         if not access.is_operator(request):

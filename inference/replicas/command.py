@@ -1,4 +1,4 @@
-"""What `python -m inference.serve` does with --replicas or --replica_urls: it is a front."""
+"""Runs `python -m inference.serve` with --replicas or --replica_urls: as a front."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def run_front(
     export: ExportInfo,
     certificate: Certificate | None,
 ) -> int:
-    """Serves until it is told to stop; the exit code. argv: the flags that it was given."""
+    """Runs the front until it is told to stop; returns the exit code. argv: the flags that it was
+    given."""
     environments = check(args)
     with cli.refusing_values():
         access = Access.of_flags(args, limits)

@@ -166,7 +166,7 @@ class Front:
             del self.sessions[session.id]
 
     def _make_room(self, wanted: int) -> bool:
-        """Takes the places of sessions whose clients are away, longest first; whether so many
+        """Frees places of sessions whose clients are away, longest first; returns whether so many
         become free."""
         having = [s for s in self.sessions.values() if s.socket is None and s.replica is not None]
         leaving = sum(session.leaving for session in having)
@@ -177,7 +177,7 @@ class Front:
 
     def _make_memory(self) -> str:
         """Ends sessions whose clients are away, longest first, where one more could not be kept;
-        why it cannot be all the same."""
+        returns why it still cannot, or ""."""
         away = sorted((s for s in self.sessions.values() if s.socket is None), key=_left_at)
         for session in away:
             if not self.memory.lacks(self.each):
@@ -283,7 +283,7 @@ class Front:
         task.add_done_callback(self._tasks.discard)
 
     async def _reap(self) -> None:
-        """Ends sessions whose clients do not come back."""
+        """Ends sessions whose clients do not come back, for as long as the front lives."""
         grace = self.limits.grace
         while True:
             await asyncio.sleep(min(1.0, grace / 4))
@@ -295,5 +295,5 @@ class Front:
 
 
 def _left_at(session: FrontSession) -> float:
-    """When its client left."""
+    """When a session's client left."""
     return session.detached_at

@@ -78,7 +78,7 @@ class FrontMetrics:
                 self._ended[key] = self._ended.get(key, 0.0) + value
 
     async def page(self, replicas: Sequence[Replica], **gauges: int) -> bytes:
-        """The page in Prometheus' text format. gauges: the front's own, as they are now."""
+        """All metrics in Prometheus' text format. gauges: current values of the front's own."""
         await asyncio.gather(*(self._read(replica) for replica in replicas))
         for name, value in gauges.items():
             self._gauges[name].set(value)

@@ -52,8 +52,8 @@ class Process:
     async def run(
         self, exited: Callable[[Process, int], None], settled: Callable[[], Awaitable[object]]
     ) -> None:
-        """Keeps it running until `stop`; `exited` is called with its exit code. It starts again
-        after `settled`."""
+        """Keeps the process running until `stop`; calls `exited` with its exit code, and waits for
+        `settled` before it starts again."""
         failures = 0
         while not self._stopping:
             code = await self._once()
@@ -84,7 +84,7 @@ class Process:
             self.replica.pid = None
 
     def restart(self) -> None:
-        """Ends it; `run` starts it again at once."""
+        """Ends the process; `run` starts it again at once."""
         self.end(signal.SIGTERM)
 
     def end(self, number: int) -> None:
@@ -93,7 +93,7 @@ class Process:
                 self._process.send_signal(number)
 
     async def stop(self) -> None:
-        """Ends it for good."""
+        """Ends the process for good."""
         self._stopping = True
         self.end(signal.SIGTERM)
         if self._process is not None:
@@ -106,7 +106,8 @@ class Process:
 
 
 def command(argv: Sequence[str], socket: Path, gpus: int, number: int) -> list[str]:
-    """How a replica is started: the front's own flags, but for those that make it a front."""
+    """The command that starts a replica: the front's own flags, without those that make it a
+    front."""
     start = [sys.executable, "-m"]
     if gpus > 1:
         start += ["inference.replicas.ranks", str(number), str(gpus), str(socket.parent)]

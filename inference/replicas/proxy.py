@@ -40,7 +40,7 @@ class Proxy:
 
     @property
     def held(self) -> int:
-        """Bytes of requests that are passed on."""
+        """Bytes of all requests that are passed on now."""
         return self._budget.held
 
     async def complete(self, request: Request, visit: Visit) -> Response:
@@ -109,7 +109,7 @@ class Proxy:
         return await replica.http.send(request, stream=True)
 
     async def _over(self, answer: httpx.Response, replica: Replica, share: Share) -> None:
-        """A stream has ended."""
+        """Called when a stream has ended."""
         self._done(replica)
         share.give_back()
         with contextlib.suppress(Exception):
@@ -123,7 +123,7 @@ class Proxy:
         return self._places.for_chat(asked) is not None
 
     async def _replica(self, asked: list[Replica]) -> Replica:
-        """A replica that was not asked yet, if there is one; waits where none serves."""
+        """A replica that was not tried yet; waits where none serves."""
         until = time.monotonic() + self._limits.wait
         while True:
             replica = self._places.for_chat(asked) or self._places.for_chat([])
@@ -135,14 +135,14 @@ class Proxy:
 
 
 def _note(visit: Visit, answer: httpx.Response) -> None:
-    """What a replica tells of a request beside its answer."""
+    """Takes over what the headers of a replica's answer say about the request."""
     if ASKED in answer.headers:
         visit.asked = json.loads(answer.headers[ASKED])
         visit.id = visit.asked.pop("id")
 
 
 async def _stream(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The pieces as they come; an error as one of them, if the replica ends."""
+    """Yields the pieces of an answer as they come; an error is one of them, if the replica ends."""
     try:
         yield first
         async for piece in pieces:
@@ -154,7 +154,7 @@ async def _stream(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[b
 
 
 async def _counted(pieces: AsyncIterator[bytes], visit: Visit) -> AsyncIterator[bytes]:
-    """An answer without the lines that tell what it has used."""
+    """Yields an answer without the lines that report its usage; that goes to the visit."""
     rest = b""
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")

@@ -1,4 +1,5 @@
-"""Who may ask: keys and their accounts, and what is written down of them: audit log, metrics."""
+"""Decides who may send requests, by keys and their accounts, and records them: audit log,
+metrics."""
 
 from __future__ import annotations
 
@@ -72,20 +73,20 @@ class Access(Collector):
         return cls(keys, args.api_key, front_key, audit, tracer)
 
     def close(self) -> None:
-        """Writes what waits."""
+        """Writes what is still queued."""
         if self._audit is not None:
             self._audit.close()
         if self._tracer is not None:
             self._tracer.close()
 
     def find(self, connection: HTTPConnection) -> Account | None:
-        """Whose key a request has; None: it has none of them."""
+        """The account of a request's key, else everybody's; None: there is neither."""
         given = _given_key(connection)
         found = [one for key, one in self._by_key if hmac.compare_digest(given, key)]
         return found[0] if found else self._everybody
 
     def is_operator(self, connection: HTTPConnection) -> bool:
-        """Whether a request may read what is told of all keys."""
+        """Whether a request may read what is recorded of all keys."""
         account = self.find(connection)
         return account is not None and account.operator
 
@@ -183,8 +184,8 @@ class Access(Collector):
 
 
 class _Traced:
-    """Records of requests that a front passes on: the front writes them down itself, except for
-    what happens here."""
+    """Records of requests that a front passes on. The front keeps these itself, but for the traces
+    of what happens here."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -200,8 +201,8 @@ class _Traced:
 
 
 class Visits:
-    """Around the routes: ends the visit of a request when its answer has been sent, or its client
-    has left."""
+    """Middleware around the routes: ends the visit of a request when its answer is sent, or its
+    client has left."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -226,7 +227,7 @@ class Visits:
 
 
 def begin(connection: HTTPConnection, visit: Visit) -> None:
-    """The visit is that of this request."""
+    """Sets the visit of this request."""
     connection.scope[_VISIT] = visit
 
 

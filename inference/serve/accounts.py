@@ -1,6 +1,8 @@
-"""What each key has used and may use, and each of its sessions and requests, from their beginning
-to their end. All of it in the event loop of the process that has the clients' sockets: with
-replicas that is the front, so a limit is one for all of them."""
+"""Accounts: what each key has used and may use, and its sessions and requests from begin to end.
+
+All of this runs in the event loop of the process that has the clients' sockets. With replicas that
+is the front, so that a limit holds over all of them.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ class Rate:
         self._left = self._now() - count
 
     def wait(self, least: float) -> float:
-        """Seconds until there are so many; 0: now."""
+        """Seconds until so many may be spent; 0: now."""
         self._left = self._now()
         return max(0.0, least - self._left) / self._rate
 
@@ -62,16 +64,18 @@ class Late(NamedTuple):
 
 
 class Records(Protocol):
-    """Who writes down what was asked for."""
+    """Keeps records of sessions and requests: audit log, metrics, traces."""
 
     def entered(self, visit: Visit, headers: Mapping[str, str]) -> None:
-        """A session or request begins, of a client that has sent these headers."""
+        """Records that a session or request begins; `headers`: those that its client sent."""
 
     def ended(self, visit: Visit, ended: str, code: int | str) -> None:
-        """A session or request is over. code: of its HTTP answer or its socket; or a word."""
+        """Records that a session or request is over. code: status of the HTTP answer or close code
+        of the socket, or a word."""
 
     def turned_away(self, name: str | None, kind: Kind, code: str) -> None:
-        """A session or request was refused before it began. name: of its key; None: it has none."""
+        """Records that a session or request was refused before it began. name: of its key; None: it
+        has none."""
 
 
 @dataclass(eq=False)
@@ -99,20 +103,21 @@ class Visit:
         return time.monotonic() - self.began
 
     def stage(self, name: str, began: float) -> float:
-        """A stage of it ends now; returns when. began: seconds since the epoch."""
+        """Adds a stage that ends now to the trace; returns the time. began: seconds since the
+        epoch."""
         now = time.time()
         if self.trace is not None:
             self.trace.add(name, began, now)
         return now
 
     def follow(self, log: EventLog, began: float) -> None:
-        """The log's events are part of it."""
+        """Adds the log's events to the trace."""
         if self.trace is not None:
             self.trace.follow(log, began)
 
     def told(self, usage: Usage) -> None:
-        """Somebody else counts what it uses: so much so far. Where that began anew (on another
-        replica) it counts from where it was before."""
+        """Takes in the usage that another process counts. A count below the last one, as of a
+        replica that began anew, is ignored."""
         before = self.reads()
         most = before.input_tokens + before.output_tokens
         if usage.input_tokens + usage.output_tokens >= most:
@@ -132,7 +137,7 @@ class Visit:
 
 
 class Account:
-    """Who has a key.
+    """The account of a key.
 
     Args:
         name: of the key.
@@ -167,7 +172,7 @@ class Account:
         return self._frames is None and self._tokens is None
 
     def enter(self, kind: Kind, headers: Mapping[str, str]) -> Visit:
-        """Begins one more session or request, which has sent these headers;
+        """Begins a session or request that has sent these headers. Raises
         Refused(`rate_limit_exceeded`)."""
         late, most = self.late(frame=False), self.quota.sessions
         if most is not None and len(self.open) >= most:

@@ -1,4 +1,4 @@
-"""Answers of `/v1/chat/completions`, whole or in pieces, as OpenAI's API writes them."""
+"""Writes answers of `/v1/chat/completions`, whole or streamed, as OpenAI's API has them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Piece:
 
 
 class _Likelihoods:
-    """Log-probabilities of tokens: they come with their text, and wait as long as it is held."""
+    """Holds log-probabilities of tokens until the text that they belong to is given out."""
 
     def __init__(self) -> None:
         self._waiting = deque[tuple[int, Any]]()  # where the text begins that they came with
@@ -45,7 +45,8 @@ class _Likelihoods:
         self._taken += len(text)
 
     def give(self, text: str, *, all: bool = False) -> list[Any]:
-        """What belongs to a text that is given out; with `all`, what is left, too."""
+        """The log-probabilities of a text that is given out; with `all`, also those that are
+        left."""
         self._given += len(text)
         given = []
         while self._waiting and (all or self._waiting[0][0] < self._given):
@@ -54,7 +55,7 @@ class _Likelihoods:
 
 
 async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[_Piece]:
-    """Refused if the engine failed."""
+    """Yields the pieces of one answer. Raises Refused if the engine failed."""
     text, likely = StopFilter(question.stop, keep=question.stop_in_answer), _Likelihoods()
     try:
         async for event in answer.events():
@@ -100,7 +101,7 @@ class Writer:
         self._counts = [0] * len(answers)  # tokens of each
 
     async def whole(self) -> dict[str, Any]:
-        """The body of a response; Refused if the engine failed."""
+        """The body of a whole response. Raises Refused if the engine failed."""
         texts, likely = [""] * len(self._answers), [list[Any]() for _ in self._answers]
         ends = ["stop"] * len(self._answers)
         async for number, piece in self._merged():
@@ -119,7 +120,7 @@ class Writer:
         return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[str]:
-        """Events of a stream, the last of them `[DONE]`."""
+        """Yields the events of a streamed response; the last one is `[DONE]`."""
         for number in range(len(self._answers)):
             yield self._chunk(number, {"role": "assistant", "content": ""})
         try:
@@ -137,7 +138,8 @@ class Writer:
         yield "data: [DONE]\n\n"
 
     async def _merged(self) -> AsyncIterator[tuple[int, _Piece]]:
-        """The pieces of all answers as they come. Where one fails, all end."""
+        """Yields (number of the answer, piece) of all answers as they come. Where one fails, all
+        end."""
         came = asyncio.Queue[tuple[int, _Piece] | Exception]()
         tasks = [
             asyncio.create_task(self._read(number, answer, came))
@@ -210,8 +212,8 @@ class Writer:
 
 
 class Stream(StreamingResponse):
-    """An answer in pieces; `over` is awaited when they have ended, however they do: also where the
-    client has left before the first one was asked for."""
+    """A streamed response. `over` is awaited at its end, however it ends: also where the client has
+    left before the first piece."""
 
     def __init__(
         self,
@@ -233,7 +235,7 @@ class Stream(StreamingResponse):
 async def with_usage(
     pieces: AsyncIterator[str | bytes], used: Callable[[], Usage]
 ) -> AsyncIterator[str | bytes]:
-    """Yields before each piece a line that says what has been used so far."""
+    """Yields before each piece a line with the usage so far."""
     async for piece in pieces:
         yield f"{USED_LINE.decode()}{usage_text(used())}\n"
         yield piece

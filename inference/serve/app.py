@@ -82,7 +82,7 @@ def make_app(
     origins: Sequence[str] = (),
     hosts: Sequence[str] = (),
 ) -> ASGIApp:
-    """The routes over a hub; as in `make_routes`."""
+    """The app with the routes over a hub. Arguments as of `make_routes`."""
     access = access or Access()
     app = make_routes(Model(hub), access, origins, hosts)
     if access.front_key is not None:
@@ -250,7 +250,8 @@ def _file(path: Path) -> Response:
 
 
 def _add_models(app: FastAPI, access: Access) -> None:
-    """The list of the one model, and it by its name; the document that describes all routes."""
+    """Adds the list of the one model, the model by its name, and the document that describes all
+    routes."""
 
     @app.get("/openapi.json")
     def described() -> Response:  # in a thread: it is written at the first request
@@ -272,7 +273,7 @@ def _add_models(app: FastAPI, access: Access) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """What no route refuses is refused in the same form."""
+    """Answers errors of the framework in the same form as those of the routes."""
 
     @app.exception_handler(HTTPException)
     async def wrong(request: Request, error: HTTPException) -> Response:
@@ -302,8 +303,8 @@ def _paths(app: FastAPI) -> list[str]:
 
 
 def _no_route(app: FastAPI, path: str) -> str:
-    """What is said of a path that leads nowhere: with the one that is meant, where that is clear,
-    as where its prefix is missing, or a proxy has left its own."""
+    """The message for a path that leads nowhere. It names the path that is probably meant, as where
+    the prefix is missing, or a proxy has left its own."""
     known, given = [one for one in _paths(app) if one != "/"], re.sub("/+", "/", path)
     near = [one for one in known if given.endswith(one) or (given != "/" and one.endswith(given))]
     near += get_close_matches(given, known, 1)

@@ -50,7 +50,7 @@ class AuditLog:
         return self._file.lost + self._overrun
 
     def write(self, record: dict[str, Any]) -> None:
-        """Does not wait."""
+        """Queues a line; does not wait."""
         line = json.dumps(record, ensure_ascii=True, allow_nan=False)
         try:
             self._queue.put_nowait(logging.makeLogRecord({"msg": line}))
@@ -58,7 +58,7 @@ class AuditLog:
             self._overrun += 1
 
     def close(self) -> None:
-        """Writes what waits."""
+        """Writes the lines that are queued."""
         with contextlib.suppress(queue.Full):
             self._listener.stop()
         self._file.close()
@@ -73,7 +73,8 @@ class _File(RotatingFileHandler):
         super().__init__(path, maxBytes=size, backupCount=files, encoding="utf-8")
 
     def _open(self) -> Any:
-        """A line that was cut off, by a full disk or a kill, spoils only itself."""
+        """Opens the file. A line that a full disk or a kill has cut off is ended, so that it spoils
+        only itself."""
         stream: Any = super()._open()
         with contextlib.suppress(OSError), open(self.baseFilename, "rb") as written:
             written.seek(-1, 2)
@@ -89,7 +90,7 @@ class _File(RotatingFileHandler):
             self._failing = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Takes the place of logging's own, which prints each record."""
+        """Replaces logging's own handler, which prints each record."""
         self.lost += 1
         if not self._failing:
             log.warning(

@@ -50,14 +50,14 @@ class Left(Exception):
 
 
 class Client:
-    """Whether who has sent a request, whose body is read, is still there."""
+    """Watches whether the client that has sent a request is still connected."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self.gone = asyncio.create_task(self._watch())
 
     async def or_left(self, work: Coroutine[None, None, Result]) -> Result:
-        """What the work returns; it is cancelled when the client goes, and Left is raised."""
+        """The result of the work; when the client goes, cancels it and raises Left."""
         task = asyncio.create_task(work)
         try:
             await asyncio.wait({task, self.gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -124,7 +124,7 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
 
 
 async def _whole(written: Writer, client: Client) -> dict[str, Any]:
-    """An answer that nobody waits for any more has not failed."""
+    """The body of a whole answer. Raises Left where it failed because its client has gone."""
     try:
         return await written.whole()
     except Refused:
@@ -153,14 +153,14 @@ async def _waiting(
 
 
 def _end(client: Client | None, share: Share) -> None:
-    """What a request holds is free."""
+    """Frees all that a request holds."""
     share.give_back()
     if client is not None:
         client.gone.cancel()
 
 
 def _used(answers: Sequence[SessionHandle], frames: int) -> Usage:
-    """The prompt counts once, however many answers there are."""
+    """The usage of a request, in which the prompt counts once, however many answers there are."""
     counts = [answer.running.task.stats.counts for answer in answers]
     said = sum(one["tokens"] for one in counts)
     return Usage(frames, max(one["input_tokens"] for one in counts), said)
@@ -264,7 +264,8 @@ def _grammar(schema: Mapping[str, Any], hub: Hub) -> Grammar:
 
 
 async def decode(media: list[Medium], hub: Hub, share: Share) -> tuple[list[Tensor], list[int]]:
-    """The frames of a question's media, uint8 [3, tile, tile] each, and how many each has."""
+    """Decodes a question's media: frames, uint8 [3, tile, tile] each, and their number for each
+    medium."""
     limits, frames, counts = hub.limits, list[Tensor](), list[int]()
     most = min(limits.frames, hub.runner.engine.window)  # the model sees no more at once
     for medium in media:
@@ -291,7 +292,7 @@ async def decode(media: list[Medium], hub: Hub, share: Share) -> tuple[list[Tens
 
 
 def _tokens(question: Question, counts: list[int], hub: Hub) -> list[int]:
-    """The prompt; Refused(`context_length_exceeded`)."""
+    """The tokens of the prompt. Raises Refused(`context_length_exceeded`)."""
     prompts = hub.runner.vocabulary.prompts
     form = hub.export.question_form
     tokens = prompts.question(
@@ -308,7 +309,7 @@ def _tokens(question: Question, counts: list[int], hub: Hub) -> list[int]:
 
 
 async def _start_answers(hub: Hub, asked: _Asked) -> list[SessionHandle]:
-    """Waits for free places in the engine, and memory, for all answers at once;
+    """Waits for free places in the engine, and memory, for all answers at once; starts them. Raises
     Refused(`overloaded`)."""
     question, each, full = asked.question, hub.each.kept, "all sessions are taken"
     size = each * question.count

@@ -1,4 +1,4 @@
-"""What `python -m inference.serve` does: serves a model, or is the front of several that do."""
+"""Runs `python -m inference.serve`: serves a model, or is the front of several replicas."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Who may connect, and for how long a connection may say or read nothing: around uvicorn's own
-protocols."""
+"""Limits connections around uvicorn's protocols: who may connect, and how long one may be idle."""
 
 from __future__ import annotations
 
@@ -63,7 +62,7 @@ class _Unread:
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, transport: asyncio.Transport, full: Callable[[], bool]) -> None:
-        """Until `stop`. full: whether nothing more is written before the client reads."""
+        """Watches until `stop`. full: whether nothing more is written before the client reads."""
         self._look(transport, full, 0)
 
     def stop(self) -> None:
@@ -143,7 +142,8 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
 
 
 def _whole(event: object) -> bool:
-    """Whether it is a message in one part: the session takes it, or drops and counts it."""
+    """Whether a message has one part only. The session takes such a message, or drops and counts
+    it."""
     if not isinstance(event, Frame) or event.opcode not in (Opcode.TEXT, Opcode.BINARY):
         return False
     return event.fin and len(event.data) > 0
@@ -220,5 +220,5 @@ class _LimitedSocket(WebSocketsSansIOProtocol):
 
 
 def socket_protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """Sockets of these limits."""
+    """uvicorn's WebSocket protocol with these limits."""
     return type("LimitedSocket", (_LimitedSocket,), {"limits": limits})

@@ -76,7 +76,7 @@ class Task:
 
 
 def frames_of(task: Task) -> Iterator[Tensor]:
-    """What a medium shows, each uint8 [3, tile, tile]; Refused, SampleError."""
+    """Yields the frames of a medium, uint8 [3, tile, tile] each. Raises Refused, SampleError."""
     data = task.data
     if isinstance(data, str):
         data = data_url(data, task.field, task.most_bytes)
@@ -95,7 +95,7 @@ def frames_of(task: Task) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _named_format() -> Iterator[None]:
-    """Says what a file is that FFmpeg would read and we do not."""
+    """Names the format of a file that FFmpeg would read and this server does not."""
     try:
         yield
     except SampleError as error:
@@ -107,7 +107,8 @@ def _named_format() -> Iterator[None]:
 
 
 def _times(task: Task, info: VideoInfo) -> Sequence[float]:
-    """Which moments of a video are shown. What a request says of it is kept, or refused."""
+    """The moments of a video that are shown. What a request says about them holds, or is
+    refused."""
     chosen, left = task.frames, task.left
     # A rate that is asked for is kept, however few frames that are.
     few = 1 if chosen.fps else min(CLIP_MIN_FRAMES, left)
@@ -145,7 +146,7 @@ def work(connection: Connection, memory: int, nice: int) -> None:
 
 
 def _answer(connection: Connection, task: Task) -> bytes:
-    """Sends a task's frames but for the last; the message that ends them."""
+    """Sends all frames of a task but the last; returns the message that ends the task."""
     try:
         frames = frames_of(task)
         last = next(frames)
@@ -165,13 +166,13 @@ def _answer(connection: Connection, task: Task) -> bytes:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """The next task's: the system ends the process that takes more."""
+    """Limits the processor time of the next task: the system ends a process that takes more."""
     used = time.process_time()
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), resource.RLIM_INFINITY))
 
 
 def _limit_memory(most: int) -> None:
-    """What may be allocated beside what is there now."""
+    """Limits what may be allocated in addition to what is allocated now."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux; other systems count what is only reserved, too
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -55,7 +55,7 @@ class Framing(h11.Connection):
 
 
 def ambiguity(head: bytes, request: h11.Request) -> str:
-    """What of a request may be read in two ways; empty: nothing. head: its bytes up to the body."""
+    """What of a request can be read in two ways; "": nothing. head: its bytes up to the body."""
     lines = head.replace(b"\r\n", b"")
     lengths = _LENGTHS.findall(head)
     body = _coded(request) or any(length != b"0" for length in lengths)
@@ -78,8 +78,8 @@ def _coded(request: h11.Request) -> bool:
 
 
 def _last_of_connection(request: h11.Request) -> h11.Request:
-    """The same request, asking to close the connection after it: what others may take for its
-    chunks is not another request here."""
+    """The request, with the connection closed after it: bytes that others take for its chunks are
+    then not read as another request."""
     return h11.Request(
         method=request.method,
         target=request.target,

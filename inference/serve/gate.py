@@ -1,4 +1,4 @@
-"""What the limits of a key let a client's messages do, before anything else reads them."""
+"""Holds a client's messages to the rate limits of its key, before anything else reads them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Gate:
         self._waits = False  # a file's frames wait for their turn, a live source's are dropped
 
     async def over(self, text: str | None, data: bytes | None) -> str:
-        """Which limit a message exceeds; empty: it may pass. A frame of a file waits here,
-        where that is not long."""
+        """The limit that a message exceeds; "": it may pass. A frame of a file waits here for a
+        short while."""
         account = self._account
         if account is None or account.unlimited:
             return ""
@@ -42,8 +42,8 @@ class Gate:
         return ""
 
     def _read(self, text: str | None, data: bytes | None) -> tuple[bool, bool]:
-        """Whether a message brings a frame, and whether it asks. What is wrong in it is found
-        where it is handled."""
+        """Whether a message brings a frame, and whether it asks. Errors in it are found where it is
+        handled."""
         if data is not None or text is None or len(text) > _LARGE:
             return True, False
         try:

@@ -1,4 +1,4 @@
-"""A session that one socket at a time holds: what the socket reads of it, and how it ends."""
+"""A session that one socket at a time holds, and how that socket reads and writes it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Held:
         self.visit: Visit | None = None
 
     def begin(self, visit: Visit) -> None:
-        """The session is this visit, from now to the end of its log."""
+        """Makes the session the visit's, from now to the end of its log."""
         self.visit, visit.id, visit.reads = visit, self.id, self.used
 
         def over() -> None:
@@ -51,16 +51,16 @@ class Held:
         return self.visit is not None and self.visit.account is account
 
     def used(self) -> Usage:
-        """What it has used so far."""
+        """The session's usage so far."""
         raise NotImplementedError
 
     def asked(self) -> dict[str, Any]:
-        """How it was configured, without its texts."""
+        """The session's configuration, without its texts."""
         raise NotImplementedError
 
     @property
     def end(self) -> tuple[int, str]:
-        """Close code and reason, after the log has been closed."""
+        """The close code and reason, once the log has been closed."""
         raise NotImplementedError
 
     def attach(self, socket: object) -> asyncio.Event:
@@ -103,13 +103,13 @@ class Holder:
             self._left()
 
     def _left(self) -> None:
-        """The socket has closed."""
+        """Called when the socket has closed."""
 
     def _slow(self) -> None:
-        """The client does not read."""
+        """Called when the client does not read."""
 
     async def _take(self, text: str | None, data: bytes | None) -> bool:
-        """Handles one message; False: it was the last."""
+        """Handles a message; False: it was the last one."""
         raise NotImplementedError
 
     async def _write(self) -> None:
@@ -167,14 +167,14 @@ def refusal_to_resume(held: Held | None, account: Account, last_seq: int) -> str
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a session's config that may be written down."""
+    """The fields of a session's config that may be logged."""
     names = ("pace", "frame_interval", "max_new_tokens")
     source = "live" if config["live"] else "file"
     return {"source": source, **{name: config[name] for name in names}}
 
 
 def used(counts: Mapping[str, int]) -> Usage:
-    """The usage that a session's counts say."""
+    """The usage in a session's counts."""
     return Usage(counts.get("frames", 0), counts.get("input_tokens", 0), counts.get("tokens", 0))
 
 

@@ -48,7 +48,7 @@ NO_FOLDERS = MediaFolders()
 
 
 def read_picture(path: Path, field: str, most: int) -> bytes:
-    """A picture's bytes, at most `most`; Refused, SampleError."""
+    """The bytes of a picture, at most `most`. Raises Refused, SampleError."""
     size = _size(path, "image")
     if size > most:
         raise Refused("too_large", f"{field}: {size} bytes are more than {most}", field)

@@ -102,14 +102,14 @@ def read_update(message: SessionUpdate, now: Sampling) -> dict[str, Any]:
 
 
 def refused_update(error: ValueError) -> Refused:
-    """What a session says of such a change, with the client's name of the field."""
+    """The error of a refused change of a session, with the client's name of the field."""
     name, _, words = str(error).partition(": ")
     field = f"session.{_GIVEN.get(name, name)}"
     return Refused("invalid_value", f"{field}: {words}", field)
 
 
 def read_image(message: ImageAppend, limits: Limits) -> ImageMessage:
-    """An `input_image_buffer.append`."""
+    """Reads an `input_image_buffer.append`."""
     data = message.image
     if data is not None:
         data = media_bytes(data, "image", limits.frame_bytes)
@@ -117,7 +117,7 @@ def read_image(message: ImageAppend, limits: Limits) -> ImageMessage:
 
 
 def read_item(message: CreateItem, limits: Limits) -> tuple[str, bytes | None]:
-    """A `conversation.item.create`: the user's text and, if there is one, a picture."""
+    """Reads a `conversation.item.create`: the user's text and, if there is one, a picture."""
     content = message.item.content
     texts, pictures = [content] if isinstance(content, str) else [], []
     for number, part in enumerate(() if isinstance(content, str) else content):

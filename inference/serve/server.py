@@ -1,4 +1,4 @@
-"""uvicorn's server: how it listens, which limits it has, how it ends."""
+"""Runs uvicorn's server: how it listens, its limits, how it ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Served(Protocol):
 
     @property
     def failed(self) -> str:
-        """Why it has ended by itself; empty: it has not."""
+        """Why it has ended by itself; "": it has not."""
 
     @property
     def decodes(self) -> bool:
@@ -58,7 +58,8 @@ class Server(uvicorn.Server):
         self._served = served
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end: also where the engine has, which nothing in this process can replace."""
+        """Whether to end; also true where the engine has ended, which nothing in this process can
+        replace."""
         return bool(self._served.failed) or await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -100,7 +101,7 @@ class ListeningSockets(list[socket.socket]):
 
 
 def url_of(host: str, sockets: ListeningSockets, certificate: Certificate | None) -> str:
-    """Where a server is reached; `host` as it was given."""
+    """The address of a server; `host` as it was given."""
     if sockets[0].family == socket.AF_UNIX:
         return f"unix:{sockets[0].getsockname()}"
     host = f"[{host.strip('[]')}]" if ":" in host else host
@@ -172,7 +173,7 @@ def _listen_at(path: str) -> socket.socket:
 
 
 def _remove_left(path: str) -> None:
-    """A server that has ended leaves its socket's file, to which no other can bind."""
+    """Removes the socket file of a server that has ended, to which no other could bind."""
     try:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
@@ -220,7 +221,7 @@ def server_config(
     certificate: Certificate | None = None,
     tile: int | None = None,
 ) -> uvicorn.Config:
-    """How uvicorn runs the routes. tile: as in `largest_message`."""
+    """The configuration with which uvicorn runs the routes. tile: as in `largest_message`."""
     return uvicorn.Config(
         app,
         ssl_certfile=certificate.chain if certificate else None,

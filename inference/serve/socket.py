@@ -59,11 +59,11 @@ class Connection(Holder):
         self._hub.metrics.refused("slow_client")
 
     def _change(self) -> AbstractContextManager[None]:
-        """Around all that a message changes, after all that it waits for."""
+        """Called around everything that a message changes, after everything that it waits for."""
         return self._session.change()
 
     async def _take(self, text: str | None, data: bytes | None) -> bool:
-        """Handles one message; False: it was the last."""
+        """Handles a message; False: it was the last one."""
         self._live.last_input = time.monotonic()
         try:
             if data is not None:
@@ -130,7 +130,7 @@ class Connection(Holder):
                 self._control(message)
 
     def _control(self, message: Any) -> None:
-        """A message that brings no input."""
+        """Handles a message that brings no input."""
         session, kind = self._session, message.type
         if isinstance(message, SessionUpdate):
             try:
@@ -190,14 +190,14 @@ class Connection(Holder):
             self._skipped = 0
 
     def _second(self, image: ImageMessage, arrived: float) -> float | None:
-        """The frame's second: what the client says; else, of a live source, when it arrived."""
+        """The frame's second: the client's; without one, of a live source, the time of arrival."""
         if image.at is None and self._session.config.live:
             return round(self._live.clock.second(None, arrived), 3)
         return image.at
 
 
 async def _off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of reading a message; of a large one in a thread, for others are served here."""
+    """Reads a message; a large one in a thread, so that others are served meanwhile."""
     if size < _LARGE:
         return function(*arguments)
     return await asyncio.to_thread(function, *arguments)

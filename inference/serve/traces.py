@@ -48,14 +48,15 @@ class Tracer:
         self.tracer = self._provider.get_tracer("inference.serve")
 
     def begin(self, kind: str, key: str, began: float, headers: Mapping[str, str]) -> Trace:
-        """A session's or request's, below that of its client, where `traceparent` names one."""
+        """Begins the trace of a session or request, below that of its client where `traceparent`
+        names one."""
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         parent = TraceContextTextMapPropagator().extract(dict(headers))
         return Trace(self.tracer, kind, {"moss.key": key}, began, parent)
 
     def close(self) -> None:
-        """Sends what waits."""
+        """Sends spans that are queued."""
         self._provider.shutdown()
 
 
@@ -83,7 +84,7 @@ class Trace:
         return carrier
 
     def add(self, name: str, began: float, ended: float, **attributes: Any) -> Trace:
-        """A span below it that is over."""
+        """Adds a span below it, which is over."""
         part = Trace(self._tracer, name, attributes, began, self._context)
         part.end(ended)
         return part

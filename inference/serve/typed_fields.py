@@ -51,12 +51,12 @@ _SHAPES = (
 
 
 def harmless() -> Any:
-    """A field that is taken and changes nothing."""
+    """A field that is taken and has no effect."""
     return Field(None, description="changes nothing", json_schema_extra={_KIND: "none"})
 
 
 def neutral(why: str, *values: Any) -> Any:
-    """A field that is taken with these values alone, which ask for nothing; others are refused."""
+    """A field that has no effect; only these values are taken, others are refused."""
     extra: dict[str, Any] = {_KIND: "refused", "enum": [*values, None]}
     return Field(None, description=why, json_schema_extra=extra)
 
@@ -217,7 +217,8 @@ _CODES = ("unknown_field", "unsupported", "invalid_value", "too_large", "unknown
 
 
 def _path(names: list[Any]) -> str:
-    """`messages[0].content`; names in <> are pydantic's, of the branch that it took."""
+    """The path of a field, such as `messages[0].content`; names in <> are pydantic's, of a union's
+    branch."""
     path = ""
     for name in names:
         if isinstance(name, int):

@@ -42,7 +42,7 @@ def code() -> str:
 
 
 def pack(values: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
-    """One message: the values, then each blob with its length."""
+    """A message as bytes: the values, then each blob with its length."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
     parts = [_HEAD.pack(len(text)), text]
     for blob in blobs:
@@ -51,8 +51,8 @@ def pack(values: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
 
 
 def unpack(message: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """What was packed. Both ends are ours: a message that is not whole raises ValueError or
-    struct.error."""
+    """The values and blobs of a message. Raises ValueError or struct.error for one that is not
+    whole."""
     parts, at = list[bytes](), 0
     while at < len(message):
         (size,) = _HEAD.unpack_from(message, at)
@@ -67,5 +67,5 @@ def usage_text(usage: Usage) -> str:
 
 
 def usage_of(text: str | bytes) -> Usage:
-    """What `usage_text` has written."""
+    """Reads the text of `usage_text`."""
     return Usage(*map(int, text.split()))
