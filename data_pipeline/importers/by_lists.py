@@ -168,6 +168,16 @@ def answers_path(path: str) -> str | None:
     return files.join(files.parent(path), own)
 
 
+def answers_beside(paths: Iterable[str]) -> tuple[str, ...]:
+    """The files that the answers to the questions of others are read from, where they are there."""
+    there = []
+    for path in filter(None, map(answers_path, paths)):
+        with suppress(ShardError):  # told when a question needs it
+            files.file_size(path)
+            there.append(path)
+    return tuple(there)
+
+
 def answers_among(paths: Iterable[str]) -> frozenset[str]:
     """Of files those that have the answers to the questions of others, and no records."""
     there = frozenset(paths).intersection(filter(None, map(answers_path, paths)))

@@ -27,6 +27,7 @@ from data_pipeline.importers import (
     streaming,
     transcripts,
 )
+from data_pipeline.importers.by_lists import answers_beside
 from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems
 from data_pipeline.importers.entries import (
     RecordFile,
@@ -103,11 +104,12 @@ class OpenSource:
     entries: Entries
     found: tuple[str, ...] = ()  # the forms of its records
     unread: tuple[str, ...] = ()  # files beside them that look like data
+    answers: tuple[str, ...] = ()  # files that the answers to the records' questions are read from
 
     def fingerprint(self) -> str:
         """Changes with the names and sizes of the source's files."""
         known = hashlib.sha256()
-        for path in self.files:
+        for path in (*self.files, *self.answers):
             # A folder of media has too many files to ask for the size of each.
             many = self.form in ("captions", "webdataset")
             size = 0 if many or is_dangling(path) else files.file_size(path)
@@ -163,7 +165,7 @@ def _opened(
         of_part = _by_key(partial(folder_entries, chosen, refused, media))
     found = tuple(sorted({file.form for file in chosen if file.has_records}))
     read = [*(file.path for file in chosen), *(refusal.path for refusal in refused)]
-    return OpenSource(form, read, of_part, found)
+    return OpenSource(form, read, of_part, found, answers=answers_beside(read))
 
 
 def _by_key(entries: Callable[[], Iterator[Entry]]) -> Entries:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_pipeline.build import BuildOptions, build_shards
 from data_pipeline.importers import records
+from data_pipeline.importers.forms import SourceOptions
 from data_pipeline.shards import ShardError
 from tests.data_pipeline.importers.realtime import FRAME, SILENCE, run, said
 from tests.samples import write_tar
@@ -120,6 +122,22 @@ def test_vqas_questions_find_their_answers_and_pictures(size: str, tmp_path: Pat
     source.rename(where / "mine.json")
     with pytest.raises(ShardError, match=r"mine\.json: .* call it \*questions\.json"):
         run(where / "mine.json")
+
+
+def test_an_import_notices_that_its_answers_are_others(tmp_path: Path) -> None:
+    picture(tmp_path / "coco/train2014/COCO_train2014_000000000009.jpg")
+    source = written(tmp_path / "vqa/v2_OpenEnded_mscoco_train2014_questions.json", QUESTIONS)
+    answers = written(tmp_path / "vqa/v2_mscoco_train2014_annotations.json", ANSWERS)
+    options = BuildOptions(source=SourceOptions(media_dir=str(tmp_path / "coco")))
+    for given in (source, source.parent):
+        out = tmp_path / f"out_{given.stem}"
+        build_shards(given, out, options)
+        before = answers.read_text()
+        answers.write_text(before.replace("food", "bins of food"))
+        with pytest.raises(ShardError, match="holds an import with other arguments: source_files"):
+            build_shards(given, out, options)
+        answers.write_text(before)
+        assert build_shards(given, out, options).imported == {"image": 1}
 
 
 def test_questions_of_one_file_are_answered_by_most(size: str, tmp_path: Path) -> None:
