@@ -213,6 +213,7 @@ class FrontSession(Held):
                     self._wanted.clear()
                 await self._wanted.wait()
                 self.asked_at = self.asked_at or time.monotonic()
+                self._cut.clear()  # from the moment it has a seat it may be told to leave it
                 self.replica = await self.front.places.take(self)
                 try:
                     await self._stay(self.replica)
@@ -232,7 +233,6 @@ class FrontSession(Held):
     async def _stay(self, replica: Replica) -> None:
         """Runs the session on one replica, until the session or the replica ends, or the session
         leaves."""
-        self._cut.clear()
         self._lost_at = self._lost_at or time.monotonic()
         async with replica.connection() as link:
             await self._open(link)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from inference.engine.load import load_engine
+from inference.replicas.replica import Replica
 from inference.serve.access import Access
 from inference.serve.limits import Limits
 from tests.inference.replicas.fronting import Fronted, fronting
-from tests.inference.serve.serving import jpeg
+from tests.inference.serve.serving import jpeg, until
 
 FRAME_BYTES = 4000  # a picture as the model sees it has more
 
@@ -71,6 +72,34 @@ def test_a_session_whose_pictures_are_larger_than_messages_moves(front: Fronted)
         client.send("session.close")
         client.rest()
         assert client.close_code == 1000
+
+
+def test_who_is_told_to_leave_a_replica_as_it_gets_its_seat_there_leaves(
+    front: Fronted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else who drains the replica waits for it, and ends it."""
+    places, drained = front.front.places, list[Replica]()
+    pump = places.pump
+
+    def drain() -> None:
+        pump()
+        for replica in places.replicas:
+            if replica.sessions and not drained:
+                drained.append(replica)
+                replica.state = "draining"
+                for session in list(replica.sessions):
+                    session.move("moved")
+
+    monkeypatch.setattr(places, "pump", drain)
+    with front.open() as client:
+        name = client.until("session.created")["session"]["id"]
+        (other,) = (replica for replica in places.replicas if replica not in drained)
+        until(lambda: front.front.sessions[name].replica is other)
+        client.frame(jpeg(0, (32, 24)))
+        client.until("input_frame.processed")
+        client.send("session.close")
+        client.rest()
+    drained[0].state = "ready"
 
 
 def test_a_replica_of_another_version_is_told(
