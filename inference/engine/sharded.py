@@ -60,6 +60,10 @@ class ShardedEngine(Engine):
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.leads, self.running = self.rank == 0, True
         super().__init__(*args, **options)
+        # Not before: where rank 0 fails in there, the others wait for it in the middle of a pass,
+        # and take no message that says to end. They end because it has gone.
+        if self.leads:
+            atexit.register(self.shutdown)
 
     def meet(self) -> Ranks:
         size = self.pixels.size
@@ -67,8 +71,6 @@ class ShardedEngine(Engine):
         picture = 1, 3, size, size
         self.channel = Channel(self.device, self.dtype, self.slots, frame, picture)
         self.lifeline = Lifeline(self.rank, self.ranks, self.channel.share, host_of())
-        if self.leads:
-            atexit.register(self.shutdown)
         return Ranks(self.ranks, self.leads, self._agree)
 
     def _agree(self, wrong: str) -> str:

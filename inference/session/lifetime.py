@@ -49,17 +49,16 @@ class Closable(Protocol):
         """Ends the thread, and waits so long for it."""
 
 
-_open = weakref.WeakSet[Closable]()
-
-
 def close_at_exit(owner: Closable) -> None:
-    """A thread that computes while the interpreter ends aborts the process."""
-    _open.add(owner)
+    """Closes the owner when the program ends, if nobody has: a thread that computes while the
+    interpreter ends aborts the process. What was to be done at exit before this call is done after
+    it: an engine tells its other ranks to end when no thread uses it any more."""
+    atexit.register(_close, weakref.ref(owner))
 
 
-@atexit.register
-def _close_open() -> None:
-    for owner in list(_open):
+def _close(known: weakref.ref[Closable]) -> None:
+    owner = known()
+    if owner is not None:
         with contextlib.suppress(Exception):
             owner.close("the program ends", _LAST)
 

@@ -3,16 +3,18 @@ steps and pictures took.
 
 Arguments: checkpoint; what rank 1 does: `follow`, or `die` at the second step. Then rank 0 waits
 for it as a collective of NCCL would, and takes no notice of torchrun's signal. Or what is captured
-in place of CUDA graphs, and how it fails on one rank alone: `capture`, `wrong`, `pass`.
+in place of CUDA graphs, and how it fails on one rank alone: `capture`, `pass0`, `pass1`.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from inference.engine.lock_step import Channel, Kind
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Step
 from inference.kernels.choose import Kernels
+from inference.session.runner import Runner
 from tests.inference.engine.streams import AnyRows, Player, make_stream, play
 from tests.torchrun import save_result
 
@@ -125,8 +128,8 @@ def told() -> Iterator[list[str]]:
 def main() -> None:
     checkpoint, part = sys.argv[1:]
     torch.set_num_threads(1)
-    if part in ("capture", "wrong", "pass"):
-        with contextlib.suppress(RankFinished):
+    if part in ("capture", "pass0", "pass1"):
+        with contextlib.suppress(RankFinished), _whole_exit():
             _capture(checkpoint, part)
         return
     if part == "die":
@@ -150,7 +153,7 @@ class Recorded:
 class FailingPool:
     """In place of capture.Pool, on a CPU. `plan`: how each capture of this rank goes, in turn:
     `capture`: it fails; `wrong`: the graph computes something else; `pass`: the pass fails before
-    its first collective; others go well."""
+    its first collective; `wait`: it waits there, as in one of NCCL; others go well."""
 
     plan: ClassVar[list[str]] = []
 
@@ -161,6 +164,8 @@ class FailingPool:
         how = self.plan.pop(0) if self.plan else ""
         if how == "pass":
             raise RuntimeError("the pass itself fails")
+        while how == "wait":
+            time.sleep(1)
 
         def record() -> tuple[Recorded, Any]:
             graph = Recorded(compute, 2.0 if how == "wrong" else 1.0)
@@ -173,13 +178,16 @@ class FailingPool:
 
 def _capture(checkpoint: str, part: str) -> None:
     """An engine whose captures fail on rank 1: of passes at the third, of frames at the second;
-    leaves how many graphs each rank has."""
-    kernels = Kernels(attention=AnyRows)
-    if os.environ["RANK"] == "0":
-        kernels = replace(kernels, swiglu=lonely)
-    else:
+    leaves how many graphs each rank has, and a session that speaks when the program ends. Or whose
+    first pass fails on one rank, while the other one waits."""
+    kernels, rank = Kernels(attention=AnyRows), os.environ["RANK"]
+    if part != "capture":
+        FailingPool.plan = ["pass"] if part.endswith(rank) else ["wait"]
+    elif rank == "1":
         # After a failure nothing more of that kind is captured: the next one is the tower's.
-        FailingPool.plan = ["", "", "capture", "", "wrong"] if part == "capture" else [part]
+        FailingPool.plan = ["", "", "capture", "", "wrong"]
+    if rank == "0":
+        kernels = replace(kernels, swiglu=lonely)
     with (
         mock.patch("inference.engine.graphs.Pool", FailingPool),
         mock.patch("inference.engine.tower_graphs.Pool", FailingPool),
@@ -188,8 +196,21 @@ def _capture(checkpoint: str, part: str) -> None:
     ):
         engine = load_engine(checkpoint, device="cpu", window=3, max_sessions=2, max_tokens=640)
     engine.on_all(leave_graphs)
-    engine.step([Step(engine.open(), [1, 40, 50])])
-    engine.shutdown()
+    talk = Sampling(silence_bias=-100.0)
+    session = Runner(engine).session(sampling=talk, pace=None, max_new_tokens=None)
+    session.prompt("Talk.")
+    next(event for event in session.events() if event.type == "response.output_text.delta")
+
+
+@contextmanager
+def _whole_exit() -> Iterator[None]:
+    """Where a rank fails, what a process does at its end is done; a fork would not do it."""
+    try:
+        yield
+    except RuntimeError:
+        traceback.print_exc()
+        atexit._run_exitfuncs()
+        raise
 
 
 def lonely(x: torch.Tensor) -> torch.Tensor:
