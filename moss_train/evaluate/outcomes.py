@@ -44,8 +44,7 @@ class Outcome:
 def outcomes(
     model: Model, items: Sequence[Item], controls: Sequence[str] = (BLIND,), generates: bool = True
 ) -> list[Outcome]:
-    """What comes of each item, in their order. Frames are encoded once. generates: also what needs
-    generation: answers in the model's words, and streams live.
+    """What comes of each item, in their order. Frames are encoded once.
 
     generates: also what needs generation: answers in the model's words, and streams live.
     """

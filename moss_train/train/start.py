@@ -89,7 +89,7 @@ def damage(checkpoint: Path) -> str | None:
     wrote down what they were. A collective: each rank reads its share.
 
     Raises:
-        StorageError: a rank cannot read its share.
+        StorageError: a rank cannot read its share, or does not see what rank 0 sees.
     """
     began = time.perf_counter()
     told, found, failed = dict[str, dict[str, Any]](), "", ""
@@ -106,8 +106,13 @@ def damage(checkpoint: Path) -> str | None:
             found = f"{', '.join(wrong)}: not the bytes that were written"
     except NOT_THERE as error:
         found = f"{error.filename} is not there"
-        if not told:  # rank 0 has seen it: machines that do not share their storage
-            found += f" for rank {dist.get_rank()}, on {socket.gethostname()}"
+        # Rank 0 has seen all files. A machine that does not see one says nothing of the checkpoint:
+        # its storage is not mounted, or behind.
+        if dist.get_rank():
+            failed = (
+                f"{found} for rank {dist.get_rank()}, on {socket.gethostname()}, but for rank 0: "
+                "nothing was changed; start again when all machines see the same files"
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"complete.json cannot be read ({error})"
     except StorageError as error:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from data_pipeline.kernel_proof import log as proofs
 from moss_train.log import configure
 from moss_train.model.agreement import agreed
+from moss_train.storage import StorageError
 from moss_train.train.start import damage
 from tests.torchrun import save_result
 
@@ -27,7 +28,11 @@ def main() -> None:
         save_result("found", kernels(dist.get_rank()), as_json=True)
     else:
         path = Path(folder[0]) / ("unmounted" if dist.get_rank() else "")
-        save_result("found", damage(path), as_json=True)
+        try:
+            found = damage(path)
+        except StorageError as error:
+            found = f"StorageError: {error}"
+        save_result("found", found, as_json=True)
     dist.barrier()
     dist.destroy_process_group()
 
