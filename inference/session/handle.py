@@ -222,6 +222,7 @@ class SessionHandle:
         self.check(changes.get("system_prompt", ""), changes.get("prompt", ""))
         with changed:
             task.configure(**changes)
+            changed.notify_all()  # another pace may allow the next token now
 
     def prompt(self, text: str) -> None:
         """Asks. A response that is being said ends at the next token. QueueFull, SampleError."""

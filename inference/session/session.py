@@ -147,7 +147,9 @@ class Session(ResponseWriter):
             raise ValueError(f"{fixed[0]}: can be set before the first input only")
         config = replace(self.config, **changes)
         self.check_texts(config.system_prompt, config.prompt)
-        self.config = config
+        enough, self.config = self._said_enough, config
+        if self.response is not None and self._said_enough != enough:  # by another pace
+            self.emit("session.state", state="speaking" if enough else "waiting")
 
     # Input
 

@@ -1,4 +1,5 @@
-"""What is called in the engine's thread for others, who may give up waiting for it."""
+"""What other threads want of the engine's thread: calls, for which they may give up waiting, and
+changes while it waits."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from inference.engine.load import load_engine
+from inference.engine.sampling import Sampling
 from inference.session.handle import SessionClosed
 from inference.session.runner import Runner
 from tests.inference.serve.serving import PATIENCE, until
@@ -59,3 +61,14 @@ def test_the_end_is_told_to_those_who_still_wait(runner: Runner) -> None:
         futures[0].result(PATIENCE)
     for future in futures[1:]:
         assert isinstance(future.exception(PATIENCE), SessionClosed)
+
+
+def test_another_pace_allows_the_next_words_at_once(runner: Runner) -> None:
+    """Not with the next input."""
+    talk = Sampling(silence_bias=-100.0)
+    with runner.session(sampling=talk, clock="media", pace=2, max_new_tokens=6) as session:
+        session.prompt("Talk.")
+        session.settle()
+        session.configure(pace=None)
+        until(lambda: session.log.after(0)[-2].type == "response.done")
+        assert session.log.after(0)[-2].data["usage"]["output_tokens"] == 6

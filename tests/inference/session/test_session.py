@@ -210,6 +210,15 @@ def test_a_client_can_tell_when_all_is_said_that_the_pace_allows(
     model.frame(3.0)
     model.say([model.special.eot_id])
     assert told() == ["speaking", "waiting", "speech", "silent"]
+    model.ask("Go on?")
+    model.say(words[:2])
+    assert told() == ["speaking", "waiting"]
+    model.session.configure(pace=3)  # which allows one more
+    model.say([words[2]])
+    assert told() == ["speaking", "waiting"]
+    model.session.configure(pace=None)
+    model.session.configure(pace=2)
+    assert told() == ["speaking", "waiting"]
     model.frame(4.0)
     model.say(words[:2])
     model.session.end()
