@@ -23,7 +23,7 @@ from data_pipeline.shards import ShardError
 FIELDS = frozenset({
     "messages", "conversations", "conversation", "question", "response", "segments", "words",
     "images", "videos", "narrations", "content", "subtitles", "transcription", "chunks",
-    "word_segments", "text_stream",
+    "word_segments", "text_stream", "texts",
 })  # fmt: skip
 # One of which narrations have, or words and segments.
 _TIMES = frozenset({"time", "timestamp_sec", "start", "timestamp", "offsets"})

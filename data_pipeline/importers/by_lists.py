@@ -1,9 +1,9 @@
 """A JSON object that has the records of a set in lists beside each other, which belong together.
 
-COCO's captions (`images`, `annotations`), MSR-VTT's (`videos`, `sentences`), the questions of VQA
-sets (`questions`; their answers are in a file beside it), and sets whose records are all under
-`data` (TextVQA, DocVQA). Of a large file one list at a time is in memory, of COCO's pictures the
-names.
+COCO's captions (`images`, `annotations`; in Karpathy's splits inside the `images`), MSR-VTT's
+(`videos`, `sentences`), the questions of VQA sets (`questions`; their answers are in a file beside
+it), and sets whose records are all under `data` (TextVQA, DocVQA). Of a large file one list at a
+time is in memory, of COCO's pictures the names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data_pipeline.shards import ShardError
 
 _LIST = "start_array"
 _LISTS = (("images", "annotations"), ("videos", "sentences"), ("questions",), ("annotations",))
-_DATA = "data"
+_DATA, _IMAGES = "data", "images"
 _HEAD = 1 << 16  # bytes by which a file is known as one of answers
 # What is at a place of an object: `images.item` are the elements of a list.
 Read = Callable[[str], Iterator[Any]]
@@ -39,6 +39,8 @@ def lists_of(kinds: Mapping[str, str]) -> tuple[str, ...]:
     if own == {_DATA} and FIELDS.isdisjoint(kinds):
         return (_DATA,)
     others = FIELDS.intersection(own)
+    if own == {_IMAGES} and {_IMAGES, "dataset"} == kinds.keys():
+        return (_IMAGES,)
     return next((names for names in _LISTS if own >= {*names} >= others), ())
 
 
@@ -78,6 +80,8 @@ def in_large_lists(path: str, names: tuple[str, ...], size: int) -> Iterator[tup
 def _records(names: tuple[str, ...], read: Read, path: str) -> Records:
     if names == (_DATA,):
         yield from read(f"{_DATA}.item")
+    elif names == (_IMAGES,):
+        yield from _split(read)
     elif names == ("questions",):
         yield from _asked(read, path)
     elif names == ("annotations",):
@@ -103,6 +107,18 @@ def _captioned(media: str, texts: str, read: Read, path: str) -> Records:
             yield SampleError("missing_file", detail)
         else:
             yield {k: v for k, v in text.items() if k != belongs} | named[number]
+
+
+def _split(read: Read) -> Records:
+    """The pictures of Karpathy's splits of COCO and Flickr, each once for each of its sentences."""
+    for i, image in enumerate(read(f"{_IMAGES}.item")):
+        if not isinstance(image, dict) or not isinstance(image.get("sentences"), list):
+            yield SampleError("missing_caption", f"images[{i}]: {image!r:.80} has no sentences")
+            continue
+        name = "/".join(str(image[part]) for part in ("filepath", "filename") if image.get(part))
+        for sentence in image["sentences"]:
+            caption = sentence.get("raw") if isinstance(sentence, dict) else sentence
+            yield {"file_name": name, "caption": caption, "split": image.get("split")}
 
 
 def _picture(image: dict[str, Any]) -> dict[str, Any]:

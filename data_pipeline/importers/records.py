@@ -54,7 +54,9 @@ def read_records(path: str, wanted: Wanted | None = None) -> Iterator[Record]:
     where the form of the file allows it.
     """
     wanted = wanted or _all
-    readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".arrow": _arrow}
+    readers = {
+        ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": _parquet, ".arrow": _arrow,
+    }  # fmt: skip
     read = readers.get(files.record_suffix(path), _json)
     with files.open_records(path) as (file, size):
         if not file.peek(1):  # type: ignore[attr-defined]
@@ -207,6 +209,13 @@ def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
         yield record, (number + 1) / len(records)
 
 
+def _text(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+    """A table, as Flickr8k's captions.txt is one, or JSON."""
+    start = file.peek(_CHUNK)[:_CHUNK].lstrip()  # type: ignore[attr-defined]
+    read = _json if start.startswith((b"{", b"[")) else _csv
+    yield from read(file, path, size, wanted)
+
+
 def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
     form = files.encoding(file.peek(4)[:4])  # type: ignore[attr-defined]
     form = "utf-8-sig" if form == "utf-8" else form
@@ -273,7 +282,7 @@ def _closed(field: str) -> str:
 def _delimiter(header: str, path: str) -> str:
     if files.record_suffix(path) == ".tsv":
         return "\t"
-    return next((sign for sign in ",;\t" if sign in header), ",")
+    return next((sign for sign in ",;\t|" if sign in header), ",")
 
 
 def _is_unicode(text: str) -> bool:

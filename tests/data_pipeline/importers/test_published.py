@@ -103,6 +103,46 @@ def test_cocos_captions_have_their_pictures(size: str, tmp_path: Path) -> None:
         run(source)
 
 
+def test_karpathys_splits_have_the_sentences_in_their_pictures(size: str, tmp_path: Path) -> None:
+    red = picture(tmp_path / "coco/val2014/COCO_val2014_000000391895.jpg")
+    sentences = [{"tokens": ["a", "man"], "raw": "A man.", "imgid": 0, "sentid": 7},
+                 {"tokens": ["a", "bike"], "raw": "A bike.", "imgid": 0, "sentid": 8}]  # fmt: skip
+    image = {"filepath": "val2014", "sentids": [7, 8], "filename": "COCO_val2014_000000391895.jpg",
+             "imgid": 0, "split": "test", "sentences": sentences, "cocoid": 391895}  # fmt: skip
+    lost = {"filename": "x.jpg", "split": "train"}
+    source = written(tmp_path / "s/dataset_coco.json", {"images": [image, lost], "dataset": "coco"})
+    samples, summary = run(source, media_dir=str(tmp_path / "coco"))
+    assert [said(sample) for sample in samples] == [
+        ["<|image|>", "A man."], ["<|image|>", "A bike."],
+    ]  # fmt: skip
+    assert [sample["members"] for sample in samples] == [{"0.jpg": red}] * 2
+    assert summary.notes == {"unused field split": 2}
+    assert summary.rejected == {"missing_caption": 1}
+
+
+def test_flickrs_captions_are_tables(tmp_path: Path) -> None:
+    red = picture(tmp_path / "flickr/Images/1000268201_693b08cb0e.jpg")
+    (tmp_path / "flickr/captions.txt").write_text(
+        'image,caption\n1000268201_693b08cb0e.jpg,"A child , in a pink dress ."\n'
+    )
+    root = str(tmp_path / "flickr/Images")
+    (sample,), _ = run(tmp_path / "flickr/captions.txt", media_dir=root)
+    assert said(sample) == ["<|image|>", "A child , in a pink dress ."]
+    assert sample["members"] == {"0.jpg": red}
+    (tmp_path / "flickr/results.csv").write_text(
+        "image_name| comment_number| comment\n"
+        '1000268201_693b08cb0e.jpg| 0| A child , in a "pink" dress .\n'
+        "1000268201_693b08cb0e.jpg| 4   A dog runs .\n"
+    )
+    (sample,), summary = run(tmp_path / "flickr/results.csv", media_dir=root,
+                             media_column="image_name", caption_column="comment")  # fmt: skip
+    assert said(sample) == ["<|image|>", 'A child , in a "pink" dress .']
+    assert summary.rejected == {"bad_csv": 1}
+    (tmp_path / "flickr/r.txt").write_text('{"text": "one"}\n{"text": "two"}\n')
+    samples, _ = run(tmp_path / "flickr/r.txt")
+    assert [said(sample)[-1] for sample in samples] == ["one", "two"]
+
+
 def test_vqas_questions_find_their_answers_and_pictures(size: str, tmp_path: Path) -> None:
     red = picture(tmp_path / "coco/train2014/COCO_train2014_000000000009.jpg")
     where = tmp_path / "vqa"
