@@ -35,9 +35,9 @@ def turn(job: Any, steps: int, ahead: bool) -> dict[str, float]:
     waited, began = 0.0, time.perf_counter()
     for _ in range(steps):
         job.step(batch, plan)
-        asked = time.perf_counter()
+        read_began = time.perf_counter()
         batch, plan = job.reader.read(number)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - read_began
     seconds = time.perf_counter() - began
     if ahead:
         job.reader.read(job.config.steps)  # takes what has been read ahead
@@ -74,8 +74,7 @@ def main() -> int:
             ]
             job.reader.close()
     for name, own in zip(("in turn", "ahead"), zip(*turns, strict=True), strict=True):
-        said = [f"{key} {median(one[key] for one in own):.3f} s" for key in own[0]]
-        print(f"{name:8}", *said)
+        print(f"{name:8}", *(f"{key} {median(one[key] for one in own):.3f} s" for key in own[0]))
     ratios = [at_once["step"] / serial["step"] for serial, at_once in turns]
     print(f"ahead / in turn: {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
     return 0

@@ -47,19 +47,21 @@ def main(arguments: list[str] | None = None) -> int:
 
     args.out.mkdir(parents=True)
     out = args.out.absolute()
-    asked: list[int] = []
+    signals: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _frame: object) -> None:
-        asked.append(number)
-        if len(asked) > 1:
+        signals.append(number)
+        if len(signals) > 1:
             raise KeyboardInterrupt
 
     for number in before:
         signal.signal(number, note)
     try:
-        say, tell = partial(print, flush=True), partial(_write, out)
-        verdict = Chaos(out, args.kinds, args.faults, args.seed, say, tell, lambda: bool(asked))()
+        verdict = Chaos(
+            out, args.kinds, args.faults, args.seed, log=partial(print, flush=True),
+            report=partial(_write, out), should_stop=lambda: bool(signals),
+        )()  # fmt: skip
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -21,33 +21,31 @@ from tools.chaos.faults import (
 )
 from tools.chaos.training import EVERY, Training, in_peace, make_world, options
 
-HUNG_S = 60.0  # and some starts: without a new step, the job hangs
-STARTS = 3  # as long as the first one: on a busy machine others take longer
-FIRST_START_S = 300.0  # at most, since nothing is in the system's memory yet
-APART = 1e-5  # of a step's loss
-# Steps before the first fault; for each, many more than it takes: the job goes on while a busy
-# machine does not let this process look. It is asked to stop when all is done.
+# A job hangs that has no new step for HUNG_S and STARTS times its first start: on a busy machine
+# later starts take longer.
+HUNG_S, STARTS = 60.0, 3
+FIRST_START_S = 300.0  # limit of the first start, for which nothing is in the page cache yet
+APART = 1e-5  # largest difference of a step's loss
+# Steps before the first fault, and for each fault: many more than it takes, because the job goes on
+# while a busy machine does not let this process look. The job is stopped when all is done.
 FIRST, EACH = 2 * EVERY + 1, 100
-LEFT_S = 60.0  # until the last process of a job that has ended has gone
-AFTER = 3  # steps after a fault, behind which it is over: a signal lets one or two be done
-EARLY = 0.25  # of the faults that may come while the job starts, do
+LEFT_S = 60.0  # limit until the last process of a job that has ended is gone
+AFTER = 3  # steps until a fault is over: after a signal one or two more are done
+EARLY = 0.25  # share of the `early` faults that come while the job starts
 
 
 @dataclass
 class Outcome:
-    """step: the last one before the fault. stall_s: longest time without a new step. lost: steps
-    that were done again; of them, at once: most_lost. ends: exit codes of the job. again: starts of
-    the ranks by torchrun.
-    """
+    """What a fault did to the job."""
 
     name: str
     allowed: int  # steps that may be lost at once
-    step: int = 0
-    stall_s: float = 0.0
-    lost: int = 0
-    most_lost: int = 0
-    ends: list[int] = field(default_factory=list)
-    again: int = 0
+    step: int = 0  # the last one before the fault
+    stall_s: float = 0.0  # longest time without a new step
+    lost: int = 0  # steps that were done again
+    most_lost: int = 0  # most steps that were lost at once
+    ends: list[int] = field(default_factory=list)  # exit codes of the job
+    again: int = 0  # times that torchrun started the ranks again
 
     @property
     def happened(self) -> str:
@@ -88,18 +86,21 @@ class Chaos:
     """A training with faults, then the same in peace.
 
     Args:
-        folder: of both runs; it must be empty. kinds: names of faults; none: all.
-        tell: called with the verdict so far, after each fault and at the end.
-        asked: whether to come to an end, before the next fault.
+        folder: of both runs; it must be empty.
+        kinds: names of faults; empty: all.
+        count: number of faults.
+        log: called with each line of progress.
+        report: called with the verdict so far, after each fault and at the end.
+        should_stop: whether to stop before the next fault.
     """
 
     folder: Path
     kinds: Sequence[str]
     count: int
     seed: int
-    say: Callable[[str], None]
-    tell: Callable[[Verdict], None] = lambda verdict: None
-    asked: Callable[[], bool] = lambda: False
+    log: Callable[[str], None]
+    report: Callable[[Verdict], None] = lambda verdict: None
+    should_stop: Callable[[], bool] = lambda: False
 
     def __call__(self) -> Verdict:
         """Runs both trainings; returns the verdict."""
@@ -117,31 +118,31 @@ class Chaos:
             shutil.copytree(job.run, self.folder / "run")
         self.verdict.steps = job.step
         self._compare(self._in_peace(job.step))
-        self._tell()
+        self._report()
         return self.verdict
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self.verdict.seconds = time.monotonic() - self.began
-        self.tell(self.verdict)
+        self.report(self.verdict)
 
     def _all_faults(self, job: Training, faults: Sequence[Fault]) -> None:
         verdict = self.verdict
         job.wait(1, FIRST_START_S)
         verdict.start_s = time.monotonic() - self.began
         limit_s = HUNG_S + STARTS * verdict.start_s
-        self.say(f"a start: {verdict.start_s:.0f} s")
+        self.log(f"a start: {verdict.start_s:.0f} s")
         wanted = [fault for fault in faults if not self.kinds or fault.name in self.kinds]
         for fault, early in chosen(wanted, self.count, self.chance):
-            if self.asked():
+            if self.should_stop():
                 break
             outcome = self._one(job, while_it_starts(fault, verdict.start_s) if early else fault)
-            if self.asked():  # what asked this process may have asked the job's, too
+            if self.should_stop():  # the signal to this process may have reached the job's, too
                 break
             verdict.outcomes.append(outcome)
-            self._tell()
+            self._report()
             done = len(verdict.outcomes)
             left_s = verdict.seconds / done * (self.count - done)
-            self.say(
+            self.log(
                 f"{done}/{self.count} ({verdict.seconds / 60:.1f} min, {left_s / 60:.0f} more) "
                 f"step {outcome.step}: {outcome.name}: {outcome.happened}, "
                 f"{outcome.stall_s:.1f} s, {outcome.lost} lost"
@@ -178,7 +179,7 @@ class Chaos:
 
     def _in_peace(self, steps: int) -> Path:
         """Runs as many steps without faults; returns the run folder."""
-        self.say(f"{steps} steps in peace")
+        self.log(f"{steps} steps in peace")
         overrides = [*self.options, *in_peace(steps)]
         quiet = Training(self.folder, self.folder / "quiet", overrides)
         with quiet.running():

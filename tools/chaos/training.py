@@ -81,20 +81,15 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
 
 @dataclass
 class Training:
-    """A job in `run`, seen from outside.
-
-    ends: exit codes of its starts so far. launchers: of all starts; each leads a session.
-    step: the last one that was ever done; stall_s: the longest time since `fresh` was called in
-    which no new one was.
-    """
+    """A job, seen from outside."""
 
     folder: Path
-    run: Path
+    run: Path  # the run folder
     overrides: list[str]
-    ends: list[int] = field(default_factory=list)
-    launchers: list[int] = field(default_factory=list)
-    step: int = 0
-    stall_s: float = 0.0
+    ends: list[int] = field(default_factory=list)  # exit codes of its starts so far
+    launchers: list[int] = field(default_factory=list)  # of all starts; each leads a session
+    step: int = 0  # the last one that was ever done
+    stall_s: float = 0.0  # longest time without a new step, since `fresh` was called
     _command: Command | None = None
     _since: float = field(default_factory=time.monotonic)
 

@@ -29,19 +29,14 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class Part:
-    """A command of the demo.
-
-    seconds: what it takes on two free cores, for the time that is left (docs/toy.md).
-    ranks: processes of torchrun, which then run the module; 0: `python -m module`.
-    makes: a folder that must not exist before.
-    """
+    """A command of the demo."""
 
     name: str
     module: str
     arguments: tuple[str, ...]
-    seconds: float
-    ranks: int = 0
-    makes: Path | None = None
+    seconds: float  # on two free cores, to estimate the time that is left (docs/toy.md)
+    ranks: int = 0  # under torchrun; 0: `python -m module`
+    makes: Path | None = None  # a folder that must not exist before
 
     @property
     def command(self) -> str:

@@ -38,10 +38,10 @@ SMALL_DISK = 10 << 30  # bytes
 
 @dataclass
 class Findings:
-    """rows: (what, what there is). faults: (what is wrong, what mends it)."""
+    """The findings of a machine."""
 
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    faults: list[tuple[str, str]] = field(default_factory=list)
+    rows: list[tuple[str, str]] = field(default_factory=list)  # (what, what there is)
+    faults: list[tuple[str, str]] = field(default_factory=list)  # (what is wrong, what mends it)
 
     def add(self, what: str, found: str) -> None:
         """Adds a row."""
@@ -146,8 +146,8 @@ def attention(found: Findings) -> None:
             reasons = missing(name, wanted)
             where = "" if KINDS[name].places(wanted.use) == PLACES else _where(name, wanted.use)
             runs = "runs" if name == "sdpa" else able_to
-            told = f"not used: {'; '.join(reasons)}" if reasons else f"{runs}{where}"
-            found.add(f"{what}={name}", told)
+            state = f"not used: {'; '.join(reasons)}" if reasons else f"{runs}{where}"
+            found.add(f"{what}={name}", state)
             if not reasons:
                 _import(found, name)
     trained = "the fastest of those that compute what sdpa does" if able(training)[1:] else "sdpa"

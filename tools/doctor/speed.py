@@ -49,15 +49,15 @@ def sums(found: Findings) -> None:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=LIMIT_S
         )
-        told = json.loads(done.stdout.strip().splitlines()[-1])
+        result = json.loads(done.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
         found.fault(f"{name}: no answer within {LIMIT_S} s", _mend())
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
         found.fault(f"{name} fails: {last[:200]}", _mend())
     else:
-        found.add(name, f"{told['gb_per_s']:.3g} GB/s ({told['backend']})")
-        if not told["right"]:
+        found.add(name, f"{result['gb_per_s']:.3g} GB/s ({result['backend']})")
+        if not result["right"]:
             found.fault(f"{name}: the sum is wrong", _mend())
 
 

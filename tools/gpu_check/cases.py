@@ -48,18 +48,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Case:
-    """A training step that is measured.
-
-    model: preset of conf/model. samples: of a step. micro: samples of a microbatch, at most; None:
-    as many as by default. steps: that are timed, the first of which also plans kernels.
-    """
+    """A training step that is measured."""
 
     stage: str
-    model: str
-    samples: tuple[Sample, ...]
-    micro: int | None
+    model: str  # preset of conf/model
+    samples: tuple[Sample, ...]  # of a step
+    micro: int | None  # samples of a microbatch at most; None: the default
     overrides: tuple[str, ...] = ()
-    steps: int = 4
+    steps: int = 4  # that are timed; the first also plans kernels
 
     def config(self, device: str, folder: str) -> Config:
         """The configuration of a run with this step on one rank."""

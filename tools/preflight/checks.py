@@ -41,18 +41,15 @@ LOOKS = 3  # at the clock: a busy machine may not let a rank look in time
 
 @dataclass
 class Findings:
-    """A rank's. wrong: what alone makes it unfit, a line each. same: what all ranks must have
-    alike. speed: more is better, with its unit in the name. clocks: the time, as all ranks looked
-    at it together, several times.
-    """
+    """The findings of a rank."""
 
     rank: int
     host: str
     node: int
-    wrong: list[str] = field(default_factory=list)
-    same: dict[str, str] = field(default_factory=dict)
-    speed: dict[str, float] = field(default_factory=dict)
-    clocks: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)  # a line for each thing that makes it unfit
+    same: dict[str, str] = field(default_factory=dict)  # values that all ranks must share
+    speed: dict[str, float] = field(default_factory=dict)  # by name with unit; more is better
+    clocks: list[float] = field(default_factory=list)  # times at which all ranks look together
 
 
 def here() -> Findings:

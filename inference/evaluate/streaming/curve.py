@@ -29,18 +29,18 @@ class Operating:
 
 def operating(bias: float, heard: Sequence[Heard]) -> Operating:
     """The point of all streams at one bias. ValueError: they have no event or no length."""
-    told = [told for one in heard for told in one.told]
+    events = [told for one in heard for told in one.told]
     minutes = sum(one.minutes for one in heard)
-    if not told or not minutes:
+    if not events or not minutes:
         raise ValueError("no events were watched")
-    hits = [one.delay for one in told if one.delay is not None]
+    hits = [event.delay for event in events if event.delay is not None]
     matched, false = sum(one.matched for one in heard), sum(one.false for one in heard)
-    recall = len(hits) / len(told)
+    recall = len(hits) / len(events)
     precision = matched / (matched + false) if matched + false else 1.0
     f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
     words = sum(one.spoken for one in heard) / minutes
     delay = sum(hits) / len(hits) if hits else None
-    return Operating(bias, len(told), recall, precision, f1, false / minutes, words, delay)
+    return Operating(bias, len(events), recall, precision, f1, false / minutes, words, delay)
 
 
 def best(points: Sequence[Operating]) -> Operating:
