@@ -15,7 +15,14 @@ from torch import Tensor
 from data_pipeline.batch import EncodedSample, Unlearned
 from data_pipeline.images import decode_image, tile_into
 from data_pipeline.prompts import Prompt, PromptBuilder, PromptForm
-from data_pipeline.schema import Media, Sample, SampleError, member_named, parse_sample
+from data_pipeline.schema import (
+    Media,
+    Sample,
+    SampleError,
+    described_by,
+    member_named,
+    parse_sample,
+)
 from data_pipeline.tokens import SpecialTokens
 from data_pipeline.video import open_video, sample_times
 
@@ -78,10 +85,7 @@ class SampleEncoder:
         `draws` decides what augmentation does; None: there is none, as in evaluation. Raises
         SampleError with the key and the reason where something is wrong with the data.
         """
-        described = member_named("json", parts)
-        if described is None:
-            raise SampleError("missing_json", f"members: {', '.join(sorted(parts))}", key)
-        sample = parse_sample(key, parts[described])
+        sample = parse_sample(key, described_by(key, parts))
         try:
             return self._encode(sample, parts, draws)
         except SampleError as error:

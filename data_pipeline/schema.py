@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -90,6 +90,14 @@ def member_named(file: str, members: Collection[str]) -> str | None:
         return file
     plain = file.lower()
     return next((name for name in members if name.lower() == plain), None)
+
+
+def described_by(key: str, parts: Mapping[str, bytes]) -> bytes:
+    """A sample's JSON among its members; SampleError: there is none."""
+    name = member_named("json", parts)
+    if name is None:
+        raise SampleError("missing_json", f"members: {', '.join(sorted(parts))}", key)
+    return parts[name]
 
 
 def parse_sample(key: str, raw: bytes | str | dict[str, Any]) -> Sample:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -14,7 +13,9 @@ from typing import Any
 from data_pipeline.batch import EncodedSample
 from data_pipeline.commands import one_line
 from data_pipeline.encode import SampleEncoder
-from data_pipeline.schema import Sample, SampleError, parse_sample
+from data_pipeline.importers.archive import DAMAGE
+from data_pipeline.importers.webdataset import read_samples
+from data_pipeline.schema import Sample, SampleError, described_by, parse_sample
 from data_pipeline.shards import shard_files
 
 
@@ -65,30 +66,26 @@ class Item(Known):
 def read_shards(
     folder: Path, source: str, encoder: SampleEncoder, limit: int | None = None
 ) -> Iterator[Item]:
-    """The samples of a folder of shards in their order, the first `limit` of them."""
-    count = 0
-    for shard in shard_files(folder):
-        for key, parts in _samples(shard):
-            if limit is not None and count >= limit:
-                return
-            count += 1
-            yield make_item(source, f"{source}/{key}", parts, encoder)
+    """The samples of a folder of shards in their order, the first `limit` of them.
+
+    Raises EvaluationError that names a shard that is damaged, and SampleError.
+    """
+    samples = (sample for shard in shard_files(folder) for sample in _samples(shard))
+    for key, parts in islice(samples, limit):
+        yield make_item(source, f"{source}/{key}", parts, encoder)
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys and members; those of a sample stand together in a shard."""
-    key, parts = "", dict[str, bytes]()
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            name, _, suffix = member.name.partition(".")
-            if parts and name != key:
-                yield key, parts
-                parts = {}
-            key, file = name, tar.extractfile(member)
-            assert file is not None  # shards hold files only
-            parts[suffix] = file.read()
-    if parts:
-        yield key, parts
+    """Keys and members of a shard's samples."""
+    try:
+        for parts in read_samples(str(shard)):
+            key = parts.pop("__key__")
+            if "__error__" in parts:
+                error = parts["__error__"]
+                raise SampleError(error.reason, error.detail, key)
+            yield key, parts
+    except DAMAGE as error:
+        raise EvaluationError(f"{shard}: is damaged: {one_line(error)}") from None
 
 
 def suite_samples(
@@ -129,8 +126,9 @@ def _refuse(key: str, missing: Path) -> EncodedSample:
 
 
 def make_item(source: str, key: str, parts: dict[str, bytes], encoder: SampleEncoder) -> Item:
-    """An item of the members of a sample. Raises SampleError where its JSON is wrong."""
-    sample, data = parse_sample(key, parts["json"]), json.loads(parts["json"])
+    """An item of the members of a sample. Raises SampleError where its JSON is wrong, or none."""
+    described = described_by(key, parts)
+    sample, data = parse_sample(key, described), json.loads(described)
     return Item(
         source=source,
         key=key,

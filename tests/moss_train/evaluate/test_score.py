@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from moss_train.evaluate.score import (
     questions_together,
 )
 from moss_train.evaluate.suite import evaluate, table, toy_items
+from tests.samples import write_tar
 
 
 def test_answers_are_compared_without_case_spaces_and_stop() -> None:
@@ -217,6 +220,32 @@ def test_lines_of_json_with_files_beside_them(model, tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(EvaluationError, match=r"mine.jsonl: cannot be read: .*utf-8"):
         list(suite_samples(path, "mine", model.encoder))
+
+
+def test_shards_that_others_wrote(model, tmp_path: Path) -> None:
+    """With folders, files of macOS, names with dots, other letter case; one that is torn."""
+    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+    record = json.dumps({"messages": turns}).encode()
+    folder, shard = tmp_path / "mine", tmp_path / "mine/a.tar"
+    folder.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        made = tarfile.TarInfo("v1.0")
+        made.type = tarfile.DIRTYPE
+        tar.addfile(made)
+        for name in ("v1.0/a.json", "v1.0/._a.json", "v1.0/b.JSON"):
+            member = tarfile.TarInfo(name)
+            member.size = len(record)
+            tar.addfile(member, io.BytesIO(record))
+    found = list(suite_samples(folder, "mine", model.encoder))
+    assert [item.key for item in found] == ["mine/v1.0/a", "mine/v1.0/b"]
+    assert [item.answer for item in found] == ["Yes.", "Yes."]
+    assert len(list(suite_samples(folder, "mine", model.encoder, 1))) == 1
+    shard.write_bytes(shard.read_bytes()[:2600])  # in the middle of a member
+    with pytest.raises(EvaluationError, match=r"a\.tar: is damaged: "):
+        list(suite_samples(folder, "mine", model.encoder))
+    write_tar(shard, {"c.txt": b"A circle."})
+    with pytest.raises(SampleError, match=r"mine/c: missing_json: members: txt"):
+        list(suite_samples(folder, "mine", model.encoder))
 
 
 def test_a_sample_without_its_file_is_counted_and_named(model, tmp_path: Path) -> None:
