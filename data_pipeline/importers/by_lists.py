@@ -18,6 +18,7 @@ import ijson
 from data_pipeline import files
 from data_pipeline.importers.by_ids import FIELDS, line, list_alone, opened_json
 from data_pipeline.importers.published import answer_of
+from data_pipeline.importers.recognize import form_of
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
@@ -44,15 +45,24 @@ def lists_of(kinds: Mapping[str, str]) -> tuple[str, ...]:
     return next((names for names in _LISTS if own >= {*names} >= others), ())
 
 
-def in_lists(value: Mapping[str, Any], path: str) -> Records | None:
+def in_lists(value: dict[str, Any], path: str) -> Records | None:
     """The records of an object that has them in lists; None: they are elsewhere. ShardError."""
     names = lists_of({name: _LIST if isinstance(v, list) else "" for name, v in value.items()})
+    if names and _is_record(value, names):
+        return None
 
     def read(place: str) -> Iterator[Any]:
         name, _, inside = place.partition(".")
         yield from value.get(name, []) if inside else filter(None, [value.get(name)])
 
     return _records(names, read, path) if names else None
+
+
+def _is_record(value: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether an object is one record, which has fields of these names: annotations of its own."""
+    if names[0] in ("images", "videos"):  # of a set each is an object with an id
+        return not any(isinstance(one, dict) for one in value[names[0]])
+    return form_of(value) is not None
 
 
 def in_large_lists(path: str, names: tuple[str, ...], size: int) -> Iterator[tuple[Any, float]]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.importers.captions import table_draft
+from data_pipeline.importers.captions import CAPTION_COLUMNS, looks_like_a_table, table_draft
 from data_pipeline.importers.conversation import Dialect, with_media
 from data_pipeline.importers.draft import (
     IMAGE_FIELDS,
@@ -173,8 +173,10 @@ def _windows(
     yield inside
 
 
-def looks_like_webvid(record: Mapping[str, Any]) -> bool:
-    return {"videoid", "name"} <= record.keys()
+def looks_like_webvid(record: dict[str, Any]) -> bool:
+    # A table of one's own names its files and has captions, which are not its names.
+    own = any(column in record for column in CAPTION_COLUMNS) and looks_like_a_table(record)
+    return {"videoid", "name"} <= record.keys() and not own
 
 
 def webvid_draft(record: dict[str, Any], base: str) -> Draft:

@@ -211,8 +211,10 @@ def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
 
 def _text(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
     """A table, as Flickr8k's captions.txt is one, or JSON."""
-    start = file.peek(_CHUNK)[:_CHUNK].lstrip()  # type: ignore[attr-defined]
-    read = _json if start.startswith((b"{", b"[")) else _csv
+    start = file.peek(_CHUNK)[:_CHUNK]  # type: ignore[attr-defined]
+    form = files.encoding(start)
+    start = start.decode("utf-8-sig" if form == "utf-8" else form, errors="ignore").lstrip()
+    read = _json if start.startswith(("{", "[")) else _csv
     yield from read(file, path, size, wanted)
 
 

@@ -123,7 +123,7 @@ class Proxy:
         return self._places.for_chat(asked) is not None
 
     async def _replica(self, asked: list[Replica]) -> Replica:
-        """A replica that was not tried yet; waits where none serves."""
+        """A replica that was not asked yet, if there is one; waits where none serves."""
         until = time.monotonic() + self._limits.wait
         while True:
             replica = self._places.for_chat(asked) or self._places.for_chat([])

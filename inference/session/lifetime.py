@@ -66,4 +66,10 @@ def _close(known: weakref.ref[Closable]) -> None:
 def when_forgotten(owner: object, end: Callable[[], Any]) -> None:
     """Calls `end` once nobody refers to the owner any more; it must not refer to it itself. In a
     thread of its own: garbage is collected in the middle of anything, also where locks are held."""
-    weakref.finalize(owner, _thread.start_new_thread, end, ()).atexit = False
+    weakref.finalize(owner, _in_thread, end).atexit = False
+
+
+def _in_thread(end: Callable[[], Any]) -> None:
+    # Python 3.12 starts none while the program ends, which closes everything itself.
+    with contextlib.suppress(RuntimeError):
+        _thread.start_new_thread(end, ())

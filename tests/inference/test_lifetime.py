@@ -100,6 +100,14 @@ if not child:
                 print(error, flush=True)
     os._exit(0)
 print(os.waitpid(child, 0)[1], session.log.closed)
+
+
+def last():
+    held = model.session(sampling=talk)
+    threading.main_thread().join()
+
+
+threading.Thread(target=last).start()  # it forgets its session when no thread is started any more
 """
 
 

@@ -255,6 +255,12 @@ def test_msr_vtts_sentences_and_webvids_rows_have_their_videos(size: str, folder
         (sample,), _ = run(folder / "results.csv", media_dir=str(folder / root))
         assert said(sample) == ["<|video|>", "Travel blogger"]
         assert sample["members"] == {"0.mp4": clip}
+    # Once fetched, with captions of one's own.
+    (folder / "own.csv").write_text(
+        "videoid,name,video_path,caption\n7,Travel blogger,a.mp4,A bar moves.\n"
+    )
+    (sample,), _ = run(folder / "own.csv")
+    assert said(sample) == ["<|video|>", "A bar moves."]
 
 
 def test_captions_of_moments_are_said_when_these_have_ended(size: str, folder: Path) -> None:

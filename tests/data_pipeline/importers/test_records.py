@@ -17,6 +17,14 @@ from data_pipeline.importers.share import Share
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
+# Each is one record, whose fields have names of lists in which others have their records.
+OWN_LISTS: tuple[dict[str, Any], ...] = (
+    {"image": "a.jpg", "caption": "x", "annotations": [{"bbox": [1, 2, 3, 4]}]},
+    {"instruction": "x", "output": "y", "images": ["a.jpg"], "annotations": ["z"]},
+    {"instruction": "x", "output": "y", "data": [1]},
+    {"text": "x", "questions": []},
+    {"video_uid": "x", "annotations": [{"segment": [0, 1], "sentence": "x"}]},
+)
 BY_IDS: dict[str, tuple[Any, int]] = {
     "ego4d": (
         {"version": 1, "videos": {f"v{i}": {"n": i, "x": 1.5} for i in range(30)}, "z": 2},
@@ -53,6 +61,18 @@ def test_large_objects_of_records_by_ids_are_read_as_small_ones(
             patch.setattr(records, "_CHUNK", 16)
             assert values(path) == small
         assert len(small) == count
+
+
+@pytest.mark.parametrize("record", OWN_LISTS)
+def test_a_record_with_lists_of_its_own_is_one(record: dict[str, Any], tmp_path: Path) -> None:
+    for path in written(tmp_path / "a.json", record):
+        assert values(path) == [record]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lines_of_json_in_a_text_file_are_no_table(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text('{"text": "a, b"}\n{"text": "c"}\n', encoding)
+    assert values(tmp_path / "a.txt") == [{"text": "a, b"}, {"text": "c"}]
 
 
 @pytest.mark.parametrize("large", [False, True])
