@@ -63,6 +63,8 @@ def _other(data: bytes) -> str:
     """What it is that Pillow does not know, where that is plain."""
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     still = _STILLS.get(head[8:12]) if head[4:8] == b"ftyp" else None
+    if still and b"avif" in head[16:64]:  # its first brand may be that of both
+        still = _STILLS[b"avif"]
     known = [
         (b"<svg" in head, "an SVG drawing: send it as PNG, JPEG, WebP or GIF"),
         (head.startswith((b"<!doctype", b"<html")), "an HTML page"),

@@ -98,6 +98,7 @@ def test_a_frame_is_not_the_callers_memory() -> None:
         (b"%PDF-1.7 ...", "PDF"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
         (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "an AVIF picture"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "an AVIF picture"),
         (b"\0\0\0\x18ftypisom\0\0\0\0isommp41", "video"),
         (b"\x1aE\xdf\xa3" + b"\0" * 60, "video"),
         (b"no picture", "no picture in a format that is known"),
