@@ -54,7 +54,10 @@ def vqa_draft(record: dict[str, Any], base: str) -> Draft:
     if not isinstance(question, str) or not question.strip():
         raise SampleError("missing_text", f"question: {question!r:.80} is not a text")
     if answer is None or not answer.strip():
-        raise SampleError("missing_text", f"no answer: one of {', '.join(_ANSWERS)}")
+        given = [f"{name} is {record[name]!r:.80}, which is no text" for name in _ANSWERS
+                 if record.get(name) is not None]  # fmt: skip
+        detail = f"no answer: {', '.join(given) or 'one of ' + ', '.join(_ANSWERS)}"
+        raise SampleError("missing_text", detail)
     kind, name, shown = _shown(record)
     if not any(mark in question for mark in ANY_MARKS):
         question = (IMAGE_MARK if kind == "image" else VIDEO_MARK) * len(shown) + question
