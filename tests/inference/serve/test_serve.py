@@ -111,7 +111,8 @@ def test_after_the_grace_time_a_session_is_gone(engine: Engine) -> None:
             live = server.hub.sessions[created["session"]["id"]]
         until(lambda: not server.hub.sessions)
         assert live.handle.reason == "nobody came back within 0.3 s"
-        seen, *_, closed = live.handle.log.after(first.seen[-1]["seq"] - 1)
+        seen, *_, closed = live.handle.log.follow(first.seen[-1]["seq"] - 1)  # to its end
+        assert closed.type == "session.closed"
         assert closed.t_server - seen.t_server > 0.3
         with server.open(f"?session={created['session']['id']}&last_seq=1") as again:
             assert again.close_code == 4404
