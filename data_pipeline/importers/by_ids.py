@@ -98,23 +98,34 @@ def place_of_records(path: str, kinds: dict[str, str]) -> str | None:
 
 
 def by_ids(path: str, inside: str, size: int) -> Iterator[tuple[Any, float]]:
-    """The records that lie `inside`, each with the share of the file's `size` bytes read so far.
+    """The records of a file below the place `inside`, each with the share of its `size` bytes read
+    so far.
 
-    What is neither an object nor a list of `records_by_id` among them is a SampleError, and so is
-    damage, which ends them. Raises ShardError for damage before the first, and as `records_by_id`.
+    What is neither an object nor a list of `records_by_id` among them is a SampleError. Ends as
+    `until_damage`. Raises ShardError as that, and as `records_by_id`.
     """
-    found = 0
-    with opened_json(path) as file:
-        try:
-            entries = ijson.kvitems(file, inside, use_float=True)
-            for record in _records(entries, path, inside):
-                found += 1
+
+    def read() -> Iterator[tuple[Any, float]]:
+        with opened_json(path) as file:
+            for record in _records(ijson.kvitems(file, inside, use_float=True), path, inside):
                 yield record, min(1.0, file.tell() / size) if size else 0.0
-        except ijson.JSONError as error:
-            damage = SampleError("bad_json", f"after {found} records: {line(error)}")
-            if not found:
-                raise ShardError(f"{path} cannot be read: {damage.detail}") from None
-            yield damage, 1.0
+
+    return until_damage(read(), path)
+
+
+def until_damage(records: Iterator[tuple[Any, float]], path: str) -> Iterator[tuple[Any, float]]:
+    """Records that ijson reads from a file, with the share of it read so far; damage ends them with
+    a SampleError. Raises ShardError for damage before the first."""
+    found = 0
+    try:
+        for record in records:
+            found += 1
+            yield record
+    except ijson.JSONError as error:
+        damage = SampleError("bad_json", f"after {found} records: {line(error)}")
+        if not found:
+            raise ShardError(f"{path} cannot be read: {damage.detail}") from None
+        yield damage, 1.0
 
 
 def _kinds(file: BinaryIO, inside: str) -> Iterator[tuple[str, str]]:

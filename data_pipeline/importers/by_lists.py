@@ -16,7 +16,7 @@ from typing import Any
 import ijson
 
 from data_pipeline import files
-from data_pipeline.importers.by_ids import FIELDS, line, list_alone, opened_json
+from data_pipeline.importers.by_ids import FIELDS, line, list_alone, opened_json, until_damage
 from data_pipeline.importers.published import answer_of
 from data_pipeline.importers.recognize import form_of
 from data_pipeline.schema import SampleError
@@ -67,24 +67,20 @@ def _is_record(value: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 def in_large_lists(path: str, names: tuple[str, ...], size: int) -> Iterator[tuple[Any, float]]:
     """As `in_lists`, of a file that is not read whole; with the share of its `size` bytes read so
-    far. Damage ends them with a SampleError; ShardError for damage before the first."""
-    found, at = 0, [0]
+    far. Ends, and raises ShardError, as `until_damage`."""
+    at = 0
 
     def read(place: str) -> Iterator[Any]:
+        nonlocal at
         with opened_json(path) as file:
             for element in ijson.items(file, place, use_float=True):
-                at[0] = file.tell()
+                at = file.tell()
                 yield element
 
-    try:
-        for record in _records(names, read, path):
-            found += 1
-            yield record, min(1.0, at[0] / size) if size else 0.0
-    except ijson.JSONError as error:
-        damage = SampleError("bad_json", f"after {found} records: {line(error)}")
-        if not found:
-            raise ShardError(f"{path} cannot be read: {damage.detail}") from None
-        yield damage, 1.0
+    shares = (
+        (record, min(1.0, at / size) if size else 0.0) for record in _records(names, read, path)
+    )
+    return until_damage(shares, path)
 
 
 def _records(names: tuple[str, ...], read: Read, path: str) -> Records:
