@@ -24,9 +24,9 @@ from data_pipeline.shards import ShardError
 from inference.engine.load import DTYPES
 from inference.engine.quantized_linear import KINDS as QUANTIZED
 from inference.evaluate.results import BenchmarkError
-from inference.evaluate.streaming.chosen import BENCHMARKS
 from inference.evaluate.streaming.config import StreamingConfig
 from inference.evaluate.streaming.forms import FormError
+from inference.evaluate.streaming.selection import BENCHMARKS
 from inference.evaluate.streaming.suite import NAME, run
 from inference.evaluate.streaming.toy import write_toy_events
 from inference.export_info import ExportError

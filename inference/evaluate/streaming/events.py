@@ -34,7 +34,7 @@ HOW = ("in the same breath", "after it stopped", "after it had finished")
 
 
 @dataclass(frozen=True)
-class Told:
+class EventOutcome:
     """An event, and how it was told."""
 
     event: dict[str, Any]
@@ -51,10 +51,10 @@ class Told:
 
 
 @dataclass
-class Heard:
-    """What was said in a stream, held against its events and interruptions."""
+class StreamOutcome:
+    """The responses in a stream, matched with its events and interruptions."""
 
-    told: list[Told] = field(default_factory=list)
+    events: list[EventOutcome] = field(default_factory=list)
     # (interruption, whether it cut a response off, its answer or None)
     answers: list[tuple[dict[str, Any], bool, Emission | None]] = field(default_factory=list)
     matched: int = 0  # responses that told an event or answered an interruption
@@ -96,40 +96,42 @@ class Events(PushAlone):
         ]  # fmt: skip
         if any(not words(phrase).strip() for event in events for phrase in event["says"]):
             raise FormError(f"{entry.place}: events: says: has a text without words")
-        asked = entry.seconds("asked") if "asked" in entry else 0.0
+        second = entry.seconds("asked") if "asked" in entry else 0.0
         asks = (
-            Ask(asked, entry.text("question")),
+            Ask(second, entry.text("question")),
             *(Ask(turn["second"], turn["text"]) for turn in interruptions),
         )
         truth = {"events": events, "interruptions": interruptions}
         name = str(entry.data.get("id", number))
         return Item(name, "events", videos / entry.text("video"), asks, truth=truth)
 
-    def hear(self, item: Item, watched: Watched) -> Heard:
-        """Finds the response that tells each event (one may tell several) or answers a question."""
-        said, heard = watched.said, Heard(minutes=watched.seconds / 60)
-        heard.spoken = sum(len(_WORD.findall(emission.text)) for emission in said)
+    def outcome(self, item: Item, watched: Watched) -> StreamOutcome:
+        """Matches responses with events (one may tell several) and with interruptions."""
+        emissions, outcome = watched.emissions, StreamOutcome(minutes=watched.seconds / 60)
+        outcome.spoken = sum(len(_WORD.findall(emission.text)) for emission in emissions)
         used: set[int] = set()
         for number, turn in enumerate(item.truth["interruptions"]):
-            before = [e for e in said if e.turn <= number + 1]
-            place = next((i for i, e in enumerate(said) if e.turn == number + 2), None)
+            before = [e for e in emissions if e.turn <= number + 1]
+            place = next((i for i, e in enumerate(emissions) if e.turn == number + 2), None)
             latest = before[-1] if before else None
             # On the media clock its last word came with the frame before the question.
             cut = bool(latest and latest.cut and latest.end >= turn["second"] - self._step)
-            heard.answers.append((turn, cut, None if place is None else said[place]))
+            outcome.answers.append((turn, cut, None if place is None else emissions[place]))
             used |= set() if place is None else {place}
         for event in item.truth["events"]:
-            told, place = self._told(event, said)
-            heard.told.append(told)
+            told, place = self._event_outcome(event, emissions)
+            outcome.events.append(told)
             used |= set() if place is None else {place}
-        heard.matched, heard.false = len(used), len(said) - len(used)
-        return heard
+        outcome.matched, outcome.false = len(used), len(emissions) - len(used)
+        return outcome
 
-    def _told(self, event: dict[str, Any], said: Sequence[Emission]) -> tuple[Told, int | None]:
+    def _event_outcome(
+        self, event: dict[str, Any], emissions: Sequence[Emission]
+    ) -> tuple[EventOutcome, int | None]:
         """How an event was told, and the index of the response that tells it, or None."""
         second = event["second"]
-        during = next((e for e in said if e.second < second <= e.end), None)
-        for place, emission in enumerate(said):
+        during = next((e for e in emissions if e.second < second <= e.end), None)
+        for place, emission in enumerate(emissions):
             found = _first(emission, event["says"], second)
             if found is None or found - second > self._within:
                 continue
@@ -137,11 +139,13 @@ class Events(PushAlone):
             if during is not None:
                 stopped = during.end <= second + self._step
                 how = HOW[0] if emission is during else HOW[1] if stopped else HOW[2]
-            return Told(event, during is not None, found, emission.end, emission.text, how), place
-        return Told(event, during is not None), None
+            return EventOutcome(
+                event, during is not None, found, emission.end, emission.text, how
+            ), place
+        return EventOutcome(event, during is not None), None
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
-        said, heard = watched.said, self.hear(item, watched)
+        emissions, outcome = watched.emissions, self.outcome(item, watched)
         points: list[Point] = []
 
         def add(name: str, part: str, score: float, metric: str, about: Any, text: str) -> None:
@@ -150,7 +154,7 @@ class Events(PushAlone):
             at = about.get("second")
             points.append(Point(name, row, score, item.asks[0].text, text, wanted, at, metric))
 
-        for number, told in enumerate(heard.told):
+        for number, told in enumerate(outcome.events):
             name, text, event = f"{item.id}.{number}", told.text, told.event
             seen = float(told.delay is not None)
             add(name, "", seen, "told", event, text)
@@ -164,7 +168,7 @@ class Events(PushAlone):
                 for how in (*HOW, "not"):
                     share = float(how == (told.how or "not"))
                     add(name, f"while speaking, told {how}", share, "share", event, text)
-        for number, (turn, cut, answer) in enumerate(heard.answers):
+        for number, (turn, cut, answer) in enumerate(outcome.answers):
             name, text = f"{item.id}.i{number}", answer.text if answer else ""
             add(name, "interrupted while speaking", float(cut), "share", turn, text)
             add(name, "interruption answered", float(answer is not None), "share", turn, text)
@@ -174,9 +178,9 @@ class Events(PushAlone):
                 if turn["says"]:
                     right = _first(answer, turn["says"], turn["second"]) is not None
                     add(name, "interruption answered rightly", float(right), "share", turn, text)
-        text = " / ".join(f"{e.second:g}: {e.text}" for e in said)
-        for part, count in (("words", heard.spoken), ("false alarms", heard.false)):
-            add(item.id, f"{part} a minute", count / heard.minutes, "a minute", {}, text)
+        text = " / ".join(f"{e.second:g}: {e.text}" for e in emissions)
+        for part, count in (("words", outcome.spoken), ("false alarms", outcome.false)):
+            add(item.id, f"{part} a minute", count / outcome.minutes, "a minute", {}, text)
         return points
 
 

@@ -60,7 +60,7 @@ class Emission:
 class Watched:
     """A stream that was watched."""
 
-    said: tuple[Emission, ...]
+    emissions: tuple[Emission, ...]
     seconds: float  # length of what was shown
 
 
@@ -125,7 +125,7 @@ class Benchmark(Protocol):
         ...
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
-        """Scores what was said in push mode."""
+        """Scores the responses of push mode."""
         ...
 
 

@@ -17,7 +17,7 @@ from data_pipeline.synthesis.endpoint import Endpoint, EndpointError, RequestFai
 from data_pipeline.synthesis.prompts import Request
 from data_pipeline.synthesis.store import Store
 from inference.evaluate.streaming.items import NoJudge, Verdict
-from inference.evaluate.streaming.words import Words
+from inference.evaluate.streaming.templates import Templates
 
 _SCHEMAS: Mapping[str, Mapping[str, Any]] = {
     "match": {
@@ -47,9 +47,9 @@ class EndpointJudge:
     May be called from many threads; the endpoint's `concurrency` limits requests at a time.
     """
 
-    def __init__(self, config: EndpointConfig, words: Words, folder: Path) -> None:
+    def __init__(self, config: EndpointConfig, templates: Templates, folder: Path) -> None:
         """`folder` gets replies.sqlite. Raises ShardError where another process works on it."""
-        self._config, self._words = config, words
+        self._config, self._templates = config, templates
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -97,8 +97,8 @@ class EndpointJudge:
 
     def _request(self, kind: str, question: str, reference: str, answer: str) -> Request:
         config, schema = self._config, _SCHEMAS[kind]
-        system = self._words("judge.system")
-        text = self._words(f"judge.{kind}", question, reference, answer)
+        system = self._templates("judge.system")
+        text = self._templates(f"judge.{kind}", question, reference, answer)
         identity = [config.model, system, text, schema, config.temperature]
         key = hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()
         content = ({"type": "text", "text": text},)

@@ -23,8 +23,8 @@ from inference.evaluate.streaming.items import (
     Reply,
     Watched,
 )
+from inference.evaluate.streaming.templates import Templates
 from inference.evaluate.streaming.timing import Timing
-from inference.evaluate.streaming.words import Words
 
 FILES = {
     "action_prediction": "AP", "dynamic_state_grounding": "SG",
@@ -44,8 +44,8 @@ class OmniMMI:
 
     name = "omnimmi"
 
-    def __init__(self, words: Words, timing: Timing) -> None:
-        self._words, self._timing = words, timing
+    def __init__(self, templates: Templates, timing: Timing) -> None:
+        self._templates, self._timing = templates, timing
 
     def read(self, file: Path, videos: Path) -> list[Item]:
         """The items of one of FILES. Raises FormError."""
@@ -82,7 +82,7 @@ class OmniMMI:
             text, second = entry.text("question"), _LATE
             truth["turns"] = [{"question": text, "answer": entry.text("answer")}]
             if task == "AP":
-                text = self._words("push.AP", text, ", ".join(entry.texts("vocab")))
+                text = self._templates("push.AP", text, ", ".join(entry.texts("vocab")))
             else:
                 second = entry.seconds("timestamp")
                 start, end = self._timing.start(second), self._timing.end(second)
@@ -117,14 +117,14 @@ class OmniMMI:
         return _judged(item, [reply.answer for reply in replies], judge)
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
-        task, said = item.truth["task"], watched.said
+        task, emissions = item.truth["task"], watched.emissions
         if task == "PA":
-            return _alert_points(item, said)
+            return _alert_points(item, emissions)
         if task == "PT":
-            after = [e.text for e in said if e.turn == 1]
+            after = [e.text for e in emissions if e.turn == 1]
             return [_turn_point(item, not after, " ".join(after))]
         turns = range(1, len(item.asks) + 1)
-        answers = [next((e.text for e in said if e.turn == turn), "") for turn in turns]
+        answers = [next((e.text for e in emissions if e.turn == turn), "") for turn in turns]
         return _judged(item, answers, judge)
 
 
@@ -135,7 +135,7 @@ def _judged(item: Item, answers: Sequence[str], judge: Judge) -> list[Point]:
     """
     turns = item.truth["turns"]
     pairs = list(zip(turns, answers, strict=True))
-    verdicts = [judge("match", turn["question"], turn["answer"], said) for turn, said in pairs]
+    verdicts = [judge("match", turn["question"], turn["answer"], answer) for turn, answer in pairs]
     right = float(all(verdict.right for verdict in verdicts))
     mean = sum(verdict.score for verdict in verdicts) / len(verdicts)
     questions, wanted = ("\n".join(t[name] for t in turns) for name in ("question", "answer"))
@@ -147,17 +147,17 @@ def _judged(item: Item, answers: Sequence[str], judge: Judge) -> list[Point]:
     if item.truth["task"] in ("SG", "MD"):
         points += [
             Point(f"{item.id}.{i}", f"{item.row} (turns)", float(verdict.right), turn["question"],
-                  said, turn["answer"], turn["end"])
-            for i, ((turn, said), verdict) in enumerate(zip(pairs, verdicts, strict=True))
+                  answer, turn["answer"], turn["end"])
+            for i, ((turn, answer), verdict) in enumerate(zip(pairs, verdicts, strict=True))
         ]  # fmt: skip
     return points
 
 
-def _alert_points(item: Item, said: Sequence[Emission]) -> list[Point]:
+def _alert_points(item: Item, emissions: Sequence[Emission]) -> list[Point]:
     """Points of alerts, scored as OmniMMI's own scorer does: alerts in second 0 do not count, and
     there is no tolerance."""
     first, last = item.truth["span"]
-    alerts = [e.second for e in said if int(e.second) != 0]
+    alerts = [e.second for e in emissions if int(e.second) != 0]
     inside = [first <= second <= last for second in alerts]
     accuracy = precision = overlap = 0.0
     if alerts:
@@ -165,8 +165,8 @@ def _alert_points(item: Item, said: Sequence[Emission]) -> list[Point]:
         whole = max(alerts[-1], last) - min(alerts[0], first)
         common = max(0.0, min(alerts[-1], last) - max(alerts[0], first))
         overlap = common / whole if whole else 0.0
-    heard = "; ".join(f"{e.second:g} s: {e.text}" for e in said)
-    rest = (item.asks[0].text, heard, f"{first:g} to {last:g} s", first)
+    spoken = "; ".join(f"{e.second:g} s: {e.text}" for e in emissions)
+    rest = (item.asks[0].text, spoken, f"{first:g} to {last:g} s", first)
     return [
         Point(item.id, item.row, accuracy, *rest),
         Point(item.id, f"{item.row} (precision)", precision, *rest, metric="precision"),

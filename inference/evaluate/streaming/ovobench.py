@@ -23,9 +23,9 @@ from inference.evaluate.streaming.items import (
     Reply,
     Watched,
 )
+from inference.evaluate.streaming.templates import Templates
 from inference.evaluate.streaming.text import last_number, letter, says
 from inference.evaluate.streaming.timing import Timing
-from inference.evaluate.streaming.words import Words
 
 GROUPS = {
     "backward": ("EPM", "ASI", "HLD"),
@@ -50,8 +50,8 @@ class OvoBench:
 
     name = "ovobench"
 
-    def __init__(self, words: Words, timing: Timing) -> None:
-        self._words, self._timing = words, timing
+    def __init__(self, templates: Templates, timing: Timing) -> None:
+        self._templates, self._timing = templates, timing
 
     def read(self, file: Path, videos: Path) -> list[Item]:
         """The items of ovo_bench_new.json. Raises FormError."""
@@ -75,14 +75,14 @@ class OvoBench:
         start, second = 0.0, 0.0
         if task == "REC":
             truth["activity"] = entry.text("activity")
-            text = self._words("push.REC", entry.text("activity"))
+            text = self._templates("push.REC", entry.text("activity"))
         elif task == "SSR":
             truth["steps"] = entry.texts("all_steps")
-            text = self._words("push.SSR", "; ".join(truth["steps"]))
+            text = self._templates("push.SSR", "; ".join(truth["steps"]))
         else:
             second, truth["clue"] = entry.seconds("ask_time"), entry.seconds("clue_time")
             truth["question"] = entry.text("question")
-            text, start = self._words("push.CRR", truth["question"]), self._timing.start(second)
+            text, start = self._templates("push.CRR", truth["question"]), self._timing.start(second)
         return Item(_id(entry), row, video, (Ask(second, text),), start, last, truth)
 
     def _choice(self, entry: Entry, row: str, video: Path) -> Item:
@@ -98,7 +98,7 @@ class OvoBench:
             "answer": chr(65 + right),
             "realtime": second,
         }
-        ask = Ask(second, self._words("push.choice", truth["question"], "\n".join(lines)))
+        ask = Ask(second, self._templates("push.choice", truth["question"], "\n".join(lines)))
         start, end = self._timing.start(second), self._timing.end(second)
         return Item(_id(entry), row, video, (ask,), start, end, truth)
 
@@ -108,7 +108,7 @@ class OvoBench:
     def poll(self, item: Item, ask: Poll) -> list[Reply]:
         truth, task = item.truth, item.truth["task"]
         if task in _CHOICE:
-            text = self._words("ovobench.choice", truth["question"], truth["options"])
+            text = self._templates("ovobench.choice", truth["question"], truth["options"])
             return [ask(0.0, math.ceil(truth["realtime"]), text)]
         replies = []
         for poll in truth["polls"]:
@@ -116,7 +116,7 @@ class OvoBench:
                 about = f"How many times did they {truth['activity']}?"
             else:
                 about = poll["step"] if task == "SSR" else truth["question"]
-            text = self._words(f"ovobench.{task}", about)
+            text = self._templates(f"ovobench.{task}", about)
             replies.append(ask(0.0, math.ceil(poll["realtime"]), text))
         return replies
 
@@ -140,22 +140,22 @@ class OvoBench:
         return points
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
-        truth, task, said = item.truth, item.truth["task"], watched.said
-        asked = item.asks[0]
+        truth, task, emissions = item.truth, item.truth["task"], watched.emissions
+        ask = item.asks[0]
         if task in _CHOICE:
-            answer = next((e.text for e in said if e.turn == 1), "")
+            answer = next((e.text for e in emissions if e.turn == 1), "")
             right = letter(answer) == truth["answer"]
-            reply = Reply(item.start, asked.second, asked.text, answer)
+            reply = Reply(item.start, ask.second, ask.text, answer)
             return [_point(item, item.id, right, reply, truth["answer"])]
         if task == "CRR":
-            first = next((e for e in said if e.second >= asked.second), None)
+            first = next((e for e in emissions if e.second >= ask.second), None)
             right = first is not None and first.second >= truth["clue"]
-            heard = f"{first.text} (at {first.second:g} s)" if first else ""
-            reply = Reply(item.start, truth["clue"], asked.text, heard)
+            alert = f"{first.text} (at {first.second:g} s)" if first else ""
+            reply = Reply(item.start, truth["clue"], ask.text, alert)
             return [_point(item, item.id, right, reply, f"not before {truth['clue']:g} s")]
         points = []
         for number, poll in enumerate(truth["polls"]):
-            known = [e for e in said if e.second <= poll["realtime"]]
+            known = [e for e in emissions if e.second <= poll["realtime"]]
             if task == "REC":
                 counts = [n for e in known if (n := last_number(e.text)) is not None]
                 now: str = str(counts[-1] if counts else 0)
@@ -164,14 +164,14 @@ class OvoBench:
                 now = _current(known, truth["steps"])
                 right = (now == poll["step"]) == bool(poll["type"])
                 wanted = poll["step"] if poll["type"] else f"not: {poll['step']}"
-            reply = Reply(item.start, poll["realtime"], asked.text, now)
+            reply = Reply(item.start, poll["realtime"], ask.text, now)
             points.append(_point(item, f"{item.id}.{number}", right, reply, wanted))
         return points
 
 
-def _current(said: Sequence[Emission], steps: Sequence[str]) -> str:
+def _current(emissions: Sequence[Emission], steps: Sequence[str]) -> str:
     """The step that was named last; of several in one text the longest name."""
-    for emission in reversed(said):
+    for emission in reversed(emissions):
         named = [step for step in steps if says(emission.text, step)]
         if named:
             return max(named, key=len)

@@ -73,7 +73,7 @@ class ProactiveVideoQA(PushAlone):
         for number, answer in enumerate(item.truth["answers"]):
             start, end = answer["span"]
             marks, texts = {}, list[str]()
-            for emission in watched.said:
+            for emission in watched.emissions:
                 if start <= emission.end <= end and emission.text not in texts:
                     texts.append(emission.text)
                     verdict = judge("coverage", item.asks[0].text, answer["text"], " ".join(texts))

@@ -21,7 +21,7 @@ from inference.evaluate.harness.server import base_of
 from inference.evaluate.results import BenchmarkError
 from inference.evaluate.streaming.items import Emission, Item
 from inference.evaluate.streaming.speaker import (
-    Heard,
+    ResponseCollector,
     SpeakerFailed,
     SpeakingConfig,
     Watching,
@@ -90,7 +90,9 @@ class _Remote:
 
     def __init__(self, socket: ClientConnection, start: float, config: SpeakingConfig) -> None:
         self._socket, self._wall = socket, config.clock == "wall"
-        self._heard = Heard(start, self._wall, time.monotonic)  # the server's clock is another one
+        self._responses = ResponseCollector(
+            start, self._wall, time.monotonic
+        )  # the server's clock is another one
         self._changed = threading.Condition()
         self._sent = self._taken = self._items = 0
         self._state = "silent"  # or `speaking`, also while it decides; or `waiting`
@@ -118,7 +120,7 @@ class _Remote:
 
     def ask(self, second: float, text: str) -> None:
         if self._wall:
-            time.sleep(self._heard.left(second))
+            time.sleep(self._responses.seconds_until(second))
         else:
             self._settle()
         self._ask(second, text)
@@ -133,26 +135,28 @@ class _Remote:
         return "".join(emission.text for emission in self.end() if emission.turn)
 
     def _ask(self, second: float, text: str) -> None:
-        self._heard.asked.append(second)
+        self._responses.asked_at.append(second)
         content = [{"type": "input_text", "text": text}]
         self._send("conversation.item.create", item={"content": content})
 
-    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
-        self._heard.shows(second, asked)
+    def frame(self, second: float, picture: Tensor, question: str | None = None) -> None:
+        self._responses.note_frame(second, question)
         if self._wall:
-            time.sleep(self._heard.left(second))
+            time.sleep(self._responses.seconds_until(second))
         else:
             self._wait(lambda: self._sent - self._taken < _AHEAD)
         with self._changed:
             self._sent += 1
-        self._send("input_image_buffer.append", ts=second, **({"prompt": asked} if asked else {}))
+        self._send(
+            "input_image_buffer.append", ts=second, **({"prompt": question} if question else {})
+        )
         self._socket.send(png(picture))
 
-    def said(self) -> list[Emission]:
+    def emissions(self) -> list[Emission]:
         if not self._wall:
             self._settle()
         with self._changed:
-            return self._heard.emissions()
+            return self._responses.emissions()
 
     def end(self) -> list[Emission]:
         self._send("input_image_buffer.end")
@@ -162,7 +166,7 @@ class _Remote:
                     raise SessionClosed(f"no event for {_PATIENCE:g} s")
             if self._over != _END:
                 raise SessionClosed(self._over)
-            return self._heard.emissions()
+            return self._responses.emissions()
 
     def _settle(self) -> None:
         """Waits, on the media clock, until the server has taken in all input, and the model is
@@ -170,7 +174,7 @@ class _Remote:
         self._wait(
             lambda: (
                 self._taken >= self._sent
-                and self._items >= len(self._heard.asked)
+                and self._items >= len(self._responses.asked_at)
                 and self._state != "speaking"
             )
         )
@@ -203,7 +207,7 @@ class _Remote:
 
     def _take(self, data: dict[str, Any]) -> None:
         kind, seq, _, t_media = (data.pop(name, 0) for name in _HEAD)
-        self._heard.take(Event(kind, seq, time.monotonic(), t_media, data))
+        self._responses.add(Event(kind, seq, time.monotonic(), t_media, data))
         self._taken += kind in ("input_frame.processed", "input_frame.dropped")
         self._items += kind == "conversation.item.created"
         if kind == "session.state":

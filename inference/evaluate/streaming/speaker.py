@@ -34,11 +34,11 @@ class Watching(Protocol):
         """Gives a user's turn, at a second of the source, after the frames shown so far."""
         ...
 
-    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
-        """Shows the frame of a second, uint8 [3, H, W]; `asked`: a user's turn right before it."""
+    def frame(self, second: float, picture: Tensor, question: str | None = None) -> None:
+        """Shows the frame of a second, uint8 [3, H, W]. `question`: a turn right before it."""
         ...
 
-    def said(self) -> list[Emission]:
+    def emissions(self) -> list[Emission]:
         """All responses so far, also one that is not finished."""
         ...
 
@@ -121,7 +121,7 @@ class ModelSpeaker:
             raise SpeakerFailed(str(error), fatal=False) from None
 
 
-class Heard:
+class ResponseCollector:
     """Collects a session's responses, with their seconds, from its events.
 
     Args:
@@ -135,7 +135,7 @@ class Heard:
         # When second `start` of the source was shown: on that clock, and on the monotonic clock.
         self._began: float | None = None
         self._moment = 0.0
-        self.asked: list[float] = []  # second of each turn
+        self.asked_at: list[float] = []  # second of each user's turn
         self._turn = 0  # turns that the session has taken in
         self._done: list[Emission] = []
         self._pieces: list[tuple[float, str]] | None = None  # of the response under way
@@ -151,20 +151,20 @@ class Heard:
         running = [] if self._pieces is None else [self._emission(self._pieces, cut=False)]
         return [e for e in [*self._done, *running] if e.text.strip()]
 
-    def shows(self, second: float, asked: str | None) -> None:
+    def note_frame(self, second: float, question: str | None) -> None:
         """Notes that the frame of a second is about to be shown, with a question or None."""
         if self._began is None:
             self._began, self._moment = self._now(), time.monotonic()
-        if asked is not None:
-            self.asked.append(second)
+        if question is not None:
+            self.asked_at.append(second)
 
-    def left(self, second: float) -> float:
+    def seconds_until(self, second: float) -> float:
         """Seconds of the wall clock until one of the source is due."""
         if self._began is None:
             return 0.0
         return max(0.0, self._moment + second - self._start - time.monotonic())
 
-    def take(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         """Takes an event in. Raises SessionClosed for one that is an error."""
         at, data = self._at(event), event.data
         if event.type == "conversation.item.created":
@@ -189,7 +189,7 @@ class Heard:
         """The second of the source at which an event came."""
         if not self._wall or self._began is None:
             # An answer is never earlier than its question, whatever frame is the newest.
-            return max(event.t_media, self._start, *self.asked[self._turn - 1 : self._turn])
+            return max(event.t_media, self._start, *self.asked_at[self._turn - 1 : self._turn])
         return self._start + event.t_server - self._began
 
 
@@ -199,42 +199,42 @@ class _Session:
 
     def __init__(self, session: SessionHandle, start: float, wall: bool) -> None:
         self._session, self._wall = session, wall
-        self._seq, self._heard = 0, Heard(start, wall)
+        self._seq, self._responses = 0, ResponseCollector(start, wall)
 
     def ask(self, second: float, text: str) -> None:
-        self._heard.asked.append(second)
+        self._responses.asked_at.append(second)
         if self._wall:
             self._wait(second)
             return self._session.prompt(text)
         self._session.put_prompt(text)
         self._session.settle()
 
-    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
-        self._heard.shows(second, asked)
+    def frame(self, second: float, picture: Tensor, question: str | None = None) -> None:
+        self._responses.note_frame(second, question)
         if self._wall:
             self._wait(second)
-            self._session.push_frame(picture, second, asked)
+            self._session.push_frame(picture, second, question)
         else:
-            self._session.put_frame(picture, second, asked)
+            self._session.put_frame(picture, second, question)
             self._session.settle()
 
     def _wait(self, second: float) -> None:
         """Waits on the wall clock until a second of the source is due."""
-        self._session.log.wait_closed(self._heard.left(second))
+        self._session.log.wait_closed(self._responses.seconds_until(second))
 
-    def said(self) -> list[Emission]:
+    def emissions(self) -> list[Emission]:
         while events := self._session.log.after(self._seq):
             self._take(events)
-        return self._heard.emissions()
+        return self._responses.emissions()
 
     def end(self) -> list[Emission]:
         self._session.end()
         self._take(self._session.events(self._seq))
         if self._session.failed:
             raise SessionClosed(self._session.reason)
-        return self.said()
+        return self.emissions()
 
     def _take(self, events: Iterable[Event]) -> None:
         for event in events:
-            self._heard.take(event)
+            self._responses.add(event)
             self._seq = event.seq

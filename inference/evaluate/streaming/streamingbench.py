@@ -20,9 +20,9 @@ from inference.evaluate.streaming.items import (
     Reply,
     Watched,
 )
+from inference.evaluate.streaming.templates import Templates
 from inference.evaluate.streaming.text import letter
 from inference.evaluate.streaming.timing import Timing
-from inference.evaluate.streaming.words import Words
 
 FILES = {
     "questions_real": "real", "questions_omni": "omni", "questions_sqa": "sqa",
@@ -39,8 +39,8 @@ class StreamingBench:
 
     name = "streamingbench"
 
-    def __init__(self, words: Words, timing: Timing) -> None:
-        self._words, self._timing = words, timing
+    def __init__(self, templates: Templates, timing: Timing) -> None:
+        self._templates, self._timing = templates, timing
 
     def read(self, file: Path, videos: Path) -> list[Item]:
         """The items of a questions_*.json. Raises FormError."""
@@ -91,7 +91,7 @@ class StreamingBench:
             "question": text, "options": options, "answer": question.text("answer"),
             "second": second, "stamp": str(question.data["time_stamp"]),
         }  # fmt: skip
-        return Ask(second, self._words("push.choice", text, "\n".join(options))), truth
+        return Ask(second, self._templates("push.choice", text, "\n".join(options))), truth
 
     def _alert(self, name: str, question: Entry, video: Path, part: str) -> Item:
         second, right = question.seconds("time_stamp"), question.seconds("ground_truth_time_stamp")
@@ -112,13 +112,13 @@ class StreamingBench:
             options = question["options"][:4]
             if truth["part"] == "sqa":
                 name = "streamingbench.sequence"
-                text = self._words(name, earlier, question["question"], *options)
+                text = self._templates(name, earlier, question["question"], *options)
                 earlier = (earlier or "What was asked before, and the right answers:") + (
                     f" At {question['stamp']}: {question['question']} {'; '.join(options)};"
                     f" answer: {question['answer']}."
                 )
             else:
-                text = self._words("streamingbench.choice", question["question"], *options)
+                text = self._templates("streamingbench.choice", question["question"], *options)
                 text += "\n\nThe best option is:"
             second = question["second"]
             replies.append(ask(self._timing.start(second), second, text))
@@ -127,14 +127,14 @@ class StreamingBench:
     def _poll_alert(self, item: Item, ask: Poll) -> list[Reply]:
         question, output = item.truth["question"], item.truth["output"]
         second, replies = item.start + 1, []
-        query = self._words(
+        query = self._templates(
             "streamingbench.proactive",
             f'{question} Is it the right time to output "{output}"? You can only answer yes or no.',
         )
         while second <= item.truth["right"] + _POLLED:
             replies.append(ask(item.start, second, query))
             if "yes" in replies[-1].answer.strip().lower():
-                text = self._words("streamingbench.proactive", question)
+                text = self._templates("streamingbench.proactive", question)
                 replies.append(ask(item.start, second, text))
                 break
             second += 1
@@ -157,14 +157,14 @@ class StreamingBench:
         ]
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
-        truth, said = item.truth, watched.said
+        truth, emissions = item.truth, watched.emissions
         if truth["part"] == "proactive":
-            first = next((e for e in said if e.turn == 1), None)
+            first = next((e for e in emissions if e.turn == 1), None)
             return self._alert_points(
                 item, first.second if first else None, first.text if first else ""
             )
         answers = [
-            next((e.text for e in said if e.turn == turn), "")
+            next((e.text for e in emissions if e.turn == turn), "")
             for turn in range(1, len(item.asks) + 1)
         ]
         return [
@@ -176,9 +176,9 @@ class StreamingBench:
     def _alert_points(item: Item, second: float | None, answer: str) -> list[Point]:
         right, output = item.truth["right"], item.truth["output"]
         in_time = second is not None and abs(second - right) <= _IN_TIME
-        heard = "" if second is None else f"{answer} (at {second:g} s)"
+        alert = "" if second is None else f"{answer} (at {second:g} s)"
         wanted = f"{output} (at {right:g} s)"
-        rest = (item.truth["question"], heard, wanted, right)
+        rest = (item.truth["question"], alert, wanted, right)
         return [
             Point(item.id, item.row, float(in_time and output in answer), *rest),
             Point(item.id, f"{item.row} (time)", float(in_time), *rest, metric="in time"),

@@ -19,26 +19,26 @@ from typing import Any
 from data_pipeline.progress import Progress
 from inference.api import Model, load
 from inference.evaluate.results import BenchmarkError, EvaluationRun, Results, Row
-from inference.evaluate.streaming import curve
-from inference.evaluate.streaming.asking import (
+from inference.evaluate.streaming import operating_curve
+from inference.evaluate.streaming.config import StreamingConfig
+from inference.evaluate.streaming.events import Events, StreamOutcome
+from inference.evaluate.streaming.items import Judge
+from inference.evaluate.streaming.jobs import (
     NO_MEDIA,
     OFFICIAL,
     PUSH,
     UNREADABLE,
-    Asked,
-    Asking,
     Job,
+    JobRecords,
+    JobRunner,
     Speakers,
     watched_of,
 )
-from inference.evaluate.streaming.chosen import Chosen, choose
-from inference.evaluate.streaming.config import StreamingConfig
-from inference.evaluate.streaming.events import Events, Heard
-from inference.evaluate.streaming.items import Judge
 from inference.evaluate.streaming.judge import EndpointJudge, no_judge
-from inference.evaluate.streaming.scored import score, totals
+from inference.evaluate.streaming.scoring import score, totals
+from inference.evaluate.streaming.selection import Selection, select
 from inference.evaluate.streaming.speaker import ModelSpeaker
-from inference.evaluate.streaming.words import describe_own, read_words
+from inference.evaluate.streaming.templates import describe_own, read_templates
 
 NAME = "streaming"
 _NAMED = 5  # missing videos that a message names; the files of items have all of them
@@ -54,16 +54,16 @@ def run(checkpoint: str, out: Path, config: StreamingConfig, **engine: Any) -> R
     Raises:
         FormError, BenchmarkError, ExportError, ValueError: an argument cannot be used.
     """
-    chosen = choose(config)
+    selections = select(config)
     if config.url:
         key = os.environ.get(config.url_key_env, "")
         with _judge(config, out) as judge:
-            return evaluate(chosen, _remote(config, key), judge, config.url, out, config)
+            return evaluate(selections, _remote(config, key), judge, config.url, out, config)
     with load(checkpoint, max_sessions=config.sessions, **engine) as model:
         if model.info.watches is False:
             raise BenchmarkError(f"{checkpoint}: has not learned to watch: give a real-time model")
         with _judge(config, out) as judge:
-            return evaluate(chosen, _speakers(model, config), judge, checkpoint, out, config)
+            return evaluate(selections, _speakers(model, config), judge, checkpoint, out, config)
 
 
 def _speakers(model: Model, config: StreamingConfig) -> Speakers:
@@ -91,81 +91,83 @@ def _remote(config: StreamingConfig, key: str) -> Speakers:
 
 
 def evaluate(
-    chosen: list[Chosen],
+    selections: list[Selection],
     speakers: Speakers,
     judge: Judge,
     model: str,
     out: Path,
     config: StreamingConfig,
-    tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Results:
-    """Evaluates any speaker, as `run` does. `tell` is called with each message about a problem."""
-    jobs = list(_jobs(chosen, config))
-    with EvaluationRun(out, model, NAME, _settings(chosen, config)) as run:
-        asked = Asked(out / "said")
+    """Evaluates any speaker, as `run` does. `warn` is called with each message about a problem."""
+    jobs = list(_jobs(selections, config))
+    with EvaluationRun(out, model, NAME, _settings(selections, config)) as run:
+        records = JobRecords(out / "said")
         progress = Progress("items", len(jobs))
-        asking = Asking(asked, speakers, config, progress.step)
+        runner = JobRunner(records, speakers, config, progress.step)
         try:
-            asking.run(jobs)
+            runner.run(jobs)
         finally:
             progress.end()
-        if asking.stopped:
-            tell(f"stopped: {asking.stopped}; run it again to go on")
-        for words in _missing(jobs, asked):
-            tell(words)
+        if runner.stopped:
+            warn(f"stopped: {runner.stopped}; run it again to go on")
+        for message in _missing(jobs, records):
+            warn(message)
         plain = [job for job in jobs if job.bias is None]
-        scores = score(plain, asked, judge, config.judge.concurrency)
+        scores = score(plain, records, judge, config.judge.concurrency)
         if scores.failure:
-            tell(scores.failure)
+            warn(scores.failure)
         rows = scores.rows(run)
-        return run.finish([*rows, *totals(rows), *_curve(jobs, asked, out)])
+        return run.finish([*rows, *totals(rows), *_curve(jobs, records, out)])
 
 
-def _missing(jobs: list[Job], asked: Asked) -> Iterator[str]:
+def _missing(jobs: list[Job], records: JobRecords) -> Iterator[str]:
     """Messages that name the videos that are missing, or cannot be read."""
     for why in (NO_MEDIA, UNREADABLE):
-        lacking = (job for job in jobs if (asked.record(job) or {}).get("skipped") == why)
+        lacking = (job for job in jobs if (records.record(job) or {}).get("skipped") == why)
         paths = list(dict.fromkeys(str(job.item.video) for job in lacking))
         if paths:
             more = f", and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
             yield f"{why}: {', '.join(paths[:_NAMED])}{more}"
 
 
-def _jobs(chosen: list[Chosen], config: StreamingConfig) -> Iterator[Job]:
+def _jobs(selections: list[Selection], config: StreamingConfig) -> Iterator[Job]:
     """Each item in the configured protocols, and each item of events at each bias."""
-    for one in chosen:
-        benchmark, wanted = one.benchmark, config.protocol
-        for item in one.items:
+    for selection in selections:
+        benchmark, wanted = selection.benchmark, config.protocol
+        for item in selection.items:
             if benchmark.polls(item) and wanted != PUSH:
                 yield Job(benchmark, item, OFFICIAL)
             if not benchmark.polls(item) or wanted != OFFICIAL:
                 yield Job(benchmark, item, PUSH)
         if isinstance(benchmark, Events):
             yield from (
-                Job(benchmark, item, PUSH, bias) for bias in config.biases for item in one.items
+                Job(benchmark, item, PUSH, bias)
+                for bias in config.biases
+                for item in selection.items
             )
 
 
-def _curve(jobs: list[Job], asked: Asked, out: Path) -> list[Row]:
+def _curve(jobs: list[Job], records: JobRecords, out: Path) -> list[Row]:
     """Writes the curve over the biases; returns its rows of the table."""
-    heard: dict[float, list[Heard]] = {}
+    outcomes: dict[float, list[StreamOutcome]] = {}
     lost: dict[float, list[dict[str, Any]]] = {}
     for job in jobs:
         if job.bias is not None and isinstance(job.benchmark, Events):
-            record = asked.record(job) or {}
-            streams, unwatched = heard.setdefault(job.bias, []), lost.setdefault(job.bias, [])
+            record = records.record(job) or {}
+            streams, unwatched = outcomes.setdefault(job.bias, []), lost.setdefault(job.bias, [])
             if "said" in record:
-                streams.append(job.benchmark.hear(job.item, watched_of(record)))
+                streams.append(job.benchmark.outcome(job.item, watched_of(record)))
             else:
                 unwatched.append(record)
     points = [
-        curve.operating(bias, streams)
-        for bias, streams in heard.items()
-        if any(stream.told for stream in streams)
+        operating_curve.operating_point(bias, streams)
+        for bias, streams in outcomes.items()
+        if any(stream.events for stream in streams)
     ]
     if points:
-        curve.write_curve(points, out)
-    return curve.rows(points, lost)
+        operating_curve.write_curve(points, out)
+    return operating_curve.rows(points, lost)
 
 
 @contextmanager
@@ -174,14 +176,14 @@ def _judge(config: StreamingConfig, out: Path) -> Iterator[Judge]:
         yield no_judge
         return
     own = Path(config.prompts) if config.prompts else None
-    judge = EndpointJudge(config.judge, read_words(own=own), out / "judge")
+    judge = EndpointJudge(config.judge, read_templates(own=own), out / "judge")
     try:
         yield judge
     finally:
         judge.close()
 
 
-def _settings(chosen: list[Chosen], config: StreamingConfig) -> dict[str, Any]:
+def _settings(selections: list[Selection], config: StreamingConfig) -> dict[str, Any]:
     """The settings that a later run in the same folder must share."""
     settings = asdict(config)
     judge = settings.pop("judge")
@@ -191,6 +193,10 @@ def _settings(chosen: list[Chosen], config: StreamingConfig) -> dict[str, Any]:
     settings |= settings.pop("speaking")
     if config.prompts:
         settings["prompts"] = describe_own(Path(config.prompts))
-    settings["questions"] = {n: digest for one in chosen for n, digest in one.files.items()}
-    settings["words"] = {n: p for one in chosen for n, p in one.words.found.items()} or "ours"
+    settings["questions"] = {
+        n: digest for selection in selections for n, digest in selection.files.items()
+    }
+    settings["words"] = {
+        n: p for selection in selections for n, p in selection.templates.found.items()
+    } or "ours"
     return settings

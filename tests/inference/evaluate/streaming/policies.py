@@ -50,11 +50,11 @@ class _Watching:
         self._policy.questions.append(text)
         self._turn += 1
 
-    def frame(self, second: float, picture: Tensor, asked: str | None = None) -> None:
+    def frame(self, second: float, picture: Tensor, question: str | None = None) -> None:
         if self._policy.check_pictures:
             assert abs(picture.float().mean().item() / 8 - int(second)) < 0.5
-        if asked is not None:
-            self.ask(second, asked)
+        if question is not None:
+            self.ask(second, question)
         while self._waiting and self._waiting[0][0] <= second:
             self._say(second, self._waiting.pop(0)[1])
         if self._policy.each_second and self._turn:
@@ -63,7 +63,7 @@ class _Watching:
     def _say(self, second: float, text: str) -> None:
         self._said.append(Emission(second, text, second, self._turn, pieces=((second, text),)))
 
-    def said(self) -> list[Emission]:
+    def emissions(self) -> list[Emission]:
         return self._said
 
     def end(self) -> list[Emission]:

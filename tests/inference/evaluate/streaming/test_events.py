@@ -12,11 +12,11 @@ import pytest
 from data_pipeline.commands import FAILED
 from data_pipeline.video import frames_at
 from inference.evaluate.results import BenchmarkError
-from inference.evaluate.streaming.chosen import choose
 from inference.evaluate.streaming.config import StreamingConfig
-from inference.evaluate.streaming.curve import Operating, best, operating
 from inference.evaluate.streaming.events import HOW, Events
 from inference.evaluate.streaming.items import Ask, Emission, Item, Watched
+from inference.evaluate.streaming.operating_curve import OperatingPoint, best, operating_point
+from inference.evaluate.streaming.selection import select
 from inference.evaluate.streaming.speaker import SpeakerFailed, Watching
 from inference.evaluate.streaming.suite import evaluate
 from inference.evaluate.streaming.toy import write_toy_events
@@ -41,7 +41,7 @@ LONG = ("There is a long", " wall with a wide", " gate and a", " big tree and", 
 
 
 @pytest.mark.parametrize(
-    ("said", "how", "first", "end", "false"),
+    ("emissions", "how", "first", "end", "false"),
     [
         # Begun in second 2, the event's frame comes in its third second.
         ([speech(2, *LONG[:3], " oh, the door", " opens now")], HOW[0], 1.0, 2.0, 0),
@@ -54,20 +54,20 @@ LONG = ("There is a long", " wall with a wide", " gate and a", " big tree and", 
     ],
 )
 def test_an_event_while_speaking(
-    said: list[Emission], how: str, first: float | None, end: float | None, false: int
+    emissions: list[Emission], how: str, first: float | None, end: float | None, false: int
 ) -> None:
-    heard = Events(within=10.0, step=1.0).hear(ITEM, Watched(tuple(said), 30.0))
-    (told,) = heard.told
+    outcome = Events(within=10.0, step=1.0).outcome(ITEM, Watched(tuple(emissions), 30.0))
+    (told,) = outcome.events
     assert told.speaking
     assert (told.how, told.delay) == (how, first)
     assert (None if told.end is None else told.end - 4.0) == end
-    assert (heard.false, heard.matched) == (false, len(said) - false)
+    assert (outcome.false, outcome.matched) == (false, len(emissions) - false)
 
 
 def test_an_event_in_silence_is_counted_apart() -> None:
-    said = (speech(0, "A wall", " stands"), speech(4, "The door opens."))
+    emissions = (speech(0, "A wall", " stands"), speech(4, "The door opens."))
     events = Events(within=10.0, step=1.0)
-    points = {p.row: p.score for p in events.push(ITEM, Watched(said, 30.0), exact_judge)}
+    points = {p.row: p.score for p in events.push(ITEM, Watched(emissions, 30.0), exact_judge)}
     assert points["events: in silence"] == 1
     assert points["events: first right word in silence"] == 0
     assert points["events: words a minute"] == 6 / 0.5
@@ -79,14 +79,14 @@ def test_an_interruption_is_timed_from_its_own_second() -> None:
     turn = {"second": 6.0, "text": "Colour?", "says": ["blue"]}
     truth = {"events": [], "interruptions": [turn]}
     item = Item("0", "events", Path("a.mp4"), (Ask(0, "Tell."), Ask(6, "Colour?")), truth=truth)
-    said = (speech(3, *LONG[:3], cut=True), speech(8, "It is blue.", turn=2))
+    emissions = (speech(3, *LONG[:3], cut=True), speech(8, "It is blue.", turn=2))
     events = Events(within=10.0, step=1.0)
-    points = {p.row: p.score for p in events.push(item, Watched(said, 30.0), exact_judge)}
+    points = {p.row: p.score for p in events.push(item, Watched(emissions, 30.0), exact_judge)}
     # Its last words came with the frame of second 5, those of second 6 come after the question.
     assert points["events: interrupted while speaking"] == 1
     for ended in (speech(3, *LONG[:3]), speech(2, *LONG[:3], cut=True)):
-        heard = events.hear(item, Watched((ended, said[1]), 30.0))
-        assert [cut for _, cut, _ in heard.answers] == [False]
+        outcome = events.outcome(item, Watched((ended, emissions[1]), 30.0))
+        assert [cut for _, cut, _ in outcome.answers] == [False]
     assert points["events: reaction to an interruption"] == 2
     assert points["events: interruption answered rightly"] == 1
 
@@ -101,7 +101,7 @@ def test_the_toy_world_has_its_own_events(tmp_path: Path) -> None:
     )
     policy.check_pictures = False
     results = evaluate(
-        choose(config), lambda bias: policy, exact_judge, "oracle", tmp_path / "out", config
+        select(config), lambda bias: policy, exact_judge, "oracle", tmp_path / "out", config
     )
     values = {row.row: row.value for row in results.rows}
     assert values["events"] == 1
@@ -135,14 +135,14 @@ def test_the_toy_world_interrupts_what_is_told(tmp_path: Path) -> None:
     )  # fmt: skip
     policy.check_pictures = False
     out = tmp_path / "out"
-    results = evaluate(choose(config), lambda bias: policy, exact_judge, "oracle", out, config)
+    results = evaluate(select(config), lambda bias: policy, exact_judge, "oracle", out, config)
     values = {row.row: row.value for row in results.rows}
     assert values["events"] == values["events: interruption answered rightly"] == 1
     assert values["events: reaction to an interruption"] == 1
     # Other questions in the same file are not answered by what was said about these.
     write_toy_events(tmp_path / "toy", 3, interruptions=1)
     with pytest.raises(BenchmarkError, match="begun with questions"):
-        evaluate(choose(config), lambda bias: policy, exact_judge, "oracle", out, config)
+        evaluate(select(config), lambda bias: policy, exact_judge, "oracle", out, config)
 
 
 def test_the_operating_curve_has_a_point_for_each_bias(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_the_operating_curve_has_a_point_for_each_bias(tmp_path: Path) -> None:
     def speaker(bias: float | None) -> policies.Policy:
         return speakers[0.0 if bias is None else bias]
 
-    results = evaluate(choose(config), speaker, exact_judge, "policies", out, config)
+    results = evaluate(select(config), speaker, exact_judge, "policies", out, config)
     rows = {row.row: row for row in results.rows}
     assert [rows[f"events, bias {bias}"].value for bias in (-1, 0, 1)] == [0, 1, 0]
     assert rows["events, best bias"].settings["bias"] == 0
@@ -189,12 +189,12 @@ def test_streams_that_were_not_watched_are_counted_at_each_bias(tmp_path: Path) 
             with super().watch(item) as watching:
                 yield watching
 
-    out, said = tmp_path / "out", list[str]()
+    out, warnings = tmp_path / "out", list[str]()
     results = evaluate(
-        choose(config), lambda bias: Failing(bias or 0.0), exact_judge, "policy", out, config,
-        said.append,
+        select(config), lambda bias: Failing(bias or 0.0), exact_judge, "policy", out, config,
+        warnings.append,
     )  # fmt: skip
-    assert said == [f"no media: {gone}"]
+    assert warnings == [f"no media: {gone}"]
     rows = {row.row: row for row in results.rows}
     for bias, count, failed in ((0, sum(told[:2]), 0), (1, told[0], 1), (2, 0, 2)):
         row = rows[f"events, bias {bias}"]
@@ -205,7 +205,9 @@ def test_streams_that_were_not_watched_are_counted_at_each_bias(tmp_path: Path) 
 
 
 def test_of_equal_points_the_one_that_speaks_least_is_best() -> None:
-    points = [Operating(b, 4, 0.5, 0.5, 0.5, 1.0, words, 1.0) for b, words in ((0, 30.0), (2, 9.0))]
+    points = [
+        OperatingPoint(b, 4, 0.5, 0.5, 0.5, 1.0, words, 1.0) for b, words in ((0, 30.0), (2, 9.0))
+    ]
     assert best(points).bias == 2
     with pytest.raises(ValueError, match="no events"):
-        operating(0.0, [])
+        operating_point(0.0, [])

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from inference.evaluate.streaming.chosen import choose
 from inference.evaluate.streaming.config import StreamingConfig
 from inference.evaluate.streaming.forms import FormError
+from inference.evaluate.streaming.selection import select
+from inference.evaluate.streaming.templates import describe_own, read_templates
 from inference.evaluate.streaming.text import last_number, letter, says
-from inference.evaluate.streaming.words import describe_own, read_words
 from tests.inference.evaluate.streaming.published import WRITERS
 
 Change = Callable[[Any], Any]
@@ -28,7 +28,7 @@ def broken(folder: Path, name: str, file: str, change: Change) -> str:
     data = json.loads(path.read_text())
     path.write_text(json.dumps(change(data) or data))
     with pytest.raises(FormError) as error:
-        choose(StreamingConfig(benchmarks=(f"{name}={folder}",)))
+        select(StreamingConfig(benchmarks=(f"{name}={folder}",)))
     return str(error.value).replace(f"{folder}/", "")
 
 
@@ -94,7 +94,7 @@ def test_a_benchmark_that_is_not_there_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FormError, match=said):
-        choose(StreamingConfig(benchmarks=(named,)))
+        select(StreamingConfig(benchmarks=(named,)))
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
@@ -105,15 +105,15 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
     lines = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     file = tmp_path / "events.jsonl"
     file.write_bytes(f"\ufeff{lines}\r\n\r\n".encode())
-    (chosen,) = choose(StreamingConfig(benchmarks=(f"events={file}",)))
-    assert [item.asks[0].text for item in chosen.items] == [
+    (selection,) = select(StreamingConfig(benchmarks=(f"events={file}",)))
+    assert [item.asks[0].text for item in selection.items] == [
         "Tell\u2028me\x85 0",
         "Tell\u2028me\x85 1",
     ]
     for text, said in (("{}\n{", "events.jsonl, line 2: is not JSON"), ("[" * 10**5, "line 1: is")):
         file.write_text(text)
         with pytest.raises(FormError, match=said):
-            choose(StreamingConfig(benchmarks=(f"events={file}",)))
+            select(StreamingConfig(benchmarks=(f"events={file}",)))
 
 
 def test_what_would_be_kept_in_one_place_is_refused(tmp_path: Path) -> None:
@@ -121,24 +121,24 @@ def test_what_would_be_kept_in_one_place_is_refused(tmp_path: Path) -> None:
     first, second = (WRITERS["events"](tmp_path / name) for name in ("one", "two"))
     config = StreamingConfig(benchmarks=(f"events={first}", f"events={second}"))
     with pytest.raises(FormError, match="an item of another file of events is called 0, too"):
-        choose(config)
+        select(config)
     config = StreamingConfig(benchmarks=(f"events={first}",), biases=[1.0, 2.0, 1.0000001])
     with pytest.raises(FormError, match="biases: 1, 2, 1: one stands there twice"):
-        choose(config)
+        select(config)
 
 
 def test_nothing_to_ask_is_an_error(tmp_path: Path) -> None:
     none, questions = tmp_path / "none.json", WRITERS["ovobench"](tmp_path)
     none.write_text("[]")
     with pytest.raises(FormError, match=r"none.json: has no questions"):
-        choose(StreamingConfig(benchmarks=(f"events={none}",)))
+        select(StreamingConfig(benchmarks=(f"events={none}",)))
     config = StreamingConfig(benchmarks=(f"ovobench={questions}",), tasks=("OCR", "XYZ"))
-    (chosen,) = choose(config)
-    assert {item.row for item in chosen.items} == {"ovobench OCR"}
+    (selection,) = select(config)
+    assert {item.row for item in selection.items} == {"ovobench OCR"}
     with pytest.raises(FormError, match="tasks XYZ: are part of no row's name: ovobench EPM, ovo"):
-        choose(replace(config, tasks=("XYZ",)))
+        select(replace(config, tasks=("XYZ",)))
     with pytest.raises(FormError, match="biases: need events"):
-        choose(replace(config, biases=[0.0, 1.0]))
+        select(replace(config, biases=[0.0, 1.0]))
 
 
 def test_words_of_the_benchmark_are_those_of_its_repository(tmp_path: Path) -> None:
@@ -148,20 +148,20 @@ def test_words_of_the_benchmark_are_those_of_its_repository(tmp_path: Path) -> N
         'import os\nBR_PROMPT_TEMPLATE = """Q: {}\nO: {} {as it is}"""\n'
         'REC_PROMPT_TEMPLATE = "no place"\nraise RuntimeError("it is not run")\n'
     )
-    words = read_words(tmp_path / "data" / "ovo_bench_new.json")
-    assert words("ovobench.choice", "Who?", "A. me;") == "Q: Who?\nO: A. me; {as it is}"
-    assert words.found == {"ovobench.choice": f"{tmp_path / 'constant.py'}: BR_PROMPT_TEMPLATE"}
-    assert "How often" in words("ovobench.REC", "How often?")  # theirs does not fit
+    templates = read_templates(tmp_path / "data" / "ovo_bench_new.json")
+    assert templates("ovobench.choice", "Who?", "A. me;") == "Q: Who?\nO: A. me; {as it is}"
+    assert templates.found == {"ovobench.choice": f"{tmp_path / 'constant.py'}: BR_PROMPT_TEMPLATE"}
+    assert "How often" in templates("ovobench.REC", "How often?")  # theirs does not fit
     own = tmp_path / "own.yaml"
     own.write_text("push.REC: 'Count {}.'\n")
-    assert read_words(own=own)("push.REC", "jumps") == "Count jumps."
+    assert read_templates(own=own)("push.REC", "jumps") == "Count jumps."
     kept = describe_own(own)  # what run.json has of it
     assert kept["texts"] == {"push.REC": "Count {}."}
     assert kept["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
     for text, said in (("a: b", "'a': expected texts"), ("push.REC: Count.", "needs 1 times")):
         own.write_text(text)
         with pytest.raises(FormError, match=said):
-            read_words(own=own)
+            read_templates(own=own)
 
 
 def test_letters_numbers_and_phrases_are_found_in_texts() -> None:

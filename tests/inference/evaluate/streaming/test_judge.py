@@ -15,11 +15,11 @@ import pytest
 from data_pipeline.commands import DONE, FAILED
 from data_pipeline.synthesis.config import EndpointConfig
 from inference.evaluate.results import Results
-from inference.evaluate.streaming.chosen import choose
 from inference.evaluate.streaming.config import StreamingConfig
 from inference.evaluate.streaming.judge import EndpointJudge, JudgeFailed
+from inference.evaluate.streaming.selection import select
 from inference.evaluate.streaming.suite import evaluate
-from inference.evaluate.streaming.words import read_words
+from inference.evaluate.streaming.templates import read_templates
 from tests.inference.evaluate.streaming import policies
 from tests.inference.evaluate.streaming.published import write_omnimmi, write_proactivevideoqa
 
@@ -77,7 +77,7 @@ def server() -> Iterator[Server]:
 
 @contextmanager
 def judging(server: Server, folder: Path) -> Iterator[EndpointJudge]:
-    judge = EndpointJudge(server.config, read_words(), folder)
+    judge = EndpointJudge(server.config, read_templates(), folder)
     try:
         yield judge
     finally:
@@ -88,7 +88,7 @@ def run(server: Server, named: str, out: Path) -> Results:
     config = StreamingConfig(benchmarks=(named,), protocol="push", judge=server.config)
     policy = policies.late()
     with judging(server, out / "judge") as judge:
-        return evaluate(choose(config), lambda bias: policy, judge, "policy", out, config)
+        return evaluate(select(config), lambda bias: policy, judge, "policy", out, config)
 
 
 def test_scores_are_those_of_the_servers_verdicts(server: Server, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from data_pipeline.commands import DONE
 from inference.evaluate.results import Results, read_items
-from inference.evaluate.streaming.chosen import choose
 from inference.evaluate.streaming.config import StreamingConfig
+from inference.evaluate.streaming.selection import select
 from inference.evaluate.streaming.suite import evaluate
 from tests.inference.evaluate.streaming import policies
 from tests.inference.evaluate.streaming.policies import Policy, exact_judge
@@ -41,7 +41,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def scores(named: str, policy: Policy, out: Path, **options: object) -> Results:
     config = StreamingConfig(benchmarks=(named,), **options)  # type: ignore[arg-type]
-    return evaluate(choose(config), lambda bias: policy, exact_judge, "policy", out, config)
+    return evaluate(select(config), lambda bias: policy, exact_judge, "policy", out, config)
 
 
 def values(results: Results) -> dict[str, float]:
@@ -247,7 +247,7 @@ def test_a_score_without_the_judge_that_it_needs_says_so(
     config = StreamingConfig(benchmarks=(published["omnimmi"],), tasks=("SI", "PT"))
     config = replace(config, protocol="push")
     policy = policies.oracle()
-    results = evaluate(choose(config), lambda bias: policy, no_judge, "policy", tmp_path, config)
+    results = evaluate(select(config), lambda bias: policy, no_judge, "policy", tmp_path, config)
     rows = {row.row: row for row in results.rows}
     assert rows["omnimmi SI (push)"].skipped == {"no judge": 1}
     assert rows["omnimmi PT (push)"].value == 1

@@ -34,7 +34,7 @@ _THEIRS = {
 
 
 @dataclass(frozen=True)
-class Words:
+class Templates:
     """Templates of questions."""
 
     templates: dict[str, str]  # by name
@@ -47,7 +47,7 @@ class Words:
         return "".join([parts[0], *filled]).strip()
 
 
-def read_words(questions: Path | None = None, own: Path | None = None) -> Words:
+def read_templates(questions: Path | None = None, own: Path | None = None) -> Templates:
     """Our templates, overridden by those of the repository that the file `questions` lies in, and
     these by those of the user's file `own`.
 
@@ -62,7 +62,7 @@ def read_words(questions: Path | None = None, own: Path | None = None) -> Words:
                 templates[name], found[name] = text, f"{folder / file}: {constant}"
     if own is not None:
         templates |= read_own(own, templates)
-    return Words(templates, found)
+    return Templates(templates, found)
 
 
 def describe_own(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Scores what was said: items with scores, rows of the table, totals of benchmarks."""
+"""Scores the records of jobs: items with scores, rows of the table, totals of benchmarks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from inference.evaluate.results import EvaluationRun, Row, mean_row
-from inference.evaluate.streaming.asking import OFFICIAL, Asked, Job, replies_of, watched_of
 from inference.evaluate.streaming.items import Judge, NoJudge, Point
+from inference.evaluate.streaming.jobs import OFFICIAL, Job, JobRecords, replies_of, watched_of
 from inference.evaluate.streaming.judge import JudgeFailed
 from inference.evaluate.streaming.ovobench import GROUPS
 
@@ -40,18 +40,18 @@ class Scores:
         return rows
 
 
-def score(jobs: Sequence[Job], asked: Asked, judge: Judge, threads: int) -> Scores:
+def score(jobs: Sequence[Job], records: JobRecords, judge: Judge, threads: int) -> Scores:
     """Scores the jobs that have a record. Items whose judge fails are `failed`."""
     lines: dict[str, list[Line]] = defaultdict(list)
     metrics: dict[str, str] = {}
     of: dict[str, int] = defaultdict(int)
     failure = ""
     with ThreadPoolExecutor(threads, "moss-score") as pool:
-        found = list(pool.map(partial(_lines, asked=asked, judge=judge), jobs))
+        found = list(pool.map(partial(_lines, records=records, judge=judge), jobs))
     for job, points in zip(jobs, found, strict=True):
         row = named(job.item.row, job)
         metrics.setdefault(row, "accuracy")
-        if points is None:  # not asked yet
+        if points is None:  # not run yet
             lines[row] += []
             of[row] += 1
             continue
@@ -69,9 +69,9 @@ def named(row: str, job: Job) -> str:
     return row if job.protocol == OFFICIAL or not job.benchmark.polls(job.item) else f"{row} (push)"
 
 
-def _lines(job: Job, asked: Asked, judge: Judge) -> list[tuple[str, str, Line]] | None:
+def _lines(job: Job, records: JobRecords, judge: Judge) -> list[tuple[str, str, Line]] | None:
     """(row, metric, line) for each point of a job; None: the job has no record."""
-    record, item = asked.record(job), job.item
+    record, item = records.record(job), job.item
     row = named(item.row, job)
     if record is None:
         return None

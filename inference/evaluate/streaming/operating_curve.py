@@ -10,11 +10,11 @@ from pathlib import Path
 
 from data_pipeline.atomic import write_atomically
 from inference.evaluate.results import Item, Row, mean_row
-from inference.evaluate.streaming.events import Heard
+from inference.evaluate.streaming.events import StreamOutcome
 
 
 @dataclass(frozen=True)
-class Operating:
+class OperatingPoint:
     """A point of the curve."""
 
     bias: float
@@ -27,28 +27,31 @@ class Operating:
     delay: float | None  # mean seconds to the first right word; None: no event was told
 
 
-def operating(bias: float, heard: Sequence[Heard]) -> Operating:
+def operating_point(bias: float, streams: Sequence[StreamOutcome]) -> OperatingPoint:
     """The point of all streams at one bias. ValueError: they have no event or no length."""
-    events = [told for one in heard for told in one.told]
-    minutes = sum(one.minutes for one in heard)
+    events = [event for stream in streams for event in stream.events]
+    minutes = sum(stream.minutes for stream in streams)
     if not events or not minutes:
         raise ValueError("no events were watched")
     hits = [event.delay for event in events if event.delay is not None]
-    matched, false = sum(one.matched for one in heard), sum(one.false for one in heard)
+    matched, false = (
+        sum(stream.matched for stream in streams),
+        sum(stream.false for stream in streams),
+    )
     recall = len(hits) / len(events)
     precision = matched / (matched + false) if matched + false else 1.0
     f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
-    words = sum(one.spoken for one in heard) / minutes
+    words = sum(stream.spoken for stream in streams) / minutes
     delay = sum(hits) / len(hits) if hits else None
-    return Operating(bias, len(events), recall, precision, f1, false / minutes, words, delay)
+    return OperatingPoint(bias, len(events), recall, precision, f1, false / minutes, words, delay)
 
 
-def best(points: Sequence[Operating]) -> Operating:
+def best(points: Sequence[OperatingPoint]) -> OperatingPoint:
     """The point of the best F1; of several, the one with the fewest words."""
     return max(points, key=lambda point: (point.f1, -point.words))
 
 
-def rows(points: Sequence[Operating], lost: Mapping[float, Sequence[Item]]) -> list[Row]:
+def rows(points: Sequence[OperatingPoint], lost: Mapping[float, Sequence[Item]]) -> list[Row]:
     """A row of the table for each bias, and one for the best.
 
     lost: by bias, a record for each stream that was not watched: `failed`, `skipped`, or empty
@@ -61,7 +64,7 @@ def rows(points: Sequence[Operating], lost: Mapping[float, Sequence[Item]]) -> l
     return [_row(name, known.get(bias), lost[bias]) for name, bias in named]
 
 
-def _row(name: str, point: Operating | None, lost: Sequence[Item]) -> Row:
+def _row(name: str, point: OperatingPoint | None, lost: Sequence[Item]) -> Row:
     row = mean_row(name, "F1", lost, len(lost))
     if point is None:
         return row
@@ -69,7 +72,7 @@ def _row(name: str, point: Operating | None, lost: Sequence[Item]) -> Row:
     return replace(row, value=point.f1, count=point.events, of=of, settings=_settings(point))
 
 
-def _settings(point: Operating) -> dict[str, float | str]:
+def _settings(point: OperatingPoint) -> dict[str, float | str]:
     delay = "" if point.delay is None else round(point.delay, 3)
     return {
         "bias": point.bias, "recall": round(point.recall, 4),
@@ -79,14 +82,14 @@ def _settings(point: Operating) -> dict[str, float | str]:
     }  # fmt: skip
 
 
-def write_curve(points: Sequence[Operating], out: Path) -> None:
+def write_curve(points: Sequence[OperatingPoint], out: Path) -> None:
     """Writes curve.json and curve.svg."""
     data = {"points": [asdict(point) for point in points], "best_bias": best(points).bias}
     write_atomically(out / "curve.json", json.dumps(data, indent=1) + "\n")
     write_atomically(out / "curve.svg", _svg(points))
 
 
-def _svg(points: Sequence[Operating]) -> str:
+def _svg(points: Sequence[OperatingPoint]) -> str:
     from matplotlib.figure import Figure  # here: half a second
 
     ordered = sorted(points, key=lambda point: point.bias)

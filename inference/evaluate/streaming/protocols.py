@@ -42,7 +42,7 @@ def _text(ask: Ask, watching: Watching) -> str:
     if ask.answer_to is None:
         return ask.text
     turn = ask.answer_to + 1
-    answer = next((e.text for e in watching.said() if e.turn == turn), "")
+    answer = next((e.text for e in watching.emissions() if e.turn == turn), "")
     return ask.text.replace(EARLIER_ANSWER, answer)
 
 

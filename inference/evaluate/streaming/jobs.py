@@ -1,4 +1,4 @@
-"""Runs the jobs of an evaluation, several at a time, and keeps what the speaker said."""
+"""Runs the jobs of an evaluation, several at a time, and keeps a record of each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from data_pipeline.schema import SampleError
 from inference.evaluate.results import ItemFile
 from inference.evaluate.streaming.config import StreamingConfig
-from inference.evaluate.streaming.drive import poll, watch
 from inference.evaluate.streaming.items import Benchmark, Emission, Item, Reply, Watched
+from inference.evaluate.streaming.protocols import poll, watch
 from inference.evaluate.streaming.speaker import Speaker, SpeakerFailed
 
 OFFICIAL, PUSH = "official", "push"
@@ -23,7 +23,7 @@ NO_MEDIA, UNREADABLE = "no media", "unreadable media"
 
 @dataclass(frozen=True)
 class Job:
-    """An item, and how the speaker is asked about it."""
+    """An item, and the protocol in which it is given to the speaker."""
 
     benchmark: Benchmark
     item: Item
@@ -41,7 +41,7 @@ class Job:
 Speakers = Callable[[float | None], Speaker]
 
 
-class Asked:
+class JobRecords:
     """The records of finished jobs, in one file for each benchmark and protocol."""
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +69,7 @@ def watched_of(record: dict[str, Any]) -> Watched:
     return Watched(tuple(Emission.of(e) for e in record["said"]), record["seconds"])
 
 
-class Asking:
+class JobRunner:
     """Runs the jobs that have no record yet. `stopped` says why it ended before all were run.
 
     Args:
@@ -77,39 +77,43 @@ class Asking:
     """
 
     def __init__(
-        self, asked: Asked, speakers: Speakers, config: StreamingConfig, step: Callable[[], None]
+        self,
+        records: JobRecords,
+        speakers: Speakers,
+        config: StreamingConfig,
+        step: Callable[[], None],
     ) -> None:
         self.stopped = ""
-        self._asked, self._speakers, self._config, self._step = asked, speakers, config, step
+        self._records, self._speakers, self._config, self._step = records, speakers, config, step
         self._failures = 0  # in a row
         self._lock = threading.Lock()
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Runs the jobs that have no record, `sessions` of them at a time."""
-        waiting = [job for job in jobs if job.item.id not in self._asked.file(job)]
+        waiting = [job for job in jobs if job.item.id not in self._records.file(job)]
         with ThreadPoolExecutor(self._config.sessions, "moss-evaluate") as pool:
             try:
-                for done in [pool.submit(self._one, job) for job in waiting]:
+                for done in [pool.submit(self._run_one, job) for job in waiting]:
                     done.result()
             except BaseException:  # Ctrl-C, too: jobs that wait are not begun
                 self.stopped = self.stopped or "interrupted"
                 raise
 
-    def _one(self, job: Job) -> None:
+    def _run_one(self, job: Job) -> None:
         if self.stopped:
             return
-        record = _ask(job, self._speakers(job.bias), self._config)
+        record = _run(job, self._speakers(job.bias), self._config)
         fatal = record.pop("fatal", False)
         with self._lock:
             self._failures = self._failures + 1 if "failed" in record else 0
             if fatal or self._failures >= _IN_A_ROW:
                 self.stopped = self.stopped or record["failed"]
             if not fatal:  # else the next run asks again
-                self._asked.file(job).add(record)
+                self._records.file(job).add(record)
         self._step()
 
 
-def _ask(job: Job, speaker: Speaker, config: StreamingConfig) -> dict[str, Any]:
+def _run(job: Job, speaker: Speaker, config: StreamingConfig) -> dict[str, Any]:
     """Runs a job; its record, with `fatal` where the speaker cannot go on."""
     item, fps = job.item, config.speaking.fps
     record: dict[str, Any] = {"id": item.id, "row": item.row}
@@ -120,8 +124,8 @@ def _ask(job: Job, speaker: Speaker, config: StreamingConfig) -> dict[str, Any]:
             replies = poll(speaker, job.benchmark, item, fps, config.max_frames)
             return {**record, "replies": [asdict(reply) for reply in replies]}
         watched = watch(speaker, item, fps)
-        said = [emission.as_dict() for emission in watched.said]
-        return {**record, "said": said, "seconds": watched.seconds}
+        emissions = [emission.as_dict() for emission in watched.emissions]
+        return {**record, "said": emissions, "seconds": watched.seconds}
     except SampleError as error:
         detail = f"{error.reason}: {error.detail}"
         return {**record, "skipped": UNREADABLE, "detail": detail, "media": [str(item.video)]}

@@ -1,4 +1,4 @@
-"""Chooses benchmarks by name, and the items that a configuration asks for."""
+"""Selects benchmarks by name, and the items that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from inference.evaluate.streaming.omnimmi import OmniMMI
 from inference.evaluate.streaming.ovobench import OvoBench
 from inference.evaluate.streaming.proactivevideoqa import ProactiveVideoQA
 from inference.evaluate.streaming.streamingbench import StreamingBench
+from inference.evaluate.streaming.templates import Templates, read_templates
 from inference.evaluate.streaming.timing import Timing
-from inference.evaluate.streaming.words import Words, read_words
 
 # Where a benchmark is given as a folder: its files of questions in there.
 _FILES = {
@@ -38,27 +38,27 @@ BENCHMARKS = tuple(_FILES)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """A benchmark and its items."""
 
     benchmark: Benchmark
     items: list[Item]
-    words: Words  # the templates of its questions
+    templates: Templates  # the templates of its questions
     files: dict[str, str]  # path of each file of questions -> digest of its content
 
 
-def choose(config: StreamingConfig) -> list[Chosen]:
+def select(config: StreamingConfig) -> list[Selection]:
     """The benchmarks of a configuration. Raises FormError for a file that cannot be read."""
     own = Path(config.prompts) if config.prompts else None
     timing = Timing(config.context or None, config.patience)
-    chosen, rows, known = list[Chosen](), dict[str, None](), set[tuple[str, str]]()
+    selections, rows, known = list[Selection](), dict[str, None](), set[tuple[str, str]]()
     for named in config.benchmarks:
         name, _, path = named.partition("=")
         if name not in BENCHMARKS or not path:
             raise FormError(f"{named}: expected NAME=PATH, NAME one of {', '.join(BENCHMARKS)}")
         files = _files(name, Path(path))
-        words = read_words(files[0], own)
-        benchmark = _benchmark(name, words, timing, config)
+        templates = read_templates(files[0], own)
+        benchmark = _benchmark(name, templates, timing, config)
         videos = Path(config.videos) if config.videos else None
         items = [
             item
@@ -69,13 +69,13 @@ def choose(config: StreamingConfig) -> list[Chosen]:
         if not items:
             raise FormError(f"{path}: has no questions")
         digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
-        chosen.append(Chosen(benchmark, _wanted(items, config), words, digests))
+        selections.append(Selection(benchmark, _wanted(items, config), templates, digests))
         rows |= {item.row: None for item in items}
-    if not any(one.items for one in chosen):
+    if not any(selection.items for selection in selections):
         named = ", ".join(config.tasks)
         raise FormError(f"tasks {named}: are part of no row's name: {', '.join(rows)}")
-    _check_biases(config, chosen)
-    return chosen
+    _check_biases(config, selections)
+    return selections
 
 
 def _refuse_twice(name: str, path: str, items: list[Item], known: set[tuple[str, str]]) -> None:
@@ -93,21 +93,25 @@ def _refuse_twice(name: str, path: str, items: list[Item], known: set[tuple[str,
     known |= {(name, item.id) for item in items}
 
 
-def _check_biases(config: StreamingConfig, chosen: list[Chosen]) -> None:
-    if config.biases and not any(isinstance(one.benchmark, Events) for one in chosen):
+def _check_biases(config: StreamingConfig, selections: list[Selection]) -> None:
+    if config.biases and not any(
+        isinstance(selection.benchmark, Events) for selection in selections
+    ):
         raise FormError("biases: need events, of which the operating curve is: give events=FILE")
     written = [f"{bias:g}" for bias in config.biases]
     if len(set(written)) < len(written):
         raise FormError(f"biases: {', '.join(written)}: one stands there twice")
 
 
-def _benchmark(name: str, words: Words, timing: Timing, config: StreamingConfig) -> Benchmark:
+def _benchmark(
+    name: str, templates: Templates, timing: Timing, config: StreamingConfig
+) -> Benchmark:
     if name == "ovobench":
-        return OvoBench(words, timing)
+        return OvoBench(templates, timing)
     if name == "streamingbench":
-        return StreamingBench(words, timing)
+        return StreamingBench(templates, timing)
     if name == "omnimmi":
-        return OmniMMI(words, timing)
+        return OmniMMI(templates, timing)
     if name == "proactivevideoqa":
         return ProactiveVideoQA()
     return Events(config.within, 1 / config.speaking.fps)
