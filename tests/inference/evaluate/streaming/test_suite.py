@@ -250,7 +250,7 @@ def test_on_the_wall_clock_a_second_takes_a_second(
 def test_the_time_of_day_may_be_set_and_a_servers_may_be_another_one(
     model: inference.Model, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Long enough that some of what this model says is text, whichever tokens the frames come between.
+    # Long enough that some of it is text, between whichever of its tokens the frames come.
     talk = SpeakingConfig(clock="wall", fps=2.0, silence_bias=-100.0, max_new_tokens=24)
     item, black = Item("talk", "row", tmp_path, ()), torch.zeros(3, 56, 56, dtype=torch.uint8)
 
