@@ -1,9 +1,9 @@
 """Compares a kernel with plain torch on a device, before its first use there.
 
 It is compared once with plain torch, output and gradients, over the shapes that matter; the verdict
-is kept in the user's cache folder by device, versions and code. Where it fails or differs, the
-caller takes the plain path, and one line says so. A failure whose cause may pass (memory, a full
-disk, a compiler that was stopped) is not kept: the next start tries again.
+is kept in the user's cache folder by device, versions, C compiler and code. Where it fails or
+differs, the caller takes the plain path, and one line says so. A failure whose cause may pass
+(memory, a full disk, a compiler that was stopped) is not kept: the next start tries again.
 
     kernel = Kernel("FlexAttention", "heads of 128", ("torch", "triton"), (__name__,), cases)
     if proven(kernel, device):
@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -217,7 +219,7 @@ def cache_folder() -> Path:
 def _file(
     device: torch.device, name: str, shapes: str, packages: Sequence[str], modules: Sequence[str]
 ) -> Path:
-    """The file of a verdict. Its name tells shapes, device, versions and code apart."""
+    """The file of a verdict. Its name tells shapes, device, versions, compilers and code apart."""
     exact = torch.are_deterministic_algorithms_enabled()
     parts = [
         name,
@@ -225,6 +227,7 @@ def _file(
         devices.name(device),
         devices.runtime(),
         f"deterministic {exact}",
+        compiler(),
     ]
     for package in packages:
         with suppress(PackageNotFoundError):
@@ -237,6 +240,21 @@ def _file(
         digest.update(Path(spec.origin).read_bytes())
     stem = "".join(sign if sign.isalnum() else "-" for sign in name)
     return cache_folder() / f"{stem}-{digest.hexdigest()[:16]}.json"
+
+
+def compiler() -> str:
+    """What Triton builds the callers of its kernels with: the C compiler, as it names itself, and
+    Python's headers. Machines that share a home may have others, or none."""
+    named = os.environ.get("CC")
+    path = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+    said = ["no C compiler"]
+    if path is not None:
+        with suppress(OSError, subprocess.SubprocessError):
+            asked = [path, "--version"]
+            shown = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+            said = shown.stdout.splitlines()[:1]
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return f"{' '.join(said)}, {'with' if headers else 'without'} Python.h"
 
 
 def _read(where: Path) -> dict[str, Any]:

@@ -21,14 +21,15 @@ def agreed(what: str, find: Callable[[], Sequence[str]], prove: Prove) -> list[s
     """The names that rank 0 finds, and all others prove. A collective.
 
     Rank 0 comes first: where machines share a home, the others find its verdicts there. What is not
-    right on one rank is used on none; that rank says why, and rank 0 which one it is.
+    right on one rank is used on none; that rank says why, and rank 0 which one it is. Where memory
+    is short on rank 0 it finds none.
 
     Args:
         what: they are names of, for that line.
         find: on rank 0. prove: on the others, which of those are right.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    told = [[*find()] if rank == 0 else []]
+    told = [_unless_memory_is_short(what, find) if rank == 0 else []]
     dist.broadcast_object_list(told, src=0)
     (names,) = told
     if ranks == 1 or not names:
@@ -36,7 +37,8 @@ def agreed(what: str, find: Callable[[], Sequence[str]], prove: Prove) -> list[s
     own = names
     if rank > 0:
         with _warnings_told():
-            own = _proven(what, names, prove)
+            tried = f"{what} {', '.join(names)}"
+            own = _unless_memory_is_short(tried, lambda: prove(names))
     everywhere: list[list[str]] = [[]] * ranks
     dist.all_gather_object(everywhere, own)
     lacking = {
@@ -49,12 +51,13 @@ def agreed(what: str, find: Callable[[], Sequence[str]], prove: Prove) -> list[s
     return [name for name in names if lacking[name] is None]
 
 
-def _proven(what: str, names: Sequence[str], prove: Prove) -> list[str]:
+def _unless_memory_is_short(what: str, find: Callable[[], Sequence[str]]) -> list[str]:
+    """What `find` gives; nothing where the memory of this device is short, which says so."""
     try:
-        return [*prove(names)]
-    except torch.OutOfMemoryError as error:  # on this device alone
+        return [*find()]
+    except torch.OutOfMemoryError as error:
         said = str(error).partition("\n")[0]
-        print_line(f"{what} {', '.join(names)}: not tried on this rank: {said}")
+        print_line(f"{what}: not tried on this rank: {said}")
         return []
 
 

@@ -145,7 +145,7 @@ def test_a_failure_that_may_pass_is_no_verdict(error, hidden, caplog, cache):
     assert tried == ["short", "short", "long"]
 
 
-def test_another_device_version_or_code_is_another_proof(monkeypatch, tmp_path):
+def test_another_device_version_compiler_or_code_is_another_proof(monkeypatch, tmp_path):
     tried: list[str] = []
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "some_kernel.py").write_text("x = 1")
@@ -165,6 +165,17 @@ def test_another_device_version_or_code_is_another_proof(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_proof, "version", lambda package: "99")
     assert [prove(), prove()] == [2, 0]
     monkeypatch.setattr(devices, "name", lambda device: "another GPU")
+    assert [prove(), prove()] == [2, 0]
+    compiler = tmp_path / "cc"
+    for does in ("echo some compiler 1", "echo some compiler 2", "exit 1"):
+        compiler.write_text(f"#!/bin/sh\n{does}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+        assert [prove(), prove()] == [2, 0]
+    monkeypatch.setenv("CC", str(tmp_path / "none"))  # as one that does not start
+    assert prove() == 0
+    headers = {"include": str(tmp_path)}
+    monkeypatch.setattr(kernel_proof.sysconfig, "get_paths", lambda: headers)
     assert [prove(), prove()] == [2, 0]
 
 

@@ -44,11 +44,15 @@ def kernels(rank: int) -> list[list[str]]:
         proofs.warning("b is not used on a device of rank %d: it differs", rank)
         return [name for name in names if name != "b"]
 
+    def short():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 4 GiB")
+
     return [
         agreed("the kernel", lambda: ["a", "b", "c"], prove),
         agreed("the kernel", lambda: ["large"], prove),
         agreed("the kernel", lambda: [], prove),
         agreed("the kernel", lambda: ["a"], lambda names: ["a", "more"]),
+        agreed("the kernel", short, prove),
     ]
 
 
