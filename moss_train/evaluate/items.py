@@ -111,7 +111,7 @@ def read_lines(path: Path, source: str, encoder: SampleEncoder) -> Iterator[Item
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        names = [medium.file for medium in parse_sample(where, line).media]
+        names = [medium.file for medium in _with_answers(where, line).media]
         gone = [path.parent / name for name in names if not (path.parent / name).is_file()]
         try:
             parts = {} if gone else {name: (path.parent / name).read_bytes() for name in names}
@@ -119,6 +119,20 @@ def read_lines(path: Path, source: str, encoder: SampleEncoder) -> Iterator[Item
         except (OSError, ValueError, TypeError) as error:
             raise EvaluationError(f"{where}: {error}") from None
         yield replace(item, encode=partial(_refuse, where, gone[0])) if gone else item
+
+
+def _with_answers(where: str, line: str) -> Sample:
+    """The sample of a line. Raises EvaluationError where its answer is empty, and SampleError."""
+    try:
+        return parse_sample(where, line)
+    except SampleError as error:
+        if error.reason != "missing_text":
+            raise
+        turn = error.detail.partition(":")[0]
+        raise EvaluationError(
+            f"{where}: {turn}: the answer is empty: give the one that is expected, or leave the "
+            "line out"
+        ) from None
 
 
 def _refuse(key: str, missing: Path) -> EncodedSample:

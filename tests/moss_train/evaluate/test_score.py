@@ -217,6 +217,10 @@ def test_lines_of_json_with_files_beside_them(model, tmp_path: Path) -> None:
     path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "messages": turns[:1]}))
     with pytest.raises(SampleError, match=r"mine.jsonl:2: bad_schema: messages: no assistant"):
         list(suite_samples(path, "mine", model.encoder))
+    nothing = [turns[0], {"role": "assistant", "content": " "}]
+    path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "messages": nothing}))
+    with pytest.raises(EvaluationError, match=r"mine.jsonl:2: messages\[1\]: the answer is empty"):
+        list(suite_samples(path, "mine", model.encoder))
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(EvaluationError, match=r"mine.jsonl: cannot be read: .*utf-8"):
         list(suite_samples(path, "mine", model.encoder))
