@@ -66,7 +66,7 @@ def frame_pixels(frame: Any) -> np.ndarray:
     # One thread: starting one for each core and frame costs more than converting a small picture.
     pixels: np.ndarray = frame.to_ndarray(format="rgba" if clear else "rgb24", threads=1)
     if clear:
-        pixels = np.asarray(_on_white(Image.fromarray(pixels)).convert("RGB"))
+        pixels = np.array(_on_white(Image.fromarray(pixels)).convert("RGB"))  # writable
     stored = frame.side_data.get("DISPLAYMATRIX")
     if stored is None:
         return pixels

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from av import VideoFrame
 from PIL import Image
 
 from data_pipeline.build import build_shards
 from data_pipeline.images import decode_image, picture_pixels, read_picture
+from data_pipeline.pixels import frame_pixels
 from data_pipeline.schema import SampleError
 from data_pipeline.video import frames_at
 from inference.engine.images import as_picture
@@ -110,3 +112,9 @@ def test_a_transparent_animation_is_on_white_as_its_pictures_are(tmp_path: Path,
     for frame in (decode_image(data), *frames_at(data, [0.0, 1.0])):
         assert frame[:, 4, 4].tolist() == [255, 255, 255]
         assert frame[:, 4, 12].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("form", ["rgb24", "rgba", "ya8"])
+def test_the_pixels_of_a_frame_can_be_written(form: str) -> None:
+    """torch warns of arrays that cannot be."""
+    assert frame_pixels(VideoFrame(8, 4, form)).flags.writeable
