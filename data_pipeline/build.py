@@ -35,7 +35,7 @@ from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, ShardWriter, check_source
 from data_pipeline.stores import StoreOptions, without_secrets
 
-_VERSION = 8  # of the importers: what a source becomes changes with it
+_VERSION = 9  # of the importers: what a source becomes changes with it
 _NAMED = 3  # files that are not read
 _SHARE_FROM = 1000  # records, before which a share means little
 
@@ -88,7 +88,7 @@ def build_shards(
                 progress = Progress("import", unit="records")
                 import_entries(opened.entries(WHOLE), journal, pool, options, progress)
                 index_groups(out, journal.shards, max(1, options.workers))
-                journal.finish()
+                journal.finish(opened.left_out)
         finally:
             journal.close()
     finally:
@@ -222,6 +222,7 @@ def options_of(given: argparse.Namespace) -> BuildOptions:
             form=given.form,
             media_dir=given.media_dir,
             datasets=tuple(given.dataset.split(",")) if given.dataset else (),
+            splits=tuple(given.split.split(",")) if given.split else (),
             media_column=given.media_column,
             caption_column=given.caption_column,
             window=given.window,
@@ -255,6 +256,8 @@ def add_options(parser: argparse.ArgumentParser, out: str | None = None) -> None
         metavar="NAME[,NAME...]",
         help="data sets of a dataset_info.json (default: all)",
     )
+    add("--split", metavar="NAME[,NAME...]", help="splits whose records are taken, of records "
+        "with a field split or subset, and files named after one (default: all)")  # fmt: skip
     add("--media-column", help="a table's column of media paths (default: found by its name)")
     add("--caption-column", help="a table's column of captions (default: found by its name)")
     add("--window", type=int, default=options.source.window, metavar="SECONDS",

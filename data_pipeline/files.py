@@ -85,6 +85,12 @@ def in_store(path: str) -> bool:
     return is_url(path) and not path.startswith(("http://", "https://"))
 
 
+def version(path: str) -> str:
+    """A name of what is in a file of a store now; ShardError where the file is not there."""
+    with _explained(path):
+        return _stores().about(path).name
+
+
 def fetch(path: str) -> None:
     """Brings a file of a store into the cache; what fails is told when the file is read."""
     with suppress(StoreError):

@@ -171,7 +171,7 @@ def _import(
         entries = _until_made(opened.entries(Share(number, job.parts)), job.part(number))
         progress = Progress("", shown=False)
         import_entries(entries, journal, Pool(0), options, progress, f"part-{number:05d}")
-        journal.finish()
+        journal.finish(opened.left_out)
     finally:
         journal.close()
 

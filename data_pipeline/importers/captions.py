@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_pipeline import files
@@ -31,7 +31,7 @@ _LISTS = (
     "images", "videos", "file_names", "image_paths", "video_paths", "image_urls", "video_urls",
 )  # fmt: skip
 _NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
-CAPTION_COLUMNS = ("caption", "text", "description", "sentence")
+CAPTION_COLUMNS = ("caption", "text", "description", "sentence", "captions", "sentences")
 
 
 def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
@@ -70,19 +70,27 @@ def _inside(folder: str, path: str) -> str:
 
 
 def looks_like_a_table(record: dict[str, Any]) -> bool:
-    named = any(may_name_medium(record.get(column)) for column in _LISTS)
-    return named or any(column in record for column in MEDIA_COLUMNS)
+    named = any(may_name_medium(record[column]) for column in _spelt(_LISTS, record))
+    return named or bool(_spelt(MEDIA_COLUMNS, record))
+
+
+def _spelt(usual: Iterable[str], record: Mapping[str, Any]) -> list[str]:
+    """The columns of these names, as the record spells them: LAION's are `URL` and `TEXT`."""
+    there = [name for name in usual if name in record]
+    if there:
+        return there
+    own = {str(name).lower(): name for name in record}
+    return [own[name] for name in usual if name in own]
 
 
 def table_draft(
     record: dict[str, Any], base: str, media_column: str | None, caption_column: str | None
-) -> Draft:
-    """A record with the path of a picture or video and its caption; SampleError, ShardError."""
+) -> list[Draft]:
+    """A record with the path of a picture or video and its caption, or a list of them, each of
+    which is a draft; SampleError, ShardError."""
     place = _column(record, media_column, _media_columns(record), "--media-column")
     words = _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
-    caption = record.get(words)
-    if not isinstance(caption, str) or not caption.strip() or caption.strip() in _NOTHING:
-        raise SampleError("missing_caption", f"{caption!r:.80} is not a caption")
+    texts, notes = captions_of(record.get(words))
     if not names_medium(record[place]):
         raise SampleError("missing_file", f"{place} is empty")
     value = _only(record[place], place)
@@ -90,8 +98,26 @@ def table_draft(
         shown = medium(_type(place, value, base), value, base)
     except ValueError as error:  # a URL that cannot be one
         raise SampleError("bad_schema", f"{place}: {value!r:.80}: {error}") from None
-    notes = tuple(unused_fields(record, (place, words)))
-    return caption_draft(shown, caption.strip(), notes=notes)
+    notes += unused_fields(record, (place, words))
+    return caption_drafts(shown, texts, notes)
+
+
+def captions_of(value: Any) -> tuple[list[str], list[str]]:
+    """The captions of a medium, and a note for each of a list that is none; SampleError where none
+    is left."""
+    given = value if isinstance(value, list) and all(isinstance(t, str) for t in value) else [value]
+    texts = [text for text in given if isinstance(text, str)]
+    texts = [text for text in texts if text.strip() and text.strip() not in _NOTHING]
+    if not texts:
+        raise SampleError("missing_caption", f"{value!r:.80} is not a caption")
+    return texts, ["caption without a text, left out"] * (len(given) - len(texts))
+
+
+def caption_drafts(shown: Medium, texts: list[str], notes: list[str]) -> list[Draft]:
+    """A draft for each caption of a medium."""
+    first, *others = texts
+    return [caption_draft(shown, first.strip(), notes=tuple(notes)),
+            *(caption_draft(shown, text.strip()) for text in others)]  # fmt: skip
 
 
 def _only(value: Any, place: str) -> Any:
@@ -104,9 +130,10 @@ def _only(value: Any, place: str) -> Any:
     return value[0]
 
 
-def plain_draft(record: dict[str, Any], base: str) -> Draft:
+def plain_draft(record: dict[str, Any], base: str) -> Draft | list[Draft]:
     """A record of plain text; one that names a medium, too, is a caption."""
-    named = [column for column in (*MEDIA_COLUMNS, *_LISTS) if may_name_medium(record.get(column))]
+    usual = _spelt((*MEDIA_COLUMNS, *_LISTS), record)
+    named = [column for column in usual if may_name_medium(record[column])]
     if named:
         return table_draft(record, base, named[0], None)
     return text_draft(record.get("text"), tuple(unused_fields(record, ("text",))))
@@ -130,7 +157,7 @@ def _media_columns(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
-    there = [name for name in usual if name in record]
+    there = _spelt(usual, record)
     # A table may have a column for pictures and one for videos: in each row one of them is empty.
     column = wanted or next(filter(lambda name: _is_there(record[name]), there), None)
     column = column or next(iter(there), None)
@@ -152,6 +179,7 @@ def _type(column: str, value: Any, base: str) -> MediaType:
     A column that says video is believed of a picture that may be animated.
     """
     path = value.get("path") if isinstance(value, dict) else value
+    column = column.lower()
     by_suffix = media_type(path) if isinstance(path, str) else None
     if path and by_suffix == "image" and column.startswith("video"):
         by_suffix = "video" if _may_move(files.join(base, path)) else "image"

@@ -90,6 +90,7 @@ ROLES: Mapping[str, Role] = {
     "human": "user",
     "observation": "user",
     "tool": "user",
+    "tool_response": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -98,6 +99,7 @@ ROLES: Mapping[str, Role] = {
     "ai": "assistant",
     "function_call": "assistant",
     "function": "assistant",
+    "tool_call": "assistant",
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +24,9 @@ from data_pipeline.importers.records import read_records
 from data_pipeline.importers.share import WHOLE, Share
 from data_pipeline.schema import SampleError
 
+# Under which names a record says of which split it is (the second is YouCook2's), and how files do.
+_SPLITS = ("split", "subset")
+_SPLIT_OF_FILE = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(?=[-_.])")
 _KNOWN_IDS = 1 << 18  # of a file, 25 MB of memory: it may have any number of records
 
 
@@ -47,8 +52,35 @@ class Refusal:
     reason: SampleError
 
 
+@dataclass(frozen=True)
+class Splits:
+    """The splits whose records are taken; of others the records are counted."""
+
+    wanted: tuple[str, ...]
+    left_out: Counter[str]
+
+    def taken(self, value: dict[str, Any], file: str) -> dict[str, Any] | SampleError | None:
+        """The record, None where it is of another split; a SampleError where it does not say, nor
+        the name of its file."""
+        said = [value[name] for name in _SPLITS if isinstance(value.get(name), str)]
+        if begins := _SPLIT_OF_FILE.match(file):
+            said.append(begins[1])
+        if not said:
+            fields = " or ".join(_SPLITS)
+            return SampleError("bad_schema", f"--split: the record has no {fields}, and its file "
+                               "is not called after one: leave --split away")  # fmt: skip
+        if said[0] in self.wanted:
+            # `split` means nothing else, `subset` may be part of a path.
+            return {key: v for key, v in value.items() if key != _SPLITS[0]}
+        self.left_out[f"record of the split {said[0]}, left out"] += 1
+        return None
+
+
 def record_entries(
-    record_files: list[RecordFile], share: Share = WHOLE, refused: Sequence[Refusal] = ()
+    record_files: list[RecordFile],
+    share: Share = WHOLE,
+    refused: Sequence[Refusal] = (),
+    splits: Splits | None = None,
 ) -> Iterator[Entry]:
     for at, record_file in enumerate(record_files):
         name, finder = files.name(record_file.path), Finder(record_file.base)
@@ -56,8 +88,12 @@ def record_entries(
         for record in read_records(record_file.path, partial(share.has_record, record_file.stem)):
             if record_file.limit is not None and record.number >= record_file.limit:
                 break
+            value: dict[str, Any] | SampleError | None = record.value
             again = _seen(record.value, ids)
-            for part, draft in enumerate(_record_drafts(record.value, record_file)):
+            if splits is not None and isinstance(value, dict):
+                value = splits.taken(value, name)
+            drafts = [] if value is None else _record_drafts(value, record_file)
+            for part, draft in enumerate(drafts):
                 if isinstance(draft, Draft):
                     draft = finder.placed(replace(draft, notes=draft.notes + again))
                 yield Entry(
@@ -84,12 +120,15 @@ def _seen(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]
 
 
 def folder_entries(
-    record_files: list[RecordFile], refused: list[Refusal], media: list[str]
+    record_files: list[RecordFile],
+    refused: list[Refusal],
+    media: list[str],
+    splits: Splits | None = None,
 ) -> Iterator[Entry]:
     """The records of an image folder's metadata, then a rejection for each medium without one."""
     named: set[str] = set()
     *_, stem = distinct_stems([*(file.stem for file in record_files), "unnamed"])
-    for entry in record_entries(record_files, refused=refused):
+    for entry in record_entries(record_files, refused=refused, splits=splits):
         if isinstance(entry.draft, Draft):
             paths = [medium.content for medium in entry.draft.media]
             named.update(os.path.normpath(path) for path in paths if isinstance(path, str))

@@ -6,10 +6,10 @@ A form of your own is a function in RECORD_FORMS, and, to be recognized without 
 
 from __future__ import annotations
 
-import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,16 @@ from data_pipeline.importers.draft import Convert, Draft, Entry, distinct_stems
 from data_pipeline.importers.entries import (
     RecordFile,
     Refusal,
+    Splits,
     drafts_or_reason,
     folder_entries,
     record_entries,
 )
+from data_pipeline.importers.fingerprint import fingerprint
 from data_pipeline.importers.layout import (
     INFO,
     METADATA,
     form_of_files,
-    is_dangling,
     is_records,
     is_tar,
     record_files,
@@ -73,7 +74,8 @@ RECORD_FORMS: dict[str, Convert] = {
     "cauldron": pairs.cauldron_draft,
     "ms-swift": pairs.swift_draft,
 }
-FORMS = (*RECORD_FORMS, "transcripts", "table", "llamafactory", "captions", "webdataset")
+WITHOUT_RECORDS = ("transcripts", "captions", "webdataset")
+FORMS = (*RECORD_FORMS, "table", "llamafactory", *WITHOUT_RECORDS)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class SourceOptions:
     form: str | None = None
     media_dir: str | None = None  # what the media paths of records are relative to
     datasets: tuple[str, ...] = ()  # of a dataset_info.json; none: all
+    splits: tuple[str, ...] = ()  # of records that say theirs; none: all
     media_column: str | None = None
     caption_column: str | None = None
     window: int = number(speech.WINDOW, above=0)  # seconds of a sample of commentary, at most
@@ -105,16 +108,20 @@ class OpenSource:
     found: tuple[str, ...] = ()  # the forms of its records
     unread: tuple[str, ...] = ()  # files beside them that look like data
     answers: tuple[str, ...] = ()  # files that the answers to the records' questions are read from
+    left_out: Counter[str] = field(default_factory=Counter)  # records of splits that are not wanted
 
     def fingerprint(self) -> str:
-        """Changes with the names and sizes of the source's files."""
-        known = hashlib.sha256()
-        for path in (*self.files, *self.answers):
-            # A folder of media has too many files to ask for the size of each.
-            many = self.form in ("captions", "webdataset")
-            size = 0 if many or is_dangling(path) else files.file_size(path)
-            known.update(f"{files.name(path)} {size}\n".encode(errors="backslashreplace"))
-        return f"{len(self.files)} files, {known.hexdigest()[:16]}"
+        """Changes with the names, sizes and contents of the source's files."""
+        paths = [*self.files, *self.answers]
+        looked_at = [path for path in paths if self._is_looked_at(path)]
+        return f"{len(self.files)} files, {fingerprint(paths, looked_at)}"
+
+    def _is_looked_at(self, path: str) -> bool:
+        """Of a folder of media the texts are, of shards those on a disk: others are too many to
+        ask for the size of each."""
+        if self.form == "captions":
+            return files.suffix(path) == ".txt" and not files.is_url(path)
+        return self.form != "webdataset" or not files.is_url(path)
 
 
 def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
@@ -133,13 +140,23 @@ def open_source(source: str, options: SourceOptions, out: Path) -> OpenSource:
         ours = os.path.join(source, out.resolve().relative_to(around), "")
         paths = [path for path in paths if not path.startswith(ours)]
     form = options.form or form_of_files(source, folder, paths)
-    opened = _opened(source, folder, paths, form, options)
+    splits = Splits(options.splits, Counter()) if options.splits else None
+    opened = _opened(source, folder, paths, form, options, splits)
+    if splits is not None:
+        if opened.form in WITHOUT_RECORDS:
+            raise ShardError(f"--split: {source} is {opened.form}, without records that say theirs")
+        opened = replace(opened, left_out=splits.left_out)
     roots = {options.media_dir, *map(files.parent, opened.files)} if opened.found else set()
     return replace(opened, unread=unread(paths, opened.files, roots))
 
 
 def _opened(
-    source: str, folder: bool, paths: list[str], form: str, options: SourceOptions
+    source: str,
+    folder: bool,
+    paths: list[str],
+    form: str,
+    options: SourceOptions,
+    splits: Splits | None,
 ) -> OpenSource:
     plain = any(map(is_records, paths))
     in_shards = form in RECORD_FORMS and not plain and any(map(is_tar, paths))
@@ -157,12 +174,12 @@ def _opened(
     if form == "transcripts":
         return _transcripts(source, folder, paths, options)
     if form == "llamafactory":
-        return _llama_factory(source, folder, options)
+        return _llama_factory(source, folder, options, splits)
     chosen, refused = _record_files(record_files(source, folder, paths), form, options)
     media = [path for path in paths if captions.media_type(path)]
-    of_part: Entries = partial(record_entries, chosen, refused=refused)
+    of_part: Entries = partial(record_entries, chosen, refused=refused, splits=splits)
     if media and files.name(chosen[0].path) in METADATA:
-        of_part = _by_key(partial(folder_entries, chosen, refused, media))
+        of_part = _by_key(partial(folder_entries, chosen, refused, media, splits))
     found = tuple(sorted({file.form for file in chosen if file.has_records}))
     read = [*(file.path for file in chosen), *(refusal.path for refusal in refused)]
     return OpenSource(form, read, of_part, found, answers=answers_beside(read))
@@ -284,7 +301,9 @@ def _transcripts(source: str, folder: bool, paths: list[str], options: SourceOpt
     return OpenSource("transcripts", paths, _by_key(entries), ("transcripts",))
 
 
-def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSource:
+def _llama_factory(
+    source: str, folder: bool, options: SourceOptions, splits: Splits | None
+) -> OpenSource:
     info = files.join(source, INFO) if folder else source
     base = options.media_dir or files.parent(info)
     parts: list[tuple[llama_factory.DataSet, str]] = []
@@ -303,7 +322,7 @@ def _llama_factory(source: str, folder: bool, options: SourceOptions) -> OpenSou
     ]
 
     def entries(share: Share) -> Iterator[Entry]:
-        yield from record_entries(record_files, share)
+        yield from record_entries(record_files, share, splits=splits)
         for name, reason in rejected:
             if share.has(name):
                 yield Entry(name, INFO, 1.0, reason)

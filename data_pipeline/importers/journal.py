@@ -105,8 +105,12 @@ class Journal:
         self.summary.imported[group] += samples
         self.summary.notes.update(notes)
 
-    def finish(self) -> None:
-        """Writes the result, and sorts the rejected records by their place in the source."""
+    def finish(self, left_out: Counter[str]) -> None:
+        """Writes the result, and sorts the rejected records by their place in the source.
+
+        left_out: notes of records that became nothing.
+        """
+        self.summary.notes.update(left_out)
         self._rejected.flush()
         lines = sorted(read_lines(self.out / REJECTED), key=lambda line: line["record"])
         write_lines(self.out / REJECTED, lines)

@@ -182,7 +182,7 @@ def looks_like_webvid(record: dict[str, Any]) -> bool:
     return {"videoid", "name"} <= record.keys() and not own
 
 
-def webvid_draft(record: dict[str, Any], base: str) -> Draft:
+def webvid_draft(record: dict[str, Any], base: str) -> list[Draft]:
     """WebVid's row -> a video and its caption; the video lies in its page's folder, or in none."""
     number, folder = record.get("videoid"), record.get("page_dir")
     if not isinstance(number, str | int) or not str(number).strip():

@@ -62,12 +62,29 @@ def _info(entry: str, mode: str) -> tuple[str, list[float]]:
             raise ValueError(f"it does not start with {mode}[INFO]")
         info = json.loads(entry.removeprefix(f"{mode}[INFO]"))
         path, times = info["video_path"], info["time_info"]
-        stamps = [_seconds(time["end"] if mode == _EVENTS else time) for time in times]
+        stamps = _ends(times) if mode == _EVENTS else [_seconds(time) for time in times]
         if not isinstance(path, str) or not path:
             raise ValueError(f"video_path: {path!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SampleError("bad_schema", f"videos[0]: {error!r}") from None
     return path, stamps
+
+
+def _ends(events: Any) -> list[float]:
+    """The second at which each event ends; SampleError for one that ends before it starts, or
+    before the one that was told before it: its caption would stand at a later second."""
+    ends: list[float] = []
+    for i, event in enumerate(events):
+        end = _seconds(event["end"])
+        start = _seconds(event.get("start", 0.0))
+        if end < start:
+            detail = f"time_info[{i}]: it ends at {end:g} s, before {start:g} s"
+            raise SampleError("bad_time", detail)
+        if ends and end < ends[-1]:
+            detail = f"time_info[{i}]: it ends at {end:g} s, the event before at {ends[-1]:g} s"
+            raise SampleError("bad_time", f"{detail}: sort the events by their ends")
+        ends.append(end)
+    return ends
 
 
 def _spread(messages: list[Turn], ends: list[float]) -> tuple[list[Turn], list[float]]:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from data_pipeline import files
 from data_pipeline.importers.by_ids import by_ids, place_of_records, records_by_id, top_of
+from data_pipeline.importers.by_lines import is_moment, records_of_moments
 from data_pipeline.importers.by_lists import in_large_lists, in_lists, lists_of
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
@@ -32,8 +33,9 @@ _BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a list
 _EVENTS = frozenset({"question", "response"})
 _NESTED = _EVENTS | {
     "messages", "conversations", "conversation", "videos", "images", "segments", "words",
-    "narrations", "subtitles", "texts", "history",
+    "narrations", "subtitles", "texts", "history", "captions", "sentences",
 }  # fmt: skip
+_TURNS = ("messages", "conversations", "conversation", "texts")
 _BY_LINE = (".jsonl", ".ndjson", ".jsonlines")
 Wanted = Callable[[int], bool]
 
@@ -67,7 +69,20 @@ def read_records(path: str, wanted: Wanted | None = None) -> Iterator[Record]:
             if not isinstance(value, dict | SampleError):
                 kind = type(value).__name__
                 value = SampleError("bad_schema", f"a record must be an object, not a {kind}")
-            yield Record(number, value, share)
+            yield Record(number, _with_turns(value), share)
+
+
+def _with_turns(value: dict[str, Any] | SampleError) -> dict[str, Any] | SampleError:
+    """A record whose turns are objects, which Hugging Face's datasets store as an object of lists:
+    `{"role": [...], "content": [...]}`."""
+    for name in _TURNS if isinstance(value, dict) else ():
+        lists = value.get(name)  # type: ignore[union-attr]
+        if isinstance(lists, dict) and lists and all(isinstance(v, list) for v in lists.values()):
+            if len({len(column) for column in lists.values()}) > 1:
+                return SampleError("bad_schema", f"{name}: its lists have different lengths")
+            rows = zip(*lists.values(), strict=True)
+            value = value | {name: [dict(zip(lists, row, strict=True)) for row in rows]}  # type: ignore[operator]
+    return value
 
 
 def _to_the_end(values: Iterator[tuple[Any, float]], path: str) -> Iterator[tuple[Any, float]]:
@@ -210,10 +225,14 @@ def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
 
 
 def _text(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
-    """A table, as Flickr8k's captions.txt is one, or JSON."""
+    """A table, as Flickr8k's captions.txt is one, JSON, or lines of moments."""
     start = file.peek(_CHUNK)[:_CHUNK]  # type: ignore[attr-defined]
     form = files.encoding(start)
     start = start.decode("utf-8-sig" if form == "utf-8" else form, errors="ignore").lstrip()
+    if is_moment(start.partition("\n")[0]):
+        for record in records_of_moments(file.read(), path):
+            yield record, 1.0
+        return
     read = _json if start.startswith(("{", "[")) else _csv
     yield from read(file, path, size, wanted)
 

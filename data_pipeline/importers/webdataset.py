@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline import files
 from data_pipeline.importers.archive import Archive, Members, open_archive
-from data_pipeline.importers.captions import CAPTION_COLUMNS
+from data_pipeline.importers.captions import CAPTION_COLUMNS, caption_drafts, captions_of
 from data_pipeline.importers.conversation import (
     conversation_draft,
     looks_like_one,
@@ -27,7 +27,6 @@ from data_pipeline.importers.draft import (
     Entry,
     Medium,
     as_list,
-    caption_draft,
     distinct_stems,
     media_type,
     refuse_unwanted,
@@ -220,7 +219,7 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
         notes += [*more, *(f"unused member .{name}" for name in unused)]
         first, *rest = as_list((made or conversation_draft)(known, ""))
         return [_noted(first, tuple(notes)), *rest]
-    return [_captioned(record, parts, key, media, notes)]
+    return _captioned(record, parts, key, media, notes)
 
 
 def _captioned(
@@ -229,19 +228,20 @@ def _captioned(
     key: str,
     media: dict[str, Any],
     notes: list[str],
-) -> Draft:
-    caption, used = _caption(parts, record, key)
+) -> list[Draft]:
+    texts, used = _captions(parts, record, key, notes)
     notes += unused_fields(record, used)
     notes += [f"unused member .{name}" for name in _TEXTS if name in parts and name not in used]
-    if not caption.strip():
+    if not texts:
         raise SampleError("missing_caption", f"members: {', '.join(sorted(parts))}")
     if not media:
-        return text_draft(caption, tuple(notes))
+        first, *others = texts
+        return [text_draft(first, tuple(notes)), *map(text_draft, others)]
     if len(media) > 1:
         raise SampleError("ambiguous_media", f"one caption, {len(media)} media: {', '.join(media)}")
     ((name, kind),) = media.items()
     shown = Medium(kind, parts[name], files.suffix(f"m.{name}"))
-    return caption_draft(shown, caption.strip(), notes=tuple(notes))
+    return caption_drafts(shown, texts, notes)
 
 
 def _json(parts: dict[str, bytes]) -> dict[str, Any] | None:
@@ -266,13 +266,20 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or {"from", "value"} <= set(value))
 
 
-def _caption(parts: dict[str, bytes], record: dict[str, Any], key: str) -> tuple[str, list[str]]:
-    """The caption, and the member or field that it is."""
+def _captions(
+    parts: dict[str, bytes], record: dict[str, Any], key: str, notes: list[str]
+) -> tuple[list[str], list[str]]:
+    """The captions, and the member or field that has them."""
     for name in _TEXTS:
         if name in parts:
-            return files.decode_text(parts[name], f"{key}.{name}"), [name]
-    found = [column for column in CAPTION_COLUMNS if isinstance(record.get(column), str)]
-    return (record[found[0]], found[:1]) if found else ("", [])
+            text = files.decode_text(parts[name], f"{key}.{name}")
+            return [text] if text.strip() else [], [name]
+    for name in CAPTION_COLUMNS:
+        if isinstance(record.get(name), str | list) and record[name]:
+            texts, left_out = captions_of(record[name])
+            notes += left_out
+            return texts, [name]
+    return [], []
 
 
 def _own(record: dict[str, Any], parts: dict[str, bytes], key: str, notes: list[str]) -> Draft:

@@ -103,6 +103,7 @@ def check_source(source: str, options: BuildOptions, limit: int | None, shown: i
             checked.add(outcome, shown)
             skipped = checked.skipped.total()
             progress.step(share=outcome.share, note=f"{skipped} skipped" if skipped else "")
+        checked.noted.update(opened.left_out)
         progress.end()
     finally:
         pool.close()

@@ -306,8 +306,10 @@ def test_event_captions_show_the_frames_up_to_each_events_end(tmp_path: Path) ->
     clip = video(tmp_path / "clip.mp4", seconds=6)
     mode = "[Streaming Event Caption]"
 
-    def record(ends: list[Any], answer: str, extra: int = 0) -> dict[str, Any]:
-        events = [{"start": "00:00", "end": end} for end in ends]
+    def record(
+        ends: list[Any], answer: str, extra: int = 0, start: str = "00:00"
+    ) -> dict[str, Any]:
+        events = [{"start": start, "end": end} for end in ends]
         info = json.dumps({"video_path": "clip.mp4", "time_info": events})
         return {
             "messages": [
@@ -324,6 +326,8 @@ def test_event_captions_show_the_frames_up_to_each_events_end(tmp_path: Path) ->
         record(["00:02", 60], two),
         record(["00:02", "00:04"], two, extra=1),
         record(["00:02", "soon"], two),
+        record(["00:04.5", "00:02"], two),
+        record(["00:01", "00:02"], two, start="00:01.5"),
     ]
     (tmp_path / "events.json").write_text(json.dumps(records))
     run(tmp_path / "events.json", tmp_path / "out")
@@ -331,6 +335,8 @@ def test_event_captions_show_the_frames_up_to_each_events_end(tmp_path: Path) ->
         "events-000002": "frame_after_end",
         "events-000003": "mark_media_mismatch",
         "events-000004": "bad_schema",
+        "events-000005": "bad_time",
+        "events-000006": "bad_time",
     }
     first, second = imported(tmp_path / "out").values()
     # 0, 1 and 2 s are shown before the first event has ended, 3 and 4 s before the second.

@@ -124,6 +124,14 @@ def test_roles_are_known_in_any_letter_case(asks: str, answers: str) -> None:
     assert draft.notes == ("unused field messages[].images",)
 
 
+def test_ms_swifts_calls_of_tools_are_learned_and_their_answers_are_not() -> None:
+    said = [("user", "Weather?"), ("tool_call", '{"name": "weather"}'), ("tool_response", "21 C"),
+            ("assistant", "It is 21 C.")]  # fmt: skip
+    record = {"messages": [{"role": role, "content": content} for role, content in said]}
+    roles = [turn["role"] for turn in conversation_draft(record, "").messages]
+    assert roles == ["user", "assistant", "user", "assistant"]
+
+
 def test_roles_that_nobody_knows_are_named() -> None:
     for role in ("Narrator", ["user"], None):
         record = {"messages": [{"role": role, "content": "Once."}]}

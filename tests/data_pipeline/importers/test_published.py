@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -178,6 +180,47 @@ def test_an_import_notices_that_its_answers_are_others(tmp_path: Path) -> None:
             build_shards(given, out, options)
         answers.write_text(before)
         assert build_shards(given, out, options).imported == {"image": 1}
+
+
+def test_a_list_of_captions_is_a_sample_for_each(tmp_path: Path) -> None:
+    """As the parquet files of Flickr30k and COCO on a hub have them."""
+    red = picture(tmp_path / "set/red.jpg")
+    rows = [
+        {"image": {"bytes": red, "path": "red.jpg"}, "caption": ["A dog.", "", "A red dog."]},
+        {"image": {"bytes": red, "path": "red.jpg"}, "caption": ["nan"]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set/f.parquet")
+    record = {"image": "red.jpg", "sentences": ["One.", "Two."]}
+    (tmp_path / "set/s.jsonl").write_text(json.dumps(record))
+    (tmp_path / "set/c.csv").write_text("URL,TEXT\nred.jpg,Laion has\n")
+    as_json = json.dumps({"captions": ["In a", "shard."]}).encode()
+    write_tar(tmp_path / "set/t.tar", {"a.jpg": red, "a.json": as_json})
+    found = {}
+    for name in ("f.parquet", "s.jsonl", "c.csv", "t.tar"):
+        samples, summary = run(tmp_path / "set" / name)
+        assert all(sample["members"] == {"0.jpg": red} for sample in samples)
+        found[name] = sorted(said(sample)[1] for sample in samples)
+        if name == "f.parquet":
+            assert summary.rejected == {"missing_caption": 1}
+            assert summary.notes == {"caption without a text, left out": 1}
+    assert found == {
+        "f.parquet": ["A dog.", "A red dog."],
+        "s.jsonl": ["One.", "Two."],
+        "c.csv": ["Laion has"],
+        "t.tar": ["In a", "shard."],
+    }
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_charades_lines_are_the_moments_of_their_videos(encoding: str, folder: Path) -> None:
+    lines = "a 0.0 2.0##a person enters.\nb 0 1##n.\na 1.0 3.0##a person eats \u00e9.\na 3.0\n"
+    (folder / "charades_sta_train.txt").write_text(lines, encoding=encoding)
+    (sample,), summary = run(folder / "charades_sta_train.txt")
+    before = f"{SILENCE}{FRAME}" * 3
+    assert said(sample) == [
+        ASKED, f"{before}a person enters.{SILENCE}{FRAME}a person eats \u00e9.{SILENCE}",
+    ]  # fmt: skip
+    assert summary.rejected == {"bad_schema": 1, "missing_file": 1}
 
 
 def test_questions_of_one_file_are_answered_by_most(size: str, tmp_path: Path) -> None:

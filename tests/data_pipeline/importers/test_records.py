@@ -160,3 +160,22 @@ def test_names_of_columns_have_no_spaces_around_them(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image, caption\na.jpg, red\n")
     (record,) = values(tmp_path / "a.csv")
     assert list(record) == ["image", "caption"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_turns_stored_as_lists_side_by_side_are_turns(suffix: str, tmp_path: Path) -> None:
+    """As Hugging Face's datasets store a sequence of objects."""
+    path = tmp_path / f"r{suffix}"
+    rows: list[dict[str, Any]] = [
+        {"conversations": {"from": ["human", "gpt"], "value": ["What?", "That."]}},
+        {"conversations": {"from": ["human", "gpt"], "value": ["What?"]}},
+    ]
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, uneven = [record.value for record in read_records(str(path))]
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    assert whole == {"conversations": turns}
+    assert isinstance(uneven, SampleError)
+    assert uneven.detail == "conversations: its lists have different lengths"
