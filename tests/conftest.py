@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -46,6 +47,11 @@ LONG = (
 # Processes of tests share the cores with each other: the threads of a small product would wait for
 # one another longer than they compute. Read when torch is loaded, here and in what tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What gives torch all cores all the same (an evaluation, a job without hardware.threads) would
+# otherwise keep them busy while its threads wait: ten times the time, beside another test.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Python's collector would look through all that is imported, again and again, and find nothing.
+gc.disable()
 # Groups of ranks that have been stay open in a process; a shell often allows 1024 files.
 allow_open_files()
 # A shell's background job ignores Ctrl-C, and with it what tests start: those wait for its effect.
@@ -64,6 +70,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts whole files; `--no-loadscope-reorder` keeps pytest-xdist from sorting them again."""
     order = {str(REPO / name): place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(str(item.path), len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """From here on the collector looks at what tests make, and no more at what was imported."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test, and what its fixtures make, begins with one thread of torch: what ran before may
+    have taken all cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +114,6 @@ def groups():
     from moss_train.config import ParallelConfig
     from moss_train.parallel.process_groups import build_groups
 
-    torch.set_num_threads(1)
     hardware.activate("cpu")
     store = torch.distributed.HashStore()  # no port, which another process could take
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

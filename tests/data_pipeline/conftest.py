@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_pipeline.toy.build import ToyConfig, build_toy
 
 REAL_FILES = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-
-# Loaders without workers run here: torch's threads would only wait for each other.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
