@@ -84,7 +84,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AttentionNeeds:
     """What a job asks of its attention.
 
     use: TRAINING or INFERENCE. device: kind of device. dtype: as configurations call it.
@@ -104,43 +104,43 @@ def kinds_of(use: str) -> tuple[str, ...]:
     return tuple(name for name, kind in KINDS.items() if kind.places(use))
 
 
-def unable(name: str, wanted: Wanted) -> list[str]:
-    """Why a kind cannot do what is wanted, whatever is installed; none where it can."""
+def unable(name: str, needs: AttentionNeeds) -> list[str]:
+    """Why a kind cannot do what is needed, whatever is installed; none where it can."""
     kind, reasons = KINDS[name], []
-    places = kind.places(wanted.use)
+    places = kind.places(needs.use)
     if not places:
-        reasons.append(f"computes nothing in {wanted.use}")
-    if wanted.device not in kind.devices:
-        reasons.append(f"runs on {_either(kind.devices)}, not on {wanted.device}")
-    if wanted.dtype not in kind.dtypes:
-        reasons.append(f"computes in {_either(kind.dtypes)}, not in {wanted.dtype}")
-    if wanted.mask and TOWER in places and not kind.mask:
-        reasons.append(f"takes no mask, which {wanted.mask} needs")
+        reasons.append(f"computes nothing in {needs.use}")
+    if needs.device not in kind.devices:
+        reasons.append(f"runs on {_either(kind.devices)}, not on {needs.device}")
+    if needs.dtype not in kind.dtypes:
+        reasons.append(f"computes in {_either(kind.dtypes)}, not in {needs.dtype}")
+    if needs.mask and TOWER in places and not kind.mask:
+        reasons.append(f"takes no mask, which {needs.mask} needs")
     for place in places:
-        size = wanted.heads[place]
+        size = needs.heads[place]
         if not kind.least <= size <= (kind.largest or size) or size % kind.multiple:
             reasons.append(f"takes heads of {sizes(kind)} numbers, the {place}'s have {size}")
     return reasons
 
 
-def missing(name: str, wanted: Wanted) -> list[str]:
+def missing(name: str, needs: AttentionNeeds) -> list[str]:
     """Why a kind cannot be had here: what it cannot do, or what is not installed."""
     kind = KINDS[name]
-    reasons = unable(name, wanted)
+    reasons = unable(name, needs)
     if not reasons and not kind.installed():
         reasons.append(f"{kind.package} is not installed (pip install '{kind.install}')")
     return reasons
 
 
-def able(wanted: Wanted) -> list[str]:
+def able(needs: AttentionNeeds) -> list[str]:
     """Names of the kinds that can be had, sdpa first."""
-    return [name for name in KINDS if not missing(name, wanted)]
+    return [name for name in KINDS if not missing(name, needs)]
 
 
-def refusals(field: str, name: str, wanted: Wanted) -> Iterator[str]:
+def refusals(field: str, name: str, needs: AttentionNeeds) -> Iterator[str]:
     """A line for each reason why the kind that `field` names cannot be had, with what can."""
-    for reason in missing(name, wanted):
-        yield f"{field}={name}: {reason}: use {_either(('auto', *able(wanted)))}"
+    for reason in missing(name, needs):
+        yield f"{field}={name}: {reason}: use {_either(('auto', *able(needs)))}"
 
 
 def sizes(kind: AttentionKind) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from data_pipeline.aspect_ratios import supported_aspect_ratios
-from data_pipeline.attention_kinds import FRAMES, TEXT, TOWER, TRAINING, Wanted, kinds_of
+from data_pipeline.attention_kinds import FRAMES, TEXT, TOWER, TRAINING, AttentionNeeds, kinds_of
 from data_pipeline.fields import choice, number, numbers
 
 MOST_FRAMES_PER_CHUNK = 16
@@ -155,9 +155,9 @@ class ModelConfig:
         }
         return {"none": {}, "tower": tower, "all": tower | decoder}[self.fp8]
 
-    def attention_wanted(self, device: str) -> Wanted:
+    def attention_needs(self, device: str) -> AttentionNeeds:
         """What its layers ask of an attention on this kind of device."""
         tower = self.vision.hidden_size // self.vision.num_heads
         heads = {TEXT: self.text.head_dim, TOWER: tower, FRAMES: self.text.head_dim}
         mask = "" if self.vision.full_attention else "model.vision.full_attention=false"
-        return Wanted(TRAINING, device, self.dtype, heads, mask)
+        return AttentionNeeds(TRAINING, device, self.dtype, heads, mask)

@@ -194,7 +194,7 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
 def _attention(config: Config) -> Iterator[str]:
     name, model = config.model.attention, config.model
     if name != "auto":
-        wanted = model.attention_wanted(hardware.kind_of(config.hardware.device))
+        wanted = model.attention_needs(hardware.kind_of(config.hardware.device))
         yield from refusals("model.attention", name, wanted)
     if model.flex_backend == "flash":
         yield from _flex_flash(config)

@@ -17,7 +17,7 @@ from data_pipeline.synthesis.candidate import Candidate, same_words
 from data_pipeline.synthesis.config import SynthesisConfig
 from data_pipeline.synthesis.model import Model, vote
 from data_pipeline.synthesis.prompts import Prompts
-from data_pipeline.synthesis.watch import Watched
+from data_pipeline.synthesis.watch import ConfirmedClip
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Check:
     """Checks the candidates of one clip."""
 
     def __init__(
-        self, watched: Watched, model: Model, prompts: Prompts, config: SynthesisConfig
+        self, watched: ConfirmedClip, model: Model, prompts: Prompts, config: SynthesisConfig
     ) -> None:
         self._clip, self._timeline = watched.clip, watched.timeline
         self._model, self._prompts = model, prompts

@@ -21,7 +21,7 @@ from data_pipeline.synthesis.endpoint import RequestFailed
 from data_pipeline.synthesis.model import Model
 from data_pipeline.synthesis.prompts import Prompts
 from data_pipeline.synthesis.store import Store
-from data_pipeline.synthesis.watch import Watched, watch
+from data_pipeline.synthesis.watch import ConfirmedClip, watch
 
 _VERSION = 1  # of what an outcome depends on besides the settings
 # Requests that a video has under way at a time, about. Decides how many videos are worked on.
@@ -159,7 +159,7 @@ class _Work:
             ],
         }
 
-    async def _written(self, role: str, watched: Watched) -> list[Candidate]:
+    async def _written(self, role: str, watched: ConfirmedClip) -> list[Candidate]:
         """The candidates that the model writes for a role."""
         count = len(watched.clip.pictures)
         data = {
@@ -176,7 +176,7 @@ class _Work:
         return [candidate_of(role, sample) for sample in reply["samples"][:most]]
 
     async def _checked(
-        self, candidates: list[Candidate], watched: Watched
+        self, candidates: list[Candidate], watched: ConfirmedClip
     ) -> list[tuple[str, str] | None]:
         """The fault of each candidate, or None: first its own, then duplicates, then the models'
         checks of those that are left."""

@@ -24,14 +24,14 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class Watched:
+class ConfirmedClip:
     """The part of a clip whose captions are all confirmed, and its timeline."""
 
     clip: Clip
     timeline: Timeline
 
 
-async def watch(clip: Clip, model: Model, config: SynthesisConfig) -> Watched | None:
+async def watch(clip: Clip, model: Model, config: SynthesisConfig) -> ConfirmedClip | None:
     """Captions all windows, and keeps the longest run of windows whose captions are confirmed;
     None where that is shorter than cut.shortest."""
     size, count = config.cut.window, len(clip.pictures)
@@ -57,7 +57,7 @@ async def watch(clip: Clip, model: Model, config: SynthesisConfig) -> Watched | 
         assert caption is not None
         scenes.append({"second": number * size - first, "text": caption["scene"]})
         events += [event | {"second": event["second"] - first} for event in caption["events"]]
-    return Watched(clip.part(first, length), Timeline(tuple(scenes), tuple(events)))
+    return ConfirmedClip(clip.part(first, length), Timeline(tuple(scenes), tuple(events)))
 
 
 async def _caption(

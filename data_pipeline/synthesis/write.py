@@ -37,7 +37,7 @@ _VERSION = 2  # of how outcomes become samples
 
 
 @dataclass
-class Written:
+class WriteCounts:
     """Counts of the samples that are in the shards, and of those that are not."""
 
     accepted: Counter[str] = field(default_factory=Counter)  # by role
@@ -110,7 +110,7 @@ def samples(sources: Iterable[Source], outcome_of: OutcomeOf) -> Iterator[Sample
 
 def write(
     out: Path, sources: Sequence[Source], outcome_of: OutcomeOf, config: SynthesisConfig
-) -> Written:
+) -> WriteCounts:
     """Writes shards and records, unless those in the folder were written from the same outcomes.
 
     Without an accepted sample no shards are written.
@@ -120,10 +120,10 @@ def write(
         kept = json.loads(manifest.read_text())
         if kept["digest"] == digest:
             rejected = {(role, reason): count for role, reason, count in kept["rejected"]}
-            return Written(Counter(kept["accepted"]), Counter(rejected), Counter(kept["notes"]))
+            return WriteCounts(Counter(kept["accepted"]), Counter(rejected), Counter(kept["notes"]))
     manifest.unlink(missing_ok=True)
     shutil.rmtree(out / SHARDS, ignore_errors=True)
-    written = Written()
+    written = WriteCounts()
     for source in sources:
         # Outcomes of earlier versions have no notes.
         written.notes.update((outcome_of(source) or {}).get("notes", ()))
@@ -149,7 +149,7 @@ def _digest(sources: Sequence[Source], outcome_of: OutcomeOf, config: SynthesisC
 
 
 def _accepted(
-    found: Iterable[Sample], maker: _Maker, written: Written, record: AddLine, reject: AddLine
+    found: Iterable[Sample], maker: _Maker, written: WriteCounts, record: AddLine, reject: AddLine
 ) -> Iterator[dict[str, Any]]:
     """Yields the accepted samples as ShardWriter takes them; counts all of them, and adds each to
     the file of records or of rejected samples."""

@@ -219,7 +219,7 @@ def moved_by_kept(model: MossVideoForConditionalGeneration, kv_dtype: str) -> fl
 
 
 @dataclass
-class Endless:
+class LongStream:
     """Measurements of a long stream; lists have an entry for each tenth of it."""
 
     frames: int
@@ -230,7 +230,7 @@ class Endless:
     cached_frames: int  # likewise
 
 
-def endless(engine: Engine, frames: int, clock: Clock) -> Endless:
+def endless(engine: Engine, frames: int, clock: Clock) -> LongStream:
     """Streams `frames` frames through one slot, which is silent after nine of ten frames."""
     pixels = random_frames(engine.model, 8)
     slot = engine.open()
@@ -252,7 +252,7 @@ def endless(engine: Engine, frames: int, clock: Clock) -> Endless:
         progress.step()
     progress.end()
     rate = frames / (clock() - start)
-    result = Endless(frames, megabytes, milliseconds, rate, slot.length, len(slot.frames))
+    result = LongStream(frames, megabytes, milliseconds, rate, slot.length, len(slot.frames))
     engine.close(slot)
     return result
 

@@ -26,7 +26,7 @@ PLAIN_WORDS = ["A man walks in and sits down. Who is it?"]
 
 
 @dataclass
-class Served:
+class ServedTimings:
     """Measurements of all sessions."""
 
     rates: list[float]  # tokens/s of each session
@@ -46,7 +46,9 @@ def plain_processor(vocabulary: int) -> SimpleNamespace:
         return SimpleNamespace(tokenizer=PreTrainedTokenizerFast.from_pretrained(path))
 
 
-def served(engine: Engine, *, sessions: int, seen: int, seconds: int, fps: float = 1.0) -> Served:
+def served(
+    engine: Engine, *, sessions: int, seen: int, seconds: int, fps: float = 1.0
+) -> ServedTimings:
     """Streams to `sessions` sessions at once, all of which speak without end.
 
     Args:
@@ -94,7 +96,7 @@ def _check(sessions: list[SessionHandle]) -> None:
 
 def _measured(
     sessions: list[SessionHandle], frame: torch.Tensor, seconds: int, fps: float
-) -> Served:
+) -> ServedTimings:
     tokens_before = [session.stats()["tokens"] for session in sessions]
     count, start = round(seconds * fps * len(sessions)), time.perf_counter()
     progress = Progress("live", count, "frames")
@@ -107,7 +109,7 @@ def _measured(
     took = time.perf_counter() - start
     tokens = [session.stats()["tokens"] for session in sessions]
     decisions, dropped = _decided(sessions, count)
-    return Served(
+    return ServedTimings(
         rates=[(now - before) / took for now, before in zip(tokens, tokens_before, strict=True)],
         decisions=decisions,
         dropped=dropped,

@@ -12,7 +12,7 @@ from data_pipeline.attention_kinds import (
     NPU,
     TEXT,
     TOWER,
-    Wanted,
+    AttentionNeeds,
     able,
     kinds_of,
     refusals,
@@ -54,12 +54,12 @@ def choose(
     """The kind that one of CHOICES stands for.
 
     Args:
-        heads: size of a head, by place. mask: as `Wanted`'s.
+        heads: size of a head, by place. mask: as `AttentionNeeds`'s.
 
     Raises:
         ValueError: it cannot be had; names what can.
     """
-    wanted = Wanted(INFERENCE, device.type, DTYPES.get(dtype, str(dtype)), heads, mask)
+    wanted = AttentionNeeds(INFERENCE, device.type, DTYPES.get(dtype, str(dtype)), heads, mask)
     if asked == "auto":
         return NPU if NPU in able(wanted) else "sdpa"
     for refusal in refusals("attention", asked, wanted):

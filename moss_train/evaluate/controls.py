@@ -58,7 +58,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class Watched:
+class ShownSample:
     """A sample, and the frames that the model is shown at its `<|image|>` tokens.
 
     states: `[F, T x P, H]`. ratios: `[F]`, on the host. blind: none of them.
@@ -69,7 +69,7 @@ class Watched:
     ratios: Tensor
     blind: bool = False
 
-    def under(self, control: str) -> Watched:
+    def under(self, control: str) -> ShownSample:
         """The same sample with what `control` shows; itself where that is the same."""
         if control == BLIND and len(self.states):
             return replace(self, blind=True)
@@ -80,11 +80,11 @@ class Watched:
         return replace(self, states=self.states.index_select(0, there), ratios=self.ratios[order])
 
 
-def watch(model: Model, items: Sequence[Item]) -> list[Watched]:
+def watch(model: Model, items: Sequence[Item]) -> list[ShownSample]:
     """The samples with their frames, encoded."""
     states = model.encode([item.encoded for item in items])
     return [
-        Watched(item, state, item.encoded.aspect_ratio_ids)
+        ShownSample(item, state, item.encoded.aspect_ratio_ids)
         for item, state in zip(items, states, strict=True)
     ]
 

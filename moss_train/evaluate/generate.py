@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL
 from data_pipeline.schema import VIDEO_MARK, Sample
-from moss_train.evaluate.controls import Model, ModelInput, Watched
+from moss_train.evaluate.controls import Model, ModelInput, ShownSample
 from moss_train.evaluate.items import Item
 
 SPEAK = "speak"  # the model's turn, until it ends it or has said enough
@@ -21,7 +21,7 @@ Step = str | list[int] | int  # SPEAK, tokens that are given, or the `<|image|>`
 
 
 @dataclass
-class Talk:
+class GeneratedConversation:
     """A conversation while it is generated; `said` are the tokens of each SPEAK."""
 
     script: list[Step]
@@ -65,7 +65,7 @@ class Talk:
             self.script.pop(0)
 
 
-def generate(model: Model, talks: Sequence[Talk]) -> None:
+def generate(model: Model, talks: Sequence[GeneratedConversation]) -> None:
     """Plays all talks to their end, the most likely token at a time."""
     running = [talk for talk in talks if talk.advance()]
     while running:
@@ -75,14 +75,16 @@ def generate(model: Model, talks: Sequence[Talk]) -> None:
         running = [talk for talk in running if talk.advance()]
 
 
-def answers(model: Model, watched: Sequence[Watched], most: int = 64) -> list[str]:
+def answers(model: Model, watched: Sequence[ShownSample], most: int = 64) -> list[str]:
     """What the model says in the last turn of each conversation, in place of its answer."""
     special, talks = model.encoder.special, []
     ends = {special.eot_id, special.end_of_text}
     for seen in watched:
         given = seen.item.encoded.tokens[: answer_start(seen.item)].tolist()
         script = [*script_of(given, special.image), SPEAK]
-        talks.append(Talk(script, seen.states, seen.ratios, ends, most, seen.blind))
+        talks.append(
+            GeneratedConversation(script, seen.states, seen.ratios, ends, most, seen.blind)
+        )
     generate(model, talks)
     return [model.tokenizer.decode(talk.said[-1]) for talk in talks]
 
@@ -108,7 +110,7 @@ def script_of(tokens: Sequence[int], image: int) -> list[Step]:
 
 
 def streams(
-    model: Model, watched: Sequence[Watched], most: int = 10
+    model: Model, watched: Sequence[ShownSample], most: int = 10
 ) -> list[list[tuple[int, str]]]:
     """Plays real-time conversations live; what was said in which second, -1 before any frame.
 
@@ -117,7 +119,7 @@ def streams(
     """
     ends = {model.encoder.special.silence}
     talks = [
-        Talk(
+        GeneratedConversation(
             stream_script(model, seen.item.sample),
             seen.states,
             seen.ratios,
@@ -185,7 +187,7 @@ def _utterances(
     return [(second, model.tokenizer.decode(words)) for second, words in spoken]
 
 
-def predictions(model: Model, watched: Sequence[Watched]) -> list[tuple[Tensor, Tensor]]:
+def predictions(model: Model, watched: Sequence[ShownSample]) -> list[tuple[Tensor, Tensor]]:
     """Teacher-forced: `Model.predict` of each sample."""
     inputs = []
     for seen in watched:

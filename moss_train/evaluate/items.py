@@ -24,7 +24,7 @@ class EvaluationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Known:
+class AnswerKey:
     """What is known about a sample and its answer.
 
     source: what its scores are grouped by, such as `sft/video`.
@@ -48,7 +48,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Item(Known):
+class Item(AnswerKey):
     """A sample that a model is asked about."""
 
     encode: Callable[[], EncodedSample] = field(kw_only=True)
@@ -58,9 +58,9 @@ class Item(Known):
         """The sample as tensors, made when they are asked for first. Raises SampleError."""
         return self.encode()
 
-    def known(self) -> Known:
+    def known(self) -> AnswerKey:
         """All but the tensors."""
-        return Known(*(getattr(self, entry.name) for entry in fields(Known)))
+        return AnswerKey(*(getattr(self, entry.name) for entry in fields(AnswerKey)))
 
 
 def read_shards(

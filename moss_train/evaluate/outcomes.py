@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL
-from moss_train.evaluate.controls import BLIND, SEEN, Model, Watched, watch
+from moss_train.evaluate.controls import BLIND, SEEN, Model, ShownSample, watch
 from moss_train.evaluate.generate import answer_start, answers, predictions, streams
-from moss_train.evaluate.items import Item, Known
+from moss_train.evaluate.items import AnswerKey, Item
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Outcome:
     spoken: of a stream, live: second and sentence.
     """
 
-    known: Known
+    known: AnswerKey
     frames: int
     labels: list[int] = field(default_factory=list)
     hits: dict[str, int] = field(default_factory=dict)
@@ -59,11 +59,11 @@ def outcomes(
     return found
 
 
-Work = Callable[[list[Watched]], Sequence[T]]
+Work = Callable[[list[ShownSample]], Sequence[T]]
 
 
 def _under(
-    watched: Sequence[Watched], controls: Sequence[str], work: Work[T]
+    watched: Sequence[ShownSample], controls: Sequence[str], work: Work[T]
 ) -> list[dict[str, T]]:
     """Runs `work` on the samples as they are and under each control: `{SEEN: ..., control: ...}`
     for each sample. What a control does not change is not computed again."""
@@ -83,12 +83,12 @@ def _under(
 
 def _captions(
     model: Model,
-    watched: Sequence[Watched],
+    watched: Sequence[ShownSample],
     found: Sequence[Outcome],
     controls: Sequence[str],
     generates: bool,
 ) -> None:
-    def hits(shown: list[Watched]) -> list[int]:
+    def hits(shown: list[ShownSample]) -> list[int]:
         counts = []
         for seen, (likely, _) in zip(shown, predictions(model, shown), strict=True):
             labels = seen.item.encoded.labels[1:]
@@ -102,7 +102,7 @@ def _captions(
 
 def _questions(
     model: Model,
-    watched: Sequence[Watched],
+    watched: Sequence[ShownSample],
     found: Sequence[Outcome],
     controls: Sequence[str],
     generates: bool,
@@ -118,7 +118,7 @@ def _questions(
             found[n].picked = right
 
 
-def _pick(model: Model, watched: Sequence[Watched]) -> list[bool]:
+def _pick(model: Model, watched: Sequence[ShownSample]) -> list[bool]:
     """Is the likeliest option, by the mean log probability of its tokens, the answer?"""
     asked = [_with_answer(model, seen, option) for seen in watched for option in seen.item.options]
     means = [
@@ -134,7 +134,7 @@ def _pick(model: Model, watched: Sequence[Watched]) -> list[bool]:
     return right
 
 
-def _with_answer(model: Model, seen: Watched, option: str) -> Watched:
+def _with_answer(model: Model, seen: ShownSample, option: str) -> ShownSample:
     """The sample with another answer, and the same end of turn."""
     start, encoded = answer_start(seen.item), seen.item.encoded
     said = model.tokenizer.encode(option, add_special_tokens=False).ids
@@ -150,12 +150,12 @@ def _with_answer(model: Model, seen: Watched, option: str) -> Watched:
 
 def _streams(
     model: Model,
-    watched: Sequence[Watched],
+    watched: Sequence[ShownSample],
     found: Sequence[Outcome],
     controls: Sequence[str],
     generates: bool,
 ) -> None:
-    def decide(shown: list[Watched]) -> list[list[bool]]:
+    def decide(shown: list[ShownSample]) -> list[list[bool]]:
         likely = [said for said, _ in predictions(model, shown)]
         return [
             decisions(model, seen.item, said[:-1]).tolist()
@@ -185,7 +185,7 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def says(known: Known, reply: str) -> bool:
+def says(known: AnswerKey, reply: str) -> bool:
     """Is a reply to a question right?
 
     An answer that leads to one of the options and is more than it (`Red, blue. Red.`) is compared
@@ -196,7 +196,7 @@ def says(known: Known, reply: str) -> bool:
     return plain(reply) == plain(known.answer)
 
 
-def _is_option(known: Known) -> bool:
+def _is_option(known: AnswerKey) -> bool:
     return plain(known.answer) in map(plain, known.options)
 
 

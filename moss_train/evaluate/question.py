@@ -15,7 +15,7 @@ from data_pipeline.prompts import PromptBuilder, PromptForm, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from data_pipeline.video import open_video, sample_times
 from moss_train.evaluate.controls import Model
-from moss_train.evaluate.generate import SPEAK, Talk, generate, script_of
+from moss_train.evaluate.generate import SPEAK, GeneratedConversation, generate, script_of
 
 # A file's path or bytes, a PIL image, an array [H, W, 3], a tensor [3, H, W].
 Image = str | Path | bytes | PIL.Image.Image | np.ndarray | torch.Tensor
@@ -51,7 +51,7 @@ def answer(
     (states,) = model.encode([sample])
     ends = {special.eot_id, special.end_of_text, special.silence}
     script = [*script_of(tokens, special.image), SPEAK]
-    talk = Talk(script, states, sample.aspect_ratio_ids, ends, max_new_tokens)
+    talk = GeneratedConversation(script, states, sample.aspect_ratio_ids, ends, max_new_tokens)
     generate(model, [talk])
     text: str = model.tokenizer.decode(talk.said[-1])
     return text

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.schema import MARK, VIDEO_MARK
 from moss_train.evaluate.controls import BLIND, ONE_FRAME, SEEN, SHUFFLED
-from moss_train.evaluate.items import Known
+from moss_train.evaluate.items import AnswerKey
 from moss_train.evaluate.outcomes import Outcome, plain, says
 
 EXACT = "answers exact"
@@ -64,7 +64,7 @@ def _score(
 
 
 @dataclass
-class Answered:
+class AnsweredQuestion:
     """A question of a sample: the right answer, and what the model said."""
 
     key: str
@@ -95,7 +95,7 @@ def caption_scores(found: Sequence[Outcome]) -> list[Score]:
     return [_score(found, "caption token accuracy", "hits", accuracy, frequent, len(found))]
 
 
-def question_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[Answered]]:
+def question_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[AnsweredQuestion]]:
     """Exact answers to questions, of each task and all, and the answers; chance draws from the
     options.
 
@@ -103,14 +103,14 @@ def question_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[Answere
     option. Without generation there is nothing else.
     """
     scores: list[Score] = []
-    answered: list[Answered] = []
+    answered: list[AnsweredQuestion] = []
     if found[0].said:
         scores.append(_exact(found, EXACT))
         for task in _tasks(found):
             chosen = [own for own in found if f"{own.known.task}/".startswith(f"{task}/")]
             scores.append(_exact(chosen, f"  {task}"))
         answered = [
-            Answered(
+            AnsweredQuestion(
                 own.known.key,
                 MARK.sub("", own.known.sample.messages[-2].content),
                 own.known.answer,
@@ -223,7 +223,7 @@ def _timelines(found: Sequence[Outcome], control: str) -> list[Timeline]:
     ]
 
 
-def _count(items: Sequence[Known], timelines: Sequence[Timeline]) -> Counter[str]:
+def _count(items: Sequence[AnswerKey], timelines: Sequence[Timeline]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for item, timeline in zip(items, timelines, strict=True):
         said = list(timeline.spoken)
@@ -249,7 +249,7 @@ def _count(items: Sequence[Known], timelines: Sequence[Timeline]) -> Counter[str
     return counts | Counter({"minutes": counts["seconds"] / 60})  # type: ignore[dict-item]
 
 
-def asked_answer(item: Known) -> tuple[int, str]:
+def asked_answer(item: AnswerKey) -> tuple[int, str]:
     """For a stream with a question: the second of the frame after which its answer begins, and the
     answer, without frames that come within it."""
     second = sum(message.content.count(VIDEO_MARK) for message in item.sample.messages[:-1]) - 1

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from data_pipeline.batch import EncodedSample
 from data_pipeline.schema import SampleError
-from moss_train.evaluate.items import EvaluationError, Item, Known
+from moss_train.evaluate.items import AnswerKey, EvaluationError, Item
 from moss_train.evaluate.outcomes import Outcome
 from moss_train.model.groups import Groups
 
@@ -104,7 +104,7 @@ def _own_blocks(
         yield number, [_item(*pair) for pair in pairs]
 
 
-def _item(known: Known, encoded: EncodedSample) -> Item:
+def _item(known: AnswerKey, encoded: EncodedSample) -> Item:
     return Item(**vars(known), encode=lambda: encoded)
 
 

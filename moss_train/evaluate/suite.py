@@ -16,7 +16,7 @@ from moss_train.evaluate.items import EvaluationError, Item, read_shards, source
 from moss_train.evaluate.model import TrainedModel
 from moss_train.evaluate.outcomes import Outcome, outcomes
 from moss_train.evaluate.score import (
-    Answered,
+    AnsweredQuestion,
     Score,
     Timeline,
     caption_scores,
@@ -35,7 +35,7 @@ class Evaluation:
     checkpoint: str
     step: int
     scores: list[Score] = field(default_factory=list)
-    samples: list[Answered] = field(default_factory=list)
+    samples: list[AnsweredQuestion] = field(default_factory=list)
     timelines: list[Timeline] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # samples that cannot be used, each with why
 

@@ -119,7 +119,7 @@ class Trial:
 
     def _installed(self) -> list[str]:
         """What may be tried beside sdpa."""
-        wanted = self.model.attention_wanted(hardware.TRAINS)
+        wanted = self.model.attention_needs(hardware.TRAINS)
         return [name for name in able(wanted) if name != "sdpa"]
 
     def _proven(self, name: str) -> bool:

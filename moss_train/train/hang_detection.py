@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from data_pipeline.tables import format_table
-from moss_train.train.heartbeat import Beat
+from moss_train.train.heartbeat import Heartbeat
 
 IO = ("start", "load", "save", "data", "profile")  # signs of life with which these begin
 USUAL_STEPS = 5  # a step may be longer than others: another length of samples, a validation
@@ -27,7 +27,7 @@ class RankStatus:
     """A rank as its machine's watchdog sees it.
 
     count: signs of life in the step: of two ranks in the same step the one with fewer is behind.
-    doing: as in `Beat`. state: of the process. silent_s: seconds since the last sign of life.
+    doing: as in `Heartbeat`. state: of the process. silent_s: seconds since the last sign of life.
     """
 
     rank: int
@@ -65,7 +65,7 @@ class Pace:
         self._took: deque[float] = deque(maxlen=31)
         self._last: tuple[int, float] | None = None
 
-    def add(self, beats: Sequence[Beat], now: float) -> None:
+    def add(self, beats: Sequence[Heartbeat], now: float) -> None:
         """`beats` at the time `now`."""
         if not beats:
             return

@@ -25,7 +25,7 @@ RUN_FILE = "run"  # where the watchdog of this machine leaves what it sees of a 
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """A rank's last sign of life.
 
     at: seconds of `time.monotonic`. count: signs in this step so far that all ranks give as often;
@@ -51,7 +51,7 @@ def folder_of_job() -> Path | None:
     return base / f"{FOLDERS}{os.getuid()}-{os.getppid()}-{again}"
 
 
-class Heart:
+class HeartbeatWriter:
     """Writes this rank's signs of life; while `counts`, they are counted."""
 
     def __init__(self, folder: Path, rank: int):
@@ -72,14 +72,14 @@ class Heart:
         _FORM.pack_into(self._page, 0, *values)
 
 
-_heart: Heart | None = None
+_heart: HeartbeatWriter | None = None
 
 
 def start(folder: Path, rank: int) -> None:
     """Lets `beat` write into `folder` from now on. Raises OSError where there is no space for
     it."""
     global _heart
-    _heart = Heart(folder, rank)
+    _heart = HeartbeatWriter(folder, rank)
 
 
 def stop() -> None:
@@ -108,12 +108,12 @@ def uncounted() -> Iterator[None]:
         _heart.counts = True
 
 
-def read(folder: Path) -> list[Beat]:
+def read(folder: Path) -> list[Heartbeat]:
     """The last signs of life of this machine's ranks, in order of rank."""
     beats = []
     for path in folder.glob("rank_*"):
         page = path.read_bytes()
         if len(page) == _SIZE:
             at, rank, pid, step, count, doing = _FORM.unpack_from(page)
-            beats.append(Beat(at, rank, pid, step, count, doing.rstrip(b"\0").decode()))
+            beats.append(Heartbeat(at, rank, pid, step, count, doing.rstrip(b"\0").decode()))
     return sorted((beat for beat in beats if beat.pid), key=lambda beat: beat.rank)

@@ -42,7 +42,7 @@ from moss_train.train.hang_detection import (
     report,
     verdict,
 )
-from moss_train.train.heartbeat import Beat
+from moss_train.train.heartbeat import Heartbeat
 from moss_train.train.machines import Machines
 from moss_train.train.process import store_of
 
@@ -185,7 +185,7 @@ def end_job(folder: Path, machines: Machines, limits: Limits, parent: int) -> No
             os.kill(pid, signal.SIGKILL)
 
 
-def _statuses(beats: list[Beat]) -> list[RankStatus]:
+def _statuses(beats: list[Heartbeat]) -> list[RankStatus]:
     """What this machine sees of its ranks."""
     now, host = time.monotonic(), socket.gethostname()
     return [

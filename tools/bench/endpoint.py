@@ -25,7 +25,7 @@ _FAILURES = ["500"] * 8 + ["cut"] * 7 + ["429"] * 3 + ["closed", "hang"]
 
 
 @dataclass
-class Served:
+class RequestCounts:
     """Counts of a server: requests in all, by kind, and by the way in which they failed."""
 
     requests: int = 0
@@ -51,7 +51,7 @@ class ToyEndpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.teacher, self.failing, self.hang, self.refuse = teacher, failing, hang, refuse
         self.on_request = on_request
-        self.served = Served()
+        self.served = RequestCounts()
         self._tries: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)

@@ -63,7 +63,7 @@ def teacher(folder: Path, told: Sequence[Story], wrong: float, seed: int = 0) ->
 
 
 @dataclass
-class Judged:
+class CandidateCounts:
     """Candidates that the model wrote, by what is true of them and what became of them.
 
     missed: right ones that were not kept, by the reason that was given.
@@ -105,10 +105,10 @@ def outcomes(out: Path) -> dict[str, dict[str, Any]]:
     return {path: json.loads(outcome) for path, outcome in rows}
 
 
-def judge(found: dict[str, dict[str, Any]], told: Sequence[Story]) -> Judged:
+def judge(found: dict[str, dict[str, Any]], told: Sequence[Story]) -> CandidateCounts:
     """Holds candidates against the truth: the answers must be those of the world, and the
     conversation must be possible."""
-    judged = Judged()
+    judged = CandidateCounts()
     for path, outcome in found.items():
         story = told[int(Path(path).stem)]
         for clip in outcome["clips"]:

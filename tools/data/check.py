@@ -26,7 +26,7 @@ EXAMPLES = 3  # of each reason and note
 
 
 @dataclass
-class Checked:
+class CheckedSource:
     """What a source holds: samples by group, records by reason, notes, and examples of the latter.
 
     samples: the first ones that can be used, as their shards would hold them.
@@ -85,14 +85,16 @@ def form_name(opened: OpenSource) -> str:
     return ", ".join(opened.found) or opened.form
 
 
-def check_source(source: str, options: BuildOptions, limit: int | None, shown: int) -> Checked:
+def check_source(
+    source: str, options: BuildOptions, limit: int | None, shown: int
+) -> CheckedSource:
     """Reads, decodes and converts the first `limit` records (None: all); keeps `shown` samples.
     Raises ShardError for a source that cannot be used."""
     files.use_stores(options.stores)
     pool = Pool(options.workers)
     try:
         opened = open_source(source, options.source, Path(os.devnull))
-        checked = Checked(form_name(opened))
+        checked = CheckedSource(form_name(opened))
         checked.leave_out(opened.unread)
         progress = Progress("check", unit="records")
         entries = (

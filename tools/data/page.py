@@ -36,7 +36,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Shown:
+class SampleView:
     title: str
     facts: str
     runs: Sequence[Run]
@@ -69,11 +69,11 @@ def toy_tokenizer(folder: Path, samples: Sequence[StoredSample]) -> str:
     return str(folder)
 
 
-def _shown(stored: StoredSample, encoder: SampleEncoder) -> Shown:
+def _shown(stored: StoredSample, encoder: SampleEncoder) -> SampleView:
     try:
         encoded = encoder.encode(stored.key, stored.parts)
     except SampleError as error:
-        return Shown(stored.key, f"{error.reason}: {error.detail}", ())
+        return SampleView(stored.key, f"{error.reason}: {error.detail}", ())
     sample = parse_sample(stored.key, stored.parts["json"])
     times = frame_times(sample, stored.parts, encoder.config)
     numbers = {position: n for n, position in enumerate(encoded.frame_positions.tolist())}
@@ -94,7 +94,7 @@ def _shown(stored: StoredSample, encoder: SampleEncoder) -> Shown:
     facts = f"{sample.kind}, {len(tokens)} tokens, {labels} of them labels, {len(numbers)} frames"
     if encoded.truncated:
         facts += ", cut at sequence_length"
-    return Shown(stored.key, facts, made)
+    return SampleView(stored.key, facts, made)
 
 
 def _second(time: float | None, place: int) -> str:

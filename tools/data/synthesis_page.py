@@ -16,7 +16,7 @@ from data_pipeline.synthesis.budget import Ledger
 from data_pipeline.synthesis.config import CutConfig, SynthesisConfig
 from data_pipeline.synthesis.cut import Source, clips
 from data_pipeline.synthesis.outcomes import Finished
-from data_pipeline.synthesis.write import Sample, Written
+from data_pipeline.synthesis.write import Sample, WriteCounts
 
 REPORT = "report.html"
 _THUMB = 96  # pixels
@@ -45,7 +45,7 @@ def write_report(
     out: Path,
     found: Iterable[Sample],
     done: Finished,
-    written: Written,
+    written: WriteCounts,
     usage: dict[str, tuple[int, int, int]],
     config: SynthesisConfig,
     examples: int,
@@ -76,7 +76,7 @@ def write_report(
     write_atomically(out / REPORT, page)
 
 
-def _facts(done: Finished, written: Written, ledger: Ledger) -> list[str]:
+def _facts(done: Finished, written: WriteCounts, ledger: Ledger) -> list[str]:
     facts = [
         f"{done.videos} videos finished: {written.accepted.total()} samples, "
         f"{written.rejected.total()} rejected",
@@ -88,7 +88,7 @@ def _facts(done: Finished, written: Written, ledger: Ledger) -> list[str]:
     return facts + [f"not finished: {path}: {why}" for path, why in islice(done.failed.items(), 20)]
 
 
-def _roles(written: Written, config: SynthesisConfig) -> list[list[str]]:
+def _roles(written: WriteCounts, config: SynthesisConfig) -> list[list[str]]:
     rejected = Counter[str]()
     for (role, _), count in written.rejected.items():
         rejected[role] += count
@@ -100,7 +100,7 @@ def _roles(written: Written, config: SynthesisConfig) -> list[list[str]]:
     return rows
 
 
-def _reasons(written: Written) -> list[list[str]]:
+def _reasons(written: WriteCounts) -> list[list[str]]:
     counts = Counter[str]()
     for (_, reason), count in written.rejected.items():
         counts[reason] += count

@@ -135,7 +135,7 @@ def _folders(found: Findings) -> None:
 def attention(found: Findings) -> None:
     """Reports which attention and kernels run here, and why, for the sizes of 11B in bf16."""
     model = ModelConfig()
-    training = model.attention_wanted(hardware.kind_of("auto"))
+    training = model.attention_needs(hardware.kind_of("auto"))
     inference = replace(training, use=INFERENCE, device=devices.best())
     uses = (
         ("model.attention", training, "is tried against sdpa"),

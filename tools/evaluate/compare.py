@@ -46,7 +46,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Changed:
+class ChangedItem:
     """An item of the page. pictures: URLs and what is below them."""
 
     title: str
@@ -145,7 +145,7 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return [(key, *(str(settings.get(key, "")) for settings in all_of)) for key in keys]
 
 
-def _changed(row: str, runs: Sequence[Run], show: int) -> tuple[int, list[Changed]]:
+def _changed(row: str, runs: Sequence[Run], show: int) -> tuple[int, list[ChangedItem]]:
     """The number of items of a row that changed in any run, and the first `show` of them."""
     first = runs[0].items[row]
     others = [run.items.get(row, {}) for run in runs[1:]]
@@ -153,7 +153,7 @@ def _changed(row: str, runs: Sequence[Run], show: int) -> tuple[int, list[Change
     return len(ids), [_shown(name, row, runs) for name in list(ids)[:show]]
 
 
-def _shown(name: str, row: str, runs: Sequence[Run]) -> Changed:
+def _shown(name: str, row: str, runs: Sequence[Run]) -> ChangedItem:
     item = runs[0].items[row][name]
     pictures: list[tuple[str, str]] = []
     notes = []
@@ -168,7 +168,7 @@ def _shown(name: str, row: str, runs: Sequence[Run]) -> Changed:
         if (found := run.items.get(row, {}).get(name))
     ]
     asked, wanted = (str(item.get(key, "")) for key in ("question", "reference"))
-    return Changed(name, asked, wanted, pictures, notes, answers)
+    return ChangedItem(name, asked, wanted, pictures, notes, answers)
 
 
 def frames(path: Path, at: float | None) -> list[tuple[str, str]]:

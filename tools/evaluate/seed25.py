@@ -19,7 +19,7 @@ from data_pipeline.commands import CommandParser, finite_number, report_error, w
 from data_pipeline.synthesis.config import EndpointConfig
 from inference.evaluate.harness.benchmarks import ZEROBENCH, Benchmark, chosen
 from inference.evaluate.harness.lmms import Harness, TaskFailed, run_task, settings_of
-from inference.evaluate.harness.server import KEY, MODEL, Elsewhere, Server, Serving
+from inference.evaluate.harness.server import KEY, MODEL, ExternalServer, Server, Serving
 from inference.evaluate.harness.zerobench import ask, read_tsv
 from inference.evaluate.results import (
     RESULTS,
@@ -120,11 +120,11 @@ def _evaluate(options: Any, run: EvaluationRun, rows: Sequence[Benchmark]) -> in
     found: list[Row] = []
     problems: list[str] = []
     with ExitStack() as stack:
-        server: Server | Elsewhere
+        server: Server | ExternalServer
         if options.checkpoint:
             server = stack.enter_context(Server(_serving(options), run.out / "server.txt"))
         else:
-            server = Elsewhere(options.url)
+            server = ExternalServer(options.url)
         for benchmark in rows:
             print(f"{benchmark.name} ...", file=sys.stderr, flush=True)
             file = run.items(benchmark.name)
@@ -156,7 +156,7 @@ def _row(
     options: Any,
     run: EvaluationRun,
     benchmark: Benchmark,
-    server: Server | Elsewhere,
+    server: Server | ExternalServer,
     file: ItemFile,
 ) -> Row:
     concurrency = options.concurrency * max(1, options.replicas)
@@ -179,7 +179,7 @@ def _row(
 
 
 def _answered(
-    options: Any, benchmark: Benchmark, server: Server | Elsewhere, file: ItemFile
+    options: Any, benchmark: Benchmark, server: Server | ExternalServer, file: ItemFile
 ) -> Row:
     """ZeroBench's row, over the questions answered so far."""
     names = {question.index for question in options.questions}

@@ -84,7 +84,7 @@ def attention_losses(device: str) -> dict[str, Any]:
     case, losses, replaced = STAGES["realtime_sft"], dict[str, float](), list[str]()
     if device != "cpu":
         case = replace(case, overrides=(*case.overrides, "model.dtype=bf16"))
-    for name in able(case.config(device, "unused").model.attention_wanted(device)):
+    for name in able(case.config(device, "unused").model.attention_needs(device)):
         own = replace(case, overrides=(*case.overrides, f"model.attention={name}"))
         bench = Workbench(own, device, "unused")
         if bench.config.model.attention != name:

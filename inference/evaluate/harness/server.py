@@ -117,7 +117,7 @@ class Server:
         self.stop()
 
 
-class Elsewhere:
+class ExternalServer:
     """A server that somebody else runs. It is looked at every `every` seconds, and counts as ended
     after `gone` seconds without an answer."""
 

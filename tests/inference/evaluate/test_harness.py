@@ -17,7 +17,7 @@ from inference.engine.load import load_engine
 from inference.evaluate.harness.benchmarks import ROWS, Benchmark, chosen
 from inference.evaluate.harness.lmms import TaskFailed, grade, read_task
 from inference.evaluate.harness.lmms_runner import Journal, file_url, missing
-from inference.evaluate.harness.server import MODEL, Elsewhere, Server, Serving
+from inference.evaluate.harness.server import MODEL, ExternalServer, Server, Serving
 from inference.evaluate.harness.zerobench import ask, is_right, read_tsv
 from inference.evaluate.results import BenchmarkError, EvaluationRun, ItemFile
 from inference.serve.limits import Limits
@@ -206,7 +206,7 @@ def test_lines_that_are_cut_off_or_broken_are_named(tmp_path: Path) -> None:
     assert images == [(broken,), ("1", "2" * 80)]
 
 
-def look(server: Elsewhere, seconds: float) -> None:
+def look(server: ExternalServer, seconds: float) -> None:
     """As a run does while it waits for answers."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -217,19 +217,19 @@ def look(server: Elsewhere, seconds: float) -> None:
 def test_a_server_of_others_that_ends_ends_the_run(tiny: Path) -> None:
     engine = load_engine(tiny, device="cpu", window=4, max_tokens=256, max_sessions=1)
     with serving(engine, Limits()) as running:
-        there = Elsewhere(f"{running.http}/v1/", gone=0.3, every=0.1)
+        there = ExternalServer(f"{running.http}/v1/", gone=0.3, every=0.1)
         assert there.url == running.http
         look(there, 0.6)
     with pytest.raises(BenchmarkError, match=r"the server has not answered for 0\.3 s"):
         look(there, 300)
     with pytest.raises(BenchmarkError, match="no server answers there"):
-        Elsewhere(running.http)
+        ExternalServer(running.http)
 
 
 def test_the_table_says_how_large_pictures_are(tiny: Path, tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--dtype", "fp32"]
     with Server(Serving(tiny, 16, 1, flags=flags), tmp_path / "log.txt") as server:
-        assert server.resolution == Elsewhere(server.url).resolution == f"{SIZE} x {SIZE}"
+        assert server.resolution == ExternalServer(server.url).resolution == f"{SIZE} x {SIZE}"
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

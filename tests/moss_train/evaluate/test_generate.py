@@ -9,7 +9,7 @@ from moss_train.data_config import CONTROLS
 from moss_train.evaluate.controls import ONE_FRAME, SHUFFLED, ModelInput, frame_order, watch
 from moss_train.evaluate.generate import (
     SPEAK,
-    Talk,
+    GeneratedConversation,
     answer_start,
     answers,
     generate,
@@ -23,11 +23,13 @@ from moss_train.evaluate.replica import text_batch
 from moss_train.parallel.schedule import run_logits
 
 
-def talk(model: TrainedModel, item: Item, script: list, most: int, blind: bool = False) -> Talk:
+def talk(
+    model: TrainedModel, item: Item, script: list, most: int, blind: bool = False
+) -> GeneratedConversation:
     (states,) = model.encode([item.encoded])
     special = model.encoder.special
     ends = {special.eot_id, special.silence}
-    return Talk(script, states, item.encoded.aspect_ratio_ids, ends, most, blind)
+    return GeneratedConversation(script, states, item.encoded.aspect_ratio_ids, ends, most, blind)
 
 
 def test_every_word_is_the_likeliest_after_all_before_it(model, live) -> None:

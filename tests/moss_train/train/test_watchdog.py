@@ -25,7 +25,7 @@ from moss_train.train.hang_detection import (
     report,
     verdict,
 )
-from moss_train.train.heartbeat import Beat, Heart, read
+from moss_train.train.heartbeat import Heartbeat, HeartbeatWriter, read
 from moss_train.train.machines import Machines
 from moss_train.train.stragglers import slow_ranks
 from moss_train.train.watchdog import wake, watch
@@ -130,8 +130,8 @@ def test_ranks_that_wait_for_a_slow_storage_elsewhere_are_no_hang():
 
 
 def test_a_usual_step_is_the_median_of_those_that_were_seen():
-    def at(step: int) -> list[Beat]:
-        return [Beat(0.0, 0, 1, step, 0, "data")]
+    def at(step: int) -> list[Heartbeat]:
+        return [Heartbeat(0.0, 0, 1, step, 0, "data")]
 
     pace = Pace()
     for now, step in ((0.0, 0), (30.0, 1), (31.0, 1), (90.0, 2), (92.0, 4), (93.0, 5)):
@@ -162,7 +162,7 @@ def test_machines_learn_what_the_others_see_and_that_one_says_hang(monkeypatch):
 
 
 def test_signs_of_life_are_read_back(tmp_path):
-    heart, began = Heart(tmp_path, 3), time.monotonic()
+    heart, began = HeartbeatWriter(tmp_path, 3), time.monotonic()
     heart.beat("data", 7)
     heart.beat("after forward")
     ended = time.monotonic()
@@ -186,7 +186,7 @@ def test_what_ranks_do_unequally_often_says_nothing_about_who_is_behind(tmp_path
 
 
 def test_a_sign_of_life_costs_microseconds(tmp_path):
-    heart = Heart(tmp_path, 0)
+    heart = HeartbeatWriter(tmp_path, 0)
     began = time.thread_time()  # what others do meanwhile does not count
     for _ in range(1000):
         heart.beat("after forward")
