@@ -107,7 +107,7 @@ class Access(Collector):
             told = {"moss.id": visit.id or None, "moss.ended": ended, "moss.code": str(code)}
             told |= {f"moss.asked.{name}": value for name, value in visit.asked.items()}
             told |= {f"gen_ai.usage.{name}": getattr(used, name) for name in _USED}
-            visit.trace.end(time.time(), {**told, "moss.frames": used.frames})
+            visit.trace.end(visit.now, {**told, "moss.frames": used.frames})
 
     def _write(self, visit: Visit, ended: str, code: int | str) -> None:
         if self._audit is None:

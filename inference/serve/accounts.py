@@ -102,18 +102,23 @@ class Visit:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
+    @property
+    def now(self) -> float:
+        """Seconds since the epoch, by the clock as it was when the visit began: it may be set
+        meanwhile."""
+        return self.at + self.seconds
+
     def stage(self, name: str, began: float) -> float:
-        """Adds a stage that ends now to the trace; returns the time. began: seconds since the
-        epoch."""
-        now = time.time()
+        """Adds a stage that ends now to the trace; returns the time. began: as `now` says it."""
+        now = self.now
         if self.trace is not None:
             self.trace.add(name, began, now)
         return now
 
     def follow(self, log: EventLog, began: float) -> None:
-        """Adds the log's events to the trace."""
+        """Adds the log's events to the trace. began: as `now` says it."""
         if self.trace is not None:
-            self.trace.follow(log, began)
+            self.trace.follow(log, began, self.at - self.began - log.zero)
 
     def told(self, usage: Usage) -> None:
         """Takes in the usage that another process counts. A count below the last one, as of a

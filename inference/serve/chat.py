@@ -79,7 +79,7 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
     try:
         body = await read_body(request, hub.limits, share)
         client = Client(request)
-        began = time.time()
+        began = visit.now
         asked = await client.or_left(_prepare(body, hub, share))
         question, tokens = asked.question, asked.tokens
         visit.id, visit.asked = question.name, asked.described()

@@ -94,10 +94,11 @@ class Trace:
         self._span.set_attributes(told)
         self._span.end(_ns(at))
 
-    def follow(self, log: EventLog, began: float) -> None:
+    def follow(self, log: EventLog, began: float, ahead: float) -> None:
         """Adds spans of a session's or an answer's events, to its end. began: since when it waits:
-        a session for its place, an answer for its first token."""
-        task = asyncio.create_task(self._follow(log, _Reader(self, began)))
+        a session for its place, an answer for its first token. ahead: seconds by which the clock of
+        this trace is ahead of the log's."""
+        task = asyncio.create_task(self._follow(log, _Reader(self, began, ahead)))
         self._followers.add(task)
         task.add_done_callback(self._followers.discard)
 
@@ -109,14 +110,14 @@ class Trace:
 class _Reader:
     """Makes spans of events."""
 
-    def __init__(self, trace: Trace, began: float) -> None:
-        self._trace, self._began = trace, began
+    def __init__(self, trace: Trace, began: float, ahead: float) -> None:
+        self._trace, self._began, self._ahead = trace, began, ahead
         self._asked: float | None = began  # an answer's question is there from the beginning
         self._taken = began
         self._created = 0.0
 
     def take(self, event: Event) -> None:
-        at, data = event.t_server, event.data
+        at, data = event.t_server + self._ahead, event.data
         if event.type == "session.created":
             self._trace.add("queue", self._began, at)
             self._asked = None

@@ -19,8 +19,9 @@ _HALVES = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can spell o
 
 @dataclass(frozen=True)
 class Event:
-    """One event. `t_server`: seconds since the epoch; `t_media`: seconds of the newest frame that
-    the model has seen. `type` is a name of OpenAI's Realtime API where there is one.
+    """One event. `t_server`: seconds since the epoch, by its log's clock; `t_media`: seconds of the
+    newest frame that the model has seen. `type` is a name of OpenAI's Realtime API where there is
+    one.
     """
 
     type: str
@@ -56,6 +57,9 @@ def writable(value: Any) -> Any:
 class EventLog:
     """The last `limit` events of a session, numbered from 1; ends with `close`.
 
+    zero: what the log's clock says, less `time.monotonic()`. Its clock is set once, when the log is
+    made: a machine's clock may be set back or ahead at any time.
+
     One thread appends, others read. A reader that is more than `limit` events behind gets an
     `error` event with the code `events_lost` and the numbers of the missing events.
     """
@@ -67,12 +71,14 @@ class EventLog:
         self._ends: list[Callable[[], None]] = []
         self.last_seq = 0
         self.closed = False
+        self.zero = time.time() - time.monotonic()
 
     def append(self, type: str, t_media: float, data: dict[str, Any]) -> Event:
         data = writable(data)  # an event that no reader can write would stop each of them
         with self._changed:
             self.last_seq += 1
-            event = Event(type, self.last_seq, time.time(), t_media, data)
+            now = self.zero + time.monotonic()
+            event = Event(type, self.last_seq, now, t_media, data)
             self._events.append(event)
             self._wake()
         return event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve import traces
 from inference.serve.__main__ import main
@@ -23,7 +25,7 @@ from inference.serve.access import Access
 from inference.serve.limits import Limits
 from inference.serve.traces import Tracer
 from tests.inference.replicas.fronting import FRONT_KEY, Fronted, fronting
-from tests.inference.serve.serving import jpeg
+from tests.inference.serve.serving import jpeg, serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -155,6 +157,49 @@ def test_a_session_is_a_trace_with_its_frames_and_answers(
     assert attributes(session)["moss.frames"] == done["closed"]["usage"]["frames"] == 3
     assert attributes(session)["moss.asked.source"] == "file"
     assert "Who is it?" not in str(mine)
+
+
+def watch_and_ask(engine: Engine, access: Access) -> list[float]:
+    """Serves a session and a chat request; the times of the session's events."""
+    with serving(engine, Limits(fps=60, decoders=1), access=access) as server:
+        with server.open() as client:
+            client.update(source="file", silence_bias=-50, max_output_tokens=5)
+            client.ask("Who is it?")
+            client.until("response.done")
+            client.frame(jpeg(), ts=0.0)
+            client.send("input_image_buffer.end")
+            times = [event["t_server"] for event in client.rest()]
+        body = {"messages": [{"role": "user", "content": "A"}], "max_tokens": 6}
+        assert server.post(json=body).status_code == 200
+    return times
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_while_the_server_runs_moves_no_span(
+    step: float, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")  # spans are sent at the end
+    set_by, clock, began = itertools.count(), time.time, time.monotonic()
+    engine = load_engine(tiny, device="cpu", window=16, max_tokens=512, max_sessions=2)
+    with Collector() as collector, mock.patch.object(traces, "_TIMEOUT", 120.0):
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        access = Access(tracer=Tracer(collector.url))
+        with monkeypatch.context() as patched:
+            # The clock is set each time it is read.
+            patched.setattr(time, "time", lambda: clock() + step * next(set_by))
+            times = watch_and_ask(engine, access)
+        access.close()
+        took = time.monotonic() - began
+        collector.shutdown()
+    assert times == sorted(times)
+    assert times[-1] - times[0] <= took
+    spans = collector.spans
+    assert {"realtime", "frame", "chat", "decode", "queue", "answer", "prefill", "steps"} == {
+        span.name for span in spans
+    }
+    for span in spans:
+        assert span.end_time_unix_nano - span.start_time_unix_nano <= took * 1e9
+        below(spans, span)
 
 
 @pytest.mark.parametrize(
