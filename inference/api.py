@@ -30,7 +30,7 @@ from inference.live import LiveSource
 from inference.session.answer import LARGE_CHUNK_FRAMES
 from inference.session.events import Event
 from inference.session.handle import SessionClosed, SessionHandle
-from inference.session.lifetime import when_forgotten
+from inference.engine.lifetime import when_forgotten
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 from inference.sources import (

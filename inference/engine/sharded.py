@@ -11,9 +11,11 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -29,6 +31,7 @@ from data_pipeline.ranks import joining, ranks_of
 from inference.engine.capture import Ranks
 from inference.engine.engine import Engine
 from inference.engine.lifeline import Lifeline, host_of
+from inference.engine.lifetime import when_forgotten
 from inference.engine.lock_step import Channel, Kind
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
@@ -63,7 +66,9 @@ class ShardedEngine(Engine):
         # Not before: where rank 0 fails in there, the others wait for it in the middle of a pass,
         # and take no message that says to end. They end because it has gone.
         if self.leads:
-            atexit.register(self.shutdown)
+            self._others = _Others(self.channel, self.lifeline)
+            when_forgotten(self, self._others.end)
+            atexit.register(_end_all, weakref.ref(self), self._others)
 
     def meet(self) -> Ranks:
         size = self.pixels.size
@@ -80,15 +85,16 @@ class ShardedEngine(Engine):
         return next((f"rank {rank}: {said}" for rank, said in enumerate(everywhere) if said), "")
 
     def shutdown(self) -> None:
-        """Ends the other ranks."""
-        if self.leads and self.running:
-            with suppress(RuntimeError):  # they have gone
-                self.on_all(ShardedEngine._stop)
+        """Ends the other ranks; in a copy of the process nothing."""
+        if self.leads and self.running and not self._others.copied:
+            self._release()
+            self._others.end()
 
     def abandon(self) -> None:
         """No more calls: a step has failed, and the other ranks may wait in the middle of it."""
-        self.running = False
-        self.release_graphs()  # see `_stop`: the process group ends with the process
+        self._release()  # the process group ends with the process
+        if self.leads:
+            self._others.give_up()
 
     def follow(self) -> None:
         """What other ranks do: the calls of rank 0, until it shuts down."""
@@ -161,12 +167,14 @@ class ShardedEngine(Engine):
     def check_state(self, state: dict[str, Any]) -> None:
         super().check_state(state if state["text"].shape[2] == self._heads else self._own(state))
 
-    def _stop(self) -> None:
+    def _release(self) -> None:
         self.running = False
-        self.lifeline.close()
         # NCCL's communicator does not end before the graphs that have recorded its collectives.
         self.release_graphs()
-        dist.destroy_process_group()  # else its threads may abort the process's exit
+
+    def _stop(self) -> None:
+        self._release()
+        _leave(self.lifeline)
 
     def _gather(self, slot: Slot) -> dict[str, Any]:
         own = Engine.save(self, slot)
@@ -200,6 +208,49 @@ class ShardedEngine(Engine):
     def _check_running(self) -> None:
         if not self.running:
             raise RuntimeError("the other ranks have gone")
+
+
+class _Others:
+    """Tells the other ranks, once, that no more calls come. It does not refer to the engine, which
+    may be gone by then."""
+
+    def __init__(self, channel: Channel, lifeline: Lifeline) -> None:
+        self._channel, self._lifeline = channel, lifeline
+        self._lock, self._told, self._process = threading.Lock(), False, os.getpid()
+
+    @property
+    def copied(self) -> bool:
+        """Whether this process is a copy (fork) of rank 0, with its connections."""
+        return os.getpid() != self._process
+
+    def end(self) -> None:
+        """Ends the other ranks, and the process group. Where another thread is at it, waits."""
+        if self.copied:
+            return
+        with self._lock:
+            if self._told:
+                return
+            self._told = True
+            with suppress(RuntimeError):  # they have gone
+                self._channel.send_call(ShardedEngine._stop, ())
+            _leave(self._lifeline)
+
+    def give_up(self) -> None:
+        """Tells them nothing any more."""
+        self._told = True
+
+
+def _leave(lifeline: Lifeline) -> None:
+    lifeline.close()
+    dist.destroy_process_group()  # else its threads may abort the process's exit
+
+
+def _end_all(known: weakref.ref[ShardedEngine], others: _Others) -> None:
+    engine = known()
+    if engine is not None:
+        engine.shutdown()
+    else:
+        others.end()
 
 
 @contextmanager

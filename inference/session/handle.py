@@ -18,7 +18,7 @@ from inference.engine.slots import Slot
 from inference.session.answer import Answer
 from inference.session.events import Event, EventLog
 from inference.session.journal import Journal, Record
-from inference.session.lifetime import ProcessLock
+from inference.engine.lifetime import ProcessLock
 from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
 from inference.session.session_state import state_of
 

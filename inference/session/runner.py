@@ -30,7 +30,7 @@ from inference.session.calls import Call
 from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle, led_by_first
-from inference.session.lifetime import ProcessLock, close_at_exit
+from inference.engine.lifetime import ProcessLock, close_at_exit
 from inference.session.response import Vocabulary
 from inference.session.session import Session, SessionConfig, StepRequest
 from inference.session.session_state import resume

@@ -3,13 +3,15 @@ steps and pictures took.
 
 Arguments: checkpoint; what rank 1 does: `follow`, or `die` at the second step. Then rank 0 waits
 for it as a collective of NCCL would, and takes no notice of torchrun's signal. Or what is captured
-in place of CUDA graphs, and how it fails on one rank alone: `capture`, `pass0`, `pass1`.
+in place of CUDA graphs, and how it fails on one rank alone: `capture`, `pass0`, `pass1`. Or
+`forget`: rank 0 copies its process, which ends, asks, and forgets the model.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -19,12 +21,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+import inference
 from inference.engine.capture import ALONE, Ranks
 from inference.engine.engine import Engine
 from inference.engine.fork import fork
@@ -35,7 +39,8 @@ from inference.engine.slots import Step
 from inference.kernels.choose import Kernels
 from inference.session.runner import Runner
 from tests.inference.engine.streams import AnyRows, Player, make_stream, play
-from tests.torchrun import save_result
+from tests.inference.serve.serving import until
+from tests.torchrun import OUT, save_result
 
 
 def scenario(checkpoint: str) -> dict[str, Any]:
@@ -132,10 +137,30 @@ def main() -> None:
         with contextlib.suppress(RankFinished), _whole_exit():
             _capture(checkpoint, part)
         return
+    if part == "forget":
+        with contextlib.suppress(RankFinished):
+            return _forget(checkpoint)
+        return save_result("over", True)
     if part == "die":
         _die_at_second_step() if os.environ["RANK"] == "1" else _hang_in_a_failed_step()
     with contextlib.suppress(RankFinished):  # rank 1
         save_result("result", scenario(checkpoint))
+
+
+def _forget(checkpoint: str) -> None:
+    """Leaves an answer that was given after a copy of this process has ended, and that the engine
+    is gone and the other rank at its end, while this one goes on."""
+    model = inference.load(checkpoint, device="cpu", window=3, max_tokens=640)
+    engine = weakref.ref(model.runner.engine)
+    child = os.fork()
+    if not child:
+        sys.exit(0)
+    os.waitpid(child, 0)  # how it ends is gloo's affair, whose threads it has not
+    answer = model.chat("Who?", max_new_tokens=2)
+    del model
+    over = Path(os.environ[OUT]) / "over.rank1.pt"
+    until(lambda: gc.collect() is not None and engine() is None and over.exists())
+    save_result("forgotten", type(answer).__name__)
 
 
 class Recorded:

@@ -86,6 +86,15 @@ def test_a_rank_on_which_a_pass_fails_while_it_is_captured_ends_all(
     assert f"rank {failed} of 2 has ended: rank {other} ends, too" in result.stderr(other)
 
 
+def test_a_model_of_ranks_that_is_forgotten_frees_them_and_a_copy_ends_alone(
+    tiny: Path, tmp_path: Path
+) -> None:
+    result = run_ranks(WORKER, 2, str(tiny), "forget", out=tmp_path, preloaded=False)
+    assert result.load("forgotten") == "str"
+    assert result.load("over", rank=1)
+    assert "Traceback" not in result.stderr(0) + result.stderr(1)
+
+
 def test_who_is_no_rank_is_turned_away() -> None:
     told: queue.Queue[tuple[list[int], socket.socket]] = queue.Queue()
 

@@ -1,4 +1,4 @@
-"""How what owns a thread ends where nobody closes it: with the last reference to it, or with the
+"""How what owns a thread, or other ranks, ends where nobody closes it: with the last reference to it, or with the
 process; and what a copy of that process (`os.fork`) may do with it."""
 
 from __future__ import annotations
