@@ -22,6 +22,7 @@ from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from data_pipeline.seconds import parse_seconds
 from inference.cli import MAX_NEW_TOKENS
 from inference.engine.engine import Engine, EngineFull
+from inference.engine.lifetime import when_forgotten
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.export_info import ExportInfo, read_export_info
@@ -30,7 +31,6 @@ from inference.live import LiveSource
 from inference.session.answer import LARGE_CHUNK_FRAMES
 from inference.session.events import Event
 from inference.session.handle import SessionClosed, SessionHandle
-from inference.engine.lifetime import when_forgotten
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
 from inference.sources import (

@@ -220,12 +220,23 @@ class LiveSource:
             options["rtsp_flags"] = "prefer_tcp"  # UDP where a camera has nothing else
         began = perf_counter()
         try:
-            return av.open(self._url, options=options, timeout=(_OPENED, _SILENT))
+            return self._open_stream(options)
         except (av.FFmpegError, OSError) as error:
             answered = isinstance(error, av.HTTPClientError | av.HTTPServerError)
             if not answered and perf_counter() - began >= _TIMEOUT:
                 raise TimeoutError(f"no answer for {_TIMEOUT:g} s") from error
             raise
+
+    def _open_stream(self, options: dict[str, str]) -> av.container.InputContainer:
+        try:
+            return av.open(self._url, options=options, timeout=(_OPENED, _SILENT))
+        except (av.HTTPOtherClientError, av.HTTPBadRequestError):
+            if "rtsp_flags" not in options:
+                raise
+        # By UDP, too, where a camera refuses TCP in other words than FFmpeg expects: 406, 400.
+        del options["rtsp_flags"]
+        options["rtsp_transport"] = "udp"
+        return av.open(self._url, options=options, timeout=(_OPENED, _SILENT))
 
     def _answers(self, began: float, tries: int, tell: Callable[[str], None]) -> bool:
         """Whether the first picture is there; False after a pause in which a server gets ready."""

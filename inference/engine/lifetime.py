@@ -1,5 +1,5 @@
-"""How what owns a thread, or other ranks, ends where nobody closes it: with the last reference to it, or with the
-process; and what a copy of that process (`os.fork`) may do with it."""
+"""How what owns a thread, or other ranks, ends where nobody closes it: with the last reference to
+it, or with the process; and what a copy of that process (`os.fork`) may do with it."""
 
 from __future__ import annotations
 

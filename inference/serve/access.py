@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import hmac
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 

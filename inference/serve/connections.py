@@ -24,6 +24,7 @@ from inference.serve.limits import Bucket, Limits, Refused
 
 _HOST = re.compile(r"(\[[0-9a-z:.%]+\]|[0-9a-z._-]+)(:[0-9]{1,5})?", re.IGNORECASE)
 _PIECE = 2**14  # bytes of a WebSocket that are read at once
+_LOOKS = 0.2  # seconds between looks at whether a client that says nothing more has gone
 _GOODBYE = 2.0  # seconds in which a client that is refused may read why
 _PARTS = 4096  # parts of messages, pings and pongs a second; twice as many at once
 _TOO_MANY = f"more than {_PARTS} parts of messages and pings a second"
@@ -88,15 +89,37 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
             super().__init__(*args, **given)
             self.conn = Framing(h11.SERVER)
             self._timer: asyncio.TimerHandle | None = None
+            self._half: asyncio.TimerHandle | None = None
             self._unread = _Unread(self.loop, limits.send)
+            self._idle_since = self.loop.time()
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                transport.abort()
-            else:
+            if self._has_room():
                 self._look_again(None)
                 self._unread.watch(transport, lambda: self.flow.write_paused)
+            else:
+                transport.abort()
+
+        def on_response_complete(self) -> None:
+            self._idle_since = self.loop.time()
+            super().on_response_complete()
+
+        def eof_received(self) -> bool:  # type: ignore[override]
+            """Whether the connection stays open, for a client that says nothing more and still
+            reads. One that has gone is told apart by an interim answer, which every client skips:
+            its system refuses it."""
+            cycle = self.cycle
+            if cycle is None or cycle.response_complete or cycle.more_body:
+                return False
+            if self.scheme == "https" or self.conn.their_http_version != b"1.1":
+                return False  # TLS is not half closed, and HTTP/1.0 has no interim answers
+            cycle.keep_alive = False
+            if not cycle.response_started:
+                interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+                self.transport.write(self.conn.send(interim) or b"")
+            self._look_for_reader()
+            return True
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_watching()
@@ -122,8 +145,35 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
 
         def _end_watching(self) -> None:
             self._unread.stop()
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in (self._timer, self._half):
+                if timer is not None:
+                    timer.cancel()
+
+        def _look_for_reader(self) -> None:
+            made = self.transport.get_extra_info("socket")
+            if made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.transport.abort()
+            else:
+                self._half = self.loop.call_later(_LOOKS, self._look_for_reader)
+
+        def _has_room(self) -> bool:
+            """Whether there is room for this connection. Of too many, the one ends that has waited
+            for a request for the longest time."""
+            if len(self.connections) <= limits.connections:
+                return True
+            others = [one for one in self.connections if not one.transport.is_closing()]
+            idle = [one for one in others if isinstance(one, Limited) and one._idle]
+            if len(others) > limits.connections:
+                first = min(idle, key=lambda one: one._idle_since)
+                if first is self:
+                    return False
+                first.transport.abort()
+            return True
+
+        @property
+        def _idle(self) -> bool:
+            """Whether it waits for a request, or for the rest of its head."""
+            return self.cycle is None or self.cycle.response_complete
 
         def _look_again(self, seen: object) -> None:
             self._timer = self.loop.call_later(limits.headers, self._look, seen)
@@ -132,11 +182,10 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
             """Ends the connection if there was no new request since the last look."""
             if self.transport.is_closing():
                 return
-            idle = self.cycle is None or self.cycle.response_complete
-            if idle and self.cycle is seen:
+            if self._idle and self.cycle is seen:
                 self.transport.abort()
             else:
-                self._look_again(self.cycle if idle else self)
+                self._look_again(self.cycle if self._idle else self)
 
     return Limited
 

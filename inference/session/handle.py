@@ -14,11 +14,11 @@ from torch import Tensor
 from inference.engine.engine import Engine
 from inference.engine.fork import fork
 from inference.engine.images import Picture, as_picture, fit
+from inference.engine.lifetime import ProcessLock
 from inference.engine.slots import Slot
 from inference.session.answer import Answer
 from inference.session.events import Event, EventLog
 from inference.session.journal import Journal, Record
-from inference.engine.lifetime import ProcessLock
 from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
 from inference.session.session_state import state_of
 

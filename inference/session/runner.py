@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from inference.engine.engine import Engine, EngineFull
+from inference.engine.lifetime import ProcessLock, close_at_exit
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
 from inference.engine.token_choice import read_likely
@@ -30,7 +31,6 @@ from inference.session.calls import Call
 from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle, led_by_first
-from inference.engine.lifetime import ProcessLock, close_at_exit
 from inference.session.response import Vocabulary
 from inference.session.session import Session, SessionConfig, StepRequest
 from inference.session.session_state import resume

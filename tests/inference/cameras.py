@@ -123,9 +123,9 @@ def still(sized: bool, broken_after: int = 1000) -> Script:
     return serve
 
 
-def rtsp(stream: bytes, over_tcp: bool) -> Script:
+def rtsp(stream: bytes, over_tcp: bool, refusal: str = "461 Unsupported Transport") -> Script:
     """A camera that sends a transport stream in packets of RTP: in its connection, or by UDP
-    alone. The request that Camera has read is OPTIONS."""
+    alone. refusal: of the other way. The request that Camera has read is OPTIONS."""
     description = (
         "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\n"
         "m=video 0 RTP/AVP 33\r\na=control:track\r\n"
@@ -147,7 +147,7 @@ def rtsp(stream: bytes, over_tcp: bool) -> Script:
                 offered = re.search(r"client_port=(\d+)", request)
                 port = int(offered[1]) if offered else 0
                 if bool(port) == over_tcp:
-                    answer(number, status="461 Unsupported Transport")
+                    answer(number, status=refusal)
                     continue
                 way = f";client_port={port}-{port + 1}" if port else "/TCP;interleaved=0-1"
                 answer(number, f"Session: 1\r\nTransport: RTP/AVP{way};unicast\r\n\r\n")

@@ -238,9 +238,19 @@ def test_a_playlist_that_cannot_be_read_any_more_is_lost_and_one_that_ends_is_no
     assert not watched.error
 
 
-@pytest.mark.parametrize("over_tcp", [True, False])
-def test_a_camera_may_have_one_transport_of_rtsp_alone(clock: Clock, over_tcp: bool) -> None:
-    with camera(rtsp(transport_stream(0, 60), over_tcp)) as made:
+@pytest.mark.parametrize(
+    ("over_tcp", "refusal"),
+    [
+        (True, "461 Unsupported Transport"),
+        (False, "461 Unsupported Transport"),
+        (False, "406 Not Acceptable"),
+        (False, "400 Bad Request"),
+    ],
+)
+def test_a_camera_may_have_one_transport_of_rtsp_alone(
+    clock: Clock, over_tcp: bool, refusal: str
+) -> None:
+    with camera(rtsp(transport_stream(0, 60), over_tcp, refusal)) as made:
         watched = Watched(made.url.replace("http", "RTSP"), 1, clock, most=3)
     assert watched.seconds == [0, 1, 2]
 
