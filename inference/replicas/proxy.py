@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from inference.replicas.places import Places
 from inference.replicas.replica import Replica
 from inference.serve.accounts import Visit
-from inference.serve.answers import Stream
+from inference.serve.answers import UNBUFFERED, Stream
 from inference.serve.chat import Client, Left, read_body, refusal
 from inference.serve.limits import Budget, Limits, Refused, Share
 from inference.serve.wire import ASKED, USED_LINE, usage_of
@@ -28,7 +28,12 @@ _FAILED = b'{"error":'
 _LOST = "the replica that answered has ended: ask again"
 _ASKED = {"content-type": "application/json"}  # `read_body` takes nothing else
 # Headers that go on: the rest is about one connection, or about the front's own name.
-_ANSWERED = ("content-type", "retry-after", "x-moss-ignored")
+_ANSWERED = (
+    "content-type",
+    "retry-after",
+    "x-moss-ignored",
+    *(name.lower() for name in UNBUFFERED),
+)
 
 
 class Proxy:

@@ -22,6 +22,11 @@ from inference.serve.wire import USED_LINE, usage_text
 from inference.session.detokenize import special_tokens, token_bytes
 from inference.session.handle import SessionHandle
 
+QUIET = 10.0  # seconds after which a stream says that it goes on: proxies end those that are idle
+
+# Of a stream: proxies give each of its pieces on when it comes.
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
 
 @dataclass
 class _Piece:
@@ -104,7 +109,10 @@ class Writer:
         """The body of a whole response. Raises Refused if the engine failed."""
         texts, likely = [""] * len(self._answers), [list[Any]() for _ in self._answers]
         ends = ["stop"] * len(self._answers)
-        async for number, piece in self._merged():
+        async for one in self._merged():
+            if one is None:
+                continue
+            number, piece = one
             texts[number] += piece.text
             likely[number] += piece.logprobs
             ends[number] = piece.reason or ends[number]
@@ -124,7 +132,11 @@ class Writer:
         for number in range(len(self._answers)):
             yield self._chunk(number, {"role": "assistant", "content": ""})
         try:
-            async for number, piece in self._merged():
+            async for one in self._merged():
+                if one is None:
+                    yield ":\n\n"  # a comment, which clients skip
+                    continue
+                number, piece = one
                 if piece.text or piece.logprobs:
                     yield self._chunk(number, {"content": piece.text}, piece.logprobs)
                 if piece.reason:
@@ -137,9 +149,9 @@ class Writer:
             yield _sse({**head, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    async def _merged(self) -> AsyncIterator[tuple[int, _Piece]]:
-        """Yields (number of the answer, piece) of all answers as they come. Where one fails, all
-        end."""
+    async def _merged(self) -> AsyncIterator[tuple[int, _Piece] | None]:
+        """Yields (number of the answer, piece) of all answers as they come; None where nothing has
+        come for a while. Where one fails, all end."""
         came = asyncio.Queue[tuple[int, _Piece] | Exception]()
         tasks = [
             asyncio.create_task(self._read(number, answer, came))
@@ -148,7 +160,11 @@ class Writer:
         open_ones = len(tasks)
         try:
             while open_ones:
-                one = await came.get()
+                try:
+                    one = await asyncio.wait_for(came.get(), QUIET)
+                except TimeoutError:
+                    yield None
+                    continue
                 if isinstance(one, Exception):
                     raise one
                 number, piece = one

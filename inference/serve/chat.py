@@ -23,7 +23,7 @@ from torch import Tensor
 from data_pipeline.schema import SampleError
 from inference.engine.engine import EngineFull
 from inference.serve.accounts import Usage, Visit
-from inference.serve.answers import Stream, Writer, close, with_usage
+from inference.serve.answers import UNBUFFERED, Stream, Writer, close, with_usage
 from inference.serve.decoding import Task
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused, Share
@@ -111,6 +111,7 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
             return Response(status_code=499)
         finally:
             _end(client, share)
+    headers |= UNBUFFERED if question.stream else {}
     pieces = written.stream() if question.stream else _waiting(written, client, hub, visit)
     if visit.account.front:
         headers |= {ASKED: json.dumps({"id": visit.id, **visit.asked})}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
+from inference.serve import answers
 from inference.serve.limits import Limits
 from tests.inference.serve.serving import (
     PATIENCE,
@@ -110,6 +113,32 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     assert choices[-1].finish_reason == "length"
     assert len([c for c in choices if c.delta.content]) > 3
     assert len({piece.id for piece in pieces}) == 1
+
+
+def test_a_stream_reaches_its_client_through_proxies(
+    client: openai.OpenAI, server: Running, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not held back, nor ended while nothing is said for long."""
+    monkeypatch.setattr(answers, "QUIET", 0.05)
+    whole = ask(client, with_media("What?"), max_tokens=6)
+    body = {"messages": with_media("What?"), "max_tokens": 6, "stream": True}
+    url, lines, said = f"{server.http}/v1/chat/completions", list[str](), ""
+    with contextlib.ExitStack() as opened:
+        with standing_still(engine):
+            asked = httpx.stream("POST", url, json=body, timeout=PATIENCE)
+            streamed = opened.enter_context(asked)
+            pieces = streamed.iter_lines()
+            while lines.count(":") < 3:
+                lines.append(next(pieces))
+        lines += pieces
+    assert streamed.headers["X-Accel-Buffering"] == "no"
+    assert streamed.headers["Cache-Control"] == "no-cache"
+    for line in lines:
+        if line.startswith("data: {"):
+            said += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get(
+                "content", ""
+            )
+    assert said == whole.choices[0].message.content
 
 
 def test_sampling_follows_its_seed(client: openai.OpenAI) -> None:
