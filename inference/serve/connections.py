@@ -78,116 +78,117 @@ class _Unread:
             self._timer = self._loop.call_later(self._seconds, self._look, transport, full, left)
 
 
-def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
+class _LimitedConnection(H11Protocol):
     """uvicorn's connection, with more limits: how many there are, how long one may take for the
     headers of a request and to read an answer, and what a request may be (`framing.py`)."""
 
-    class Limited(H11Protocol):
-        conn: Framing
+    limits: Limits
+    conn: Framing
 
-        def __init__(self, *args: Any, **given: Any) -> None:
-            super().__init__(*args, **given)
-            self.conn = Framing(h11.SERVER)
-            self._timer: asyncio.TimerHandle | None = None
-            self._half: asyncio.TimerHandle | None = None
-            self._unread = _Unread(self.loop, limits.send)
-            self._idle_since = self.loop.time()
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.conn = Framing(h11.SERVER)
+        self._timer: asyncio.TimerHandle | None = None
+        self._half: asyncio.TimerHandle | None = None
+        self._unread = _Unread(self.loop, self.limits.send)
+        self._idle_since = self.loop.time()
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if self._has_room():
-                self._look_again(None)
-                self._unread.watch(transport, lambda: self.flow.write_paused)
-            else:
-                transport.abort()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if self._has_room():
+            self._look_again(None)
+            self._unread.watch(transport, lambda: self.flow.write_paused)
+        else:
+            transport.abort()
 
-        def on_response_complete(self) -> None:
-            self._idle_since = self.loop.time()
-            super().on_response_complete()
+    def on_response_complete(self) -> None:
+        self._idle_since = self.loop.time()
+        super().on_response_complete()
 
-        def eof_received(self) -> bool:  # type: ignore[override]
-            """Whether the connection stays open, for a client that says nothing more and still
-            reads. One that has gone is told apart by an interim answer, which every client skips:
-            its system refuses it."""
-            cycle = self.cycle
-            if cycle is None or cycle.response_complete or cycle.more_body:
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the connection stays open, for a client that says nothing more and still
+        reads. One that has gone is told apart by an interim answer, which every client skips:
+        its system refuses it."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        if self.scheme == "https" or self.conn.their_http_version != b"1.1":
+            return False  # TLS is not half closed, and HTTP/1.0 has no interim answers
+        cycle.keep_alive = False
+        if not cycle.response_started:
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+            self.transport.write(self.conn.send(interim) or b"")
+        self._look_for_reader()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_watching()
+        super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._end_watching()  # the other protocol does it
+        super().handle_websocket_upgrade(event)
+
+    def send_400_response(self, msg: str) -> None:
+        """Instead of uvicorn's: says what is wrong, as all routes do."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            said = refusal(Refused("invalid_request", f"not an HTTP request: {self.conn.wrong}"))
+            headers = [*said.raw_headers, (b"connection", b"close")]
+            status = self.conn.status
+            reason = HTTPStatus(status).phrase.encode()
+            answer = h11.Response(status_code=status, headers=headers, reason=reason)
+            for part in (answer, h11.Data(data=bytes(said.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()
+
+    def _end_watching(self) -> None:
+        self._unread.stop()
+        for timer in (self._timer, self._half):
+            if timer is not None:
+                timer.cancel()
+
+    def _look_for_reader(self) -> None:
+        made = self.transport.get_extra_info("socket")
+        if made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        else:
+            self._half = self.loop.call_later(_LOOKS, self._look_for_reader)
+
+    def _has_room(self) -> bool:
+        """Whether there is room for this connection. Of too many, the one ends that has waited
+        for a request for the longest time."""
+        if len(self.connections) <= self.limits.connections:
+            return True
+        others = [one for one in self.connections if not one.transport.is_closing()]
+        idle = [one for one in others if isinstance(one, _LimitedConnection) and one._idle]
+        if len(others) > self.limits.connections:
+            first = min(idle, key=lambda one: one._idle_since)
+            if first is self:
                 return False
-            if self.scheme == "https" or self.conn.their_http_version != b"1.1":
-                return False  # TLS is not half closed, and HTTP/1.0 has no interim answers
-            cycle.keep_alive = False
-            if not cycle.response_started:
-                interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
-                self.transport.write(self.conn.send(interim) or b"")
-            self._look_for_reader()
-            return True
+            first.transport.abort()
+        return True
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._end_watching()
-            super().connection_lost(exc)
+    @property
+    def _idle(self) -> bool:
+        """Whether it waits for a request, or for the rest of its head."""
+        return self.cycle is None or self.cycle.response_complete
 
-        def handle_websocket_upgrade(self, event: h11.Request) -> None:
-            self._end_watching()  # the other protocol does it
-            super().handle_websocket_upgrade(event)
+    def _look_again(self, seen: object) -> None:
+        self._timer = self.loop.call_later(self.limits.headers, self._look, seen)
 
-        def send_400_response(self, msg: str) -> None:
-            """Instead of uvicorn's: says what is wrong, as all routes do."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                said = refusal(
-                    Refused("invalid_request", f"not an HTTP request: {self.conn.wrong}")
-                )
-                headers = [*said.raw_headers, (b"connection", b"close")]
-                status = self.conn.status
-                reason = HTTPStatus(status).phrase.encode()
-                answer = h11.Response(status_code=status, headers=headers, reason=reason)
-                for part in (answer, h11.Data(data=bytes(said.body)), h11.EndOfMessage()):
-                    self.transport.write(self.conn.send(part) or b"")
-            self.transport.close()
+    def _look(self, seen: object) -> None:
+        """Ends the connection if there was no new request since the last look."""
+        if self.transport.is_closing():
+            return
+        if self._idle and self.cycle is seen:
+            self.transport.abort()
+        else:
+            self._look_again(self.cycle if self._idle else self)
 
-        def _end_watching(self) -> None:
-            self._unread.stop()
-            for timer in (self._timer, self._half):
-                if timer is not None:
-                    timer.cancel()
 
-        def _look_for_reader(self) -> None:
-            made = self.transport.get_extra_info("socket")
-            if made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.transport.abort()
-            else:
-                self._half = self.loop.call_later(_LOOKS, self._look_for_reader)
-
-        def _has_room(self) -> bool:
-            """Whether there is room for this connection. Of too many, the one ends that has waited
-            for a request for the longest time."""
-            if len(self.connections) <= limits.connections:
-                return True
-            others = [one for one in self.connections if not one.transport.is_closing()]
-            idle = [one for one in others if isinstance(one, Limited) and one._idle]
-            if len(others) > limits.connections:
-                first = min(idle, key=lambda one: one._idle_since)
-                if first is self:
-                    return False
-                first.transport.abort()
-            return True
-
-        @property
-        def _idle(self) -> bool:
-            """Whether it waits for a request, or for the rest of its head."""
-            return self.cycle is None or self.cycle.response_complete
-
-        def _look_again(self, seen: object) -> None:
-            self._timer = self.loop.call_later(limits.headers, self._look, seen)
-
-        def _look(self, seen: object) -> None:
-            """Ends the connection if there was no new request since the last look."""
-            if self.transport.is_closing():
-                return
-            if self._idle and self.cycle is seen:
-                self.transport.abort()
-            else:
-                self._look_again(self.cycle if self._idle else self)
-
-    return Limited
+def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol with these limits."""
+    return type("LimitedConnection", (_LimitedConnection,), {"limits": limits})
 
 
 def _whole(event: object) -> bool:
