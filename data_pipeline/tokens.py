@@ -57,17 +57,24 @@ def token_text(name: str) -> str:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens an HF tokenizer folder (or its tokenizer.json); ValueError names what is missing."""
+    """Opens an HF tokenizer folder (or its tokenizer.json); ValueError names what is missing.
+
+    What other tools saved in the file of cutting and padding texts is left out, as transformers
+    leaves it out: they are settings of a call.
+    """
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"tokenizer: {file} does not exist: give a folder with a tokenizer.json")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing narrower
         if is_lfs_pointer(file):
             raise ValueError(f"tokenizer: {file} {NOT_FETCHED}") from None
         raise ValueError(f"tokenizer: {file} cannot be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def build_toy_tokenizer(out_dir: str | Path, texts: Iterable[str], vocab_size: int = 512) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from moss_train.checkpoint_dir import flaw
+
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # Files that tell other forms: pattern, what the folder is, what to do.
 FORMS = (
@@ -64,7 +66,11 @@ def foreign_form(folder: Path) -> str | None:
 
 def why_no_checkpoint(folder: Path) -> str:
     """What a folder is in which training finds no complete checkpoint, with what to do."""
-    ours = (folder / "complete.json").is_file() or (folder / "checkpoints").is_dir()
+    if (folder / "complete.json").is_file():
+        return f"is a checkpoint that is damaged: {flaw(folder)}"
+    if (folder / ".metadata").is_file():
+        return "is a checkpoint without its complete.json: it was not written to its end"
+    ours = (folder / "checkpoints").is_dir()
     form = None if ours or not folder.is_dir() else foreign_form(folder)
     if (folder / "config.json").is_file() and adapter_beside(folder) is None:
         form = (

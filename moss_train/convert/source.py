@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -221,12 +222,17 @@ def _files(folder: Path, allow_pickle: bool) -> tuple[dict[str, str] | None, lis
     form = foreign_form(folder)
     if form is not None:
         raise ConversionError(f"{folder}: {form}")
-    parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
-    if parts:
+    parts = sorted(path.name for path in folder.glob("*.safetensors"))
+    if any(re.fullmatch(r"model-.*-of-.*", part) for part in parts):
         raise ConversionError(f"{folder}: holds {parts[0]}, but no {SAFE}.index.json: fetch it")
     for path in (folder / SAFE, folder / f"{SAFE}.index.json"):
         if path.is_symlink():
             raise ConversionError(f"{path}: is a link to {path.readlink()}, which is not there")
+    if parts:
+        raise ConversionError(
+            f"{folder}: holds {', '.join(shortened(parts, 3))}, but no {SAFE}: rename what is the "
+            "whole model"
+        )
     raise ConversionError(f"{folder}: holds neither {SAFE} nor {SAFE}.index.json")
 
 
@@ -250,12 +256,17 @@ def _read_index(folder: Path, index: Path) -> tuple[dict[str, str], list[Path]]:
 def _disagreements(
     folder: Path, index: Mapping[str, str], tensors: Iterable[Stored]
 ) -> Iterable[str]:
-    there = {stored.name: stored.file.name for stored in tensors}
+    there: dict[str, list[str]] = {}
+    for stored in tensors:
+        there.setdefault(stored.name, []).append(stored.file.name)
     for name, file in index.items():
-        if there.get(name) != file:
+        if file not in there.get(name, []):
             yield f"{folder}: the index says that {file} holds {name}, which it does not"
-    for name in there.keys() - index.keys():
-        yield f"{folder / there[name]}: holds {name}, which the index does not name"
+    for name, files in there.items():
+        if name not in index:
+            yield f"{folder / files[0]}: holds {name}, which the index does not name"
+        elif len(files) > 1:
+            yield f"{folder}: {' and '.join(files)} hold {name}: fetch both again"
 
 
 def _unnamed(folder: Path, named: Iterable[Path]) -> list[str]:
@@ -268,7 +279,9 @@ def _unnamed(folder: Path, named: Iterable[Path]) -> list[str]:
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        # torch before 1.6 wrote no zip archive, which alone can be mapped.
+        mapped = is_zipfile(path)
+        loaded = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
     except Exception as error:  # torch and pickle raise all kinds
         reason = str(error).splitlines()[0]
         raise ConversionError(f"{path}: cannot be read as weights alone: {reason}") from None

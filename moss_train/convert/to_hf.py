@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipeline.progress import Progress
 from moss_train.checkpoint_dir import find, read_run
 from moss_train.config import AdapterConfig, Config, from_dict
+from moss_train.convert.folders import why_no_checkpoint
 from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.hf_files import HfFiles, check_plain, write_files
 from moss_train.convert.job import (
@@ -88,10 +89,7 @@ def convert_megatron(options: ToHf) -> list[str]:
     """
     checkpoint = find(options.source)
     if checkpoint is None:
-        raise ConversionError(
-            f"{options.source}: no complete checkpoint there: give a run folder, or one of its "
-            "checkpoints"
-        )
+        raise ConversionError(f"{options.source}: {why_no_checkpoint(options.source)}")
     config = from_dict(read_run(checkpoint)["config"])
     target = options.target or "moss"
     if target == "mllama":

@@ -34,6 +34,21 @@ def test_transformers_reads_the_same_ids(tmp_path: Path) -> None:
     )
 
 
+def test_settings_of_cutting_and_padding_in_the_file_are_no_settings_of_ours(tmp_path) -> None:
+    """Tools that save a tokenizer after a call leave its settings in tokenizer.json."""
+    transformers = pytest.importorskip("transformers")
+    plain = load_tokenizer(build_toy_tokenizer(tmp_path, ["A red circle moves."]))
+    text = "A red circle moves away from the blue square"
+    wanted = plain.encode(text).ids
+    plain.enable_truncation(4)
+    plain.enable_padding(length=6)
+    plain.save(str(tmp_path / "tokenizer.json"))
+    assert len(plain.encode(text).ids) == 6
+    assert load_tokenizer(tmp_path).encode(text).ids == wanted
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode(text, add_special_tokens=False) == wanted
+
+
 def test_a_missing_token_is_named() -> None:
     tokenizer = Tokenizer(BPE())
     with pytest.raises(ValueError, match=r"llama has no token .*<\|silence\|>, <\|\.\.\.\|>"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moss_train.config import ConfigError
 from moss_train.convert.job import check_disk, check_manifest, new_folder
@@ -120,6 +120,16 @@ def test_an_index_and_its_files_must_agree(tmp_path):
     ]
 
 
+def test_a_tensor_that_two_files_of_an_index_hold_is_told(tmp_path):
+    source = save_by_transformers(tmp_path / "hf")
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(file for file in sorted(set(index.values())) if file != index[NORM])
+    twice = load_file(source / index[NORM])[NORM] + 1
+    save_file({**load_file(source / other), NORM: twice}, source / other)
+    files = " and ".join(sorted((index[NORM], other)))
+    assert refusal(source, tmp_path / "out") == f"{source}: {files} hold {NORM}: fetch both again"
+
+
 def test_weights_that_are_no_numbers_are_refused_if_asked(tmp_path):
     weights = mllama_weights()
     weights[QUERY][3, :2] = float("nan")
@@ -154,6 +164,11 @@ def test_pickles_are_read_on_demand_and_only_as_weights(tmp_path, monkeypatch):
     convert_hf(FromHf(source, tmp_path / "out", allow_pickle=True))
     convert_megatron(ToHf(tmp_path / "out", tmp_path / "back", REPO / "inference/hf"))
     assert differing(load_folder(tmp_path / "back"), weights) == []
+    # As torch wrote them up to 1.5.
+    torch.save(weights, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert_hf(FromHf(source, tmp_path / "old", allow_pickle=True))
+    convert_megatron(ToHf(tmp_path / "old", tmp_path / "old_back", REPO / "inference/hf"))
+    assert differing(load_folder(tmp_path / "old_back"), weights) == []
 
     folder = tmp_path / "evil_folder"
     folder.mkdir()

@@ -16,7 +16,6 @@ from transformers import LlamaForCausalLM
 
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from moss_train.config import ConfigError
-from moss_train.convert.folders import why_no_checkpoint
 from moss_train.convert.hf_config import model_config_from_hf, text_config_from_llama
 from moss_train.convert.llama import check_llama
 from moss_train.convert.megatron_files import WeightFiles
@@ -322,23 +321,6 @@ def test_an_embedding_without_rows_beyond_the_vocabulary_gets_them(tmp_path):
     config["text_config"]["vocab_size"] = rows - 3
     said = refusal(save_folder(tmp_path / "stale", weights, config), tmp_path / "no")
     assert "set vocab_size there to the rows of lm_head.weight" in said
-
-
-@pytest.mark.parametrize(
-    ("files", "named"),
-    [
-        ([], "no complete checkpoint there: give a run folder"),
-        (["config.json", "model.safetensors"], "hf-to-megatron FOLDER OUT"),
-        (["adapter_config.json", "config.json"], f"is an adapter of a model: .*{MERGE}"),
-        (["global_step10/mp_rank_00_model_states.pt"], "zero_to_fp32.py"),
-        (["checkpoints/step_00000010/run.json"], "no complete checkpoint there"),
-    ],
-)
-def test_what_init_from_cannot_start_from_is_told(files, named, tmp_path):
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("{}")
-    assert re.search(named, why_no_checkpoint(tmp_path))
 
 
 def test_of_two_states_of_the_weights_none_is_taken_unsaid(tmp_path):
