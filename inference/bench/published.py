@@ -16,10 +16,8 @@ from torch import Tensor
 
 from inference.hf.attended_moss_video import CachedTokens, NewFrames
 from inference.hf.decoder_moss_video import Rotation
-from inference.hf.modeling_moss_video import (
-    MossVideoForConditionalGeneration,
-    MossVideoModel,
-)
+from inference.hf.model_moss_video import MossVideoModel
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.vision_moss_video import pool_grid
 
 
@@ -48,13 +46,23 @@ class RepeatedFrames:
 class PublishedModel(MossVideoForConditionalGeneration):
     """Takes over another model's parameters; `generate` is transformers' own."""
 
-    tokens_type = RepeatedTokens
-
     def __init__(self, other: MossVideoForConditionalGeneration):
         with torch.device("meta"):
             super().__init__(other.config)
-        self.model, self.lm_head = other.model, other.lm_head
+        self.model, self.lm_head = PublishedBackbone(other.model), other.lm_head
         self.generation_config = other.generation_config
+
+
+class PublishedBackbone(MossVideoModel):
+    """Takes over another model's parameters."""
+
+    tokens_type = RepeatedTokens
+
+    def __init__(self, other: MossVideoModel):
+        with torch.device("meta"):
+            super().__init__(other.config)
+        for name, module in other.named_children():
+            setattr(self, name, module)
 
     def _frames(
         self,
@@ -95,10 +103,9 @@ class PublishedModel(MossVideoForConditionalGeneration):
     ) -> Tensor:
         """All frames in one batch; patches are pooled after all states are joined."""
         batch, frames = pixel_values.shape[:2]
-        model: MossVideoModel = self.model
         ones = torch.ones(batch * frames, dtype=torch.long, device=pixel_values.device)
-        states = model.vision_model(pixel_values.flatten(0, 1), ones, ones[:, None].bool())
+        states = self.vision_model(pixel_values.flatten(0, 1), ones, ones[:, None].bool())
         joined = torch.cat((states[0], torch.stack(states[1:], -1).flatten(-2)), -1)
         config = self.config
-        joined = pool_grid(joined, config.pool_mode, config.pool_stride, model.patch_merger)
-        return model.multi_modal_projector(joined).flatten(1, 2).unflatten(0, (batch, frames))
+        joined = pool_grid(joined, config.pool_mode, config.pool_stride, self.patch_merger)
+        return self.multi_modal_projector(joined).flatten(1, 2).unflatten(0, (batch, frames))

@@ -26,7 +26,8 @@ from data_pipeline.cgroups import cores
 from inference.engine.staging import copy_all, works
 from inference.engine.tensor_parallel import GatheredLinear, RowLinear, shard
 from inference.hf.configuration_moss_video import MossVideoConfig
-from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
+from inference.hf.model_moss_video import OLD_NAMES
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 THREADS = 8  # where weights do not go through the ring

@@ -20,15 +20,18 @@ FRAMES = ("pixel_values", "cross_attention_states", "aspect_ratio_ids", "aspect_
 
 
 class CachedTokens:
-    """`TokenCache` in a transformers cache (None: nothing is kept)."""
+    """`TokenCache` in a transformers cache (None: nothing is kept). What each layer attends is
+    added to `weights`."""
 
-    def __init__(self, cache: Any, mask: Tensor | None):
-        self.cache, self.mask = cache, mask
+    def __init__(self, cache: Any, mask: Tensor | None, weights: list[Tensor] | None = None):
+        self.cache, self.mask, self.weights = cache, mask, weights
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
             k, v = self.cache.update(k, v, layer)
         causal = self.mask is None and q.shape[2] > 1
+        if self.weights is not None:
+            self.weights.append(attention_weights(q, k, self.mask, causal))
         return attend(q, k, v, self.mask, causal)
 
 
@@ -41,7 +44,10 @@ class AttendedFrames:
         alone: nothing is added to its tokens.
     slots: True for what tokens that see no frame attend, where they attend all `[B, F]`; None:
         they attend nothing.
+    weights: a list to which what each layer attends is added; None: it is not computed.
     """
+
+    weights: list[Tensor] | None = None
 
     def __init__(
         self,
@@ -58,13 +64,13 @@ class AttendedFrames:
         has_frames = own.any(1)[:, None, None]  # [B, 1, 1]
         if slots is not None:
             mask = mask | (~sees & slots.repeat_interleave(tiles, 1)[:, None])
-        self.sees = None if bool(sees.all()) else sees.to(dtype)
+        self.sees = None if all_true(sees) else sees.to(dtype)
         self.keep = self.sees
         if slots is not None:
-            self.keep = None if bool(has_frames.all()) else has_frames.to(dtype)
+            self.keep = None if all_true(has_frames) else has_frames.to(dtype)
         # A row without any key would be NaN: let it attend everything, then drop it.
         mask = mask | ~mask.any(-1, keepdim=True)
-        self.mask = None if bool(mask.all()) else mask[:, None]
+        self.mask = None if all_true(mask) else mask[:, None]
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         k, v = self.keys_values[layer]
@@ -72,7 +78,27 @@ class AttendedFrames:
         if mask is not None:
             mask = mask.repeat_interleave(k.shape[2] // mask.shape[-1], dim=-1)
         out = attend(q, k, v, mask)
+        if self.weights is not None:
+            weights = attention_weights(q, k, mask, False)
+            self.weights.append(weights if self.keep is None else weights * self.keep[:, None])
         return out if self.keep is None else out * self.keep[:, None]
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """How much each query attends each key `[B, heads, S, L]`; the arguments are `attend`'s."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    if causal:
+        mask = _causal(0, q.shape[2], q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(q.dtype)
+
+
+def all_true(mask: Tensor) -> bool:
+    """Whether all of a mask is true, so that it can be left out. A graph that is being compiled or
+    exported holds for all values: there it is not."""
+    return not torch.compiler.is_compiling() and bool(mask.all())
 
 
 @dataclass
@@ -82,7 +108,7 @@ class NewFrames:
     positions: of each frame's `<|image|>` `[B, F]`, 0 for padding frames.
     marked: True for frames that have one `[B, F]`.
     slots: True for those that are given as frames, by their ratio id if there is one `[B, F]`.
-    seen: True where a token is or comes after it `[B, S, F, T or 1]`.
+    seen: True for the tiles that it has, where a token is or comes after it `[B, S, F, T]`.
     """
 
     positions: Tensor
@@ -216,7 +242,7 @@ def token_mask(attention_mask: Tensor | None, past: int, length: int) -> Tensor 
     if attention_mask is not None and attention_mask.ndim == 4:
         added = attention_mask.is_floating_point()
         return attention_mask >= 0 if added else attention_mask.bool()
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None or all_true(attention_mask):
         if past == 0 or length == 1:
             return None
         device = None if attention_mask is None else attention_mask.device

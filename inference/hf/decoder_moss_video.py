@@ -287,16 +287,27 @@ class Decoder(nn.Module):
         return attention
 
     def forward(
-        self, x: Tensor, positions: Tensor, token_cache: TokenCache, frame_cache: FrameCache | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        token_cache: TokenCache,
+        frame_cache: FrameCache | None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """Embedded tokens `[B, S, H]` at `positions` `[B, S]` -> normed hidden states.
 
-        Without `frame_cache` the cross-attention layers are passed by.
+        Without `frame_cache` the cross-attention layers are passed by. The input of each layer that
+        runs is added to `states`, and then what is returned.
         """
         rotation = self.rotation(positions, x.dtype)
         for layer in self.layers:
-            if isinstance(layer, SelfLayer):
-                x = layer(x, rotation, token_cache)
-            elif frame_cache is not None:
-                x = layer(x, rotation, frame_cache)
-        return self.norm(x)
+            cache = token_cache if isinstance(layer, SelfLayer) else frame_cache
+            if cache is None:
+                continue
+            if states is not None:
+                states.append(x)
+            x = layer(x, rotation, cache)
+        x = self.norm(x)
+        if states is not None:
+            states.append(x)
+        return x

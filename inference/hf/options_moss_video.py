@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from transformers import GenerationConfig
+
 GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs")
 KNOWN = (
     "return_tensors", "padding", "max_length", "pad_to_multiple_of", "padding_side",
@@ -30,6 +32,7 @@ NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_sample_frames": ((False, None), "video_fps, video_min_frames and video_max_frames do it"),
     "verbose": ((True, False, None), ""),
 }
+GENERATION = set(GenerationConfig().to_dict()) - {*KNOWN}
 PADDINGS = (False, None, "do_not_pad", True, "longest", "max_length")
 
 
@@ -47,6 +50,11 @@ def read_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             neutral, why = NOT_DONE[name]
             if value not in neutral:
                 raise ValueError(f"{name}={value!r}: not done: {why}")
+        elif name not in KNOWN and name in GENERATION:
+            raise ValueError(
+                f"{name}: is an option of generate, not of this processor: in a pipeline's call, "
+                f"generate_kwargs={{{name!r}: ...}}"
+            )
         elif name not in KNOWN:
             near = get_close_matches(name, KNOWN, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KNOWN)}"

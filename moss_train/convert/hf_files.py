@@ -46,7 +46,10 @@ IMPORTED = "imported"  # stage of weights whose training is not known
 MOSS_CLASS, PLAIN_CLASS = "MossVideoForConditionalGeneration", "MllamaForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_moss_video.MossVideoConfig",
+    "AutoModel": "model_moss_video.MossVideoModel",
     "AutoModelForImageTextToText": f"modeling_moss_video.{MOSS_CLASS}",
+    "AutoModelForMultimodalLM": f"modeling_moss_video.{MOSS_CLASS}",
+    "AutoModelForCausalLM": f"modeling_moss_video.{MOSS_CLASS}",
 }
 
 

@@ -44,6 +44,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"prompt_lookup_num_tokens": 3},
     {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
     {"repetition_penalty": 1.0, "min_new_tokens": 2},
+    {"return_dict_in_generate": True, "output_hidden_states": True},
+    {"return_dict_in_generate": True, "output_attentions": True},
 ]
 
 
@@ -71,8 +73,6 @@ def test_options_that_are_taken_give_the_same_tokens(kind, rows):
         {"cache_implementation": "static"},
         {"cache_implementation": "offloaded_static"},
         {"past_key_values": "StaticCache"},
-        {"return_dict_in_generate": True, "output_hidden_states": True},
-        {"return_dict_in_generate": True, "output_attentions": True},
         {"prefill_chunk_size": 4},
     ],
 )

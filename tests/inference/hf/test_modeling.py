@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from inference.hf.configuration_moss_video import MossVideoConfig
-from inference.hf.modeling_moss_video import OLD_NAMES, MossVideoForConditionalGeneration
+from inference.hf.model_moss_video import OLD_NAMES
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from tests.golden import make_mllama
 from tests.inference.tiny import generated_logits, tiny_model
 

@@ -220,6 +220,7 @@ BAD_OPTIONS = [
     ({"padding": "max_length", "max_length": 2}, "text 0 has .* tokens, and is not cut"),
     ({"padding": "longst"}, "padding='longst': must be one of"),
     ({"paddding": True}, "paddding: is not an option .* did you mean padding"),
+    ({"do_sample": False}, r"do_sample: is an option of generate, .* generate_kwargs="),
     ({"pad_to_multiple_of": 16}, "pad_to_multiple_of: needs padding"),
     ({"padding": True, "pad_to_multiple_of": 0}, "pad_to_multiple_of=0: must be"),
     ({"padding_side": "top"}, "padding_side='top'"),

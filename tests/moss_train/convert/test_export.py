@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    LlamaForCausalLM,
+)
 
 from data_pipeline.tokens import build_toy_tokenizer
 from moss_train.config import Config, StageConfig
@@ -68,6 +75,29 @@ def test_plain_llama_vision_through_a_checkpoint(target, plain_case, tmp_path):
     assert off < LIMITS["logits"]
     assert (made["loss"] - plain_case.expected["loss"]).abs() < LIMITS["loss"]
     assert made["greedy"].tolist() == plain_case.expected["greedy"].tolist()
+
+
+@torch.no_grad()
+def test_every_class_of_transformers_opens_an_export(plain_case, tmp_path):
+    """And what such a class saves again. The model without a head gives the last states."""
+    export = exported(save_folder(tmp_path / "source", mllama_weights()), tmp_path)
+    first = opened(export)
+    first.save_pretrained(tmp_path / "again")
+    inputs = {"input_ids": torch.tensor([[3, 9, 27, 2]])}
+    wanted = first(**inputs, output_hidden_states=True)
+    for folder in (export, tmp_path / "again"):
+        for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+            model = kind.from_pretrained(folder, trust_remote_code=True).eval()
+            assert torch.equal(model(**inputs).logits, wanted.logits)
+        bare, info = AutoModel.from_pretrained(
+            folder, trust_remote_code=True, output_loading_info=True
+        )
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert torch.equal(bare.eval()(**inputs).last_hidden_state, wanted.hidden_states[-1])
+    bare.save_pretrained(tmp_path / "bare")
+    again = AutoModel.from_pretrained(tmp_path / "bare", trust_remote_code=True).eval()
+    assert torch.equal(again(**inputs).last_hidden_state, wanted.hidden_states[-1])
 
 
 def test_moss_video_through_a_checkpoint(shared, tmp_path, capsys):
