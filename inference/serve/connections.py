@@ -104,6 +104,8 @@ class _LimitedConnection(H11Protocol):
     def on_response_complete(self) -> None:
         self._idle_since = self.loop.time()
         super().on_response_complete()
+        if self._half is not None and self._idle:
+            self.transport.close()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays open, for a client that says nothing more and still
@@ -114,7 +116,6 @@ class _LimitedConnection(H11Protocol):
             return False
         if self.scheme == "https" or self.conn.their_http_version != b"1.1":
             return False  # TLS is not half closed, and HTTP/1.0 has no interim answers
-        cycle.keep_alive = False
         if not cycle.response_started:
             interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
             self.transport.write(self.conn.send(interim) or b"")

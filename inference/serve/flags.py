@@ -135,8 +135,11 @@ def origin(text: str) -> str:
 
 def key(text: str) -> str:
     """A flag's key: an empty one is a mistake (an unset variable), not the wish to have none."""
-    if not text.strip():
+    text = text.strip()  # no client can send the line end of a file that a variable was set from
+    if not text:
         raise argparse.ArgumentTypeError("is empty: for none, leave it out and unset $MOSS_API_KEY")
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError("has a line end or another character that no client sends")
     return text
 
 

@@ -51,7 +51,7 @@ def read_keys(path: str) -> list[Key]:
     """The keys of a file in YAML or JSON; ValueError that names the file and the field, and never
     tells a key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         given: Any = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--keys {path}: {error.strerror or error}") from None

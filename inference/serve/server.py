@@ -149,6 +149,8 @@ def listen(host: str, port: int, path: str | None = None) -> ListeningSockets:
     except (OSError, UnicodeError) as error:  # the latter: a part of a name is too long, or empty
         sockets.__exit__()
         why = getattr(error, "strerror", None) or error.__cause__ or error
+        if getattr(error, "errno", None) == errno.EINVAL and ":" in host:
+            why = "an address of one interface, as fe80::1 is, needs its name: fe80::1%eth0"
         raise cli.CommandError(f"{flags}: {why}: give another --host or --port") from None
     return sockets
 

@@ -238,6 +238,9 @@ def test_an_address_that_cannot_be_had_is_told_before_a_model_is_loaded() -> Non
             listen(mistaken, 8000)
     with pytest.raises(SystemExit):
         parse(["--port", "70000"])
+    if has_ipv6():
+        with pytest.raises(CommandError, match="as fe80::1 is, needs its name: fe80::1%eth0"):
+            listen("fe80::1", 0)
 
 
 def has_ipv6() -> bool:
