@@ -143,6 +143,9 @@ def explain(error: Exception) -> str:
         return explain_override(error.override, line)
     if isinstance(error, YAMLError):
         return f"conf: {' '.join(str(error).split())}"
+    if "Recursive interpolation" in line:
+        referring = [argument for argument in sys.argv[1:] if "${" in argument]
+        return f"{' '.join(referring) or 'conf'}: refers to itself: give a value"
     cause = cause_of(error)
     if cause is None:
         return explain_composing(line)

@@ -115,7 +115,8 @@ def _mend(error: OmegaConfBaseException) -> str:
     if "whole" in kind and isinstance(value, float) and value.is_integer():
         return f": write {int(value)}"
     if kind.startswith("a list") and isinstance(value, str):
-        return f": write [{value}]"
+        whole = value.startswith("[") and value.endswith("]")
+        return ": no quotes may stand around it" if whole else f": write [{value}]"
     return ""
 
 

@@ -8,6 +8,7 @@ together as a ConfigError.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,13 +21,14 @@ from data_pipeline.fp8 import MULTIPLE
 from data_pipeline.shards import check_source, shard_files
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
-from moss_train.config import WANDB_MODES, Config, ConfigError
+from moss_train.config import WANDB_MODES, AdapterConfig, Config, ConfigError, LossConfig
 from moss_train.data_config import EvalSuiteConfig, SourceConfig
 from moss_train.model.hf_mapping import unmatched_targets
 from moss_train.model_sizes import not_multiple, unfit_sizes
 from moss_train.overrides import given_paths
 
 POSITIVE = Range(above=0)
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")  # as a shell has them
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -56,6 +58,11 @@ def _paths(config: Config) -> Iterator[str]:
     for field, value in given_paths(config).items():
         if field != "data.root" and not value.strip():
             yield f"{field}=: is empty (an empty variable?): give a path"
+        elif value != value.strip():
+            yield f"{field}={value!r}: begins or ends with a blank: remove it"
+        elif shell := _VARIABLE.search(value):
+            mend = f"write ${{oc.env:{shell[1]}}} for {shell[0]}"
+            yield f"{field}={value}: no shell has put the variable in: {mend}"
 
 
 def _source_names(sources: Sequence[SourceConfig | EvalSuiteConfig], field: str) -> Iterator[str]:
@@ -75,6 +82,7 @@ def _relations(config: Config, world_size: int) -> Iterator[str]:
     yield from check_layout(config, world_size)
     yield from _batches(config, world_size)
     yield from _loggers(config)
+    yield from _without_effect(config)
 
 
 def _numbers(config: Config) -> Iterator[str]:
@@ -261,6 +269,21 @@ def _loggers(config: Config) -> Iterator[str]:
     for package, used in wanted.items():
         if used and importlib.util.find_spec(package) is None:
             yield f"logger.{package}=true needs the package {package}: pip install {package}"
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """Fields that mean nothing without another one: who gives them wants that, too."""
+    adapter, loss, logger = config.adapter, config.loss, config.logger
+    if adapter.name == "none":
+        for name, default in asdict(AdapterConfig()).items():
+            if (value := getattr(adapter, name)) != default:
+                yield f"adapter.{name}={value}: there is no adapter: give adapter=lora, too"
+    if loss.name == "weighted" and loss.focal_gamma != LossConfig().focal_gamma:
+        gamma = f"loss.focal_gamma={loss.focal_gamma}"
+        yield f"{gamma}: has no part in loss=weighted: give loss=state_balanced, too"
+    for name, value in (("project", logger.project), ("wandb_mode", logger.wandb_mode)):
+        if not logger.wandb and value not in (None, "disabled"):
+            yield f"logger.{name}={value}: wandb is off: give logger=wandb, too"
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -285,6 +285,33 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
          "model.flex_backend=flash: flash-attn-4 is not installed (pip install --pre "
          "flash-attn-4)"],
     ),
+    "an adapter that there is not": (
+        1, ["adapter.rank=8", "adapter.target=[decoder.layers.*.linear_qkv]"],
+        ["adapter.rank=8: there is no adapter: give adapter=lora, too",
+         "adapter.target=['decoder.layers.*.linear_qkv']: there is no adapter: give adapter=lora, "
+         "too"],
+    ),
+    "fields without a part": (
+        1, ["loss.focal_gamma=3", "logger.wandb_mode=offline", "logger.project=mine"],
+        ["loss.focal_gamma=3.0: has no part in loss=weighted: give loss=state_balanced, too",
+         "logger.project=mine: wandb is off: give logger=wandb, too",
+         "logger.wandb_mode=offline: wandb is off: give logger=wandb, too"],
+    ),
+    "variables of a shell": (
+        1, ["run.dir=$SCRATCH/x", "init_from='runs/a '"],
+        ["init_from='runs/a ': begins or ends with a blank: remove it",
+         "run.dir=$SCRATCH/x: no shell has put the variable in: write ${oc.env:SCRATCH} for "
+         "$SCRATCH"],
+    ),
+    "a field that is itself": (
+        1, ["optimizer.lr=${optimizer.lr}"],
+        ["optimizer.lr=${optimizer.lr}: refers to itself: give a value"],
+    ),
+    "a list in quotes": (
+        1, ["stage.train='[vision.*]'"],
+        ["stage.train=[vision.*]: must be a list in brackets, [..., ...]: no quotes may stand "
+         "around it"],
+    ),
     "wandb mode": (
         1, ["logger.wandb_mode=dryrun"],
         ["logger.wandb_mode=dryrun: choose one of online, offline, disabled"],
