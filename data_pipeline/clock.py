@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import mmap
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ from av.stream import Disposition
 from PIL import Image
 
 EPSILON = 1e-4  # seconds: a frame stamped 0.99999 is the frame of second 1
+_OLD = 1.0  # seconds that a frame may be on screen in place of one that cannot be decoded
 # As the ffmpeg command has it: time stamps that jump further ahead go on from where they were, in
 # formats whose stamps are known to jump, and in all others.
 _JUMP, _LONGEST_GAP = 10.0, 30 * 3600.0  # seconds
@@ -333,16 +335,30 @@ def frames_on_screen(
 ) -> Iterator[Any]:
     """The frame shown at each of the rising moments, before the first one the first.
 
+    Raises VideoError where the frame of a moment, and those of the second before it, could not be
+    decoded: an older one would be shown for it.
+
     frames: of all packets, in the order of showing.
     """
-    due, previous = list(moments), None
+    due, previous, began = list(moments), None, 0.0
     for index, frame in enumerate(frames):
         now = track.second(frame, index)
         while due and due[0] + EPSILON < now:
+            if previous is not None:
+                _check_age(began, due[0], track)
             yield previous or frame
             due.pop(0)
-        previous = frame
+        previous, began = frame, now
         if not due:
             return
-    if previous is not None:
-        yield from [previous] * len(due)
+    for moment in due if previous is not None else ():
+        _check_age(began, moment, track)
+        yield previous
+
+
+def _check_age(began: float, moment: float, track: Track) -> None:
+    """VideoError where a later frame than the one from `began` on should be on screen."""
+    meant = track.times[max(0, bisect_right(track.times, moment + EPSILON) - 1)]
+    if meant - began > _OLD:
+        raise VideoError("undecodable_video", f"no frame between {began:.2f} s and {moment:.2f} s "
+                         "can be decoded")  # fmt: skip

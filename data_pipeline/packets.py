@@ -29,6 +29,7 @@ class Packets:
 
     def __init__(self, track: Track, threads: int) -> None:
         self._track = track
+        self.stream = track.stream
         self._codec = track.stream.codec_context
         self._codec.thread_count = threads
         self._codec.thread_type = ThreadType.AUTO if threads > 1 else ThreadType.NONE

@@ -10,11 +10,12 @@ import av
 import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from torch import Tensor
 
 from data_pipeline.clock import EPSILON, Data, VideoError, open_container, read_track
 from data_pipeline.packets import Packets
-from data_pipeline.pixels import frame_pixels
+from data_pipeline.pixels import frame_pixels, shown_width
 from data_pipeline.schema import SampleError
 
 _LATE = 1.0  # seconds after the last frame's start at which it is shown in any case
@@ -65,7 +66,7 @@ class Video:
         shown, pixels = None, None
         for frame in self._packets.shown_at(times):
             if pixels is None or frame is not shown:
-                shown, pixels = frame, upright_pixels(frame)
+                shown, pixels = frame, upright_pixels(frame, self._packets.stream)
             yield pixels
 
 
@@ -115,6 +116,7 @@ def _limit_pixels(container: InputContainer, most: int) -> None:
         if stream.codec_context is None:
             continue  # there is no decoder for it
         width, height = stream.codec_context.width, stream.codec_context.height
+        width = max(width, shown_width(width, stream))
         if width * height > most:
             raise SampleError("too_many_pixels", f"{width} x {height} pixels are more than {most}")
         stream.codec_context.options = {"max_pixels": str(most)}
@@ -132,6 +134,6 @@ def frames_at(data: bytes, times: Sequence[float], threads: int = 1) -> Iterator
         yield from video.frames(times)
 
 
-def upright_pixels(frame: VideoFrame) -> Tensor:
+def upright_pixels(frame: VideoFrame, stream: VideoStream) -> Tensor:
     """uint8 [3, H, W], as `frame_pixels` has them; strides are those of [H, W, 3]."""
-    return torch.from_numpy(frame_pixels(frame)).permute(2, 0, 1)
+    return torch.from_numpy(frame_pixels(frame, stream)).permute(2, 0, 1)

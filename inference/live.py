@@ -65,6 +65,7 @@ class LiveSource:
         self._still = False  # whether each connection gives one picture, the newest
         self._ends = False  # whether its end is an end, not a loss
         self._ahead = AHEAD
+        self._stream: Any = None  # of the connection
         self._frames = self._connection()
         self._wanted = threading.Event()
         self._reader: threading.Thread | None = None
@@ -121,7 +122,7 @@ class LiveSource:
                     if clock.jump:
                         yield Notice("source.clock", {"frame_at": at, "jump_s": clock.jump})
                     if (taken := grid.take(second)) is not None:
-                        yield round(taken, 3), upright_pixels(frame)
+                        yield round(taken, 3), upright_pixels(frame, self._stream)
                 error: Exception | None = self._problem
             except (av.FFmpegError, OSError) as caught:
                 error = caught
@@ -154,6 +155,7 @@ class LiveSource:
             stream = best_stream(container)
             if stream is None:
                 raise OSError("it has no video stream")
+            self._stream = stream
             bare = self._describe(container)
             broken = 0
             for packet in container.demux(stream):

@@ -57,14 +57,17 @@ def to_rgb(picture: Any) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def frame_pixels(frame: Any) -> np.ndarray:
+def frame_pixels(frame: Any, stream: Any) -> np.ndarray:
     """RGB of a decoded frame of PyAV, uint8 [H, W, 3], on white where it is transparent.
 
-    Turned and mirrored as its display matrix says, to the nearest right angle.
+    As wide as players show it, where the pixels of its stream are not square. Turned and mirrored
+    as its display matrix says, to the nearest right angle.
     """
     clear = any(component.is_alpha for component in frame.format.components)
     # One thread: starting one for each core and frame costs more than converting a small picture.
-    pixels: np.ndarray = frame.to_ndarray(format="rgba" if clear else "rgb24", threads=1)
+    pixels: np.ndarray = frame.to_ndarray(
+        format="rgba" if clear else "rgb24", threads=1, width=shown_width(frame.width, stream)
+    )
     if clear:
         pixels = np.array(_on_white(Image.fromarray(pixels)).convert("RGB"))  # writable
     stored = frame.side_data.get("DISPLAYMATRIX")
@@ -75,6 +78,15 @@ def frame_pixels(frame: Any) -> np.ndarray:
     if abs(int(b)) + abs(int(c)) > abs(int(a)) + abs(int(d)):
         pixels, a, d = pixels.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def shown_width(width: int, stream: Any) -> int:
+    """How wide frames of a video stream are shown that are stored so wide, at the same height.
+
+    DVDs and camcorders store pixels that are not square. A shape that none has is not believed.
+    """
+    shape = float(stream.sample_aspect_ratio or 1)  # width / height of a pixel
+    return max(1, round(width * shape)) if 0.25 <= shape <= 4 else width
 
 
 def _scale_transparent_color(picture: Image.Image) -> None:

@@ -284,9 +284,12 @@ def read_video(
             decoded = (frame for packet in [*track.packets, None] for frame in codec.decode(packet))
             shown = frames_on_screen(decoded, track, moments)
             upright: dict[int, Any] = {}  # a frame that stays is turned once
-            return [
-                upright.setdefault(id(f), (f, Image.fromarray(frame_pixels(f))))[1] for f in shown
-            ]
+            frames: list[Image.Image] = []
+            for f in shown:
+                if id(f) not in upright:
+                    upright[id(f)] = f, Image.fromarray(frame_pixels(f, track.stream))
+                frames.append(upright[id(f)][1])
+            return frames
     except (OSError, ValueError, VideoError, av.FFmpegError) as error:
         raise ValueError(f"{source!s:.200}: cannot be read as a video: {error!s:.200}") from None
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -117,4 +118,5 @@ def test_a_transparent_animation_is_on_white_as_its_pictures_are(tmp_path: Path,
 @pytest.mark.parametrize("form", ["rgb24", "rgba", "ya8"])
 def test_the_pixels_of_a_frame_can_be_written(form: str) -> None:
     """torch warns of arrays that cannot be."""
-    assert frame_pixels(VideoFrame(8, 4, form)).flags.writeable
+    stream = SimpleNamespace(sample_aspect_ratio=None)
+    assert frame_pixels(VideoFrame(8, 4, form), stream).flags.writeable

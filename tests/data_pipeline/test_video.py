@@ -15,6 +15,8 @@ from data_pipeline.clock import read_track
 from data_pipeline.packets import Packets
 from data_pipeline.schema import SampleError
 from data_pipeline.video import VideoInfo, frames_at, open_video, probe_video, sample_times
+from inference.hf.processing_moss_video import read_video
+from tests.data_pipeline import clips
 
 
 def make_video(
@@ -263,3 +265,46 @@ def test_a_file_cut_off_in_its_table_of_contents_is_not_said_to_have_no_video() 
     data = make_video([i / 10 for i in range(30)])
     with pytest.raises(SampleError, match="truncated_video"):
         probe_video(data[: data.index(b"moov") + 200])
+
+
+@pytest.mark.parametrize(("sar", "width"), [("2/1", 128), ("8/11", 47), ("1/1", 64)])
+def test_pixels_that_are_not_square_are_shown_as_wide_as_by_players(
+    tmp_path: Path, sar: str, width: int
+) -> None:
+    coding = {"x264-params": f"sar={sar}"}
+    data = clips.video(tmp_path / "a.mp4", [0, 1, 2], first=5, coding=coding).read_bytes()
+    frames = [*frames_at(data, [0.0, 2.0])]
+    places = [int((8 * bit + 4) * width / 64) for bit in range(8)]
+    for number, frame in zip((5, 7), frames, strict=True):
+        assert frame.shape == (3, 32, width)
+        bright = frame.float().mean(0)[16, places] > 125
+        assert sum(1 << bit for bit in range(8) if bright[bit]) == number
+    assert [image.size for image in read_video(data, 1.0, 1, 9)] == [(width, 32)] * 3
+    limit = 32 * 64
+    with open_video(data, max_pixels=max(limit, 32 * width)) as video:
+        assert video.info.frames == 3
+    if width > 64:
+        with (
+            pytest.raises(SampleError, match="too_many_pixels: 128 x 32 pixels"),
+            open_video(data, max_pixels=limit),
+        ):
+            pass
+
+
+def test_frames_that_a_decoder_drops_are_not_replaced_by_old_ones(tmp_path: Path) -> None:
+    """FFmpeg takes this shape of the pixels for an error, and may give the first frame alone."""
+    coding = {"x264-params": "sar=99/1"}
+    path = clips.video(tmp_path / "a.mp4", [i / 5 for i in range(25)], coding=coding)
+    data = path.read_bytes()
+    whole = clips.video(tmp_path / "b.mp4", [i / 5 for i in range(25)]).read_bytes()
+    right = [clips.number(frame.permute(1, 2, 0)) for frame in frames_at(whole, [0.0, 2.0, 4.0])]
+    with av.open(str(path)) as file:
+        dropped = sum(1 for _ in file.decode(video=0)) < 25
+    if dropped:
+        with pytest.raises(SampleError, match=r"undecodable_video: no frame between 0\.00 s and 2"):
+            list(frames_at(data, [0.0, 2.0, 4.0]))
+        with pytest.raises(ValueError, match=r"no frame between 0\.00 s and 1"):
+            read_video(data, 5.0, 1, 99)
+    else:
+        found = [clips.number(frame.permute(1, 2, 0)) for frame in frames_at(data, [0.0, 2.0, 4.0])]
+        assert found == right
