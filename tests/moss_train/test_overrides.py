@@ -232,3 +232,19 @@ def test_the_command_says_so_in_one_line(tmp_path: Path):
         assert len(lines) == len(says)
         assert all(part in line for part, line in zip(says, lines, strict=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("name", ["/none", "file:///none", "pkg://no_such_package"])
+def test_a_searched_folder_that_is_not_there_is_named(command, name: str):
+    code, made, said = command("model=toy", f"hydra.searchpath=[{name}]")
+    bare = name.rpartition("://")[2]
+    assert (code, made) == (2, [])
+    assert said == f"moss-train: error: hydra.searchpath={bare}: there is no such folder\n"
+
+
+def test_a_folder_of_presets_is_searched_without_a_word(command, tmp_path: Path, caplog):
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage/mine.yaml").write_text("defaults: [pt1]\n")
+    code, made, said = command("model=toy", "stage=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    assert (code, said, caplog.text) == (0, "", "")
+    assert made
