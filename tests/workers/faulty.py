@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.batch import MicroBatch
 from moss_train.compose import load_config
+from moss_train.imports import quick_imports
 from moss_train.log import configure
 from moss_train.main import check
 
@@ -26,10 +27,11 @@ def main() -> None:
     configure()
     config = load_config(overrides=overrides)
     resume_from = check(config)
-    from moss_train.parallel.distribute import StepBatch
-    from moss_train.train.loop import Job
-    from moss_train.train.process import process_group
-    from moss_train.train.step_plan import StepPlan
+    with quick_imports():
+        from moss_train.parallel.distribute import StepBatch
+        from moss_train.train.loop import Job
+        from moss_train.train.process import process_group
+        from moss_train.train.step_plan import StepPlan
 
     class Faulty(Job):
         """A job with a bad day."""

@@ -15,15 +15,23 @@ from typing import Any
 
 from moss_train.train.metrics import MetricsWriter, StepMetrics
 from tests.torchrun import OUT, REPO
+from tools.preloaded import Command
 
 ENTRY = "launch/train.py"
 
 
 class Process:
-    """`python launch/train.py` without torchrun, leader of a process group as in a terminal."""
+    """`python launch/train.py` without torchrun, leader of a process group as in a terminal.
 
-    def __init__(self, overrides: list[str], folder: Path):
+    preloaded: the same command as a fork (see tools/preloaded.py).
+    """
+
+    def __init__(self, overrides: list[str], folder: Path, preloaded: bool = False):
         self.log = folder / "log"
+        self.process: subprocess.Popen | Command
+        if preloaded:
+            self.process = Command("launch.train", overrides, log=self.log, folder=REPO)
+            return
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, ENTRY, *overrides],

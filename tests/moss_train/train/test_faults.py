@@ -152,11 +152,14 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
     assert losses(folder) == losses(uninterrupted)[:second]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_all_processes_stops_a_single_one_cleanly(small, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "preloaded"),
+    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
+)
+def test_a_signal_to_all_processes_stops_a_single_one_cleanly(small, tmp_path, number, preloaded):
     """As Ctrl-C in a terminal does: the data workers get it too."""
     folder = tmp_path / "run"
-    running = Process([*small, "trainer.steps=200", f"run.dir={folder}"], tmp_path)
+    running = Process([*small, "trainer.steps=200", f"run.dir={folder}"], tmp_path, preloaded)
     wait_for_step(folder, 2)
     os.killpg(running.process.pid, number)
     assert running.wait() == 130, running.log.read_text()
