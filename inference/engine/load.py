@@ -112,7 +112,7 @@ def load_model(
     where = devices.find(device)
     if quantize is not None:
         _check_eight_bit(f"quantize={quantize}: quantized weights run", where)
-    config = MossVideoConfig.from_pretrained(folder)
+    config = read_config(folder)
     stored = config.__dict__.pop("quantization_config", None)
     if stored is not None and ranks > 1:
         raise ValueError(f"{folder}: is quantized; several ranks need full weights (--quantize)")
@@ -160,9 +160,27 @@ def check_attention(
     """Raises ValueError where a folder's model cannot attend so, before anything is loaded."""
     if attention == "auto" or _wrong_folder(folder) is not None:  # told by load_model
         return
-    config = MossVideoConfig.from_pretrained(folder)
+    config = read_config(folder)
     stored = getattr(config, "dtype", None) or torch.float32
     choose(attention, device, find_dtype(dtype, device) or stored, *asks_of(config))
+
+
+def read_config(folder: Path) -> MossVideoConfig:
+    """The configuration of a folder's model. Raises ValueError that names the folder."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no mapping")
+    kind = values.get("model_type", MossVideoConfig.model_type)
+    if kind not in (MossVideoConfig.model_type, "mllama"):
+        raise ValueError(
+            f"{folder}: is of {kind}, not of this model: convert it (hf-to-megatron, "
+            "megatron-to-hf), and give the export"
+        )
+    return MossVideoConfig.from_pretrained(folder)
 
 
 def _check_names(folder: Path, read: Reading, packed: bool) -> None:
@@ -178,12 +196,12 @@ def _check_names(folder: Path, read: Reading, packed: bool) -> None:
 
 def _wrong_folder(folder: Path) -> str | None:
     """What a folder is that holds no model, or more than one, with what to do."""
-    adapter = any((folder / f"adapter_{name}").is_file() for name in ADAPTER)
-    if adapter and not (folder / "training.json").is_file():
+    if any((folder / f"adapter_{name}").is_file() for name in ADAPTER):
+        beside = "; remove its files if the weights have it already"
         return (
             "holds an adapter of PEFT: merge it into its model (merge_and_unload), convert that "
             "(hf-to-megatron, megatron-to-hf), and give the export"
-        )
+        ) + (beside if has_safetensors(folder) else "")
     if (folder / "config.json").is_file():
         return None
     if (folder / "run.json").is_file() or (folder / "checkpoints").is_dir():
@@ -258,10 +276,14 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def load_processor(checkpoint: str | Path) -> Any:
-    """The folder's processor; None where it has no tokenizer."""
+    """The folder's processor; None where it has no tokenizer. Raises ValueError."""
     if not (Path(checkpoint) / "tokenizer.json").is_file():
         return None
-    return MossVideoProcessor.from_pretrained(checkpoint)
+    try:
+        return MossVideoProcessor.from_pretrained(checkpoint)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"{checkpoint}: its processor cannot be loaded: {reason}") from error
 
 
 def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:

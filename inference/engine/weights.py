@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from data_pipeline.cgroups import cores
+from data_pipeline.files import NOT_FETCHED, is_lfs_pointer
 from inference.engine.staging import copy_all, works
 from inference.engine.tensor_parallel import GatheredLinear, RowLinear, shard
 from inference.hf.configuration_moss_video import MossVideoConfig
@@ -63,7 +64,8 @@ def read_model(
         dtype: of all parameters; None: that of the config, or of the first weight.
 
     Raises:
-        ValueError: a tensor has another shape than the model's, or the ranks cannot share it.
+        ValueError: a tensor has another shape than the model's or is there twice, the ranks cannot
+            share it, or the folder holds two states of the weights.
         OSError, SafetensorError: a file cannot be read.
     """
     with torch.device("meta"):
@@ -72,9 +74,8 @@ def read_model(
         shard(model, rank, ranks)
     wanted = dict(_parameters(model))
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in _files(folder)]
-        files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-        known = {today_name(name): name for name in files}
+        files = _opened(folder, stack)
+        known = _by_today_names(folder, files)
         found = Reading(
             model,
             [name for name in wanted if name not in known],
@@ -82,7 +83,11 @@ def read_model(
         )
         if not found.missing:
             jobs = {known[name]: target for name, target in wanted.items()}
-            _fill(jobs, files, dtype or config.dtype or _first_dtype(files), device, (rank, ranks))
+            kind = dtype or config.dtype or _first_dtype(files)
+            try:
+                _fill(jobs, files, kind, device, (rank, ranks))
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from None
     return found
 
 
@@ -107,8 +112,50 @@ def today_name(name: str) -> str:
 def _files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         return [folder / WHOLE]
-    index = json.loads((folder / INDEX).read_text())
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    try:
+        named = {
+            str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX}: cannot be read: {error!r}") from None
+    if (folder / WHOLE).is_file() and WHOLE not in named:  # which transformers would read
+        raise ValueError(
+            f"{folder}: holds {WHOLE} and {INDEX}, whose files are others: remove the weights that "
+            "are not the model's"
+        )
+    return [folder / name for name in sorted(named)]
+
+
+def _opened(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Each tensor's file, opened until the end of `stack`."""
+    files: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
+    for path in _files(folder):
+        try:
+            opened = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            damaged = f"is damaged or cut short ({error}): fetch it again"
+            what = NOT_FETCHED if is_lfs_pointer(path) else damaged
+            raise SafetensorError(f"{path.name} {what}") from None
+        for name in opened.keys():  # noqa: SIM118 - it is not a mapping
+            if name in paths:
+                both = f"{paths[name].name} and {path.name}"
+                raise ValueError(f"{folder}: {both} hold {name}: fetch both again")
+            files[name], paths[name] = opened, path
+    return files
+
+
+def _by_today_names(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """The names of tensors by those of today's layout."""
+    known: dict[str, str] = {}
+    for name in files:
+        other = known.setdefault(today_name(name), name)
+        if other != name:
+            raise ValueError(
+                f"{folder}: holds {other} and {name}, which are one tensor: remove the one that "
+                "is not the model's"
+            )
+    return known
 
 
 def _first_dtype(files: Mapping[str, Any]) -> torch.dtype:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inference.engine.load import load_engine, load_model
+from inference.engine.load import load_engine, load_model, load_processor
 from inference.engine.quantized_linear import QuantizedLinear
 from tests.inference.engine.streams import Player, largest_error, make_stream, offline, play
 
@@ -76,6 +76,7 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
     [
         ({"quantization_config": {"quant_method": "gptq"}}, {}, "quantization_config is none of"),
         ({"pool_mode": "mean"}, {}, "pool_mode 'mean'"),
+        ({"model_type": "llama"}, {}, "is of llama, not of this model: convert it"),
         ({}, {"dtype": "fp64"}, "dtype=fp64: allowed: fp32"),
         ({}, {"quantize": "int3"}, "quantize=int3: allowed: int8, fp8, int4"),
         ({}, {"device": "cuda"}, "device=cuda: this machine has no CUDA: use cpu, or auto"),
@@ -132,3 +133,25 @@ def test_folders_of_other_kinds_are_told_apart(files, message: str, tmp_path: Pa
         (tmp_path / file).write_text("{}")
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_config_that_is_none_is_named(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^{folder}/config.json: "):
+        load_model(folder, "cpu")
+
+
+def test_an_adapter_in_an_export_is_not_left_out(folder: Path) -> None:
+    """PEFT saves one where it is told; transformers would load it."""
+    (folder / "training.json").write_text("{}")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="remove its files if the weights have it already"):
+        load_model(folder, "cpu")
+
+
+def test_a_processor_without_its_files_is_named(folder: Path) -> None:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=f"^{folder}: its processor cannot be loaded: "):
+        load_processor(folder)

@@ -87,7 +87,44 @@ def test_a_tensor_of_another_size_is_named(rows: float, folder: Path) -> None:
     size = len(tensors[name])
     tensors[name] = torch.ones(int(rows * size))
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"{name} is \[{int(rows * size)}\], the model's is"):
+    with pytest.raises(
+        ValueError, match=rf"^{folder}: {name} is \[{int(rows * size)}\], the model's is"
+    ):
+        load_model(folder, "cpu")
+
+
+NORM, HEAD = "model.language_model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("a tensor in two files", "a.safetensors and b.safetensors hold lm_head.weight"),
+        ("two names", "holds .*lm_head.weight and .*lm_head.weight, which are one tensor"),
+        ("a whole file beside", "holds model.safetensors and .*index.json, whose files are others"),
+        ("an index of nothing", "index.json: cannot be read"),
+        ("a pointer", "model.safetensors is a pointer of Git LFS"),
+    ],
+)
+def test_weights_that_say_two_things_are_refused(change: str, says: str, folder: Path) -> None:
+    """transformers takes any of them."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    tensors = load_file(whole)
+    if change == "two names":
+        save_file({**tensors, f"language_model.{HEAD}": tensors[HEAD] + 1}, whole)
+    elif change == "an index of nothing":
+        index.write_text("[]")
+    elif change == "a pointer":
+        whole.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    else:
+        save_file({HEAD: tensors.pop(HEAD)}, folder / "a.safetensors")
+        where = {HEAD: "a.safetensors"} | dict.fromkeys(tensors, "b.safetensors")
+        index.write_text(json.dumps({"weight_map": where}))
+        twice = {HEAD: tensors[NORM].clone()} if change == "a tensor in two files" else {}
+        save_file(tensors | twice, folder / "b.safetensors")
+    if change == "a tensor in two files":
+        whole.unlink()
+    with pytest.raises(ValueError, match=f"^{folder}.*{says}"):
         load_model(folder, "cpu")
 
 
