@@ -181,16 +181,20 @@ def _as_record(value: Any) -> Any:
 
 
 def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
-    """The elements of a list that may be larger than memory, one after the other."""
+    """The elements of a list that may be larger than memory, one after the other; of files that
+    were joined (`cat a.json b.json`) those of each list."""
     decoder, scan = codecs.getincrementaldecoder("utf-8")("surrogateescape"), json.JSONDecoder()
     text, at = decoder.decode(start).lstrip(), 1
-    read, found, ended = len(start), 0, False
+    read, found, ended, inside = len(start), 0, False, True
     while True:
         at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-        if text.startswith("]", at):
+        if text.startswith("]" if inside else "[", at):
+            at, inside = at + 1, not inside
+            continue
+        if not inside and at == len(text) and ended:
             return
         try:
-            value, end = scan.raw_decode(text, at) if at < len(text) else (None, at)
+            value, end = scan.raw_decode(text, at) if inside and at < len(text) else (None, at)
             error: Exception | None = None
         except (ValueError, RecursionError) as problem:
             value, end, error = None, at, problem
@@ -199,8 +203,10 @@ def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tu
             yield _as_record(value), min(1.0, read / size) if size else 0.0
             continue
         text, at = text[at:], 0
-        if ended or len(text) > _LONGEST_RECORD or isinstance(error, RecursionError):
-            damage = SampleError("bad_json", f"after {found} records: {error or 'no end'}")
+        behind = bool(text) and not inside
+        if behind or ended or len(text) > _LONGEST_RECORD or isinstance(error, RecursionError):
+            what = "more behind the end of the list" if behind else error or "no end"
+            damage = SampleError("bad_json", f"after {found} records: {what}")
             if not found:
                 raise ShardError(f"{path} cannot be read: {damage.detail}")
             yield damage, 1.0

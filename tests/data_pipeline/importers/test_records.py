@@ -179,3 +179,22 @@ def test_turns_stored_as_lists_side_by_side_are_turns(suffix: str, tmp_path: Pat
     assert whole == {"conversations": turns}
     assert isinstance(uneven, SampleError)
     assert uneven.detail == "conversations: its lists have different lengths"
+
+
+@pytest.mark.parametrize("pieces", [7, 1 << 16])
+def test_lists_that_were_joined_are_read_to_the_end(
+    pieces: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`cat a.json b.json`; what else stands behind a list is told."""
+    monkeypatch.setattr(records, "_CHUNK", pieces)
+    path = tmp_path / "r.json"
+    for between in ("", "\n", " \n\n"):
+        path.write_text(f'[{{"n": 1}}]{between}[{{"n": 2}},\n{{"n": 3}}] [] [{{"n": 4}}]\n \n')
+        assert values(path) == [{"n": n} for n in (1, 2, 3, 4)]
+    for behind in ('{"n": 2}', "x", "]"):
+        path.write_text(f'[{{"n": 1}}]\n{behind}\n')
+        one, damage = values(path)
+        assert one == {"n": 1}
+        assert damage.detail == "after 1 records: more behind the end of the list"
+    path.write_text("[]\n")
+    assert values(path) == []
