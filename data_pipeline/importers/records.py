@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -17,6 +17,7 @@ from data_pipeline import files
 from data_pipeline.importers.by_ids import by_ids, place_of_records, records_by_id, top_of
 from data_pipeline.importers.by_lines import is_moment, records_of_moments
 from data_pipeline.importers.by_lists import in_large_lists, in_lists, lists_of
+from data_pipeline.importers.columnar import Wanted, read_arrow, read_parquet, unfolded
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 
@@ -24,20 +25,10 @@ csv.field_size_limit(2**31 - 1)
 _CHUNK = 1 << 16  # characters that are read at a time from a list of records
 _LONGEST_RECORD = 1 << 28  # characters
 _LARGE = 1 << 26  # bytes of an object from which on it is not read whole
-_ROWS = 64  # of a table that are made into records at a time
 _IN_QUOTES = re.compile(r'"(?:[^"]|"")*"')  # a field of a table
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a list
-
-
-# Fields that are lists or objects, or, in tables, the JSON of one.
-_EVENTS = frozenset({"question", "response"})
-_NESTED = _EVENTS | {
-    "messages", "conversations", "conversation", "videos", "images", "segments", "words",
-    "narrations", "subtitles", "texts", "history", "captions", "sentences",
-}  # fmt: skip
 _TURNS = ("messages", "conversations", "conversation", "texts")
 _BY_LINE = (".jsonl", ".ndjson", ".jsonlines")
-Wanted = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ def read_records(path: str, wanted: Wanted | None = None) -> Iterator[Record]:
     """
     wanted = wanted or _all
     readers = {
-        ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": _parquet, ".arrow": _arrow,
+        ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": read_parquet, ".arrow": read_arrow,
     }  # fmt: skip
     read = readers.get(files.record_suffix(path), _json)
     with files.open_records(path) as (file, size):
@@ -86,10 +77,13 @@ def _with_turns(value: dict[str, Any] | SampleError) -> dict[str, Any] | SampleE
 
 
 def _to_the_end(values: Iterator[tuple[Any, float]], path: str) -> Iterator[tuple[Any, float]]:
-    """What a reader gives; a compressed file that is cut off ends with one SampleError."""
+    """What a reader gives; a compressed file that is cut off or damaged ends with a SampleError."""
     try:
         yield from values
-    except (EOFError, zlib.error) as error:
+    except (EOFError, zlib.error, OSError) as error:
+        of_storage = files.is_url(path) or getattr(error, "errno", None) is not None
+        if isinstance(error, OSError) and of_storage:
+            raise
         yield SampleError("unreadable_file", f"{path}: {error}: it is cut off or damaged"), 1.0
 
 
@@ -268,7 +262,7 @@ def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple
                 detail = f"line {reader.line_num}, {strange[0]}: not {form}: save the file as UTF-8"
                 yield SampleError("bad_text", detail), share
             else:
-                yield _unfolded(record), share
+                yield unfolded(record), share
             begins = reader.line_num + 1
     except (csv.Error, UnicodeError) as error:
         raise ShardError(f"{path}: line {reader.line_num + 1}: {error}") from None
@@ -314,68 +308,3 @@ def _delimiter(header: str, path: str) -> str:
 
 def _is_unicode(text: str) -> bool:
     return text.isascii() or not any("\udc80" <= sign <= "\udcff" for sign in text)
-
-
-def _unfolded(record: dict[str, Any]) -> dict[str, Any]:
-    """A row with the lists and objects of which a table has the JSON."""
-    opened = {
-        name: value
-        for name, text in record.items()
-        if name in _NESTED and isinstance(text, str) and (value := _nested(text)) is not None
-    }
-    if len(_EVENTS & opened.keys()) == 1:  # a prompt or an answer that is JSON itself
-        opened = {name: value for name, value in opened.items() if name not in _EVENTS}
-    return record | opened
-
-
-def _nested(text: str) -> Any:
-    if not text.lstrip().startswith(("[", "{")):
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # told by the form that wants it
-        return None
-
-
-def _parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        total, at = table.metadata.num_rows or 1, 0
-        for group in range(table.num_row_groups):
-            rows = table.metadata.row_group(group).num_rows
-            if not any(map(wanted, range(at, at + rows))):
-                at += rows
-                yield from itertools.repeat((None, at / total), rows)
-                continue
-            for batch in table.iter_batches(batch_size=_ROWS, row_groups=[group]):
-                for record in batch.to_pylist():
-                    at += 1
-                    yield _unfolded(record), at / total
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ShardError(f"{path} cannot be read: {error}") from None
-
-
-def _arrow(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
-    """What Hugging Face's datasets save to disk: a stream of batches; or a file of them."""
-    import pyarrow
-
-    whole = file.peek(6)[:6] == b"ARROW1"  # type: ignore[attr-defined]
-    try:
-        opened = pyarrow.ipc.open_file(file) if whole else pyarrow.ipc.open_stream(file)
-        batches = map(opened.get_batch, range(opened.num_record_batches)) if whole else opened
-        at = 0
-        for batch in batches:
-            share = min(1.0, file.tell() / size) if size else 0.0
-            for first in range(0, batch.num_rows, _ROWS):
-                rows = batch.slice(first, _ROWS)
-                places = range(at, at + rows.num_rows)
-                at = places.stop
-                if any(map(wanted, places)):
-                    yield from ((_unfolded(record), share) for record in rows.to_pylist())
-                else:
-                    yield from itertools.repeat((None, share), rows.num_rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ShardError(f"{path} cannot be read: {error}") from None

@@ -198,3 +198,60 @@ def test_lists_that_were_joined_are_read_to_the_end(
         assert damage.detail == "after 1 records: more behind the end of the list"
     path.write_text("[]\n")
     assert values(path) == []
+
+
+def test_damage_of_a_row_group_costs_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    table = pyarrow.table({"n": range(300), "text": [f"{n:064x}" for n in range(300)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=100, compression="gzip",
+                                use_dictionary=False)  # fmt: skip
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(1)
+    data = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 40] = bytes(40)
+    path.write_bytes(data)
+    found = values(path)
+    assert [value["n"] for value in found[:100] + found[200:]] == [*range(100), *range(200, 300)]
+    assert {value.reason for value in found[100:200]} == {"unreadable_file"}
+    assert found[100].detail.startswith(f"{path}: row group 1: ")
+
+
+def test_arrow_streams_that_were_joined_or_cut_off(tmp_path: Path) -> None:
+    streams = []
+    for numbers in ([1, 2], [3]):
+        made = pyarrow.BufferOutputStream()
+        table = pyarrow.table({"n": numbers})
+        with pyarrow.ipc.new_stream(made, table.schema) as writer:
+            writer.write_table(table)
+        streams.append(made.getvalue().to_pybytes())
+    path = tmp_path / "r.arrow"
+    path.write_bytes(b"".join(streams))
+    assert values(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+    path.write_bytes(streams[0] + streams[1][: len(streams[1]) // 2])
+    *whole, damage = values(path)
+    assert whole == [{"n": 1}, {"n": 2}]
+    assert (damage.reason, damage.detail.partition(": ")[0]) == ("unreadable_file", str(path))
+
+
+def test_a_text_of_parquet_that_is_not_utf_8_costs_its_row(tmp_path: Path) -> None:
+    texts = pyarrow.array([b"one", b"caf\xe9", b"three"], pyarrow.binary())
+    wrong = pyarrow.StringArray.from_buffers(3, texts.buffers()[1], texts.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({"text": wrong}), tmp_path / "r.parquet")
+    one, two, three = values(tmp_path / "r.parquet")
+    assert (one, three) == ({"text": "one"}, {"text": "three"})
+    assert (two.reason, two.detail) == ("bad_text", "byte 3 of a text is not UTF-8")
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+def test_a_packed_file_that_is_cut_off_gives_what_is_before_the_cut(
+    kind: str, tmp_path: Path
+) -> None:
+    lines = b"".join(b'{"n": %d, "text": "%x"}\n' % (n, hash(n * 7919.5)) for n in range(40_000))
+    path = tmp_path / ("r.jsonl.gz" if kind == "gzip" else "r.jsonl.zst")
+    packed = pyarrow.Codec(kind).compress(lines, asbytes=True)
+    path.write_bytes(packed[: len(packed) * 3 // 4])
+    *whole, damage = values(path)
+    numbers = [value["n"] for value in whole if isinstance(value, dict)]
+    assert numbers == [*range(len(numbers))]
+    assert len(numbers) > 20_000
+    assert damage.reason == "unreadable_file"
