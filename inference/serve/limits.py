@@ -19,7 +19,7 @@ class Limits:
     connections: int = number(1024, above=0)
     headers: float = number(10.0, above=0)  # how long the headers of a request may take to come
     body_wall: float = number(120.0, above=0)  # how long a chat request may take to come
-    pixels: int = number(3840 * 2160, above=0)  # of a picture, or of each frame of a video
+    pixels: int = number(4096 * 4096, above=0)  # of a picture, or of each frame of a video
     picture_cpu: float = number(2.0, above=0)  # processor time of decoding a picture
     picture_wall: float = number(10.0, above=0)
     clip_cpu: float = number(60.0, above=0)  # likewise of a medium of a chat request

@@ -120,6 +120,15 @@ def test_a_video_whose_frames_grow_is_refused_at_the_first_large_one(server: Run
     refused(ask(server, ("video_url", clip(large))), 400, "too_many_pixels")
 
 
+def test_a_photo_of_a_phone_is_taken_by_default(engine: Engine) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (4032, 3024), (90, 60, 30)).save(out, "JPEG")
+    with serving(engine) as server, server.open() as client:
+        assert ask(server, ("image_url", out.getvalue())).status_code == 200
+        client.frame(out.getvalue())
+        client.until("input_frame.processed")
+
+
 def test_clips_leave_the_processor_to_frames_and_steps(server: Running) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
 
