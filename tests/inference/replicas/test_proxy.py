@@ -1,4 +1,4 @@
-"""Chat requests at the front whose clients leave."""
+"""Chat requests at the front: streams, and clients that leave."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
 from fastapi import Request
 
 from inference.engine.load import load_engine
 from inference.replicas.places import Places
 from inference.replicas.proxy import Proxy
 from inference.replicas.replica import Replica
+from inference.serve import answers
 from inference.serve.access import Access
 from inference.serve.limits import Limits
-from tests.inference.replicas.fronting import FRONT_KEY
-from tests.inference.serve.serving import Running, serving
+from tests.inference.replicas.fronting import FRONT_KEY, fronting
+from tests.inference.serve.serving import CHAT, PATIENCE, Running, serving, standing_still
 
 ASKED = {"messages": [{"role": "user", "content": "A"}], "stream": True, "ignore_eos": True}
 
@@ -57,3 +60,23 @@ async def _leave(server: Running) -> None:
     assert replica.chats == 0
     assert proxy.held == 0
     await replica.http.aclose()
+
+
+def test_a_stream_goes_on_through_the_front_while_nothing_is_said(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "QUIET", 0.05)
+    engine = load_engine(tiny, device="cpu", window=8, max_tokens=512, max_sessions=1)
+    lines, body = list[str](), {**ASKED, "max_tokens": 3}
+    with (
+        fronting([engine], Access()) as front,
+        standing_still(engine),
+        httpx.stream("POST", front.http + CHAT, json=body, timeout=PATIENCE) as streamed,
+    ):
+        for line in streamed.iter_lines():
+            lines += [line] if line else []
+            if lines.count(":") == 3:
+                break
+    assert streamed.headers["X-Accel-Buffering"] == "no"
+    assert lines[0].startswith("data: {")
+    assert lines[1:] == [":"] * 3
