@@ -26,7 +26,7 @@ from data_pipeline.schema import SampleError
 
 # Under which names a record says of which split it is (the second is YouCook2's), and how files do.
 _SPLITS = ("split", "subset")
-_SPLIT_OF_FILE = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(?=[-_.])")
+_SPLIT_OF_FILE = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(?=[-_.]|$)")
 _KNOWN_IDS = 1 << 18  # of a file, 25 MB of memory: it may have any number of records
 
 
@@ -59,16 +59,21 @@ class Splits:
     wanted: tuple[str, ...]
     left_out: Counter[str]
 
-    def taken(self, value: dict[str, Any], file: str) -> dict[str, Any] | SampleError | None:
+    def taken(self, value: dict[str, Any], path: str) -> dict[str, Any] | SampleError | None:
         """The record, None where it is of another split; a SampleError where it does not say, nor
-        the name of its file."""
+        the name of its file or folder."""
         said = [value[name] for name in _SPLITS if isinstance(value.get(name), str)]
-        if begins := _SPLIT_OF_FILE.match(file):
+        folder = files.name(files.parent(path))
+        if begins := _SPLIT_OF_FILE.match(files.name(path)):
             said.append(begins[1])
+        if _SPLIT_OF_FILE.fullmatch(folder):
+            said.append(folder)
         if not said:
-            fields = " or ".join(_SPLITS)
-            return SampleError("bad_schema", f"--split: the record has no {fields}, and its file "
-                               "is not called after one: leave --split away")  # fmt: skip
+            detail = (
+                f"--split: the record has no {' or '.join(_SPLITS)}, and neither its file nor the "
+                "folder is called after one: leave --split away"
+            )
+            return SampleError("bad_schema", detail)
         if said[0] in self.wanted:
             # `split` means nothing else, `subset` may be part of a path.
             return {key: v for key, v in value.items() if key != _SPLITS[0]}
@@ -91,7 +96,7 @@ def record_entries(
             value: dict[str, Any] | SampleError | None = record.value
             again = _seen(record.value, ids)
             if splits is not None and isinstance(value, dict):
-                value = splits.taken(value, name)
+                value = splits.taken(value, record_file.path)
             drafts = [] if value is None else _record_drafts(value, record_file)
             for part, draft in enumerate(drafts):
                 if isinstance(draft, Draft):
@@ -134,6 +139,11 @@ def folder_entries(
             named.update(os.path.normpath(path) for path in paths if isinstance(path, str))
         yield entry
     left = [path for path in media if os.path.normpath(path) not in named]
+    if splits is not None:  # of other splits, or of none
+        splits.left_out["picture or video that no record of the splits names, left out"] += len(
+            left
+        )
+        return
     for place, path in enumerate(left):
         reason = SampleError("missing_caption", "no record of the metadata names it")
         yield Entry(f"{stem}-{place:06d}", files.name(path), 1.0, reason)

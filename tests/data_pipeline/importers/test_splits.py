@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from data_pipeline.build import BuildOptions, build_shards
 from data_pipeline.engines.collect import collect
@@ -63,6 +64,23 @@ def test_files_named_after_a_split_say_whose_their_records_are(tmp_path: Path) -
     samples, summary = run(tmp_path / "in", splits=TRAIN.splits)
     assert texts(samples) == ["a"]
     assert summary.notes == {"record of the split test, left out": 1}
+
+
+def test_folders_named_after_a_split_say_whose_their_pictures_are(tmp_path: Path) -> None:
+    """As the image folders of Hugging Face's datasets are."""
+    for split in ("train", "test"):
+        folder = tmp_path / "in" / split
+        folder.mkdir(parents=True)
+        for name in ("0.png", "1.png"):
+            Image.new("RGB", (8, 8)).save(folder / name)
+        write(folder / "metadata.jsonl", {"file_name": "0.png", "text": f"Of {split}."})
+    samples, summary = run(tmp_path / "in", splits=TRAIN.splits)
+    assert texts(samples) == ["Of train."]
+    assert summary.notes == {
+        "record of the split test, left out": 1,
+        "picture or video that no record of the splits names, left out": 3,
+    }
+    assert not summary.rejected
 
 
 def test_sources_without_records_have_no_splits(tmp_path: Path) -> None:
