@@ -56,7 +56,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     It is removed after an error; what a killed process left there is removed by the next. Raises
     FolderInUse.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise FolderInUse(f"{out}: exists: choose another folder, or remove it")
     partial = out.absolute().parent / f".{out.name}{PARTIAL_SUFFIX}"
     partial.mkdir(parents=True, exist_ok=True)

@@ -307,7 +307,10 @@ def _generation(
     """A chat ends with `<|eot_id|>`, a text with `<|end_of_text|>`."""
     path = files.source / "generation_config.json"
     if path.is_file():
-        return _in_range(read_json(path), files.config.model.text.vocab_size + EXTRA_EMBEDDING_ROWS)
+        values = read_json(path)
+        if files.target == "moss":  # whose class takes transformers' dynamic cache alone
+            values.pop("cache_implementation", None)
+        return _in_range(values, files.config.model.text.vocab_size + EXTRA_EMBEDDING_ROWS)
     turn = None if tokenizer is None else tokenizer.token_to_id(token_text("eot_id"))
     ends = [token for token in (text["eos_token_id"], turn) if token is not None]
     wanted = {

@@ -31,6 +31,8 @@ PROCESSOR_DEFAULTS: dict[str, Any] = {
     "size": {"height": 224, "width": 224},
     "max_image_tiles": 4,
 }
+# How an added token is found in a text; the last counts where a tokenizer normalizes texts.
+RULES = ("lstrip", "rstrip", "single_word", "normalized")
 ON = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_pad")
 
 
@@ -65,6 +67,7 @@ def read_beside(source: Path, model: ModelConfig) -> Beside:
         problems += _added_tokens(source, tokenizer)
         problems += _meanings(source, tokenizer)
         beside.notes += [*_ends(source, tokenizer), *missing_tokens(tokenizer)]
+        beside.notes += _named_tokens(source, tokenizer)
     beside.notes += _out_of_range(source, rows)
     found = _preprocessors(source)
     problems += _differing(found)
@@ -143,16 +146,23 @@ def _ids(value: Any) -> list[int]:
 def _added_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """Tokens that transformers finds beside tokenizer.json, and training does not."""
     wanted: dict[str, int] = {}
+    rules: dict[str, dict[str, Any]] = {}
     if (source / "added_tokens.json").is_file():
         wanted |= read_json(source / "added_tokens.json")
     if (source / "tokenizer_config.json").is_file():
         added = read_json(source / "tokenizer_config.json").get("added_tokens_decoder") or {}
         wanted |= {str(token["content"]): int(number) for number, token in added.items()}
+        rules = {str(token["content"]): token for token in added.values()}
     differing = [
         f"{token} is {number} ({tokenizer.token_to_id(token)})"
         for token, number in wanted.items()
         if tokenizer.token_to_id(token) != number
     ]
+    for own in tokenizer.get_added_tokens_decoder().values():
+        for rule in RULES if tokenizer.normalizer is not None else RULES[:-1]:
+            said, ours = rules.get(own.content, {}).get(rule), getattr(own, rule)
+            if said not in (None, ours):
+                differing.append(f"{own.content} has {rule}={said} ({ours})")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         yield (
@@ -160,6 +170,28 @@ def _added_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
             "that says), which alone is read: write it anew, with AutoTokenizer.from_pretrained"
             "(FOLDER).save_pretrained(FOLDER) of transformers"
         )
+
+
+def _named_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """A line where transformers adds a token to the tokenizer because a setting names it."""
+    path = source / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    for key, value in settings.items():
+        for text in _texts(value) if key.endswith(("_token", "_special_tokens")) else []:
+            if tokenizer.token_to_id(text) is None:
+                yield (
+                    f"{path}: {key} names {text}, which tokenizer.json does not have: training "
+                    "reads it as text, transformers as a new token"
+                )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a setting: of a token, or of several in a list or by name."""
+    if isinstance(value, dict):
+        value = value["content"] if "content" in value else list(value.values())
+    if isinstance(value, list):
+        return [text for one in value for text in _texts(one)]
+    return [value] if isinstance(value, str) else []
 
 
 def _meanings(source: Path, tokenizer: Tokenizer) -> Iterator[str]:

@@ -205,8 +205,10 @@ def test_the_manifest_finds_what_changed(tmp_path):
 def test_what_exists_is_not_overwritten_and_a_full_disk_is_noticed_first(tmp_path):
     source = save_folder(tmp_path / "hf", mllama_weights())
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConversionError, match="exists: choose another"):
-        convert_hf(FromHf(source, tmp_path / "out"))
+    (tmp_path / "link").symlink_to("nowhere")
+    for out in ("out", "link"):
+        with pytest.raises(ConversionError, match="exists: choose another"):
+            convert_hf(FromHf(source, tmp_path / out))
     with pytest.raises(ConversionError, match="make room"):
         check_disk(tmp_path, 10**18)
     with pytest.raises(ConversionError, match="make room"), new_folder(tmp_path / "big", 10**18):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_pipeline.tokens import build_toy_tokenizer
@@ -172,6 +172,51 @@ def test_a_tokenizer_without_marks_is_told(source, tmp_path):
     )
     _, lines = exported(given, tmp_path)
     assert sum("has no token <|image|>" in line for line in lines) == 2  # import and export
+
+
+def test_a_token_whose_spaces_are_read_otherwise_is_refused(source, tmp_path):
+    """transformers takes tokenizer_config.json's rules, training tokenizer.json's."""
+    token = {"content": "<|eot_id|>", "lstrip": True, "rstrip": False, "special": True}
+    number = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id("<|eot_id|>")
+    change = {"added_tokens_decoder": {str(number): token}}
+    given = changed(source, tmp_path / "given", "tokenizer_config.json", change)
+    texts = [folder / "tokenizer.json" for folder in (source, given)]
+    ids = [
+        AutoTokenizer.from_pretrained(text.parent).encode("a <|eot_id|>", add_special_tokens=False)
+        for text in texts
+    ]
+    assert ids[0] != ids[1]
+    with pytest.raises(ConversionError, match=r"<\|eot_id\|> has lstrip=True \(False\)"):
+        exported(given, tmp_path)
+    token["lstrip"] = False
+    write(given / "tokenizer_config.json", change)
+    exported(given, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pad_token": "<|new|>"},
+        {"pad_token": {"__type": "AddedToken", "content": "<|new|>", "special": True}},
+        {"extra_special_tokens": ["<|eot_id|>", "<|new|>"]},
+        {"extra_special_tokens": {"mark_token": "<|new|>"}},
+    ],
+)
+def test_a_token_that_only_a_setting_names_is_told(change, source, tmp_path):
+    given = changed(source, tmp_path / "given", "tokenizer_config.json", change)
+    assert AutoTokenizer.from_pretrained(given).convert_tokens_to_ids("<|new|>") == 513
+    lines = [line for line in exported(given, tmp_path)[1] if "<|new|>" in line]
+    (line,) = lines
+    assert line.startswith(f"{given}/tokenizer_config.json: {next(iter(change))} names <|new|>")
+
+
+def test_a_cache_of_the_source_that_exports_do_not_take_is_left_out(source, tmp_path):
+    change = {"cache_implementation": "static", "temperature": 0.6, "do_sample": True}
+    given = changed(source, tmp_path / "given", "generation_config.json", change)
+    folder, _ = exported(given, tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    assert model.generation_config.temperature == 0.6
+    assert model.generate(torch.tensor([[3, 9]]), max_new_tokens=2).shape == (1, 4)
 
 
 @pytest.mark.parametrize(
