@@ -273,10 +273,9 @@ async def decode(media: list[Medium], hub: Hub, share: Share) -> tuple[list[Tens
         left = most - len(frames)
         if left <= 0:
             raise Refused("too_large", f"more than {most} frames", "messages")
-        size = limits.frame_bytes if medium.kind == "image" else limits.body_bytes
         task = Task(
-            medium.kind, medium.source, medium.where, hub.runner.tile, size, limits.pixels,
-            limits.clip_cpu, left, most, medium.frames,
+            medium.kind, medium.source, medium.where, hub.runner.tile, limits.body_bytes,
+            limits.pixels, limits.clip_cpu, left, most, medium.frames,
         )  # fmt: skip
         try:
             new = await hub.clips.frames(task, share.take)

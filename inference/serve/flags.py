@@ -17,7 +17,7 @@ DESCRIPTION = """Serves a model: sessions over WebSockets, chat completions, a p
 python -m inference.serve --checkpoint DIR [--replicas N]
 """
 LIMIT_HELP = {  # the limits that have a flag, --limit_NAME
-    "frame_bytes": "maximum size of a frame in bytes",
+    "frame_bytes": "maximum size of a frame of a session in bytes",
     "pixels": "maximum number of pixels of a picture",
     "prompt_chars": "maximum number of characters of a prompt",
     "fps": "maximum number of frames per second of a session",

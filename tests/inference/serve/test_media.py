@@ -120,11 +120,15 @@ def test_a_video_whose_frames_grow_is_refused_at_the_first_large_one(server: Run
     refused(ask(server, ("video_url", clip(large))), 400, "too_many_pixels")
 
 
-def test_a_photo_of_a_phone_is_taken_by_default(engine: Engine) -> None:
+def test_photos_and_screenshots_are_taken_by_default(engine: Engine) -> None:
     out = io.BytesIO()
     Image.new("RGB", (4032, 3024), (90, 60, 30)).save(out, "JPEG")
     with serving(engine) as server, server.open() as client:
         assert ask(server, ("image_url", out.getvalue())).status_code == 200
+        noise = np.random.default_rng(0).integers(0, 255, (1300, 1300, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(large := io.BytesIO(), "PNG")
+        assert len(large.getvalue()) > server.hub.limits.frame_bytes  # a session's
+        assert ask(server, ("image_url", large.getvalue())).status_code == 200
         client.frame(out.getvalue())
         client.until("input_frame.processed")
 
