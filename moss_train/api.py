@@ -18,6 +18,7 @@ import yaml
 from data_pipeline.commands import one_line
 from moss_train.checkpoint_dir import find
 from moss_train.config import Config, ConfigError, from_dict, to_dict
+from moss_train.imports import quick_imports
 from moss_train.log import configure
 from moss_train.main import run as run_job
 from moss_train.train.curves import loss_figure
@@ -109,7 +110,8 @@ class Run:
 
     def model(self, device: str = "auto", threads: int | None = None) -> TrainedModel:
         """The model of the newest checkpoint: see `TrainedModel.open`."""
-        from moss_train.evaluate.model import TrainedModel
+        with quick_imports():
+            from moss_train.evaluate.model import TrainedModel
 
         return TrainedModel.open(self.dir, device, threads)
 

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "moss_train.log",
         "moss_train.config",
+        "moss_train.imports",
         "moss_train.model_sizes",
         "moss_train.presets",
         "inference.engine",

@@ -18,14 +18,17 @@ from data_pipeline.batch import IGNORED_LABEL
 from moss_train import hardware
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import HardwareConfig, ParallelConfig, from_dict
-from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
-from moss_train.model.loss import LossOptions
-from moss_train.model.moss_video import MossVideo
-from moss_train.parallel.process_groups import build_groups
-from moss_train.parallel.schedule import DecoderInput, decoder_input, run_logits, run_schedule
-from moss_train.train.checkpoint import load_weights
-from moss_train.train.process import start_process_group
+from moss_train.imports import quick_imports
 from moss_train.verify.case import Case, ForwardJob, read_case
+
+with quick_imports():
+    from moss_train.model.frame_plan import NEVER, FramePlan, plan_frames
+    from moss_train.model.loss import LossOptions
+    from moss_train.model.moss_video import MossVideo
+    from moss_train.parallel.process_groups import build_groups
+    from moss_train.parallel.schedule import DecoderInput, decoder_input, run_logits, run_schedule
+    from moss_train.train.checkpoint import load_weights
+    from moss_train.train.process import start_process_group
 
 
 def main(job: ForwardJob) -> None:

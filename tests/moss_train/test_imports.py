@@ -1,27 +1,45 @@
-"""A job's first seconds: megatron-core is imported without what no job uses."""
+"""The first seconds of what imports megatron-core: it comes without what nothing here uses."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from moss_train.imports import quick_imports
 
-IMPORT = """
+# How each begins, and what of the compiler comes along: transformers imports a part of it.
+STARTS = {
+    "a job": (
+        "from moss_train.imports import quick_imports\n"
+        "with quick_imports():\n    import moss_train.train.loop",
+        ("torch._dynamo", "torch._inductor"),
+    ),
+    "a rank of verify_checkpoint": (
+        "import moss_train.verify.forward",
+        ("torch._dynamo", "torch._inductor"),
+    ),
+    "an evaluation": (
+        "from contextlib import suppress\nfrom tools.evaluate.__main__ import main\n"
+        "with suppress(SystemExit):\n    main(['--help'])",
+        ("torch._inductor.compile_fx",),
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_what_starts_imports_neither_torch_s_compiler_nor_wandb(start: str) -> None:
+    begin, compiler = STARTS[start]
+    code = f"""{begin}
 import sys
-from moss_train.imports import quick_imports
-with quick_imports():
-    import moss_train.train.loop
-heavy = [name for name in ("wandb", "torch._dynamo", "torch._inductor") if name in sys.modules]
+assert "megatron.core" in sys.modules
+heavy = [name for name in ("wandb", *{compiler}) if name in sys.modules]
 assert not heavy, heavy
 import wandb
 """
-
-
-def test_a_job_imports_neither_torch_s_compiler_nor_wandb() -> None:
-    subprocess.run([sys.executable, "-c", IMPORT], check=True, timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 def test_what_is_decorated_meanwhile_is_compiled_when_it_is_called() -> None:

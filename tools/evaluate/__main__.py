@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from data_pipeline.commands import WRONG_USAGE, describe, report_error
+from moss_train.imports import quick_imports
 
 Command = Callable[[list[str]], int]
 
@@ -43,7 +44,8 @@ SUITES: Mapping[str, Command] = {
 
 
 def _samples(arguments: list[str]) -> int:
-    from tools.evaluate.samples import main  # takes seconds to import
+    with quick_imports():
+        from tools.evaluate.samples import main  # takes seconds to import
 
     return main(arguments)
 
