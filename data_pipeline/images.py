@@ -25,6 +25,10 @@ from data_pipeline.schema import SampleError
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_STILLS = {b"avif": "an AVIF", b"avis": "an AVIF"} | dict.fromkeys(  # by the file's brand
+    (b"heic", b"heix", b"heim", b"hevc", b"hevx", b"mif1", b"msf1"), "a HEIC"
+)
+
 
 @lru_cache(maxsize=1024)
 def choose_grid(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, int]:
@@ -92,10 +96,25 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> Tensor:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        detail = f"{len(data)} bytes: no picture in a format that is known"
-        raise SampleError("undecodable_image", detail) from None
+        raise SampleError("undecodable_image", f"{len(data)} bytes: {other_kind(data)}") from None
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise SampleError("undecodable_image", f"{len(data)} bytes: {error}") from None
+
+
+def other_kind(data: bytes) -> str:
+    """What it is that Pillow does not know, where that is plain."""
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    still = _STILLS.get(head[8:12]) if head[4:8] == b"ftyp" else None
+    if still and b"avif" in head[16:64]:  # its first brand may be that of both
+        still = _STILLS[b"avif"]
+    known = [
+        (b"<svg" in head, "an SVG drawing: give it as PNG, JPEG, WebP or GIF"),
+        (head.startswith((b"<!doctype", b"<html")), "an HTML page"),
+        (head.startswith(b"%pdf"), "a PDF: give its pages as pictures"),
+        (bool(still), f"{still} picture: give it as JPEG or PNG"),
+        (head[4:8] == b"ftyp" or head.startswith(b"\x1ae\xdf\xa3"), "a video: give it as one"),
+    ]
+    return next((words for right, words in known if right), "no picture in a format that is known")
 
 
 def picture_pixels(picture: Any) -> Tensor:

@@ -10,12 +10,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data_pipeline.images import read_picture, tile_into
+from data_pipeline.images import other_kind, read_picture, tile_into
 from data_pipeline.schema import SampleError
 
-_STILLS = {b"avif": "an AVIF", b"avis": "an AVIF"} | dict.fromkeys(  # by the file's brand
-    (b"heic", b"heix", b"heim", b"hevc", b"hevx", b"mif1", b"msf1"), "a HEIC"
-)
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 
 
@@ -49,7 +46,7 @@ def check_header(data: bytes, max_pixels: int, formats: tuple[str, ...] | None =
         with Image.open(io.BytesIO(data), formats=formats) as opened:
             width, height = opened.size
     except UnidentifiedImageError:
-        raise SampleError("undecodable_image", f"{len(data)} bytes: {_other(data)}") from None
+        raise SampleError("undecodable_image", f"{len(data)} bytes: {other_kind(data)}") from None
     except Image.DecompressionBombError:  # names a limit of Pillow's, which is larger
         raise SampleError("too_many_pixels", f"it has many more than {max_pixels}") from None
     except Exception as error:  # Pillow's decoders raise errors of many kinds
@@ -57,19 +54,3 @@ def check_header(data: bytes, max_pixels: int, formats: tuple[str, ...] | None =
     if width * height > max_pixels:
         words = f"{width} x {height} pixels are more than {max_pixels}"
         raise SampleError("too_many_pixels", words)
-
-
-def _other(data: bytes) -> str:
-    """What it is that Pillow does not know, where that is plain."""
-    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    still = _STILLS.get(head[8:12]) if head[4:8] == b"ftyp" else None
-    if still and b"avif" in head[16:64]:  # its first brand may be that of both
-        still = _STILLS[b"avif"]
-    known = [
-        (b"<svg" in head, "an SVG drawing: send it as PNG, JPEG, WebP or GIF"),
-        (head.startswith((b"<!doctype", b"<html")), "an HTML page"),
-        (head.startswith(b"%pdf"), "a PDF: send its pages as pictures"),
-        (bool(still), f"{still} picture: send it as JPEG or PNG"),
-        (head[4:8] == b"ftyp" or head.startswith(b"\x1ae\xdf\xa3"), "a video: send it as one"),
-    ]
-    return next((words for right, words in known if right), "no picture in a format that is known")

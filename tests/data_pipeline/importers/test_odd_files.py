@@ -260,7 +260,7 @@ def test_errors_of_media_name_the_medium(folder: Path) -> None:
     run(source)
     (rejected,) = folder.parent.glob("out-*/rejected.jsonl")
     details = [json.loads(line)["detail"] for line in rejected.read_text().splitlines()]
-    assert "page.jpg: 6 bytes" in details[0]
+    assert details[0].endswith("page.jpg: 6 bytes: an HTML page")
     assert "pointer.jpg is a pointer of Git LFS" in details[1]
     assert "page.mp4: 6 bytes" in details[2]
     assert details[3] == "no mark for 1 of the media: write <image> in a text where each belongs"
