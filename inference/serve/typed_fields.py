@@ -205,6 +205,8 @@ def _refused(error: Mapping[str, Any], shape: str) -> Refused:
     field = _path([*error["loc"], *([inside] if inside else [])])
     if words is None:
         words = error["msg"]
+        if code in _INSIDE and isinstance(given := error["input"], dict) and inside in given:
+            words = f"{given[inside]!r:.60}: {words}"
     elif isinstance(error["input"], str | int | float):
         words = f"{error['input']!r:.60}: {words}"
     if code in _WORDS or code not in _CODES:

@@ -250,6 +250,19 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(http: httpx.Cli
     assert unknown.json()["error"]["code"] == "model_not_found"
 
 
+def test_parts_and_roles_that_are_not_known_are_named(http: httpx.Client) -> None:
+    sound = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
+    result = {"role": "tool", "content": "4", "tool_call_id": "x"}
+    for messages, words in (
+        ([{"role": "user", "content": [sound]}], "[0].content[0].type: 'input_audio': expected"),
+        ([USER, result, USER], "[1].role: 'tool': expected"),
+        ([{"role": "user", "content": [{"text": "A"}]}], "[0].content[0].type: expected"),
+    ):
+        answer = ask(http, messages)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith(f"messages{words}")
+
+
 def test_frames_of_a_video_follow_the_request(http: httpx.Client, video: str) -> None:
     url = {"url": video}
     assert frames(http, url) == 12  # one a second
