@@ -5,6 +5,7 @@ A copy of this file is in every exported folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,8 @@ def check_cache(cache: Any) -> None:
     """Raises ValueError for a cache that holds more, less or other than what was put in: static
     ones (empty places would be attended), sliding windows (frames would go), quantized ones."""
     layers = getattr(cache, "layers", None)
-    if layers is None or any(type(layer) is not DynamicLayer for layer in layers):
+    known = (DynamicLayer, FrameLayer)
+    if layers is None or any(type(layer) not in known for layer in layers):
         raise ValueError(
             f"past_key_values: {type(cache).__name__}: only DynamicCache works with this model: "
             "leave cache_implementation out, or say 'dynamic'"
@@ -183,7 +185,8 @@ def _first_new_frame(inputs: dict[str, Any], image: int) -> int | None:
         return None
     marks = (inputs["input_ids"] == image).sum(1)
     given = real_frames(pixels, inputs.get("aspect_ratio_ids"), frames).sum(1)
-    own = getattr(inputs["past_key_values"], "own_frames", None)
+    kept = [one for one in inputs["past_key_values"].layers if isinstance(one, FrameLayer)]
+    own = kept[0].own if kept else None
     cached = torch.zeros_like(marks) if own is None else own.sum(1)
     if given.equal(marks) or not given.equal(cached + marks):
         return 0
@@ -197,14 +200,54 @@ def _first_new_frame(inputs: dict[str, Any], image: int) -> int | None:
     return int(cached[0])
 
 
-def keep_frames(cache: Any, layer: int) -> None:
-    """Makes a cache keep its frames when assisted generation takes candidates back, which are
-    tokens."""
-    cache.layers[layer].crop = _crop_nothing
+class FrameLayer(DynamicLayer):
+    """A layer of a transformers cache with keys and values of frames, not of tokens.
+
+    seen: True for what the last token so far saw `[B, F, T]`.
+    own, slots: of its frames `[B, F]`, as in AttendedFrames.
+    """
+
+    seen: Tensor | None = None
+    own: Tensor | None = None
+    slots: Tensor | None = None
+
+    def keep(self, seen: Tensor, own: Tensor, slots: Tensor) -> None:
+        """Notes which row has and sees which frame."""
+        self.seen, self.own, self.slots = seen, own, slots
+
+    def crop(self, *_: Any) -> None:
+        """Takes nothing back: what assisted generation takes back are tokens."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows change places."""
+        super().reorder_cache(beam_idx)
+        self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes several."""
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some rows stay."""
+        super().batch_select_indices(indices)
+        self._rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.seen is not None and self.own is not None and self.slots is not None:
+            self.keep(change(self.seen), change(self.own), change(self.slots))
 
 
-def _crop_nothing(*_: Any) -> None:
-    """Replaces DynamicLayer.crop for layers that keep everything."""
+def frames_in(cache: Any, layer: int) -> FrameLayer | None:
+    """The frames of a cache, as its layer number `layer` has them; None: it has none yet."""
+    layers = getattr(cache, "layers", [])
+    found = layers[layer] if layer < len(layers) else None
+    return found if isinstance(found, FrameLayer) and found.seen is not None else None
+
+
+def hold_frames(cache: Any, layer: int) -> None:
+    """Makes a layer that has got keys and values one of frames."""
+    cache.layers[layer].__class__ = FrameLayer
 
 
 def real_frames(pixels: Tensor | None, ratio_ids: Tensor | None, states: Tensor) -> Tensor:

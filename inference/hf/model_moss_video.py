@@ -20,7 +20,8 @@ from .attended_moss_video import (
     NewFrames,
     cache_of_pass,
     check_frame_mask,
-    keep_frames,
+    frames_in,
+    hold_frames,
     real_frames,
     token_mask,
     token_positions,
@@ -163,6 +164,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
         """
         _check_known(kwargs)
         decoder, config = self.language_model, self.config
+        is_image = self._is_image(input_ids, inputs_embeds)
         x = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         again = self.training and any(layer.gradient_checkpointing for layer in decoder.layers)
         if use_cache is None:
@@ -170,7 +172,6 @@ class MossVideoModel(MossVideoPreTrainedModel):
         past_key_values = cache_of_pass(past_key_values, use_cache, again)
         past = self.past(past_key_values)
         position_ids = token_positions(position_ids, attention_mask, past, x)
-        is_image = self._is_image(input_ids, inputs_embeds)
         if pixel_values is not None and cross_attention_states is not None:
             raise ValueError("give pixel_values or cross_attention_states, not both")
         if pixel_values is not None:
@@ -218,15 +219,15 @@ class MossVideoModel(MossVideoPreTrainedModel):
         """The frames of a pass over `x` `[B, S, H]`: those in the cache, and `new` ones with
         `states` `[B, F, T x P, H]`. `mask` says which token sees what, of all of them; None: as
         `new` says."""
-        # What the last token so far saw of the frames in the cache [B, F, T], and which of them
-        # are of a row [B, F].
-        old: Tensor | None = getattr(cache, "seen_tiles", None)
+        cross = self.language_model.cross
+        kept = frames_in(cache, cross[0]) if cross else None
+        old = None if kept is None else kept.seen
         if states is None and old is None:
             return None
         given, shape = mask is not None, tuple(x.shape[:2])
-        kept = [] if old is None else [(cache.own_frames, cache.frame_slots)]
-        kept += [] if new is None else [(new.marked, new.slots)]
-        own, slots = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
+        rows = [] if kept is None else [(kept.own, kept.slots)]
+        rows += [] if new is None else [(new.marked, new.slots)]
+        own, slots = (torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
         if mask is None:
             parts = [] if old is None else [old[:, None].expand(-1, shape[1], -1, -1)]
             mask = torch.cat(parts if new is None else [*parts, new.seen], dim=2)
@@ -236,7 +237,8 @@ class MossVideoModel(MossVideoPreTrainedModel):
         keys_values = self._keys_values(states, new, cache, x.device)
         mask = mask.bool()
         if cache is not None:
-            cache.seen_tiles, cache.own_frames, cache.frame_slots = mask[:, -1], own, slots
+            for layer in cross:
+                cache.layers[layer].keep(mask[:, -1], own, slots)
         if given:  # padding frames are attended too, as transformers' Mllama does
             slots = torch.ones_like(slots)
         attend_all = self.config.tokens_before_first_frame == "attend_all"
@@ -295,7 +297,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
             k, v = self._project(layer, states.flatten(1, 2), rotation)
             keys_values[layer] = (k, v) if cache is None else cache.update(k, v, layer)
             if cache is not None:
-                keep_frames(cache, layer)
+                hold_frames(cache, layer)
         return keys_values
 
     def _project(self, layer: int, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

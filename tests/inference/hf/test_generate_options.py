@@ -209,3 +209,31 @@ def test_masks_and_positions_of_another_form_are_refused():
     ):
         with pytest.raises(ValueError, match=says):
             model(**given)
+
+
+def repeated(cache: DynamicCache) -> None:
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change", [lambda cache: cache.reorder_cache(torch.tensor([1, 1])), repeated]
+)
+def test_rows_of_a_cache_that_change_places_take_their_frames_along(change):
+    """Three frames in one row, one in the other: both go on as the second."""
+    model = tiny_model()
+    tokens, pixels = batch_of_two()
+    ratios = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    inputs = {"input_ids": tokens, "pixel_values": pixels, "aspect_ratio_ids": ratios}
+    cache = model(**inputs, use_cache=True).past_key_values
+    change(cache)
+    got = model(input_ids=torch.tensor([[9], [9]]), past_key_values=cache).logits
+    ids = torch.cat((tokens[1:], torch.tensor([[9]])), dim=1)
+    wanted = model(input_ids=ids, pixel_values=pixels[1:, :1]).logits[:, -1:]
+    torch.testing.assert_close(got, wanted.expand(2, -1, -1), atol=1e-4, rtol=0)
+
+
+def test_a_pass_over_nothing_is_refused():
+    with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
+        tiny_model()()
