@@ -35,6 +35,7 @@ MODULES = [
     "moss_train.train.memory_check",
     "moss_train.train.loop",
     "moss_train.evaluate.exported",
+    "inference.hf.modeling_moss_video",  # an evaluation, a stream; most of it is transformers
     "megatron.core.transformer.multi_token_prediction",  # a schedule's first forward pass
     "pyarrow.compute",  # the first image
     "matplotlib.figure",

@@ -15,8 +15,11 @@ from transformer_engine import dot_product  # type: ignore[import-not-found]
 
 from moss_train import hardware
 from moss_train.config import ParallelConfig
-from moss_train.parallel.process_groups import build_groups
-from tests.moss_train.model.numbers import PACKED, compare
+from moss_train.imports import quick_imports
+
+with quick_imports():
+    from moss_train.parallel.process_groups import build_groups
+    from tests.moss_train.model.numbers import PACKED, compare
 
 if __name__ == "__main__":
     hardware.activate("cpu")
