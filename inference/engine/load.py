@@ -189,6 +189,12 @@ def _check_names(folder: Path, read: Reading, packed: bool) -> None:
     for name in sorted(read.unexpected):
         if not BUFFERS.match(name) and not (packed and name.endswith("_scale")):
             unknown.append(name)
+    kind = str((read.model.config.architectures or [""])[0])
+    if missing and kind.endswith("Model"):
+        raise ValueError(
+            f"{folder}: is a {kind}, which has no output head: save the whole model "
+            "(AutoModelForImageTextToText)"
+        )
     for names, what in ((missing, "lacks"), (unknown, "beside the model's, it has")):
         if names:
             raise ValueError(f"{folder}: {what} {len(names)} tensors: {', '.join(names[:5])}")

@@ -35,6 +35,13 @@ OLD_NAMES = {
     r"^language_model\.lm_head\.": "lm_head.",
     r"^(vision_model|multi_modal_projector|patch_merger)\.": r"model.\1.",
 }
+# transformers 5 takes `model.` off itself where it opens the model without a head.
+BARE_NAMES = {
+    r"^language_model\.model\.": "language_model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^model\.": "",
+}
+TRANSFORMERS_4 = __version__.startswith("4.")
 HARMLESS = {"cache_position"}  # transformers passes it; nothing follows from it
 
 
@@ -43,7 +50,8 @@ class MossVideoPreTrainedModel(PreTrainedModel):
 
     config_class = MossVideoConfig
     # transformers 4 would take a file of old names for one of the model without a head.
-    base_model_prefix = "" if __version__.startswith("4.") else "model"
+    base_model_prefix = "" if TRANSFORMERS_4 else "model"
+    names_in_files = OLD_NAMES
     main_input_name = "input_ids"
     _no_split_modules = ("VisionLayer", "SelfLayer", "CrossLayer")
     _supports_sdpa = True
@@ -53,7 +61,7 @@ class MossVideoPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """transformers' `from_pretrained`; also reads weights with the names of transformers 4."""
-        kwargs.setdefault("key_mapping", OLD_NAMES)
+        kwargs.setdefault("key_mapping", cls.names_in_files)
         return super().from_pretrained(*args, **kwargs)
 
     def _set_gradient_checkpointing(
@@ -82,7 +90,8 @@ class MossVideoModel(MossVideoPreTrainedModel):
     """Vision tower, projector and decoder, under the names of the checkpoint."""
 
     tokens_type = CachedTokens
-    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)
+    names_in_files = BARE_NAMES if TRANSFORMERS_4 else OLD_NAMES
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - transformers 4 adds lists
 
     def __init__(self, config: MossVideoConfig):
         super().__init__(config)

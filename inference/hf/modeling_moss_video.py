@@ -20,6 +20,9 @@ from .configuration_moss_video import MossVideoConfig
 from .decoder_moss_video import READ_ONLY_ROWS
 from .model_moss_video import MossVideoModel, MossVideoPreTrainedModel, wants_names
 
+# Of a local folder transformers 4 copies what this file itself imports, and nothing further.
+from .vision_moss_video import VisionTower  # noqa: F401
+
 IGNORED_LABEL = -100  # no loss there
 
 

@@ -27,6 +27,7 @@ from moss_train.convert.side_files import (
     missing_tokens,
     read_tokenizer,
     same_special_tokens,
+    tokenizer_settings,
 )
 from moss_train.convert.source import ConversionError, read_json
 from moss_train.model_config import ModelConfig
@@ -170,8 +171,8 @@ def write_files(
         if (files.tokenizer / name).is_file():
             shutil.copyfile(files.tokenizer / name, folder / name)
     settings = folder / "tokenizer_config.json"
-    if settings.is_file():  # its template would be a second one
-        _write(settings, {k: v for k, v in read_json(settings).items() if k != "chat_template"})
+    if settings.is_file():
+        _write(settings, tokenizer_settings(read_json(settings)))
     assert tokenizer is not None
     lines += [*missing_tokens(tokenizer), f"tokenizer: {files.tokenizer}"]
     return [*lines, f"stage: {files.stage or 'unknown'}"]

@@ -194,6 +194,17 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+def tokenizer_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json of an export: without a chat template, which would be a second one,
+    and with the names of transformers 4, which transformers 5 reads as well."""
+    kept = {key: value for key, value in values.items() if key != "chat_template"}
+    if kept.get("tokenizer_class") == "TokenizersBackend":
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(kept.get("extra_special_tokens"), list):
+        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
+    return kept
+
+
 def _meanings(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
     for place, values in _configs(source):
         for name, keys in MEANING.items():

@@ -214,6 +214,12 @@ def _compare(folder: HfFolder, wanted: dict[str, torch.Size]) -> None:
     """Raises ConversionError with a line for every tensor that is missing, surplus or misshapen."""
     problems = problems_of(folder, wanted)
     if problems:
+        kind = str((read_json(folder.folder / "config.json").get("architectures") or [""])[0])
+        if kind.endswith("Model"):
+            raise ConversionError(
+                f"{folder.folder}: is a {kind}, which has no output head: save the whole model "
+                "(AutoModelForImageTextToText, AutoModelForCausalLM)"
+            )
         lines = [f"{folder.folder}: its tensors are not those of its config.json", *problems]
         raise ConversionError("\n".join(lines))
 

@@ -64,6 +64,12 @@ def test_a_missing_tensor_is_named(folder: Path) -> None:
         load_model(folder, "cpu")
 
 
+def test_a_model_without_its_head_is_named(folder: Path, tmp_path: Path) -> None:
+    load_model(folder, "cpu").model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare: is a MossVideoModel, which has no output head"):
+        load_model(tmp_path / "bare", "cpu")
+
+
 def test_a_truncated_file_is_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
+
 from data_pipeline import batch, clock, pixels, prompts, schema
 from inference.engine import load
 from inference.hf import (
     clock_moss_video,
     configuration_moss_video,
+    model_moss_video,
     modeling_moss_video,
     pixels_moss_video,
     processing_moss_video,
@@ -26,6 +30,16 @@ def text(module: ModuleType) -> str:
 def test_files_are_equal() -> None:
     assert text(pixels_moss_video) == text(pixels)
     assert text(clock_moss_video) == text(clock)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [configuration_moss_video, model_moss_video, modeling_moss_video, processing_moss_video],
+)
+def test_files_that_auto_classes_open_import_themselves_all_that_they_need(module) -> None:
+    """transformers 4 copies no file of a local folder that only another one imports."""
+    needed = {Path(file).stem for file in get_relative_import_files(module.__file__)}
+    assert set(get_relative_imports(module.__file__)) == needed
 
 
 def test_copies_are_equal() -> None:

@@ -98,6 +98,8 @@ def test_every_class_of_transformers_opens_an_export(plain_case, tmp_path):
     bare.save_pretrained(tmp_path / "bare")
     again = AutoModel.from_pretrained(tmp_path / "bare", trust_remote_code=True).eval()
     assert torch.equal(again(**inputs).last_hidden_state, wanted.hidden_states[-1])
+    with pytest.raises(ConversionError, match="is a MossVideoModel, which has no output head"):
+        convert_hf(FromHf(tmp_path / "bare", tmp_path / "no"))
 
 
 def test_moss_video_through_a_checkpoint(shared, tmp_path, capsys):

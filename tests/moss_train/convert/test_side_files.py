@@ -210,6 +210,22 @@ def test_a_token_that_only_a_setting_names_is_told(change, source, tmp_path):
     assert line.startswith(f"{given}/tokenizer_config.json: {next(iter(change))} names <|new|>")
 
 
+def test_the_settings_of_a_tokenizer_have_the_names_that_transformers_4_knows(source, tmp_path):
+    """transformers 5 saves others, upon which 4 fails."""
+    change = {
+        "tokenizer_class": "TokenizersBackend",
+        "extra_special_tokens": ["<|eot_id|>", "<|silence|>"],
+    }
+    given = changed(source, tmp_path / "given", "tokenizer_config.json", change)
+    folder, _ = exported(given, tmp_path)
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert saved["additional_special_tokens"] == change["extra_special_tokens"]
+    assert "extra_special_tokens" not in saved
+    wanted = AutoTokenizer.from_pretrained(given).all_special_tokens
+    assert AutoTokenizer.from_pretrained(folder).all_special_tokens == wanted
+
+
 def test_a_cache_of_the_source_that_exports_do_not_take_is_left_out(source, tmp_path):
     change = {"cache_implementation": "static", "temperature": 0.6, "do_sample": True}
     given = changed(source, tmp_path / "given", "generation_config.json", change)
