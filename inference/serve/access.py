@@ -233,7 +233,7 @@ def begin(connection: HTTPConnection, visit: Visit) -> None:
 def _given_key(connection: HTTPConnection) -> bytes:
     scheme, _, key = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return key.strip().encode("latin-1")  # as it came
+        return key.strip(" \t").encode("latin-1")  # as it came: bytes, some of them "\xa0"
     for offered in connection.headers.get("sec-websocket-protocol", "").split(","):
         if offered.strip().startswith(_KEY_PROTOCOL):
             return offered.strip().removeprefix(_KEY_PROTOCOL).encode("latin-1")

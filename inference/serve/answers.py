@@ -24,6 +24,8 @@ from inference.session.handle import SessionHandle
 
 QUIET = 10.0  # seconds after which a stream says that it goes on: proxies end those that are idle
 
+COMMENT = ":\n\n"  # of a stream, which clients skip
+
 # Of a stream: proxies give each of its pieces on when it comes.
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -134,7 +136,7 @@ class Writer:
         try:
             async for one in self._merged():
                 if one is None:
-                    yield ":\n\n"  # a comment, which clients skip
+                    yield COMMENT
                     continue
                 number, piece = one
                 if piece.text or piece.logprobs:

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
 
+from inference.serve.answers import COMMENT
 from inference.serve.chat import refusal
 from inference.serve.framing import Framing
 from inference.serve.held import POLICY
@@ -92,34 +93,31 @@ class _LimitedConnection(H11Protocol):
         self._half: asyncio.TimerHandle | None = None
         self._unread = _Unread(self.loop, self.limits.send)
         self._idle_since = self.loop.time()
+        self._ended = False  # to make room for others
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if self._has_room():
+        self._make_room()
+        if not self._ended:
             self._look_again(None)
             self._unread.watch(transport, lambda: self.flow.write_paused)
-        else:
-            transport.abort()
 
     def on_response_complete(self) -> None:
         self._idle_since = self.loop.time()
         super().on_response_complete()
-        if self._half is not None and self._idle:
+        if self._half is not None and (self._idle or self.cycle.more_body):
             self.transport.close()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays open, for a client that says nothing more and still
-        reads. One that has gone is told apart by an interim answer, which every client skips:
-        its system refuses it."""
+        reads. One that has gone is told apart by what every client skips: its system refuses
+        it."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
         if self.scheme == "https" or self.conn.their_http_version != b"1.1":
             return False  # TLS is not half closed, and HTTP/1.0 has no interim answers
-        if not cycle.response_started:
-            interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
-            self.transport.write(self.conn.send(interim) or b"")
-        self._look_for_reader()
+        self._look_for_reader(0)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -148,26 +146,44 @@ class _LimitedConnection(H11Protocol):
             if timer is not None:
                 timer.cancel()
 
-    def _look_for_reader(self) -> None:
+    def _look_for_reader(self, looks: int) -> None:
         made = self.transport.get_extra_info("socket")
         if made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
-        else:
-            self._half = self.loop.call_later(_LOOKS, self._look_for_reader)
+        elif not self.transport.is_closing():
+            if not looks & (looks - 1):  # ever more rarely: some clients skip a few answers only
+                self._say_nothing()
+            self._half = self.loop.call_later(_LOOKS, self._look_for_reader, looks + 1)
 
-    def _has_room(self) -> bool:
-        """Whether there is room for this connection. Of too many, the one ends that has waited
-        for a request for the longest time."""
+    def _say_nothing(self) -> None:
+        """Writes what clients skip. More than once: a tunnel refuses it only after its own client
+        has refused it."""
+        nothing: h11.Event
+        if self.conn.our_state is h11.SEND_RESPONSE:
+            nothing = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+        elif self.conn.our_state is h11.SEND_BODY and self.conn.of_events:
+            nothing = h11.Data(data=COMMENT.encode())
+        else:
+            return
+        if not self.flow.write_paused:
+            self.transport.write(self.conn.send(nothing) or b"")
+
+    def _make_room(self) -> None:
+        """Of too many connections, ends the one that has waited for a request for the longest time:
+        this one, if all others have a request, or an answer that is not yet sent."""
         if len(self.connections) <= self.limits.connections:
-            return True
-        others = [one for one in self.connections if not one.transport.is_closing()]
-        idle = [one for one in others if isinstance(one, _LimitedConnection) and one._idle]
-        if len(others) > self.limits.connections:
-            first = min(idle, key=lambda one: one._idle_since)
-            if first is self:
-                return False
-            first.transport.abort()
-        return True
+            return
+        mine = [one for one in self.connections if isinstance(one, _LimitedConnection)]
+        if len(self.connections) - sum(one._ended for one in mine) <= self.limits.connections:
+            return
+        idle = [one for one in mine if one._idle and not one._ended]
+        free = [one for one in idle if not one.transport.get_write_buffer_size()]
+        # Those that are closed and wait for their clients to close have nothing to lose.
+        first = min(
+            free, key=lambda one: (not one.transport.is_closing(), one._idle_since), default=self
+        )
+        first._ended = True
+        first.transport.abort()
 
     @property
     def _idle(self) -> bool:

@@ -21,10 +21,12 @@ _CHUNK = 1024  # bytes of all further ones, on average
 class Framing(h11.Connection):
     """h11's side of a server, which refuses what may be read in two ways.
 
-    wrong: why the last request was refused. status: of the answer to it.
+    wrong: why the last request was refused. status: of the answer to it. of_events: whether the
+    answer that is sent is a stream of events, in pieces of whole lines.
     """
 
     wrong, status = "", 400
+    of_events = False
     _chunks = _bytes = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -35,6 +37,12 @@ class Framing(h11.Connection):
         except h11.RemoteProtocolError as error:
             self.wrong, self.status = str(error), error.error_status_hint
             raise
+
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
+        if isinstance(event, h11.Response):
+            kinds = [value for name, value in event.headers if name == b"content-type"]
+            self.of_events = any(kind.startswith(b"text/event-stream") for kind in kinds)
+        return super().send(event)
 
     def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         unread = self.trailing_data[0] if self.their_state is h11.IDLE else b""

@@ -378,3 +378,10 @@ def test_a_key_is_the_same_with_white_space_around_it(engine: Engine) -> None:
         for sent, status in (("open-sesame", 200), ("  open-sesame", 200), ("open", 401)):
             found = server.get("/v1/models", headers={"Authorization": f"Bearer {sent}"})
             assert found.status_code == status
+
+
+def test_the_last_byte_of_a_key_is_no_white_space(engine: Engine) -> None:
+    """Half of a letter of UTF-8 is, where bytes are read as Latin-1."""
+    with serving(engine, LIMITS, key=key("voilà")) as server:
+        sent = {b"Authorization": "Bearer voilà".encode()}
+        assert httpx.get(f"{server.http}/v1/models", headers=sent).status_code == 200
