@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -63,6 +64,16 @@ class Track:
         if self.stamped and frame.pts is not None:
             return float(frame.pts * self.unit - self.zero)
         return self.times[min(index, len(self.times) - 1)]
+
+    def reached(self, frame: Any, second: float) -> float:
+        """Up to which second the packets lie from which a frame of `second` was decoded.
+
+        Later than `second` where frames are counted, and the decoder gave none for the first
+        packets; unknown, and so infinite, without stamps of decoding.
+        """
+        if self.stamped and frame.pts is not None:
+            return second
+        return inf if frame.dts is None else max(second, frame.dts * self.unit - self.zero)
 
 
 def open_container(data: Data, formats: str = "") -> InputContainer:
@@ -348,7 +359,7 @@ def frames_on_screen(
                 _check_age(began, due[0], track)
             yield previous or frame
             due.pop(0)
-        previous, began = frame, now
+        previous, began = frame, track.reached(frame, now)
         if not due:
             return
     for moment in due if previous is not None else ():
@@ -357,7 +368,7 @@ def frames_on_screen(
 
 
 def _check_age(began: float, moment: float, track: Track) -> None:
-    """VideoError where a later frame than the one from `began` on should be on screen."""
+    """VideoError where a frame from more than a second after `began` should be on screen."""
     meant = track.times[max(0, bisect_right(track.times, moment + EPSILON) - 1)]
     if meant - began > _OLD:
         raise VideoError("undecodable_video", f"no frame between {began:.2f} s and {moment:.2f} s "

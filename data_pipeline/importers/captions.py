@@ -70,8 +70,22 @@ def _inside(folder: str, path: str) -> str:
 
 
 def looks_like_a_table(record: dict[str, Any]) -> bool:
+    if "text" in record:
+        return any(column in record for column in MEDIA_COLUMNS) or bool(_naming(record))
     named = any(may_name_medium(record[column]) for column in _spelt(_LISTS, record))
     return named or bool(_spelt(MEDIA_COLUMNS, record))
+
+
+def _naming(record: dict[str, Any]) -> list[str]:
+    """The columns that name the media of a record that has a `text`. One in another letter case
+    does by a suffix alone: `Path`, `File` or `URL` of plain text says where that is from."""
+    usual = (*MEDIA_COLUMNS, *_LISTS)
+    exact = [column for column in usual if may_name_medium(record.get(column))]
+    return exact or [
+        column
+        for column in _spelt(usual, record)
+        if column not in usual and isinstance(record[column], str) and media_type(record[column])
+    ]
 
 
 def _spelt(usual: Iterable[str], record: Mapping[str, Any]) -> list[str]:
@@ -105,12 +119,17 @@ def table_draft(
 def captions_of(value: Any) -> tuple[list[str], list[str]]:
     """The captions of a medium, and a note for each of a list that is none; SampleError where none
     is left."""
-    given = value if isinstance(value, list) and all(isinstance(t, str) for t in value) else [value]
+    given = value if are_captions(value) else [value]
     texts = [text for text in given if isinstance(text, str)]
     texts = [text for text in texts if text.strip() and text.strip() not in _NOTHING]
     if not texts:
         raise SampleError("missing_caption", f"{value!r:.80} is not a caption")
     return texts, ["caption without a text, left out"] * (len(given) - len(texts))
+
+
+def are_captions(value: Any) -> bool:
+    """Whether it is a list of captions, of which some may be missing."""
+    return isinstance(value, list) and all(isinstance(text, str | None) for text in value)
 
 
 def caption_drafts(shown: Medium, texts: list[str], notes: list[str]) -> list[Draft]:
@@ -132,8 +151,7 @@ def _only(value: Any, place: str) -> Any:
 
 def plain_draft(record: dict[str, Any], base: str) -> Draft | list[Draft]:
     """A record of plain text; one that names a medium, too, is a caption."""
-    usual = _spelt((*MEDIA_COLUMNS, *_LISTS), record)
-    named = [column for column in usual if may_name_medium(record[column])]
+    named = _naming(record)
     if named:
         return table_draft(record, base, named[0], None)
     return text_draft(record.get("text"), tuple(unused_fields(record, ("text",))))

@@ -62,16 +62,19 @@ class Splits:
     def taken(self, value: dict[str, Any], path: str) -> dict[str, Any] | SampleError | None:
         """The record, None where it is of another split; a SampleError where it does not say, nor
         the name of its file or folder."""
-        said = [value[name] for name in _SPLITS if isinstance(value.get(name), str)]
+        given = [value[name] for name in _SPLITS if name in value]
+        said = [name for name in given if isinstance(name, str) and name.strip()]
         folder = files.name(files.parent(path))
         if begins := _SPLIT_OF_FILE.match(files.name(path)):
             said.append(begins[1])
         if _SPLIT_OF_FILE.fullmatch(folder):
             said.append(folder)
+        # Numbers are names, too, where nothing else is: the classes of Hugging Face's datasets.
+        said += [str(name) for name in given if type(name) is int]
         if not said:
             detail = (
-                f"--split: the record has no {' or '.join(_SPLITS)}, and neither its file nor the "
-                "folder is called after one: leave --split away"
+                f"--split: the record has no {' or '.join(_SPLITS)} that is a name or number, and "
+                "neither its file nor the folder is called after one: leave --split away"
             )
             return SampleError("bad_schema", detail)
         if said[0] in self.wanted:
@@ -129,8 +132,22 @@ def folder_entries(
     refused: list[Refusal],
     media: list[str],
     splits: Splits | None = None,
+    share: Share = WHOLE,
 ) -> Iterator[Entry]:
-    """The records of an image folder's metadata, then a rejection for each medium without one."""
+    """The records of an image folder's metadata, then a rejection for each medium without one.
+
+    Of a part, which takes all records to know which media have one, the entries of that part; what
+    is left out is counted by the first part.
+    """
+    if splits is not None and share.number:
+        splits = replace(splits, left_out=Counter())
+    entries = _whole_folder(record_files, refused, media, splits)
+    return (entry for entry in entries if share.has(entry.key))
+
+
+def _whole_folder(
+    record_files: list[RecordFile], refused: list[Refusal], media: list[str], splits: Splits | None
+) -> Iterator[Entry]:
     named: set[str] = set()
     *_, stem = distinct_stems([*(file.stem for file in record_files), "unnamed"])
     for entry in record_entries(record_files, refused=refused, splits=splits):
@@ -140,9 +157,9 @@ def folder_entries(
         yield entry
     left = [path for path in media if os.path.normpath(path) not in named]
     if splits is not None:  # of other splits, or of none
-        splits.left_out["picture or video that no record of the splits names, left out"] += len(
-            left
-        )
+        if left:
+            note = "picture or video that no record of the splits names, left out"
+            splits.left_out[note] += len(left)
         return
     for place, path in enumerate(left):
         reason = SampleError("missing_caption", "no record of the metadata names it")

@@ -15,7 +15,8 @@ from data_pipeline import files
 
 _FILES = 20_000  # of a source, whose contents are looked at
 _WHOLE = 1 << 30  # bytes of a source that are read: of the files behind them pieces are
-_PIECES, _PIECE = 64, 1 << 14  # of such a file; bytes
+_PIECES, _PIECE = 64, 1 << 14  # of such a file, at most; bytes
+_ALL_PIECES = 1 << 13  # of a source, but two of each file: on network disks each takes milliseconds
 
 
 def fingerprint(paths: Sequence[str], looked_at: Sequence[str]) -> str:
@@ -29,30 +30,32 @@ def fingerprint(paths: Sequence[str], looked_at: Sequence[str]) -> str:
     for path in paths:
         known.update(f"{files.name(path)}\n".encode(errors="backslashreplace"))
     step = -(-len(looked_at) // _FILES) or 1
-    left = _WHOLE
-    for path in looked_at[::step]:
+    chosen, left = looked_at[::step], _WHOLE
+    pieces = min(_PIECES, max(2, _ALL_PIECES // max(1, len(chosen))))
+    for path in chosen:
         if files.in_store(path):
             known.update(files.version(path).encode())
         elif files.is_url(path):
             known.update(f"{files.file_size(path)}\n".encode())
         elif os.path.exists(path):  # no link to nothing
             size = files.file_size(path)
+            whole = size <= max(left, pieces * _PIECE)
             known.update(f"{size}\n".encode())
             with suppress(OSError):  # told when it is read
-                known.update(_contents(path, size, whole=size <= left))
-            left -= size if size <= left else 0
+                known.update(_contents(path, size, 0 if whole else pieces))
+            left -= min(size, left) if whole else 0
     return known.hexdigest()
 
 
-def _contents(path: str, size: int, whole: bool) -> bytes:
-    """A digest of a file, or of pieces of it, evenly spread, the first and the last among them."""
+def _contents(path: str, size: int, pieces: int) -> bytes:
+    """A digest of pieces of a file, evenly spread, the first and the last among them; 0: of all."""
     found = blake2b(digest_size=16)
     with open(path, "rb") as file:
-        if whole:
+        if not pieces:
             while data := file.read(1 << 20):
                 found.update(data)
         else:
-            for piece in range(_PIECES):
-                file.seek((size - _PIECE) * piece // (_PIECES - 1))
+            for piece in range(pieces):
+                file.seek((size - _PIECE) * piece // (pieces - 1))
                 found.update(file.read(_PIECE))
     return found.digest()

@@ -179,7 +179,7 @@ def _opened(
     media = [path for path in paths if captions.media_type(path)]
     of_part: Entries = partial(record_entries, chosen, refused=refused, splits=splits)
     if media and files.name(chosen[0].path) in METADATA:
-        of_part = _by_key(partial(folder_entries, chosen, refused, media, splits))
+        of_part = partial(folder_entries, chosen, refused, media, splits)
     found = tuple(sorted({file.form for file in chosen if file.has_records}))
     read = [*(file.path for file in chosen), *(refusal.path for refusal in refused)]
     return OpenSource(form, read, of_part, found, answers=answers_beside(read))

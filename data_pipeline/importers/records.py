@@ -26,7 +26,7 @@ _CHUNK = 1 << 16  # characters that are read at a time from a list of records
 _LONGEST_RECORD = 1 << 28  # characters
 _LARGE = 1 << 26  # bytes of an object from which on it is not read whole
 _IN_QUOTES = re.compile(r'"(?:[^"]|"")*"')  # a field of a table
-_BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a list
+_BETWEEN = re.compile("[ \t\r\n,\ufeff]*")  # elements of a list, and files that were joined
 _TURNS = ("messages", "conversations", "conversation", "texts")
 _BY_LINE = (".jsonl", ".ndjson", ".jsonlines")
 

@@ -15,7 +15,12 @@ from typing import Any
 
 from data_pipeline import files
 from data_pipeline.importers.archive import Archive, Members, open_archive
-from data_pipeline.importers.captions import CAPTION_COLUMNS, caption_drafts, captions_of
+from data_pipeline.importers.captions import (
+    CAPTION_COLUMNS,
+    are_captions,
+    caption_drafts,
+    captions_of,
+)
 from data_pipeline.importers.conversation import (
     conversation_draft,
     looks_like_one,
@@ -275,8 +280,9 @@ def _captions(
             text = files.decode_text(parts[name], f"{key}.{name}")
             return [text] if text.strip() else [], [name]
     for name in CAPTION_COLUMNS:
-        if isinstance(record.get(name), str | list) and record[name]:
-            texts, left_out = captions_of(record[name])
+        value = record.get(name)
+        if value and (isinstance(value, str) or are_captions(value)):
+            texts, left_out = captions_of(value)
             notes += left_out
             return texts, [name]
     return [], []

@@ -13,7 +13,7 @@ import pytest
 from av.stream import Disposition
 
 from data_pipeline.build import BuildOptions, build_shards
-from data_pipeline.clock import _fill_stamps
+from data_pipeline.clock import _fill_stamps, open_container, read_track
 from data_pipeline.importers.media import MediaOptions
 from data_pipeline.schema import SampleError
 from data_pipeline.video import frames_at, probe_video, sample_times
@@ -141,3 +141,25 @@ def test_packets_without_a_stamp_get_one_between_their_neighbors(stamps, filled)
         packet.pts = stamp
     _fill_stamps(packets)
     assert [packet.pts for packet in packets] == filled
+
+
+def test_where_frames_are_counted_the_first_may_be_missing(
+    tmp_path: Path,
+) -> None:
+    """AVI with B-frames, of a recording that begins between two keyframes."""
+    whole, begun = tmp_path / "a.avi", tmp_path / "begun.avi"
+    video(whole, every(0.2, 120), coding={"bf": "2", "g": "30"}, tick=Fraction(1, 5))
+    with av.open(str(whole)) as source, av.open(str(begun), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in [*source.demux(video=0)][10:-1]:
+            packet.stream = stream
+            out.mux(packet)
+    data = begun.read_bytes()
+    with open_container(data) as file:
+        track = read_track(file, data)
+        assert not track.stamped
+    last = track.times[-1]
+    first, newest = numbers(data, [0.0, last])
+    assert first >= 10
+    assert newest == 119
+    assert number(read_video(begun, 1, 1, 99)[-1]) > 110

@@ -78,3 +78,31 @@ def test_a_link_to_nothing_counts_by_its_name(tmp_path: Path) -> None:
     before = mark(tmp_path / "gone")
     (tmp_path / "gone").rename(tmp_path / "away")
     assert mark(tmp_path / "away") != before
+
+
+def test_small_files_behind_a_large_one_count_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fingerprints, "_WHOLE", 1000)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"f" * 1000)
+    second.write_bytes(b"s" * 10)
+    before = mark(first, second)
+    second.write_bytes(b"sssssSssss")
+    assert mark(first, second) != before
+
+
+def test_of_many_large_files_few_pieces_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Folders of thousands of tars lie on network disks, and each part of an import asks."""
+    for name, value in (("_WHOLE", 0), ("_PIECE", 10), ("_ALL_PIECES", 30)):
+        monkeypatch.setattr(fingerprints, name, value)
+    paths = [tmp_path / str(number) for number in range(10)]
+    for path in paths:
+        path.write_bytes(b"l" * 1000)
+    before = mark(*paths)
+    paths[3].write_bytes(b"l" * 495 + b"x" * 10 + b"l" * 495)
+    assert mark(*paths) != before  # three pieces: the second is the middle
+    paths[3].write_bytes(b"l" * 300 + b"x" * 100 + b"l" * 600)
+    assert mark(*paths) == before

@@ -211,6 +211,30 @@ def test_a_list_of_captions_is_a_sample_for_each(tmp_path: Path) -> None:
     }
 
 
+def test_captions_that_are_missing_from_a_list_are_left_out(tmp_path: Path) -> None:
+    red = picture(tmp_path / "set/red.jpg")
+    record = {"image": "red.jpg", "captions": ["One.", None, "Two."]}
+    (tmp_path / "set/s.jsonl").write_text(json.dumps(record))
+    lists = {"text": [{"start": 0}], "description": "Of a shard."}  # another's list is none
+    write_tar(tmp_path / "set/t.tar", {"a.jpg": red, "a.json": json.dumps(lists).encode()})
+    samples, summary = run(tmp_path / "set/s.jsonl")
+    assert [said(sample)[1] for sample in samples] == ["One.", "Two."]
+    assert summary.notes == {"caption without a text, left out": 1}
+    (sample,), _ = run(tmp_path / "set/t.tar")
+    assert said(sample)[1] == "Of a shard."
+
+
+@pytest.mark.parametrize(
+    ("column", "place"), [("URL", "https://example.org/news"), ("Path", "src/a.py")]
+)
+def test_plain_text_may_say_where_it_is_from(column: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/r.jsonl").write_text(json.dumps({"text": "News.", column: place}))
+    (sample,), summary = run(tmp_path / "set/r.jsonl")
+    assert (said(sample)[1], sample["members"]) == ("News.", {})
+    assert summary.notes == {f"unused field {column}": 1}
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_charades_lines_are_the_moments_of_their_videos(encoding: str, folder: Path) -> None:
     lines = "a 0.0 2.0##a person enters.\nb 0 1##n.\na 1.0 3.0##a person eats \u00e9.\na 3.0\n"

@@ -188,8 +188,10 @@ def test_lists_that_were_joined_are_read_to_the_end(
     """`cat a.json b.json`; what else stands behind a list is told."""
     monkeypatch.setattr(records, "_CHUNK", pieces)
     path = tmp_path / "r.json"
-    for between in ("", "\n", " \n\n"):
-        path.write_text(f'[{{"n": 1}}]{between}[{{"n": 2}},\n{{"n": 3}}] [] [{{"n": 4}}]\n \n')
+    for between in ("", "\n", " \n\n", "\n\ufeff"):
+        path.write_text(
+            f'[{{"n": 1}}]{between}[{{"n": 2}},\n{{"n": 3}}] [] [{{"n": 4}}]\n \n', encoding="utf-8"
+        )
         assert values(path) == [{"n": n} for n in (1, 2, 3, 4)]
     for behind in ('{"n": 2}', "x", "]"):
         path.write_text(f'[{{"n": 1}}]\n{behind}\n')

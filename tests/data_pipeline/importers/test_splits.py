@@ -57,6 +57,56 @@ def test_parts_count_what_they_leave_out_together(tmp_path: Path) -> None:
     assert summary.notes == {"record of the split test, left out": 200}
 
 
+def test_parts_of_a_folder_count_its_other_pictures_once(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+    told = [("a", "train"), ("b", "test"), ("c", "test")]
+    records = [{"file_name": f"{name}.png", "text": name, "split": split} for name, split in told]
+    write(folder / "metadata.jsonl", *records)
+    job = Job(str(folder), str(tmp_path / "out"), BuildOptions(source=TRAIN), 3)
+    job.begin(resume=False)
+    for number in range(3):
+        make_part(job, number)
+    summary = collect(job, 1)
+    assert summary.imported == {"image": 1}
+    assert summary.notes == {
+        "record of the split test, left out": 2,
+        "picture or video that no record of the splits names, left out": 3,
+    }
+
+
+def test_a_folder_without_other_pictures_has_no_note_of_them(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    write(folder / "metadata.jsonl", {"file_name": "a.png", "text": "A.", "split": "train"})
+    _, summary = run(folder, splits=TRAIN.splits)
+    assert (summary.imported, summary.notes) == ({"image": 1}, {})
+
+
+@pytest.mark.parametrize("split", [True, None, " ", ["train"]])
+def test_what_is_no_name_says_no_split(split: Any, tmp_path: Path) -> None:
+    """An empty field of a table, a mark that says something else."""
+    (tmp_path / "in").mkdir()
+    record = {"text": "a", "split": split}
+    samples, _ = run(write(tmp_path / "in/train.jsonl", record), splits=("train",))
+    assert texts(samples) == ["a"]
+    _, summary = run(write(tmp_path / "in/r.jsonl", record), splits=("train",))
+    assert (summary.rejected, summary.notes) == ({"bad_schema": 1}, {})
+
+
+def test_numbers_name_splits_where_nothing_else_does(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    records = [{"text": "a", "split": 0}, {"text": "b", "split": 1}]
+    samples, summary = run(write(tmp_path / "in/r.jsonl", *records), splits=("0",))
+    assert texts(samples) == ["a"]
+    assert summary.notes == {"record of the split 1, left out": 1}
+    samples, _ = run(write(tmp_path / "in/train.jsonl", *records), splits=("train",))
+    assert texts(samples) == ["a", "b"]
+
+
 def test_files_named_after_a_split_say_whose_their_records_are(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write(tmp_path / "in/train-00000-of-00001.jsonl", {"text": "a"})
