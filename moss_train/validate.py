@@ -60,7 +60,7 @@ def _paths(config: Config) -> Iterator[str]:
             yield f"{field}=: is empty (an empty variable?): give a path"
         elif value != value.strip():
             yield f"{field}={value!r}: begins or ends with a blank: remove it"
-        elif shell := _VARIABLE.search(value):
+        elif (shell := _VARIABLE.search(value)) and not Path(value).exists():
             mend = f"write ${{oc.env:{shell[1]}}} for {shell[0]}"
             yield f"{field}={value}: no shell has put the variable in: {mend}"
 
@@ -277,13 +277,16 @@ def _without_effect(config: Config) -> Iterator[str]:
     if adapter.name == "none":
         for name, default in asdict(AdapterConfig()).items():
             if (value := getattr(adapter, name)) != default:
-                yield f"adapter.{name}={value}: there is no adapter: give adapter=lora, too"
+                mend = f"give adapter=lora, too, or leave it at {default}"
+                yield f"adapter.{name}={value}: there is no adapter: {mend}"
     if loss.name == "weighted" and loss.focal_gamma != LossConfig().focal_gamma:
         gamma = f"loss.focal_gamma={loss.focal_gamma}"
-        yield f"{gamma}: has no part in loss=weighted: give loss=state_balanced, too"
+        mend = f"give loss=state_balanced, too, or leave it at {LossConfig().focal_gamma}"
+        yield f"{gamma}: has no part in loss=weighted: {mend}"
     for name, value in (("project", logger.project), ("wandb_mode", logger.wandb_mode)):
         if not logger.wandb and value not in (None, "disabled"):
-            yield f"logger.{name}={value}: wandb is off: give logger=wandb, too"
+            mend = "give logger=wandb, too, or leave it at null"
+            yield f"logger.{name}={value}: wandb is off: {mend}"
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -223,8 +223,9 @@ def _files(folder: Path, allow_pickle: bool) -> tuple[dict[str, str] | None, lis
     if form is not None:
         raise ConversionError(f"{folder}: {form}")
     parts = sorted(path.name for path in folder.glob("*.safetensors"))
-    if any(re.fullmatch(r"model-.*-of-.*", part) for part in parts):
-        raise ConversionError(f"{folder}: holds {parts[0]}, but no {SAFE}.index.json: fetch it")
+    numbered = [part for part in parts if re.fullmatch(r"model-.*-of-.*", part)]
+    if numbered:
+        raise ConversionError(f"{folder}: holds {numbered[0]}, but no {SAFE}.index.json: fetch it")
     for path in (folder / SAFE, folder / f"{SAFE}.index.json"):
         if path.is_symlink():
             raise ConversionError(f"{path}: is a link to {path.readlink()}, which is not there")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moss_train.config import Config
+from moss_train.validate import _paths
 from tests.moss_train.train.runs import ENTRY
 from tests.torchrun import OUT, REPO, run_ranks
 
@@ -287,15 +289,16 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "an adapter that there is not": (
         1, ["adapter.rank=8", "adapter.target=[decoder.layers.*.linear_qkv]"],
-        ["adapter.rank=8: there is no adapter: give adapter=lora, too",
+        ["adapter.rank=8: there is no adapter: give adapter=lora, too, or leave it at 16",
          "adapter.target=['decoder.layers.*.linear_qkv']: there is no adapter: give adapter=lora, "
-         "too"],
+         "too, or leave it at ['decoder.layers.*']"],
     ),
     "fields without a part": (
         1, ["loss.focal_gamma=3", "logger.wandb_mode=offline", "logger.project=mine"],
-        ["loss.focal_gamma=3.0: has no part in loss=weighted: give loss=state_balanced, too",
-         "logger.project=mine: wandb is off: give logger=wandb, too",
-         "logger.wandb_mode=offline: wandb is off: give logger=wandb, too"],
+        ["loss.focal_gamma=3.0: has no part in loss=weighted: give loss=state_balanced, "
+         "too, or leave it at 2.0",
+         "logger.project=mine: wandb is off: give logger=wandb, too, or leave it at null",
+         "logger.wandb_mode=offline: wandb is off: give logger=wandb, too, or leave it at null"],
     ),
     "variables of a shell": (
         1, ["run.dir=$SCRATCH/x", "init_from='runs/a '"],
@@ -368,6 +371,15 @@ def test_everything_wrong_gets_a_line(answers, toy, folder, name):
     assert answer["code"] == 2
     assert answer["began"] == (name in LATE)
     assert answer["left"] == []
+
+
+def test_a_folder_with_a_dollar_in_its_name_is_taken(tmp_path):
+    config = Config()
+    config.run.dir = str(tmp_path / "a$b")
+    (line,) = _paths(config)
+    assert line.endswith("write ${oc.env:b} for $b")
+    (tmp_path / "a$b").mkdir()
+    assert not [*_paths(config)]
 
 
 def test_only_rank_0_prints_what_is_wrong(folder, toy):

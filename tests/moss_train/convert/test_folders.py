@@ -53,3 +53,13 @@ def test_weights_of_another_name_are_told(name, tmp_path):
     assert refusal(source, tmp_path / "out") == (
         f"{source}: holds {name}, but no model.safetensors: rename what is the whole model"
     )
+
+
+def test_parts_without_an_index_are_told_beside_other_files(tmp_path):
+    source = save_folder(tmp_path / "source", mllama_weights())
+    (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
+    (source / "extra.safetensors").write_bytes(b"")
+    assert refusal(source, tmp_path / "out") == (
+        f"{source}: holds model-00001-of-00002.safetensors, but no model.safetensors.index.json: "
+        "fetch it"
+    )
