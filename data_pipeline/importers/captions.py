@@ -30,6 +30,8 @@ MEDIA_COLUMNS = (
 _LISTS = (
     "images", "videos", "file_names", "image_paths", "video_paths", "image_urls", "video_urls",
 )  # fmt: skip
+# Columns that plain text has, too: they say where it is from (C4, FineWeb, collections of code).
+_ORIGINS = frozenset({"path", "file", "filename", "filepath", "url"})
 _NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
 CAPTION_COLUMNS = ("caption", "text", "description", "sentence", "captions", "sentences")
 
@@ -71,7 +73,10 @@ def _inside(folder: str, path: str) -> str:
 
 def looks_like_a_table(record: dict[str, Any]) -> bool:
     if "text" in record:
-        return any(column in record for column in MEDIA_COLUMNS) or bool(_naming(record))
+        there = [column for column in MEDIA_COLUMNS if column in record]
+        return any(not _is_origin(column, record[column]) for column in there) or bool(
+            _naming(record)
+        )
     named = any(may_name_medium(record[column]) for column in _spelt(_LISTS, record))
     return named or bool(_spelt(MEDIA_COLUMNS, record))
 
@@ -80,12 +85,28 @@ def _naming(record: dict[str, Any]) -> list[str]:
     """The columns that name the media of a record that has a `text`. One in another letter case
     does by a suffix alone: `Path`, `File` or `URL` of plain text says where that is from."""
     usual = (*MEDIA_COLUMNS, *_LISTS)
-    exact = [column for column in usual if may_name_medium(record.get(column))]
+    exact = [
+        column
+        for column in usual
+        if may_name_medium(record.get(column)) and not _is_origin(column, record[column])
+    ]
     return exact or [
         column
         for column in _spelt(usual, record)
         if column not in usual and isinstance(record[column], str) and media_type(record[column])
     ]
+
+
+def may_say_origin(record: dict[str, Any]) -> bool:
+    """Whether a record has a text, and a column that says where it is from, or names a medium."""
+    return "text" in record and any(column in record for column in _ORIGINS)
+
+
+def _is_origin(column: str, value: Any) -> bool:
+    """Whether a column says where a text is from: the URL of a page, a file of another kind."""
+    if column not in _ORIGINS or not isinstance(value, str) or media_type(value) is not None:
+        return False
+    return files.is_url(value) or bool(files.suffix(value))
 
 
 def _spelt(usual: Iterable[str], record: Mapping[str, Any]) -> list[str]:

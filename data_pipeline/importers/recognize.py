@@ -81,6 +81,8 @@ KNOWN: tuple[Known, ...] = (
 # Records of these may stand in one file; of which of the last two they are, all of them tell.
 _MIXED = frozenset(known.form for known in KNOWN) - {"alpaca", "table", "text", "webvid"}
 ALIKE = frozenset({"streamo", "joyai"})
+_MAY_BE_PAGES = frozenset({"table", "text"})
+_SHARE = 4  # one in so many records whose `url` is a picture's makes a table of texts with URLs
 
 
 def form_of(record: Record) -> str | None:
@@ -92,6 +94,10 @@ def form_of_all(records: Sequence[Record]) -> str | None:
     """The form of a file, by its first records."""
     forms = [form_of(record) for record in records]
     first = next(iter(forms), None)
+    if first in _MAY_BE_PAGES and captions.may_say_origin(records[0]):
+        # Some pages are called like pictures, and some pictures have a URL without a suffix.
+        tables, texts = forms.count("table"), forms.count("text")
+        return "table" if tables * _SHARE >= tables + texts else "text"
     return "streamo" if first in ALIKE and "streamo" in forms else first
 
 

@@ -224,17 +224,6 @@ def test_captions_that_are_missing_from_a_list_are_left_out(tmp_path: Path) -> N
     assert said(sample)[1] == "Of a shard."
 
 
-@pytest.mark.parametrize(
-    ("column", "place"), [("URL", "https://example.org/news"), ("Path", "src/a.py")]
-)
-def test_plain_text_may_say_where_it_is_from(column: str, place: str, tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/r.jsonl").write_text(json.dumps({"text": "News.", column: place}))
-    (sample,), summary = run(tmp_path / "set/r.jsonl")
-    assert (said(sample)[1], sample["members"]) == ("News.", {})
-    assert summary.notes == {f"unused field {column}": 1}
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_charades_lines_are_the_moments_of_their_videos(encoding: str, folder: Path) -> None:
     lines = "a 0.0 2.0##a person enters.\nb 0 1##n.\na 1.0 3.0##a person eats \u00e9.\na 3.0\n"
