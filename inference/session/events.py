@@ -57,7 +57,7 @@ def writable(value: Any) -> Any:
 class EventLog:
     """The last `limit` events of a session, numbered from 1; ends with `close`.
 
-    zero: what the log's clock says, less `time.monotonic()`. Its clock is set once, when the log is
+    zero: what the log's clock (`now`) says, less `time.monotonic()`. It is set when the log is
     made: a machine's clock may be set back or ahead at any time.
 
     One thread appends, others read. A reader that is more than `limit` events behind gets an
@@ -73,12 +73,15 @@ class EventLog:
         self.closed = False
         self.zero = time.time() - time.monotonic()
 
+    def now(self) -> float:
+        """Seconds since the epoch, by the log's clock."""
+        return self.zero + time.monotonic()
+
     def append(self, type: str, t_media: float, data: dict[str, Any]) -> Event:
         data = writable(data)  # an event that no reader can write would stop each of them
         with self._changed:
             self.last_seq += 1
-            now = self.zero + time.monotonic()
-            event = Event(type, self.last_seq, now, t_media, data)
+            event = Event(type, self.last_seq, self.now(), t_media, data)
             self._events.append(event)
             self._wake()
         return event

@@ -130,7 +130,7 @@ class ResponseCollector:
         now: the clock of the events' `t_server`.
     """
 
-    def __init__(self, start: float, wall: bool, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, start: float, wall: bool, now: Callable[[], float]) -> None:
         self._start, self._wall, self._now = start, wall, now
         # When second `start` of the source was shown: on that clock, and on the monotonic clock.
         self._began: float | None = None
@@ -199,7 +199,7 @@ class _Session:
 
     def __init__(self, session: SessionHandle, start: float, wall: bool) -> None:
         self._session, self._wall = session, wall
-        self._seq, self._responses = 0, ResponseCollector(start, wall)
+        self._seq, self._responses = 0, ResponseCollector(start, wall, session.log.now)
 
     def ask(self, second: float, text: str) -> None:
         self._responses.asked_at.append(second)

@@ -266,7 +266,7 @@ def test_the_time_of_day_may_be_set_and_a_servers_may_be_another_one(
 
     spent, _ = watch(ModelSpeaker(model, talk))
     assert spent >= 0.5
-    late = SimpleNamespace(time=lambda: time.time() - 3600)
+    late = SimpleNamespace(time=lambda: time.time() - 3600, monotonic=time.monotonic)
     monkeypatch.setattr("inference.session.events.time", late)
     engine = load_engine(tiny, device="cpu", max_sessions=1, max_tokens=512, window=16)
     with serving(engine, Limits(fps=1000.0)) as server:
