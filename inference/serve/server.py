@@ -10,6 +10,7 @@ import re
 import socket
 import ssl
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from inference.serve.connections import http_protocol, socket_protocol
 from inference.serve.limits import Limits
 from inference.serve.wire import largest_message
 
+_TRIES = 20  # to find a port that is free at several addresses
 _OTHER_FILES = 512  # of a process: libraries, decoders, media of chat requests
 
 # Of a proxy on this machine, whose X-Forwarded-For says who asks; the last one at a socket of `::`.
@@ -131,11 +133,30 @@ def listen(host: str, port: int, path: str | None = None) -> ListeningSockets:
     if host in ("", "*") or "/" in host or re.fullmatch(r"[^:]*:\d*|\[.*\]:\d*", host):
         words = "write an address alone: 127.0.0.1, 0.0.0.0 (all of IPv4), :: (all)"
         raise cli.CommandError(f"--host {host!r}: {words}")
-    sockets = ListeningSockets()
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        for family, _, _, _, (name, _, *scope) in dict.fromkeys(found):
-            # A free port that is the same for all.
+        found = dict.fromkeys(socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM))
+        for _ in range(_TRIES):
+            try:
+                return _listen_to_all(found, port)
+            except OSError as error:
+                # A port that is free at the first of several addresses may be taken at the next.
+                if port or error.errno != errno.EADDRINUSE:
+                    raise
+                taken = error
+        raise taken
+    except (OSError, UnicodeError) as error:  # the latter: a part of a name is too long, or empty
+        why = getattr(error, "strerror", None) or error.__cause__ or error
+        if getattr(error, "errno", None) == errno.EINVAL and ":" in host:
+            why = "an address of one interface, as fe80::1 is, needs its name: fe80::1%eth0"
+        raise cli.CommandError(f"{flags}: {why}: give another --host or --port") from None
+
+
+def _listen_to_all(found: Iterable[tuple[Any, ...]], port: int) -> ListeningSockets:
+    """A socket for each address that the machine has, all with one port (0: a free one)."""
+    sockets = ListeningSockets()
+    missing: OSError | None = None
+    try:
+        for family, _, _, _, (name, _, *scope) in found:
             port = sockets[0].getsockname()[1] if sockets else port
             try:
                 sockets.append(_listen(family, (name, port, *scope)))
@@ -144,14 +165,11 @@ def listen(host: str, port: int, path: str | None = None) -> ListeningSockets:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
                 missing = error
-        if not sockets:
+        if missing is not None and not sockets:
             raise missing
-    except (OSError, UnicodeError) as error:  # the latter: a part of a name is too long, or empty
+    except OSError:
         sockets.__exit__()
-        why = getattr(error, "strerror", None) or error.__cause__ or error
-        if getattr(error, "errno", None) == errno.EINVAL and ":" in host:
-            why = "an address of one interface, as fe80::1 is, needs its name: fe80::1%eth0"
-        raise cli.CommandError(f"{flags}: {why}: give another --host or --port") from None
+        raise
     return sockets
 
 

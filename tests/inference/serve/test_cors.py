@@ -10,6 +10,7 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.types import Scope
@@ -271,6 +272,26 @@ def test_a_host_is_listened_to_at_all_of_its_addresses(monkeypatch: pytest.Monke
     with listen("localhost", 0) as sockets:
         assert [each.getsockname()[0] for each in sockets] == ["::1", "127.0.0.1"]
         assert len({each.getsockname()[1] for each in sockets}) == 1
+
+
+def test_a_free_port_is_free_at_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system gives one that is free at the first; another program may have it at the next."""
+    if not has_ipv6():
+        pytest.skip("this machine has no address of IPv6")
+    several = [one for name in ("::1", "127.0.0.1") for one in socket.getaddrinfo(name, 0, type=1)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: several)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports, create = [other.getsockname()[1], 0], socket.create_server
+
+        def given(address: tuple, **options: Any) -> socket.socket:
+            name, number, *scope = address
+            return create((name, number or ports.pop(0), *scope), **options)
+
+        monkeypatch.setattr(socket, "create_server", given)
+        with listen("localhost", 0) as sockets:
+            numbers = {each.getsockname()[1] for each in sockets}
+            assert (len(sockets), len(numbers), ports) == (2, 1, [])
+            assert numbers != {other.getsockname()[1]}
 
 
 def test_only_addresses_of_this_machine_alone_need_no_key() -> None:
