@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import os
 import signal
 import sys
 import threading
@@ -31,7 +30,7 @@ from data_pipeline.ranks import joining, ranks_of
 from inference.engine.capture import Ranks
 from inference.engine.engine import Engine
 from inference.engine.lifeline import Lifeline, host_of
-from inference.engine.lifetime import when_forgotten
+from inference.engine.lifetime import ProcessLock, when_forgotten
 from inference.engine.lock_step import Channel, Kind
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
@@ -216,12 +215,12 @@ class _Others:
 
     def __init__(self, channel: Channel, lifeline: Lifeline) -> None:
         self._channel, self._lifeline = channel, lifeline
-        self._lock, self._told, self._process = threading.Lock(), False, os.getpid()
+        self._lock, self._told = ProcessLock(), False
 
     @property
     def copied(self) -> bool:
         """Whether this process is a copy (fork) of rank 0, with its connections."""
-        return os.getpid() != self._process
+        return self._lock.copied
 
     def end(self) -> None:
         """Ends the other ranks, and the process group. Where another thread is at it, waits."""
