@@ -136,13 +136,12 @@ def work(connection: Connection, memory: int, nice: int) -> None:
     av.logging.set_level(av.logging.PANIC)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit_memory(memory)
-    while True:
-        try:
+    # A server that is killed closes its end; with messages unread there, that is an OSError.
+    with contextlib.suppress(EOFError, OSError):
+        while True:
             task: Task = connection.recv()
-        except EOFError:
-            return
-        _limit_cpu(task.cpu)
-        connection.send_bytes(_answer(connection, task))
+            _limit_cpu(task.cpu)
+            connection.send_bytes(_answer(connection, task))
 
 
 def _answer(connection: Connection, task: Task) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 
 from data_pipeline.schema import SampleError
 from inference.engine.load import load_engine
-from inference.serve.decoding import FrameChoice, Task, frames_of
+from inference.serve import media
+from inference.serve.decoding import FrameChoice, Task, frames_of, work
 from inference.serve.limits import Limits, Refused
 from inference.serve.media_files import MediaFolders
 from tests.data_pipeline.clips import every, number, video
-from tests.inference.serve.serving import Running, data_url, jpeg, serving
+from tests.inference.serve.serving import PATIENCE, Running, data_url, jpeg, serving
 
 MEMORY = 200 * 2**20
 
@@ -120,3 +122,19 @@ def test_a_long_video_takes_no_memory(server: Running, opened: Path) -> None:
         file.truncate(len(data) + size)
     short = ask(server, "video_url", (opened / "clip a.mp4").as_uri())
     assert ask(server, "video_url", path.as_uri()).json()["choices"] == short.json()["choices"]
+
+
+@pytest.mark.parametrize("name", ["i.jpg", "clip a.mp4"])
+def test_a_decoder_whose_server_is_killed_ends_without_a_word(opened: Path, name: str) -> None:
+    """With a frame unread, the system says so by an error, not by an end of file."""
+    media.prepare()
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, MEMORY, 0), daemon=True)
+    process.start()
+    theirs.close()
+    ours.send(task(opened / name, "image" if name == "i.jpg" else "video"))
+    assert ours.poll(PATIENCE)
+    ours.close()
+    process.join(PATIENCE)
+    assert process.exitcode == 0, "1: an error that nobody caught"
