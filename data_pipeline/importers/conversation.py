@@ -6,10 +6,8 @@ message. Another field that holds something is counted (`Draft.notes`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -36,6 +34,7 @@ from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.realtime import is_realtime, realtime_draft
 from data_pipeline.importers.timeline import second_of
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, MediaType, Role, SampleError
+from data_pipeline.tool_texts import as_json, call_line, with_calls
 
 _CALLS = ("tool_calls", "function_call")
 _MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *LEARN_FLAGS, *_CALLS})
@@ -200,7 +199,7 @@ def _message(entry: Any, index: int, dialect: Dialect) -> Turn:
             "bad_schema", f"messages[{index}].{content_key}: {content!r:.80} is not a text{hint}"
         )
     if calls:
-        content = "\n".join(filter(None, [content, *calls]))
+        content = with_calls(content, calls)
     turn: Turn = {"role": role, "content": content}
     if more and role == "assistant" and not _learned(entry, index):
         turn["learn"] = False
@@ -239,11 +238,7 @@ def _calls(entry: dict[str, Any], index: int) -> list[str]:
             raise SampleError(
                 "bad_schema", f"messages[{index}]: {call!r:.80} is not a call of a tool"
             )
-        given = made.get("arguments", {})
-        if isinstance(given, str):
-            with suppress(ValueError):  # whatever the model has written stays as it is
-                given = json.loads(given)
-        texts.append(_json({"name": made["name"], "arguments": given}))
+        texts.append(call_line(made["name"], made.get("arguments", {})))
     return texts
 
 
@@ -253,13 +248,9 @@ def system_turn(record: dict[str, Any], dialect: Dialect) -> list[Turn]:
     if system is not None and not isinstance(system, str):
         raise SampleError("bad_schema", f"{dialect.system}: {system!r:.80} is not a text")
     tools = [record[name] for name in dialect.tools if record.get(name)]
-    texts = [tool if isinstance(tool, str) else _json(tool) for tool in tools]
+    texts = [tool if isinstance(tool, str) else as_json(tool) for tool in tools]
     text = "\n\n".join(filter(None, [system, *texts]))
     return [{"role": "system", "content": text}] if text else []
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _media(record: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[Any], str]:

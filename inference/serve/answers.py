@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -18,6 +19,7 @@ from inference.serve.hub import MODEL
 from inference.serve.limits import Refused
 from inference.serve.question import Question
 from inference.serve.stop import StopFilter
+from inference.serve.tools import Call, CallReader, Tools
 from inference.serve.wire import USED_LINE, usage_text
 from inference.session.detokenize import special_tokens, token_bytes
 from inference.session.handle import SessionHandle
@@ -32,12 +34,14 @@ UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 @dataclass
 class _Piece:
-    """text: may be empty. reason: of the end; empty: it goes on. tokens: of the answer so far."""
+    """text: may be empty. reason: of the end; empty: it goes on. tokens: of the answer so far.
+    calls: of tools, that come after the text."""
 
     text: str
     logprobs: list[Any]
     reason: str = ""
     tokens: int = 0
+    calls: list[Call] = field(default_factory=list)
 
 
 class _Likelihoods:
@@ -61,7 +65,7 @@ class _Likelihoods:
         return given
 
 
-async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[_Piece]:
+async def _pieces(question: Question, answer: SessionHandle) -> AsyncGenerator[_Piece]:
     """Yields the pieces of one answer. Raises Refused if the engine failed."""
     text, likely = StopFilter(question.stop, keep=question.stop_in_answer), _Likelihoods()
     try:
@@ -82,10 +86,32 @@ async def _pieces(question: Question, answer: SessionHandle) -> AsyncIterator[_P
             elif event.type in ("error", "session.closed"):
                 words = event.data.get("message") or event.data.get("reason", "")
                 if event.data.get("code") == "grammar":  # the request's own
-                    raise Refused("invalid_value", f"response_format: {words}", "response_format")
+                    name = question.schema_field
+                    raise Refused("invalid_value", f"{name}: {words}", name)
                 raise Refused("failed", f"the answer failed: {words}")
     finally:
         answer.close("its request is over")
+
+
+async def _with_calls(
+    pieces: AsyncGenerator[_Piece], tools: Tools, answer: SessionHandle
+) -> AsyncIterator[_Piece]:
+    """Yields the pieces of an answer, in which calls of tools are told from its text."""
+    reader, called = CallReader(list(tools.schemas)), False
+    async with aclosing(pieces):
+        async for piece in pieces:
+            found = [*reader.append(piece.text), *([reader.flush()] if piece.reason else [])]
+            calls = [one for one in found if isinstance(one, Call)]
+            if calls and not tools.several:  # it ends with the first
+                calls = calls[:1]
+                found = found[: found.index(calls[0])]
+                piece.reason, piece.tokens = "stop", answer.stats()["tokens"]
+            called = called or bool(calls)
+            text = "".join(one for one in found if isinstance(one, str))
+            reason = "tool_calls" if called and piece.reason == "stop" else piece.reason
+            yield replace(piece, text=text, calls=calls, reason=reason)
+            if reason:
+                return
 
 
 def close(answers: Sequence[SessionHandle], reason: str) -> None:
@@ -110,18 +136,19 @@ class Writer:
     async def whole(self) -> dict[str, Any]:
         """The body of a whole response. Raises Refused if the engine failed."""
         texts, likely = [""] * len(self._answers), [list[Any]() for _ in self._answers]
-        ends = ["stop"] * len(self._answers)
+        ends, calls = ["stop"] * len(self._answers), [list[Call]() for _ in self._answers]
         async for one in self._merged():
             if one is None:
                 continue
             number, piece = one
             texts[number] += piece.text
             likely[number] += piece.logprobs
+            calls[number] += piece.calls
             ends[number] = piece.reason or ends[number]
         choices = [
             {
                 "index": number,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": _message(text, calls[number]),
                 "logprobs": self._logprobs(likely[number]),
                 "finish_reason": ends[number],
             }
@@ -131,6 +158,7 @@ class Writer:
 
     async def stream(self) -> AsyncIterator[str]:
         """Yields the events of a streamed response; the last one is `[DONE]`."""
+        called = [0] * len(self._answers)
         for number in range(len(self._answers)):
             yield self._chunk(number, {"role": "assistant", "content": ""})
         try:
@@ -141,6 +169,10 @@ class Writer:
                 number, piece = one
                 if piece.text or piece.logprobs:
                     yield self._chunk(number, {"content": piece.text}, piece.logprobs)
+                for call in piece.calls:
+                    entry = {"index": called[number], **call.as_dict()}
+                    called[number] += 1
+                    yield self._chunk(number, {"tool_calls": [entry]})
                 if piece.reason:
                     yield self._chunk(number, {}, reason=piece.reason)
         except Refused as error:
@@ -184,8 +216,9 @@ class Writer:
         answer: SessionHandle,
         came: asyncio.Queue[tuple[int, _Piece] | Exception],
     ) -> None:
+        tools, pieces = self.question.tools, _pieces(self.question, answer)
         try:
-            async for piece in _pieces(self.question, answer):
+            async for piece in _with_calls(pieces, tools, answer) if tools else pieces:
                 came.put_nowait((number, piece))
         except Exception as error:
             came.put_nowait(error)
@@ -193,7 +226,7 @@ class Writer:
     def _chunk(
         self,
         number: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: Sequence[Any] = (),
         reason: str | None = None,
     ) -> str:
@@ -227,6 +260,12 @@ class Writer:
         said = sum(self._counts)
         total = self._asked + said
         return {"prompt_tokens": self._asked, "completion_tokens": said, "total_tokens": total}
+
+
+def _message(text: str, calls: Sequence[Call]) -> dict[str, Any]:
+    content = None if calls and not text else text
+    message = {"role": "assistant", "content": content, "refusal": None}
+    return {**message, "tool_calls": [call.as_dict() for call in calls]} if calls else message
 
 
 class Stream(StreamingResponse):

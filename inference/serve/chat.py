@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -242,7 +242,7 @@ async def _prepare(body: bytes, hub: Hub, share: Share) -> _Asked:
     tokens = await loop.run_in_executor(hub.readers, _tokens, question, counts, hub)
     grammar = None
     if question.schema is not None:
-        grammar = await loop.run_in_executor(hub.schemas, _grammar, question.schema, hub)
+        grammar = await loop.run_in_executor(hub.schemas, _grammar, question, hub)
     return _Asked(question, tokens, frames, grammar)
 
 
@@ -256,12 +256,13 @@ def _read(body: bytes, hub: Hub) -> Question:
     return question
 
 
-def _grammar(schema: Mapping[str, Any], hub: Hub) -> Grammar:
+def _grammar(question: Question, hub: Hub) -> Grammar:
     try:
-        return hub.grammars.of_schema(schema)
+        return hub.grammars.of_schema(question.schema or {})
     except GrammarError as error:
-        words = f"response_format: the schema is not supported: {error}"
-        raise Refused("invalid_value", words, "response_format") from None
+        field = question.schema_field
+        words = f"{field}: the schema is not supported: {error}"
+        raise Refused("invalid_value", words, field) from None
 
 
 async def decode(media: list[Medium], hub: Hub, share: Share) -> tuple[list[Tensor], list[int]]:

@@ -14,6 +14,7 @@ import h11
 
 _FOLDED = re.compile(rb"\r\n[ \t]")
 _LENGTHS = re.compile(rb"^content-length:[ \t]*(.*?)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^#]*|\?[^#]*|)", re.IGNORECASE)  # host, the rest
 _SMALL_CHUNKS = 4096  # of a body: each takes as long to read as a thousand bytes
 _CHUNK = 1024  # bytes of all further ones, on average
 
@@ -53,7 +54,7 @@ class Framing(h11.Connection):
             if wrong:
                 raise h11.RemoteProtocolError(wrong)
             self._chunks = self._bytes = 0
-            return _last_of_connection(event) if _coded(event) else event
+            return _as_routed(event)
         if isinstance(event, h11.Data):
             self._chunks += event.chunk_start
             self._bytes += len(event.data)
@@ -77,6 +78,7 @@ def ambiguity(head: bytes, request: h11.Request) -> str:
         (_coded(request) and request.http_version < b"1.1", "Transfer-Encoding in HTTP/1.0"),
         (request.http_version not in (b"1.0", b"1.1"), "neither HTTP/1.0 nor HTTP/1.1"),
         (socket and body, "a request for a WebSocket has no body"),
+        (_other_host(request), "its target names another host than Host"),
     ]
     return next((words for wrong, words in found if wrong), "")
 
@@ -85,12 +87,24 @@ def _coded(request: h11.Request) -> bool:
     return any(name == b"transfer-encoding" for name, _ in request.headers)
 
 
-def _last_of_connection(request: h11.Request) -> h11.Request:
-    """The request, with the connection closed after it: bytes that others take for its chunks are
-    then not read as another request."""
+def _other_host(request: h11.Request) -> bool:
+    """Whether an absolute target and `Host` differ: one of them would be ignored."""
+    absolute = _ABSOLUTE.fullmatch(request.target)
+    hosts = [value for name, value in request.headers if name == b"host"]
+    return absolute is not None and any(host.lower() != absolute[1].lower() for host in hosts)
+
+
+def _as_routed(request: h11.Request) -> h11.Request:
+    """The request with the path alone as its target, where it has all of its URL, as some proxies
+    send it (RFC 9112, 3.2.2). One in chunks is the last one of its connection: bytes that others
+    take for its chunks are then not read as another request."""
+    absolute, coded = _ABSOLUTE.fullmatch(request.target), _coded(request)
+    if not (absolute or coded):
+        return request
+    path = absolute[2] if absolute else request.target
     return h11.Request(
         method=request.method,
-        target=request.target,
-        headers=[*request.headers.raw_items(), (b"Connection", b"close")],
+        target=path if path[:1] == b"/" or not absolute else b"/" + path,
+        headers=[*request.headers.raw_items(), *([(b"Connection", b"close")] if coded else [])],
         http_version=request.http_version,
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from inference.serve.limits import SAMPLING_RANGES
-from inference.serve.requests import ONE_TILE, Url, branch
+from inference.serve.requests import DETAILS, Url, branch
 from inference.serve.typed_fields import Chars, Choice, Fields, Range, harmless, neutral
 
 
@@ -37,8 +37,8 @@ class Session(Fields):
     model: str | None = None
     type: Any = neutral("only sessions that watch", "realtime")
     output_modalities: Any = neutral("it says text", ["text"])
-    tools: Any = neutral("this model has no tools", [])
-    tool_choice: Any = neutral("this model has no tools", "none", "auto")
+    tools: Any = neutral("a session calls no tools", [])
+    tool_choice: Any = neutral("a session calls no tools", "none", "auto")
 
 
 class TextInput(Fields):
@@ -49,7 +49,7 @@ class TextInput(Fields):
 class ImageInput(Fields):
     type: Annotated[str, Choice({"input_image": "input_image"})]
     image_url: Url = None
-    detail: Any = neutral(ONE_TILE, "auto")
+    detail: Annotated[str, Choice(DETAILS)] = "auto"
 
 
 _Part = Annotated[

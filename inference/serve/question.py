@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from data_pipeline.prompts import as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
+from data_pipeline.tool_texts import with_calls
 from inference.engine.sampling import SEEDS, Sampling
 from inference.serve.decoding import FrameChoice
 from inference.serve.limits import Limits, Refused
@@ -26,6 +27,7 @@ from inference.serve.requests import (
     TextPart,
     VideoPart,
 )
+from inference.serve.tools import Tools, call_lines, in_order, read_tools
 from inference.serve.typed_fields import read
 
 _MOST_STOPS = 64
@@ -60,9 +62,15 @@ class Question:
     count: int  # of answers
     likely: int | None  # log-probabilities of so many tokens beside each that is said; None: none
     schema: dict[str, Any] | None  # of the JSON that the answer is
+    tools: Tools | None  # which the answer may call
     ignored: list[str]  # fields that the model does not see, for the answer's header
     name: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def schema_field(self) -> str:
+        """The field that asks for the schema."""
+        return "tools" if self.tools is not None and self.tools.needed else "response_format"
 
     @property
     def samplings(self) -> list[Sampling]:
@@ -88,15 +96,14 @@ def read_question(body: Any, limits: Limits, folders: MediaFolders = NO_FOLDERS)
         raise Refused("invalid_value", "the request must be an object")
     asked = read(ChatRequest, body, limits)
     check_model(asked.model, "model")
-    _check_tools(asked)
+    tools = read_tools(asked, body.get("tools"))
     reader = _Messages(limits, _frame_choice(asked), folders)
     goes_on = asked.continue_final_message
-    messages = reader.read(asked.messages, goes_on)
+    messages = reader.read(asked.messages, goes_on, tools)
     _check_last(asked, messages[-1].role)
     schema = _schema(asked.response_format)
-    if schema is not None and asked.ignore_eos:
-        raise Refused("invalid_value", "ignore_eos: response_format says the end", "ignore_eos")
-    return Question(
+    schema = schema if tools is None else tools.schema(schema)
+    question = Question(
         messages=messages,
         media=reader.media,
         sampling=_sampling(asked),
@@ -110,18 +117,13 @@ def read_question(body: Any, limits: Limits, folders: MediaFolders = NO_FOLDERS)
         count=asked.n,
         likely=_likely(asked),
         schema=schema,
+        tools=tools,
         ignored=reader.ignored,
     )
-
-
-def _check_tools(asked: ChatRequest) -> None:
-    choice = asked.tool_choice
-    if choice not in (None, "none", "auto"):
-        words = f"tool_choice: {choice!r:.60} is not supported: this model has no tools"
-        raise Refused("unsupported", words, "tool_choice")
-    if asked.tools and choice != "none":
-        words = "tools: not supported: this model has no tools (taken with tool_choice none)"
-        raise Refused("unsupported", words, "tools")
+    if schema is not None and question.ignore_end:
+        words = f"ignore_eos: {question.schema_field} says the end"
+        raise Refused("invalid_value", words, "ignore_eos")
+    return question
 
 
 def _check_last(asked: ChatRequest, role: str) -> None:
@@ -133,11 +135,9 @@ def _check_last(asked: ChatRequest, role: str) -> None:
     if goes_on and role != "assistant":
         field = "continue_final_message"
         raise Refused("invalid_value", f"{field}: the last message is not the assistant's", field)
-    if not goes_on and role != "user":
-        words = "messages: the last one must be the user's"
-        if role == "assistant":
-            words += ", or continue_final_message true, to go on from it"
-        raise Refused("invalid_value", words, "messages")
+    if not goes_on and role == "assistant":
+        words = "messages: the last one is the assistant's: with continue_final_message true "
+        raise Refused("invalid_value", f"{words}the answer goes on from it", "messages")
 
 
 class _Messages:
@@ -152,10 +152,14 @@ class _Messages:
         self._left_in_all = limits.text_chars
         self._written = as_typed  # its texts as the prompt takes them
 
-    def read(self, turns: Sequence[Any], goes_on: bool) -> list[Message]:
+    def read(self, turns: Sequence[Any], goes_on: bool, tools: Tools | None) -> list[Message]:
         """The messages without empty answers at the end, which a page sends after a stop, unless
-        the request goes on from the last one."""
+        the request goes on from the last one. Before them a description of the tools."""
+        turns = in_order(turns)
         messages = [self._message(turn, f"messages[{n}]") for n, turn in enumerate(turns)]
+        if tools is not None:
+            self._left, self._written = self._limits.prompt_chars, as_system
+            messages.insert(0, Message("system", self._text(tools.text(), "tools")))
         while not goes_on and messages[-1] == Message("assistant", "") and len(messages) > 1:
             messages.pop()
         return messages
@@ -172,6 +176,8 @@ class _Messages:
             text = "".join(self._part(p, f"{where}[{n}]") for n, p in enumerate(turn.content))
         if isinstance(turn, Answer):
             text += self._text(turn.refusal, f"{field}.refusal")
+            calls = [self._text(line, f"{field}.tool_calls") for line in call_lines(turn)]
+            text = with_calls(text, calls)
         return Message(turn.role, text)
 
     def _part(self, part: Any, field: str) -> str:
@@ -184,11 +190,13 @@ class _Messages:
 
     def _image(self, part: ImagePart, field: str) -> str:
         field = f"{field}.image_url"
+        self._see(part.image_url.detail, field)
         self._add_medium(Medium("image", self._folders.address(part.image_url.url, field), field))
         return IMAGE_MARK
 
     def _video(self, part: VideoPart, field: str) -> str:
         field, own, frames = f"{field}.video_url", part.video_url.chosen, part.chosen
+        self._see(part.video_url.detail, field)
         address = self._folders.address(part.video_url.url, field)
         twice = next((name for name in own if frames.get(name, own[name]) != own[name]), None)
         if twice:
@@ -201,6 +209,10 @@ class _Messages:
             raise Refused("invalid_value", f"{field}: min_frames is more than max_frames", field)
         self._add_medium(Medium("video", address, field, FrameChoice(**chosen)))
         return VIDEO_MARK
+
+    def _see(self, detail: str, field: str) -> None:
+        if detail != "auto":  # every picture is seen as one tile of the model's size
+            self.ignored.append(f"{field}.detail")
 
     def _add_medium(self, medium: Medium) -> None:
         if len(self.media) >= self._limits.frames:

@@ -51,17 +51,35 @@ class Logprobs(_Reply):
     refusal: None
 
 
+class Called(_Reply):
+    name: str
+    arguments: str
+
+
+class Call(_Reply):
+    id: str
+    type: Literal["function"]
+    function: Called
+
+
+class CallPiece(Call):
+    """index: of the call in its answer. It comes whole."""
+
+    index: int
+
+
 class AnswerMessage(_Reply):
     role: Literal["assistant"]
-    content: str
+    content: str | None  # null beside calls alone
     refusal: None
+    tool_calls: list[Call] | None = None
 
 
 class Choice(_Reply):
     index: int
     message: AnswerMessage
     logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class Usage(_Reply):
@@ -82,13 +100,14 @@ class Completion(_Reply):
 class Delta(_Reply):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallPiece] | None = None
 
 
 class ChunkChoice(_Reply):
     index: int
     delta: Delta
     logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class Chunk(_Reply):

@@ -13,10 +13,12 @@ from inference.engine.token_choice import MOST_LIKELY
 from inference.serve.limits import SAMPLING_RANGES
 from inference.serve.typed_fields import Choice, Fields, Range, harmless, neutral
 
-_NO_TOOLS = "this model has no tools"
+_USE_TOOLS = "use tools"
+_FUNCTION = {"function": "function"}
 _SAMPLING = "the engine samples by temperature, top_k, top_p and repetition_penalty alone"
 _TEXT = "the answer is text"
 _AS_TRAINED = "prompts are written as in training"
+DETAILS = {name: name for name in ("auto", "low", "high", "original")}  # read, and not seen
 ONE_TILE = "every picture is seen as one tile of the model's size"
 _SCHEMA = "use response_format"
 
@@ -45,7 +47,7 @@ class Frames(Fields):
 
 class ImageUrl(Fields):
     url: Url = None
-    detail: Any = neutral(ONE_TILE, "auto")
+    detail: Annotated[str, Choice(DETAILS)] = "auto"
     min_pixels: Any = neutral(ONE_TILE)
     max_pixels: Any = neutral(ONE_TILE)
     total_pixels: Any = neutral(ONE_TILE)
@@ -53,7 +55,7 @@ class ImageUrl(Fields):
 
 class VideoUrl(Frames):
     url: Url = None
-    detail: Any = neutral(ONE_TILE, "auto")
+    detail: Annotated[str, Choice(DETAILS)] = "auto"
 
 
 def _as_object(given: Any) -> Any:
@@ -120,11 +122,11 @@ AnswerPart = Annotated[_Text | _Image | _Video | _Refusal, _PARTS]
 
 
 class Turn(Fields):
-    """A message."""
+    """A message. type: lm-eval writes one."""
 
     name: str | None = None
-    tool_calls: Any = neutral(_NO_TOOLS, [])
-    function_call: Any = neutral(_NO_TOOLS)
+    type: Any = neutral("a message has no type", "message", "text")
+    function_call: Any = neutral(_USE_TOOLS)
     audio: Any = neutral("the model hears nothing")
 
 
@@ -136,6 +138,27 @@ class Message(Turn):
         Choice({"system": "system", "developer": "system", "user": "user"}),
     ]
     content: Annotated[_Whole | Annotated[list[Part], Tag("<parts>")], _CONTENT]
+    tool_calls: Any = neutral("only an assistant calls tools", [])
+
+
+class ToolResult(Turn):
+    """A tool's answer. The model reads it as a user's turn."""
+
+    role: Annotated[str, Choice({"tool": "user"})]
+    content: Annotated[_Whole | Annotated[list[Part], Tag("<parts>")], _CONTENT]
+    tool_call_id: str
+
+
+class CalledFunction(Fields):
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(Fields):
+    id: str
+    type: Annotated[str, Choice(_FUNCTION)] = "function"
+    function: CalledFunction
+    index: Any = harmless()
 
 
 class Answer(Turn):
@@ -144,6 +167,7 @@ class Answer(Turn):
     role: Annotated[str, Choice({"assistant": "assistant"})]
     content: Annotated[_Whole | Annotated[list[AnswerPart], Tag("<parts>")], _CONTENT] = ""
     refusal: str = ""
+    tool_calls: Annotated[tuple[ToolCall, ...], Strict(False)] = ()
     annotations: Any = harmless()
     reasoning: Any = harmless()
     reasoning_content: Any = harmless()
@@ -151,17 +175,19 @@ class Answer(Turn):
 
 def _speaker(value: Any) -> str:
     role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    if role == "assistant":
-        return "<answer>"
+    if role in ("assistant", "tool"):
+        return "<answer>" if role == "assistant" else "<result>"
     return "<message>" if role in ("system", "developer", "user") else "<none>"
 
 
 AnyMessage = Annotated[
-    Annotated[Message, Tag("<message>")] | Annotated[Answer, Tag("<answer>")],
+    Annotated[Message, Tag("<message>")]
+    | Annotated[Answer, Tag("<answer>")]
+    | Annotated[ToolResult, Tag("<result>")],
     Discriminator(
         _speaker,
         custom_error_type="wrong_role",
-        custom_error_message="expected system, user or assistant: this model has no tools",
+        custom_error_message="expected system, user, assistant or tool",
     ),
 ]
 
@@ -184,6 +210,34 @@ class ResponseFormat(Fields):
         str, Choice({name: name for name in ("text", "json_object", "json_schema")})
     ] = "text"
     json_schema: JsonSchema | None = None
+
+
+class Function(Fields):
+    """parameters: a JSON Schema."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    strict: Any = harmless()
+
+
+class Tool(Fields):
+    type: Annotated[str, Choice(_FUNCTION)]
+    function: Function
+
+
+class FunctionName(Fields):
+    name: str
+
+
+class NamedTool(Fields):
+    type: Annotated[str, Choice(_FUNCTION)]
+    function: FunctionName
+
+
+_ToolWord = Annotated[
+    str, Choice({name: name for name in ("none", "auto", "required")}), Tag("<text>")
+]
 
 
 class Processor(Frames):
@@ -233,8 +287,16 @@ class ChatRequest(Fields):
     add_generation_prompt: bool | None = None
     mm_processor_kwargs: Processor = Processor()
     media_io_kwargs: MediaIO = MediaIO()
-    tools: Annotated[tuple[Any, ...], Strict(False)] = ()
-    tool_choice: Any = None
+    tools: Annotated[tuple[Tool, ...], Strict(False)] = ()
+    tool_choice: Annotated[
+        _ToolWord | Annotated[NamedTool, Tag("<function>")],
+        Discriminator(
+            branch,
+            custom_error_type="invalid_value",
+            custom_error_message="expected none, auto, required, or a function's name",
+        ),
+    ] = "auto"
+    parallel_tool_calls: bool = True
 
     user: Any = harmless()
     metadata: Any = harmless()
@@ -245,7 +307,6 @@ class ChatRequest(Fields):
     prompt_cache_retention: Any = harmless()
     prompt_cache_options: Any = harmless()
     prediction: Any = harmless()
-    parallel_tool_calls: Any = harmless()
     request_id: Any = harmless()
     priority: Any = harmless()
     cache_salt: Any = harmless()
@@ -253,8 +314,8 @@ class ChatRequest(Fields):
     best_of: Any = neutral("use n", 1)
     use_beam_search: Any = neutral(_SAMPLING, False)
     prompt_logprobs: Any = neutral("no log-probabilities of prompts", 0)
-    functions: Any = neutral(_NO_TOOLS, [])
-    function_call: Any = neutral(_NO_TOOLS, "none", "auto")
+    functions: Any = neutral(_USE_TOOLS, [])
+    function_call: Any = neutral(_USE_TOOLS, "none", "auto")
     logit_bias: Any = neutral(_SAMPLING, {})
     frequency_penalty: Any = neutral("use repetition_penalty", 0)
     presence_penalty: Any = neutral("use repetition_penalty", 0)

@@ -145,7 +145,7 @@ class Range:
         return {"anyOf": [schema, {"const": self.endless}]} if self.endless else schema
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a union hashes its members
 class Choice:
     """Annotates one of some words. known: word -> what it is read as."""
 

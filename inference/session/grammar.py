@@ -14,9 +14,9 @@ from torch import Tensor
 
 from inference.session.response import Vocabulary
 
-# White space between JSON's marks: as people write it, but not without end, which a model may go on
-# with that has not learned to write JSON.
-_SPACE = r"[\x20\x0A\x0D\x09]{0,16}"
+# One line, as json.dumps and OpenAI's API write it. Where white space is free, a model that has not
+# learned to write JSON goes on with it, at each mark, until the answer is cut off.
+_MARKS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 _LONGEST = 2**16  # characters of a schema: with more, each token takes a tenth of a second
 
@@ -54,9 +54,7 @@ class Grammars:
                     slices=library.LLTokenizer.json_slices(),
                 )
         try:
-            rules = library.LLMatcher.grammar_from_json_schema(
-                written, defaults={"whitespace_pattern": _SPACE}
-            )
+            rules = library.LLMatcher.grammar_from_json_schema(written, defaults=_MARKS)
         except ValueError as error:
             raise GrammarError(_line(str(error))) from None
         matcher = library.LLMatcher(self._made, rules, log_level=0)

@@ -53,6 +53,22 @@ def raw(server: Running, text: str, body: bytes = b"") -> socket.socket:
     return made
 
 
+def answers(server: Running, request: bytes, *, ends: bool = True) -> list[tuple[int, bytes]]:
+    """Status and body of each, up to the end of the connection; or up to the last one's `}`."""
+    with raw(server, "", request) as one:
+        said = b""
+        while ends or not said.endswith(b"}"):
+            piece = one.recv(65536)
+            if not piece:
+                break
+            said += piece
+    found = []
+    for answer in said.split(b"HTTP/1.1 ")[1:]:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        found.append((int(head[:3]), body))
+    return found
+
+
 def reset(one: socket.socket) -> None:
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     one.close()

@@ -171,7 +171,7 @@ WRONG: list[tuple[dict[str, Any], str, int]] = [
     ({"messages": with_media("x"), "max_tokens": 401}, "max_tokens", 400),
     ({"messages": with_media("x"), "temperature": "hot"}, "temperature", 400),
     ({"messages": with_media("x"), "n": 3}, "n", 400),
-    ({"messages": with_media("x"), "tools": [{"type": "function"}]}, "tools", 400),
+    ({"messages": with_media("x"), "tools": [{"type": "function"}]}, "tools[0].function", 400),
     ({"messages": with_media("x"), "stop": [3]}, "stop", 400),
 ]
 

@@ -23,7 +23,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from inference.serve.limits import Limits
 from inference.serve.server import Certificate
-from tests.inference.serve.attacking import USER, raw, small_engine
+from tests.inference.serve.attacking import USER, answers, raw, small_engine
 from tests.inference.serve.serving import PATIENCE, Running, jpeg, self_signed, serving, until
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -50,22 +50,6 @@ def chunks(body: bytes, size: int) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
 
 
-def answers(server: Running, request: bytes, *, ends: bool = True) -> list[tuple[int, bytes]]:
-    """Status and body of each, up to the end of the connection; or up to the last one's `}`."""
-    with raw(server, "", request) as one:
-        said = b""
-        while ends or not said.endswith(b"}"):
-            piece = one.recv(65536)
-            if not piece:
-                break
-            said += piece
-    found = []
-    for answer in said.split(b"HTTP/1.1 ")[1:]:
-        head, _, body = answer.partition(b"\r\n\r\n")
-        found.append((int(head[:3]), body))
-    return found
-
-
 TWO_WAYS = {
     "length-and-chunks": post(LENGTH, CHUNKED) + chunks(BODY, 64),
     "chunks-and-no-length": post(b"Content-Length: 0\r\n", CHUNKED) + chunks(BODY, 64),
@@ -87,6 +71,8 @@ TWO_WAYS = {
     "another-version": post(LENGTH, version=b"1.2") + BODY,
     "two-hosts": post(b"Host: evil.example\r\n", LENGTH) + BODY,
     "no-host": HEALTH.replace(b"Host: localhost\r\n", b""),
+    "a-target-of-another-host": HEALTH.replace(b"/health", b"http://evil.example/health"),
+    "a-target-of-another-port": HEALTH.replace(b"/health", b"http://localhost:1/health"),
     "a-websocket-with-a-body": post(UPGRADE, LENGTH) + BODY,
     "a-chunk-of-0x": post(CHUNKED) + b"0x5\r\nhello\r\n0\r\n\r\n",
     "a-chunk-below-zero": post(CHUNKED) + b"-1\r\nhello\r\n0\r\n\r\n",

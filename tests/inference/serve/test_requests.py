@@ -150,26 +150,17 @@ def test_histories_of_several_roles(http: httpx.Client) -> None:
     assert shown["prompt_tokens"] == plain["prompt_tokens"] + 1
 
 
-TOOLS: list[tuple[dict[str, Any], str]] = [
-    ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "x"}]}, USER]},
-     "messages[1].tool_calls"),
-    ({"messages": [USER, {"role": "tool", "tool_call_id": "x", "content": "42"}]},
-     "messages[1].role"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
-    ({"tool_choice": "required"}, "tool_choice"),
-]  # fmt: skip
-
-
-def test_tools_are_refused_by_name_and_harmless_where_none_may_be_called(
-    http: httpx.Client,
-) -> None:
-    for fields, name in TOOLS:
-        answer = ask(http, **fields)
-        assert refused(answer) == name
-        assert "this model has no tools" in answer.json()["error"]["message"]
-    said(ask(http, tools=[{"type": "function"}], tool_choice="none", parallel_tool_calls=True))
-    said(ask(http, tools=[], tool_choice="auto"))
+def test_a_system_message_may_be_the_last_one(http: httpx.Client, server: Running) -> None:
+    """As agents send it that are to greet: what the model reads is the training's form."""
+    vocabulary = server.hub.runner.vocabulary
+    system = Message("system", "Be brief.")
+    for before in ([], [Message("user", "A")]):
+        turns = [*before, system]
+        tokens = vocabulary.prompts.question(turns, [], "chat").tokens
+        with server.hub.runner.answer(tokens, max_new_tokens=4) as answer:
+            (wanted,) = [e.data["text"] for e in answer.events() if e.type == "response.done"]
+        given = [{"role": turn.role, "content": turn.content, "type": "text"} for turn in turns]
+        assert said(ask(http, given)) == wanted != ""
 
 
 def test_what_the_model_does_not_see_is_named_in_a_header(http: httpx.Client) -> None:
@@ -179,6 +170,13 @@ def test_what_the_model_does_not_see_is_named_in_a_header(http: httpx.Client) ->
                      "max_tokens": 2, "stream": True}) as stream:  # fmt: skip
         assert stream.headers["x-moss-ignored"] == "messages[0].name"
     assert "x-moss-ignored" not in ask(http).headers
+    url = {"url": data_url(jpeg(), "image/jpeg")}
+    for detail in ("low", "high", "original"):
+        part = {"type": "image_url", "image_url": {**url, "detail": detail}}
+        answer = ask(http, [{"role": "user", "content": [part]}])
+        assert answer.headers["x-moss-ignored"] == "messages[0].content[0].image_url.detail"
+        plain = [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]
+        assert said(answer) == said(ask(http, plain))
 
 
 def test_special_tokens_that_somebody_types_are_text(http: httpx.Client) -> None:
@@ -216,7 +214,7 @@ REFUSED: dict[str, Any] = {
     "chat_template": "x", "audio": {"voice": "a"}, "reasoning_effort": "high", "best_of": 2,
 }  # fmt: skip
 PARTS: list[dict[str, Any]] = [
-    {"image_url": {"detail": "low"}}, {"image_url": {"max_pixels": 100}}, {"min_pixels": 4},
+    {"image_url": {"detail": "sharp"}}, {"image_url": {"max_pixels": 100}}, {"min_pixels": 4},
     {"image_url": {"fps": 1}}, {"type": "audio_url"}, {"type": "input_text"}, {"cache_control": {}},
 ]  # fmt: skip
 
@@ -252,10 +250,10 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(http: httpx.Cli
 
 def test_parts_and_roles_that_are_not_known_are_named(http: httpx.Client) -> None:
     sound = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
-    result = {"role": "tool", "content": "4", "tool_call_id": "x"}
+    result = {"role": "function", "content": "4", "name": "x"}
     for messages, words in (
         ([{"role": "user", "content": [sound]}], "[0].content[0].type: 'input_audio': expected"),
-        ([USER, result, USER], "[1].role: 'tool': expected"),
+        ([USER, result, USER], "[1].role: 'function': expected"),
         ([{"role": "user", "content": [{"text": "A"}]}], "[0].content[0].type: expected"),
     ):
         answer = ask(http, messages)

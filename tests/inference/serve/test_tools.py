@@ -1,0 +1,232 @@
+"""Tools of chat requests: prompts as those of imported samples, calls as OpenAI's client reads
+them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+
+from data_pipeline.importers.conversation import conversation_draft
+from inference.engine.load import load_engine
+from inference.serve.limits import Limits, Refused
+from inference.serve.question import read_question
+from inference.serve.tools import Call, CallReader
+from tests.inference.serve.serving import Running, serving
+
+USER = {"role": "user", "content": "Is it red or green?"}
+COLOUR = {
+    "$defs": {"Colour": {"enum": ["red", "green"]}},
+    "type": "object",
+    "properties": {"colour": {"$ref": "#/$defs/Colour"}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+NOTHING = {"properties": {}, "additionalProperties": False}
+TOOLS: Any = [
+    {"type": "function",
+     "function": {"name": "show", "description": "Shows it.", "parameters": COLOUR}},
+    {"type": "function", "function": {"name": "hide", "parameters": NOTHING}},
+]  # fmt: skip
+SHOW = {"type": "function", "function": {"name": "show"}}
+
+
+def called(number: int, name: str, arguments: str) -> dict[str, Any]:
+    return {
+        "id": f"call_{number}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def result(number: int, content: Any) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call_{number}", "content": content}
+
+
+HISTORY: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    USER,
+    {"role": "assistant", "content": "I look.",
+     "tool_calls": [called(1, "show", '{"colour": "red"}'), called(2, "hide", "{}")]},
+    result(1, "shown"),
+    result(2, [{"type": "text", "text": "hidden, é"}]),
+    {"role": "assistant", "content": None, "tool_calls": [called(3, "show", "{broken")]},
+    result(3, "error"),
+    {"role": "assistant", "content": "It is red."},
+    USER,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[Running]:
+    engine = load_engine(tiny, device="cpu", window=8, max_tokens=1024, max_sessions=2)
+    with serving(engine, stage="sft") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    settings = {"model": "moss-video", "max_tokens": 80, "messages": [USER], **options}
+    return client.chat.completions.create(**settings)
+
+
+def question(messages: list[dict[str, Any]], **fields: Any) -> Any:
+    return read_question({"messages": messages, **fields}, Limits())
+
+
+def test_a_history_with_tools_is_read_as_an_imported_sample_is() -> None:
+    record = {"messages": HISTORY, "tools": TOOLS}
+    wanted = [(turn["role"], turn["content"]) for turn in conversation_draft(record, "").messages]
+    read = question(HISTORY, tools=TOOLS)
+    assert [(turn.role, turn.content) for turn in read.messages] == wanted
+    assert wanted[0] == ("system", json.dumps(TOOLS))
+    assert wanted[3][1] == (
+        'I look.\n{"name": "show", "arguments": {"colour": "red"}}\n'
+        '{"name": "hide", "arguments": {}}'
+    )
+    assert wanted[5] == ("user", "hidden, é")
+
+
+def test_results_of_calls_stand_in_the_order_of_the_calls() -> None:
+    turned = [*HISTORY[:3], HISTORY[4], HISTORY[3], *HISTORY[5:]]
+    assert question(turned).messages == question(HISTORY).messages
+
+
+def test_tools_that_may_not_be_called_are_not_shown() -> None:
+    none = question([USER], tools=TOOLS, tool_choice="none")
+    assert (none.messages, none.tools, none.schema) == (question([USER]).messages, None, None)
+    named = question([USER], tools=TOOLS, tool_choice=SHOW)
+    assert named.messages == question([USER], tools=TOOLS).messages
+    assert list(named.tools.schemas) == ["show"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", SHOW], ids=["any", "named"])
+def test_a_call_that_is_asked_for_comes(client: openai.OpenAI, choice: Any, stream: bool) -> None:
+    """Whatever the model is: this one has random weights. Several seeds call several ways."""
+    seen = set()
+    for seed in range(4):
+        options = {"tools": TOOLS, "tool_choice": choice, "temperature": 2.0, "seed": seed}
+        settings: Any = {"model": "moss-video", "max_tokens": 80, "messages": [USER], **options}
+        if stream:
+            with client.chat.completions.stream(**settings) as events:
+                answer: Any = events.get_final_completion()
+        else:
+            answer = client.chat.completions.create(**settings)
+        (one,) = answer.choices
+        (call,) = one.message.tool_calls
+        assert (one.finish_reason, one.message.content or None) == ("tool_calls", None)
+        schema = {"show": COLOUR, "hide": NOTHING}[call.function.name]
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+        seen.add((call.function.name, call.function.arguments))
+        # What was called goes back as it came, with its result.
+        turn = {"role": "assistant", "tool_calls": [call.model_dump(exclude_none=True)]}
+        back = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+        ask(client, messages=[USER, turn, back], tools=TOOLS, max_tokens=2)
+    assert len(seen) > 1
+    assert choice == "required" or {name for name, _ in seen} == {"show"}
+
+
+def test_an_answer_with_a_schema_is_of_it_or_a_call(client: openai.OpenAI) -> None:
+    schema = {"$defs": {"One": {"const": 1}}, "$ref": "#/$defs/One"}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    options = {"tools": TOOLS, "response_format": format, "temperature": 2.0, "n": 2}
+    found = [ask(client, **options, seed=seed).choices for seed in range(6)]
+    answers = [one for choices in found for one in choices]
+    calls = [one.message.tool_calls for one in answers if one.finish_reason == "tool_calls"]
+    assert {one.message.content for one in answers if one.finish_reason == "stop"} == {"1"}
+    assert {call.function.name for (call,) in calls} <= {"show", "hide"}
+    assert 0 < len(calls) < len(answers)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [*TOOLS, TOOLS[1]]}, "tools[2].function.name"),
+    ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+     "tool_choice.function.name"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+    ({"messages": [USER, result(1, "x")]}, "messages[1].tool_call_id"),
+    ({"messages": [*HISTORY[:3], result(3, "x")]}, "messages[3].tool_call_id"),
+    ({"messages": [{**USER, "tool_calls": [called(1, "show", "{}")]}]}, "messages[0].tool_calls"),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "x"}]}, USER]},
+     "messages[1].tool_calls[0].function"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "name"), WRONG, ids=[name for _, name in WRONG])
+def test_wrong_tools_are_refused_by_name(fields: dict[str, Any], name: str) -> None:
+    with pytest.raises(Refused) as error:
+        question(**{"messages": [USER], **fields})
+    assert error.value.field == name
+    assert str(error.value).startswith(f"{name}: ")
+
+
+def test_a_schema_of_arguments_that_cannot_be_followed_is_the_tools_fault(
+    client: openai.OpenAI,
+) -> None:
+    wrong = {"type": "object", "properties": {"a": {"not": {}}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": wrong}}]
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, tools=tools, tool_choice="required")
+    assert error.value.param == "tools"
+    ask(client, tools=tools, max_tokens=1)  # where the answer is free, nothing follows it
+
+
+CALL = '{"name": "show", "arguments": {"colour": "}\\"{"}}'
+SAID: list[tuple[str, list[Any]]] = [  # and what it is: words, and (name, arguments)
+    ("It is red.", ["It is red."]),
+    (CALL, [("show", {"colour": '}"{'})]),
+    (f"I look.\n{CALL}\n {CALL}\n", ["I look.", *2 * [("show", {"colour": '}"{'})]]),
+    ('{\n  "name": "hide",\n  "arguments": {}\n}', [("hide", {})]),
+    ('{"name": "hide", "parameters": {"a": [1, "é"]}}', [("hide", {"a": [1, "é"]})]),
+    (f"{CALL} So.", [("show", {"colour": '}"{'}), " So."]),
+    *((text, [text]) for text in (
+        "", "\n", " {", "a {} b", f"See {CALL}", '{"name": "gone", "arguments": {}}', "{}\n{}",
+        '{"name": "show", "arguments": "x"}', '{"name": "show"}', '{"name": ["show"], "a": {}}',
+        '{"name": "show", "arguments": {"a": 1e999}}', '{"name": "show", "arguments": {',
+        "```json\n{'name': 'show'}\n```", '{"name": "show", "arguments": {}, "why": 1}',
+        "\u00a0" + CALL + "x{",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "wanted"), SAID)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_are_told_from_words(text: str, wanted: list[Any], size: int) -> None:
+    """However the text is cut into pieces, and nothing of it is lost."""
+    reader, found = CallReader(["show", "hide"]), list[Any]()
+    for at in range(0, len(text), size):
+        found += reader.append(text[at : at + size])
+    found.append(reader.flush())
+    joined = list[Any]()
+    for one in found:
+        if isinstance(one, Call):
+            joined.append((one.name, json.loads(one.arguments)))
+        elif one and joined and isinstance(joined[-1], str):
+            joined[-1] += one
+        elif one:
+            joined.append(one)
+    assert joined == [one for one in wanted if one]
+
+
+def test_words_are_given_on_as_they_come() -> None:
+    reader = CallReader(["show"])
+    assert reader.append("Red ") == ["Red "]
+    assert reader.append("{x}\n") == ["{x}"]
+    assert reader.append("and") == ["\nand"]
+    assert reader.append("\n{") == []
