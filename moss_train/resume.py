@@ -38,6 +38,7 @@ def find_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Pa
         check_adapter(config, saved["config"], checkpoint, resume=True)
         check_stage(config, saved["config"], checkpoint)
         check_order(config, saved, checkpoint)
+        check_length(config, saved, checkpoint)
         mend = f"give that one, or start a new run with init_from={checkpoint}"
         check_tokenizer(saved, checkpoint, config.data.tokenizer, named, mend)
     elif config.init_from is not None:
@@ -203,3 +204,20 @@ def check_order(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> N
                 "give what it has, or take trainer.resume_data=fresh: what has changed begins anew"
             ]
         )
+
+
+def check_length(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises ConfigError where a run is as long as its samples, and its first steps, of another
+    global batch, have taken more or fewer of them than so many steps of this one would."""
+    done, taken, batch = saved["step"], saved["samples"], config.data.global_batch
+    if config.trainer.steps is not None or taken == done * batch:
+        return
+    length = "data.samples" if config.data.samples is not None else "stage.samples"
+    steps = done + max(0, config.samples - taken) // batch
+    raise ConfigError(
+        [
+            f"data.global_batch={batch}: the {done} steps of {checkpoint} have taken {taken} of "
+            f"{length}={config.samples} samples, in batches of another size: write "
+            f"trainer.steps={steps}, which takes the others"
+        ]
+    )

@@ -14,7 +14,13 @@ from data_pipeline.shards import training_shards, write_shards
 from moss_train.compose import load_config
 from moss_train.config import Config, ConfigError, to_dict
 from moss_train.data_config import MODALITIES
-from moss_train.resume import changed_fields, check_architecture, check_order, check_stage
+from moss_train.resume import (
+    changed_fields,
+    check_architecture,
+    check_length,
+    check_order,
+    check_stage,
+)
 from moss_train.sources import mixed_sources
 
 
@@ -115,4 +121,19 @@ def test_another_stage_is_not_the_rest_of_this_one():
         f"model.dtype=bf16: the checkpoint {checkpoint} has fp32",
         f"trainer.resume=auto: a new run may start from its weights (init_from={checkpoint}, "
         "another run.dir)",
+    ]
+
+
+def test_a_run_with_another_batch_says_how_many_steps_take_its_other_samples():
+    """8 steps of 4 have taken 32 of 64 samples. The other 32 are 4 steps of 8: 64 / 8 steps in all
+    would be done, with half of the samples."""
+    checkpoint, length = Path("runs/a/checkpoints/step_00000008"), "data.samples=64"
+    saved = {"step": 8, "samples": 32}
+    check_length(composed(length, "data.global_batch=4"), saved, checkpoint)
+    check_length(composed("trainer.steps=12", "data.global_batch=8"), saved, checkpoint)
+    with pytest.raises(ConfigError) as caught:
+        check_length(composed(length, "data.global_batch=8"), saved, checkpoint)
+    assert caught.value.problems == [
+        f"data.global_batch=8: the 8 steps of {checkpoint} have taken 32 of data.samples=64 "
+        "samples, in batches of another size: write trainer.steps=12, which takes the others"
     ]
