@@ -35,7 +35,7 @@ from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, ShardWriter, check_source
 from data_pipeline.stores import StoreOptions, without_secrets
 
-_VERSION = 9  # of the importers: what a source becomes changes with it
+_VERSION = 10  # of the importers: what a source becomes changes with it
 _NAMED = 3  # files that are not read
 _SHARE_FROM = 1000  # records, before which a share means little
 

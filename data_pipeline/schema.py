@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from data_pipeline.strict_json import loads
 
 IMAGE_MARK = "<|image|>"
 VIDEO_MARK = "<|video|>"
@@ -103,7 +104,7 @@ def described_by(key: str, parts: Mapping[str, bytes]) -> bytes:
 def parse_sample(key: str, raw: bytes | str | dict[str, Any]) -> Sample:
     """Reads and checks a sample's JSON; raises SampleError with the key, the reason, the field."""
     try:
-        data = raw if isinstance(raw, dict) else json.loads(raw)
+        data = raw if isinstance(raw, dict) else loads(raw)
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", str(error), key) from None
     try:

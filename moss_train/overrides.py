@@ -40,6 +40,7 @@ def as_typed(arguments: Sequence[str], conf: Path) -> list[str]:
         key, sign, value = argument.partition("=")
         name = key.lstrip("+~")
         problem = _hydras_own(argument, arguments) or _missing_preset(argument, arguments, conf)
+        problem = problem or _no_switch(name, value)
         if problem:
             problems.append(problem)
         elif sign and name in (*PATHS, PROFILE):
@@ -51,6 +52,15 @@ def as_typed(arguments: Sequence[str], conf: Path) -> list[str]:
     if problems:
         raise ConfigError(problems)
     return made
+
+
+def _no_switch(name: str, value: str) -> str | None:
+    """Why a number for a field that is on or off is refused: OmegaConf takes all but 0 for on."""
+    kind = field_types(Config).get(name)
+    number = re.fullmatch(r"[+-]?[\d.]+", value.strip())
+    if bool not in (kind, *get_args(kind)) or number is None or value.strip() in ("0", "1"):
+        return None
+    return f"{name}={value}: must be true or false"
 
 
 def _hydras_own(argument: str, arguments: Sequence[str]) -> str | None:

@@ -161,11 +161,28 @@ def _samples(found: list[tarfile.TarInfo]) -> list[Members]:
         stem, _, rest = base.partition(".")
         key = f"{folder}/{stem}" if folder else stem
         groups.setdefault(key, []).append((rest.lower(), member))
-    return [sample for key, group in groups.items() for sample in _group(key, group)]
+    alike = Counter(_names(group) for group in groups.values())
+    return [
+        sample
+        for key, group in groups.items()
+        for sample in _group(key, group, alike[_names(group)] > 1)
+    ]
 
 
-def _group(key: str, group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
+def _names(group: list[tuple[str, tarfile.TarInfo]]) -> tuple[str, ...]:
+    return tuple(sorted(rest for rest, _ in group))
+
+
+def _group(key: str, group: list[tuple[str, tarfile.TarInfo]], alike: bool) -> list[Members]:
+    """alike: others have members of the same names: these are fields (`input.jpg`, `output.txt`),
+    where no name in front of a suffix has both a text and a medium."""
     named = any(rest in _TEXTS for rest, _ in group)
+    if alike and not named and _are_fields(group):
+        fields = Members(key)
+        for rest, member in group:
+            suffix = rest.rpartition(".")[2]
+            fields.add(suffix if suffix in _TEXTS else rest, member)
+        return [fields]
     if not named and any(rest.rpartition(".")[2] in _TEXTS for rest, _ in group):
         dotted: dict[str, Members] = {}
         for _, member in group:
@@ -185,6 +202,14 @@ def _group(key: str, group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
         sample = samples.setdefault(own, Members(member.name.rpartition(".")[0]))
         sample.add(suffix if own else rest, member)
     return [sample for sample in samples.values() if sample.found]
+
+
+def _are_fields(group: list[tuple[str, tarfile.TarInfo]]) -> bool:
+    """Whether each member has a name of its own in front of its suffix, one a text, one not."""
+    parts = [rest.rpartition(".") for rest, _ in group]
+    texts = [suffix for _, _, suffix in parts if suffix in _TEXTS]
+    names = [name for name, _, _ in parts]
+    return len({*names}) == len(names) and 0 < len({*texts}) == len(texts) < len(parts)
 
 
 def names(path: str) -> Iterator[str]:

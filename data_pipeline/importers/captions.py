@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from data_pipeline import files
 from data_pipeline.importers.draft import (
+    VIDEO_IDS,
     Draft,
     Entry,
     Medium,
@@ -19,6 +21,7 @@ from data_pipeline.importers.draft import (
     text_draft,
     unused_fields,
 )
+from data_pipeline.importers.spans import opened, span_of, spans_of
 from data_pipeline.schema import MediaType, SampleError
 from data_pipeline.shards import ShardError
 
@@ -33,6 +36,8 @@ _LISTS = (
 # Columns that plain text has, too: they say where it is from (C4, FineWeb, collections of code).
 _ORIGINS = frozenset({"path", "file", "filename", "filepath", "url"})
 _NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
+# Ids, which are the names of videos, where a table names none otherwise (Panda-70M, InternVid).
+_IDS = (*VIDEO_IDS, "videoid", "youtube_id", "youtubeid", "vid", "clip_id")
 CAPTION_COLUMNS = ("caption", "text", "description", "sentence", "captions", "sentences")
 
 
@@ -78,7 +83,13 @@ def looks_like_a_table(record: dict[str, Any]) -> bool:
             _naming(record)
         )
     named = any(may_name_medium(record[column]) for column in _spelt(_LISTS, record))
-    return named or bool(_spelt(MEDIA_COLUMNS, record))
+    captioned = bool(_spelt(CAPTION_COLUMNS, record))
+    return named or bool(_spelt(MEDIA_COLUMNS, record)) or (captioned and bool(_ids(record)))
+
+
+def _ids(record: Mapping[str, Any]) -> list[str]:
+    """The columns of a table that have the id of a video."""
+    return [column for column in _spelt(_IDS, record) if isinstance(record[column], str)]
 
 
 def _naming(record: dict[str, Any]) -> list[str]:
@@ -123,9 +134,14 @@ def table_draft(
 ) -> list[Draft]:
     """A record with the path of a picture or video and its caption, or a list of them, each of
     which is a draft; SampleError, ShardError."""
-    place = _column(record, media_column, _media_columns(record), "--media-column")
-    words = _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
-    texts, notes = captions_of(record.get(words))
+    try:
+        place = _column(record, media_column, _media_columns(record), "--media-column")
+    except ShardError as error:
+        raise SampleError("missing_file", str(error)) from None
+    try:
+        words = _column(record, caption_column, CAPTION_COLUMNS, "--caption-column")
+    except ShardError as error:
+        raise SampleError("missing_caption", str(error)) from None
     if not names_medium(record[place]):
         raise SampleError("missing_file", f"{place} is empty")
     value = _only(record[place], place)
@@ -133,14 +149,29 @@ def table_draft(
         shown = medium(_type(place, value, base), value, base)
     except ValueError as error:  # a URL that cannot be one
         raise SampleError("bad_schema", f"{place}: {value!r:.80}: {error}") from None
-    notes += unused_fields(record, (place, words))
-    return caption_drafts(shown, texts, notes)
+    return _captioned(shown, record, (place, words))
+
+
+def _captioned(shown: Medium, record: dict[str, Any], columns: tuple[str, ...]) -> list[Draft]:
+    """A draft for each caption, of the seconds of the video that the record says it is of."""
+    given = record[columns[1]]
+    texts, notes = captions_of(given)
+    used, parts = columns, [shown] * len(texts)
+    if shown.type == "video" and _whole(given) is given:
+        if several := None if notes else spans_of(record, len(texts)):
+            parts = [replace(shown, part=seconds) for seconds in several.parts]
+            used += several.fields
+        elif span := span_of(record):
+            parts = [replace(shown, part=span.parts[0])] * len(texts)
+            used += span.fields
+    return caption_drafts(parts, texts, notes + unused_fields(record, used))
 
 
 def captions_of(value: Any) -> tuple[list[str], list[str]]:
     """The captions of a medium, and a note for each of a list that is none; SampleError where none
     is left."""
-    given = value if are_captions(value) else [value]
+    listed = _whole(opened(value))
+    given = listed if are_captions(listed) and listed else [value]
     texts = [text for text in given if isinstance(text, str)]
     texts = [text for text in texts if text.strip() and text.strip() not in _NOTHING]
     if not texts:
@@ -148,16 +179,23 @@ def captions_of(value: Any) -> tuple[list[str], list[str]]:
     return texts, ["caption without a text, left out"] * (len(given) - len(texts))
 
 
+def _whole(value: Any) -> Any:
+    """Of ShareGPT4Video's captions of a video, those of keyframes, the one of all of it."""
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        return value
+    whole = [one.get("content") for one in value if str(one.get("idx")) == "-1"]
+    return whole or value
+
+
 def are_captions(value: Any) -> bool:
     """Whether it is a list of captions, of which some may be missing."""
     return isinstance(value, list) and all(isinstance(text, str | None) for text in value)
 
 
-def caption_drafts(shown: Medium, texts: list[str], notes: list[str]) -> list[Draft]:
-    """A draft for each caption of a medium."""
-    first, *others = texts
-    return [caption_draft(shown, first.strip(), notes=tuple(notes)),
-            *(caption_draft(shown, text.strip()) for text in others)]  # fmt: skip
+def caption_drafts(shown: Sequence[Medium], texts: list[str], notes: list[str]) -> list[Draft]:
+    """A draft for each caption, with its medium; notes: of all of them."""
+    return [caption_draft(one, text.strip(), notes=() if i else tuple(notes))
+            for i, (one, text) in enumerate(zip(shown, texts, strict=True))]  # fmt: skip
 
 
 def _only(value: Any, place: str) -> Any:
@@ -190,9 +228,13 @@ def check_columns(
 
 
 def _media_columns(record: dict[str, Any]) -> tuple[str, ...]:
-    """The usual columns; also those of lists, unless they say how many media there are."""
+    """The usual columns; also those of lists, unless they say how many media there are; and ids,
+    where there is none but the URL of a page."""
     lists = (name for name in _LISTS if not isinstance(record.get(name), int | float))
-    return MEDIA_COLUMNS + tuple(name for name in lists if name in record)
+    usual = MEDIA_COLUMNS + tuple(name for name in lists if name in record)
+    there = [column for column in _spelt(usual, record) if _is_there(record[column])]
+    pages = all(_is_origin(str(column).lower(), record[column]) for column in there)
+    return (*_ids(record), *usual) if pages and "text" not in record else usual
 
 
 def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
@@ -224,7 +266,7 @@ def _type(column: str, value: Any, base: str) -> MediaType:
         by_suffix = "video" if _may_move(files.join(base, path)) else "image"
     if by_suffix is None and column.startswith("image"):
         return "image"
-    if by_suffix is None and column.startswith("video"):
+    if by_suffix is None and (column.startswith("video") or column in _IDS):
         return "video"
     if by_suffix is None:
         raise SampleError("unknown_media", f"{value!r:.80}: not the suffix of a picture or video")

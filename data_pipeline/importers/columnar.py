@@ -6,13 +6,13 @@ What is damaged of a file that begins well costs its own rows: each is a SampleE
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from data_pipeline import files
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
+from data_pipeline.strict_json import loads
 
 _ROWS = 64  # that are made into records at a time
 # Fields that are lists or objects, or, in tables, the JSON of one.
@@ -121,6 +121,6 @@ def _nested(text: str) -> Any:
     if not text.lstrip().startswith(("[", "{")):
         return None
     try:
-        return json.loads(text)
+        return loads(text)
     except (ValueError, RecursionError):  # told by the form that wants it
         return None

@@ -6,7 +6,6 @@ message. Another field that holds something is counted (`Draft.notes`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,6 @@ from typing import Any
 
 from data_pipeline.importers.draft import (
     IMAGE_FIELDS,
-    LEARN_FLAGS,
     MEDIUM_FIELDS,
     ROLES,
     VIDEO_FIELDS,
@@ -32,7 +30,8 @@ from data_pipeline.importers.draft import (
 from data_pipeline.importers.marks import ANY_MARKS, is_numbered, number_of, place_marks
 from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.realtime import is_realtime, realtime_draft
-from data_pipeline.importers.timeline import second_of
+from data_pipeline.importers.spans import VIDEO_SPAN, seconds_of
+from data_pipeline.importers.unwanted import LEARN_FLAGS, refuse_unread_media
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, MediaType, Role, SampleError
 from data_pipeline.tool_texts import as_json, call_line, with_calls
 
@@ -42,7 +41,6 @@ _SOUND = ("audio", "audios")
 _FILE_NAMES = ("file_name", "file_names")
 # Of ms-swift: each stands for the next value of the record's `objects`.
 _OBJECT_MARKS = ("<bbox>", "<ref-object>")
-_SPAN = ("video_start", "video_end")  # of a video, as Qwen2-VL's messages have them: seconds
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,12 @@ def with_media(
     (images, image_field), (videos, video_field) = (
         _media(record, columns) for columns in (dialect.images, dialect.videos)
     )
+    if not images and not videos:
+        asked = [turn["content"] for turn in messages if turn["role"] != "assistant"]
+        marked = any(mark in text for mark in ANY_MARKS for text in asked)
+        names = " or ".join([*dialect.images[:1], *dialect.videos[:1]])
+        mend = f"call it {names}" if names else "name it in `columns` of dataset_info.json"
+        refuse_unread_media(record, dialect.known, marked, mend)
     notes = (notes or []) + unused_fields(record, dialect.known)
     named: dict[MediaType, list[Any]] = {"image": images, "video": videos}
     single = not {"image", "video"}.isdisjoint((image_field, video_field))
@@ -148,7 +152,7 @@ def with_media(
     if is_realtime(videos):
         draft = realtime_draft(messages, pictures, videos, base)
         return Draft(draft.messages, draft.media, draft.kind, notes=tuple(notes))
-    used = {"images": MEDIUM_FIELDS, "videos": MEDIUM_FIELDS.union(_SPAN)}
+    used = {"images": MEDIUM_FIELDS, "videos": MEDIUM_FIELDS.union(VIDEO_SPAN)}
     for column, values in (("images", images), ("videos", videos)):
         for value in values:
             if isinstance(value, dict):
@@ -163,16 +167,8 @@ def with_media(
 def _clip(video: Any, base: str) -> Medium:
     """A video, or the part of it that its `video_start` and `video_end` say; SampleError."""
     shown = medium("video", video, base)
-    times = [video.get(name) for name in _SPAN] if isinstance(video, dict) else [None, None]
-    if times == [None, None]:
-        return shown
-    start, end = (
-        default if time is None else second_of(time, name)
-        for time, name, default in zip(times, _SPAN, (0.0, math.inf), strict=True)
-    )
-    if end <= start:
-        raise SampleError("bad_time", f"video_end: {end:g} s is not after video_start {start:g} s")
-    return replace(shown, part=(start, end))
+    times = [video.get(name) for name in VIDEO_SPAN] if isinstance(video, dict) else [None, None]
+    return shown if times == [None, None] else replace(shown, part=seconds_of(times, VIDEO_SPAN))
 
 
 def _message(entry: Any, index: int, dialect: Dialect) -> Turn:

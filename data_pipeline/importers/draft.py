@@ -134,6 +134,7 @@ PATH_FIELDS = (
 # Under which names records on their own have their media; the first is LLaMA-Factory's.
 IMAGE_FIELDS = ("images", "image", "image_path", "image_paths", "image_url", "image_urls")
 VIDEO_FIELDS = ("videos", "video", "video_path", "video_paths", "video_url", "video_urls")
+VIDEO_IDS = ("video_uid", "video_id", "video_name")  # names without a suffix
 MEDIUM_FIELDS = frozenset((*PATH_FIELDS, "bytes", "type"))
 _WINDOWS = re.compile(r"(?:file:///)?[A-Za-z]:[\\/]|\\\\")
 # How base64 of a JPEG, PNG, WebP, GIF, MP4 and Matroska file begins, and how long it is at least.
@@ -232,50 +233,6 @@ def unused_fields(record: Mapping[str, Any], known: Container[str], where: str =
         for name, value in record.items()
         if name not in known and not (value is None or value in ("", [], {}))
     ]
-
-
-_CHOICES = (
-    "chosen", "rejected", "chosen_messages", "rejected_messages", "negative_messages",
-    "rejected_response",
-)  # fmt: skip
-_VERDICTS = ("label", "kto_tag")
-# Each says of an assistant's turn, or of a record, whether it is learned.
-LEARN_FLAGS = (
-    "loss", "weight", "train", "training", "train_on_turn", "trainable", "loss_scale", "learn",
-)  # fmt: skip
-_REFUSING = frozenset((*_CHOICES, *_VERDICTS, *LEARN_FLAGS))
-# In a record without an answer these fields are a class, a metric, a sampling weight, a split.
-_OF_PLAIN = frozenset({"label", "loss", "weight", "train", "training"})
-
-
-def refuse_unwanted(record: Mapping[str, Any], plain: bool = False) -> None:
-    """SampleError for a record that says which of two answers is better, that one is bad, or that
-    it is not to be learned.
-
-    plain: the record is a text or a caption, and has no answer.
-    """
-    if _REFUSING.isdisjoint(record):
-        return
-    if plain:
-        record = {name: value for name, value in record.items() if name not in _OF_PLAIN}
-    for name in _CHOICES:
-        if record.get(name):
-            raise SampleError("preference_data", f"{name}: preferences cannot be imported")
-    for name in _VERDICTS:
-        # A label of 0 may be a class.
-        if _is_false(record.get(name), zero=name == "kto_tag"):
-            raise SampleError("preference_data", f"{name} is false: an answer not to be given")
-    for name in LEARN_FLAGS:
-        if _is_false(record.get(name), zero=True):
-            detail = f"{name} is {record[name]!r}: a record that is not to be learned"
-            raise SampleError("no_labels", detail)
-
-
-def _is_false(value: Any, zero: bool) -> bool:
-    """Whether a field of JSON, or of a table, says no."""
-    if isinstance(value, str):
-        return value.strip().lower() in (("false", "0", "0.0") if zero else ("false",))
-    return value is False or (zero and isinstance(value, int | float) and value == 0)
 
 
 def media_type(path: str) -> MediaType | None:

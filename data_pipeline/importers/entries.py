@@ -17,11 +17,11 @@ from data_pipeline.importers.draft import (
     Entry,
     as_list,
     distinct_stems,
-    refuse_unwanted,
 )
 from data_pipeline.importers.locate import Finder
 from data_pipeline.importers.records import read_records
 from data_pipeline.importers.share import WHOLE, Share
+from data_pipeline.importers.unwanted import refuse_unwanted
 from data_pipeline.schema import SampleError
 
 # Under which names a record says of which split it is (the second is YouCook2's), and how files do.

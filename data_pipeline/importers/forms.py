@@ -73,6 +73,8 @@ RECORD_FORMS: dict[str, Convert] = {
     "webvid": published.webvid_draft,
     "cauldron": pairs.cauldron_draft,
     "ms-swift": pairs.swift_draft,
+    "videochat": pairs.videochat_draft,
+    "pairs": pairs.pair_draft,
 }
 WITHOUT_RECORDS = ("transcripts", "captions", "webdataset")
 FORMS = (*RECORD_FORMS, "table", "llamafactory", *WITHOUT_RECORDS)

@@ -5,7 +5,6 @@ Names and defaults of columns and tags are LLaMA-Factory's.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from data_pipeline.importers.draft import (
 from data_pipeline.importers.pairs import history_turns, turn
 from data_pipeline.schema import Role, SampleError
 from data_pipeline.shards import ShardError
+from data_pipeline.strict_json import loads
 
 _Part = TypeVar("_Part", "Columns", "Tags")
 
@@ -117,7 +117,7 @@ def names_data_sets(info: str) -> bool:
     too."""
     try:
         with files.open_file(info) as file:
-            entries = json.loads(file.read())
+            entries = loads(file.read())
     except ValueError:
         return False
     return isinstance(entries, dict) and any(
@@ -135,7 +135,7 @@ def read_info(path: str, wanted: tuple[str, ...]) -> list[DataSet | tuple[str, S
     """
     with files.open_file(path) as file:
         try:
-            info = json.loads(file.read())
+            info = loads(file.read())
         except ValueError as error:
             raise ShardError(f"{path} cannot be read: {error}") from None
     if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):

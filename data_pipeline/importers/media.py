@@ -204,6 +204,9 @@ def _fitted(medium: Medium, options: MediaOptions, notes: list[str]) -> tuple[by
     rate = info.frames / length if length else 0.0
     slower = options.video_fps is not None and rate > options.video_fps * 1.01
     smaller = options.max_side is not None and max(frame.shape[-2:]) > options.max_side
+    if medium.part is not None and _is_cut_already(medium.part, info):
+        notes.append("video that is no longer than its start and end say: taken as cut already")
+        medium = replace(medium, part=None)
     if medium.part is None and not slower and not smaller:
         return data, medium.suffix
     if medium.part is not None:
@@ -211,6 +214,12 @@ def _fitted(medium: Medium, options: MediaOptions, notes: list[str]) -> tuple[by
         notes.append("clip cut out of a longer video, encoded anew")
     fps = options.video_fps if slower else None
     return shrink_video(data, options.max_side, fps, medium.part), ".mp4"
+
+
+def _is_cut_already(part: tuple[float, float], info: VideoInfo) -> bool:
+    """Whether a file is the part itself: as long as that, and it ends before that would."""
+    length = part[1] - part[0]
+    return info.duration + 1 < part[1] < math.inf and abs(info.duration - length) <= 1
 
 
 def _check_part(part: tuple[float, float], info: VideoInfo) -> None:

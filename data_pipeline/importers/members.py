@@ -6,7 +6,6 @@ that names none has the sample's own members.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from data_pipeline import files
 from data_pipeline.importers.draft import IMAGE_FIELDS, PATH_FIELDS, VIDEO_FIELDS, as_list
 from data_pipeline.importers.streaming import CLIP_FIELDS
 from data_pipeline.schema import MediaType, SampleError, member_named
+from data_pipeline.strict_json import loads
 
 _IDS = frozenset(CLIP_FIELDS) - frozenset(VIDEO_FIELDS)  # a clip's name or id, perhaps no file's
 _OTHER_NAME = "the sample's only video, whose name is not the one that the record gives"
@@ -106,7 +106,7 @@ def _object(value: Any) -> Any:
     """Realtime-QA's `video` may be the JSON of an object."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            return json.loads(value)
+            return loads(value)
         except ValueError:  # told when the record is read
             return value
     return value

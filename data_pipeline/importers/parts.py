@@ -6,7 +6,6 @@ A part or message with a medium of its own gives it to the record; a part that o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import Any
 
@@ -18,6 +17,7 @@ from data_pipeline.importers.draft import (
     role_of,
 )
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
+from data_pipeline.strict_json import loads
 
 _MARKS = {
     "image": IMAGE_MARK, "image_url": IMAGE_MARK, "input_image": IMAGE_MARK,
@@ -45,7 +45,7 @@ def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
     messages = record.get(name)
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         try:
-            messages = json.loads(messages)
+            messages = loads(messages)
         except ValueError as error:
             raise SampleError("bad_json", f"{name}: {error}") from None
         record = record | {name: messages}

@@ -16,6 +16,7 @@ from data_pipeline.importers.conversation import Dialect, with_media
 from data_pipeline.importers.draft import (
     IMAGE_FIELDS,
     VIDEO_FIELDS,
+    VIDEO_IDS,
     Draft,
     as_list,
     media_type,
@@ -27,14 +28,14 @@ from data_pipeline.importers.marks import ANY_MARKS
 from data_pipeline.importers.speech import WINDOW
 from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of
 from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
+from data_pipeline.importers.unwanted import refuse_choices
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, MediaType, SampleError
 
 # Under which names a question has its picture or video; the last ones are names without a suffix.
 _FILES = ("file_name", "image_filename", "file_path", "image_local_name")
-_IMAGE_IDS, _VIDEO_IDS = ("image_id", "imageId"), ("video_uid", "video_id", "video_name")
-_SHOWN = (*IMAGE_FIELDS, *VIDEO_FIELDS, *_FILES, *_IMAGE_IDS, *_VIDEO_IDS)
+_IMAGE_IDS = ("image_id", "imageId")
+_SHOWN = (*IMAGE_FIELDS, *VIDEO_FIELDS, *_FILES, *_IMAGE_IDS, *VIDEO_IDS)
 _ANSWERS = ("multiple_choice_answer", "answer", "answers")  # the likeliest first
-_CHOICES = ("choices", "options", "multiple_choices")
 _LEAD = 2  # seconds that are watched before what the first caption of a window is about
 
 
@@ -46,10 +47,7 @@ def looks_like_vqa(record: Mapping[str, Any]) -> bool:
 
 def vqa_draft(record: dict[str, Any], base: str) -> Draft:
     """A question about a picture or video, and its answer -> a conversation; SampleError."""
-    for name in _CHOICES:
-        if names_medium(record.get(name)):
-            raise SampleError("bad_schema", f"{name}: a question with choices: write them into "
-                              "the question, and the answer as it is to be said")  # fmt: skip
+    refuse_choices(record)
     question, answer = record.get("question"), answer_of(record)
     if not isinstance(question, str) or not question.strip():
         raise SampleError("missing_text", f"question: {question!r:.80} is not a text")
@@ -88,12 +86,12 @@ def _shown(record: dict[str, Any]) -> tuple[MediaType, str, list[Any]]:
         raise SampleError("missing_file", f"no picture or video is named: {', '.join(_SHOWN[:3])}, "
                           f"{', '.join(VIDEO_FIELDS[:3])}, ...")  # fmt: skip
     shown = as_list(record[name])
-    if name in (*_IMAGE_IDS, *_VIDEO_IDS) and not all(isinstance(one, str) for one in shown):
+    if name in (*_IMAGE_IDS, *VIDEO_IDS) and not all(isinstance(one, str) for one in shown):
         detail = (
             f"{name}: {shown[0]!r:.40} is no file's name: put the path under `image` or `video`"
         )
         raise SampleError("bad_schema", detail)
-    kind: MediaType = "video" if name in (*VIDEO_FIELDS, *_VIDEO_IDS) else "image"
+    kind: MediaType = "video" if name in (*VIDEO_FIELDS, *VIDEO_IDS) else "image"
     if name in _FILES:
         kind = media_type(str(shown[0])) or kind
     return kind, name, shown

@@ -9,7 +9,6 @@ end of the event whose caption follows it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
@@ -19,6 +18,7 @@ from data_pipeline.importers.draft import Draft, Medium, Turn
 from data_pipeline.importers.timeline import LONGEST
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, SampleError
 from data_pipeline.seconds import parse_seconds
+from data_pipeline.strict_json import loads
 
 _REALTIME = "[RealTime QA]"
 _EVENTS = "[Streaming Event Caption]"
@@ -60,7 +60,7 @@ def _info(entry: str, mode: str) -> tuple[str, list[float]]:
     try:
         if not entry.startswith(f"{mode}[INFO]"):
             raise ValueError(f"it does not start with {mode}[INFO]")
-        info = json.loads(entry.removeprefix(f"{mode}[INFO]"))
+        info = loads(entry.removeprefix(f"{mode}[INFO]"))
         path, times = info["video_path"], info["time_info"]
         stamps = _ends(times) if mode == _EVENTS else [_seconds(time) for time in times]
         if not isinstance(path, str) or not path:

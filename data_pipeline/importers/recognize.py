@@ -73,13 +73,15 @@ KNOWN: tuple[Known, ...] = (
     Known("alpaca", lambda record: "instruction" in record, (("instruction", "output"),)),
     Known("vqa", published.looks_like_vqa,
           tuple(("question", "answer", shown) for shown in ("image", "video"))),
+    Known("videochat", pairs.looks_like_videochat, (("QA", "video"),)),
     Known("webvid", published.looks_like_webvid, (("videoid", "name"),)),
+    Known("pairs", pairs.looks_like_pair, (("question", "answer"), ("input", "output"))),
     Known("table", captions.looks_like_a_table,
           tuple((media, "caption") for media in captions.MEDIA_COLUMNS)),
     Known("text", lambda record: "text" in record, (("text",),)),
 )  # fmt: skip
 # Records of these may stand in one file; of which of the last two they are, all of them tell.
-_MIXED = frozenset(known.form for known in KNOWN) - {"alpaca", "table", "text", "webvid"}
+_MIXED = frozenset(known.form for known in KNOWN) - {"alpaca", "pairs", "table", "text", "webvid"}
 ALIKE = frozenset({"streamo", "joyai"})
 _MAY_BE_PAGES = frozenset({"table", "text"})
 _SHARE = 4  # one in so many records whose `url` is a picture's makes a table of texts with URLs

@@ -6,7 +6,6 @@ import codecs
 import csv
 import io
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,8 +17,10 @@ from data_pipeline.importers.by_ids import by_ids, place_of_records, records_by_
 from data_pipeline.importers.by_lines import is_moment, records_of_moments
 from data_pipeline.importers.by_lists import in_large_lists, in_lists, lists_of
 from data_pipeline.importers.columnar import Wanted, read_arrow, read_parquet, unfolded
+from data_pipeline.importers.draft import media_type
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
+from data_pipeline.strict_json import Decoder, loads
 
 csv.field_size_limit(2**31 - 1)
 _CHUNK = 1 << 16  # characters that are read at a time from a list of records
@@ -120,6 +121,8 @@ def _json(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tupl
         start = _rest_of_line(start, file, _LONGEST_RECORD if lines else _LARGE)
     if in_list and not (lines and _is_record(_line(start))):
         yield from _elements(start, file, path, size)
+    elif lines and start.strip() == b"{":  # as jq writes them, each over several lines
+        yield from _elements(start, file, path, size, listed=False)
     elif lines:
         yield from _json_lines(itertools.chain([start], file), size, wanted)
     elif len(start) > _LARGE or isinstance(_line(start), SampleError):
@@ -154,8 +157,10 @@ def _json_lines(lines: Iterable[bytes], size: int, wanted: Wanted) -> Iterator[t
 
 def _line(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return loads(line)
     except (ValueError, RecursionError) as error:
+        if line.rstrip().endswith(b"},"):  # of a list without its brackets
+            return _line(line.rstrip()[:-1])
         return SampleError("bad_json", str(error))
 
 
@@ -174,18 +179,23 @@ def _as_record(value: Any) -> Any:
     return value
 
 
-def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tuple[Any, float]]:
+def _elements(
+    start: bytes, file: BinaryIO, path: str, size: int, listed: bool = True
+) -> Iterator[tuple[Any, float]]:
     """The elements of a list that may be larger than memory, one after the other; of files that
-    were joined (`cat a.json b.json`) those of each list."""
-    decoder, scan = codecs.getincrementaldecoder("utf-8")("surrogateescape"), json.JSONDecoder()
-    text, at = decoder.decode(start).lstrip(), 1
+    were joined (`cat a.json b.json`) those of each list.
+
+    listed: False: values that stand in no list, over any number of lines each.
+    """
+    decoder, scan = codecs.getincrementaldecoder("utf-8")("surrogateescape"), Decoder()
+    text, at = decoder.decode(start).lstrip(), int(listed)
     read, found, ended, inside = len(start), 0, False, True
     while True:
         at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-        if text.startswith("]" if inside else "[", at):
+        if listed and text.startswith("]" if inside else "[", at):
             at, inside = at + 1, not inside
             continue
-        if not inside and at == len(text) and ended:
+        if not (listed and inside) and at == len(text) and ended:
             return
         try:
             value, end = scan.raw_decode(text, at) if inside and at < len(text) else (None, at)
@@ -194,7 +204,9 @@ def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tu
             value, end, error = None, at, problem
         if end > at and (end < len(text) or ended):
             at, found = end, found + 1
-            yield _as_record(value), min(1.0, read / size) if size else 0.0
+            repeated = scan.repeated()
+            value = SampleError("bad_json", repeated) if repeated else _as_record(value)
+            yield value, min(1.0, read / size) if size else 0.0
             continue
         text, at = text[at:], 0
         behind = bool(text) and not inside
@@ -213,8 +225,11 @@ def _elements(start: bytes, file: BinaryIO, path: str, size: int) -> Iterator[tu
 def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
     """One record, or an object that has the records by their ids or in lists."""
     try:
-        value = json.loads(data)
+        value = loads(data)
     except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data") and data.lstrip().startswith(b"{"):  # the next one
+            yield from _elements(data, io.BytesIO(), path, len(data), listed=False)
+            return
         raise ShardError(f"{path} cannot be read: {error}") from None
     records = [value]
     if isinstance(value, dict):
@@ -249,6 +264,9 @@ def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         if twice := [name for name in columns if name and columns.count(name) > 1]:
             raise ShardError(f"{path}: two columns are called {twice[0]!r}: rename one")
+        if rows := [name for name in columns if files.is_url(name) or media_type(name)]:
+            detail = f"the first line has {rows[0]!r:.80}, and no names of columns"
+            raise ShardError(f"{path}: {detail}: write one before it, like file_name,caption")
         begins = 2  # the record's first line
         for record in reader:
             share = min(1.0, file.tell() / size) if size else 0.0

@@ -9,7 +9,6 @@ of segments.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from data_pipeline.importers.marks import place_marks
 from data_pipeline.importers.streaming import clip_of
 from data_pipeline.importers.timeline import LONGEST, SILENCE, second_of
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK, MediaType, SampleError
+from data_pipeline.strict_json import loads
 
 _ABOUT = ("metadata", "video_duration_seconds", "task_type", "source")
 _IDS = ("id", "video_id", "youtube_id", "yt_id", "name")
@@ -191,7 +191,7 @@ def _video(record: dict[str, Any]) -> dict[str, Any]:
     video = record.get("video")
     if isinstance(video, str) and video.lstrip().startswith("{"):
         try:
-            video = json.loads(video)
+            video = loads(video)
         except ValueError as error:
             raise SampleError("bad_schema", f"video: {error}") from None
     if not isinstance(video, dict):

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, zip_longest
 from typing import Any
 
 from data_pipeline.importers.draft import Draft, Medium, unused_fields
@@ -35,6 +35,7 @@ _NOISE = re.compile(r"[\[(♪][^\])]*[\])♪]?|>>+")
 # What may stand in place of the words, and what is known beside it.
 _LISTS = ("words", "content", "subtitles", "text_stream", "word_segments", "segments", "narrations",
           "chunks", "transcription")  # fmt: skip
+_COLUMNS = ("start", "end", "text")  # lists side by side
 _SPANS = frozenset({"timestamp", "offsets"})  # fields that have both times of a word
 _LOOKED_AT = 10  # entries of a list, by which it is one of words
 _ABOUT = ("title", "category", "previous", "language", "text", "preasr", "task_type", "source",
@@ -51,7 +52,7 @@ class Word:
 
 def speech_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> list[Draft]:
     """Words with times -> drafts; a record of LiveCC, of whisper, or with a list of triples."""
-    record, question, span = _livecc(record)
+    record, question, span = _livecc(_in_rows(record))
     notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, *_LISTS})
     words = timed_words(record, notes)
     if span is not None:
@@ -134,7 +135,18 @@ def _passes(record: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 def words_field(record: dict[str, Any]) -> str | None:
     """The field that has the words with their times; None: there is none."""
+    record = _in_rows(record)
     return next((name for name in _LISTS if _has_words(record, name)), None)
+
+
+def _in_rows(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose segments are lists side by side, as HowTo100M's are; what is missing at the
+    end of one is None."""
+    columns = [value for name in _COLUMNS if isinstance(value := record.get(name), list)]
+    if len(columns) < len(_COLUMNS):
+        return record
+    rows = [dict(zip(_COLUMNS, row, strict=True)) for row in zip_longest(*columns)]
+    return {k: v for k, v in record.items() if k not in _COLUMNS} | {"segments": rows}
 
 
 def _has_words(record: dict[str, Any], name: str) -> bool:

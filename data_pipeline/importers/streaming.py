@@ -15,15 +15,14 @@ from itertools import pairwise
 from typing import Any
 
 from data_pipeline.importers.draft import (
-    LEARN_FLAGS,
     Draft,
     Medium,
     medium,
-    refuse_unwanted,
     role_of,
     unused_fields,
 )
 from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
+from data_pipeline.importers.unwanted import LEARN_FLAGS, refuse_unwanted
 from data_pipeline.schema import SampleError
 
 INSTRUCTION = "Describe what happens, as it happens."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from data_pipeline.importers.speech import words_field
 from data_pipeline.importers.timeline import DENSE
 from data_pipeline.schema import SampleError
 from data_pipeline.seconds import parse_seconds
+from data_pipeline.strict_json import loads
 
 SUFFIXES = (".srt", ".vtt", ".json")
 _BEST_FIRST = (".json", ".vtt", ".srt")  # the first ones may have the times of words
@@ -95,7 +95,7 @@ def read_transcript(path: str, video: str | None) -> tuple[dict[str, Any], list[
             raise SampleError("missing_text", f"{files.name(path)}: no cue with a time")
         return {"video": video, "words": words}, notes
     try:
-        record = json.loads(text)
+        record = loads(text)
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", f"{files.name(path)}: {error}") from None
     if isinstance(record, list):

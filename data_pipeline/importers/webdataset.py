@@ -6,7 +6,6 @@ it (members.py).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -34,18 +33,19 @@ from data_pipeline.importers.draft import (
     as_list,
     distinct_stems,
     media_type,
-    refuse_unwanted,
     text_draft,
     unused_fields,
 )
 from data_pipeline.importers.members import fill, in_number_order, member
-from data_pipeline.importers.pairs import draft_of
+from data_pipeline.importers.pairs import draft_of, looks_like_pair, pair_draft
 from data_pipeline.importers.parts import plain_contents
 from data_pipeline.importers.published import looks_like_vqa, vqa_draft
 from data_pipeline.importers.recognize import ALIKE, form_of, form_of_all
 from data_pipeline.importers.share import WHOLE, Share
 from data_pipeline.importers.streaming import names_clip
+from data_pipeline.importers.unwanted import refuse_unwanted
 from data_pipeline.schema import SampleError, parse_sample
+from data_pipeline.strict_json import loads
 
 # Members that say something about a sample and are none of its media: left out, and counted.
 _ABOUT = frozenset({
@@ -53,6 +53,7 @@ _ABOUT = frozenset({
     "pickle", "pkl", "mp", "msg", "msgpack", "cbor", "yaml", "yml", "xml", "url", "md5", "sha1",
     "sha256", "html", "htm", "csv", "tsv", "jsonl", "srt", "vtt", "log", "meta", "metadata", "md",
 })  # fmt: skip
+_SOUNDS = frozenset({"m4a", "mp3", "wav", "flac", "aac", "ogg", "opus"})  # of video2dataset
 _TEXTS = ("txt", "text", "caption")
 # Records of these show their media second by second; the others are conversations or captions.
 _STREAMS = frozenset({
@@ -125,7 +126,7 @@ class _Forms:
         records = []
         for text in islice(texts, _TOLD_BY):
             try:
-                record = json.loads(text)
+                record = loads(text)
             except (ValueError, RecursionError):  # rejected when its turn comes
                 continue
             records += [record] if isinstance(record, dict) and form_of(record) in ALIKE else []
@@ -202,7 +203,8 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
     media = {n: kind for n in sorted(parts, key=in_number_order) if (kind := media_type(f"m.{n}"))}
     others = [name for name in sorted(parts) if name not in media and name != "json"]
     others = [name for name in others if name not in _TEXTS]
-    strange = [name for name in others if name.rpartition(".")[2] not in _ABOUT]
+    about = _ABOUT | _SOUNDS if "video" in media.values() else _ABOUT
+    strange = [name for name in others if name.rpartition(".")[2] not in about]
     if strange and "media" not in record:
         raise SampleError("unknown_media", f"{key}.{strange[0]}: neither text, picture nor video")
     left_out = others if found is not None else [*others, "json"]
@@ -213,7 +215,9 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
     captioned = any(name in parts for name in _TEXTS)
     asked = bool(media) and not captioned and looks_like_vqa(record | {"image": True})
     turns = looks_like_one(record)
-    made = stream or (None if turns else draft_of(record) or (vqa_draft if asked else None))
+    pair = pair_draft if not captioned and looks_like_pair(record) else None
+    own = draft_of(record) or (vqa_draft if asked else pair)
+    made = stream or (None if turns else own)
     answers = made is not None or turns
     refuse_unwanted(record, plain=not answers)
     if answers:
@@ -246,7 +250,7 @@ def _captioned(
         raise SampleError("ambiguous_media", f"one caption, {len(media)} media: {', '.join(media)}")
     ((name, kind),) = media.items()
     shown = Medium(kind, parts[name], files.suffix(f"m.{name}"))
-    return caption_drafts(shown, texts, notes)
+    return caption_drafts([shown] * len(texts), texts, notes)
 
 
 def _json(parts: dict[str, bytes]) -> dict[str, Any] | None:
@@ -255,7 +259,7 @@ def _json(parts: dict[str, bytes]) -> dict[str, Any] | None:
     if "json" not in parts:
         return {}
     try:
-        record = json.loads(parts["json"])
+        record = loads(parts["json"])
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", str(error)) from None
     if isinstance(record, dict):

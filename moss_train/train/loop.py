@@ -114,7 +114,7 @@ class Job:
             # What a checkpoint holds is not drawn first: of 11B that takes minutes.
             given = config.init_from is not None
             fill(self.model, initial_reader(config.model, config.trainer.seed), adapters_only=given)
-        self.counts = freeze(self.model, [*config.stage.train, *config.stage.also])
+        self.counts = freeze(self.model, config.stage.train, config.stage.also)
         self.state = make_train_state(self.model, config, self.counts)
         path = config.data.tokenizer
         self.checkpointer = Checkpointer(self.config, self.model, self.state, identify(path))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -42,8 +42,9 @@ class Counts:
         yield f"trains {', '.join(parts)} parameters"
 
 
-def freeze(model: MossVideo, patterns: list[str]) -> Counts:
-    """Leaves trainable only the parameters whose names match one of `patterns` (fnmatch).
+def freeze(model: MossVideo, patterns: list[str], also: Sequence[str] = ()) -> Counts:
+    """Leaves trainable only the parameters whose names match one of `patterns` (fnmatch), those of
+    `stage.train`, or of `also`, those of `stage.also`.
 
     Of an adapted decoder the adapters train, whatever the patterns are, and nothing else.
     A collective. Raises ConfigError where a pattern matches no parameter.
@@ -51,10 +52,12 @@ def freeze(model: MossVideo, patterns: list[str]) -> Counts:
     if model.adapted:
         patterns = [*patterns, PARAMETERS]
     hits = match(model, "stage.train", patterns)
+    more = match(model, "stage.also", [*also])
+    hits = {name: own + more[name] for name, own in hits.items()}
     for name, parameter in model.named_parameters():
         beside = model.adapted and name.startswith("decoder.") and not is_adapter(name)
         parameter.requires_grad_(bool(hits[name]) and not beside)
-    return _count(model, patterns, hits)
+    return _count(model, [*patterns, *also], hits)
 
 
 def match(model: MossVideo, field: str, patterns: list[str]) -> dict[str, list[str]]:

@@ -54,7 +54,7 @@ def test_the_form_reads_its_records_and_rejects_the_incomplete_one(extended) -> 
     (built,) = [out for command, out in printed.items() if "data_pipeline.build" in command]
     assert "3 records: 2 imported, 1 rejected" in built
     (line,) = (tree / "shards/rejected.jsonl").read_text().splitlines()
-    assert json.loads(line)["detail"] == "a: None is not a text"
+    assert json.loads(line)["detail"] == "reply: None is not a text"
 
 
 def test_what_it_adds_passes_the_checks_of_the_project(extended) -> None:

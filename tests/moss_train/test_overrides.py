@@ -75,6 +75,8 @@ def test_the_home_folder_stands_for_a_tilde(monkeypatch):
         ("stage.train=vision.*", "must be a list in brackets, [..., ...]: write [vision.*]"),
         ("trainer.steps=1e3", "trainer.steps=1000.0: must be a whole number or null: write 1000"),
         ("trainer.async_save=maybe", "trainer.async_save=maybe: must be true or false"),
+        ("data.audit=2", "data.audit=2: must be true or false"),
+        ("trainer.async_save=-1", "trainer.async_save=-1: must be true or false"),
         ("run.dir=null", "run.dir=null: must be a text"),
         ("model.text.cross_attention_layers=[1,a]", "layers[1]=a: must be a whole number"),
         ("data.sources=[a]", "data.sources[0]=a: must be {name: ..., path: ..., modality: ..., "),
@@ -116,6 +118,13 @@ def test_errors_name_place_and_spelling(override, says):
         composed(override)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_switch_takes_what_yaml_takes_for_one():
+    for said, wanted in (("1", True), ("on", True), ("TRUE", True), ("0", False), ("no", False)):
+        assert composed(f"data.audit={said}").data.audit is wanted
+    with pytest.raises(ConfigError, match=r"^data\.audit=2: must be true or false$"):
+        load_config("sft", model="toy", data={"audit": 2})
 
 
 @pytest.mark.parametrize(

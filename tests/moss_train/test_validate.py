@@ -323,9 +323,13 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
         1, ["stage.train=[adapter.*]"],
         ["stage.train=['adapter.*']: matches no parameter of the model"],
     ),
+    "more patterns": (
+        1, ["stage.also=[visoin.*]"],
+        ["stage.also=['visoin.*']: matches no parameter of the model"],
+    ),
 }  # fmt: skip
 # Refused by what the model has, so after the process group has started.
-LATE = ("patterns",)
+LATE = ("patterns", "more patterns")
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def train(
     groups = build_groups(config.parallel, seed=1)
     model = MossVideo(config.model, config.parallel, groups)
     fill(model, random_reader(config.model, seed=8))
-    counts = freeze(model, [*config.stage.train, *config.stage.also])
+    counts = freeze(model, config.stage.train, config.stage.also)
     state = make_train_state(model, config, counts)
     step = TrainStep(config, model, state, silence_id=11, guard=Guard(3.0, [9.0] * 10, 0))
     reads = GLOBAL // micro // groups.data_size

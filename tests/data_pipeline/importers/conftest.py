@@ -17,6 +17,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, clip: Path) -> Path:
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in").mkdir(exist_ok=True)
     (tmp_path / "in" / "a.mp4").write_bytes(clip.read_bytes())
     return tmp_path / "in"

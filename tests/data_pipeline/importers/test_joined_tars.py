@@ -1,4 +1,5 @@
-"""Tars that lie one behind the other in a file, packed ones, and headers that nobody can read."""
+"""Tars that lie one behind the other in a file, packed ones, headers that nobody can read, and
+members whose names have fields."""
 
 from __future__ import annotations
 
@@ -132,3 +133,48 @@ def test_members_with_and_without_a_dot_slash_belong_together(folder: Path) -> N
     samples, summary = run(folder / "s.tar")
     assert not summary.rejected
     assert [said(sample)[-1] for sample in samples] == ["1", "2"]
+
+
+def test_members_whose_names_have_fields_belong_together(folder: Path) -> None:
+    """`KEY.input.jpg`, `KEY.output.txt`, as webdataset's examples have them; were rejected."""
+    picture = tar(folder, "0")
+    members: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(picture)) as one:
+        png = one.extractfile("0.png").read()  # type: ignore[union-attr]
+    for key in ("s0", "s1"):
+        members |= {f"{key}.input.png": png, f"{key}.output.txt": key.encode()}
+    write_tar(folder / "fields.tar", members)
+    assert captions(folder / "fields.tar") == (["s0", "s1"], {})
+    # Nobody else's names are like these: they may be keys with dots.
+    write_tar(folder / "dots.tar", {"a.001.png": png, "a.002.txt": b"of another"})
+    assert captions(folder / "dots.tar")[0] == []
+    # Two texts: nobody knows which is meant.
+    twice = members | {f"{key}.more.txt": b"x" for key in ("s0", "s1")}
+    write_tar(folder / "twice.tar", twice)
+    assert captions(folder / "twice.tar")[0] == []
+
+
+def test_the_sound_beside_a_video_is_left_out_and_counted(folder: Path) -> None:
+    """video2dataset writes it as a member of its own; the video was rejected with it."""
+    clip = (folder / "a.mp4").read_bytes()
+    write_tar(
+        folder / "v.tar",
+        {"0.mp4": clip, "0.txt": b"x", "0.m4a": b"s", "1.txt": b"y", "1.m4a": b"s"},
+    )
+    samples, summary = run(folder / "v.tar")
+    assert [said(sample)[-1] for sample in samples] == ["x"]
+    assert summary.notes == {"unused member .m4a": 1}
+    assert summary.rejected == {"unknown_media": 1}
+
+
+def test_questions_of_shards_are_read_as_those_of_files(folder: Path) -> None:
+    clip = (folder / "a.mp4").read_bytes()
+    records = ({"QA": [{"q": "x", "a": "y"}]}, {"input": "x", "output": "y"},
+               {"question": "x", "answer": "B", "A": "1", "B": "2"})  # fmt: skip
+    members: dict[str, bytes] = {}
+    for key, record in enumerate(records):
+        members |= {f"{key}.mp4": clip, f"{key}.json": json.dumps(record).encode()}
+    write_tar(folder / "q.tar", members)
+    samples, summary = run(folder / "q.tar")
+    assert [said(sample) for sample in samples] == [["<|video|>x", "y"]] * 2
+    assert summary.rejected == {"bad_schema": 1}

@@ -82,6 +82,7 @@ def test_media_and_marks_that_do_not_meet(folder: Path) -> None:
         {"messages": plain, "images": ["a.jpg"], "image": "a.jpg"},
         {"messages": plain, "audio": "a.wav"},
         {"messages": plain, "picture": "a.jpg", "id": 7, "empty": None},
+        {"messages": plain, "pictured": "a.jpg", "id": 8, "empty": None},
     )
     assert [sample["messages"][0]["content"] for sample in samples] == [
         "<|image|>\nWhat?", "<image>what?", "<|video|>what?", "What?",
@@ -90,11 +91,12 @@ def test_media_and_marks_that_do_not_meet(folder: Path) -> None:
     assert summary.notes == {
         "medium without a mark, put before the first user's turn": 1,
         "<image> in a record without media": 1,
-        "unused field picture": 1,
+        "unused field pictured": 1,
         "unused field id": 1,
     }
     assert {key: reason.partition(":")[0] for key, reason in reasons.items()} == {
         "000001": "mark_media_mismatch", "000004": "ambiguous_media", "000005": "unknown_media",
+        "000006": "missing_file",
     }  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from data_pipeline.importers.conversation import conversation_draft
 from data_pipeline.schema import SampleError
+from data_pipeline.video import frames_at, probe_video
+from tests.data_pipeline.clips import number
 from tests.data_pipeline.importers.realtime import run, said, write
 from tests.samples import write_tar
 
@@ -20,7 +22,7 @@ from tests.samples import write_tar
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[bytes]:
     """Of `in/1.png` and `in/2.png`."""
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in").mkdir(exist_ok=True)
     for name, color in (("1", "red"), ("2", "blue")):
         Image.new("RGB", (12, 8), color).save(tmp_path / f"in/{name}.png")
     return [(tmp_path / f"in/{name}.png").read_bytes() for name in ("1", "2")]
@@ -150,3 +152,45 @@ def test_turns_of_a_stream_have_roles_in_any_letter_case(folder: Path) -> None:
     samples, _ = run(source)
     assert [sample["kind"] for sample in samples] == ["realtime", "realtime"]
     assert ["A bar." in "".join(said(sample)) for sample in samples] == [True, True]
+
+
+def test_videochats_and_timechats_pairs_are_turns(pictures: list[bytes], folder: Path) -> None:
+    """`i` is said before its question, once; a caption's question is empty."""
+    source = write(
+        folder / "r.jsonl",
+        {"video": "a.mp4", "QA": [{"i": "Look.", "q": "What?", "a": "A bar."},
+                                  {"i": "Look.", "q": "And now?", "a": "Two."}]},
+        {"image": "1.png", "QA": [{"i": "Describe it.", "q": "", "a": "Red."}]},
+        {"video": "a.mp4", "start": 2.0, "end": 6.0, "source": "set",
+         "QA": [{"q": "When?", "a": "1 - 2 seconds."}]},
+        {"video": "a.mp4", "QA": [{"q": "When?", "a": None}]},
+    )  # fmt: skip
+    *samples, part = (run(source))[0]
+    assert [said(sample) for sample in (*samples, part)] == [
+        ["<|video|>Look.\nWhat?", "A bar.", "And now?", "Two."],
+        ["<|image|>Describe it.", "Red."],
+        ["<|video|>When?", "1 - 2 seconds."],
+    ]
+    assert samples[1]["members"] == {"0.png": pictures[0]}
+    cut = part["members"]["0.mp4"]
+    assert probe_video(cut).duration == pytest.approx(4.0, abs=0.05)
+    assert [number(frame.permute(1, 2, 0)) for frame in frames_at(cut, [0.0, 3.9])] == [10, 29]
+
+
+def test_a_question_and_its_answer_are_a_conversation(pictures: list[bytes], folder: Path) -> None:
+    source = write(
+        folder / "r.jsonl",
+        {"q": "What moves?", "a": "A bar.", "video_id": "a"},  # Video-ChatGPT
+        {"input": "1 + 1?", "output": "2.", "system": "Add."},
+        {"problem": "<image>Red?", "solution": "Yes.", "image": "1.png"},
+        {"prompt": "Go on:", "completion": "and on."},
+        {"question": "Who?", "answer": "He.", "context": "He came."},
+        {"question": "Which?", "answer": "a", "choices": ["a", "b"]},
+        {"question": "Red?", "answer": "Yes.", "img_path": "1.png"},
+    )
+    samples, summary = run(source)
+    assert sorted(map(said, samples)) == [
+        ["<|image|>Red?", "Yes."], ["<|video|>What moves?", "A bar."],
+        ["Add.", "1 + 1?", "2."], ["Go on:", "and on."],
+    ]  # fmt: skip
+    assert summary.rejected == {"bad_schema": 2, "missing_file": 1}

@@ -15,7 +15,7 @@ from data_pipeline.build import BuildOptions, build_shards
 from data_pipeline.importers import records
 from data_pipeline.importers.forms import SourceOptions
 from data_pipeline.shards import ShardError
-from tests.data_pipeline.importers.realtime import FRAME, SILENCE, run, said
+from tests.data_pipeline.importers.realtime import FRAME, SILENCE, run, said, write
 from tests.samples import write_tar
 
 ASKED = "Describe what happens, as it happens."
@@ -262,6 +262,26 @@ def test_questions_of_one_file_are_answered_by_most(size: str, tmp_path: Path) -
     *others, last = reasons(source)
     assert [reason.partition(":")[0] for reason in others] == ["choices", "image_id", "no answer"]
     assert last == "no answer: answer is 3, which is no text"
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"a0": "a ball", "a1": "a cat"}, {"A": "a ball", "B": "a cat", "C": ""},  # NExT-QA, MMBench
+     {"choice_a": "a ball", "choice_b": "a cat"}, {"option 0": "a ball", "option 1": "a cat"},
+     {"candidates": ["a ball", "a cat"]}],
+)  # fmt: skip
+def test_the_letter_of_a_choice_is_no_answer(choices: dict[str, Any], tmp_path: Path) -> None:
+    """They were learned: `Which?`, `1`."""
+    picture(tmp_path / "set/1.jpg")
+    rows = [{"image": "1.jpg", "question": "Which?", "answer": "1", **choices},
+            {"image": "1.jpg", "question": "Which?", "answer": "1", "A": "a field of one"},
+            {"question": "Which?", "answer": "1", **choices}]  # fmt: skip
+    (sample,), summary = run(write(tmp_path / "set/q.jsonl", *rows))
+    assert said(sample) == ["<|image|>Which?", "1"]
+    assert summary.rejected == {"bad_schema": 2}
+    assert [reason.partition(": ")[0] for reason in reasons(tmp_path / "set/q.jsonl")] == (
+        [", ".join(name for name in choices if choices[name])] * 2
+    )
 
 
 def test_a_question_stands_behind_its_media_or_where_it_marks_them(folder: Path) -> None:

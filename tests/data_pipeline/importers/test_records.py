@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from functools import partial
 from pathlib import Path
@@ -257,3 +258,63 @@ def test_a_packed_file_that_is_cut_off_gives_what_is_before_the_cut(
     assert numbers == [*range(len(numbers))]
     assert len(numbers) > 20_000
     assert damage.reason == "unreadable_file"
+
+
+def test_a_key_that_stands_twice_with_two_values_costs_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's json takes the last one: of two pictures, two captions, two narrations of a video
+    one was lost without a word."""
+    lines = ['{"n": 1}', '{"a": [{"n": 2, "n": 3}]}', '{"n": 4, "n": 4}', '{"n": 5}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text(f"[{','.join(lines)}]")
+    for name in ("a.jsonl", "a.json"):
+        first, twice, same, last = values(tmp_path / name)
+        assert [first, same, last] == [{"n": 1}, {"n": 4}, {"n": 5}]
+        assert twice.reason == "bad_json"
+        assert twice.detail == "the key 'n' stands twice in an object: keep one"
+    (tmp_path / "ids.json").write_text('{"v": [{"time": 1}], "v": [{"time": 2}]}')
+    with pytest.raises(ShardError, match=r"ids\.json cannot be read: the key 'v' stands twice"):
+        values(tmp_path / "ids.json")
+    monkeypatch.setattr(records, "_LARGE", 8)
+    assert len(values(tmp_path / "ids.json")) == 2  # read entry by entry: none is lost
+
+
+@pytest.mark.parametrize("pieces", [7, 1 << 16])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz"])
+def test_objects_over_several_lines_each_are_records(
+    pieces: int, suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As `jq '.[]'` writes them."""
+    monkeypatch.setattr(records, "_CHUNK", pieces)
+    wanted = [{"text": "a}\n{"}, {"messages": [{"role": "user", "content": "\u00e9"}]}, {"n": 3}]
+    text = "".join(json.dumps(record, indent=2) + "\n" for record in wanted)
+    for end, damaged in (("", False), (text[:-9], True)):
+        data = (text + end).encode()
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+        found = values(path)
+        assert found[:3] == wanted
+        assert len(found) == (6 if damaged else 3)
+        if damaged:
+            assert found[3:5] == wanted[:2]
+            assert found[5].reason == "bad_json"
+            assert found[5].detail.startswith("after 5 records: ")
+
+
+def test_a_comma_behind_each_line_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": 1},\n{"n": 2},  \n{"n": 3},,\n{"n": 4}\n')
+    one, two, bad, four = values(tmp_path / "a.jsonl")
+    assert [one, two, four] == [{"n": 1}, {"n": 2}, {"n": 4}]
+    assert bad.reason == "bad_json"
+
+
+@pytest.mark.parametrize(
+    "first", ["a red square\thttp://x.org/1.jpg", "1.jpg\ta red square", "v.mp4\tx"]
+)
+def test_a_table_without_names_of_columns_is_told(first: str, tmp_path: Path) -> None:
+    """CC3M's is one: its first row would be the names, and lost."""
+    for path, text in ((tmp_path / "a.tsv", first), (tmp_path / "a.csv", first.replace("\t", ","))):
+        path.write_text(f"{text}\n{text}\n")
+        with pytest.raises(ShardError, match=r"the first line has '.*', and no names of columns"):
+            values(path)

@@ -1,4 +1,4 @@
-"""Streams whose records say that they, or an answer of theirs, are not to be learned."""
+"""What is not to be learned is refused: answers that say so, records without their pictures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from data_pipeline.build import build_shards
-from tests.data_pipeline.importers.realtime import write
+from tests.data_pipeline.importers.realtime import run, said, write
 
 
 def streamo(**fields: Any) -> dict[str, Any]:
@@ -53,3 +55,44 @@ def test_classes_metrics_and_splits_of_plain_rows_refuse_nothing(tmp_path: Path)
         "unused field weight": 2, "unused field label": 2, "unused field loss": 1,
         "unused field train": 1,
     }  # fmt: skip
+
+
+def turns(question: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("question", "fields", "named"),
+    [
+        ("<image>q", {"img": "1.jpg"}, "img"),
+        ("<image>q", {"where": ["x/1.jpg"]}, "where"),
+        ("q", {"image_file": "1.jpg"}, "image_file"),
+        ("q", {"media": [{"path": "1.mp4"}]}, "media"),
+        ("<image>q", {"where": "page 1", "avatar": None}, None),
+        ("q", {"where": "1.jpg", "avatar_image": "2.png", "image_caption": "a.b"}, None),
+    ],
+)
+def test_a_record_whose_picture_is_under_another_name_is_no_text(
+    question: str, fields: dict[str, Any], named: str | None, tmp_path: Path
+) -> None:
+    """The answer was learned without the picture, its mark as letters."""
+    (tmp_path / "in").mkdir()
+    source = write(tmp_path / "in/r.jsonl", {"conversations": turns(question), **fields})
+    samples, summary = run(source)
+    if named is None:
+        assert [said(sample) for sample in samples] == [[question, "a"]]
+        return
+    assert summary.rejected == {"missing_file": 1}
+    (line,) = (tmp_path / "out-0/rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["detail"].startswith(f"{named}: ")
+    assert json.loads(line)["detail"].endswith("and is not read: call it images or videos")
+
+
+def test_a_picture_without_a_column_in_dataset_info_is_told(tmp_path: Path) -> None:
+    info = {"s": {"file_name": "r.jsonl", "formatting": "sharegpt"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    write(tmp_path / "r.jsonl", {"conversations": turns("<image>q"), "image": "1.jpg"})
+    summary = build_shards(tmp_path, tmp_path / "out")
+    assert summary.rejected == {"missing_file": 1}
+    line = json.loads((tmp_path / "out/rejected.jsonl").read_text())
+    assert line["detail"].endswith("name it in `columns` of dataset_info.json")
