@@ -247,7 +247,12 @@ class CrossLayer(GradientCheckpointingLayer):
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, rotation: Rotation, frame_cache: FrameCache) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation, frame_cache: FrameCache | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The next hidden states; without frames, of vision states what `project` gives."""
+        if frame_cache is None:
+            return self.cross_attn.project(x, rotation)
         attended = self.cross_attn(self.input_layernorm(x), rotation, frame_cache)
         x = x + self.cross_attn_attn_gate.tanh() * attended
         branch = self.mlp(self.post_attention_layernorm(x))
@@ -286,6 +291,12 @@ class Decoder(nn.Module):
         assert isinstance(attention, CrossAttention)
         return attention
 
+    def project(self, layer: int, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """`CrossAttention.project` of a layer, by a call of the layer: what wraps it, as FSDP does,
+        has its weights there only then."""
+        keys_values: tuple[Tensor, Tensor] = self.layers[layer](states, rotation, None)
+        return keys_values
+
     def forward(
         self,
         x: Tensor,
@@ -300,8 +311,8 @@ class Decoder(nn.Module):
         runs is added to `states`, and then what is returned.
         """
         rotation = self.rotation(positions, x.dtype)
-        for layer in self.layers:
-            cache = token_cache if isinstance(layer, SelfLayer) else frame_cache
+        for number, layer in enumerate(self.layers):  # by number: others wrap layers in theirs
+            cache = frame_cache if number in self.cross else token_cache
             if cache is None:
                 continue
             if states is not None:

@@ -310,7 +310,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
         return keys_values
 
     def _project(self, layer: int, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        return self.language_model.cross_attention(layer).project(states, rotation)
+        return self.language_model.project(layer, states, rotation)
 
 
 def _check_marks(is_image: Tensor, given: Tensor) -> None:
