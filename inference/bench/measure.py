@@ -201,16 +201,16 @@ def moved_by(
 @torch.inference_mode()
 def moved_by_kept(model: MossVideoForConditionalGeneration, kv_dtype: str) -> float:
     """Measures what `moved_by` does for another dtype of cached keys and values, on 4 frames with
-    16 random words after each, one by one."""
+    16 random words after each, one by one; both dtypes are given the same."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(20, model.config.image_token_index, (64,), generator=generator).tolist()
-    logits = []
+    pixels, logits = random_frames(model, 4), []
     for kind in ("auto", kv_dtype):
         engine = Engine(model, window=4, max_tokens=128, kernels="torch", kv_dtype=kind)
         slot, hidden = engine.open(), []
         for number, word in enumerate(words):
             if number % 16 == 0:
-                frames = engine.encode(list(random_frames(model, 4)[number // 16, None]))
+                frames = engine.encode([pixels[number // 16]])
                 engine.packed.forward([(slot, [engine.image_token], frames)])
             hidden.append(engine.packed.forward([(slot, [word], ())])[slot.index])
         logits.append(model.lm_head(torch.stack(hidden)).float())

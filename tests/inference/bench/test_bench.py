@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from inference.bench import __main__ as bench
+from inference.bench import measure
 from inference.bench.published import PublishedModel
 from tests.inference.tiny import generated_logits, tiny_model
 
@@ -23,6 +24,12 @@ def test_the_published_way_gives_the_same_tokens() -> None:
     wanted = generated_logits(model, input_ids=tokens, pixel_values=pixels)
     got = generated_logits(PublishedModel(model), input_ids=tokens, pixel_values=pixels)
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_the_same_keys_and_values_move_no_logits() -> None:
+    model = tiny_model()
+    assert measure.moved_by_kept(model, "auto") == 0
+    assert 0 < measure.moved_by_kept(model, "fp8") < 0.1
 
 
 @pytest.mark.parametrize("mode", ["offline", "stream"])
