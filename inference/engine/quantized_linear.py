@@ -72,7 +72,8 @@ class QuantizedLinear(nn.Module):
         if kind == FOUR_BITS:
             return cls(*round_to_four_bits(full), linear.in_features)
         stored = FORMATS[kind]
-        scale = (full.float().abs().amax(1).clamp(min=1e-12) / stored.largest).to(full.dtype)
+        scale = (full.float().abs().amax(1) / stored.largest).to(full.dtype)
+        scale = torch.where(scale == 0, 1.0, scale)  # of a row of zeros, or of less than it can be
         return cls(stored.store(full.float() / scale.float()[:, None]), scale, full.shape[1])
 
     @property

@@ -54,6 +54,17 @@ def test_each_weight_is_off_by_half_a_step(rows: int, dtype, kind: str, step: fl
     torch.testing.assert_close(quantized(x).float(), x.float() @ restored.T, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+def test_a_row_of_zeros_stays_one(dtype, kind: str) -> None:
+    """Of fp16 the smallest number is 6e-8, so that a scale of almost nothing is none."""
+    linear = nn.Linear(128, 4, bias=False, dtype=dtype)
+    linear.weight.data[1], linear.weight.data[2] = 0, torch.finfo(dtype).tiny
+    full = QuantizedLinear.of(linear, kind).full()
+    assert full[1].eq(0).all()
+    assert full[2].abs().le(2 * torch.finfo(dtype).tiny).all()
+
+
 def test_frames_keep_full_weights_and_another_kind_is_refused() -> None:
     model = tiny_model()
     quantize_decoder(model, "int8")
