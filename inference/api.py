@@ -106,11 +106,12 @@ class Model:
         Args:
             images: paths, bytes of files, PIL images, uint8 [H, W, 3] arrays or [3, H, W] tensors.
             video: a file, of which `fps` frames a second are taken, at most `max_frames`
-                (default: 16, of a real-time model 256); or its frames.
+                (default: 16, of a real-time model 256; `window`, if that is less); or its frames.
             sampling: (default: the most likely token each time).
 
         Raises:
-            ValueError: a number is out of its range.
+            ValueError: a number is out of its range, or the question does not fit: more pictures
+                and frames than `window`, more tokens than `max_tokens`.
             SourceError, SampleError: what is shown cannot be read.
             EngineFull: all `max_sessions` are in use.
             RuntimeError: the engine failed.
@@ -121,7 +122,7 @@ class Model:
         frames = [read_picture(image) for image in images]
         if isinstance(video, str | Path):
             default = WATCHED_MAX_FRAMES if self.info.watches else CLIP_MAX_FRAMES
-            most = default if max_frames is None else max_frames
+            most = max_frames or min(default, self.runner.engine.window)
             shown = clip(str(video), fps, min(CLIP_MIN_FRAMES, most), most)
         else:
             shown = [read_picture(frame) for frame in video or ()]

@@ -44,27 +44,28 @@ def parser(program: str, doc: str, max_frames: int) -> argparse.ArgumentParser:
              help="frames per second of the video that are looked at")  # fmt: skip
     made.add_argument("--fps", dest="video_fps", type=finite_number(above=0), metavar="N",
                       default=argparse.SUPPRESS, help="same as --video_fps")  # fmt: skip
-    cli.flag(made, "video_minlen", type=whole_number(above=0), default=CLIP_MIN_FRAMES, metavar="N",
-             help="minimum number of frames of a video")  # fmt: skip
-    cli.flag(made, "video_maxlen", type=whole_number(above=0), default=max_frames, metavar="N",
-             help="maximum number of frames of a video")  # fmt: skip
+    cli.flag(made, "video_minlen", type=whole_number(above=0), metavar="N",
+             help=f"minimum number of frames of a video (default: {CLIP_MIN_FRAMES})")  # fmt: skip
+    cli.flag(made, "video_maxlen", type=whole_number(above=0), metavar="N",
+             help=f"maximum number of frames of a video (default: {max_frames}; --window, if that "
+             "is less)")  # fmt: skip
     cli.add_output_flags(made)
     cli.add_sampling_flags(made)
     return made
 
 
-def media(args: argparse.Namespace) -> tuple[str, list[Tensor]]:
-    """The kind of medium (`video`, `image` or empty), and its frames."""
+def media(args: argparse.Namespace, max_frames: int) -> tuple[str, list[Tensor]]:
+    """The kind of medium (`video`, `image` or empty), and its frames. max_frames: as `parser`'s."""
     if args.video_path and args.image_path:
         raise cli.CommandError("--video_path and --image_path: give one of them")
     if args.video_path:
-        if args.video_minlen > args.video_maxlen:
+        most = args.video_maxlen or max(1, min(max_frames, args.window))
+        least = args.video_minlen or min(CLIP_MIN_FRAMES, most)
+        if least > most:
             raise cli.CommandError(
-                f"--video_minlen {args.video_minlen}: must not be more than --video_maxlen "
-                f"({args.video_maxlen})"
+                f"--video_minlen {least}: must not be more than --video_maxlen ({most})"
             )
-        frames = clip(args.video_path, args.video_fps, args.video_minlen, args.video_maxlen)
-        return "video", frames
+        return "video", clip(args.video_path, args.video_fps, least, most)
     if args.image_path:
         return "image", [picture(args.image_path)]
     if not args.prompt:
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Sink.check(args.jsonl)
         sampling = cli.sampling(args)
         info = cli.require_use(args, watching=False)
-        kind, frames = media(args)
+        kind, frames = media(args, CLIP_MAX_FRAMES)
         with Runner(cli.load(args)) as runner:
             prompt = question(runner.vocabulary, args, kind, len(frames), info.question_form)
             options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Sink.check(args.jsonl)
         sampling = cli.sampling(args)
         info = cli.require_use(args, watching=True)
-        kind, frames = media(args)
+        kind, frames = media(args, WATCHED_MAX_FRAMES)
         with Runner(cli.load(args)) as runner:
             vocabulary = runner.vocabulary
             if kind == "video":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
 from inference.session.grammar import Grammar
 from inference.session.response import Response, ResponseWriter, Vocabulary
@@ -15,6 +16,21 @@ from inference.session.stats import Stats
 MAX_NEW_TOKENS = 1024  # of an answer, by default
 CHUNK_FRAMES = 8  # maximum of a question in one step
 LARGE_CHUNK_FRAMES = 32  # the same where no other session waits
+
+
+def check_fits(engine: Engine, tokens: Sequence[int], images: Sequence[Tensor]) -> None:
+    """ValueError for a question of which the engine would drop a part before it is answered: of a
+    stream that is what the window is for, of a question nobody means it."""
+    if len(images) > engine.window:
+        raise ValueError(
+            f"the question has {len(images)} pictures and frames, and the model sees "
+            f"window={engine.window} at once (--window): give fewer, or a larger window"
+        )
+    if len(tokens) >= engine.max_tokens:
+        raise ValueError(
+            f"the question has {len(tokens)} tokens, and with an answer max_tokens="
+            f"{engine.max_tokens} are kept (--max_context): give less, or a larger max_tokens"
+        )
 
 
 class Answer(ResponseWriter):

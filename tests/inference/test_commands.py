@@ -232,6 +232,12 @@ def test_both_offline_commands_answer(run: Run, sft: Path, tiny: Path, clip: Pat
         (ASK, "--checkpoint {sft} --prompt Hi --temperature -1", 2, "temperature=-1.0: must be"),
         (ASK, "--checkpoint {sft} --prompt Hi --sinks 300", 2, "sinks=300: must be less than"),
         (ASK, "--checkpoint {sft} --video_path b --video_minlen 20", 2, "--video_minlen 20"),
+        (
+            WATCH,
+            "--checkpoint {tiny} --video_path {clip} --window 1 --video_maxlen 2",
+            1,
+            "2 pictures and frames, and the model sees window=1 at once (--window)",
+        ),
         (STREAM, "--checkpoint {tiny} --video_path no.mp4", 1, "no such file"),
         (STREAM, "--checkpoint {tiny} --video_path {clip} --fps 0", 2, "argument --fps: 0: must"),
         (STREAM, "--checkpoint {tiny} --video_path {clip} --pace 0", 2, "argument --pace: 0: must"),

@@ -101,3 +101,18 @@ def test_its_thread_uses_the_device_of_the_engine(
     with Runner(engine):
         pass
     assert used == [(engine.device, "moss-engine")]
+
+
+def test_a_question_that_does_not_fit_is_refused_whole(engine: Engine) -> None:
+    """Else the model would answer about its end, and nobody would know."""
+    with Runner(engine) as runner:
+        image, picture = runner.vocabulary.special.image, IMAGES[0]
+        with pytest.raises(ValueError, match=r"17 pictures and frames, .* window=16 at once"):
+            runner.answer([0, *[image] * 17, 20], [picture] * 17)
+        with pytest.raises(ValueError, match="1024 tokens, and with an answer max_tokens=1024"):
+            runner.answer([20] * 1024)
+        for tokens, seen in (([0, *[image] * 16, 20], [picture] * 16), ([20] * 1023, [])):
+            with runner.answer(tokens, seen, max_new_tokens=1) as answer:
+                types = [event.type for event in answer.events()]
+            assert "response.done" in types
+            assert "session.evicted" not in types
