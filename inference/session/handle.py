@@ -140,28 +140,42 @@ class SessionHandle:
         QueueFull. Raises SessionClosed, and as_picture's errors. source: its number for the
         journal.
         """
-        picture = fit(as_picture(image), self._tile)
-        changed, task = self._open()
-        with changed:
-            self._refuse_if_closed()
-            at = task.next_second if at is None else at
-            task.push(Frame(picture, at, time.monotonic(), prompt, source))
-            if self._running.journal is not None:
-                self._running.journal.add_picture(source, picture)
-            changed.notify_all()
-        return at
+        picture = self._picture(image, prompt)
+        with self._changed:
+            return self._push(picture, at, prompt, source)
 
     def put_frame(self, image: Picture, at: float | None = None, prompt: str | None = None) -> None:
         """As `push_frame`, after waiting for room in the queue."""
-        changed, _ = self._open()
-        with changed:
-            changed.wait_for(lambda: self._room() or self.log.closed)
-            self.push_frame(image, at, prompt)
+        picture = self._picture(image, prompt)
+        with self._changed:
+            self._changed.wait_for(lambda: self._room() or self.log.closed)
+            self._push(picture, at, prompt)
+
+    def _picture(self, image: Picture, prompt: str | None) -> Tensor:
+        """A frame as the model sees it, its prompt checked. It takes time (a 4K frame 50 ms), so it
+        is done before the lock is taken, for which the engine and all other sessions wait."""
+        picture = fit(as_picture(image), self._tile)
+        self.check(prompt or "")
+        return picture
+
+    def _push(
+        self, picture: Tensor, at: float | None, prompt: str | None, source: int = 0
+    ) -> float:
+        """`push_frame` of a picture as the model sees it, under the lock."""
+        changed, task = self._open()
+        self._refuse_if_closed()
+        at = task.next_second if at is None else at
+        task.push(Frame(picture, at, time.monotonic(), prompt, source))
+        if self._running.journal is not None:
+            self._running.journal.add_picture(source, picture)
+        changed.notify_all()
+        return at
 
     def put_prompt(self, text: str) -> None:
         """As `prompt`, but frames that were given before it are taken in first; waits for room in
         their queue."""
         changed, task = self._open()
+        self.check(text)
         with changed:
             changed.wait_for(lambda: self._room() or self.log.closed)
             self._refuse_if_closed()

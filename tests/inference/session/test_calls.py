@@ -9,9 +9,13 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from inference.engine.images import fit
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
+from inference.session import handle
 from inference.session.handle import SessionClosed
 from inference.session.runner import Runner
 from tests.inference.serve.serving import PATIENCE, until
@@ -72,3 +76,23 @@ def test_another_pace_allows_the_next_words_at_once(runner: Runner) -> None:
         session.configure(pace=None)
         until(lambda: session.log.after(0)[-2].type == "response.done")
         assert session.log.after(0)[-2].data["usage"]["output_tokens"] == 6
+
+
+@pytest.mark.parametrize("give", ["push_frame", "put_frame"])
+def test_others_go_on_while_a_picture_is_scaled(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, give: str
+) -> None:
+    """Which takes as long as several steps of the engine."""
+    counted: list[int] = []
+
+    def scaled(picture: Tensor, tile: int) -> Tensor:
+        other = threading.Thread(target=lambda: counted.append(runner.sessions), daemon=True)
+        other.start()
+        other.join(PATIENCE)
+        counted.append(-1)
+        return fit(picture, tile)
+
+    monkeypatch.setattr(handle, "fit", scaled)
+    with runner.session() as session:
+        getattr(session, give)(torch.zeros(3, 40, 60, dtype=torch.uint8))
+    assert counted == [1, -1]
