@@ -194,7 +194,15 @@ class Engine:
         """Who shares the model: from now on all end where one does."""
         return ALONE
 
-    recovers = True  # a step that failed may be tried again
+    def recovers(self) -> bool:
+        """Whether a step that failed may be tried again. Not on a device that does nothing any
+        more: after an illegal access or an uncorrectable memory error, CUDA refuses all further
+        work of the process, and only another process can go on."""
+        try:
+            devices.synchronize(self.device)
+        except RuntimeError:
+            return False
+        return True
 
     def shutdown(self) -> None:
         """Ends the other ranks under torchrun. Calling it is optional: it is done at exit."""

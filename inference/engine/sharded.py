@@ -56,8 +56,6 @@ def join(kind: str) -> tuple[int, int]:
 class ShardedEngine(Engine):
     """An engine whose model is a slice. Rank 0 is used like any engine; other ranks `follow`."""
 
-    recovers = False  # whether the other ranks failed too is not known: they may wait for this one
-
     def __init__(self, *args: Any, **options: Any):
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.leads, self.running = self.rank == 0, True
@@ -82,6 +80,10 @@ class ShardedEngine(Engine):
         everywhere = [""] * self.ranks
         dist.all_gather_object(everywhere, wrong, group=self.channel.group)
         return next((f"rank {rank}: {said}" for rank, said in enumerate(everywhere) if said), "")
+
+    def recovers(self) -> bool:
+        """Never: whether the other ranks failed too is not known; they may wait for this one."""
+        return False
 
     def shutdown(self) -> None:
         """Ends the other ranks; in a copy of the process nothing."""

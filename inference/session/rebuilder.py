@@ -127,7 +127,7 @@ class Rebuilder:
                 work(parts)
             return
         except Exception as error:
-            if not self._engine.recovers:
+            if not self._engine.recovers():
                 raise
             if len(parts) == 1:
                 self._give_up(parts[0][0], error)

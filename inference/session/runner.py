@@ -26,7 +26,7 @@ from inference.engine.lifetime import ProcessLock, close_at_exit
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
 from inference.engine.token_choice import read_likely
-from inference.session.answer import Answer
+from inference.session.answer import Answer, check_fits
 from inference.session.calls import Call
 from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar, GrammarError
@@ -65,8 +65,7 @@ class Runner:
         self, config: SessionConfig | None = None, *, log_limit: int = LOG_LIMIT, **fields: Any
     ) -> SessionHandle:
         """Opens a session; `fields` are SessionConfig's; `log_limit`: events that are kept for
-        readers. EngineFull where no slot is free, SampleError for half characters.
-        """
+        readers. EngineFull where no slot is free, SampleError for half characters."""
         config = config or SessionConfig(**fields)
         name = f"session{next(self._numbers)}"
         most = self.engine.max_tokens // 2
@@ -94,7 +93,8 @@ class Runner:
         grammar: Grammar | None = None,
         **options: Any,
     ) -> list[SessionHandle]:
-        """An answer for each sampling, or EngineFull; the question is computed once."""
+        """An answer for each sampling; the question is computed once. EngineFull, ValueError."""
+        check_fits(self.engine, tokens, images)
         tasks = [
             Answer(
                 f"answer{next(self._numbers)}", tokens, images, self.vocabulary, self._stats(),
@@ -285,7 +285,7 @@ class Runner:
         try:
             tokens = self._compute(batch)
         except Exception as error:
-            if not (isinstance(error, ValueError) or self.engine.recovers):
+            if not (isinstance(error, ValueError) or self.engine.recovers()):
                 raise
             if len(batch) > 1:
                 log.warning("a step of %d sessions failed: %s", len(batch), _words(error))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline import devices
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.slots import Step
@@ -179,21 +180,26 @@ def test_health_knows_a_step_that_does_not_end(
         client.rest()
 
 
+@pytest.mark.parametrize("words", ["a rank has gone", "CUDA error: an illegal memory access"])
 def test_a_server_whose_engine_has_ended_ends_too(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    """As with an engine of several processes, of which another may have failed."""
+    """As with an engine of several processes, of which another may have failed; or on a GPU that
+    refuses all further work of the process: who has started it starts it again."""
 
-    def failing(steps: Sequence[Step]) -> list[int | None]:
-        raise RuntimeError("a rank has gone")
+    def failing(*_: Any) -> Any:
+        raise RuntimeError(words)
 
-    monkeypatch.setattr(engine, "recovers", False, raising=False)
+    if words.startswith("CUDA"):
+        monkeypatch.setattr(devices, "synchronize", failing)
+    else:
+        monkeypatch.setattr(engine, "recovers", lambda: False)
     monkeypatch.setattr(engine, "step", failing)
     with serving(engine) as server, begin(server) as first, begin(server) as second:
         first.frame(jpeg())
-        ended(first, "a rank has gone")
-        ended(second, "a rank has gone")
+        ended(first, words)
+        ended(second, words)
         server.thread.join(PATIENCE)
         assert not server.thread.is_alive()
-        assert "a rank has gone" in server.hub.runner.failed
+        assert words in server.hub.runner.failed
         assert server.hub.status == "failed"
