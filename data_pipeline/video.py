@@ -82,6 +82,10 @@ def check_end(times: Sequence[float], info: VideoInfo) -> None:
         )
 
 
+# HEIC and AVIF, by their brand: FFmpeg takes each tile of such a picture for a video.
+_STILLS = ("heic", "heix", "heim", "mif1", "avif")
+
+
 @contextmanager
 def open_video(
     data: Data, threads: int = 1, *, formats: str = "", max_pixels: int = 0
@@ -98,6 +102,10 @@ def open_video(
     """
     try:
         with open_container(data, formats) as container:
+            brand = container.metadata.get("major_brand", "")
+            if brand in _STILLS:
+                words = f"{len(data)} bytes: a picture ({brand}): give it as one, as JPEG or PNG"
+                raise SampleError("undecodable_video", words)
             if max_pixels:
                 _limit_pixels(container, max_pixels)
             track = read_track(container, data)

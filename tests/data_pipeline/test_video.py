@@ -10,6 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image, features
 
 from data_pipeline.clock import read_track
 from data_pipeline.packets import Packets
@@ -308,3 +309,19 @@ def test_frames_that_a_decoder_drops_are_not_replaced_by_old_ones(tmp_path: Path
     else:
         found = [clips.number(frame.permute(1, 2, 0)) for frame in frames_at(data, [0.0, 2.0, 4.0])]
         assert found == right
+
+
+def test_a_still_picture_in_a_videos_container_is_not_a_video() -> None:
+    """FFmpeg opens it, and of a large one shows a single tile. A moving one is a video."""
+    if not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    red, blue = (Image.new("RGB", (64, 64), name) for name in ("red", "blue"))
+    still, moving = io.BytesIO(), io.BytesIO()
+    red.save(still, "AVIF")
+    red.save(moving, "AVIF", save_all=True, append_images=[blue], duration=1000)
+    with pytest.raises(SampleError, match=r"undecodable_video: .*a picture \(avif\)"):
+        probe_video(still.getvalue())
+    with open_video(moving.getvalue()) as video:
+        first, second = video.frames([0.0, 1.0])
+    assert first.float().mean((1, 2)).argmax() == 0
+    assert second.float().mean((1, 2)).argmax() == 2
