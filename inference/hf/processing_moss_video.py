@@ -116,7 +116,7 @@ class MossVideoProcessor(ProcessorMixin):
         ends no turn and forges no other's. In a content that is a string, `<|image|>`, `<|video|>`,
         `<|silence|>` and `<|...|>` are what they are; in a list of parts media are parts, and all
         of a text is text, but of a system prompt, where the last two are what they are in training.
-        A content of None is an empty one.
+        A content of None is an empty one. All of a tool, a call of one and its arguments is text.
 
         A text that is returned has U+FDD0 in such places, which this processor's call takes out.
 
@@ -129,7 +129,9 @@ class MossVideoProcessor(ProcessorMixin):
         chats = [conversation] if one else conversation
         if not chats or not all(chats):
             raise ValueError("conversation: has no messages")
-        typed = [[{**turn, "content": _typed(turn)} for turn in turns] for turns in chats]
+        typed = [[_typed(turn) for turn in turns] for turns in chats]
+        if kwargs.get("tools"):
+            kwargs["tools"] = _as_text(kwargs["tools"])
         return super().apply_chat_template(typed[0] if one else typed, *args, **kwargs)
 
     @property
@@ -242,8 +244,24 @@ class MossVideoProcessor(ProcessorMixin):
         return out
 
 
-def _typed(turn: dict[str, Any]) -> Any:
-    """The content of a turn, with TYPED in every special token that must stay text."""
+def _typed(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn with TYPED in every special token that must stay text."""
+    calls = {"tool_calls": _as_text(turn["tool_calls"])} if turn.get("tool_calls") else {}
+    return {**turn, **calls, "content": _typed_content(turn)}
+
+
+def _as_text(value: Any) -> Any:
+    """What becomes JSON, with TYPED in all that looks like a special token."""
+    if isinstance(value, str):
+        return _with_meanings(value, set())
+    if isinstance(value, list | tuple):
+        return [_as_text(one) for one in value]
+    if isinstance(value, dict):
+        return {_as_text(name): _as_text(one) for name, one in value.items()}
+    return value
+
+
+def _typed_content(turn: dict[str, Any]) -> Any:
     content = turn.get("content") or []
     if isinstance(content, str):
         return _with_meanings(content, INLINE)

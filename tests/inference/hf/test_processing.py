@@ -328,15 +328,16 @@ def test_conversations_that_say_nothing_are_refused(processor) -> None:
 
 
 def test_what_the_prompts_of_training_do_not_have_is_refused(processor) -> None:
-    """Tools, their calls and results, documents; by the processor and by its tokenizer."""
+    """Calls without a name or of a user, documents; by the processor and by its tokenizer."""
     user = {"role": "user", "content": "hello"}
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
+    called = {**user, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     for one in (processor, processor.tokenizer):
         for turns, options, says in (
-            ([user], {"tools": [{"type": "function", "function": {"name": "f"}}]}, "no tools"),
             ([user], {"documents": [{"title": "a", "text": "b"}]}, "documents"),
-            ([user, call], {}, "role 'assistant' with tool_calls"),
-            ([user, {"role": "tool", "content": "5"}], {}, "role 'tool'"),
+            ([user, call], {}, "tool_calls: a call needs the name"),
+            ([called], {}, "role 'user' with tool_calls"),
+            ([user, {"role": "function", "content": "5"}], {}, "role 'function'"),
         ):
             with pytest.raises(TemplateError, match=says):
                 one.apply_chat_template(
