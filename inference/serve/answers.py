@@ -204,6 +204,8 @@ class Writer:
                 number, piece = one
                 if piece.reason:
                     open_ones, self._counts[number] = open_ones - 1, piece.tokens
+                elif self.question.usage_so_far:
+                    self._counts[number] = self._answers[number].stats()["tokens"]
                 yield number, piece
         finally:
             for task in tasks:
@@ -232,7 +234,9 @@ class Writer:
     ) -> str:
         likely = self._logprobs(logprobs) if logprobs else None
         choice = {"index": number, "delta": delta, "logprobs": likely, "finish_reason": reason}
-        counts = {"usage": None} if self.question.usage else {}
+        counts: dict[str, Any] = {"usage": None} if self.question.usage else {}
+        if self.question.usage_so_far:
+            counts = {"usage": self._usage()}
         return _sse({**self._head("chat.completion.chunk"), "choices": [choice], **counts})
 
     def _logprobs(self, entries: Sequence[Any]) -> dict[str, Any] | None:

@@ -49,7 +49,9 @@ PAGE = STATIC / "index.html"
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PIECES = {path.name: path for path in STATIC.iterdir() if path.suffix in (".css", ".js")}
 _MODEL_CARD = {"id": MODEL, "object": "model", "created": 0, "owned_by": "moss"}
-_REALTIME, _PROTOCOL = "/v1/realtime", "realtime"
+_CHAT, _REALTIME, _PROTOCOL = "/v1/chat/completions", "/v1/realtime", "realtime"
+# Other forms of a question, in place of which clients can use this one.
+_OTHER_FORMS = re.compile("(/v1)?/(responses|completions|messages)")
 
 
 class Service(Protocol):
@@ -152,7 +154,7 @@ def make_routes(
             words = "this page may not open sessions"
             return await refuse(socket, service, POLICY, "origin", words)
         if service.export.watches is False:
-            words = "this model has not learned to watch: use /v1/chat/completions"
+            words = f"this model has not learned to watch: use {_CHAT}"
             return await refuse(socket, service, POLICY, "not_realtime", words)
         await _open(socket, service, account)
 
@@ -215,7 +217,7 @@ class Model:
 
 
 def _add_chat(app: FastAPI, service: Service, access: Access) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post(_CHAT)
     async def chat(request: Request) -> Response:
         account = access.find(request)
         if account is None:
@@ -306,7 +308,8 @@ def _no_route(app: FastAPI, path: str) -> str:
     """The message for a path that leads nowhere. It names the path that is probably meant, as where
     the prefix is missing, or a proxy has left its own."""
     known, given = [one for one in _paths(app) if one != "/"], re.sub("/+", "/", path)
-    near = [one for one in known if given.endswith(one) or (given != "/" and one.endswith(given))]
+    near = [_CHAT] if _OTHER_FORMS.fullmatch(given) else []
+    near += [one for one in known if given.endswith(one) or (given != "/" and one.endswith(given))]
     near += get_close_matches(given, known, 1)
     return f"there is no such route: {f'{near[0]} is' if near else '/openapi.json lists them'}"
 

@@ -59,6 +59,7 @@ class Question:
     unfinished: bool  # the last message is an answer that is to be continued
     stream: bool
     usage: bool  # a stream ends with a piece that has the counts
+    usage_so_far: bool  # all its pieces have them
     count: int  # of answers
     likely: int | None  # log-probabilities of so many tokens beside each that is said; None: none
     schema: dict[str, Any] | None  # of the JSON that the answer is
@@ -114,6 +115,7 @@ def read_question(body: Any, limits: Limits, folders: MediaFolders = NO_FOLDERS)
         unfinished=goes_on,
         stream=asked.stream,
         usage=asked.stream_options.include_usage,
+        usage_so_far=asked.stream_options.continuous_usage_stats,
         count=asked.n,
         likely=_likely(asked),
         schema=schema,
@@ -191,7 +193,10 @@ class _Messages:
     def _image(self, part: ImagePart, field: str) -> str:
         field = f"{field}.image_url"
         self._see(part.image_url.detail, field)
-        self._add_medium(Medium("image", self._folders.address(part.image_url.url, field), field))
+        address = self._folders.address(part.image_url.url, field)
+        if isinstance(address, str) and address[:11].lower() == "data:video/":
+            return self._show_video(address, self._frames, field)  # as Gradio's chat sends one
+        self._add_medium(Medium("image", address, field))
         return IMAGE_MARK
 
     def _video(self, part: VideoPart, field: str) -> str:
@@ -201,7 +206,9 @@ class _Messages:
         twice = next((name for name in own if frames.get(name, own[name]) != own[name]), None)
         if twice:
             raise Refused("invalid_value", f"{field}.{twice}: is given twice", f"{field}.{twice}")
-        chosen = {**frames, **own} or self._frames
+        return self._show_video(address, {**frames, **own} or self._frames, field)
+
+    def _show_video(self, address: str | Path, chosen: Mapping[str, Any], field: str) -> str:
         if "num_frames" in chosen and len(chosen) > 1:
             words = f"{field}: num_frames leaves nothing for {', '.join(chosen)}: give one of them"
             raise Refused("invalid_value", words, field)

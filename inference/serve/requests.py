@@ -122,9 +122,11 @@ AnswerPart = Annotated[_Text | _Image | _Video | _Refusal, _PARTS]
 
 
 class Turn(Fields):
-    """A message. type: lm-eval writes one."""
+    """A message. type: lm-eval writes one; metadata, options: Gradio."""
 
     name: str | None = None
+    metadata: Any = harmless()
+    options: Any = harmless()
     type: Any = neutral("a message has no type", "message", "text")
     function_call: Any = neutral(_USE_TOOLS)
     audio: Any = neutral("the model hears nothing")
@@ -195,7 +197,7 @@ AnyMessage = Annotated[
 class StreamOptions(Fields):
     include_usage: bool = False
     include_obfuscation: Any = harmless()
-    continuous_usage_stats: Any = neutral("the last piece has the counts", False)
+    continuous_usage_stats: bool = False
 
 
 class JsonSchema(Fields):

@@ -115,6 +115,22 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     assert len({piece.id for piece in pieces}) == 1
 
 
+def test_a_streams_pieces_have_the_counts_so_far(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "n": 2, "temperature": 1.0, "seed": 3}
+    whole = ask(client, with_media("What is it?"), **options).usage
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    for asked in (both, {"continuous_usage_stats": True}):
+        stream = ask(
+            client, with_media("What is it?"), **options, stream=True, stream_options=asked
+        )
+        usages = [piece.usage for piece in stream]
+        assert {usage.prompt_tokens for usage in usages} == {whole.prompt_tokens}
+        counts = [usage.completion_tokens for usage in usages]
+        assert (counts[0], counts[-1]) == (0, whole.completion_tokens)
+        assert counts == sorted(counts)
+        assert len(set(counts)) > 3
+
+
 def test_a_stream_reaches_its_client_through_proxies(
     client: openai.OpenAI, server: Running, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,6 +187,8 @@ def test_sockets_have_parameters_that_are_known(server: Running) -> None:
         ("/moss" + CHAT, CHAT),
         ("/" + CHAT, CHAT),
         ("/v1/realtimes", REALTIME),
+        ("/v1/responses", CHAT),
+        ("/completions", CHAT),
         ("/nothing", None),
     ],
 )

@@ -271,6 +271,11 @@ def test_frames_of_a_video_follow_the_request(http: httpx.Client, video: str) ->
     assert frames(http, {**url, "num_frames": 5}) == 5
     assert frames(http, {**url, "min_frames": 20}) == 20
     assert frames(http, url, mm_processor_kwargs={"fps": 2}) == 24
+    as_picture = [{"type": "image_url", "image_url": url}]  # as Gradio's chat sends a video
+    turn = {"role": "user", "content": as_picture, "metadata": {}, "options": []}
+    asked = ask(http, [turn], mm_processor_kwargs={"fps": 2}).json()["usage"]["prompt_tokens"]
+    empty = ask(http, [{"role": "user", "content": ""}]).json()["usage"]["prompt_tokens"]
+    assert asked - empty == 24
     assert frames(http, url, media_io_kwargs={"video": {"num_frames": 3}}) == 3
     assert frames(http, {**url, "fps": 4, "max_frames": 9}) == 9
     assert frames(http, {**url, "fps": 2}, mm_processor_kwargs={"fps": 1}) == 24
