@@ -16,6 +16,7 @@ Call `install` once in a process, before megatron is imported; it cannot be undo
 from __future__ import annotations
 
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.simulated_operators import FREE, INDEXED, UNSET, VALUE_DEPENDENT, rms_norm
+from tests.simulated_operators import FREE, INDEXED, OBJECTS, UNSET, VALUE_DEPENDENT, rms_norm
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA, HOST = torch.device("cuda", 0), torch.device("cpu")
@@ -57,9 +58,15 @@ class Record:
         self.waits[f"{what} at {_place()}"] += 1
 
 
+class _Inside(threading.local):
+    """Of a thread: > 0 inside a call that is counted as a whole (quiet); inside what gloo does
+    where NCCL would do something else (transport)."""
+
+    quiet = transport = 0
+
+
 record = Record()
-_quiet = 0  # > 0: inside a call that is counted as a whole
-_transport = 0  # > 0: inside what gloo does where NCCL would do something else
+_inside = _Inside()
 _pending: list[Any] = []  # storages of asynchronous copies to the host, without an event yet
 _host_groups: set[str] = set()  # names of groups whose collectives take host tensors
 
@@ -154,13 +161,12 @@ def _place() -> str:
 @contextmanager
 def as_one(launches: int = 0) -> Iterator[None]:
     """Operators inside are parts of a call that is counted as a whole, of so many launches."""
-    global _quiet
-    record.counts["launches"] += 0 if _quiet else launches
-    _quiet += 1
+    record.counts["launches"] += 0 if _inside.quiet else launches
+    _inside.quiet += 1
     try:
         yield
     finally:
-        _quiet -= 1
+        _inside.quiet -= 1
 
 
 def _patch_tensor() -> None:
@@ -223,12 +229,11 @@ def _patch_groups() -> None:
     plain_wait = work.wait
 
     def wait(*args: Any, **kwargs: Any) -> Any:
-        global _transport
-        _transport += 1
+        _inside.transport += 1
         try:
             return plain_wait(*args, **kwargs)
         finally:
-            _transport -= 1
+            _inside.transport -= 1
 
     work.wait = wait
 
@@ -274,7 +279,7 @@ def _count_copy(down: bool, wait_free: bool, pinned: bool) -> None:
 def _check_read(x: Tensor, what: str) -> None:
     if _mark(x) == "pending":
         raise DeviceMixError(f"{what}: read before the copy is known to have ended, at {_place()}")
-    if on_device(x) and not _quiet:
+    if on_device(x) and not _inside.quiet:
         record.wait(what)
 
 
@@ -290,7 +295,7 @@ class _Functions(TorchFunctionMode):
             record.counts["math"] += math and bool(kwargs.get("enable_gqa"))
             with as_one(1):
                 return func(*args, **kwargs)
-        if kwargs.get("device") is not None and name != "to":
+        if kwargs.get("device") is not None and name not in ("to", "_parse_to"):
             return self._made(func, name, args, kwargs)
         if kwargs.pop("pin_memory", False):
             return _set(func(*args, **kwargs), "pinned")
@@ -318,7 +323,7 @@ class _Operators(TorchDispatchMode):
     """Every operator, those of backward passes too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _transport:
+        if _inside.transport:
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
             return self._run(func, args, kwargs or {})
@@ -344,7 +349,7 @@ class _Operators(TorchDispatchMode):
             record.wait("barrier")
         elif any(not on_device(x) for x in tensors):
             frames = {frame.name for frame in traceback.extract_stack()}
-            if frames & {"all_gather_object", "broadcast_object_list"}:
+            if frames & OBJECTS:
                 record.wait("collective of objects")
             elif not self._host_group(leaves):
                 raise DeviceMixError(f"{func}: a host tensor, at {_place()}")
@@ -379,7 +384,7 @@ class _Operators(TorchDispatchMode):
             # Numbers in host memory may be among the operands.
             if not on_device(x) and (x.dim() > 0 or packet in (aten.index_select, aten.embedding)):
                 raise DeviceMixError(f"{func}: a host tensor of {list(x.shape)}, at {_place()}")
-        if packet in VALUE_DEPENDENT and not _quiet:
+        if packet in VALUE_DEPENDENT and not _inside.quiet:
             record.wait(packet.__name__)
 
     def _count(self, func: Any, packet: Any, tensors: list[Tensor], out: Any) -> None:
@@ -388,5 +393,5 @@ class _Operators(TorchDispatchMode):
         new = [x for x in results if x.untyped_storage()._cdata not in known]
         for x in new:
             _set(x, "device")
-        if (new or func._schema.is_mutable) and packet not in FREE and not _quiet:
+        if (new or func._schema.is_mutable) and packet not in FREE and not _inside.quiet:
             record.counts["launches"] += 1

@@ -23,6 +23,8 @@ FREE = {
     aten.detach, aten.view, aten._unsafe_view, aten.alias, aten.lift_fresh, aten._reshape_alias,
     aten.set_, aten.resize_,
 }  # fmt: skip
+# torch.distributed's functions of Python objects: over NCCL it brings their bytes to the device.
+OBJECTS = {"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"}
 UNSET = ("empty", "empty_like", "new_empty", "empty_strided")
 
 AsKernels = Callable[[int], AbstractContextManager[None]]  # counts so many, and nothing within

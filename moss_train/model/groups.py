@@ -15,6 +15,7 @@ class Groups:
     decoder, vision: megatron's collections for the two halves of the model.
     replica: the tensor x pipeline ranks that work on one share of the global batch.
     host: the same ranks, for what is in host memory: the next step's text, while one is computed.
+        For a replica of one rank it is `replica`, which on a GPU takes no tensors of host memory.
     """
 
     decoder: ProcessGroupCollection

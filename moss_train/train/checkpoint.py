@@ -292,4 +292,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    hardware.set_random_state(state["device"])
+    # That of another kind of device has another size: this one's generator stays as seeded.
+    if len(state["device"]) == len(hardware.random_state()):
+        hardware.set_random_state(state["device"])

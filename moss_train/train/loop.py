@@ -187,18 +187,17 @@ class Job:
                 slow = self.stragglers.add(result.phase_s | {"data": waited})
                 for line in slow if self.first_rank else ():
                     log.warning("step %d: slow: %s", self.done, line)
-                if result.refused is not None:
-                    self._skip(result, batch, writer)
+                self.due |= self.done % self.config.trainer.checkpoint_every == 0
+                returned = result.refused is not None and self._skip(result, batch, writer)
                 every = self.config.trainer.compare_replicas_every
                 if every is not None and self.done % every == 0:
                     self._compare()
                 stopped = result.stop > 0
                 with self.outside.saving():
                     self.checkpointer.poll()
-                self.due |= self.done % self.config.trainer.checkpoint_every == 0
-                # Weights that steps fail with are not worth a checkpoint.
+                # Weights that steps fail with are not worth a checkpoint, and those of one have it.
                 last = stopped or self.done == steps
-                if last or (self.due and not self.guard.in_a_row):
+                if not returned and (last or (self.due and not self.guard.in_a_row)):
                     with self.outside.saving():
                         self._save(last)
             beat("save")
@@ -211,8 +210,9 @@ class Job:
     def _read(self) -> tuple[StepBatch, StepPlan]:
         return self.reader.read(self.done + 1)
 
-    def _skip(self, result: StepResult, batch: StepBatch, writer: MetricsWriter | None) -> None:
-        """Writes a left-out step down; after several in a row, goes back to a checkpoint."""
+    def _skip(self, result: StepResult, batch: StepBatch, writer: MetricsWriter | None) -> bool:
+        """Writes a left-out step down; after several in a row, goes back to a checkpoint (then
+        True)."""
         assert result.refused is not None
         log.warning("step %d left out: %s (%g)", self.done, result.refused, result.loss)
         write_bad_step(
@@ -220,7 +220,7 @@ class Job:
         )
         in_a_row, limit = self.guard.in_a_row, self.config.trainer.max_skipped_steps
         if in_a_row < limit:
-            return
+            return False
         self.checkpointer.finish()
         source = last_whole(self.folder)
         if source is None or self.guard.accepted == self.recovered:
@@ -231,11 +231,12 @@ class Job:
                 f"{self.folder / BAD_STEPS_FILE} names"
             )
         self._load(source)
-        self.guard.in_a_row, self.recovered = 0, self.guard.accepted
+        self.guard.in_a_row, self.recovered, self.due = 0, self.guard.accepted, False
         log.warning("back to %s after %d steps left out; on with other data", source, in_a_row)
         if writer is not None:
             writer.rewind(self.done)
             self.audit.cut(self.folder, self.done)
+        return True
 
     def _compare(self) -> None:
         self.state.gather_parameters()

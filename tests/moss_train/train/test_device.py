@@ -15,6 +15,7 @@ import torch
 
 from moss_train.convert.weights import fill
 from moss_train.model.lora import is_adapter
+from tests.moss_train.train.runs import ENTRY, losses, metrics
 from tests.torchrun import run_ranks
 
 
@@ -185,6 +186,31 @@ def test_what_is_asked_is_copied_once_and_waited_for_once(seen):
         ):
             assert torch.equal(likely, one)
             torch.testing.assert_close(chances, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_job_goes_on_on_another_kind_of_device_and_validates_on_each(small, tmp_path):
+    """On one rank, whose replica has no group over gloo; a GPU's random state has another size."""
+    small = [value for value in small if value != "hardware=cpu"]
+    small += ["data.workers=0", "stage.schedule=constant", "trainer.eval_every=2"]
+
+    def job(device: str, steps: int, run: str) -> None:
+        worker = "tests/workers/device_job.py" if device == "cuda" else ENTRY
+        more = [f"hardware={device}", f"trainer.steps={steps}", f"run.dir={tmp_path / run}"]
+        more += ["model.attention=sdpa", "model.kernels=torch", "trainer.checkpoint_every=2"]
+        given = [*small, *more]
+        given = [json.dumps(given)] if device == "cuda" else given
+        run_ranks(worker, 1, *given, out=tmp_path / f"{run}_{device}_{steps}")
+
+    job("cpu", 6, "straight")
+    for device, steps in (("cuda", 2), ("cpu", 4), ("cuda", 6)):
+        job(device, steps, "moving")
+    assert losses(tmp_path / "moving") == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+    measured, expected = (
+        [row["validation"]["loss"] for row in metrics(tmp_path / run) if "validation" in row]
+        for run in ("moving", "straight")
+    )
+    assert measured == pytest.approx(expected, rel=1e-4)
+    assert len(measured) == 3
 
 
 def test_adapters_alone_are_drawn_for_a_checkpoint_without_them(groups):

@@ -17,6 +17,11 @@ def bad_steps(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
 
 
+def hidden(run: Path) -> list[str]:
+    """What is beside the checkpoints: damaged ones, and half-written ones."""
+    return sorted(path.name for path in (run / "checkpoints").glob(".*"))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("guarded")
@@ -26,15 +31,16 @@ def runs(tmp_path_factory) -> Path:
 def outcomes(small, run_jobs, runs):
     """Two ranks; what is wrong is wrong on the second one only."""
 
-    def task(name: str, poison: dict[int, str], *overrides: str) -> dict[str, Any]:
+    def task(name: str, poison: dict[int, str], *overrides: str, **more: Any) -> dict[str, Any]:
         run = f"run.dir={runs / name}"
-        return {"name": name, "overrides": [*small, *overrides, run], "poison": poison}
+        return {"name": name, "overrides": [*small, *overrides, run], "poison": poison, **more}
 
     saving = ["trainer.checkpoint_every=3", "trainer.max_skipped_steps=2"]
     return run_jobs(
         2,
         task("skips", {4: "loss", 6: "gradient"}, "parallel=dp2", *saving),
         task("returns", {5: "loss", 6: "gradient"}, "parallel=dp2", *saving),
+        task("stops", {5: "loss", 6: "gradient"}, "parallel=dp2", *saving, stop_after=6),
         task(
             "damaged",
             {7: "file", 8: "loss", 9: "loss"},
@@ -84,6 +90,16 @@ def test_after_several_the_run_goes_back_and_on_with_other_data(outcomes, runs):
     assert keys[3] == straight[3]
     assert keys[4] == straight[7]
     assert keys[5] == straight[8]
+    # What it went back to is whole, and not written again.
+    assert saved_steps(run) == [6, 8]
+    assert hidden(run) == []
+
+
+def test_a_run_that_is_stopped_where_it_goes_back_keeps_that_checkpoint(outcomes, runs):
+    assert outcomes.load("stops")["error"] is None
+    assert saved_steps(runs / "stops") == [3]
+    assert hidden(runs / "stops") == []
+    assert [row["step"] for row in metrics(runs / "stops")] == [1, 2, 3]
 
 
 def test_it_does_not_go_back_to_a_damaged_checkpoint(outcomes, runs):
@@ -96,6 +112,7 @@ def test_it_does_not_go_back_to_a_damaged_checkpoint(outcomes, runs):
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert saved_steps(run)[-1] == 10
+    assert hidden(run) == [".damaged_step_00000006"]
     assert set(outcomes.load("damaged")["adam_steps"]) == {10}
 
 
