@@ -56,17 +56,22 @@ class Order:
     def __init__(self, orders: Sequence[SourceOrder], state: OrderState) -> None:
         """`orders`: of the sources of `state`, where the run begins or goes on."""
         self._orders, self._state = orders, state
+        self._counted = state  # as far as `after` has counted
         shares = [source.share for source in state.sources.values()]
         self._mixture = Mixture(shares, state.seed)
 
     def after(self, samples: int) -> OrderState:
-        """The state once `samples` more have been taken."""
-        counts = self._mixture.counts(self._state.samples, samples).tolist()
+        """The state once `samples` more have been taken. Counted on from the last call: each save
+        of a long run would else draw all its samples' sources again."""
+        number = self._state.samples + samples
+        begin = self._counted if self._counted.samples <= number else self._state
+        counts = self._mixture.counts(begin.samples, number - begin.samples).tolist()
         sources = {
             name: replace(source, taken=source.taken + count)
-            for (name, source), count in zip(self._state.sources.items(), counts, strict=True)
+            for (name, source), count in zip(begin.sources.items(), counts, strict=True)
         }
-        return replace(self._state, sources=sources, samples=self._state.samples + samples)
+        self._counted = replace(begin, sources=sources, samples=number)
+        return self._counted
 
     def batches(self, part: Part) -> Iterator[list[Pick]]:
         """The microbatches of a rank, without end."""

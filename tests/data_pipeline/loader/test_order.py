@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,29 @@ def test_any_stops_in_any_layouts_leave_no_trace(stops: list[int], sizes: list[i
         saved = json.loads(json.dumps(make_order(state).after(stop * 24).to_dict()))
         state = OrderState.from_dict(saved)
     assert found == steps(make_order(make_state()), sum(stops))
+
+
+@settings(max_examples=25)
+@given(asked=st.lists(st.integers(0, 10_000), min_size=1, max_size=6))
+def test_the_counters_do_not_depend_on_when_they_were_asked_for(asked: list[int]) -> None:
+    state = make_state(a=40, b=3, c=97, samples=140)
+    order = make_order(state)
+    for samples in asked:
+        assert order.after(samples) == make_order(state).after(samples)
+        assert order.after(samples).samples == 140 + samples
+
+
+def test_a_save_counts_the_samples_since_the_one_before() -> None:
+    """Of all samples of a run it took 16 bytes each, and seconds for every 10 millions."""
+    order = make_order(make_state())
+    order.after(2_000_000)
+    tracemalloc.start()
+    try:
+        order.after(2_000_256)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 100_000
 
 
 @settings(max_examples=25)
