@@ -11,11 +11,11 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from data_pipeline import flash
-from data_pipeline.attention_kinds import refusals
+from data_pipeline.attention_kinds import missing, refusals
 from data_pipeline.fields import Range, wrong_values
 from data_pipeline.fp8 import MULTIPLE
 from data_pipeline.shards import check_source, shard_files
@@ -23,7 +23,9 @@ from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from moss_train import hardware
 from moss_train.config import WANDB_MODES, AdapterConfig, Config, ConfigError, LossConfig
 from moss_train.data_config import EvalSuiteConfig, SourceConfig
+from moss_train.log import log
 from moss_train.model.hf_mapping import unmatched_targets
+from moss_train.model_config import ModelConfig
 from moss_train.model_sizes import not_multiple, unfit_sizes
 from moss_train.overrides import given_paths
 
@@ -197,6 +199,20 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
         yield reason
     elif config.model.fp8 != "none":
         yield from _fp8(config)
+
+
+def for_reading(model: ModelConfig, device: str) -> ModelConfig:
+    """The `model` of a checkpoint with kernels of this machine: those that it was trained with are
+    no property of its weights. An attention that cannot be had on `device` (one of hardware.KINDS)
+    is sdpa, as a line says; linear layers compute in the weights' dtype, not in FP8.
+    """
+    lacking: list[str] = []
+    if model.attention != "auto":
+        lacking = missing(model.attention, model.attention_needs(hardware.kind_of(device)))
+    if lacking:
+        log.info("attention: sdpa (it was trained with %s: %s)", model.attention, lacking[0])
+        model = replace(model, attention="sdpa")
+    return replace(model, flex_backend="triton", fp8="none")
 
 
 def _attention(config: Config) -> Iterator[str]:

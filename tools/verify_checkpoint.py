@@ -40,7 +40,7 @@ from moss_train.convert.job import check_manifest
 from moss_train.convert.source import ConversionError, read_json
 from moss_train.hardware import DTYPES, KINDS
 from moss_train.trained_tokenizer import check_tokenizer
-from moss_train.validate import check_layout
+from moss_train.validate import check_layout, for_reading
 from moss_train.verify.case import Case, ForwardJob, VerificationError, make_case, read_case
 
 PROGRAM = "python -m tools.verify_checkpoint"
@@ -224,8 +224,9 @@ def run_hf(model: Any, case: Case, greedy: int) -> dict[str, Tensor]:
 def check_parallel(checkpoint: Path, layout: str) -> None:
     """Raises ConfigError where the checkpoint's model does not fit the layout."""
     config = from_dict(read_run(checkpoint)["config"])
-    checked = Config(model=config.model, parallel=parallel_of(layout))
-    checked.hardware = HardwareConfig()
+    hardware = HardwareConfig()
+    model = for_reading(config.model, hardware.device)
+    checked = Config(model=model, parallel=parallel_of(layout), hardware=hardware)
     problems = list(check_layout(checked, ranks_of(layout)))
     if problems:
         raise ConfigError(problems)

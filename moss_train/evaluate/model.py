@@ -22,7 +22,7 @@ from moss_train.parallel.process_groups import build_groups
 from moss_train.train.checkpoint import load_weights
 from moss_train.train.process import leave_process_group, start_process_group, started_ranks
 from moss_train.trained_tokenizer import check_tokenizer
-from moss_train.validate import check_layout
+from moss_train.validate import check_layout, for_reading
 
 # Files that an export carries, so that transformers can open it.
 HF_CODE = Path(__file__).resolve().parents[2] / "inference" / "hf"
@@ -78,6 +78,7 @@ class TrainedModel(ReplicaModel):
         check_tokenizer(saved, source, tokenizer, f"data.tokenizer={tokenizer}", mend)
         config.parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
         config.hardware = HardwareConfig(device=device, threads=threads)
+        config.model = for_reading(config.model, device)
         world = dist.get_world_size() if dist.is_initialized() else started_ranks().size
         if problems := list(check_layout(config, world)):
             raise ConfigError(problems)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from moss_train import hardware
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import HardwareConfig, ParallelConfig, from_dict
 from moss_train.imports import quick_imports
+from moss_train.validate import for_reading
 from moss_train.verify.case import Case, ForwardJob, read_case
 
 with quick_imports():
@@ -36,7 +38,7 @@ def main(job: ForwardJob) -> None:
     config = from_dict(read_run(Path(job.checkpoint))["config"])
     config.parallel = ParallelConfig(**job.parallel)
     config.hardware = HardwareConfig(device=job.device)
-    config.model.dtype = job.dtype
+    config.model = for_reading(replace(config.model, dtype=job.dtype), job.device)
     start_process_group(config)
     groups = build_groups(config.parallel, seed=0)
     model = MossVideo(config.model, config.parallel, groups)
