@@ -64,6 +64,7 @@ class LiveSource:
         self._url, self._camera, self._piped, self._reconnect = name, camera, piped, reconnect
         self._still = False  # whether each connection gives one picture, the newest
         self._ends = False  # whether its end is an end, not a loss
+        self._stores = False  # whether more of it may be there than is due
         self._ahead = AHEAD
         self._stream: Any = None  # of the connection
         self._frames = self._connection()
@@ -109,11 +110,13 @@ class LiveSource:
         self._take_over()
         while True:
             try:
+                asked = perf_counter()
                 for stamp, frame in self._frames:
                     now = time.monotonic()
+                    waited = None if self._stores else perf_counter() - asked
                     if tries:
                         clock.restart()
-                    second = clock.second(stamp, now)
+                    second = clock.second(stamp, now, waited)
                     at = round(second, 3)
                     if tries:
                         yield Notice("source.back", {"frame_at": at, "attempt": tries,
@@ -123,6 +126,7 @@ class LiveSource:
                         yield Notice("source.clock", {"frame_at": at, "jump_s": clock.jump})
                     if (taken := grid.take(second)) is not None:
                         yield round(taken, 3), upright_pixels(frame, self._stream)
+                    asked = perf_counter()
                 error: Exception | None = self._problem
             except (av.FFmpegError, OSError) as caught:
                 error = caught
@@ -192,6 +196,7 @@ class LiveSource:
         sure = bool(length) or not form.startswith(_STREAMED)
         self.whole, self.file_size = fetched and ends and sure and not playlist, length
         self._ends = self._piped or ends
+        self._stores = self._ends or playlist
         if container.duration:
             self._ahead = _HOUR
         # Cameras' stamps may be the time of day, which somebody sets.

@@ -5,6 +5,8 @@ from __future__ import annotations
 _BACK = 0.2  # seconds by which stamps may go back: frames that were sent in another order
 _LATE, _PATIENCE = 1.0, 5.0  # seconds that stamps may be behind the wall clock, and for how long
 AHEAD = 2.0  # seconds by which stamps may jump ahead of the wall clock
+_STORED = 30.0  # seconds in which every frame was there at once
+_HURRY = 0.005  # the share of a second by which seconds then pass faster
 
 
 class LiveClock:
@@ -13,6 +15,10 @@ class LiveClock:
     A source's own time stamps count as long as they go as the wall clock does: within a burst they
     say what is when. Where they jump, or stay behind for seconds, the frame's second is when it
     came (`jump` says so), and they go on from there. Without stamps it always is.
+
+    A reader that waits for each frame's second falls behind a source whose clock is a little fast
+    (a quartz may be by 1e-4: 1.4 s in four hours), or that begins with what it has stored. So where
+    nothing of a source had to be waited for, seconds pass a little faster until something has.
 
     ahead: seconds by which a stamp may jump ahead of the wall clock.
     jump: seconds by which the last frame's stamp was off; 0.0: it was right.
@@ -27,15 +33,20 @@ class LiveClock:
         self._stamp: float | None = None  # of the last frame that had one
         self._zero = 0.0  # stamp of second 0
         self._late: tuple[float, float] | None = None  # since when stamps are behind; by how much
+        self._waited = 0.0  # when a frame last had to be waited for
 
-    def second(self, stamp: float | None, now: float) -> float:
-        """The second of a frame that comes at `now` (monotonic seconds); `stamp`: its own time."""
+    def second(self, stamp: float | None, now: float, waited: float | None = None) -> float:
+        """The second of a frame that comes at `now` (monotonic seconds); `stamp`: its own time;
+        `waited`: seconds for which the source let its reader wait for it; None: of no concern, as
+        where the source is a file."""
         if self._began is None:
-            self._began = now
+            self._began = self._waited = now
         passed = second = now - self._began
         self.jump = 0.0
         if stamp is not None and self._stamp is not None:
-            step, second = stamp - self._stamp, stamp - self._zero
+            step = stamp - self._stamp
+            self._zero += self._hurry(step, now, waited)
+            second = stamp - self._zero
             if not -_BACK <= step <= now - self._came + self._ahead:
                 self.jump = step
             elif self._stays_behind(passed - second, now):
@@ -44,7 +55,7 @@ class LiveClock:
                 second = passed
         second = max(second, self._second)
         if stamp is not None and (self.jump or self._stamp is None):
-            self._zero, self._late = stamp - second, None
+            self._zero, self._late, self._waited = stamp - second, None, now
         self._stamp = stamp if stamp is not None else self._stamp
         self._came, self._second = now, second
         return second
@@ -60,6 +71,12 @@ class LiveClock:
     def restart(self) -> None:
         """The source is a new one, with stamps of its own; the seconds go on."""
         self._stamp = self._late = None
+
+    def _hurry(self, step: float, now: float, waited: float | None) -> float:
+        """Seconds by which a frame, `step` after the last one, is earlier than its stamp says."""
+        if waited is None or waited > step / 2:
+            self._waited = now
+        return _HURRY * (now - self._came) if now - self._waited > _STORED else 0.0
 
     def _stays_behind(self, lag: float, now: float) -> bool:
         """Whether stamps have been behind for long, and do not catch up as those of a burst do."""

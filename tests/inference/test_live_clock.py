@@ -53,6 +53,33 @@ def test_the_second_of_a_live_frame(name: str) -> None:
     assert (seconds[-1], jumped) == (last, jumps)
 
 
+@pytest.mark.parametrize("rate", [1, 5, 25])
+@pytest.mark.parametrize(("fast", "stored"), [(1e-3, 0.0), (0.0, 4.0), (-1e-3, 0.0), (0.0, 0.0)])
+def test_a_reader_that_keeps_to_the_seconds_stays_close(
+    fast: float, stored: float, rate: int
+) -> None:
+    """Of a source whose clock is off by a thousandth, and of one that begins with what it has."""
+    clock, grid = LiveClock(), Grid(1.0)
+    now = late = 0.0
+    for number in range(2 * 3600 * rate):
+        asked, made = now, max(0.0, number / rate - stored)
+        now = max(asked, made)
+        second = clock.second(number / rate * (1 + fast), now, now - asked)
+        if grid.take(second) is not None:
+            now = max(now, second)
+        late = now - made
+        if number == 1800 * rate:
+            assert late < 4.1
+    assert late < 1.1
+    assert second == pytest.approx(number / rate - stored, abs=1.6)
+
+
+def test_what_is_stored_keeps_its_own_seconds() -> None:
+    """A file on the network is all there from the start."""
+    clock = LiveClock(3600.0)
+    assert [clock.second(float(s), float(s), None) for s in range(600)] == list(range(600))
+
+
 def test_after_a_new_connection_the_seconds_go_on() -> None:
     clock = LiveClock()
     for stamp, now in TEN:
