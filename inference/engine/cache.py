@@ -81,6 +81,12 @@ class KVCache:
         """Forgets a slot's frames; its tokens are overwritten."""
         self.views[:, slot.index] = NEVER
 
+    def clear(self, slot: Slot) -> None:
+        """Zeros in place of keys and values that may be NaN: a mask would not hide them from the
+        slot's next session, for 0 x NaN is NaN."""
+        self.text[:, :, slot.index] = 0
+        self.frames[:, :, slot.index] = 0
+
     def write_frames(self, slot: Slot, place: int, states: Tensor, rotation: Rotation) -> None:
         """Keys and values of states `[n x P, H]` into the slot's ring, from `place` on."""
         ring = self.frames[:, :, slot.index]  # [layers, 2, KV heads, L, D]

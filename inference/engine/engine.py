@@ -33,7 +33,7 @@ from inference.engine.graphs import GraphRunner
 from inference.engine.packed_runner import PackedRunner
 from inference.engine.preprocess import Pixels
 from inference.engine.quantize import use_kernels
-from inference.engine.sampling import Sampler, Sampling
+from inference.engine.sampling import NO_TOKEN, Sampler, Sampling
 from inference.engine.slots import FrameRing, Mark, Slot, Step, check_steps
 from inference.engine.tower_fp8 import round_tower
 from inference.engine.tower_graphs import BATCHES, Tower
@@ -249,6 +249,8 @@ class Engine:
         if not slot.closed:
             slot.closed = True
             del self.slots[slot.index]
+            if slot.broken:
+                self.cache.clear(slot)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image | Tensor]) -> list[Tensor]:
@@ -286,7 +288,8 @@ class Engine:
         dropped text are appended to `Slot.evictions`.
 
         Returns:
-            The sampled tokens, which are pending now; None where `sample` is False.
+            The sampled tokens, which are pending now; None where `sample` is False, and of a slot
+            that is `broken` now, because its logits are NaN.
 
         Raises:
             ValueError: before anything has changed, if a step is not possible.
@@ -309,6 +312,8 @@ class Engine:
             raise
         for step in steps:
             step.slot.pending = sampled[step.slot.index] if step.sample else None
+            if step.slot.pending == NO_TOKEN:
+                step.slot.pending, step.slot.broken = None, True
             if step.slot.pending is not None and step.slot.sampling.repetition_penalty != 1:
                 self.sampler.add_context(step.slot.index, [step.slot.pending])
             results.append(step.slot.pending)

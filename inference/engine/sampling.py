@@ -18,6 +18,7 @@ from data_pipeline.fields import check_values, number
 from inference.engine.upload import upload
 
 SEEDS = (-(2**63), 2**63 - 1)  # allowed
+NO_TOKEN = -1  # in place of one, where logits are NaN
 DRAWN_SEEDS = 2**53  # a seed that is drawn is below: every reader of JSON holds it exactly
 
 
@@ -94,12 +95,13 @@ class Sampler:
             self.seen[slot].index_fill_(0, upload(known, self.seen.device), True)
 
     def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, draw: Draw) -> Tensor:
-        """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`.
+        """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`; NO_TOKEN where
+        one of these is NaN.
 
         draw: the most that one of the slots takes.
         """
         if draw is Draw.GREEDY:
-            return logits.argmax(-1)
+            return _likeliest(logits)
         settings = self.settings[slots][..., None]  # [n, 5, 1]
         temperature, top_k, top_p, penalty, bias = settings.unbind(1)
         scores = logits.float()
@@ -115,7 +117,15 @@ class Sampler:
         else:
             tokens = torch.arange(scores.shape[1], device=scores.device)
             drawn = (scaled + _gumbel(seed, positions, tokens)).argmax(-1)
-        return torch.where(temperature[:, 0] > 0, drawn, scores.argmax(-1))
+        likeliest = _likeliest(scores)
+        return torch.where((temperature[:, 0] > 0) & (likeliest != NO_TOKEN), drawn, likeliest)
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The token of the largest logit `[n]`; of a row with a NaN, which counts as the largest,
+    NO_TOKEN."""
+    largest, tokens = logits.max(-1)
+    return tokens.masked_fill(largest.isnan(), NO_TOKEN)
 
 
 def _gumbel(seed: Tensor, at: Tensor, tokens: Tensor) -> Tensor:

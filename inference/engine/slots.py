@@ -103,7 +103,8 @@ class Slot:
     likely: Tensor | None = None
     evictions: list[Eviction] = field(default_factory=list)
     closed: bool = False
-    broken: bool = False  # a step failed when part of the context was already overwritten
+    # A step failed when part of the context was already overwritten, or its logits were NaN.
+    broken: bool = False
 
     @property
     def length(self) -> int:
@@ -222,7 +223,7 @@ def check_steps(
         if slot.closed:
             raise ValueError(f"slot {slot.index} is closed")
         if slot.broken:
-            raise ValueError(f"slot {slot.index} lost its context when a step failed")
+            raise ValueError(f"slot {slot.index} lost its context in a step that failed, or is NaN")
         if slot.index in taken:
             raise ValueError(f"slot {slot.index} has two steps at once")
         taken.add(slot.index)

@@ -38,7 +38,8 @@ def choose_tokens(
         _forbid(logits, list(masks), torch.stack(list(masks.values())))
     tokens = draw()
     if own is not None:
-        report = _likelihoods(own, tokens[where], max(step.likely or 0 for _, step in asking))
+        found = tokens[where].clamp(min=0)  # NO_TOKEN has none, which is known later
+        report = _likelihoods(own, found, max(step.likely or 0 for _, step in asking))
         for (_, step), values in zip(asking, report, strict=True):
             step.slot.likely = values
     return tokens

@@ -50,8 +50,11 @@ class RunningSession:
         return bool(self.closing or self.rebuilding or self.leader)
 
     def stepped(self, request: StepRequest) -> None:
-        """Writes to the journal what a step has changed."""
+        """Writes to the journal what a step has changed. RuntimeError where the session cannot go
+        on: instead of words it would say the vocabulary's first token again and again."""
         self.in_step = False
+        if self.slot is not None and self.slot.broken:
+            raise RuntimeError("its logits are NaN: weights or pixels are not all numbers")
         if self.journal is not None and request.frame is not None and self.slot is not None:
             self.journal.add_frame(self.slot.position - 1, request.frame.source)
         self.write()

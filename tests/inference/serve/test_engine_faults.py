@@ -110,6 +110,24 @@ def test_a_step_that_fails_ends_the_session_that_caused_it(
         ended(bad, "illegal access")
 
 
+def test_a_session_that_is_nan_ends_and_no_other(
+    server: Running, engine: Engine, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begin(server) as good, begin(server) as bad:
+        guilty, step = slot_of(server, bad), engine.step
+
+        def spoilt(steps: Sequence[Step]) -> list[int | None]:
+            for one in steps:
+                if one.slot is guilty.slot:
+                    one.frames = [frame * torch.nan for frame in one.frames]
+            return step(steps)
+
+        monkeypatch.setattr(engine, "step", spoilt)
+        bad.frame(jpeg())
+        assert watch(good) == undisturbed
+        ended(bad, "its logits are NaN")
+
+
 def test_out_of_memory_together_is_not_the_end_of_both(
     server: Running, engine: Engine, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
