@@ -151,7 +151,7 @@ def with_media(
     pictures = [medium("image", image, base) for image in images]
     if is_realtime(videos):
         draft = realtime_draft(messages, pictures, videos, base)
-        return Draft(draft.messages, draft.media, draft.kind, notes=tuple(notes))
+        return replace(draft, notes=(*notes, *draft.notes))
     used = {"images": MEDIUM_FIELDS, "videos": MEDIUM_FIELDS.union(VIDEO_SPAN)}
     for column, values in (("images", images), ("videos", videos)):
         for value in values:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 from data_pipeline import files
@@ -46,13 +47,15 @@ def realtime_draft(
             "mark_media_mismatch",
             f"{marks} {VIDEO_MARK} marks, {len(videos)} entries in videos, {len(stamps)} times",
         )
+    again = sum(after == before for before, after in pairwise(stamps))
+    notes = ("frame of the same second as the one before",) * again if mode == _REALTIME else ()
     if mode == _EVENTS:
         messages, stamps = _spread(messages, stamps)
     shown = sum(message["content"].count(IMAGE_MARK) for message in messages)
     if shown != len(pictures):
         raise SampleError("mark_media_mismatch", f"{shown} {IMAGE_MARK}, {len(pictures)} images")
     clip = Medium("video", files.join(base, path), files.suffix(path), tuple(stamps))
-    return Draft(messages, [clip, *pictures], "realtime")
+    return Draft(messages, [clip, *pictures], "realtime", notes=notes)
 
 
 def _info(entry: str, mode: str) -> tuple[str, list[float]]:

@@ -106,3 +106,19 @@ def test_howto100ms_lists_are_words_with_times(folder: Path) -> None:
     assert said(sample)[1].startswith(f"{WATCHED}{SILENCE}{FRAME}here{FRAME} it is{FRAME}")
     assert said(sample)[1].count(" mix") == 1
     assert summary.notes["word without a time, said with the one before"] == 1
+
+
+@pytest.mark.parametrize(("stamps", "again"), [(("00:00", "00:01"), 0), (("00:01", "00:01"), 1)])
+def test_frames_that_are_rounded_to_one_second_are_counted(
+    stamps: tuple[str, str], again: int, folder: Path
+) -> None:
+    """Of two frames a second, written as MM:SS, the model sees each first one twice."""
+    info = json.dumps({"video_path": "a.mp4", "time_info": stamps})
+    record = {
+        "messages": [{"role": "user", "content": "<video>?"},
+                     {"role": "assistant", "content": "<video>x"}],
+        "videos": [f"[RealTime QA][INFO]{info}", "[RealTime QA][PLACEHOLDER]"],
+    }  # fmt: skip
+    (sample,), summary = run(write(folder / "r.jsonl", record))
+    assert len(sample["media"][0]["times"]) == 2
+    assert summary.notes.get("frame of the same second as the one before", 0) == again
