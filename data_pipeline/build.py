@@ -258,7 +258,7 @@ def add_options(parser: argparse.ArgumentParser, out: str | None = None) -> None
     )
     add("--split", metavar="NAME[,NAME...]", help="splits whose records are taken, of records "
         "with a field split or subset, and files named after one (default: all)")  # fmt: skip
-    add("--media-column", help="a table's column of media paths (default: found by its name)")
+    add("--media-column", help="column or field of the media (default: found by its name)")
     add("--caption-column", help="a table's column of captions (default: found by its name)")
     add("--window", type=int, default=options.source.window, metavar="SECONDS",
         help="commentary and narrations that are longer become several samples")  # fmt: skip

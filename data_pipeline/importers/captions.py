@@ -38,7 +38,9 @@ _ORIGINS = frozenset({"path", "file", "filename", "filepath", "url"})
 _NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
 # Ids, which are the names of videos, where a table names none otherwise (Panda-70M, InternVid).
 _IDS = (*VIDEO_IDS, "videoid", "youtube_id", "youtubeid", "vid", "clip_id")
-CAPTION_COLUMNS = ("caption", "text", "description", "sentence", "captions", "sentences")
+CAPTION_COLUMNS = (
+    "caption", "text", "description", "sentence", "captions", "sentences", "narration",
+)  # fmt: skip
 
 
 def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from data_pipeline import files
 from data_pipeline.importers.draft import (
     IMAGE_FIELDS,
     MEDIUM_FIELDS,
@@ -20,9 +21,11 @@ from data_pipeline.importers.draft import (
     Medium,
     Turn,
     as_list,
+    frames_as_pictures,
     in_order,
     media_type,
     medium,
+    medium_name,
     names_medium,
     role_of,
     unused_fields,
@@ -135,7 +138,11 @@ def with_media(
         asked = [turn["content"] for turn in messages if turn["role"] != "assistant"]
         marked = any(mark in text for mark in ANY_MARKS for text in asked)
         names = " or ".join([*dialect.images[:1], *dialect.videos[:1]])
-        mend = f"call it {names}" if names else "name it in `columns` of dataset_info.json"
+        mend = (
+            f"call it {names}, or give --media-column"
+            if names
+            else "name it in `columns` of dataset_info.json"
+        )
         refuse_unread_media(record, dialect.known, marked, mend)
     notes = (notes or []) + unused_fields(record, dialect.known)
     named: dict[MediaType, list[Any]] = {"image": images, "video": videos}
@@ -157,11 +164,19 @@ def with_media(
         for value in values:
             if isinstance(value, dict):
                 notes += unused_fields(value, used[column], f"{column}[].")
+    marks = sum(message["content"].count(VIDEO_MARK) for message in messages)
+    if marks == 1 < len(videos) and all(map(_is_still, videos)):
+        raise frames_as_pictures(videos)
     given: dict[MediaType, list[Any]] = {
         "image": pictures,
         "video": [_clip(video, base) for video in videos],
     }
     return Draft(messages, in_order(messages, given), notes=tuple(notes))
+
+
+def _is_still(video: Any) -> bool:
+    name = medium_name(video) or ""
+    return media_type(name) == "image" and files.suffix(name) not in files.ANIMATED_SUFFIXES
 
 
 def _clip(video: Any, base: str) -> Medium:

@@ -196,8 +196,7 @@ def medium(kind: MediaType, value: Any, base: str) -> Medium:
     if isinstance(value, dict):
         path = next((value[name] for name in PATH_FIELDS if value.get(name)), None)
     if isinstance(path, list) and kind == "video":
-        raise SampleError("bad_schema", f"video: {path!r:.80}: frames as pictures: make a video of "
-                          "them (ffmpeg -framerate), or name them as images")  # fmt: skip
+        raise frames_as_pictures(path)
     if not isinstance(path, str) or not path:
         raise SampleError("bad_schema", f"{kind}: {value!r:.80} is not a path")
     if held := _held(kind, path):
@@ -207,6 +206,11 @@ def medium(kind: MediaType, value: Any, base: str) -> Medium:
         return Medium(kind, files.join(base, path), files.suffix(path))
     except ValueError as error:  # a URL that cannot be one
         raise SampleError("bad_schema", f"{kind}: {path!r:.80}: {error}") from None
+
+
+def frames_as_pictures(paths: Any) -> SampleError:
+    detail = f"video: {paths!r:.80}: frames as pictures: make a video of them (ffmpeg -framerate)"
+    return SampleError("bad_schema", f"{detail}, or name them as images")
 
 
 def _held(kind: MediaType, text: str) -> Medium | None:

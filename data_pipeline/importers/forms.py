@@ -48,6 +48,7 @@ from data_pipeline.importers.layout import (
     unread,
     with_kinds,
 )
+from data_pipeline.importers.media_column import TABLE, usual_names, with_column
 from data_pipeline.importers.recognize import form_beside, form_of_all, nearest
 from data_pipeline.importers.records import first_records
 from data_pipeline.importers.share import Share
@@ -224,23 +225,24 @@ def _record_files(
 def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> RecordFile:
     base = options.media_dir or files.parent(path)
     records = first_records(path)
-    named = form in (*RECORD_FORMS, "table")
+    named = form in (*RECORD_FORMS, TABLE)
     form = form if named else _record_form(path, records, options)
-    if form == "table" and records:
+    if form == TABLE and records:
         captions.check_columns(path, records[0], options.media_column, options.caption_column)
     converts = _converts(options)
     if named:
         return RecordFile(path, stem, base, converts[form], form, has_records=bool(records))
 
     def convert(record: dict[str, Any], base: str) -> Draft | list[Draft]:
-        return converts[form_beside(record, form)](record, base)
+        known = usual_names(record, options.media_column)
+        return converts[form_beside(known, form)](record, base)
 
     return RecordFile(path, stem, base, convert, form, has_records=bool(records))
 
 
 def _converts(options: SourceOptions) -> dict[str, Convert]:
     """What makes drafts of a record, by its form."""
-    return {
+    converts: dict[str, Convert] = {
         **RECORD_FORMS,
         "narrations": partial(speech.narration_draft, window=options.window),
         "speech": partial(speech.speech_draft, window=options.window),
@@ -251,6 +253,7 @@ def _converts(options: SourceOptions) -> dict[str, Convert]:
             caption_column=options.caption_column,
         ),
     }
+    return with_column(converts, options.media_column)
 
 
 def _stem(path: str) -> str:
@@ -262,11 +265,13 @@ def _stem(path: str) -> str:
 
 
 def _record_form(path: str, records: list[dict[str, Any]], options: SourceOptions) -> str:
-    if options.media_column or options.caption_column:
-        return "table"
+    if options.caption_column:
+        return TABLE
     if not records:
-        return "sharegpt"
-    form = form_of_all(records)
+        return TABLE if options.media_column else "sharegpt"
+    form = form_of_all([usual_names(record, options.media_column) for record in records])
+    if options.media_column and form in (None, "text"):
+        return TABLE
     if form is not None:
         return form
     raise ShardError(

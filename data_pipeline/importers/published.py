@@ -36,6 +36,8 @@ _FILES = ("file_name", "image_filename", "file_path", "image_local_name")
 _IMAGE_IDS = ("image_id", "imageId")
 _SHOWN = (*IMAGE_FIELDS, *VIDEO_FIELDS, *_FILES, *_IMAGE_IDS, *VIDEO_IDS)
 _ANSWERS = ("multiple_choice_answer", "answer", "answers")  # the likeliest first
+_MOMENTS = ("annotations", "segments", "events")  # of a video; YouCook2's first
+_SAID = ("sentence", "caption", "description")  # what is told of a moment
 _LEAD = 2  # seconds that are watched before what the first caption of a window is about
 
 
@@ -100,14 +102,30 @@ def _shown(record: dict[str, Any]) -> tuple[MediaType, str, list[Any]]:
 def looks_like_moments(record: Mapping[str, Any]) -> bool:
     if all(isinstance(record.get(name), list) for name in ("timestamps", "sentences")):
         return True
-    annotations = record.get("annotations")
-    first = annotations[0] if isinstance(annotations, list) and annotations else None
-    return isinstance(first, dict) and {"segment", "sentence"} <= first.keys()
+    return _moments_field(record) is not None
+
+
+def _moments_field(record: Mapping[str, Any]) -> str | None:
+    """The list of a record whose objects have a caption each, and its seconds."""
+    for name in _MOMENTS:
+        moments = record.get(name)
+        first = moments[0] if isinstance(moments, list) and moments else None
+        if isinstance(first, dict) and _times(first) is not None and any(n in first for n in _SAID):
+            return name
+    return None
+
+
+def _times(moment: Mapping[str, Any]) -> Any:
+    """Start and end of a moment, as it has them; None: it has none."""
+    pair = next((moment[name] for name in ("segment", "timestamp") if name in moment), None)
+    both = [moment.get(name) for name in ("start", "end")]
+    return both if pair is None and None not in both else pair
 
 
 def moments_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> list[Draft]:
     """Captions of the moments of a video -> drafts: each is said when its moment has ended."""
-    known = {*CLIP_FIELDS, "duration", "timestamps", "sentences", "annotations", "subset",
+    known = {*CLIP_FIELDS, "duration", "timestamps", "sentences", _moments_field(record) or "",
+             "subset",
              "recipe_type"}  # fmt: skip
     notes = unused_fields(record, known)
     spans = list(_spans(record, notes))
@@ -142,8 +160,10 @@ def _spans(record: dict[str, Any], notes: list[str]) -> Iterator[tuple[float, fl
     """Start, end and text of each caption that can be said."""
     times, texts = record.get("timestamps"), record.get("sentences")
     if not isinstance(times, list) or not isinstance(texts, list):
-        entries = [one if isinstance(one, dict) else {} for one in record.get("annotations") or []]
-        times, texts = ([one.get(name) for one in entries] for name in ("segment", "sentence"))
+        moments = record.get(_moments_field(record) or _MOMENTS[0]) or []
+        entries = [one if isinstance(one, dict) else {} for one in moments]
+        times = [_times(one) for one in entries]
+        texts = [next((one[name] for name in _SAID if one.get(name)), None) for one in entries]
     if len(times) != len(texts):
         raise SampleError("bad_schema", f"timestamps has {len(times)} entries, sentences "
                           f"{len(texts)}: each caption needs its [start, end]")  # fmt: skip

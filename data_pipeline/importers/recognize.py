@@ -43,13 +43,6 @@ def _with_spans(record: Record) -> bool:
     )
 
 
-def _livechat(record: Record) -> bool:
-    turns = record.get("conversation")
-    return isinstance(turns, list) and bool(turns) and all(
-        isinstance(turn, dict) and "time" in turn for turn in turns[:3]
-    )  # fmt: skip
-
-
 def _spoken(record: Record) -> bool:
     return speech.words_field(record) is not None and streaming.names_clip(record)
 
@@ -63,13 +56,13 @@ KNOWN: tuple[Known, ...] = (
     Known("speech", speech.has_text_stream, (("messages",),)),
     Known("streamo", _with_spans, (("question", "response", "video_path"),)),
     Known("joyai", _events, (("question", "response", "video_path"),)),
-    Known("livechat", _livechat, (("conversation", "video_uid"),)),
+    Known("livechat", streaming.is_livechat, (("conversation", "video_uid"),)),
     Known("sharegpt", conversation.looks_like_one, (("messages",), ("conversations",))),
     Known("cauldron", pairs.looks_like_cauldron, (("texts",),)),
     Known("ms-swift", pairs.looks_like_swift, (("query", "response"),)),
+    Known("moments", published.looks_like_moments, (("timestamps", "sentences", "video"),)),
     Known("speech", _spoken, tuple((name, "video") for name in ("words", "segments", "content"))),
     Known("narrations", speech.looks_like_narrations, (("narrations", "video_uid"),)),
-    Known("moments", published.looks_like_moments, (("timestamps", "sentences", "video"),)),
     Known("alpaca", lambda record: "instruction" in record, (("instruction", "output"),)),
     Known("vqa", published.looks_like_vqa,
           tuple(("question", "answer", shown) for shown in ("image", "video"))),

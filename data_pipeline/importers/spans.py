@@ -19,7 +19,8 @@ VIDEO_SPAN = ("video_start", "video_end")
 # Names of start and end, which both must be there, in any letter case.
 _PAIRS = (
     VIDEO_SPAN, ("start", "end"), ("start_time", "end_time"), ("start_sec", "end_sec"),
-    ("start_timestamp", "end_timestamp"), ("clip_start", "clip_end"),
+    ("start_timestamp", "end_timestamp"), ("clip_start", "clip_end"), ("start", "stop"),
+    ("start_time", "stop_time"), ("start_timestamp", "stop_timestamp"),
 )  # fmt: skip
 _LISTS = ("timestamp", "timestamps", "segment", "segments", "span")  # which have both
 

@@ -21,9 +21,10 @@ from data_pipeline.importers.draft import (
     role_of,
     unused_fields,
 )
-from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
+from data_pipeline.importers.timeline import LONGEST, Said, Timeline, order_notes, second_of
 from data_pipeline.importers.unwanted import LEARN_FLAGS, refuse_unwanted
 from data_pipeline.schema import SampleError
+from data_pipeline.seconds import is_time
 
 INSTRUCTION = "Describe what happens, as it happens."
 # Under which names a record has its clip, the likeliest first.
@@ -32,7 +33,10 @@ _EVENT_FIELDS = ("question", "response", "duration")
 _ABOUT = ("task_type", "source")  # said of a record, and no part of its conversation
 # The fields of an event, and of a turn.
 _TIMED = ("content", "time", "st_time", "end_time", *LEARN_FLAGS)
-_TURN = ("role", "content", "time", *LEARN_FLAGS)
+_LIVE = ("conversation", "conversations", "messages")  # VideoLLM-online's, those of chats
+_CHAT_MARK = re.compile(r"\s*(?:<(?:video|image)>|<\|video\|>)\s*")
+_TIMES = ("time", "timestamp")
+_TURN = ("role", "from", "content", "value", *_TIMES, *LEARN_FLAGS)
 _STATE = re.compile(r"\s*</(silence|standby|response)>\s*", re.IGNORECASE)
 _FRAME = re.compile(r"\s*<(stream|image)>\s*")
 _STAMP = re.compile(r"\s*<([\d.]+)(?:s-[\d.]+s| seconds)>\s*")
@@ -113,10 +117,10 @@ def _entries(
     return entries
 
 
-def _text(entry: dict[str, Any]) -> str:
-    content = entry.get("content")
+def _text(entry: dict[str, Any], field: str = "content") -> str:
+    content = entry.get(field)
     if not isinstance(content, str | None):
-        raise SampleError("bad_schema", f"content: {content!r:.80} is not a text")
+        raise SampleError("bad_schema", f"{field}: {content!r:.80} is not a text")
     return content or ""
 
 
@@ -233,21 +237,57 @@ def _frames_media(record: dict[str, Any], base: str, frames: int) -> tuple[list[
     return [medium("image", image, base) for image in images], True
 
 
+def is_livechat(record: dict[str, Any]) -> bool:
+    """Whether a record of a clip has messages with seconds."""
+    field = _live_messages(record)
+    turns = [turn for turn in record[field][:4] if not _is_system(turn)] if field else []
+    return bool(turns) and all(
+        isinstance(turn, dict) and _is_second(turn, field == _LIVE[0]) for turn in turns[:3]
+    )
+
+
+def _is_system(turn: Any) -> bool:
+    return isinstance(turn, dict) and role_of(turn.get("role", turn.get("from"))) == "system"
+
+
+def _live_messages(record: dict[str, Any]) -> str | None:
+    """Where a record has its messages; those of chats need a clip beside them."""
+    names = _LIVE if names_clip(record) else _LIVE[:1]
+    return next((name for name in names if isinstance(record.get(name), list)), None)
+
+
+def _is_second(turn: dict[str, Any], own: bool) -> bool:
+    """own: of the form's own field, whose times may be wrong; else a time may be a date."""
+    value = next((turn[name] for name in _TIMES if name in turn), None)
+    number = isinstance(value, int | float) and 0 <= value <= LONGEST
+    return (own and "time" in turn) or number or (isinstance(value, str) and is_time(value))
+
+
 def livechat_draft(record: dict[str, Any], base: str) -> Draft:
-    """VideoLLM-online's dialogue -> a draft."""
-    notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, "conversation", "duration"})
+    """VideoLLM-online's dialogue -> a draft; also one whose messages are named as those of chats
+    are, with their seconds beside them."""
+    field = _live_messages(record) or _LIVE[0]
+    notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, field, "duration"})
     questions: list[Said] = []
     answers: list[Said] = []
-    for i, message in enumerate(_entries(record, "conversation", _TURN, notes)):
-        second = second_of(message.get("time"), f"conversation[{i}].time")
-        role, text = role_of(message.get("role")), _text(message)
+    system = ""
+    for i, message in enumerate(_entries(record, field, _TURN, notes)):
+        role = role_of(message.get("role", message.get("from")))
+        text = _text(message, "content" if "content" in message else "value")
+        if role == "system" and not system and not questions and not answers:
+            system = text
+            continue
+        time = next((message[name] for name in _TIMES if name in message), None)
+        second = second_of(time, f"{field}[{i}].time")
         if role not in ("user", "assistant") or not text.strip():
-            raise SampleError("bad_schema", f"conversation[{i}]: {message!r:.80}")
+            raise SampleError("bad_schema", f"{field}[{i}]: {message!r:.80}")
+        if role == "user" and field != _LIVE[0]:
+            text = _CHAT_MARK.sub("", text)  # the clip is shown second by second
         (questions if role == "user" else answers).append(Said(second, text))
     if not questions:
-        raise SampleError("missing_text", "conversation: the user asks nothing")
+        raise SampleError("missing_text", f"{field}: the user asks nothing")
     notes += order_notes(questions, "questions") + order_notes(answers, "answers")
-    timeline = Timeline(tuple(questions), tuple(answers))
+    timeline = Timeline(tuple(questions), tuple(answers), system)
     return Draft([], [clip_of(record, base)], "realtime", notes=tuple(notes), timeline=timeline)
 
 

@@ -31,6 +31,7 @@ WHOLE = (10.0, 0, 49)  # the clip of the folder: frame n begins at n / 5 s
         ({"start": 2, "end": 4}, (2.0, 10, 19)),
         ({"start_time": "00:00:02.000", "end_time": "0:04"}, (2.0, 10, 19)),  # OpenVid, Koala-36M
         ({"segment": [2, 4.0]}, (2.0, 10, 19)),
+        ({"start_timestamp": "00:00:02.00", "stop_timestamp": "00:00:04.00"}, (2.0, 10, 19)),
         ({"start": 0, "end": 10}, WHOLE),
         ({"start": 60, "end": 70}, WHOLE),  # of the video that the file was cut from
         ({"start": None, "end": None}, WHOLE),
@@ -122,3 +123,21 @@ def test_frames_that_are_rounded_to_one_second_are_counted(
     (sample,), summary = run(write(folder / "r.jsonl", record))
     assert len(sample["media"][0]["times"]) == 2
     assert summary.notes.get("frame of the same second as the one before", 0) == again
+
+
+@pytest.mark.parametrize("name", ["segments", "events", "annotations"])
+def test_captions_of_moments_in_objects_are_said_at_their_ends(name: str, folder: Path) -> None:
+    """`segments` were taken for words without a text, and rejected."""
+    moments = [{"start": 0, "end": "0:02", "caption": "One."}, {"timestamp": [2, 3], "caption": ""}]
+    (sample,), summary = run(write(folder / "r.jsonl", {"video": "a.mp4", name: moments}))
+    assert said(sample)[1] == f"{WATCHED * 2}{SILENCE}{FRAME}One.{SILENCE}"
+    assert summary.notes["caption without a text, left out"] == 1
+
+
+def test_frames_as_pictures_of_one_mark_are_told(folder: Path) -> None:
+    """As Qwen-VL's and LLaVA-Next's records may have them: the mark was said to be missing."""
+    turns = [{"from": "human", "value": "<video>q"}, {"from": "gpt", "value": "a"}]
+    source = write(folder / "r.jsonl", {"conversations": turns, "video": ["1.jpg", "2.jpg"]})
+    run(source)
+    (line,) = (folder.parent / "out-0/rejected.jsonl").read_text().splitlines()
+    assert "frames as pictures: make a video of them" in json.loads(line)["detail"]

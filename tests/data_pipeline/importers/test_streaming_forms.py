@@ -368,3 +368,26 @@ def test_a_stream_in_a_tar_without_its_clip_is_rejected(folder: Path) -> None:
     samples, summary = run(source)
     assert len(samples) == 1
     assert summary.rejected == {"missing_file": 2}
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_messages_with_seconds_are_said_at_these(field: str, folder: Path) -> None:
+    """They became a chat about the whole video, whose times were left out."""
+    keys = ("role", "content", "time") if field == "messages" else ("from", "value", "timestamp")
+
+    def turn(*values: Any) -> dict[str, Any]:
+        return dict(zip(keys, values, strict=False))
+
+    turns = [turn("system", "Be brief."), turn("user", "<video>\nTell me.", 0.0),
+             turn("assistant", "Now.", 1.5)]  # fmt: skip
+    dated = [turn("user", "<video>q", "2024-05-01 10:00"), turn("assistant", "a", 1714557600)]
+    source = write(
+        folder / "r.jsonl", {"video": "a.mp4", field: turns}, {"video": "a.mp4", field: dated},
+        {field: [turn("user", "q", 1), turn("assistant", "a", 2)]},
+    )  # fmt: skip
+    samples, summary = run(source)
+    by_kind = {sample["kind"]: said(sample) for sample in samples if sample["media"]}
+    assert by_kind["realtime"][:2] == ["Be brief.", "Tell me."]
+    assert by_kind["realtime"][2].startswith(f"{WATCHED * 2}{SILENCE}{FRAME}Now.{SILENCE}{FRAME}")
+    assert by_kind["chat"] == ["<|video|>q", "a"]  # dates are no seconds of a video
+    assert summary.imported == {"realtime": 1, "video": 1, "text": 1}

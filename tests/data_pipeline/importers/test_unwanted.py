@@ -85,7 +85,26 @@ def test_a_record_whose_picture_is_under_another_name_is_no_text(
     assert summary.rejected == {"missing_file": 1}
     (line,) = (tmp_path / "out-0/rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["detail"].startswith(f"{named}: ")
-    assert json.loads(line)["detail"].endswith("and is not read: call it images or videos")
+    assert json.loads(line)["detail"].endswith(
+        "not read: call it images or videos, or give --media-column"
+    )
+
+
+def test_the_field_of_the_media_may_be_named(folder: Path) -> None:
+    """`--media-column`, which was of tables alone: with `--form` it was ignored."""
+    conversation = {"conversations": turns("<video>q"), "vid": "a.mp4"}
+    asked = {"question": "q", "answer": "a", "vid": "a.mp4"}
+    twice = conversation | {"video": "a.mp4"}
+    source = write(folder / "r.jsonl", conversation, asked, {"text": "plain"}, twice)
+    for form in (None, "sharegpt"):
+        samples, summary = run(source, media_column="vid", form=form)
+        wanted = [["<|video|>q", "a"]] * (1 if form else 2)
+        assert [said(sample) for sample in samples if sample["media"]] == wanted
+        assert summary.rejected["ambiguous_media"] == 1
+    table = write(folder / "t.jsonl", {"vid": "a.mp4", "caption": "x"}, {"vid": "", "caption": "y"})
+    (sample,), summary = run(table, media_column="vid")
+    assert said(sample) == ["<|video|>", "x"]
+    assert summary.rejected == {"missing_file": 1}
 
 
 def test_a_picture_without_a_column_in_dataset_info_is_told(tmp_path: Path) -> None:
