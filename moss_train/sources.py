@@ -3,11 +3,13 @@ goes on with them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
 from data_pipeline.loader.state import OrderState, Source, differences, start
 from data_pipeline.shards import training_shards
+from data_pipeline.stores import is_url
 from moss_train.config import Config
 
 
@@ -32,6 +34,24 @@ def mixed_sources(config: Config) -> list[Source]:
 def unread_sources(config: Config) -> list[str]:
     """Names of the sources whose modality has no share of the run's samples."""
     return [s.name for s in config.data.sources if s.modality not in config.stage.mixture.wanted]
+
+
+def seen_in_training(config: Config) -> list[str]:
+    """A line for each source that validates, and is trained on, too."""
+    if config.trainer.eval_every is None:
+        return []
+    trained = {_place(source.path): source.name for source in mixed_sources(config)}
+    return [
+        f"data.eval_sources[{source.name}].path={source.path}: data.sources[{name}] trains on it: "
+        "its loss is not one of samples that the model has not seen"
+        for source in config.data.eval_sources
+        if (name := trained.get(_place(source.path))) is not None
+    ]
+
+
+def _place(path: str) -> str:
+    """A folder or URL, in the spelling that all of its have."""
+    return path.rstrip("/") if is_url(path) else os.path.realpath(path)
 
 
 def order_changes(config: Config, saved: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import check_replicas
 from moss_train.run_lock import running_in
-from moss_train.sources import unread_sources
+from moss_train.sources import seen_in_training, unread_sources
 from moss_train.storage import StorageError, or_warning
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
@@ -122,7 +122,7 @@ class Job:
         self.done = self.samples = 0
         self.bad_samples = BadSamples(config.data.max_bad_ratio)
         order = self._restore(resume_from)
-        check_gradients(self.model, self.counts, config.stage.name)
+        check_gradients(self.model, self.counts, config.stage)
         self.guard = Guard.resume(config.trainer.spike_factor, self.folder, self.done)
         self.step = TrainStep(config, self.model, self.state, tokens.silence, self.guard)
         step = self.step
@@ -370,7 +370,7 @@ class Job:
         unread = unread_sources(config)
         if unread:
             log.info("not read, as stage.mixture gives them no share: %s", ", ".join(unread))
-        for line in schedule_warnings(config):
+        for line in (*schedule_warnings(config), *seen_in_training(config)):
             log.warning("%s", line)
         log.info(
             "%d steps of %d samples -> %s", config.steps, config.data.global_batch, self.folder

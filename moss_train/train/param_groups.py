@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moss_train import hardware
-from moss_train.config import Config, ConfigError
+from moss_train.config import Config, ConfigError, StageConfig
 from moss_train.model.lora import PARAMETERS, is_adapter
 from moss_train.model.moss_video import MossVideo
 
@@ -77,13 +77,23 @@ def match(model: MossVideo, field: str, patterns: list[str]) -> dict[str, list[s
     return hits
 
 
-def check_gradients(model: MossVideo, counts: Counts, stage: str) -> None:
+def check_gradients(model: MossVideo, counts: Counts, stage: StageConfig) -> None:
     """Refuses a stage in which a part trains that gets no gradient: vision and projector reach the
-    loss only through the gates of the cross-attention. A collective.
+    loss only through the gates of the cross-attention, and of samples with frames. A collective.
 
     Raises:
-        ConfigError: every `attn_gate` is 0 and none of them trains.
+        ConfigError: every `attn_gate` is 0 and none of them trains; or nothing else trains, and all
+            samples are text.
     """
+    if not counts.trained["decoder"] and stage.mixture.wanted.keys() == {"text"}:
+        trains = [*stage.train, *stage.also]
+        raise ConfigError(
+            [
+                f"stage.mixture={asdict(stage.mixture)}: all samples are text, and what trains "
+                f"({', '.join(trains)}) is reached by frames alone: nothing would be learned: give "
+                "image or video a share, or train the decoder, too"
+            ]
+        )
     gates = [p for name, p in model.named_parameters() if name.endswith("attn_gate")]
     opened = any(bool(gate.requires_grad) or bool(gate.detach().any()) for gate in gates)
     anywhere = torch.tensor(float(opened), device=hardware.device())
@@ -92,8 +102,8 @@ def check_gradients(model: MossVideo, counts: Counts, stage: str) -> None:
     if trained and not anywhere:
         raise ConfigError(
             [
-                f"stage {stage}: {' and '.join(trained)} would get no gradient: every gate of the "
-                "cross-attention is 0, and none of them trains: train them too, "
+                f"stage {stage.name}: {' and '.join(trained)} would get no gradient: every gate "
+                "of the cross-attention is 0, and none of them trains: train them too, "
                 "'stage.also=[decoder.*attn_gate]'"
             ]
         )

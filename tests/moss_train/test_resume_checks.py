@@ -21,7 +21,7 @@ from moss_train.resume import (
     check_order,
     check_stage,
 )
-from moss_train.sources import mixed_sources
+from moss_train.sources import mixed_sources, seen_in_training
 
 
 def composed(*overrides: str) -> Config:
@@ -137,3 +137,17 @@ def test_a_run_with_another_batch_says_how_many_steps_take_its_other_samples():
         f"data.global_batch=8: the 8 steps of {checkpoint} have taken 32 of data.samples=64 "
         "samples, in batches of another size: write trainer.steps=12, which takes the others"
     ]
+
+
+def test_a_source_that_trains_and_validates_is_told(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    sources = f"data.sources=[{{name: a, path: {tmp_path}, modality: text}}]"
+    held = f"data.eval_sources=[{{name: x, path: {tmp_path}/link/, modality: text}}]"
+    shares = ["stage.mixture.text=1", "stage.mixture.image=0", "stage.mixture.video=0"]
+    config = composed(sources, held, *shares, "trainer.eval_every=2")
+    assert seen_in_training(config) == [
+        f"data.eval_sources[x].path={tmp_path}/link/: data.sources[a] trains on it: its loss is "
+        "not one of samples that the model has not seen"
+    ]
+    assert seen_in_training(composed(sources, held, *shares)) == []
+    assert seen_in_training(composed("trainer.eval_every=2")) == []

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moss_train.config import Config, ConfigError
+from moss_train.config import Config, ConfigError, StageConfig
+from moss_train.data_config import MixtureConfig
 from moss_train.model.moss_video import MossVideo
 from moss_train.train.optimizer import TrainState, make_train_state, schedule_warnings, scheduler
 from moss_train.train.param_groups import Counts, check_gradients, freeze
@@ -222,19 +223,34 @@ def test_a_multiplier_without_parameters_is_an_error(build):
         build(["*"], lr_multipliers={"tower.*": 0.1})
 
 
+PT1 = StageConfig(mixture=MixtureConfig(text=1, image=79, video=20))
+
+
+def test_a_stage_that_trains_what_text_does_not_reach_is_refused(build):
+    """It ran to its end with a gradient of 0, and saved the weights that it had begun with."""
+    texts = StageConfig(mixture=MixtureConfig(text=100, image=0, video=0))
+    model, _, counts = build(["projector.*"])
+    check_gradients(model, counts, PT1)
+    with pytest.raises(ConfigError, match=r"'text': 100.*: all samples are text, and what trains "
+                       r"\(projector\.\*\) is reached by frames alone"):  # fmt: skip
+        check_gradients(model, counts, texts)
+    model, _, counts = build(["projector.*", "decoder.*"])
+    check_gradients(model, counts, texts)
+
+
 def test_a_stage_whose_gates_are_closed_and_do_not_train_is_refused(build):
     model, _, counts = build(["projector.*"])
     gates = [p for name, p in model.named_parameters() if name.endswith("attn_gate")]
     assert len(gates) == 2
-    check_gradients(model, counts, "pt1")
+    check_gradients(model, counts, PT1)
     for gate in gates:
         gate.data.zero_()
     with pytest.raises(
         ConfigError, match=r"stage pt1: projector would get no gradient: every gate"
     ):
-        check_gradients(model, counts, "pt1")
+        check_gradients(model, counts, PT1)
     gates[1].data.fill_(0.1)
-    check_gradients(model, counts, "pt1")
+    check_gradients(model, counts, PT1)
     gates[1].data.zero_()
     gates[0].requires_grad = True
-    check_gradients(model, counts, "pt1")
+    check_gradients(model, counts, PT1)
