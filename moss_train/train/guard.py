@@ -15,6 +15,7 @@ from moss_train.train import json_lines
 from moss_train.train.metrics import read_metrics
 
 WINDOW = 100  # accepted losses whose median a spike is measured against
+MOST_RETURNS = 3  # to one checkpoint, each time on with other data
 ENOUGH = 10  # accepted losses without which no median is taken
 BAD_STEPS_FILE = "bad_steps.jsonl"
 
@@ -38,6 +39,10 @@ class Guard:
         self.spike_factor = spike_factor
         self.losses = deque(recent, maxlen=WINDOW)
         self.skipped, self.accepted, self.in_a_row = skipped, 0, 0
+        # Of the last return to a checkpoint: which it was, how many there were to it, and the steps
+        # done until then.
+        self._returned_to: Path | None = None
+        self._returns, self._accepted = 0, -1
 
     @staticmethod
     def resume(spike_factor: float | None, run: Path, done: int) -> Guard:
@@ -58,6 +63,18 @@ class Guard:
             self.skipped += 1
             self.in_a_row += 1
         return reason
+
+    def may_help(self, checkpoint: Path) -> bool:
+        """Whether to go back to a checkpoint: no, where no step was done since the last return, or
+        where that was to this one, and so were those before it: the next step is done each time,
+        and destroys the weights again."""
+        often = checkpoint == self._returned_to and self._returns >= MOST_RETURNS
+        return self.accepted != self._accepted and not often
+
+    def returned(self, checkpoint: Path) -> None:
+        """Notes that the run has gone back to a checkpoint."""
+        self._returns = self._returns + 1 if checkpoint == self._returned_to else 1
+        self._returned_to, self._accepted, self.in_a_row = checkpoint, self.accepted, 0
 
     def verdict(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """A verdict, a place in REASONS, as a number on the device that nobody has to read yet.

@@ -133,7 +133,6 @@ class Job:
         profiled = config.trainer.profiled_steps if self.first_rank else None
         self.profiler = StepProfiler(profiled, self.folder / "profile")
         self.due = False  # a checkpoint should have been saved, but the last step was left out
-        self.recovered = -1  # steps accepted until the last return to a checkpoint
         self.outside, self.stragglers = OutsideSteps(), Stragglers(config.trainer.slow_ranks_every)
         self.audit = Audit(self.folder, self.groups.data_rank)
         if self.first_rank:
@@ -223,7 +222,7 @@ class Job:
             return False
         self.checkpointer.finish()
         source = last_whole(self.folder)
-        if source is None or self.guard.accepted == self.recovered:
+        if source is None or not self.guard.may_help(source):
             why = "there is no checkpoint" if source is None else f"{source} did not help"
             raise RuntimeError(
                 f"step {self.done}: {in_a_row} steps in a row were left out, the last since "
@@ -231,7 +230,8 @@ class Job:
                 f"{self.folder / BAD_STEPS_FILE} names"
             )
         self._load(source)
-        self.guard.in_a_row, self.recovered, self.due = 0, self.guard.accepted, False
+        self.guard.returned(source)
+        self.due = False
         log.warning("back to %s after %d steps left out; on with other data", source, in_a_row)
         if writer is not None:
             writer.rewind(self.done)

@@ -1,4 +1,5 @@
-"""What of the data a run does not learn: samples skipped and cut, tokens cut away, masked turns.
+"""What of the data a run does not learn: samples skipped and cut, tokens cut away, masked turns;
+and steps that learn nothing at all.
 
 Each step's counts are in metrics.jsonl; here they are summed, and those over `LIMIT` are warned of.
 """
@@ -14,6 +15,7 @@ from moss_train.log import log
 
 LIMIT = 0.01  # share of the samples, labels or turns, above which there is a warning
 ENOUGH = 100  # samples, before their share means anything
+STILL = 10  # steps in a row whose gradient is 0: a batch of texts may have none for the projector
 
 SUMMED = ("samples", "labels", "truncated_samples", "truncated_labels", "turns", "masked_turns")
 
@@ -87,15 +89,24 @@ class Totals:
 
 
 class UnlearnedWarnings:
-    """Warns once of each kind of loss, on the console."""
+    """Warns once of each kind of loss, and of a gradient that stays 0, on the console."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], steps: int):
         """Goes on from the lines of metrics.jsonl of a run of so many steps."""
         self.totals, self.steps = Totals.of(rows), steps
         self._warned: set[str] = set()
+        self._still = 0  # steps in a row without a gradient
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Adds a step."""
+        self._still = self._still + 1 if row.get("grad_norm") == 0 else 0
+        if self._still == STILL and "still" not in self._warned:
+            self._warned.add("still")
+            log.warning(
+                "step %d: the gradient has been 0 for %d steps: nothing is learned: look at what "
+                "trains (stage.train), and at the losses before: a rate may have been too high",
+                row["step"], STILL,
+            )  # fmt: skip
         self.totals.add(row)
         if self.totals.sums["samples"] >= ENOUGH or row["step"] == self.steps:
             self.totals.warn(self._warned)

@@ -49,6 +49,9 @@ def outcomes(small, run_jobs, runs):
             "trainer.steps=10",
         ),
         task("drifts", {5: "weights"}, "parallel=dp2", "trainer.compare_replicas_every=1"),
+        task(
+            "circles", dict.fromkeys((5, 6, 8, 9, 11, 12, 14, 15), "loss"), "parallel=dp2", *saving
+        ),
         task("hopeless", dict.fromkeys(range(5, 99), "loss"), "parallel=pp2", *saving),
     )
 
@@ -100,6 +103,18 @@ def test_a_run_that_is_stopped_where_it_goes_back_keeps_that_checkpoint(outcomes
     assert saved_steps(runs / "stops") == [3]
     assert hidden(runs / "stops") == []
     assert [row["step"] for row in metrics(runs / "stops")] == [1, 2, 3]
+
+
+def test_going_back_to_one_checkpoint_again_and_again_ends_the_job(outcomes, runs):
+    """Each time a step is done, and the next ones fail: a rate that destroys the weights."""
+    checkpoint = f"{runs}/circles/checkpoints/step_00000003"
+    assert outcomes.load("circles")["error"] == (
+        "RuntimeError: step 6: 2 steps in a row were left out, the last since the loss is not "
+        f"finite, and {checkpoint} did not help: lower optimizer.lr, or look at the samples that "
+        f"{runs}/circles/bad_steps.jsonl names"
+    )
+    assert outcomes.stderr().count(f"back to {checkpoint} after 2 steps left out") == 3
+    assert saved_steps(runs / "circles") == [3]
 
 
 def test_it_does_not_go_back_to_a_damaged_checkpoint(outcomes, runs):

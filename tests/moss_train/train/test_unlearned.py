@@ -130,3 +130,14 @@ def test_masked_turns_are_counted(toy):
     short = SampleEncoder(replace(config, sequence_length=3), load_tokenizer(config.tokenizer))
     with pytest.raises(SampleError, match=r"cut_before_answer.*after 3 tokens.*sequence_length"):
         short.encode("key", sample)
+
+
+def test_a_gradient_that_stays_0_is_told(caplog):
+    """Runs whose weights a rate had destroyed went on to their end, the loss always the same."""
+    watch = UnlearnedWarnings([], steps=99)
+    norms = [0.0] * 9 + [1.0] + [0.0] * 12 + [None] * 12 + [0.0] * 12
+    with caplog.at_level(logging.WARNING, log.name):
+        for step, norm in enumerate(norms, 1):
+            watch.add(row(step, grad_norm=norm))
+    (line,) = caplog.messages
+    assert line.startswith("step 20: the gradient has been 0 for 10 steps: nothing is learned: ")
