@@ -5,11 +5,11 @@ from __future__ import annotations
 from starlette.websockets import WebSocket
 
 from inference.replicas.session import FrontSession
-from inference.serve.held import NORMAL, Holder
 from inference.serve.limits import Limits
+from inference.serve.session_socket import NORMAL, SessionSocket
 
 
-class ClientSocket(Holder):
+class ClientSocket(SessionSocket):
     """Holds a session of the front."""
 
     def __init__(

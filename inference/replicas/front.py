@@ -26,10 +26,10 @@ from inference.replicas.replica import Replica
 from inference.replicas.session import UNTAKEN_BYTES, FrontSession
 from inference.serve.accounts import Account, Visit
 from inference.serve.app import refuse
-from inference.serve.held import GOING_AWAY, NORMAL, TRY_LATER, UNKNOWN, refusal_to_resume
 from inference.serve.hub import new_id
 from inference.serve.limits import Limits
 from inference.serve.memory import Ceiling
+from inference.serve.session_socket import GOING_AWAY, NORMAL, TRY_LATER, UNKNOWN, refusal_to_resume
 from inference.serve.wire import code as own_code
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from inference.replicas.places import Places
 from inference.replicas.replica import Replica
 from inference.serve.accounts import Visit
 from inference.serve.answers import UNBUFFERED, Stream
-from inference.serve.chat import Client, Left, read_body, refusal
+from inference.serve.chat import Client, ClientGone, read_body, refusal
 from inference.serve.limits import Budget, Limits, Refused, Share
 from inference.serve.wire import ASKED, USED_LINE, usage_of
 
@@ -55,8 +55,8 @@ class Proxy:
             body = await read_body(request, self._limits, share)
             client = Client(request)
             headers = _ASKED | (visit.trace.headers if visit.trace is not None else {})
-            return await client.or_left(self._ask(body, headers, share, visit))
-        except (Left, ClientDisconnect):
+            return await client.or_gone(self._ask(body, headers, share, visit))
+        except (ClientGone, ClientDisconnect):
             share.give_back()
             return Response(status_code=499)
         except Refused as error:

@@ -21,8 +21,15 @@ from websockets.exceptions import WebSocketException
 from inference.replicas.places import Places
 from inference.replicas.replica import Replica
 from inference.serve.accounts import Usage
-from inference.serve.held import FAILED, NORMAL, Held, Holder, settings, used
 from inference.serve.limits import Limits
+from inference.serve.session_socket import (
+    FAILED,
+    NORMAL,
+    ResumableSession,
+    SessionSocket,
+    settings,
+    used,
+)
 from inference.serve.wire import pack, unpack
 from inference.session.events import Event, EventLog
 from inference.session.journal import Record, fold, sources
@@ -74,7 +81,7 @@ class Home(Protocol):
         """Nobody will resume it."""
 
 
-class FrontSession(Held):
+class FrontSession(ResumableSession):
     """One session, from its first socket to its end."""
 
     def __init__(self, front: Home, name: str) -> None:
@@ -316,7 +323,7 @@ class FrontSession(Held):
 
     async def _kick(self, code: int, reason: str) -> None:
         """Closes its client's socket; the session lives on."""
-        if isinstance(self.socket, Holder):
+        if isinstance(self.socket, SessionSocket):
             await self.socket.close(code, reason)
 
     def _take(self, values: Record, blobs: list[bytes]) -> None:

@@ -55,7 +55,7 @@ class Rate:
         return min(self._burst, left)
 
 
-class Late(NamedTuple):
+class LimitReached(NamedTuple):
     """A limit is used up for so many seconds."""
 
     seconds: float
@@ -179,10 +179,10 @@ class Account:
     def enter(self, kind: Kind, headers: Mapping[str, str]) -> Visit:
         """Begins a session or request that has sent these headers. Raises
         Refused(`rate_limit_exceeded`)."""
-        late, most = self.late(frame=False), self.quota.sessions
+        late, most = self.limit_reached(frame=False), self.quota.sessions
         if most is not None and len(self.open) >= most:
             words = f"{len(self.open)} sessions and requests are open, of {most}"
-            late = Late(1.0, "sessions", f"key {self.name}: {words}")
+            late = LimitReached(1.0, "sessions", f"key {self.name}: {words}")
         if late is not None:
             self.refused[late.limit] += 1
             self._records.turned_away(self.name, kind, LIMITED)
@@ -201,7 +201,7 @@ class Account:
         self.ended[visit.kind, ended] += 1
         self._records.ended(visit, ended, status)
 
-    def late(self, *, frame: bool) -> Late | None:
+    def limit_reached(self, *, frame: bool) -> LimitReached | None:
         """The limit for which a frame, or a question without one, must wait; None: there is
         none."""
         if self._tokens is not None:
@@ -212,7 +212,7 @@ class Account:
             if seconds:
                 most, name = getattr(self.quota, limit), limit.replace("_", " ")
                 words = f"key {self.name}: more than {most:g} {name}: go on in {seconds:.1f} s"
-                return Late(seconds, limit, words)
+                return LimitReached(seconds, limit, words)
         return None
 
     def take_frame(self) -> None:

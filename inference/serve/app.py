@@ -25,7 +25,11 @@ from inference.serve.accounts import Account, Visit
 from inference.serve.chat import complete, refusal
 from inference.serve.connections import known_host
 from inference.serve.cors import Cors, may_ask
-from inference.serve.held import (
+from inference.serve.hub import MODEL, Hub
+from inference.serve.limits import Refused
+from inference.serve.openapi import document
+from inference.serve.replica import add_front_route
+from inference.serve.session_socket import (
     FAILED,
     GOING_AWAY,
     POLICY,
@@ -35,10 +39,6 @@ from inference.serve.held import (
     refusal_to_resume,
     written,
 )
-from inference.serve.hub import MODEL, Hub
-from inference.serve.limits import Refused
-from inference.serve.openapi import document
-from inference.serve.replica import add_front_route
 from inference.serve.socket import Connection
 from inference.serve.wire import code
 from inference.session.events import Event

@@ -45,7 +45,7 @@ _HELD = 4  # a request's text, its JSON and its pictures' bytes are there at the
 Result = TypeVar("Result")
 
 
-class Left(Exception):
+class ClientGone(Exception):
     """The client of a request has gone."""
 
 
@@ -56,13 +56,13 @@ class Client:
         self._request = request
         self.gone = asyncio.create_task(self._watch())
 
-    async def or_left(self, work: Coroutine[None, None, Result]) -> Result:
-        """The result of the work; when the client goes, cancels it and raises Left."""
+    async def or_gone(self, work: Coroutine[None, None, Result]) -> Result:
+        """The result of the work; when the client goes, cancels it and raises ClientGone."""
         task = asyncio.create_task(work)
         try:
             await asyncio.wait({task, self.gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise Left
+                raise ClientGone
             return task.result()
         finally:
             task.cancel()
@@ -80,22 +80,22 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
         body = await read_body(request, hub.limits, share)
         client = Client(request)
         began = visit.now
-        asked = await client.or_left(_prepare(body, hub, share))
-        question, tokens = asked.question, asked.tokens
-        visit.id, visit.asked = question.name, asked.described()
+        prepared = await client.or_gone(_prepare(body, hub, share))
+        question, tokens = prepared.question, prepared.tokens
+        visit.id, visit.asked = question.name, prepared.described()
         began = visit.stage("decode", began)
-        answers = await client.or_left(_start_answers(hub, asked))
+        answers = await client.or_gone(_start_answers(hub, prepared))
         began = visit.stage("queue", began)
         for answer in answers:
             visit.follow(answer.log, began)
-        visit.reads = partial(_used, answers, len(asked.frames))
+        visit.reads = partial(_used, answers, len(prepared.frames))
         client.gone.add_done_callback(lambda _: close(answers, "its client has left"))
     except (Refused, SampleError) as error:
         _end(client, share)
         return _refused(hub, error, visit)
     except BaseException as error:
         _end(client, share)
-        if not isinstance(error, Left | ClientDisconnect):
+        if not isinstance(error, ClientGone | ClientDisconnect):
             raise
         hub.metrics.refused("client_left")
         return Response(status_code=499)
@@ -106,7 +106,7 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
             return JSONResponse(await _whole(written, client), headers=headers)
         except Refused as error:
             return _refused(hub, error, visit)
-        except Left:
+        except ClientGone:
             hub.metrics.refused("client_left")
             return Response(status_code=499)
         finally:
@@ -125,12 +125,12 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
 
 
 async def _whole(written: Writer, client: Client) -> dict[str, Any]:
-    """The body of a whole answer. Raises Left where it failed because its client has gone."""
+    """The body of a whole answer. Raises ClientGone where it failed because its client has gone."""
     try:
         return await written.whole()
     except Refused:
         if client.gone.done():
-            raise Left from None
+            raise ClientGone from None
         raise
 
 
@@ -147,7 +147,7 @@ async def _waiting(
             yield bytes(JSONResponse(task.result()).body)
         except Refused as error:  # its status has gone out: the front sees what it is
             yield bytes(_refused(hub, error, visit).body)
-        except Left:
+        except ClientGone:
             return
     finally:
         task.cancel()
@@ -220,7 +220,7 @@ async def read_body(request: Request, limits: Limits, share: Share) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _PreparedRequest:
     question: Question
     tokens: list[int]  # of the prompt
     frames: list[Tensor]  # uint8 [3, tile, tile] each
@@ -235,7 +235,7 @@ class _Asked:
         }  # fmt: skip
 
 
-async def _prepare(body: bytes, hub: Hub, share: Share) -> _Asked:
+async def _prepare(body: bytes, hub: Hub, share: Share) -> _PreparedRequest:
     loop = asyncio.get_running_loop()
     question = await loop.run_in_executor(hub.readers, _read, body, hub)
     frames, counts = await decode(question.media, hub, share)
@@ -243,7 +243,7 @@ async def _prepare(body: bytes, hub: Hub, share: Share) -> _Asked:
     grammar = None
     if question.schema is not None:
         grammar = await loop.run_in_executor(hub.schemas, _grammar, question, hub)
-    return _Asked(question, tokens, frames, grammar)
+    return _PreparedRequest(question, tokens, frames, grammar)
 
 
 def _read(body: bytes, hub: Hub) -> Question:
@@ -309,10 +309,10 @@ def _tokens(question: Question, counts: list[int], hub: Hub) -> list[int]:
     return tokens
 
 
-async def _start_answers(hub: Hub, asked: _Asked) -> list[SessionHandle]:
+async def _start_answers(hub: Hub, prepared: _PreparedRequest) -> list[SessionHandle]:
     """Waits for free places in the engine, and memory, for all answers at once; starts them. Raises
     Refused(`overloaded`)."""
-    question, each, full = asked.question, hub.each.kept, "all sessions are taken"
+    question, each, full = prepared.question, hub.each.kept, "all sessions are taken"
     size = each * question.count
     if hub.limits.sessions_memory and size > hub.limits.sessions_memory:
         raise Refused("too_large", f"{question.count} answers: {hub.memory.lacks(size)}")
@@ -325,12 +325,12 @@ async def _start_answers(hub: Hub, asked: _Asked) -> list[SessionHandle]:
             try:
                 hub.memory.check(size)
                 answers = hub.runner.answers(
-                    asked.tokens,
-                    asked.frames,
+                    prepared.tokens,
+                    prepared.frames,
                     question.samplings,
                     max_new_tokens=question.max_tokens or MAX_NEW_TOKENS,
                     ignore_end=question.ignore_end,
-                    grammar=asked.grammar,
+                    grammar=prepared.grammar,
                     likely=question.likely,
                 )
                 for answer in answers:

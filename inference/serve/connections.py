@@ -20,8 +20,8 @@ from websockets.frames import Frame, Opcode
 from inference.serve.answers import COMMENT
 from inference.serve.chat import refusal
 from inference.serve.framing import Framing
-from inference.serve.held import POLICY
 from inference.serve.limits import Bucket, Limits, Refused
+from inference.serve.session_socket import POLICY
 
 _HOST = re.compile(r"(\[[0-9a-z:.%]+\]|[0-9a-z._-]+)(:[0-9]{1,5})?", re.IGNORECASE)
 _PIECE = 2**14  # bytes of a WebSocket that are read at once

@@ -29,7 +29,7 @@ class Gate:
             return ""
         frame, question = self._read(text, data)
         while frame or question:
-            late = account.late(frame=frame)
+            late = account.limit_reached(frame=frame)
             if late is None:
                 break
             long = late.limit == "tokens_per_minute" and late.seconds > _PATIENCE

@@ -19,12 +19,20 @@ from inference.export_info import ExportInfo
 from inference.live_clock import LiveClock
 from inference.serve.accounts import Usage
 from inference.serve.decoding import Task
-from inference.serve.held import FAILED, GOING_AWAY, IDLE, NORMAL, Held, settings, used
 from inference.serve.limits import Budget, Limits
 from inference.serve.media import MediaPool
 from inference.serve.media_files import NO_FOLDERS, MediaFolders
 from inference.serve.memory import Ceiling, SessionMemory, parked_size
 from inference.serve.metrics import Metrics
+from inference.serve.session_socket import (
+    FAILED,
+    GOING_AWAY,
+    IDLE,
+    NORMAL,
+    ResumableSession,
+    settings,
+    used,
+)
 from inference.session.events import EventLog
 from inference.session.grammar import Grammars
 from inference.session.handle import SessionHandle
@@ -40,7 +48,7 @@ def new_id() -> str:
     return f"sess_{secrets.token_urlsafe(16)}"
 
 
-class LiveSession(Held):
+class LiveSession(ResumableSession):
     """A session of the engine."""
 
     def __init__(self, handle: SessionHandle, name: str = "") -> None:

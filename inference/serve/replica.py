@@ -32,8 +32,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import Tensor
 
 from inference.engine.engine import EngineFull
-from inference.serve.held import NORMAL, POLICY, TRY_LATER
 from inference.serve.hub import Hub, LiveSession
+from inference.serve.session_socket import NORMAL, POLICY, TRY_LATER
 from inference.serve.socket import Connection
 from inference.serve.wire import ROUTE, pack, unpack
 from inference.session.from_journal import rebuild

@@ -13,7 +13,6 @@ from starlette.websockets import WebSocket
 
 from data_pipeline.schema import SampleError
 from inference.serve.accounts import LIMITED
-from inference.serve.held import POLICY, Holder
 from inference.serve.hub import Hub, LiveSession
 from inference.serve.limits import Bucket, Refused
 from inference.serve.messages import Cancel, CreateItem, ImageAppend, SessionUpdate
@@ -25,6 +24,7 @@ from inference.serve.protocol import (
     read_update,
     refused_update,
 )
+from inference.serve.session_socket import POLICY, SessionSocket
 from inference.session.handle import SessionClosed
 from inference.session.session import PromptTooLong, QueueFull
 
@@ -35,7 +35,7 @@ _ENDED = "no input is taken after input_image_buffer.end"
 Result = TypeVar("Result")
 
 
-class Connection(Holder):
+class Connection(SessionSocket):
     """A client's socket."""
 
     def __init__(self, hub: Hub, live: LiveSession, socket: WebSocket, last_seq: int) -> None:

@@ -1,4 +1,4 @@
-"""A session that one socket at a time holds, and how that socket reads and writes it."""
+"""A session that clients may come back to, and the socket that reads and writes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNKNOWN_SESSION = "no such session, or it was closed"
 _TEXTS = 8  # texts a second that a socket may send beside those of frames; with more it waits
 
 
-class Held:
+class ResumableSession:
     """A session and the socket that holds it."""
 
     id: str
@@ -74,14 +74,16 @@ class Held:
             self.socket, self.detached_at = None, time.monotonic()
 
 
-class Holder:
+class SessionSocket:
     """A socket that holds a session, until the socket closes or the session ends."""
 
-    def __init__(self, held: Held, socket: WebSocket, last_seq: int, limits: Limits) -> None:
-        self._held, self._socket, self._seq, self.limits = held, socket, last_seq, limits
+    def __init__(
+        self, session: ResumableSession, socket: WebSocket, last_seq: int, limits: Limits
+    ) -> None:
+        self._held, self._socket, self._seq, self.limits = session, socket, last_seq, limits
         self._of_openai = "model" in socket.query_params  # as its clients open a session
         self._done = False  # the session's end was sent, or the client asked for it
-        self._gate = Gate(held.visit.account if held.visit else None)
+        self._gate = Gate(session.visit.account if session.visit else None)
         self._over = ""  # which limit the message exceeds that is handled; empty: none
         rate = 2 * limits.fps + _TEXTS  # two texts may belong to a frame
         self._texts = Bucket(rate, 4 * rate)
@@ -155,12 +157,12 @@ def written(event: Event, of_openai: bool) -> list[str]:
     return [json.dumps(message, ensure_ascii=False) for message in messages]
 
 
-def refusal_to_resume(held: Held | None, account: Account, last_seq: int) -> str:
+def refusal_to_resume(session: ResumableSession | None, account: Account, last_seq: int) -> str:
     """Why a client may not come back to a session; empty: it may. last_seq: of the last event that
     it has seen."""
-    if held is None or not held.belongs_to(account):
+    if session is None or not session.belongs_to(account):
         return UNKNOWN_SESSION
-    last = held.log.last_seq
+    last = session.log.last_seq
     if last_seq > last:
         return f"last_seq {last_seq}: the last event of the session is {last}"
     return ""
