@@ -8,6 +8,7 @@ notices that nothing answers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import selectors
@@ -20,7 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from data_pipeline.commands import FAILED
 
 GRACE_S = 3.0  # in which a program whose rank has gone may end by itself
-NAMED = "MOSS_RANKS_NAMED"  # in the environment: what started the ranks says which has ended
+# In the environment: a file for the number of the rank that was the first to go. What has started
+# the ranks says it, in place of each of them.
+NAMED = "MOSS_RANKS_NAMED"
 LOOPBACK = "127.0.0.1"
 SAY_S = 10.0  # in which one that connects says who it is
 MEET_S = 300.0  # in which all ranks connect
@@ -101,7 +104,14 @@ class Lifeline:
         """A rank has gone: says so, waits until this process has ended by itself, or ends it."""
         if self.rank == 0:
             self._tell(gone)
-        if not os.environ.get(NAMED):
+        note = os.environ.get(NAMED)
+        if note:
+            with (
+                contextlib.suppress(OSError),
+                open(note, "x") as file,
+            ):  # the first holds
+                file.write(str(gone))
+        else:
             words = f"rank {gone} of {self.ranks} has ended: rank {self.rank} ends, too"
             print(words, file=sys.stderr, flush=True)
         if not self._done.wait(GRACE_S):

@@ -193,8 +193,10 @@ class Front:
         """Follows a replica's health, for as long as the front lives."""
         while True:
             if process is None or process.running:
+                starts = process.starts if process is not None else 0
                 status = await replica.look(self.limits.silence)
-                if process is None or process.running:
+                # A process that has ended meanwhile has answered for itself, not for the next one.
+                if process is None or (process.running and process.starts == starts):
                     self._seen(replica, process, status)
             await asyncio.sleep(_LOOK if replica.state == "ready" else _SOON)
 

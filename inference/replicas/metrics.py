@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from inference.replicas.replica import Replica
 
 _SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-_WAIT = 2.0  # seconds for a replica's page
+WAIT = 2.0  # seconds for a replica's page
 # Metrics of which the largest of all replicas is shown: a sum would mean nothing.
 _WORST = ("moss_inter_token_quantile_seconds", "moss_session_bytes")
 _LEFT_OUT = ("moss_silence_ratio",)  # follows from moss_decisions_total
@@ -101,9 +101,7 @@ class FrontMetrics:
         if not replica.serves:
             return
         try:
-            answer = await replica.http.get(
-                "/metrics", headers=replica.authorization, timeout=_WAIT
-            )
+            answer = await replica.http.get("/metrics", headers=replica.authorization, timeout=WAIT)
             answer.raise_for_status()
         except httpx.HTTPError:
             return

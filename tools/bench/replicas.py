@@ -193,12 +193,15 @@ class Drill:
             await self.kill()
 
     async def kill(self, least: int = 2) -> None:
-        """Kills the replica with the most sessions, once so many replicas are ready."""
+        """Kills the replica with the most sessions, if so many replicas are ready; returns when the
+        front knows of it."""
         ready = [r for r in await asyncio.to_thread(self.replicas) if r["state"] == "ready"]
         if len(ready) >= least:
             victim = max(ready, key=lambda replica: replica["sessions"])
             os.kill(victim["pid"], signal.SIGKILL)
             self.kills.append(Kill(time.monotonic(), victim["sessions"]))
+            while victim["pid"] in [r["pid"] for r in await asyncio.to_thread(self.replicas)]:
+                await asyncio.sleep(0.02)
 
     async def play(
         self, sessions: int, seconds: float, interval: float, kill_every: float

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from websockets.sync.client import connect
 
@@ -19,9 +19,11 @@ from inference.serve.access import Access
 from inference.serve.app import guarded, make_routes
 from inference.serve.limits import Limits
 from inference.serve.server import Server, server_config
-from tests.inference.serve.serving import Client, serving
+from tests.inference.serve.serving import PATIENT, Client, between_turns, serving
+from tests.waiting import PATIENCE, until
 
 FRONT_KEY = "key-of-the-front"
+T = TypeVar("T")
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Fronted:
     host: str
     front: Front
     engines: Sequence[Engine]
+    server: Server
 
     @property
     def http(self) -> str:
@@ -39,7 +42,11 @@ class Fronted:
     def open(self, key: str | None = None, query: str = "") -> Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         url = f"ws://{self.host}/v1/realtime{query}"
-        return Client(connect(url, additional_headers=headers, max_size=None, open_timeout=60))
+        return Client(connect(url, additional_headers=headers, max_size=None, **PATIENT))
+
+    def between_turns(self, function: Callable[[], T]) -> T:
+        """What a function returns in the front's event loop."""
+        return between_turns(self.server, function)
 
 
 @contextlib.contextmanager
@@ -65,11 +72,8 @@ def fronting(
         server = Server(config, front)
         thread = threading.Thread(target=server.run, name="front")
         thread.start()
-        stack.callback(thread.join, 60)
+        stack.callback(thread.join, PATIENCE)
         stack.callback(setattr, server, "should_exit", True)
-        until = time.monotonic() + 300
-        while not server.started or any(r.state != "ready" for r in replicas):
-            assert time.monotonic() < until, "the front did not start"
-            time.sleep(0.01)
+        until(lambda: server.started and all(r.state == "ready" for r in replicas))
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Fronted(f"127.0.0.1:{port}", front, engines)
+        yield Fronted(f"127.0.0.1:{port}", front, engines, server)

@@ -15,7 +15,8 @@ from inference.replicas.replica import Replica
 from inference.serve.access import Access
 from inference.serve.limits import Limits
 from tests.inference.replicas.fronting import Fronted, fronting
-from tests.inference.serve.serving import jpeg, until
+from tests.inference.serve.serving import jpeg
+from tests.waiting import PATIENCE, until
 
 FRAME_BYTES = 4000  # a picture as the model sees it has more
 
@@ -52,7 +53,7 @@ def test_the_largest_message_is_an_error_and_ends_nothing(
 def test_headers_of_any_letters_are_no_fault(front: Fronted, name: str) -> None:
     headers = {"Content-Type": "application/json", name: "application/json; x=\xe9"}
     body = json.dumps({"messages": [{"role": "user", "content": "A"}], "max_tokens": 1})
-    connection = http.client.HTTPConnection(front.host, timeout=60)
+    connection = http.client.HTTPConnection(front.host, timeout=PATIENCE)
     connection.request("POST", "/v1/chat/completions", body, headers)
     assert connection.getresponse().status == 200
     connection.close()
@@ -106,10 +107,15 @@ def test_a_replica_of_another_version_is_told(
     front: Fronted, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = front.front.replicas
-    front.front._seen(first, None, "ok")  # it is there already
-    for replica, code in ((first, first.code), (second, "older")):
-        monkeypatch.setattr(replica, "state", "starting")
-        monkeypatch.setattr(replica, "code", code)
-        front.front._seen(replica, None, "ok")
+
+    def see() -> None:  # at once: the front looks at them, too
+        front.front._seen(first, None, "ok")  # it is there already
+        for replica, code in ((first, first.code), (second, "older")):
+            with monkeypatch.context() as patched:
+                patched.setattr(replica, "state", "starting")
+                patched.setattr(replica, "code", code)
+                front.front._seen(replica, None, "ok")
+
+    front.between_turns(see)
     (told,) = [line for line in caplog.messages if "another version" in line]
     assert told.startswith(f"replica 1, {second.address}, runs another version than this front")

@@ -19,7 +19,8 @@ from inference.serve import answers
 from inference.serve.access import Access
 from inference.serve.limits import Limits
 from tests.inference.replicas.fronting import FRONT_KEY, fronting
-from tests.inference.serve.serving import CHAT, PATIENCE, Running, serving, standing_still
+from tests.inference.serve.serving import CHAT, Running, serving, standing_still
+from tests.waiting import PATIENCE
 
 ASKED = {"messages": [{"role": "user", "content": "A"}], "stream": True, "ignore_eos": True}
 
@@ -28,13 +29,13 @@ def test_a_client_that_leaves_as_its_stream_begins_leaves_nothing(tiny: Path) ->
     """It has read nothing of what was sent before, so that no piece is sent on."""
     engine = load_engine(tiny, device="cpu", window=8, max_tokens=512, max_sessions=1)
     with serving(engine, Limits(), access=Access(front_key=FRONT_KEY)) as server:
-        asyncio.run(asyncio.wait_for(_leave(server), 60))
+        asyncio.run(asyncio.wait_for(_leave(server), PATIENCE))
         server.wait(0)  # the replica has stopped, too
 
 
 async def _leave(server: Running) -> None:
     replica, limits = Replica(0, server.http, FRONT_KEY), Limits()
-    assert await replica.look(10.0) == "ok"
+    assert await replica.look(PATIENCE) == "ok"
     replica.state = "ready"
     proxy = Proxy(Places([replica], lambda wanted: False), limits)
     body = json.dumps({**ASKED, "max_tokens": 400}).encode()

@@ -10,11 +10,10 @@ import itertools
 import json
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import httpx
@@ -34,21 +33,15 @@ from inference.serve.media_files import MediaFolders
 from inference.serve.metrics import Metrics
 from inference.serve.server import Certificate, Server, server_config
 from inference.session.runner import Runner
-
-# Seconds for what must come. It ends a hang: of how fast something is it says nothing, since any
-# thread may stand still for seconds on a busy machine.
-PATIENCE = 60.0
-
-
-def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Waits for something that must come true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
+from tests.waiting import PATIENCE, until
 
 CHAT = "/v1/chat/completions"
+# Options of a client's socket. Without pings of its own: the server reads them behind all that
+# waits, and the client would take it for dead.
+PATIENT: dict[str, Any] = {
+    "open_timeout": PATIENCE, "close_timeout": PATIENCE, "ping_interval": None,
+}  # fmt: skip
+T = TypeVar("T")
 
 
 @dataclass
@@ -66,10 +59,7 @@ class Running:
         return f"http{'s' if self.secure else ''}://{self.host}"
 
     def open(self, query: str = "", **options: Any) -> Client:
-        # Without pings of the client's own: the server reads them behind all that waits, and the
-        # client would take it for dead.
-        waits = {"open_timeout": PATIENCE, "close_timeout": PATIENCE, "ping_interval": None}
-        options = {**waits, **options}
+        options = {**PATIENT, **options}
         return Client(connect(f"ws://{self.host}/v1/realtime{query}", max_size=None, **options))
 
     def get(self, path: str, **options: Any) -> httpx.Response:
@@ -89,19 +79,24 @@ class Running:
         live = self.hub.sessions[session]
         until(lambda: live.socket is None)
 
-    def between_turns(self, function: Callable[[], Any]) -> Any:
-        """What a function returns in the server's event loop: nobody there is in the middle of
-        something, as to a thread beside it he may seem to be."""
-
-        async def call() -> Any:
-            return function()
-
-        loop = self.server.servers[0].get_loop()
-        return asyncio.run_coroutine_threadsafe(call(), loop).result(PATIENCE)
+    def between_turns(self, function: Callable[[], T]) -> T:
+        """What a function returns in the server's event loop."""
+        return between_turns(self.server, function)
 
     def _ending(self) -> list[str]:
         held = self.hub.sessions.values()
         return [live.id for live in held if live.socket is not None and live.handle.log.closed]
+
+
+def between_turns(server: Server, function: Callable[[], T]) -> T:
+    """What a function returns in a server's event loop: nobody there is in the middle of something,
+    as to a thread beside it he may seem to be."""
+
+    async def call() -> T:
+        return function()
+
+    loop = server.servers[0].get_loop()
+    return asyncio.run_coroutine_threadsafe(call(), loop).result(PATIENCE)
 
 
 @contextlib.contextmanager
@@ -128,7 +123,7 @@ def serving(
     server = Server(server_config(app, "127.0.0.1", 0, limits, certificate, tile), hub)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
-    until(lambda: server.started, seconds=120)
+    until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield Running(f"127.0.0.1:{port}", certificate is not None, hub, server, thread)
