@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m tools.preflight"
 LIMIT_S = 60
-GOODBYE_S = 5.0
+# Seconds in which ranks hear the verdict: those that have answered, however late they look on a
+# busy machine, and others, which may hang.
+ANSWERED_S, GOODBYE_S = 60.0, 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,11 +84,10 @@ def _run(config: Config, limit: int) -> int:
     begin("start")
     # A collective that waits for another rank is left together with the process alone.
     threading.Thread(target=work, daemon=True).start()
-    others = [f"gone_{rank}" for rank in range(1, dist.get_world_size())]
     if found.rank == 0:
         code = _judge(store, dist.get_world_size(), until, hardware.on_accelerator())
         store.set("code", str(code))
-        _wait(store, others, time.monotonic() + GOODBYE_S)  # the store ends with this process
+        _tell_others(store, dist.get_world_size())
     else:
         told = _wait(store, ["code"], until + GOODBYE_S)
         code = int(store.get("code")) if told else FAILED
@@ -96,6 +97,15 @@ def _run(config: Config, limit: int) -> int:
         os._exit(code)
     leave_process_group()
     return code
+
+
+def _tell_others(store: dist.Store, size: int) -> None:
+    """Waits, on rank 0, until the others have read the verdict: the store ends with this
+    process."""
+    others = range(1, size)
+    answered = [rank for rank in others if store.check([f"found_{rank}"])]
+    for ranks, seconds in ((answered, ANSWERED_S), (others, GOODBYE_S)):
+        _wait(store, [f"gone_{rank}" for rank in ranks], time.monotonic() + seconds)
 
 
 def _judge(store: dist.Store, size: int, until: float, accelerator: bool) -> int:
