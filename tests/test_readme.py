@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 
 from tests.docs.commands import make_checkout, run
 from tests.torchrun import free_port
+from tests.waiting import PATIENCE, until
 
 REPO = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -75,13 +75,10 @@ def _serve(command: str, folder: Path, env: dict[str, str]) -> None:
     with log.open("w") as said:
         server = subprocess.Popen(words, cwd=folder, env=env, stderr=said)
     try:
-        until = time.monotonic() + 300
-        while not _healthy(health):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < until
-            time.sleep(0.2)
+        until(lambda: server.poll() is not None or _healthy(health))
+        assert server.poll() is None, log.read_text()
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=120) == 0
+        assert server.wait(PATIENCE) == 0
     finally:
         server.kill()
         server.wait()
@@ -89,7 +86,7 @@ def _serve(command: str, folder: Path, env: dict[str, str]) -> None:
 
 def _healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
             return json.load(answer)["status"] == "ok"
     except OSError:  # URLError among them
         return False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.moss_train.train.runs import is_running, wait_for
+from tests.moss_train.train.runs import is_running
 from tests.torchrun import RanksFailedError, run_ranks, start_ranks
+from tests.waiting import until
 
 WORKER = "tests/workers/misbehave.py"
 BOTH = pytest.mark.parametrize("preloaded", [True, False])
@@ -33,9 +34,9 @@ def test_failing_rank_ends_the_run_and_its_traceback_comes_first(tmp_path, prelo
 @BOTH
 def test_hanging_ranks_are_killed(tmp_path, preloaded):
     run = start_ranks(WORKER, 2, "hang", out=tmp_path, preloaded=preloaded)
-    wait_for(lambda: len(list(tmp_path.glob("tensor.rank*"))) == 2)
+    until(lambda: len(list(tmp_path.glob("tensor.rank*"))) == 2)
     workers = run.rank_pids()
     assert len(workers) == 2
     with pytest.raises(RanksFailedError, match="longer than 1 s"):
         run.wait(timeout=1)
-    wait_for(lambda: not any(is_running(pid) for pid in workers))
+    until(lambda: not any(is_running(pid) for pid in workers))

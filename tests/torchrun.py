@@ -35,6 +35,9 @@ from tools.preloaded import Command, python_path, torchrun
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = "MOSS_TEST_OUT"  # environment variable: where workers put their results
+# When a rank has died, the others end by themselves: torchrun, which waits for them before it kills
+# them, would wait longer than the test does.
+UNKILLED = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1000"}
 _TAIL = 60  # lines of a rank's output that an error shows
 # The first port of tests, below those that systems give by themselves; ports of a worker.
 _PORTS, _PORTS_EACH = 20_000, 250

@@ -14,8 +14,7 @@ import av
 import pytest
 
 import data_pipeline  # noqa: F401  what is tested is what it sets up
-
-PATIENCE = 60.0
+from tests.waiting import PATIENCE
 
 
 class Held:

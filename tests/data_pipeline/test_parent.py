@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from tests.moss_train.train.runs import is_running, wait_for
+from tests.moss_train.train.runs import is_running
 from tests.torchrun import REPO
+from tests.waiting import until
 
 # The worker waits for a lock that nobody gives back.
 PARENT = """
@@ -26,7 +27,7 @@ lock.acquire()
 worker = context.Process(target=work, args=(lock, os.getpid(), float(sys.argv[1])))
 worker.start()
 print(worker.pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -39,4 +40,4 @@ def test_a_worker_ends_with_a_parent_that_is_killed(late: float) -> None:
     assert is_running(worker)
     parent.kill()
     parent.wait()
-    wait_for(lambda: not is_running(worker))
+    until(lambda: not is_running(worker))

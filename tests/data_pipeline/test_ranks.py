@@ -12,6 +12,7 @@ from torch.distributed import TCPStore
 
 from data_pipeline import ranks
 from data_pipeline.ranks import JoinError, Ranks, RanksError, joining, ranks_of
+from tests.waiting import PATIENCE
 
 MEET = {"MASTER_ADDR": "node1", "MASTER_PORT": "29511"}
 
@@ -80,7 +81,7 @@ def wait_in_vain(alone: Ranks, port: int, said: Queue[str]) -> None:
         try:
             meet(alone, port, seconds=0.3)
         finally:
-            said.put(said.get(timeout=60))
+            said.put(said.get(timeout=PATIENCE))
 
 
 def test_a_rank_that_waits_says_for_whom(listener):

@@ -12,7 +12,7 @@ import yaml
 
 from data_pipeline.index import prepare_index
 from data_pipeline.shards import ShardError, SourceInfo, check_source, write_shards
-from tests.data_pipeline.importers.jobs import wait_for
+from tests.waiting import until
 
 
 def _samples(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ write_shards(endless(), sys.argv[1], samples_per_shard=20)
         [sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).resolve().parents[2]
     )
     try:
-        wait_for(lambda: len(list(tmp_path.glob("*.tar"))) >= 3)
+        until(lambda: len(list(tmp_path.glob("*.tar"))) >= 3)
     finally:
         writer.kill()
         writer.wait()

@@ -16,6 +16,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from tests.waiting import PATIENCE
+
 HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: %s\r\n\r\n"
 Script = Callable[[int, socket.socket], None]  # (number of the connection, its socket)
 
@@ -44,14 +46,14 @@ class Camera:
     def come_back(self) -> None:
         """It listens again when this returns."""
         self._wanted.set()
-        assert self._back.wait(60)
+        assert self._back.wait(PATIENCE)
 
     def close(self) -> None:
         self._over.set()
         self._wanted.set()
         with suppress(OSError):
             socket.create_connection(self._address).close()
-        self._thread.join(timeout=60)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         self._listener.close()
         self._held.close()

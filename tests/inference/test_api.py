@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from inference.sources import SourceError
 from tests.inference.tiny import save_tiny
 from tests.samples import graded_video
 from tests.torchrun import REPO
+from tests.waiting import until
 
 QUIET = inference.Sampling(silence_bias=4.0)
 
@@ -173,9 +173,8 @@ def test_an_answer_that_is_cut_off_is_not_taken_for_a_whole_one(live: Path) -> N
     with inference.load(live, device="cpu") as model:
 
         def close() -> None:
-            while not model.runner.sessions:
-                time.sleep(0.01)
-            time.sleep(0.2)
+            running = model.runner._running
+            until(lambda: any(one.task.stats.counts["tokens"] for one in list(running)))
             model.close()
 
         closing = threading.Thread(target=close)

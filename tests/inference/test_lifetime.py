@@ -14,8 +14,8 @@ import pytest
 
 import inference
 from inference.engine.engine import EngineFull
-from tests.inference.serve.serving import PATIENCE, until
 from tests.torchrun import REPO
+from tests.waiting import PATIENCE, until
 
 PICTURE = np.zeros((40, 60, 3), np.uint8)
 SHORT: dict[str, Any] = {"live": False, "max_new_tokens": 3}

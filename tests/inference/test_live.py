@@ -20,7 +20,7 @@ from inference.live import LiveSource, Notice, SourceError
 from inference.sources import FileSource, open_source
 from tests.data_pipeline.clips import every, number, video
 from tests.inference.cameras import HEAD, camera, jpegs, rtsp, still, transport_stream
-from tests.inference.serve.serving import until
+from tests.waiting import until
 
 
 class Clock:
@@ -111,7 +111,7 @@ def test_a_stream_whose_clock_jumps_is_not_waited_for(clock: Clock, restart: flo
     def serve(_number: int, client: socket.socket) -> None:
         # As long as it takes until FFmpeg shows what has come.
         client.sendall(HEAD % b"video/mp2t" + transport_stream(10, 120))
-        until(lambda: clock.readings > 8, 120)
+        until(lambda: clock.readings > 8)
         clock.pause(13)
         client.sendall(transport_stream(restart, 10))
 

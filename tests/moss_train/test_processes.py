@@ -11,7 +11,8 @@ import pytest
 
 from moss_train.node_folders import claimed, remove_unclaimed
 from moss_train.processes import STOPPED_NOTE
-from tests.moss_train.train.runs import ENTRY, is_running, wait_for
+from tests.moss_train.train.runs import ENTRY, is_running
+from tests.waiting import until
 
 RANK = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -31,9 +32,9 @@ def test_a_rank_that_still_imports_ends_with_its_launcher(ours, tmp_path):
         assert launcher.stdout is not None
         rank = int(launcher.stdout.readline())
         if not ours:  # before that nothing tells the rank whose child it was
-            wait_for(lambda: "libtorch" in Path(f"/proc/{rank}/maps").read_text())
+            until(lambda: "libtorch" in Path(f"/proc/{rank}/maps").read_text())
         launcher.kill()
-        wait_for(lambda: not is_running(rank))
+        until(lambda: not is_running(rank))
 
 
 def test_folders_of_processes_that_were_killed_are_removed(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from moss_train import run_lock
 from moss_train.config import ConfigError
 from moss_train.run_lock import LOCK_FILE, check_free, running_in
-from tests.moss_train.train.runs import wait_for
+from tests.waiting import until
 
 # Another process that trains there, until it is killed.
 OTHER = """
@@ -89,5 +89,5 @@ def test_where_a_lock_says_nothing_signs_of_life_do(tmp_path: Path, patient: pyt
         with pytest.raises(subprocess.CalledProcessError):
             subprocess.run([sys.executable, "-c", LOCK, str(path)], check=True, stderr=-3)
         before = path.stat().st_mtime_ns
-        wait_for(lambda: path.stat().st_mtime_ns > before)
+        until(lambda: path.stat().st_mtime_ns > before)
     assert not path.exists()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.moss_train.train.runs import is_running, wait_for
+from tests.moss_train.train.runs import is_running
 from tests.torchrun import start_ranks
+from tests.waiting import PATIENCE, until
 from tools import preloaded
 
 MODULE = "tests.workers.command"
@@ -49,16 +50,16 @@ def test_waiting_has_an_end(tmp_path: Path) -> None:
         started.wait(0.5)
     assert started.poll() is None
     os.kill(started.pid, 9)
-    assert started.wait(60) == -9
+    assert started.wait(PATIENCE) == -9
 
 
 def test_helpers_of_ranks_end_with_them(tmp_path: Path) -> None:
     run = start_ranks("tests/workers/misbehave.py", 2, "hang", out=tmp_path)
-    wait_for(lambda: len(list(tmp_path.glob("tensor.rank*"))) == 2)
+    until(lambda: len(list(tmp_path.glob("tensor.rank*"))) == 2)
     helpers = [child for rank in run.rank_pids() for child in children(rank)]
     assert len(helpers) == 2 * (sys.platform == "linux")
     run.kill()
-    wait_for(lambda: not any(is_running(pid) for pid in helpers), timeout=60)
+    until(lambda: not any(is_running(pid) for pid in helpers))
 
 
 def children(pid: int) -> list[int]:

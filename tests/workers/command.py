@@ -8,7 +8,7 @@ import time
 
 if __name__ == "__main__":
     if sys.argv[1] == "sleep":
-        time.sleep(60)
+        time.sleep(600)
     print(os.environ.get("MARK"))
     print(*sys.argv[1:], sep=" | ")
     print("megatron.core", "megatron.core" in sys.modules)

@@ -14,15 +14,10 @@ import pytest
 from data_pipeline.build import main as import_whole
 from data_pipeline.engines.ranks import run_rank
 from data_pipeline.shards import ShardError
-from tests.data_pipeline.importers.jobs import (
-    blocked,
-    contents,
-    has_ended,
-    make_records,
-    wait_for,
-)
+from tests.data_pipeline.importers.jobs import blocked, contents, has_ended, make_records
 from tests.samples import imported
 from tests.torchrun import REPO
+from tests.waiting import until
 from tools.shards.__main__ import main
 
 RECORDS, PARTS, STOP = 700, 5, 400  # STOP: the record whose picture is its own
@@ -68,7 +63,7 @@ def stuck(out: Path, killed: set[int]) -> int:
         pids[:] = [pid for pid in attempts(out) if pid not in killed]
         return len(there) == PARTS - 1 and len(pids) == 1
 
-    wait_for(alone)
+    until(alone)
     return pids[0]
 
 
@@ -96,7 +91,7 @@ def test_a_killed_worker_costs_its_part(
         assert made == {path: path.stat().st_ino for path in (out / "parts").glob("[0-9]*")}
         os.killpg(job.pid, signal.SIGKILL)  # now all of it
         job.wait()
-        wait_for(lambda: has_ended(job.pid))
+        until(lambda: has_ended(job.pid))
     assert build(source, out) == 1, "without --resume"
     assert build(source, out, "--resume") == 0
     assert contents(out) == whole

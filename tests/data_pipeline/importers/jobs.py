@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,13 +61,6 @@ def blocked(medium: Path) -> Iterator[None]:
         yield
     finally:
         aside.rename(medium)  # whole at once, and also where a test fails: others need it
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300  # a busy machine takes a minute to start a process
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 def has_shards(out: Path, count: int) -> bool:

@@ -23,15 +23,9 @@ from data_pipeline.importers.media import MediaOptions
 from data_pipeline.shards import ShardError, check_source
 from data_pipeline.stores import StoreOptions
 from data_pipeline.video import frames_at, probe_video
-from tests.data_pipeline.importers.jobs import (
-    blocked,
-    command,
-    contents,
-    has_shards,
-    make_records,
-    wait_for,
-)
+from tests.data_pipeline.importers.jobs import blocked, command, contents, has_shards, make_records
 from tests.samples import graded_video, imported
+from tests.waiting import until
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -73,7 +67,7 @@ def test_a_worker_that_is_killed_ends_the_import_which_then_goes_on(tmp_path: Pa
     arguments = command(source, out, "--workers", 1, "--samples-per-shard", 20)
     with blocked(source.parent / "own400.png"):
         job = subprocess.Popen(arguments, cwd=REPO, stderr=subprocess.PIPE, text=True)
-        wait_for(partial(has_shards, out, 1))
+        until(partial(has_shards, out, 1))
         (worker,) = psutil.Process(job.pid).children()
         worker.kill()
         said = job.communicate()[1]
@@ -100,7 +94,7 @@ def test_two_imports_into_one_folder_do_not_run_at_once(tmp_path: Path) -> None:
     source, out = make_records(tmp_path / "in", 600), tmp_path / "out"
     with blocked(source.parent / "own400.png"):
         first = subprocess.Popen(command(source, out, "--workers", 0), cwd=REPO)
-        wait_for((out / "shards.jsonl").exists)
+        until((out / "shards.jsonl").exists)
         with pytest.raises(ShardError, match="another import into it is running"):
             build_shards(source, out)
         first.kill()

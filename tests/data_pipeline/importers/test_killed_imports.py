@@ -19,10 +19,10 @@ from tests.data_pipeline.importers.jobs import (
     has_ended,
     has_shards,
     make_records,
-    wait_for,
 )
 from tests.samples import imported
 from tests.torchrun import REPO
+from tests.waiting import until
 
 
 def import_and_kill(source: Path, out: Path, shards: int, *options: object) -> None:
@@ -30,10 +30,10 @@ def import_and_kill(source: Path, out: Path, shards: int, *options: object) -> N
     job = subprocess.Popen(
         command(source, out, *options), cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL
     )
-    wait_for(partial(has_shards, out, shards))
+    until(partial(has_shards, out, shards))
     job.kill()
     job.wait()
-    wait_for(partial(has_ended, job.pid))
+    until(partial(has_ended, job.pid))
 
 
 def test_a_killed_import_goes_on_and_ends_as_if_nothing_had_happened(

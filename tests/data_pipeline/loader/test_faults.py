@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,7 +30,7 @@ from data_pipeline.schema import SampleError, parse_sample
 from data_pipeline.shards import ShardError, training_shards, write_shards
 from data_pipeline.tokens import load_tokenizer
 from data_pipeline.toy.build import ToyConfig, make_sample
-from tests.data_pipeline.loader.test_loader import encode_config
+from tests.data_pipeline.loader.test_loader import encode_config, take_after_kill
 
 SECONDS = 20.0  # of this process's own work: no single sample takes longer
 
@@ -184,11 +183,8 @@ def test_batches_of_worker_processes_hold_no_file(toy: Path, shards: Path) -> No
 def test_a_killed_worker_ends_the_reading_with_its_signal(toy: Path, shards: Path) -> None:
     with open_shards(toy, shards, workers=2) as loader:
         read(loader, 2)
-        worker = loader.processes[0]
-        os.kill(worker.pid or 0, signal.SIGKILL)
-        worker.join()
         with pytest.raises(RuntimeError, match=r"worker.*(killed by signal|exited unexpectedly)"):
-            read(loader, 20)
+            take_after_kill(loader, 0)
 
 
 def open_reader(shards: Path) -> SourceReader:

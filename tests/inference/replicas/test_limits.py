@@ -23,14 +23,8 @@ from inference.serve.keys import Key
 from inference.serve.limits import Limits
 from tests.conftest import REPO
 from tests.inference.replicas.fronting import FRONT_KEY, Fronted, fronting
-from tests.inference.serve.serving import (
-    PATIENCE,
-    Client,
-    audited,
-    jpeg,
-    standing_still,
-    until,
-)
+from tests.inference.serve.serving import Client, audited, jpeg, standing_still
+from tests.waiting import PATIENCE, until
 
 FPS = 10
 TWO, LIVE, FILE, READER, PLAIN, CHIEF = (

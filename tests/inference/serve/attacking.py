@@ -13,7 +13,8 @@ import httpx
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import PATIENCE, Running, data_url, jpeg, serving, until
+from tests.inference.serve.serving import Running, data_url, jpeg, serving
+from tests.waiting import PATIENCE, until
 
 LIMITS = Limits(
     decoders=1, media=1, clip_cpu=0.5, pixels=10**7, connections=40, headers=30.0,

@@ -33,7 +33,8 @@ from tests.inference.serve.attacking import (
     refused,
     small_engine,
 )
-from tests.inference.serve.serving import PATIENCE, Running, jpeg, serving, until
+from tests.inference.serve.serving import Running, jpeg, serving
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")

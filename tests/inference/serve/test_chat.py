@@ -21,16 +21,9 @@ from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
 from inference.serve import answers
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import (
-    PATIENCE,
-    Running,
-    data_url,
-    jpeg,
-    serving,
-    standing_still,
-    until,
-)
+from tests.inference.serve.serving import Running, data_url, jpeg, serving, standing_still
 from tests.samples import graded_video
+from tests.waiting import PATIENCE, until
 
 LIMITS = Limits(body_bytes=10**6, pixels=10**6, prompt_chars=500, frames=12, max_tokens=400)
 

@@ -24,7 +24,8 @@ from inference.serve.flags import origin as read_origin
 from inference.serve.flags import parse
 from inference.serve.limits import Limits
 from inference.serve.server import is_local, listen, server_config
-from tests.inference.serve.serving import PATIENCE, Running, serving
+from tests.inference.serve.serving import Running, serving
+from tests.waiting import PATIENCE
 
 MINE, OTHER = "https://mine.example", "https://other.example"
 CHAT, REALTIME = "/v1/chat/completions", "/v1/realtime"

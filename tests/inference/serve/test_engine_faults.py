@@ -17,15 +17,8 @@ from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.slots import Step
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import (
-    PATIENCE,
-    Client,
-    Running,
-    jpeg,
-    serving,
-    standing_still,
-    until,
-)
+from tests.inference.serve.serving import Client, Running, jpeg, serving, standing_still
+from tests.waiting import PATIENCE, until
 
 CONFIG: dict[str, Any] = {"source": "file", "pace": 4, "silence_bias": 2.0, "max_output_tokens": 9}
 

@@ -21,10 +21,12 @@ import pytest
 from torch import Tensor
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from inference.serve import connections as limited
 from inference.serve.limits import Limits
 from inference.serve.server import Certificate
 from tests.inference.serve.attacking import USER, answers, raw, small_engine
-from tests.inference.serve.serving import PATIENCE, Running, jpeg, self_signed, serving, until
+from tests.inference.serve.serving import Running, jpeg, self_signed, serving
+from tests.waiting import PATIENCE, until
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SENT = 1.0  # seconds in which a client must read
@@ -149,7 +151,10 @@ def read_all(one: socket.socket, said: bytearray, ends: list[str]) -> None:
     "part", [frame(9), frame(10), frame(9, b"x" * 125), frame(0, last=False)],
     ids=["pings", "pongs", "long-pings", "parts-of-a-message"],
 )  # fmt: skip
-def test_a_flood_of_parts_closes_the_socket(server: Running, part: bytes) -> None:
+def test_a_flood_of_parts_closes_the_socket(
+    server: Running, part: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limited, "_GOODBYE", PATIENCE)  # this process may stand still meanwhile
     with upgraded(server) as one:
         one.sendall(frame(1, b"{", last=False) if part[0] == 0 else b"")
         flood, said, ends = part * (2**18 // len(part)), bytearray(), list[str]()
@@ -293,6 +298,9 @@ def test_who_reads_slowly_gets_all(tiny: Path) -> None:
     ):
         size = len(server.get("/openapi.json").content)
         count = 2**22 // size
+        # With small buffers between them, each piece that is read lets the server write another.
+        listening = server.server.servers[0].sockets[0]
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # its connections', too
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
         one.settimeout(PATIENCE)
         host, port = server.host.split(":")
@@ -300,7 +308,9 @@ def test_who_reads_slowly_gets_all(tiny: Path) -> None:
         one.sendall(document * count)
         began, read = time.monotonic(), 0
         while read < size * count:
-            read += len(one.recv(2**16))
+            piece = len(one.recv(2**16))
+            assert piece > 0, "the server has ended the connection"
+            read += piece
             time.sleep(1.5 * limit * 2**14 / (size * count))
         assert time.monotonic() - began > limit
 

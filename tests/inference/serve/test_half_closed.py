@@ -19,7 +19,8 @@ import pytest
 from inference.engine.engine import Engine
 from inference.serve import answers
 from tests.inference.serve.attacking import LIMITS, USER, free, raw, small_engine
-from tests.inference.serve.serving import CHAT, PATIENCE, Running, serving, standing_still, until
+from tests.inference.serve.serving import CHAT, Running, serving, standing_still
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")

@@ -21,16 +21,8 @@ from inference.serve.audit import AuditLog
 from inference.serve.keys import Key, read_keys
 from inference.serve.limits import Limits
 from tests.inference.serve import attacking
-from tests.inference.serve.serving import (
-    PATIENCE,
-    Client,
-    Running,
-    audited,
-    jpeg,
-    serving,
-    standing_still,
-    until,
-)
+from tests.inference.serve.serving import Client, Running, audited, jpeg, serving, standing_still
+from tests.waiting import PATIENCE, until
 
 SECRET = "What colour is the door of the vault?"
 FPS = 10  # of cameras

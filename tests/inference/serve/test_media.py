@@ -37,15 +37,8 @@ from tests.inference.serve.attacking import (
     reset,
     small_engine,
 )
-from tests.inference.serve.serving import (
-    PATIENCE,
-    Client,
-    Running,
-    data_url,
-    jpeg,
-    serving,
-    until,
-)
+from tests.inference.serve.serving import Client, Running, data_url, jpeg, serving
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,9 @@ from inference.engine.engine import Engine, EngineFull
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
 from inference.serve.memory import Ceiling, SessionMemory
-from tests.inference.serve.serving import (
-    PATIENCE,
-    Running,
-    jpeg,
-    serving,
-    standing_still,
-    until,
-)
+from tests.inference.serve.serving import Running, jpeg, serving, standing_still
 from tests.inference.tiny import SIZE
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from schemathesis.specs.openapi.checks import (
 
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import PATIENCE, Running, serving
+from tests.inference.serve.serving import Running, serving
+from tests.waiting import PATIENCE
 
 EXAMPLES = {"GET": 2, "POST": 15}  # of a route
 

@@ -16,8 +16,9 @@ import pytest
 from inference.cli import CommandError
 from inference.engine.load import load_engine
 from inference.serve.server import Certificate
-from tests.inference.serve.serving import Running, self_signed, serving, until
+from tests.inference.serve.serving import Running, self_signed, serving
 from tests.samples import graded_video
+from tests.waiting import until
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(

@@ -17,8 +17,9 @@ from inference.engine.load import load_engine
 from inference.serve.limits import Limits
 from inference.serve.messages import ImageAppend
 from inference.serve.protocol import parse, read_image
-from tests.inference.serve.serving import PATIENCE, Running, data_url, jpeg, serving
+from tests.inference.serve.serving import Running, data_url, jpeg, serving
 from tests.samples import graded_video
+from tests.waiting import PATIENCE
 
 LIMITS = Limits(body_bytes=10**6, prompt_chars=500, frames=30, max_tokens=400)
 

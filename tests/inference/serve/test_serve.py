@@ -18,7 +18,8 @@ from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import Client, Running, data_url, jpeg, serving, until
+from tests.inference.serve.serving import Client, Running, data_url, jpeg, serving
+from tests.waiting import until
 
 BIAS = 4.0
 CONFIG: dict[str, Any] = {"source": "file", "pace": 4, "silence_bias": BIAS, "max_output_tokens": 9}

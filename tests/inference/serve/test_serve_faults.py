@@ -21,15 +21,8 @@ from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
 from tests.inference.serve.attacking import USER, raw
-from tests.inference.serve.serving import (
-    CHAT,
-    PATIENCE,
-    Running,
-    jpeg,
-    serving,
-    standing_still,
-    until,
-)
+from tests.inference.serve.serving import CHAT, Running, jpeg, serving, standing_still
+from tests.waiting import PATIENCE, until
 
 # How late a well-behaved client's frame may be: so many times as late as when it is alone, in the
 # median; and this many seconds on a machine that is fast.
@@ -166,6 +159,7 @@ def test_a_session_waits_for_a_client_that_vanished_and_then_closes(engine: Engi
         until(lambda: live.handle.log.closed)
         assert live.handle.reason == "nobody came back within 0.4 s"
         until(lambda: not server.hub.sessions)
+        client.socket.close()  # else its thread would wait for ever
 
 
 def test_a_thousand_connects_leave_nothing_behind(server: Running, late: float) -> None:

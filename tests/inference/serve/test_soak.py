@@ -11,7 +11,8 @@ import pytest
 
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits
-from tests.inference.serve.serving import serving, until
+from tests.inference.serve.serving import serving
+from tests.waiting import until
 from tools.bench.soak import FRAME_BYTES, Result, play, report
 from tools.bench.visitor import FAULTS, Visitor
 

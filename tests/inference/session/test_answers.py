@@ -17,6 +17,7 @@ from inference.engine.sampling import Sampling
 from inference.session.handle import SessionHandle
 from inference.session.runner import Runner
 from tests.inference.tiny import SIZE
+from tests.waiting import PATIENCE
 
 FRAMES = 10
 DRAWN = torch.Generator().manual_seed(1)
@@ -68,7 +69,7 @@ def test_a_question_is_computed_once_for_all_answers(
         tokens.append(sum(len(one.tokens) for one in steps))
         frames.append(sum(len(one.frames) for one in steps))
         result = step(steps)
-        after.wait(60)
+        after.wait(PATIENCE)
         return result
 
     with Runner(engine) as runner:

@@ -18,7 +18,7 @@ from inference.engine.sampling import Sampling
 from inference.session import handle
 from inference.session.handle import SessionClosed
 from inference.session.runner import Runner
-from tests.inference.serve.serving import PATIENCE, until
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -27,6 +26,7 @@ from inference.session.handle import SessionHandle
 from inference.session.journal import Journal, Record, fold, sources
 from inference.session.rebuilder import Rebuilder
 from inference.session.runner import Runner
+from tests.waiting import PATIENCE, until
 
 FRAMES = 8
 KEPT = ("input_frame.processed", "response.done", "response.output_text.delta", "session.state")
@@ -98,7 +98,7 @@ def watched(
     journal.wake = read
     full = Event()
     with configured(runner, **sampling) as session:
-        runner.call(lambda: full.wait(60))
+        runner.call(lambda: full.wait(PATIENCE))
         session.keep(journal)
         give(session, journal, end=4)  # as many as may wait
         full.set()
@@ -190,8 +190,7 @@ def test_several_are_computed_together_between_the_steps_of_others(
                 pool.submit(rebuild, rebuilder, kept, pictures)
                 for kept, pictures in zip(given, (shown, {**shown, first: broken}), strict=True)
             )
-            while len(runner._calls) < 2:
-                time.sleep(0.01)
+            until(lambda: len(runner._calls) == 2)
             both.set()
         with pytest.raises(ValueError, match="cannot be encoded"):
             fails.result()
@@ -234,8 +233,7 @@ def test_what_was_dropped_stays_dropped(tiny: Path) -> None:
             if event.type == "input_frame.processed" and event.data["frame_at"] == 19.0:
                 break
         session.cancel()
-        while session.running.task.response is not None:
-            time.sleep(0.01)
+        until(lambda: session.running.task.response is None)
         before = session.save()["slot"]
         with session.change():
             found = journal.read()

@@ -14,6 +14,7 @@ import pytest
 from inference.engine.load import load_engine
 from inference.session.queues import DONE, ERROR, ROUND_END, ROUND_START, SILENCE, QueueModel
 from tests.inference.session.test_runner import BIAS, PICTURES
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ class Demo:
         """Tokens up to one of `ends`."""
         found: list[str] = []
         while not found or found[-1] not in ends:
-            found.append(self.tokens.get(timeout=60))
+            found.append(self.tokens.get(timeout=PATIENCE))
         return found
 
 
@@ -104,7 +105,7 @@ def test_it_stops_on_request(model: QueueModel) -> None:
     demo.read(ROUND_START)
     model.stop_real_time_generate()
     assert demo.read(DONE, ERROR)[-1] == DONE
-    demo.thread.join(timeout=60)
+    demo.thread.join(PATIENCE)
     assert not demo.thread.is_alive()
     model.stop_real_time_generate()  # nothing runs: nothing happens
 

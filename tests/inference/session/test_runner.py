@@ -25,7 +25,7 @@ from inference.hf.processing_moss_video import MossVideoProcessor
 from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.runner import Runner
 from inference.session.session import PromptTooLong, QueueFull
-from tests.inference.serve.serving import until
+from tests.waiting import until
 
 BIAS = 4.0  # at which the random model is silent about as often as not
 PICTURES = [

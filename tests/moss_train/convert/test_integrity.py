@@ -31,8 +31,8 @@ from tests.moss_train.convert.sources import (
     save_by_transformers,
     save_folder,
 )
-from tests.moss_train.train.runs import wait_for
 from tests.torchrun import REPO
+from tests.waiting import PATIENCE, until
 
 QUERY = "language_model.model.layers.0.self_attn.q_proj.weight"
 NORM = "language_model.model.norm.weight"
@@ -266,7 +266,7 @@ def begun(source: Path, out: Path) -> subprocess.Popen:
     """A conversion in another process, which has begun to write, and is stopped there."""
     command = [sys.executable, "-m", "tests.workers.stopped_conversion", "hf-to-megatron"]
     process = subprocess.Popen([*command, str(source), str(out)], cwd=REPO)
-    wait_for(lambda: process.poll() is not None or stat_fields(process.pid)[0] == "T")
+    until(lambda: process.poll() is not None or stat_fields(process.pid)[0] == "T")
     assert process.poll() is None
     assert list(out.parent.glob(f".{out.name}.partial/*.distcp"))
     return process
@@ -276,7 +276,7 @@ def test_an_interrupted_conversion_clears_up(large):
     process = begun(large / "hf", large / "other")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
-    assert process.wait(120) == 130
+    assert process.wait(PATIENCE) == 130
     assert sorted(path.name for path in large.iterdir()) == ["hf"]
 
 

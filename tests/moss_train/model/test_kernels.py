@@ -124,7 +124,7 @@ def test_only_what_is_right_is_used(groups, tmp_path: Path, monkeypatch, caplog)
 
 
 def test_what_is_not_right_on_one_rank_is_used_on_none(tmp_path: Path) -> None:
-    result = run_ranks("tests/workers/agreement.py", 2, "kernels", out=tmp_path, timeout=60)
+    result = run_ranks("tests/workers/agreement.py", 2, "kernels", out=tmp_path)
     assert result.load_all("found") == [[["a", "c"], [], [], ["a"], []]] * 2
     said, why = ([line.partition("WARNING ")[2] for line in result.stderr(rank).splitlines()
                   if "WARNING " in line] for rank in (0, 1))  # fmt: skip

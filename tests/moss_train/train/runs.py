@@ -8,13 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moss_train.train.metrics import MetricsWriter, StepMetrics
 from tests.torchrun import OUT, REPO
+from tests.waiting import PATIENCE
 from tools.preloaded import Command
 
 ENTRY = "launch/train.py"
@@ -41,7 +40,7 @@ class Process:
                 start_new_session=True,
             )
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """The exit code."""
         try:
             return self.process.wait(timeout)
@@ -100,14 +99,6 @@ def audit(run: Path) -> dict[int, list[str]]:
 def saved_steps(run: Path) -> list[int]:
     """The steps whose checkpoints have a finished one's name."""
     return sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
-
-
-def wait_for(condition: Callable[[], Any], timeout: float = 240) -> None:
-    """Waits until `condition()` is true."""
-    until = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.02)
 
 
 def end_orphans(folder: Path) -> None:

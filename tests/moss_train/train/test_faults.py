@@ -26,16 +26,13 @@ from tests.moss_train.train.runs import (
     losses,
     saved_steps,
     steps,
-    wait_for,
 )
 from tests.pages import open_page
-from tests.torchrun import Run, run_ranks, start_ranks
+from tests.torchrun import UNKILLED, Run, run_ranks, start_ranks
+from tests.waiting import until
 
 EVERY, STEPS = 2, 14
 HELD = "tests/workers/held.py"
-# When a rank has died, the others end by themselves: torchrun, which waits for them before it kills
-# them, would wait longer than the test does.
-UNKILLED = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1000"}
 Overrides = list[str]
 
 
@@ -72,7 +69,7 @@ def start(job, tmp_path) -> Iterator[Callable[..., Run]]:
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    wait_for(lambda: max(steps(run, whole=False), default=0) >= step)
+    until(lambda: max(steps(run, whole=False), default=0) >= step)
 
 
 def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
@@ -95,7 +92,7 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(
     # A save that goes on beside the steps gets its name with a later step.
     saving = resumed + 2 * EVERY
     running = start("trainer.async_save=true", hold=saving)
-    wait_for(lambda: (folder / "checkpoints" / f".writing_step_{saving:08d}").exists())
+    until(lambda: (folder / "checkpoints" / f".writing_step_{saving:08d}").exists())
     running.kill()
     assert (folder / "checkpoints" / f".writing_step_{saving:08d}").exists()
     lost = steps(folder, whole=False)[-1] - saved_steps(folder)[-1]
@@ -289,7 +286,7 @@ def test_a_checkpoint_that_one_machine_does_not_see_ends_the_start_and_is_not_da
     (tmp_path / "weights").write_text("1234")
     write_complete(tmp_path)
     worker = "tests/workers/agreement.py"
-    result = run_ranks(worker, 2, "damage", str(tmp_path), out=tmp_path / "out", timeout=60)
+    result = run_ranks(worker, 2, "damage", str(tmp_path), out=tmp_path / "out")
     said = (
         f"StorageError: {tmp_path}/unmounted/complete.json is not there for rank 1, on "
         f"{socket.gethostname()}, but for rank 0: nothing was changed; start again when all "

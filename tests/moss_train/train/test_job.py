@@ -13,9 +13,10 @@ import yaml
 
 from data_pipeline.build import build_shards
 from data_pipeline.tokenizer_identity import identify
-from tests.moss_train.train.runs import ENTRY, audit, metrics, saved_steps, steps, wait_for
+from tests.moss_train.train.runs import ENTRY, audit, metrics, saved_steps, steps
 from tests.pages import open_page
 from tests.torchrun import run_ranks
+from tests.waiting import until
 
 PROMISED = {
     "step", "loss", "lr", "grad_norm", "samples", "tokens", "frames", "step_time_s",
@@ -71,7 +72,7 @@ def test_all_ranks_write_into_one_run_folder(small, tmp_path):
     offline = list(run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(offline) == 1
     # wandb's own process writes the last records when the job has ended.
-    wait_for(lambda: offline[0].stat().st_size > 1000)
+    until(lambda: offline[0].stat().st_size > 1000)
 
 
 def test_overrides_hold_in_every_preset_and_four_ranks_may_share_one_frame(toy, tmp_path):

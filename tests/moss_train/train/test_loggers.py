@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from moss_train.config import Config, ConfigError, LoggerConfig, RunConfig, Trai
 from moss_train.train.loggers import open_loggers
 from moss_train.train.metrics import GROUPS, MetricsWriter
 from tests.moss_train.train.test_metrics import step_metrics
+from tests.waiting import until
 
 CONF = Path(__file__).parents[3] / "conf" / "logger"
 BLOCK = 32768
@@ -80,14 +80,15 @@ def wandb_records(run_dir: Path) -> list:
     read = []
     for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
         found: list = []
-        until = time.monotonic() + 120
-        # wandb's own process writes the last records when `finish` has returned.
-        while not (found and found[-1].HasField("exit")) and time.monotonic() < until:
-            time.sleep(0.05)
-            found = []
+
+        def whole(file=file, found=found) -> bool:
+            found.clear()
             for content in records(file):
                 found.append(protocol.Record())  # type: ignore[attr-defined]
                 found[-1].ParseFromString(content)
+            return bool(found) and found[-1].HasField("exit")
+
+        until(whole)  # wandb's own process writes the last records when `finish` has returned
         read += found
     return read
 

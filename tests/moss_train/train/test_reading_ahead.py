@@ -13,7 +13,7 @@ import torch
 from data_pipeline.batch import MicroBatch
 from moss_train.compose import load_config
 from moss_train.model.loss import LossOptions
-from tests.moss_train.train.runs import wait_for
+from tests.waiting import until
 from tests.workers.matrix import microbatches
 
 STEPS = 5
@@ -106,7 +106,7 @@ def test_a_stop_waits_for_no_more_than_what_is_being_read(reader):
     def counted() -> Iterator[MicroBatch]:
         for batch in microbatches("text", 0, 2, 2):
             if next(numbers) == reader.reads:  # the next step's first one comes after the stop
-                wait_for(lambda: reader._stopping)
+                until(lambda: reader._stopping)
             yield batch
 
     reader.batches = counted()

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.moss_train.train.runs import is_running, losses, saved_steps, steps, wait_for
+from tests.moss_train.train.runs import is_running, losses, saved_steps, steps
 from tests.torchrun import REPO, free_port
+from tests.waiting import until
 
 ENDLESS = 10_000  # steps: whenever the job is stopped, it has not ended
 # Two nodes: the command twice. As srun, it gives its children a signal that it gets, and ends with
@@ -93,7 +94,7 @@ def test_a_stopped_job_is_queued_again_and_the_last_of_a_chain_removes_the_rest(
     run, said = tmp_path / "run", tmp_path / "said"
     container = {"CONTAINER": "moss.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
     job = submit("train.sbatch", ENDLESS, **container)
-    wait_for(lambda: max(steps(run, whole=False), default=0) >= 2, timeout=480)
+    until(lambda: max(steps(run, whole=False), default=0) >= 2)
     (srun,) = children(job.pid)
     launchers = children(srun)
     processes = [*launchers, *(rank for launcher in launchers for rank in children(launcher))]

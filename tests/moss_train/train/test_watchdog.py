@@ -29,7 +29,7 @@ from moss_train.train.heartbeat import Heartbeat, HeartbeatWriter, read
 from moss_train.train.machines import Machines
 from moss_train.train.stragglers import slow_ranks
 from moss_train.train.watchdog import wake, watch
-from tests.moss_train.train.runs import wait_for
+from tests.waiting import until
 
 
 def seen(rank: int, step: int, doing: str, silent_s: float, **other: Any) -> RankStatus:
@@ -68,7 +68,7 @@ def test_the_flight_recorder_is_asked_and_its_dump_is_kept(tmp_path, monkeypatch
 def stopped_launcher() -> Iterator[int]:
     with subprocess.Popen(["sleep", "1000"]) as launcher:
         os.kill(launcher.pid, signal.SIGSTOP)
-        wait_for(lambda: stat_fields(launcher.pid)[0] == "T")
+        until(lambda: stat_fields(launcher.pid)[0] == "T")
         yield launcher.pid
         launcher.kill()
 
@@ -79,7 +79,7 @@ def test_a_stopped_launcher_is_continued():
         assert wake(pid, began, 60) == began
         assert stat_fields(pid)[0] == "T"
         assert wake(pid, began - 61, 60) == began - 61
-        wait_for(lambda: stat_fields(pid)[0] == "S")
+        until(lambda: stat_fields(pid)[0] == "S")
         assert wake(pid, began - 61, 60) >= began
 
 
@@ -88,7 +88,7 @@ def test_a_watchdog_whose_ranks_have_ended_leaves_no_stopped_launcher(tmp_path):
     gone = 2**22 + 1  # no process has this number
     with stopped_launcher() as pid:
         watch(tmp_path / "job", Limits(60, 500), gone, pid, Machines(HashStore, 0, 1))
-        wait_for(lambda: stat_fields(pid)[0] == "S")
+        until(lambda: stat_fields(pid)[0] == "S")
 
 
 def test_the_rank_with_the_least_progress_is_behind():
@@ -152,10 +152,10 @@ def test_machines_learn_what_the_others_see_and_that_one_says_hang(monkeypatch):
     both = [Machines(connect, number, 2) for number in range(2)]
     for machine, own in zip(both, ranks, strict=True):
         machine.publish([own])
-    wait_for(lambda: both[0].all() == ranks)
+    until(lambda: both[0].all() == ranks)
     assert not both[1].hang
     assert both[0].publish_hang() == ranks
-    wait_for(lambda: both[1].hang)
+    until(lambda: both[1].hang)
     del store
     # Where the store has gone, a machine decides by itself.
     assert both[0].all() == ranks[:1]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -35,6 +33,7 @@ from tests.inference.evaluate.streaming.policies import exact_judge
 from tests.inference.evaluate.streaming.published import write_ovobench
 from tests.inference.serve.serving import serving
 from tests.torchrun import REPO
+from tests.waiting import until
 from tools.evaluate.streaming import main
 
 SPEAKING = SpeakingConfig(silence_bias=3.0, pace=4, max_new_tokens=9)
@@ -207,12 +206,8 @@ def test_a_killed_command_goes_on_with_the_same_items(tiny: Path, tmp_path: Path
         [sys.executable, "-m", "tools.evaluate", *command], cwd=REPO, stderr=subprocess.DEVNULL
     )
     first = out / "said" / "events push.jsonl"
-    until = time.monotonic() + 300
-    while not (first.is_file() and first.read_bytes().count(b"\n") >= 1):
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    until(lambda: process.poll() is not None or (first.is_file() and b"\n" in first.read_bytes()))
+    process.kill()
     process.wait()
     kept = first.read_bytes()
     kept = kept[: kept.rindex(b"\n") + 1]
