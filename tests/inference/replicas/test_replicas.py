@@ -4,7 +4,6 @@ missed by any client."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -60,7 +59,8 @@ def start(tiny: Path, *args: str, said: Path) -> tuple[subprocess.Popen[bytes], 
 @pytest.fixture(scope="module")
 def front(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     said = tmp_path_factory.mktemp("front") / "said"
-    process, drill = start(tiny, "--replicas", "2", said=said)
+    # One that a busy machine does not let answer for long is not dead.
+    process, drill = start(tiny, "--replicas", "2", "--limit_silence", "120", said=said)
     try:
         drill.wait_ready(2)
         yield drill
@@ -256,8 +256,7 @@ def test_what_a_killed_replica_does_goes_on_elsewhere(front: Drill) -> None:
             until(lambda: whole.done() or front.replicas()[0]["chats"] == 2)
             assert not whole.done()
             httpx.post(f"{url}/resume", timeout=60)
-            with contextlib.suppress(ProcessLookupError):  # a front kills one that is silent
-                os.kill(victim, signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)
             goes.socket.close()
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
