@@ -132,6 +132,9 @@ def _run(command: list[str], environment: Mapping[str, str], log: str | None, fo
     """Runs a command in the new process."""
     if METHOD == "fork":  # of the server, which ends with the process that has asked for this one
         signalled_with_parent(os.getppid(), signal.SIGTERM)
+    # As in a shell: else this one's processes would be forks of a server of its own, which a signal
+    # to all processes ends, and they with it.
+    multiprocessing.set_start_method(None, force=True)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

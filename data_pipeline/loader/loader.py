@@ -7,6 +7,7 @@ torch's DataLoader read and encode them in turns, and keep nothing that would ha
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -48,6 +49,8 @@ class Loader:
             pin_memory=pinned,
             worker_init_fn=partial(init_worker, os.getpid()),
             generator=torch.Generator(),  # else it would draw a number of the run's
+            # Python 3.14 would have them forked by a server, which a signal to all processes ends.
+            multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
         )
         self._iterator: Iterator[MicroBatch] | None = None
         self._reading: Any = None  # torch's iterator, once it is asked for

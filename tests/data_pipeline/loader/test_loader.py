@@ -3,12 +3,14 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -299,6 +301,17 @@ def test_workers_end_with_the_loader_and_a_dead_one_is_reported(
     with pytest.raises(RuntimeError, match=r"worker.*(killed by signal|exited unexpectedly)"):
         take_after_kill(loader, 1)
     loader.close()
+
+
+def test_its_processes_are_forks_of_this_one_however_python_starts_others(toy: Path) -> None:
+    """Else those of a server, which a signal to all processes of a job ends, and them with it."""
+    multiprocessing.set_start_method("forkserver", force=True)  # as Python 3.14 does
+    try:
+        with open_loader(toy, workers=2) as loader:
+            take(loader, 1)
+            assert {psutil.Process(one.pid).ppid() for one in loader.processes} == {os.getpid()}
+    finally:
+        multiprocessing.set_start_method(None, force=True)
 
 
 @pytest.mark.parametrize(
