@@ -33,7 +33,7 @@ from tests.inference.serve.attacking import (
     refused,
     small_engine,
 )
-from tests.inference.serve.serving import Running, jpeg, serving
+from tests.inference.serve.serving import Running, jpeg, serving, standing_still
 from tests.waiting import PATIENCE, until
 
 
@@ -194,7 +194,9 @@ def test_seconds_of_frames_do_not_go_back(server: Running) -> None:
         client.rest()
 
 
-def test_seconds_of_a_file_do_not_go_back_to_before_a_frame_that_had_none(server: Running) -> None:
+def test_seconds_of_a_file_do_not_go_back_to_before_a_frame_that_had_none(
+    server: Running, engine: Engine
+) -> None:
     with server.open() as client:
         client.until("session.created")
         client.update(source="file", silence_bias=50)
@@ -203,11 +205,12 @@ def test_seconds_of_a_file_do_not_go_back_to_before_a_frame_that_had_none(server
         client.frame(jpeg())  # second 6
         client.frame(jpeg(), ts=5.5)
         assert client.until("error")["message"] == "ts: 5.5 is before the last frame, 6.0"
-        client.frame(jpeg(), ts=6.0)
-        client.send("input_image_buffer.end")
-        client.frame(jpeg())  # these are too late
-        client.frame(jpeg(), ts=7.0)
-        client.ask("And now?")
+        with standing_still(engine):  # the session does not end before all has been sent
+            client.frame(jpeg(), ts=6.0)
+            client.send("input_image_buffer.end")
+            client.frame(jpeg())  # these are too late
+            client.frame(jpeg(), ts=7.0)
+            client.ask("And now?")
         told = client.rest()
         frames = [e["frame_at"] for e in told if e["type"] == "input_frame.processed"]
         assert frames == [5.0, 6.0, 6.0]
