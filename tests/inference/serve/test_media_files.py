@@ -18,7 +18,8 @@ from inference.serve.decoding import FrameChoice, Task, frames_of, work
 from inference.serve.limits import Limits, Refused
 from inference.serve.media_files import MediaFolders
 from tests.data_pipeline.clips import every, number, video
-from tests.inference.serve.serving import PATIENCE, Running, data_url, jpeg, serving
+from tests.inference.serve.serving import Running, data_url, jpeg, serving
+from tests.waiting import PATIENCE
 
 MEMORY = 200 * 2**20
 
