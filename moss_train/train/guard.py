@@ -113,8 +113,8 @@ def write_bad_step(
         record = {
             "step": step,
             "reason": reason,
-            "loss": loss if math.isfinite(loss) else None,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "loss": loss,
+            "grad_norm": grad_norm,
             "keys": [key for part in everywhere for key in part],
         }
         json_lines.append(run / BAD_STEPS_FILE, record)

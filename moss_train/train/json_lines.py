@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -23,13 +24,21 @@ _told: set[Path] = set()  # files that could not be written
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line to a file; and to all files the lines that could not be written before."""
+    """Adds a line to a file; and to all files the lines that could not be written before. Numbers
+    that are not finite, which JSON does not have, are null."""
     waiting = _waiting.setdefault(path, deque(maxlen=MOST))
     if len(waiting) == MOST - 1:
         print_line(f"{path}: {MOST} lines wait: of more the oldest are lost")
-    waiting.append(json.dumps(record, allow_nan=False).encode() + b"\n")
+    waiting.append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
     for late in list(_waiting):
         _try(late)
+
+
+def _finite(value: Any) -> Any:
+    """`value`, or a dictionary's values at any depth, with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _try(path: Path) -> None:

@@ -159,11 +159,7 @@ class MetricsWriter:
         for name in ("weighted_loss", "validation", "suites", "mfu", "hfu"):
             if values[name] is None:
                 del values[name]
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }
-        json_lines.append(self._path, finite)
+        json_lines.append(self._path, values)
         self._tell("write", metrics.step, logged_values(values))
 
     def _tell(self, method: str, *what: Any) -> None:

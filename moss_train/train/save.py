@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ class Save:
         """
 
         def make() -> None:
-            self.temporary.mkdir()
+            shutil.rmtree(self.temporary, ignore_errors=True)  # what is left of a save that failed
+            self.temporary.mkdir(parents=True)
             with self.reserve.open("wb") as file:
                 size = RESERVE * (1 + dist.get_world_size() // 8)
                 os.posix_fallocate(file.fileno(), 0, 2 * size)
@@ -114,7 +116,7 @@ class Save:
 
     def _on_first_rank(self, work: Callable[[], None]) -> None:
         """Raises SaveError on all ranks where `work` fails on rank 0."""
-        problem = [None]
+        problem: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
                 work()
@@ -125,11 +127,11 @@ class Save:
         if problem[0] is not None:
             raise SaveError(problem[0])
 
-    def _describe(self, error: Exception) -> Any:
-        free = shutil.disk_usage(self.folder).free / 1e9
-        return (
-            f"{self.temporary} could not be written ({free:.1f} GB are free there): {_cause(error)}"
-        )
+    def _describe(self, error: Exception) -> str:
+        free = ""
+        with suppress(OSError):  # a storage that is gone
+            free = f" ({shutil.disk_usage(self.folder).free / 1e9:.1f} GB are free there)"
+        return f"{self.temporary} could not be written{free}: {_cause(error)}"
 
 
 def _write_and_sum(

@@ -11,6 +11,7 @@ from data_pipeline.index import prepare_index
 from data_pipeline.shards import write_shards
 from data_pipeline.toy.build import ToyConfig, make_sample
 from moss_train.train.json_lines import read
+from moss_train.train.save import Save, SaveError
 from tests.moss_train.train.runs import audit, metrics, saved_steps, steps
 
 
@@ -182,3 +183,18 @@ def test_where_nothing_can_be_written_training_goes_on_and_the_lines_come_later(
     said = result.stderr()
     assert f"{run}/metrics.jsonl can be written again: 3 line(s) have waited" in said
     assert not [path for path in run.rglob("*") if path.name.endswith(".partial")]
+
+
+def test_a_save_finds_a_folder_that_was_moved_or_left_half_written_or_says_what_is_wrong(
+    groups, tmp_path
+):
+    """A save that fails is a warning on all ranks: none may meet an error alone."""
+    folder = tmp_path / "run/checkpoints"
+    left = folder / ".writing_step_00000003"
+    for _ in range(2):  # without the folder; with what is left of a save that failed
+        Save(folder, 3).open()
+        assert [path.name for path in left.iterdir()] == [".reserve"]
+        (left / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SaveError, match=r"gone/.writing_step_00000003 could not be written: .*Not"):
+        Save(tmp_path / "file/gone", 3).open()

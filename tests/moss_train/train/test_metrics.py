@@ -86,6 +86,16 @@ def test_a_loss_that_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
     assert [row["loss"] for row in read_metrics(tmp_path)] == [None, None]
 
 
+def test_a_validation_that_is_not_finite_ends_no_job(tmp_path):
+    """A model whose held-out losses overflow still trains; its line is JSON."""
+    measured = {"loss": math.nan, "source": {"a": math.inf, "b": 2.5}, "samples": 3}
+    suites = {"clips": {"caption token accuracy": math.nan}}
+    MetricsWriter(tmp_path).write(replace(step_metrics(), validation=measured, suites=suites))
+    (row,) = read_metrics(tmp_path)
+    assert row["validation"] == {"loss": None, "source": {"a": None, "b": 2.5}, "samples": 3}
+    assert row["suites"] == {"clips": {"caption token accuracy": None}}
+
+
 def test_a_resumed_run_repeats_no_step(tmp_path):
     write_steps(tmp_path, 1, 7)
     write_steps(tmp_path, 5, 9, resume_step=4, loss=1.0)
