@@ -34,9 +34,9 @@ _FACTORIES = (
     "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
     "rand", "randn", "tensor", "as_tensor", "zeros", "zeros_like",
 )  # fmt: skip
-PEAK_BF16_TFLOPS = {  # of a word in a GPU's name: dense products, NVIDIA's data sheets
-    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.0,
-    "L4": 121.0,
+PEAK_BF16_TFLOPS = {  # of words in a GPU's name: dense products, NVIDIA's data sheets
+    "GB200": 2500.0, "B200": 2250.0, "GH200": 989.4, "H200": 989.4, "H100 PCIe": 756.0,
+    "H100 NVL": 835.5, "H100": 989.4, "A100": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
 }  # fmt: skip
 _cpu_active = False
 
@@ -65,8 +65,8 @@ def device_name() -> str:
 
 def peak_tflops_of(name: str) -> float | None:
     """1e12 bf16 FLOPs a second that a GPU of this name can compute; None where it is not known."""
-    words = name.replace("-", " ")
-    return next((peak for gpu, peak in PEAK_BF16_TFLOPS.items() if gpu in words), None)
+    words = f" {name.replace('-', ' ')} "
+    return next((peak for gpu, peak in PEAK_BF16_TFLOPS.items() if f" {gpu} " in words), None)
 
 
 def peak_tflops() -> float | None:

@@ -94,8 +94,10 @@ def test_configuration_data_and_scores_are_shown(run_dir):
 def test_peaks_are_those_of_the_data_sheets():
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-80GB")
     assert [peak_tflops_of(name) for name in names] == [989.4, 756.0, 989.4, 312.0]
-    assert [peak_tflops_of(name) for name in ("NVIDIA L40S", "NVIDIA L4")] == [362.0, 121.0]
-    assert peak_tflops_of("CPU") is None
+    more = ("NVIDIA L40S", "NVIDIA L40", "NVIDIA L4", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
+    assert [peak_tflops_of(name) for name in more] == [362.0, 181.0, 121.0, 835.5, 989.4]
+    others = ("CPU", "NVIDIA RTX A1000", "NVIDIA H20", "NVIDIA L400")  # measured, not guessed
+    assert [peak_tflops_of(name) for name in others] == [None] * 4
 
 
 def test_a_long_run_is_a_small_page_soon(tmp_path):
