@@ -43,15 +43,20 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     from moss_train.parallel.process_groups import build_groups
     from tests.torchrun import save_result
 
+    # Groups once a layout: making them takes time, and gloo's threads stay when they go.
+    names = ("dtype", "micro", "steps", "round_lengths", "accumulate")
+    by_layout: dict[str, list[tuple[str, dict, list[tuple[str, str]]]]] = {}
     for name, layout, cases in runs:
-        names = ("dtype", "micro", "steps", "round_lengths", "accumulate")
         options = {key: layout.pop(key) for key in names if key in layout}
-        parallel = ParallelConfig(**layout)
-        groups = build_groups(parallel, seed=1)  # once a layout: gloo's threads stay when they go
-        for train, kind in cases:
-            result = train_case(parallel, groups, train, kind, **options)
-            if dist.get_rank() == 0:
-                save_result(f"{name}-{train}-{kind}", result)
+        by_layout.setdefault(json.dumps(layout, sort_keys=True), []).append((name, options, cases))
+    for layout, own in by_layout.items():
+        parallel = ParallelConfig(**json.loads(layout))
+        groups = build_groups(parallel, seed=1)
+        for name, options, cases in own:
+            for train, kind in cases:
+                result = train_case(parallel, groups, train, kind, **options)
+                if dist.get_rank() == 0:
+                    save_result(f"{name}-{train}-{kind}", result)
         parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
@@ -228,11 +233,26 @@ def _whole_gradients(state, groups) -> None:
 
 
 def _merge(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On rank 0: all ranks' tensors in one dict (the stages of a pipeline have different ones)."""
-    everywhere: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
-    own = {name: tensor.clone() for name, tensor in tensors.items()}
-    dist.gather_object(own, everywhere if dist.get_rank() == 0 else None)
-    return {name: tensor for part in everywhere for name, tensor in part.items()}
+    """On rank 0: all ranks' tensors in one dict (the stages of a pipeline have different ones).
+
+    A rank's travel, and are saved, as one: a pickle of hundreds takes longer than a step.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    flat = None
+    if tensors:
+        (_,) = {tensor.dtype for tensor in tensors.values()}  # else cat would change one
+        flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    everywhere: list[tuple] = [()] * dist.get_world_size()
+    dist.gather_object((shapes, flat), everywhere if dist.get_rank() == 0 else None)
+    return {
+        name: part.view(shapes[name])
+        for shapes, flat in filter(None, everywhere)
+        for name, part in zip(shapes, _split(flat, shapes), strict=True)
+    }
+
+
+def _split(flat: Tensor | None, shapes: dict[str, torch.Size]) -> tuple[Tensor, ...]:
+    return () if flat is None else flat.split([shape.numel() for shape in shapes.values()])
 
 
 def _gather(value: int) -> list[int]:
