@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data_pipeline.batch import EncodedSample
 from data_pipeline.commands import one_line
@@ -95,29 +97,61 @@ class ExportedModel(TrainedModel):
             out.append(torch.cat(parts) if parts else none)
         return out
 
+    @torch.no_grad()
     def next_tokens(self, inputs: Sequence[ModelInput]) -> list[int]:
         """`Model.next_tokens`."""
-        last = torch.stack([logits[-1] for _, logits in self._logits(inputs)])
-        return [int(token) for token in HostCopy(last.argmax(-1)).wait()]
+        parts = [*self._parts(inputs)]
+        found = []
+        for part in parts:
+            # Logits of the tokens that are the last of some sequence.
+            ends = torch.tensor([len(inputs[number].tokens) - 1 for number in part])
+            kept, place = to_device([*ends.unique(return_inverse=True)])
+            _, logits = self._logits([inputs[number] for number in part], logits_to_keep=kept)
+            found.append(logits.argmax(-1).gather(1, place[:, None])[:, 0])
+        tokens = HostCopy(torch.cat(found)).wait() if found else []
+        numbers = chain.from_iterable(parts)
+        return [int(token) for _, token in sorted(zip(numbers, tokens, strict=True))]
 
+    @torch.no_grad()
     def predict(self, inputs: Sequence[ModelInput]) -> list[tuple[Tensor, Tensor]]:
         """`Model.predict`."""
-        found = self._logits(inputs)
-        scored = [likely_and_chances(tokens, logits).cpu() for tokens, logits in found]
-        return [sequence_scores(*rows) for rows in scored]
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in self._parts(inputs):
+            tokens, logits = self._logits([inputs[number] for number in part])
+            columns = likely_and_chances(tokens.flatten(), logits.flatten(0, 1)).cpu()
+            for number, row in zip(part, columns.unflatten(1, tokens.shape).unbind(1), strict=True):
+                found[number] = sequence_scores(*row[:, : len(inputs[number].tokens)])
+        return [found[number] for number in range(len(inputs))]
 
-    def _logits(self, inputs: Sequence[ModelInput]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens `[S]` and logits `[S, V]` of each sequence; its frames stand at its `<|image|>`
-        tokens."""
-        for one in inputs:
-            count, tokens = len(one.positions), torch.tensor(list(one.tokens))
-            (row, shown) = to_device([tokens, one.ratios[:count]])
-            # A control without frames keeps its <|image|> tokens.
-            frames: dict[str, Any] = {"marks_alone": True}
-            if count:
-                frames = {
-                    "cross_attention_states": one.states[None, :count],
-                    "aspect_ratio_ids": shown[None],
-                }
-            with torch.no_grad():
-                yield row, self.exported(input_ids=row[None], use_cache=False, **frames).logits[0]
+    def _parts(self, inputs: Sequence[ModelInput]) -> Iterator[list[int]]:
+        """Numbers of sequences for a pass: with as many frames each, and padded no more tokens and
+        frames than a microbatch has, or one sequence."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, one in enumerate(inputs):
+            count = len(one.positions)
+            alike.setdefault((count, *one.states.shape[1:]), []).append(number)
+        for (count, *_), numbers in alike.items():
+            numbers.sort(key=lambda number: -len(inputs[number].tokens))  # little padding
+            while numbers:
+                longest = len(inputs[numbers[0]].tokens)
+                most = self.config.microbatch_tokens // longest
+                if count:
+                    most = min(most, self.config.microbatch_frames // count)
+                yield numbers[: max(1, most)]
+                numbers = numbers[max(1, most) :]
+
+    def _logits(self, inputs: Sequence[ModelInput], **options: Any) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, S]` and logits `[B, S, V]` of sequences with as many frames each, which stand
+        at their `<|image|>` tokens. No token sees the padding, which is behind it.
+
+        options: of the model's pass.
+        """
+        count, tokens = len(inputs[0].positions), [torch.tensor(one.tokens) for one in inputs]
+        ratios = torch.stack([one.ratios[:count] for one in inputs])
+        (rows, shown) = to_device([pad_sequence(tokens, batch_first=True), ratios])
+        # A control without frames keeps its <|image|> tokens.
+        frames: dict[str, Any] = {"marks_alone": True}
+        if count:
+            states = torch.stack([one.states[:count] for one in inputs])
+            frames = {"cross_attention_states": states, "aspect_ratio_ids": shown}
+        return rows, self.exported(input_ids=rows, use_cache=False, **frames, **options).logits

@@ -51,6 +51,30 @@ def test_it_encodes_and_predicts_the_same(model, exported, questions):
             assert torch.equal(other, one)
 
 
+@pytest.mark.parametrize("room", [None, 100])
+def test_sequences_that_go_together_answer_as_alone(
+    model, exported, questions, live, monkeypatch, room
+):
+    """Of several lengths and counts of frames, whole and cut, in passes of any size."""
+    monkeypatch.setattr(exported.config.data, "max_tokens_per_batch", room)
+    inputs = []
+    for seen in watch(model, [*questions, *live[:2]]):
+        tokens = seen.item.encoded.tokens.tolist()
+        places = seen.item.encoded.frame_positions.tolist()
+        for end in (len(tokens), 2 * len(tokens) // 3):
+            for shown in ([place for place in places if place < end], []):
+                inputs.append(ModelInput(tokens[:end], shown, seen.states, seen.ratios))
+    alone = [model.predict([one])[0] for one in inputs]
+    together = exported.predict(inputs)
+    assert len({len(one.tokens) for one in inputs}) > 5
+    assert len({len(one.positions) for one in inputs}) > 2
+    for (likely, chances), (other, other_chances) in zip(alone, together, strict=True):
+        torch.testing.assert_close(other_chances, chances, rtol=1e-4, atol=1e-4)
+        assert torch.equal(other, likely)
+    assert exported.next_tokens(inputs) == [int(likely[-1]) for likely, _ in alone]
+    assert exported.next_tokens([]) == exported.predict([]) == []
+
+
 def test_it_answers_and_comments_the_same(model, exported, questions, live):
     for items, ask in ((questions[:7], answers), (live[:1], streams)):
         ours, theirs = (ask(m, watch(m, items), most=3) for m in (model, exported))
