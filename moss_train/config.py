@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -308,7 +309,7 @@ def from_hydra(raw: DictConfig) -> Config:
     try:
         # Plain first: fields that Hydra's `+` added to the typed nodes are unknown ones, too.
         plain = OmegaConf.to_container(raw)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        merged = OmegaConf.merge(_schema(), plain)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError([f"{key} is not set: give it a value, {key}=..." for key in missing])
@@ -318,6 +319,13 @@ def from_hydra(raw: DictConfig) -> Config:
     assert isinstance(config, Config)
     _expand_home(config)
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    """The fields, their types and defaults; OmegaConf takes as long to read them from the classes
+    as to fill them, and merges into a copy."""
+    return OmegaConf.structured(Config)
 
 
 def _expand_home(config: Config) -> None:
