@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from data_pipeline.imports import uncollected
 
 
 @contextmanager
@@ -18,25 +19,21 @@ def quick_imports() -> Iterator[None]:
       logger imports it when it is asked for.
     - It decorates functions with torch.compile, which imports torch's compiler at once. Here that
       happens when such a function is first called.
-    - Python's collector finds nothing among what is imported, and takes a sixth of the time; when
-      the process ends, as long again. It need not look at it any more.
+    - Python's collector is kept away (data_pipeline/imports.py).
     """
-    import torch
+    with uncollected():
+        import torch
 
-    compile, collects, hides = torch.compile, gc.isenabled(), "wandb" not in sys.modules
-    gc.disable()
-    torch.compile = _compiled_when_called(compile)
-    if hides:
-        sys.modules["wandb"] = None  # type: ignore[assignment]  # an import of it fails
-    try:
-        yield
-    finally:
-        torch.compile = compile
+        compile, hides = torch.compile, "wandb" not in sys.modules
+        torch.compile = _compiled_when_called(compile)
         if hides:
-            del sys.modules["wandb"]
-        if collects:
-            gc.freeze()
-            gc.enable()
+            sys.modules["wandb"] = None  # type: ignore[assignment]  # an import of it fails
+        try:
+            yield
+        finally:
+            torch.compile = compile
+            if hides:
+                del sys.modules["wandb"]
 
 
 def _compiled_when_called(compile: Callable[..., Any]) -> Callable[..., Any]:

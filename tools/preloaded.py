@@ -28,21 +28,6 @@ from typing import Any
 from data_pipeline.parent import signalled_with_parent
 
 REPO = Path(__file__).resolve().parents[1]
-MODULES = [
-    "torch.distributed.run",
-    "hydra",
-    "moss_train.compose",
-    "moss_train.validate",
-    "moss_train.train.memory_check",
-    "moss_train.train.loop",
-    "moss_train.evaluate.exported",
-    "inference.hf.modeling_moss_video",  # an evaluation, a stream; most of it is transformers
-    "megatron.core.transformer.multi_token_prediction",  # a schedule's first forward pass
-    "pyarrow.compute",  # the first image
-    "matplotlib.figure",
-    "matplotlib.backends.backend_svg",
-    "jinja2",
-]
 # macOS has no safe fork once its frameworks are loaded: imports are repeated there.
 METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -117,7 +102,7 @@ def python_path() -> str:
 def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver" if METHOD == "fork" else METHOD)
     if METHOD == "fork":
-        context.set_forkserver_preload(MODULES)
+        context.set_forkserver_preload(["tools.preloaded_modules"])
         # The warnings are megatron's, of packages that it could have used. Libraries read the
         # number of threads when they are loaded: ranks and commands set their own.
         settings = {"PYTHONPATH": python_path(), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}

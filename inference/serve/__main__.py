@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
-    from inference.serve.command import main as serve
+    from data_pipeline.imports import uncollected
+
+    with uncollected():
+        from inference.serve.command import main as serve
 
     return serve(argv)
 
