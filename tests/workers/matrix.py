@@ -49,8 +49,8 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     for name, layout, cases in runs:
         options = {key: layout.pop(key) for key in names if key in layout}
         by_layout.setdefault(json.dumps(layout, sort_keys=True), []).append((name, options, cases))
-    for layout, own in by_layout.items():
-        parallel = ParallelConfig(**json.loads(layout))
+    for fields, own in by_layout.items():
+        parallel = ParallelConfig(**json.loads(fields))
         groups = build_groups(parallel, seed=1)
         for name, options, cases in own:
             for train, kind in cases:
