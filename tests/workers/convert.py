@@ -16,11 +16,10 @@ import torch.distributed as dist
 
 from moss_train.checkpoint_dir import read_run
 from moss_train.config import AdapterConfig, ParallelConfig, from_dict
+from tests.workers.groups import end_groups
 
 
 def main(checkpoint: Path, out: Path, layouts: dict) -> None:
-    from megatron.core import parallel_state
-
     from moss_train.train.process import start_process_group
 
     for number, (name, layout) in enumerate(layouts.items()):
@@ -33,7 +32,7 @@ def main(checkpoint: Path, out: Path, layouts: dict) -> None:
         if number == 0:
             start_process_group(config)
         save(name, config, checkpoint)
-        parallel_state.destroy_model_parallel()
+        end_groups()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from data_pipeline.batch import EncodedSample, MicroBatch, collate
 from tests import simulated_cuda
+from tests.workers.groups import end_groups
 from tests.workers.matrix import GLOBAL, microbatches, small_model
 
 STEPS = 2  # the first makes constants and the optimizer's state
@@ -34,6 +35,7 @@ def main(runs: list[tuple[str, dict]]) -> None:
     save_result("probe", {name: probe(call) for name, call in calls().items()})
     for name, run in runs:
         save_result(name, (ask if run.pop("asks", False) else train)(**run))
+        end_groups()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -11,17 +11,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moss_train import hardware
+from tests.workers.groups import end_groups
 
 
 def main(folder: Path | None, layouts: list[str]) -> None:
     """Saves what each case gives in each layout, for this rank."""
     hardware.activate("cpu")
     dist.init_process_group("gloo")
-    from megatron.core import parallel_state
-
     for layout in layouts:
         run_layout(folder, layout)
-        parallel_state.destroy_model_parallel()
+        end_groups()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -28,6 +28,7 @@ from moss_train.log import configure
 from moss_train.main import check
 from tests.moss_train.train.runs import flip_a_bit
 from tests.torchrun import save_result
+from tests.workers.groups import end_groups
 
 
 @dataclass
@@ -67,8 +68,6 @@ def main(tasks: list[Task]) -> None:
 
 def run(task: Task, config: Config) -> None:
     """One job; an error that all ranks meet ends it, not the process."""
-    from megatron.core import parallel_state
-
     from moss_train import hardware
 
     hardware.seed_everything(config.trainer.seed)
@@ -82,7 +81,7 @@ def run(task: Task, config: Config) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     if dist.get_rank() == 0:
         save_result(task.name, {"error": error, **task.seen})
-    parallel_state.destroy_model_parallel()
+    end_groups()
     gc.collect()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data_pipeline.batch import EncodedSample, MicroBatch, collate
 from moss_train import hardware
+from tests.workers.groups import end_groups
 
 KINDS = ("text", "image", "video", "mixed")
 CASES = [(train, kind) for train in ("all", "frozen_vision") for kind in KINDS]
@@ -37,13 +38,11 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     hardware.activate("cpu")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    from megatron.core import parallel_state
-
     from moss_train.config import ParallelConfig
     from moss_train.parallel.process_groups import build_groups
     from tests.torchrun import save_result
 
-    # Groups once a layout: making them takes time, and gloo's threads stay when they go.
+    # Groups are made once a layout.
     names = ("dtype", "micro", "steps", "round_lengths", "accumulate")
     by_layout: dict[str, list[tuple[str, dict, list[tuple[str, str]]]]] = {}
     for name, layout, cases in runs:
@@ -57,7 +56,7 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
                 result = train_case(parallel, groups, train, kind, **options)
                 if dist.get_rank() == 0:
                     save_result(f"{name}-{train}-{kind}", result)
-        parallel_state.destroy_model_parallel()
+        end_groups()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moss_train import hardware
+from tests.workers.groups import end_groups
 from tests.workers.matrix import GLOBAL, MICRO, microbatches, small_model
 
 
@@ -24,12 +25,10 @@ def main(layouts: list[tuple[str, dict]]) -> None:
     hardware.activate("cpu")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    from megatron.core import parallel_state
-
     out, before = Path(os.environ["MOSS_TEST_OUT"]), None
     for name, layout in layouts:
         before = one(out / name, layout, before)
-        parallel_state.destroy_model_parallel()
+        end_groups()
     dist.barrier()
     dist.destroy_process_group()
 
