@@ -100,7 +100,9 @@ async def _with_calls(
     reader, called = CallReader(list(tools.schemas)), False
     async with aclosing(pieces):
         async for piece in pieces:
-            found = [*reader.append(piece.text), *([reader.flush()] if piece.reason else [])]
+            found = reader.append(piece.text)
+            if piece.reason:
+                found.append(reader.flush(cut=piece.reason == "length"))
             calls = [one for one in found if isinstance(one, Call)]
             if calls and not tools.several:  # it ends with the first
                 calls = calls[:1]

@@ -7,6 +7,7 @@ A model calls tools if its training had samples that do; how those look is data_
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from data_pipeline.tool_texts import as_json, call_line
 from inference.serve.limits import Refused
 from inference.serve.requests import Answer, ChatRequest, NamedTool, ToolResult
 
+_BEGUN = re.compile(r'\s*\{\s*"name":\s*("[^"\\]*"),\s*"arguments":\s*(\{.*)', re.DOTALL)
 _VALUES = ("const", "enum", "default", "examples")  # of a schema: values, not schemas
 
 
@@ -145,9 +147,13 @@ class CallReader:
                 found.append(self._give())
         return _joined(found)
 
-    def flush(self) -> str:
-        """What was held back, at the end of the answer, without white space behind a call."""
+    def flush(self, cut: bool = False) -> str | Call:
+        """What was held back, at the end of the answer, without white space behind a call. cut: the
+        end is that of its length: a call whose arguments have begun is one, with a part of them."""
         held = self._give()
+        begun = _BEGUN.fullmatch(held) if cut else None
+        if begun is not None and (name := json.loads(begun[1])) in self._names:
+            return Call(name, begun[2])
         return "" if self._called and held.isspace() else held
 
     def _give(self) -> str:

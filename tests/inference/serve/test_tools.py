@@ -137,6 +137,30 @@ def test_a_call_that_is_asked_for_comes(client: openai.OpenAI, choice: Any, stre
     assert choice == "required" or {name for name, _ in seen} == {"show"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_off_is_told_as_one(client: openai.OpenAI, stream: bool) -> None:
+    """As OpenAI's API does: else LangChain sees an answer without a call, and gives None."""
+    settings: Any = {"tools": TOOLS, "tool_choice": SHOW, "seed": 1, "temperature": 2.0}
+    whole = ask(client, **settings)
+    (call,) = whole.choices[0].message.tool_calls
+    tokens = whole.usage.completion_tokens
+    cut = ask(client, **settings, max_tokens=tokens - 4, stream=stream)
+    if stream:
+        choices = [piece.choices[0] for piece in cut]
+        calls = [one.delta.tool_calls[0] for one in choices if one.delta.tool_calls]
+        texts, reason = [one.delta.content for one in choices], choices[-1].finish_reason
+    else:
+        message, reason = cut.choices[0].message, cut.choices[0].finish_reason
+        calls, texts = message.tool_calls, [message.content]
+    (part,) = calls
+    assert (reason, "".join(filter(None, texts))) == ("length", "")
+    assert part.function.name == "show"
+    assert part.function.arguments != call.function.arguments
+    assert call.function.arguments.startswith(part.function.arguments)
+    early = ask(client, **settings, max_tokens=3)
+    assert (early.choices[0].finish_reason, early.choices[0].message.tool_calls) == ("length", None)
+
+
 def test_an_answer_with_a_schema_is_of_it_or_a_call(client: openai.OpenAI) -> None:
     schema = {"$defs": {"One": {"const": 1}}, "$ref": "#/$defs/One"}
     format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
