@@ -139,7 +139,7 @@ def test_a_call_that_is_asked_for_comes(client: openai.OpenAI, choice: Any, stre
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_is_cut_off_is_told_as_one(client: openai.OpenAI, stream: bool) -> None:
-    """As OpenAI's API does: else LangChain sees an answer without a call, and gives None."""
+    """As by OpenAI's API: clients see the call that was begun, and that it has no end."""
     settings: Any = {"tools": TOOLS, "tool_choice": SHOW, "seed": 1, "temperature": 2.0}
     whole = ask(client, **settings)
     (call,) = whole.choices[0].message.tool_calls
