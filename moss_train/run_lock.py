@@ -46,9 +46,8 @@ def running_in(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     with ExitStack() as held:
         with or_warning(path, "a second job in this folder will not be refused"):
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = _open_taken(path)
             held.callback(os.close, file)
-            _take(file, path)
             held.callback(path.unlink, missing_ok=True)
             os.ftruncate(file, 0)
             job = os.environ.get("SLURM_JOB_ID")
@@ -66,6 +65,21 @@ def _give_signs(file: int, ended: threading.Event) -> None:
     while not ended.wait(EVERY):
         with suppress(OSError):  # a storage that fails now and then
             os.utime(file)
+
+
+def _open_taken(path: Path) -> int:
+    """The file, opened and locked: a new one where its holder has removed it meanwhile. Raises
+    ConfigError."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _take(file, path)
+            if os.fstat(file).st_nlink:
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
 
 
 def _take(file: int, path: Path) -> None:
@@ -90,7 +104,14 @@ def _lock(file: int, path: Path) -> bool:
 
 
 def _changes(path: Path, holder: str) -> bool:
-    """Whether the file gets a sign of life within `STALE` seconds."""
+    """Whether the file gets a sign of life within `STALE` seconds; not where its holder removes
+    it."""
+    with suppress(FileNotFoundError):
+        return _is_touched(path, holder)
+    return False
+
+
+def _is_touched(path: Path, holder: str) -> bool:
     first = path.stat().st_mtime_ns
     if (path, first) in _seen_stale:
         return False

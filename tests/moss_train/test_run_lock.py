@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,4 +91,20 @@ def test_where_a_lock_says_nothing_signs_of_life_do(tmp_path: Path, patient: pyt
             subprocess.run([sys.executable, "-c", LOCK, str(path)], check=True, stderr=-3)
         before = path.stat().st_mtime_ns
         until(lambda: path.stat().st_mtime_ns > before)
+    assert not path.exists()
+
+
+def test_a_lease_that_is_given_back_while_it_is_watched_is_taken(
+    tmp_path: Path, patient: pytest.MonkeyPatch
+):
+    """Its file is gone then: one of the same name has to be made, which others see."""
+    path = tmp_path / LOCK_FILE
+    path.write_text("node7, process 12\n")
+    ending = threading.Timer(1.0, path.unlink)
+    ending.start()
+    with running_in(tmp_path):
+        with pytest.raises(subprocess.CalledProcessError):
+            subprocess.run([sys.executable, "-c", LOCK, str(path)], check=True, stderr=-3)
+        assert "node7" not in path.read_text()
+    ending.join()
     assert not path.exists()
