@@ -12,7 +12,7 @@ from data_pipeline.batch import MicroBatch
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.loader.loader import Loader, build_loader
 from data_pipeline.loader.order import Part
-from data_pipeline.shards import check_source
+from data_pipeline.loader.state import OrderState
 from moss_train.config import Config
 from moss_train.model.groups import Groups
 from moss_train.model.loss import LossOptions
@@ -28,7 +28,6 @@ from moss_train.parallel.packing import Bounds
 from moss_train.sources import mixed_sources
 from moss_train.train import json_lines
 from moss_train.train.background import BackgroundWork
-from moss_train.train.metrics import read_metrics
 from moss_train.train.step_plan import StepPlan
 from moss_train.train.unlearned import reasons
 
@@ -216,16 +215,11 @@ def check_tokens(batch: StepBatch, config: Config, step: int) -> None:
 class Epochs:
     """How often each source that is used has been read in this run."""
 
-    def __init__(self, config: Config, done: int):
-        """Goes on after step `done`, from the counts in the run folder's metrics.jsonl."""
-        self.sizes = {s.name: check_source(s.path).samples for s in mixed_sources(config)}
-        records = read_metrics(Path(config.run.dir))
-        before: dict[str, float] = next(
-            (record["epochs"] for record in reversed(records) if record["step"] == done), {}
-        )
-        self.samples = {
-            name: round(before.get(name, 0.0) * size) for name, size in self.sizes.items()
-        }
+    def __init__(self, order: dict[str, Any]):
+        """Goes on from where the run stands in its data (`StepReader.state`)."""
+        sources = OrderState.from_dict(order).sources
+        self.sizes = {name: source.samples for name, source in sources.items()}
+        self.samples = {name: source.taken for name, source in sources.items()}
 
     def add(self, samples: dict[str, int]) -> dict[str, float]:
         """Counts a step's samples by source; returns the epochs so far."""

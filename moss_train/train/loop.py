@@ -135,8 +135,8 @@ class Job:
         self.due = False  # a checkpoint should have been saved, but the last step was left out
         self.outside, self.stragglers = OutsideSteps(), Stragglers(config.trainer.slow_ranks_every)
         self.audit = Audit(self.folder, self.groups.data_rank)
-        if self.first_rank:
-            self.epochs = Epochs(config, self.done)
+        if (read := self.reader.state()) is not None:
+            self.epochs = Epochs(read)
 
     def _restore(self, resume_from: Path | None) -> dict[str, Any] | None:
         """Loads a checkpoint; returns where the run stood in its data, None for a new order."""

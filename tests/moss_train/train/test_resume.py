@@ -108,6 +108,13 @@ def test_what_is_changed_of_the_optimizer_takes_effect(alone, runs):
         assert f"changed since step 3: {line}" in alone.stderr()
 
 
+def test_a_checkpoint_of_another_folder_knows_what_was_read_of_each_source(alone, runs):
+    """`slower` has a folder of its own, without the steps before."""
+    assert steps(runs / "slower") == ALL[3:]
+    epochs = [row["epochs"] for row in metrics(runs / "slower")]
+    assert epochs == [row["epochs"] for row in metrics(runs / "whole")][3:]
+
+
 def test_training_changed_every_part_of_the_model(alone):
     """The comparisons of this file would hold for a job that trains nothing."""
     early, late = alone.load("same_first")["weights"], alone.load("same_rest")["weights"]
