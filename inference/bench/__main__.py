@@ -75,8 +75,9 @@ def parse() -> argparse.Namespace:
     add("--threads", type=count, metavar="N", help="threads of a CPU (default: torch's)")
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="time: of the wall clock, or of this process on the CPU")  # fmt: skip
-    add("--endless", type=int, default=0, metavar="N",
-        help="frames of a test whether memory and time stay flat (stream); 0: none")  # fmt: skip
+    add("--endless", type=whole_number(least=10), metavar="N",
+        help="frames of a test whether memory and time stay flat (stream; default: no test)"
+        )  # fmt: skip
     add("--window", type=count, metavar="N",
         help="frames in the ring (default: all of the test)")  # fmt: skip
     add("--out", default=".", metavar="DIR", help="folder of bench-MODE.json and bench-MODE.png")
