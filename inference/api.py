@@ -28,7 +28,7 @@ from inference.engine.sampling import Sampling
 from inference.export_info import ExportInfo, read_export_info
 from inference.feed import Schedule, follow
 from inference.live import LiveSource
-from inference.session.answer import LARGE_CHUNK_FRAMES
+from inference.session.answer import LARGE_CHUNK_FRAMES, check_fits
 from inference.session.events import Event
 from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.runner import Runner
@@ -111,7 +111,8 @@ class Model:
 
         Raises:
             ValueError: a number is out of its range, or the question does not fit: more pictures
-                and frames than `window`, more tokens than `max_tokens`.
+                and frames than `window`, more tokens than `max_tokens`. Of a video that is watched
+                the first frames are forgotten instead, as of a stream.
             SourceError, SampleError: what is shown cannot be read.
             EngineFull: all `max_sessions` are in use.
             RuntimeError: the engine failed.
@@ -135,6 +136,7 @@ class Model:
             system = [Message("system", as_system(system_prompt))] if system_prompt else []
             messages = [*system, Message("user", marks + as_typed(text))]
             tokens = prompts.question(messages, counts, self.info.question_form).tokens
+            check_fits(self.runner.engine, tokens, [*frames, *shown])
         with _hinting():
             asked = self.runner.answer(
                 tokens,

@@ -21,7 +21,7 @@ from data_pipeline.prompts import Prompt, PromptForm, as_system, as_typed
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, Message
 from inference import cli
 from inference.present import Sink, present
-from inference.session.answer import LARGE_CHUNK_FRAMES
+from inference.session.answer import LARGE_CHUNK_FRAMES, check_fits
 from inference.session.events import Event
 from inference.session.handle import SessionHandle
 from inference.session.response import Vocabulary
@@ -112,6 +112,9 @@ def _note_speed(done: dict[str, Any], stats: dict[str, Any]) -> None:
     if "tokens_per_second" in usage:
         words += f", then {usage['tokens_per_second']:.1f} a second"
     cli.note(f"{words}; {done['reason']}")
+    frames, tokens = stats["evicted_frame"], stats["evicted_text"]
+    if frames or tokens:
+        cli.note(f"forgotten (--window, --max_context): the first {frames} frames, {tokens} tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind, frames = media(args, CLIP_MAX_FRAMES)
         with Runner(cli.load(args)) as runner:
             prompt = question(runner.vocabulary, args, kind, len(frames), info.question_form)
+            check_fits(runner.engine, prompt.tokens, frames)
             options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
             with runner.answer(
                 prompt.tokens, frames, chunk=LARGE_CHUNK_FRAMES, **options

@@ -81,6 +81,8 @@ def test_chat_says_what_the_command_says(
         about_clip = model.chat("What is it?", video=clip, fps=2.0, max_new_tokens=6)
         with pytest.raises(ValueError, match="not learned when to be silent: use chat"):
             model.watch(clip)
+        with pytest.raises(ValueError, match=r"300 pictures and frames, .* window=256"):
+            model.chat("What is it?", images=[pixels] * 300)
     command = ["--checkpoint", str(sft), "--device", "cpu", "--prompt", "What is it?"]
     for media, said in (
         (["--image_path", picture], about_picture),

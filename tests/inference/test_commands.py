@@ -205,6 +205,15 @@ def test_a_file_on_the_network_is_a_file(run: Run, tiny: Path, site: str) -> Non
     assert "loading" not in err
 
 
+def test_what_a_watching_model_has_forgotten_is_told(run: Run, tiny: Path, clip: Path) -> None:
+    common = ["--checkpoint", tiny, "--video_path", clip, "--window", 2, "--max_new_tokens", 2]
+    code, _, err = run(realtime_offline_infer, *common, "--video_minlen", 3, "--video_maxlen", 3)
+    assert code == 0
+    assert "forgotten (--window, --max_context): the first 1 frames, 0 tokens" in err
+    code, _, err = run(realtime_offline_infer, *common)
+    assert (code, "forgotten" in err) == (0, False)
+
+
 def test_both_offline_commands_answer(run: Run, sft: Path, tiny: Path, clip: Path) -> None:
     common = ["--video_path", clip, "--prompt", "What is it?", "--max_new_tokens", 5]
     for module, checkpoint in ((offline_infer, sft), (realtime_offline_infer, tiny)):
@@ -233,8 +242,8 @@ def test_both_offline_commands_answer(run: Run, sft: Path, tiny: Path, clip: Pat
         (ASK, "--checkpoint {sft} --prompt Hi --sinks 300", 2, "sinks=300: must be less than"),
         (ASK, "--checkpoint {sft} --video_path b --video_minlen 20", 2, "--video_minlen 20"),
         (
-            WATCH,
-            "--checkpoint {tiny} --video_path {clip} --window 1 --video_maxlen 2",
+            ASK,
+            "--checkpoint {sft} --video_path {clip} --window 1 --video_maxlen 2",
             1,
             "2 pictures and frames, and the model sees window=1 at once (--window)",
         ),
