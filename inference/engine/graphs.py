@@ -109,7 +109,8 @@ class GraphRunner:
         for step in steps:
             count = len(step.inputs)
             # Tokens before these frames attend them, too, which a fixed shape does not plan.
-            first_frames = self.attend_all and step.slot.ring.count == 0 and step.frames
+            attend_all = self.attend_all or step.attend_all
+            first_frames = attend_all and step.slot.ring.count == 0 and step.frames
             if (
                 first_frames
                 or count > self.shapes.counts[-1]

@@ -28,7 +28,7 @@ from inference.engine.slots import Slot, Step
 IDLE = timedelta(days=3650)  # other ranks wait for the next call without a time limit
 WORDS = 256  # of a message: a token of 32 slots, or a short prompt
 HEAD = 2  # numbers before a message's own: its kind, and how many follow
-STEP = 7  # numbers of a step before its tokens
+STEP = 8  # numbers of a step before its tokens
 NONE = -1
 
 
@@ -81,12 +81,13 @@ class Channel:
         """The steps of a message, of this rank's slots, with their pending tokens."""
         steps, words, counts, at = list[Step](), list[int](), list[int](), 0
         while at < len(numbers):
-            index, pending, sample, likely, mask, frames, count = numbers[at : at + STEP]
+            index, pending, sample, whole, likely, mask, frames, count = numbers[at : at + STEP]
             slot = self.slots[index]
             slot.pending = None if pending == NONE else pending
             tokens = list(numbers[at + STEP : at + STEP + count])
             most = None if likely == NONE else likely
-            steps.append(Step(slot, tokens, sample=bool(sample), likely=most))
+            step = Step(slot, tokens, sample=bool(sample), likely=most, attend_all=bool(whole))
+            steps.append(step)
             words.append(mask)
             counts.append(frames)
             at += STEP + count
@@ -157,7 +158,7 @@ def _numbers(step: Step) -> list[int]:
     pending = NONE if step.slot.pending is None else step.slot.pending
     likely = NONE if step.likely is None else step.likely
     words = 0 if step.allowed is None else len(step.allowed)
-    head = [step.slot.index, pending, int(step.sample), likely, words]
+    head = [step.slot.index, pending, int(step.sample), int(step.attend_all), likely, words]
     return [*head, len(step.frames), len(step.tokens), *step.tokens]
 
 

@@ -3,7 +3,7 @@ passes of fixed shape (graphs.py), everything."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -55,11 +55,12 @@ class PackedRunner:
         while waiting:
             parts, following = [], []
             for step, tokens, frames in waiting:
-                count, images = self._fitting(step.slot, tokens)
+                count, images = self._fitting(step, tokens)
                 parts.append((step.slot, tokens[:count], frames[:images]))
                 if count < len(tokens):
                     following.append((step, tokens[count:], frames[images:]))
-            last |= self.forward(parts)
+            attend_all = {step.slot.index for step, *_ in waiting if step.attend_all}
+            last |= self.forward(parts, attend_all)
             waiting = following
         steps = [step for step in steps if step.sample]
         if not steps:
@@ -71,11 +72,12 @@ class PackedRunner:
         draw = partial(self.sampler, logits, where, at, max(s.sampling.draw for s in slots))
         return choose_tokens(logits, steps, range(len(steps)), draw)
 
-    def _fitting(self, slot: Slot, tokens: list[int]) -> tuple[int, int]:
+    def _fitting(self, step: Step, tokens: list[int]) -> tuple[int, int]:
         """How many tokens and frames go into the next pass: no more frames than the ring takes."""
-        room, images = slot.ring.room, 0
+        room, images = step.slot.ring.room, 0
         # Tokens before the first frame attend frames that follow them: all in one pass.
-        longest = len(tokens) if self.attend_all else min(len(tokens), LONGEST_PASS)
+        whole = self.attend_all or step.attend_all
+        longest = len(tokens) if whole else min(len(tokens), LONGEST_PASS)
         for count, token in enumerate(tokens[:longest]):
             if token == self.special[1]:
                 if images == room:
@@ -84,18 +86,22 @@ class PackedRunner:
         return longest, images
 
     def forward(
-        self, parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]]
+        self,
+        parts: Sequence[tuple[Slot, list[int], Sequence[Tensor]]],
+        attend_all: Collection[int] = (),
     ) -> dict[int, Tensor]:
         """Runs one pass over some tokens and frames of each slot. Returns the hidden state `[H]` of
-        each slot's last token, by the slot's index."""
+        each slot's last token, by the slot's index. attend_all: the indices of slots whose step
+        says so."""
         for slot, tokens, _ in parts:
             make_room(self.cache, slot, len(tokens), self.special)
         segments = []
         for slot, tokens, frames in parts:
-            attend_all = self.attend_all and slot.ring.count == 0
+            whole = self.attend_all or slot.index in attend_all
+            first = whole and slot.ring.count == 0
             if frames:
                 put_frames(self.cache, slot, tokens, frames)
-            segments.append(Segment(slot, len(tokens), attend_all))
+            segments.append(Segment(slot, len(tokens), first))
         packed = PackedBatch(self.cache, segments, self.attend)
         ids, positions = list[int](), list[int]()
         for slot, tokens, _ in parts:

@@ -159,6 +159,8 @@ class Step:
     sample: False: no token is sampled, nothing is pending, and the next step must bring tokens.
     allowed: tokens that may be sampled, a bit each (int32, on the CPU; token_choice.py); None: all.
     likely: how many of the most likely tokens `slot.likely` shall tell; None: it is not told.
+    attend_all: of a slot without frames: tokens before the step's first frame attend all of its
+        frames, as in EngineConfig's tokens_before_first_frame.
     """
 
     slot: Slot
@@ -167,6 +169,7 @@ class Step:
     sample: bool = True
     allowed: Tensor | None = None
     likely: int | None = None
+    attend_all: bool = False
 
     @property
     def inputs(self) -> list[int]:

@@ -18,9 +18,15 @@ CHUNK_FRAMES = 8  # maximum of a question in one step
 LARGE_CHUNK_FRAMES = 32  # the same where no other session waits
 
 
+def attends_all(engine: Engine) -> bool:
+    """Whether in the model's training tokens before the first frame attended all frames, as in the
+    published code: so they do in a question, not in a stream, whose frames are still to come."""
+    return bool(engine.config.tokens_before_first_frame == "attend_all")
+
+
 def check_fits(engine: Engine, tokens: Sequence[int], images: Sequence[Tensor]) -> None:
     """ValueError for a question of which the engine would drop a part before it is answered: of a
-    stream that is what the window is for, of a question nobody means it."""
+    stream, or a video that is watched as one, that is what the window is for."""
     if len(images) > engine.window:
         raise ValueError(
             f"the question has {len(images)} pictures and frames, and the model sees "
@@ -43,6 +49,7 @@ class Answer(ResponseWriter):
             there are none.
         shared: there are more answers to this question. One of them takes it in but for its last
             token, from which each goes on by itself.
+        attend_all: tokens before the first frame attend all frames, which then come in one step.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class Answer(ResponseWriter):
         grammar: Grammar | None = None,
         likely: int | None = None,
         shared: bool = False,
+        attend_all: bool = False,
     ) -> None:
         super().__init__(name, vocabulary, stats)
         self.sampling = sampling
@@ -68,6 +76,7 @@ class Answer(ResponseWriter):
         self._tokens, self._images = list(tokens), list(images)
         self._max_new_tokens, self._chunk, self._shared = max_new_tokens, chunk, shared
         self._grammar, self._likely_tokens = grammar, likely
+        self._attend_all = attend_all
         self._prompt_time: float | None = None
         special = vocabulary.special
         ends = (special.eot_id, special.end_of_text, special.silence)
@@ -88,22 +97,31 @@ class Answer(ResponseWriter):
         """The next chunk of the question; after the last, one token per step."""
         if self._prompt_time is None:
             self._prompt_time = now
-        count, frames, left = 0, 0, len(self._tokens)
-        if self._shared and left > 1:
-            left -= 1
-        while count < min(left, CHUNK_TOKENS):
-            frames += self._tokens[count] == self._vocabulary.special.image
-            if frames > self._chunk:
-                frames -= 1
-                break
-            count += 1
+        count, frames = self._next_chunk()
         request = StepRequest(self._tokens[:count], self._images[:frames], began=now)
+        request.attend_all = self._attend_all and frames > 0
         del self._tokens[:count], self._images[:frames]
         request.sample = not self._tokens
         if request.sample:
             request.allowed = None if self._grammar is None else self._grammar.mask()
             request.likely = self._likely_tokens
         return request
+
+    def _next_chunk(self) -> tuple[int, int]:
+        """How many tokens and frames of the question the next step takes in."""
+        image, left = self._vocabulary.special.image, len(self._tokens)
+        if self._attend_all and self._images:
+            return left - self._tokens[::-1].index(image), len(self._images)
+        count = frames = 0
+        if self._shared and left > 1:
+            left -= 1
+        while count < min(left, CHUNK_TOKENS):
+            frames += self._tokens[count] == image
+            if frames > self._chunk:
+                frames -= 1
+                break
+            count += 1
+        return count, frames
 
     def on_token(self, request: StepRequest, token: int | None, now: float) -> None:
         """Takes the token that the model sampled after a step."""

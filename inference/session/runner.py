@@ -26,7 +26,7 @@ from inference.engine.lifetime import ProcessLock, close_at_exit
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Slot, Step
 from inference.engine.token_choice import read_likely
-from inference.session.answer import Answer, check_fits
+from inference.session.answer import Answer, attends_all
 from inference.session.calls import Call
 from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar, GrammarError
@@ -93,13 +93,12 @@ class Runner:
         grammar: Grammar | None = None,
         **options: Any,
     ) -> list[SessionHandle]:
-        """An answer for each sampling; the question is computed once. EngineFull, ValueError."""
-        check_fits(self.engine, tokens, images)
+        """An answer for each sampling, or EngineFull; the question is computed once."""
         tasks = [
             Answer(
                 f"answer{next(self._numbers)}", tokens, images, self.vocabulary, self._stats(),
                 sampling=sampling, grammar=grammar and grammar.copy(),
-                shared=len(samplings) > 1, **options,
+                shared=len(samplings) > 1, attend_all=attends_all(self.engine), **options,
             )
             for sampling in samplings
         ]  # fmt: skip
@@ -318,7 +317,7 @@ class Runner:
             elif running.slot.sampling != _sampling(running.task):
                 self.engine.set_sampling(running.slot, _sampling(running.task))
             frames = list(itertools.islice(features, len(request.images)))
-            wanted = request.sample, request.allowed, request.likely
+            wanted = request.sample, request.allowed, request.likely, request.attend_all
             steps.append(Step(running.slot, request.tokens, frames, *wanted))
         tokens = self.engine.step(steps)
         for (_, request), step in zip(batch, steps, strict=True):

@@ -88,8 +88,9 @@ class Prompt:
 class StepRequest:
     """Input of one step: tokens, the picture of each `<|image|>` among them.
 
-    allowed, likely: as in the engine's Step. likelihoods: what `likely` asked for, after the step:
-    log-probability of the sampled token; the most likely tokens and theirs.
+    allowed, likely, attend_all: as in the engine's Step.
+    likelihoods: what `likely` asked for, after the step: log-probability of the sampled token; the
+        most likely tokens and theirs.
     """
 
     tokens: list[int]
@@ -99,6 +100,7 @@ class StepRequest:
     frame: Frame | None = None
     allowed: Tensor | None = None
     likely: int | None = None
+    attend_all: bool = False
     likelihoods: tuple[float, list[tuple[int, float]]] | None = None
 
 

@@ -55,13 +55,22 @@ def scenario(checkpoint: str) -> dict[str, Any]:
     play(engine, players)
     for player in players:
         engine.close(player.slot)
+    picture = torch.rand(3, 56, 56, generator=torch.Generator().manual_seed(4))
+    sampled, tokens = list[int | None](), [1, *range(40, 60), engine.image_token, 50]
+    for attend_all in (False, True):
+        slot = engine.open()
+        sampled += engine.step(
+            [Step(slot, tokens, engine.encode([picture]), attend_all=attend_all)]
+        )
+        sampled += [token for _ in range(3) for token in engine.step([Step(slot)])]
+        engine.close(slot)
+    assert sampled[:4] != sampled[4:]
     slot = engine.open(Sampling(temperature=1.0, top_k=50, seed=9, repetition_penalty=1.2))
-    sampled = engine.step([Step(slot, [1, 40, 50])])
+    sampled += engine.step([Step(slot, [1, 40, 50])])
     messages: dict[str, list[str]] = {}
     for _ in range(2):
         with told() as messages["a token"]:
             sampled += engine.step([Step(slot)])
-    picture = torch.rand(3, 56, 56, generator=torch.Generator().manual_seed(4))
     with told() as messages["a picture"]:
         features = engine.encode([picture])
     with told() as messages["a frame"]:

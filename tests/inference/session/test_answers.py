@@ -14,9 +14,11 @@ from data_pipeline import devices
 from inference.engine.engine import Engine
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
+from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
+from inference.session.answer import check_fits
 from inference.session.handle import SessionHandle
 from inference.session.runner import Runner
-from tests.inference.tiny import SIZE
+from tests.inference.tiny import SIZE, save_tiny
 from tests.waiting import PATIENCE
 
 FRAMES = 10
@@ -106,14 +108,36 @@ def test_its_thread_uses_the_device_of_the_engine(
 
 def test_a_question_that_does_not_fit_is_refused_whole(engine: Engine) -> None:
     """Else the model would answer about its end, and nobody would know."""
+    with pytest.raises(ValueError, match=r"17 pictures and frames, .* window=16 at once"):
+        check_fits(engine, [20], IMAGES[:1] * 17)
+    with pytest.raises(ValueError, match="1024 tokens, and with an answer max_tokens=1024"):
+        check_fits(engine, [20] * 1024, [])
     with Runner(engine) as runner:
-        image, picture = runner.vocabulary.special.image, IMAGES[0]
-        with pytest.raises(ValueError, match=r"17 pictures and frames, .* window=16 at once"):
-            runner.answer([0, *[image] * 17, 20], [picture] * 17)
-        with pytest.raises(ValueError, match="1024 tokens, and with an answer max_tokens=1024"):
-            runner.answer([20] * 1024)
-        for tokens, seen in (([0, *[image] * 16, 20], [picture] * 16), ([20] * 1023, [])):
+        image = runner.vocabulary.special.image
+        for tokens, seen in (([0, *[image] * 16, 20], IMAGES[:1] * 16), ([20] * 1023, [])):
+            check_fits(engine, tokens, seen)
             with runner.answer(tokens, seen, max_new_tokens=1) as answer:
                 types = [event.type for event in answer.events()]
             assert "response.done" in types
             assert "session.evicted" not in types
+
+
+@pytest.mark.parametrize("form", ["zero", "attend_all"])
+def test_an_answer_is_that_of_transformers_whatever_tokens_before_frames_attend(
+    tmp_path: Path, form: str
+) -> None:
+    """As config.json says; imports of the published model say `attend_all`."""
+    folder = save_tiny(tmp_path, tokens_before_first_frame=form, moss_stage="sft")
+    with Runner(load_engine(folder, device="cpu", max_sessions=2)) as runner:
+        tokens = runner.vocabulary.user_turn("Be short. ") + question(runner)
+        options: dict[str, Any] = {"max_new_tokens": 6, "ignore_end": True, "likely": 0}
+        alone = said(runner.answer(tokens, IMAGES, **options))
+        both = runner.answers(tokens, IMAGES, [Sampling(), Sampling()], **options)
+        assert [said(one)[0] for one in both] == [alone[0]] * 2
+        pixels = runner.engine.pixels(IMAGES)
+    model = MossVideoForConditionalGeneration.from_pretrained(folder).eval()
+    wanted = model.generate(
+        input_ids=torch.tensor([tokens]), pixel_values=pixels[None], max_new_tokens=6,
+        min_new_tokens=6, do_sample=False,
+    )  # fmt: skip
+    assert [token for token, *_ in alone[2]] == wanted[0, len(tokens) :].tolist()
