@@ -87,6 +87,14 @@ def test_live_sessions_all_speak(tmp_path: Path, monkeypatch) -> None:
     assert rows["frame -> decision, p95"]["of_floor"] > 1
 
 
+def test_an_endless_stream_has_ten_tenths(monkeypatch, capsys) -> None:
+    command = ["bench", "stream", "--model", "small", "--random-weights", "--endless", "5"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        bench.parse()
+    assert "argument --endless: 5: must be" in capsys.readouterr().err
+
+
 def test_memory_of_an_endless_stream_is_flat(tmp_path: Path, monkeypatch) -> None:
     options = "--model small --random-weights --endless 600 --window 16 --frames 10 --device cpu"
     monkeypatch.setattr(sys, "argv", ["bench", "stream", *options.split(), "--out", str(tmp_path)])
