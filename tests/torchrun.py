@@ -12,8 +12,8 @@ In the worker, `save_result("loss", value)` writes what the test loads: tensors 
 plain values (`as_json=True`) as .json. Workers need `if __name__ == "__main__"`.
 
 What keeps such tests quick:
-- One start of ranks does all that a file asks of them, in a module's fixture. A start of forks takes
-  half a second of a core; by the command a rank takes four, most of them for imports.
+- One start of ranks does all that a file asks of them, in a module's fixture. A start of forks
+  takes half a second of a core; by the command a rank takes four, most of them for imports.
 - A worker ends the groups of a layout before the next one (workers/groups.py).
 - Hundreds of tensors travel, and are saved, as views of one (`_merge` in workers/matrix.py).
 - Files that take longer than ten seconds stand in LONG (conftest.py), the longest first.
