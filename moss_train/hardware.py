@@ -35,8 +35,9 @@ _FACTORIES = (
     "rand", "randn", "tensor", "as_tensor", "zeros", "zeros_like",
 )  # fmt: skip
 PEAK_BF16_TFLOPS = {  # of words in a GPU's name: dense products, NVIDIA's data sheets
-    "GB200": 2500.0, "B200": 2250.0, "GH200": 989.4, "H200": 989.4, "H100 PCIe": 756.0,
-    "H100 NVL": 835.5, "H100": 989.4, "A100": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
+    "GB200": 2500.0, "B200": 2250.0, "GH200": 989.4, "H200 NVL": 835.5, "H200": 989.4,
+    "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.4, "A100": 312.0, "L40S": 362.0,
+    "L40": 181.0, "L4": 121.0,
 }  # fmt: skip
 _cpu_active = False
 

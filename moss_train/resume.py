@@ -208,7 +208,7 @@ def check_order(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> N
 
 def check_length(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> None:
     """Raises ConfigError where a run is as long as its samples, and its first steps, of another
-    global batch, have taken more or fewer of them than so many steps of this one would."""
+    global batch, have read more or fewer of them than as many steps of this one would."""
     done, taken, batch = saved["step"], saved["samples"], config.data.global_batch
     if config.trainer.steps is not None or taken == done * batch:
         return
@@ -216,8 +216,8 @@ def check_length(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> 
     steps = done + max(0, config.samples - taken) // batch
     raise ConfigError(
         [
-            f"data.global_batch={batch}: the {done} steps of {checkpoint} have taken {taken} of "
-            f"{length}={config.samples} samples, in batches of another size: write "
-            f"trainer.steps={steps}, which takes the others"
+            f"data.global_batch={batch}: the {done} steps of {checkpoint}, of another batch size, "
+            f"have read {taken} of {length}={config.samples} samples: write "
+            f"trainer.steps={steps}, which reads the remaining ones"
         ]
     )

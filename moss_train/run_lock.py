@@ -8,6 +8,7 @@ begin watches whether the time changes.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -74,12 +75,23 @@ def _open_taken(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _take(file, path)
-            if os.fstat(file).st_nlink:
+            if _has_name(file, path):
                 return file
         except BaseException:
             os.close(file)
             raise
         os.close(file)
+
+
+def _has_name(file: int, path: Path) -> bool:
+    """Whether an open file is still the one of this name. How many names it has does not tell: a
+    copy by links may be another one, and some file systems do not count them."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return False
+        raise
 
 
 def _take(file: int, path: Path) -> None:

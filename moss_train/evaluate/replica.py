@@ -29,6 +29,7 @@ from moss_train.train.data import encode_config
 from moss_train.transfer import HostCopy, concatenated, move, to_device
 
 Reduced = Callable[[DecoderInput, Tensor], Tensor]
+SCORED_AT_ONCE = 1024  # tokens whose logits are in fp32 together: of 128256 words half a gigabyte
 
 
 class ReplicaModel:
@@ -201,8 +202,11 @@ def scored(item: DecoderInput, logits: Tensor) -> Tensor:
 def likely_and_chances(tokens: Tensor, logits: Tensor) -> Tensor:
     """`scored` of one or several packed sequences of tokens `[T]`."""
     following = tokens.roll(-1).clamp(max=logits.shape[1] - 1)  # `<|image|>` has no logit
-    chances = logits.float().log_softmax(-1).gather(1, following[:, None])[:, 0].roll(1)
-    return torch.stack((logits.argmax(-1).double(), chances.double()))
+    parts = zip(logits.split(SCORED_AT_ONCE), following.split(SCORED_AT_ONCE), strict=True)
+    chances = [
+        part.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0] for part, tokens in parts
+    ]
+    return torch.stack((logits.argmax(-1).double(), torch.cat(chances).roll(1).double()))
 
 
 def sequence_scores(likely: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,8 +124,8 @@ def test_another_stage_is_not_the_rest_of_this_one():
     ]
 
 
-def test_a_run_with_another_batch_says_how_many_steps_take_its_other_samples():
-    """8 steps of 4 have taken 32 of 64 samples. The other 32 are 4 steps of 8: 64 / 8 steps in all
+def test_a_run_with_another_batch_says_how_many_steps_read_its_remaining_samples():
+    """8 steps of 4 have read 32 of 64 samples. The other 32 are 4 steps of 8: 64 / 8 steps in all
     would be done, with half of the samples."""
     checkpoint, length = Path("runs/a/checkpoints/step_00000008"), "data.samples=64"
     saved = {"step": 8, "samples": 32}
@@ -134,8 +134,8 @@ def test_a_run_with_another_batch_says_how_many_steps_take_its_other_samples():
     with pytest.raises(ConfigError) as caught:
         check_length(composed(length, "data.global_batch=8"), saved, checkpoint)
     assert caught.value.problems == [
-        f"data.global_batch=8: the 8 steps of {checkpoint} have taken 32 of data.samples=64 "
-        "samples, in batches of another size: write trainer.steps=12, which takes the others"
+        f"data.global_batch=8: the 8 steps of {checkpoint}, of another batch size, have read 32 of "
+        "data.samples=64 samples: write trainer.steps=12, which reads the remaining ones"
     ]
 
 

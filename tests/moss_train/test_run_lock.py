@@ -94,12 +94,16 @@ def test_where_a_lock_says_nothing_signs_of_life_do(tmp_path: Path, patient: pyt
     assert not path.exists()
 
 
+@pytest.mark.parametrize("copied", [False, True])
 def test_a_lease_that_is_given_back_while_it_is_watched_is_taken(
-    tmp_path: Path, patient: pytest.MonkeyPatch
+    tmp_path: Path, patient: pytest.MonkeyPatch, copied: bool
 ):
-    """Its file is gone then: one of the same name has to be made, which others see."""
+    """Its file is gone then: one of the same name has to be made, which others see; also where a
+    copy of the folder by links keeps the old one."""
     path = tmp_path / LOCK_FILE
     path.write_text("node7, process 12\n")
+    if copied:
+        (tmp_path / "copy").hardlink_to(path)
     ending = threading.Timer(1.0, path.unlink)
     ending.start()
     with running_in(tmp_path):

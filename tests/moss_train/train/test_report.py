@@ -96,6 +96,7 @@ def test_peaks_are_those_of_the_data_sheets():
     assert [peak_tflops_of(name) for name in names] == [989.4, 756.0, 989.4, 312.0]
     more = ("NVIDIA L40S", "NVIDIA L40", "NVIDIA L4", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
     assert [peak_tflops_of(name) for name in more] == [362.0, 181.0, 121.0, 835.5, 989.4]
+    assert peak_tflops_of("NVIDIA H200 NVL") == 835.5
     others = ("CPU", "NVIDIA RTX A1000", "NVIDIA H20", "NVIDIA L400")  # measured, not guessed
     assert [peak_tflops_of(name) for name in others] == [None] * 4
 
