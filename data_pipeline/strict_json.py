@@ -40,14 +40,11 @@ class Decoder:
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
-        if len(made) < len(pairs):
-            self._repeated += [key for key, value in pairs if made[key] != value]
+        if len(made) < len(pairs):  # NaN, which is one object here, is not equal to itself
+            self._repeated += [k for k, v in pairs if made[k] is not v and made[k] != v]
         return made
 
 
 def loads(data: str | bytes) -> Any:
     """As json.loads; ValueError for a key that stands twice with different values."""
-    return _DECODER.loads(data)
-
-
-_DECODER = Decoder()
+    return Decoder().loads(data)  # not a shared one: threads read, too

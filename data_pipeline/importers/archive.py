@@ -205,10 +205,13 @@ def _group(key: str, group: list[tuple[str, tarfile.TarInfo]], alike: bool) -> l
 
 
 def _are_fields(group: list[tuple[str, tarfile.TarInfo]]) -> bool:
-    """Whether each member has a name of its own in front of its suffix, one a text, one not."""
+    """Whether each member has a name of its own in front of its suffix, one a text, one not.
+    `KEY.info.json` of yt-dlp tells of the file beside it."""
     parts = [rest.rpartition(".") for rest, _ in group]
     texts = [suffix for _, _, suffix in parts if suffix in _TEXTS]
     names = [name for name, _, _ in parts]
+    if "info" in names:
+        return False
     return len({*names}) == len(names) and 0 < len({*texts}) == len(texts) < len(parts)
 
 

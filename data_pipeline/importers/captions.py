@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline import files
 from data_pipeline.importers.draft import (
+    NOTHING,
     VIDEO_IDS,
     Draft,
     Entry,
@@ -35,7 +36,6 @@ _LISTS = (
 )  # fmt: skip
 # Columns that plain text has, too: they say where it is from (C4, FineWeb, collections of code).
 _ORIGINS = frozenset({"path", "file", "filename", "filepath", "url"})
-_NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
 # Ids, which are the names of videos, where a table names none otherwise (Panda-70M, InternVid).
 _IDS = (*VIDEO_IDS, "videoid", "youtube_id", "youtubeid", "vid", "clip_id")
 CAPTION_COLUMNS = (
@@ -87,6 +87,11 @@ def looks_like_a_table(record: dict[str, Any]) -> bool:
     named = any(may_name_medium(record[column]) for column in _spelt(_LISTS, record))
     captioned = bool(_spelt(CAPTION_COLUMNS, record))
     return named or bool(_spelt(MEDIA_COLUMNS, record)) or (captioned and bool(_ids(record)))
+
+
+def has_captions(record: dict[str, Any]) -> bool:
+    """Whether a record names a medium, and has a column of captions."""
+    return any(column in record for column in CAPTION_COLUMNS) and looks_like_a_table(record)
 
 
 def _ids(record: Mapping[str, Any]) -> list[str]:
@@ -175,7 +180,7 @@ def captions_of(value: Any) -> tuple[list[str], list[str]]:
     listed = _whole(opened(value))
     given = listed if are_captions(listed) and listed else [value]
     texts = [text for text in given if isinstance(text, str)]
-    texts = [text for text in texts if text.strip() and text.strip() not in _NOTHING]
+    texts = [text for text in texts if text.strip() and text.strip() not in NOTHING]
     if not texts:
         raise SampleError("missing_caption", f"{value!r:.80} is not a caption")
     return texts, ["caption without a text, left out"] * (len(given) - len(texts))

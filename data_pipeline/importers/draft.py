@@ -135,6 +135,7 @@ PATH_FIELDS = (
 IMAGE_FIELDS = ("images", "image", "image_path", "image_paths", "image_url", "image_urls")
 VIDEO_FIELDS = ("videos", "video", "video_path", "video_paths", "video_url", "video_urls")
 VIDEO_IDS = ("video_uid", "video_id", "video_name")  # names without a suffix
+NOTHING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>"})  # how tables say it
 MEDIUM_FIELDS = frozenset((*PATH_FIELDS, "bytes", "type"))
 _WINDOWS = re.compile(r"(?:file:///)?[A-Za-z]:[\\/]|\\\\")
 # How base64 of a JPEG, PNG, WebP, GIF, MP4 and Matroska file begins, and how long it is at least.

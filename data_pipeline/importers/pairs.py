@@ -19,11 +19,12 @@ from data_pipeline.importers.draft import (
     Convert,
     Draft,
     Turn,
+    media_type,
     names_medium,
     unused_fields,
 )
 from data_pipeline.importers.spans import span_of
-from data_pipeline.importers.unwanted import refuse_choices
+from data_pipeline.importers.unwanted import refuse_choices, refuse_unread_media
 from data_pipeline.schema import SampleError
 
 _PAIR = frozenset({"user", "assistant"})
@@ -117,9 +118,23 @@ def pair_draft(record: dict[str, Any], base: str) -> Draft:
         if record.get(name):
             raise SampleError("bad_schema", f"{name}: what the question is about is not put in: "
                               "write it into the question")  # fmt: skip
+    _refuse_files(record, names)
     dialect = _dialect(record, *names)
     messages = system_turn(record, dialect) + turn(record[names[0]], record[names[1]], names[0])
-    return with_media(messages, record, base, dialect)
+    draft = with_media(messages, record, base, dialect)
+    if not draft.media:
+        mend = "call it images or videos, or give --media-column"
+        refuse_unread_media(record, dialect.known, True, mend)
+    return draft
+
+
+def _refuse_files(record: Mapping[str, Any], names: tuple[str, str]) -> None:
+    """SampleError for a question or an answer that is the name of a picture or video."""
+    for name in names:
+        text = record[name].strip()
+        if media_type(text) is not None and len(text.split()) == 1:
+            detail = f"{name}: {text!r:.80} is a file, no text: name it under images or videos"
+            raise SampleError("bad_schema", detail)
 
 
 def _dialect(record: Mapping[str, Any], name: str, *others: str) -> Dialect:

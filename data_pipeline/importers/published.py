@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.importers.captions import CAPTION_COLUMNS, looks_like_a_table, table_draft
+from data_pipeline.importers.captions import has_captions, table_draft
 from data_pipeline.importers.conversation import Dialect, with_media
 from data_pipeline.importers.draft import (
     IMAGE_FIELDS,
@@ -26,7 +26,7 @@ from data_pipeline.importers.draft import (
 )
 from data_pipeline.importers.marks import ANY_MARKS
 from data_pipeline.importers.speech import WINDOW
-from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of
+from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of, names_clip
 from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
 from data_pipeline.importers.unwanted import refuse_choices
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, MediaType, SampleError
@@ -37,6 +37,7 @@ _IMAGE_IDS = ("image_id", "imageId")
 _SHOWN = (*IMAGE_FIELDS, *VIDEO_FIELDS, *_FILES, *_IMAGE_IDS, *VIDEO_IDS)
 _ANSWERS = ("multiple_choice_answer", "answer", "answers")  # the likeliest first
 _MOMENTS = ("annotations", "segments", "events")  # of a video; YouCook2's first
+_PUBLISHED = frozenset({"segment", "sentence"})  # of a moment of YouCook2
 _SAID = ("sentence", "caption", "description")  # what is told of a moment
 _LEAD = 2  # seconds that are watched before what the first caption of a window is about
 
@@ -99,10 +100,17 @@ def _shown(record: dict[str, Any]) -> tuple[MediaType, str, list[Any]]:
     return kind, name, shown
 
 
-def looks_like_moments(record: Mapping[str, Any]) -> bool:
+def looks_like_moments(record: dict[str, Any]) -> bool:
     if all(isinstance(record.get(name), list) for name in ("timestamps", "sentences")):
         return True
-    return _moments_field(record) is not None
+    field = _moments_field(record)
+    if field is None:
+        return False
+    if record[field][0].keys() >= _PUBLISHED:
+        return True
+    # A list of other names may tell more of a text, a question or a captioned video.
+    more = looks_like_vqa(record) or has_captions(record) or "instruction" in record
+    return names_clip(record) and not more
 
 
 def _moments_field(record: Mapping[str, Any]) -> str | None:
@@ -110,7 +118,10 @@ def _moments_field(record: Mapping[str, Any]) -> str | None:
     for name in _MOMENTS:
         moments = record.get(name)
         first = moments[0] if isinstance(moments, list) and moments else None
-        if isinstance(first, dict) and _times(first) is not None and any(n in first for n in _SAID):
+        if not isinstance(first, dict) or _times(first) is None:
+            continue
+        # What has a `text`, too, is what is spoken.
+        if first.keys() >= _PUBLISHED or ("text" not in first and any(n in first for n in _SAID)):
             return name
     return None
 
@@ -196,8 +207,7 @@ def _windows(
 
 def looks_like_webvid(record: dict[str, Any]) -> bool:
     # A table of one's own names its files and has captions, which are not its names.
-    own = any(column in record for column in CAPTION_COLUMNS) and looks_like_a_table(record)
-    return {"videoid", "name"} <= record.keys() and not own
+    return {"videoid", "name"} <= record.keys() and not has_captions(record)
 
 
 def webvid_draft(record: dict[str, Any], base: str) -> list[Draft]:

@@ -47,6 +47,12 @@ def _spoken(record: Record) -> bool:
     return speech.words_field(record) is not None and streaming.names_clip(record)
 
 
+def _pair(record: Record) -> bool:
+    """A text or caption beside a pair may be what its question is about, or the pair as a text."""
+    of_its_own = isinstance(record.get("text"), str) or captions.has_captions(record)
+    return pairs.looks_like_pair(record) and not of_its_own
+
+
 # The first that fits is a record's form: the narrower ones stand before the wider ones.
 KNOWN: tuple[Known, ...] = (
     Known("realtime-qa", segments.has_frame_timestamps, (("messages", "video"),)),
@@ -68,7 +74,7 @@ KNOWN: tuple[Known, ...] = (
           tuple(("question", "answer", shown) for shown in ("image", "video"))),
     Known("videochat", pairs.looks_like_videochat, (("QA", "video"),)),
     Known("webvid", published.looks_like_webvid, (("videoid", "name"),)),
-    Known("pairs", pairs.looks_like_pair, (("question", "answer"), ("input", "output"))),
+    Known("pairs", _pair, (("question", "answer"), ("input", "output"))),
     Known("table", captions.looks_like_a_table,
           tuple((media, "caption") for media in captions.MEDIA_COLUMNS)),
     Known("text", lambda record: "text" in record, (("text",),)),

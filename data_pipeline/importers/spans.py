@@ -4,12 +4,15 @@ names."""
 from __future__ import annotations
 
 import ast
+import datetime
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.importers.draft import NOTHING
 from data_pipeline.importers.timeline import second_of
 from data_pipeline.schema import SampleError
 from data_pipeline.strict_json import loads
@@ -22,6 +25,9 @@ _PAIRS = (
     ("start_timestamp", "end_timestamp"), ("clip_start", "clip_end"), ("start", "stop"),
     ("start_time", "stop_time"), ("start_timestamp", "stop_timestamp"),
 )  # fmt: skip
+_DATE = re.compile(r"\d{4}-\d\d?-\d\d?(?:\D|$)")
+_EPOCH = 10**8  # seconds: what is more is the time of a day, from 1973 on
+_WHOLE = ((0, 0), (0, -1), (-1, -1))
 _LISTS = ("timestamp", "timestamps", "segment", "segments", "span")  # which have both
 
 
@@ -41,10 +47,10 @@ def span_of(record: Mapping[str, Any]) -> Span | None:
     own = {str(name).lower(): name for name in record}
     for names in _PAIRS:
         fields = tuple(own[name] for name in names if name in own)
-        if len(fields) == 2 and all(_is_there(record[field]) for field in fields):
+        if len(fields) == 2 and _says_part([record[field] for field in fields]):
             return Span((seconds_of([record[field] for field in fields], fields),), fields)
     for name, value in _lists(record):
-        if _is_pair(value):
+        if _is_pair(value) and _says_part(value):
             return Span((seconds_of(value, (name, name)),), (name,))
     return None
 
@@ -76,8 +82,27 @@ def seconds_of(times: Any, fields: tuple[str, ...]) -> Seconds:
     return start, end
 
 
-def _is_there(value: Any) -> bool:
-    return value is not None and value != "" and value == value  # NaN is not
+def _says_part(times: Sequence[Any]) -> bool:
+    """Whether start and end may be seconds of a video: not so dates, what is empty, and the 0 and
+    -1 by which sets say that it is all of it."""
+    start, end = map(_number, times)
+    there = all(time is not None and time not in ("", *NOTHING) and time == time
+                for time in (start, end))  # fmt: skip
+    return there and not _is_date(start) and not _is_date(end) and (start, end) not in _WHOLE
+
+
+def _number(time: Any) -> Any:
+    """What a table has as text; another text as it is."""
+    try:
+        return float(time) if isinstance(time, str) else time
+    except ValueError:
+        return time.strip()
+
+
+def _is_date(time: Any) -> bool:
+    if isinstance(time, str):
+        return _DATE.match(time) is not None
+    return isinstance(time, datetime.date) or (isinstance(time, int | float) and time > _EPOCH)
 
 
 def _is_pair(value: Any) -> bool:

@@ -15,16 +15,16 @@ from itertools import pairwise
 from typing import Any
 
 from data_pipeline.importers.draft import (
+    IMAGE_FIELDS,
     Draft,
     Medium,
     medium,
     role_of,
     unused_fields,
 )
-from data_pipeline.importers.timeline import LONGEST, Said, Timeline, order_notes, second_of
+from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
 from data_pipeline.importers.unwanted import LEARN_FLAGS, refuse_unwanted
 from data_pipeline.schema import SampleError
-from data_pipeline.seconds import is_time
 
 INSTRUCTION = "Describe what happens, as it happens."
 # Under which names a record has its clip, the likeliest first.
@@ -34,6 +34,8 @@ _ABOUT = ("task_type", "source")  # said of a record, and no part of its convers
 # The fields of an event, and of a turn.
 _TIMED = ("content", "time", "st_time", "end_time", *LEARN_FLAGS)
 _LIVE = ("conversation", "conversations", "messages")  # VideoLLM-online's, those of chats
+# Of a chat, which have no place in a stream.
+_CHAT_ALONE = (*IMAGE_FIELDS, "tools", "functions", "audio", "audios")
 _CHAT_MARK = re.compile(r"\s*(?:<(?:video|image)>|<\|video\|>)\s*")
 _TIMES = ("time", "timestamp")
 _TURN = ("role", "from", "content", "value", *_TIMES, *LEARN_FLAGS)
@@ -240,10 +242,15 @@ def _frames_media(record: dict[str, Any], base: str, frames: int) -> tuple[list[
 def is_livechat(record: dict[str, Any]) -> bool:
     """Whether a record of a clip has messages with seconds."""
     field = _live_messages(record)
-    turns = [turn for turn in record[field][:4] if not _is_system(turn)] if field else []
-    return bool(turns) and all(
-        isinstance(turn, dict) and _is_second(turn, field == _LIVE[0]) for turn in turns[:3]
-    )
+    turns = [turn for turn in record[field] if not _is_system(turn)] if field else []
+    if field == _LIVE[0]:  # whose times may be wrong
+        return bool(turns) and all(
+            isinstance(turn, dict) and ("time" in turn or _second(turn) is not None)
+            for turn in turns[:3]
+        )
+    if not all(map(_is_text, turns)) or None in map(_second, turns[:3]):
+        return False
+    return any(map(_second, turns))  # a chat that says 0 of all its messages says nothing
 
 
 def _is_system(turn: Any) -> bool:
@@ -251,26 +258,41 @@ def _is_system(turn: Any) -> bool:
 
 
 def _live_messages(record: dict[str, Any]) -> str | None:
-    """Where a record has its messages; those of chats need a clip beside them."""
-    names = _LIVE if names_clip(record) else _LIVE[:1]
+    """Where a record has its messages; those of chats need one clip beside them, and nothing else
+    that a stream cannot show."""
+    chat = _names_one_clip(record) and not any(record.get(name) for name in _CHAT_ALONE)
+    names = _LIVE if chat else _LIVE[:1]
     return next((name for name in names if isinstance(record.get(name), list)), None)
 
 
-def _is_second(turn: dict[str, Any], own: bool) -> bool:
-    """own: of the form's own field, whose times may be wrong; else a time may be a date."""
+def _names_one_clip(record: dict[str, Any]) -> bool:
+    """`path` may be that of the record."""
+    shown = [record[name] for name in CLIP_FIELDS if name != "path" and record.get(name)]
+    return bool(shown) and not (isinstance(shown[0], list) and len(shown[0]) > 1)
+
+
+def _is_text(turn: Any) -> bool:
+    """Whether a message is a text, and no list of parts or call of a tool."""
+    return isinstance(turn, dict) and isinstance(turn.get("content", turn.get("value")), str)
+
+
+def _second(turn: dict[str, Any]) -> float | None:
+    """The second of a message; None: it has none, or a date."""
     value = next((turn[name] for name in _TIMES if name in turn), None)
-    number = isinstance(value, int | float) and 0 <= value <= LONGEST
-    return (own and "time" in turn) or number or (isinstance(value, str) and is_time(value))
+    try:
+        return second_of(value, "time")
+    except SampleError:
+        return None
 
 
 def livechat_draft(record: dict[str, Any], base: str) -> Draft:
     """VideoLLM-online's dialogue -> a draft; also one whose messages are named as those of chats
     are, with their seconds beside them."""
-    field = _live_messages(record) or _LIVE[0]
-    notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, field, "duration"})
+    field = next((name for name in _LIVE if isinstance(record.get(name), list)), _LIVE[0])
+    notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, field, "duration", "system"})
     questions: list[Said] = []
     answers: list[Said] = []
-    system = ""
+    system = _text(record, "system")
     for i, message in enumerate(_entries(record, field, _TURN, notes)):
         role = role_of(message.get("role", message.get("from")))
         text = _text(message, "content" if "content" in message else "value")

@@ -215,6 +215,7 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
     captioned = any(name in parts for name in _TEXTS)
     asked = bool(media) and not captioned and looks_like_vqa(record | {"image": True})
     turns = looks_like_one(record)
+    captioned = captioned or any(record.get(name) for name in CAPTION_COLUMNS)
     pair = pair_draft if not captioned and looks_like_pair(record) else None
     own = draft_of(record) or (vqa_draft if asked else pair)
     made = stream or (None if turns else own)
