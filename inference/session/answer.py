@@ -9,8 +9,9 @@ from torch import Tensor
 from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
 from inference.session.grammar import Grammar
+from inference.session.inputs import StepRequest
 from inference.session.response import Response, ResponseWriter, Vocabulary
-from inference.session.session import CHUNK_TOKENS, StepRequest
+from inference.session.session import CHUNK_TOKENS
 from inference.session.stats import Stats
 
 MAX_NEW_TOKENS = 1024  # of an answer, by default
@@ -49,7 +50,8 @@ class Answer(ResponseWriter):
             there are none.
         shared: there are more answers to this question. One of them takes it in but for its last
             token, from which each goes on by itself.
-        attend_all: tokens before the first frame attend all frames, which then come in one step.
+        attend_all: tokens before the first frame attend all frames. These are encoded `chunk` by
+            `chunk`, and then come in one step.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Answer(ResponseWriter):
         self._tokens, self._images = list(tokens), list(images)
         self._max_new_tokens, self._chunk, self._shared = max_new_tokens, chunk, shared
         self._grammar, self._likely_tokens = grammar, likely
-        self._attend_all = attend_all
+        self._attend_all, self._features = attend_all, list[Tensor]()
         self._prompt_time: float | None = None
         special = vocabulary.special
         ends = (special.eot_id, special.end_of_text, special.silence)
@@ -97,9 +99,13 @@ class Answer(ResponseWriter):
         """The next chunk of the question; after the last, one token per step."""
         if self._prompt_time is None:
             self._prompt_time = now
+        if self._attend_all and self._images:
+            images, self._images = self._images[: self._chunk], self._images[self._chunk :]
+            return StepRequest([], images, sample=False, began=now)
         count, frames = self._next_chunk()
-        request = StepRequest(self._tokens[:count], self._images[:frames], began=now)
-        request.attend_all = self._attend_all and frames > 0
+        request = StepRequest(self._tokens[:count], self._images[:frames], self._features)
+        request.began, request.attend_all = now, bool(self._features)
+        self._features = []
         del self._tokens[:count], self._images[:frames]
         request.sample = not self._tokens
         if request.sample:
@@ -110,8 +116,8 @@ class Answer(ResponseWriter):
     def _next_chunk(self) -> tuple[int, int]:
         """How many tokens and frames of the question the next step takes in."""
         image, left = self._vocabulary.special.image, len(self._tokens)
-        if self._attend_all and self._images:
-            return left - self._tokens[::-1].index(image), len(self._images)
+        if self._features:
+            return left - self._tokens[::-1].index(image), 0
         count = frames = 0
         if self._shared and left > 1:
             left -= 1
@@ -124,7 +130,9 @@ class Answer(ResponseWriter):
         return count, frames
 
     def on_token(self, request: StepRequest, token: int | None, now: float) -> None:
-        """Takes the token that the model sampled after a step."""
+        """Takes the token that the model sampled after a step, or features of its frames."""
+        if not request.tokens:
+            self._features += request.features
         if token is None:
             return
         assert self._prompt_time is not None

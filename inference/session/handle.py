@@ -18,8 +18,9 @@ from inference.engine.lifetime import ProcessLock
 from inference.engine.slots import Slot
 from inference.session.answer import Answer
 from inference.session.events import Event, EventLog
+from inference.session.inputs import Frame, Prompt, StepRequest
 from inference.session.journal import Journal, Record
-from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
+from inference.session.session import Session, SessionConfig
 from inference.session.session_state import state_of
 
 

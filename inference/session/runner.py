@@ -24,15 +24,16 @@ from torch import Tensor
 from inference.engine.engine import Engine, EngineFull
 from inference.engine.lifetime import ProcessLock, close_at_exit
 from inference.engine.sampling import Sampling
-from inference.engine.slots import Slot, Step
-from inference.engine.token_choice import read_likely
+from inference.engine.slots import Slot
 from inference.session.answer import Answer, attends_all
 from inference.session.calls import Call
+from inference.session.compute import compute
 from inference.session.events import LOG_LIMIT
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import RunningSession, SessionClosed, SessionHandle, led_by_first
+from inference.session.inputs import StepRequest
 from inference.session.response import Vocabulary
-from inference.session.session import Session, SessionConfig, StepRequest
+from inference.session.session import Session, SessionConfig
 from inference.session.session_state import resume
 from inference.session.stats import Measure, Stats
 
@@ -282,7 +283,7 @@ class Runner:
         """One step of the engine. Where it fails, each session's is tried alone, the oldest first:
         that which fails again ends its session; where memory is short, the newest bear it."""
         try:
-            tokens = self._compute(batch)
+            tokens = compute(self.engine, batch)
         except Exception as error:
             if not (isinstance(error, ValueError) or self.engine.recovers()):
                 raise
@@ -305,26 +306,6 @@ class Runner:
                     running.share(self._running, self.engine)
                 except Exception as error:  # of this session alone
                     self._fail([running], error)
-
-    def _compute(self, batch: Sequence[tuple[RunningSession, StepRequest]]) -> list[int | None]:
-        """The tokens that the engine samples for these sessions."""
-        images = [image for _, request in batch for image in request.images]
-        features = iter(self.engine.encode(images) if images else [])
-        steps = []
-        for running, request in batch:
-            if running.slot is None:
-                running.slot = self.engine.open(_sampling(running.task))
-            elif running.slot.sampling != _sampling(running.task):
-                self.engine.set_sampling(running.slot, _sampling(running.task))
-            frames = list(itertools.islice(features, len(request.images)))
-            wanted = request.sample, request.allowed, request.likely, request.attend_all
-            steps.append(Step(running.slot, request.tokens, frames, *wanted))
-        tokens = self.engine.step(steps)
-        for (_, request), step in zip(batch, steps, strict=True):
-            if step.sample and step.likely is not None:
-                assert step.slot.likely is not None
-                request.likelihoods = read_likely(step.slot.likely, step.likely)
-        return tokens
 
     def _fail(self, sessions: Sequence[RunningSession], error: BaseException) -> None:
         """Ends sessions that cannot go on."""
@@ -376,10 +357,6 @@ class Runner:
                 self.engine.close(slot)
         except Exception:  # another rank has gone; readers wait for the session's last event
             log.exception("the engine did not give back slot %d", slot.index if slot else -1)
-
-
-def _sampling(task: Session | Answer) -> Sampling:
-    return task.config.sampling if isinstance(task, Session) else task.sampling
 
 
 def _emit_metrics(task: Session | Answer, cached: int) -> None:

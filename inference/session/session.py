@@ -18,12 +18,11 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor
-
 from data_pipeline.fields import check_values, choice, number
 from inference.engine.graphs import PROMPTS
 from inference.engine.sampling import Sampling
 from inference.session.events import LOG_LIMIT
+from inference.session.inputs import Frame, Prompt, StepRequest
 from inference.session.response import ResponseWriter, Vocabulary
 from inference.session.stats import Stats
 
@@ -63,45 +62,6 @@ class SessionConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-
-
-@dataclass(eq=False)
-class Frame:
-    """A picture in the queue: uint8 [3, H, W], its second, and when it arrived (monotonic seconds).
-    Without a picture: a prompt that waits for the frames before it. source: the number of the
-    message that brought it, where a journal names it so."""
-
-    image: Tensor | None
-    at: float
-    arrived: float
-    prompt: str | None = None
-    source: int = 0
-
-
-@dataclass
-class Prompt:
-    text: str
-    arrived: float
-
-
-@dataclass
-class StepRequest:
-    """Input of one step: tokens, the picture of each `<|image|>` among them.
-
-    allowed, likely, attend_all: as in the engine's Step.
-    likelihoods: what `likely` asked for, after the step: log-probability of the sampled token; the
-        most likely tokens and theirs.
-    """
-
-    tokens: list[int]
-    images: list[Tensor] = field(default_factory=list)
-    sample: bool = True
-    began: float = 0.0
-    frame: Frame | None = None
-    allowed: Tensor | None = None
-    likely: int | None = None
-    attend_all: bool = False
-    likelihoods: tuple[float, list[tuple[int, float]]] | None = None
 
 
 # Fields that can be changed in the middle of a stream.

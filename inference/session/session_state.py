@@ -8,8 +8,9 @@ from typing import Any
 
 from inference.engine.sampling import Sampling
 from inference.session.events import LOG_LIMIT
+from inference.session.inputs import Frame, Prompt, StepRequest
 from inference.session.response import Response, Vocabulary
-from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
+from inference.session.session import Session, SessionConfig
 from inference.session.stats import Stats
 
 _STATE_VERSION = 4

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from inference.bench.measure import percentile_ms
-from inference.session.session import StepRequest
+from inference.session.inputs import StepRequest
 from tools.bench.schedule import (
     DECODE,
     PICTURE,

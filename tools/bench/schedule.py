@@ -23,8 +23,9 @@ from data_pipeline.commands import DONE, CommandParser, finite_number, whole_num
 from data_pipeline.tables import format_table
 from inference.bench.measure import percentile_ms
 from inference.bench.served import plain_processor
+from inference.session.inputs import Frame, Prompt, StepRequest
 from inference.session.response import Vocabulary
-from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
+from inference.session.session import Session, SessionConfig
 from inference.session.stats import Stats
 
 # Seconds of a pass of one token, by slots; of the tower, by frames.

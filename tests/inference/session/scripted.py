@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer
 
 from data_pipeline.tokens import SpecialTokens
+from inference.session.inputs import Frame, Prompt, StepRequest
 from inference.session.response import Vocabulary
-from inference.session.session import Frame, Prompt, Session, SessionConfig, StepRequest
+from inference.session.session import Session, SessionConfig
 from inference.session.stats import Stats
 
 BLACK = torch.zeros(3, 8, 8, dtype=torch.uint8)

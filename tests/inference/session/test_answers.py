@@ -141,3 +141,29 @@ def test_an_answer_is_that_of_transformers_whatever_tokens_before_frames_attend(
         min_new_tokens=6, do_sample=False,
     )  # fmt: skip
     assert [token for token, *_ in alone[2]] == wanted[0, len(tokens) :].tolist()
+
+
+def test_frames_of_a_question_leave_turns_to_others_where_all_text_attends_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are encoded part by part; one of the turns fails, and is computed again."""
+    folder = save_tiny(tmp_path, tokens_before_first_frame="attend_all", moss_stage="sft")
+    engine = load_engine(folder, device="cpu", max_sessions=2)
+    encode, encoded = engine.encode, list[int]()
+
+    def counted(images: Any) -> Any:
+        encoded.append(len(images))
+        if len(encoded) == 2:
+            raise RuntimeError("out of memory")
+        return encode(images)
+
+    with Runner(engine) as runner:
+        tokens = question(runner)
+        options: dict[str, Any] = {"max_new_tokens": 4, "ignore_end": True}
+        wanted = said(runner.answer(tokens, IMAGES, chunk=FRAMES, **options))
+        monkeypatch.setattr(engine, "encode", counted)
+        speaking = runner.answer([5, 6], max_new_tokens=10**6, ignore_end=True)
+        next(event for event in speaking.events() if event.type == "response.output_text.delta")
+        assert said(runner.answer(tokens, IMAGES, chunk=4, **options)) == wanted
+        speaking.close("enough")
+    assert encoded == [4, 4, 4, 2]

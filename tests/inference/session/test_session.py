@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from data_pipeline.prompts import PromptBuilder
 from data_pipeline.schema import Message, SampleError
 from data_pipeline.tokens import SpecialTokens
+from inference.session.inputs import Frame
 from inference.session.response import Vocabulary
-from inference.session.session import Frame, QueueFull, SessionConfig
+from inference.session.session import QueueFull, SessionConfig
 from inference.session.session_state import resume, state_of
 from inference.session.stats import Stats
 from tests.inference.session.scripted import BLACK, Model, make, started
