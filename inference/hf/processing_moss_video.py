@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -246,8 +248,21 @@ class MossVideoProcessor(ProcessorMixin):
 
 def _typed(turn: dict[str, Any]) -> dict[str, Any]:
     """A turn with TYPED in every special token that must stay text."""
-    calls = {"tool_calls": _as_text(turn["tool_calls"])} if turn.get("tool_calls") else {}
-    return {**turn, **calls, "content": _typed_content(turn)}
+    calls = [_as_text(_in_one_form(call)) for call in turn.get("tool_calls") or []]
+    return {**turn, **({"tool_calls": calls} if calls else {}), "content": _typed_content(turn)}
+
+
+def _in_one_form(call: Any) -> Any:
+    """A call whose arguments, if they are a text, are JSON as training writes it: of a text that is
+    no JSON, a text of JSON."""
+    function = call.get("function") or call if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    arguments = function["arguments"]
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments)
+    function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {**call, "function": function} if call.get("function") else function
 
 
 def _as_text(value: Any) -> Any:

@@ -35,7 +35,8 @@ class ImageMessage:
 
 
 def read_json(data: str | bytes, what: str, most: int) -> Any:
-    """What a client sends; Refused for what is not JSON, and for a field that stands twice.
+    """What a client sends; Refused for what is not JSON, is nested too deep for what reads it, and
+    for a field that stands twice.
 
     most: values and escaped characters in it. They are counted before it is parsed: what makes a
     parser slow is how many they are, not how long (62 MB of brackets take 6 s, of base64 50 ms).
@@ -44,12 +45,25 @@ def read_json(data: str | bytes, what: str, most: int) -> Any:
     if sum(map(text.count, _MARKS)) > most:
         raise Refused("too_large", f"{what} has more than {most} values")
     try:
-        return json.loads(data, object_pairs_hook=_once, parse_constant=_no_number)
+        value = json.loads(data, object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise Refused("invalid_json", f"{what} is not JSON: {error}") from None
+    if text.count(b"[") + text.count(b"{") > _DEEPEST and _is_deep(value):
+        raise Refused("too_large", f"{what} is nested more than {_DEEPEST} deep")
+    return value
 
 
 _MARKS = (b"[", b"{", b",", b"\\")
+_DEEPEST = 128  # as a grammar's schemas; whoever reads a level by a call has many to spare
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = [one.values() if isinstance(one, dict) else one for one in level
+                 if isinstance(one, dict | list)]  # fmt: skip
+        level = [one for values in inner for one in values]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -157,13 +157,12 @@ class _Messages:
     def read(self, turns: Sequence[Any], goes_on: bool, tools: Tools | None) -> list[Message]:
         """The messages without empty answers at the end, which a page sends after a stop, unless
         the request goes on from the last one. Before them a description of the tools."""
-        turns = in_order(turns)
-        messages = [self._message(turn, f"messages[{n}]") for n, turn in enumerate(turns)]
-        if tools is not None:
-            self._left, self._written = self._limits.prompt_chars, as_system
-            messages.insert(0, Message("system", self._text(tools.text(), "tools")))
+        messages = [self._message(turn, f"messages[{n}]") for n, turn in in_order(turns)]
         while not goes_on and messages[-1] == Message("assistant", "") and len(messages) > 1:
             messages.pop()
+        if tools is not None:
+            self._left, self._written = self._limits.prompt_chars, as_typed
+            messages.insert(0, Message("system", self._text(tools.text(), "tools")))
         return messages
 
     def _message(self, turn: Any, field: str) -> Message:

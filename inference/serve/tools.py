@@ -17,8 +17,10 @@ from data_pipeline.tool_texts import as_json, call_line
 from inference.serve.limits import Refused
 from inference.serve.requests import Answer, ChatRequest, NamedTool, ToolResult
 
-_BEGUN = re.compile(r'\s*\{\s*"name":\s*("[^"\\]*"),\s*"arguments":\s*(\{.*)', re.DOTALL)
+_BEGUN = re.compile(r'\s*\{\s*"name":\s*("(?:[^"\\]|\\.)*"),\s*"arguments":\s*(\{.*)', re.DOTALL)
 _VALUES = ("const", "enum", "default", "examples")  # of a schema: values, not schemas
+# Of a schema: objects whose keys are names, and their values schemas.
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class Tools:
 
     def schema(self, other: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """A JSON Schema of the answer; None: it is free. other: of answers that call nothing."""
-        if not (self.needed or other):
+        if not self.needed and other is None:
             return None
         forms = [] if self.needed or other is None else [_moved(other, "#/anyOf/0")]
         for name, parameters in self.schemas.items():
             place = f"#/anyOf/{len(forms)}/properties/arguments"
-            own = _moved({"type": "object", **parameters}, place)
+            own = _moved({**parameters, "type": "object"}, place)
             properties = {"name": {"const": name}, "arguments": own}
             required = ["name", "arguments"]
             forms.append({
@@ -73,11 +75,15 @@ def read_tools(asked: ChatRequest, given: Any) -> Tools | None:
     came. Raises Refused."""
     choice, schemas = asked.tool_choice, dict[str, Mapping[str, Any]]()
     for number, tool in enumerate(asked.tools):
-        name = tool.function.name
+        name, parameters = tool.function.name, tool.function.parameters
         if name in schemas:
             where = f"tools[{number}].function.name"
             raise Refused("invalid_value", f"{where}: {name!r:.60} is given twice", where)
-        schemas[name] = tool.function.parameters
+        kind = parameters.get("type") or "object"
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            where = f"tools[{number}].function.parameters.type"
+            raise Refused("invalid_value", f"{where}: {kind!r:.60}: expected object", where)
+        schemas[name] = parameters
     if choice != "none" and choice != "auto" and not schemas:
         raise Refused("invalid_value", "tool_choice: there are no tools", "tool_choice")
     if isinstance(choice, NamedTool):
@@ -96,24 +102,24 @@ def call_lines(turn: Answer) -> list[str]:
     return [call_line(call.function.name, call.function.arguments) for call in turn.tool_calls]
 
 
-def in_order(turns: Sequence[Any]) -> list[Any]:
-    """The messages, with the results of each answer's calls in the order of the calls, which is all
-    that tells the model whose they are. Raises Refused for a result of no call."""
-    ordered, calls = list[Any](), list[str]()
-    results: list[tuple[int, Any]] = []
-    for number, turn in enumerate([*turns, None]):
-        if isinstance(turn, ToolResult):
-            if turn.tool_call_id not in calls:
-                where = f"messages[{number}].tool_call_id"
-                words = f"{where}: {turn.tool_call_id!r:.60} is no call of the answer before"
-                raise Refused("invalid_value", words, where)
-            results.append((calls.index(turn.tool_call_id), turn))
-            continue
-        ordered += [result for _, result in sorted(results, key=lambda one: one[0])]
-        results = []
-        calls = [call.id for call in turn.tool_calls] if isinstance(turn, Answer) else []
-        ordered.append(turn)
-    return ordered[:-1]
+def in_order(turns: Sequence[Any]) -> list[tuple[int, Any]]:
+    """The messages and their numbers in the request, with the results of each answer's calls in the
+    order of the calls, which is all that tells the model whose they are. Raises Refused for a
+    result of no call."""
+    places = list[tuple[int, int]]()  # of each: number of the answer before, and of its call
+    answer, calls = 0, dict[str, int]()
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, ToolResult):
+            answer, called = number, turn.tool_calls if isinstance(turn, Answer) else ()
+            calls = {call.id: place for place, call in enumerate(called, 1)}
+            places.append((answer, 0))
+        elif turn.tool_call_id in calls:
+            places.append((answer, calls[turn.tool_call_id]))
+        else:
+            where = f"messages[{number}].tool_call_id"
+            words = f"{where}: {turn.tool_call_id!r:.60} is no call of the answer before"
+            raise Refused("invalid_value", words, where)
+    return sorted(enumerate(turns), key=lambda one: places[one[0]])
 
 
 class CallReader:
@@ -152,8 +158,10 @@ class CallReader:
         end is that of its length: a call whose arguments have begun is one, with a part of them."""
         held = self._give()
         begun = _BEGUN.fullmatch(held) if cut else None
-        if begun is not None and (name := json.loads(begun[1])) in self._names:
-            return Call(name, begun[2])
+        if begun is not None:
+            for name in self._names:
+                if begun[1] in (as_json(name), json.dumps(name)):
+                    return Call(name, begun[2])
         return "" if self._called and held.isspace() else held
 
     def _give(self) -> str:
@@ -177,8 +185,9 @@ class CallReader:
             said = json.loads(self._held)
             name = said.pop("name")
             ((kind, arguments),) = said.items()
-            if name in self._names and kind in ("arguments", "parameters"):
-                call = Call(name, json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False))
+            named = name in self._names and kind in ("arguments", "parameters")
+            if named and isinstance(arguments, dict):
+                call = Call(name, as_json(arguments, allow_nan=False))
                 self._held, self._called = "", True
                 return call
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -197,13 +206,25 @@ def _joined(pieces: Sequence[str | Call]) -> list[str | Call]:
     return joined
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema that has become a part of another one: `$ref`s from its root lead to the same."""
+def _moved(schema: Any, place: str, by_name: bool = False) -> Any:
+    """A schema that has become a part of another one: `$ref`s from its root lead to the same.
+    by_name: it is an object of schemas, whose keys are any names."""
     if isinstance(schema, list):
         return [_moved(one, place) for one in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or (_is_document(schema) and not by_name):
         return schema
-    moved = {key: v if key in _VALUES else _moved(v, place) for key, v in schema.items()}
-    if isinstance(moved.get("$ref"), str) and moved["$ref"].startswith("#"):
-        moved["$ref"] = place + moved["$ref"][1:]
+    moved = {
+        key: value
+        if key in _VALUES and not by_name
+        else _moved(value, place, key in _BY_NAME and not by_name)
+        for key, value in schema.items()
+    }
+    led = None if by_name else moved.get("$ref")
+    if isinstance(led, str) and (led == "#" or led.startswith("#/")):
+        moved["$ref"] = place + led[1:]
     return moved
+
+
+def _is_document(schema: dict[str, Any]) -> bool:
+    """Whether a schema has an address of its own, from which its `$ref`s lead wherever it is."""
+    return isinstance(schema.get("$id"), str) and not schema["$id"].startswith("#")

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import pytest
 from data_pipeline.importers.conversation import conversation_draft
 from inference.engine.load import load_engine
 from inference.serve.limits import Limits, Refused
+from inference.serve.protocol import read_json
 from inference.serve.question import read_question
-from inference.serve.tools import Call, CallReader
+from inference.serve.requests import ChatRequest
+from inference.serve.tools import Call, CallReader, in_order
+from inference.serve.typed_fields import read
 from tests.inference.serve.serving import Running, serving
 
 USER = {"role": "user", "content": "Is it red or green?"}
@@ -87,8 +91,8 @@ def question(messages: list[dict[str, Any]], **fields: Any) -> Any:
 def test_a_history_with_tools_is_read_as_an_imported_sample_is() -> None:
     record = {"messages": HISTORY, "tools": TOOLS}
     wanted = [(turn["role"], turn["content"]) for turn in conversation_draft(record, "").messages]
-    read = question(HISTORY, tools=TOOLS)
-    assert [(turn.role, turn.content) for turn in read.messages] == wanted
+    made = question(HISTORY, tools=TOOLS)
+    assert [(turn.role, turn.content) for turn in made.messages] == wanted
     assert wanted[0] == ("system", json.dumps(TOOLS))
     assert wanted[3][1] == (
         'I look.\n{"name": "show", "arguments": {"colour": "red"}}\n'
@@ -100,6 +104,63 @@ def test_a_history_with_tools_is_read_as_an_imported_sample_is() -> None:
 def test_results_of_calls_stand_in_the_order_of_the_calls() -> None:
     turned = [*HISTORY[:3], HISTORY[4], HISTORY[3], *HISTORY[5:]]
     assert question(turned).messages == question(HISTORY).messages
+
+
+def test_an_error_in_a_result_names_the_message_of_the_request() -> None:
+    wrong = result(1, [{"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}])
+    with pytest.raises(Refused) as error:
+        question([*HISTORY[:3], HISTORY[4], wrong])
+    assert error.value.field == "messages[4].content[0].image_url"
+
+
+def test_many_results_are_put_in_order_at_once() -> None:
+    """Within a request's limits: seconds for which other requests waited, when each was searched
+    for among all calls."""
+    count = 12_000
+    calls = [{"id": str(n), "function": {"name": "f"}} for n in range(count)]
+    results = [{"role": "tool", "tool_call_id": str(n), "content": ""} for n in range(count)]
+    turns = [USER, {"role": "assistant", "tool_calls": calls}, *reversed(results)]
+    asked = read(ChatRequest, {"messages": turns}, Limits())
+    began = time.process_time()
+    numbers = [number for number, _ in in_order(asked.messages)]
+    assert time.process_time() - began < 1
+    assert numbers == [0, 1, *range(count + 1, 1, -1)]
+
+
+def test_arguments_that_no_parser_reads_are_text() -> None:
+    deep = "[" * 3000 + "]" * 3000
+    turns: Any = [USER, {"role": "assistant", "tool_calls": [called(1, "show", deep)]}, USER]
+    said = question(turns).messages[1].content
+    assert said == json.dumps({"name": "show", "arguments": deep})
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a": ', "}")])
+def test_json_is_read_to_128_levels(opening: str, closing: str) -> None:
+    """What reads tools and schemas level by level would end in a RecursionError."""
+    deep = {count: opening * count + "1" + closing * count for count in (128, 129, 900)}
+    assert json.dumps(read_json(deep[128], "it", 10**6)) == deep[128]
+    for count in (129, 900):
+        with pytest.raises(Refused, match=r"^it is nested more than 128 deep$"):
+            read_json(deep[count], "it", 10**6)
+
+
+def test_half_characters_of_json_stay_escaped() -> None:
+    """A model may say one in a call, and clients send it back."""
+    arguments = '{"a": "é \\ud83d"}'
+    (call,) = CallReader(["show"]).append(f'{{"name": "show", "arguments": {arguments}}}')
+    assert isinstance(call, Call)
+    assert call.arguments == arguments
+    tools = json.loads(json.dumps(TOOLS).replace("Shows it.", "\\ud83d"))
+    turns: Any = [USER, {"role": "assistant", "tool_calls": [called(1, "show", arguments)]}, USER]
+    messages = question(turns, tools=tools).messages
+    assert '"description": "\\ud83d"' in messages[0].content
+    assert messages[2].content == f'{{"name": "show", "arguments": {arguments}}}'
+
+
+def test_an_empty_answer_at_the_end_is_no_question_for_tools() -> None:
+    with pytest.raises(Refused) as error:
+        question([{"role": "assistant", "content": ""}], tools=TOOLS)
+    assert error.value.field == "messages"
 
 
 def test_tools_that_may_not_be_called_are_not_shown() -> None:
@@ -173,7 +234,44 @@ def test_an_answer_with_a_schema_is_of_it_or_a_call(client: openai.OpenAI) -> No
     assert 0 < len(calls) < len(answers)
 
 
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+REFERRING: dict[str, Any] = {  # schemas of one digit under a name
+    "a name that is a keyword": {"properties": {"default": {"$ref": "#/$defs/enum"}},
+                                 "$defs": {"enum": DIGIT}, "required": ["default"]},
+    "an address of its own": {"$id": "https://a.b/c", "properties": {"x": {"$ref": "#/$defs/d"}},
+                              "$defs": {"d": DIGIT}, "required": ["x"]},
+    "an anchor": {"properties": {"x": {"$ref": "#d"}}, "$defs": {"d": {"$anchor": "d", **DIGIT}},
+                  "required": ["x"]},
+    "what zod writes": {"$schema": "http://json-schema.org/draft-07/schema#",
+                        "properties": {"x": {"$ref": "#/definitions/d"}},
+                        "definitions": {"d": DIGIT}, "required": ["x"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parameters", REFERRING.values(), ids=REFERRING)
+def test_references_of_a_tools_schema_lead_where_they_did(
+    client: openai.OpenAI, parameters: dict[str, Any]
+) -> None:
+    parameters = {**parameters, "additionalProperties": False}
+    tools = [TOOLS[1], {"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    choice = {"type": "function", "function": {"name": "f"}}
+    (one,) = ask(client, tools=tools, tool_choice=choice, temperature=2.0, seed=1).choices
+    ((name, value),) = json.loads(one.message.tool_calls[0].function.arguments).items()
+    assert (name, value in range(10)) == (parameters["required"][0], True)
+
+
+def test_a_schema_of_any_json_holds_beside_tools(client: openai.OpenAI) -> None:
+    format: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+    options: Any = {"tools": TOOLS, "response_format": format, "temperature": 2.0}
+    found = [ask(client, **options, seed=seed).choices[0] for seed in range(6)]
+    texts = [one.message.content for one in found if one.finish_reason == "stop"]
+    assert texts
+    assert all(json.dumps(json.loads(text)) for text in texts)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+     "tools[0].function.parameters.type"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [*TOOLS, TOOLS[1]]}, "tools[2].function.name"),
@@ -222,6 +320,8 @@ SAID: list[tuple[str, list[Any]]] = [  # and what it is: words, and (name, argum
     *((text, [text]) for text in (
         "", "\n", " {", "a {} b", f"See {CALL}", '{"name": "gone", "arguments": {}}', "{}\n{}",
         '{"name": "show", "arguments": "x"}', '{"name": "show"}', '{"name": ["show"], "a": {}}',
+        '{"name": "show", "arguments": []}', '{"name": "show", "arguments": ["ab", ["c", 1]]}',
+        '{"name": "show", "arguments": ""}', '{"name": "show", "arguments": null}',
         '{"name": "show", "arguments": {"a": 1e999}}', '{"name": "show", "arguments": {',
         "```json\n{'name': 'show'}\n```", '{"name": "show", "arguments": {}, "why": 1}',
         "\u00a0" + CALL + "x{",
@@ -246,6 +346,20 @@ def test_calls_are_told_from_words(text: str, wanted: list[Any], size: int) -> N
         elif one:
             joined.append(one)
     assert joined == [one for one in wanted if one]
+
+
+@pytest.mark.parametrize("name", ["show", 'a"b\\c', "é"])
+def test_a_cut_call_is_known_by_its_name(name: str) -> None:
+    begun = f'{{"name": {json.dumps(name)}, "arguments": {{"a": "'
+    for written in (begun, begun.replace(json.dumps(name), json.dumps(name, ensure_ascii=False))):
+        reader = CallReader([name])
+        assert reader.append(written) == []
+        call = reader.flush(cut=True)
+        assert isinstance(call, Call)
+        assert (call.name, call.arguments) == (name, '{"a": "')
+    for wrong in ("a\nb", "\\q", "gone"):  # not JSON, not JSON, no tool
+        reader, text = CallReader([name]), f'{{"name": "{wrong}", "arguments": {{"a'
+        assert [*reader.append(text), reader.flush(cut=True)] == [text]
 
 
 def test_words_are_given_on_as_they_come() -> None:
