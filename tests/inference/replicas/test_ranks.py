@@ -58,7 +58,9 @@ class Fleet:
     def others(self, action: str) -> None:
         """Drains those of this process, or takes them into service again."""
         for number in (1, 2):
-            httpx.post(f"http://{self.drill.host}/admin/replicas/{number}/{action}", timeout=60)
+            httpx.post(
+                f"http://{self.drill.host}/admin/replicas/{number}/{action}", timeout=PATIENCE
+            )
 
     def pair(self) -> dict[str, Any]:
         """The replica of two ranks."""
@@ -108,8 +110,8 @@ def test_a_replica_of_ranks_is_restarted_under_its_sessions(fleet: Fleet, tiny: 
             answer = answering(fleet, pool)
             fleet.others("resume")
             admin = f"http://{fleet.drill.host}/admin/restart"
-            assert httpx.post(admin, timeout=60).status_code == 202
-            assert httpx.post(admin, timeout=60).status_code == 503  # it is under way
+            assert httpx.post(admin, timeout=PATIENCE).status_code == 202
+            assert httpx.post(admin, timeout=PATIENCE).status_code == 503  # it is under way
             until(lambda: all(c.count("session.resumed") for c in clients))
             for client in clients:
                 client.interval = 2.0  # the start takes its time, and no frame may be dropped

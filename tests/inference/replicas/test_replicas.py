@@ -155,7 +155,7 @@ def test_replicas_are_restarted_one_by_one_under_a_session(front: Drill) -> None
         show(client, 0)
         decided(client, 0)
         moves = 2 - replica_of(front)["replica"]  # it leaves each one whose turn comes
-        answer = httpx.post(f"http://{front.host}/admin/restart", timeout=60)
+        answer = httpx.post(f"http://{front.host}/admin/restart", timeout=PATIENCE)
         assert answer.status_code == 202
         for second in range(1, moves + 1):
             while len(resumed(client)) < second:  # it may have moved twice while a frame waited
@@ -230,11 +230,11 @@ def frames(drill: Drill) -> float:
 def test_what_a_killed_replica_does_goes_on_elsewhere(front: Drill) -> None:
     """A session; one whose client goes at the same time; an answer. A stream that has begun ends;
     what the replica has counted stays in the sum."""
-    health = httpx.get(f"http://{front.host}/health", timeout=60).json()
+    health = httpx.get(f"http://{front.host}/health", timeout=PATIENCE).json()
     assert (health["status"], health["replicas_ready"]) == ("ok", 2)
     assert health["max_sessions"] == 2 * SEATS
     url, before = f"http://{front.host}/admin/replicas/1", frames(front)
-    assert httpx.post(f"{url}/drain", timeout=60).json()["state"] == "held"
+    assert httpx.post(f"{url}/drain", timeout=PATIENCE).json()["state"] == "held"
     with (
         ThreadPoolExecutor(1) as pool,
         httpx.Client(timeout=PATIENCE) as http,
@@ -255,7 +255,7 @@ def test_what_a_killed_replica_does_goes_on_elsewhere(front: Drill) -> None:
             whole = pool.submit(answered, front, max_tokens=500, ignore_eos=True)
             until(lambda: whole.done() or front.replicas()[0]["chats"] == 2)
             assert not whole.done()
-            httpx.post(f"{url}/resume", timeout=60)
+            httpx.post(f"{url}/resume", timeout=PATIENCE)
             os.kill(victim, signal.SIGKILL)
             goes.socket.close()
             rest = [line for line in lines if line]

@@ -26,6 +26,7 @@ from inference.serve.limits import Limits
 from inference.serve.traces import Tracer
 from tests.inference.replicas.fronting import FRONT_KEY, Fronted, fronting
 from tests.inference.serve.serving import jpeg, serving
+from tests.waiting import PATIENCE
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -88,7 +89,7 @@ def done(tiny: Path, collector: Collector) -> dict[str, Any]:
 def play(front: Fronted) -> dict[str, Any]:
     body = {"messages": [{"role": "user", "content": "A"}], "max_tokens": 6, "ignore_eos": True}
     answer = httpx.post(
-        f"{front.http}/v1/chat/completions", json=body, timeout=60,
+        f"{front.http}/v1/chat/completions", json=body, timeout=PATIENCE,
         headers={"traceparent": f"00-{TRACE}-{PARENT}-01"},
     ).json()  # fmt: skip
     with front.open() as client:

@@ -25,6 +25,7 @@ from inference.evaluate.harness.server import Server, Serving
 from inference.evaluate.results import BenchmarkError, read_items, read_results
 from tests.tools.evaluate.local_tasks import Local, write_tasks
 from tests.torchrun import REPO
+from tests.waiting import PATIENCE
 from tools.demo.checkpoint import SHIPPED, unpack
 from tools.evaluate.__main__ import main
 from tools.evaluate.lmms_environment import DEFAULT, check_environment
@@ -173,7 +174,7 @@ class Halted:
         if not found:
             return []
         try:
-            answer = httpx.get(f"{found[0]}/admin/replicas", timeout=60)
+            answer = httpx.get(f"{found[0]}/admin/replicas", timeout=PATIENCE)
         except httpx.ConnectError:
             return []
         return cast(list[dict[str, Any]], answer.json()["replicas"])
@@ -236,7 +237,7 @@ def test_a_replica_and_a_server_that_are_killed_change_no_score(
         server = run.child("inference.serve")
         assert server
         server.kill()
-        _, said = run.process.communicate(timeout=300)
+        _, said = run.process.communicate(timeout=PATIENCE)
         assert run.process.returncode == FAILED
     assert "toy_video_mc: the server ended with code -9" in said
     kept = journal.read_text().splitlines()
