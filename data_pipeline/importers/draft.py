@@ -248,6 +248,11 @@ def media_type(path: str) -> MediaType | None:
     return "video" if suffix in files.VIDEO_SUFFIXES else None
 
 
+def surely_medium(path: str) -> bool:
+    """Whether a path's suffix is that of a picture or video alone: `.ts` is TypeScript's, too."""
+    return media_type(path) is not None and files.suffix(path) != ".ts"
+
+
 def in_order(messages: list[Turn], given: dict[MediaType, list[Medium]]) -> list[Medium]:
     """The media in the order of their marks; SampleError where counts do not agree."""
     left = {kind: list(media) for kind, media in given.items()}

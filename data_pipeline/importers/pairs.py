@@ -19,8 +19,8 @@ from data_pipeline.importers.draft import (
     Convert,
     Draft,
     Turn,
-    media_type,
     names_medium,
+    surely_medium,
     unused_fields,
 )
 from data_pipeline.importers.spans import span_of
@@ -132,7 +132,7 @@ def _refuse_files(record: Mapping[str, Any], names: tuple[str, str]) -> None:
     """SampleError for a question or an answer that is the name of a picture or video."""
     for name in names:
         text = record[name].strip()
-        if media_type(text) is not None and len(text.split()) == 1:
+        if surely_medium(text) and len(text.split()) == 1:
             detail = f"{name}: {text!r:.80} is a file, no text: name it under images or videos"
             raise SampleError("bad_schema", detail)
 

@@ -17,7 +17,7 @@ from data_pipeline.importers.by_ids import by_ids, place_of_records, records_by_
 from data_pipeline.importers.by_lines import is_moment, records_of_moments
 from data_pipeline.importers.by_lists import in_large_lists, in_lists, lists_of
 from data_pipeline.importers.columnar import Wanted, read_arrow, read_parquet, unfolded
-from data_pipeline.importers.draft import media_type
+from data_pipeline.importers.draft import surely_medium
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 from data_pipeline.strict_json import Decoder, loads
@@ -264,7 +264,7 @@ def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         if twice := [name for name in columns if name and columns.count(name) > 1]:
             raise ShardError(f"{path}: two columns are called {twice[0]!r}: rename one")
-        if rows := [name for name in columns if files.is_url(name) or media_type(name)]:
+        if rows := [name for name in columns if files.is_url(name) or surely_medium(name)]:
             detail = f"the first line has {rows[0]!r:.80}, and no names of columns"
             raise ShardError(f"{path}: {detail}: write one before it, like file_name,caption")
         begins = 2  # the record's first line

@@ -7,7 +7,7 @@ import re
 from collections.abc import Container, Mapping
 from typing import Any
 
-from data_pipeline.importers.draft import as_list, media_type, names_medium
+from data_pipeline.importers.draft import as_list, media_type, names_medium, surely_medium
 from data_pipeline.schema import SampleError
 
 _CHOICES = (
@@ -87,9 +87,11 @@ def refuse_unread_media(
     marked: a question has a mark for it; else the field's name says what it is.
     """
     for name, value in record.items():
-        if name in known or not (marked or _SAYS_MEDIUM.fullmatch(str(name))):
+        said = _SAYS_MEDIUM.fullmatch(str(name)) is not None
+        if name in known or not (marked or said):
             continue
+        is_one = media_type if said else surely_medium
         named = [one.get("path") if isinstance(one, dict) else one for one in as_list(value)]
-        if any(isinstance(path, str) and media_type(path) is not None for path in named):
+        if any(isinstance(path, str) and is_one(path) for path in named):
             detail = f"{name}: {value!r:.80}: names a medium, and is not read: {mend}"
             raise SampleError("missing_file", detail)

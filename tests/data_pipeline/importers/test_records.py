@@ -318,3 +318,9 @@ def test_a_table_without_names_of_columns_is_told(first: str, tmp_path: Path) ->
         path.write_text(f"{text}\n{text}\n")
         with pytest.raises(ShardError, match=r"the first line has '.*', and no names of columns"):
             values(path)
+
+
+def test_a_columns_name_may_end_like_typescript(tmp_path: Path) -> None:
+    """As of nested records that pandas has unfolded: `event.ts`, its time."""
+    (tmp_path / "a.csv").write_text("text,event.ts\na,3\n")
+    assert values(tmp_path / "a.csv") == [{"text": "a", "event.ts": "3"}]

@@ -68,6 +68,8 @@ def turns(question: str) -> list[dict[str, str]]:
         ("<image>q", {"where": ["x/1.jpg"]}, "where"),
         ("q", {"image_file": "1.jpg"}, "image_file"),
         ("q", {"media": [{"path": "1.mp4"}]}, "media"),
+        ("<video>q", {"media": "1.ts"}, "media"),
+        ("What is <video>?", {"path": "src/App.ts", "file": "b.ts"}, None),  # TypeScript
         ("<image>q", {"where": "page 1", "avatar": None}, None),
         ("q", {"where": "1.jpg", "avatar_image": "2.png", "image_caption": "a.b"}, None),
     ],
