@@ -166,11 +166,11 @@ def test_several_are_computed_together_between_the_steps_of_others(
         finally:
             stepping.clear()
 
-    def ran(parts: Any) -> Any:
+    def ran(parts: Any, attend_all: Any = ()) -> Any:
         if not stepping.is_set():
             done.append("tokens")
             assert sum(len(tokens) for _, tokens, _ in parts) <= 40
-        return run(parts)
+        return run(parts, attend_all)
 
     def hold() -> None:
         held.set()
