@@ -95,11 +95,13 @@ class Runner:
         **options: Any,
     ) -> list[SessionHandle]:
         """An answer for each sampling, or EngineFull; the question is computed once."""
+        # More than the window is a stream, which forgets, and is taken in by pieces.
+        attend_all = attends_all(self.engine) and len(images) <= self.engine.window
         tasks = [
             Answer(
                 f"answer{next(self._numbers)}", tokens, images, self.vocabulary, self._stats(),
                 sampling=sampling, grammar=grammar and grammar.copy(),
-                shared=len(samplings) > 1, attend_all=attends_all(self.engine), **options,
+                shared=len(samplings) > 1, attend_all=attend_all, **options,
             )
             for sampling in samplings
         ]  # fmt: skip

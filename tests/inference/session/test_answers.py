@@ -167,3 +167,25 @@ def test_frames_of_a_question_leave_turns_to_others_where_all_text_attends_them(
         assert said(runner.answer(tokens, IMAGES, chunk=4, **options)) == wanted
         speaking.close("enough")
     assert encoded == [4, 4, 4, 2]
+
+
+def test_a_video_longer_than_the_window_is_taken_in_by_pieces_as_a_stream(tmp_path: Path) -> None:
+    """Else the features of all its frames are there at once: 13 GB of a thousand."""
+    words, most = [], []
+    for form in ("zero", "attend_all"):
+        folder = save_tiny(tmp_path / form, tokens_before_first_frame=form, moss_stage="sft")
+        engine = load_engine(folder, device="cpu", max_sessions=1, window=4)
+        sizes, step = [0], engine.step
+
+        def watched(steps: Any, step: Any = step, sizes: list[int] = sizes) -> Any:
+            sizes.extend(len(one.frames) for one in steps)
+            return step(steps)
+
+        engine.step = watched  # type: ignore[method-assign]
+        with Runner(engine) as runner:
+            tokens = runner.vocabulary.user_turn("Be short. ") + question(runner)
+            options: dict[str, Any] = {"max_new_tokens": 6, "ignore_end": True, "likely": 0}
+            words.append(said(runner.answer(tokens, IMAGES, chunk=2, **options)))
+        most.append(max(sizes))
+    assert most == [2, 2]
+    assert words[0] == words[1]
