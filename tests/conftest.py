@@ -18,6 +18,7 @@ REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 # Files that take longest, first: the last one to begin would keep one core waiting.
 LONG = (
+    "tests/tools/evaluate/test_lmms.py",  # where its environment is
     "tests/moss_train/train/test_learning.py",
     "tests/moss_train/train/test_faults.py",
     "tests/moss_train/parallel/test_matrix.py",
