@@ -119,8 +119,9 @@ def pair_draft(record: dict[str, Any], base: str) -> Draft:
             raise SampleError("bad_schema", f"{name}: what the question is about is not put in: "
                               "write it into the question")  # fmt: skip
     _refuse_files(record, names)
-    dialect = _dialect(record, *names)
-    messages = system_turn(record, dialect) + turn(record[names[0]], record[names[1]], names[0])
+    dialect = _dialect(record, *names, "history")
+    messages = system_turn(record, dialect) + history_turns(record.get("history"), "history")
+    messages += turn(record[names[0]], record[names[1]], names[0])
     draft = with_media(messages, record, base, dialect)
     if not draft.media:
         mend = "call it images or videos, or give --media-column"
@@ -133,8 +134,8 @@ def _refuse_files(record: Mapping[str, Any], names: tuple[str, str]) -> None:
     for name in names:
         text = record[name].strip()
         if surely_medium(text) and len(text.split()) == 1:
-            detail = f"{name}: {text!r:.80} is a file, no text: name it under images or videos"
-            raise SampleError("bad_schema", detail)
+            detail = f"{name}: {text!r:.80} is the name of a file, not a text: name it in "
+            raise SampleError("bad_schema", f"{detail}images or videos")
 
 
 def _dialect(record: Mapping[str, Any], name: str, *others: str) -> Dialect:

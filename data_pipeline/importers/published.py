@@ -136,8 +136,7 @@ def _times(moment: Mapping[str, Any]) -> Any:
 def moments_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> list[Draft]:
     """Captions of the moments of a video -> drafts: each is said when its moment has ended."""
     known = {*CLIP_FIELDS, "duration", "timestamps", "sentences", _moments_field(record) or "",
-             "subset",
-             "recipe_type"}  # fmt: skip
+             "subset", "recipe_type"}  # fmt: skip
     notes = unused_fields(record, known)
     spans = list(_spans(record, notes))
     if not spans:

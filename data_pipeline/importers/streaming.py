@@ -250,7 +250,7 @@ def is_livechat(record: dict[str, Any]) -> bool:
         )
     if not all(map(_is_text, turns)) or None in map(_second, turns[:3]):
         return False
-    return any(map(_second, turns))  # a chat that says 0 of all its messages says nothing
+    return any(map(_second, turns))  # times that are all 0 say nothing
 
 
 def _is_system(turn: Any) -> bool:

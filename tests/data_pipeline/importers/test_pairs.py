@@ -183,7 +183,7 @@ def test_a_question_and_its_answer_are_a_conversation(pictures: list[bytes], fol
         {"q": "What moves?", "a": "A bar.", "video_id": "a"},  # Video-ChatGPT
         {"input": "1 + 1?", "output": "2.", "system": "Add."},
         {"problem": "<image>Red?", "solution": "Yes.", "image": "1.png"},
-        {"prompt": "Go on:", "completion": "and on."},
+        {"prompt": "Go on:", "completion": "and on.", "history": [["Begin.", "On"]]},
         {"question": "Who?", "answer": "He.", "context": "He came."},
         {"question": "Which?", "answer": "a", "choices": ["a", "b"]},
         {"question": "Red?", "answer": "Yes.", "img_path": "1.png"},
@@ -191,6 +191,6 @@ def test_a_question_and_its_answer_are_a_conversation(pictures: list[bytes], fol
     samples, summary = run(source)
     assert sorted(map(said, samples)) == [
         ["<|image|>Red?", "Yes."], ["<|video|>What moves?", "A bar."],
-        ["Add.", "1 + 1?", "2."], ["Go on:", "and on."],
+        ["Add.", "1 + 1?", "2."], ["Begin.", "On", "Go on:", "and on."],
     ]  # fmt: skip
     assert summary.rejected == {"bad_schema": 2, "missing_file": 1}
