@@ -137,10 +137,9 @@ def with_media(
     if not images and not videos:
         asked = [turn["content"] for turn in messages if turn["role"] != "assistant"]
         marked = any(mark in text for mark in ANY_MARKS for text in asked)
-        names = " or ".join([*dialect.images[:1], *dialect.videos[:1]])
         mend = (
-            f"call it {names}, or give --media-column"
-            if names
+            "call it images or videos, or give --media-column"
+            if dialect.images == IMAGE_FIELDS
             else "name it in `columns` of dataset_info.json"
         )
         refuse_unread_media(record, dialect.known, marked, mend)

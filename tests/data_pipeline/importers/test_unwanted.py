@@ -109,8 +109,11 @@ def test_the_field_of_the_media_may_be_named(folder: Path) -> None:
     assert summary.rejected == {"missing_file": 1}
 
 
-def test_a_picture_without_a_column_in_dataset_info_is_told(tmp_path: Path) -> None:
-    info = {"s": {"file_name": "r.jsonl", "formatting": "sharegpt"}}
+@pytest.mark.parametrize("columns", [{}, {"images": "pictures"}])
+def test_a_picture_without_a_column_in_dataset_info_is_told(
+    columns: dict[str, str], tmp_path: Path
+) -> None:
+    info = {"s": {"file_name": "r.jsonl", "formatting": "sharegpt", "columns": columns}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     write(tmp_path / "r.jsonl", {"conversations": turns("<image>q"), "image": "1.jpg"})
     summary = build_shards(tmp_path, tmp_path / "out")
