@@ -204,16 +204,25 @@ def _fitted(medium: Medium, options: MediaOptions, notes: list[str]) -> tuple[by
     rate = info.frames / length if length else 0.0
     slower = options.video_fps is not None and rate > options.video_fps * 1.01
     smaller = options.max_side is not None and max(frame.shape[-2:]) > options.max_side
-    if medium.part is not None and _is_cut_already(medium.part, info):
-        notes.append("video that is no longer than its start and end say: taken as cut already")
-        medium = replace(medium, part=None)
-    if medium.part is None and not slower and not smaller:
+    part = medium.part and _part_to_cut(medium.part, info, notes)
+    if part is None and not slower and not smaller:
         return data, medium.suffix
-    if medium.part is not None:
-        _check_part(medium.part, info)
-        notes.append("clip cut out of a longer video, encoded anew")
     fps = options.video_fps if slower else None
-    return shrink_video(data, options.max_side, fps, medium.part), ".mp4"
+    return shrink_video(data, options.max_side, fps, part), ".mp4"
+
+
+def _part_to_cut(
+    part: tuple[float, float], info: VideoInfo, notes: list[str]
+) -> tuple[float, float] | None:
+    """The part where it is to be cut out of the file; None: the file is all of it. SampleError."""
+    if _is_cut_already(part, info):
+        notes.append("video that is no longer than its start and end say: taken as cut already")
+        return None
+    _check_part(part, info)
+    if part[0] == 0 and part[1] > info.last:  # no frame would be left out
+        return None
+    notes.append("clip cut out of a longer video, encoded anew")
+    return part
 
 
 def _is_cut_already(part: tuple[float, float], info: VideoInfo) -> bool:

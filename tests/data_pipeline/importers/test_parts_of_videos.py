@@ -53,6 +53,15 @@ def test_a_caption_of_some_seconds_gets_these(
     assert (already in summary.notes) == (given.get("start") == 60)
 
 
+@pytest.mark.parametrize("end", [9.95, 10, 10.5])
+def test_a_part_that_is_the_whole_video_is_stored_byte_for_byte(end: float, folder: Path) -> None:
+    """It was encoded anew. The last frame begins at 9.8 s; an end may be rounded up."""
+    record = {"video": "a.mp4", "caption": "x", "start": 0, "end": end}
+    (sample,), summary = run(write(folder / "r.jsonl", record))
+    assert list(sample["members"].values()) == [(folder / "a.mp4").read_bytes()]
+    assert summary.notes == {}
+
+
 def test_each_caption_of_a_list_has_its_own_seconds(folder: Path) -> None:
     """Panda-70M's lists are as Python prints them; its `url` is a page's."""
     (folder / "panda.csv").write_text(
