@@ -106,11 +106,8 @@ class Lifeline:
             self._tell(gone)
         note = os.environ.get(NAMED)
         if note:
-            with (
-                contextlib.suppress(OSError),
-                open(note, "x") as file,
-            ):  # the first holds
-                file.write(str(gone))
+            with contextlib.suppress(OSError), open(note, "x") as file:
+                file.write(str(gone))  # the first to write it is right
         else:
             words = f"rank {gone} of {self.ranks} has ended: rank {self.rank} ends, too"
             print(words, file=sys.stderr, flush=True)

@@ -131,5 +131,3 @@ def _run(job: Job, speaker: Speaker, config: StreamingConfig) -> dict[str, Any]:
         return {**record, "skipped": UNREADABLE, "detail": detail, "media": [str(item.video)]}
     except SpeakerFailed as error:
         return {**record, "failed": str(error), "fatal": error.fatal}
-    except ValueError as error:  # a question that is too long
-        return {**record, "failed": str(error)}

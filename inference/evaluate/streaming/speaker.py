@@ -17,6 +17,7 @@ from inference.engine.sampling import Sampling
 from inference.evaluate.streaming.items import Emission, Item
 from inference.session.events import Event
 from inference.session.handle import SessionClosed, SessionHandle
+from inference.session.session import PromptTooLong
 
 
 class SpeakerFailed(Exception):
@@ -100,19 +101,26 @@ class ModelSpeaker:
 
     def answer(self, item: Item, question: str, frames: Iterable[Tensor], at: float) -> str:
         tile = self._model.runner.tile
-        with self._explained():
-            return self._model.chat(
-                question,
-                video=[fit(frame, tile) for frame in frames],
-                system_prompt=self._config.system_prompt,
-                max_new_tokens=self._config.max_new_tokens,
-            )
+        pictures = [fit(frame, tile) for frame in frames]
+        try:
+            with self._explained():
+                return self._model.chat(
+                    question,
+                    video=pictures,
+                    system_prompt=self._config.system_prompt,
+                    max_new_tokens=self._config.max_new_tokens,
+                )
+        except ValueError as error:  # the question does not fit: not a fault of the video
+            raise SpeakerFailed(str(error), fatal=False) from None
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns the errors of a session or a failed engine into SpeakerFailed."""
+        """Turns the errors of a session or a failed engine, and of a question that is too long,
+        into SpeakerFailed."""
         try:
             yield
+        except PromptTooLong as error:
+            raise SpeakerFailed(str(error), fatal=False) from None
         except (SessionClosed, RuntimeError) as error:
             try:
                 self._model.runner.call(int)

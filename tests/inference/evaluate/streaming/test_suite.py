@@ -20,11 +20,17 @@ from data_pipeline.video import frames_at
 from inference.engine.load import load_engine
 from inference.evaluate.results import BenchmarkError, Results
 from inference.evaluate.streaming.config import StreamingConfig
-from inference.evaluate.streaming.items import Emission, Item
+from inference.evaluate.streaming.items import Ask, Emission, Item
 from inference.evaluate.streaming.jobs import Speakers
+from inference.evaluate.streaming.protocols import watch
 from inference.evaluate.streaming.remote import RemoteSpeaker, check_server
 from inference.evaluate.streaming.selection import select
-from inference.evaluate.streaming.speaker import ModelSpeaker, Speaker, SpeakingConfig
+from inference.evaluate.streaming.speaker import (
+    ModelSpeaker,
+    Speaker,
+    SpeakerFailed,
+    SpeakingConfig,
+)
 from inference.evaluate.streaming.suite import evaluate
 from inference.evaluate.streaming.toy import write_toy_events
 from inference.serve.limits import Limits
@@ -32,6 +38,7 @@ from inference.session.handle import SessionClosed
 from tests.inference.evaluate.streaming.policies import exact_judge
 from tests.inference.evaluate.streaming.published import write_ovobench
 from tests.inference.serve.serving import serving
+from tests.inference.tiny import save_tiny
 from tests.torchrun import REPO
 from tests.waiting import until
 from tools.evaluate.streaming import main
@@ -223,6 +230,23 @@ def test_a_killed_command_goes_on_with_the_same_items(tiny: Path, tmp_path: Path
     again = (out / "said" / "events push bias 3.jsonl").read_text().splitlines()
     assert sorted(again) == sorted(first.read_text().splitlines())
     assert "<svg" in (out / "curve.svg").read_text()
+
+
+def test_a_question_that_does_not_fit_is_no_unreadable_video(
+    model: inference.Model, questions: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "export", moss_stage="sft")
+    with inference.load(folder, device="cpu", max_sessions=2, max_tokens=512, window=2) as opened:
+        results, _ = run(
+            questions, tmp_path, lambda bias: ModelSpeaker(opened, SPEAKING), protocol="official"
+        )
+    records = said(tmp_path, "official").values()
+    assert [("window=2 at once" in record["failed"]) for record in records] == [True, True]
+    assert not any(row.skipped for row in results.rows)
+    video = questions.parent / "COIN" / "a.mp4"
+    item = Item("long", "row", video, (Ask(1.0, "why " * 300),))
+    with pytest.raises(SpeakerFailed, match="tokens: at most 256 are taken"):
+        watch(ModelSpeaker(model, SPEAKING), item, 1.0)
 
 
 def test_on_the_wall_clock_a_second_takes_a_second(
