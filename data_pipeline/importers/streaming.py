@@ -248,9 +248,11 @@ def is_livechat(record: dict[str, Any]) -> bool:
             isinstance(turn, dict) and ("time" in turn or _second(turn) is not None)
             for turn in turns[:3]
         )
-    if not all(map(_is_text, turns)) or None in map(_second, turns[:3]):
+    texts = [_message_text(turn) for turn in turns]
+    if None in texts or None in map(_second, turns[:3]):
         return False
-    return any(map(_second, turns))  # times that are all 0 say nothing
+    marks = sum(len(_CHAT_MARK.findall(text)) for text in texts if text)
+    return marks <= 1 and any(map(_second, turns))  # times that are all 0 say nothing
 
 
 def _is_system(turn: Any) -> bool:
@@ -271,9 +273,10 @@ def _names_one_clip(record: dict[str, Any]) -> bool:
     return bool(shown) and not (isinstance(shown[0], list) and len(shown[0]) > 1)
 
 
-def _is_text(turn: Any) -> bool:
-    """Whether a message is a text, and no list of parts or call of a tool."""
-    return isinstance(turn, dict) and isinstance(turn.get("content", turn.get("value")), str)
+def _message_text(turn: Any) -> str | None:
+    """What a message says; None: it is a list of parts, or a call of a tool."""
+    text = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+    return text if isinstance(text, str) else None
 
 
 def _second(turn: dict[str, Any]) -> float | None:

@@ -47,6 +47,18 @@ def test_chats_whose_messages_have_times_of_another_kind_are_chats(
     assert summary.notes["unused field messages[].timestamp"] == 2
 
 
+def test_a_picture_beside_the_video_of_a_shards_chat_is_shown(folder: Path) -> None:
+    """The chat became a stream of the video alone."""
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    members = {f"1.{name[2:]}": (folder / name).read_bytes() for name in ("1.png", "a.mp4")}
+    record = json.dumps(chat(1, 2, mark="<image><video>")).encode()
+    write_tar(folder / "s.tar", members | {"1.json": record})
+    (sample,), _ = run(folder / "s.tar")
+    assert said(sample) == ["<|image|><|video|>?", "x"]
+
+
 def marks_of(sample: dict[str, Any]) -> list[str]:
     return [f"<|{medium['type']}|>" for medium in sample["media"]]
 
