@@ -42,15 +42,15 @@ def seen_in_training(config: Config) -> list[str]:
         return []
     trained = {_place(source.path): source.name for source in mixed_sources(config)}
     return [
-        f"data.eval_sources[{source.name}].path={source.path}: data.sources[{name}] trains on it: "
-        "its loss is not one of samples that the model has not seen"
+        f"data.eval_sources[{source.name}].path={source.path}: the run also trains on it, as "
+        f"data.sources[{name}]: its loss is not that of unseen samples"
         for source in config.data.eval_sources
         if (name := trained.get(_place(source.path))) is not None
     ]
 
 
 def _place(path: str) -> str:
-    """A folder or URL, in the spelling that all of its have."""
+    """The one spelling of a folder or URL for all paths that lead there."""
     return path.rstrip("/") if is_url(path) else os.path.realpath(path)
 
 

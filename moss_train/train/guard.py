@@ -39,8 +39,8 @@ class Guard:
         self.spike_factor = spike_factor
         self.losses = deque(recent, maxlen=WINDOW)
         self.skipped, self.accepted, self.in_a_row = skipped, 0, 0
-        # Of the last return to a checkpoint: which it was, how many there were to it, and the steps
-        # done until then.
+        # Of the last return: to which checkpoint, how many in a row there were to it, and how many
+        # steps had been accepted by then.
         self._returned_to: Path | None = None
         self._returns, self._accepted = 0, -1
 
@@ -65,9 +65,9 @@ class Guard:
         return reason
 
     def may_help(self, checkpoint: Path) -> bool:
-        """Whether to go back to a checkpoint: no, where no step was done since the last return, or
-        where that was to this one, and so were those before it: the next step is done each time,
-        and destroys the weights again."""
+        """Whether returning to a checkpoint may help: not where no step was accepted since the last
+        return; nor after `MOST_RETURNS` in a row to this one, when what is accepted in between
+        destroys the weights each time."""
         often = checkpoint == self._returned_to and self._returns >= MOST_RETURNS
         return self.accepted != self._accepted and not often
 

@@ -146,8 +146,8 @@ def test_a_source_that_trains_and_validates_is_told(tmp_path: Path):
     shares = ["stage.mixture.text=1", "stage.mixture.image=0", "stage.mixture.video=0"]
     config = composed(sources, held, *shares, "trainer.eval_every=2")
     assert seen_in_training(config) == [
-        f"data.eval_sources[x].path={tmp_path}/link/: data.sources[a] trains on it: its loss is "
-        "not one of samples that the model has not seen"
+        f"data.eval_sources[x].path={tmp_path}/link/: the run also trains on it, as "
+        "data.sources[a]: its loss is not that of unseen samples"
     ]
     assert seen_in_training(composed(sources, held, *shares)) == []
     assert seen_in_training(composed("trainer.eval_every=2")) == []
