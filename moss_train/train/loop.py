@@ -194,7 +194,7 @@ class Job:
                 stopped = result.stop > 0
                 with self.outside.saving():
                     self.checkpointer.poll()
-                # Weights that steps fail with are not worth a checkpoint; those just loaded have theirs.
+                # Weights that steps fail with are not worth a checkpoint; those loaded have theirs.
                 last = stopped or self.done == steps
                 if not returned and (last or (self.due and not self.guard.in_a_row)):
                     with self.outside.saving():

@@ -17,6 +17,7 @@ from tests.waiting import PATIENCE
 from tools.preloaded import Command
 
 ENTRY = "launch/train.py"
+ENDLESS = 10_000  # steps: whenever the job is stopped, it has not ended
 
 
 class Process:

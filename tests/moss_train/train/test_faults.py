@@ -17,6 +17,7 @@ import pytest
 from moss_train.checkpoint_dir import write_complete
 from moss_train.processes import STOPPED_NOTE
 from tests.moss_train.train.runs import (
+    ENDLESS,
     ENTRY,
     Process,
     audit,
@@ -156,9 +157,12 @@ def test_sigterm_saves_and_the_next_start_goes_on(start, uninterrupted, tmp_path
 def test_a_signal_to_all_processes_stops_a_single_one_cleanly(small, tmp_path, number, preloaded):
     """As Ctrl-C in a terminal does: the data workers get it too."""
     folder = tmp_path / "run"
-    running = Process([*small, "trainer.steps=200", f"run.dir={folder}"], tmp_path, preloaded)
-    wait_for_step(folder, 2)
-    os.killpg(running.process.pid, number)
+    options = [*small, f"trainer.steps={ENDLESS}", f"run.dir={folder}"]
+    running = Process(options, tmp_path, preloaded)
+    try:
+        wait_for_step(folder, 2)
+    finally:  # by itself it does not end
+        os.killpg(running.process.pid, number)
     assert running.wait() == 130, running.log.read_text()
     assert saved_steps(folder) == steps(folder)[-1:]
     assert "Traceback" not in running.log.read_text()

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.moss_train.train.runs import is_running, losses, saved_steps, steps
+from tests.moss_train.train.runs import ENDLESS, is_running, losses, saved_steps, steps
 from tests.torchrun import REPO, free_port
 from tests.waiting import until
 
-ENDLESS = 10_000  # steps: whenever the job is stopped, it has not ended
 # Two nodes: the command twice. As srun, it gives its children a signal that it gets, and ends with
 # the worst of their codes.
 SRUN = """#!/bin/bash
