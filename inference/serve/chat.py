@@ -260,8 +260,9 @@ def _grammar(question: Question, hub: Hub) -> Grammar:
     try:
         return hub.grammars.of_schema(question.schema or {})
     except GrammarError as error:
-        field = question.schema_field
-        words = f"{field}: the schema is not supported: {error}"
+        field, tools = question.schema_field, question.tools
+        which = "the schema" if tools is None or tools.needed else "its schema, or one of tools,"
+        words = f"{field}: {which} is not supported: {error}"
         raise Refused("invalid_value", words, field) from None
 
 

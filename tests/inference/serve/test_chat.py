@@ -108,7 +108,18 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     assert len({piece.id for piece in pieces}) == 1
 
 
-def test_a_streams_pieces_have_the_counts_so_far(client: openai.OpenAI) -> None:
+def test_a_streams_pieces_have_the_counts_so_far(
+    client: openai.OpenAI, server: Running, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = engine.step
+
+    def after_the_server(steps: Any) -> Any:
+        """A step, when the server has read what the last one said: it may stand still meanwhile."""
+        for _ in range(10):
+            server.between_turns(lambda: None)
+        return step(steps)
+
+    monkeypatch.setattr(engine, "step", after_the_server)
     options: dict[str, Any] = {"max_tokens": 12, "n": 2, "temperature": 1.0, "seed": 3}
     whole = ask(client, with_media("What is it?"), **options).usage
     both = {"include_usage": True, "continuous_usage_stats": True}

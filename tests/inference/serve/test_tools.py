@@ -306,6 +306,10 @@ def test_a_schema_of_arguments_that_cannot_be_followed_is_the_tools_fault(
     with pytest.raises(openai.BadRequestError) as error:
         ask(client, tools=tools, tool_choice="required")
     assert error.value.param == "tools"
+    with pytest.raises(
+        openai.BadRequestError, match="its schema, or one of tools, is not supported"
+    ):
+        ask(client, tools=tools, response_format={"type": "json_object"})
     ask(client, tools=tools, max_tokens=1)  # where the answer is free, nothing follows it
 
 
