@@ -29,7 +29,7 @@ def compute(
         elif running.slot.sampling != _sampling(running.task):
             engine.set_sampling(running.slot, _sampling(running.task))
         features = [*request.features, *itertools.islice(encoded, len(request.images))]
-        if request.images and not request.tokens:
+        if features and not request.tokens:  # also when the others' step failed behind it
             request.features, request.images = features, []
             steps.append(None)
             continue

@@ -169,6 +169,38 @@ def test_frames_of_a_question_leave_turns_to_others_where_all_text_attends_them(
     assert encoded == [4, 4, 4, 2]
 
 
+def test_frames_that_are_encoded_beside_a_step_that_fails_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is computed again, for each session alone."""
+    folder = save_tiny(tmp_path, tokens_before_first_frame="attend_all", moss_stage="sft")
+    engine = load_engine(folder, device="cpu", max_sessions=2)
+    encode, step, encoded, failed = engine.encode, engine.step, list[int](), list[bool]()
+
+    def counted(images: Any) -> Any:
+        encoded.append(len(images))
+        return encode(images)
+
+    def failing(steps: Any) -> Any:
+        if len(encoded) == 2 and steps and not failed:
+            failed.append(True)
+            raise RuntimeError("out of memory")
+        return step(steps)
+
+    with Runner(engine) as runner:
+        tokens = question(runner)
+        options: dict[str, Any] = {"max_new_tokens": 4, "ignore_end": True}
+        wanted = said(runner.answer(tokens, IMAGES, chunk=FRAMES, **options))
+        monkeypatch.setattr(engine, "encode", counted)
+        monkeypatch.setattr(engine, "step", failing)
+        speaking = runner.answer([5, 6], max_new_tokens=10**6, ignore_end=True)
+        next(event for event in speaking.events() if event.type == "response.output_text.delta")
+        assert said(runner.answer(tokens, IMAGES, chunk=4, **options)) == wanted
+        assert not speaking.log.closed
+        speaking.close("enough")
+    assert (encoded, failed) == ([4, 4, 2], [True])
+
+
 def test_a_video_longer_than_the_window_is_taken_in_by_pieces_as_a_stream(tmp_path: Path) -> None:
     """Else the features of all its frames are there at once: 13 GB of a thousand."""
     words, most = [], []
