@@ -50,7 +50,10 @@ class Save:
 
         def make() -> None:
             shutil.rmtree(self.temporary, ignore_errors=True)  # what is left of a save that failed
-            self.temporary.mkdir(parents=True)
+            # Not its parents: where the run's folder is gone, its storage is, and what is written
+            # there would lie on another one.
+            self.folder.mkdir(exist_ok=True)
+            self.temporary.mkdir()
             with self.reserve.open("wb") as file:
                 size = RESERVE * (1 + dist.get_world_size() // 8)
                 os.posix_fallocate(file.fileno(), 0, 2 * size)

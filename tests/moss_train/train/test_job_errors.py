@@ -191,6 +191,10 @@ def test_a_save_finds_a_folder_that_was_moved_or_left_half_written_or_says_what_
     """A save that fails is a warning on all ranks: none may meet an error alone."""
     folder = tmp_path / "run/checkpoints"
     left = folder / ".writing_step_00000003"
+    with pytest.raises(SaveError, match=r"checkpoints/.* could not be written: .*No such file"):
+        Save(folder, 3).open()  # the run's folder is gone, as with the storage that it was on
+    assert not folder.parent.exists()
+    folder.parent.mkdir()
     for _ in range(2):  # without the folder; with what is left of a save that failed
         Save(folder, 3).open()
         assert [path.name for path in left.iterdir()] == [".reserve"]
