@@ -93,7 +93,8 @@ def _folder() -> Iterator[Path]:
     # Under another name until it is claimed: a launcher that starts now would remove it.
     new = Path(tempfile.mkdtemp(prefix=f"new-{prefix}"))
     folder = new.with_name(new.name.removeprefix("new-"))
-    with claimed(new):
+    # Ranks may be forks, which live a moment longer than a launcher that is killed.
+    with claimed(new, by_forks=False):
         new.rename(folder)
         yield folder
         remove(folder)

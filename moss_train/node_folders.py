@@ -12,16 +12,24 @@ from pathlib import Path
 
 
 @contextmanager
-def claimed(folder: Path, how: int = fcntl.LOCK_SH) -> Iterator[None]:
-    """Holds `folder`, with other processes, so that nobody removes it. The forks of a process hold
-    it, too, until the last one has ended. Raises OSError where there is no such folder.
+def claimed(folder: Path, how: int = fcntl.LOCK_SH, *, by_forks: bool = True) -> Iterator[None]:
+    """Holds `folder`, with other processes, so that nobody removes it. by_forks: the forks of a
+    process hold it, too, until the last one has ended. Raises OSError where there is no such
+    folder.
     """
-    opened = os.open(folder, os.O_RDONLY)
+    opened = [os.open(folder, os.O_RDONLY)]
+
+    def let_go() -> None:
+        while opened:
+            os.close(opened.pop())
+
     try:
-        fcntl.flock(opened, how | fcntl.LOCK_NB)
+        fcntl.flock(opened[0], how | fcntl.LOCK_NB)
+        if not by_forks:
+            os.register_at_fork(after_in_child=let_go)
         yield
     finally:
-        os.close(opened)
+        let_go()
 
 
 def remove_unclaimed(base: Path, prefix: str) -> None:

@@ -46,3 +46,27 @@ def test_folders_of_processes_that_were_killed_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "own-1", "own-3"]
     remove_unclaimed(tmp_path, "own-")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "own-3"]
+
+
+@pytest.mark.parametrize("by_forks", [False, True])
+def test_a_folder_is_held_by_forks_where_they_use_it(by_forks, tmp_path):
+    """Torchrun's is its own: what a killed one leaves its next start removes, while ranks that are
+    its forks still live."""
+    (tmp_path / "own-1").mkdir()
+    (ends, goes_on), (forked, begins) = os.pipe(), os.pipe()
+    with claimed(tmp_path / "own-1", by_forks=by_forks):
+        fork = os.fork()
+        if fork == 0:
+            os.close(goes_on)
+            os.write(begins, b".")
+            os.read(ends, 1)
+            os._exit(0)
+        remove_unclaimed(tmp_path, "own-")
+        assert (tmp_path / "own-1").exists(), "by_forks or not, this process holds it"
+    assert os.read(forked, 1) == b"."  # it has let go, if it does
+    remove_unclaimed(tmp_path, "own-")
+    assert (tmp_path / "own-1").exists() is by_forks
+    os.close(goes_on)
+    assert os.waitpid(fork, 0)[1] == 0
+    remove_unclaimed(tmp_path, "own-")
+    assert not any(tmp_path.iterdir())
