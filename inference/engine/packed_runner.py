@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inference.engine.attend import Attend
 from inference.engine.cache import KVCache, make_room, put_frames
@@ -16,14 +15,11 @@ from inference.engine.packed_batch import PackedBatch, Segment
 from inference.engine.sampling import Sampler
 from inference.engine.slots import Slot, Step
 from inference.engine.token_choice import choose_tokens
+from inference.engine.unplanned_attention import unplanned_attention
 from inference.engine.upload import upload
 from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 
 LONGEST_PASS = 1024  # tokens of a slot in one pass: bounds the mask over many frames
-# Kernels of torch's attention that take any length at once. cuDNN's, which torch prefers on Hopper,
-# is planned anew for each length that it has not met, and here each is new: 0.14 s a shape on an
-# H200, where a first token after 256 frames took 188 ms with it also when planned, 72 without.
-UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class PackedRunner:
@@ -109,7 +105,7 @@ class PackedRunner:
             positions += range(slot.position, slot.position + len(tokens))
         decoder = self.model.model.language_model
         inputs, at = upload([[ids], [positions]], self.cache.device)
-        with sdpa_kernel(UNPLANNED):
+        with unplanned_attention:
             x = decoder(decoder.embed_tokens(inputs), at, packed.tokens, packed.frames)[0]  # [N, H]
         last_hidden, end = {}, 0
         for slot, tokens, _ in parts:

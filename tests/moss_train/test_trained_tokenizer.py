@@ -161,12 +161,13 @@ def resumed(made: Path, folder: Path, tokenizer: Path, known: bool = True) -> Co
     checkpoint = folder / "checkpoints/step_00000003"
     if not checkpoint.exists():
         shutil.copytree(made / "checkpoint", checkpoint)
-    run = json.loads((checkpoint / "run.json").read_text()) | {"step": 3}
+    config = start(made, tokenizer, new_tokenizer=True)
+    trained = {"step": 3, "samples": 3 * config.data.global_batch}
+    run = json.loads((checkpoint / "run.json").read_text()) | trained
     run.pop("weights_only", None)
     if not known:
         run.pop("tokenizer")
     save_run(checkpoint, run)
-    config = start(made, tokenizer, new_tokenizer=True)
     config.run.dir, config.init_from = str(folder), None
     config.trainer.resume_data = "fresh"  # an import knows no place in the data
     return config

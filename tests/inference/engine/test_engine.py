@@ -212,27 +212,6 @@ def test_prompts_that_ask_for_no_token_and_prompts_that_are_too_long(model) -> N
     assert found[0] == found[1]
 
 
-def test_passes_of_any_length_take_no_kernel_that_is_planned_for_one(model) -> None:
-    """As cuDNN's, which the tower keeps: its frames have one shape."""
-    planned: dict[str, set[bool]] = {"decoder": set(), "tower": set()}
-    parts = {"decoder": model.model.language_model, "tower": model.model.vision_model}
-    hooks = [
-        layer.register_forward_hook(
-            lambda *_, own=planned[name]: own.add(torch.backends.cuda.cudnn_sdp_enabled())
-        )
-        for name, part in parts.items()
-        for layer in part.modules()
-    ]
-    engine = engine_of(model, "packed")
-    slot = engine.open()
-    engine.step([Step(slot, [5, 6, IMAGE, 7], engine.encode([torch.zeros(3, 56, 56)]))])
-    engine.step([Step(slot)])
-    for hook in hooks:
-        hook.remove()
-    assert planned == {"decoder": {False}, "tower": {True}}
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_p=0.9, seed=2)])
 def test_graphs_equal_eager(sampling: Sampling) -> None:
