@@ -197,6 +197,14 @@ def has_eight_bit(device: torch.device) -> bool:
     return device.type in EIGHT_BIT
 
 
+def plan_attention(allowed: bool) -> bool:
+    """Sets whether torch's attention may take cuDNN's kernel, which is planned for each shape: one
+    switch for all threads of a process. Returns what it was."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    return before
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device; of one that shares the host's memory, in the machine."""
     if device.type in (HOST, "mps"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from threading import Lock
 
-import torch
+from data_pipeline import devices
 
 
 class UnplannedAttention:
@@ -23,15 +23,14 @@ class UnplannedAttention:
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._before = torch.backends.cuda.cudnn_sdp_enabled()
-                torch.backends.cuda.enable_cudnn_sdp(False)
+                self._before = devices.plan_attention(False)
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                torch.backends.cuda.enable_cudnn_sdp(self._before)
+                devices.plan_attention(self._before)
 
 
 unplanned_attention = UnplannedAttention()
