@@ -17,8 +17,10 @@ import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -129,6 +131,10 @@ def _run(command: list[str], environment: Mapping[str, str], log: str | None, fo
         with open(log, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+    # They are there, unless this process's parent had a server already, for other modules: each
+    # process has one. Then they are imported here, once for a torchrun and its ranks.
+    with warnings.catch_warnings(action="ignore"):
+        import_module("tools.preloaded_modules")
     sys.argv = command
     if "--start-method" in command:
         _release_ended_ranks()

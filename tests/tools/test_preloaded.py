@@ -30,12 +30,14 @@ def test_a_command_gets_its_arguments_and_environment(tmp_path: Path) -> None:
     assert (mark, said) == ("given", "3 | two words")
 
 
-def test_a_command_has_the_modules_already() -> None:
-    """Of a process of its own: one has one fork server, and in this one a server's decoders may
-    have asked first, for other modules."""
-    code = f"from tools import preloaded; preloaded.run({MODULE!r}, '0')"
+@pytest.mark.parametrize("before", ["", "forkserver.ensure_running(); "])
+def test_a_command_has_the_modules_as_a_job_has_them(before: str) -> None:
+    """Without wandb, which makes folders that a killed process leaves. Of a process of its own: one
+    has one fork server, and a server's decoders may have asked first, for other modules."""
+    code = f"from multiprocessing import forkserver; {before}"
+    code += f"from tools import preloaded; preloaded.run({MODULE!r}, '0')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"megatron.core {sys.platform == 'linux'}"
+    assert done.stdout.splitlines()[-1] == "megatron.core True wandb False"
 
 
 def test_a_command_that_fails_is_named() -> None:

@@ -11,5 +11,5 @@ if __name__ == "__main__":
         time.sleep(600)
     print(os.environ.get("MARK"))
     print(*sys.argv[1:], sep=" | ")
-    print("megatron.core", "megatron.core" in sys.modules)
+    print(*(f"{name} {name in sys.modules}" for name in ("megatron.core", "wandb")))
     sys.exit(int(sys.argv[1]))
