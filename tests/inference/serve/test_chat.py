@@ -21,6 +21,7 @@ from inference.hf.modeling_moss_video import MossVideoForConditionalGeneration
 from inference.hf.processing_moss_video import MossVideoProcessor
 from inference.serve import answers
 from inference.serve.limits import Limits
+from tests.inference.serve.openai_client import openai_client
 from tests.inference.serve.serving import Running, data_url, jpeg, serving, standing_still
 from tests.samples import graded_video
 from tests.waiting import PATIENCE, until
@@ -41,8 +42,7 @@ def server(engine: Engine) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    yield from openai_client(server)
 
 
 @pytest.fixture(scope="module")

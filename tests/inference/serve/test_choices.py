@@ -25,6 +25,7 @@ from inference.serve.requests import (
     StreamOptions,
     TextPart,
 )
+from tests.inference.serve.openai_client import openai_client
 from tests.inference.serve.serving import Running, serving
 
 USER: Any = [{"role": "user", "content": "Who is it?"}]
@@ -39,8 +40,7 @@ def server(tiny: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    yield from openai_client(server)
 
 
 def ask(client: openai.OpenAI, **options: Any) -> Any:

@@ -21,6 +21,7 @@ from inference.serve.question import read_question
 from inference.serve.requests import ChatRequest
 from inference.serve.tools import Call, CallReader, in_order
 from inference.serve.typed_fields import read
+from tests.inference.serve.openai_client import openai_client
 from tests.inference.serve.serving import Running, serving
 
 USER = {"role": "user", "content": "Is it red or green?"}
@@ -75,8 +76,7 @@ def server(tiny: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    yield from openai_client(server)
 
 
 def ask(client: openai.OpenAI, **options: Any) -> Any:

@@ -4,6 +4,7 @@ and the thread that computes them."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,33 @@ def test_an_answer_is_that_of_transformers_whatever_tokens_before_frames_attend(
     assert [token for token, *_ in alone[2]] == wanted[0, len(tokens) :].tolist()
 
 
+@pytest.fixture
+def attending(tmp_path: Path) -> Engine:
+    """Of a model in which tokens before the first frame attend all frames of a question."""
+    folder = save_tiny(tmp_path, tokens_before_first_frame="attend_all", moss_stage="sft")
+    return load_engine(folder, device="cpu", max_sessions=2)
+
+
+def asked_beside(engine: Engine, disturb: Callable[[], None]) -> None:
+    """Asks alone, then by pieces and beside a session that speaks, with what `disturb` does: the
+    answer is the same, and the session goes on."""
+    with Runner(engine) as runner:
+        tokens = question(runner)
+        options: dict[str, Any] = {"max_new_tokens": 4, "ignore_end": True}
+        wanted = said(runner.answer(tokens, IMAGES, chunk=FRAMES, **options))
+        disturb()
+        speaking = runner.answer([5, 6], max_new_tokens=10**6, ignore_end=True)
+        next(event for event in speaking.events() if event.type == "response.output_text.delta")
+        assert said(runner.answer(tokens, IMAGES, chunk=4, **options)) == wanted
+        assert not speaking.log.closed
+        speaking.close("enough")
+
+
 def test_frames_of_a_question_leave_turns_to_others_where_all_text_attends_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attending: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are encoded part by part; one of the turns fails, and is computed again."""
-    folder = save_tiny(tmp_path, tokens_before_first_frame="attend_all", moss_stage="sft")
-    engine = load_engine(folder, device="cpu", max_sessions=2)
-    encode, encoded = engine.encode, list[int]()
+    encode, encoded = attending.encode, list[int]()
 
     def counted(images: Any) -> Any:
         encoded.append(len(images))
@@ -157,25 +178,15 @@ def test_frames_of_a_question_leave_turns_to_others_where_all_text_attends_them(
             raise RuntimeError("out of memory")
         return encode(images)
 
-    with Runner(engine) as runner:
-        tokens = question(runner)
-        options: dict[str, Any] = {"max_new_tokens": 4, "ignore_end": True}
-        wanted = said(runner.answer(tokens, IMAGES, chunk=FRAMES, **options))
-        monkeypatch.setattr(engine, "encode", counted)
-        speaking = runner.answer([5, 6], max_new_tokens=10**6, ignore_end=True)
-        next(event for event in speaking.events() if event.type == "response.output_text.delta")
-        assert said(runner.answer(tokens, IMAGES, chunk=4, **options)) == wanted
-        speaking.close("enough")
+    asked_beside(attending, lambda: monkeypatch.setattr(attending, "encode", counted))
     assert encoded == [4, 4, 4, 2]
 
 
 def test_frames_that_are_encoded_beside_a_step_that_fails_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attending: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step is computed again, for each session alone."""
-    folder = save_tiny(tmp_path, tokens_before_first_frame="attend_all", moss_stage="sft")
-    engine = load_engine(folder, device="cpu", max_sessions=2)
-    encode, step, encoded, failed = engine.encode, engine.step, list[int](), list[bool]()
+    encode, step, encoded, failed = attending.encode, attending.step, list[int](), list[bool]()
 
     def counted(images: Any) -> Any:
         encoded.append(len(images))
@@ -187,17 +198,11 @@ def test_frames_that_are_encoded_beside_a_step_that_fails_are_kept(
             raise RuntimeError("out of memory")
         return step(steps)
 
-    with Runner(engine) as runner:
-        tokens = question(runner)
-        options: dict[str, Any] = {"max_new_tokens": 4, "ignore_end": True}
-        wanted = said(runner.answer(tokens, IMAGES, chunk=FRAMES, **options))
-        monkeypatch.setattr(engine, "encode", counted)
-        monkeypatch.setattr(engine, "step", failing)
-        speaking = runner.answer([5, 6], max_new_tokens=10**6, ignore_end=True)
-        next(event for event in speaking.events() if event.type == "response.output_text.delta")
-        assert said(runner.answer(tokens, IMAGES, chunk=4, **options)) == wanted
-        assert not speaking.log.closed
-        speaking.close("enough")
+    def disturb() -> None:
+        monkeypatch.setattr(attending, "encode", counted)
+        monkeypatch.setattr(attending, "step", failing)
+
+    asked_beside(attending, disturb)
     assert (encoded, failed) == ([4, 4, 2], [True])
 
 
