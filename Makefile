@@ -36,7 +36,7 @@ demo-full: $(READY)
 	@$(BIN)/python -m tools.demo --full
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # An import on a Ray of two nodes, whose worker and node are killed.
 test-ray: $(READY)

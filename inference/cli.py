@@ -8,7 +8,6 @@ import gc
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -28,6 +27,7 @@ from data_pipeline.commands import (
 )
 from data_pipeline.ranks import JoinError, RanksError
 from data_pipeline.schema import SampleError
+from data_pipeline.signal_handlers import handling
 from inference.engine.choose_attend import CHOICES
 from inference.engine.engine import KV_DTYPES, VISION_DTYPES, Engine, EngineConfig, EngineFull
 from inference.engine.load import DTYPES, RankFinished, load_engine
@@ -202,7 +202,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     SIGTERM does what Ctrl-C does, unless what runs inside takes both itself.
     """
     try:
-        with _terminated_as_interrupted():
+        with handling([signal.SIGTERM], signal.default_int_handler):
             yield
     except RankFinished:
         raise SystemExit(DONE) from None
@@ -222,18 +222,6 @@ def one_line_errors(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         note("\ninterrupted")
         raise SystemExit(STOPPED) from None
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _end(program: str, error: object, code: int) -> NoReturn:

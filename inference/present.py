@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.commands import DONE, FAILED, PIPE_CLOSED, STOPPED
+from data_pipeline.signal_handlers import handling
 from inference import cli
 from inference.session.events import Event
 from inference.session.handle import SessionHandle
@@ -72,18 +73,10 @@ class Stop:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Closes the session at the first signal. A second Ctrl-C ends the command at once."""
-        if threading.current_thread() is not threading.main_thread():
+        # Those that are ignored stay so, as `nohup` and `&` have it.
+        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        with handling(heard, self._take):
             yield
-            return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:  # as `nohup` and `&` have it
-                signal.signal(number, self._take)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _take(self, number: int, _frame: object) -> None:
         now = time.monotonic()

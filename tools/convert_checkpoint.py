@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import inference.hf
 from data_pipeline.commands import STOPPED, WRONG_USAGE, CommandParser, report_error, whole_number
+from data_pipeline.signal_handlers import handling
 from data_pipeline.tables import format_table
 from moss_train.config import RENAMED, ConfigError
 from moss_train.convert.hf_config import ARCHITECTURES
@@ -36,46 +37,50 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print(listing(read_model(options.model)))
         return 0
-    signal.signal(signal.SIGTERM, _stop)
     try:
-        if options.direction == "hf-to-megatron":
-            lines = convert_hf(
-                FromHf(
-                    options.source,
-                    options.out,
-                    arch=options.arch,
-                    dtype=options.dtype,
-                    stage=options.stage,
-                    grow_into=read_model(options.model) if options.model else None,
-                    tensor_parallel=options.tensor_parallel,
-                    seed=options.seed,
-                    check_finite=options.check_finite,
-                    allow_pickle=options.allow_pickle,
-                    workers=options.workers,
-                )
-            )
-        else:
-            lines = convert_megatron(
-                ToHf(
-                    options.source,
-                    options.out,
-                    Path(inference.hf.__file__).parent,
-                    target=options.target,
-                    dtype=options.dtype,
-                    quantize=options.quantize,
-                    stage=options.stage,
-                    tokenizer=options.tokenizer,
-                    max_shard_size=options.max_shard_size,
-                    check_finite=options.check_finite,
-                    workers=options.workers,
-                )
-            )
+        with handling([signal.SIGTERM], _stop):
+            lines = _convert(options)
     except (ConversionError, ConfigError) as error:
         return report_error(PROGRAM, error)
     except OSError as error:
         return report_error(PROGRAM, f"{error.filename or options.out}: {error.strerror or error}")
     print("\n".join([*lines, str(options.out)]))
     return 0
+
+
+def _convert(options: argparse.Namespace) -> list[str]:
+    """Lines that say what was made."""
+    if options.direction == "hf-to-megatron":
+        return convert_hf(
+            FromHf(
+                options.source,
+                options.out,
+                arch=options.arch,
+                dtype=options.dtype,
+                stage=options.stage,
+                grow_into=read_model(options.model) if options.model else None,
+                tensor_parallel=options.tensor_parallel,
+                seed=options.seed,
+                check_finite=options.check_finite,
+                allow_pickle=options.allow_pickle,
+                workers=options.workers,
+            )
+        )
+    return convert_megatron(
+        ToHf(
+            options.source,
+            options.out,
+            Path(inference.hf.__file__).parent,
+            target=options.target,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            stage=options.stage,
+            tokenizer=options.tokenizer,
+            max_shard_size=options.max_shard_size,
+            check_finite=options.check_finite,
+            workers=options.workers,
+        )
+    )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

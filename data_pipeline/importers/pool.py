@@ -72,7 +72,8 @@ class Pool:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.terminate()
+            # Not SIGTERM: a fork has this process's handler of it, which may do anything.
+            process.kill()
             process.join()
 
 

@@ -13,10 +13,9 @@ import gc
 import logging
 import signal
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from data_pipeline import devices
 from data_pipeline.ranks import joining, ranks_of
+from data_pipeline.signal_handlers import handling
 from inference.engine.capture import Ranks
 from inference.engine.engine import Engine
 from inference.engine.lifeline import Lifeline, host_of
@@ -101,7 +101,9 @@ class ShardedEngine(Engine):
         """What other ranks do: the calls of rank 0, until it shuts down."""
         gc.collect()
         gc.freeze()  # else the collector takes seconds over all modules when the process ends
-        with _outliving_signals():
+        # Ctrl-C in a terminal goes to all processes. Rank 0 then ends its sessions, for which it
+        # needs the others; they notice when it has gone.
+        with handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):
             while self.running:
                 self._follow(*self.channel.receive())
                 for slot in self.slots.values():
@@ -252,19 +254,3 @@ def _end_all(known: weakref.ref[ShardedEngine], others: _Others) -> None:
         engine.shutdown()
     else:
         others.end()
-
-
-@contextmanager
-def _outliving_signals() -> Iterator[None]:
-    """Ctrl-C in a terminal goes to all processes. Rank 0 then ends its sessions, for which it needs
-    the others; they notice when it has gone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -25,6 +25,7 @@ from data_pipeline.cgroups import cores
 from data_pipeline.open_files import allow_open_files
 from data_pipeline.parent import signalled_with_parent
 from data_pipeline.ranks import Ranks, joining, ranks_of, ranks_of_machine
+from data_pipeline.signal_handlers import handling
 from moss_train import hardware
 from moss_train.config import Config
 from moss_train.log import print_line
@@ -151,22 +152,18 @@ def stop_signals() -> Iterator[list[float]]:
         yield [] if _asked is None else _asked
         return
     caught: list[float] = []
-    before = {number: signal.getsignal(number) for number in STOPS}
 
     def note(number: int, _frame: object) -> None:
         caught.append(time.monotonic())
         if number == signal.SIGINT and caught[-1] - caught[0] > 1:
             raise KeyboardInterrupt
 
-    for number in before:
-        signal.signal(number, note)
-    _asked = caught
-    try:
-        yield caught
-    finally:
-        _asked = None
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(STOPS, note):
+        _asked = caught
+        try:
+            yield caught
+        finally:
+            _asked = None
 
 
 def start_writer_queue() -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.atomic import write_atomically
 from data_pipeline.commands import DONE, FAILED, CommandParser, report_error, whole_number
+from data_pipeline.signal_handlers import handling
 from data_pipeline.tables import format_table
 
 if TYPE_CHECKING:
@@ -48,23 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
     args.out.mkdir(parents=True)
     out = args.out.absolute()
     signals: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
             raise KeyboardInterrupt
 
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with handling((signal.SIGINT, signal.SIGTERM), note):
         verdict = Chaos(
             out, args.kinds, args.faults, args.seed, log=partial(print, flush=True),
             report=partial(_write, out), should_stop=lambda: bool(signals),
         )()  # fmt: skip
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     print(format_table(_rows(verdict), "lrlr"))
     print(_summary(verdict))
     for line in verdict.wrong:
