@@ -161,29 +161,30 @@ def check_frame_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError("cross_attention_mask: 1 where a token sees a tile, else 0")
 
 
-def leave_out_cached_frames(inputs: dict[str, Any], image: int, first: bool) -> None:
+def leave_out_cached_frames(inputs: dict[str, Any], is_image: Tensor, first: bool) -> None:
     """Removes the frames that are in the cache from the inputs that `generate` gives to a pass.
 
-    first: the pass begins a turn. Then the frames of its own `image` tokens may be given, or those
-    of the whole conversation. Others are left as they are, for the model to refuse.
+    is_image: True for the pass's `<|image|>` tokens `[B, S]`.
+    first: the pass begins a turn. Then the frames of these tokens may be given, or those of the
+    whole conversation. Others are left as they are, for the model to refuse.
     """
-    start = _first_new_frame(inputs, image) if first else None
+    start = _first_new_frame(inputs, is_image) if first else None
     for name in FRAMES:
         value = inputs.get(name)
         if value is not None:
             inputs[name] = None if start is None else value[:, start:]
     mask = inputs.get("cross_attention_mask")
     if mask is not None:
-        inputs["cross_attention_mask"] = mask[:, -inputs["input_ids"].shape[1] :] if first else None
+        inputs["cross_attention_mask"] = mask[:, -is_image.shape[1] :] if first else None
 
 
-def _first_new_frame(inputs: dict[str, Any], image: int) -> int | None:
+def _first_new_frame(inputs: dict[str, Any], is_image: Tensor) -> int | None:
     """The index of the first given frame that is not in the cache; None: all are in it."""
     pixels, states = inputs.get("pixel_values"), inputs.get("cross_attention_states")
     frames = states if pixels is None else pixels
     if frames is None:
         return None
-    marks = (inputs["input_ids"] == image).sum(1)
+    marks = is_image.sum(1)
     given = real_frames(pixels, inputs.get("aspect_ratio_ids"), frames).sum(1)
     kept = [one for one in inputs["past_key_values"].layers if isinstance(one, FrameLayer)]
     own = kept[0].own if kept else None

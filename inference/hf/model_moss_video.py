@@ -173,7 +173,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
         """
         _check_known(kwargs)
         decoder, config = self.language_model, self.config
-        is_image = self._is_image(input_ids, inputs_embeds)
+        is_image = self.is_image(input_ids, inputs_embeds)
         x = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         again = self.training and any(layer.gradient_checkpointing for layer in decoder.layers)
         if use_cache is None:
@@ -253,7 +253,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
         attend_all = self.config.tokens_before_first_frame == "attend_all"
         return AttendedFrames(keys_values, mask, own, slots if attend_all else None, x.dtype)
 
-    def _is_image(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    def is_image(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """True for `<|image|>` `[B, S]`: of ids, or what is embedded as it is."""
         image = self.config.image_token_index
         if input_ids is not None:

@@ -18,12 +18,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attended_moss_video import leave_out_cached_frames
 from .configuration_moss_video import MossVideoConfig
 from .decoder_moss_video import READ_ONLY_ROWS
-from .model_moss_video import MossVideoModel, MossVideoPreTrainedModel, wants_names
+from .logits_moss_video import find_read_only_tokens, leave_images_out_of_candidates
+from .model_moss_video import (
+    TRANSFORMERS_4,
+    MossVideoModel,
+    MossVideoPreTrainedModel,
+    wants_names,
+)
 
 # Of a local folder transformers 4 copies what this file itself imports, and nothing further.
 from .vision_moss_video import VisionTower  # noqa: F401
 
 IGNORED_LABEL = -100  # no loss there
+AFTER_FIRST = "after_first_pass"  # told by transformers 5 alone
 
 
 class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixin):
@@ -196,16 +203,40 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
     ) -> dict[str, Any]:
         """Frames go in once: later passes find them in the cache, and so does a further turn that
         begins with the cache of the last one. transformers looks for the name `inputs_embeds`."""
-        first = bool(is_first_iteration)
+        first = not kwargs.pop(AFTER_FIRST, False) if TRANSFORMERS_4 else bool(is_first_iteration)
+        past = self.model.past(kwargs.get("past_key_values"))
+        if first and past > 0 and _holds_cached(kwargs.get("position_ids"), input_ids, past):
+            kwargs["next_sequence_length"] = input_ids.shape[1] - past
         for name in ("tokenizer", "assistant_tokenizer"):  # of generate: what stop_strings need
             kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=first, inputs_embeds=inputs_embeds, **kwargs
+            input_ids,
+            is_first_iteration=bool(is_first_iteration),
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
-        if self.model.past(inputs.get("past_key_values")) > 0:
-            leave_out_cached_frames(inputs, self.config.image_token_index, first)
+        is_image = self.model.is_image(inputs["input_ids"], inputs.get("inputs_embeds"))
+        if past > 0:
+            leave_out_cached_frames(inputs, is_image, first)
         inputs["marks_alone"] = not first
         return inputs
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        made: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        return {**made, AFTER_FIRST: True} if TRANSFORMERS_4 else made
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        return find_read_only_tokens(super()._get_logits_processor(*args, **kwargs))
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        made = super()._get_candidate_generator(*args, **kwargs)
+        return leave_images_out_of_candidates(made, self.config.image_token_index)
+
+
+def _holds_cached(positions: Tensor | None, ids: Tensor, past: int) -> bool:
+    """Whether the first pass of a turn would repeat the `past` tokens of its cache, as transformers
+    5 lets one with candidates do."""
+    return positions is not None and positions.shape[-1] == ids.shape[1] and positions[0, 0] < past
 
 
 # What save_pretrained writes can be opened by itself: it copies these files and names the class.

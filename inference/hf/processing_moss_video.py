@@ -131,7 +131,9 @@ class MossVideoProcessor(ProcessorMixin):
         chats = [conversation] if one else conversation
         if not chats or not all(chats):
             raise ValueError("conversation: has no messages")
-        typed = [[_typed(turn) for turn in turns] for turns in chats]
+        # transformers 4 looks for media in a content that is a string, too, and fails.
+        parts = __version__.startswith("4.") and kwargs.get("tokenize", False)
+        typed = [[_typed(turn, parts) for turn in turns] for turns in chats]
         if kwargs.get("tools"):
             kwargs["tools"] = _as_text(kwargs["tools"])
         return super().apply_chat_template(typed[0] if one else typed, *args, **kwargs)
@@ -246,10 +248,13 @@ class MossVideoProcessor(ProcessorMixin):
         return out
 
 
-def _typed(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn with TYPED in every special token that must stay text."""
+def _typed(turn: dict[str, Any], parts: bool) -> dict[str, Any]:
+    """A turn with TYPED in every special token that must stay text, its content in parts if so."""
     calls = [_as_text(_in_one_form(call)) for call in turn.get("tool_calls") or []]
-    return {**turn, **({"tool_calls": calls} if calls else {}), "content": _typed_content(turn)}
+    content = _typed_content(turn)
+    if parts and isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    return {**turn, **({"tool_calls": calls} if calls else {}), "content": content}
 
 
 def _in_one_form(call: Any) -> Any:

@@ -3,6 +3,9 @@ of a batch computes what it computes alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,11 +27,21 @@ def inputs_of(kind: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def greedy(model, inputs: dict[str, Tensor], count: int) -> list[int]:
-    """The likeliest tokens, each from a pass over everything before it."""
+def greedy(
+    model,
+    inputs: dict[str, Tensor],
+    count: int,
+    change: Callable[[Tensor, list[int]], None] = lambda *_: None,
+) -> list[int]:
+    """The likeliest tokens, each from a pass over everything before it.
+
+    change: of scores, given the tokens so far.
+    """
     ids, made = inputs["input_ids"], []
     for _ in range(count):
-        best = model(**{**inputs, "input_ids": ids}, use_cache=False).logits[0, -1].argmax()
+        scores = model(**{**inputs, "input_ids": ids}, use_cache=False).logits[0, -1]
+        change(scores, ids[0].tolist())
+        best = scores.argmax()
         made.append(int(best))
         ids = torch.cat((ids, best.view(1, 1)), dim=1)
     return made
@@ -64,6 +77,65 @@ def test_options_that_are_taken_give_the_same_tokens(kind, rows):
         )
         made = made if isinstance(made, Tensor) else made.sequences
         assert made[0, inputs["input_ids"].shape[1] :].tolist() == wanted, options
+
+
+def frames_after_the_end() -> dict[str, Tensor]:
+    """What the text ends with stands before each frame, too, as the header of a turn does."""
+    ids = torch.tensor([[54, 10, 11, IMAGE, 33, 10, 11, IMAGE, IMAGE, 44, 10, 11]])
+    return {"input_ids": ids, "pixel_values": batch_of_two()[1][:1]}
+
+
+def penalty(by: float, own: list[int] | None) -> Callable[[Tensor, list[int]], None]:
+    """Divides scores above 0 of tokens that were there, multiplies others; `own`: those alone."""
+
+    def change(scores: Tensor, ids: list[int]) -> None:
+        for token in set(ids if own is None else own) - {IMAGE}:
+            scores[token] = scores[token] / by if scores[token] > 0 else scores[token] * by
+
+    return change
+
+
+def no_pair(own: list[int] | None) -> Callable[[Tensor, list[int]], None]:
+    """Forbids tokens that came after the last one before."""
+
+    def change(scores: Tensor, ids: list[int]) -> None:
+        before = ids if own is None else own
+        for first, second in pairwise(before):
+            if first == ids[-1] and second != IMAGE:
+                scores[second] = -torch.inf
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("options", "rule", "of_prompt"),
+    [
+        ({"repetition_penalty": 1.5}, partial(penalty, 1.5), False),
+        ({"encoder_repetition_penalty": 4.0}, partial(penalty, 1 / 4.0), True),
+        ({"no_repeat_ngram_size": 2}, no_pair, False),
+        ({"encoder_no_repeat_ngram_size": 2}, no_pair, True),
+    ],
+)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rules_about_the_prompts_tokens_pass_by_frames(options, rule, of_prompt, beams):
+    """`<|image|>` has no score, and needs none."""
+    model, inputs = tiny_model(), frames_after_the_end()
+    prompt = inputs["input_ids"][0].tolist()
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **options}
+    made = model.generate(**inputs, num_beams=beams, **settings)[0, len(prompt) :].tolist()
+    if beams == 1:
+        assert made == greedy(model, inputs, 8, rule(prompt if of_prompt else None))
+    assert len(made) == 8
+
+
+def test_candidates_from_the_prompt_have_no_frames():
+    """What follows its end there is a frame, which the model does not say."""
+    model, inputs = tiny_model(), frames_after_the_end()
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    made = model.generate(**inputs, prompt_lookup_num_tokens=3, **settings)
+    assert made[0, 12:].tolist() == greedy(model, inputs, 8)
+    made = model.generate(**inputs, prompt_lookup_num_tokens=3, no_repeat_ngram_size=2, **settings)
+    assert made[0, 12:].tolist() == greedy(model, inputs, 8, no_pair(None))
 
 
 @pytest.mark.parametrize("kind", ["text", "frames"])
@@ -164,7 +236,8 @@ def test_marks_without_frames_are_refused_unless_it_is_meant():
 
 
 @pytest.mark.parametrize("given", ["those of the turn", "all"])
-def test_a_turn_that_goes_on_from_a_cache_sees_its_frames(given):
+@pytest.mark.parametrize("way", ["plain", "candidates", "embeddings"])
+def test_a_turn_that_goes_on_from_a_cache_sees_its_frames(given, way):
     """The second turn has the third frame."""
     model, inputs = tiny_model(), inputs_of("frames")
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
@@ -180,6 +253,10 @@ def test_a_turn_that_goes_on_from_a_cache_sees_its_frames(given):
     for wrong in (None, pixels[:, 1:]):
         with pytest.raises(ValueError, match=r"\[1\] <\|image\|> tokens, but \[[02]\] frames"):
             model.generate(input_ids=ids, pixel_values=wrong, past_key_values=cache, **options)
+    if way == "candidates":
+        options["prompt_lookup_num_tokens"] = 2
+    if way == "embeddings":
+        options["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
     made = model.generate(
         input_ids=ids, pixel_values=frames, past_key_values=cache, max_new_tokens=5, **options
     )
