@@ -236,7 +236,9 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
 def _holds_cached(positions: Tensor | None, ids: Tensor, past: int) -> bool:
     """Whether the first pass of a turn would repeat the `past` tokens of its cache, as transformers
     5 lets one with candidates do."""
-    return positions is not None and positions.shape[-1] == ids.shape[1] and positions[0, 0] < past
+    if positions is None or positions.shape[-1] != ids.shape[1]:
+        return False
+    return int(positions[0, 0]) < past
 
 
 # What save_pretrained writes can be opened by itself: it copies these files and names the class.

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -244,13 +244,11 @@ def _check_dtypes(folder: HfFolder, options: FromHf) -> None:
 def _boxes(
     model: ModelConfig, rule: Rule, read: Read, stored: dict[str, torch.dtype], default: torch.dtype
 ) -> Iterator[Box]:
-    """Our parameter in boxes, each made of the rows of HF tensors that it needs."""
+    """Our parameter in boxes, each made of the rows of HF tensors that it needs. It has one dtype,
+    that of the most exact of them."""
     shapes = hf_shapes(model, rule)
-    dtypes = [stored.get(name, default) for name in shapes]
+    dtype = reduce(torch.promote_types, (stored.get(name, default) for name in shapes))
     if rule.kind == "heads":
-        dtype = dtypes[0]
-        for other in dtypes:
-            dtype = torch.promote_types(dtype, other)
 
         def fused() -> Tensor:
             tensors = [read(name, shape, slice(None)) for name, shape in shapes.items()]
@@ -260,10 +258,10 @@ def _boxes(
         yield Box(rule.ours, (0,) * len(shape), tuple(shape), dtype, fused)
         return
     first = 0
-    for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True):
+    for name, shape in shapes.items():
 
         def rows(part: slice, name: str = name, shape: torch.Size = shape) -> Tensor:
-            return read(name, shape, part)
+            return read(name, shape, part).to(dtype)
 
         yield from boxes_of_rows(rule.ours, shape, dtype, rows, LARGEST_BOX, first)
         first += shape[0] if shape else 0

@@ -241,7 +241,7 @@ def test_a_turn_that_goes_on_from_a_cache_sees_its_frames(given, way):
     """The second turn has the third frame."""
     model, inputs = tiny_model(), inputs_of("frames")
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
-    options = {"do_sample": False, "eos_token_id": None}
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
     first = model.generate(
         input_ids=ids[:, :5], pixel_values=pixels[:, :2], max_new_tokens=3,
         return_dict_in_generate=True, **options,

@@ -113,6 +113,20 @@ def test_dtypes_are_kept_or_cast(tmp_path):
     assert differing(narrow, {name: tensor.bfloat16() for name, tensor in half.items()}) == []
 
 
+@pytest.mark.parametrize("exact", ["gate_proj", "up_proj", "q_proj", "v_proj", "norm"])
+def test_tensors_of_one_parameter_that_differ_in_dtype_keep_their_numbers(exact, tmp_path):
+    """A fused parameter has the dtype of its most exact part."""
+    weights = {
+        name: tensor if exact in name else tensor.bfloat16()
+        for name, tensor in mllama_weights().items()
+    }
+    convert_hf(FromHf(save_folder(tmp_path / "hf", weights), tmp_path / "megatron"))
+    exported = export(tmp_path / "megatron", tmp_path / "back")
+    assert exported.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(exported[name].double(), tensor.double()), name
+
+
 @pytest.mark.parametrize("rows", [72, 75])
 def test_rows_for_tensor_ranks_are_added_and_dropped(rows, tmp_path):
     """The embedding has 72 rows, or some more that someone has added."""
