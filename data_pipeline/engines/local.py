@@ -28,14 +28,16 @@ def run_local(job: Job, workers: int, retries: int, done: Callable[[int], None])
     what `done` raises.
     """
     waiting, deaths = deque(job.missing()), Counter[int]()
-    running: dict[int, tuple[int, ForkProcess, Connection]] = {}  # by the process's sentinel
+    # By the pipe for the process's error, which closes with the process. A long error waits in
+    # there until it is read.
+    running: dict[Connection, tuple[int, ForkProcess]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 _start(job, waiting.popleft(), running)
-            for sentinel in wait(list(running)):
-                assert isinstance(sentinel, int)
-                number, process, pipe = running.pop(sentinel)
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                number, process = running.pop(pipe)
                 if _made(process, pipe):
                     done(number)
                     continue
@@ -47,25 +49,27 @@ def run_local(job: Job, workers: int, retries: int, done: Callable[[int], None])
                     )
                 waiting.append(number)
     finally:
-        for _, process, _ in running.values():
+        for _, process in running.values():
             process.kill()
             process.join()
 
 
-def _start(job: Job, number: int, running: dict[int, tuple[int, ForkProcess, Connection]]) -> None:
+def _start(job: Job, number: int, running: dict[Connection, tuple[int, ForkProcess]]) -> None:
     ours, theirs = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=_work, args=(job, number, theirs, os.getpid()))
     process.start()
     theirs.close()
-    running[process.sentinel] = (number, process, ours)
+    running[ours] = (number, process)
 
 
 def _made(process: ForkProcess, pipe: Connection) -> bool:
-    """Whether a process that has ended made its part; its error is raised here."""
+    """Whether a process that ends made its part; its error is raised here."""
+    error: Exception | None = None
+    with suppress(EOFError, OSError), pipe:  # the latter: it is killed while it says an error
+        error = pipe.recv()
     process.join()
-    with suppress(EOFError), pipe:
-        if pipe.poll():
-            raise pipe.recv()
+    if error is not None:
+        raise error
     return process.exitcode == 0
 
 

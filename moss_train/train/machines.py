@@ -73,9 +73,9 @@ class Machines:
         with suppress(RuntimeError, OSError):  # the job ends, or never had such a store
             store = self._connect()
             while True:
-                self._asked.wait(EVERY)
-                asked = self._asked.is_set()
-                self._asked.clear()
+                asked = self._asked.wait(EVERY)
+                if asked:  # else it may have been asked since, and would be forgotten
+                    self._asked.clear()
                 own = [asdict(seen) for seen in self._own]
                 store.set(f"seen_{self._number}", json.dumps(own))
                 if self._hang:

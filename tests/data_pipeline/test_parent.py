@@ -9,7 +9,7 @@ import pytest
 
 from tests.moss_train.train.runs import is_running
 from tests.torchrun import REPO
-from tests.waiting import until
+from tests.waiting import running, until
 
 # The worker waits for a lock that nobody gives back.
 PARENT = """
@@ -34,10 +34,8 @@ time.sleep(600)
 @pytest.mark.parametrize("late", [0, 1], ids=["at work", "not begun"])
 def test_a_worker_ends_with_a_parent_that_is_killed(late: float) -> None:
     command = [sys.executable, "-c", PARENT, str(late)]
-    parent = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    worker = int(parent.stdout.readline())
-    assert is_running(worker)
-    parent.kill()
-    parent.wait()
+    with running(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        assert is_running(worker)
     until(lambda: not is_running(worker))

@@ -12,7 +12,8 @@ import yaml
 
 from data_pipeline.index import prepare_index
 from data_pipeline.shards import ShardError, SourceInfo, check_source, write_shards
-from tests.waiting import until
+from tests.torchrun import REPO
+from tests.waiting import running, until
 
 
 def _samples(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -62,14 +63,8 @@ def endless():
         yield {"__key__": f"s{i}", "json": {"n": i}, "0.jpg": bytes(5000)}
 write_shards(endless(), sys.argv[1], samples_per_shard=20)
 """
-    writer = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).resolve().parents[2]
-    )
-    try:
+    with running([sys.executable, "-c", program, str(tmp_path)], cwd=REPO):
         until(lambda: len(list(tmp_path.glob("*.tar"))) >= 3)
-    finally:
-        writer.kill()
-        writer.wait()
     shards = sorted(tmp_path.glob("*.tar"))
     assert {len(_members(shard)) for shard in shards} == {40}
     assert prepare_index(tmp_path).samples == 20 * len(shards)

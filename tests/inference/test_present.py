@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,25 @@ def written(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def when(condition: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
-    """Acts once the condition holds, in a thread; or after minutes, so that the test ends."""
+@contextlib.contextmanager
+def when(condition: Callable[[], bool], act: Callable[[], object]) -> Iterator[None]:
+    """Acts in a thread once the condition holds; or after minutes, so that the block ends. Not
+    where the block has ended before: a signal would meet another test."""
+    over = threading.Event()
 
     def wait() -> None:
         with contextlib.suppress(AssertionError):
-            until(condition)
-        act()
+            until(lambda: over.is_set() or condition())
+        if not over.is_set():
+            act()
 
     thread = threading.Thread(target=wait)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -60,12 +68,11 @@ def test_a_stopped_run_writes_its_last_events(
     before = signal.getsignal(number)
     with camera(jpegs(100_000, fps=20)) as made:
         args = ["--checkpoint", str(tiny), "--video_path", made.url, "--jsonl", str(log), *TALK]
-        stop = when(
+        with when(
             lambda: "output_text.delta" in written(log),
             lambda: os.kill(os.getpid(), number),
-        )
-        code = realtime_streaming_infer.main(args)
-        stop.join()
+        ):
+            code = realtime_streaming_infer.main(args)
     assert code == STOPPED
     assert signal.getsignal(number) == before
     told = events(log)
@@ -151,22 +158,24 @@ def test_questions_come_in_time_while_a_camera_is_away(
 
     def serve(number: int, client: socket.socket) -> None:
         """The first connection breaks off after the first frame was seen."""
-        if number == 1:
-            when(
-                lambda: "input_frame.processed" in written(log),
-                lambda: client.shutdown(socket.SHUT_RDWR),
-            )
-        jpegs(100_000, fps=20)(number, client)
+        with contextlib.ExitStack() as stack:
+            if number == 1:
+                breaking_off = when(
+                    lambda: "input_frame.processed" in written(log),
+                    lambda: client.shutdown(socket.SHUT_RDWR),
+                )
+                stack.enter_context(breaking_off)
+            jpegs(100_000, fps=20)(number, client)
 
-    with camera(serve, away_after=1) as made:
-        back = when(lambda: "Where?" in written(log), made.come_back)
-        stop = when(
+    with (
+        camera(serve, away_after=1) as made,
+        when(lambda: "Where?" in written(log), made.come_back),
+        when(
             lambda: "source.back" in written(log),
             lambda: os.kill(os.getpid(), signal.SIGINT),
-        )
+        ),
+    ):
         assert realtime_streaming_infer.main([*args, *asks, "--video_path", made.url]) == STOPPED
-        back.join()
-        stop.join()
     told = [event for event in events(log) if event["type"] != "session.metrics"]
     asked = {e["text"]: e for e in told if e["type"] == "conversation.item.created"}
     assert list(asked) == ["Who?", "Where?"]

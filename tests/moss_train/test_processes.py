@@ -12,7 +12,7 @@ import pytest
 from moss_train.node_folders import claimed, remove_unclaimed
 from moss_train.processes import STOPPED_NOTE
 from tests.moss_train.train.runs import ENTRY, is_running
-from tests.waiting import until
+from tests.waiting import running, until
 
 RANK = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -28,7 +28,7 @@ def test_a_rank_that_still_imports_ends_with_its_launcher(ours, tmp_path):
     )
     environment = {**os.environ, **RANK}
     command = ["bash", "-c", script]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
+    with running(command, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         rank = int(launcher.stdout.readline())
         if not ours:  # before that nothing tells the rank whose child it was

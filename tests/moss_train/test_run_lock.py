@@ -13,7 +13,7 @@ import pytest
 from moss_train import run_lock
 from moss_train.config import ConfigError
 from moss_train.run_lock import LOCK_FILE, check_free, running_in
-from tests.waiting import until
+from tests.waiting import running, until
 
 # Another process that trains there, until it is killed.
 OTHER = """
@@ -51,7 +51,7 @@ def test_a_second_job_is_refused_while_the_first_one_lives(tmp_path: Path):
     check_free(tmp_path)
     assert list(tmp_path.iterdir()) == []
     command = [sys.executable, "-c", OTHER, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
         said = rf"^run.dir={tmp_path}: another job trains there \(node7, process 12\): choose"
@@ -59,7 +59,6 @@ def test_a_second_job_is_refused_while_the_first_one_lives(tmp_path: Path):
             check_free(tmp_path)
         with pytest.raises(ConfigError, match=said), running_in(tmp_path):
             pass
-        other.kill()
     assert path.read_text() == "node7, process 12\n"  # a killed job leaves it, free
     check_free(tmp_path)
     with running_in(tmp_path):
@@ -76,11 +75,11 @@ def test_where_a_lock_says_nothing_signs_of_life_do(tmp_path: Path, patient: pyt
     # life, then it is killed.
     touching = "import os, sys, time\nwhile True:\n os.utime(sys.argv[1])\n time.sleep(0.1)"
     path.write_text("node7, process 12\n")
-    with subprocess.Popen([sys.executable, "-c", touching, str(path)]) as other:
-        with pytest.raises(ConfigError, match=r"another job trains there \(node7, process 12\)"):
-            check_free(tmp_path)
-        other.kill()
-    other.wait()
+    with (
+        running([sys.executable, "-c", touching, str(path)]),
+        pytest.raises(ConfigError, match=r"another job trains there \(node7, process 12\)"),
+    ):
+        check_free(tmp_path)
     patient.setattr(run_lock, "STALE", 1.0)
     check_free(tmp_path)
     patient.setattr(run_lock, "STALE", LONG)

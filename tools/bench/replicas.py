@@ -41,6 +41,7 @@ PROGRAM = "python -m tools.bench.replicas"
 FRONT_KEY = secrets.token_urlsafe(16)
 ASK_EVERY = 5  # frames
 PACE, BIAS, LONGEST = 4, 4.0, 9  # of each session: little is said, and often
+LONGEST_SILENCE = 600.0  # seconds without an event, after which none is waited for
 # What is compared: types of events, and their fields.
 TOLD = (
     "conversation.item.created", "input_frame.processed", "response.output_text.delta",
@@ -138,7 +139,8 @@ class Client:
         return event["type"] == "input_frame.processed" and event["frame_at"] == second
 
     async def _next(self, socket: Any) -> dict[str, Any]:
-        event: dict[str, Any] = json.loads(await socket.recv())
+        async with asyncio.timeout(LONGEST_SILENCE):
+            event: dict[str, Any] = json.loads(await socket.recv())
         self.events.append(event)
         self.at.append(time.monotonic())
         return event

@@ -192,6 +192,7 @@ class _Remote:
         self._socket.send(json.dumps({"type": kind, **fields}))
 
     def _read(self) -> None:
+        over = "what the server sends cannot be read"  # which its thread prints
         try:
             for text in self._socket:
                 with self._changed:
@@ -201,9 +202,10 @@ class _Remote:
             over = "the server has closed the connection"
         except (OSError, ValueError, WebSocketException, SessionClosed) as error:
             over = str(error)
-        with self._changed:
-            self._over = self._over or over
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._over = self._over or over
+                self._changed.notify_all()
 
     def _take(self, data: dict[str, Any]) -> None:
         kind, seq, _, t_media = (data.pop(name, 0) for name in _HEAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.build import BuildOptions
 from data_pipeline.build import main as import_whole
+from data_pipeline.engines import local
+from data_pipeline.engines.job import Job
+from data_pipeline.engines.local import run_local
 from data_pipeline.engines.ranks import run_rank
 from data_pipeline.shards import ShardError
 from tests.data_pipeline.importers.jobs import blocked, contents, has_ended, make_records
 from tests.samples import imported
 from tests.torchrun import REPO
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 from tools.shards.__main__ import main
 
 RECORDS, PARTS, STOP = 700, 5, 400  # STOP: the record whose picture is its own
@@ -106,18 +111,21 @@ def test_ranks_of_srun_do_a_killed_ones_part(
     ranks = [
         {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3", "SLURM_JOB_ID": "7"} for rank in range(3)
     ]
-    with blocked(source.parent / f"own{STOP}.png"):
-        # A rank that the machine does not let run for some seconds is not silent: its part would
-        # be made by two, that wait at the same picture.
-        engine = ("--engine", "slurm", "--silence", "8")
-        jobs = [start(source, out, *engine, **rank) for rank in ranks]
-        first = stuck(out, set())
-        os.kill(first, signal.SIGKILL)
-        second = stuck(out, {first})
-        assert {first, second} < {job.pid for job in jobs}
-        assert attempts(out)[first] == attempts(out)[second]
-        os.kill(second, signal.SIGKILL)
-    assert sorted(job.wait() for job in jobs) == [-9, -9, 0]
+    # A rank that the machine does not let run for some seconds is not silent: its part would be
+    # made by two, that wait at the same picture.
+    engine = ("--engine", "slurm", "--silence", "8")
+    with contextlib.ExitStack() as last:
+        with blocked(source.parent / f"own{STOP}.png"):
+            jobs = [start(source, out, *engine, **rank) for rank in ranks]
+            for job in jobs:
+                last.callback(job.kill)
+            first = stuck(out, set())
+            os.kill(first, signal.SIGKILL)
+            second = stuck(out, {first})
+            assert {first, second} < {job.pid for job in jobs}
+            assert attempts(out)[first] == attempts(out)[second]
+            os.kill(second, signal.SIGKILL)
+        assert sorted(job.wait(PATIENCE) for job in jobs) == [-9, -9, 0]
     assert contents(out) == whole
 
 
@@ -140,3 +148,19 @@ def test_what_is_wrong_is_said_once(
     assert "records rejected (missing_file" in capsys.readouterr().err
     assert build(source.parent / "gone.jsonl", tmp_path / "c") == 1
     assert "gone.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_an_error_of_any_length_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe holds less of it: the part's process waits until it is read."""
+    words = "x" * 2**20
+
+    def failing(*_: object) -> None:
+        raise ShardError(words)
+
+    monkeypatch.setattr(local, "make_part", failing)
+    job = Job(str(source), str(tmp_path), BuildOptions(), 1)
+    job.folder.mkdir()
+    with pytest.raises(ShardError, match=f"^part 0: {words}$"):
+        run_local(job, workers=1, retries=0, done=lambda number: None)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.data_pipeline.engines.test_engines import STOP, attempts, build, start, stuck
 from tests.data_pipeline.importers.jobs import blocked, contents, make_records
+from tests.waiting import PATIENCE
 from tools.bench.ray_nodes import add_node, ray_cluster, raylet_of
 
 if not os.environ.get("TEST_RAY"):
@@ -48,5 +49,5 @@ def test_a_killed_worker_and_a_killed_node_cost_a_part(cluster: Any, tmp_path: P
         assert len({attempts(out)[pid] for pid in (worker, second, third)}) == 1
         assert psutil.Process(third).parent() != raylet
     os.kill(third, signal.SIGKILL)  # it waits at the picture for ever
-    assert job.wait() == 0
+    assert job.wait(PATIENCE) == 0
     assert contents(out) == contents(whole)

@@ -25,7 +25,7 @@ from data_pipeline.stores import StoreOptions
 from data_pipeline.video import frames_at, probe_video
 from tests.data_pipeline.importers.jobs import blocked, command, contents, has_shards, make_records
 from tests.samples import graded_video, imported
-from tests.waiting import until
+from tests.waiting import PATIENCE, running, until
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -65,12 +65,14 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_ends_the_import_which_then_goes_on(tmp_path: Path) -> None:
     source, out = make_records(tmp_path / "in", 600), tmp_path / "out"
     arguments = command(source, out, "--workers", 1, "--samples-per-shard", 20)
-    with blocked(source.parent / "own400.png"):
-        job = subprocess.Popen(arguments, cwd=REPO, stderr=subprocess.PIPE, text=True)
+    with (
+        blocked(source.parent / "own400.png"),
+        running(arguments, cwd=REPO, stderr=subprocess.PIPE, text=True) as job,
+    ):
         until(partial(has_shards, out, 1))
         (worker,) = psutil.Process(job.pid).children()
         worker.kill()
-        said = job.communicate()[1]
+        said = job.communicate(timeout=PATIENCE)[1]
     assert job.returncode == 1
     assert "a worker was killed (out of memory?): the same command goes on" in said
     assert build_shards(source, out, BuildOptions(samples_per_shard=20)).records == 600
@@ -92,13 +94,13 @@ def test_text_that_no_file_can_hold_is_rejected(tmp_path: Path) -> None:
 
 def test_two_imports_into_one_folder_do_not_run_at_once(tmp_path: Path) -> None:
     source, out = make_records(tmp_path / "in", 600), tmp_path / "out"
-    with blocked(source.parent / "own400.png"):
-        first = subprocess.Popen(command(source, out, "--workers", 0), cwd=REPO)
+    with (
+        blocked(source.parent / "own400.png"),
+        running(command(source, out, "--workers", 0), cwd=REPO),
+    ):
         until((out / "shards.jsonl").exists)
         with pytest.raises(ShardError, match="another import into it is running"):
             build_shards(source, out)
-        first.kill()
-        first.wait()
     assert build_shards(source, out).records == 600
 
 

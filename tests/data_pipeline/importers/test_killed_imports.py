@@ -22,17 +22,14 @@ from tests.data_pipeline.importers.jobs import (
 )
 from tests.samples import imported
 from tests.torchrun import REPO
-from tests.waiting import until
+from tests.waiting import running, until
 
 
 def import_and_kill(source: Path, out: Path, shards: int, *options: object) -> None:
     """An import that is killed once it has as many shards."""
-    job = subprocess.Popen(
-        command(source, out, *options), cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    until(partial(has_shards, out, shards))
-    job.kill()
-    job.wait()
+    words = command(source, out, *options)
+    with running(words, cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL) as job:
+        until(partial(has_shards, out, shards))
     until(partial(has_ended, job.pid))
 
 

@@ -135,6 +135,7 @@ def test_killed_replicas_lose_no_word(front: Drill, tiny: Path) -> None:
         running = [asyncio.create_task(client.run(ends)) for client in clients]
         for frames in (4, 8):
             while min(client.frames for client in clients) < frames:
+                assert not any(client.done() for client in running)
                 await asyncio.sleep(0.01)
             await front.kill(least=1)
         killed.set()

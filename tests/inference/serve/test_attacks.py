@@ -34,7 +34,7 @@ from tests.inference.serve.attacking import (
     small_engine,
 )
 from tests.inference.serve.serving import Running, jpeg, serving, standing_still
-from tests.waiting import PATIENCE, until
+from tests.waiting import PATIENCE, received, until
 
 
 @pytest.fixture(scope="module")
@@ -353,9 +353,7 @@ def test_other_hosts_and_sites_ask_nothing(server: Running) -> None:
     upgrade = "GET /v1/realtime HTTP/1.1\nHost: evil.example\nUpgrade: websocket\n"
     upgrade += "Connection: Upgrade\nSec-WebSocket-Version: 13\n"
     one = raw(server, upgrade + "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\n\n")
-    said = b""
-    while b"not a name of this server" not in said:
-        said += one.recv(4096)
+    received(one, lambda said: b"not a name of this server" in said)
 
 
 def test_names_of_the_server_are_given(engine: Engine) -> None:

@@ -26,7 +26,7 @@ from inference.serve.limits import Limits
 from inference.serve.server import Certificate
 from tests.inference.serve.attacking import USER, answers, raw, small_engine
 from tests.inference.serve.serving import Running, jpeg, self_signed, serving
-from tests.waiting import PATIENCE, until
+from tests.waiting import PATIENCE, received, until
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SENT = 1.0  # seconds in which a client must read
@@ -177,9 +177,8 @@ def test_pings_and_parts_of_messages_are_answered(server: Running) -> None:
         for at in range(len(text)):
             last = at == len(text) - 1
             one.sendall(frame(0 if at else 1, text[at : at + 1], last=last))
-        said = b""
-        while b"closed by the client" not in said.rpartition(b"session.closed")[2]:
-            said += one.recv(65536)
+        end = b"closed by the client"
+        said = received(one, lambda said: end in said.rpartition(b"session.closed")[2])
         assert all(b"\x8a%c%d" % (len(b"%d" % n), n) in said for n in range(100))
 
 

@@ -20,7 +20,7 @@ from inference.engine.engine import Engine
 from inference.serve import answers
 from tests.inference.serve.attacking import LIMITS, USER, free, raw, small_engine
 from tests.inference.serve.serving import CHAT, Running, serving, standing_still
-from tests.waiting import PATIENCE, until
+from tests.waiting import PATIENCE, received, until
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,8 @@ def test_a_client_that_has_gone_ends_its_answer_while_nothing_is_said(
         going_on.enter_context(standing_still(engine))
         with tunnel(server) if tunneled else raw(server, "") as client:
             client.sendall(request(server, stream=stream))
-            came = b""
-            while stream and b"assistant" not in came:
-                came += client.recv(2**16)
+            if stream:
+                received(client, lambda came: b"assistant" in came)
             server.wait(1)
             (running,) = server.hub.runner._running
         until(lambda: running.closing)
@@ -106,9 +105,7 @@ def test_one_that_reads_gets_its_stream_though_nothing_is_said_for_long(
         with standing_still(engine):
             client.sendall(request(server, stream=True, max_tokens=4))
             client.shutdown(socket.SHUT_WR)
-            came = b""
-            while came.count(b"\r\n:\n\n\r\n") < 3:
-                came += client.recv(2**16)
+            came = received(client, lambda came: came.count(b"\r\n:\n\n\r\n") >= 3)
         while piece := client.recv(2**16):
             came += piece
     assert came.endswith(b"0\r\n\r\n")

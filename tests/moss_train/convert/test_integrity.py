@@ -252,7 +252,7 @@ class Peak(threading.Thread):
     """Watches what this process uses, beyond what it used at first."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(daemon=True)  # where the conversion fails nobody ends it
         self.process = psutil.Process()
         self.first = self.peak = self.process.memory_info().rss
         self.over = threading.Event()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from moss_train.train.heartbeat import Heartbeat, HeartbeatWriter, read
 from moss_train.train.machines import Machines
 from moss_train.train.stragglers import slow_ranks
 from moss_train.train.watchdog import wake, watch
-from tests.waiting import until
+from tests.waiting import running, until
 
 
 def seen(rank: int, step: int, doing: str, silent_s: float, **other: Any) -> RankStatus:
@@ -66,11 +65,10 @@ def test_the_flight_recorder_is_asked_and_its_dump_is_kept(tmp_path, monkeypatch
 
 @contextmanager
 def stopped_launcher() -> Iterator[int]:
-    with subprocess.Popen(["sleep", "1000"]) as launcher:
+    with running(["sleep", "1000"]) as launcher:
         os.kill(launcher.pid, signal.SIGSTOP)
         until(lambda: stat_fields(launcher.pid)[0] == "T")
         yield launcher.pid
-        launcher.kill()
 
 
 def test_a_stopped_launcher_is_continued():
@@ -142,6 +140,7 @@ def test_a_usual_step_is_the_median_of_those_that_were_seen():
 
 def test_machines_learn_what_the_others_see_and_that_one_says_hang(monkeypatch):
     monkeypatch.setattr(machines, "PATIENCE", 120.0)
+    monkeypatch.setattr(machines, "EVERY", 0.1)
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     port = store.port
     ranks = [seen(number, 12, "data", 1) for number in range(2)]

@@ -52,6 +52,7 @@ def test_what_was_done_before_a_server_ended_is_in_the_table(tmp_path: Path) -> 
             "--out", str(tmp_path / "out"), "--tasks", "ZeroBench(Sub)",
             "--zerobench", str(questions), "--concurrency", "1",
         ])  # fmt: skip
+        server.shutdown()  # where no question has come
         closing.join()
     assert code == FAILED
     (row,) = read_results(tmp_path / "out").rows
