@@ -62,9 +62,15 @@ def open_loggers(config: Config, resume_from: Path | None) -> Iterator[list[Wand
         yield loggers
         failed = False
     finally:
-        for logger in loggers:
-            with or_warning(f"{type(logger).__name__}'s files"):
-                logger.close(failed)
+        close_loggers(loggers, failed)
+
+
+def close_loggers(loggers: list[Wandb | TensorBoard], failed: bool) -> None:
+    """Closes all that are in the list, which is empty then."""
+    while loggers:
+        logger = loggers.pop(0)
+        with or_warning(f"{type(logger).__name__}'s files"):
+            logger.close(failed)
 
 
 class Wandb:

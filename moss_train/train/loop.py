@@ -37,7 +37,7 @@ from moss_train.train.guard import BAD_STEPS_FILE, Guard, write_bad_step
 from moss_train.train.heartbeat import beat
 from moss_train.train.held_out import HeldOut, Measured, OpenSuites
 from moss_train.train.history import FoundRun, all_hosts, note, note_start, noting_errors
-from moss_train.train.loggers import open_loggers
+from moss_train.train.loggers import close_loggers, open_loggers
 from moss_train.train.metrics import Logger, MetricsWriter, StepLine, StepMetrics, read_metrics
 from moss_train.train.optimizer import make_train_state, schedule_warnings
 from moss_train.train.param_groups import check_gradients, freeze
@@ -83,11 +83,16 @@ def run(
         found = FoundRun(resume_from, damaged, changed)
         job = Job(config, resume_from, console, loggers, found, suites)
         try:
-            return job.run()
+            stopped = job.run()
         except BaseException:
             if dist.get_world_size() == 1:  # else the process ends, and its workers with it
                 job.reader.close()
             raise
+        close_loggers(loggers, failed=False)
+        # All end together: rank 0 still had to write the report, and to upload its last steps. Of a
+        # job that is stopped srun kills the machines that end seconds after the first.
+        dist.barrier()
+        return stopped
 
 
 class Job:

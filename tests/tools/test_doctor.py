@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from importlib.metadata import version
 
 import torch
 
 from data_pipeline import npu
+from moss_train.processes import stat_fields
+from tests.torchrun import REPO, free_port
 from tools.doctor import checks, speed
 from tools.doctor.__main__ import main
 
@@ -60,3 +67,45 @@ def test_local_ranks_sum_and_products_are_right():
     assert found.faults == []
     (sums,) = (value for what, value in found.rows if what.startswith("all-reduce, "))
     assert float(sums.split(" GB/s (")[0]) > 0
+
+
+def test_ranks_that_hang_end_with_their_launcher():
+    """`sums` kills torchrun when its time is over: ranks that hang in a sum, each in a session of
+    its own, would keep their GPUs."""
+    port = free_port()
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+           "TORCHELASTIC_RUN_ID": "hang"}  # fmt: skip
+    rank = f"{sys.executable} -m tools.doctor.speed & echo $!; wait"
+    launcher = subprocess.Popen(
+        ["sh", "-c", rank], cwd=REPO, env={**os.environ, **job}, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    pid = int(launcher.stdout.readline())
+    try:
+        _wait(lambda: _listens(port), "the rank does not wait for the other one")
+        launcher.kill()
+        launcher.wait()
+        _wait(lambda: not _runs(pid), "the rank has stayed")
+    finally:
+        if _runs(pid):
+            os.kill(pid, 9)
+
+
+def _wait(there, what: str) -> None:
+    until = time.monotonic() + 120
+    while not there():
+        assert time.monotonic() < until, what
+        time.sleep(0.1)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return stat_fields(pid)[0] not in "ZX"
+    except OSError:
+        return False

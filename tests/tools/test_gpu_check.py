@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+import stat
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_pipeline import devices, fp8
+from moss_train.processes import stat_fields
 from moss_train.train.trace import summarize
-from tools.gpu_check import preflight
+from tools.gpu_check import preflight, workbench
 from tools.gpu_check.__main__ import main
+from tools.gpu_check.bounded import run_bounded
 from tools.gpu_check.cases import CASES
 from tools.gpu_check.report import PAGE, last_measured, report
-from tools.gpu_check.sections import CPU_LOSSES, GPU_LOSSES, LIMITS, compare_losses
+from tools.gpu_check.sections import (
+    CPU_LOSSES,
+    GPU_LOSSES,
+    LIMITS,
+    compare_losses,
+    run_section,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +57,80 @@ def test_what_is_done_is_kept_and_what_is_wrong_fails(rehearsed, capsys):
     _, out = rehearsed
     path = out / "decoder.json"
     found = json.loads(path.read_text())
-    path.write_text(json.dumps({"correct": False, "error": "not done within 120 s"}))
+    failed = {"correct": False, "error": "not done within 120 s", "setting": found["setting"]}
+    path.write_text(json.dumps(failed))
     assert main(["--rehearse", "--out", str(out), "--sections", "decoder"]) == 1
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("decoder  "))
     assert line.split(maxsplit=2) == ["decoder", "WRONG", "not done within 120 s"]
     path.write_text(json.dumps(found))
     assert main(["--rehearse", "--out", str(out), "--sections", "decoder"]) == 0
     assert json.loads(path.read_text()) == found
+
+
+def test_what_another_device_or_other_code_has_done_is_done_again(rehearsed, capsys):
+    """Else a GPU's run after a rehearsal would find all done, and call the CPU's findings its."""
+    _, out = rehearsed
+    path, other = out / "decoder.json", out / "resume.json"
+    kept = {file: file.read_text() for file in (path, other)}
+    found = json.loads(kept[path])
+    for changed in ({"device": "NVIDIA H200"}, {"code": "0123456789abcdef"}, {"torch": "2.11.0"}):
+        for file in kept:
+            setting = {**found["setting"], **changed}
+            file.write_text(json.dumps({"correct": True, "losses": [1.0], "setting": setting}))
+        assert main(["--rehearse", "--out", str(out), "--sections", "decoder"]) == 0
+        again = json.loads(path.read_text())
+        assert again["setting"] == found["setting"]
+        assert again["losses"] == found["losses"]
+        said = capsys.readouterr().out
+        assert f"resume: left out: {other} is of another device, or of other code" in said
+        assert "resume" not in json.loads((out / "all.json").read_text())
+    for file, text in kept.items():
+        file.write_text(text)
+
+
+def test_large_models_are_drawn_such_that_gradients_reach_all_that_trains(monkeypatch):
+    """As at the sizes of the 11B model, whose weights are drawn on the device. With gates of 0 the
+    gradient of the projector was 0, and a step that learned nothing was correct."""
+    monkeypatch.setattr(workbench, "DRAWN_ON_THE_CPU", 0)
+    drawn = workbench._draw
+    found = run_section("pt1", "cpu", True)
+    assert min(found["grad_norms"]) > 1e-3
+    assert found["losses"][1] < found["losses"][0]
+    assert found["correct"]
+
+    def closed(model) -> None:
+        drawn(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("attn_gate", "mlp_gate")):
+                    parameter.zero_()
+
+    monkeypatch.setattr(workbench, "_draw", closed)
+    assert not run_section("pt1", "cpu", True)["correct"]
+
+
+def test_nothing_is_left_of_a_section_that_takes_too_long(tmp_path, monkeypatch):
+    """A save has written tens of gigabytes then, by processes that go on."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    writer = tmp_path / "section"
+    writer.write_text(f"#!/bin/sh\nmktemp\nsleep 1000 &\necho $! > {tmp_path}/pid\nwait\n")
+    writer.chmod(writer.stat().st_mode | stat.S_IXUSR)
+    assert run_bounded([str(writer)], tmp_path / "log", 5) is None
+    assert (tmp_path / "log").read_text().startswith(str(tmp_path / "tmp"))
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert not _runs(int((tmp_path / "pid").read_text()))
+    command = [sys.executable, "-c", "import sys; print('done'); sys.exit(3)"]
+    assert run_bounded(command, tmp_path / "log", 60) == 3
+    assert (tmp_path / "log").read_text() == "done\n"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return stat_fields(pid)[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, groups):
@@ -79,11 +158,12 @@ def test_losses_that_differ_are_wrong():
         sides = {CPU_LOSSES: [2.0, 1.0], GPU_LOSSES: [2.0, loss]}
         return {name: {"correct": True, "losses": {"pt1": x}} for name, x in sides.items()}
 
-    for loss, correct in ((1.00009, True), (1.0002, False)):
+    for loss, correct in ((1.00009, True), (1.0002, False), (math.nan, False)):
         found = findings(loss)
         compare_losses(found)
         assert found[GPU_LOSSES]["correct"] == correct
-        assert found[GPU_LOSSES]["apart"]["pt1"] == pytest.approx(loss - 1.0)
+        apart = found[GPU_LOSSES]["apart"]["pt1"]
+        assert apart == pytest.approx(loss - 1.0, nan_ok=True)
 
 
 def test_the_pages_table_is_what_steps_are_compared_with(rehearsed):

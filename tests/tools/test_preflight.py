@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from data_pipeline.toy.build import ToyConfig, build_toy
 from tests.torchrun import Result, run_ranks
-from tools.preflight.checks import Findings
+from tools.preflight.checks import WRITTEN, Findings, _storage
 from tools.preflight.verdict import missing, table, wrong
 
 HOST = socket.gethostname()
@@ -85,3 +86,26 @@ def test_machines_that_differ_from_the_others_are_named():
     assert list(wrong([found(0), held_up], accelerator=False)) == []
     at = {0: "6 node0: all-reduce", 2: "3 node2: storage", 3: "6 node3: all-reduce"}
     assert list(missing(at)) == ["node2, rank 2: storage: no answer"]
+
+
+def test_what_storage_gives_back_is_read_from_storage(tmp_path):
+    """What has just been written is in memory: that would be read, whatever the disk has."""
+
+    def fetched() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+    if _is_in_memory(tmp_path):
+        pytest.skip("a folder in memory has no storage")
+    before, rank = fetched(), found(0)
+    _storage(tmp_path, rank)
+    assert rank.wrong == []
+    assert fetched() - before >= WRITTEN[False]
+    assert rank.speed["read MB/s"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def _is_in_memory(folder: Path) -> bool:
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [(len(place), kind) for place, kind in mounts if folder.is_relative_to(place)]
+    return max(above)[1] in ("tmpfs", "ramfs")

@@ -105,7 +105,6 @@ def measure(
     attend: Callable[[], Tensor], leaves: list[Tensor], repeat: int
 ) -> tuple[float, float, float]:
     """Measures a forward and backward pass: best seconds, best CPU seconds, peak of memory in GB.
-    CPU seconds (of all threads) say more than seconds where other processes share the cores.
 
     CPU seconds (of all threads) say more than seconds where other processes share the cores.
     """

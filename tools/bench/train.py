@@ -27,6 +27,7 @@ from data_pipeline.commands import CommandParser
 from data_pipeline.tables import format_table
 from moss_train.config import to_dict
 from tools.bench.contestant import Contestant
+from tools.differences import largest, relative
 
 REPO = Path(__file__).resolve().parents[2]
 LAYOUTS = {"single": 1, "tp2": 2, "pp2": 2, "dp2": 2}
@@ -104,7 +105,6 @@ def summarize(
         base = baselines[team.ranks]
         seconds = [turn["seconds"] for turn in team.turns]
         ratios = [b["seconds"] / s for b, s in zip(base.turns, seconds, strict=True)]
-        pairs = list(zip(team.losses, base.losses, strict=True))[: args.warmup]
         last = team.turns[-1]
         rows.append(
             {
@@ -120,7 +120,7 @@ def summarize(
                 "ratio": None if team is base else median(ratios),
                 "ratio_range": [min(ratios), max(ratios)],
                 "losses": team.losses,
-                "apart": max(abs(a - b) / abs(b) for a, b in pairs),
+                "apart": relative(team.losses[: args.warmup], base.losses[: args.warmup]),
             }
         )
     return rows
@@ -142,7 +142,7 @@ def table(result: dict[str, Any]) -> str:
              f"{row['frames_per_s']:.0f}", f"{row['peak_gb']:.2f} ({row['built_gb']:.2f})", ratio,
              f"{row['losses'][0]:.6f}")
         )  # fmt: skip
-    apart = max(row["apart"] for row in result["rows"])
+    apart = largest(row["apart"] for row in result["rows"])
     verdict = "agree" if apart <= AGREE else "DIFFER"
     return "\n".join(
         [
@@ -151,6 +151,11 @@ def table(result: dict[str, Any]) -> str:
             f"losses of the warm-up steps {verdict}: {apart:.1e} relative (limit {AGREE:.0e})",
         ]
     )
+
+
+def failed(results: list[dict[str, Any]]) -> bool:
+    """Whether a layout computes something else than the baseline."""
+    return any(not row["apart"] <= AGREE for result in results for row in result["rows"])
 
 
 def main() -> int:
@@ -177,7 +182,7 @@ def main() -> int:
         print(f"\n{table(results[-1])}", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"about": about, "stages": results}, indent=1) + "\n")
-    return int(any(row["apart"] > AGREE for result in results for row in result["rows"]))
+    return int(failed(results))
 
 
 if __name__ == "__main__":

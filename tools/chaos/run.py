@@ -20,6 +20,7 @@ from tools.chaos.faults import (
     while_it_starts,
 )
 from tools.chaos.training import EVERY, Training, in_peace, make_world, options
+from tools.differences import largest
 
 # A job hangs that has no new step for HUNG_S and STARTS times its first start: on a busy machine
 # later starts take longer.
@@ -196,17 +197,22 @@ class Chaos:
             missing = sorted(set(steps) - set(found))
             verdict.wrong.append(f"metrics.jsonl has {len(found)} steps; not {missing}")
         expected, losses = (
-            {row["step"]: row["loss"] for row in read_metrics(run)}
+            {row["step"]: _number(row["loss"]) for row in read_metrics(run)}
             for run in (quiet, self.folder / "run")
         )
         both = sorted(expected.keys() & losses.keys())
         apart = {step: abs(expected[step] - losses[step]) for step in both}
-        verdict.apart = max(apart.values(), default=math.nan)
+        verdict.apart = largest(apart.values()) if both else math.nan
         if not verdict.apart <= APART:
             first = next((step for step in both if not apart[step] <= APART), None)
             verdict.wrong.append(f"losses differ by {verdict.apart:.1e}, first at step {first}")
         if len(both) < verdict.steps:
             verdict.wrong.append(f"only {len(both)} of {verdict.steps} losses could be compared")
+
+
+def _number(loss: float | None) -> float:
+    """A loss of metrics.jsonl, where null stands for one that is not finite."""
+    return math.nan if loss is None else loss
 
 
 def _wrong(job: Training, code: int | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from data_pipeline import devices
 from moss_train import hardware
+from moss_train.processes import end_with_launcher
 from tools.doctor.checks import Findings
 from tools.gpu_check.preflight import ERROR, all_reduced, copies, product
 from tools.preloaded import python_path
@@ -70,6 +71,7 @@ def rank() -> None:
     """Runs one rank's part of `sums`; rank 0 prints the result."""
     from data_pipeline.ranks import joining, ranks_of
 
+    end_with_launcher()  # else ranks that hang would stay when `sums` has waited for too long
     ranks = ranks_of()
     device = devices.select(devices.best(), int(os.environ["LOCAL_RANK"]))
     with joining(ranks, lambda line: print(line, file=sys.stderr)):

@@ -2,17 +2,18 @@
 
 Sections, each in its own process: the machine (products, copies, versions); losses of all stages on
 the CPU and on the GPU; save and resume; training steps of the 11B model's shapes, with a profile of
-each; a save of 3 B parameters. About ten minutes. A section that is done is not run again: start
-the same command to go on. The exit code is 0 where all that is done is correct, however fast it is.
+each; a save of 3 B parameters. About ten minutes. A section that is done is not run again, unless
+it was on another device, or with other code or packages: start the same command to go on. The exit
+code is 0 where all that is done is correct, however fast it is.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.atomic import write_atomically
 from data_pipeline.commands import DONE, FAILED, CommandParser, report_error
@@ -25,25 +26,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the sections that are asked for and not done yet; reports all findings, also as JSON."""
     from tools.gpu_check.report import PAGE, report
     from tools.gpu_check.sections import LIMITS, compare_losses
+    from tools.gpu_check.setting import setting
 
     args = _parser(list(LIMITS)).parse_args(arguments)
     if args.one is not None:
-        return _run_one(args.one, args.rehearse, args.out)
+        return _run_one(args.one, args.rehearse, _file(args.out, args.one))
     if not args.rehearse and not hardware.has_accelerator():
         return report_error(PROGRAM, "torch finds no CUDA device: try --rehearse on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
+    here = setting(args.rehearse)
     for name in args.sections or LIMITS:
         path = _file(args.out, name)
+        if not args.again and _kept(path, here) is not None:
+            print(f"{name}: done before", flush=True)
+            continue
+        path.unlink(missing_ok=True)
         started = time.perf_counter()
-        if args.again or not path.exists():
-            path.unlink(missing_ok=True)
-            if args.rehearse:
-                _run_one(name, True, args.out)
-            else:
-                _run_process(name, args.out, LIMITS[name])
+        _run(name, args.rehearse, path, LIMITS[name], here)
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-    paths = {name: _file(args.out, name) for name in LIMITS}
-    findings = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    kept = {name: _kept(_file(args.out, name), here) for name in LIMITS}
+    findings = {name: found for name, found in kept.items() if found is not None}
+    for name in LIMITS:
+        path = _file(args.out, name)
+        if name not in findings and path.exists():
+            print(f"{name}: left out: {path} is of another device, or of other code", flush=True)
     compare_losses(findings)
     print("\n" + report(findings, PAGE.read_text() if PAGE.exists() else ""), flush=True)
     write_atomically(args.out / "all.json", json.dumps(findings, indent=1) + "\n")
@@ -66,25 +72,42 @@ def _file(folder: Path, name: str) -> Path:
     return folder / f"{name.replace(' ', '_')}.json"
 
 
-def _run_one(name: str, rehearse: bool, folder: Path) -> int:
+def _kept(path: Path, here: dict[str, str]) -> dict[str, Any] | None:
+    """The findings of a section that was done in this setting; None where it was not."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return found if found.get("setting") == here else None
+
+
+def _run(name: str, rehearse: bool, path: Path, limit: float, here: dict[str, str]) -> None:
+    """Runs a section, and notes in its findings in which setting."""
+    if rehearse:
+        _run_one(name, True, path)
+    else:
+        _run_process(name, path, limit)
+    found = json.loads(path.read_text())
+    write_atomically(path, json.dumps({**found, "setting": here}, indent=1) + "\n")
+
+
+def _run_one(name: str, rehearse: bool, path: Path) -> int:
     from tools.gpu_check.sections import run_section
 
     found = run_section(name, "cpu" if rehearse else hardware.TRAINS, rehearse)
-    write_atomically(_file(folder, name), json.dumps(found, indent=1) + "\n")
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
     return DONE
 
 
-def _run_process(name: str, folder: Path, limit: float) -> None:
+def _run_process(name: str, path: Path, limit: float) -> None:
     """Runs a section in a process; an error that ends it is its finding."""
-    command = [sys.executable, "-m", "tools.gpu_check", "--one", name, "--out", str(folder)]
-    log, path = _file(folder, name).with_suffix(".log"), _file(folder, name)
-    with log.open("w") as out:
-        try:
-            code = subprocess.run(command, stdout=out, stderr=out, timeout=limit).returncode
-            error = f"ended with {code}: see {log}"
-        except subprocess.TimeoutExpired:
-            error = f"not done within {limit:g} s: see {log}"
+    from tools.gpu_check.bounded import run_bounded
+
+    command = [sys.executable, "-m", "tools.gpu_check", "--one", name, "--out", str(path.parent)]
+    log = path.with_suffix(".log")
+    code = run_bounded(command, log, limit)
     if not path.exists():
+        ended = f"not done within {limit:g} s" if code is None else f"ended with {code}"
+        error = f"{ended}: see {log}"
         write_atomically(path, json.dumps({"correct": False, "error": error}) + "\n")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.tables import format_table
 from moss_train.train.trace import Profile
+from tools.differences import largest
 from tools.gpu_check.cases import CASES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
@@ -40,7 +41,7 @@ def _words(found: dict[str, Any]) -> str:
         copy = found["copies_gb_per_s"]["on the device"]
         return f"{found['device']}: {', '.join(rates)} TFLOP/s, copies {copy:.3g} GB/s"
     if "apart" in found:
-        return f"largest relative difference to the CPU {max(found['apart'].values()):.1e}"
+        return f"largest relative difference to the CPU {largest(found['apart'].values()):.1e}"
     if "kinds" in found:
         wrong = (f"{name} is not right here" for name in found["not_right"])
         return ", ".join([*(f"{n} {loss:.4f}" for n, loss in found["kinds"].items()), *wrong])

@@ -17,6 +17,7 @@ from moss_train.train.process import (
     start_process_group,
     start_writer_queue,
 )
+from tools.differences import largest, relative
 from tools.gpu_check import saving
 from tools.gpu_check.cases import CASES, REHEARSED, STAGES, Case
 from tools.gpu_check.preflight import preflight
@@ -90,9 +91,8 @@ def attention_losses(device: str) -> dict[str, Any]:
         if bench.config.model.attention != name:
             replaced.append(name)  # it did not prove right
         losses[name] = bench.step(bench.batch()).loss
-    theirs = losses["sdpa"]
-    apart = {name: abs(loss - theirs) / abs(theirs) for name, loss in losses.items()}
-    correct = not replaced and max(apart.values()) <= ROUNDED
+    apart = relative(losses.values(), [losses["sdpa"]] * len(losses))
+    correct = not replaced and apart <= ROUNDED
     return {"correct": correct, "kinds": losses, "not_right": replaced}
 
 
@@ -101,9 +101,6 @@ def compare_losses(findings: dict[str, dict[str, Any]]) -> None:
     if not all("losses" in findings.get(name, {}) for name in (CPU_LOSSES, GPU_LOSSES)):
         return
     theirs, ours = findings[CPU_LOSSES]["losses"], findings[GPU_LOSSES]["losses"]
-    worst = {
-        stage: max(abs(a - b) / abs(a) for a, b in zip(theirs[stage], ours[stage], strict=True))
-        for stage in theirs
-    }
+    worst = {stage: relative(ours[stage], theirs[stage]) for stage in theirs}
     findings[GPU_LOSSES]["apart"] = worst
-    findings[GPU_LOSSES]["correct"] &= max(worst.values()) <= TOLERANCE
+    findings[GPU_LOSSES]["correct"] &= largest(worst.values()) <= TOLERANCE

@@ -23,6 +23,7 @@ from moss_train.model_config import ModelConfig
 from moss_train.parallel.schedule import run_logits, run_schedule
 from moss_train.verify.case import Case
 from moss_train.verify.forward import greedy_tokens, row_input
+from tools.differences import largest
 
 CASES = ("image", "video", "video_padded", "realtime")
 MLLAMA = Path(__file__).resolve().parents[2] / "golden" / "mllama.safetensors"
@@ -139,7 +140,7 @@ def differences(case: Case, got: dict[str, Tensor]) -> dict[str, float]:
         wanted = case.expected[name]
         if name.startswith("grad."):
             off = ((value - wanted).norm() / wanted.norm()).item()
-            worst["gradients"] = max(worst.get("gradients", 0.0), off)
+            worst["gradients"] = largest([worst.get("gradients", 0.0), off])
             continue
         if name == "logits":
             value, wanted = value[kept], wanted[kept]

@@ -11,6 +11,7 @@ import torch
 
 from tests.torchrun import run_ranks
 from tests.workers.matrix import CASES, STEPS
+from tools.differences import largest
 
 LAYOUTS: dict[int, dict[str, dict]] = {
     1: {"single": {}},
@@ -208,15 +209,15 @@ def test_each_rank_encodes_its_share(load: Load) -> None:
 
 def _worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Largest relative difference of a tensor, by norm; tensors that are zero must be equal."""
-    worst = 0.0
+    apart = []
     scale = max((float(t.norm()) for t in theirs.values()), default=0.0)
     if scale == 0:  # nothing has a gradient: pt1 on text alone
         return float(any(t.any() for t in ours.values()))
     for name, expected in theirs.items():
         difference = float((ours[name] - expected).norm())
         # A tensor whose numbers vanish beside all others is compared to 1e-6 of the largest.
-        worst = max(worst, difference / max(float(expected.norm()), 1e-6 * scale))
-    return worst
+        apart.append(difference / max(float(expected.norm()), 1e-6 * scale))
+    return largest(apart)
 
 
 def _check_shares(encoded: list[list[int]], shares: int) -> None:

@@ -29,7 +29,9 @@ def test_all_ranks_write_into_one_run_folder(small, tmp_path):
     """The default folder has the second of the start in its name, and rank 1 starts later."""
     loggers = ["logger=wandb", "logger.wandb_mode=offline", "logger.tensorboard=true"]
     options = [*small, "parallel=dp2", "trainer.steps=3", "trainer.profile=2..3", *loggers]
-    run_ranks("tests/workers/late.py", 2, str(tmp_path), *options, out=tmp_path / "out")
+    done = run_ranks("tests/workers/late.py", 2, str(tmp_path), *options, out=tmp_path / "out")
+    # Ranks end together: srun kills the machines that end seconds after the first.
+    assert done.load_all("ended") == [True, True]
     (run,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"pt2-\d{8}-\d{6}", run.name)
     assert not (tmp_path / "outputs").exists()

@@ -1,0 +1,26 @@
+"""What findings are of: the device, the packages and the code that they were found with."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+from moss_train import hardware
+from tools.gpu_check.preflight import versions
+
+REPO = Path(__file__).resolve().parents[2]
+CODE = ("moss_train/**/*.py", "data_pipeline/**/*.py", "tools/gpu_check/*.py", "conf/**/*.yaml")
+
+
+def setting(rehearse: bool) -> dict[str, str]:
+    """Tells findings apart: those of a rehearsal, or of other code, say nothing of this run."""
+    device = "rehearsed" if rehearse else hardware.device_name()
+    return {"device": device, **versions(), "code": _code()}
+
+
+def _code() -> str:
+    """A digest of all files that a section may run or read."""
+    digest = sha256()
+    for file in sorted(path for pattern in CODE for path in REPO.glob(pattern)):
+        digest.update(f"{file.relative_to(REPO)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
