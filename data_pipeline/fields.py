@@ -10,7 +10,7 @@ list(wrong_values(config))  # ["lr=nan: must be a finite number greater than 0"]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
@@ -70,6 +70,11 @@ def numbers(default: Sequence[float], **bounds: Any) -> Any:
     return field(default_factory=lambda: list(default), metadata={ALLOWED: Range(**bounds)})
 
 
+def numbers_by(**bounds: Any) -> Any:
+    """A field that holds numbers of `Range(**bounds)` by keys, by default none."""
+    return field(default_factory=dict, metadata={ALLOWED: Range(**bounds)})
+
+
 def choice(default: str | None, choices: Sequence[str]) -> Any:
     """A field that holds one of `choices`; None where its type allows it."""
     return field(default=default, metadata={ALLOWED: tuple(choices)})
@@ -124,7 +129,8 @@ def check_number(name: str, value: float | None, *, whole: bool = False, **bound
 def _wrong(name: str, value: Any, allowed: Range | tuple[str, ...], hint: str) -> Iterator[str]:
     if value is None and "None" in hint:
         return
-    given = value if isinstance(value, list | tuple) else [value]
+    given: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
+    given = value.values() if isinstance(value, dict) else given
     if isinstance(allowed, tuple):
         if any(one not in allowed for one in given):
             of = "some of" if isinstance(value, list | tuple) else "one of"

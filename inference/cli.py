@@ -43,7 +43,11 @@ _SAMPLING_HELP = {
     "temperature": "temperature of sampling; 0: the most likely token",
     "top_k": "sample from so many of the most likely tokens only; 0: from all",
     "top_p": "sample from the most likely tokens that together have this probability only",
+    "min_p": "sample from tokens at least this probable only, as a share of the most likely one's "
+    "probability",
     "repetition_penalty": "factor by which the logits of tokens in the context are lowered",
+    "presence_penalty": "subtracted from the logits of tokens that were said before",
+    "frequency_penalty": "subtracted from a token's logit as often as it was said before",
     "silence_bias": "added to the logit of <|silence|>; above 0 the model speaks less",
     "seed": "seed of sampling (default: a new one each time)",
 }
@@ -91,6 +95,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of Sampling."""
     for entry in fields(Sampling):
+        if entry.name not in _SAMPLING_HELP:
+            continue
         kind = int if entry.default is None else type(entry.default)
         flag(parser, entry.name, type=kind, default=entry.default, metavar="X",
              help=_SAMPLING_HELP[entry.name])  # fmt: skip
@@ -107,7 +113,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def sampling(args: argparse.Namespace) -> Sampling:
     """CommandError where a value is out of range. A seed that is drawn is told."""
     with refusing_values():
-        made = Sampling(**{entry.name: getattr(args, entry.name) for entry in fields(Sampling)})
+        made = Sampling(**{name: getattr(args, name) for name in _SAMPLING_HELP})
     if args.seed is None and made.temperature > 0:
         note(f"--seed {made.seed} draws the same again")
     return made

@@ -219,8 +219,10 @@ class Engine:
 
         Raises:
             EngineFull: there is none.
+            ValueError: `logit_bias` names what is no token that can be sampled.
         """
         self.check_free()
+        self.sampler.check(sampling)
         return self.take(sampling)
 
     def check_free(self) -> None:
@@ -237,7 +239,8 @@ class Engine:
         return slot
 
     def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
-        """Changes how the slot's next tokens are sampled."""
+        """Changes how the slot's next tokens are sampled. Raises ValueError as `open` does."""
+        self.sampler.check(sampling)
         slot.sampling = sampling
         self.sampler.set(slot.index, sampling)
         if sampling.repetition_penalty != 1:
@@ -314,8 +317,8 @@ class Engine:
             step.slot.pending = sampled[step.slot.index] if step.sample else None
             if step.slot.pending == NO_TOKEN:
                 step.slot.pending, step.slot.broken = None, True
-            if step.slot.pending is not None and step.slot.sampling.repetition_penalty != 1:
-                self.sampler.add_context(step.slot.index, [step.slot.pending])
+            if step.slot.pending is not None:
+                self.sampler.add_sampled(step.slot.index, step.slot.pending, step.slot.sampling)
             results.append(step.slot.pending)
         return results
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from data_pipeline.fields import check_values, number
+from data_pipeline.fields import check_values, number, numbers_by
 from inference.engine.upload import upload
 
 SEEDS = (-(2**63), 2**63 - 1)  # allowed
 NO_TOKEN = -1  # in place of one, where logits are NaN
 DRAWN_SEEDS = 2**53  # a seed that is drawn is below: every reader of JSON holds it exactly
+# Fields of Sampling that are numbers of a slot on the device, in the order of their columns.
+_NUMBERS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "silence_bias",
+)  # fmt: skip
 
 
 class Draw(IntEnum):
@@ -32,15 +37,22 @@ class Draw(IntEnum):
 
 @dataclass
 class Sampling:
-    """How one slot samples.
+    """How one slot samples. In this order: logit_bias, penalties, silence_bias, temperature, min_p,
+    top_k, top_p.
 
     temperature: 0 takes the most likely token.
     top_k: only the k most likely tokens (0, and -1 as vLLM writes it: all).
     top_p: only the most likely of those that together have this probability.
+    min_p: only tokens at least this probable, as a share of the most likely one's probability.
     repetition_penalty: logits of tokens in the context are divided (if positive) or multiplied by
-        it, as in transformers; `<|silence|>` is exempt, which a stream repeats all the time.
+        it, as in transformers; `<|silence|>` is exempt, which a stream repeats all the time, as it
+        is from the next two.
+    presence_penalty: subtracted from the logit of a token that was sampled before, as in OpenAI's
+        API.
+    frequency_penalty: subtracted from a token's logit as often as it was sampled before.
     silence_bias: added to the logit of `<|silence|>`: above 0 the model speaks less.
     seed: of the draws, a signed 64-bit number; None: a new one, which `seed` then holds.
+    logit_bias: added to the logits of these tokens.
 
     Raises ValueError that names a field out of range.
     """
@@ -48,9 +60,13 @@ class Sampling:
     temperature: float = number(0.0, least=0)
     top_k: int = number(0, least=0)
     top_p: float = number(1.0, above=0, most=1)
+    min_p: float = number(0.0, least=0, most=1)
     repetition_penalty: float = number(1.0, above=0)
+    presence_penalty: float = number(0.0)
+    frequency_penalty: float = number(0.0)
     silence_bias: float = number(0.0)
     seed: int | None = number(None, least=SEEDS[0], most=SEEDS[1])
+    logit_bias: dict[int, float] = numbers_by()  # noqa: RUF009
 
     def __post_init__(self) -> None:
         self.top_k = 0 if self.top_k == -1 else self.top_k
@@ -62,29 +78,47 @@ class Sampling:
         """The operations that choosing this slot's token takes."""
         if self.temperature > 0:
             return Draw.CUT if self.top_k or self.top_p < 1 else Draw.WHOLE
-        unchanged = (self.repetition_penalty, self.silence_bias) == (1.0, 0.0)
-        return Draw.GREEDY if unchanged else Draw.WHOLE
+        penalties = self.repetition_penalty != 1 or self.counts
+        return Draw.WHOLE if penalties or self.silence_bias or self.logit_bias else Draw.GREEDY
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often each token was sampled."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class Sampler:
-    """Settings of all slots in device tensors, and the tokens of each slot's context."""
+    """Settings of all slots in device tensors, the tokens of each slot's context, and how often
+    each was sampled."""
 
     def __init__(self, slots: int, vocabulary: int, silence: int | None, device: torch.device):
         self.silence = silence
         self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
-        # Columns in the order of Sampling's fields, without the last.
-        self.settings = torch.zeros(slots, 5, dtype=torch.float64, device=device)
+        self.said = torch.zeros(slots, vocabulary, dtype=torch.int32, device=device)
+        self.bias = torch.zeros(slots, vocabulary, dtype=torch.float32, device=device)
+        self._biased = set[int]()  # slots
+        self.settings = torch.zeros(slots, len(_NUMBERS), dtype=torch.float64, device=device)
         self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def open(self, slot: int, sampling: Sampling) -> None:
         """A new context with these settings."""
         self.set(slot, sampling)
         self.seen[slot] = False
+        self.said[slot] = 0
 
     def set(self, slot: int, sampling: Sampling) -> None:
         """Other settings for the same context."""
-        row = [float(getattr(sampling, field.name)) for field in fields(Sampling)[:-1]]
-        self.settings[slot] = upload(row, self.settings.device, torch.float64)
+        device = self.settings.device
+        row = [float(getattr(sampling, name)) for name in _NUMBERS]
+        self.settings[slot] = upload(row, device, torch.float64)
+        if slot in self._biased:
+            self.bias[slot] = 0
+            self._biased.remove(slot)
+        if sampling.logit_bias:
+            self._biased.add(slot)
+            tokens = upload([*sampling.logit_bias], device, torch.int64)
+            added = upload([*sampling.logit_bias.values()], device, torch.float32)
+            self.bias[slot].index_copy_(0, tokens, added)
         assert sampling.seed is not None
         self.seeds[slot].fill_(sampling.seed)  # for `= seed` the host would wait
 
@@ -94,6 +128,21 @@ class Sampler:
         if known:
             self.seen[slot].index_fill_(0, upload(known, self.seen.device), True)
 
+    def add_sampled(self, slot: int, token: int, sampling: Sampling) -> None:
+        """Adds a token that was sampled with these settings, where they ask for it."""
+        if sampling.repetition_penalty != 1:
+            self.add_context(slot, [token])
+        if sampling.counts and token != self.silence:
+            self.said[slot, token].add_(1)
+
+    def check(self, sampling: Sampling | None) -> None:
+        """Raises ValueError for a bias of what is no token that can be sampled."""
+        most = self.said.shape[1] - 1
+        for token in sampling.logit_bias if sampling is not None else ():
+            if not 0 <= token <= most:
+                words = f"{token}: the model says tokens from 0 to {most}"
+                raise ValueError(f"sampling: logit_bias: {words}")
+
     def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, draw: Draw) -> Tensor:
         """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`; NO_TOKEN where
         one of these is NaN.
@@ -102,15 +151,12 @@ class Sampler:
         """
         if draw is Draw.GREEDY:
             return _likeliest(logits)
-        settings = self.settings[slots][..., None]  # [n, 5, 1]
-        temperature, top_k, top_p, penalty, bias = settings.unbind(1)
-        scores = logits.float()
-        penalty = penalty.float()
-        penalized = torch.where(scores > 0, scores / penalty, scores * penalty)
-        scores = torch.where(self.seen[slots], penalized, scores)
-        if self.silence is not None:
-            scores[:, self.silence] += bias[:, 0].float()
+        settings = self.settings[slots][..., None]  # [n, 8, 1]
+        temperature, top_k, top_p, min_p, *changes = settings.unbind(1)
+        scores = self._changed(logits, slots, *changes)
         scaled = scores / torch.where(temperature > 0, temperature, 1.0).float()
+        least = scaled.amax(-1, keepdim=True) + min_p.log().float()
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
         seed = self.seeds[slots][:, None]
         if draw is Draw.CUT:
             drawn = _draw_cut(scaled, top_k, top_p, seed, positions)
@@ -119,6 +165,26 @@ class Sampler:
             drawn = (scaled + _gumbel(seed, positions, tokens)).argmax(-1)
         likeliest = _likeliest(scores)
         return torch.where((temperature[:, 0] > 0) & (likeliest != NO_TOKEN), drawn, likeliest)
+
+    def _changed(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+        silence: Tensor,
+    ) -> Tensor:
+        """Logits `[n, V]` in fp32 with the biases and penalties `[n, 1]` of their slots."""
+        scores = logits.float() + self.bias[slots]
+        repetition = repetition.float()
+        penalized = torch.where(scores > 0, scores / repetition, scores * repetition)
+        scores = torch.where(self.seen[slots], penalized, scores)
+        said = self.said[slots]
+        scores -= said * frequency.float() + (said > 0) * presence.float()
+        if self.silence is not None:
+            scores[:, self.silence] += silence[:, 0].float()
+        return scores
 
 
 def _likeliest(logits: Tensor) -> Tensor:

@@ -138,9 +138,11 @@ class ShardedEngine(Engine):
 
     def open(self, sampling: Sampling | None = None) -> Slot:
         self.check_free()
+        self.sampler.check(sampling)
         return self.on_all(Engine.open, sampling or Sampling())  # the same seed on every rank
 
     def set_sampling(self, slot: Slot, sampling: Sampling) -> None:
+        self.sampler.check(sampling)
         self.on_all(Engine.set_sampling, slot, sampling)
 
     def close(self, slot: Slot) -> None:

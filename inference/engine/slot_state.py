@@ -25,6 +25,7 @@ def state_of(slot: Slot, sampler: Sampler, cache: KVCache) -> dict[str, Any]:
         "ring": {"first": list(slot.ring.first), "count": slot.ring.count},
         "sampling": dict(vars(slot.sampling)),
         "seen": sampler.seen[slot.index].cpu().clone(),
+        "said": sampler.said[slot.index].cpu().clone() if slot.sampling.counts else None,
         **cache.save(slot),
     }
 
@@ -38,6 +39,8 @@ def fill(slot: Slot, state: dict[str, Any], sampler: Sampler, cache: KVCache) ->
     slot.ring.first, slot.ring.count = list(state["ring"]["first"]), state["ring"]["count"]
     cache.restore(slot, state)
     sampler.seen[slot.index] = state["seen"].to(cache.device)
+    if state.get("said") is not None:
+        sampler.said[slot.index] = state["said"].to(cache.device)
 
 
 def check(state: dict[str, Any], cache: KVCache, sinks: int) -> None:

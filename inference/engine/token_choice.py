@@ -6,7 +6,7 @@ a captured graph reads the logits that it finds, and slots that ask for neither 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ def choose_tokens(
     where = upload([row for row, _ in asking], logits.device, torch.long)
     own = logits[where].float() if asking else None  # a copy [m, V]
     if masks:
-        _forbid(logits, list(masks), torch.stack(list(masks.values())))
+        words = -(-logits.shape[1] // WORD)  # of a mask; a tokenizer may have more tokens
+        _forbid(logits, list(masks), torch.stack([mask[:words] for mask in masks.values()]))
     tokens = draw()
     if own is not None:
         found = tokens[where].clamp(min=0)  # NO_TOKEN has none, which is known later
@@ -43,6 +44,13 @@ def choose_tokens(
         for (_, step), values in zip(asking, report, strict=True):
             step.slot.likely = values
     return tokens
+
+
+def all_but(tokens: Iterable[int], count: int) -> Tensor:
+    """`Step.allowed` of `count` tokens but these."""
+    allowed = torch.ones(-(-count // WORD) * WORD, dtype=torch.int64)
+    allowed[[token for token in tokens if token < count]] = 0
+    return (allowed.view(-1, WORD) << torch.arange(WORD)).sum(1).to(torch.int32)
 
 
 def read_likely(values: Tensor, count: int) -> tuple[float, list[tuple[int, float]]]:

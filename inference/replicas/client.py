@@ -24,7 +24,7 @@ class ClientSocket(SessionSocket):
 
     def _left(self) -> None:
         session = self._session
-        if session.untouched:
+        if session.untouched and session.socket is None:  # no other one has taken it
             session.finish(NORMAL, "its client left before any input")
         if session.over and (session.untouched or self._done):
             session.front.forget(session)

@@ -68,11 +68,13 @@ class _Likelihoods:
 async def _pieces(question: Question, answer: SessionHandle) -> AsyncGenerator[_Piece]:
     """Yields the pieces of one answer. Raises Refused if the engine failed."""
     text, likely = StopFilter(question.stop, keep=question.stop_in_answer), _Likelihoods()
+    least = question.end.least
     try:
         async for event in answer.events():
             if event.type == "response.output_text.delta":
                 likely.append(event.data["delta"], event.data.get("logprobs", ()))
-                piece = text.append(event.data["delta"])
+                ends = not least or event.data["tokens"] > least
+                piece = text.append(event.data["delta"], ends=ends)
                 end = "stop" if text.stopped else ""
                 count = answer.stats()["tokens"] if end else 0
                 yield _Piece(piece, likely.give(piece), end, count)

@@ -28,7 +28,7 @@ from inference.serve.decoding import Task
 from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused, Share
 from inference.serve.protocol import read_json
-from inference.serve.question import Medium, Question, read_question
+from inference.serve.question import Medium, Question, check_tokens, read_question
 from inference.serve.wire import ASKED
 from inference.session.answer import MAX_NEW_TOKENS
 from inference.session.grammar import Grammar, GrammarError
@@ -253,6 +253,7 @@ def _read(body: bytes, hub: Hub) -> Question:
     if question.count > places:
         words = f"n: {question.count}: this server has {places} places (--max_sessions)"
         raise Refused("invalid_value", words, "n")
+    check_tokens(question, hub.runner.engine.config.text_config.vocab_size)
     return question
 
 
@@ -301,12 +302,14 @@ def _tokens(question: Question, counts: list[int], hub: Hub) -> list[int]:
         question.messages, counts, form, unfinished=question.unfinished
     ).tokens
     most = hub.runner.engine.max_tokens
-    asked = question.max_tokens
-    if len(tokens) + (asked or 1) > most:
+    asked, least = question.max_tokens, question.end.least
+    if len(tokens) + (asked or least or 1) > most:
         words = f"the model's context is {most} tokens: the messages have {len(tokens)}"
-        words += f", and max_tokens asks for {asked}" if asked else ""
+        name = "max_tokens" if asked else "min_tokens"
+        words += f", and {name} asks for {asked or least}" if asked or least else ""
         raise Refused("context_length_exceeded", f"messages: {words}", "messages")
-    question.max_tokens = asked or min(MAX_NEW_TOKENS, hub.limits.max_tokens, most - len(tokens))
+    usual = max(least, min(MAX_NEW_TOKENS, hub.limits.max_tokens))
+    question.max_tokens = asked or min(usual, most - len(tokens))
     return tokens
 
 
@@ -331,6 +334,7 @@ async def _start_answers(hub: Hub, prepared: _PreparedRequest) -> list[SessionHa
                     question.samplings,
                     max_new_tokens=question.max_tokens or MAX_NEW_TOKENS,
                     ignore_end=question.ignore_end,
+                    end=question.end,
                     grammar=prepared.grammar,
                     likely=question.likely,
                 )

@@ -23,6 +23,7 @@ from inference.serve.limits import Budget, Limits
 from inference.serve.media import MediaPool
 from inference.serve.media_files import NO_FOLDERS, MediaFolders
 from inference.serve.memory import Ceiling, SessionMemory, parked_size
+from inference.serve.messages import Session
 from inference.serve.metrics import Metrics
 from inference.serve.session_socket import (
     FAILED,
@@ -219,7 +220,7 @@ class Hub:
             "pace": config.pace,
             "frame_interval": config.frame_interval,
             "max_output_tokens": config.max_new_tokens,
-            **asdict(config.sampling),
+            **{n: v for n, v in asdict(config.sampling).items() if n in Session.model_fields},
             "limits": {
                 "frame_bytes": limits.frame_bytes,
                 "pixels": limits.pixels,

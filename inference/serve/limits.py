@@ -59,7 +59,11 @@ SAMPLING_RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
     "top_k": (-1, 10**6),
     "top_p": (1e-6, 1),
+    "min_p": (0, 1),
     "repetition_penalty": (0.1, 10),
+    "presence_penalty": (-2, 2),  # this and the next two as OpenAI's API has them
+    "frequency_penalty": (-2, 2),
+    "logit_bias": (-100, 100),
     "silence_bias": (-100, 100),
     "seed": SEEDS,
 }

@@ -29,6 +29,7 @@ class Session(Fields):
     temperature: Annotated[float | None, Range(*SAMPLING_RANGES["temperature"])] = None
     top_k: Annotated[int | None, Range(*SAMPLING_RANGES["top_k"], whole=True)] = None
     top_p: Annotated[float | None, Range(*SAMPLING_RANGES["top_p"])] = None
+    min_p: Annotated[float | None, Range(*SAMPLING_RANGES["min_p"])] = None
     repetition_penalty: Annotated[float | None, Range(*SAMPLING_RANGES["repetition_penalty"])] = (
         None
     )

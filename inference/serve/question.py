@@ -29,6 +29,7 @@ from inference.serve.requests import (
 )
 from inference.serve.tools import Tools, call_lines, in_order, read_tools
 from inference.serve.typed_fields import read
+from inference.session.answer import AnswerEnd
 
 _MOST_STOPS = 64
 _MOST_NAMED = 32  # fields in a header of the answer
@@ -56,6 +57,7 @@ class Question:
     stop: list[str]
     stop_in_answer: bool  # a stop text that was said is part of the answer
     ignore_end: bool  # the answer goes on where the model ends it
+    end: AnswerEnd
     unfinished: bool  # the last message is an answer that is to be continued
     stream: bool
     usage: bool  # a stream ends with a piece that has the counts
@@ -112,6 +114,7 @@ def read_question(body: Any, limits: Limits, folders: MediaFolders = NO_FOLDERS)
         stop=_stop(asked.stop, limits),
         stop_in_answer=asked.include_stop_str_in_output,
         ignore_end=asked.ignore_eos,
+        end=_end(asked),
         unfinished=goes_on,
         stream=asked.stream,
         usage=asked.stream_options.include_usage,
@@ -122,10 +125,20 @@ def read_question(body: Any, limits: Limits, folders: MediaFolders = NO_FOLDERS)
         tools=tools,
         ignored=reader.ignored,
     )
-    if schema is not None and question.ignore_end:
-        words = f"ignore_eos: {question.schema_field} says the end"
-        raise Refused("invalid_value", words, "ignore_eos")
+    for name, given in (("ignore_eos", question.ignore_end), ("min_tokens", question.end.least)):
+        if schema is not None and given:
+            raise Refused("invalid_value", f"{name}: {question.schema_field} says the end", name)
     return question
+
+
+def check_tokens(question: Question, count: int) -> None:
+    """Refuses ids that are none of the `count` tokens which the model can say."""
+    given = {"stop_token_ids": question.end.tokens, "logit_bias": question.sampling.logit_bias}
+    for name, tokens in given.items():
+        for token in tokens:
+            if token >= count:
+                words = f"{name}: {token}: the model says tokens from 0 to {count - 1}"
+                raise Refused("invalid_value", words, name)
 
 
 def _check_last(asked: ChatRequest, role: str) -> None:
@@ -260,6 +273,14 @@ def _max_tokens(asked: ChatRequest) -> int | None:
         words = "max_tokens: is not max_completion_tokens: give one"
         raise Refused("invalid_value", words, "max_tokens")
     return old if new is None else new
+
+
+def _end(asked: ChatRequest) -> AnswerEnd:
+    least, most = asked.min_tokens, _max_tokens(asked)
+    if most is not None and least > most:
+        words = f"min_tokens: {least}: is more than max_tokens, {most}"
+        raise Refused("invalid_value", words, "min_tokens")
+    return AnswerEnd(least, frozenset(asked.stop_token_ids), asked.include_stop_str_in_output)
 
 
 def _likely(asked: ChatRequest) -> int | None:

@@ -11,11 +11,11 @@ from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag, WithJso
 
 from inference.engine.token_choice import MOST_LIKELY
 from inference.serve.limits import SAMPLING_RANGES
-from inference.serve.typed_fields import Choice, Fields, Range, harmless, neutral
+from inference.serve.typed_fields import Biases, Choice, Fields, Range, harmless, neutral
 
 _USE_TOOLS = "use tools"
 _FUNCTION = {"function": "function"}
-_SAMPLING = "the engine samples by temperature, top_k, top_p and repetition_penalty alone"
+_SAMPLING = "the engine samples without it: docs/serving.md lists the fields that it takes"
 _TEXT = "the answer is text"
 _AS_TRAINED = "prompts are written as in training"
 DETAILS = {name: name for name in ("auto", "low", "high", "original")}  # read, and not seen
@@ -24,6 +24,8 @@ _SCHEMA = "use response_format"
 
 _FRAMES = Range(1, lambda limits: limits.frames, whole=True)
 _TOKENS = Range(1, lambda limits: limits.max_tokens, whole=True)
+_FEWEST = Range(0, lambda limits: limits.max_tokens, whole=True)
+_LAST_TOKEN = 2**31 - 1  # what the model has is known later
 Url = Annotated[Any, WithJsonSchema({"type": "string"})]  # read by data_urls.py, which may be long
 
 
@@ -267,9 +269,13 @@ class ChatRequest(Fields):
     temperature: Annotated[float | None, Range(*SAMPLING_RANGES["temperature"])] = None
     top_p: Annotated[float | None, Range(*SAMPLING_RANGES["top_p"])] = None
     top_k: Annotated[int | None, Range(*SAMPLING_RANGES["top_k"], whole=True)] = None
+    min_p: Annotated[float | None, Range(*SAMPLING_RANGES["min_p"])] = None
     repetition_penalty: Annotated[float | None, Range(*SAMPLING_RANGES["repetition_penalty"])] = (
         None
     )
+    presence_penalty: Annotated[float | None, Range(*SAMPLING_RANGES["presence_penalty"])] = None
+    frequency_penalty: Annotated[float | None, Range(*SAMPLING_RANGES["frequency_penalty"])] = None
+    logit_bias: Annotated[dict[int, float] | None, Biases(*SAMPLING_RANGES["logit_bias"])] = None
     silence_bias: Annotated[float | None, Range(*SAMPLING_RANGES["silence_bias"])] = None
     seed: Annotated[int | None, Range(*SAMPLING_RANGES["seed"], whole=True)] = None
     n: Annotated[int, Range(1, lambda limits: limits.answers, whole=True)] = 1
@@ -281,6 +287,10 @@ class ChatRequest(Fields):
         Strict(False),
         BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
     ] = ()
+    stop_token_ids: Annotated[
+        tuple[Annotated[int, Range(0, _LAST_TOKEN, whole=True)], ...], Strict(False)
+    ] = ()
+    min_tokens: Annotated[int, _FEWEST] = 0
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     stream: bool = False
@@ -318,13 +328,7 @@ class ChatRequest(Fields):
     prompt_logprobs: Any = neutral("no log-probabilities of prompts", 0)
     functions: Any = neutral(_USE_TOOLS, [])
     function_call: Any = neutral(_USE_TOOLS, "none", "auto")
-    logit_bias: Any = neutral(_SAMPLING, {})
-    frequency_penalty: Any = neutral("use repetition_penalty", 0)
-    presence_penalty: Any = neutral("use repetition_penalty", 0)
     length_penalty: Any = neutral(_SAMPLING, 1)
-    stop_token_ids: Any = neutral("the answer is text: use stop", [])
-    min_p: Any = neutral(_SAMPLING, 0)
-    min_tokens: Any = neutral("the model ends its answer; ignore_eos goes on to max_tokens", 0)
     bad_words: Any = neutral(_SAMPLING, [])
     allowed_token_ids: Any = neutral(_SAMPLING, [])
     modalities: Any = neutral(_TEXT, ["text"])

@@ -50,7 +50,7 @@ class Connection(SessionSocket):
 
     def _left(self) -> None:
         self._emit_skipped(0.0)
-        if self._live.untouched:
+        if self._live.untouched and self._live.socket is None:  # no other one has taken it
             self._live.close("its client left before any input")
         if self._live.untouched or self._done:
             self._hub.forget(self._live)

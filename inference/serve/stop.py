@@ -20,11 +20,12 @@ class StopFilter:
         self._keep, self._held, self.stopped = keep, "", False
         self._matched = [0] * len(stops)  # characters of each that end what was said
 
-    def append(self, piece: str) -> str:
-        """Takes a piece and returns what cannot belong to a stop text any more."""
+    def append(self, piece: str, *, ends: bool = True) -> str:
+        """Takes a piece and returns what cannot belong to a stop text any more. ends: whether one
+        that is complete in this piece ends the answer."""
         for at, character in enumerate(piece, 1):
             found = self._take(character)
-            if found:
+            if found and ends:
                 said, self._held, self.stopped = self._held + piece[:at], "", True
                 return said if self._keep else said[: len(said) - found]
         said = self._held + piece
@@ -42,7 +43,7 @@ class StopFilter:
         longest = 0
         for number, (stop, borders) in enumerate(self._stops):
             matched = self._matched[number]
-            while matched and stop[matched] != character:
+            while matched and (matched == len(stop) or stop[matched] != character):
                 matched = borders[matched - 1]
             matched += stop[matched] == character
             self._matched[number] = matched

@@ -6,6 +6,7 @@ A field is read, taken without effect (`harmless`), or taken with values that as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -26,6 +27,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from inference.serve.limits import Limits, Refused
 from inference.session.events import writable
 
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 _KIND = "x-effect"  # of a field, in the schema: none, or refused but for its `enum`
 _WORDS = {  # of pydantic's errors
     "missing": "is needed",
@@ -165,6 +167,37 @@ class Choice:
         self, _: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         return {"enum": list(self.known)}
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Annotates finite numbers by ids of tokens, which are names in JSON: `{"50256": -100}`."""
+
+    least: float
+    largest: float
+
+    def read(self, given: Any) -> dict[int, float]:
+        if not isinstance(given, dict):
+            raise _error("invalid_value", "expected an object of numbers by ids of tokens")
+        for name, value in given.items():
+            short = str(writable(name[:60]))
+            if not _TOKEN_ID.fullmatch(name):
+                raise _error("invalid_value", "expected the id of a token", short)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and self.least <= value <= self.largest):  # NaN is not
+                span = f"from {_written(self.least)} to {_written(self.largest)}"
+                raise _error("invalid_value", f"{value!r:.60}: expected a number {span}", short)
+        return {int(name): float(value) for name, value in given.items()}
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(
+        self, _: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        number = {"type": "number", "minimum": self.least, "maximum": self.largest}
+        names = {"pattern": f"^({_TOKEN_ID.pattern})$"}
+        return {"type": "object", "propertyNames": names, "additionalProperties": number}
 
 
 @dataclass(frozen=True)

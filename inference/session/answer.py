@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
+from inference.engine.token_choice import all_but
 from inference.session.grammar import Grammar
 from inference.session.inputs import StepRequest
 from inference.session.response import Response, ResponseWriter, Vocabulary
@@ -40,11 +43,26 @@ def check_fits(engine: Engine, tokens: Sequence[int], images: Sequence[Tensor]) 
         )
 
 
+@dataclass(frozen=True)
+class AnswerEnd:
+    """When an answer ends, beside where the model ends it.
+
+    least: tokens that it has at least, whatever would end it.
+    tokens: after one of these it is over. keep: it has that token, too.
+    """
+
+    least: int = 0
+    tokens: frozenset[int] = frozenset()
+    keep: bool = False
+
+
 class Answer(ResponseWriter):
     """Takes a question in, `chunk` frames per step, so that other sessions do not wait long.
 
     Args:
         ignore_end: it goes on where the model ends it.
+        end: when else it ends.
+        logits: of how many tokens the model has one.
         grammar: its text follows it, and ends with it.
         likely: how many of the most likely tokens the log-probabilities of each token tell; None:
             there are none.
@@ -65,7 +83,9 @@ class Answer(ResponseWriter):
         sampling: Sampling,
         max_new_tokens: int = MAX_NEW_TOKENS,
         chunk: int = CHUNK_FRAMES,
+        logits: int,
         ignore_end: bool = False,
+        end: AnswerEnd = AnswerEnd(),
         grammar: Grammar | None = None,
         likely: int | None = None,
         shared: bool = False,
@@ -82,7 +102,9 @@ class Answer(ResponseWriter):
         self._prompt_time: float | None = None
         special = vocabulary.special
         ends = (special.eot_id, special.end_of_text, special.silence)
-        self._ends = () if ignore_end else ends
+        self._ends = {*(() if ignore_end else ends), *end.tokens}
+        self._ending = end
+        self._goes_on = all_but(self._ends, logits) if end.least else None
 
     @property
     def taken_in(self) -> bool:
@@ -109,9 +131,16 @@ class Answer(ResponseWriter):
         del self._tokens[:count], self._images[:frames]
         request.sample = not self._tokens
         if request.sample:
-            request.allowed = None if self._grammar is None else self._grammar.mask()
+            request.allowed = self._goes_on if self._said < self._ending.least else None
+            if self._grammar is not None:
+                request.allowed = self._grammar.mask()
             request.likely = self._likely_tokens
         return request
+
+    @property
+    def _said(self) -> int:
+        """How many tokens it has so far."""
+        return 0 if self.response is None else len(self.response.tokens)
 
     def _next_chunk(self) -> tuple[int, int]:
         """How many tokens and frames of the question the next step takes in."""
@@ -136,7 +165,8 @@ class Answer(ResponseWriter):
         if token is None:
             return
         assert self._prompt_time is not None
-        if token in self._ends:
+        last = token in self._ends
+        if last and not (self._ending.keep and token in self._ending.tokens):
             if self.response is None:  # an answer without a word is a response, too
                 self.emit("response.created", response_id=self.name)
                 self.response = Response(self._vocabulary.tokenizer, self.name)
@@ -149,10 +179,16 @@ class Answer(ResponseWriter):
             self.stats.add("ttft", now - self._prompt_time)
         if self._grammar is not None:
             self._grammar.take(token)
-            if self._grammar.complete:
-                return self._end("completed", "turn_ended")
+            last = last or self._grammar.complete
+        if last:
+            return self._end("completed", "turn_ended")
         if len(response.tokens) >= self._max_new_tokens:
             self._end("incomplete", "max_new_tokens")
+
+    def _emit_delta(self, name: str, text: str, **more: Any) -> None:
+        """Says how many tokens the answer has so far, where it matters for stop texts."""
+        more |= {"tokens": self._said} if self._ending.least else {}
+        super()._emit_delta(name, text, **more)
 
     def _end(self, status: str, reason: str) -> None:
         self._finish(status, reason)

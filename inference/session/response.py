@@ -106,18 +106,19 @@ class ResponseWriter:
             self._emit_delta(name, text)
         return self.response
 
-    def _emit_delta(self, name: str, text: str) -> None:
-        more = {"logprobs": self.likelihoods} if self.likelihoods else {}
-        self.likelihoods = []
+    def _emit_delta(self, name: str, text: str, **more: Any) -> None:
+        if self.likelihoods:
+            more["logprobs"], self.likelihoods = self.likelihoods, []
         self.emit("response.output_text.delta", response_id=name, delta=text, **more)
 
     def _finish(self, status: str, reason: str) -> None:
         """Ends the response, if any. status: completed, cancelled, incomplete or failed."""
         if self.response is None:
             return
-        response, self.response = self.response, None
+        response = self.response
         if self.likelihoods:  # of the half of a character
             self._emit_delta(response.name, "")
+        self.response = None
         count, spent = len(response.tokens), self._last_token_time - self._first_token_time
         usage: dict[str, float] = {"output_tokens": count}
         if count > 1 and spent > 0:

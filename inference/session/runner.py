@@ -94,14 +94,18 @@ class Runner:
         grammar: Grammar | None = None,
         **options: Any,
     ) -> list[SessionHandle]:
-        """An answer for each sampling, or EngineFull; the question is computed once."""
+        """An answer for each sampling, or EngineFull; the question is computed once. ValueError for
+        a sampling that the model does not take."""
+        for sampling in samplings:
+            self.engine.sampler.check(sampling)
+        logits = self.engine.config.text_config.vocab_size
         # More than the window is a stream, which forgets, and is taken in by pieces.
         attend_all = attends_all(self.engine) and len(images) <= self.engine.window
         tasks = [
             Answer(
                 f"answer{next(self._numbers)}", tokens, images, self.vocabulary, self._stats(),
                 sampling=sampling, grammar=grammar and grammar.copy(),
-                shared=len(samplings) > 1, attend_all=attend_all, **options,
+                shared=len(samplings) > 1, attend_all=attend_all, logits=logits, **options,
             )
             for sampling in samplings
         ]  # fmt: skip

@@ -56,6 +56,7 @@ def main() -> None:
 
     drawn = Sampling(temperature=0.7, seed=1)
     penalized = Sampling(repetition_penalty=1.1, seed=1)
+    biased = Sampling(min_p=0.1, temperature=0.7, frequency_penalty=0.5, logit_bias={5: 1.0})
     kinds: dict[str, Callable[[], Any]] = {
         "pictures": lambda: engine.encode(frames),
         "a token": lambda: engine.step([Step(first)]),
@@ -71,6 +72,8 @@ def main() -> None:
         "a token that is drawn": lambda: engine.step([Step(first)]),
         "settings of a context": lambda: engine.set_sampling(first, penalized),
         "a token that is penalized": lambda: engine.step([Step(first)]),
+        "settings of tokens": lambda: engine.set_sampling(first, biased),
+        "a token that is counted": lambda: engine.step([Step(first)]),
     }
     seen = {}
     for name, call in kinds.items():

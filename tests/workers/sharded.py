@@ -65,7 +65,11 @@ def scenario(checkpoint: str) -> dict[str, Any]:
         sampled += [token for _ in range(3) for token in engine.step([Step(slot)])]
         engine.close(slot)
     assert sampled[:4] != sampled[4:]
-    slot = engine.open(Sampling(temperature=1.0, top_k=50, seed=9, repetition_penalty=1.2))
+    everything = Sampling(
+        temperature=1.0, top_k=50, min_p=0.01, seed=9, repetition_penalty=1.2,
+        presence_penalty=0.5, frequency_penalty=0.5, logit_bias={9: 3.0, 80: -100.0},
+    )  # fmt: skip
+    slot = engine.open(everything)
     sampled += engine.step([Step(slot, [1, 40, 50])])
     messages: dict[str, list[str]] = {}
     for _ in range(2):

@@ -32,6 +32,7 @@ BOUNDS = {
     "a token of each": Asked(13, 2),
     "a token that is drawn": Asked(14, 2),
     "a token that is penalized": Asked(15, 3),
+    "a token that is counted": Asked(15, 2),
     "a question": Asked(14, 2),
     "a frame": Asked(33, 5),
     "a frame of each": Asked(90, 14),
@@ -42,6 +43,7 @@ NO_STEPS = {
     "pictures": Asked(15, 1),
     "settings": Asked(2, 1),
     "settings of a context": Asked(3, 2),
+    "settings of tokens": Asked(3, 3),
 }
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -48,6 +51,87 @@ def test_draws_have_the_probabilities_of_transformers(temperature, top_k, top_p)
     assert (got[wanted == 0] == 0).all()
     # Five standard deviations of a frequency.
     assert ((got - wanted).abs() <= 5 * (wanted * (1 - wanted) / count).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("min_p", "top_k", "top_p"), [(0.1, 0, 1.0), (0.02, 6, 1.0), (0.3, 0, 0.7), (1.0, 0, 1.0)]
+)
+def test_min_p_is_that_of_transformers_before_top_k_and_top_p(min_p, top_k, top_p) -> None:
+    """In vLLM's order; transformers has it last, where top_p counts what it takes away."""
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2
+    scores = MinPLogitsWarper(min_p)(None, TemperatureLogitsWarper(1.3)(None, logits))
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    wanted = scores.softmax(-1)[0]
+    assert 0 < int((wanted > 0).sum()) < 30
+    count = 20000
+    sampling = Sampling(temperature=1.3, min_p=min_p, top_k=top_k, top_p=top_p, seed=4)
+    got = draws(sampler_of(sampling), logits, count).bincount(minlength=40) / count
+    assert (got[wanted == 0] == 0).all()
+    assert ((got - wanted).abs() <= 5 * (wanted * (1 - wanted) / count).sqrt() + 1e-9).all()
+    assert draws(sampler_of(Sampling(min_p=min_p)), logits, 1) == logits.argmax()
+
+
+def scores_of(sampler: Sampler, logits: torch.Tensor, slot: int = 0) -> torch.Tensor:
+    """What is drawn from, `[V]`."""
+    changes = sampler.settings[torch.tensor([slot])][..., None].unbind(1)[4:]
+    return sampler._changed(logits, torch.tensor([slot]), *changes)[0]
+
+
+def test_biases_and_penalties_are_those_of_transformers_and_openai() -> None:
+    """A bias comes first, as in both; the other penalties are OpenAI's formula: logits[j] -
+    c[j] * frequency - (c[j] > 0) * presence. Silence, which a stream says all the time, is none of
+    what they count."""
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
+    bias = {5: 1.5, 9: -2.25, 31: -100.0, SILENCE: 0.5}
+    said = [9, 30, 9, SILENCE, 9, 17]
+    context = torch.tensor([[5, 9, 30, 17]])
+    theirs = LogitsProcessorList([
+        SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()]),
+        RepetitionPenaltyLogitsProcessor(1.7),
+    ])  # fmt: skip
+    wanted = theirs(context, logits.clone())[0].double()
+    for token, count in ((9, 3), (30, 1), (17, 1)):
+        wanted[token] -= count * 0.4 + 1.25
+    sampling = Sampling(
+        logit_bias=bias, repetition_penalty=1.7, presence_penalty=1.25, frequency_penalty=0.4
+    )
+    # Between slots that ask for nothing, or for something else.
+    sampler = sampler_of(Sampling(), sampling, Sampling(frequency_penalty=-2.0))
+    sampler.add_context(1, [5])
+    for token in said:
+        for slot, own in enumerate((Sampling(), sampling, Sampling(frequency_penalty=-2.0))):
+            sampler.add_sampled(slot, token, own)
+    torch.testing.assert_close(scores_of(sampler, logits, 1).double(), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(scores_of(sampler, logits, 0), logits[0])
+    lured = logits[0].clone()
+    for token, count in ((9, 3), (30, 1), (17, 1)):
+        lured[token] += 2.0 * count
+    torch.testing.assert_close(scores_of(sampler, logits, 2), lured)
+    # Whoever has the place next has none of it.
+    sampler.open(1, Sampling())
+    assert torch.equal(scores_of(sampler, logits, 1), logits[0])
+    with pytest.raises(ValueError, match="logit_bias: 40: the model says tokens from 0 to 39"):
+        sampler.check(Sampling(logit_bias={40: 1.0}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"presence_penalty": 0.5}, {"frequency_penalty": -0.5}, {"logit_bias": {8: 9.0}}],
+)
+def test_what_changes_logits_changes_the_most_likely_token(changes: dict) -> None:
+    sampling = Sampling(**changes)
+    assert (sampling.draw, Sampling(min_p=0.5).draw) == (Draw.WHOLE, Draw.GREEDY)
+    assert Sampling(min_p=0.5, temperature=1.0).draw is Draw.WHOLE
+    logits = torch.zeros(1, 40)
+    logits[0, 8], logits[0, 9] = 1.0, 0.9
+    sampler = sampler_of(sampling)
+    sampler.add_sampled(0, 8 if "presence_penalty" in changes else 9, sampling)
+    wanted = 9 if sampling.counts else 8
+    slot, at = torch.tensor([0]), torch.tensor([1])
+    assert sampler(logits.clone(), slot, at, sampling.draw).tolist() == [wanted]
 
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
@@ -121,7 +205,14 @@ def test_a_greedy_slot_stays_greedy_beside_one_that_draws() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -2}, {"repetition_penalty": 0.0}],
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -2},
+        {"repetition_penalty": 0.0},
+        {"min_p": 1.5},
+        {"presence_penalty": float("nan")},
+    ],
 )
 def test_settings_out_of_range_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"sampling: {next(iter(wrong))}"):

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import MinNewTokensLengthLogitsProcessor
 
 from inference.engine.engine import Engine
 from inference.engine.sampling import Sampling
 from inference.engine.slots import Step
-from inference.engine.token_choice import read_likely
+from inference.engine.token_choice import all_but, choose_tokens, read_likely
 from tests.inference.engine.test_engine import engine_of
 from tests.inference.tiny import tiny_model
 
@@ -88,3 +89,54 @@ def run_alone(model, said: list[Any], sampling: Sampling) -> int | None:
         slot.pending = token
         engine.sampler.add_context(slot.index, [token])
     return engine.step([Step(slot)])[0]
+
+
+def test_all_but_some_tokens_is_what_transformers_forbids_before_a_length() -> None:
+    """Beside a grammar's mask, which may have bits of more tokens than there are logits."""
+    ends, logits = [3, 31, 32, 99], torch.randn(2, 100)
+    processor = MinNewTokensLengthLogitsProcessor(4, 2, ends, device="cpu")
+    wanted = processor(torch.zeros(1, 5, dtype=torch.long), logits[:1].clone())
+    model = tiny_model()
+    slots = [Engine(model, max_tokens=128).open() for _ in range(2)]
+    steps = [
+        Step(slots[0], allowed=all_but([*ends, 100], 100)),
+        Step(slots[1], allowed=torch.full((5,), -1, dtype=torch.int32)),
+    ]
+    got = logits.clone()
+    choose_tokens(got, steps, [0, 1], lambda: got.argmax(-1))
+    assert torch.equal(got[:1], wanted)
+    assert torch.equal(got[1], logits[1])
+
+
+@pytest.mark.parametrize("form", ["packed", "static", "rows"])
+def test_penalties_of_what_was_said_are_those_of_a_slot_that_is_told_it(model, form: str) -> None:
+    """Token by token against the formula, over what the engine itself has said; the slot goes on
+    after it was saved, and beside one that is as before."""
+    sampling = Sampling(frequency_penalty=1.5, presence_penalty=0.3, logit_bias={7: 8.0})
+    engine: Engine = engine_of(model, form, max_sessions=2)
+    plain, slot = engine.open(), engine.open(sampling)
+    said = list[int]()
+    for number in range(8):
+        first = [Step(plain, PROMPT), Step(slot, PROMPT)]
+        asked = first if not number else [Step(plain), Step(slot)]
+        token = engine.step(asked)[1]
+        assert token is not None
+        said.append(token)
+        if number == 4:
+            state = engine.save(slot)
+            engine.close(slot)
+            slot = engine.restore(state)
+    text = [*PROMPT, *said]
+    logits = model.double()(torch.tensor([text])).logits[0]
+    model.float()
+    for number, token in enumerate(said):
+        scores = logits[len(PROMPT) - 1 + number].clone()
+        scores[7] += 8.0
+        for before in set(said[:number]):
+            scores[before] -= 0.3 + 1.5 * said[:number].count(before)
+        assert token == int(scores.argmax())
+    assert 1 < said.count(7) < 8  # it is said until the penalties are larger than the bias
+    greedy = Engine(model, max_tokens=128)
+    alone = greedy.open()
+    own = [greedy.step([Step(alone, PROMPT if not n else [])])[0] for n in range(8)]
+    assert plain.tokens[len(PROMPT) :] == own[:-1]

@@ -75,6 +75,18 @@ def test_a_session_whose_pictures_are_larger_than_messages_moves(front: Fronted)
         assert client.close_code == 1000
 
 
+def test_who_takes_a_session_without_input_over_keeps_it(front: Fronted) -> None:
+    with front.open() as first:
+        name = first.until("session.created")["session"]["id"]
+        with front.open(query=f"?session={name}&last_seq=0") as second:
+            second.until("session.created")
+            assert first.close_code == 4409
+            second.frame(jpeg(0, (32, 24)))
+            second.until("input_frame.processed")
+            second.send("session.close")
+            second.until("session.closed", reason="closed by the client")
+
+
 def test_who_is_told_to_leave_a_replica_as_it_gets_its_seat_there_leaves(
     front: Fronted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

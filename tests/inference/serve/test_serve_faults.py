@@ -145,6 +145,19 @@ def test_who_has_seen_events_that_are_still_to_come_is_refused(server: Running) 
         first.until("session.closed")
 
 
+def test_who_takes_a_session_without_input_over_keeps_it(server: Running) -> None:
+    """It ends with its socket, which is the other one now."""
+    with server.open() as first:
+        created = first.until("session.created")
+        with server.open(f"?session={created['session']['id']}&last_seq=0") as second:
+            second.until("session.created")
+            assert first.close_code == 4409
+            second.frame(jpeg())
+            second.until("input_frame.processed")
+            second.send("session.close")
+            second.until("session.closed", reason="closed by the client")
+
+
 def test_a_session_waits_for_a_client_that_vanished_and_then_closes(engine: Engine) -> None:
     with serving(engine, Limits(grace=0.4)) as server:
         client = server.open()

@@ -27,6 +27,21 @@ def test_stop_texts_are_found_across_pieces(sizes: int) -> None:
     assert filtered(["a st", "and sto"], ["stop"]) == "a stand sto"
 
 
+def test_a_stop_text_ends_the_answer_only_where_it_may() -> None:
+    """As vLLM has it with min_tokens: what is complete before is text, what begins before may end
+    it."""
+    for stops, pieces, wanted in (
+        (["aa"], [("a", False), ("a", False), ("b", True), ("aa", True)], "aab"),
+        (["aa"], [("aa", False), ("a", True), ("b", True)], "a"),
+        (["stop"], [("stop st", False), ("op it", True)], "stop "),
+        (["stop"], [("stop", False), ("", True)], "stop"),
+    ):
+        text, out = StopFilter(stops), ""
+        for piece, ends in pieces:
+            out += "" if text.stopped else text.append(piece, ends=ends)
+        assert out + text.flush() == wanted
+
+
 @given(
     st.lists(st.text("ab", max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3),
