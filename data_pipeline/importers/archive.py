@@ -22,6 +22,7 @@ from typing import BinaryIO, cast
 
 from data_pipeline import files
 from data_pipeline.schema import SampleError
+from data_pipeline.tar_members import extents_of, stored_size, with_holes
 
 DAMAGE = (tarfile.TarError, EOFError, ValueError, OSError, zlib.error)
 _GZIP = b"\x1f\x8b"
@@ -62,7 +63,8 @@ class Archive:
         joined: dict[int, list[tarfile.TarInfo]] = {}
         try:
             for number, member in members(file):
-                if not member.islnk() and member.offset_data + member.size > size:
+                stored = stored_size(member.size, extents_of(member))
+                if not member.islnk() and member.offset_data + stored > size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
                 if self._belongs(member):
                     joined.setdefault(number, []).append(member)
@@ -79,8 +81,10 @@ class Archive:
         """The bytes of a member, of a link those of its target; SampleError."""
         for _ in range(10):
             if not member.islnk() and not member.issym():
+                extents = extents_of(member)
                 self._file.seek(member.offset_data)
-                return self._file.read(member.size)
+                stored = self._file.read(stored_size(member.size, extents))
+                return with_holes(stored, member.size, extents)
             target = member.linkname
             if member.issym():
                 target = str(PurePosixPath(member.name).parent / target)

@@ -22,6 +22,7 @@ from data_pipeline.schema import (
     Role,
     SampleError,
 )
+from data_pipeline.tar_members import Extents, stored_size, with_holes
 
 # `role`, `content` and, for an assistant's turn that is context alone, `learn`: False.
 Turn = dict[str, Any]
@@ -37,11 +38,16 @@ class TarMember:
     name: str
     offset: int
     size: int
+    extents: Extents = None
 
     def read(self) -> bytes:
         with files.open_file(self.tar) as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            stored = file.read(stored_size(self.size, self.extents))
+        try:
+            return with_holes(stored, self.size, self.extents)
+        except ValueError as error:
+            raise SampleError("unreadable_file", f"{self.name} in {self.tar}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -148,12 +148,24 @@ class Journal:
             self.summary.imported[group] += line["samples"]
             self.summary.notes.update(line.get("notes", {}))
         write_lines(self.out / SHARDS, lines)  # without a last line that was cut off
+        if not self.finished:
+            self._check_shards(lines)
         known = {(line["group"], line["shard"]) for line in lines}
         for path in self.out.glob("*/*.tar"):
             if (path.parent.name, path.name) not in known:
                 path.unlink()  # finished, but not written down before the kill: it is made again
         for folder in self.out.iterdir():
             remove_partial(folder)
+
+    def _check_shards(self, lines: list[dict[str, Any]]) -> None:
+        """ShardError where a shard that was written down is gone: its records would be, too."""
+        paths = [self.out / line["group"] / line["shard"] for line in lines]
+        gone = [path for path in paths if not path.is_file()]
+        if gone:
+            raise ShardError(
+                f"{gone[0]} is gone, a shard that this import has finished: bring it back, or "
+                f"remove {self.out} and import anew"
+            )
 
     def _read_rejected(self) -> None:
         lines = read_lines(self.out / REJECTED)

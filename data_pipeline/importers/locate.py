@@ -23,6 +23,7 @@ from data_pipeline.importers.archive import members
 from data_pipeline.importers.draft import Draft, Medium, TarMember
 from data_pipeline.schema import MediaType, SampleError
 from data_pipeline.shards import ShardError
+from data_pipeline.tar_members import extents_of
 
 _SUFFIXES: dict[MediaType, frozenset[str]] = {
     "image": files.IMAGE_SUFFIXES,
@@ -32,6 +33,7 @@ _SUFFIXES: dict[MediaType, frozenset[str]] = {
 # Archives in which no media are searched.
 _PACKED = (".zip", ".7z", ".rar", ".tgz", ".txz", ".tbz2",
            ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2")  # fmt: skip
+_LINKS = 10  # links in a tar, each of which leads to the next, at most
 # An accent may be a sign of its own, as macOS writes names, or part of its letter.
 _SPELLINGS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 
@@ -137,18 +139,16 @@ class Finder:
         by_ends: dict[str, str | None] = {}
         for tar in _tars(self._root):
             try:
-                with open(tar, "rb") as file:
-                    for _, member in members(file):
-                        if member.isfile():
-                            name = member.name.removeprefix("./")
-                            where = TarMember(tar, name, member.offset_data, member.size)
-                            whole.setdefault(files.composed(name), []).append(where)
+                for name, member in _members_of(tar):
+                    whole.setdefault(files.composed(name), []).append(member)
             except tarfile.TarError as error:
                 raise ShardError(f"{tar}: {error}: media are read from tars that are whole and not "
                                  f"compressed: unpack it (tar -xf {tar})") from None  # fmt: skip
         for name in whole:
             for end in [*_ends(name)][1:]:
-                by_ends[end] = None if end in by_ends else name
+                before = by_ends.get(end, name)
+                same = before is not None and whole[before] == whole[name]  # by a link
+                by_ends[end] = name if same else None
         return whole, by_ends
 
 
@@ -158,6 +158,29 @@ def _tars(root: str) -> list[str]:
     if not os.path.isdir(root):
         return []
     return sorted(entry.path for entry in os.scandir(root) if entry.name.endswith(".tar"))
+
+
+def _members_of(tar: str) -> Iterator[tuple[str, TarMember]]:
+    """The files in a tar by their names; a link to one is the same file under another name."""
+    there: dict[str, TarMember] = {}
+    links: dict[str, str] = {}
+    with open(tar, "rb") as file:
+        for _, member in members(file):
+            name = member.name.removeprefix("./")
+            if member.isfile():
+                extents = extents_of(member)
+                there[name] = TarMember(tar, name, member.offset_data, member.size, extents)
+                yield name, there[name]
+            elif member.islnk():
+                links[name] = os.path.normpath(member.linkname)
+            elif member.issym():
+                links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
+    for name in links:
+        target = name
+        for _ in range(_LINKS):
+            target = links.get(target, target)
+        if target in there:
+            yield name, there[target]
 
 
 def _ends(path: str) -> Iterator[str]:

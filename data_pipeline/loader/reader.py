@@ -14,6 +14,7 @@ from webdataset.tariterators import base_plus_ext
 
 from data_pipeline.shards import ShardError
 from data_pipeline.stores import GoneError, StoreError
+from data_pipeline.tar_members import extents_of, stored_size, with_holes
 
 _OPEN = 128  # shards of a process that stay open, of all sources
 _COMMENT = re.compile(r"__[^/]*__(/|$)")  # members in which webdataset keeps notes
@@ -23,7 +24,9 @@ class OpenShards:
     """Shards that are open in this process, with the offsets of their samples; the last used. They
     are closed when nobody holds this any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1 << 30) -> None:
+        """`at_once`: bytes of a read at most: Linux gives no more than 2,147,479,552."""
+        self._at_once = at_once
         self._open: dict[str, tuple[io.FileIO, NDArray[np.uint64]]] = {}
 
     def read(self, shard: str, place: int) -> bytes:
@@ -32,7 +35,9 @@ class OpenShards:
         self._open[shard] = file, offsets = kept  # now the last one
         size = os.fstat(file.fileno()).st_size
         first, end = bounds(offsets, place, os.path.basename(shard), size)
-        return os.pread(file.fileno(), end - first, first)
+        places = range(first, end, self._at_once)
+        pieces = [os.pread(file.fileno(), min(self._at_once, end - at), at) for at in places]
+        return b"".join(pieces) if len(pieces) > 1 else pieces[0]
 
     def ahead(self, shard: str, place: int) -> None:
         """A sample is read soon: a disk's own cache is good enough."""
@@ -131,10 +136,11 @@ def members(data: bytes) -> tuple[str, dict[str, bytes]]:
             if key not in (None, prefix):
                 raise ValueError(f"members of two samples, {key} and {prefix}")
             key = prefix
-            content = data[entry.offset_data : entry.offset_data + entry.size]
-            if len(content) != entry.size:
+            extents = extents_of(entry)
+            end = entry.offset_data + stored_size(entry.size, extents)
+            if end > len(data):
                 raise ValueError(f"{entry.name} is cut off")
-            found[name] = content
+            found[name] = with_holes(data[entry.offset_data : end], entry.size, extents)
         if tar.offset < len(data):  # tarfile takes a header that it cannot read for the end
             raise ValueError(f"no member is at byte {tar.offset} of the sample")
     if key is None:

@@ -43,7 +43,9 @@ class Request:
     tokens: int  # of the prompt, estimated
 
     def check(self, reply: Any) -> None:
-        """Raises ValueError for a reply that the schema does not allow."""
+        """Raises ValueError for a reply that the schema does not allow, and for one with half a
+        surrogate pair, which JSON can spell and nothing can store."""
+        json.dumps(reply, ensure_ascii=False).encode()
         wrong = self.validator and best_match(self.validator.iter_errors(reply))
         if wrong is not None:
             place = "/".join(map(str, wrong.absolute_path))

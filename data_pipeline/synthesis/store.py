@@ -73,23 +73,31 @@ class Store:
     def outcome(self, path: str, fingerprint: str) -> dict[str, Any] | None:
         """The outcome of a video with the settings of a fingerprint; None: it is not finished."""
         row = self._base.execute(
-            "SELECT outcome FROM videos WHERE path = ? AND fingerprint = ?", (path, fingerprint)
+            "SELECT outcome FROM videos WHERE path = ? AND fingerprint = ?",
+            (_storable(path), fingerprint),
         ).fetchone()
         return None if row is None else json.loads(row[0])
 
     def finished(self, path: str, fingerprint: str) -> bool:
         """Whether `outcome` has one."""
         row = self._base.execute(
-            "SELECT 1 FROM videos WHERE path = ? AND fingerprint = ?", (path, fingerprint)
+            "SELECT 1 FROM videos WHERE path = ? AND fingerprint = ?",
+            (_storable(path), fingerprint),
         )
         return row.fetchone() is not None
 
     def finish(self, path: str, fingerprint: str, outcome: dict[str, Any]) -> None:
-        text = json.dumps(outcome, ensure_ascii=False)
+        text = _storable(json.dumps(outcome, ensure_ascii=False))
         self._base.execute(
-            "INSERT OR REPLACE INTO videos VALUES (?, ?, ?)", (path, fingerprint, text)
+            "INSERT OR REPLACE INTO videos VALUES (?, ?, ?)", (_storable(path), fingerprint, text)
         )
 
     def close(self) -> None:
         self._base.close()
         os.close(self._lock)
+
+
+def _storable(text: str) -> str:
+    """A text as UTF-8 has it: bytes of a file's name that are not UTF-8 become escapes, as JSON has
+    them, too."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -171,7 +171,8 @@ def _accepted(
 def _lines(path: Path) -> Iterator[AddLine]:
     """Opens a file of JSON lines, which gets its name once it is complete; yields a function that
     adds a line."""
-    with partial_path(path).open("w") as file:
+    # A file's name may have bytes that are not UTF-8: JSON has these escapes, too.
+    with partial_path(path).open("w", encoding="utf-8", errors="backslashreplace") as file:
         yield lambda line: print(json.dumps(line, ensure_ascii=False), file=file)
     publish(partial_path(path))
 

@@ -6,6 +6,7 @@ OUT/STAGE/{train,heldout}/{text,image,video}/ for each stage, OUT/tokenizer/, OU
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -19,6 +20,7 @@ from typing import Any
 from data_pipeline.atomic import write_atomically
 from data_pipeline.fields import check_values, number
 from data_pipeline.index import prepare_index
+from data_pipeline.parent import end_with_parent
 from data_pipeline.progress import Progress
 from data_pipeline.schema import IMAGE_MARK, MARK, VIDEO_MARK
 from data_pipeline.shards import ShardError, check_source, write_shards
@@ -77,7 +79,7 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
         for modality in MODALITIES
     ]
     progress = Progress("toy data", sum(counts[source.split("/")[1]] for source in sources))
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, None, end_with_parent, (os.getpid(),)) as pool:
         for source in sources:
             folder, split = out / source, source.split("/")[1]
             shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed

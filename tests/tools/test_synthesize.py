@@ -274,3 +274,16 @@ def test_wrong_options_are_refused_before_anything_is_sent(
     options = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--backoff", "0"]
     assert main(["synthesize", str(toy.few), str(tmp_path / "out"), *options]) == 1
     assert "start the server or correct the URL" in capsys.readouterr().err
+
+
+def test_a_video_whose_name_is_not_utf8_is_done_once(toy: Toy, tmp_path: Path) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    name = os.fsdecode(os.fsencode(videos) + b"/caf\xe9.mp4")
+    shutil.copy2(min(toy.few.iterdir()), name)
+    with toy.server() as server:
+        assert synthesize(videos, out, server.url) == 0
+    assert synthesize(videos, out, "http://127.0.0.1:9/v1") == 0, "asked again"
+    lines = (out / "records.jsonl").read_text().splitlines()
+    assert {json.loads(line)["video_path"] for line in lines} == {name}
+    assert len(list(read_samples(out / "shards"))) == len(lines)

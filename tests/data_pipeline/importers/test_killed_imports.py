@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import main
+from data_pipeline.build import BuildOptions, build_shards, main
+from data_pipeline.shards import ShardError
 from tests.data_pipeline.importers.jobs import (
     blocked,
     command,
@@ -100,3 +101,20 @@ def test_a_kill_between_the_windows_of_a_record_loses_none_and_doubles_none(fold
     assert sorted(told) == [
         f"r{number}s{s}" for number in range(8) if number != 1 for s in range(9)
     ]
+
+
+def test_a_finished_shard_that_is_gone_is_missed(tmp_path: Path) -> None:
+    """What goes on from it would count its records as imported, and not have them."""
+    source = make_records(tmp_path / "in", 600)
+    options = ["--samples-per-shard", "50", "--workers", "0"]
+    out = tmp_path / "out"
+    with blocked(source.parent / "own400.png"):
+        import_and_kill(source, out, 5, *options)
+    known = [json.loads(line) for line in (out / "shards.jsonl").read_text().splitlines()]
+    first = out / known[0]["group"] / known[0]["shard"]
+    aside = first.rename(tmp_path / "aside")
+    with pytest.raises(ShardError, match=f"{first} is gone, .*: bring it back"):
+        build_shards(source, out, BuildOptions(samples_per_shard=50))
+    aside.rename(first)
+    summary = build_shards(source, out, BuildOptions(samples_per_shard=50))
+    assert summary.imported.total() == len(imported(out)) == 560

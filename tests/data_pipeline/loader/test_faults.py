@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from hypothesis import example, given, settings
@@ -292,3 +294,14 @@ def test_any_damage_to_media_is_refused_or_encoded(
         content[place:end] = data.draw(st.binary(max_size=8))
     parts = {"json": json.dumps(sample["json"]).encode(), name: bytes(content)}
     is_refused_or_encoded(encoder, parts)
+
+
+def test_a_sample_of_more_than_two_gigabytes_is_read_whole(tmp_path: Path) -> None:
+    """In pieces, since Linux reads no more at once; here of a few bytes."""
+    shard, data = tmp_path / "shard-000000.tar", bytes(range(256)) * 3
+    shard.write_bytes(data)
+    np.array([0, 5, 768], "<u8").tofile(f"{shard}.idx")
+    for at_once in (1, 4, 5, 762, 763, 1 << 30):
+        opened = OpenShards(at_once)
+        assert [opened.read(str(shard), place) for place in (0, 1)] == [data[:5], data[5:]]
+    assert inspect.signature(OpenShards).parameters["at_once"].default <= 0x7FFFF000

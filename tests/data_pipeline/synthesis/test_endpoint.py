@@ -56,7 +56,9 @@ def server(*answers: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         running.shutdown()
 
 
-def ask(url: str, **options: Any) -> tuple[Any, tuple[int, int], list[tuple[int, int]]]:
+def ask(
+    url: str, kind: str = "same", **options: Any
+) -> tuple[Any, tuple[int, int], list[tuple[int, int]]]:
     """A reply, its tokens, and those that were wasted."""
     config = EndpointConfig(url=url, model="m", **{"backoff": 0.0, "retries": 3, **options})
     wasted: list[tuple[int, int]] = []
@@ -65,7 +67,7 @@ def ask(url: str, **options: Any) -> tuple[Any, tuple[int, int], list[tuple[int,
         endpoint = Endpoint(config, lambda _, tokens: wasted.append(tokens))
         try:
             data = {"question": "?", "answers": ["a", "b"]}
-            return await endpoint.ask(load_prompts().request("same", data, config, seed=5))
+            return await endpoint.ask(load_prompts().request(kind, data, config, seed=5))
         finally:
             await endpoint.close()
 
@@ -99,6 +101,15 @@ def test_a_reply_that_cannot_be_used_is_paid_for_and_asked_for_with_another_seed
         assert ask(url) == ({"same": True}, (7, 3), [(7, 3)] * 3)
     assert [body["seed"] for body in asked] == [5 + SEEDS * n for n in range(4)]
     assert [body["max_tokens"] for body in asked] == [1024, 2048, 2048, 2048]
+
+
+def test_a_reply_with_half_a_surrogate_pair_is_asked_for_again() -> None:
+    """JSON spells it; neither the stored replies nor a shard have bytes for it."""
+    half, whole = (rf'{{"speak": true, "text": "a {end}"}}' for end in (r"\ud83d", r"\ud83d\ude00"))
+    with server(completion(half), completion(whole)) as (url, asked):
+        wanted = {"speak": True, "text": "a \N{GRINNING FACE}"}
+        assert ask(url, "say") == (wanted, (7, 3), [(7, 3)])
+    assert [body["seed"] for body in asked] == [5, 5 + SEEDS]
 
 
 def test_a_server_without_json_schema_is_asked_in_other_forms() -> None:

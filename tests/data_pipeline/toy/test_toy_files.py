@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -27,6 +30,9 @@ from data_pipeline.toy.build import (
 )
 from data_pipeline.toy.world import COLOURS, PLACES, Thing, simulate
 from data_pipeline.video import frames_at, probe_video
+from tests.moss_train.train.runs import is_running
+from tests.torchrun import REPO
+from tests.waiting import until
 
 
 def test_pictures_of_a_story_are_told_one_by_one() -> None:
@@ -207,3 +213,15 @@ def test_a_wrong_argument_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         main([str(tmp_path), "--stages", "pt3"])
     said = capsys.readouterr().err
     assert "error: argument --stages: invalid choice: 'pt3' (choose from 'pt1'" in said
+
+
+def test_a_killed_build_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_pipeline.toy", str(tmp_path / "out")]
+    build = subprocess.Popen(command, cwd=REPO)
+    process = psutil.Process(build.pid)
+    until(lambda: len(process.children()) == 2)
+    workers = [worker.pid for worker in process.children()]
+    until(lambda: any((tmp_path / "out").rglob("*.partial")))  # they have made the first samples
+    build.kill()
+    build.wait()
+    until(lambda: not any(map(is_running, workers)), 60)
