@@ -87,7 +87,7 @@ class PublishedBackbone(MossVideoModel):
         sees = (hidden != lowest).any(dim=-1).to(x.dtype)[..., None]
         hidden = hidden * sees
         last = slice(-x.shape[1], None)
-        keys_values = self._keys_values(states, new, cache, x.device)
+        keys_values = self._keys_values(states, new, cache)
         return RepeatedFrames(keys_values, hidden[:, :, last], sees[:, 0, last])
 
     def _project(self, layer: int, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,10 @@ class CachedTokens:
         if self.cache is not None:
             k, v = self.cache.update(k, v, layer)
         causal = self.mask is None and q.shape[2] > 1
+        mask = _beside(q, self.mask)
         if self.weights is not None:
-            self.weights.append(attention_weights(q, k, self.mask, causal))
-        return attend(q, k, v, self.mask, causal)
+            self.weights.append(attention_weights(q, k, mask, causal))
+        return attend(q, k, v, mask, causal)
 
 
 class AttendedFrames:
@@ -74,15 +75,20 @@ class AttendedFrames:
         self.mask = None if all_true(mask) else mask[:, None]
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        k, v = self.keys_values[layer]
-        mask = self.mask
+        k, v = (x.to(q.device) for x in self.keys_values[layer])  # on the CPU, if offloaded
+        mask, keep = _beside(q, self.mask), _beside(q, self.keep)
         if mask is not None:
             mask = mask.repeat_interleave(k.shape[2] // mask.shape[-1], dim=-1)
         out = attend(q, k, v, mask)
         if self.weights is not None:
             weights = attention_weights(q, k, mask, False)
-            self.weights.append(weights if self.keep is None else weights * self.keep[:, None])
-        return out if self.keep is None else out * self.keep[:, None]
+            self.weights.append(weights if keep is None else weights * keep[:, None])
+        return out if keep is None else out * keep[:, None]
+
+
+def _beside(q: Tensor, mask: Tensor | None) -> Tensor | None:
+    """A mask on the device of a layer's `q`: layers may be on several."""
+    return None if mask is None else mask.to(q.device)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -188,7 +194,7 @@ def _first_new_frame(inputs: dict[str, Any], is_image: Tensor) -> int | None:
     given = real_frames(pixels, inputs.get("aspect_ratio_ids"), frames).sum(1)
     kept = [one for one in inputs["past_key_values"].layers if isinstance(one, FrameLayer)]
     own = kept[0].own if kept else None
-    cached = torch.zeros_like(marks) if own is None else own.sum(1)
+    cached = torch.zeros_like(marks) if own is None else own.sum(1).to(marks.device)
     if given.equal(marks) or not given.equal(cached + marks):
         return 0
     if not marks.any():

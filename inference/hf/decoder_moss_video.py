@@ -257,7 +257,7 @@ class CrossLayer(GradientCheckpointingLayer):
         x = x + self.cross_attn_attn_gate.tanh() * attended
         branch = self.mlp(self.post_attention_layernorm(x))
         if frame_cache.sees is not None:
-            branch = branch * frame_cache.sees
+            branch = branch * frame_cache.sees.to(branch.device)
         return x + self.cross_attn_mlp_gate.tanh() * branch
 
 

@@ -243,7 +243,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
         if given:  # before the cache takes the new ones
             seen = [one for one in (old, None if new is None else new.seen) if one is not None]
             check_frame_mask(mask, (*shape, own.shape[1], seen[0].shape[-1]))
-        keys_values = self._keys_values(states, new, cache, x.device)
+        keys_values = self._keys_values(states, new, cache)
         mask = mask.bool()
         if cache is not None:
             for layer in cross:
@@ -261,7 +261,7 @@ class MossVideoModel(MossVideoPreTrainedModel):
         if embeds is None:
             raise ValueError("give input_ids or inputs_embeds")
         mark = self.language_model.embed_tokens(torch.tensor([image], device=embeds.device))
-        return (embeds == mark).all(-1)
+        return (embeds == mark.to(embeds.device)).all(-1)
 
     def _new_frames(
         self,
@@ -291,14 +291,14 @@ class MossVideoModel(MossVideoPreTrainedModel):
         return NewFrames(positions, marked, slots, seen)
 
     def _keys_values(
-        self, states: Tensor | None, new: NewFrames | None, cache: Any, device: torch.device
+        self, states: Tensor | None, new: NewFrames | None, cache: Any
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values of frames for each cross-attention layer, new frames appended to the
         cached ones."""
         decoder = self.language_model
         if states is None or new is None:
-            layers = {i: cache.layers[i] for i in decoder.cross}  # on the CPU, if offloaded
-            return {i: (c.keys.to(device), c.values.to(device)) for i, c in layers.items()}
+            layers = {i: cache.layers[i] for i in decoder.cross}
+            return {i: (c.keys, c.values) for i, c in layers.items()}
         each = new.positions.repeat_interleave(states.shape[2], dim=1)  # [B, F x T x P]
         rotation = decoder.rotation(each, states.dtype)
         keys_values = {}

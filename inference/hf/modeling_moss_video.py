@@ -192,7 +192,8 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
             silent = targets == config.silence_token_id
             losses = torch.where(silent, losses * config.silence_weight, losses)
         labelled = (targets != IGNORED_LABEL).sum().clamp(min=1)
-        return losses.sum() / (labelled if count is None else count)
+        count = labelled if count is None else count
+        return losses.sum() / (count.to(losses.device) if isinstance(count, Tensor) else count)
 
     def prepare_inputs_for_generation(
         self,

@@ -168,7 +168,8 @@ class VisionTower(nn.Module):
         for layer in self.global_transformer.layers:
             x = layer(x, mask)
         states = (x, *(entering[index] for index in self.intermediate))
-        return [s.unflatten(1, (count, padded))[:, :, :patches] for s in states]
+        # Layers may be on several devices.
+        return [s.to(x.device).unflatten(1, (count, padded))[:, :, :patches] for s in states]
 
     def _embed(self, pixels: Tensor, ratio_ids: Tensor) -> Tensor:
         frames, tiles = pixels.shape[:2]
