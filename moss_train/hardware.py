@@ -65,8 +65,11 @@ def device_name() -> str:
 
 
 def peak_tflops_of(name: str) -> float | None:
-    """1e12 bf16 FLOPs a second that a GPU of this name can compute; None where it is not known."""
+    """1e12 bf16 FLOPs a second that a GPU of this name can compute; None where it is not known, as
+    of a part of a GPU (`NVIDIA H100 80GB HBM3 MIG 1g.10gb`)."""
     words = f" {name.replace('-', ' ')} "
+    if " MIG " in words:
+        return None
     return next((peak for gpu, peak in PEAK_BF16_TFLOPS.items() if f" {gpu} " in words), None)
 
 

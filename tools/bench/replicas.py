@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 from websockets.asyncio.client import connect, unix_connect
 
-from data_pipeline.commands import DONE, FAILED, CommandParser
+from data_pipeline.commands import DONE, FAILED, CommandParser, report_error
 from inference.engine.load import load_engine
 from inference.engine.sampling import Sampling
 from inference.session.runner import Runner
@@ -236,8 +236,17 @@ def serving(args: Sequence[str], port: int) -> Iterator[Drill]:
     try:
         yield Drill(f"127.0.0.1:{port}")
     finally:
-        process.terminate()
-        process.wait(60)
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
+    """Asks a server to end; kills one that does not within so many seconds."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 async def ways(drill: Drill, rounds: int = 5, frames: int = 20) -> tuple[list[float], list[float]]:
@@ -324,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for name, value in rows.items():
         print(f"{name:32} {value}")
+    if not drill.kills:
+        return report_error(PROGRAM, "no replica was killed: give more --seconds or --replicas")
     return FAILED if wrong or any(client.gaps for client in clients) else DONE
 
 

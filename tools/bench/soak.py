@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import json
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -29,8 +28,8 @@ from typing import Any
 import httpx
 import psutil
 
-from data_pipeline.commands import DONE, FAILED, CommandParser
-from tools.bench.replicas import milliseconds, share
+from data_pipeline.commands import DONE, FAILED, CommandParser, report_error
+from tools.bench.replicas import milliseconds, share, stop
 from tools.bench.visitor import Visitor
 
 PROGRAM = "python -m tools.bench.soak"
@@ -146,11 +145,12 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[by
     process = subprocess.Popen([sys.executable, "-m", "inference.serve", *flags])
     host = f"127.0.0.1:{args.port}"
     try:
-        wait(lambda: health(host)["status"] == "ok", 600)
+        wait(lambda: process.poll() is not None or health(host)["status"] == "ok", 600)
+        if process.poll() is not None:
+            raise SystemExit(report_error(PROGRAM, f"the server ended with {process.returncode}"))
         yield host, process
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        stop(process)
 
 
 def health(host: str) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -13,6 +16,7 @@ from inference.engine.load import load_engine
 from inference.serve.limits import Limits
 from tests.inference.serve.serving import serving
 from tests.waiting import until
+from tools.bench.replicas import stop
 from tools.bench.soak import FRAME_BYTES, Result, play, report
 from tools.bench.visitor import FAULTS, Visitor
 
@@ -59,3 +63,16 @@ def test_a_soak_holds_where_nothing_has_grown_slowed_down_or_gone(
     assert report(quiet, broken, left=0, code=0)["holds"] is holds
     assert report(quiet, broken, left=1, code=0)["holds"] is False
     assert report(quiet, broken, left=0, code=1)["holds"] is False
+
+
+def test_a_server_that_does_not_end_is_killed():
+    deaf = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)"
+    command = [sys.executable, "-c", f"{deaf}; signal.pause()"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    stop(process, seconds=0.5)
+    assert process.returncode == -signal.SIGKILL
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    stop(process)
+    assert process.returncode == -signal.SIGTERM

@@ -99,6 +99,8 @@ def test_peaks_are_those_of_the_data_sheets():
     assert peak_tflops_of("NVIDIA H200 NVL") == 835.5
     others = ("CPU", "NVIDIA RTX A1000", "NVIDIA H20", "NVIDIA L400")  # measured, not guessed
     assert [peak_tflops_of(name) for name in others] == [None] * 4
+    # A seventh of the GPU is not slow for having a seventh of its speed.
+    assert peak_tflops_of("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None
 
 
 def test_a_long_run_is_a_small_page_soon(tmp_path):
