@@ -18,7 +18,7 @@ from moss_train.config import flatten
 from moss_train.train.curves import smooth
 from moss_train.train.metrics import read_metrics
 
-ABSENT = "-"
+ABSENT, NOT_FINITE = "-", "not finite"
 LAST = ("step", "loss", "validation.loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s",
         "skipped_steps", "memory_gb")  # fmt: skip
 
@@ -49,9 +49,17 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def last(self, key: str) -> str:
-        """The last value of a key."""
-        _, values = self.curve(key)
-        return f"{values[-1]:.6g}" if values else ABSENT
+        """The last value of a key, which may be none that is finite: not an earlier one, or a run
+        that has failed would look well."""
+        flat = [dict(flatten(row)) for row in self.rows]
+        values = [row[key] for row in flat if key in row]
+        if not values:
+            return ABSENT
+        return _shown(values[-1])
+
+
+def _shown(value: float | None) -> str:
+    return NOT_FINITE if value is None or not math.isfinite(value) else f"{value:.6g}"
 
 
 def differences(runs: list[Run]) -> list[list[str]]:
@@ -97,8 +105,8 @@ def compare(folders: list[Path], out: Path) -> str:
             run.name = str(run.folder)
     plot(runs, out)
     last = [[key, *(run.last(key) for run in runs)] for key in LAST]
-    best = [min(v for v in run.curve("loss")[1] if math.isfinite(v)) for run in runs]
-    last.insert(2, ["lowest loss", *(f"{value:.6g}" for value in best)])
+    finite = ([v for v in run.curve("loss")[1] if math.isfinite(v)] for run in runs)
+    last.insert(2, ["lowest loss", *(_shown(min(values, default=None)) for values in finite)])
     parts = [table("differs", runs, differences(runs)), table("last value", runs, last)]
     return "\n\n".join([*parts, f"plot: {out}"])
 

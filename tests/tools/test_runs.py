@@ -38,6 +38,14 @@ def test_differences_and_last_values(tmp_path, capsys):
     assert image.imread(tmp_path / "plot.png").shape[:2] == (750, 1350)
 
 
+def test_a_loss_that_is_not_finite_is_not_replaced_by_an_earlier_one(tmp_path, capsys):
+    one = make_run(tmp_path / "one", 0.001, [3.0, 2.0, None], None)
+    two = make_run(tmp_path / "two", 0.01, [None, None], None)
+    assert main(["compare", str(one), str(two), "--out", str(tmp_path / "plot.png")]) == 0
+    said = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {"loss not finite not finite", "lowest loss 2 not finite"} <= said
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty"])
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
