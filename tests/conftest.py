@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What gives torch all cores all the same (an evaluation, a job without hardware.threads) would
 # otherwise keep them busy while its threads wait: ten times the time, beside another test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Else each process that a test starts would compile our modules anew: a second of a core.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Python's collector would look through all that is imported, again and again, and find nothing.
 gc.disable()
 # Groups of ranks that have been stay open in a process; a shell often allows 1024 files.
@@ -134,10 +138,12 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def groups():
-    """Process groups of one process."""
+    """Process groups of one process. They end with the file, and with them all that its tests have
+    made: each has threads of gloo's that wake up a hundred times a second while it is there."""
     import torch
+    from megatron.core import parallel_state
 
     from moss_train import hardware
     from moss_train.config import ParallelConfig
@@ -147,4 +153,5 @@ def groups():
     store = torch.distributed.HashStore()  # no port, which another process could take
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield build_groups(ParallelConfig(), seed=1)
+    parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
