@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from typing import NoReturn
 
 from data_pipeline.commands import DONE, FAILED, report_error
 from data_pipeline.parent import signalled_with_parent
@@ -84,6 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
                 signal.signal(signal.SIGHUP, server.handle_exit)  # as SIGTERM, which uvicorn takes
             server.run(sockets=sockets)
+            if not runner.ended:
+                access.close()
+                _end_without_engine(hub)
             if runner.failed:
                 report_error(PROGRAM, runner.failed)
     return FAILED if runner.failed else DONE
+
+
+def _end_without_engine(hub: Hub) -> NoReturn:
+    """Ends the process, which would wait for a step of the engine that nothing can end."""
+    words = f"within {hub.limits.step:g} s the engine does not end its step"
+    report_error(PROGRAM, f"{words}: the process ends without it")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(FAILED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,10 +37,12 @@ from inference.serve.session_socket import (
 )
 from inference.session.events import EventLog
 from inference.session.grammar import Grammars
-from inference.session.handle import SessionHandle
+from inference.session.handle import SessionClosed, SessionHandle
 from inference.session.rebuilder import Rebuilder
 from inference.session.runner import Runner
 from inference.session.session import SessionConfig
+
+log = logging.getLogger(__name__)
 
 MODEL = "moss-video"  # its name in the protocols
 
@@ -73,6 +76,11 @@ class LiveSession(ResumableSession):
 
     def asked(self) -> dict[str, Any]:
         return settings(vars(self.handle.config))
+
+    async def closed(self) -> None:
+        """Waits for its end."""
+        while not self.log.closed:
+            await self.log.wait(self.log.last_seq)
 
     def close(self, reason: str, code: int = NORMAL) -> None:
         self.close_code = code
@@ -159,7 +167,8 @@ class Hub:
         return live
 
     async def revive(self, live: LiveSession) -> None:
-        """A session whose client has come back gets a place again; EngineFull."""
+        """A session whose client has come back gets a place again; EngineFull. Where it cannot go
+        on there, it is over, and its client hears of it."""
         while live.parked and not live.log.closed:
             try:
                 with self.memory.promised(self.each.total, live.log):
@@ -170,6 +179,12 @@ class Hub:
             except EngineFull:
                 if not await self.make_room(self.each.total):
                     raise
+            except SessionClosed:
+                raise
+            except Exception:
+                log.exception("%s ends: it has not got its context back", live.handle.name)
+                live.close("its context could not be given back to it", FAILED)
+                return await live.closed()
 
     def hold(self, log: EventLog, size: int) -> None:
         """Counts the memory of a session or an answer until its end."""
@@ -203,7 +218,13 @@ class Hub:
         return True
 
     async def _park(self, live: LiveSession) -> None:
-        await asyncio.wrap_future(self.runner.park(live.handle))
+        try:
+            await asyncio.wrap_future(self.runner.park(live.handle))
+        except Exception:  # who needs the place has nothing to do with it
+            log.exception("%s ends: its context could not be kept", live.handle.name)
+            live.parked = False
+            live.close("its context could not be kept while its client was away", FAILED)
+            return await live.closed()
         if not live.log.closed:
             kept = parked_size(live.handle.running.parked) + self.each.pixels
             self.memory.take(live.log, min(kept, self.each.total))
@@ -258,7 +279,8 @@ class Hub:
 
     async def close(self, patience: float = 5.0) -> None:
         """Closes all sessions; answers that are running get `patience` seconds, and then sockets as
-        many to send the end of theirs."""
+        many to send the end of theirs. A step of the engine that takes more than `step` seconds is
+        not waited for: nothing can end it."""
         self.closing = True
         if self._reaper:
             self._reaper.cancel()
@@ -268,7 +290,8 @@ class Hub:
         while self.runner.sessions and time.monotonic() < until:
             await asyncio.sleep(0.02)
         # Sockets are waited for after it: a step may take longer than `patience`.
-        await asyncio.to_thread(self.runner.close, "the server is shutting down")
+        seconds = self.limits.step
+        await asyncio.to_thread(self.runner.close, "the server is shutting down", seconds)
         until = time.monotonic() + patience
         while any(live.socket for live in self.sessions.values()) and time.monotonic() < until:
             await asyncio.sleep(0.02)

@@ -140,6 +140,11 @@ class Runner:
         return self.call(partial(self._unpark, handle.running))
 
     @property
+    def ended(self) -> bool:
+        """Whether its thread has ended: what computes, `close` does not end."""
+        return not self._thread.is_alive()
+
+    @property
     def sessions(self) -> int:
         """How many have a place. The log of one that has it no more is closed."""
         with self.changed:

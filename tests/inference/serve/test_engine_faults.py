@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -214,3 +217,26 @@ def test_a_server_whose_engine_has_ended_ends_too(
         assert not server.thread.is_alive()
         assert words in server.hub.runner.failed
         assert server.hub.status == "failed"
+
+
+def test_a_server_whose_engine_is_stuck_ends_when_it_is_told(tiny: Path, tmp_path: Path) -> None:
+    """Nothing in the process can end that step, and whoever stops a server waits for its end."""
+    written, body = tmp_path / "written", {"messages": [{"role": "user", "content": "A"}]}
+    flags = ["--checkpoint", str(tiny), "--device", "cpu", "--port", "0", "--limit_step", "0.5"]
+    with written.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.workers.stuck_server", *flags], stderr=out
+        )
+    try:
+        until(lambda: process.poll() is not None or "http://" in written.read_text())
+        url = f"http://{written.read_text().split('http://')[1].split('/')[0]}"
+        with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=PATIENCE) as client:
+            asked = pool.submit(client.post, f"{url}/v1/chat/completions", json=body)
+            until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE).json()["status"] == "stuck")
+            process.terminate()
+            assert process.wait(PATIENCE) == 1
+            assert asked.exception() is not None or asked.result().status_code == 500
+    finally:
+        process.kill()
+        process.wait()
+    assert "the engine does not end its step: the process ends without it" in written.read_text()
