@@ -167,7 +167,9 @@ def _continue_stamps(packets: Sequence[Packet], unit: float, ahead: float) -> No
 
     As in joined recordings. Changes the packets.
     """
-    clocks = [p.dts if p.dts is not None else p.pts for p in packets]
+    # FFmpeg knows no decoding times of the first frames of H.264 and HEVC in Matroska.
+    first = next((i for i, packet in enumerate(packets) if packet.dts is not None), 0)
+    clocks = [None] * first + [p.dts if p.dts is not None else p.pts for p in packets[first:]]
     known = [clock for clock in clocks if clock is not None]
     steps = [b - a for a, b in pairwise(known) if b > a]
     if not steps or not unit:

@@ -126,6 +126,20 @@ def test_sound_with_a_cover_is_no_video(tmp_path: Path) -> None:
     assert caught.value.reason == "empty_video"
 
 
+@pytest.mark.parametrize("form", ["mkv", "mp4"])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_frames_that_stay_for_seconds_are_no_jump_of_the_clock(
+    tmp_path: Path, codec: str, form: str
+) -> None:
+    """A slide show with B-frames: of its first packets Matroska has no times of decoding."""
+    stamps = [0, 2.052, 2.062, 2.102, 2.103, *every(2.0, 9, 4.0)]
+    coding = {"bf": "3", "b_strategy": "0", "x265-params": "log-level=none:bframes=4"}
+    data = video(tmp_path / f"a.{form}", stamps, codec=codec, coding=coding).read_bytes()
+    with open_container(data) as file:
+        assert read_track(file, data).times == pytest.approx(stamps, abs=0.001)
+    assert numbers(data, [1.9, 2.06, 8.1, 13.0]) == [0, 1, 7, 9]
+
+
 @pytest.mark.parametrize(
     ("stamps", "filled"),
     [
