@@ -47,6 +47,10 @@ class PackageError(GoneError):
     """Reading the file takes a package that is not installed."""
 
 
+class _UnfitError(Exception):
+    """A server that cannot do what reading its files takes: to ask again changes nothing."""
+
+
 @dataclass
 class StoreOptions:
     """How object stores are read."""
@@ -98,8 +102,12 @@ def read(
     def ask() -> bytes:
         system, path = fsspec.core.url_to_fs(url)
         data: bytes = system.cat_file(path, start=first, end=end)
-        if first is not None and end is not None and len(data) != end - first:
-            raise OSError(f"{len(data)} bytes came of {end - first}")
+        if first is not None and end is not None:
+            if len(data) > end - first:
+                raise _UnfitError("the server sends the whole file where a part of it is asked for "
+                                  "(HTTP ranges): use another one, or copy the folder")  # fmt: skip
+            if len(data) < end - first:
+                raise OSError(f"{len(data)} bytes came of {end - first}")
         return data
 
     return _persistently(url, ask, retries)
@@ -111,6 +119,9 @@ def describe(url: str, retries: int = RETRIES) -> tuple[int, str]:
     def ask() -> tuple[int, str]:
         system, path = fsspec.core.url_to_fs(url)
         about: dict[str, Any] = system.info(path)
+        if about.get("size") is None:
+            raise _UnfitError("the server does not say how long the file is: use another one, or "
+                              "copy the folder")  # fmt: skip
         version = next((about[name] for name in _VERSIONS if about.get(name)), "")
         return int(about["size"]), str(version).strip('"')
 
@@ -133,6 +144,8 @@ def _persistently(url: str, ask: Callable[[], _Result], retries: int) -> _Result
     for attempt in range(retries + 1):
         try:
             return ask()
+        except _UnfitError as error:
+            raise StoreError(f"{shown} cannot be read: {error}") from None
         except ImportError as error:
             raise PackageError(missing_package(url, error)) from None
         except Exception as error:  # every protocol has errors of its own

@@ -49,7 +49,7 @@ def to_rgb(picture: Any) -> Image.Image:
         )
     if deep:
         picture = _eight_bits(picture)
-    if picture.getexif().get(_ORIENTATION, 1) != 1:
+    if _exif(picture).get(_ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
     if picture.mode in _ALPHA or "transparency" in picture.info:
         picture = _on_white(picture)
@@ -89,6 +89,15 @@ def shown_width(width: int, stream: Any) -> int:
     return max(1, round(width * shape)) if 0.25 <= shape <= 4 else width
 
 
+def _exif(picture: Image.Image) -> Image.Exif:
+    """A picture's EXIF data; none where they are broken: its pixels are not."""
+    picture.load()  # a PNG's may stand behind its pixels
+    try:
+        return picture.getexif()
+    except Exception:  # Pillow raises errors of many kinds
+        return Image.Exif()
+
+
 def _scale_transparent_color(picture: Image.Image) -> None:
     """Pillow brings a PNG's values to 8 bits, but not the one of them that is transparent."""
     tiles: Any = getattr(picture, "tile", None)  # until it is decoded
@@ -112,7 +121,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         made = Image.fromarray(np.stack([grey, alpha], axis=2))
     else:
         made = Image.fromarray(grey)
-    made.getexif().update(picture.getexif())
+    made.getexif().update(_exif(picture))
     return made
 
 

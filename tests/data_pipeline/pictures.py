@@ -150,6 +150,11 @@ def _made() -> list[Known]:
         *(Known(f"EXIF orientation {n}", turned(four, n), seen) for n, seen in TURNS.items()),
         Known("EXIF turn in WebP", turned(four, 6, "WEBP", lossless=True), TURNS[6]),
         Known("EXIF turn of 16-bit grey", turned(sixteen, 6), grey(0x82, 0, 255, 0x41)),
+        *(Known(f"broken EXIF in {form}", file(Image.fromarray(quarters(four)), form,
+                                               exif=b"Exif\0\0" + broken, **options), (R, G, B, Y))
+          for form, options in (("PNG", {}), ("WEBP", {"lossless": True}))
+          for broken in (b"no TIFF", b"II*\0")),
+        Known("broken EXIF of 16-bit grey", file(deep, "PNG", exif=b"Exif\0\0II*\0"), ramp),
     ]  # fmt: skip
 
 

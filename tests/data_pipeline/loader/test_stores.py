@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,12 @@ import fsspec
 import pytest
 
 from data_pipeline import stored_files
+from data_pipeline.index import prepare_index
 from data_pipeline.loader.loader import Loader
 from data_pipeline.loader.order import Pick, turns
 from data_pipeline.loader.remote import samples_in_order
 from data_pipeline.loader.state import Source
-from data_pipeline.shards import ShardError, check_source, read_samples
+from data_pipeline.shards import ShardError, check_source, read_samples, write_shards
 from data_pipeline.stores import StoreError, StoreOptions
 from tests.data_pipeline.loader.test_loader import WEIGHTS, open_loader, take
 from tests.data_pipeline.s3 import Server, s3_server
@@ -154,3 +158,26 @@ def test_a_process_hears_of_its_microbatches_before_their_turn() -> None:
         mine |= told
         assert {number + 3, number + 6} <= mine
     assert not any(next(turns(iter([[Pick(0, 0, 0)]]), 3, 0)).ahead)
+
+
+def test_a_web_server_that_sends_no_parts_of_files_is_told_at_once(tmp_path: Path) -> None:
+    """Python's own does not: it sends the whole shard for each part that is asked for."""
+    folder, sent = tmp_path / "web/set", list[str]()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, *_: Any) -> None:
+            sent.append(f"{self.command} {self.path}")
+
+    write_shards(
+        ({"__key__": str(number), "json": {}, "0.bin": bytes(1 << 20)} for number in range(3)),
+        folder,
+    )
+    prepare_index(folder)
+    handler = partial(Handler, directory=str(folder.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{running.server_port}/set"
+        with pytest.raises(StoreError, match=f"{url}/shard-000000.tar cannot be read: .*ranges"):
+            next(samples_in_order(url, options(tmp_path / "cache", read_ahead=0)))
+        running.shutdown()
+    assert sent.count("GET /set/shard-000000.tar") == 1
