@@ -184,8 +184,6 @@ def _rank() -> None:
     launcher = os.getppid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not torchrun's handlers
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGINT):  # those of torchrun
-        signal.signal(number, signal.SIG_DFL)
     if METHOD == "fork":
         from moss_train.train.process import start_writer_queue
 

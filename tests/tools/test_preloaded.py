@@ -64,5 +64,12 @@ def test_helpers_of_ranks_end_with_them(tmp_path: Path) -> None:
     until(lambda: not any(is_running(pid) for pid in helpers))
 
 
+def test_an_interrupt_is_an_exception_in_a_rank_as_in_an_interpreter_of_its_own(
+    tmp_path: Path,
+) -> None:
+    run = start_ranks("tests/workers/misbehave.py", 2, "interrupt", out=tmp_path)
+    assert run.wait(PATIENCE).load_all("interrupted") == [True, True]
+
+
 def children(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

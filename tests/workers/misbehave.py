@@ -1,8 +1,9 @@
-"""A worker that does as it is told: misbehave.py well | exit | raise | hang."""
+"""A worker that does as it is told: misbehave.py well | exit | raise | hang | interrupt."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -21,6 +22,13 @@ def main(how: str) -> None:
         raise ValueError("rank one had a bad day")
     if how == "exit":
         sys.exit(0)
+    if how == "interrupt":
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(600)
+        except KeyboardInterrupt:
+            save_result("interrupted", True, as_json=True)
+            return
     if how != "well":
         time.sleep(600)
 
