@@ -179,9 +179,15 @@ def leave_out_cached_frames(inputs: dict[str, Any], is_image: Tensor, first: boo
         value = inputs.get(name)
         if value is not None:
             inputs[name] = None if start is None else value[:, start:]
-    mask = inputs.get("cross_attention_mask")
-    if mask is not None:
-        inputs["cross_attention_mask"] = mask[:, -is_image.shape[1] :] if first else None
+
+
+def frame_mask_of_pass(mask: Tensor, past: int, count: int) -> Tensor:
+    """The rows of a cross_attention_mask `[B, S, F, T]`, of a whole conversation or of its last
+    turn, for `count` tokens after `past`. Tokens that it does not know see what its last one sees.
+    """
+    rows = mask[:, past:] if mask.shape[1] > count else mask
+    missing = max(0, count - rows.shape[1])
+    return torch.cat((rows, mask[:, -1:].expand(-1, missing, -1, -1)), dim=1)
 
 
 def _first_new_frame(inputs: dict[str, Any], is_image: Tensor) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attended_moss_video import leave_out_cached_frames
+from .attended_moss_video import frame_mask_of_pass, leave_out_cached_frames
 from .configuration_moss_video import MossVideoConfig
 from .decoder_moss_video import READ_ONLY_ROWS
 from .logits_moss_video import find_read_only_tokens, leave_images_out_of_candidates
@@ -96,7 +96,6 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -124,16 +123,18 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
                 `<|image|>`'s is one.
             labels: `[B, S]`, not shifted; -100 and `<|image|>` are ignored, silence weighs
                 `silence_weight`. The sum is divided by `num_items_in_batch`, or their count.
-            shift_labels: labels of the next token at each position, in place of `labels`.
             use_cache: None: where nothing is trained, unless the config turns it off.
             logits_to_keep: logits of so many last positions only, or of these positions; the loss
                 is of all.
             return_dict: False: a tuple of what is not None.
-            kwargs: `output_hidden_states`: the input of each layer that runs, and the last normed
+            kwargs: `shift_labels`: labels of the next token at each position, in place of `labels`;
+                no argument by name, for transformers' Trainer wants all that are called labels.
+                `output_hidden_states`: the input of each layer that runs, and the last normed
                 output; `output_attentions`: what each layer that runs attends, `[B, heads, S, L]`;
                 None: as the config says. `marks_alone`: without frames, an `<|image|>` is a token
                 like others: where the model has said it itself, or is to be shown nothing.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         labelled = labels is not None or shift_labels is not None
         if use_cache is None and labelled:
             use_cache = False
@@ -219,6 +220,10 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
         is_image = self.model.is_image(inputs["input_ids"], inputs.get("inputs_embeds"))
         if past > 0:
             leave_out_cached_frames(inputs, is_image, first)
+        mask = inputs.get("cross_attention_mask")
+        if mask is not None:
+            rows = frame_mask_of_pass(mask, past, is_image.shape[1]) if first or not past else None
+            inputs["cross_attention_mask"] = rows
         inputs["marks_alone"] = not first
         return inputs
 

@@ -263,6 +263,34 @@ def test_a_turn_that_goes_on_from_a_cache_sees_its_frames(given, way):
     assert made[0, ids.shape[1] :].tolist() == wanted
 
 
+@pytest.mark.parametrize("way", ["cache", "no cache", "candidates", "assistant"])
+def test_tokens_that_are_said_see_what_the_last_one_of_a_frame_mask_sees(way):
+    """As transformers' Mllama has it. The second frame is hidden."""
+    model, inputs = tiny_model(tokens_before_first_frame="attend_all"), frames_after_the_end()
+    seen = torch.zeros(1, 12, 3, 1, dtype=torch.long)
+    for frame, place in ((0, 3), (2, 8)):
+        seen[:, place:, frame] = 1
+    ids, wanted = inputs["input_ids"], list[int]()
+    with torch.no_grad():
+        for _ in range(6):
+            rows = torch.cat((seen, seen[:, -1:].expand(-1, len(wanted), -1, -1)), dim=1)
+            frames = {"pixel_values": inputs["pixel_values"], "cross_attention_mask": rows}
+            wanted.append(int(model(input_ids=ids, **frames).logits[0, -1].argmax()))
+            ids = torch.cat((ids, torch.tensor([wanted[-1:]])), dim=1)
+    assert wanted != greedy(model, inputs, 6)
+    ways: dict[str, dict[str, Any]] = {
+        "cache": {},
+        "no cache": {"use_cache": False},
+        "candidates": {"prompt_lookup_num_tokens": 3},
+        "assistant": {"assistant_model": model},
+    }
+    made = model.generate(
+        **inputs, cross_attention_mask=seen, max_new_tokens=6, do_sample=False, eos_token_id=None,
+        **ways[way],
+    )  # fmt: skip
+    assert made[0, 12:].tolist() == wanted
+
+
 def test_masks_and_positions_of_another_form_are_refused():
     model, inputs = tiny_model(), inputs_of("frames")
     length = inputs["input_ids"].shape[1]

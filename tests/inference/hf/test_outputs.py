@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from transformers.utils.generic import find_labels
 
 from inference.hf.configuration_moss_video import MossVideoConfig
 from inference.hf.model_moss_video import BARE_NAMES, MossVideoModel
@@ -134,6 +135,11 @@ def test_the_loss_is_of_all_labels_whatever_logits_are_kept():
     assert torch.equal(last.logits, whole.logits[:, -2:])
     shifted = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
     assert torch.equal(model(**inputs, shift_labels=shifted).loss, whole.loss)
+
+
+def test_a_trainer_finds_the_labels_that_it_evaluates_with():
+    """transformers' reports an eval_loss where all inputs are there that are called labels."""
+    assert find_labels(MossVideoForConditionalGeneration) == ["labels"]
 
 
 @torch.no_grad()
