@@ -15,6 +15,7 @@ options and its own (`--ft-rank-heartbeat-timeout 600`).
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from data_pipeline.commands import DONE, STOPPED, WRONG_USAGE
+from data_pipeline.signal_handlers import handling
 from moss_train.node_folders import claimed, remove, remove_unclaimed
 from moss_train.processes import STOPPED_NOTE
 
@@ -57,7 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not stopped and not note.stat().st_size:
             return code
     if int(os.environ.get("SLURM_NNODES", "1")) > 1:
-        time.sleep(5)  # srun --kill-on-bad-exit ends the other machines, too
+        # The same signal may come again now: torchrun's handler would make it a failure.
+        with handling((signal.SIGTERM, signal.SIGINT), lambda *_: None):
+            time.sleep(5)  # srun --kill-on-bad-exit ends the other machines, too
     return STOPPED
 
 

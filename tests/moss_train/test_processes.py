@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.commands import STOPPED
 from moss_train.node_folders import claimed, remove_unclaimed
 from moss_train.processes import STOPPED_NOTE
 from tests.moss_train.train.runs import ENTRY, is_running
-from tests.waiting import running, until
+from tests.torchrun import REPO
+from tests.waiting import PATIENCE, running, until
 
 RANK = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -35,6 +40,42 @@ def test_a_rank_that_still_imports_ends_with_its_launcher(ours, tmp_path):
             until(lambda: "libtorch" in Path(f"/proc/{rank}/maps").read_text())
         launcher.kill()
         until(lambda: not is_running(rank))
+
+
+STOPPED_RANK = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print("works", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_job_that_is_asked_to_stop_twice_is_stopped_not_failed(tmp_path):
+    """The second request comes while the launcher waits for those of other machines."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(STOPPED_RANK)
+    command = [sys.executable, "launch/torchrun.py", "--standalone", str(rank)]
+    slurm = {**os.environ, "SLURM_NNODES": "2"}
+    with running(command, cwd=REPO, env=slurm, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "works\n"
+        launcher.send_signal(signal.SIGTERM)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        until(lambda: not children.read_text())
+        # torchrun's own folder goes when it has ended, and the launcher begins to wait.
+        folders = Path(tempfile.gettempdir())
+        until(lambda: not _held_by(launcher.pid, folders))
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(PATIENCE) == STOPPED
+
+
+def _held_by(pid: int, base: Path) -> bool:
+    """Whether a process has a folder of torchrun's open."""
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if os.readlink(path).startswith(f"{base}/moss-train-torchrun-"):
+                return True
+    return False
 
 
 def test_folders_of_processes_that_were_killed_are_removed(tmp_path):
