@@ -51,7 +51,7 @@ from moss_train.trained_tokenizer import KEY
 
 # megatron-core 0.19's own default for asynchronous saving is another package.
 _HAS_STRATEGIES = "async_strategy" in signature(dist_checkpointing.save).parameters
-_STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
+STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
 
 
 class Checkpointer:
@@ -121,14 +121,15 @@ class Checkpointer:
         saving = Save(self.folder, step)
         try:
             saving.open()
-            request = dist_checkpointing.save(
-                self._sharded_state(loading=False),
-                str(saving.temporary),
-                sharded_strategy=self.strategy,
-                async_sharded_save=True,
-                content_metadata=CONTENT,
-                **_STRATEGY,
-            )
+            with saving.noting():
+                request = dist_checkpointing.save(
+                    self._sharded_state(loading=False),
+                    str(saving.temporary),
+                    sharded_strategy=self.strategy,
+                    async_sharded_save=True,
+                    content_metadata=CONTENT,
+                    **STRATEGY,
+                )
         except SaveError as error:
             self._failed(error)
             return

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_pipeline.atomic import write_atomically
@@ -25,6 +28,12 @@ from moss_train.log import log
 from moss_train.storage import StorageError, describe_files, or_warning
 
 RESERVE = 4 << 20  # bytes for each eight ranks: what rank 0 writes alone, most of it .metadata
+
+
+# What writes them in megatron-core: .metadata, metadata.json and, before 0.19, common.pt.
+_WRITTEN_ALONE = [(FileSystemWriterAsync, "finish"), (serialization, "save_config")]
+if hasattr(common, "TorchCommonSaveStrategy"):
+    _WRITTEN_ALONE.append((common.TorchCommonSaveStrategy, "save_common"))
 
 
 class SaveError(StorageError):
@@ -40,6 +49,7 @@ class Save:
         self.target, self.temporary = folder / name, folder / f".writing_{name}"
         self.reserve = self.temporary / ".reserve"
         self.sums = self.temporary / f".sums_{dist.get_rank()}.json"
+        self._alone: list[str] = []  # why what rank 0 writes alone could not be written
 
     def open(self) -> None:
         """Makes the folder, and sees to it that what rank 0 writes alone will fit. A collective.
@@ -61,6 +71,28 @@ class Save:
 
         self._on_first_rank(make)
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Within, a file that rank 0 of megatron writes alone and that cannot be written is noted,
+        for `complete`, and raises nothing: the other ranks are in a collective by then, and would
+        wait for rank 0."""
+
+        def noting(write: Callable[..., None]) -> Callable[..., None]:
+            def call(*args: Any) -> None:
+                try:
+                    write(*args)
+                except (OSError, RuntimeError) as error:  # torch.save's is the latter
+                    self._alone.append(_cause(error))
+
+            return call
+
+        with ExitStack() as changed:
+            for owner, name in _WRITTEN_ALONE:
+                write = getattr(owner, name)
+                setattr(owner, name, noting(write))
+                changed.callback(setattr, owner, name, write)
+            yield
+
     def summing(self, request: AsyncRequest) -> AsyncRequest:
         """A `request` of megatron's whose writer also computes this rank's checksums."""
         if request.async_fn is None:  # this rank has nothing to write
@@ -81,12 +113,14 @@ class Save:
         Raises:
             SaveError: something was not written; what was is removed.
         """
-        problem = None
+        problem: str | None = None
         if dist.get_rank() == 0:
             self.reserve.unlink(missing_ok=True)
         try:
-            for finalize in finalize_fns:
-                finalize()
+            with self.noting():
+                for finalize in finalize_fns:
+                    finalize()
+            problem = next(iter(self._alone), None)
         except CheckpointException as error:  # on all ranks; rank 0 knows the cause
             problem = _cause(error)
         sums: dict[str, Any] = {}

@@ -40,7 +40,7 @@ def one(out: Path, layout: dict, before: Path | None) -> Path:
     from moss_train.config import ParallelConfig
     from moss_train.convert.megatron_files import CONTENT
     from moss_train.parallel.process_groups import build_groups
-    from moss_train.train.checkpoint import _STRATEGY, _model_state
+    from moss_train.train.checkpoint import STRATEGY, _model_state
     from tests.torchrun import save_result
 
     groups = build_groups(ParallelConfig(**layout), seed=1)
@@ -55,7 +55,7 @@ def one(out: Path, layout: dict, before: Path | None) -> Path:
         theirs.mkdir()
     dist.barrier()
     dist_checkpointing.save(
-        {"model": model, "optimizer": optimizer}, str(theirs), content_metadata=CONTENT, **_STRATEGY
+        {"model": model, "optimizer": optimizer}, str(theirs), content_metadata=CONTENT, **STRATEGY
     )
     if before is not None:
         new = job(out / "again", layout, groups, steps=0)

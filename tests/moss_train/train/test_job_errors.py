@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from data_pipeline.index import prepare_index
 from data_pipeline.shards import write_shards
@@ -13,6 +15,7 @@ from data_pipeline.toy.build import ToyConfig, make_sample
 from moss_train.train.json_lines import read
 from moss_train.train.save import Save, SaveError
 from tests.moss_train.train.runs import audit, metrics, saved_steps, steps
+from tests.torchrun import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +205,21 @@ def test_a_save_finds_a_folder_that_was_moved_or_left_half_written_or_says_what_
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(SaveError, match=r"gone/.writing_step_00000003 could not be written: .*Not"):
         Save(tmp_path / "file/gone", 3).open()
+
+
+def test_a_file_that_rank_0_alone_cannot_write_is_a_failed_save_of_all_ranks(tmp_path):
+    """Another program may take the space that was kept for it, in the moment between."""
+    files = [".metadata", "metadata.json"]
+    if Version(version("megatron-core")) < Version("0.19"):
+        files.append("common.pt")
+    result = run_ranks("tests/workers/failing_save.py", 2, *files, out=tmp_path)
+    folder = tmp_path / "checkpoints"
+    for step, obstacle in enumerate(files):
+        said = rf"{folder}/\.writing_step_0000000{step} could not be written.*{obstacle}.*"
+        both = result.load_all(obstacle)
+        assert len(both) == 2
+        assert both[0] == both[1]
+        assert re.fullmatch(said, both[0])
+    assert result.load_all("none") == ["", ""]
+    saved = f"step_0000000{len(files)}"
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == [saved]
