@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -43,6 +44,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError:  # a full disk: what was written of it takes space, too
         partial.unlink(missing_ok=True)
         raise
+
+
+def unlock(lock: int | IO[Any]) -> None:
+    """Gives a lock of `fcntl.flock` back. To close its file is not enough where this process has
+    forked meanwhile: the fork has the file, too, and would hold the lock until it ends."""
+    fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 class FolderInUse(ValueError):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_pipeline.atomic import PARTIAL_SUFFIX
+from data_pipeline.atomic import PARTIAL_SUFFIX, unlock
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +95,13 @@ class BlockCache:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self._folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            total = -1
-            with suppress(FileNotFoundError, ValueError):
-                total = int((self._folder / ".total").read_text())
-            yield total
+            try:
+                total = -1
+                with suppress(FileNotFoundError, ValueError):
+                    total = int((self._folder / ".total").read_text())
+                yield total
+            finally:
+                unlock(lock)
 
     def _path(self, name: str) -> Path:
         return self._folder / name[:2] / name

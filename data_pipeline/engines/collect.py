@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import unlock
 from data_pipeline.build import index_groups
 from data_pipeline.engines.job import Job, check_parts, read_result, write_result
 from data_pipeline.importers.journal import REJECTED, SHARDS, Summary, read_lines, write_lines
@@ -71,4 +72,7 @@ def _remove(parts: Path) -> None:
 def _alone(out: Path) -> Iterator[None]:
     with (out / ".build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            unlock(lock)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_pipeline.atomic import write_atomically
+from data_pipeline.atomic import unlock, write_atomically
 from data_pipeline.importers.media import Outcome
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError, remove_partial
@@ -118,6 +118,7 @@ class Journal:
         self.finished = True
 
     def close(self) -> None:
+        unlock(self._lock)
         for file in (self._rejected, self._finished_shards, self._lock):
             file.close()
 

@@ -12,6 +12,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import unlock
 from data_pipeline.shards import ShardError
 
 REPLIES = "replies.sqlite"
@@ -94,6 +95,7 @@ class Store:
 
     def close(self) -> None:
         self._base.close()
+        unlock(self._lock)
         os.close(self._lock)
 
 

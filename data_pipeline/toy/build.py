@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -233,8 +234,12 @@ def _observe(
     samples: Iterator[dict[str, Any]], progress: Progress, texts: list[str] | None
 ) -> Iterator[dict[str, Any]]:
     """Passes samples on: reports progress, and collects their contents in `texts`."""
-    for sample in samples:
-        if texts is not None:
-            texts += [message["content"] for message in sample["json"]["messages"]]
-        progress.step()
-        yield sample
+    try:
+        for sample in samples:
+            if texts is not None:
+                texts += [message["content"] for message in sample["json"]["messages"]]
+            progress.step()
+            yield sample
+    except BrokenProcessPool:
+        raise ShardError("a worker was killed (out of memory?): the same command begins anew, with "
+                         "fewer --workers if need be") from None  # fmt: skip

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote, unquote
 
-from data_pipeline.atomic import write_atomically
+from data_pipeline.atomic import unlock, write_atomically
 from data_pipeline.commands import DONE, FAILED
 from data_pipeline.page import render
 from data_pipeline.tables import format_table
@@ -234,6 +234,7 @@ class EvaluationRun:
         return results
 
     def _close(self) -> None:
+        unlock(self._lock)
         os.close(self._lock)
 
     def __enter__(self) -> EvaluationRun:
