@@ -117,15 +117,25 @@ def run_workers(jobs: Sequence[Job], work: Callable[[Job], Any], workers: int) -
 
 
 class HashedFile:
-    """A new file whose SHA-256 is known when it is closed: written once, in order."""
+    """A new file whose SHA-256 is known when it is closed: written once, in order.
+
+    error: why the last write failed, which torch.save hides behind an error of its own.
+    """
 
     def __init__(self, path: Path):
         self.file: BinaryIO = path.open("wb", buffering=0)
         self.hash, self.position = hashlib.sha256(), 0
+        self.error: OSError | ConversionError | None = None
 
     def write(self, data: Any) -> int:
         """Appends bytes."""
-        view = memoryview(data).cast("B")
+        try:
+            return self._write(memoryview(data).cast("B"))
+        except (OSError, ConversionError) as error:
+            self.error = error
+            raise
+
+    def _write(self, view: memoryview) -> int:
         for start in range(0, len(view), PIECE):
             if _stopping.is_set():
                 raise ConversionError("stopped")

@@ -155,7 +155,12 @@ def write_boxes(
     for box in boxes:
         start = file.tell()
         with memory.lend(3 * box.bytes):  # as stored, mapped and cast
-            torch.save(box.make().contiguous(), cast(Any, file))
+            tensor = box.make().contiguous()
+            try:
+                torch.save(tensor, cast(Any, file))
+            except RuntimeError as error:
+                raise file.error or error from None
+            del tensor
         index = MetadataIndex(box.name, box.offsets)
         places[index] = _StorageInfo(path.name, start, file.tell() - start)
         on_bytes(box.bytes)
@@ -166,13 +171,12 @@ def write_extra_states(
     path: Path, layers: list[str]
 ) -> tuple[dict[MetadataIndex, _StorageInfo], str]:
     """Writes the empty extra states that megatron's linear layers ask for."""
-    buffer = io.BytesIO()
-    torch.save([None], buffer)
+    empty = _saved([None])
     places = {}
     file = HashedFile(path)
     for layer in layers:
         start = file.tell()
-        file.write(buffer.getbuffer())
+        file.write(empty)
         index = MetadataIndex(EXTRA_STATE.format(layer))
         places[index] = _StorageInfo(path.name, start, file.tell() - start)
     return places, file.close()
@@ -195,8 +199,15 @@ def write_metadata(
     state |= {EXTRA_STATE.format(layer): BytesStorageMetadata() for layer in layers}
     with (folder / ".metadata").open("wb") as file:
         pickle.dump(Metadata(state_dict_metadata=state, storage_data=places), file)
-    torch.save({"content_metadata": CONTENT}, folder / "common.pt")
+    (folder / "common.pt").write_bytes(_saved({"content_metadata": CONTENT}))
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
+
+
+def _saved(value: Any) -> bytes:
+    """The bytes of torch.save, which tells of a full disk only when it writes no file itself."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def boxes_of_rows(

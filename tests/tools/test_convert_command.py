@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from moss_train.checkpoint_dir import find, read_run
+from moss_train.convert.to_megatron import FromHf, convert_hf
 from moss_train.model.hf_mapping import table
 from tests.moss_train.convert.sources import mllama_weights, save_folder
 from tests.moss_train.model.build import preset
@@ -54,6 +58,25 @@ def test_there_and_back_and_compared(tmp_path, capsys):
     greedy = [line.split(": ")[1] for line in said if line.startswith("greedy")]
     assert greedy[0] == greedy[1]
     assert said[-1] == "equal within 1e-04"
+
+
+@pytest.mark.parametrize("kilobytes", [8, 30])
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_files_that_cannot_grow_are_one_line(direction, kilobytes, tmp_path):
+    """As on a disk that others fill while weights are written."""
+    source, out = save_folder(tmp_path / "hf", mllama_weights()), tmp_path / "out"
+    if direction == "megatron-to-hf":
+        convert_hf(FromHf(source, tmp_path / "megatron"))
+        source = tmp_path / "megatron"
+    before = sorted(tmp_path.iterdir())
+    command = shlex.join(["tools.convert_checkpoint", direction, str(source), str(out)])
+    limited = f"ulimit -f {kilobytes}; exec {shlex.quote(sys.executable)} -m {command}"
+    done = subprocess.run(["bash", "-c", limited], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = f"python -m tools.convert_checkpoint: error: {out}: File too large"
+    assert done.stderr.splitlines()[-1] == said
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
