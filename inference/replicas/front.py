@@ -227,7 +227,7 @@ class Front:
         """Takes a replica out of service: its sessions go on elsewhere."""
         if replica.state == "dead":
             return
-        replica.state = "dead"
+        replica.lose()
         self.metrics.ended(replica)
         for session in list(replica.sessions):
             session.move("replica_lost")

@@ -80,13 +80,14 @@ class Proxy:
             replica.chats += 1
             streams = False
             try:
-                answer = await self._begin(replica, body, headers)
+                async with replica.answering():
+                    answer = await self._begin(replica, body, headers)
                 if answer.status_code == 503 and len(asked) == 1 and self._others(asked):
                     await answer.aclose()
                     continue
                 _note(visit, answer)
                 kept = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
-                pieces = _counted(answer.aiter_raw(), visit)
+                pieces = _counted(_pieces(answer, replica), visit)
                 if kept.get("content-type", "").startswith("text/event-stream"):
                     first = await anext(pieces, b"")
                     streams = True
@@ -144,6 +145,17 @@ def _note(visit: Visit, answer: httpx.Response) -> None:
     if ASKED in answer.headers:
         visit.asked = json.loads(answer.headers[ASKED])
         visit.id = visit.asked.pop("id")
+
+
+async def _pieces(answer: httpx.Response, replica: Replica) -> AsyncIterator[bytes]:
+    """Yields an answer as it comes. httpx.TransportError where its replica ends, or is lost."""
+    pieces = answer.aiter_raw()
+    while True:
+        async with replica.answering():
+            piece = await anext(pieces, None)
+        if piece is None:
+            return
+        yield piece
 
 
 async def _stream(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -59,6 +60,7 @@ class Replica:
         self.chats = 0
         self.full_until = 0.0  # it said that it was full
         self.last_heard = time.monotonic()
+        self._awaited = set[asyncio.Timeout]()
         self._path = address.removeprefix("unix:") if address.startswith("unix:") else None
         transport = httpx.AsyncHTTPTransport(uds=self._path) if self._path else None
         base = "http://localhost" if self._path else address
@@ -98,6 +100,28 @@ class Replica:
             made = connect(f"ws{self.address.removeprefix('http')}{ROUTE}", **options)
         async with made as connection:
             yield connection
+
+    @contextlib.asynccontextmanager
+    async def answering(self) -> AsyncIterator[None]:
+        """What is awaited here ends with httpx.ReadError once the replica is lost: one that is
+        stuck, or whose machine is off, keeps its connections and says nothing more."""
+        if not self.serves:
+            raise httpx.ReadError("the replica is lost")
+        try:
+            async with asyncio.timeout(None) as awaited:
+                self._awaited.add(awaited)
+                try:
+                    yield
+                finally:
+                    self._awaited.discard(awaited)
+        except TimeoutError:
+            raise httpx.ReadError("the replica is lost") from None
+
+    def lose(self) -> None:
+        """It is out of service: who waits for an answer of it does so no longer."""
+        self.state = "dead"
+        for awaited in self._awaited:
+            awaited.reschedule(asyncio.get_running_loop().time())
 
     async def look(self, seconds: float) -> str:
         """Asks for its health; its `status`, `starting` while nothing decodes, or `silent`."""
