@@ -44,8 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if sys.platform != "linux":
         return report_error(PROGRAM, "needs Linux: it reads /proc")
+    from tools.chaos.faults import all_faults
     from tools.chaos.run import Chaos
 
+    kinds = [fault.name for fault in all_faults(Path("world"), small_disk=True)]
+    if unknown := [name for name in args.kinds if name not in kinds]:
+        parser.error(f"--kinds {unknown[0]}: is none of: {'; '.join(kinds)}")
     args.out.mkdir(parents=True)
     out = args.out.absolute()
     signals: list[int] = []

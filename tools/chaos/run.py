@@ -74,9 +74,9 @@ class Verdict:
 
 def chosen(faults: Sequence[Fault], count: int, chance: random.Random) -> list[tuple[Fault, bool]]:
     """`count` faults in a random order, each kind equally often; with each, whether it comes while
-    the job starts."""
+    the job starts. None where there are no kinds."""
     plan: list[tuple[Fault, bool]] = []
-    while len(plan) < count:
+    while faults and len(plan) < count:
         for fault in chance.sample(list(faults), len(faults)):
             plan.append((fault, fault.early and chance.random() < EARLY))
     return plan[:count]
@@ -133,6 +133,8 @@ class Chaos:
         limit_s = HUNG_S + STARTS * verdict.start_s
         self.log(f"a start: {verdict.start_s:.0f} s")
         wanted = [fault for fault in faults if not self.kinds or fault.name in self.kinds]
+        if not wanted:
+            verdict.wrong.append("no fault was tried: none of --kinds can be, here")
         for fault, early in chosen(wanted, self.count, self.chance):
             if self.should_stop():
                 break
@@ -202,7 +204,9 @@ class Chaos:
         )
         both = sorted(expected.keys() & losses.keys())
         apart = {step: abs(expected[step] - losses[step]) for step in both}
-        verdict.apart = largest(apart.values()) if both else math.nan
+        worst = largest(apart.values())
+        if both:
+            verdict.apart = math.inf if math.isnan(worst) else worst  # a loss that is no number
         if not verdict.apart <= APART:
             first = next((step for step in both if not apart[step] <= APART), None)
             verdict.wrong.append(f"losses differ by {verdict.apart:.1e}, first at step {first}")
