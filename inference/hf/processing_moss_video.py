@@ -134,6 +134,9 @@ class MossVideoProcessor(ProcessorMixin):
         # transformers 4 looks for media in a content that is a string, too, and fails.
         parts = __version__.startswith("4.") and kwargs.get("tokenize", False)
         typed = [[_typed(turn, parts) for turn in turns] for turns in chats]
+        if parts and "video_fps" in kwargs:  # which it would call fps
+            rate = {"video_fps": kwargs.pop("video_fps")}
+            kwargs["videos_kwargs"] = {**kwargs.get("videos_kwargs", {}), **rate}
         if kwargs.get("tools"):
             kwargs["tools"] = _as_text(kwargs["tools"])
         return super().apply_chat_template(typed[0] if one else typed, *args, **kwargs)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from data_pipeline.images import decode_image, tile_image
 from data_pipeline.prompts import PromptBuilder, as_system, as_typed
 from data_pipeline.schema import Message, Role
 from data_pipeline.tokens import SpecialTokens, load_tokenizer
 from data_pipeline.video import open_video, sample_times
+from inference.hf import processing_moss_video
 from inference.hf.processing_moss_video import MossVideoProcessor, read_video
 from tests.inference.tiny import MEAN, STD
 from tests.samples import graded_video
@@ -211,6 +212,38 @@ def test_a_video_in_a_chat_is_read_from_its_path(processor, tmp_path: Path) -> N
     brightness = got["pixel_values"][0, :, 0, 0, :20].mean((-1, -2)) * STD[0] + MEAN[0]
     shown = [8 * int(27 * i / 7 + 0.001) / 255 for i in range(8)]  # spread over 28 frames
     assert brightness.tolist() == pytest.approx(shown, abs=0.02)
+
+
+def test_what_transformers_4_is_given_in_another_form_is_the_same(
+    processor, tmp_path: Path, monkeypatch
+) -> None:
+    """It looks for media in strings, and has another name for video_fps."""
+    graded_video(tmp_path / "a.mp4", [i / 10 for i in range(28)])
+    turns = [
+        {"role": "system", "content": "Say <|silence|> and no <|eot_id|>."},
+        {"role": "user", "content": [{"type": "video", "path": str(tmp_path / "a.mp4")}]},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "What <|end_of_text|>?"},
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "video_fps": 5.0}
+    parts = (processor.image_processor, processor.tokenizer, processor.chat_template)
+    processor = MossVideoProcessor(*parts)
+    wanted = processor.apply_chat_template(turns, **options)
+    monkeypatch.setattr(processing_moss_video, "__version__", "4.57.6")
+    given: list[Any] = []
+    render = ProcessorMixin.apply_chat_template
+
+    def watched(own: Any, chat: Any, **more: Any) -> Any:
+        given.append((chat, more))
+        return render(own, chat, **more)
+
+    monkeypatch.setattr(ProcessorMixin, "apply_chat_template", watched)
+    made = processor.apply_chat_template(turns, **options)
+    assert made["pixel_values"].shape[1] == 14
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
+    (chat, more), *_ = given
+    assert all(isinstance(turn["content"], list) for turn in chat)
+    assert "video_fps" not in more
 
 
 BAD_OPTIONS = [
