@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,9 +16,16 @@ CODE = ("moss_train/**/*.py", "data_pipeline/**/*.py", "tools/gpu_check/*.py", "
 
 
 def setting(rehearse: bool) -> dict[str, str]:
-    """Tells findings apart: those of a rehearsal, or of other code, say nothing of this run."""
-    device = "rehearsed" if rehearse else hardware.device_name()
-    return {"device": device, **versions(), "code": _code()}
+    """Tells findings apart: those of a rehearsal, or of other code, say nothing of this run.
+
+    A process of its own looks at the device: a GPU may admit one process alone, which then has to
+    be a section's.
+    """
+    if rehearse:
+        return {"device": "rehearsed", **versions(), "code": _code()}
+    command = [sys.executable, "-m", "tools.gpu_check.setting"]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(found.stdout.splitlines()[-1]))
 
 
 def _code() -> str:
@@ -24,3 +34,7 @@ def _code() -> str:
     for file in sorted(path for pattern in CODE for path in REPO.glob(pattern)):
         digest.update(f"{file.relative_to(REPO)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    print(json.dumps({"device": hardware.device_name(), **versions(), "code": _code()}))
