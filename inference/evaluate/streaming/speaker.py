@@ -17,7 +17,7 @@ from inference.engine.sampling import Sampling
 from inference.evaluate.streaming.items import Emission, Item
 from inference.session.events import Event
 from inference.session.handle import SessionClosed, SessionHandle
-from inference.session.session import PromptTooLong
+from inference.session.session import PromptTooLong, QueueFull
 
 
 class SpeakerFailed(Exception):
@@ -115,11 +115,11 @@ class ModelSpeaker:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns the errors of a session or a failed engine, and of a question that is too long,
-        into SpeakerFailed."""
+        """Turns the errors of a session or a failed engine, and of questions that are too long, or
+        more than may wait on the wall clock, into SpeakerFailed."""
         try:
             yield
-        except PromptTooLong as error:
+        except (PromptTooLong, QueueFull) as error:
             raise SpeakerFailed(str(error), fatal=False) from None
         except (SessionClosed, RuntimeError) as error:
             try:

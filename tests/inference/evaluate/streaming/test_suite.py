@@ -249,6 +249,26 @@ def test_a_question_that_does_not_fit_is_no_unreadable_video(
         watch(ModelSpeaker(model, SPEAKING), item, 1.0)
 
 
+def test_more_questions_than_may_wait_fail_alone(
+    model: inference.Model, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the wall clock they do not wait for the model, which here takes no step before the end."""
+    engine, runner = model.runner.engine, model.runner
+    step = engine.step
+
+    def held(steps: Any) -> Any:
+        until(lambda: any(running.closing for running in runner._running))
+        return step(steps)
+
+    monkeypatch.setattr(engine, "step", held)
+    talk = SpeakingConfig(clock="wall", fps=5.0)
+    asks = tuple(Ask(0.1, f"what {number}") for number in range(20))
+    item = Item("many", "row", questions.parent / "COIN" / "a.mp4", asks)
+    with pytest.raises(SpeakerFailed, match="16 prompts wait") as failed:
+        watch(ModelSpeaker(model, talk), item, 5.0)
+    assert not failed.value.fatal
+
+
 def test_on_the_wall_clock_a_second_takes_a_second(
     model: inference.Model, questions: Path, tmp_path: Path
 ) -> None:
