@@ -29,8 +29,10 @@ from data_pipeline.stores import (
     PackageError,
     StoreError,
     StoreOptions,
+    answered,
     is_url,
     missing_package,
+    refusal,
     without_secrets,
 )
 
@@ -247,15 +249,17 @@ def _web_or_local_bytes(path: str) -> bytes:
         except ImportError as error:
             raise ShardError(missing_package(path, error)) from None
         except Exception as error:  # every protocol has errors of its own
+            answer = answered(error)
             # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
-            if isinstance(error, FileNotFoundError) and not silent:
+            if isinstance(answer, FileNotFoundError) and not silent:
                 detail = f"{without_secrets(path)}: No such file or directory"
                 raise SampleError("missing_file", detail) from None
-            if is_url(path) and pause is not None and not isinstance(error, PermissionError):
+            final = isinstance(answer, PermissionError) or refusal(answer)
+            if is_url(path) and pause is not None and not final:
                 time.sleep(pause)
                 continue
-            said = "the server does not answer" if silent else without_secrets(str(error))
+            said = "the server does not answer" if silent else without_secrets(str(answer))
             detail = f"{name(path)}: {said}"
             raise SampleError("unreadable_file", detail) from None
     raise AssertionError("unreachable")
@@ -305,9 +309,10 @@ def _explained(path: str) -> Iterator[None]:
         raise ShardError(f"{error}{advice}") from None
     except StoreError as error:
         raise ShardError(str(error)) from None
-    except FileNotFoundError:
-        shown = without_secrets(path)
-        raise ShardError(f"{shown} does not exist: correct the path") from None
+    except FileNotFoundError as error:
+        said = answered(error)
+        wrong = "does not exist: correct the path" if said is error else f"cannot be read: {said}"
+        raise ShardError(without_secrets(f"{path} {wrong}")) from None
     except ImportError as error:
         raise ShardError(missing_package(path, error)) from None
     except ShardError:

@@ -57,11 +57,11 @@ class Packets:
 
     def _pick(self, wanted: list[int]) -> Iterator[VideoFrame]:
         """The frames with these rising stamps; a frame is repeated where its stamp is."""
-        left = iter(wanted)
+        left, stamps = iter(wanted), set(wanted)
         due = next(left, None)
-        for first, last in self._runs(set(wanted)):
+        for first, last in self._runs(stamps):
             self._codec.flush_buffers()
-            for frame in self._decode(self._packets[first : last + 1], set(wanted)):
+            for frame in self._decode(self._packets[first : last + 1], stamps):
                 if due is None:
                     return
                 if frame.pts is None or frame.pts > due:

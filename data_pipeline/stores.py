@@ -18,6 +18,8 @@ from data_pipeline.fields import number
 
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the extra of ours that brings it
 _LONGEST_PAUSE = 30.0  # seconds
+_GONE = 410  # HTTP: not there any more
+_LATER = (408, 425, 429)  # HTTP: not yet, or too many requests
 # In a URL: a user's name and password, and fields of a query that are as good as these.
 _USER = re.compile(r"://(?:[^/?#\s]*|[^/@:\[\s]*:(?!\d+[/?#])[^@\s]*)@")
 _SECRET = re.compile(
@@ -88,6 +90,22 @@ def set_timeout(seconds: float) -> None:
     fsspec.config.conf.update({"http": web, "https": web, "s3": store})
 
 
+def answered(error: Exception) -> Exception:
+    """What a web server answered, where fsspec took that for a file that is not there: it does so
+    with any status, also with those of a server that has too much to do."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        return cause if getattr(cause, "status", 404) not in (404, _GONE) else error
+    return error
+
+
+def refusal(error: Exception) -> int:
+    """The status of a web server that will not answer otherwise when it is asked again; 0: it may,
+    or it is no such error."""
+    status = getattr(error, "status", 0)  # of aiohttp
+    return status if isinstance(status, int) and 400 <= status < 500 and status not in _LATER else 0
+
+
 def missing_package(url: str, error: ImportError) -> str:
     extra = _EXTRAS.get(url.partition("://")[0])
     advice = f"pip install 'moss-train[{extra}]'" if extra else str(error)
@@ -149,15 +167,17 @@ def _persistently(url: str, ask: Callable[[], _Result], retries: int) -> _Result
         except ImportError as error:
             raise PackageError(missing_package(url, error)) from None
         except Exception as error:  # every protocol has errors of its own
+            answer = answered(error)
             # fsspec raises FileNotFoundError for a web server that does not answer, too.
             silent = isinstance(error.__cause__, TimeoutError)
-            if isinstance(error, FileNotFoundError) and not silent:
+            if (isinstance(answer, FileNotFoundError) and not silent) or refusal(answer) == _GONE:
                 raise GoneError(f"{shown} does not exist") from None
-            if isinstance(error, PermissionError):
-                raise ForbiddenError(
-                    f"{shown} may not be read: {without_secrets(str(error))}"
-                ) from None
-            said = f"{type(error).__name__}: {without_secrets(str(error))}"
+            detail = without_secrets(str(answer))
+            if isinstance(answer, PermissionError) or refusal(answer) in (401, 403):
+                raise ForbiddenError(f"{shown} may not be read: {detail}") from None
+            if refusal(answer):
+                raise StoreError(f"{shown} cannot be read: {detail}") from None
+            said = f"{type(answer).__name__}: {detail}"
             said = "the server does not answer" if silent else said
         if attempt < retries:
             pause = min(0.25 * 2**attempt, _LONGEST_PAUSE)
