@@ -24,7 +24,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.msc_utils import MultiStorageClientFeature
 from torch import nn
 
 from data_pipeline.commands import describe
@@ -50,9 +49,6 @@ from moss_train.train.save import Save, SaveError
 from moss_train.train.staging import Staging
 from moss_train.trained_tokenizer import KEY
 
-# As in megatron-core 0.19. 0.16 would open each file of a folder through a client of object stores,
-# which counts every access: a twentieth of the time of small jobs.
-MultiStorageClientFeature.disable()
 # megatron-core 0.19's own default for asynchronous saving is another package.
 _HAS_STRATEGIES = "async_strategy" in signature(dist_checkpointing.save).parameters
 STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
