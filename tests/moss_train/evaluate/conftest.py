@@ -23,7 +23,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(toy: Path, groups) -> TrainedModel:
     architecture = preset("tiny")
     architecture = replace(architecture, text=replace(architecture.text, vocab_size=512))
@@ -36,7 +36,7 @@ def model(toy: Path, groups) -> TrainedModel:
     return TrainedModel(config, random_model(architecture, groups), Path("none"), 0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def questions(model: TrainedModel, toy: Path) -> list[Item]:
     """Six about clips, two about pictures, two about texts."""
     return [
@@ -46,7 +46,7 @@ def questions(model: TrainedModel, toy: Path) -> list[Item]:
     ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def live(model: TrainedModel, toy: Path) -> list[Item]:
     """Streams, half of them with a question in the middle."""
     clips = read_shards(toy / "realtime_sft/heldout/video", "live", model.encoder)
