@@ -23,7 +23,7 @@ from inference.engine.cache import KVCache, put_frames
 from inference.engine.cache_sizes import SPARE
 from inference.engine.capture import Graph, Pool, Ranks, check_same, or_without
 from inference.engine.decode import FixedDecoder
-from inference.engine.sampling import Draw, Sampler
+from inference.engine.sampling import DRAWS, Draw, Sampler, draw_of
 from inference.engine.slots import Slot, Step
 from inference.engine.token_choice import choose_tokens
 from inference.engine.upload import upload
@@ -141,7 +141,8 @@ class GraphRunner:
         sampled = [(row, step) for row, step in zip(picked, steps, strict=True) if step.sample]
         out = None
         if sampled:
-            draw = partial(self._draw, rows, max(step.slot.sampling.draw for _, step in sampled))
+            asked = draw_of(step.slot.sampling for _, step in sampled)
+            draw = partial(self._draw, rows, asked)
             own = [row for row, _ in sampled]
             tokens = choose_tokens(self.logits, [step for _, step in sampled], own, draw)
             # A copy: the next pass of this step may write its tokens to the same place.
@@ -204,14 +205,14 @@ class GraphRunner:
         if not self.graphs:
             return
         kinds, rows = self.shapes.kinds, self.shapes.rows[::-1]
-        progress = Progress("CUDA graphs", len(kinds) + len(rows) * len(Draw), "graphs")
+        progress = Progress("CUDA graphs", len(kinds) + len(rows) * len(DRAWS), "graphs")
         pool = Pool(self.inputs.device, ranks)  # only one of them runs at a time
         with or_without("passes", ranks, self.passes, self.draws):
             for kind in kinds:
                 self.passes[kind] = pool.capture(partial(self.compute, *kind))[0]
                 self._check(kind, ranks)
                 progress.step()
-            for count, draw in product(rows, reversed(Draw)):
+            for count, draw in product(rows, reversed(DRAWS)):
                 self.draws[count, draw] = pool.capture(partial(self._sample, count, draw))
                 progress.step()
         progress.end()

@@ -12,7 +12,7 @@ from torch import Tensor
 from inference.engine.attend import Attend
 from inference.engine.cache import KVCache, make_room, put_frames
 from inference.engine.packed_batch import PackedBatch, Segment
-from inference.engine.sampling import Sampler
+from inference.engine.sampling import Sampler, draw_of
 from inference.engine.slots import Slot, Step
 from inference.engine.token_choice import choose_tokens
 from inference.engine.unplanned_attention import unplanned_attention
@@ -65,7 +65,8 @@ class PackedRunner:
         logits = self.model.lm_head(torch.stack([last[slot.index] for slot in slots]))
         numbers = [[slot.index for slot in slots], [slot.position for slot in slots]]
         where, at = upload(numbers, self.cache.device)
-        draw = partial(self.sampler, logits, where, at, max(s.sampling.draw for s in slots))
+        asked = draw_of(slot.sampling for slot in slots)
+        draw = partial(self.sampler, logits, where, at, asked)
         return choose_tokens(logits, steps, range(len(steps)), draw)
 
     def _fitting(self, step: Step, tokens: list[int]) -> tuple[int, int]:

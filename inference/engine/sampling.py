@@ -7,9 +7,11 @@ beside it, a restored session draws what it would have drawn, and CUDA graphs ne
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntFlag
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -27,12 +29,16 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-class Draw(IntEnum):
-    """What choosing a token takes. A batch does for all slots what one of them needs most."""
+class Draw(IntFlag):
+    """What choosing a token takes. A batch does for all slots what any of them needs: the union."""
 
     GREEDY = 0  # the largest logit, unchanged
     WHOLE = 1  # changed logits; a draw from all tokens
-    CUT = 2  # a draw from the most likely tokens, for which the vocabulary is sorted
+    CUT = WHOLE | 2  # a draw from the most likely tokens, for which the vocabulary is sorted
+    EXTRA = WHOLE | 4  # further passes over the logits, for Sampling's `extra`
+
+
+DRAWS = (Draw.GREEDY, Draw.WHOLE, Draw.CUT, Draw.EXTRA, Draw.CUT | Draw.EXTRA)  # all there are
 
 
 @dataclass
@@ -76,15 +82,26 @@ class Sampling:
     @property
     def draw(self) -> Draw:
         """The operations that choosing this slot's token takes."""
+        draw = Draw.EXTRA if self.extra else Draw.GREEDY
         if self.temperature > 0:
-            return Draw.CUT if self.top_k or self.top_p < 1 else Draw.WHOLE
-        penalties = self.repetition_penalty != 1 or self.counts
-        return Draw.WHOLE if penalties or self.silence_bias or self.logit_bias else Draw.GREEDY
+            return draw | (Draw.CUT if self.top_k or self.top_p < 1 else Draw.WHOLE)
+        changed = self.repetition_penalty != 1 or self.silence_bias
+        return draw | (Draw.WHOLE if changed else Draw.GREEDY)
+
+    @property
+    def extra(self) -> bool:
+        """Whether it has settings that few have: min_p, logit_bias, penalties by counts."""
+        return self.counts or bool(self.logit_bias) or (self.min_p > 0 and self.temperature > 0)
 
     @property
     def counts(self) -> bool:
         """Whether it matters how often each token was sampled."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def draw_of(samplings: Iterable[Sampling]) -> Draw:
+    """What choosing a token of each takes together: known on the host, and alike on all ranks."""
+    return reduce(or_, (sampling.draw for sampling in samplings))
 
 
 class Sampler:
@@ -147,18 +164,20 @@ class Sampler:
         """Tokens `[n]` at `positions` `[n]` of `slots` `[n]`, from logits `[n, V]`; NO_TOKEN where
         one of these is NaN.
 
-        draw: the most that one of the slots takes.
+        draw: what the slots take together.
         """
-        if draw is Draw.GREEDY:
+        if draw == Draw.GREEDY:
             return _likeliest(logits)
         settings = self.settings[slots][..., None]  # [n, 8, 1]
         temperature, top_k, top_p, min_p, *changes = settings.unbind(1)
-        scores = self._changed(logits, slots, *changes)
+        extra = Draw.EXTRA in draw
+        scores = self._changed(logits, slots, *changes, extra=extra)
         scaled = scores / torch.where(temperature > 0, temperature, 1.0).float()
-        least = scaled.amax(-1, keepdim=True) + min_p.log().float()
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        if extra:
+            least = scaled.amax(-1, keepdim=True) + min_p.log().float()
+            scaled = scaled.masked_fill(scaled < least, -torch.inf)
         seed = self.seeds[slots][:, None]
-        if draw is Draw.CUT:
+        if Draw.CUT in draw:
             drawn = _draw_cut(scaled, top_k, top_p, seed, positions)
         else:
             tokens = torch.arange(scores.shape[1], device=scores.device)
@@ -174,14 +193,20 @@ class Sampler:
         presence: Tensor,
         frequency: Tensor,
         silence: Tensor,
+        *,
+        extra: bool,
     ) -> Tensor:
-        """Logits `[n, V]` in fp32 with the biases and penalties `[n, 1]` of their slots."""
-        scores = logits.float() + self.bias[slots]
+        """Logits `[n, V]` in fp32 with the biases and penalties `[n, 1]` of their slots; of
+        `logit_bias` and what was counted only if `extra`."""
+        scores = logits.float()
+        if extra:
+            scores = scores + self.bias[slots]
         repetition = repetition.float()
         penalized = torch.where(scores > 0, scores / repetition, scores * repetition)
         scores = torch.where(self.seen[slots], penalized, scores)
-        said = self.said[slots]
-        scores -= said * frequency.float() + (said > 0) * presence.float()
+        if extra:
+            said = self.said[slots]
+            scores -= said * frequency.float() + (said > 0) * presence.float()
         if self.silence is not None:
             scores[:, self.silence] += silence[:, 0].float()
         return scores

@@ -19,7 +19,7 @@ from inference.engine.decode import sizes_of
 from inference.engine.engine import Engine
 from inference.engine.graph_memory import GraphMemory
 from inference.engine.quantize import quantize_decoder
-from inference.engine.sampling import Draw
+from inference.engine.sampling import DRAWS
 from inference.engine.tower_graphs import BATCHES
 from inference.hf.vision_moss_video import VisionAttention
 from inference.kernels.choose import Kernels, choose
@@ -95,7 +95,7 @@ def counted_passes(engine: Engine, kernels: Kernels) -> int:
     runs: list[Callable[[], object]] = [
         partial(runner.compute, *kind) for kind in runner.shapes.kinds
     ]
-    runs += [partial(runner._sample, slots, draw) for draw in Draw]
+    runs += [partial(runner._sample, slots, draw) for draw in DRAWS]
     peaks = []
     with torch.inference_mode():
         for run in runs:

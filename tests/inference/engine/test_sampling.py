@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference.engine.sampling import Draw, Sampler, Sampling, uniform
+from inference.engine.sampling import DRAWS, Draw, Sampler, Sampling, draw_of, uniform
 
 CPU = torch.device("cpu")
 SILENCE = 3
@@ -31,7 +31,7 @@ def draws(sampler: Sampler, logits: torch.Tensor, count: int, slot: int = 0) -> 
     """Tokens at `count` positions from the same logits."""
     rows = logits.expand(count, -1).clone()
     slots = torch.full((count,), slot)
-    return sampler(rows, slots, torch.arange(count), Draw.CUT)
+    return sampler(rows, slots, torch.arange(count), DRAWS[-1])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_min_p_is_that_of_transformers_before_top_k_and_top_p(min_p, top_k, top_
 def scores_of(sampler: Sampler, logits: torch.Tensor, slot: int = 0) -> torch.Tensor:
     """What is drawn from, `[V]`."""
     changes = sampler.settings[torch.tensor([slot])][..., None].unbind(1)[4:]
-    return sampler._changed(logits, torch.tensor([slot]), *changes)[0]
+    return sampler._changed(logits, torch.tensor([slot]), *changes, extra=True)[0]
 
 
 def test_biases_and_penalties_are_those_of_transformers_and_openai() -> None:
@@ -123,8 +123,8 @@ def test_biases_and_penalties_are_those_of_transformers_and_openai() -> None:
 )
 def test_what_changes_logits_changes_the_most_likely_token(changes: dict) -> None:
     sampling = Sampling(**changes)
-    assert (sampling.draw, Sampling(min_p=0.5).draw) == (Draw.WHOLE, Draw.GREEDY)
-    assert Sampling(min_p=0.5, temperature=1.0).draw is Draw.WHOLE
+    assert (sampling.draw, Sampling(min_p=0.5).draw) == (Draw.EXTRA, Draw.GREEDY)
+    assert Sampling(min_p=0.5, temperature=1.0).draw is Draw.EXTRA
     logits = torch.zeros(1, 40)
     logits[0, 8], logits[0, 9] = 1.0, 0.9
     sampler = sampler_of(sampling)
@@ -154,12 +154,32 @@ def test_a_draw_is_the_same_beside_slots_that_sort_the_vocabulary() -> None:
     assert Sampling(top_p=0.9).draw is Draw.GREEDY
     sampler = sampler_of(whole, vocabulary=400)
     slots, at = torch.zeros(200, dtype=torch.long), torch.arange(200)
-    drawn = {
-        draw: sampler(logits.expand(200, -1).clone(), slots, at, draw)
-        for draw in (Draw.WHOLE, Draw.CUT)
-    }
+    drawn = {draw: sampler(logits.expand(200, -1).clone(), slots, at, draw) for draw in DRAWS[1:]}
     assert len(drawn[Draw.WHOLE].unique()) > 50
-    assert torch.equal(drawn[Draw.WHOLE], drawn[Draw.CUT])
+    for draw in DRAWS[2:]:
+        assert torch.equal(drawn[Draw.WHOLE], drawn[draw])
+
+
+def test_a_batch_takes_what_its_slots_take_together_and_no_more() -> None:
+    """Settings that nobody in it has are not looked at: here they would change every token."""
+    greedy, whole = Sampling(), Sampling(temperature=0.8, seed=5)
+    cut, counted = Sampling(temperature=0.8, top_k=30, seed=5), Sampling(presence_penalty=1.0)
+    assert draw_of([greedy, whole]) is Draw.WHOLE
+    assert draw_of([whole, cut, greedy]) is Draw.CUT
+    assert draw_of([greedy, counted]) is Draw.EXTRA
+    assert draw_of([counted, cut]) is DRAWS[-1]
+    logits = torch.randn(1, 400, generator=torch.Generator().manual_seed(2)).expand(200, -1)
+    slots, at = torch.zeros(200, dtype=torch.long), torch.arange(200)
+    for sampling in (greedy, whole, cut):
+        sampler = sampler_of(sampling, vocabulary=400)
+        wanted = sampler(logits.clone(), slots, at, sampling.draw)
+        sampler.bias[0, 17] = torch.inf
+        sampler.said += 1000
+        sampler.settings[0, 3] = 1.0  # min_p
+        assert torch.equal(sampler(logits.clone(), slots, at, sampling.draw), wanted)
+        other = sampler(logits.clone(), slots, at, sampling.draw | Draw.EXTRA)
+        assert (other == 17).all()
+        assert not (wanted == 17).all()
 
 
 def test_uniform_numbers_are_even_and_unrelated() -> None:
