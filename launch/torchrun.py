@@ -31,7 +31,6 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from data_pipeline.commands import DONE, STOPPED, WRONG_USAGE
-from data_pipeline.signal_handlers import handling
 from moss_train.node_folders import claimed, remove, remove_unclaimed
 from moss_train.processes import STOPPED_NOTE
 
@@ -50,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("PET_LOG_DIR", str(folder))  # the default of torchrun's --log-dir
         stopped, code = False, DONE
         try:
-            launch(arguments)
+            try:
+                launch(arguments)
+            finally:
+                _ignore_signals()
         except SignalException as error:
             print(error, file=sys.stderr)
             stopped = True  # also before the ranks could say so, while they start
@@ -59,10 +61,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not stopped and not note.stat().st_size:
             return code
     if int(os.environ.get("SLURM_NNODES", "1")) > 1:
-        # The same signal may come again now: torchrun's handler would make it a failure.
-        with handling((signal.SIGTERM, signal.SIGINT), lambda *_: None):
-            time.sleep(5)  # srun --kill-on-bad-exit ends the other machines, too
+        time.sleep(5)  # srun --kill-on-bad-exit ends the other machines, too
     return STOPPED
+
+
+def _ignore_signals() -> None:
+    """The ranks have ended. Of a signal that comes (again) from now on, torchrun's handler, which
+    stays, would make a failure."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _ft_launcher() -> Callable[[list[str]], object]:

@@ -28,12 +28,13 @@ from moss_train.log import log
 from moss_train.storage import StorageError, describe_files, or_warning
 
 RESERVE = 4 << 20  # bytes for each eight ranks: what rank 0 writes alone, most of it .metadata
-
-
 # What writes them in megatron-core: .metadata, metadata.json and, before 0.19, common.pt.
-_WRITTEN_ALONE = [(FileSystemWriterAsync, "finish"), (serialization, "save_config")]
+_WRITTEN_ALONE = [
+    (FileSystemWriterAsync, "finish", ".metadata"),
+    (serialization, "save_config", "metadata.json"),
+]
 if hasattr(common, "TorchCommonSaveStrategy"):
-    _WRITTEN_ALONE.append((common.TorchCommonSaveStrategy, "save_common"))
+    _WRITTEN_ALONE.append((common.TorchCommonSaveStrategy, "save_common", "common.pt"))
 
 
 class SaveError(StorageError):
@@ -77,19 +78,20 @@ class Save:
         for `complete`, and raises nothing: the other ranks are in a collective by then, and would
         wait for rank 0."""
 
-        def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def noting(write: Callable[..., None], file: str) -> Callable[..., None]:
             def call(*args: Any) -> None:
                 try:
                     write(*args)
-                except (OSError, RuntimeError) as error:  # torch.save's is the latter
-                    self._alone.append(_cause(error))
+                except (OSError, RuntimeError) as error:  # torch.save's is the latter, without name
+                    cause = _cause(error)
+                    self._alone.append(cause if file in cause else f"{file}: {cause}")
 
             return call
 
         with ExitStack() as changed:
-            for owner, name in _WRITTEN_ALONE:
+            for owner, name, file in _WRITTEN_ALONE:
                 write = getattr(owner, name)
-                setattr(owner, name, noting(write))
+                setattr(owner, name, noting(write, file))
                 changed.callback(setattr, owner, name, write)
             yield
 
@@ -115,7 +117,10 @@ class Save:
         """
         problem: str | None = None
         if dist.get_rank() == 0:
-            self.reserve.unlink(missing_ok=True)
+            try:
+                self.reserve.unlink(missing_ok=True)
+            except OSError as error:
+                self._alone.append(_cause(error))
         try:
             with self.noting():
                 for finalize in finalize_fns:

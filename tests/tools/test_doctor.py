@@ -6,18 +6,19 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from importlib.metadata import version
 
 import torch
 
 from data_pipeline import npu
-from moss_train.processes import stat_fields
+from tests.moss_train.train.runs import is_running
 from tests.torchrun import REPO, free_port
+from tests.waiting import until
 from tools.doctor import checks, speed
 from tools.doctor.__main__ import main
 
@@ -83,29 +84,16 @@ def test_ranks_that_hang_end_with_their_launcher():
     assert launcher.stdout is not None
     pid = int(launcher.stdout.readline())
     try:
-        _wait(lambda: _listens(port), "the rank does not wait for the other one")
+        until(lambda: _listens(port))  # it waits for the other one
         launcher.kill()
         launcher.wait()
-        _wait(lambda: not _runs(pid), "the rank has stayed")
+        until(lambda: not is_running(pid))
     finally:
-        if _runs(pid):
-            os.kill(pid, 9)
-
-
-def _wait(there, what: str) -> None:
-    until = time.monotonic() + 120
-    while not there():
-        assert time.monotonic() < until, what
-        time.sleep(0.1)
+        launcher.kill()
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return stat_fields(pid)[0] not in "ZX"
-    except OSError:
-        return False

@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -231,12 +232,21 @@ class Drill:
 @contextlib.contextmanager
 def serving(args: Sequence[str], port: int) -> Iterator[Drill]:
     """Starts a front with its replicas."""
+    check_free(PROGRAM, port)
     command = [sys.executable, "-m", "inference.serve", "--port", str(port), *args]
     process = subprocess.Popen(command, env={**os.environ, "MOSS_FRONT_KEY": FRONT_KEY})
     try:
         yield Drill(f"127.0.0.1:{port}")
     finally:
         stop(process)
+
+
+def check_free(program: str, port: int) -> None:
+    """Ends the command where a server has this port: that one would be measured."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            words = f"--port {port}: another server listens there: end it, or give another port"
+            raise SystemExit(report_error(program, words))
 
 
 def stop(process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:

@@ -29,7 +29,7 @@ import httpx
 import psutil
 
 from data_pipeline.commands import DONE, FAILED, CommandParser, report_error
-from tools.bench.replicas import milliseconds, share, stop
+from tools.bench.replicas import check_free, milliseconds, share, stop
 from tools.bench.visitor import Visitor
 
 PROGRAM = "python -m tools.bench.soak"
@@ -142,6 +142,7 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[by
         "--max_sessions", str(args.sessions + 4), "--window", "32", "--max_context", "2048",
         "--limit_grace", "15", "--limit_replay", "256", "--limit_frame_bytes", str(FRAME_BYTES),
     ]  # fmt: skip
+    check_free(PROGRAM, args.port)
     process = subprocess.Popen([sys.executable, "-m", "inference.serve", *flags])
     host = f"127.0.0.1:{args.port}"
     try:

@@ -10,6 +10,7 @@ code is 0 where all that is done is correct, however fast it is.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from data_pipeline.atomic import write_atomically
 from data_pipeline.commands import DONE, FAILED, CommandParser, report_error
+from data_pipeline.parent import signalled_with_parent
 from moss_train import hardware
 
 PROGRAM = "python -m tools.gpu_check"
@@ -30,11 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     args = _parser(list(LIMITS)).parse_args(arguments)
     if args.one is not None:
+        signalled_with_parent(os.getppid())
         return _run_one(args.one, args.rehearse, _file(args.out, args.one))
     if not args.rehearse and not hardware.has_accelerator():
         return report_error(PROGRAM, "torch finds no CUDA device: try --rehearse on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
-    here = setting(args.rehearse)
+    try:
+        here = setting(args.rehearse)
+    except RuntimeError as error:
+        return report_error(PROGRAM, error)
     for name in args.sections or LIMITS:
         path = _file(args.out, name)
         if not args.again and _kept(path, here) is not None:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from data_pipeline.signal_handlers import handling
 
 
 def run_bounded(command: list[str], log: Path, limit: float) -> int | None:
     """Runs a command that prints to `log`; its exit code, or None where it was killed after `limit`
     seconds.
 
-    However it ends, the processes that it has started are killed and its temporary files removed: a
-    save that takes too long has written tens of gigabytes, and its writers would go on.
+    However it ends, also where this process is asked to, the processes that it has started are
+    killed and its temporary files removed: a save that takes too long has written tens of
+    gigabytes, and its writers would go on.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, log.open("w") as out:
+    with (
+        handling((signal.SIGTERM, signal.SIGHUP), lambda number, _: sys.exit(128 + number)),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary,
+        log.open("w") as out,
+    ):
         # What torch compiles stays: it would else be below TMPDIR.
         compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
         environment = {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "TMPDIR": temporary}

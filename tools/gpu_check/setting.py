@@ -12,7 +12,11 @@ from moss_train import hardware
 from tools.gpu_check.preflight import versions
 
 REPO = Path(__file__).resolve().parents[2]
-CODE = ("moss_train/**/*.py", "data_pipeline/**/*.py", "tools/gpu_check/*.py", "conf/**/*.yaml")
+CODE = (
+    "moss_train/**/*.py", "data_pipeline/**/*.py", "tools/gpu_check/*.py", "tools/differences.py",
+    "conf/**/*.yaml",
+)  # fmt: skip
+LIMIT = 300.0  # seconds for a look at the device
 
 
 def setting(rehearse: bool) -> dict[str, str]:
@@ -20,11 +24,20 @@ def setting(rehearse: bool) -> dict[str, str]:
 
     A process of its own looks at the device: a GPU may admit one process alone, which then has to
     be a section's.
+
+    Raises:
+        RuntimeError: the device does not answer.
     """
     if rehearse:
+        hardware.activate("cpu")
         return {"device": "rehearsed", **versions(), "code": _code()}
     command = [sys.executable, "-m", "tools.gpu_check.setting"]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    try:
+        found = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, timeout=LIMIT
+        )
+    except subprocess.SubprocessError as error:
+        raise RuntimeError(f"the device does not say what it is: {error}") from None
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 

@@ -9,6 +9,7 @@ import random
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def _storage(run: Path, found: Findings) -> None:
             os.fsync(file.fileno())
             wrote = time.perf_counter()
             if hasattr(os, "posix_fadvise"):  # else memory would be read, not storage
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                with suppress(OSError):  # a file system that takes no advice is no unfit one
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         began_read = time.perf_counter()
         same = path.read_bytes() == content
         read = time.perf_counter() - began_read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from inference.engine.load import load_engine
 from inference.serve.limits import Limits
 from tests.inference.serve.serving import serving
 from tests.waiting import until
+from tools.bench import replicas, soak
 from tools.bench.replicas import stop
 from tools.bench.soak import FRAME_BYTES, Result, play, report
 from tools.bench.visitor import FAULTS, Visitor
@@ -76,3 +78,14 @@ def test_a_server_that_does_not_end_is_killed():
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     stop(process)
     assert process.returncode == -signal.SIGTERM
+
+
+def test_a_port_that_another_server_has_is_refused(capsys):
+    """Its answers would be taken for those of the server that is started."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for tool in (soak, replicas):
+            with pytest.raises(SystemExit) as end:
+                tool.main(["--checkpoint", "none", "--port", port])
+            assert end.value.code == 1
+            assert f"--port {port}: another server listens there" in capsys.readouterr().err
