@@ -56,14 +56,14 @@ class CacheSizes:
     def _token(self) -> int:
         return 2 * self.kv_heads * self.head_dim * self.item
 
-    def check(self, slots: int, device: torch.device, beside: int = 0) -> None:
+    def check(self, slots: int, device: torch.device, sampling: int, beside: int = 0) -> None:
         """Raises ValueError where so many slots do not fit into what is free on the device.
 
-        beside: bytes that graphs will take.
+        sampling: bytes that a slot's sampling takes. beside: bytes that graphs will take.
         """
         if device.type == "meta":
             return
-        each = self.text + self.frames
+        each = self.text + self.frames + sampling
         free = devices.free_memory(device) + devices.unused_memory(device)
         if slots * each + beside <= free:
             return
@@ -72,10 +72,11 @@ class CacheSizes:
         instead = f"give max_sessions {most} at most, or" if most else "give"
         without = ", or graphs=False" if beside else ""
         raise ValueError(
-            f"max_sessions={slots}: keys and values of a session are {gib(each)} (text of "
-            f"{self.max_tokens} tokens {gib(self.text)}, {self.window} frames {gib(self.frames)}): "
-            f"{gib(slots * each)} for all{graphs}, and {device} has {gib(free)} free beside the "
-            f"model: {instead} a smaller window or max_tokens (--max_context){without}"
+            f"max_sessions={slots}: a session takes {gib(each)} (keys and values of text of "
+            f"{self.max_tokens} tokens {gib(self.text)}, of {self.window} frames "
+            f"{gib(self.frames)}, its sampling {gib(sampling)}): {gib(slots * each)} for "
+            f"all{graphs}, and {device} has {gib(free)} free beside the model: {instead} "
+            f"a smaller window or max_tokens (--max_context){without}"
         )
 
 

@@ -33,7 +33,7 @@ from inference.engine.graphs import GraphRunner
 from inference.engine.packed_runner import PackedRunner
 from inference.engine.preprocess import Pixels
 from inference.engine.quantize import use_kernels
-from inference.engine.sampling import NO_TOKEN, Sampler, Sampling
+from inference.engine.sampling import NO_TOKEN, Sampler, Sampling, bytes_of_slot
 from inference.engine.slots import FrameRing, Mark, Slot, Step, check_steps
 from inference.engine.tower_fp8 import round_tower
 from inference.engine.tower_graphs import BATCHES, Tower
@@ -139,14 +139,15 @@ class Engine:
         expected = (
             GraphMemory.of(model, sizes, each, self.max_sessions, kernels) if graphs else None
         )
-        each.check(self.max_sessions, self.device, expected.peak if expected else 0)
+        vocabulary = self.config.text_config.vocab_size
+        sampling, peak = bytes_of_slot(vocabulary), expected.peak if expected else 0
+        each.check(self.max_sessions, self.device, sampling, peak)
         self.cache = KVCache(
             decoder, each, slots=self.max_sessions, device=self.device, dtype=self.dtype,
             eight_bit=eight_bit,
         )  # fmt: skip
         if eight_bit:
             self._scale_frames()
-        vocabulary = self.config.text_config.vocab_size
         self.sampler = Sampler(self.max_sessions, vocabulary, self.silence_token, self.device)
         self.packed = PackedRunner(
             model, self.cache, self.sampler, attend, special, attend_all=self.attend_all

@@ -104,6 +104,11 @@ def draw_of(samplings: Iterable[Sampling]) -> Draw:
     return reduce(or_, (sampling.draw for sampling in samplings))
 
 
+def bytes_of_slot(vocabulary: int) -> int:
+    """What a Sampler keeps on the device for each slot: `seen`, `said` and `bias`."""
+    return vocabulary * (torch.bool.itemsize + torch.int32.itemsize + torch.float32.itemsize)
+
+
 class Sampler:
     """Settings of all slots in device tensors, the tokens of each slot's context, and how often
     each was sampled."""

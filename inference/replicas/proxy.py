@@ -78,12 +78,11 @@ class Proxy:
             replica = await self._replica(asked)
             asked.append(replica)
             replica.chats += 1
-            streams = False
+            streams, answer = False, None
             try:
                 async with replica.answering():
                     answer = await self._begin(replica, body, headers)
                 if answer.status_code == 503 and len(asked) == 1 and self._others(asked):
-                    await answer.aclose()
                     continue
                 _note(visit, answer)
                 kept = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
@@ -105,7 +104,7 @@ class Proxy:
                     raise Refused("replica_lost", _LOST) from None
             finally:
                 if not streams:
-                    self._done(replica)
+                    await self._done(replica, answer)
 
     async def _begin(
         self, replica: Replica, body: bytes, headers: dict[str, str]
@@ -116,14 +115,16 @@ class Proxy:
 
     async def _over(self, answer: httpx.Response, replica: Replica, share: Share) -> None:
         """Called when a stream has ended."""
-        self._done(replica)
         share.give_back()
-        with contextlib.suppress(Exception):
-            await answer.aclose()
+        await self._done(replica, answer)
 
-    def _done(self, replica: Replica) -> None:
+    async def _done(self, replica: Replica, answer: httpx.Response | None) -> None:
+        """Ends a request to a replica, which computes no more of its answer."""
         replica.chats -= 1
         self._places.pump()
+        if answer is not None:
+            with contextlib.suppress(Exception):
+                await answer.aclose()
 
     def _others(self, asked: list[Replica]) -> bool:
         return self._places.for_chat(asked) is not None

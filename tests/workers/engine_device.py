@@ -126,8 +126,9 @@ def make_engine(**options: Any) -> Any:
 
 def refused() -> str:
     """What is said where sessions fit, and graphs beside them do not."""
-    each = make_engine().cache.sizes
-    free = 10 * (each.text + each.frames)
+    engine = make_engine()
+    each, logits = engine.cache.sizes, engine.config.text_config.vocab_size
+    free = 10 * (each.text + each.frames + 9 * logits)  # what is remembered of each token, 9 bytes
     with mock.patch.object(torch.cuda, "mem_get_info", return_value=(free, free)):
         try:
             make_engine(max_sessions=10)

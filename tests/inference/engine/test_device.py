@@ -122,6 +122,6 @@ def test_graphs_are_told_with_their_memory_before_and_after(result: Result) -> N
 
 def test_sessions_that_leave_no_room_for_graphs_are_refused(result: Result) -> None:
     said = result.load("refused")
-    assert said.startswith("max_sessions=10: keys and values of a session are ")
+    assert said.startswith("max_sessions=10: a session takes ")
     assert " for all, graphs " in said
     assert said.endswith("a smaller window or max_tokens (--max_context), or graphs=False")

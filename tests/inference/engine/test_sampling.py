@@ -14,7 +14,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference.engine.sampling import DRAWS, Draw, Sampler, Sampling, draw_of, uniform
+from inference.engine.sampling import (
+    DRAWS,
+    Draw,
+    Sampler,
+    Sampling,
+    bytes_of_slot,
+    draw_of,
+    uniform,
+)
 
 CPU = torch.device("cpu")
 SILENCE = 3
@@ -180,6 +188,13 @@ def test_a_batch_takes_what_its_slots_take_together_and_no_more() -> None:
         other = sampler(logits.clone(), slots, at, sampling.draw | Draw.EXTRA)
         assert (other == 17).all()
         assert not (wanted == 17).all()
+
+
+def test_the_memory_of_a_slot_is_what_its_tensors_have() -> None:
+    sampler = sampler_of(Sampling(), Sampling(), Sampling(), vocabulary=1000)
+    kept = [value for value in vars(sampler).values() if isinstance(value, torch.Tensor)]
+    taken = sum(tensor.nbytes for tensor in kept if tensor.shape[-1] == 1000)
+    assert taken == 3 * bytes_of_slot(1000)
 
 
 def test_uniform_numbers_are_even_and_unrelated() -> None:
