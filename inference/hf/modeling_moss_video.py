@@ -207,7 +207,8 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
         begins with the cache of the last one. transformers looks for the name `inputs_embeds`."""
         first = not kwargs.pop(AFTER_FIRST, False) if TRANSFORMERS_4 else bool(is_first_iteration)
         past = self.model.past(kwargs.get("past_key_values"))
-        if first and past > 0 and _holds_cached(kwargs.get("position_ids"), input_ids, past):
+        given = None if TRANSFORMERS_4 else kwargs.get("position_ids")  # 4 goes by its cache
+        if first and past > 0 and _holds_cached(given, input_ids, past):
             kwargs["next_sequence_length"] = input_ids.shape[1] - past
         for name in ("tokenizer", "assistant_tokenizer"):  # of generate: what stop_strings need
             kwargs.pop(name, None)
@@ -229,7 +230,13 @@ class MossVideoForConditionalGeneration(MossVideoPreTrainedModel, GenerationMixi
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         made: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)
-        return {**made, AFTER_FIRST: True} if TRANSFORMERS_4 else made
+        if TRANSFORMERS_4:
+            made[AFTER_FIRST] = True
+            positions = made.get("position_ids")
+            if positions is not None:  # given to generate: 5 continues them itself
+                new = torch.arange(1, kwargs.get("num_new_tokens", 1) + 1, device=positions.device)
+                made["position_ids"] = torch.cat((positions, positions[:, -1:] + new), dim=1)
+        return made
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         return find_read_only_tokens(super()._get_logits_processor(*args, **kwargs))
