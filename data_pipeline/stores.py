@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,12 +92,17 @@ def set_timeout(seconds: float) -> None:
 
 
 def answered(error: Exception) -> Exception:
-    """What a web server answered, where fsspec took that for a file that is not there: it does so
-    with any status, also with those of a server that has too much to do."""
+    """What went wrong with a web server, where fsspec took that for a file that is not there: it
+    does so with any status, and with a connection that is refused or lost."""
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
-        return cause if getattr(cause, "status", 404) not in (404, _GONE) else error
-    return error
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    import aiohttp
+
+    if isinstance(cause, aiohttp.ClientConnectionError):
+        # Of a name that no server has any more the files are gone.
+        return error if getattr(cause, "errno", None) == socket.EAI_NONAME else cause
+    return cause if getattr(cause, "status", 404) not in (404, _GONE) else error
 
 
 def refusal(error: Exception) -> int:

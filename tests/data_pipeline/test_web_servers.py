@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
 from data_pipeline.stores import ForbiddenError, GoneError, StoreError
 
+LOST = 0  # in place of a status: the connection ends without an answer
+
 
 @contextmanager
 def server(*answers: int) -> Iterator[tuple[str, list[str]]]:
@@ -26,6 +29,9 @@ def server(*answers: int) -> Iterator[tuple[str, list[str]]]:
         def do_GET(self) -> None:
             status = [*answers, 200][min(len(asked), len(answers))]
             asked.append(self.command)
+            if status == LOST:
+                self.close_connection = True
+                return
             self.send_response(status)
             self.send_header("Content-Length", "4")
             self.end_headers()
@@ -68,13 +74,37 @@ def test_a_file_that_is_not_there_is_missing(status: int) -> None:
         assert len(asked) == 1
 
 
-@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
+@pytest.mark.parametrize("status", [LOST, 408, 425, 429, 500, 503])
 def test_what_may_be_otherwise_later_is_asked_for_again(status: int) -> None:
     with server(status) as (url, _):
         assert files.read_bytes(url) == b"data"
     with server(status) as (url, asked):
         assert stores.read(url) == b"data"
         assert len(asked) == 2
+
+
+def test_a_server_that_is_not_there_is_not_a_file_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may start anew; what has no address any more is gone."""
+    monkeypatch.setattr(files, "_RETRY_AFTER", (0.0,))
+    with socket.socket() as taken:  # nobody listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/1.jpg"
+        with pytest.raises(SampleError, match=r"unreadable_file: .*Cannot connect"):
+            files.read_bytes(url)
+        with pytest.raises(StoreError, match=r"tried 2 times: .*Cannot connect") as caught:
+            stores.describe(url, retries=1)
+        assert not isinstance(caught.value, GoneError)
+        with pytest.raises(ShardError, match=f"{url} cannot be read: "), files.open_file(url):
+            pass
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(SampleError, match="missing_file"):
+        files.read_bytes("http://gone.invalid/1.jpg")
 
 
 def test_a_file_of_records_is_not_said_to_be_gone_where_its_server_is_busy() -> None:
