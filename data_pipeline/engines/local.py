@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,8 +45,8 @@ def run_local(job: Job, workers: int, retries: int, done: Callable[[int], None])
                 deaths[number] += 1
                 if deaths[number] > retries:
                     raise ShardError(
-                        f"part {number}: its process was killed {deaths[number]} times (signal "
-                        f"{-(process.exitcode or 0)}; out of memory?): use fewer --workers"
+                        f"part {number}: its process was killed {deaths[number]} times (exit code "
+                        f"{process.exitcode}; out of memory?): use fewer --workers"
                     )
                 waiting.append(number)
     finally:
@@ -82,3 +83,6 @@ def _work(job: Job, number: int, pipe: Connection, parent: int) -> None:
         pipe.send(ShardError(f"part {number}: not enough memory: use fewer --workers"))
     except (ShardError, OSError) as error:
         pipe.send(ShardError(f"part {number}: {error}"))
+    except Exception as error:
+        traceback.print_exc()  # a fault of ours: this says where
+        pipe.send(ShardError(f"part {number}: {type(error).__name__}: {error}"))

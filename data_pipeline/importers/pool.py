@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -122,7 +123,12 @@ def _work(pipe: Connection, parent: int) -> None:
     with suppress(EOFError, OSError):  # the parent has no more work
         while True:
             chunk, options = pipe.recv()
-            pipe.send(_finish_all(chunk, options))
+            try:
+                result = _finish_all(chunk, options)
+            except Exception as error:
+                traceback.print_exc()  # a fault of ours: this says where
+                result = ShardError(f"{chunk[0].key}: {type(error).__name__}: {error}")
+            pipe.send(result)
 
 
 def _finish_all(chunk: list[Entry], options: MediaOptions) -> list[Outcome] | ShardError:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import BuildOptions
+from data_pipeline.build import BuildOptions, build_shards
 from data_pipeline.build import main as import_whole
 from data_pipeline.engines import local
 from data_pipeline.engines.job import Job
 from data_pipeline.engines.local import run_local
 from data_pipeline.engines.ranks import run_rank
+from data_pipeline.importers import pool
 from data_pipeline.shards import ShardError
 from tests.data_pipeline.importers.jobs import blocked, contents, has_ended, make_records
 from tests.samples import imported
@@ -164,3 +165,21 @@ def test_an_error_of_any_length_is_said(
     job.folder.mkdir()
     with pytest.raises(ShardError, match=f"^part 0: {words}$"):
         run_local(job, workers=1, retries=0, done=lambda number: None)
+
+
+def test_a_fault_of_ours_is_not_said_to_be_a_kill(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: object) -> None:
+        raise KeyError("frames")
+
+    monkeypatch.setattr(local, "make_part", failing)
+    job = Job(str(source), str(tmp_path), BuildOptions(), 1)
+    job.folder.mkdir()
+    with pytest.raises(ShardError, match=r"^part 0: KeyError: 'frames'$"):
+        run_local(job, workers=1, retries=0, done=lambda number: None)
+    assert "in failing" in capfd.readouterr().err
+    monkeypatch.setattr(pool, "finish", failing)
+    with pytest.raises(ShardError, match=r"KeyError: 'frames'$"):
+        build_shards(source, tmp_path / "out", BuildOptions(workers=1))
+    assert "in failing" in capfd.readouterr().err
