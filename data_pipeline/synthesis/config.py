@@ -38,7 +38,8 @@ class EndpointConfig:
     timeout: float = number(120.0, above=0)  # seconds of a request
     retries: int = number(6, least=0)  # after the first try
     backoff: float = number(1.0, least=0)  # seconds before the first retry, doubled each time
-    max_wait: float = number(60.0, least=0)  # seconds before a retry at most, Retry-After aside
+    # Seconds before a retry at most, also where a server asks for more (Retry-After).
+    max_wait: float = number(60.0, least=0)
     temperature: float = number(0.7, least=0, most=2)
     max_tokens: int = number(1024, above=0)  # of a reply; doubled where a reply was cut off
     image_tokens: int = number(256, above=0)  # of a frame: for the estimate and the budget

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 import time
@@ -23,6 +24,8 @@ _AGAIN = frozenset({408, 409, 425, 429})  # statuses to retry, besides 500 to 59
 _LOST = 8  # failed requests in a row after which a server is given up, or `concurrency` if larger
 _FATAL = frozenset({401, 402, 403, 404, 405})  # statuses with which no request will succeed
 _FALLBACK = {"schema": "object", "object": "text"}  # the json_form after one that is refused
+
+logger = logging.getLogger(__name__)
 
 Tokens = tuple[int, int]  # number in the prompt, number in the reply
 
@@ -93,7 +96,7 @@ class Endpoint:
                 if failed.unusable:  # the same seed could give the same reply
                     seed, room = seed + SEEDS, room * 2 if "cut off" in why else room
                 if failed.after:
-                    self._resume = max(self._resume, time.monotonic() + failed.after)
+                    self._wait_for(request.url, failed.after)
             if not self._answered and attempt == 2 and "no connection" in why:
                 raise EndpointError(f"{request.url}: {why}: start the server or correct the URL")
             if attempt < self._config.retries:
@@ -104,6 +107,16 @@ class Endpoint:
         if self._lost > max(_LOST, self._config.concurrency):
             raise EndpointError(f"{request.url}: {self._lost} requests failed in a row: {why}")
         raise RequestFailed(f"{request.kind}: {why}")
+
+    def _wait_for(self, url: str, seconds: float) -> None:
+        """No request is sent for what a server asks for, but no longer than `max_wait`."""
+        now, most = time.monotonic(), self._config.max_wait
+        if seconds > most and now >= self._resume:  # said once for all requests that wait
+            logger.warning(
+                "%s asks to wait for %.0f s: it is asked again after %.0f s (max_wait)",
+                url, seconds, most,
+            )  # fmt: skip
+        self._resume = max(self._resume, now + min(seconds, most))
 
     @staticmethod
     async def _pause(seconds: float) -> None:

@@ -95,6 +95,16 @@ def test_what_may_work_later_is_tried_again_after_the_time_that_is_asked_for(sta
     assert asked[1]["seed"] == asked[0]["seed"]
 
 
+def test_a_server_that_asks_for_hours_is_named_and_asked_after_the_longest_pause(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with server((429, "quota", {"Retry-After": "7200"}), GOOD) as (url, asked):
+        assert ask(url, max_wait=0.3)[0] == {"same": True}
+    assert asked[1]["at"] - asked[0]["at"] >= 0.3
+    said = f"{url} asks to wait for 7200 s: it is asked again after 0 s (max_wait)"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
 def test_a_reply_that_cannot_be_used_is_paid_for_and_asked_for_with_another_seed() -> None:
     answers = completion('{"same": tr', "length"), completion('{"same": 3}'), completion("no"), GOOD
     with server(*answers) as (url, asked):
