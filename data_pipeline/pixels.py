@@ -8,9 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 _ORIENTATION = 0x0112  # EXIF: how the stored picture is turned or mirrored to be shown
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF
 # Formats whose 16-bit grey Pillow opens in mode I, brought to 0..65535.
 _SIXTEEN_BITS = ("PNG", "PPM")
@@ -49,8 +58,10 @@ def to_rgb(picture: Any) -> Image.Image:
         )
     if deep:
         picture = _eight_bits(picture)
-    if _exif(picture).get(_ORIENTATION, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
+    # Not ImageOps.exif_transpose: it writes the other EXIF data, too, and fails at odd ones.
+    upright = _UPRIGHT.get(_exif(picture).get(_ORIENTATION, 1))
+    if upright is not None:
+        picture = picture.transpose(upright)
     if picture.mode in _ALPHA or "transparency" in picture.info:
         picture = _on_white(picture)
     # convert() copies the pixels even where there is nothing to convert.

@@ -87,6 +87,12 @@ TURNS = {
 }
 
 
+# Turned by 6, and a resolution (0x11A) that is a text in place of a number.
+_ODD_EXIF = b"Exif\0\0" + struct.pack(
+    "<2sHIHHHIHHHHI2sHI", b"II", 42, 8, 2, 0x112, 3, 1, 6, 0, 0x11A, 2, 2, b"x", 0, 0
+)
+
+
 def turned(values: np.ndarray, orientation: int, form: str = "PNG", **options: Any) -> bytes:
     image = Image.fromarray(quarters(values))
     exif = image.getexif()
@@ -154,6 +160,9 @@ def _made() -> list[Known]:
                                                exif=b"Exif\0\0" + broken, **options), (R, G, B, Y))
           for form, options in (("PNG", {}), ("WEBP", {"lossless": True}))
           for broken in (b"no TIFF", b"II*\0")),
+        *(Known(f"EXIF turn beside an odd resolution in {form}",
+                file(Image.fromarray(quarters(four)), form, exif=_ODD_EXIF, **options), TURNS[6])
+          for form, options in (("PNG", {}), ("WEBP", {"lossless": True}))),
         Known("broken EXIF of 16-bit grey", file(deep, "PNG", exif=b"Exif\0\0II*\0"), ramp),
     ]  # fmt: skip
 
