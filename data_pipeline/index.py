@@ -133,8 +133,11 @@ def _check_end(shard: Path) -> None:
     with shard.open("rb") as file:
         file.seek(end)
         if not (chunk := file.read(_CHUNK)):
-            raise ShardError(f"{shard}: the end of the archive is missing: the file was cut off, "
-                             "or is compressed: write it anew, uncompressed")  # fmt: skip
+            raise ShardError(
+                f"{shard}: the end of the archive is missing: the file was cut off, or is "
+                "compressed: write it anew, uncompressed (one that is whole all the same gets its "
+                "end by: head -c 1024 /dev/zero >> FILE)"
+            )
         while chunk:
             if chunk.strip(b"\0"):
                 raise ShardError(f"{shard}: byte {end} is not the header of a member, and there is "
