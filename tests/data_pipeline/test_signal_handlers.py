@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline.importers.pool import Pool
 from data_pipeline.signal_handlers import handling
+from tests.waiting import PATIENCE
 
 
 def raise_both() -> None:
@@ -45,7 +46,7 @@ def test_workers_of_an_import_end_whatever_the_program_does_on_sigterm() -> None
         workers = list(pool._processes)
         closing = threading.Thread(target=pool.close, daemon=True)
         closing.start()
-        closing.join(60)
+        closing.join(PATIENCE)
         try:
             assert not closing.is_alive()
         finally:

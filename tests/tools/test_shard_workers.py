@@ -33,7 +33,7 @@ def test_workers_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
     with running([sys.executable, "-c", COMMAND, str(tmp_path)], cwd=REPO, stderr=subprocess.PIPE):
         until(lambda: len(list(tmp_path.iterdir())) == 2)
     workers = [int(path.name) for path in tmp_path.iterdir()]
-    until(lambda: not any(map(is_running, workers)), 60)
+    until(lambda: not any(map(is_running, workers)))
 
 
 def test_a_worker_that_is_killed_is_one_clear_error() -> None:

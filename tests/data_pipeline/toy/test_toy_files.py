@@ -224,4 +224,4 @@ def test_a_killed_build_leaves_no_process(tmp_path: Path) -> None:
     until(lambda: any((tmp_path / "out").rglob("*.partial")))  # they have made the first samples
     build.kill()
     build.wait()
-    until(lambda: not any(map(is_running, workers)), 60)
+    until(lambda: not any(map(is_running, workers)))
