@@ -40,13 +40,14 @@ def test_a_session_whose_context_cannot_be_kept_gives_its_place_all_the_same(
         raise MemoryError("no memory on the CPU")
 
     oldest = server.hub.sessions[kept[0]]
-    with monkeypatch.context() as patch, server.open() as other:
-        patch.setattr(engine, "save", full)
-        other.until("session.created")
-        other.frame(jpeg())
-        other.until("input_frame.processed")
-        other.send("session.close")
-        other.rest()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save", full)  # before anybody asks for a place
+        with server.open() as other:
+            other.until("session.created")
+            other.frame(jpeg())
+            other.until("input_frame.processed")
+            other.send("session.close")
+            other.rest()
     assert oldest.end == (1011, "its context could not be kept while its client was away")
     with server.open(f"?session={kept[1]}&last_seq=1") as again:
         assert finish(again)
