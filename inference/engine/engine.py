@@ -370,6 +370,10 @@ class Engine:
         """
         self.check_state(state)
         self.check_free()
+        return self.fill(state)
+
+    def fill(self, state: dict[str, Any]) -> Slot:
+        """A new slot with a state that fits; of several ranks, with this one's heads."""
         slot = self.take(Sampling(**state["sampling"]))
         slot_state.fill(slot, state, self.sampler, self.cache)
         return slot
@@ -393,4 +397,4 @@ class Engine:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state of another model or other sizes."""
-        slot_state.check(state, self.cache, self.sinks)
+        slot_state.check(state, self.cache, self.sampler, sinks=self.sinks)

@@ -27,6 +27,7 @@ from torch import Tensor
 from data_pipeline import devices
 from data_pipeline.ranks import joining, ranks_of
 from data_pipeline.signal_handlers import handling
+from inference.engine import slot_state
 from inference.engine.capture import Ranks
 from inference.engine.engine import Engine
 from inference.engine.lifeline import Lifeline, host_of
@@ -170,7 +171,7 @@ class ShardedEngine(Engine):
         return self.on_all(ShardedEngine._restore, state)
 
     def check_state(self, state: dict[str, Any]) -> None:
-        super().check_state(state if state["text"].shape[2] == self._heads else self._own(state))
+        slot_state.check(state, self.cache, self.sampler, sinks=self.sinks, ranks=self.ranks)
 
     def _release(self) -> None:
         self.running = False
@@ -192,16 +193,12 @@ class ShardedEngine(Engine):
         return own
 
     def _restore(self, state: dict[str, Any]) -> Slot:
-        return Engine.restore(self, self._own(state))
-
-    @property
-    def _heads(self) -> int:
-        return self.cache.text.shape[3]
+        return self.fill(self._own(state))
 
     def _own(self, state: dict[str, Any]) -> dict[str, Any]:
         """This rank's KV heads of a saved session."""
-        start = self.rank * self._heads
-        own = {name: state[name].narrow(2, start, self._heads) for name in ("text", "frames")}
+        heads = self.cache.text.shape[3]
+        own = {name: state[name].narrow(2, self.rank * heads, heads) for name in ("text", "frames")}
         return {**state, **own}
 
     def on_all(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from inference.engine.cache import KVCache
 from inference.engine.sampling import Sampler
 from inference.engine.slots import Eviction, Slot
@@ -43,18 +45,28 @@ def fill(slot: Slot, state: dict[str, Any], sampler: Sampler, cache: KVCache) ->
         sampler.said[slot.index] = state["said"].to(cache.device)
 
 
-def check(state: dict[str, Any], cache: KVCache, sinks: int) -> None:
-    """Raises ValueError for a state of another model or other sizes than the cache's."""
-    text, frames = state["text"], state["frames"]
-    layout = cache.text.shape
+def check(
+    state: dict[str, Any], cache: KVCache, sampler: Sampler, *, sinks: int, ranks: int = 1
+) -> None:
+    """Raises ValueError for a state of another model or other sizes than those of an engine, of
+    whose KV heads `cache` has those of one of `ranks`."""
+    used = min(state["ring"]["count"], state["window"])
     wrong = {
         "window": state["window"] != cache.window,
         "sinks": state["sinks"] != sinks,
-        "max_tokens": text.shape[-2] > cache.max_tokens,
-        "model": text.shape[:2] != layout[:2]
-        or text.shape[2] != layout[3]
-        or frames.shape[0] != cache.frames.shape[0],
+        "max_tokens": state["text"].shape[-2] > cache.max_tokens,
+        "model": _sizes(state["text"]) != _sizes(cache.text[:, :, 0], ranks)
+        or _sizes(state["frames"]) != _sizes(cache.frames[:, :, 0], ranks)
+        or state["frames"].shape[-2] != used * cache.patches,
+        "vocabulary": state["seen"].shape != sampler.seen.shape[1:],
     }
     mismatches = [name for name, value in wrong.items() if value]
     if mismatches:
         raise ValueError(f"the saved session does not fit this engine: other {mismatches[0]}")
+
+
+def _sizes(slot_kv: Tensor, ranks: int = 1) -> tuple[int, int, int]:
+    """Layers, KV heads (of all ranks) and their width of a slot's keys and values `[layers, 2, KV
+    heads, L, D]`."""
+    layers, _, heads, _, width = slot_kv.shape
+    return layers, heads * ranks, width

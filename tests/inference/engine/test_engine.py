@@ -284,8 +284,20 @@ def test_a_saved_session_goes_on_as_it_would_have(model) -> None:
     assert part.logits.keys() == whole.logits.keys()
     for i, logits in whole.logits.items():
         torch.testing.assert_close(part.logits[i], logits, atol=1e-5, rtol=0)
+    saved = engine.save(part.slot)
     with pytest.raises(ValueError, match="other window"):
-        engine_of(model, "packed", window=4).restore(engine.save(part.slot))
+        engine_of(model, "packed", window=4).restore(saved)
+    other_models = {
+        "KV heads": {"text": saved["text"][:, :, :1]},
+        "head width": {"text": saved["text"][..., :-2]},
+        "layers": {"frames": saved["frames"][:1]},
+        "patches of a frame": {"frames": saved["frames"][..., :-1, :]},
+    }
+    for changed in other_models.values():
+        with pytest.raises(ValueError, match="other model"):
+            engine.restore(saved | changed)
+    with pytest.raises(ValueError, match="other vocabulary"):
+        engine.restore(saved | {"seen": saved["seen"][:-1]})
 
 
 def test_a_slot_that_is_opened_again_sees_nothing_of_before(model) -> None:
