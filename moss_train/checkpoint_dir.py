@@ -70,18 +70,18 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_complete(path: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
+def write_complete(path: Path, described: dict[str, dict[str, Any]] | None = None) -> None:
     """Writes `complete.json`, the last file of a checkpoint, and brings it to the disk.
 
-    known: sizes and checksums of files whose writers have told them; others are read.
+    described: size and checksum of each file whose writer has them; others are read.
     """
-    known = known or {}
+    described = described or {}
     unknown = (
         file
         for file in path.rglob("*")
-        if file.is_file() and str(file.relative_to(path)) not in known
+        if file.is_file() and str(file.relative_to(path)) not in described
     )
-    files = dict(sorted({**known, **describe_files(path, unknown)}.items()))
+    files = dict(sorted({**described, **describe_files(path, unknown)}.items()))
     with (path / "complete.json").open("w") as out:
         json.dump({"files": files}, out, indent=1)
         out.flush()

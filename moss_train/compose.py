@@ -64,11 +64,11 @@ def load_config(
         ConfigError: names what is unknown or has the wrong type, and what is allowed.
     """
     chosen = {} if stage is None else {"stage": stage}
-    given = as_typed([*_overrides(chosen), *overrides, *_overrides(fields)], conf_dir())
+    overridden = as_typed([*_overrides(chosen), *overrides, *_overrides(fields)], conf_dir())
     _store_schema()
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION):
-            raw = hydra.compose(ROOT, given)
+            raw = hydra.compose(ROOT, overridden)
         OmegaConf.resolve(raw)
     except COMPOSING as error:
         raise ConfigError([explain(error)]) from None
@@ -180,9 +180,9 @@ def explain(error: Exception) -> str:
 
 def _overrides(fields: Mapping[str, Any], prefix: str = "", kind: Any = Config) -> Iterator[str]:
     """`{"trainer": {"steps": 20}}` -> `trainer.steps=20`; a dict stays one where its field is."""
-    known = get_type_hints(kind) if is_dataclass(kind) else {}
+    types = get_type_hints(kind) if is_dataclass(kind) else {}
     for name, value in fields.items():
-        inner = known.get(name)
+        inner = types.get(name)
         if isinstance(value, Mapping) and is_dataclass(inner):
             yield from _overrides(value, f"{prefix}{name}.", inner)
         else:

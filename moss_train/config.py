@@ -203,8 +203,8 @@ class LoggerConfig:
     @property
     def mode(self) -> str:
         """`wandb_mode`, else what the environment says (validated)."""
-        said = os.environ.get("WANDB_MODE") or "online"
-        return self.wandb_mode or WANDB_MODES.get(said, said)
+        mode = os.environ.get("WANDB_MODE") or "online"
+        return self.wandb_mode or WANDB_MODES.get(mode, mode)
 
 
 @dataclass

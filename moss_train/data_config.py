@@ -97,6 +97,6 @@ class MixtureConfig:
     video: float = number(21.0, least=0)
 
     @property
-    def wanted(self) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
         """The modalities that have a share, with it."""
         return {name: share for name, share in asdict(self).items() if share > 0}

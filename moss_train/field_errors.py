@@ -31,10 +31,11 @@ def explain_field(error: OmegaConfBaseException, root: type) -> str:
         name = _placed(name, error.object_type, root)
         return f"{name}: is not a field: {_spelling(error, root)}"
     if isinstance(error, ConfigTypeError):
-        return f"{name}: must be {_wanted(field_types(root).get(name))} ({line})"
+        return f"{name}: must be {_described_type(field_types(root).get(name))} ({line})"
     if isinstance(error, ValidationError) and error.key is not None:
         name = _placed(name, error.object_type, root)
-        return f"{name}={_shown(error.value)}: must be {_wanted(_type_of(error))}{_mend(error)}"
+        value, kind = _format_value(error.value), _described_type(_type_of(error))
+        return f"{name}={value}: must be {kind}{_mend(error)}"
     return f"{name}: {line}"
 
 
@@ -52,24 +53,24 @@ def field_types(root: type, prefix: str = "") -> dict[str, Any]:
 
 def similar(name: str, root: type) -> list[str]:
     """Dotted names of fields that somebody may have meant by `name`."""
-    known = list(field_types(root))
+    names = list(field_types(root))
     group, _, last = name.rpartition(".")
-    beside = [one for one in known if one.rpartition(".")[0] == group]
+    beside = [one for one in names if one.rpartition(".")[0] == group]
     by_last = {one.rpartition(".")[2]: one for one in beside}
     near = get_close_matches(last.lower(), by_last, n=2, cutoff=0.7)
     if near:
         return [by_last[one] for one in near]
-    elsewhere = [one for one in known if one.endswith(f".{name}") or one.endswith(f".{last}")]
-    return elsewhere[:3] or ([] if group else get_close_matches(name, known, n=2, cutoff=0.8))
+    elsewhere = [one for one in names if one.endswith(f".{name}") or one.endswith(f".{last}")]
+    return elsewhere[:3] or ([] if group else get_close_matches(name, names, n=2, cutoff=0.8))
 
 
 def _placed(name: str, kind: type | None, root: type) -> str:
     """The dotted name, where OmegaConf says the last part alone: of a source, and in Python."""
     if "." in name or kind is root:
         return name
-    known = field_types(root).items()
-    places = [one for one, hint in known if hint is kind]
-    places += [f"{one}[...]" for one, hint in known if kind in get_args(hint)]
+    types = field_types(root).items()
+    places = [one for one, hint in types if hint is kind]
+    places += [f"{one}[...]" for one, hint in types if kind in get_args(hint)]
     return f"{' or '.join(places)}.{name}" if places else name
 
 
@@ -78,9 +79,11 @@ def _spelling(error: OmegaConfBaseException, root: type) -> str:
     assert kind is not None
     group, _, last = name.rpartition(".")
     inside = [entry.name for entry in fields(kind)]
-    meant = similar(name, root) if group or kind is root else get_close_matches(last, inside, n=2)
-    if meant:
-        return f"did you mean {' or '.join(meant)}?"
+    candidates = (
+        similar(name, root) if group or kind is root else get_close_matches(last, inside, n=2)
+    )
+    if candidates:
+        return f"did you mean {' or '.join(candidates)}?"
     return f"choose one of {', '.join(inside)}"
 
 
@@ -92,11 +95,11 @@ def _type_of(error: OmegaConfBaseException) -> Any:
     return next(iter(get_args(error.ref_type)), None)
 
 
-def _wanted(kind: Any) -> str:
+def _described_type(kind: Any) -> str:
     """What a field of this type takes, in words."""
     if get_origin(kind) in (Union, UnionType):
         inner = [one for one in get_args(kind) if one is not type(None)]
-        return f"{_wanted(inner[0])} or null"
+        return f"{_described_type(inner[0])} or null"
     if get_origin(kind) is list:
         return "a list in brackets, [..., ...]"
     if is_dataclass(kind):
@@ -105,13 +108,13 @@ def _wanted(kind: Any) -> str:
     return WORDS.get(kind, "another kind of value")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as it is written on a command line."""
     return "null" if value is None else str(value).lower() if value in (True, False) else str(value)
 
 
 def _mend(error: OmegaConfBaseException) -> str:
-    value, kind = error.value, _wanted(_type_of(error))
+    value, kind = error.value, _described_type(_type_of(error))
     if "whole" in kind and isinstance(value, float) and value.is_integer():
         return f": write {int(value)}"
     if kind.startswith("a list") and isinstance(value, str):

@@ -115,10 +115,10 @@ def activate(kind: str) -> torch.device:
     return devices.select(kind, local_rank())
 
 
-def kind_of(asked: str) -> str:
+def kind_of(device: str) -> str:
     """The kind of device that one of KINDS stands for."""
-    if asked != "auto":
-        return asked
+    if device != "auto":
+        return device
     return TRAINS if has_accelerator() and not _cpu_active else "cpu"
 
 
@@ -197,8 +197,8 @@ def synchronize() -> None:
 def record_allocations(most: int | None) -> None:
     """Has torch keep the last `most` allocations; None: no more. On a CPU there are none."""
     if on_accelerator():
-        told = {"enabled": None} if most is None else {"max_entries": most}
-        devices.module(device().type).memory._record_memory_history(**told)
+        arguments = {"enabled": None} if most is None else {"max_entries": most}
+        devices.module(device().type).memory._record_memory_history(**arguments)
 
 
 def dump_allocations(path: Path) -> None:

@@ -16,7 +16,7 @@ from moss_train.checkpoint_dir import checkpoints_folder
 from moss_train.config import Config, ConfigError, from_hydra
 from moss_train.imports import quick_imports
 from moss_train.log import configure, print_line
-from moss_train.overrides import given_paths
+from moss_train.overrides import configured_paths
 from moss_train.processes import STOPPED_NOTE
 from moss_train.run_lock import check_free
 from moss_train.storage import StorageError, or_warning
@@ -102,7 +102,7 @@ def check(config: Config) -> Path | None:
 
 def _with_field(error: OSError, config: Config) -> str:
     """What the system said of a file, behind the field that leads there, if one does."""
-    paths = {key: path for key, path in given_paths(config).items() if path}
+    paths = {key: path for key, path in configured_paths(config).items() if path}
     for suite in config.trainer.eval_suites:
         paths[f"trainer.eval_suites[{suite.name}].path"] = suite.path
     file = Path(os.fsdecode(error.filename or ""))

@@ -135,17 +135,17 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 def explain_own_file(line: str, arguments: Sequence[str]) -> str:
     """Says where a configuration of one's own must be: `line` is Hydra's message about what it
     misses."""
-    given = [f"{flag} {value}" for flag, value in pairwise(arguments) if flag in _VALUED]
-    given += [one for one in arguments if re.match("--config-.*=", one)]
+    settings = [f"{flag} {value}" for flag, value in pairwise(arguments) if flag in _VALUED]
+    settings += [one for one in arguments if re.match("--config-.*=", one)]
     inside = re.match(r"In '(.*)': Could not load '(.*)'", line)
     missing = f"{inside[1]}.yaml names {inside[2]}, which is not there: " if inside else ""
     return (
-        f"{' '.join(given) or line}: {missing}--config-dir FOLDER --config-name NAME reads "
+        f"{' '.join(settings) or line}: {missing}--config-dir FOLDER --config-name NAME reads "
         "FOLDER/NAME.yaml beside the presets of conf/ (--config-path: in place of them)"
     )
 
 
-def given_paths(config: Config) -> dict[str, str]:
+def configured_paths(config: Config) -> dict[str, str]:
     """The fields among PATHS that have a value, which may be empty."""
     return {key: value for key, value in flatten(to_dict(config))
             if key in PATHS and isinstance(value, str)}  # fmt: skip
@@ -203,9 +203,9 @@ def explain_composing(line: str) -> str:
         return explain_override(override, "Ambiguous")
     if line.startswith("Sweep parameters"):
         return f"{override}: {sweep_instead([override])}"
-    asked = re.match(r"Interpolation key '(.*)' not found", line)
-    if asked is not None:
-        return f"${{{asked[1]}}}: {_not_a_field(asked[1])}"
+    missing = re.match(r"Interpolation key '(.*)' not found", line)
+    if missing is not None:
+        return f"${{{missing[1]}}}: {_not_a_field(missing[1])}"
     variable = re.search(r"Environment variable '(.*)' not found", line)
     if variable is not None:
         return f"${{oc.env:{variable[1]}}}: the environment has no variable {variable[1]}: set it"
@@ -217,5 +217,7 @@ def explain_composing(line: str) -> str:
 
 
 def _not_a_field(name: str) -> str:
-    meant = similar(name, Config)
-    return "is not a field" + (f": did you mean {' or '.join(meant)}?" if meant else "")
+    similar_names = similar(name, Config)
+    return "is not a field" + (
+        f": did you mean {' or '.join(similar_names)}?" if similar_names else ""
+    )

@@ -147,9 +147,9 @@ def check_architecture(config: Config, saved: dict, checkpoint: Path) -> None:
 def _warn_of_first_frames(config: Config, saved: dict, checkpoint: Path) -> None:
     """New weights may learn it either way; until they have, the loss is higher."""
     name = "tokens_before_first_frame"
-    said, before = getattr(config.model, name), saved["model"].get(name)
-    if before not in (None, said):
-        log.warning("model.%s=%s: %s was trained with %s", name, said, checkpoint, before)
+    current, before = getattr(config.model, name), saved["model"].get(name)
+    if before not in (None, current):
+        log.warning("model.%s=%s: %s was trained with %s", name, current, checkpoint, before)
 
 
 def check_stage(config: Config, saved: dict, checkpoint: Path) -> None:
@@ -209,15 +209,15 @@ def check_order(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> N
 def check_length(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> None:
     """Raises ConfigError where a run is as long as its samples, and its first steps, of another
     global batch, have read more or fewer of them than as many steps of this one would."""
-    done, taken, batch = saved["step"], saved["samples"], config.data.global_batch
-    if config.trainer.steps is not None or taken == done * batch:
+    done, samples, batch = saved["step"], saved["samples"], config.data.global_batch
+    if config.trainer.steps is not None or samples == done * batch:
         return
     length = "data.samples" if config.data.samples is not None else "stage.samples"
-    steps = done + max(0, config.samples - taken) // batch
+    steps = done + max(0, config.samples - samples) // batch
     raise ConfigError(
         [
             f"data.global_batch={batch}: the {done} steps of {checkpoint}, of another batch size, "
-            f"have read {taken} of {length}={config.samples} samples: write "
+            f"have read {samples} of {length}={config.samples} samples: write "
             f"trainer.steps={steps}, which reads the remaining ones"
         ]
     )

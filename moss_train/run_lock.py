@@ -25,7 +25,7 @@ from moss_train.storage import or_warning
 LOCK_FILE = "running"  # in a run folder while a job trains there; a killed job leaves it
 EVERY = 5.0  # seconds between two signs of life
 STALE = 20.0  # seconds without one, after which a lease is nobody's
-_seen_stale: set[tuple[Path, int]] = set()  # files and their times that were watched in vain
+_stale_files: set[tuple[Path, int]] = set()  # files and their times that were watched in vain
 
 
 def check_free(folder: Path) -> None:
@@ -47,7 +47,7 @@ def running_in(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     with ExitStack() as held:
         with or_warning(path, "a second job in this folder will not be refused"):
-            file = _open_taken(path)
+            file = _open_locked(path)
             held.callback(os.close, file)
             held.callback(path.unlink, missing_ok=True)
             os.ftruncate(file, 0)
@@ -68,7 +68,7 @@ def _give_signs(file: int, ended: threading.Event) -> None:
             os.utime(file)
 
 
-def _open_taken(path: Path) -> int:
+def _open_locked(path: Path) -> int:
     """The file, opened and locked: a new one where its holder has removed it meanwhile. Raises
     ConfigError."""
     while True:
@@ -99,7 +99,7 @@ def _take(file: int, path: Path) -> None:
     locked, holder = _lock(file, path), _holder(file)
     ours = holder.startswith(f"{socket.gethostname()},")
     if holder and not (locked and ours) and _changes(path, holder):
-        raise _taken(path, holder)
+        raise _lock_error(path, holder)
     _lock(file, path)  # again: a process that closes a file loses its locks, and `_changes` does
 
 
@@ -109,7 +109,7 @@ def _lock(file: int, path: Path) -> bool:
         # Of the process, not of the open file: its workers, which are forks, do not hold it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise _taken(path, _holder(file)) from None
+        raise _lock_error(path, _holder(file)) from None
     except OSError:
         return False  # a file system without locks
     return True
@@ -125,7 +125,7 @@ def _changes(path: Path, holder: str) -> bool:
 
 def _is_touched(path: Path, holder: str) -> bool:
     first = path.stat().st_mtime_ns
-    if (path, first) in _seen_stale:
+    if (path, first) in _stale_files:
         return False
     log.info("%s: does that job (%s) still live? %g s", path, holder, STALE)
     until, over = time.monotonic() + STALE, False
@@ -136,7 +136,7 @@ def _is_touched(path: Path, holder: str) -> bool:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mtime_ns != first:
                 return True
-    _seen_stale.add((path, first))
+    _stale_files.add((path, first))
     return False
 
 
@@ -144,7 +144,7 @@ def _holder(file: int) -> str:
     return os.pread(file, 200, 0).decode(errors="replace").strip()
 
 
-def _taken(path: Path, holder: str) -> ConfigError:
+def _lock_error(path: Path, holder: str) -> ConfigError:
     return ConfigError(
         [f"run.dir={path.parent}: another job trains there ({holder}): choose another folder"]
     )

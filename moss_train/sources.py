@@ -15,10 +15,10 @@ from moss_train.config import Config
 
 def mixed_sources(config: Config) -> list[Source]:
     """The sources with their share of all samples: the modality's, divided by their weights."""
-    shares = config.stage.mixture.wanted
-    wanted = [source for source in config.data.sources if source.modality in shares]
+    shares = config.stage.mixture.shares
+    selected = [source for source in config.data.sources if source.modality in shares]
     sums = dict.fromkeys(shares, 0.0)
-    for source in wanted:
+    for source in selected:
         sums[source.modality] += source.weight
     return [
         Source(
@@ -27,16 +27,16 @@ def mixed_sources(config: Config) -> list[Source]:
             modality=cast(Any, source.modality),  # validated
             weight=shares[source.modality] * source.weight / sums[source.modality],
         )
-        for source in wanted
+        for source in selected
     ]
 
 
 def unread_sources(config: Config) -> list[str]:
     """Names of the sources whose modality has no share of the run's samples."""
-    return [s.name for s in config.data.sources if s.modality not in config.stage.mixture.wanted]
+    return [s.name for s in config.data.sources if s.modality not in config.stage.mixture.shares]
 
 
-def seen_in_training(config: Config) -> list[str]:
+def shared_sources(config: Config) -> list[str]:
     """A line for each source that validates, and is trained on, too."""
     if config.trainer.eval_every is None:
         return []

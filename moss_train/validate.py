@@ -27,7 +27,7 @@ from moss_train.log import log
 from moss_train.model.hf_mapping import unmatched_targets
 from moss_train.model_config import ModelConfig
 from moss_train.model_sizes import not_multiple, unfit_sizes
-from moss_train.overrides import given_paths
+from moss_train.overrides import configured_paths
 
 POSITIVE = Range(above=0)
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")  # as a shell has them
@@ -57,7 +57,7 @@ def _fields(config: Config) -> Iterator[str]:
 
 def _paths(config: Config) -> Iterator[str]:
     """Values that are known only now, as those of `${oc.env:...}`."""
-    for field, value in given_paths(config).items():
+    for field, value in configured_paths(config).items():
         if field != "data.root" and not value.strip():
             yield f"{field}=: is empty (an empty variable?): give a path"
         elif value != value.strip():
@@ -218,8 +218,8 @@ def for_reading(model: ModelConfig, device: str) -> ModelConfig:
 def _attention(config: Config) -> Iterator[str]:
     name, model = config.model.attention, config.model
     if name != "auto":
-        wanted = model.attention_needs(hardware.kind_of(config.hardware.device))
-        yield from refusals("model.attention", name, wanted)
+        needs = model.attention_needs(hardware.kind_of(config.hardware.device))
+        yield from refusals("model.attention", name, needs)
     if model.flex_backend == "flash":
         yield from _flex_flash(config)
 
@@ -278,11 +278,11 @@ def _loggers(config: Config) -> Iterator[str]:
     logger = config.logger
     if logger.wandb and logger.wandb_mode is None and logger.mode not in WANDB_MODES:
         yield f"WANDB_MODE={logger.mode}: set it to online, offline or disabled"
-    wanted = {
+    packages = {
         "wandb": logger.wandb and logger.mode != "disabled",
         "tensorboard": logger.tensorboard,
     }
-    for package, used in wanted.items():
+    for package, used in packages.items():
         if used and importlib.util.find_spec(package) is None:
             yield f"logger.{package}=true needs the package {package}: pip install {package}"
 
@@ -306,7 +306,7 @@ def _without_effect(config: Config) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
-    shares = config.stage.mixture.wanted
+    shares = config.stage.mixture.shares
     if not shares:
         yield f"stage.mixture={asdict(config.stage.mixture)}: no modality has a share"
     present = {source.modality for source in config.data.sources}

@@ -78,11 +78,11 @@ class Section:
         """This mapping, with `defaults` for keys that are not there at all."""
         return Section({**defaults, **self.values}, self.file, self.path, self.name)
 
-    def expect(self, key: str, wanted: Any) -> None:
+    def expect(self, key: str, expected: Any) -> None:
         """Refuses another value than the one that the model is written for."""
         value = self.values.get(key)
-        if value is not None and value != wanted:
-            raise self.error(key, value, repr(wanted))
+        if value is not None and value != expected:
+            raise self.error(key, value, repr(expected))
 
 
 def read_section(source: str | Path | Mapping[str, Any]) -> Section:

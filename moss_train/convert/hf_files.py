@@ -56,14 +56,16 @@ AUTO_MAP = {
 
 def check_plain(model: ModelConfig, checkpoint: Path) -> None:
     """Raises ConversionError with everything in which a model is not plain Llama-3.2-Vision."""
-    wanted = {
+    differences = {
         "projector.pool": (model.projector.pool, "none"),
         "vision.full_attention": (model.vision.full_attention, False),
         "cross_attention_rope": (model.cross_attention_rope, False),
         "tokens_before_first_frame": (model.tokens_before_first_frame, "attend_all"),
     }
     uses = [
-        f"model.{name}={have} ({want})" for name, (have, want) in wanted.items() if have != want
+        f"model.{name}={have} ({want})"
+        for name, (have, want) in differences.items()
+        if have != want
     ]
     if uses:
         raise ConversionError(
@@ -79,7 +81,7 @@ class HfFiles:
     config: Config
     run: dict[str, Any]  # the checkpoint's run.json
     target: str  # moss | mllama
-    said: str | None  # stage that the user names in place of the run's
+    named_stage: str | None  # stage that the user names in place of the run's
     tokenizer: Path | None  # folder
     source: Path  # folder of `SOURCE_FILES`, which need not exist
     code: Path  # folder of the model's files
@@ -126,12 +128,12 @@ class HfFiles:
     def prompt_form(self) -> str | None:
         """The form of the prompts that the weights were trained with, from which inference knows
         what the model is for; None: unknown."""
-        return trained_form(self._own, self.config.stage.prompt, self.said)
+        return trained_form(self._own, self.config.stage.prompt, self.named_stage)
 
     @property
     def stage(self) -> str | None:
         """The stage that made the weights; None: unknown."""
-        return self.said or self._own
+        return self.named_stage or self._own
 
     @property
     def _own(self) -> str | None:
@@ -314,12 +316,12 @@ def _generation(
         return _in_range(values, files.config.model.text.vocab_size + EXTRA_EMBEDDING_ROWS)
     turn = None if tokenizer is None else tokenizer.token_to_id(token_text("eot_id"))
     ends = [token for token in (text["eos_token_id"], turn) if token is not None]
-    wanted = {
+    ids = {
         "bos_token_id": text["bos_token_id"],
         "eos_token_id": ends or None,
         "pad_token_id": text["pad_token_id"],
     }
-    return {key: value for key, value in wanted.items() if value is not None}
+    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _in_range(values: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -377,13 +379,13 @@ def _training(files: HfFiles) -> dict[str, Any]:
     return {**kept, "config": config}
 
 
-def _tokenizer_folder(checkpoint: Path, config: Config, given: Path | None) -> Path | None:
+def _tokenizer_folder(checkpoint: Path, config: Config, option: Path | None) -> Path | None:
     named = Path(config.data.tokenizer) if config.data.tokenizer else None
-    for folder in (given, checkpoint / "tokenizer", named):
+    for folder in (option, checkpoint / "tokenizer", named):
         if folder is not None and (folder / "tokenizer.json").is_file():
             return folder
-    if given is not None:
-        raise ConversionError(f"{given}: has no tokenizer.json")
+    if option is not None:
+        raise ConversionError(f"{option}: has no tokenizer.json")
     return None
 
 

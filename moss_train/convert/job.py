@@ -166,15 +166,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, known: dict[str, str], facts: dict[str, Any]) -> None:
+def write_manifest(folder: Path, hashes: dict[str, str], facts: dict[str, Any]) -> None:
     """Writes manifest.json: size and SHA-256 of every file, and `facts` about the conversion.
 
-    `known`: hashes that need not be computed again.
+    `hashes`: those that need not be computed again.
     """
     files = {
         str(path.relative_to(folder)): {
             "bytes": path.stat().st_size,
-            "sha256": known.get(str(path.relative_to(folder))) or sha256(path),
+            "sha256": hashes.get(str(path.relative_to(folder))) or sha256(path),
         }
         for path in sorted(folder.rglob("*"))
         if path.is_file()
@@ -189,12 +189,12 @@ def check_manifest(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError) as error:
         return [f"{folder / MANIFEST}: cannot be read: {one_line(error)}"]
     problems = []
-    for name, wanted in files.items():
+    for name, recorded in files.items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{path}: is missing")
-        elif path.stat().st_size != wanted["bytes"]:
-            problems.append(f"{path}: has {path.stat().st_size} bytes, not {wanted['bytes']}")
-        elif sha256(path) != wanted["sha256"]:
-            problems.append(f"{path}: its SHA-256 is not {wanted['sha256']}")
+        elif path.stat().st_size != recorded["bytes"]:
+            problems.append(f"{path}: has {path.stat().st_size} bytes, not {recorded['bytes']}")
+        elif sha256(path) != recorded["sha256"]:
+            problems.append(f"{path}: its SHA-256 is not {recorded['sha256']}")
     return problems

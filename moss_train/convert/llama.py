@@ -25,15 +25,15 @@ COMPARED = 4096  # rows that are compared at once
 
 def check_llama(folder: Path, model: ModelConfig) -> Iterator[str]:
     """A line for each field of `model.text` that the text model in `folder` has otherwise."""
-    wanted = text_config_from_llama(folder, model.text)
+    expected = text_config_from_llama(folder, model.text)
     mine = asdict(model.text)
-    for key, value in asdict(wanted).items():
+    for key, value in asdict(expected).items():
         # Without scaling (factor 1) its other numbers say nothing.
         plain = key == "rope_scaling" and value["factor"] == mine[key]["factor"] == 1
         if mine[key] != value and not plain:
             yield f"model.text.{key}={mine[key]}: the text model {folder} needs {value}"
     source = _open(folder)
-    for problem in problems_of(source, text_shapes(replace(model, text=wanted))):
+    for problem in problems_of(source, text_shapes(replace(model, text=expected))):
         yield f"model.init.from_llama={folder}: {problem}"
     if os.environ.get("RANK", "0") == "0":
         for note in source.notes:
@@ -125,15 +125,15 @@ def grown_reader(
 def text_shapes(model: ModelConfig) -> dict[str, torch.Size]:
     """Names and shapes of the text-only Llama's tensors that `model` grows from."""
     inserted = sorted(model.text.cross_attention_layers)
-    wanted = {}
+    shapes = {}
     for rule in table(model):
         for name, shape in hf_shapes(model, rule).items():
             theirs = _their_name(name, inserted)
             if theirs is not None:
-                wanted[theirs] = shape
+                shapes[theirs] = shape
     hidden = model.text.hidden_size
-    wanted[EMBEDDING] = torch.Size([model.text.vocab_size, hidden])
-    return wanted
+    shapes[EMBEDDING] = torch.Size([model.text.vocab_size, hidden])
+    return shapes
 
 
 def _their_name(name: str, inserted: list[int]) -> str | None:

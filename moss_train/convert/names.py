@@ -41,10 +41,10 @@ def unwrapped(name: str) -> str:
 
 def common_prefix(names: Collection[str], embeddings: Sequence[str] = EMBEDDINGS) -> str:
     """What stands before the known name of the embedding, and before every other name, or ""."""
-    for known in embeddings:
+    for embedding in embeddings:
         for name in names:
-            prefix = name.removesuffix(known)
-            if name.endswith(f".{known}") and all(other.startswith(prefix) for other in names):
+            prefix = name.removesuffix(embedding)
+            if name.endswith(f".{embedding}") and all(other.startswith(prefix) for other in names):
                 return prefix
     return ""
 

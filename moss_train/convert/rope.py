@@ -28,7 +28,7 @@ def rope_of(section: Section, theta: float | None = None) -> tuple[float, RopeSc
         theta: the base where the file does not say it; None: it must.
 
     Raises:
-        ConfigError: names the key that is missing, unknown, or said in two ways.
+        ConfigError: names the key that is missing, unknown, or stated in two ways.
     """
     ropes = [section.section(k) for k in FORMS if section.values.get(k)]
     bases = {
@@ -37,11 +37,11 @@ def rope_of(section: Section, theta: float | None = None) -> tuple[float, RopeSc
         if part.has("rope_theta")
     }
     scalings = {rope.path.rstrip("."): _scaling(rope) for rope in ropes}
-    said: dict[str, Any]
-    for said in (bases, scalings):
-        values = list(said.values())
+    stated: dict[str, Any]
+    for stated in (bases, scalings):
+        values = list(stated.values())
         if any(value != values[0] for value in values):
-            both = ", ".join(f"{key}: {value}" for key, value in said.items())
+            both = ", ".join(f"{key}: {value}" for key, value in stated.items())
             raise ConfigError(
                 [
                     f"{section.file}: two rotary positions ({both}): keep the one that the model "
@@ -93,5 +93,6 @@ def is_rope_of(buffer: Tensor, text: TextConfig) -> bool:
     smooth = ((ratio - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
     scaled = (1 - smooth) * inverse / scaling.factor + smooth * inverse
     return buffer.shape == inverse.shape and any(
-        torch.allclose(buffer.double(), wanted, rtol=NEAR, atol=0) for wanted in (inverse, scaled)
+        torch.allclose(buffer.double(), inv_freq, rtol=NEAR, atol=0)
+        for inv_freq in (inverse, scaled)
     )

@@ -101,15 +101,15 @@ def missing_tokens(tokenizer: Tokenizer) -> Iterator[str]:
         yield f"{error}; training refuses it, and an export takes no pictures without <|image|>"
 
 
-def same_special_tokens(given: Path, own: Path) -> list[str]:
+def same_special_tokens(other: Path, own: Path) -> list[str]:
     """A line for each special token that two tokenizers have under other ids."""
-    theirs, ours = read_tokenizer(given), read_tokenizer(own)
+    theirs, ours = read_tokenizer(other), read_tokenizer(own)
     lines = []
     for name in SpecialTokens.__dataclass_fields__:
         token = token_text(name)
         ids = (theirs.token_to_id(token), ours.token_to_id(token))
         if ids[0] != ids[1] and ids[1] is not None:
-            lines.append(f"{given}: {token} is {ids[0]}, in the run's tokenizer ({own}) {ids[1]}")
+            lines.append(f"{other}: {token} is {ids[0]}, in the run's tokenizer ({own}) {ids[1]}")
     return lines
 
 
@@ -145,24 +145,24 @@ def _ids(value: Any) -> list[int]:
 
 def _added_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """Tokens that transformers finds beside tokenizer.json, and training does not."""
-    wanted: dict[str, int] = {}
+    added_tokens: dict[str, int] = {}
     rules: dict[str, dict[str, Any]] = {}
     if (source / "added_tokens.json").is_file():
-        wanted |= read_json(source / "added_tokens.json")
+        added_tokens |= read_json(source / "added_tokens.json")
     if (source / "tokenizer_config.json").is_file():
         added = read_json(source / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        wanted |= {str(token["content"]): int(number) for number, token in added.items()}
+        added_tokens |= {str(token["content"]): int(number) for number, token in added.items()}
         rules = {str(token["content"]): token for token in added.values()}
     differing = [
         f"{token} is {number} ({tokenizer.token_to_id(token)})"
-        for token, number in wanted.items()
+        for token, number in added_tokens.items()
         if tokenizer.token_to_id(token) != number
     ]
     for own in tokenizer.get_added_tokens_decoder().values():
         for rule in RULES if tokenizer.normalizer is not None else RULES[:-1]:
-            said, ours = rules.get(own.content, {}).get(rule), getattr(own, rule)
-            if said not in (None, ours):
-                differing.append(f"{own.content} has {rule}={said} ({ours})")
+            theirs, ours = rules.get(own.content, {}).get(rule), getattr(own, rule)
+            if theirs not in (None, ours):
+                differing.append(f"{own.content} has {rule}={theirs} ({ours})")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         yield (
@@ -210,10 +210,10 @@ def _meanings(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
         for name, keys in MEANING.items():
             token = tokenizer.token_to_id(token_text(name))
             for key in keys:
-                said = values.get(key)
-                if None not in (said, token) and said != token:
+                token_there = values.get(key)
+                if None not in (token_there, token) and token_there != token:
                     yield (
-                        f"{place}{key} is {said}, but the tokenizer's {token_text(name)} is "
+                        f"{place}{key} is {token_there}, but the tokenizer's {token_text(name)} is "
                         f"{token}: correct the one that the model was not trained with"
                     )
 
@@ -223,12 +223,12 @@ def _ends(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
     settings = read_json(path) if path.is_file() else {}
     for place, values in _configs(source):
         for key, name in ENDS.items():
-            said = _ids(values.get(key))
+            ids = _ids(values.get(key))
             ours = tokenizer.token_to_id(token_text(name))
             own = settings.get(key.removesuffix("_id"))
             own = own.get("content") if isinstance(own, dict) else own
             theirs = tokenizer.token_to_id(own) if isinstance(own, str) else None
-            if said and ours is not None and not {ours, theirs} & set(said):
+            if ids and ours is not None and not {ours, theirs} & set(ids):
                 yield (
                     f"{place}{key} is {values[key]}, the tokenizer's {token_text(name)} is {ours}: "
                     "an export has the tokenizer's in config.json"
@@ -290,13 +290,13 @@ def _pixels(values: dict[str, Any], model: ModelConfig) -> Iterator[str]:
         size = {"height": size, "width": size}
     if size != {"height": side, "width": side}:
         yield f"size is {size}, vision_config.image_size is {side}: they must be the same"
-    for key, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-        said = values[key]
-        near = isinstance(said, list) and len(said) == len(wanted)
+    for key, expected in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        value = values[key]
+        near = isinstance(value, list) and len(value) == len(expected)
         if not near or not all(
-            math.isclose(a, b, abs_tol=1e-4) for a, b in zip(said, wanted, strict=True)
+            math.isclose(a, b, abs_tol=1e-4) for a, b in zip(value, expected, strict=True)
         ):
-            yield f"{key} is {said}, training and exports have {list(wanted)}: {_RETRAIN}"
+            yield f"{key} is {value}, training and exports have {list(expected)}: {_RETRAIN}"
     for key in ON:
         if values.get(key) is False:
             yield f"{key} is false, training and exports have true: {_RETRAIN}"

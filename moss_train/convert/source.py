@@ -136,24 +136,24 @@ class HfFolder:
         return headers
 
 
-def problems_of(folder: HfFolder, wanted: Mapping[str, torch.Size]) -> list[str]:
+def problems_of(folder: HfFolder, shapes: Mapping[str, torch.Size]) -> list[str]:
     """A line for every tensor that is missing, surplus or misshapen; long lists are cut."""
     tensors = folder.tensors
-    problems = [f"missing: {n} {list(shape)}" for n, shape in wanted.items() if n not in tensors]
+    problems = [f"missing: {n} {list(shape)}" for n, shape in shapes.items() if n not in tensors]
     for name, stored in tensors.items():
-        if name not in wanted:
+        if name not in shapes:
             problems.append(
                 f"surplus: {stored.name} {list(stored.shape)}, which the model does not have"
             )
-        elif stored.shape != wanted[name]:
-            problems.append(_misshapen(name, stored, wanted[name]))
+        elif stored.shape != shapes[name]:
+            problems.append(_misshapen(name, stored, shapes[name]))
     return shortened(problems)
 
 
-def _misshapen(name: str, stored: Stored, wanted: torch.Size) -> str:
-    line = f"misshapen: {stored.name} {list(stored.shape)}, must be {list(wanted)}"
+def _misshapen(name: str, stored: Stored, shape: torch.Size) -> str:
+    line = f"misshapen: {stored.name} {list(stored.shape)}, must be {list(shape)}"
     table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    if table and len(stored.shape) == 2 and stored.shape[1:] == wanted[1:]:
+    if table and len(stored.shape) == 2 and stored.shape[1:] == shape[1:]:
         line += (
             ": resized after config.json was written? Then set vocab_size there to the rows of "
             "lm_head.weight"

@@ -148,15 +148,15 @@ class Source:
         self.updates: dict[str, float] = {}
         self.lost: dict[str, float] = {}
         problems = []
-        wanted = {rule.ours: our_shape(config.model, rule) for rule in table(config.model)}
-        for name, shape in wanted.items():
+        shapes = {rule.ours: our_shape(config.model, rule) for rule in table(config.model)}
+        for name, shape in shapes.items():
             if name not in weights.shapes:
                 problems.append(f"missing: {name} {list(shape)}")
             elif weights.shapes[name] != shape:
                 have = list(weights.shapes[name])
                 problems.append(f"misshapen: {name} {have}, must be {list(shape)}")
         adapters = self.adapter.name != "none"
-        for name in weights.shapes.keys() - wanted.keys():
+        for name in weights.shapes.keys() - shapes.keys():
             if not (adapters and name.endswith((".lora_a", ".lora_b"))):
                 problems.append(f"surplus: {name} {list(weights.shapes[name])}")
         if problems:

@@ -204,15 +204,15 @@ def _not_quantized(source: Path) -> Iterator[str]:
 
 
 def _check_tensors(model: ModelConfig, folder: HfFolder) -> None:
-    wanted: dict[str, torch.Size] = {}
+    shapes: dict[str, torch.Size] = {}
     for rule in table(model):
-        wanted |= hf_shapes(model, rule)
-    _compare(folder, wanted)
+        shapes |= hf_shapes(model, rule)
+    _compare(folder, shapes)
 
 
-def _compare(folder: HfFolder, wanted: dict[str, torch.Size]) -> None:
+def _compare(folder: HfFolder, shapes: dict[str, torch.Size]) -> None:
     """Raises ConversionError with a line for every tensor that is missing, surplus or misshapen."""
-    problems = problems_of(folder, wanted)
+    problems = problems_of(folder, shapes)
     if problems:
         kind = str((read_json(folder.folder / "config.json").get("architectures") or [""])[0])
         if kind.endswith("Model"):
@@ -366,13 +366,13 @@ def _run_config(options: FromHf, model: ModelConfig) -> Config:
     return config
 
 
-def _prompt(said: str | None, hf: dict[str, Any], trained: StageConfig) -> str:
+def _prompt(named_stage: str | None, hf: dict[str, Any], trained: StageConfig) -> str:
     """The form of the prompts of a stage that a user names, else what the export says. Where only
     a stage is known, its usual one."""
-    if said is None and hf.get("moss_prompt_form"):
+    if named_stage is None and hf.get("moss_prompt_form"):
         return str(hf["moss_prompt_form"])
-    named = said or hf.get("moss_stage")
-    if said is None and named == trained.name:
+    named = named_stage or hf.get("moss_stage")
+    if named_stage is None and named == trained.name:
         return trained.prompt
     return STAGE_FORMS.get(named, trained.prompt)
 

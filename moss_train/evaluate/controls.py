@@ -18,7 +18,7 @@ from moss_train.data_config import CONTROLS
 from moss_train.evaluate.items import Item
 from moss_train.transfer import to_device
 
-SEEN = ""  # all frames, in their order
+ALL_FRAMES = ""  # all frames, in their order
 # None; the middle one in place of each; all, in another order.
 BLIND, ONE_FRAME, SHUFFLED = CONTROLS
 

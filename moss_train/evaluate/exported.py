@@ -148,10 +148,10 @@ class ExportedModel(TrainedModel):
         """
         count, tokens = len(inputs[0].positions), [torch.tensor(one.tokens) for one in inputs]
         ratios = torch.stack([one.ratios[:count] for one in inputs])
-        (rows, shown) = to_device([pad_sequence(tokens, batch_first=True), ratios])
+        (rows, ratio_ids) = to_device([pad_sequence(tokens, batch_first=True), ratios])
         # A control without frames keeps its <|image|> tokens.
         frames: dict[str, Any] = {"marks_alone": True}
         if count:
             states = torch.stack([one.states[:count] for one in inputs])
-            frames = {"cross_attention_states": states, "aspect_ratio_ids": shown}
+            frames = {"cross_attention_states": states, "aspect_ratio_ids": ratio_ids}
         return rows, self.exported(input_ids=rows, use_cache=False, **frames, **options).logits

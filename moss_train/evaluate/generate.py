@@ -22,7 +22,7 @@ Step = str | list[int] | int  # SPEAK, tokens that are given, or the `<|image|>`
 
 @dataclass
 class GeneratedConversation:
-    """A conversation while it is generated; `said` are the tokens of each SPEAK."""
+    """A conversation while it is generated; `utterances` are the tokens of each SPEAK."""
 
     script: list[Step]
     states: Tensor
@@ -32,7 +32,7 @@ class GeneratedConversation:
     blind: bool = False
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    said: list[list[int]] = field(default_factory=list)
+    utterances: list[list[int]] = field(default_factory=list)
 
     @property
     def input(self) -> ModelInput:
@@ -54,14 +54,14 @@ class GeneratedConversation:
                 assert isinstance(step, list)
                 self.tokens += step
             if self.script and self.script[0] == SPEAK:
-                self.said.append([])
+                self.utterances.append([])
         return False
 
     def append(self, token: int) -> None:
         """Takes the model's next token."""
         self.tokens.append(token)
-        self.said[-1].append(token)
-        if token in self.ends or len(self.said[-1]) >= self.most:
+        self.utterances[-1].append(token)
+        if token in self.ends or len(self.utterances[-1]) >= self.most:
             self.script.pop(0)
 
 
@@ -79,14 +79,14 @@ def answers(model: Model, watched: Sequence[ShownSample], most: int = 64) -> lis
     """What the model says in the last turn of each conversation, in place of its answer."""
     special, talks = model.encoder.special, []
     ends = {special.eot_id, special.end_of_text}
-    for seen in watched:
-        given = seen.item.encoded.tokens[: answer_start(seen.item)].tolist()
-        script = [*script_of(given, special.image), SPEAK]
+    for sample in watched:
+        prompt = sample.item.encoded.tokens[: answer_start(sample.item)].tolist()
+        script = [*script_of(prompt, special.image), SPEAK]
         talks.append(
-            GeneratedConversation(script, seen.states, seen.ratios, ends, most, seen.blind)
+            GeneratedConversation(script, sample.states, sample.ratios, ends, most, sample.blind)
         )
     generate(model, talks)
-    return [model.tokenizer.decode(talk.said[-1]) for talk in talks]
+    return [model.tokenizer.decode(talk.utterances[-1]) for talk in talks]
 
 
 def answer_start(item: Item) -> int:
@@ -120,19 +120,20 @@ def streams(
     ends = {model.encoder.special.silence}
     talks = [
         GeneratedConversation(
-            stream_script(model, seen.item.sample),
-            seen.states,
-            seen.ratios,
+            stream_script(model, sample.item.sample),
+            sample.states,
+            sample.ratios,
             ends,
             most,
-            seen.blind,
+            sample.blind,
         )
-        for seen in watched
+        for sample in watched
     ]
     seconds = [_seconds(talk.script) for talk in talks]
     generate(model, talks)
     return [
-        _utterances(model, talk.said, second) for talk, second in zip(talks, seconds, strict=True)
+        _utterances(model, talk.utterances, second)
+        for talk, second in zip(talks, seconds, strict=True)
     ]
 
 
@@ -172,12 +173,12 @@ def _seconds(script: Sequence[Step]) -> list[int]:
 
 
 def _utterances(
-    model: Model, said: Sequence[list[int]], seconds: Sequence[int]
+    model: Model, generated: Sequence[list[int]], seconds: Sequence[int]
 ) -> list[tuple[int, str]]:
     silence = model.encoder.special.silence
     spoken: list[tuple[int, list[int]]] = []
     goes_on = False
-    for tokens, second in zip(said, seconds, strict=True):
+    for tokens, second in zip(generated, seconds, strict=True):
         words = [token for token in tokens if token != silence]
         if words and goes_on:
             spoken[-1][1].extend(words)
@@ -191,7 +192,7 @@ def predictions(model: Model, watched: Sequence[ShownSample]) -> list[tuple[Tens
     """Teacher-forced: `Model.predict` of each sample."""
     inputs = []
     for seen in watched:
-        sample = seen.item.encoded
-        positions = [] if seen.blind else sample.frame_positions.tolist()
-        inputs.append(ModelInput(sample.tokens.tolist(), positions, seen.states, seen.ratios))
+        encoded = seen.item.encoded
+        positions = [] if seen.blind else encoded.frame_positions.tolist()
+        inputs.append(ModelInput(encoded.tokens.tolist(), positions, seen.states, seen.ratios))
     return model.predict(inputs)

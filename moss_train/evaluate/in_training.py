@@ -31,14 +31,14 @@ class Suites:
         groups = step.model.groups
         self.model = ReplicaModel(self.config, step.state.chunks, step.exchange, groups)
 
-    def __call__(self, asked: Sequence[float] = ()) -> dict[str, dict[str, float]] | None:
+    def __call__(self, stop_requests: Sequence[float] = ()) -> dict[str, dict[str, float]] | None:
         """`{suite: {score: value, score (control): value}}`; None where it was cut short. A
         collective.
 
-        asked: a signal to stop puts something in it; a replica whose leader got one reads no
-        further.
+        stop_requests: times of signals to stop, filled by their handler; a replica whose leader
+        got one reads no further.
         """
-        self.asked, self.cut = asked, 0
+        self.stop_requests, self.cut = stop_requests, 0
         self.reader.settle()
         self.step.state.gather_parameters()
         found: dict[str, dict[str, float]] = {}
@@ -49,11 +49,11 @@ class Suites:
         return None if gather_counts({"cut": self.cut}).get("cut") else found
 
     def _scores(self, suite: EvalSuiteConfig) -> dict[str, float]:
-        def ask(block: list[Item]) -> list[Any]:
+        def outcomes_of(block: list[Item]) -> list[Any]:
             return outcomes(self.model, block, suite.controls, suite.scores == "all")
 
         items = self._items(suite)
-        done = share_out(self.model, items, ask, refuse=self._refuse)
+        done = share_out(self.model, items, outcomes_of, refuse=self._refuse)
         scores = evaluation(suite.name, 0, done).scores
         return {name: value for score in scores for name, value in named(score)}
 
@@ -62,7 +62,7 @@ class Suites:
         path = Path(suite.path)
         try:
             for item in suite_samples(path, suite.name, self.model.encoder, suite.samples):
-                if self.asked:
+                if self.stop_requests:
                     self.cut = 1
                     return
                 yield item

@@ -58,7 +58,7 @@ class Item(AnswerKey):
         """The sample as tensors, made when they are asked for first. Raises SampleError."""
         return self.encode()
 
-    def known(self) -> AnswerKey:
+    def answer_key(self) -> AnswerKey:
         """All but the tensors."""
         return AnswerKey(*(getattr(self, entry.name) for entry in fields(AnswerKey)))
 
@@ -112,13 +112,13 @@ def read_lines(path: Path, source: str, encoder: SampleEncoder) -> Iterator[Item
             continue
         where = f"{path}:{number}"
         names = [medium.file for medium in _with_answers(where, line).media]
-        gone = [path.parent / name for name in names if not (path.parent / name).is_file()]
+        missing = [path.parent / name for name in names if not (path.parent / name).is_file()]
         try:
-            parts = {} if gone else {name: (path.parent / name).read_bytes() for name in names}
+            parts = {} if missing else {name: (path.parent / name).read_bytes() for name in names}
             item = make_item(source, where, {"json": line.encode()} | parts, encoder)
         except (OSError, ValueError, TypeError) as error:
             raise EvaluationError(f"{where}: {error}") from None
-        yield replace(item, encode=partial(_refuse, where, gone[0])) if gone else item
+        yield replace(item, encode=partial(_refuse, where, missing[0])) if missing else item
 
 
 def _with_answers(where: str, line: str) -> Sample:
@@ -150,7 +150,7 @@ def make_item(source: str, key: str, parts: dict[str, bytes], encoder: SampleEnc
         encode=partial(encoder.encode, key, parts),
         task=data.get("task", sample.kind),
         options=tuple(data.get("options", ())),
-        speech=tuple((int(second), said) for second, said in data.get("speech", ())),
+        speech=tuple((int(second), text) for second, text in data.get("speech", ())),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED_LABEL
-from moss_train.evaluate.controls import BLIND, SEEN, Model, ShownSample, watch
+from moss_train.evaluate.controls import ALL_FRAMES, BLIND, Model, ShownSample, watch
 from moss_train.evaluate.generate import answer_start, answers, predictions, streams
 from moss_train.evaluate.items import AnswerKey, Item
 
@@ -19,22 +19,22 @@ T = TypeVar("T")
 
 @dataclass
 class Outcome:
-    """What came of one sample. Dictionaries have a value for SEEN, and one for each control.
+    """What came of one sample. Dictionaries have a value for ALL_FRAMES, and one for each control.
 
     frames: that the sample has.
     labels, hits: of a caption: its tokens; how many of them were the likeliest, teacher-forced.
-    said: the answer to a question. picked: is the likeliest of its options the right one? Only
+    answers: to a question. picked: is the likeliest of its options the right one? Only
         where the whole answer is one of them.
     speaks, decided: of a stream: where it speaks after a frame of the model's turns, and where the
         model would, teacher-forced.
     spoken: of a stream, live: second and sentence.
     """
 
-    known: AnswerKey
+    answer_key: AnswerKey
     frames: int
     labels: list[int] = field(default_factory=list)
     hits: dict[str, int] = field(default_factory=dict)
-    said: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
     picked: dict[str, bool] = field(default_factory=dict)
     speaks: list[bool] = field(default_factory=list)
     decided: dict[str, list[bool]] = field(default_factory=dict)
@@ -49,13 +49,13 @@ def outcomes(
     generates: also what needs generation: answers in the model's words, and streams live.
     """
     watched = watch(model, items)
-    found = [Outcome(item.known(), len(item.encoded.frames)) for item in items]
+    found = [Outcome(item.answer_key(), len(item.encoded.frames)) for item in items]
     kinds = {"caption": _captions, "chat": _questions, "realtime": _streams}
-    for kind, ask in kinds.items():
+    for kind, measure in kinds.items():
         chosen = [n for n, item in enumerate(items) if item.sample.kind == kind]
         if chosen:
             own = [found[n] for n in chosen]
-            ask(model, [watched[n] for n in chosen], own, controls, generates)
+            measure(model, [watched[n] for n in chosen], own, controls, generates)
     return found
 
 
@@ -65,18 +65,20 @@ Work = Callable[[list[ShownSample]], Sequence[T]]
 def _under(
     watched: Sequence[ShownSample], controls: Sequence[str], work: Work[T]
 ) -> list[dict[str, T]]:
-    """Runs `work` on the samples as they are and under each control: `{SEEN: ..., control: ...}`
-    for each sample. What a control does not change is not computed again."""
-    found = [{SEEN: one} for one in work([*watched])]
+    """Runs `work` on the samples as they are and under each control. What a control does not
+    change is not computed again. Returns `{ALL_FRAMES: ..., control: ...}` for each sample."""
+    found = [{ALL_FRAMES: one} for one in work([*watched])]
     for control in controls:
-        shown = [seen.under(control) for seen in watched]
+        controlled = [sample.under(control) for sample in watched]
         changed = [
-            n for n, (new, old) in enumerate(zip(shown, watched, strict=True)) if new is not old
+            n
+            for n, (new, old) in enumerate(zip(controlled, watched, strict=True))
+            if new is not old
         ]
         for own in found:
-            own[control] = own[SEEN]
+            own[control] = own[ALL_FRAMES]
         if changed:
-            for n, one in zip(changed, work([shown[n] for n in changed]), strict=True):
+            for n, one in zip(changed, work([controlled[n] for n in changed]), strict=True):
                 found[n][control] = one
     return found
 
@@ -88,15 +90,15 @@ def _captions(
     controls: Sequence[str],
     generates: bool,
 ) -> None:
-    def hits(shown: list[ShownSample]) -> list[int]:
+    def hits(samples: list[ShownSample]) -> list[int]:
         counts = []
-        for seen, (likely, _) in zip(shown, predictions(model, shown), strict=True):
-            labels = seen.item.encoded.labels[1:]
+        for sample, (likely, _) in zip(samples, predictions(model, samples), strict=True):
+            labels = sample.item.encoded.labels[1:]
             counts.append(int((likely[:-1] == labels)[labels != IGNORED_LABEL].sum()))
         return counts
 
-    for seen, own, under in zip(watched, found, _under(watched, controls, hits), strict=True):
-        labels = seen.item.encoded.labels[1:]
+    for sample, own, under in zip(watched, found, _under(watched, controls, hits), strict=True):
+        labels = sample.item.encoded.labels[1:]
         own.labels, own.hits = labels[labels != IGNORED_LABEL].tolist(), under
 
 
@@ -108,44 +110,48 @@ def _questions(
     generates: bool,
 ) -> None:
     if generates:
-        said = _under(watched, controls, lambda shown: answers(model, shown))
-        for own, texts in zip(found, said, strict=True):
-            own.said = texts
-    closed = [n for n, seen in enumerate(watched) if _is_option(seen.item)]
+        replies = _under(watched, controls, lambda samples: answers(model, samples))
+        for own, texts in zip(found, replies, strict=True):
+            own.answers = texts
+    closed = [n for n, sample in enumerate(watched) if _is_option(sample.item)]
     if closed:
-        picked = _under([watched[n] for n in closed], controls, lambda shown: _pick(model, shown))
+        picked = _under(
+            [watched[n] for n in closed], controls, lambda samples: _pick(model, samples)
+        )
         for n, right in zip(closed, picked, strict=True):
             found[n].picked = right
 
 
 def _pick(model: Model, watched: Sequence[ShownSample]) -> list[bool]:
     """Is the likeliest option, by the mean log probability of its tokens, the answer?"""
-    asked = [_with_answer(model, seen, option) for seen in watched for option in seen.item.options]
+    candidates = [
+        _with_answer(model, sample, option) for sample in watched for option in sample.item.options
+    ]
     means = [
-        float(chances[answer_start(seen.item) :].mean())
-        for seen, (_, chances) in zip(asked, predictions(model, asked), strict=True)
+        float(chances[answer_start(sample.item) :].mean())
+        for sample, (_, chances) in zip(candidates, predictions(model, candidates), strict=True)
     ]
     right, start = [], 0
-    for seen in watched:
-        own = means[start : start + len(seen.item.options)]
+    for sample in watched:
+        own = means[start : start + len(sample.item.options)]
         start += len(own)
-        best = seen.item.options[own.index(max(own))]
-        right.append(plain(best) == plain(seen.item.answer))
+        best = sample.item.options[own.index(max(own))]
+        right.append(plain(best) == plain(sample.item.answer))
     return right
 
 
-def _with_answer(model: Model, seen: ShownSample, option: str) -> ShownSample:
+def _with_answer(model: Model, sample: ShownSample, option: str) -> ShownSample:
     """The sample with another answer, and the same end of turn."""
-    start, encoded = answer_start(seen.item), seen.item.encoded
-    said = model.tokenizer.encode(option, add_special_tokens=False).ids
-    answer = torch.tensor([*said, int(encoded.tokens[-1])])
+    start, encoded = answer_start(sample.item), sample.item.encoded
+    tokens = model.tokenizer.encode(option, add_special_tokens=False).ids
+    answer = torch.tensor([*tokens, int(encoded.tokens[-1])])
     ignored = torch.full((start,), IGNORED_LABEL)
     other = replace(
         encoded,
         tokens=torch.cat([encoded.tokens[:start], answer]),
         labels=torch.cat([ignored, answer]),
     )
-    return replace(seen, item=replace(seen.item, encode=lambda: other))
+    return replace(sample, item=replace(sample.item, encode=lambda: other))
 
 
 def _streams(
@@ -155,21 +161,21 @@ def _streams(
     controls: Sequence[str],
     generates: bool,
 ) -> None:
-    def decide(shown: list[ShownSample]) -> list[list[bool]]:
-        likely = [said for said, _ in predictions(model, shown)]
+    def decide(samples: list[ShownSample]) -> list[list[bool]]:
+        likely = [sentences for sentences, _ in predictions(model, samples)]
         return [
-            decisions(model, seen.item, said[:-1]).tolist()
-            for seen, said in zip(shown, likely, strict=True)
+            decisions(model, sample.item, sentences[:-1]).tolist()
+            for sample, sentences in zip(samples, likely, strict=True)
         ]
 
     decided = _under(watched, controls, decide)
-    for seen, own, under in zip(watched, found, decided, strict=True):
-        own.speaks = decisions(model, seen.item, seen.item.encoded.labels[1:]).tolist()
+    for sample, own, under in zip(watched, found, decided, strict=True):
+        own.speaks = decisions(model, sample.item, sample.item.encoded.labels[1:]).tolist()
         own.decided = under
     if generates:
-        spoken = _under(watched, controls, lambda shown: streams(model, shown))
-        for own, said in zip(found, spoken, strict=True):
-            own.spoken = said
+        spoken = _under(watched, controls, lambda samples: streams(model, samples))
+        for own, sentences in zip(found, spoken, strict=True):
+            own.spoken = sentences
 
 
 def decisions(model: Model, item: Item, following: Tensor) -> Tensor:
@@ -185,19 +191,19 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def says(known: AnswerKey, reply: str) -> bool:
+def is_right(key: AnswerKey, reply: str) -> bool:
     """Is a reply to a question right?
 
     An answer that leads to one of the options and is more than it (`Red, blue. Red.`) is compared
     by its last sentence, any other as a whole.
     """
-    if known.options and not _is_option(known):
-        return last_sentence(reply) == last_sentence(known.answer)
-    return plain(reply) == plain(known.answer)
+    if key.options and not _is_option(key):
+        return last_sentence(reply) == last_sentence(key.answer)
+    return plain(reply) == plain(key.answer)
 
 
-def _is_option(known: AnswerKey) -> bool:
-    return plain(known.answer) in map(plain, known.options)
+def _is_option(key: AnswerKey) -> bool:
+    return plain(key.answer) in map(plain, key.options)
 
 
 def last_sentence(text: str) -> str:

@@ -44,16 +44,16 @@ def answer(
     else:
         marks = IMAGE_MARK * len(pictures) + (VIDEO_MARK if clip else "")
         counts = [1] * len(pictures) + ([len(clip)] if clip else [])
-        asked = [Message("user", marks + as_typed(prompt))]
+        messages = [Message("user", marks + as_typed(prompt))]
         form: PromptForm = "pretrain" if config.prompt == "pretrain" else "chat"
-        tokens = prompts.question(asked, counts, form).tokens
+        tokens = prompts.question(messages, counts, form).tokens
     sample = _encoded(model, tokens, [*pictures, *clip])
     (states,) = model.encode([sample])
     ends = {special.eot_id, special.end_of_text, special.silence}
     script = [*script_of(tokens, special.image), SPEAK]
     talk = GeneratedConversation(script, states, sample.aspect_ratio_ids, ends, max_new_tokens)
     generate(model, [talk])
-    text: str = model.tokenizer.decode(talk.said[-1])
+    text: str = model.tokenizer.decode(talk.utterances[-1])
     return text
 
 

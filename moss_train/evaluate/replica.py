@@ -117,8 +117,8 @@ class ReplicaModel:
         for item, batch in zip(planned, batches, strict=True):
             chosen = [inputs[min(first + n, last)] for n in range(len(batch.lengths))]
             first += len(chosen)
-            shown = [one.states[: len(one.positions)] for one in chosen if one.positions]
-            item.frames.states = torch.cat(shown) if shown else inputs[0].states[:0]
+            states = [one.states[: len(one.positions)] for one in chosen if one.positions]
+            item.frames.states = torch.cat(states) if states else inputs[0].states[:0]
         return planned
 
     def _batches(self, inputs: Sequence[ModelInput]) -> list[TextBatch]:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from data_pipeline.schema import MARK, VIDEO_MARK
-from moss_train.evaluate.controls import BLIND, ONE_FRAME, SEEN, SHUFFLED
+from moss_train.evaluate.controls import ALL_FRAMES, BLIND, ONE_FRAME, SHUFFLED
 from moss_train.evaluate.items import AnswerKey
-from moss_train.evaluate.outcomes import Outcome, plain, says
+from moss_train.evaluate.outcomes import Outcome, is_right, plain
 
 EXACT = "answers exact"
 IN_TIME = 1  # seconds from an event's frame to the sentence about it
@@ -49,12 +49,12 @@ def _score(
     under = {
         control: value(control)
         for control in getattr(found[0], name)
-        if moves or control in (SEEN, BLIND)
+        if moves or control in (ALL_FRAMES, BLIND)
     }
     return Score(
-        found[0].known.source,
+        found[0].answer_key.source,
         metric,
-        under[SEEN],
+        under[ALL_FRAMES],
         under.get(BLIND),
         chance,
         count,
@@ -104,17 +104,17 @@ def question_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[Answere
     """
     scores: list[Score] = []
     answered: list[AnsweredQuestion] = []
-    if found[0].said:
+    if found[0].answers:
         scores.append(_exact(found, EXACT))
         for task in _tasks(found):
-            chosen = [own for own in found if f"{own.known.task}/".startswith(f"{task}/")]
+            chosen = [own for own in found if f"{own.answer_key.task}/".startswith(f"{task}/")]
             scores.append(_exact(chosen, f"  {task}"))
         answered = [
             AnsweredQuestion(
-                own.known.key,
-                MARK.sub("", own.known.sample.messages[-2].content),
-                own.known.answer,
-                own.said[SEEN],
+                own.answer_key.key,
+                MARK.sub("", own.answer_key.sample.messages[-2].content),
+                own.answer_key.answer,
+                own.answers[ALL_FRAMES],
             )
             for own in found
         ]
@@ -132,19 +132,21 @@ def question_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[Answere
 
 def _tasks(found: Sequence[Outcome]) -> list[str]:
     """All tasks, and before those of a group (`time/first`) the group."""
-    tasks = {own.known.task for own in found}
+    tasks = {own.answer_key.task for own in found}
     return sorted(tasks | {task.partition("/")[0] for task in tasks})
 
 
 def _exact(found: Sequence[Outcome], metric: str) -> Score:
     def right(control: str) -> float:
-        return sum(says(own.known, own.said[control]) for own in found) / len(found)
+        return sum(is_right(own.answer_key, own.answers[control]) for own in found) / len(found)
 
-    return _score(found, metric, "said", right, _chance(found), len(found))
+    return _score(found, metric, "answers", right, _chance(found), len(found))
 
 
 def _chance(found: Sequence[Outcome]) -> float:
-    return sum(1 / len(own.known.options) for own in found if own.known.options) / len(found)
+    return sum(1 / len(own.answer_key.options) for own in found if own.answer_key.options) / len(
+        found
+    )
 
 
 def questions_together(scores: Sequence[Score]) -> list[Score]:
@@ -176,15 +178,15 @@ def decision_scores(found: Sequence[Outcome]) -> list[Score]:
     truth = [speaks for own in found for speaks in own.speaks]
 
     def f1(control: str) -> float:
-        return _f1([said for own in found for said in own.decided[control]], truth)
+        return _f1([decision for own in found for decision in own.decided[control]], truth)
 
     share = sum(truth) / len(truth)
     return [_score(found, "decision F1", "decided", f1, share, len(truth))]
 
 
 def _f1(spoken: Sequence[bool], truth: Sequence[bool]) -> float:
-    both = sum(said and right for said, right in zip(spoken, truth, strict=True))
-    wrong = sum(said != right for said, right in zip(spoken, truth, strict=True))
+    both = sum(speaks and right for speaks, right in zip(spoken, truth, strict=True))
+    wrong = sum(speaks != right for speaks, right in zip(spoken, truth, strict=True))
     return 2 * both / (2 * both + wrong) if both or wrong else 1.0
 
 
@@ -195,7 +197,7 @@ def live_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[Timeline]]:
     all sentences to be said and all that were said, answers aside.
     """
     counts = {
-        control: _count([own.known for own in found], _timelines(found, control))
+        control: _count([own.answer_key for own in found], _timelines(found, control))
         for control in found[0].spoken
     }
     rows = [
@@ -211,14 +213,14 @@ def live_scores(found: Sequence[Outcome]) -> tuple[list[Score], list[Timeline]]:
         def share(control: str, hits: str = hits, of: str = of) -> float:
             return counts[control][hits] / max(counts[control][of], 1e-9)
 
-        if total := counts[SEEN][of]:
+        if total := counts[ALL_FRAMES][of]:
             scores.append(_score(found, metric, "spoken", share, None, int(total)))
-    return scores, _timelines(found, SEEN)
+    return scores, _timelines(found, ALL_FRAMES)
 
 
 def _timelines(found: Sequence[Outcome], control: str) -> list[Timeline]:
     return [
-        Timeline(own.known.key, own.frames, list(own.known.speech), own.spoken[control])
+        Timeline(own.answer_key.key, own.frames, list(own.answer_key.speech), own.spoken[control])
         for own in found
     ]
 
@@ -226,30 +228,30 @@ def _timelines(found: Sequence[Outcome], control: str) -> list[Timeline]:
 def _count(items: Sequence[AnswerKey], timelines: Sequence[Timeline]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for item, timeline in zip(items, timelines, strict=True):
-        said = list(timeline.spoken)
+        sentences = list(timeline.spoken)
         if item.options:  # asked in the middle: the first thing said after that is the answer
             counts["questions"] += 1
-            asked, expected = asked_answer(item)
-            answer = next((u for u in said if u[0] == asked), None)
+            answered_at, expected = expected_answer(item)
+            answer = next((u for u in sentences if u[0] == answered_at), None)
             if answer is not None:
-                said.remove(answer)
+                sentences.remove(answer)
                 counts["answered"] += plain(answer[1]) == plain(expected)
-        counts["told"] += len(timeline.wanted) + len(said)
-        for second, wanted in timeline.wanted:
+        counts["told"] += len(timeline.wanted) + len(sentences)
+        for second, sentence in timeline.wanted:
             counts["events"] += 1
-            near = [u for u in said if 0 <= u[0] - second <= IN_TIME]
-            match = next((u for u in near if u[1] == wanted), near[0] if near else None)
+            near = [u for u in sentences if 0 <= u[0] - second <= IN_TIME]
+            match = next((u for u in near if u[1] == sentence), near[0] if near else None)
             if match is not None:
-                said.remove(match)
+                sentences.remove(match)
                 counts["in_time"] += 1
-                counts["right"] += match[1] == wanted
-                counts["agreed"] += 2 * (match[1] == wanted)
-        counts["false"] += len(said)
+                counts["right"] += match[1] == sentence
+                counts["agreed"] += 2 * (match[1] == sentence)
+        counts["false"] += len(sentences)
         counts["seconds"] += timeline.seconds
     return counts | Counter({"minutes": counts["seconds"] / 60})  # type: ignore[dict-item]
 
 
-def asked_answer(item: AnswerKey) -> tuple[int, str]:
+def expected_answer(item: AnswerKey) -> tuple[int, str]:
     """For a stream with a question: the second of the frame after which its answer begins, and the
     answer, without frames that come within it."""
     second = sum(message.content.count(VIDEO_MARK) for message in item.sample.messages[:-1]) - 1

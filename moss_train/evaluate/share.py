@@ -19,7 +19,7 @@ from moss_train.model.groups import Groups
 
 BLOCK = 16  # samples of a source
 
-Ask = Callable[[list[Item]], list[Outcome]]
+OutcomesOf = Callable[[list[Item]], list[Outcome]]
 Refuse = Callable[[Exception], None]
 Thing = TypeVar("Thing")
 
@@ -33,15 +33,15 @@ class Shared(Protocol):
 def share_out(
     model: Shared,
     items: Iterable[Item],
-    ask: Ask,
+    outcomes_of: OutcomesOf,
     on_progress: Callable[[str], None] = lambda _: None,
     refuse: Refuse | None = None,
 ) -> list[Outcome]:
-    """What `ask` makes of all items, on every rank. A collective.
+    """What `outcomes_of` gives for all items, on every rank. A collective.
 
     Args:
         items: read by the first rank of each replica; the others may give anything.
-        ask: called by all ranks of a replica with one block after the other.
+        outcomes_of: called by all ranks of a replica with one block after the other.
         on_progress: told of each source when all of it is read, on the first rank.
         refuse: called on the first rank of a replica with the error of a sample that cannot be
             used, which is left out; None: that is raised.
@@ -54,7 +54,7 @@ def share_out(
     error: Exception | None = None
     try:
         for number, block in _own_blocks(groups, items, on_progress, refuse):
-            done[number] = ask(block) if block else []
+            done[number] = outcomes_of(block) if block else []
     except (EvaluationError, SampleError) as caught:
         error = caught
     everywhere = gather(groups, (done, error))
@@ -91,7 +91,7 @@ def _own_blocks(
         if groups.is_leader:
             try:
                 number, block = next(read, (-1, []))
-                sent = [(number, [(item.known(), item.encoded) for item in block])]
+                sent = [(number, [(item.answer_key(), item.encoded) for item in block])]
             except (EvaluationError, SampleError) as error:
                 sent = [error]
         dist.broadcast_object_list(sent, leader, group=groups.host)
@@ -104,8 +104,8 @@ def _own_blocks(
         yield number, [_item(*pair) for pair in pairs]
 
 
-def _item(known: AnswerKey, encoded: EncodedSample) -> Item:
-    return Item(**vars(known), encode=lambda: encoded)
+def _item(key: AnswerKey, encoded: EncodedSample) -> Item:
+    return Item(**vars(key), encode=lambda: encoded)
 
 
 def _read(

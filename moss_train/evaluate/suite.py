@@ -81,10 +81,10 @@ def evaluate(
 def evaluation(checkpoint: str, step: int, found: Sequence[Outcome]) -> Evaluation:
     """All scores of what a model made of samples."""
     result = Evaluation(checkpoint, step)
-    for source in sources_of([own.known for own in found]):
-        own = [outcome for outcome in found if outcome.known.source == source]
+    for source in sources_of([own.answer_key for own in found]):
+        own = [outcome for outcome in found if outcome.answer_key.source == source]
         captions, questions, live = (
-            [outcome for outcome in own if outcome.known.sample.kind == kind]
+            [outcome for outcome in own if outcome.answer_key.sample.kind == kind]
             for kind in ("caption", "chat", "realtime")
         )
         result.scores += caption_scores(captions) if captions else []
@@ -128,7 +128,7 @@ def toy_items(
 
 def table(scores: Sequence[Score]) -> str:
     """The scores as a table of text, with the controls that there are."""
-    shown = [
+    controls = [
         name for name in (ONE_FRAME, SHUFFLED) if any(getattr(s, name) is not None for s in scores)
     ]
     head = [
@@ -136,16 +136,16 @@ def table(scores: Sequence[Score]) -> str:
         "score",
         "model",
         "blind",
-        *(name.replace("_", " ") for name in shown),
+        *(name.replace("_", " ") for name in controls),
         "chance",
         "of",
     ]
-    return format_table([head, *(cells(score, shown) for score in scores)], "llr", rule=True)
+    return format_table([head, *(cells(score, controls) for score in scores)], "llr", rule=True)
 
 
-def cells(score: Score, shown: Sequence[str] = ()) -> list[str]:
-    """A line of the table, with the controls `shown`."""
-    under = [getattr(score, name) for name in shown]
+def cells(score: Score, controls: Sequence[str] = ()) -> list[str]:
+    """A line of the table, with those `controls`."""
+    under = [getattr(score, name) for name in controls]
     numbers = map(_number, (score.value, score.blind, *under, score.chance))
     return [score.source, score.metric, *numbers, str(score.count)]
 

@@ -29,14 +29,14 @@ def agreed(what: str, find: Callable[[], Sequence[str]], prove: Prove) -> list[s
         find: on rank 0. prove: on the others, which of those are right.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    told = [_unless_memory_is_short(what, find) if rank == 0 else []]
-    dist.broadcast_object_list(told, src=0)
-    (names,) = told
+    shared = [_unless_memory_is_short(what, find) if rank == 0 else []]
+    dist.broadcast_object_list(shared, src=0)
+    (names,) = shared
     if ranks == 1 or not names:
         return names
     own = names
     if rank > 0:
-        with _warnings_told():
+        with _warnings_logged():
             tried = f"{what} {', '.join(names)}"
             own = _unless_memory_is_short(tried, lambda: prove(names))
     everywhere: list[list[str]] = [[]] * ranks
@@ -56,13 +56,13 @@ def _unless_memory_is_short(what: str, find: Callable[[], Sequence[str]]) -> lis
     try:
         return [*find()]
     except torch.OutOfMemoryError as error:
-        said = str(error).partition("\n")[0]
-        print_line(f"{what}: not tried on this rank: {said}")
+        reason = str(error).partition("\n")[0]
+        print_line(f"{what}: not tried on this rank: {reason}")
         return []
 
 
 @contextmanager
-def _warnings_told() -> Iterator[None]:
+def _warnings_logged() -> Iterator[None]:
     """Of a rank that else tells errors only."""
     before = log.level
     log.setLevel(min(before, logging.WARNING))

@@ -96,9 +96,9 @@ class Trial:
 
     def choose(self) -> str:
         """The name that `model.attention` stands for here."""
-        asked = self.model.attention
-        if asked != "auto":
-            return asked if self._proven(asked) else "sdpa"
+        configured = self.model.attention
+        if configured != "auto":
+            return configured if self._proven(configured) else "sdpa"
         right = ["sdpa", *self.right(self._installed())]
         if len(right) == 1:
             log.info("attention: sdpa (nothing else is installed, or right here)")
@@ -109,8 +109,8 @@ class Trial:
             MODULES, lambda: {name: self._milliseconds(name) for name in right},
         )  # fmt: skip
         fastest = min(right, key=lambda name: times[name])
-        told = ", ".join(f"{name} {times[name]:.1f} ms" for name in right)
-        log.info("attention: %s (%s)", fastest, told)
+        measured = ", ".join(f"{name} {times[name]:.1f} ms" for name in right)
+        log.info("attention: %s (%s)", fastest, measured)
         return fastest
 
     def right(self, names: Iterable[str]) -> list[str]:
@@ -119,8 +119,8 @@ class Trial:
 
     def _installed(self) -> list[str]:
         """What may be tried beside sdpa."""
-        wanted = self.model.attention_needs(hardware.TRAINS)
-        return [name for name in able(wanted) if name != "sdpa"]
+        needs = self.model.attention_needs(hardware.TRAINS)
+        return [name for name in able(needs) if name != "sdpa"]
 
     def _proven(self, name: str) -> bool:
         cases = self._cross_cases if name == "flex" else partial(self._core_cases, name)
@@ -151,12 +151,12 @@ class Trial:
             )
         frames_of = frames_core(name)
         if frames_of is not None:
-            seen = self._frames([600], 2, 1, "sdpa")  # 200 tokens see one frame, 200 both
+            inputs = self._frames([600], 2, 1, "sdpa")  # 200 tokens see one frame, 200 both
             yield Case(
                 "frames that all tokens of a block see",
-                lambda q, k, v: attend_frames(q, k, v, self._masked(seen, q), frames_of),
-                lambda q, k, v: attend_frames(q, k, v, self._masked(seen, q)),
-                self._cross_inputs(seen),
+                lambda q, k, v: attend_frames(q, k, v, self._masked(inputs, q), frames_of),
+                lambda q, k, v: attend_frames(q, k, v, self._masked(inputs, q)),
+                self._cross_inputs(inputs),
             )
 
     def _cross_cases(self) -> Iterator[Case]:

@@ -272,10 +272,10 @@ class _Blocks:
         token = torch.arange(self.start, self.start + size).clamp(max=self.stop - 1)
         first, last = self.first[token, None], self.last[token, None]
         frame = torch.arange(lowest, highest)
-        seen = ((frame >= first) & (frame < last))[..., None]  # [size, frames, 1]
+        visible = ((frame >= first) & (frame < last))[..., None]  # [size, frames, 1]
         tiles = self.real[frame.clamp(max=len(self.real) - 1)]
         real = tiles | self.unmasked[token, None, None]
-        mask = additive_mask(~(seen & real).flatten(1)[None])
+        mask = additive_mask(~(visible & real).flatten(1)[None])
         mask = None if mask is None else mask[0]
         self.blocks.append(Block(self.start, self.stop, lowest, highest, size, mask))
         self._open(self.stop)

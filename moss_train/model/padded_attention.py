@@ -96,9 +96,9 @@ def plan_padded(
     row = torch.minimum(ends - counts[:, None] + torch.arange(most), ends - 1)  # [B, S]
     row = row.clamp(max=len(tokens) - 1)
     first, last, free = (x[tokens][row][..., None] for x in (*runs, unmasked))
-    seen = (frame[:, None] >= first) & (frame[:, None] < last)  # [B, S, F]
+    visible = (frame[:, None] >= first) & (frame[:, None] < last)  # [B, S, F]
     tiles = real[frame.clamp(max=len(real) - 1)][:, None]  # [B, 1, F, tiles]
-    hidden = ~(seen[..., None] & (tiles | free[..., None])).flatten(2)
+    hidden = ~(visible[..., None] & (tiles | free[..., None])).flatten(2)
     hidden[used:] = False
     shape = (batch, most, width)
     return PaddedAttention(shape, token_map, frame_map, additive_mask(hidden))

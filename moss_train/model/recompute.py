@@ -28,10 +28,10 @@ def selective(config: TransformerConfig) -> bool:
     return config.recompute_granularity == "selective"
 
 
-def recomputable(wanted: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def recomputable(recompute: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """`function(*inputs)`, which must not keep its output for its own backward pass."""
     out = function(*inputs)
-    if wanted and out.requires_grad:
+    if recompute and out.requires_grad:
         out.recompute = partial(function, *inputs)  # type: ignore[attr-defined]
     return out
 

@@ -48,8 +48,8 @@ def label_states(
     before = torch.cat((spoken.new_full((1,), -1), spoken[:-1]))
     outside = torch.ones(total, dtype=torch.bool)
     outside[:count] = before[:count] < starts[sequence]
-    known = labels[before.clamp(min=0)].masked_fill(outside, IGNORED_LABEL)
-    begins = (known == silence_id) | (known == IGNORED_LABEL)
+    previous = labels[before.clamp(min=0)].masked_fill(outside, IGNORED_LABEL)
+    begins = (previous == silence_id) | (previous == IGNORED_LABEL)
 
     states = torch.full_like(labels, WORD)
     states[streams & begins & (labels != IGNORED_LABEL)] = BEGIN

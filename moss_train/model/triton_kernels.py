@@ -34,12 +34,12 @@ def _swiglu_backward(hidden, grad, to_hidden, inner, BLOCK: tl.constexpr):
     at = row * 2 * inner + i
     gate = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(hidden + at + inner, mask=inside, other=0.0).to(tl.float32)
-    given = tl.load(grad + row * inner + i, mask=inside, other=0.0).to(tl.float32)
+    grad_out = tl.load(grad + row * inner + i, mask=inside, other=0.0).to(tl.float32)
     share = 1 / (1 + tl.exp(-gate))
-    to_gate = given * up * share * (1 + gate * (1 - share))
+    to_gate = grad_out * up * share * (1 + gate * (1 - share))
     dtype = to_hidden.dtype.element_ty
     tl.store(to_hidden + at, to_gate.to(dtype), mask=inside)
-    tl.store(to_hidden + at + inner, (given * gate * share).to(dtype), mask=inside)
+    tl.store(to_hidden + at + inner, (grad_out * gate * share).to(dtype), mask=inside)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -168,11 +168,11 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         logits, own, log_sum = ctx.saved_tensors
         rows, size = logits.shape
-        given = [grad.contiguous() for grad in grads]
+        contiguous = [grad.contiguous() for grad in grads]
         if rows:
             grid = (rows, triton.cdiv(size, LOGITS))
             _statistics_backward[grid](
-                logits, own, log_sum, *given, size, BLOCK=LOGITS, num_warps=8
+                logits, own, log_sum, *contiguous, size, BLOCK=LOGITS, num_warps=8
             )
         return logits, None
 

@@ -165,10 +165,10 @@ class VisionTower(MegatronModule):
         mask = self._mask(ratio_ids, tiles, x.dtype)
 
         x = x.flatten(1, 2)  # [N, L, D]
-        wanted = self.vision.intermediate_layers
+        indices = self.vision.intermediate_layers
         entering = {}
         for index, layer in enumerate(self.local_layers):
-            if index in wanted:
+            if index in indices:
                 entering[index] = x
             x = layer(x, mask)
         x = self.norm_post(x)
@@ -178,7 +178,7 @@ class VisionTower(MegatronModule):
 
         states = [
             x.unflatten(1, (tiles, self.rows))[:, :, :patches]
-            for x in (x, *(entering[i] for i in wanted))
+            for x in (x, *(entering[i] for i in indices))
         ]
         return states[0], states[1:]
 

@@ -62,15 +62,15 @@ class FrameExchange:
     def encode(self, step: StepBatch) -> list[Tensor]:
         """States of each microbatch's frames `[N, T x P, H]`, detached. A collective."""
         parts = self.states(step).split([len(batch.ratio_ids) for batch in step.microbatches])
-        wanted = self.trains and torch.is_grad_enabled()
-        self._states = [part.detach().requires_grad_(wanted) for part in parts]
+        needs_grad = self.trains and torch.is_grad_enabled()
+        self._states = [part.detach().requires_grad_(needs_grad) for part in parts]
         self._begun = self._collected = 0
         return self._states
 
     def states(self, step: StepBatch) -> Tensor:
         """States of all frames of a step, in order. A collective."""
-        wanted = self.trains and torch.is_grad_enabled()
-        again = wanted and self.tower_trains and self.model.vision.recompute
+        needs_grad = self.trains and torch.is_grad_enabled()
+        again = needs_grad and self.tower_trains and self.model.vision.recompute
         size, out = self.chunk, []
         self._chunks, self._counts = [], step.counts
         for frames, ratio_ids in zip(
@@ -78,10 +78,10 @@ class FrameExchange:
         ):
             if not len(frames):
                 continue
-            with torch.set_grad_enabled(wanted and not again):
+            with torch.set_grad_enabled(needs_grad and not again):
                 states = self._encode(frames, ratio_ids)
             out.append(states.detach())
-            if wanted:
+            if needs_grad:
                 self._chunks.append((frames, ratio_ids, None if again else states))
         return self._gather(out, step.frames.shape[1])
 

@@ -44,7 +44,7 @@ class _Microbatch:
     tokens: int = 0
     frames: int = 0
 
-    def takes(self, sample: EncodedSample, bounds: Bounds) -> bool:
+    def fits(self, sample: EncodedSample, bounds: Bounds) -> bool:
         """Whether the bounds hold with `sample`, too."""
         if not self.samples:
             return True
@@ -86,7 +86,7 @@ def _assign(ordered: list[EncodedSample], bounds: Bounds, count: int) -> list[_M
     microbatches = [_Microbatch() for _ in range(count)]
     last = count + bounds.multiple > len(ordered)  # no microbatch can be empty
     for sample in ordered:
-        free = [own for own in microbatches if last or own.takes(sample, bounds)]
+        free = [own for own in microbatches if last or own.fits(sample, bounds)]
         if not free:
             return None
         min(free, key=lambda own: own.tokens).add(sample)

@@ -68,8 +68,10 @@ class Checkpointer:
         self.config, self.model, self.state, self.tokenizer = config, model, state, tokenizer
         self.folder = checkpoints_folder(Path(config.run.dir))
         self.last = False  # the save that was begun last ends the job
-        on_device, asked = hardware.on_accelerator(), config.trainer.async_save
-        self.queue = AsyncCallsQueue() if (on_device if asked is None else asked) else None
+        on_device, configured = hardware.on_accelerator(), config.trainer.async_save
+        self.queue = (
+            AsyncCallsQueue() if (on_device if configured is None else configured) else None
+        )
         self.staging = Staging(on_device)
         # Every rank of a data-parallel group writes a part of the weights that all of them hold.
         self.strategy = FullyParallelSaveStrategyWrapper(

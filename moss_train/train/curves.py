@@ -123,8 +123,8 @@ def draw_panel(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
         points = [(r["step"], v) for r, v in zip(rows, values, strict=True) if math.isfinite(v)]
         if points:
             axes.plot(*zip(*points, strict=True), "o--", color=OTHER, markersize=4, label=key)
-    shown = [v for key in panel.keys + panel.dots for v in column(rows, key) if math.isfinite(v)]
-    if panel.log and shown and 0 < 10 * min(shown) < max(shown):
+    finite = [v for key in panel.keys + panel.dots for v in column(rows, key) if math.isfinite(v)]
+    if panel.log and finite and 0 < 10 * min(finite) < max(finite):
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if len(axes.get_legend_handles_labels()[1]) > 1:

@@ -25,7 +25,7 @@ def prepare(folder: Path) -> None:
         os.environ.setdefault(name, str(folder / DUMP))
 
 
-def ask(folder: Path, ranks: Iterable[int]) -> None:
+def request_dumps(folder: Path, ranks: Iterable[int]) -> None:
     """Asks for the dumps of ranks of this machine; on a CPU there is nobody to ask."""
     for rank in ranks:
         with suppress(OSError):  # no pipe, or nobody reads it

@@ -274,12 +274,12 @@ def _kv_weights(model: ModelConfig) -> int:
 
 
 def _self_layer(
-    model: ModelConfig, trained: TrainedParts, sequences: _Sequences, inputs: bool, wanted: int
+    model: ModelConfig, trained: TrainedParts, sequences: _Sequences, inputs: bool, outputs: int
 ) -> StepFlops:
-    """`wanted`: tokens whose output is; the others are keys and values only."""
+    """`outputs`: tokens whose output is needed; the others are keys and values only."""
     width = model.text.hidden_size
     first = 2 * sequences.tokens * (width**2 + _kv_weights(model))  # q, k, v
-    rest = 2 * wanted * (width**2 + _mlp_weights(model))  # o, MLP
+    rest = 2 * outputs * (width**2 + _mlp_weights(model))  # o, MLP
     return StepFlops(
         decoder_linear=_linear(first + rest, inputs, trained.decoder),
         self_attention=_attention(sequences.pairs, width, 4 * inputs),

@@ -35,9 +35,9 @@ class OutsideSteps:
 
     def take(self) -> dict[str, Any]:
         """The fields; those of the next step begin at 0."""
-        taken = asdict(self)
+        values = asdict(self)
         self.validation_s = self.save_s = 0.0
-        return taken
+        return values
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from moss_train.train.heartbeat import Heartbeat
 IO = ("start", "load", "save", "data", "profile")  # signs of life with which these begin
 USUAL_STEPS = 5  # a step may be longer than others: another length of samples, a validation
 STOPPED = "stopped by a signal"  # a process, not running
-GONE = ("gone", "ended")  # processes
+ENDED_STATES = ("gone", "ended")  # processes
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Pace:
 
 def hangs(ranks: Iterable[RankStatus], limits: Limits) -> bool:
     """Whether ranks have been silent for too long, and wait for none that may still be busy."""
-    living = [rank for rank in ranks if rank.state not in GONE]
+    living = [rank for rank in ranks if rank.state not in ENDED_STATES]
     late = [rank for rank in living if rank.silent_s > limits.of(rank)]
     if any(rank.state == STOPPED for rank in late):
         return True

@@ -38,10 +38,10 @@ class HeldOut:
     ):
         self.trainer, self.last = config.trainer, config.steps
         self.validator = Validator(step, reader)
-        wanted = suites if config.trainer.eval_suites else None
-        self.suites = None if wanted is None else wanted(step, reader)
+        open_suites = suites if config.trainer.eval_suites else None
+        self.suites = None if open_suites is None else open_suites(step, reader)
 
-    def __call__(self, done: int, result: StepResult, asked: Sequence[float]) -> Measured:
+    def __call__(self, done: int, result: StepResult, stop_requests: Sequence[float]) -> Measured:
         """Measures after step `done`, if the step was accepted and nobody asks to stop. A
         collective."""
         measured = Measured()
@@ -50,20 +50,18 @@ class HeldOut:
         began = time.perf_counter()
         every, last = self.trainer.eval_every, done == self.last
         if every is not None and (done % every == 0 or last):
-            measured.validation = self.validator(asked)
-            _tell(done, "validation", measured.validation, describe, began)
+            measured.validation = self.validator(stop_requests)
+            _log(done, "validation", measured.validation, describe, began)
         every = self.trainer.eval_suites_every
         if self.suites is not None and (last or (every is not None and done % every == 0)):
             asking = time.perf_counter()
-            measured.suites = self.suites(asked)
-            _tell(done, "suites", measured.suites, describe_suites, asking)
+            measured.suites = self.suites(stop_requests)
+            _log(done, "suites", measured.suites, describe_suites, asking)
         measured.seconds = time.perf_counter() - began
         return measured
 
 
-def _tell(
-    done: int, what: str, found: T | None, describe: Callable[[T], str], began: float
-) -> None:
+def _log(done: int, what: str, found: T | None, describe: Callable[[T], str], began: float) -> None:
     if found is None:
         log.warning("step %d: %s: left out: asked to stop", done, what)
     else:

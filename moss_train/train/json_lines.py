@@ -20,7 +20,7 @@ from moss_train.log import log, print_line
 
 MOST = 100_000  # lines of a file that wait, at most
 _waiting: dict[Path, deque[bytes]] = {}
-_told: set[Path] = set()  # files that could not be written
+_reported: set[Path] = set()  # files that could not be written
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -47,14 +47,14 @@ def _try(path: Path) -> None:
     try:
         _write(path, b"".join(lines))
     except OSError as error:
-        if path not in _told:
+        if path not in _reported:
             print_line(f"{path} cannot be written ({error}): its lines wait; training goes on")
-            _told.add(path)
+            _reported.add(path)
         return
     del _waiting[path]
-    if path in _told:
+    if path in _reported:
         print_line(f"{path} can be written again: {len(lines)} line(s) have waited")
-        _told.discard(path)
+        _reported.discard(path)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -84,8 +84,8 @@ class Wandb:
         self._dir, self._config = run_dir, config
         self._offline = config.logger.mode == "offline"
         self._id_file, self._wrote = run_dir / WANDB_ID_FILE, False
-        known = self._id_file.exists()
-        self._id = self._id_file.read_text().strip() if known else secrets.token_hex(4)
+        resumed = self._id_file.exists()
+        self._id = self._id_file.read_text().strip() if resumed else secrets.token_hex(4)
         self._open(done)
 
     def _open(self, done: int) -> None:

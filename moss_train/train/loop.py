@@ -26,7 +26,7 @@ from moss_train.parallel.distribute import StepBatch
 from moss_train.parallel.process_groups import build_groups
 from moss_train.parallel.replicas import check_replicas
 from moss_train.run_lock import running_in
-from moss_train.sources import seen_in_training, unread_sources
+from moss_train.sources import shared_sources, unread_sources
 from moss_train.storage import StorageError, or_warning
 from moss_train.train.checkpoint import Checkpointer
 from moss_train.train.data import Audit, BadSamples, Epochs, StepReader
@@ -50,7 +50,7 @@ from moss_train.train.step_plan import StepPlan
 from moss_train.train.stragglers import Stragglers
 from moss_train.train.summary import summary_table
 from moss_train.train.unlearned import UnlearnedWarnings
-from moss_train.train.watchdog import tell_run_folder, watched
+from moss_train.train.watchdog import share_run_folder, watched
 
 
 def run(
@@ -79,7 +79,7 @@ def run(
         left, changed = steps_left(config, resume_from)
         if not left:
             return False
-        tell_run_folder(Path(config.run.dir))
+        share_run_folder(Path(config.run.dir))
         found = FoundRun(resume_from, damaged, changed)
         job = Job(config, resume_from, console, loggers, found, suites)
         try:
@@ -117,8 +117,8 @@ class Job:
         self.model = MossVideo(config.model, config.parallel, self.groups, config.adapter, kernels)
         if resume_from is None:
             # What a checkpoint holds is not drawn first: of 11B that takes minutes.
-            given = config.init_from is not None
-            fill(self.model, initial_reader(config.model, config.trainer.seed), adapters_only=given)
+            initial = initial_reader(config.model, config.trainer.seed)
+            fill(self.model, initial, adapters_only=config.init_from is not None)
         self.counts = freeze(self.model, config.stage.train, config.stage.also)
         self.state = make_train_state(self.model, config, self.counts)
         path = config.data.tokenizer
@@ -137,7 +137,7 @@ class Job:
         self.peak = hardware.peak_tflops() if config.model.dtype == "bf16" else None
         profiled = config.trainer.profiled_steps if self.first_rank else None
         self.profiler = StepProfiler(profiled, self.folder / "profile")
-        self.due = False  # a checkpoint should have been saved, but the last step was left out
+        self.save_due = False  # a checkpoint should have been saved, but the last step was left out
         self.outside, self.stragglers = OutsideSteps(), Stragglers(config.trainer.slow_ranks_every)
         self.audit = Audit(self.folder, self.groups.data_rank)
         if (read := self.reader.state()) is not None:
@@ -167,7 +167,7 @@ class Job:
         """Steps until `config.steps` or a signal asks to stop (then True); saves at the end."""
         self._announce()
         steps = self.config.steps
-        with ExitStack() as opened, stop_signals() as asked:
+        with ExitStack() as opened, stop_signals() as stop_requests:
             opened.callback(self.reader.stop)
             stopped, sinks = False, None
             while self.done < steps and not stopped:
@@ -176,7 +176,7 @@ class Job:
                 with self.profiler.step(self.done + 1):
                     batch, plan = self._read()
                     waited = time.perf_counter() - started
-                    result = self.step(batch, plan, waited, bool(asked))
+                    result = self.step(batch, plan, waited, bool(stop_requests))
                 seconds = time.perf_counter() - started
                 if sinks is None:
                     sinks = opened.enter_context(self._records())
@@ -185,13 +185,13 @@ class Job:
                 self.samples += self.config.data.global_batch
                 self._count_bad_samples(result)
                 self.outside.time = time.time()
-                measured = self.held_out(self.done, result, asked)
+                measured = self.held_out(self.done, result, stop_requests)
                 self.outside.validation_s = measured.seconds
                 self._report(result, seconds, measured, batch, writer, progress)
                 slow = self.stragglers.add(result.phase_s | {"data": waited})
                 for line in slow if self.first_rank else ():
                     log.warning("step %d: slow: %s", self.done, line)
-                self.due |= self.done % self.config.trainer.checkpoint_every == 0
+                self.save_due |= self.done % self.config.trainer.checkpoint_every == 0
                 returned = result.refused is not None and self._skip(result, batch, writer)
                 every = self.config.trainer.compare_replicas_every
                 if every is not None and self.done % every == 0:
@@ -201,7 +201,7 @@ class Job:
                     self.checkpointer.poll()
                 # Weights that steps fail with are not worth a checkpoint; those loaded have theirs.
                 last = stopped or self.done == steps
-                if not returned and (last or (self.due and not self.guard.in_a_row)):
+                if not returned and (last or (self.save_due and not self.guard.in_a_row)):
                     with self.outside.saving():
                         self._save(last)
             beat("save")
@@ -236,7 +236,7 @@ class Job:
             )
         self._load(source)
         self.guard.returned(source)
-        self.due = False
+        self.save_due = False
         log.warning("back to %s after %d steps left out; on with other data", source, in_a_row)
         if writer is not None:
             writer.rewind(self.done)
@@ -251,7 +251,7 @@ class Job:
         beat("save")
         self._compare()
         self.checkpointer.save(self.done, self.samples, self.reader.state(), last)
-        self.due = False
+        self.save_due = False
 
     def _count_bad_samples(self, result: StepResult) -> None:
         """Raises RuntimeError where too many samples were unusable."""
@@ -375,7 +375,7 @@ class Job:
         unread = unread_sources(config)
         if unread:
             log.info("not read, as stage.mixture gives them no share: %s", ", ".join(unread))
-        for line in (*schedule_warnings(config), *seen_in_training(config)):
+        for line in (*schedule_warnings(config), *shared_sources(config)):
             log.warning("%s", line)
         log.info(
             "%d steps of %d samples -> %s", config.steps, config.data.global_batch, self.folder

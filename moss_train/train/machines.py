@@ -34,7 +34,7 @@ class Machines:
         self._all: list[RankStatus] = []
         self._read_at = -1.0  # when `_all` was read
         self._hang = False
-        self._asked = threading.Event()
+        self._requested = threading.Event()
         self._thread = threading.Thread(target=self._share, daemon=True)
         if count > 1:
             self._thread.start()
@@ -52,12 +52,12 @@ class Machines:
     def all(self) -> list[RankStatus]:
         """What all machines see, of the last seconds; this one's own where the store does not
         answer in time."""
-        asked = time.monotonic()
-        self._asked.set()
-        until = asked + PATIENCE
-        while self._thread.is_alive() and self._read_at < asked and time.monotonic() < until:
+        requested_at = time.monotonic()
+        self._requested.set()
+        until = requested_at + PATIENCE
+        while self._thread.is_alive() and self._read_at < requested_at and time.monotonic() < until:
             time.sleep(0.05)
-        return self._all if self._read_at >= asked else list(self._own)
+        return self._all if self._read_at >= requested_at else list(self._own)
 
     def publish_hang(self) -> list[RankStatus]:
         """Tells the others that the job hangs: they write down what they see. Returns `all`."""
@@ -73,21 +73,21 @@ class Machines:
         with suppress(RuntimeError, OSError):  # the job ends, or never had such a store
             store = self._connect()
             while True:
-                asked = self._asked.wait(EVERY)
-                if asked:  # else it may have been asked since, and would be forgotten
-                    self._asked.clear()
-                own = [asdict(seen) for seen in self._own]
+                requested = self._requested.wait(EVERY)
+                if requested:  # else a request that came since would be forgotten
+                    self._requested.clear()
+                own = [asdict(status) for status in self._own]
                 store.set(f"seen_{self._number}", json.dumps(own))
                 if self._hang:
                     store.set(_HANG, "")
                 if store.check([_HANG]):  # never unset: `publish_hang` may have set it meanwhile
                     self._hang = True
-                if asked:
+                if requested:
                     self._read(store)
 
     def _read(self, store: dist.Store) -> None:
         started = time.monotonic()
         names = [f"seen_{number}" for number in range(self._count)]
-        told = [json.loads(store.get(name)) for name in names if store.check([name])]
-        self._all = [RankStatus(**row) for rows in told for row in rows]
+        reports = [json.loads(store.get(name)) for name in names if store.check([name])]
+        self._all = [RankStatus(**row) for rows in reports for row in rows]
         self._read_at = started

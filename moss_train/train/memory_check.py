@@ -86,7 +86,7 @@ def largest_batch(config: Config, ranks: int) -> Batch:
     tokens = max(longest, min(config.microbatch_tokens, samples * longest))
     tokens = -(-tokens // data.pad_multiple) * data.pad_multiple
     most = {"text": 0, "image": 1, "video": stage.video_max_frames}  # of a sample
-    of_sample = max(most[modality] for modality in stage.mixture.wanted)
+    of_sample = max(most[modality] for modality in stage.mixture.shares)
     frames = max(of_sample, min(config.microbatch_frames, samples * of_sample))
     frames = min(frames, tokens - 1)
     # A token of a stream sees the frames before it: on average half of them. The frames of clips

@@ -151,7 +151,7 @@ class MetricsWriter:
     def rewind(self, step: int) -> None:
         """Removes the steps after `step`, from which the run goes on, here and from loggers."""
         json_lines.cut(self._path, step)
-        self._tell("rewind", step)
+        self._call_loggers("rewind", step)
 
     def write(self, metrics: StepMetrics) -> None:
         """Appends the step's line; a value that is not finite becomes null."""
@@ -160,9 +160,9 @@ class MetricsWriter:
             if values[name] is None:
                 del values[name]
         json_lines.append(self._path, values)
-        self._tell("write", metrics.step, logged_values(values))
+        self._call_loggers("write", metrics.step, logged_values(values))
 
-    def _tell(self, method: str, *what: Any) -> None:
+    def _call_loggers(self, method: str, *what: Any) -> None:
         """Calls all loggers; one that cannot write is not called again."""
         for logger in list(self._loggers):
             name = type(logger).__name__
@@ -180,13 +180,13 @@ def logged_values(row: Mapping[str, Any]) -> dict[str, float]:
     values |= {f"speed/phase_s/{phase}": seconds for phase, seconds in phases.items()}
     skipped = row.get("skipped_reasons") or {}
     values |= {f"data/skipped/{reason}": count for reason, count in skipped.items()}
-    shown = {name: math.nan if value is None else value for name, value in values.items()}
+    finite = {name: math.nan if value is None else value for name, value in values.items()}
     measured = {
         key: value
         for name in ("validation", "suites")
         for key, value in _flat(name, row.get(name) or {}).items()
     }
-    return shown | {k: v for k, v in measured.items() if v is not None}
+    return finite | {k: v for k, v in measured.items() if v is not None}
 
 
 class StepLine:
@@ -207,9 +207,9 @@ class StepLine:
         self._warm = True  # the first step of a process compiles and fills caches: no measure
         width = shutil.get_terminal_size().columns - 1 if self._line.live else None
         text = progress_line(metrics, self.total, self.eta_s(metrics.step), width)
-        due = metrics.step % self.every == 0 or metrics.step == self.total
+        prints = metrics.step % self.every == 0 or metrics.step == self.total
         with _patient():
-            self._line.update(text, due)
+            self._line.update(text, prints)
 
     def eta_s(self, step: int) -> float | None:
         """Seconds that the steps after `step` will take; None before there is a measure."""

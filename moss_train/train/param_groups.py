@@ -85,7 +85,7 @@ def check_gradients(model: MossVideo, counts: Counts, stage: StageConfig) -> Non
         ConfigError: every `attn_gate` is 0 and none of them trains; or nothing else trains, and all
             samples are text.
     """
-    if not counts.trained["decoder"] and stage.mixture.wanted.keys() == {"text"}:
+    if not counts.trained["decoder"] and stage.mixture.shares.keys() == {"text"}:
         trains = [*stage.train, *stage.also]
         raise ConfigError(
             [

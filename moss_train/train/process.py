@@ -33,7 +33,7 @@ from moss_train.processes import end_with_launcher
 
 _users = 0  # jobs and models of this process that need its process group
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a job saves and ends
-_asked: list[float] | None = None  # when they came, while they are collected
+_signal_times: list[float] | None = None  # when they came, while they are collected
 _started = False  # by this module: then it is ended by it, too
 
 
@@ -147,9 +147,9 @@ def stop_signals() -> Iterator[list[float]]:
     The same request may come twice, from a batch system and from torchrun. A second Ctrl-C of an
     impatient user (after a second or more) has its usual effect.
     """
-    global _asked
-    if _asked is not None or threading.current_thread() is not threading.main_thread():
-        yield [] if _asked is None else _asked
+    global _signal_times
+    if _signal_times is not None or threading.current_thread() is not threading.main_thread():
+        yield [] if _signal_times is None else _signal_times
         return
     caught: list[float] = []
 
@@ -159,11 +159,11 @@ def stop_signals() -> Iterator[list[float]]:
             raise KeyboardInterrupt
 
     with handling(STOPS, note):
-        _asked = caught
+        _signal_times = caught
         try:
             yield caught
         finally:
-            _asked = None
+            _signal_times = None
 
 
 def start_writer_queue() -> None:

@@ -70,19 +70,19 @@ class StepProfiler:
         log.info("steps %d to %d are profiled in %s", self._first, last, self.folder)
 
 
-def profile_page(seen: Profile, first: int, last: int) -> str:
+def profile_page(profile: Profile, first: int, last: int) -> str:
     """The page of steps `first` to `last`."""
-    span = seen.span_ms or 1.0
+    span = profile.span_ms or 1.0
     return render(
         "profile.html.jinja",
         Path(__file__).parent,
         title=f"Steps {first} to {last}",
         what=[
             hardware.device_name(),
-            f"{seen.span_ms:.1f} ms",
-            f"{seen.launches:,} launches",
-            f"{seen.idle:.0%} of the time without one",
+            f"{profile.span_ms:.1f} ms",
+            f"{profile.launches:,} launches",
+            f"{profile.idle:.0%} of the time without one",
         ],
-        top=[(name, f"{ms:.2f}", f"{ms / span:.1%}", f"{n:,}") for name, ms, n in seen.top],
-        gaps=[(f"{ms:.2f}", before, after) for ms, before, after in seen.gaps],
+        top=[(name, f"{ms:.2f}", f"{ms / span:.1%}", f"{n:,}") for name, ms, n in profile.top],
+        gaps=[(f"{ms:.2f}", before, after) for ms, before, after in profile.gaps],
     )

@@ -109,8 +109,8 @@ def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
 
 def score_head(evaluated: Mapping[str, Any]) -> list[str]:
     """Names of the columns of `score_rows`."""
-    shown = (name.replace("_", " ") for name in score_columns(evaluated))
-    return ["source", "score", "model", *shown, "chance", "of"]
+    columns = (name.replace("_", " ") for name in score_columns(evaluated))
+    return ["source", "score", "model", *columns, "chance", "of"]
 
 
 def score_columns(evaluated: Mapping[str, Any]) -> list[str]:
@@ -192,8 +192,8 @@ def _progress(rows: Sequence[Row]) -> list[list[str]]:
     ):
         values = column(rows, key)
         late = [value for value in values[-tenth:] if math.isfinite(value)]
-        shown = (values[0], values[-1], mean(late) if late else math.nan)
-        found.append([name, *(_show(value, form) for value in shown)])
+        numbers = (values[0], values[-1], mean(late) if late else math.nan)
+        found.append([name, *(_show(value, form) for value in numbers)])
     return found
 
 
@@ -268,8 +268,8 @@ def _validation(rows: Sequence[Row]) -> dict[str, Any] | None:
     for kind in ("modality", "source"):
         for name, loss in found.get(kind, {}).items():
             lines.append([name, loss, accuracy.get(kind, {}).get(name)])
-    shown = [[name, _show(loss, ".4f"), _show(share, ".3f")] for name, loss, share in lines]
-    return {"step": measured[-1]["step"], "rows": shown}
+    cells = [[name, _show(loss, ".4f"), _show(share, ".3f")] for name, loss, share in lines]
+    return {"step": measured[-1]["step"], "rows": cells}
 
 
 def _show(value: float | None, form: str, without: str = "-") -> str:

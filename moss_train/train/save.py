@@ -138,14 +138,14 @@ class Save:
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, (problem, sums))
         problems = [found for found, _ in everywhere if found is not None]
-        known = {name: about for _, part in everywhere for name, about in part.items()}
+        described = {name: about for _, part in everywhere for name, about in part.items()}
 
         def publish() -> None:
             if problems:
                 raise SaveError(problems[0])
             for name, content in rest().items():
                 (self.temporary / name).write_text(content)
-            write_complete(self.temporary, known)
+            write_complete(self.temporary, described)
             if self.target.exists():  # damaged, or the run would have gone on after it
                 set_aside(self.target)
             self.temporary.rename(self.target)

@@ -48,4 +48,4 @@ def largest_samples(config: Config) -> int:
 
 
 def _frames(config: Config) -> int:
-    return config.stage.video_max_frames if "video" in config.stage.mixture.wanted else 1
+    return config.stage.video_max_frames if "video" in config.stage.mixture.shares else 1

@@ -68,8 +68,8 @@ class Staging:
                 self.right = _are_equal(files, copies)
             wrong = f"differ from what is on {hardware.device_name()}"
         except RuntimeError as error:  # on this rank alone: there is no such memory left, now
-            said = str(error).partition("\n")[0]
-            wrong = f"cannot be made ({said})"
+            reason = str(error).partition("\n")[0]
+            wrong = f"cannot be made ({reason})"
         else:
             if self.right:
                 return copies

@@ -76,12 +76,12 @@ def _again(config: Config, damaged: dict[Path, str]) -> Path | None:
             answer = ConfigError(error.problems)
         except StorageError as error:
             answer = StorageError(str(error))
-    told = _from_first(answer.problems if isinstance(answer, ConfigError) else answer)
-    if isinstance(told, list):
-        raise ConfigError(told)
-    if isinstance(told, StorageError):
-        raise told
-    return told
+    found = _from_first(answer.problems if isinstance(answer, ConfigError) else answer)
+    if isinstance(found, list):
+        raise ConfigError(found)
+    if isinstance(found, StorageError):
+        raise found
+    return found
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -92,16 +92,16 @@ def damage(checkpoint: Path) -> str | None:
         StorageError: a rank cannot read its share, or does not see what rank 0 sees.
     """
     began = time.perf_counter()
-    told, found, failed = dict[str, dict[str, Any]](), "", ""
+    recorded, found, failed = dict[str, dict[str, Any]](), "", ""
     try:
         files = patiently(lambda: listed_files(checkpoint), checkpoint)
-        told = {name: about for name, about in files.items() if "crc32" in about}
+        recorded = {name: about for name, about in files.items() if "crc32" in about}
         # The largest ones first, one after the other: even shares.
-        ordered = sorted(told, key=lambda name: (-told[name]["size"], name))
+        ordered = sorted(recorded, key=lambda name: (-recorded[name]["size"], name))
         share = ordered[dist.get_rank() :: dist.get_world_size()]
         paths = [checkpoint / name for name in share]
         read = patiently(lambda: describe_files(checkpoint, paths), checkpoint)
-        wrong = [name for name in share if read[name] != told[name]]
+        wrong = [name for name in share if read[name] != recorded[name]]
         if wrong:
             found = f"{', '.join(wrong)}: not the bytes that were written"
     except NOT_THERE as error:
@@ -122,7 +122,7 @@ def damage(checkpoint: Path) -> str | None:
     for _, failed in everywhere:
         if failed:
             raise StorageError(failed)
-    size = sum(about["size"] for about in told.values()) / 1e9
+    size = sum(about["size"] for about in recorded.values()) / 1e9
     log.info(
         "%s: %.2f GB compared with their checksums, %.1f s",
         checkpoint, size, time.perf_counter() - began,
@@ -155,6 +155,6 @@ def steps_left(config: Config, resume_from: Path | None) -> tuple[int, list[str]
 
 def _from_first(value: Any) -> Any:
     """`value` of rank 0, on every rank. A collective."""
-    told = [value]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -125,8 +125,8 @@ class TrainStep:
 
         grad_norm = self.state.update(refuses)
         self.phases.end("update")
-        seen = HostCopy(torch.cat((grad_norm[None], maxima, sums, counts.double())))
-        return self._result(seen.wait(), names, batch.skipped)
+        numbers = HostCopy(torch.cat((grad_norm[None], maxima, sums, counts.double())))
+        return self._result(numbers.wait(), names, batch.skipped)
 
     def _result(
         self, numbers: list[float], names: list[str], own_skipped: Mapping[str, int]

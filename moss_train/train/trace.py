@@ -46,9 +46,9 @@ def profiled(work: Callable[[], Any]) -> Profile:
 
 def device_spans(watched: profile) -> Iterator[tuple[str, float, float]]:
     """(Name, begin, end) in ms of all that the device did; on a CPU of torch's outermost calls."""
-    wanted = devices.event_type(hardware.device())
+    device_type = devices.event_type(hardware.device())
     for event in watched.events() or []:
-        if event.device_type == wanted and event.cpu_parent is None:
+        if event.device_type == device_type and event.cpu_parent is None:
             yield event.name, event.time_range.start / 1e3, event.time_range.end / 1e3
 
 

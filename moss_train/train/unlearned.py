@@ -43,9 +43,9 @@ class Totals:
     def add(self, row: Mapping[str, Any]) -> None:
         """Adds a step."""
         self.sums.update({name: row.get(name) or 0 for name in SUMMED})
-        known = Counter(row.get("skipped_reasons") or {})
-        unknown = (row.get("skipped_samples") or 0) - known.total()
-        self.skipped += known + Counter({"unknown": unknown})
+        reasons = Counter(row.get("skipped_reasons") or {})
+        unknown = (row.get("skipped_samples") or 0) - reasons.total()
+        self.skipped += reasons + Counter({"unknown": unknown})
 
     def shares(self) -> dict[str, tuple[int, int]]:
         """What is not learned: how many, and of how many."""

@@ -49,14 +49,14 @@ class Validator:
         self._warned: set[str] = set()
         self._reset_counts()
 
-    def __call__(self, asked: Sequence[float] = ()) -> dict[str, Any] | None:
+    def __call__(self, stop_requests: Sequence[float] = ()) -> dict[str, Any] | None:
         """What `validation` returns; None where it was cut short. A collective.
 
-        asked: a signal to stop puts something in it; a replica whose leader got one reads no
-        further.
+        stop_requests: times of signals to stop, filled by their handler; a replica whose leader
+        got one reads no further.
         """
         self._reset_counts()
-        self.asked = asked
+        self.stop_requests = stop_requests
         self.reader.settle()
         self.step.state.gather_parameters()
         sources = self.config.data.eval_sources
@@ -110,7 +110,7 @@ class Validator:
 
     def _next(self, samples: Iterator[EncodedSample]) -> list[MicroBatch]:
         """Batches of as many samples as a training step has, or of those that are left."""
-        if self.asked:
+        if self.stop_requests:
             self.cut = True
             return []
         beat("data")

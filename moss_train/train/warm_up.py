@@ -33,24 +33,24 @@ def plan_kernels(chunks: Sequence[Decoder], inputs: Sequence[DecoderInput]) -> N
     Args:
         inputs: planned, and on the device.
     """
-    seen: set[Any] = set()
+    planned: set[Any] = set()
     new = []
     for item in inputs:
         shapes = set(_shapes(item))
-        if not shapes <= seen:
+        if not shapes <= planned:
             new.append(item)
-        seen |= shapes
+        planned |= shapes
     first = {type(x): x for chunk in chunks for x in reversed([*chunk.layers.values()])}
-    begun = told = time.monotonic()
+    begun = logged_at = time.monotonic()
     for number, item in enumerate(new):
-        if time.monotonic() - told > EVERY_S:
-            told = time.monotonic()
+        if time.monotonic() - logged_at > EVERY_S:
+            logged_at = time.monotonic()
             log.info("planning kernels of attention: %d of %d microbatches", number, len(new))
         for layer in first.values():
             _run(chunks[0], layer, item)
     hardware.synchronize()
     seconds = time.monotonic() - begun
-    log.info("planned kernels of attention for %d shapes in %.1f s", len(seen), seconds)
+    log.info("planned kernels of attention for %d shapes in %.1f s", len(planned), seconds)
 
 
 def _shapes(item: DecoderInput) -> Iterator[tuple]:

@@ -76,7 +76,7 @@ def watched(config: Config) -> Iterator[None]:
         yield
 
 
-def tell_run_folder(run: Path) -> None:
+def share_run_folder(run: Path) -> None:
     """Tells each machine's watchdog where it leaves what it sees: in a folder of this start of the
     job, the same for all machines. A collective."""
     started = [time.strftime("%Y%m%d-%H%M%S")]
@@ -111,10 +111,11 @@ def _end(guard: int, folder: Path) -> None:
 
 def watch(folder: Path, limits: Limits, parent: int, launcher: int, machines: Machines) -> None:
     """The watchdog's work, until `parent`, the rank that has started it, has gone."""
-    pace, ran, told = Pace(), time.monotonic(), False  # `ran`, `told`: the launcher; who is late
+    pace = Pace()
+    launcher_ran, named = time.monotonic(), False  # `named`: who is late has been printed
     while os.getppid() == parent:
         time.sleep(min(1.0, limits.step_s / 4))
-        ran = wake(launcher, ran, limits.step_s)
+        launcher_ran = wake(launcher, launcher_ran, limits.step_s)
         beats = heartbeat.read(folder)
         pace.add(beats, time.monotonic())
         limits = replace(limits, usual_step_s=pace.usual_step_s)
@@ -123,9 +124,9 @@ def watch(folder: Path, limits: Limits, parent: int, launcher: int, machines: Ma
         if not own:
             continue
         late = max(rank.silent_s for rank in own) > NAMED
-        if late and not told:
+        if late and not named:
             _name_late(own, machines.all())
-        told = late
+        named = late
         if machines.hang or (hangs(own, limits) and hangs(machines.all(), limits)):
             end_job(folder, machines, limits, parent)
             break
@@ -159,7 +160,7 @@ def end_job(folder: Path, machines: Machines, limits: Limits, parent: int) -> No
     beats = heartbeat.read(folder)
     own, ranks = _statuses(beats), [beat.rank for beat in beats]
     machines.publish(own)
-    flight_recorder.ask(folder, ranks)
+    flight_recorder.request_dumps(folder, ranks)
     for beat in beats:
         with suppress(ProcessLookupError):
             os.kill(beat.pid, signal.SIGUSR2)  # faulthandler's
@@ -168,11 +169,11 @@ def end_job(folder: Path, machines: Machines, limits: Limits, parent: int) -> No
     out = _folder_of_hang(folder)
     with or_warning(out, "the job is ended without it"):
         out.mkdir(parents=True, exist_ok=True)
-        for seen in own:
-            stack = folder / heartbeat.STACK_FILE.format(seen.rank)
+        for rank in own:
+            stack = folder / heartbeat.STACK_FILE.format(rank.rank)
             text = stack.read_text(errors="replace") if stack.exists() else ""
-            (out / f"rank_{seen.rank:05d}.txt").write_text(
-                f"process {seen.pid}, {seen.state}\n{text or 'it wrote no stacks'}\n"
+            (out / f"rank_{rank.rank:05d}.txt").write_text(
+                f"process {rank.pid}, {rank.state}\n{text or 'it wrote no stacks'}\n"
             )
         flight_recorder.collect(folder, ranks, out)
         # Each machine writes it: the store may not answer one of them.
@@ -198,8 +199,8 @@ def _statuses(beats: list[Heartbeat]) -> list[RankStatus]:
 def _folder_of_hang(folder: Path) -> Path:
     """Where this machine writes what it sees: the folder that rank 0 has named in the run folder;
     one in `folder` before that name is known."""
-    told = folder / heartbeat.RUN_FILE
-    return Path(told.read_text()) if told.exists() else folder / HANGS
+    pointer = folder / heartbeat.RUN_FILE
+    return Path(pointer.read_text()) if pointer.exists() else folder / HANGS
 
 
 def _state(pid: int) -> str:

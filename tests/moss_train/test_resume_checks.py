@@ -21,7 +21,7 @@ from moss_train.resume import (
     check_order,
     check_stage,
 )
-from moss_train.sources import mixed_sources, seen_in_training
+from moss_train.sources import mixed_sources, shared_sources
 
 
 def composed(*overrides: str) -> Config:
@@ -145,9 +145,9 @@ def test_a_source_that_trains_and_validates_is_told(tmp_path: Path):
     held = f"data.eval_sources=[{{name: x, path: {tmp_path}/link/, modality: text}}]"
     shares = ["stage.mixture.text=1", "stage.mixture.image=0", "stage.mixture.video=0"]
     config = composed(sources, held, *shares, "trainer.eval_every=2")
-    assert seen_in_training(config) == [
+    assert shared_sources(config) == [
         f"data.eval_sources[x].path={tmp_path}/link/: the run also trains on it, as "
         "data.sources[a]: its loss is not that of unseen samples"
     ]
-    assert seen_in_training(composed(sources, held, *shares)) == []
-    assert seen_in_training(composed("trainer.eval_every=2")) == []
+    assert shared_sources(composed(sources, held, *shares)) == []
+    assert shared_sources(composed("trainer.eval_every=2")) == []

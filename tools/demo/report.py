@@ -27,7 +27,7 @@ from data_pipeline.toy.stream import NARRATE
 from moss_train.config import Config, from_dict
 from moss_train.data_config import CONTROLS
 from moss_train.evaluate.items import Item, read_shards
-from moss_train.evaluate.score import Score, Timeline, asked_answer
+from moss_train.evaluate.score import Score, Timeline, expected_answer
 from moss_train.evaluate.suite import table
 from moss_train.train.curves import PANELS, panel_svgs
 from moss_train.train.data import encode_config
@@ -180,7 +180,7 @@ def _streams(stage: Stage) -> list[Strip]:
         own = timelines[item.encoded.key]
         wanted, lanes = list(own.wanted), dict[str, Sentences]()
         if item.options:
-            second, answer = asked_answer(item)
+            second, answer = expected_answer(item)
             lanes["asked"] = [(second, item.sample.messages[-2].content)]
             wanted.append((second, answer))
         found.append(strip(item, lanes | {"to be said": wanted, "the model says": own.spoken}))

@@ -42,7 +42,7 @@ def test_every_word_is_the_likeliest_after_all_before_it(model, live) -> None:
         ((said, _),) = model.predict([done.input])
         likely = said.tolist()
         at = 0
-        for said in done.said:
+        for said in done.utterances:
             while done.tokens[at : at + len(said)] != said or likely[at - 1] != said[0]:
                 at += 1
             assert likely[at - 1 : at - 1 + len(said)] == said

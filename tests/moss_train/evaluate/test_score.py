@@ -14,10 +14,10 @@ from data_pipeline.schema import Message, SampleError
 from data_pipeline.toy.render import jpeg
 from data_pipeline.toy.world import still
 from moss_train.data_config import CONTROLS
-from moss_train.evaluate.controls import BLIND, SEEN, SHUFFLED, watch
+from moss_train.evaluate.controls import ALL_FRAMES, BLIND, SHUFFLED, watch
 from moss_train.evaluate.generate import answers
 from moss_train.evaluate.items import EvaluationError, suite_samples
-from moss_train.evaluate.outcomes import Outcome, decisions, outcomes, plain, says
+from moss_train.evaluate.outcomes import Outcome, decisions, is_right, outcomes, plain
 from moss_train.evaluate.score import (
     Score,
     Timeline,
@@ -37,18 +37,18 @@ def test_answers_are_compared_without_case_spaces_and_stop() -> None:
 
 
 def test_an_answer_that_says_what_was_seen_is_compared_by_its_last_sentence(questions) -> None:
-    known = replace(questions[0].known(), options=("Red.", "Blue.", "Yes. Red."))
-    turns = [*known.sample.messages[:-1], Message("assistant", "Red, blue. Red.")]
-    known = replace(known, sample=replace(known.sample, messages=turns))
-    assert says(known, "Blue, green. red")
-    assert says(known, "Red.")
-    assert not says(known, "Red, blue. Blue.")
-    assert not says(known, "Red. Blue, red.")
-    assert not says(known, "")
-    whole = replace(known, options=("Red, blue. Red.", "Red."))  # the answer is itself an option
-    assert says(whole, "red,  blue. Red")
-    assert not says(whole, "Blue, green. Red.")
-    assert not says(replace(known, options=()), "Blue, green. Red.")  # free text
+    key = replace(questions[0].answer_key(), options=("Red.", "Blue.", "Yes. Red."))
+    turns = [*key.sample.messages[:-1], Message("assistant", "Red, blue. Red.")]
+    key = replace(key, sample=replace(key.sample, messages=turns))
+    assert is_right(key, "Blue, green. red")
+    assert is_right(key, "Red.")
+    assert not is_right(key, "Red, blue. Blue.")
+    assert not is_right(key, "Red. Blue, red.")
+    assert not is_right(key, "")
+    whole = replace(key, options=("Red, blue. Red.", "Red."))  # the answer is itself an option
+    assert is_right(whole, "red,  blue. Red")
+    assert not is_right(whole, "Blue, green. Red.")
+    assert not is_right(replace(key, options=()), "Blue, green. Red.")  # free text
 
 
 def test_options_are_compared_by_likelihood_only_where_the_answer_is_one(model, questions) -> None:
@@ -56,15 +56,15 @@ def test_options_are_compared_by_likelihood_only_where_the_answer_is_one(model, 
     explains = replace(item, options=tuple(f"{option[:-1]}!" for option in ("Yes.", "No.")))
     closed = replace(item, options=("Yes.", item.answer))
     found = outcomes(model, [explains, closed], ())
-    assert [own.picked.keys() for own in found] == [set(), {SEEN}]
+    assert [own.picked.keys() for own in found] == [set(), {ALL_FRAMES}]
 
 
 def test_tasks_of_a_group_are_scored_together_too(live) -> None:
-    known = live[0].known()
+    key = live[0].answer_key()
     found = [
-        Outcome(replace(known, task=task, options=(known.answer, "No.")), 1, said={SEEN: said})
+        Outcome(replace(key, task=task, options=(key.answer, "No.")), 1, answers={ALL_FRAMES: said})
         for task, said in (
-            ("time/first", known.answer), ("time/before", "No."), ("timely", known.answer),
+            ("time/first", key.answer), ("time/before", "No."), ("timely", key.answer),
         )
     ]  # fmt: skip
     scores = [(s.metric.strip(), s.value, s.count) for s in question_scores(found)[0]]
@@ -135,7 +135,7 @@ def asked(item, answer: str):
         Message(turn.role, texts.get(number, turn.content))
         for number, turn in enumerate(item.sample.messages)
     ]
-    return replace(item.known(), sample=replace(item.sample, messages=turns))
+    return replace(item.answer_key(), sample=replace(item.sample, messages=turns))
 
 
 def test_decisions_are_those_after_frames_of_the_model_s_turns(model, live) -> None:
@@ -178,13 +178,13 @@ def test_questions_of_all_sources_weigh_alike() -> None:
 
 
 def test_captions_count_tokens_and_their_chance_is_the_most_frequent_one(live) -> None:
-    known = live[0].known()
+    key = live[0].answer_key()
     found = [
-        Outcome(known, 1, labels=[5, 6, 5, 7], hits={SEEN: 3, BLIND: 1, SHUFFLED: 3}),
-        Outcome(known, 1, labels=[5, 8], hits={SEEN: 1, BLIND: 1, SHUFFLED: 1}),
+        Outcome(key, 1, labels=[5, 6, 5, 7], hits={ALL_FRAMES: 3, BLIND: 1, SHUFFLED: 3}),
+        Outcome(key, 1, labels=[5, 8], hits={ALL_FRAMES: 1, BLIND: 1, SHUFFLED: 1}),
     ]
     (score,) = caption_scores(found)
-    expected = Score(known.source, "caption token accuracy", 4 / 6, 2 / 6, 3 / 6, 2)
+    expected = Score(key.source, "caption token accuracy", 4 / 6, 2 / 6, 3 / 6, 2)
     assert score == expected  # no order of a single frame is another one
     found[0].frames = 2
     (score,) = caption_scores(found)

@@ -54,7 +54,7 @@ def test_the_flight_recorder_is_asked_and_its_dump_is_kept(tmp_path, monkeypatch
     pipe = f"{os.environ['TORCH_NCCL_DEBUG_INFO_PIPE_FILE']}1.pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    flight_recorder.ask(tmp_path, [0, 1])
+    flight_recorder.request_dumps(tmp_path, [0, 1])
     assert os.read(reader, 128) == b"1\n"
     os.close(reader)
     Path(f"{os.environ['TORCH_FR_DUMP_TEMP_FILE']}1").write_bytes(b"collectives")
