@@ -23,6 +23,7 @@ from moss_train.convert.hf_config import EXTRA_EMBEDDING_ROWS
 from moss_train.convert.quantize import Quantizer
 from moss_train.convert.side_files import (
     ENDS,
+    RULED,
     chat_templates,
     missing_tokens,
     read_tokenizer,
@@ -300,7 +301,7 @@ def text_section(
         if isinstance(token, list):  # Instruct models end with any of several
             token = token[0]
         rows = text.vocab_size + EXTRA_EMBEDDING_ROWS
-        config[key] = token if token is not None and token < rows else None
+        config[key] = token if token is not None and 0 <= token < rows else None
     return config
 
 
@@ -326,13 +327,14 @@ def _generation(
 
 def _in_range(values: dict[str, Any], rows: int) -> dict[str, Any]:
     """`values` without ids of tokens that have no row."""
-    for key in ENDS:
+    keys = (*ENDS, *RULED)
+    for key in keys:
         ids = values.get(key)
         if isinstance(ids, list):
-            values[key] = [token for token in ids if token < rows] or None
-        elif ids is not None and ids >= rows:
+            values[key] = [token for token in ids if 0 <= token < rows] or None
+        elif ids is not None and not 0 <= ids < rows:
             values[key] = None
-    return {key: value for key, value in values.items() if value is not None or key not in ENDS}
+    return {key: value for key, value in values.items() if value is not None or key not in keys}
 
 
 def _image_processor(files: HfFiles) -> dict[str, Any]:

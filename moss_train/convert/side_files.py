@@ -24,6 +24,11 @@ ENDS = {  # those that only say where texts begin and end
     "eos_token_id": "end_of_text",
     "pad_token_id": "finetune_right_pad_id",
 }
+# Ids of tokens that generation_config.json may name besides.
+RULED = (
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
+    "begin_suppress_tokens",
+)  # fmt: skip
 # What transformers' Mllama processor has where its file says nothing.
 PROCESSOR_DEFAULTS: dict[str, Any] = {
     "image_mean": [0.5, 0.5, 0.5],
@@ -68,11 +73,13 @@ def read_beside(source: Path, model: ModelConfig) -> Beside:
         problems += _meanings(source, tokenizer)
         beside.notes += [*_ends(source, tokenizer), *missing_tokens(tokenizer)]
         beside.notes += _named_tokens(source, tokenizer)
+    problems += _no_ids(source)
     beside.notes += _out_of_range(source, rows)
     found = _preprocessors(source)
     problems += _differing(found)
     for path, values in list(found.items())[:1]:
         problems += [f"{path}: {line}" for line in _pixels(values, model)]
+        beside.notes += [f"{path}: {line}" for line in _other_processor(values)]
         beside.max_tiles = values["max_image_tiles"]
     templates = chat_templates(source)
     if templates and read_json(source / "config.json").get("model_type") != "moss_video":
@@ -150,9 +157,16 @@ def _added_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
     if (source / "added_tokens.json").is_file():
         added_tokens |= read_json(source / "added_tokens.json")
     if (source / "tokenizer_config.json").is_file():
-        added = read_json(source / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        added_tokens |= {str(token["content"]): int(number) for number, token in added.items()}
-        rules = {str(token["content"]): token for token in added.values()}
+        path = source / "tokenizer_config.json"
+        added = read_json(path).get("added_tokens_decoder") or {}
+        try:
+            added_tokens |= {str(token["content"]): int(number) for number, token in added.items()}
+            rules = {str(token["content"]): dict(token) for token in added.values()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ConversionError(
+                f"{path}: added_tokens_decoder does not map ids to tokens, as transformers writes "
+                f"it: {_ANEW}"
+            ) from None
     differing = [
         f"{token} is {number} ({tokenizer.token_to_id(token)})"
         for token, number in added_tokens.items()
@@ -167,8 +181,7 @@ def _added_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         yield (
             f"{source}: {', '.join(differing[:3])}{more} beside tokenizer.json (in brackets what "
-            "that says), which alone is read: write it anew, with AutoTokenizer.from_pretrained"
-            "(FOLDER).save_pretrained(FOLDER) of transformers"
+            f"that says), which alone is read: {_ANEW}"
         )
 
 
@@ -235,9 +248,19 @@ def _ends(source: Path, tokenizer: Tokenizer) -> Iterator[str]:
                 )
 
 
+def _no_ids(source: Path) -> Iterator[str]:
+    """A line for each setting that must be an id of a token, or several, and is something else."""
+    for place, values in _configs(source):
+        for key in (*ENDS, *RULED):
+            value = values.get(key)
+            ids = value if isinstance(value, list) else [value]
+            if value is not None and not all(type(token) is int for token in ids):
+                yield f"{place}{key} is {value!r}: it must be the id of a token, or a list of ids"
+
+
 def _out_of_range(source: Path, rows: int) -> Iterator[str]:
     for place, values in _configs(source):
-        for key in ENDS:
+        for key in (*ENDS, *RULED):
             beyond = [token for token in _ids(values.get(key)) if token >= rows]
             if beyond:
                 yield (
@@ -292,22 +315,44 @@ def _pixels(values: dict[str, Any], model: ModelConfig) -> Iterator[str]:
         yield f"size is {size}, vision_config.image_size is {side}: they must be the same"
     for key, expected in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
         value = values[key]
-        near = isinstance(value, list) and len(value) == len(expected)
-        if not near or not all(
-            math.isclose(a, b, abs_tol=1e-4) for a, b in zip(value, expected, strict=True)
-        ):
+        alike = isinstance(value, list) and len(value) == len(expected)
+        if not alike or not all(map(_near, value, expected)):
             yield f"{key} is {value}, training and exports have {list(expected)}: {_RETRAIN}"
     for key in ON:
         if values.get(key) is False:
             yield f"{key} is false, training and exports have true: {_RETRAIN}"
+    if values.get("do_center_crop"):
+        yield f"do_center_crop is true, training and exports do not crop: {_RETRAIN}"
     if values.get("resample", 2) != 2:
         yield f"resample is {values['resample']}, training and exports have 2: {_RETRAIN}"
     factor = values.get("rescale_factor", 1 / 255)
-    if not math.isclose(factor, 1 / 255, rel_tol=1e-4):
+    if not _near(factor, 1 / 255, 1e-6):
         yield f"rescale_factor is {factor}, training and exports have 1 / 255: {_RETRAIN}"
     tiles, most = values["max_image_tiles"], model.vision.max_tiles
     if type(tiles) is not int or not 1 <= tiles <= most:
-        yield f"max_image_tiles is {tiles}, it must be 1 to {most} (vision_config.max_num_tiles)"
+        yield (
+            f"max_image_tiles is {tiles}, it must be a whole number of 1 to {most} "
+            "(vision_config.max_num_tiles)"
+        )
+
+
+def _near(value: Any, expected: float, tolerance: float = 1e-4) -> bool:
+    """Whether a setting is a number, and this one."""
+    return type(value) in (int, float) and math.isclose(value, expected, abs_tol=tolerance)
+
+
+def _other_processor(values: dict[str, Any]) -> Iterator[str]:
+    """A line where the file is of another class, which reads other settings than Mllama's."""
+    kind = values.get("image_processor_type")
+    if isinstance(kind, str) and not kind.startswith("MllamaImageProcessor"):
+        yield (
+            f"image_processor_type is {kind}: training and exports cut pictures into tiles as "
+            "MllamaImageProcessor does"
+        )
 
 
 _RETRAIN = "correct the file if the model was trained so, else it cannot be converted"
+_ANEW = (
+    "write it anew, with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
+    "transformers"
+)

@@ -147,6 +147,14 @@ def problems_of(folder: HfFolder, shapes: Mapping[str, torch.Size]) -> list[str]
             )
         elif stored.shape != shapes[name]:
             problems.append(_misshapen(name, stored, shapes[name]))
+    empty = sum(0 in stored.shape for stored in tensors.values())
+    if empty:
+        problems.insert(
+            0,
+            f"{empty} of {len(tensors)} tensors are empty: saved by one rank of ZeRO-3 or FSDP, "
+            "which held none of them? Then gather the weights (DeepSpeed: zero_to_fp32.py of the "
+            "training's folder), and convert those",
+        )
     return shortened(problems)
 
 
@@ -218,6 +226,12 @@ def _files(folder: Path, allow_pickle: bool) -> tuple[dict[str, str] | None, lis
         raise ConversionError(
             f"{folder}: its weights are pickled ({pickled[0]}), which can run code: "
             "get the safetensors, or use torch's reader of weights alone (--allow-pickle)"
+        )
+    variant = next(folder.glob(f"{SAFE}.index.*.json"), None)
+    if variant is not None:
+        raise ConversionError(
+            f"{folder}: holds {variant.name}, the index of a variant of the weights: rename it "
+            f"{SAFE}.index.json"
         )
     form = foreign_form(folder)
     if form is not None:

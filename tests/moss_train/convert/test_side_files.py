@@ -115,6 +115,14 @@ def test_two_files_that_mean_the_same_are_no_conflict(source, tmp_path):
             {"image_processor": PROCESSOR | {"max_image_tiles": 2}},
             r"processor_config.json: image_processor.max_image_tiles is 2, in preprocessor.* 4",
         ),
+        ("preprocessor_config.json", {"image_std": ["1"] * 3}, r"image_std is \['1', '1', '1'\]"),
+        ("preprocessor_config.json", {"rescale_factor": None}, "rescale_factor is None"),
+        ("preprocessor_config.json", {"rescale_factor": "1/255"}, "rescale_factor is 1/255"),
+        ("preprocessor_config.json", {"do_center_crop": True}, "do_center_crop is true"),
+        ("generation_config.json", {"eos_token_id": "7"}, "eos_token_id is '7': it must be the id"),
+        ("generation_config.json", {"suppress_tokens": [1, "b"]}, r"suppress_tokens is \[1, 'b'\]"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"512": "<|image|>"}}, "map ids to tok"),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<|image|>"]}, "map ids to tokens"),
         ("config.json", {"image_token_index": 510}, r"index is 510, .*<\|image\|> is 512"),
         ("config.json", {"silence_token_id": 3}, r"silence_token_id is 3, .*<\|silence\|> is \d+"),
         (
@@ -134,16 +142,29 @@ def test_two_values_for_one_thing_are_refused(file, change, says, source, tmp_pa
 
 
 def test_ends_of_texts_are_told_and_kept_in_range(source, tmp_path):
-    change = {"eos_token_id": [7, 9000], "bos_token_id": 0, "pad_token_id": 600}
+    change = {"eos_token_id": [7, 9000], "bos_token_id": 0, "pad_token_id": -1}
+    change |= {"suppress_tokens": [5, 600], "forced_eos_token_id": 601}
     given = changed(source, tmp_path / "given", "generation_config.json", change)
     folder, lines = exported(given, tmp_path)
     said = "\n".join(lines)
     end = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id("<|end_of_text|>")
     assert f"eos_token_id is [7, 9000], the tokenizer's <|end_of_text|> is {end}" in said
     assert "eos_token_id is 9000, the embedding has 520 rows" in said
-    assert "pad_token_id is 600, the embedding has 520 rows" in said
+    assert "suppress_tokens is 600, the embedding has 520 rows" in said
+    assert "forced_eos_token_id is 601, the embedding has 520 rows" in said
     made = json.loads((folder / "generation_config.json").read_text())
-    assert made == {"eos_token_id": [7], "bos_token_id": 0}
+    assert made == {"eos_token_id": [7], "bos_token_id": 0, "suppress_tokens": [5]}
+
+
+def test_another_class_of_image_processor_is_told(source, tmp_path):
+    given = changed(
+        source,
+        tmp_path / "given",
+        "preprocessor_config.json",
+        {"image_processor_type": "CLIPImageProcessor"},
+    )
+    lines = convert_hf(FromHf(given, tmp_path / "out"))
+    assert any("image_processor_type is CLIPImageProcessor: training" in line for line in lines)
 
 
 def test_a_tokenizer_of_other_ids_is_no_tokenizer_of_the_run(source, tmp_path):

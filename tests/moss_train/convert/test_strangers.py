@@ -354,6 +354,22 @@ def test_files_that_were_not_fetched_are_told(file, says, tmp_path):
     assert says in refusal(source, tmp_path / "out")
 
 
+def test_tensors_that_their_rank_did_not_hold_are_told(tmp_path):
+    """What ZeRO-3 and FSDP leave of a model that one rank saves."""
+    empty = {name: t[:0] if t.dim() > 1 else t for name, t in mllama_weights().items()}
+    said = refusal(save_folder(tmp_path / "source", empty), tmp_path / "out")
+    count = sum(tensor.numel() == 0 for tensor in empty.values())
+    assert f"{count} of {len(empty)} tensors are empty" in said
+    assert "zero_to_fp32.py" in said
+
+
+def test_the_index_of_a_variant_is_to_be_renamed(tmp_path):
+    source = save_by_transformers(tmp_path / "source")
+    (source / "model.safetensors.index.json").rename(source / "model.safetensors.index.bf16.json")
+    says = "model.safetensors.index.bf16.json, the index of a variant of the weights: rename it"
+    assert says in refusal(source, tmp_path / "out")
+
+
 def test_a_tokenizer_that_is_none_is_named(tmp_path):
     source = tmp_path / "source"
     save_folder(source, mllama_weights())
