@@ -33,7 +33,9 @@ class Attend(Protocol):
     def text(self, count: int, length: int, device: torch.device) -> Any:
         """`count` new tokens, the last of `length`: each sees the tokens up to itself."""
 
-    def frames(self, seen: Tensor | None, patches: int, places: int, device: torch.device) -> Any:
+    def frames(
+        self, visible: Tensor | None, patches: int, places: int, device: torch.device
+    ) -> Any:
         """Which token sees which frame: bool `[S, frames]` on the host, in each row one at least;
         None: all see all. A frame is `patches` places, and a slot has `places` in all."""
 
@@ -57,9 +59,9 @@ class Sdpa:
         return (key <= key[length - count :, None])[None, None], False
 
     def frames(
-        self, seen: Tensor | None, patches: int, places: int, device: torch.device
+        self, visible: Tensor | None, patches: int, places: int, device: torch.device
     ) -> tuple[Tensor | None, bool]:
-        return None if seen is None else frame_mask(seen, patches, device), False
+        return None if visible is None else frame_mask(visible, patches, device), False
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, length: int, plan: tuple[Tensor | None, bool]
@@ -70,9 +72,9 @@ class Sdpa:
         return attend_patches(q, k, v, mask)
 
 
-def frame_mask(seen: Tensor, patches: int, device: torch.device) -> Tensor:
+def frame_mask(visible: Tensor, patches: int, device: torch.device) -> Tensor:
     """True where a token sees a place `[1, 1, S, frames x patches]`."""
-    return upload(seen, device).repeat_interleave(patches, dim=1)[None, None]
+    return upload(visible, device).repeat_interleave(patches, dim=1)[None, None]
 
 
 def attend_by(model: nn.Module, kind: Attend) -> None:

@@ -29,16 +29,18 @@ class FlashAttention:
     def text(self, count: int, length: int, device: torch.device) -> None:
         return None
 
-    def frames(self, seen: Tensor | None, patches: int, places: int, device: torch.device) -> Plan:
-        if seen is None:
+    def frames(
+        self, visible: Tensor | None, patches: int, places: int, device: torch.device
+    ) -> Plan:
+        if visible is None:
             return [(slice(None), [slice(None)])]
         plan: Plan = []
-        for start, stop in runs(seen):
-            row = seen[start]
-            seen_places = [
+        for start, stop in runs(visible):
+            row = visible[start]
+            visible_places = [
                 slice(first * patches, last * patches) for first, last in runs(row) if row[first]
             ]
-            plan.append((slice(start, stop), seen_places))
+            plan.append((slice(start, stop), visible_places))
         return plan
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, length: int, plan: Plan | None) -> Tensor:

@@ -39,11 +39,11 @@ class NpuAttention:
         return {"atten_mask": self._later, "sparse_mode": LAST_SEES_ALL}
 
     def frames(
-        self, seen: Tensor | None, patches: int, places: int, device: torch.device
+        self, visible: Tensor | None, patches: int, places: int, device: torch.device
     ) -> dict[str, Any]:
-        if seen is None:
+        if visible is None:
             return {}
-        mask = frame_mask(seen, patches, device)
+        mask = frame_mask(visible, patches, device)
         return {"atten_mask": ~F.pad(mask, (0, places - mask.shape[-1]))}
 
     def __call__(

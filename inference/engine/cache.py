@@ -215,9 +215,9 @@ def put_frames(cache: KVCache, slot: Slot, tokens: Sequence[int], frames: Sequen
     rotation = cache.decoder.rotation(upload(each, cache.device), cache.dtype)
     places, replaced = zip(*(slot.ring.put(p) for p in positions), strict=True)
     cache.write_frames(slot, places[0], states.flatten(0, 1), rotation)
-    gone = tuple(position for position in replaced if position is not None)
-    if gone:
-        slot.evictions.append(Eviction("frame", gone))
+    evicted = tuple(position for position in replaced if position is not None)
+    if evicted:
+        slot.evictions.append(Eviction("frame", evicted))
 
 
 def frame_projections(decoder: Decoder) -> list[nn.Linear]:

@@ -128,8 +128,8 @@ def or_without(what: str, ranks: Ranks, *graphs: dict[Any, Any]) -> Iterator[Non
             captured.clear()
 
 
-def check_same(what: str, got: Tensor, wanted: Tensor) -> None:
+def check_same(what: str, result: Tensor, expected: Tensor) -> None:
     """Raises RuntimeError where a graph's result is not that of the same computation without it."""
-    error = (got.float() - wanted.float()).abs().max().item()
-    if not error <= TOLERANCE * wanted.float().abs().max().item():
+    error = (result.float() - expected.float()).abs().max().item()
+    if not error <= TOLERANCE * expected.float().abs().max().item():
         raise RuntimeError(f"the graph of {what} is off by {error:.1e}")

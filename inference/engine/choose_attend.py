@@ -27,19 +27,19 @@ CHOICES = ("auto", *kinds_of(INFERENCE))
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def set_up(model: MossVideoForConditionalGeneration, asked: str) -> Attend:
+def set_up(model: MossVideoForConditionalGeneration, name: str) -> Attend:
     """The attention that one of CHOICES stands for; the model's tower attends by it from now on.
 
     Raises:
         ValueError: it cannot be had; names what can.
     """
     weight = model.model.language_model.embed_tokens.weight
-    made = make(choose(asked, weight.device, weight.dtype, *asks_of(model.config)))
+    made = make(choose(name, weight.device, weight.dtype, *needs_of(model.config)))
     attend_by(model, made)
     return made
 
 
-def asks_of(config: MossVideoConfig) -> tuple[dict[str, int], str]:
+def needs_of(config: MossVideoConfig) -> tuple[dict[str, int], str]:
     """Sizes of a head by place, and what needs a mask, as `choose` takes them."""
     text, vision = config.text_config, config.vision_config
     size = text.hidden_size // text.num_attention_heads
@@ -49,7 +49,7 @@ def asks_of(config: MossVideoConfig) -> tuple[dict[str, int], str]:
 
 
 def choose(
-    asked: str, device: torch.device, dtype: torch.dtype, heads: Mapping[str, int], mask: str
+    name: str, device: torch.device, dtype: torch.dtype, heads: Mapping[str, int], mask: str
 ) -> str:
     """The kind that one of CHOICES stands for.
 
@@ -59,12 +59,12 @@ def choose(
     Raises:
         ValueError: it cannot be had; names what can.
     """
-    wanted = AttentionNeeds(INFERENCE, device.type, DTYPES.get(dtype, str(dtype)), heads, mask)
-    if asked == "auto":
-        return NPU if NPU in able(wanted) else "sdpa"
-    for refusal in refusals("attention", asked, wanted):
+    needs = AttentionNeeds(INFERENCE, device.type, DTYPES.get(dtype, str(dtype)), heads, mask)
+    if name == "auto":
+        return NPU if NPU in able(needs) else "sdpa"
+    for refusal in refusals("attention", name, needs):
         raise ValueError(refusal)
-    return asked
+    return name
 
 
 def make(kind: str) -> Attend:

@@ -79,14 +79,14 @@ class FixedDecoder:
             if layer.q_norm is not None:
                 turn = (cos, sin) if self.decoder.config.cross_attention_rope else None
                 q = do.norm_and_rotate(y, layer.q_norm.weight, layer.q_norm.eps, turn)
-                seen = attention.frames(layer.index, q)
+                attended = attention.frames(layer.index, q)
             else:
                 keys, values = self.cache.tokens_of[layer.index]
                 scales = self.cache.scales_of.get(layer.index)
                 q = do.rotate_and_keep(y, (cos, sin), keys, values, rows, scales)
-                seen = attention.tokens(layer.index, q)
+                attended = attention.tokens(layer.index, q)
             norm = layer.second_norm
-            y = do.add_norm(x, layer.out(seen), scale, norm.weight, norm.eps)
+            y = do.add_norm(x, layer.out(attended), scale, norm.weight, norm.eps)
             branch = layer.down(do.swiglu(layer.gate_up(y)))
             scale = gates[layer.gates + 1] if cross else None  # type: ignore[operator]
         last = self.decoder.norm

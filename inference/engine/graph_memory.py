@@ -89,14 +89,14 @@ class GraphMemory:
         parts = {"passes": self.passes, "vision": self.tower, "buffers": self.buffers,
                  "cuBLAS": self.workspaces}  # fmt: skip
         each = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-        _say(f"CUDA graphs will take about {gib(self.total)} ({each})")
+        _print(f"CUDA graphs will take about {gib(self.total)} ({each})")
         before = _free(device)
         yield
-        taken = before - _free(device)
-        _say(f"CUDA graphs have taken {gib(max(0, taken))}, {gib(self.total)} were expected")
+        used = before - _free(device)
+        _print(f"CUDA graphs have taken {gib(max(0, used))}, {gib(self.total)} were expected")
 
 
-def _say(words: str) -> None:
+def _print(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 

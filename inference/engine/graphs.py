@@ -141,8 +141,8 @@ class GraphRunner:
         sampled = [(row, step) for row, step in zip(picked, steps, strict=True) if step.sample]
         out = None
         if sampled:
-            asked = draw_of(step.slot.sampling for _, step in sampled)
-            draw = partial(self._draw, rows, asked)
+            operations = draw_of(step.slot.sampling for _, step in sampled)
+            draw = partial(self._draw, rows, operations)
             own = [row for row, _ in sampled]
             tokens = choose_tokens(self.logits, [step for _, step in sampled], own, draw)
             # A copy: the next pass of this step may write its tokens to the same place.
@@ -227,8 +227,8 @@ class GraphRunner:
         self.inputs.fill_(1)
         self.inputs[:3].zero_()
         self._compute(*kind)
-        wanted = self.logits[: kind[1]].clone()
+        expected = self.logits[: kind[1]].clone()
         self.logits.zero_()
         self.passes[kind].replay()
-        name, got = "{} tokens of {} slots".format(*kind), self.logits[: kind[1]]
-        ranks.together(partial(check_same, name, got, wanted))
+        name, result = "{} tokens of {} slots".format(*kind), self.logits[: kind[1]]
+        ranks.together(partial(check_same, name, result, expected))

@@ -25,7 +25,7 @@ GRACE_S = 3.0  # in which a program whose rank has gone may end by itself
 # the ranks says it, in place of each of them.
 NAMED = "MOSS_RANKS_NAMED"
 LOOPBACK = "127.0.0.1"
-SAY_S = 10.0  # in which one that connects says who it is
+HELLO_S = 10.0  # in which one that connects says who it is
 MEET_S = 300.0  # in which all ranks connect
 SILENCE_S = 2, 1, 4  # TCP asks after so many seconds, every so many, so many times
 DONE = -1  # in place of the number of a rank that has gone
@@ -61,7 +61,7 @@ class Lifeline:
     def close(self) -> None:
         """Says that this rank is done, and so will be the others: from now on none is missed."""
         self._done.set()
-        self._tell(DONE)
+        self._send_all(DONE)
 
     def _listen(self, share: Callable[[Sequence[int]], list[int]], host: str) -> None:
         key, near = secrets.randbits(62), host == LOOPBACK
@@ -73,14 +73,14 @@ class Lifeline:
             door.settimeout(MEET_S)
             while len(self._ends) < self.ranks - 1:
                 end, _ = door.accept()
-                end.settimeout(SAY_S)
-                rank, known = _read(end), _read(end)
-                if rank is not None and known == key:
+                end.settimeout(HELLO_S)
+                rank, secret = _read(end), _read(end)
+                if rank is not None and secret == key:
                     self._ends[rank] = end
                 else:  # somebody else
                     end.close()
 
-    def _tell(self, number: int) -> None:
+    def _send_all(self, number: int) -> None:
         for end in self._ends.values():
             try:
                 end.sendall(NUMBER.pack(number))
@@ -93,23 +93,23 @@ class Lifeline:
                 watched.register(end, selectors.EVENT_READ, rank)
             while watched.get_map():
                 for key, _ in watched.select():
-                    said = _read(self._ends[key.data])
-                    if said == DONE or self._done.is_set():
+                    number = _read(self._ends[key.data])
+                    if number == DONE or self._done.is_set():
                         watched.unregister(key.fileobj)
                         continue
-                    self._end(key.data if said is None else said)
+                    self._end(key.data if number is None else number)
                     return
 
-    def _end(self, gone: int) -> None:
+    def _end(self, ended_rank: int) -> None:
         """A rank has gone: says so, waits until this process has ended by itself, or ends it."""
         if self.rank == 0:
-            self._tell(gone)
+            self._send_all(ended_rank)
         note = os.environ.get(NAMED)
         if note:
             with contextlib.suppress(OSError), open(note, "x") as file:
-                file.write(str(gone))  # the first to write it is right
+                file.write(str(ended_rank))  # the first to write it is right
         else:
-            words = f"rank {gone} of {self.ranks} has ended: rank {self.rank} ends, too"
+            words = f"rank {ended_rank} of {self.ranks} has ended: rank {self.rank} ends, too"
             print(words, file=sys.stderr, flush=True)
         if not self._done.wait(GRACE_S):
             os._exit(FAILED)

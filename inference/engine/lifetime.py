@@ -56,8 +56,8 @@ def close_at_exit(owner: Closable) -> None:
     atexit.register(_close, weakref.ref(owner))
 
 
-def _close(known: weakref.ref[Closable]) -> None:
-    owner = known()
+def _close(reference: weakref.ref[Closable]) -> None:
+    owner = reference()
     if owner is not None:
         with contextlib.suppress(Exception):
             owner.close("the program ends", _LAST)

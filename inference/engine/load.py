@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from data_pipeline import devices
 from data_pipeline.ranks import ranks_of
 from data_pipeline.tokenizer_identity import TokenizerIdentity, identify
-from inference.engine.choose_attend import asks_of, choose
+from inference.engine.choose_attend import choose, needs_of
 from inference.engine.engine import Engine, EngineConfig
 from inference.engine.quantize import quantize_decoder, take_scales
 from inference.engine.sharded import ShardedEngine, join
@@ -162,7 +162,7 @@ def check_attention(
         return
     config = read_config(folder)
     stored = getattr(config, "dtype", None) or torch.float32
-    choose(attention, device, find_dtype(dtype, device) or stored, *asks_of(config))
+    choose(attention, device, find_dtype(dtype, device) or stored, *needs_of(config))
 
 
 def read_config(folder: Path) -> MossVideoConfig:

@@ -80,11 +80,11 @@ class PackedFrames:
         self.masked = [mask is not None for mask, _ in views]
         places = cache.frames.shape[-2]
         self.plans = [attend.frames(mask, cache.patches, places, cache.device) for mask, _ in views]
-        seen = torch.cat([sees for _, sees in views])  # [N]
-        self.any = bool(seen.any())
-        some_see_none = not bool(seen.all())
+        sees_any = torch.cat([sees for _, sees in views])  # [N]
+        self.any = bool(sees_any.any())
+        some_see_none = not bool(sees_any.all())
         self.sees = (
-            upload(seen[None, :, None].to(cache.dtype), cache.device) if some_see_none else None
+            upload(sees_any[None, :, None].to(cache.dtype), cache.device) if some_see_none else None
         )
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
@@ -112,11 +112,11 @@ class PackedFrames:
         at = torch.arange(slot.position, slot.position + segment.count)[:, None]
         first = torch.tensor(ring.first[: ring.used], dtype=torch.long)
         last = torch.tensor(ring.last[: ring.used], dtype=torch.long)
-        seen = (first <= at) & (at < last)  # [count, used]
-        sees_any = seen.any(1)
-        if bool(seen.all()) and bool(sees_any.all()):
+        visible = (first <= at) & (at < last)  # [count, used]
+        sees_any = visible.any(1)
+        if bool(visible.all()) and bool(sees_any.all()):
             return None, sees_any
-        return seen | ~sees_any[:, None], sees_any  # a softmax over nothing is NaN
+        return visible | ~sees_any[:, None], sees_any  # a softmax over nothing is NaN
 
 
 def _scales(cache: KVCache, layer: int) -> tuple[Tensor | None, Tensor | None]:

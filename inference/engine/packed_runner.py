@@ -65,8 +65,8 @@ class PackedRunner:
         logits = self.model.lm_head(torch.stack([last[slot.index] for slot in slots]))
         numbers = [[slot.index for slot in slots], [slot.position for slot in slots]]
         where, at = upload(numbers, self.cache.device)
-        asked = draw_of(slot.sampling for slot in slots)
-        draw = partial(self.sampler, logits, where, at, asked)
+        operations = draw_of(slot.sampling for slot in slots)
+        draw = partial(self.sampler, logits, where, at, operations)
         return choose_tokens(logits, steps, range(len(steps)), draw)
 
     def _fitting(self, step: Step, tokens: list[int]) -> tuple[int, int]:

@@ -25,10 +25,10 @@ class Pixels:
         self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
 
     def __call__(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
-        given = [isinstance(image, Tensor) and image.is_floating_point() for image in images]
-        pairs = list(zip(images, given, strict=True))
+        normalized = [isinstance(image, Tensor) and image.is_floating_point() for image in images]
+        pairs = list(zip(images, normalized, strict=True))
         made = iter(self._made([image for image, floats in pairs if not floats]))
-        parts = [self._given(image) if floats else next(made) for image, floats in pairs]
+        parts = [self._check_shape(image) if floats else next(made) for image, floats in pairs]
         return torch.stack(parts)[:, None]
 
     def _made(self, images: list[Image.Image | Tensor]) -> Tensor | tuple[()]:
@@ -38,9 +38,9 @@ class Pixels:
         tiles = torch.stack([fit(as_picture(image).cpu(), self.size) for image in images])
         return upload(tiles, self.device).float().div_(255).sub_(self.mean).div_(self.std)
 
-    def _given(self, image: Image.Image | Tensor) -> Tensor:
+    def _check_shape(self, image: Image.Image | Tensor) -> Tensor:
         assert isinstance(image, Tensor)
-        wanted = (3, self.size, self.size)
-        if image.shape != wanted:
-            raise ValueError(f"normalized pixels of {tuple(image.shape)}, expected {wanted}")
+        shape = (3, self.size, self.size)
+        if image.shape != shape:
+            raise ValueError(f"normalized pixels of {tuple(image.shape)}, expected {shape}")
         return upload(image, self.device)

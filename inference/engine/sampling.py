@@ -105,7 +105,7 @@ def draw_of(samplings: Iterable[Sampling]) -> Draw:
 
 
 def bytes_of_slot(vocabulary: int) -> int:
-    """What a Sampler keeps on the device for each slot: `seen`, `said` and `bias`."""
+    """Bytes that a Sampler keeps for each slot: `in_context`, `sampled_counts` and `bias`."""
     return vocabulary * (torch.bool.itemsize + torch.int32.itemsize + torch.float32.itemsize)
 
 
@@ -115,8 +115,8 @@ class Sampler:
 
     def __init__(self, slots: int, vocabulary: int, silence: int | None, device: torch.device):
         self.silence = silence
-        self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
-        self.said = torch.zeros(slots, vocabulary, dtype=torch.int32, device=device)
+        self.in_context = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
+        self.sampled_counts = torch.zeros(slots, vocabulary, dtype=torch.int32, device=device)
         self.bias = torch.zeros(slots, vocabulary, dtype=torch.float32, device=device)
         self._biased = set[int]()  # slots
         self.settings = torch.zeros(slots, len(_NUMBERS), dtype=torch.float64, device=device)
@@ -125,8 +125,8 @@ class Sampler:
     def open(self, slot: int, sampling: Sampling) -> None:
         """A new context with these settings."""
         self.set(slot, sampling)
-        self.seen[slot] = False
-        self.said[slot] = 0
+        self.in_context[slot] = False
+        self.sampled_counts[slot] = 0
 
     def set(self, slot: int, sampling: Sampling) -> None:
         """Other settings for the same context."""
@@ -146,20 +146,20 @@ class Sampler:
 
     def add_context(self, slot: int, tokens: Sequence[int]) -> None:
         """Adds tokens to the context that the repetition penalty counts."""
-        known = [t for t in tokens if t < self.seen.shape[1] and t != self.silence]
-        if known:
-            self.seen[slot].index_fill_(0, upload(known, self.seen.device), True)
+        counted = [t for t in tokens if t < self.in_context.shape[1] and t != self.silence]
+        if counted:
+            self.in_context[slot].index_fill_(0, upload(counted, self.in_context.device), True)
 
     def add_sampled(self, slot: int, token: int, sampling: Sampling) -> None:
         """Adds a token that was sampled with these settings, where they ask for it."""
         if sampling.repetition_penalty != 1:
             self.add_context(slot, [token])
         if sampling.counts and token != self.silence:
-            self.said[slot, token].add_(1)
+            self.sampled_counts[slot, token].add_(1)
 
     def check(self, sampling: Sampling | None) -> None:
         """Raises ValueError for a bias of what is no token that can be sampled."""
-        most = self.said.shape[1] - 1
+        most = self.sampled_counts.shape[1] - 1
         for token in sampling.logit_bias if sampling is not None else ():
             if not 0 <= token <= most:
                 words = f"{token}: the model says tokens from 0 to {most}"
@@ -208,10 +208,10 @@ class Sampler:
             scores = scores + self.bias[slots]
         repetition = repetition.float()
         penalized = torch.where(scores > 0, scores / repetition, scores * repetition)
-        scores = torch.where(self.seen[slots], penalized, scores)
+        scores = torch.where(self.in_context[slots], penalized, scores)
         if extra:
-            said = self.said[slots]
-            scores -= said * frequency.float() + (said > 0) * presence.float()
+            counts = self.sampled_counts[slots]
+            scores -= counts * frequency.float() + (counts > 0) * presence.float()
         if self.silence is not None:
             scores[:, self.silence] += silence[:, 0].float()
         return scores

@@ -80,7 +80,9 @@ class ShardedEngine(Engine):
         """The first rank's of which something is wrong, with its number. A collective."""
         everywhere = [""] * self.ranks
         dist.all_gather_object(everywhere, wrong, group=self.channel.group)
-        return next((f"rank {rank}: {said}" for rank, said in enumerate(everywhere) if said), "")
+        return next(
+            (f"rank {rank}: {problem}" for rank, problem in enumerate(everywhere) if problem), ""
+        )
 
     def recovers(self) -> bool:
         """Never: whether the other ranks failed too is not known; they may wait for this one."""
@@ -218,7 +220,7 @@ class _Others:
 
     def __init__(self, channel: Channel, lifeline: Lifeline) -> None:
         self._channel, self._lifeline = channel, lifeline
-        self._lock, self._told = ProcessLock(), False
+        self._lock, self._ended = ProcessLock(), False
 
     @property
     def copied(self) -> bool:
@@ -230,16 +232,16 @@ class _Others:
         if self.copied:
             return
         with self._lock:
-            if self._told:
+            if self._ended:
                 return
-            self._told = True
+            self._ended = True
             with suppress(RuntimeError):  # they have gone
                 self._channel.send_call(ShardedEngine._stop, ())
             _leave(self._lifeline)
 
     def give_up(self) -> None:
         """Tells them nothing any more."""
-        self._told = True
+        self._ended = True
 
 
 def _leave(lifeline: Lifeline) -> None:
@@ -247,8 +249,8 @@ def _leave(lifeline: Lifeline) -> None:
     dist.destroy_process_group()  # else its threads may abort the process's exit
 
 
-def _end_all(known: weakref.ref[ShardedEngine], others: _Others) -> None:
-    engine = known()
+def _end_all(reference: weakref.ref[ShardedEngine], others: _Others) -> None:
+    engine = reference()
     if engine is not None:
         engine.shutdown()
     else:

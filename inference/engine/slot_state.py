@@ -26,8 +26,8 @@ def state_of(slot: Slot, sampler: Sampler, cache: KVCache) -> dict[str, Any]:
         },
         "ring": {"first": list(slot.ring.first), "count": slot.ring.count},
         "sampling": dict(vars(slot.sampling)),
-        "seen": sampler.seen[slot.index].cpu().clone(),
-        "said": sampler.said[slot.index].cpu().clone() if slot.sampling.counts else None,
+        "seen": sampler.in_context[slot.index].cpu().clone(),
+        "said": sampler.sampled_counts[slot.index].cpu().clone() if slot.sampling.counts else None,
         **cache.save(slot),
     }
 
@@ -40,9 +40,9 @@ def fill(slot: Slot, state: dict[str, Any], sampler: Sampler, cache: KVCache) ->
         setattr(slot, name, list(value) if isinstance(value, list) else value)
     slot.ring.first, slot.ring.count = list(state["ring"]["first"]), state["ring"]["count"]
     cache.restore(slot, state)
-    sampler.seen[slot.index] = state["seen"].to(cache.device)
+    sampler.in_context[slot.index] = state["seen"].to(cache.device)
     if state.get("said") is not None:
-        sampler.said[slot.index] = state["said"].to(cache.device)
+        sampler.sampled_counts[slot.index] = state["said"].to(cache.device)
 
 
 def check(
@@ -58,7 +58,7 @@ def check(
         "model": _sizes(state["text"]) != _sizes(cache.text[:, :, 0], ranks)
         or _sizes(state["frames"]) != _sizes(cache.frames[:, :, 0], ranks)
         or state["frames"].shape[-2] != used * cache.patches,
-        "vocabulary": state["seen"].shape != sampler.seen.shape[1:],
+        "vocabulary": state["seen"].shape != sampler.in_context.shape[1:],
     }
     mismatches = [name for name, value in wrong.items() if value]
     if mismatches:

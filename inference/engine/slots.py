@@ -53,15 +53,15 @@ class FrameRing:
 
     def put(self, position: int) -> tuple[int, int | None]:
         """Takes a frame; returns its place, and the position of the frame that it replaces."""
-        place, gone = self.count, None
+        place, replaced = self.count, None
         if self.count >= self.window:
             turn = (self.count - self.window) % (self.window - self.sinks)
             self.victim, place = self.sinks + turn, self.window
-            gone = self.first[self.victim]
+            replaced = self.first[self.victim]
             self.last[self.victim] = position
         self.first[place] = position
         self.count += 1
-        return place, gone
+        return place, replaced
 
     def commit_eviction(self) -> int | None:
         """Moves the frame of the last place to that of its victim; returns the victim's place."""
@@ -125,10 +125,10 @@ class Slot:
     def keep(self, indices: list[int]) -> None:
         """Drops all tokens but these, and adds an Eviction."""
         kept = set(indices)
-        gone = tuple(p for i, p in enumerate(self.positions) if i not in kept)
+        dropped = tuple(p for i, p in enumerate(self.positions) if i not in kept)
         self.tokens = [self.tokens[i] for i in indices]
         self.positions = [self.positions[i] for i in indices]
-        self.evictions.append(Eviction("text", gone))
+        self.evictions.append(Eviction("text", dropped))
 
     def mark(self) -> Mark:
         """What `undo` needs; to be taken before a step."""
@@ -192,18 +192,18 @@ def tokens_to_keep(
     if end_of_turn in tokens[:quarter]:
         head = tokens.index(end_of_turn) + 1
     tail = len(tokens) - quarter
-    gone: set[int] = set()
+    dropped: set[int] = set()
     i = head
-    while i + 1 < tail and len(gone) < drop:
+    while i + 1 < tail and len(dropped) < drop:
         if tokens[i] == silence and tokens[i + 1] == image:
-            gone |= {i, i + 1}
+            dropped |= {i, i + 1}
             i += 1
         i += 1
     for i in range(head, len(tokens)):
-        if len(gone) >= drop:
+        if len(dropped) >= drop:
             break
-        gone.add(i)
-    return [i for i in range(len(tokens)) if i not in gone]
+        dropped.add(i)
+    return [i for i in range(len(tokens)) if i not in dropped]
 
 
 def check_steps(
@@ -220,16 +220,16 @@ def check_steps(
         max_tokens: of a slot.
         frame_shape: of a frame's features.
     """
-    taken: set[int] = set()
+    used: set[int] = set()
     for step in steps:
         slot = step.slot
         if slot.closed:
             raise ValueError(f"slot {slot.index} is closed")
         if slot.broken:
             raise ValueError(f"slot {slot.index} lost its context in a step that failed, or is NaN")
-        if slot.index in taken:
+        if slot.index in used:
             raise ValueError(f"slot {slot.index} has two steps at once")
-        taken.add(slot.index)
+        used.add(slot.index)
         count = len(step.inputs)
         if count == 0:
             raise ValueError(f"slot {slot.index} has no pending token and gets none")

@@ -47,8 +47,8 @@ class Tower:
             for batch in reversed(BATCHES):  # in whose memory the smaller ones have room
                 self.graphs[batch] = pool.capture(partial(self.encode, self.pixels[:batch]))
                 self.pixels.normal_()
-                wanted = self.encode(self.pixels[:batch])
-                got = self(self.pixels[:batch].clone())
-                ranks.together(partial(check_same, f"{batch} frames", got, wanted))
+                expected = self.encode(self.pixels[:batch])
+                result = self(self.pixels[:batch].clone())
+                ranks.together(partial(check_same, f"{batch} frames", result, expected))
                 progress.step()
         progress.end()

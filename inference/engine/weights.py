@@ -72,17 +72,17 @@ def read_model(
         model = MossVideoForConditionalGeneration(config)
     if ranks > 1:
         shard(model, rank, ranks)
-    wanted = dict(_parameters(model))
+    parameters = dict(_parameters(model))
     with ExitStack() as stack:
         files = _opened(folder, stack)
-        known = _by_today_names(folder, files)
+        stored_names = _by_today_names(folder, files)
         found = Reading(
             model,
-            [name for name in wanted if name not in known],
-            [old for new, old in known.items() if new not in wanted],
+            [name for name in parameters if name not in stored_names],
+            [old for new, old in stored_names.items() if new not in parameters],
         )
         if not found.missing:
-            jobs = {known[name]: target for name, target in wanted.items()}
+            jobs = {stored_names[name]: target for name, target in parameters.items()}
             kind = dtype or config.dtype or _first_dtype(files)
             try:
                 _fill(jobs, files, kind, device, (rank, ranks))
@@ -147,15 +147,15 @@ def _opened(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 def _by_today_names(folder: Path, files: Iterable[str]) -> dict[str, str]:
     """The names of tensors by those of today's layout."""
-    known: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name in files:
-        other = known.setdefault(today_name(name), name)
+        other = names.setdefault(today_name(name), name)
         if other != name:
             raise ValueError(
                 f"{folder}: holds {other} and {name}, which are one tensor: remove the one that "
                 "is not the model's"
             )
-    return known
+    return names
 
 
 def _first_dtype(files: Mapping[str, Any]) -> torch.dtype:

@@ -21,7 +21,7 @@ from inference.serve.accounts import Visit
 from inference.serve.answers import UNBUFFERED, Stream
 from inference.serve.chat import Client, ClientGone, read_body, refusal
 from inference.serve.limits import Budget, Limits, Refused, Share
-from inference.serve.wire import ASKED, USED_LINE, usage_of
+from inference.serve.wire import REQUESTED, USED_LINE, usage_of
 
 _ROUTE = "/v1/chat/completions"
 _FAILED = b'{"error":'
@@ -55,7 +55,7 @@ class Proxy:
             body = await read_body(request, self._limits, share)
             client = Client(request)
             headers = _ASKED | (visit.trace.headers if visit.trace is not None else {})
-            return await client.or_gone(self._ask(body, headers, share, visit))
+            return await client.unless_disconnected(self._ask(body, headers, share, visit))
         except (ClientGone, ClientDisconnect):
             share.give_back()
             return Response(status_code=499)
@@ -68,7 +68,7 @@ class Proxy:
             raise
         finally:
             if client is not None:
-                client.gone.cancel()
+                client.disconnected.cancel()
 
     async def _ask(
         self, body: bytes, headers: dict[str, str], share: Share, visit: Visit
@@ -143,9 +143,9 @@ class Proxy:
 
 def _note(visit: Visit, answer: httpx.Response) -> None:
     """Takes over what the headers of a replica's answer say about the request."""
-    if ASKED in answer.headers:
-        visit.asked = json.loads(answer.headers[ASKED])
-        visit.id = visit.asked.pop("id")
+    if REQUESTED in answer.headers:
+        visit.requested = json.loads(answer.headers[REQUESTED])
+        visit.id = visit.requested.pop("id")
 
 
 async def _pieces(answer: httpx.Response, replica: Replica) -> AsyncIterator[bytes]:
@@ -178,7 +178,7 @@ async def _counted(pieces: AsyncIterator[bytes], visit: Visit) -> AsyncIterator[
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(USED_LINE):
-                visit.told(usage_of(line.removeprefix(USED_LINE)))
+                visit.report_usage(usage_of(line.removeprefix(USED_LINE)))
         kept = b"".join(line + b"\n" for line in lines if not line.startswith(USED_LINE))
         if kept:
             yield kept

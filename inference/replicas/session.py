@@ -152,7 +152,7 @@ class FrontSession(ResumableSession):
     def used(self) -> Usage:
         return used(self._counts)
 
-    def asked(self) -> dict[str, Any]:
+    def requested(self) -> dict[str, Any]:
         return settings(self.kept["session"]["config"]) if self.kept else {}
 
     # The client's side

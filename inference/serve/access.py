@@ -80,8 +80,8 @@ class Access(Collector):
 
     def find(self, connection: HTTPConnection) -> Account | None:
         """The account of a request's key, else everybody's; None: there is neither."""
-        given = _given_key(connection)
-        found = [one for key, one in self._by_key if hmac.compare_digest(given, key)]
+        presented = _presented_key(connection)
+        found = [one for key, one in self._by_key if hmac.compare_digest(presented, key)]
         return found[0] if found else self._everybody
 
     def is_operator(self, connection: HTTPConnection) -> bool:
@@ -103,10 +103,10 @@ class Access(Collector):
     def end_trace(self, visit: Visit, ended: str, code: int | str) -> None:
         used = visit.settled
         if visit.trace is not None:
-            told = {"moss.id": visit.id or None, "moss.ended": ended, "moss.code": str(code)}
-            told |= {f"moss.asked.{name}": value for name, value in visit.asked.items()}
-            told |= {f"gen_ai.usage.{name}": getattr(used, name) for name in _USED}
-            visit.trace.end(visit.now, {**told, "moss.frames": used.frames})
+            attributes = {"moss.id": visit.id or None, "moss.ended": ended, "moss.code": str(code)}
+            attributes |= {f"moss.asked.{name}": value for name, value in visit.requested.items()}
+            attributes |= {f"gen_ai.usage.{name}": getattr(used, name) for name in _USED}
+            visit.trace.end(visit.now, {**attributes, "moss.frames": used.frames})
 
     def _write(self, visit: Visit, ended: str, code: int | str) -> None:
         if self._audit is None:
@@ -117,7 +117,7 @@ class Access(Collector):
             "key": visit.account.name,
             "kind": visit.kind,
             "id": visit.id or None,
-            "asked": visit.asked,
+            "asked": visit.requested,
             "ended": ended,
             "code": visit.code or code,
             "usage": {**vars(used), "seconds": round(visit.seconds, 3)},
@@ -126,8 +126,8 @@ class Access(Collector):
     def turned_away(self, name: str | None, kind: Kind, code: str) -> None:
         if self._audit is not None:
             now = _when(datetime.now(UTC).timestamp())
-            told = {"time": now, "key": name, "kind": kind, "ended": "refused", "code": code}
-            self._audit.write(told)
+            entry = {"time": now, "key": name, "kind": kind, "ended": "refused", "code": code}
+            self._audit.write(entry)
 
     # Metrics
 
@@ -230,7 +230,7 @@ def begin(connection: HTTPConnection, visit: Visit) -> None:
     connection.scope[_VISIT] = visit
 
 
-def _given_key(connection: HTTPConnection) -> bytes:
+def _presented_key(connection: HTTPConnection) -> bytes:
     scheme, _, key = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return key.strip(" \t").encode("latin-1")  # as it came: bytes, some of them "\xa0"

@@ -82,7 +82,7 @@ class Records(Protocol):
 class Visit:
     """A session or a chat request of an account.
 
-    id: as its client knows it. asked: what it asks for, as plain values, never its contents.
+    id: as its client knows it. requested: what it asks for, as plain values, never its contents.
     reads: what it has used so far. code: why it was refused or failed, a word; empty: it was not.
     """
 
@@ -91,7 +91,7 @@ class Visit:
     began: float = field(default_factory=time.monotonic)
     at: float = field(default_factory=time.time)  # seconds since the epoch
     id: str = ""
-    asked: dict[str, Any] = field(default_factory=dict)
+    requested: dict[str, Any] = field(default_factory=dict)
     reads: Callable[[], Usage] = Usage
     code: str = ""
     trace: Trace | None = None
@@ -120,7 +120,7 @@ class Visit:
         if self.trace is not None:
             self.trace.follow(log, began, self.at - self.began - log.zero)
 
-    def told(self, usage: Usage) -> None:
+    def report_usage(self, usage: Usage) -> None:
         """Takes in the usage that another process counts. A count below the last one, as of a
         replica that began anew, is ignored."""
         before = self.reads()
@@ -235,5 +235,5 @@ class Account:
         self.used["input_tokens"] += now.input_tokens - before.input_tokens
         self.used["output_tokens"] += now.output_tokens - before.output_tokens
         if self._tokens is not None:
-            said = now.output_tokens - before.output_tokens
-            self._tokens.spend(now.input_tokens - before.input_tokens + said)
+            output = now.output_tokens - before.output_tokens
+            self._tokens.spend(now.input_tokens - before.input_tokens + output)

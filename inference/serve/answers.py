@@ -49,20 +49,20 @@ class _Likelihoods:
 
     def __init__(self) -> None:
         self._waiting = deque[tuple[int, Any]]()  # where the text begins that they came with
-        self._taken = self._given = 0  # characters
+        self._appended = self._released = 0  # characters
 
     def append(self, text: str, entries: Sequence[Any]) -> None:
-        self._waiting.extend((self._taken, entry) for entry in entries)
-        self._taken += len(text)
+        self._waiting.extend((self._appended, entry) for entry in entries)
+        self._appended += len(text)
 
     def give(self, text: str, *, all: bool = False) -> list[Any]:
         """The log-probabilities of a text that is given out; with `all`, also those that are
         left."""
-        self._given += len(text)
-        given = []
-        while self._waiting and (all or self._waiting[0][0] < self._given):
-            given.append(self._waiting.popleft()[1])
-        return given
+        self._released += len(text)
+        entries = []
+        while self._waiting and (all or self._waiting[0][0] < self._released):
+            entries.append(self._waiting.popleft()[1])
+        return entries
 
 
 async def _pieces(question: Question, answer: SessionHandle) -> AsyncGenerator[_Piece]:
@@ -131,9 +131,13 @@ class Writer:
     """
 
     def __init__(
-        self, question: Question, answers: Sequence[SessionHandle], asked: int, tokenizer: Tokenizer
+        self,
+        question: Question,
+        answers: Sequence[SessionHandle],
+        prompt_tokens: int,
+        tokenizer: Tokenizer,
     ) -> None:
-        self.question, self._answers, self._asked = question, answers, asked
+        self.question, self._answers, self._prompt_tokens = question, answers, prompt_tokens
         self._tokenizer, self._special = tokenizer, special_tokens(tokenizer)
         self._counts = [0] * len(answers)  # tokens of each
 
@@ -180,8 +184,8 @@ class Writer:
                 if piece.reason:
                     yield self._chunk(number, {}, reason=piece.reason)
         except Refused as error:
-            said = {"message": str(error), "type": "server_error", "param": None}
-            yield _sse({"error": {**said, "code": error.code}})
+            body = {"message": str(error), "type": "server_error", "param": None}
+            yield _sse({"error": {**body, "code": error.code}})
         if self.question.usage:
             head = self._head("chat.completion.chunk")
             yield _sse({**head, "choices": [], "usage": self._usage()})
@@ -190,16 +194,16 @@ class Writer:
     async def _merged(self) -> AsyncIterator[tuple[int, _Piece] | None]:
         """Yields (number of the answer, piece) of all answers as they come; None where nothing has
         come for a while. Where one fails, all end."""
-        came = asyncio.Queue[tuple[int, _Piece] | Exception]()
+        queue = asyncio.Queue[tuple[int, _Piece] | Exception]()
         tasks = [
-            asyncio.create_task(self._read(number, answer, came))
+            asyncio.create_task(self._read(number, answer, queue))
             for number, answer in enumerate(self._answers)
         ]
         open_ones = len(tasks)
         try:
             while open_ones:
                 try:
-                    one = await asyncio.wait_for(came.get(), QUIET)
+                    one = await asyncio.wait_for(queue.get(), QUIET)
                 except TimeoutError:
                     yield None
                     continue
@@ -220,14 +224,14 @@ class Writer:
         self,
         number: int,
         answer: SessionHandle,
-        came: asyncio.Queue[tuple[int, _Piece] | Exception],
+        queue: asyncio.Queue[tuple[int, _Piece] | Exception],
     ) -> None:
         tools, pieces = self.question.tools, _pieces(self.question, answer)
         try:
             async for piece in _with_calls(pieces, tools, answer) if tools else pieces:
-                came.put_nowait((number, piece))
+                queue.put_nowait((number, piece))
         except Exception as error:
-            came.put_nowait(error)
+            queue.put_nowait(error)
 
     def _chunk(
         self,
@@ -257,17 +261,25 @@ class Writer:
 
     def _likelihood(self, token: int, logprob: float) -> dict[str, Any]:
         written = token_bytes(self._tokenizer, token)
-        said = [] if token in self._special else list(written)  # what the text has of it
-        return {"token": written.decode("utf-8", "replace"), "logprob": logprob, "bytes": said}
+        text_bytes = [] if token in self._special else list(written)  # what the text has of it
+        return {
+            "token": written.decode("utf-8", "replace"),
+            "logprob": logprob,
+            "bytes": text_bytes,
+        }
 
     def _head(self, kind: str) -> dict[str, Any]:
         name, created = self.question.name, self.question.created
         return {"id": name, "object": kind, "created": created, "model": MODEL}
 
     def _usage(self) -> dict[str, int]:
-        said = sum(self._counts)
-        total = self._asked + said
-        return {"prompt_tokens": self._asked, "completion_tokens": said, "total_tokens": total}
+        completion = sum(self._counts)
+        total = self._prompt_tokens + completion
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": total,
+        }
 
 
 def _message(text: str, calls: Sequence[Call]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from inference.export_info import ExportInfo
 from inference.serve.access import Access, Visits, begin
 from inference.serve.accounts import Account, Visit
 from inference.serve.chat import complete, refusal
-from inference.serve.connections import known_host
-from inference.serve.cors import Cors, may_ask
+from inference.serve.connections import is_allowed_host
+from inference.serve.cors import Cors, is_allowed_origin
 from inference.serve.hub import MODEL, Hub
 from inference.serve.limits import Refused
 from inference.serve.openapi import document
@@ -144,13 +144,13 @@ def make_routes(
         offered = socket.headers.get("sec-websocket-protocol", "")
         chosen = _PROTOCOL if _PROTOCOL in [p.strip() for p in offered.split(",")] else None
         await socket.accept(subprotocol=chosen)
-        if not known_host(socket.headers.get("host"), hosts):
+        if not is_allowed_host(socket.headers.get("host"), hosts):
             return await refuse(socket, service, POLICY, "host", "not a name of this server")
         account = access.find(socket)
         if account is None:
             access.turned_away(None, "realtime", UNAUTHORIZED.code)
             return await refuse(socket, service, POLICY, "unauthorized", "a wrong or no API key")
-        if not may_ask(socket.headers.get("origin"), socket.headers.get("host"), origins):
+        if not is_allowed_origin(socket.headers.get("origin"), socket.headers.get("host"), origins):
             words = "this page may not open sessions"
             return await refuse(socket, service, POLICY, "origin", words)
         if service.export.watches is False:
@@ -307,20 +307,24 @@ def _paths(app: FastAPI) -> list[str]:
 def _no_route(app: FastAPI, path: str) -> str:
     """The message for a path that leads nowhere. It names the path that is probably meant, as where
     the prefix is missing, or a proxy has left its own."""
-    known, given = [one for one in _paths(app) if one != "/"], re.sub("/+", "/", path)
-    near = [_CHAT] if _OTHER_FORMS.fullmatch(given) else []
-    near += [one for one in known if given.endswith(one) or (given != "/" and one.endswith(given))]
-    near += get_close_matches(given, known, 1)
+    routes, requested = [one for one in _paths(app) if one != "/"], re.sub("/+", "/", path)
+    near = [_CHAT] if _OTHER_FORMS.fullmatch(requested) else []
+    near += [
+        one
+        for one in routes
+        if requested.endswith(one) or (requested != "/" and one.endswith(requested))
+    ]
+    near += get_close_matches(requested, routes, 1)
     return f"there is no such route: {f'{near[0]} is' if near else '/openapi.json lists them'}"
 
 
 def _methods(app: FastAPI, path: str) -> list[str]:
     """HTTP methods that a path allows; [] where there is no such route."""
-    known: set[str] = set()
+    methods: set[str] = set()
     for route in app.routes:
         if isinstance(route, APIRoute) and route.path_regex.match(path):
-            known |= route.methods or set()
-    return sorted({*known, "OPTIONS", *(["HEAD"] if "GET" in known else [])} if known else [])
+            methods |= route.methods or set()
+    return sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])} if methods else [])
 
 
 async def _open(socket: WebSocket, service: Service, account: Account) -> None:
@@ -337,8 +341,8 @@ async def _open(socket: WebSocket, service: Service, account: Account) -> None:
     try:
         await service.realtime(socket, account, name, 0 if name is None else int(last))
     except Refused as error:
-        told = {"code": error.code, "message": str(error), "retry_after_s": error.retry}
-        for text in written(Event("error", 0, time.time(), 0.0, told), of_openai=False):
+        data = {"code": error.code, "message": str(error), "retry_after_s": error.retry}
+        for text in written(Event("error", 0, time.time(), 0.0, data), of_openai=False):
             await socket.send_text(text)
         await refuse(socket, service, TRY_LATER, error.code, str(error))
 

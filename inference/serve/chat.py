@@ -29,7 +29,7 @@ from inference.serve.hub import Hub
 from inference.serve.limits import Limits, Refused, Share
 from inference.serve.protocol import read_json
 from inference.serve.question import Medium, Question, check_tokens, read_question
-from inference.serve.wire import ASKED
+from inference.serve.wire import REQUESTED
 from inference.session.answer import MAX_NEW_TOKENS
 from inference.session.grammar import Grammar, GrammarError
 from inference.session.handle import SessionClosed, SessionHandle
@@ -40,7 +40,7 @@ _STATUS = {  # of a refusal's code; else 400
     "unsupported_media_type": 415, "upgrade_required": 426, "replica_lost": 503,
     "rate_limit_exceeded": 429,
 }  # fmt: skip
-_TOLD = 0.2  # seconds after which a front hears what a whole answer has used
+_USAGE_EVERY = 0.2  # seconds between two reports to a front of what a whole answer has used
 _HELD = 4  # a request's text, its JSON and its pictures' bytes are there at the same time
 Result = TypeVar("Result")
 
@@ -54,13 +54,13 @@ class Client:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self.gone = asyncio.create_task(self._watch())
+        self.disconnected = asyncio.create_task(self._watch())
 
-    async def or_gone(self, work: Coroutine[None, None, Result]) -> Result:
+    async def unless_disconnected(self, work: Coroutine[None, None, Result]) -> Result:
         """The result of the work; when the client goes, cancels it and raises ClientGone."""
         task = asyncio.create_task(work)
         try:
-            await asyncio.wait({task, self.gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, self.disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise ClientGone
             return task.result()
@@ -80,16 +80,16 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
         body = await read_body(request, hub.limits, share)
         client = Client(request)
         began = visit.now
-        prepared = await client.or_gone(_prepare(body, hub, share))
+        prepared = await client.unless_disconnected(_prepare(body, hub, share))
         question, tokens = prepared.question, prepared.tokens
-        visit.id, visit.asked = question.name, prepared.described()
+        visit.id, visit.requested = question.name, prepared.described()
         began = visit.stage("decode", began)
-        answers = await client.or_gone(_start_answers(hub, prepared))
+        answers = await client.unless_disconnected(_start_answers(hub, prepared))
         began = visit.stage("queue", began)
         for answer in answers:
             visit.follow(answer.log, began)
         visit.reads = partial(_used, answers, len(prepared.frames))
-        client.gone.add_done_callback(lambda _: close(answers, "its client has left"))
+        client.disconnected.add_done_callback(lambda _: close(answers, "its client has left"))
     except (Refused, SampleError) as error:
         _end(client, share)
         return _refused(hub, error, visit)
@@ -114,7 +114,7 @@ async def complete(request: Request, hub: Hub, visit: Visit) -> Response:
     headers |= UNBUFFERED if question.stream else {}
     pieces = written.stream() if question.stream else _waiting(written, client, hub, visit)
     if visit.account.front:
-        headers |= {ASKED: json.dumps({"id": visit.id, **visit.asked})}
+        headers |= {REQUESTED: json.dumps({"id": visit.id, **visit.requested})}
         pieces = with_usage(pieces, visit.reads)
     kind = "text/event-stream" if question.stream else "application/json"
 
@@ -129,7 +129,7 @@ async def _whole(written: Writer, client: Client) -> dict[str, Any]:
     try:
         return await written.whole()
     except Refused:
-        if client.gone.done():
+        if client.disconnected.done():
             raise ClientGone from None
         raise
 
@@ -142,7 +142,7 @@ async def _waiting(
     try:
         while not task.done():
             yield b""
-            await asyncio.wait({task}, timeout=_TOLD)
+            await asyncio.wait({task}, timeout=_USAGE_EVERY)
         try:
             yield bytes(JSONResponse(task.result()).body)
         except Refused as error:  # its status has gone out: the front sees what it is
@@ -157,14 +157,14 @@ def _end(client: Client | None, share: Share) -> None:
     """Frees all that a request holds."""
     share.give_back()
     if client is not None:
-        client.gone.cancel()
+        client.disconnected.cancel()
 
 
 def _used(answers: Sequence[SessionHandle], frames: int) -> Usage:
     """The usage of a request, in which the prompt counts once, however many answers there are."""
     counts = [answer.running.task.stats.counts for answer in answers]
-    said = sum(one["tokens"] for one in counts)
-    return Usage(frames, max(one["input_tokens"] for one in counts), said)
+    output_tokens = sum(one["tokens"] for one in counts)
+    return Usage(frames, max(one["input_tokens"] for one in counts), output_tokens)
 
 
 def _refused(hub: Hub, error: Refused | SampleError, visit: Visit) -> Response:
@@ -247,8 +247,8 @@ async def _prepare(body: bytes, hub: Hub, share: Share) -> _PreparedRequest:
 
 
 def _read(body: bytes, hub: Hub) -> Question:
-    asked = read_json(body, "the request", hub.limits.json_values)
-    question = read_question(asked, hub.limits, hub.folders)
+    request = read_json(body, "the request", hub.limits.json_values)
+    question = read_question(request, hub.limits, hub.folders)
     places = hub.runner.engine.max_sessions
     if question.count > places:
         words = f"n: {question.count}: this server has {places} places (--max_sessions)"
@@ -302,14 +302,14 @@ def _tokens(question: Question, counts: list[int], hub: Hub) -> list[int]:
         question.messages, counts, form, unfinished=question.unfinished
     ).tokens
     most = hub.runner.engine.max_tokens
-    asked, least = question.max_tokens, question.end.least
-    if len(tokens) + (asked or least or 1) > most:
+    limit, least = question.max_tokens, question.end.least
+    if len(tokens) + (limit or least or 1) > most:
         words = f"the model's context is {most} tokens: the messages have {len(tokens)}"
-        name = "max_tokens" if asked else "min_tokens"
-        words += f", and {name} asks for {asked or least}" if asked or least else ""
+        name = "max_tokens" if limit else "min_tokens"
+        words += f", and {name} asks for {limit or least}" if limit or least else ""
         raise Refused("context_length_exceeded", f"messages: {words}", "messages")
     usual = max(least, min(MAX_NEW_TOKENS, hub.limits.max_tokens))
-    question.max_tokens = asked or min(usual, most - len(tokens))
+    question.max_tokens = limit or min(usual, most - len(tokens))
     return tokens
 
 

@@ -31,7 +31,7 @@ _PARTS = 4096  # parts of messages, pings and pongs a second; twice as many at o
 _TOO_MANY = f"more than {_PARTS} parts of messages and pings a second"
 
 
-def known_host(host: str | None, allowed: Sequence[str]) -> bool:
+def is_allowed_host(host: str | None, allowed: Sequence[str]) -> bool:
     """Whether a request's `Host` is a name of this server: an address, this machine's names, or one
     of `allowed` (lower case; `*`: any).
 
@@ -86,8 +86,8 @@ class _LimitedConnection(H11Protocol):
     limits: Limits
     conn: Framing
 
-    def __init__(self, *args: Any, **given: Any) -> None:
-        super().__init__(*args, **given)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.conn = Framing(h11.SERVER)
         self._timer: asyncio.TimerHandle | None = None
         self._half: asyncio.TimerHandle | None = None
@@ -131,12 +131,14 @@ class _LimitedConnection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Instead of uvicorn's: says what is wrong, as all routes do."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            said = refusal(Refused("invalid_request", f"not an HTTP request: {self.conn.wrong}"))
-            headers = [*said.raw_headers, (b"connection", b"close")]
+            response = refusal(
+                Refused("invalid_request", f"not an HTTP request: {self.conn.wrong}")
+            )
+            headers = [*response.raw_headers, (b"connection", b"close")]
             status = self.conn.status
             reason = HTTPStatus(status).phrase.encode()
             answer = h11.Response(status_code=status, headers=headers, reason=reason)
-            for part in (answer, h11.Data(data=bytes(said.body)), h11.EndOfMessage()):
+            for part in (answer, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(part) or b"")
         self.transport.close()
 
@@ -152,10 +154,10 @@ class _LimitedConnection(H11Protocol):
             self.transport.abort()
         elif not self.transport.is_closing():
             if not looks & (looks - 1):  # ever more rarely: some clients skip a few answers only
-                self._say_nothing()
+                self._write_skipped()
             self._half = self.loop.call_later(_LOOKS, self._look_for_reader, looks + 1)
 
-    def _say_nothing(self) -> None:
+    def _write_skipped(self) -> None:
         """Writes what clients skip. More than once: a tunnel refuses it only after its own client
         has refused it."""
         nothing: h11.Event
@@ -190,14 +192,14 @@ class _LimitedConnection(H11Protocol):
         """Whether it waits for a request, or for the rest of its head."""
         return self.cycle is None or self.cycle.response_complete
 
-    def _look_again(self, seen: object) -> None:
-        self._timer = self.loop.call_later(self.limits.headers, self._look, seen)
+    def _look_again(self, last_cycle: object) -> None:
+        self._timer = self.loop.call_later(self.limits.headers, self._look, last_cycle)
 
-    def _look(self, seen: object) -> None:
+    def _look(self, last_cycle: object) -> None:
         """Ends the connection if there was no new request since the last look."""
         if self.transport.is_closing():
             return
-        if self._idle and self.cycle is seen:
+        if self._idle and self.cycle is last_cycle:
             self.transport.abort()
         else:
             self._look_again(self.cycle if self._idle else self)
@@ -222,8 +224,8 @@ class _LimitedSocket(WebSocketsSansIOProtocol):
 
     limits: Limits
 
-    def __init__(self, *args: Any, **given: Any) -> None:
-        super().__init__(*args, **given)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._unread = _Unread(self.loop, self.limits.send)
         self._parts = Bucket(_PARTS)
         self._waited = False  # what came after a ping was not read at once

@@ -10,14 +10,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference.serve.chat import refusal
-from inference.serve.connections import known_host
+from inference.serve.connections import is_allowed_host
 from inference.serve.limits import Refused
 
 _LONG = "600"  # seconds for which a browser need not ask again
-_SHOWN = "Retry-After, X-Moss-Ignored"  # headers of answers that a page may read
+_EXPOSED = "Retry-After, X-Moss-Ignored"  # headers of answers that a page may read
 
 
-def may_ask(origin: str | None, host: str | None, origins: Sequence[str]) -> bool:
+def is_allowed_origin(origin: str | None, host: str | None, origins: Sequence[str]) -> bool:
     """Whether a browser's page may use this server. `origin`: of the page, None: no browser; it is
     its own at `host`, or one of `origins`, of which `*` is any."""
     if origin is None or "*" in origins or origin.lower() in origins:
@@ -34,7 +34,7 @@ class Cors:
 
     Args:
         origins: sites whose pages may ask and read answers, in lower case; `*`: any.
-        hosts: names of this server, as in `known_host`.
+        hosts: names of this server, as in `is_allowed_host`.
         methods: those of a path, empty where there is no such route.
     """
 
@@ -71,12 +71,12 @@ class Cors:
         await self._app(scope, receive, write)
 
     def _refused(self, headers: Headers, method: str) -> Refused | None:
-        if not known_host(headers.get("host"), self._hosts):
+        if not is_allowed_host(headers.get("host"), self._hosts):
             words = f"{headers['host']:.80} is no name of this server: see --allow_host"
             return Refused("host", words)
         origin = headers.get("origin")
-        asks = method not in ("GET", "HEAD", "OPTIONS")
-        if asks and not may_ask(origin, headers.get("host"), self._origins):
+        writes = method not in ("GET", "HEAD", "OPTIONS")
+        if writes and not is_allowed_origin(origin, headers.get("host"), self._origins):
             words = f"pages of {origin:.80} may not ask: start the server with --allow_origin"
             return Refused("origin", words)
         return None
@@ -88,7 +88,7 @@ class Cors:
         headers = [(b"vary", b"Origin")]
         if origin is not None and ("*" in self._origins or origin.lower() in self._origins):
             headers.append((b"access-control-allow-origin", origin.encode("latin-1")))
-            headers.append((b"access-control-expose-headers", _SHOWN.encode()))
+            headers.append((b"access-control-expose-headers", _EXPOSED.encode()))
         return headers
 
     def _options(self, headers: Headers, path: str) -> Response:
@@ -98,13 +98,13 @@ class Cors:
         if "access-control-request-method" not in headers:
             return Response(status_code=204, headers={"Allow": methods})
         origin = headers.get("origin")
-        if not may_ask(origin, headers.get("host"), self._origins):
+        if not is_allowed_origin(origin, headers.get("host"), self._origins):
             words = f"pages of {origin:.80} may not ask: start the server with --allow_origin"
             return refusal(Refused("origin", words))
-        wanted = headers.get("access-control-request-headers", "authorization, content-type")
+        requested = headers.get("access-control-request-headers", "authorization, content-type")
         allowed = {
             "Access-Control-Allow-Methods": methods,
-            "Access-Control-Allow-Headers": wanted,
+            "Access-Control-Allow-Headers": requested,
             "Access-Control-Max-Age": _LONG,
         }
         if headers.get("access-control-request-private-network") == "true":

@@ -19,8 +19,8 @@ def data_name(url: object, field: str) -> str:
     """A `data:` URL as it is; Refused: it is another URL, or a path."""
     text = url.lstrip() if isinstance(url, str) else ""
     if text[:5].lower() != "data:":
-        shown = f"{url!r:.60}: " if isinstance(url, str) else ""
-        words = f"{field}: {shown}only data: URLs are taken (data:image/jpeg;base64,...)"
+        prefix = f"{url!r:.60}: " if isinstance(url, str) else ""
+        words = f"{field}: {prefix}only data: URLs are taken (data:image/jpeg;base64,...)"
         raise Refused("invalid_url", words, field)
     return text
 

@@ -41,7 +41,7 @@ VIDEOS = (
     "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,ogg,asf,gif,apng,h264,hevc,m4v,mjpeg,ivf,"
     "obu,dv"
 )
-_NOT_TAKEN = re.compile(r"\[([\w,]+)\] Format not on whitelist")  # FFmpeg's words
+_OTHER_FORMAT = re.compile(r"\[([\w,]+)\] Format not on whitelist")  # FFmpeg's words
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _named_format() -> Iterator[None]:
     try:
         yield
     except SampleError as error:
-        found = _NOT_TAKEN.search(error.detail)
+        found = _OTHER_FORMAT.search(error.detail)
         if not found:
             raise
         words = f"its format is {found[1]}, taken are {VIDEOS.replace(',', ', ')}"
@@ -154,14 +154,17 @@ def _answer(connection: Connection, task: Task) -> bytes:
             last = frame
         return b"L" + last.contiguous().numpy().tobytes()
     except Refused as error:
-        said = {"code": error.code, "message": str(error), "field": error.field}
+        reason = {"code": error.code, "message": str(error), "field": error.field}
     except SampleError as error:
-        said = {"reason": error.reason, "detail": error.detail}
+        reason = {"reason": error.reason, "detail": error.detail}
     except MemoryError:
-        said = {"reason": "too_large", "detail": "decoding takes more memory than is allowed"}
+        reason = {"reason": "too_large", "detail": "decoding takes more memory than is allowed"}
     except Exception as error:  # decoders raise errors of many kinds
-        said = {"reason": f"undecodable_{task.kind}", "detail": f"{type(error).__name__}: {error}"}
-    return b"E" + json.dumps(said).encode()
+        reason = {
+            "reason": f"undecodable_{task.kind}",
+            "detail": f"{type(error).__name__}: {error}",
+        }
+    return b"E" + json.dumps(reason).encode()
 
 
 def _limit_cpu(seconds: float) -> None:

@@ -74,7 +74,7 @@ class LiveSession(ResumableSession):
     def used(self) -> Usage:
         return used(self.handle.running.task.stats.counts)
 
-    def asked(self) -> dict[str, Any]:
+    def requested(self) -> dict[str, Any]:
         return settings(vars(self.handle.config))
 
     async def closed(self) -> None:

@@ -52,7 +52,7 @@ def read_keys(path: str) -> list[Key]:
     tells a key."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        given: Any = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        document: Any = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--keys {path}: {error.strerror or error}") from None
     except yaml.MarkedYAMLError as error:  # its text has lines of the file
@@ -62,7 +62,7 @@ def read_keys(path: str) -> list[Key]:
         kind = "JSON" if path.endswith(".json") else "YAML"
         raise ValueError(f"--keys {path}: is not {kind}: {type(error).__name__}") from None
     try:
-        keys = _File.model_validate(given).keys
+        keys = _File.model_validate(document).keys
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
@@ -70,9 +70,9 @@ def read_keys(path: str) -> list[Key]:
         words = _WORDS.get(first["type"], {}).get(field, first["msg"])
         raise ValueError(f"--keys {path}: {where.removeprefix('.')}: {words}") from None
     for field in ("name", "key"):
-        seen: dict[str, int] = {}
+        first_numbers: dict[str, int] = {}
         for number, one in enumerate(keys):
-            first_one = seen.setdefault(getattr(one, field), number)
+            first_one = first_numbers.setdefault(getattr(one, field), number)
             if first_one != number:
                 words = f"keys[{number}].{field}: is that of keys[{first_one}], too"
                 raise ValueError(f"--keys {path}: {words}")

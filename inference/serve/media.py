@@ -42,11 +42,11 @@ _IMPORTED = ["inference.serve.decoding", "inference.serve.__main__"]  # which is
 
 @dataclass(eq=False)
 class _Job:
-    """A task on its way. taken: is called with the bytes of each frame, and may raise Refused."""
+    """A task on its way. on_frame: is called with the bytes of each frame, may raise Refused."""
 
     task: Task
     seconds: float
-    taken: Callable[[int], None]
+    on_frame: Callable[[int], None]
     future: Future[list[Tensor]] = field(default_factory=Future)
     abandoned: bool = False
 
@@ -102,7 +102,7 @@ class MediaPool:
         return len(self._jobs)
 
     async def frames(
-        self, task: Task, taken: Callable[[int], None] = lambda size: None
+        self, task: Task, on_frame: Callable[[int], None] = lambda size: None
     ) -> list[Tensor]:
         """What a medium shows, uint8 [3, tile, tile] each; cancelling it ends the decoding.
 
@@ -110,7 +110,7 @@ class MediaPool:
             Refused: `overloaded`, `too_slow`, or what is wrong with the request.
             SampleError: the medium cannot be decoded.
         """
-        job = _Job(task, self._seconds, taken)
+        job = _Job(task, self._seconds, on_frame)
         with self._changed:
             if self._closing:
                 raise Refused("overloaded", _CLOSING)
@@ -181,7 +181,7 @@ class _Worker:
     def run(self, job: _Job, unwanted: Callable[[], bool]) -> list[Tensor]:
         """The frames of a task; the errors are those of MediaPool.frames."""
         try:
-            return self._ask(job, unwanted)
+            return self._decode(job, unwanted)
         except (EOFError, OSError):  # the process has ended
             code = self.kill(patience=2.0)
             if code in (-signal.SIGXCPU, -signal.SIGKILL):
@@ -211,7 +211,7 @@ class _Worker:
         self._process.start()
         other.close()
 
-    def _ask(self, job: _Job, unwanted: Callable[[], bool]) -> list[Tensor]:
+    def _decode(self, job: _Job, unwanted: Callable[[], bool]) -> list[Tensor]:
         if self._process is None or not self._process.is_alive():
             self.kill()
             self.start()
@@ -232,7 +232,7 @@ class _Worker:
             if message[:1] == b"E":
                 raise _error(message[1:])
             try:
-                job.taken(len(message))
+                job.on_frame(len(message))
             except Refused:
                 self.kill()
                 raise
@@ -247,7 +247,7 @@ def _too_slow(seconds: float, words: str) -> Refused:
 
 
 def _error(message: bytearray) -> Exception:
-    said = json.loads(message)
-    if "reason" in said:
-        return SampleError(said["reason"], said["detail"])
-    return Refused(said["code"], said["message"], said["field"])
+    fields = json.loads(message)
+    if "reason" in fields:
+        return SampleError(fields["reason"], fields["detail"])
+    return Refused(fields["code"], fields["message"], fields["field"])

@@ -22,7 +22,11 @@ from inference.serve.typed_fields import kind, read
 
 # Name in session.update -> name in SessionConfig, where it is another.
 _NAMES = {"instructions": "system_prompt", "max_output_tokens": "max_new_tokens"}
-_GIVEN = {**{ours: name for name, ours in _NAMES.items()}, "live": "source", "clock": "source"}
+_CLIENT_NAMES = {
+    **{ours: name for name, ours in _NAMES.items()},
+    "live": "source",
+    "clock": "source",
+}
 
 
 @dataclass
@@ -85,8 +89,8 @@ def parse(text: str, limits: Limits) -> Event:
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise Refused("invalid_message", "a message is an object with a `type`", "type")
     if message["type"] not in EVENTS:
-        known = ", ".join(EVENTS)
-        raise Refused("unknown_type", f"type {message['type']!r:.60}: known are {known}", "type")
+        types = ", ".join(EVENTS)
+        raise Refused("unknown_type", f"type {message['type']!r:.60}: known are {types}", "type")
     return read(EVENTS[message["type"]], message, limits, shape="invalid_message")
 
 
@@ -102,14 +106,14 @@ def read_update(message: SessionUpdate, now: Sampling) -> dict[str, Any]:
     update = message.session
     check_model(update.model, "session.model")
     set_now = [n for n in update.model_fields_set if kind(type(update), n)[0] == "read"]
-    given = {name: getattr(update, name) for name in set_now}
-    names = {entry.name for entry in fields(Sampling)} & set(given)
-    rest = [name for name in given if name not in names | {"source", "model"}]
-    changes = {_NAMES.get(name, name): given[name] for name in rest}
+    values = {name: getattr(update, name) for name in set_now}
+    names = {entry.name for entry in fields(Sampling)} & set(values)
+    rest = [name for name in values if name not in names | {"source", "model"}]
+    changes = {_NAMES.get(name, name): values[name] for name in rest}
     if names:
-        sampling = {**asdict(now), **{name: given[name] for name in names}}
+        sampling = {**asdict(now), **{name: values[name] for name in names}}
         changes["sampling"] = Sampling(**sampling)
-    if "source" in given:
+    if "source" in values:
         live = update.source == "live"
         changes |= {"live": live, "clock": "wall" if live else "media"}
     return changes
@@ -118,7 +122,7 @@ def read_update(message: SessionUpdate, now: Sampling) -> dict[str, Any]:
 def refused_update(error: ValueError) -> Refused:
     """The error of a refused change of a session, with the client's name of the field."""
     name, _, words = str(error).partition(": ")
-    field = f"session.{_GIVEN.get(name, name)}"
+    field = f"session.{_CLIENT_NAMES.get(name, name)}"
     return Refused("invalid_value", f"{field}: {words}", field)
 
 

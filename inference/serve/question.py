@@ -97,54 +97,57 @@ def read_question(body: Any, limits: Limits, folders: MediaFolders = NO_FOLDERS)
     """Checks a request; Refused names the field. folders: those of its `file:` URLs."""
     if not isinstance(body, dict):
         raise Refused("invalid_value", "the request must be an object")
-    asked = read(ChatRequest, body, limits)
-    check_model(asked.model, "model")
-    tools = read_tools(asked, body.get("tools"))
-    reader = _Messages(limits, _frame_choice(asked), folders)
-    goes_on = asked.continue_final_message
-    messages = reader.read(asked.messages, goes_on, tools)
-    _check_last(asked, messages[-1].role)
-    schema = _schema(asked.response_format)
+    request = read(ChatRequest, body, limits)
+    check_model(request.model, "model")
+    tools = read_tools(request, body.get("tools"))
+    reader = _Messages(limits, _frame_choice(request), folders)
+    goes_on = request.continue_final_message
+    messages = reader.read(request.messages, goes_on, tools)
+    _check_last(request, messages[-1].role)
+    schema = _schema(request.response_format)
     schema = schema if tools is None else tools.schema(schema)
     question = Question(
         messages=messages,
         media=reader.media,
-        sampling=_sampling(asked),
-        max_tokens=_max_tokens(asked),
-        stop=_stop(asked.stop, limits),
-        stop_in_answer=asked.include_stop_str_in_output,
-        ignore_end=asked.ignore_eos,
-        end=_end(asked),
+        sampling=_sampling(request),
+        max_tokens=_max_tokens(request),
+        stop=_stop(request.stop, limits),
+        stop_in_answer=request.include_stop_str_in_output,
+        ignore_end=request.ignore_eos,
+        end=_end(request),
         unfinished=goes_on,
-        stream=asked.stream,
-        usage=asked.stream_options.include_usage,
-        usage_so_far=asked.stream_options.continuous_usage_stats,
-        count=asked.n,
-        likely=_likely(asked),
+        stream=request.stream,
+        usage=request.stream_options.include_usage,
+        usage_so_far=request.stream_options.continuous_usage_stats,
+        count=request.n,
+        likely=_likely(request),
         schema=schema,
         tools=tools,
         ignored=reader.ignored,
     )
-    for name, given in (("ignore_eos", question.ignore_end), ("min_tokens", question.end.least)):
-        if schema is not None and given:
+    for name, value in (("ignore_eos", question.ignore_end), ("min_tokens", question.end.least)):
+        if schema is not None and value:
             raise Refused("invalid_value", f"{name}: {question.schema_field} says the end", name)
     return question
 
 
 def check_tokens(question: Question, count: int) -> None:
     """Refuses ids that are none of the `count` tokens which the model can say."""
-    given = {"stop_token_ids": question.end.tokens, "logit_bias": question.sampling.logit_bias}
-    for name, tokens in given.items():
+    token_fields = {
+        "stop_token_ids": question.end.tokens,
+        "logit_bias": question.sampling.logit_bias,
+    }
+    for name, tokens in token_fields.items():
         for token in tokens:
             if token >= count:
                 words = f"{name}: {token}: the model says tokens from 0 to {count - 1}"
                 raise Refused("invalid_value", words, name)
 
 
-def _check_last(asked: ChatRequest, role: str) -> None:
+def _check_last(request: ChatRequest, role: str) -> None:
     """Refuses a last message that is not the one to answer, or to continue."""
-    goes_on, field = asked.continue_final_message, "add_generation_prompt"
-    if asked.add_generation_prompt == goes_on:
+    goes_on, field = request.continue_final_message, "add_generation_prompt"
+    if request.add_generation_prompt == goes_on:
         words = f"{field}: must be the opposite of continue_final_message"
         raise Refused("invalid_value", words, field)
     if goes_on and role != "assistant":
@@ -252,9 +255,9 @@ class _Messages:
         return self._written(text)
 
 
-def _frame_choice(asked: ChatRequest) -> dict[str, Any]:
+def _frame_choice(request: ChatRequest) -> dict[str, Any]:
     """Which frames are taken of videos that say nothing themselves: by the request's fields."""
-    processed, read = asked.mm_processor_kwargs.chosen, asked.media_io_kwargs.video.chosen
+    processed, read = request.mm_processor_kwargs.chosen, request.media_io_kwargs.video.chosen
     if processed and read:
         field = "media_io_kwargs.video"
         words = f"{field}: mm_processor_kwargs says which frames, too: give one of them"
@@ -262,41 +265,41 @@ def _frame_choice(asked: ChatRequest) -> dict[str, Any]:
     return processed or read
 
 
-def _sampling(asked: ChatRequest) -> Sampling:
-    given = {entry.name: getattr(asked, entry.name) for entry in fields(Sampling)}
-    return Sampling(**{name: value for name, value in given.items() if value is not None})
+def _sampling(request: ChatRequest) -> Sampling:
+    values = {entry.name: getattr(request, entry.name) for entry in fields(Sampling)}
+    return Sampling(**{name: value for name, value in values.items() if value is not None})
 
 
-def _max_tokens(asked: ChatRequest) -> int | None:
-    new, old = asked.max_completion_tokens, asked.max_tokens
+def _max_tokens(request: ChatRequest) -> int | None:
+    new, old = request.max_completion_tokens, request.max_tokens
     if None not in (new, old) and new != old:
         words = "max_tokens: is not max_completion_tokens: give one"
         raise Refused("invalid_value", words, "max_tokens")
     return old if new is None else new
 
 
-def _end(asked: ChatRequest) -> AnswerEnd:
-    least, most = asked.min_tokens, _max_tokens(asked)
+def _end(request: ChatRequest) -> AnswerEnd:
+    least, most = request.min_tokens, _max_tokens(request)
     if most is not None and least > most:
         words = f"min_tokens: {least}: is more than max_tokens, {most}"
         raise Refused("invalid_value", words, "min_tokens")
-    return AnswerEnd(least, frozenset(asked.stop_token_ids), asked.include_stop_str_in_output)
+    return AnswerEnd(least, frozenset(request.stop_token_ids), request.include_stop_str_in_output)
 
 
-def _likely(asked: ChatRequest) -> int | None:
-    if asked.top_logprobs and not asked.logprobs:
+def _likely(request: ChatRequest) -> int | None:
+    if request.top_logprobs and not request.logprobs:
         raise Refused("invalid_value", "top_logprobs: needs logprobs true", "top_logprobs")
-    return asked.top_logprobs if asked.logprobs else None
+    return request.top_logprobs if request.logprobs else None
 
 
-def _schema(given: ResponseFormat) -> dict[str, Any] | None:
+def _schema(response_format: ResponseFormat) -> dict[str, Any] | None:
     """The schema of the JSON that is asked for; None: the answer is text."""
     field = "response_format.json_schema"
-    if (given.type == "json_schema") != (given.json_schema is not None):
+    if (response_format.type == "json_schema") != (response_format.json_schema is not None):
         raise Refused("invalid_value", f"{field}: goes with type json_schema, and only so", field)
-    if given.json_schema is not None:
-        return given.json_schema.schema_
-    return {"type": "object"} if given.type == "json_object" else None
+    if response_format.json_schema is not None:
+        return response_format.json_schema.schema_
+    return {"type": "object"} if response_format.type == "json_object" else None
 
 
 def _stop(texts: Sequence[str], limits: Limits) -> list[str]:

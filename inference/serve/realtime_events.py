@@ -30,11 +30,11 @@ def as_messages(event: Event) -> list[dict[str, Any]]:
     may be asked for again."""
     message = as_message(event)
     before, after = _around(message)
-    told = [*before, message, *after]
-    for number, one in enumerate(told):
+    messages = [*before, message, *after]
+    for number, one in enumerate(messages):
         if one is not message:
             one["event_id"] = f"event_{event.seq}_{number}"
-    return told
+    return messages
 
 
 def _around(message: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

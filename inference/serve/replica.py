@@ -47,8 +47,8 @@ def add_front_route(app: FastAPI, hub: Hub, key: str) -> None:
     @app.websocket(ROUTE)
     async def front(socket: WebSocket) -> None:
         await socket.accept()
-        given = socket.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
+        token = socket.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(token.encode("latin-1"), key.encode()):
             return await socket.close(POLICY, "a wrong or no front key")
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the front has gone
             await _serve(socket, hub)
@@ -118,7 +118,7 @@ class FrontConnection(Connection):
         with super()._change():
             yield
             if self._announced is None:  # a picture that is to come counts with its announcement
-                self._journal.taken = self._number
+                self._journal.last_message = self._number
             self._journal.connection = self._facts()
 
     def _facts(self) -> dict[str, Any]:

@@ -60,8 +60,8 @@ class VideoUrl(Frames):
     detail: Annotated[str, Choice(DETAILS)] = "auto"
 
 
-def _as_object(given: Any) -> Any:
-    return {"url": given} if isinstance(given, str) else given
+def _as_object(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
 
 
 class TextPart(Fields):
@@ -100,8 +100,8 @@ def branch(value: Any) -> str:
     """The tag of a content or a part in pydantic's tagged unions."""
     if isinstance(value, str | list):
         return "<text>" if isinstance(value, str) else "<parts>"
-    given = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{given}>" if isinstance(given, str) and given.isascii() else "<none>"
+    tag = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{tag}>" if isinstance(tag, str) and tag.isascii() else "<none>"
 
 
 _Text = Annotated[TextPart, Tag("<text>")]
@@ -255,8 +255,8 @@ class MediaIO(Fields):
     image: Any = neutral("pictures are read as they are", {})
 
 
-def _as_list(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class ChatRequest(Fields):

@@ -84,10 +84,10 @@ class Server(uvicorn.Server):
 def allow_files(limits: Limits) -> None:
     """Raises this process's limit of open files to what its connections need, or as far as the
     system lets it, and says so where that is not enough. A front has another one for each."""
-    wanted = 2 * limits.connections + _OTHER_FILES
-    allowed = allow_open_files(wanted)
-    if allowed < wanted:
-        words = f"{limits.connections} connections may need {wanted} open files"
+    needed = 2 * limits.connections + _OTHER_FILES
+    allowed = allow_open_files(needed)
+    if allowed < needed:
+        words = f"{limits.connections} connections may need {needed} open files"
         cli.note(f"warning: {words}, and this process may have {allowed}: see `ulimit -Hn`")
 
 
@@ -142,8 +142,8 @@ def listen(host: str, port: int, path: str | None = None) -> ListeningSockets:
                 # A port that is free at the first of several addresses may be taken at the next.
                 if port or error.errno != errno.EADDRINUSE:
                     raise
-                taken = error
-        raise taken
+                last_error = error
+        raise last_error
     except (OSError, UnicodeError) as error:  # the latter: a part of a name is too long, or empty
         why = getattr(error, "strerror", None) or error.__cause__ or error
         if getattr(error, "errno", None) == errno.EINVAL and ":" in host:

@@ -40,7 +40,7 @@ class ResumableSession:
         self.visit, visit.id, visit.reads = visit, self.id, self.used
 
         def over() -> None:
-            visit.asked = self.asked()
+            visit.requested = self.requested()
             visit.end(self.end[0])
 
         visit.follow(self.log, visit.at)
@@ -54,7 +54,7 @@ class ResumableSession:
         """The session's usage so far."""
         raise NotImplementedError
 
-    def asked(self) -> dict[str, Any]:
+    def requested(self) -> dict[str, Any]:
         """The session's configuration, without its texts."""
         raise NotImplementedError
 
@@ -92,15 +92,15 @@ class SessionSocket:
         """Serves the socket until it closes; the session may live on."""
         replaced = self._held.attach(self)
         tasks = [asyncio.create_task(work) for work in (self._read(), self._write())]
-        gone = asyncio.create_task(replaced.wait())
+        replacement = asyncio.create_task(replaced.wait())
         try:
-            await asyncio.wait([*tasks, gone], return_when=asyncio.FIRST_COMPLETED)
-            if gone.done() and not any(task.done() for task in tasks):
+            await asyncio.wait([*tasks, replacement], return_when=asyncio.FIRST_COMPLETED)
+            if replacement.done() and not any(task.done() for task in tasks):
                 await self.close(REPLACED, "another connection has taken the session")
         finally:
-            for task in (*tasks, gone):
+            for task in (*tasks, replacement):
                 task.cancel()
-            await asyncio.gather(*tasks, gone, return_exceptions=True)
+            await asyncio.gather(*tasks, replacement, return_exceptions=True)
             self._held.detach(self)
             self._left()
 

@@ -26,12 +26,12 @@ class StopFilter:
         for at, character in enumerate(piece, 1):
             found = self._take(character)
             if found and ends:
-                said, self._held, self.stopped = self._held + piece[:at], "", True
-                return said if self._keep else said[: len(said) - found]
-        said = self._held + piece
-        known = len(said) - max(self._matched, default=0)
-        self._held = said[known:]
-        return said[:known]
+                text, self._held, self.stopped = self._held + piece[:at], "", True
+                return text if self._keep else text[: len(text) - found]
+        text = self._held + piece
+        safe = len(text) - max(self._matched, default=0)
+        self._held = text[safe:]
+        return text[:safe]
 
     def flush(self) -> str:
         """What was held back, at the end of the answer."""

@@ -40,18 +40,18 @@ class Call:
 class Tools:
     """What an answer may call.
 
-    shown: the tools as the request has them. schemas: of the arguments, by name, of those that may
-    be called. needed: the answer is a call. several: it may have more than one.
+    definitions: the tools as the request has them. schemas: of the arguments, by name, of those
+    that may be called. needed: the answer is a call. several: it may have more than one.
     """
 
-    shown: Sequence[Any]
+    definitions: Sequence[Any]
     schemas: Mapping[str, Mapping[str, Any]]
     needed: bool
     several: bool
 
     def text(self) -> str:
         """Their descriptions, for the prompt."""
-        return as_json(self.shown)
+        return as_json(self.definitions)
 
     def schema(self, other: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """A JSON Schema of the answer; None: it is free. other: of answers that call nothing."""
@@ -70,11 +70,11 @@ class Tools:
         return {"anyOf": forms}
 
 
-def read_tools(asked: ChatRequest, given: Any) -> Tools | None:
-    """The tools of a request that an answer may call; None: there are none. given: its field as it
-    came. Raises Refused."""
-    choice, schemas = asked.tool_choice, dict[str, Mapping[str, Any]]()
-    for number, tool in enumerate(asked.tools):
+def read_tools(request: ChatRequest, definitions: Any) -> Tools | None:
+    """The tools of a request that an answer may call; None: there are none. definitions: its
+    field as it came. Raises Refused."""
+    choice, schemas = request.tool_choice, dict[str, Mapping[str, Any]]()
+    for number, tool in enumerate(request.tools):
         name, parameters = tool.function.name, tool.function.parameters
         if name in schemas:
             where = f"tools[{number}].function.name"
@@ -94,7 +94,7 @@ def read_tools(asked: ChatRequest, given: Any) -> Tools | None:
         schemas = {name: schemas[name]}
     if not schemas or choice == "none":
         return None
-    return Tools(given, schemas, choice != "auto", asked.parallel_tool_calls)
+    return Tools(definitions, schemas, choice != "auto", request.parallel_tool_calls)
 
 
 def call_lines(turn: Answer) -> list[str]:
@@ -182,9 +182,9 @@ class CallReader:
         """What is held, as a call if it is one. A model of Llama 3's own form says `parameters`."""
         self._line_begins = False
         try:
-            said = json.loads(self._held)
-            name = said.pop("name")
-            ((kind, arguments),) = said.items()
+            fields = json.loads(self._held)
+            name = fields.pop("name")
+            ((kind, arguments),) = fields.items()
             named = name in self._names and kind in ("arguments", "parameters")
             if named and isinstance(arguments, dict):
                 call = Call(name, as_json(arguments, allow_nan=False))

@@ -69,8 +69,8 @@ class Trace:
         from opentelemetry.trace import set_span_in_context
 
         self._tracer = tracer
-        told = {name: value for name, value in attributes.items() if value is not None}
-        self._span = tracer.start_span(name, parent, start_time=_ns(began), attributes=told)
+        present = {name: value for name, value in attributes.items() if value is not None}
+        self._span = tracer.start_span(name, parent, start_time=_ns(began), attributes=present)
         self._context = set_span_in_context(self._span)
         self._followers: set[asyncio.Task[None]] = set()
 
@@ -90,8 +90,8 @@ class Trace:
         return part
 
     def end(self, at: float, attributes: Mapping[str, Any] | None = None) -> None:
-        told = {name: value for name, value in (attributes or {}).items() if value is not None}
-        self._span.set_attributes(told)
+        present = {name: value for name, value in (attributes or {}).items() if value is not None}
+        self._span.set_attributes(present)
         self._span.end(_ns(at))
 
     def follow(self, log: EventLog, began: float, ahead: float) -> None:
@@ -112,38 +112,38 @@ class _Reader:
 
     def __init__(self, trace: Trace, began: float, ahead: float) -> None:
         self._trace, self._began, self._ahead = trace, began, ahead
-        self._asked: float | None = began  # an answer's question is there from the beginning
-        self._taken = began
+        self._question_at: float | None = began  # an answer's question is there from the beginning
+        self._prefill_at = began
         self._created = 0.0
 
     def take(self, event: Event) -> None:
         at, data = event.t_server + self._ahead, event.data
         if event.type == "session.created":
             self._trace.add("queue", self._began, at)
-            self._asked = None
+            self._question_at = None
         elif event.type == "input_frame.processed":
             began = at - (data["lag_ms"] + data["decision_ms"]) / 1000
-            told = {f"moss.{name}": data[name] for name in ("decision", "lag_ms", "decision_ms")}
-            self._trace.add("frame", began, at, **told)
+            fields = {f"moss.{name}": data[name] for name in ("decision", "lag_ms", "decision_ms")}
+            self._trace.add("frame", began, at, **fields)
         elif event.type == "conversation.item.created":
-            self._asked, self._taken = at - data["wait_ms"] / 1000, at
+            self._question_at, self._prefill_at = at - data["wait_ms"] / 1000, at
         elif event.type == "response.created":
             self._created = at
         elif event.type == "response.done":
             self._answer(at, data["usage"]["output_tokens"], data["reason"])
-        elif event.type == "session.state" and data["state"] == "silent" and self._asked:
+        elif event.type == "session.state" and data["state"] == "silent" and self._question_at:
             self._created = at
             self._answer(at, 0, "silence")
 
     def _answer(self, at: float, tokens: int, reason: str) -> None:
-        asked, self._asked = self._asked, None
-        began = self._created if asked is None else asked
-        told = {"gen_ai.usage.output_tokens": tokens, "moss.reason": reason}
-        answer = self._trace.add("answer", began, at, **told)
-        if asked is not None:
-            if self._taken > asked:
-                answer.add("queue", asked, self._taken)
-            answer.add("prefill", self._taken, self._created)
+        question_at, self._question_at = self._question_at, None
+        began = self._created if question_at is None else question_at
+        attributes = {"gen_ai.usage.output_tokens": tokens, "moss.reason": reason}
+        answer = self._trace.add("answer", began, at, **attributes)
+        if question_at is not None:
+            if self._prefill_at > question_at:
+                answer.add("queue", question_at, self._prefill_at)
+            answer.add("prefill", self._prefill_at, self._created)
         answer.add("steps", self._created, at)
 
 

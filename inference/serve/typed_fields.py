@@ -83,21 +83,21 @@ class Fields(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _check_names(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
         names = cls.names()
-        for name, value in given.items():
+        for name, value in fields.items():
             short = str(writable(name[:60]))  # JSON has half characters
             if value is not None and name not in names:
                 raise _error("unknown_field", _hint(short, names), short)
             effect, values = kind(cls, name)
             if value is not None and effect == "refused" and not _is_one(value, values):
                 why = next(f.description for n, f in cls.model_fields.items() if n == name)
-                taken = f" (taken: {', '.join(map(repr, values))})" if values else ""
-                words = f"{value!r:.60} is not supported: {why}{taken}"
+                accepted = f" (taken: {', '.join(map(repr, values))})" if values else ""
+                words = f"{value!r:.60} is not supported: {why}{accepted}"
                 raise _error("unsupported", words, short)
-        return {n: value for n, value in given.items() if value is not None or n in cls.nullable}
+        return {n: value for n, value in fields.items() if value is not None or n in cls.nullable}
 
     @classmethod
     def names(cls) -> list[str]:
@@ -149,16 +149,16 @@ class Range:
 
 @dataclass(frozen=True, eq=False)  # a union hashes its members
 class Choice:
-    """Annotates one of some words. known: word -> what it is read as."""
+    """Annotates one of some words. meanings: word -> what it is read as."""
 
-    known: Mapping[str, Any]
+    meanings: Mapping[str, Any]
     words: str = ""
 
     def read(self, value: Any) -> Any:
-        if not isinstance(value, str) or value not in self.known:
-            expected = self.words or " or ".join(self.known)
+        if not isinstance(value, str) or value not in self.meanings:
+            expected = self.words or " or ".join(self.meanings)
             raise _error("invalid_value", f"{value!r:.60}: expected {expected}")
-        return self.known[value]
+        return self.meanings[value]
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.read)
@@ -166,7 +166,7 @@ class Choice:
     def __get_pydantic_json_schema__(
         self, _: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"enum": list(self.known)}
+        return {"enum": list(self.meanings)}
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,10 @@ class Biases:
     least: float
     largest: float
 
-    def read(self, given: Any) -> dict[int, float]:
-        if not isinstance(given, dict):
+    def read(self, biases: Any) -> dict[int, float]:
+        if not isinstance(biases, dict):
             raise _error("invalid_value", "expected an object of numbers by ids of tokens")
-        for name, value in given.items():
+        for name, value in biases.items():
             short = str(writable(name[:60]))
             if not _TOKEN_ID.fullmatch(name):
                 raise _error("invalid_value", "expected the id of a token", short)
@@ -187,7 +187,7 @@ class Biases:
             if not (number and self.least <= value <= self.largest):  # NaN is not
                 span = f"from {_written(self.least)} to {_written(self.largest)}"
                 raise _error("invalid_value", f"{value!r:.60}: expected a number {span}", short)
-        return {int(name): float(value) for name, value in given.items()}
+        return {int(name): float(value) for name, value in biases.items()}
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.read)
@@ -222,11 +222,11 @@ class Chars:
         return {"type": "string"}
 
 
-def read(model: type[Model], given: Any, limits: Limits, shape: str = "invalid_value") -> Model:
+def read(model: type[Model], value: Any, limits: Limits, shape: str = "invalid_value") -> Model:
     """A checked object; Refused names the field. shape: the code where something is no object or
     list, or is not there."""
     try:
-        return model.model_validate(given, context={"limits": limits})
+        return model.model_validate(value, context={"limits": limits})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _refused(first, shape) from None
@@ -238,8 +238,8 @@ def _refused(error: Mapping[str, Any], shape: str) -> Refused:
     field = _path([*error["loc"], *([inside] if inside else [])])
     if words is None:
         words = error["msg"]
-        if code in _INSIDE and isinstance(given := error["input"], dict) and inside in given:
-            words = f"{given[inside]!r:.60}: {words}"
+        if code in _INSIDE and isinstance(parent := error["input"], dict) and inside in parent:
+            words = f"{parent[inside]!r:.60}: {words}"
     elif isinstance(error["input"], str | int | float):
         words = f"{error['input']!r:.60}: {words}"
     if code in _WORDS or code not in _CODES:

@@ -16,7 +16,7 @@ from inference.serve.limits import Limits
 ROUTE = "/v1/front"  # a replica's, for its front alone
 # What an answer to a chat request tells its front beside the answer: a header, and lines before its
 # pieces, or before the one of a whole answer while it is made.
-ASKED = "X-Moss-Asked"
+REQUESTED = "X-Moss-Asked"
 USED_LINE = b": used "
 _HEAD = struct.Struct(">I")
 # Bytes at most: what a front keeps of a session beside its pictures; what is around a client's.

@@ -107,7 +107,7 @@ class Answer(ResponseWriter):
         self._goes_on = all_but(self._ends, logits) if end.least else None
 
     @property
-    def taken_in(self) -> bool:
+    def is_prefilled(self) -> bool:
         """Whether all of the question that it shares with other answers, and no more, is in its
         slot."""
         return self._shared and self._prompt_time is not None and len(self._tokens) == 1
@@ -131,14 +131,14 @@ class Answer(ResponseWriter):
         del self._tokens[:count], self._images[:frames]
         request.sample = not self._tokens
         if request.sample:
-            request.allowed = self._goes_on if self._said < self._ending.least else None
+            request.allowed = self._goes_on if self._token_count < self._ending.least else None
             if self._grammar is not None:
                 request.allowed = self._grammar.mask()
             request.likely = self._likely_tokens
         return request
 
     @property
-    def _said(self) -> int:
+    def _token_count(self) -> int:
         """How many tokens it has so far."""
         return 0 if self.response is None else len(self.response.tokens)
 
@@ -187,7 +187,7 @@ class Answer(ResponseWriter):
 
     def _emit_delta(self, name: str, text: str, **more: Any) -> None:
         """Says how many tokens the answer has so far, where it matters for stop texts."""
-        more |= {"tokens": self._said} if self._ending.least else {}
+        more |= {"tokens": self._token_count} if self._ending.least else {}
         super()._emit_delta(name, text, **more)
 
     def _end(self, status: str, reason: str) -> None:

@@ -33,8 +33,8 @@ def compute(
             request.features, request.images = features, []
             steps.append(None)
             continue
-        wanted = request.sample, request.allowed, request.likely, request.attend_all
-        steps.append(Step(running.slot, request.tokens, features, *wanted))
+        options = request.sample, request.allowed, request.likely, request.attend_all
+        steps.append(Step(running.slot, request.tokens, features, *options))
     sampled = iter(engine.step([step for step in steps if step is not None]))
     tokens = [None if step is None else next(sampled) for step in steps]
     for (_, request), step in zip(batch, steps, strict=True):

@@ -76,17 +76,17 @@ def rebuild(
 def _state(session: Record, pictures: Mapping[int, Tensor]) -> dict[str, Any]:
     """A saved session, with its pictures in their places."""
 
-    def shown(frame: list[Any]) -> tuple[Any, ...]:
+    def restored_frame(frame: list[Any]) -> tuple[Any, ...]:
         _, at, prompt, source = frame
         return pictures.get(source), at, prompt, source
 
     response, unfinished = session["response"], session["unfinished"]
     if unfinished:
         tokens, frame = unfinished
-        unfinished = tokens, frame and shown(frame)
+        unfinished = tokens, frame and restored_frame(frame)
     return {
         **session,
-        "frames": [shown(frame) for frame in session["frames"]],
+        "frames": [restored_frame(frame) for frame in session["frames"]],
         "response": response and (response["name"], response["tokens"]),
         "unfinished": unfinished,
     }

@@ -63,7 +63,7 @@ class RunningSession:
     def share(self, sessions: Sequence[RunningSession], engine: Engine) -> None:
         """After a step, gives the answers that wait for this one's question copies of its slot,
         once the question was taken in."""
-        if isinstance(self.task, Answer) and self.task.taken_in and self.slot is not None:
+        if isinstance(self.task, Answer) and self.task.is_prefilled and self.slot is not None:
             for other in sessions:
                 if other.leader is self and isinstance(other.task, Answer) and not other.closing:
                     other.slot = engine.on_all(fork, self.slot, other.task.sampling)
@@ -205,10 +205,10 @@ class SessionHandle:
 
     async def room(self) -> None:
         """Waits for room in the queue of frames, or the end."""
-        seen = self.log.last_seq
+        last_seq = self.log.last_seq
         while not (self._room() or self.log.closed):
-            await self.log.wait(seen)
-            seen = self.log.last_seq
+            await self.log.wait(last_seq)
+            last_seq = self.log.last_seq
 
     def keep(self, journal: Journal) -> None:
         """Has all changes from now on written into `journal`."""
@@ -256,8 +256,8 @@ class SessionHandle:
         not."""
         changed, task = self._open()
         with changed:
-            said = task.response is not None and name in (None, task.response.name)
-            cancelled = said and task.cancel()
+            current = task.response is not None and name in (None, task.response.name)
+            cancelled = current and task.cancel()
             changed.notify_all()
         return cancelled
 

@@ -31,7 +31,7 @@ class Journal:
     def __init__(self, window: int, sinks: int) -> None:
         self._sizes = {"window": window, "sinks": sinks}
         self.wake: Callable[[], None] = _nothing  # is called when there is something to read
-        self.taken = 0  # number of the last message whose effects are all there
+        self.last_message = 0  # number of the last message whose effects are all there
         self.connection: dict[str, Any] = {}  # what the server knows of the session's input
         # Pictures that are not written yet, and written ones that are not read yet: a picture goes
         # with the record that names it, for the reader forgets those that no record names.
@@ -42,11 +42,11 @@ class Journal:
         self._config: SessionConfig | None = None  # what the reader knows
         self._tokens, self._last = 0, -1  # of the slot: how many, and the position of the last
         self._frames = -1  # that have come in all
-        self._said: tuple[str, int] = ("", 0)  # response, and its tokens
+        self._written_response: tuple[str, int] = ("", 0)  # response, and its tokens
 
     def go_on(self, kept: Record) -> None:
         """Goes on after the records that another process has written."""
-        self.taken, self.connection = kept["taken"], dict(kept["connection"])
+        self.last_message, self.connection = kept["taken"], dict(kept["connection"])
         ring = kept.get("slot", {}).get("ring", {"first": [], "sources": []})
         self._sources = dict(zip(ring["first"], ring["sources"], strict=True))
 
@@ -64,7 +64,7 @@ class Journal:
         state = state_of(task, pictures=False)
         record: Record = {
             "seq": task.log.last_seq,
-            "taken": self.taken,
+            "taken": self.last_message,
             "connection": dict(self.connection),
             "session": {**state, "response": self._response(state["response"])},
         }
@@ -88,16 +88,16 @@ class Journal:
         return record, pictures
 
     def _slot(self, slot: Slot) -> Record:
-        known = self._tokens
-        if known and (known > slot.length or slot.positions[known - 1] != self._last):
-            known = 0  # text was dropped
+        written = self._tokens
+        if written and (written > slot.length or slot.positions[written - 1] != self._last):
+            written = 0  # text was dropped
         self._tokens = slot.length
         self._last = slot.positions[-1] if slot.positions else -1
         sampling = asdict(slot.sampling)
         part: Record = {
-            "from": known,
-            "tokens": slot.tokens[known:],
-            "positions": slot.positions[known:],
+            "from": written,
+            "tokens": slot.tokens[written:],
+            "positions": slot.positions[written:],
             "position": slot.position,
             "pending": slot.pending,
             "sampling": sampling,
@@ -115,9 +115,9 @@ class Journal:
         if response is None:
             return None
         name, tokens = response
-        known = self._said[1] if self._said[0] == name else 0
-        self._said = (name, len(tokens))
-        return {"name": name, "from": known, "tokens": tokens[known:]}
+        written = self._written_response[1] if self._written_response[0] == name else 0
+        self._written_response = (name, len(tokens))
+        return {"name": name, "from": written, "tokens": tokens[written:]}
 
 
 def _nothing() -> None:

@@ -344,8 +344,8 @@ class Runner:
             _emit_metrics(task, len(running.slot.frames))
 
     def _finished(self) -> list[RunningSession]:
-        known = [r for r in (*self._running, *self._parked) if not r.rebuilding]
-        return [running for running in known if running.closing or running.task.over]
+        sessions = [r for r in (*self._running, *self._parked) if not r.rebuilding]
+        return [running for running in sessions if running.closing or running.task.over]
 
     def _close_finished(self) -> None:
         with self.changed:

@@ -109,8 +109,8 @@ class Session(ResponseWriter):
             raise ValueError(f"{fixed[0]}: can be set before the first input only")
         config = replace(self.config, **changes)
         self.check_texts(config.system_prompt, config.prompt)
-        enough, self.config = self._said_enough, config
-        if self.response is not None and self._said_enough != enough:  # by another pace
+        enough, self.config = self._pace_reached, config
+        if self.response is not None and self._pace_reached != enough:  # by another pace
             self.emit("session.state", state="speaking" if enough else "waiting")
 
     # Input
@@ -172,10 +172,10 @@ class Session(ResponseWriter):
     def settled(self) -> bool:
         """All input is taken in, and what the pace allows on the media clock is said."""
         waiting = self.frames or self.prompts or self._unfinished
-        return not waiting and (self.response is None or self._said_enough)
+        return not waiting and (self.response is None or self._pace_reached)
 
     @property
-    def _said_enough(self) -> bool:
+    def _pace_reached(self) -> bool:
         """Whether, on the media clock, as many tokens have been said as the pace allows until more
         input comes."""
         config = self.config
@@ -207,7 +207,7 @@ class Session(ResponseWriter):
         self._take_prompts(request)
         if self.frames and self._frame_due(bool(request.tokens)):
             self._take_frame(request)
-        if not request.tokens and not (self.response and self._word_due(now)):
+        if not request.tokens and not (self.response and self._token_due(now)):
             return None
         request.tokens = self._queued_tokens + request.tokens
         self._queued_tokens = []
@@ -296,17 +296,17 @@ class Session(ResponseWriter):
             return True
         return config.pace is not None and self._tokens_since_frame >= config.pace
 
-    def _word_due(self, now: float) -> bool:
+    def _token_due(self, now: float) -> bool:
         """Whether the pace allows the next token; if it will later, `wake` is when."""
         config = self.config
         if config.pace is None:
             return True
         if config.clock == "media":
-            return not self._said_enough or self._input_ended
-        due = self._paced_from + config.frame_interval / config.pace
-        if now < due:
-            self.wake = due
-        return now >= due
+            return not self._pace_reached or self._input_ended
+        due_at = self._paced_from + config.frame_interval / config.pace
+        if now < due_at:
+            self.wake = due_at
+        return now >= due_at
 
     # Reports and responses
 

@@ -65,8 +65,8 @@ def resume(
             f"a saved session of version {state.get('version', 1)}: this program reads version "
             f"{_STATE_VERSION}; save it again with this program"
         )
-    given = {**state["config"], "sampling": Sampling(**state["config"]["sampling"])}
-    config = SessionConfig(**given)
+    values = {**state["config"], "sampling": Sampling(**state["config"]["sampling"])}
+    config = SessionConfig(**values)
     session = Session(state["name"], config, vocabulary, stats, log_limit, most)
     for name, attribute in _FLAGS.items():
         setattr(session, attribute, state["flags"][name])
@@ -81,8 +81,8 @@ def resume(
         session.frames.append(Frame(image, at, now, prompt, source))
     session.prompts.extend(Prompt(text, now) for text in state["prompts"])
     if state.get("unfinished"):
-        tokens, shown = state["unfinished"]
-        image, at, _, source = shown or (None, 0.0, None, 0)
+        tokens, stored_frame = state["unfinished"]
+        image, at, _, source = stored_frame or (None, 0.0, None, 0)
         frame = None if image is None else Frame(image, at, now, source=source)
         images = [] if image is None else [image]
         session._unfinished = StepRequest(list(tokens), images, began=now, frame=frame)

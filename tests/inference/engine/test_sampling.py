@@ -182,7 +182,7 @@ def test_a_batch_takes_what_its_slots_take_together_and_no_more() -> None:
         sampler = sampler_of(sampling, vocabulary=400)
         wanted = sampler(logits.clone(), slots, at, sampling.draw)
         sampler.bias[0, 17] = torch.inf
-        sampler.said += 1000
+        sampler.sampled_counts += 1000
         sampler.settings[0, 3] = 1.0  # min_p
         assert torch.equal(sampler(logits.clone(), slots, at, sampling.draw), wanted)
         other = sampler(logits.clone(), slots, at, sampling.draw | Draw.EXTRA)

@@ -59,7 +59,7 @@ def give(
             prompt = "Who is it?" if number == 3 else None
             session.push_frame(picture(number), float(number), prompt, number + 1)
             if journal is not None:
-                journal.taken = number + 1
+                journal.last_message = number + 1
 
 
 def said(events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
