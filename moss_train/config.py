@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
@@ -245,6 +246,12 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained; those of the decoder are not where it has an adapter."""
+        adapted = self.adapter.name != "none" and name.startswith("decoder.")
+        patterns = [*self.stage.train, *self.stage.also]
+        return not adapted and any(fnmatchcase(name, pattern) for pattern in patterns)
 
     @property
     def lr(self) -> float:

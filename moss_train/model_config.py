@@ -31,6 +31,13 @@ class VisionConfig:
     # memory that is free on the GPU when training starts, 16 at most; on a CPU 16.
     frames_per_chunk: int | None = number(None, above=0)
     recompute: bool = True  # run a training tower's forward pass again for its backward pass
+    # Frames of a rank and step that are left out of that, as many whole chunks as they have: their
+    # activations are kept, beside all that the decoder needs.
+    kept_frames: int = number(0, least=0)
+
+    def kept_of(self, frames: int, chunk: int) -> int:
+        """How many of a rank's frames are kept, of a step with so many of them, in chunks."""
+        return frames if frames <= self.kept_frames else self.kept_frames // chunk * chunk
 
     @property
     def grid(self) -> int:

@@ -135,7 +135,7 @@ def check_architecture(config: Config, saved: dict, checkpoint: Path) -> None:
     rope = {name: mine[name] for name in (ROPE,) if name in theirs}
     problems = list(_differences(rope, theirs, "model", (), checkpoint))
     for part, ignored in (
-        ("vision", ("frames_per_chunk", "recompute")),
+        ("vision", ("frames_per_chunk", "recompute", "kept_frames")),
         ("projector", ()),
         ("text", ()),
     ):

@@ -24,7 +24,7 @@ from moss_train import hardware
 from moss_train.config import WANDB_MODES, AdapterConfig, Config, ConfigError, LossConfig
 from moss_train.data_config import EvalSuiteConfig, SourceConfig
 from moss_train.log import log
-from moss_train.model.hf_mapping import unmatched_targets
+from moss_train.model.hf_mapping import parameters_of, unmatched_targets
 from moss_train.model_config import ModelConfig
 from moss_train.model_sizes import not_multiple, unfit_sizes
 from moss_train.overrides import configured_paths
@@ -295,6 +295,7 @@ def _without_effect(config: Config) -> Iterator[str]:
             if (value := getattr(adapter, name)) != default:
                 mend = f"give adapter=lora, too, or leave it at {default}"
                 yield f"adapter.{name}={value}: there is no adapter: {mend}"
+    yield from _kept_frames(config)
     if loss.name == "weighted" and loss.focal_gamma != LossConfig().focal_gamma:
         gamma = f"loss.focal_gamma={loss.focal_gamma}"
         mend = f"give loss=state_balanced, too, or leave it at {LossConfig().focal_gamma}"
@@ -303,6 +304,23 @@ def _without_effect(config: Config) -> Iterator[str]:
         if not logger.wandb and value not in (None, "disabled"):
             mend = "give logger=wandb, too, or leave it at null"
             yield f"logger.{name}={value}: wandb is off: {mend}"
+
+
+def _kept_frames(config: Config) -> Iterator[str]:
+    vision = config.model.vision
+    field = f"model.vision.kept_frames={vision.kept_frames}"
+    chunk = vision.frames_per_chunk or 1
+    if not vision.kept_frames:
+        return
+    if not any(map(config.trains, parameters_of(config.model, "vision"))):
+        yield f"{field}: the tower is frozen, and keeps nothing: leave it at 0, or train vision.*"
+    elif not vision.recompute:
+        yield f"{field}: model.vision.recompute=false keeps all frames: leave it at 0"
+    elif vision.kept_frames < chunk:
+        yield (
+            f"{field}: a chunk is kept as a whole, and has model.vision.frames_per_chunk={chunk} "
+            "frames: give as many, or make the chunks smaller"
+        )
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -223,6 +223,11 @@ def rules(model: ModelConfig) -> dict[str, Rule]:
     return {rule.ours: rule for rule in (*own, *pairs)}
 
 
+def parameters_of(model: ModelConfig, *parts: str) -> list[str]:
+    """Our names of the parameters of these parts: vision, projector, decoder."""
+    return [rule.ours for rule in table(model) if rule.ours.split(".")[0] in parts]
+
+
 def adaptable(rule: Rule) -> bool:
     """True for the weight of a linear layer of the decoder's layers, which LoRA can adapt."""
     return re.fullmatch(r"decoder\.layers\..*linear_\w+\.weight", rule.ours) is not None

@@ -8,9 +8,10 @@
 3. collect: the gradients, of which each rank has a part (its stages, its heads), are summed in fp32
    at the rank that encoded the frames: without a pipeline each time that a microbatch has passed.
 4. return_gradient: the ranks run the encoder's backward pass, chunk by chunk. Where the tower is
-   recomputed, nothing of a chunk was kept: one chunk's activations are there at a time. Each chunk
-   is a backward pass of its own, after which megatron adds the parameters' gradients in fp32; in
-   one pass over many chunks autograd would add them in the parameters' type, which for bf16 and
+   recomputed, the activations of a rank's first chunks alone were kept (`model.vision.kept_frames`,
+   by default of none): they are freed before the others are there, one chunk's at a time. Each
+   chunk is a backward pass of its own, after which megatron adds the parameters' gradients in fp32;
+   in one pass over many chunks autograd would add them in the parameters' type, which for bf16 and
    hundreds of chunks is off by a quarter.
 """
 
@@ -48,6 +49,7 @@ class FrameExchange:
         # Of this rank's share: frames, aspect-ratio ids, states with their graph; None: to be
         # encoded again.
         self._chunks: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.kept_frames = 0  # those of the first of them, where others are encoded again
         self._states: list[Tensor] = []  # of each microbatch, detached
         self._counts: list[int] = []  # frames of each share
         self._begun = 0  # microbatches
@@ -71,18 +73,21 @@ class FrameExchange:
         """States of all frames of a step, in order. A collective."""
         needs_grad = self.trains and torch.is_grad_enabled()
         again = needs_grad and self.tower_trains and self.model.vision.recompute
-        size, out = self.chunk, []
+        size, out, first = self.chunk, [], 0
+        self.kept_frames = self.model.vision.kept_of(len(step.frames), size) if again else 0
         self._chunks, self._counts = [], step.counts
         for frames, ratio_ids in zip(
             step.frames.split(size), step.ratio_ids.split(size), strict=True
         ):
             if not len(frames):
                 continue
-            with torch.set_grad_enabled(needs_grad and not again):
+            once = not again or first < self.kept_frames
+            first += len(frames)
+            with torch.set_grad_enabled(needs_grad and once):
                 states = self._encode(frames, ratio_ids)
             out.append(states.detach())
             if needs_grad:
-                self._chunks.append((frames, ratio_ids, None if again else states))
+                self._chunks.append((frames, ratio_ids, states if once else None))
         return self._gather(out, step.frames.shape[1])
 
     def _encode(self, frames: Tensor, ratio_ids: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ what autograd keeps, and with the peak of steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from moss_train import hardware
 from moss_train.config import Config
+from moss_train.model.hf_mapping import parameters_of
 from moss_train.model.projector import pooled_tokens
 
 FP32 = 4
@@ -47,13 +47,6 @@ class Batch:
     step_frames: int
 
 
-def trains(config: Config, name: str) -> bool:
-    """Whether a parameter is trained; those of the decoder are not where it has an adapter."""
-    adapted = config.adapter.name != "none" and name.startswith("decoder.")
-    patterns = [*config.stage.train, *config.stage.also]
-    return not adapted and any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 class DecoderActivations:
     """Bytes of activations of one microbatch of `batch`, on a rank of the layout."""
 
@@ -68,18 +61,18 @@ class DecoderActivations:
         self.keys = text.num_kv_heads * text.head_dim / layout.tensor
         self.inner = text.mlp_size / layout.tensor
         self.patches = config.data.max_tiles * pooled_tokens(config.model)
-        states = ("projector.linear.weight", "vision.class_embedding")
-        self.states_train = any(trains(config, name) for name in states)
+        encoder = parameters_of(config.model, "vision", "projector")
+        self.states_train = any(map(config.trains, encoder))
 
     def kept(self, first: int, last: int) -> float:
         """Bytes that layers [first, last) keep for their backward pass."""
         full = self.config.parallel.recompute == "full"
         cross = self.config.model.text.cross_attention_layers
-        reached = trains(self.config, "decoder.embedding.weight")
+        reached = self.config.trains("decoder.embedding.weight")
         reached |= self.config.adapter.name != "none"
         total = masks = 0.0
         for layer in range(last):
-            trained = trains(self.config, f"decoder.layers.{layer}.mlp.linear_fc1.weight")
+            trained = self.config.trains(f"decoder.layers.{layer}.mlp.linear_fc1.weight")
             sees = layer in cross and self.batch.frames > 0
             through = reached or trained or (sees and self.states_train)
             if layer >= first and through:

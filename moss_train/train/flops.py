@@ -157,6 +157,7 @@ def step_flops(
     counts: StepCounts,
     tiles: int = 1,
     recompute: str = "none",
+    kept_frames: int = 0,
 ) -> StepFlops:
     """Model FLOPs of a step; the module's docstring derives them.
 
@@ -167,6 +168,7 @@ def step_flops(
         recompute: `parallel.recompute`: full (decoder layers), none or selective, which runs no
             product again. `model.vision.recompute` says whether a tower that trains runs twice,
             and the projector behind it.
+        kept_frames: frames that it runs once.
     """
     vision_tokens = tiles * pooled_tokens(model)  # of a frame
     seeing = _Sequences(
@@ -178,14 +180,10 @@ def step_flops(
         counts.attended * vision_tokens,
     )
     text = _Sequences(counts.text_tokens, counts.text_pairs, counts.text_labels, 0, 0, 0)
-    vision = _vision(model, trained, counts.frames, tiles)
-    projector = _projector(model, trained, counts.frames * tiles)
-    twice = trained.vision and model.vision.recompute
-    encoder = StepFlops(
-        vision=vision,
-        projector=projector,
-        recomputed=vision.forward + projector.forward if twice else 0,
-    )
+    twice = counts.frames - kept_frames if trained.vision and model.vision.recompute else 0
+    vision, again = (_vision(model, trained, n, tiles) for n in (counts.frames, twice))
+    projector, too = (_projector(model, trained, n * tiles) for n in (counts.frames, twice))
+    encoder = StepFlops(vision, projector, recomputed=again.forward + too.forward)
     halves = [_decoder(model, trained, part, recompute) for part in (seeing, text)]
     return encoder + halves[0] + halves[1]
 

@@ -316,14 +316,14 @@ class Job:
         self.unlearned.add(asdict(metrics))
 
     def _metrics(self, result: StepResult, seconds: float, measured: Measured) -> StepMetrics:
-        counts, config = result.counts, self.config
-        trained = self.counts.trained
+        counts, config, trained = result.counts, self.config, self.counts.trained
         # Adapters are small: neither they nor what runs through frozen weights to them is counted.
         decoder = trained["decoder"] > 0 and not self.model.adapted
         trains = TrainedParts(trained["vision"] > 0, trained["projector"] > 0, decoder)
         flops = step_flops(
-            config.model, trains, counts, config.data.max_tiles, config.parallel.recompute
-        )
+            config.model, trains, counts, config.data.max_tiles, config.parallel.recompute,
+            result.kept_frames,
+        )  # fmt: skip
         tokens = counts.tokens + counts.text_tokens
         rank_seconds = seconds * dist.get_world_size()
         of_peak = None if self.peak is None else 1 / (rank_seconds * self.peak * 1e12)

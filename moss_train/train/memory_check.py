@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import replace
 
 from data_pipeline import cgroups
@@ -10,11 +11,17 @@ from data_pipeline.ranks import ranks_of, ranks_of_machine
 from moss_train import hardware
 from moss_train.config import Config, ConfigError
 from moss_train.log import log
-from moss_train.model.hf_mapping import our_shape, table
-from moss_train.train.activations import Batch, DecoderActivations, trains
-from moss_train.train.chunk_size import MOMENTS, kept_by_frame, passing_of_frame
+from moss_train.model.hf_mapping import our_shape, parameters_of, table
+from moss_train.train.activations import Batch, DecoderActivations
+from moss_train.train.chunk_size import (
+    MOMENTS,
+    kept_by_frame,
+    largest_chunk,
+    passing_of_frame,
+)
 
 RECOMPUTE = ("none", "selective", "full")  # from the most memory to the least
+ROOM = 0.9  # of a rank's memory: what a prediction may fill that is made to be followed
 GRADIENT = 4  # bytes a trained parameter, in fp32
 MAIN = 4  # the fp32 copy of weights in bf16; shared by the data-parallel ranks, as the moments are
 
@@ -48,7 +55,30 @@ def check_fits(config: Config) -> None:
             f"{available / 1e9:.1f}: {_remedies(config, ranks, batch)}"
         ])  # fmt: skip
     if ranks_of().rank == 0:
-        log.info("memory at the peak of a step: %s of %.1f", _described(needed), available / 1e9)
+        more = _room_for_frames(config, ranks, available)
+        log.info(
+            "memory at the peak of a step: %s of %.1f%s", _described(needed), available / 1e9, more
+        )
+
+
+def _room_for_frames(config: Config, ranks: int, available: int) -> str:
+    """What `model.vision.kept_frames` could be, where it is 0: whole chunks that are predicted to
+    fit 0.9 of the memory, since a prediction may be off by a tenth."""
+    vision = config.model.vision
+    trains = any(map(config.trains, parameters_of(config.model, "vision")))
+    if vision.kept_frames or not (vision.recompute and trains):
+        return ""
+
+    def needed(kept: int) -> int:
+        own = replace(config, model=replace(config.model, vision=replace(vision, kept_frames=kept)))
+        return sum(peak_bytes(own, ranks, largest_batch(own, ranks)).values())
+
+    chunk = vision.frames_per_chunk or largest_chunk(vision)
+    sizes = range(0, _frames_of_step(config, ranks) // _shares(config) + chunk, chunk)
+    fitting = sizes[max(0, bisect_right(sizes, ROOM * available, key=needed) - 1)]
+    if not fitting:
+        return ""
+    return f"; {needed(fitting) / 1e9:.1f} with model.vision.kept_frames={fitting}"
 
 
 def _described(needed: dict[str, int]) -> str:
@@ -71,29 +101,53 @@ def _remedies(config: Config, ranks: int, batch: Batch) -> str:
         f"data.sequence_length ({config.sequence_length})",
         f"model.vision.frames_per_chunk ({config.model.vision.frames_per_chunk or 'null'})",
     ]
+    if config.model.vision.kept_frames:
+        smaller.append(f"model.vision.kept_frames ({config.model.vision.kept_frames})")
     return f"{', '.join([*recomputing, *smaller])}, or a larger parallel.tensor ({layout.tensor})"
 
 
 def largest_batch(config: Config, ranks: int) -> Batch:
     """A step of one such microbatch for each stage of the pipeline: as many tokens and frames as
-    the bounds allow, or one sample that is longer. All that is not a frame is learned.
+    the bounds allow, or one sample that is longer. All that is not a frame is learned. Where frames
+    are kept (`model.vision.kept_frames`), it has as many.
     """
     data, stage, layout = config.data, config.stage, config.parallel
-    replicas = max(1, ranks // (layout.tensor * layout.pipeline))
-    samples = max(1, data.global_batch // replicas // layout.pipeline)
+    samples = max(1, _samples(config, ranks) // layout.pipeline)
     samples = min(samples, data.micro_batch or samples)
     longest = config.sequence_length
     tokens = max(longest, min(config.microbatch_tokens, samples * longest))
     tokens = -(-tokens // data.pad_multiple) * data.pad_multiple
-    most = {"text": 0, "image": 1, "video": stage.video_max_frames}  # of a sample
-    of_sample = max(most[modality] for modality in stage.mixture.shares)
+    of_sample = _frames_of_sample(config)
     frames = max(of_sample, min(config.microbatch_frames, samples * of_sample))
     frames = min(frames, tokens - 1)
     # A token of a stream sees the frames before it: on average half of them. The frames of clips
     # and pictures stand before all text that sees them, which takes no mask.
     masked = tokens * frames // 2 if stage.prompt == "realtime" else 0
     count = layout.pipeline
-    return Batch(tokens, tokens - frames, frames, masked, count, count * frames)
+    kept = min(config.model.vision.kept_frames * _shares(config), _frames_of_step(config, ranks))
+    return Batch(tokens, tokens - frames, frames, masked, count, max(count * frames, kept))
+
+
+def _samples(config: Config, ranks: int) -> int:
+    """Of a replica's step."""
+    replicas = max(1, ranks // (config.parallel.tensor * config.parallel.pipeline))
+    return max(1, config.data.global_batch // replicas)
+
+
+def _frames_of_sample(config: Config) -> int:
+    most = {"text": 0, "image": 1, "video": config.stage.video_max_frames}
+    return max(most[modality] for modality in config.stage.mixture.shares)
+
+
+def _frames_of_step(config: Config, ranks: int) -> int:
+    """The most that a replica's step can have."""
+    return _samples(config, ranks) * _frames_of_sample(config)
+
+
+def _shares(config: Config) -> int:
+    """Ranks of a replica among which frames are split."""
+    layout = config.parallel
+    return layout.pipeline * (1 if layout.vision_tensor else layout.tensor)
 
 
 def least_bytes(config: Config, ranks: int) -> dict[str, int]:
@@ -112,7 +166,7 @@ def least_bytes(config: Config, ranks: int) -> dict[str, int]:
         count = math.prod(our_shape(model, rule)) / stages
         count /= slices if rule.split is not None else 1
         sums["weights"] += weight * count
-        if not trains(config, rule.ours):
+        if not config.trains(rule.ours):
             continue
         sums["gradients"] += GRADIENT * count
         sums["optimizer"] += optimizer * count / (ranks // (slices * stages))
@@ -131,23 +185,25 @@ def peak_bytes(config: Config, ranks: int, batch: Batch) -> dict[str, int]:
     decoder = DecoderActivations(config, batch)
     slices = layout.tensor if layout.vision_tensor else 1
     # Frames that this rank encodes; bytes of a frame's projected states, and of their gradient.
-    own = math.ceil(batch.step_frames * slices / (layout.tensor * layout.pipeline))
+    own = math.ceil(batch.step_frames / _shares(config))
     state = decoder.patches * decoder.width * decoder.size
     gradient = state * decoder.states_train
     pixels = config.data.max_tiles * 3 * model.vision.image_size**2
     parts["frames"] = own * pixels + batch.step_frames * state
-    recomputes = frame > 0 and model.vision.recompute
-    if decoder.states_train and not recomputes:  # the encoder's graphs are kept meanwhile
-        features = decoder.patches * model.vision.output_size * decoder.size
-        parts["frames"] += own * (frame + features)
+    recomputes, keeps = frame > 0 and model.vision.recompute, model.vision.kept_frames > 0
+    chunk = min(own, model.vision.frames_per_chunk or (largest_chunk(model.vision) if keeps else 1))
+    # The graphs of these frames are kept while the decoder works.
+    features = decoder.patches * model.vision.output_size * decoder.size
+    once = model.vision.kept_of(own, chunk) if recomputes else own
+    kept = once * (frame + features) * decoder.states_train
     # Frames whose gradients wait on this rank until they are summed (parallel/exchange.py).
     waiting = batch.frames if layout.pipeline == 1 else batch.step_frames
     decoding = max(decoder.at_peak(stage) for stage in (0, layout.pipeline - 1))
-    encoding = float(own * gradient)
-    if recomputes:
-        chunk = min(own, model.vision.frames_per_chunk or 1)
-        encoding += chunk * (frame + passing_of_frame(config) / slices)
-    parts["activations"] = round(max(decoding + waiting * gradient, encoding))
+    # The memory of the kept ones is free before others are encoded again.
+    encoding = own * gradient + max(kept, chunk * frame if own > once else 0.0)
+    if frame > 0:
+        encoding += chunk * passing_of_frame(config) / slices
+    parts["activations"] = round(max(decoding + waiting * gradient + kept, encoding))
     return parts
 
 

@@ -40,6 +40,7 @@ class StepResult:
         and z, as validation has it; None: the states are not balanced.
     padded_tokens: tokens with padding.
     sources: samples by source. skipped: samples left out on the way to this step, by reason.
+    kept_frames: frames whose activations were kept, where the tower runs others again.
     refused: why the weights were not updated; None: they were.
     stop: how many ranks asked to stop (a signal).
     data_wait_s, memory_gb: of the rank that waited longest, used most.
@@ -57,6 +58,7 @@ class StepResult:
     sources: dict[str, int]
     frames_per_rank_max: int
     frames_per_rank_mean: float
+    kept_frames: int
     stop: int
     data_wait_s: float
     memory_gb: float
@@ -110,8 +112,10 @@ class TrainStep:
         frames = len(batch.frames)
         names = [source.name for source in self.config.data.sources]
         read = Counter(key.partition("/")[0] for key in batch.keys)
-        own = [0.0, 0.0, sum(batch.skipped.values()), stop, frames, *astuple(batch.unlearned)]
-        own += [read[name] for name in names]
+        # Tensor ranks that share a tower encode the same frames.
+        kept = 0 if self.model.groups.vision.tp.rank() else self.exchange.kept_frames
+        own = [0.0, 0.0, sum(batch.skipped.values()), stop, frames, kept]
+        own += [*astuple(batch.unlearned), *(read[name] for name in names)]
         sums, maxima = _numbers(own, [0.0, frames, data_wait_s, hardware.peak_memory_gb()])
         if self.model.groups.reports_loss:
             for number, own_loss in enumerate(losses):
@@ -134,7 +138,7 @@ class TrainStep:
         """Makes the step's result of the numbers that the device returned, in the order of
         `__call__`."""
         norm, verdict, most_frames, longest_wait, most_memory, *rest = numbers
-        loss, weighted, skipped, stops, encoded, *rest = rest
+        loss, weighted, skipped, stops, encoded, kept, *rest = rest
         unlearned, rest = rest[:_UNLEARNED], rest[_UNLEARNED:]
         samples, (*counts, padded, _, _) = rest[: len(names)], rest[len(names) :]
         refused = self.guard.record(int(verdict), loss)
@@ -152,6 +156,7 @@ class TrainStep:
             sources=dict(zip(names, map(int, samples), strict=True)),
             frames_per_rank_max=int(most_frames),
             frames_per_rank_mean=encoded / dist.get_world_size(),
+            kept_frames=int(kept),
             stop=int(stops),
             data_wait_s=longest_wait,
             memory_gb=most_memory,

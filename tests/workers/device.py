@@ -46,10 +46,11 @@ def train(
     dtype: str = "fp32",
     micro: int = 2,
     loss: str = "weighted",
+    kept_frames: int = 0,
     **layout: Any,
 ) -> dict[str, Any]:
     """Two steps. `data`: a kind of workers/matrix.py, "stream" or "tiles"; `loss`: a preset of
-    conf/; `layout`: of ParallelConfig.
+    conf/; `kept_frames`: of the tower; `layout`: of ParallelConfig.
 
     Returns:
         losses and gradient norms; what was seen while the second step's batch was read and while
@@ -69,7 +70,8 @@ def train(
 
     config = staged(stage, loss)
     config.model, config.parallel = small_model(dtype), ParallelConfig(**layout)
-    config.model.vision.frames_per_chunk = 64 if data == "stream" else 3
+    vision = config.model.vision
+    vision.frames_per_chunk, vision.kept_frames = 64 if data == "stream" else 3, kept_frames
     config.data.max_tiles = tiles = 4 if data == "tiles" else 1
     groups = build_groups(config.parallel, seed=1)
     model = MossVideo(config.model, config.parallel, groups)

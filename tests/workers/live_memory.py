@@ -43,6 +43,7 @@ def configured(
     micro: int = 1,
     vocabulary: int = 1024,
     frames_per_chunk: int = 16,
+    kept_frames: int = 0,
     **layout: Any,
 ) -> Any:
     """A model of a few MB, so that what a step keeps is most of its memory."""
@@ -54,7 +55,7 @@ def configured(
     vision = VisionConfig(
         hidden_size=128, num_layers=4, num_global_layers=2, num_heads=2, mlp_size=512,
         image_size=56, patch_size=14, max_tiles=1, intermediate_layers=[1],
-        frames_per_chunk=frames_per_chunk,
+        frames_per_chunk=frames_per_chunk, kept_frames=kept_frames,
     )  # fmt: skip
     text = TextConfig(
         vocab_size=vocabulary, hidden_size=256, num_layers=4, cross_attention_layers=[1],

@@ -43,7 +43,7 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
     from tests.torchrun import save_result
 
     # Groups are made once a layout.
-    names = ("dtype", "micro", "steps", "round_lengths", "accumulate")
+    names = ("dtype", "micro", "steps", "round_lengths", "accumulate", "kept_frames")
     by_layout: dict[str, list[tuple[str, dict, list[tuple[str, str]]]]] = {}
     for name, layout, cases in runs:
         options = {key: layout.pop(key) for key in names if key in layout}
@@ -62,10 +62,11 @@ def main(runs: list[tuple[str, dict, list[tuple[str, str]]]]) -> None:
 
 
 def train_case(
-    parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS, accumulate=False, **fields
-) -> dict:
+    parallel, groups, train: str, kind: str, micro=MICRO, steps=STEPS, accumulate=False,
+    kept_frames=0, **fields,
+) -> dict:  # fmt: skip
     """Trains in one layout; what came of it. `accumulate`: products add up weight gradients.
-    `fields`: of its model, other ones."""
+    `kept_frames`: of its tower. `fields`: of its model, other ones."""
     from moss_train.config import Config, OptimizerConfig, TrainerConfig
     from moss_train.convert.weights import export
     from moss_train.parallel.distribute import read_step
@@ -83,6 +84,7 @@ def train_case(
         optimizer=OptimizerConfig(lr=1e-3, eps=1e-6),
         trainer=TrainerConfig(steps=STEPS),
     )
+    config.model.vision.kept_frames = kept_frames
     config.stage.silence_weight = 0.1
     if train == "balanced":
         config.loss.name = "state_balanced"
@@ -111,6 +113,7 @@ def train_case(
         "losses": [result.loss for result in results],
         "weighted": [result.weighted_loss for result in results],
         "norms": [result.grad_norm for result in results],
+        "kept": [result.kept_frames for result in results],
         "gradients": gradients,
         "weights": _merge(export(model)),
         "adapters": _merge(

@@ -96,8 +96,9 @@ class Workbench:
         trained, config = self.counts.trained, self.config
         parts = TrainedParts(*(trained[part] > 0 for part in ("vision", "projector", "decoder")))
         flops = step_flops(
-            config.model, parts, result.counts, config.data.max_tiles, config.parallel.recompute
-        )
+            config.model, parts, result.counts, config.data.max_tiles, config.parallel.recompute,
+            result.kept_frames,
+        )  # fmt: skip
         peak = hardware.peak_tflops()
         of_peak = None if peak is None else 1 / (seconds * peak * 1e12)
         tokens = result.counts.tokens + result.counts.text_tokens

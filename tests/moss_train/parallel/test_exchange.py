@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moss_train.config import Config
+from moss_train.model.choose_kernels import choose_kernels
 from moss_train.model.moss_video import MossVideo
 from moss_train.parallel.distribute import StepBatch, TextBatch
 from moss_train.parallel.exchange import FrameExchange
@@ -20,11 +21,15 @@ from tests.moss_train.model.build import preset, random_model
 FRAMES = 256
 
 
-def built(groups, dtype: str, chunk: int, recompute: bool = True) -> MossVideo:
+def built(
+    groups, dtype: str, chunk: int, recompute: bool = True, kept: int = 0, fp8: str = "none"
+) -> MossVideo:
     """Weights of both types are equal: those that bf16 has."""
-    tiny = preset("tiny", dtype=dtype)
-    tiny.vision = replace(tiny.vision, frames_per_chunk=chunk, recompute=recompute)
-    model = random_model(tiny, groups)
+    tiny = preset("tiny", dtype=dtype, fp8=fp8)
+    tiny.vision = replace(
+        tiny.vision, frames_per_chunk=chunk, recompute=recompute, kept_frames=kept
+    )
+    model = random_model(tiny, groups, choose_kernels(tiny))
     for parameter in model.encoder.parameters():
         parameter.data.copy_(parameter.data.bfloat16())
     return model
@@ -52,9 +57,9 @@ def returned(states: Tensor) -> Tensor:
     return (0.3 + torch.rand(states.shape, generator=generator)).bfloat16().to(states.dtype)
 
 
-def gradients(groups, dtype: str, chunk: int, recompute: bool = True) -> dict[str, Tensor]:
-    """The main gradients of the encoder."""
-    model = built(groups, dtype, chunk, recompute)
+def passed(groups, *of_model, **fields) -> tuple[Tensor, dict[str, Tensor]]:
+    """The states, and the main gradients of the encoder (`built`)."""
+    model = built(groups, *of_model, **fields)
     config = Config(model=model.config)
     config.trainer.steps = 2
     state = make_train_state(model, config, freeze(model, ["vision.*", "projector.*"]))
@@ -63,7 +68,12 @@ def gradients(groups, dtype: str, chunk: int, recompute: bool = True) -> dict[st
     (states,) = exchange.encode(batch(FRAMES))
     states.grad = returned(states)
     exchange.return_gradient()
-    return {name: p.main_grad.clone() for name, p in model.encoder.named_parameters()}
+    main = {name: p.main_grad.clone() for name, p in model.encoder.named_parameters()}
+    return states.detach(), main
+
+
+def gradients(groups, dtype: str, chunk: int, recompute: bool = True) -> dict[str, Tensor]:
+    return passed(groups, dtype, chunk, recompute)[1]
 
 
 def in_one_pass(groups) -> dict[str, Tensor]:
@@ -91,6 +101,17 @@ def exact(groups) -> dict[str, Tensor]:
     return gradients(groups, "fp32", chunk=FRAMES, recompute=False)
 
 
+@pytest.fixture(scope="module")
+def of_chunk(groups) -> int:
+    """Bytes that three frames keep."""
+    model = built(groups, "fp32", chunk=3, recompute=False)
+    graphs = Kept(model.encoder.parameters())
+    exchange = exchange_of(model)
+    with graphs:
+        exchange.encode(batch(3))
+        return graphs.now
+
+
 def test_gradients_of_many_chunks_are_added_in_fp32(groups, exact) -> None:
     """What remains is the rounding of activations, whatever the number of chunks."""
     many = errors(gradients(groups, "bf16", chunk=1), exact)
@@ -103,6 +124,53 @@ def test_gradients_of_many_chunks_are_added_in_fp32(groups, exact) -> None:
 def test_chunks_change_no_gradient(groups, exact, chunk, recompute) -> None:
     ours = errors(gradients(groups, "fp32", chunk, recompute), exact)
     assert max(ours.values()) < 1e-5
+
+
+@pytest.mark.parametrize("fp8", ["none", "tower"])
+def test_kept_frames_change_no_number(groups, fp8: str) -> None:
+    """Whether all, some or none are kept, to the bit: sums have the same order."""
+    states, none = passed(groups, "bf16", 24, fp8=fp8)
+    for kept in (24, 100, FRAMES):
+        own, ours = passed(groups, "bf16", 24, kept=kept, fp8=fp8)
+        assert torch.equal(own, states)
+        assert all(torch.equal(ours[name], expected) for name, expected in none.items())
+
+
+@pytest.mark.parametrize(
+    ("frames", "most", "kept"), [(24, 0, 0), (24, 2, 0), (24, 8, 6), (24, 24, 24), (8, 20, 8)]
+)
+def test_as_many_whole_chunks_are_kept_as_are_asked_for(
+    groups, of_chunk, frames, most, kept
+) -> None:
+    """They are encoded once, and what they keep is there before the backward pass, which frees it
+    before it needs memory for others."""
+    model = built(groups, "fp32", chunk=3, kept=most)
+    exchange = exchange_of(model)
+    encoded: list[int] = []
+    model.encoder.vision.register_forward_pre_hook(lambda _, given: encoded.append(len(given[0])))
+    graphs = Kept(model.encoder.parameters())
+    with graphs:
+        (states,) = exchange.encode(batch(frames))
+        assert exchange.kept_frames == kept
+        waiting = graphs.now
+        states.grad = returned(states)
+        exchange.return_gradient()
+    assert sum(encoded) == 2 * frames - kept
+    assert waiting == pytest.approx(kept / 3 * of_chunk, rel=0.01)
+    assert graphs.peak == pytest.approx(max(kept / 3, 1) * of_chunk, rel=0.01)
+    assert graphs.now == 0
+
+
+def test_nothing_is_kept_without_a_backward_pass_or_of_a_frozen_tower(groups) -> None:
+    model = built(groups, "fp32", chunk=3, kept=24)
+    exchange = exchange_of(model)
+    with torch.no_grad():
+        (states,) = exchange.encode(batch(24))
+    assert (exchange.kept_frames, states.requires_grad) == (0, False)
+    freeze(model, ["projector.*"])
+    exchange = exchange_of(model)
+    exchange.encode(batch(24))
+    assert exchange.kept_frames == 0
 
 
 def test_one_chunk_is_kept_at_a_time(groups) -> None:

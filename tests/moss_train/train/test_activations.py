@@ -17,10 +17,19 @@ SINGLE: dict[str, dict[str, Any]] = {
     "selective": {"train": ["*"], "recompute": "selective"},
     "projector": {"train": ["projector.*"]},
     "tower": {"train": ["*"], "recompute": "full", "frames_per_chunk": 48},
+    "kept": {"train": ["*"], "frames_per_chunk": 8, "kept_frames": 38},
 }
 PAIRS: dict[str, dict[str, Any]] = {
     "tensor": {"train": ["*"], "tensor": 2, "sequence": True, "recompute": "selective"},
     "pipeline": {"train": ["decoder.*"], "pipeline": 2, "micro": 1},
+    "kept_pipeline": {
+        "train": ["*"],
+        "pipeline": 2,
+        "micro": 1,
+        "recompute": "selective",
+        "frames_per_chunk": 8,
+        "kept_frames": 16,
+    },
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from data_pipeline.fields import wrong_values
 from moss_train import hardware
 from moss_train.config import Config, ParallelConfig
 from moss_train.train import chunk_size
@@ -18,6 +19,7 @@ from moss_train.train.chunk_size import (
 )
 from moss_train.train.optimizer import make_train_state
 from moss_train.train.param_groups import freeze
+from moss_train.validate import _without_effect
 from tests.kept import Kept
 from tests.moss_train.model.build import preset, random_model
 
@@ -76,10 +78,41 @@ def test_chunks_are_sized_on_a_gpu_after_all_that_is_to_come(groups, monkeypatch
     free = 2 * 5 * kept_by_frame(config) + moments_to_come(state)
     monkeypatch.setattr(chunk_size, "hardware", GPU(free))
     assert frames_per_chunk(config, built, state) == 4
+    config.model.vision.kept_frames = 3  # a chunk is kept as a whole
+    assert frames_per_chunk(config, built, state) == 2
+    config.model.vision.kept_frames = 40
+    assert frames_per_chunk(config, built, state) == 4
     config.trainer.deterministic = True
     assert frames_per_chunk(config, built, state) == 16
+    config.model.vision.kept_frames = 12
+    assert frames_per_chunk(config, built, state) == 8
     config.model.vision.frames_per_chunk = 7
     assert frames_per_chunk(config, built, state) == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "train", "refusal"),
+    [
+        ({"kept_frames": 8}, ["vision.*"], None),
+        ({"kept_frames": 8, "frames_per_chunk": 8}, ["vision.global_layers.*"], None),
+        ({"kept_frames": 0, "recompute": False}, ["projector.*"], None),
+        ({"kept_frames": 8}, ["projector.*", "decoder.*"], "the tower is frozen, and keeps "
+         "nothing: leave it at 0, or train vision.*"),
+        ({"kept_frames": 8, "recompute": False}, ["*"], "model.vision.recompute=false keeps all "
+         "frames: leave it at 0"),
+        ({"kept_frames": 8, "frames_per_chunk": 9}, ["*"], "a chunk is kept as a whole, and has "
+         "model.vision.frames_per_chunk=9 frames: give as many, or make the chunks smaller"),
+    ],
+)  # fmt: skip
+def test_frames_that_cannot_be_kept_are_refused(fields, train, refusal):
+    config = Config(model=preset("tiny"))
+    config.model.vision = replace(config.model.vision, **fields)
+    config.stage.train = train
+    expected = [] if refusal is None else [f"model.vision.kept_frames=8: {refusal}"]
+    assert list(_without_effect(config)) == expected
+    config.model.vision.kept_frames = -1
+    (wrong,) = wrong_values(config)
+    assert wrong.startswith("model.vision.kept_frames=-1: must be")
 
 
 class GPU:

@@ -44,6 +44,7 @@ MORE_COLLECTIVES = 0 if version("megatron-core").startswith("0.16.") else 2
 # Each rank that encoded frames gets their gradient by a collective.
 SINGLE = {
     "pt2": Asked({"stage": "pt2"}, 1999, 4),
+    "pt2_kept": Asked({"stage": "pt2", "kept_frames": 6}, 1879, 4),
     "pt1_bf16": Asked({"stage": "pt1", "dtype": "bf16"}, 1128, 4),
     "sft_selective": Asked({"stage": "sft", "recompute": "selective", "data": "tiles"}, 2499, 4),
     "realtime_balanced": Asked({"stage": "realtime_sft", "loss": "state_balanced"}, 2058, 4),

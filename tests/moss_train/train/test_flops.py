@@ -210,6 +210,15 @@ def test_a_trainable_tower_that_recomputes_runs_forward_twice_and_the_projector_
     assert step_flops(model, PT1, StepCounts(frames=2), TILES).recomputed == 0
 
 
+def test_frames_whose_activations_are_kept_run_forward_once():
+    model = small()
+    model.vision.recompute = True
+    flops = step_flops(model, ALL, StepCounts(frames=5), TILES, kept_frames=3)
+    assert flops.recomputed == step_flops(model, ALL, StepCounts(frames=2), TILES).recomputed > 0
+    assert flops.total == step_flops(model, ALL, StepCounts(frames=5), TILES).total
+    assert step_flops(model, ALL, StepCounts(frames=5), TILES, kept_frames=5).recomputed == 0
+
+
 def test_a_token_of_the_11b_model_costs_two_flops_a_weight_of_llama_8b():
     counts = StepCounts(text_tokens=1, text_labels=1)
     flops = step_flops(ModelConfig(), ALL, counts)

@@ -145,6 +145,40 @@ def test_a_batch_that_cannot_fit_is_refused_with_what_to_change(gpu, caplog) -> 
     assert f"{needed / 1e9:.1f} GB" in record.getMessage()
 
 
+def test_kept_frames_are_counted_and_a_number_that_fits_is_named(gpu, caplog) -> None:
+    """`everything`, with the figures of docs/gpu.md ("What a step keeps")."""
+    config = CASES["everything"].config("cpu", "x")
+    config.parallel.recompute, config.model.vision.frames_per_chunk = "selective", 8
+    config.hardware.device = "cuda"
+    batch = Batch(3376, 3200, 128, 0, 1, 128)
+
+    def needed(kept: int, batch: Batch = batch) -> float:
+        config.model.vision.kept_frames = kept
+        return sum(peak_bytes(config, 1, batch).values()) / 1e9
+
+    sizes = {kept: round(needed(kept)) for kept in (0, 8, 16, 20, 40, 128, 1000)}
+    assert sizes == {0: 69, 8: 73, 16: 86, 20: 86, 40: 128, 128: 280, 1000: 280}
+    config.model.vision.kept_frames = 300
+    assert largest_batch(config, 1).step_frames == 300
+    assert largest_batch(config, 2).step_frames == 256  # of a replica: 4 clips of 64 frames at most
+    gpu(1e9 * needed(300, largest_batch(config, 1)) - 1e9)
+    with pytest.raises(ConfigError, match=r"model\.vision\.kept_frames \(300\)"):
+        check_fits(config)
+    caplog.set_level("INFO")
+    gpu(150e9)
+    config.model.vision.kept_frames = 0
+    check_fits(config)
+    named = caplog.records[-1].getMessage().partition("; ")[2]
+    size, number = named.split(" with model.vision.kept_frames=")
+    config.model.vision.kept_frames = int(number)
+    assert needed(int(number), largest_batch(config, 1)) == pytest.approx(float(size), abs=0.06)
+    assert float(size) < 0.9 * 150 < needed(int(number) + 8, largest_batch(config, 1))
+    for kept, train in ((int(number), ["*"]), (0, ["projector.*"])):
+        config.model.vision.kept_frames, config.stage.train = kept, train
+        check_fits(config)
+        assert ";" not in caplog.records[-1].getMessage()
+
+
 def test_on_a_cpu_a_batch_is_not_judged(caplog) -> None:
     config = config_of("tiny", ["*"])
     config.hardware.device = "cpu"
