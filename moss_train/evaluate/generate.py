@@ -76,14 +76,16 @@ def generate(model: Model, talks: Sequence[GeneratedConversation]) -> None:
 
 
 def answers(model: Model, watched: Sequence[ShownSample], most: int = 64) -> list[str]:
-    """What the model says in the last turn of each conversation, in place of its answer."""
+    """What the model says in the last turn of each conversation, in place of its answer, in at most
+    `most` tokens or as many as the answer has."""
     special, talks = model.encoder.special, []
     ends = {special.eot_id, special.end_of_text}
     for sample in watched:
-        prompt = sample.item.encoded.tokens[: answer_start(sample.item)].tolist()
-        script = [*script_of(prompt, special.image), SPEAK]
+        tokens, start = sample.item.encoded.tokens, answer_start(sample.item)
+        script = [*script_of(tokens[:start].tolist(), special.image), SPEAK]
+        longest = max(most, len(tokens) - start)
         talks.append(
-            GeneratedConversation(script, sample.states, sample.ratios, ends, most, sample.blind)
+            GeneratedConversation(script, sample.states, sample.ratios, ends, longest, sample.blind)
         )
     generate(model, talks)
     return [model.tokenizer.decode(talk.utterances[-1]) for talk in talks]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 import torch
 
 from data_pipeline.schema import parse_sample
@@ -17,7 +20,7 @@ from moss_train.evaluate.generate import (
     stream_script,
     streams,
 )
-from moss_train.evaluate.items import Item
+from moss_train.evaluate.items import Item, make_item
 from moss_train.evaluate.model import TrainedModel
 from moss_train.evaluate.replica import text_batch
 from moss_train.parallel.schedule import run_logits
@@ -50,6 +53,33 @@ def test_every_word_is_the_likeliest_after_all_before_it(model, live) -> None:
             at += len(said)
             spoken += len(said)
     assert spoken > 200
+
+
+class Reciter:
+    """Says what the sample has, token by token."""
+
+    def __init__(self, model: TrainedModel, item: Item) -> None:
+        self.tokenizer, self.encoder, self.encode = model.tokenizer, model.encoder, model.encode
+        self._tokens = item.encoded.tokens.tolist()
+
+    def next_tokens(self, inputs: Sequence[ModelInput]) -> list[int]:
+        return [self._tokens[len(one.tokens)] for one in inputs]
+
+    def predict(self, inputs: Sequence[ModelInput]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        raise NotImplementedError
+
+
+def test_a_long_answer_is_said_whole(model, questions) -> None:
+    """Cut off, it would count as wrong, whoever says it."""
+    item = questions[0]
+    turns = [{"role": "user", "content": "Tell all."},
+             {"role": "assistant", "content": "red circle left " * 60}]  # fmt: skip
+    line = json.dumps({"kind": "chat", "messages": turns, "media": []}).encode()
+    long = make_item("sft/text", "long", {"json": line}, model.encoder)
+    for one in (item, long):
+        (said,) = answers(Reciter(model, one), watch(model, [one]))
+        assert said == one.answer
+    assert len(long.encoded.tokens) > 150
 
 
 def test_answers_do_not_depend_on_the_neighbours(model, questions) -> None:
