@@ -24,7 +24,7 @@ from inference.evaluate.streaming.items import (
     Watched,
 )
 from inference.evaluate.streaming.templates import Templates
-from inference.evaluate.streaming.text import last_number, letter, says
+from inference.evaluate.streaming.text import choice, last_number, says
 from inference.evaluate.streaming.timing import Timing
 
 GROUPS = {
@@ -95,6 +95,7 @@ class OvoBench:
             "task": entry.text("task"),
             "question": entry.text("question"),
             "options": "; ".join(lines) + ";",
+            "choices": options,
             "answer": chr(65 + right),
             "realtime": second,
         }
@@ -144,7 +145,7 @@ class OvoBench:
         ask = item.asks[0]
         if task in _CHOICE:
             answer = next((e.text for e in emissions if e.turn == 1), "")
-            right = letter(answer) == truth["answer"]
+            right = choice(answer, truth["choices"]) == truth["answer"]
             reply = Reply(item.start, ask.second, ask.text, answer)
             return [_point(item, item.id, right, reply, truth["answer"])]
         if task == "CRR":

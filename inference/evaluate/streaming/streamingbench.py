@@ -21,7 +21,7 @@ from inference.evaluate.streaming.items import (
     Watched,
 )
 from inference.evaluate.streaming.templates import Templates
-from inference.evaluate.streaming.text import letter
+from inference.evaluate.streaming.text import choice
 from inference.evaluate.streaming.timing import Timing
 
 FILES = {
@@ -72,12 +72,12 @@ class StreamingBench:
             Entry(f"{place}, {i}", one, ("video_path", "questions")) for i, one in enumerate(data)
         ]
         questions = [q for entry in entries for q in entry.entries("questions", _CHOICE, least=1)]
-        pairs = sorted((self._ask_of(q) for q in questions), key=lambda pair: pair[0].second)
-        asks, truths = [ask for ask, _ in pairs], [truth for _, truth in pairs]
-        start, end = self._timing.start(asks[0].second), self._timing.end(asks[-1].second)
-        truth = {"part": "sqa", "questions": truths}
+        asks, truths = zip(*(self._ask_of(q) for q in questions), strict=True)
+        seconds = [ask.second for ask in asks]
+        start, end = self._timing.start(min(seconds)), self._timing.end(max(seconds))
+        truth = {"part": "sqa", "questions": list(truths)}
         video = _video(entries[0], videos)
-        return Item(name, "streamingbench sqa", video, tuple(asks), start, end, truth)
+        return Item(name, "streamingbench sqa", video, asks, start, end, truth)
 
     def _ask_of(self, question: Entry) -> tuple[Ask, dict[str, Any]]:
         """The turn that asks a multiple-choice question, and what its scorer needs."""
@@ -163,13 +163,15 @@ class StreamingBench:
             return self._alert_points(
                 item, first.second if first else None, first.text if first else ""
             )
+        # In the stream questions come in the order of their seconds, not always the file's.
+        turns = sorted(range(len(item.asks)), key=lambda number: item.asks[number].second)
         answers = [
-            next((e.text for e in emissions if e.turn == turn), "")
-            for turn in range(1, len(item.asks) + 1)
+            next((e.text for e in emissions if e.turn == turns.index(number) + 1), "")
+            for number in range(len(item.asks))
         ]
         return [
-            _point(item, i, letter(answer) == question["answer"], question, answer)
-            for i, (question, answer) in enumerate(zip(truth["questions"], answers, strict=True))
+            _point(item, i, choice(answer, q["options"]) == q["answer"], q, answer)
+            for i, (q, answer) in enumerate(zip(truth["questions"], answers, strict=True))
         ]
 
     @staticmethod

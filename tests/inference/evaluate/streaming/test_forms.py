@@ -13,10 +13,14 @@ import pytest
 
 from inference.evaluate.streaming.config import StreamingConfig
 from inference.evaluate.streaming.forms import FormError
+from inference.evaluate.streaming.items import Emission, Reply, Watched
+from inference.evaluate.streaming.judge import no_judge
 from inference.evaluate.streaming.selection import select
+from inference.evaluate.streaming.streamingbench import StreamingBench
 from inference.evaluate.streaming.templates import describe_own, read_templates
-from inference.evaluate.streaming.text import last_number, letter, says
-from tests.inference.evaluate.streaming.published import WRITERS
+from inference.evaluate.streaming.text import choice, last_number, letter, says
+from inference.evaluate.streaming.timing import Timing
+from tests.inference.evaluate.streaming.published import WRITERS, write_streamingbench
 
 Change = Callable[[Any], Any]
 
@@ -165,8 +169,61 @@ def test_words_of_the_benchmark_are_those_of_its_repository(tmp_path: Path) -> N
 
 
 def test_letters_numbers_and_phrases_are_found_in_texts() -> None:
-    texts = ("B", "(b) or C.", "Answer: D", "A cat", "I am", "", "Bananas", "option A's")
-    assert [letter(text) for text in texts] == ["B", "C", "D", "A", "", "", "", ""]
     assert [last_number(t) for t in ("1 of 12", "Three!", "none", "2nd")] == [12, 3, None, None]
     assert says("Now: put on the Wig!", "put on the wig")
     assert not says("input on the wig", "put on")
+
+
+# What models answer to questions with options.
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B. A cat", "B"), ("B) a cat", "B"),
+        ("The answer is B", "B"), ("Answer: b", "B"), ("The answer is (b).", "B"),
+        ("**B**", "B"), ("**Answer:** B", "B"), ("B, because A man walks", "B"), ("答案是B", "B"),
+        ("选B。", "B"), ("Ｂ", "B"), ("（Ｂ）", "B"), ("A is right", "A"), ("A", "A"), ("A.", "A"),
+        ("(A) red", "A"), ("A: red", "A"), ("I say A", "A"), ("B or C", "B"), ("(b) or C.", "C"),
+        # Articles, names and other words are no options.
+        ("A man opens the door, so it is B", "B"), ("A cat", ""), ("A 3D film", ""),
+        ("a dog", ""), ("The answer is a dog", ""), ("C-shaped", ""), ("It is in 3D", ""),
+        ("I am", ""), ("", ""), ("Bananas", ""), ("option A's", ""), ("As an AI, I cannot.", ""),
+    ],
+)  # fmt: skip
+def test_letters_of_options_are_found_in_answers(text: str, wanted: str) -> None:
+    assert letter(text) == wanted
+
+
+@pytest.mark.parametrize("form", ["{}", "{letter}. {}"])
+def test_who_says_an_options_words_names_that_option(form: str) -> None:
+    texts = ("a dog", "A cat", "the cat B", "A")
+    options = [form.format(t, letter=chr(65 + n)) for n, t in enumerate(texts)]
+    said = {"A cat.": "B", "the Cat B": "C", "**A dog**": "A", "A": "A", "D": "D", "B. A cat": "B"}
+    assert {text: choice(text, options) for text in said} == said
+    assert choice("a cat or a dog", options) == ""
+
+
+def test_questions_that_follow_each_other_are_asked_in_the_order_of_their_file(
+    tmp_path: Path,
+) -> None:
+    """As StreamingBench's own loop: in one published list the last question has the first time."""
+    path = write_streamingbench(tmp_path) / "questions_sqa.json"
+    (entries,) = json.loads(path.read_text())
+    path.write_text(json.dumps([[entries[n] for n in (1, 2, 0)]]))  # at 12, 20 and 6
+    benchmark = StreamingBench(read_templates(), Timing())
+    (item,) = benchmark.read(path, tmp_path)
+    asked: list[tuple[float | None, str]] = []
+
+    def ask(start: float, end: float | None, question: str) -> Reply:
+        asked.append((end, question))
+        return Reply(start, end or 0.0, question, {12.0: "C", 20.0: "B"}.get(end or 0, "D"))
+
+    replies = benchmark.poll(item, ask)
+    assert [second for second, _ in asked] == [12, 20, 6]
+    assert ["What is there at 20?" in question for _, question in asked] == [False, True, True]
+    points = benchmark.official(item, replies, no_judge)
+    assert [(p.score, p.at) for p in points] == [(1, 12), (1, 20), (0, 6)]
+    # In a stream they come as time goes by.
+    said = tuple(Emission(at, text, at, turn) for turn, (at, text) in
+                 enumerate([(7.0, "A"), (13.0, "C"), (21.0, "none")], 1))  # fmt: skip
+    points = benchmark.push(item, Watched(said, 30.0), no_judge)
+    assert [(p.score, p.at) for p in points] == [(1, 12), (0, 20), (1, 6)]
