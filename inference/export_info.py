@@ -7,6 +7,7 @@ their stage's name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import get_args
 from data_pipeline.prompts import STAGE_FORMS, PromptForm
 
 FORM_KEY, STAGE_KEY = "moss_prompt_form", "moss_stage"
+# A weights file without a known SHA-256 is known by so many parts of so many bytes, spread over it.
+_PARTS, _PART = 16, 2**16
 
 
 class ExportError(Exception):
@@ -24,11 +27,13 @@ class ExportError(Exception):
 @dataclass(frozen=True)
 class ExportInfo:
     """prompt_form: None: unknown. stage: the name of its last training stage; None: unknown. tile:
-    pixels of the side of a picture as the model sees it; None: unknown."""
+    pixels of the side of a picture as the model sees it; None: unknown. weights: `weights_of` the
+    folder."""
 
     prompt_form: PromptForm | None
     stage: str | None
     tile: int | None = None
+    weights: str = ""
 
     @property
     def watches(self) -> bool | None:
@@ -42,7 +47,7 @@ class ExportInfo:
 
 
 def read_export_info(checkpoint: str | Path) -> ExportInfo:
-    """Reads a folder's config.json and nothing else; ExportError."""
+    """Reads a folder's config.json, and of its weights no more than `weights_of`; ExportError."""
     path = Path(checkpoint) / "config.json"
     if not path.is_file():
         raise ExportError(f"{checkpoint}: there is no {path}: give the folder of an export")
@@ -57,4 +62,28 @@ def read_export_info(checkpoint: str | Path) -> ExportInfo:
         raise ExportError(f"{path}: {FORM_KEY} {form!r}, allowed: {allowed}")
     vision = config.get("vision_config")
     tile = vision.get("image_size") if isinstance(vision, dict) else None
-    return ExportInfo(form, stage, tile if isinstance(tile, int) else None)
+    tile = tile if isinstance(tile, int) else None
+    return ExportInfo(form, stage, tile, weights_of(Path(checkpoint)))
+
+
+def weights_of(export: Path) -> str:
+    """A digest of the weights in a folder: of the SHA-256 of its files in manifest.json, where an
+    export has one, else of their sizes and parts of them. Empty: there are no weights."""
+    try:
+        known = json.loads((export / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    digest, files = hashlib.sha256(), sorted(export.glob("*.safetensors"))
+    for path in files:
+        size, sha = path.stat().st_size, known.get(path.name, {}).get("sha256")
+        digest.update(f"{path.name} {size} {sha or _parts_of(path, size)}\n".encode())
+    return digest.hexdigest()[:16] if files else ""
+
+
+def _parts_of(path: Path, size: int) -> str:
+    digest, last = hashlib.sha256(), max(0, size - _PART)
+    with path.open("rb") as file:
+        for number in range(_PARTS):
+            file.seek(last * number // (_PARTS - 1))
+            digest.update(file.read(_PART))
+    return digest.hexdigest()

@@ -1,17 +1,19 @@
 """Compares two evaluations of the same items: how far they differ, and whether by chance.
 
-Only items that both answered are compared. The interval is that of a paired bootstrap over groups
-of items that show the same media (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-chapter 13): questions about one video are not independent. The p-value is McNemar's exact test
-(McNemar, Psychometrika 12, 1947): of the items that one run has right and the other wrong, half
-would be on each side.
+Only items that both answered are compared. Items that show the same media are not independent, in
+whichever rows they stand; they are a group. The interval is that of a paired bootstrap over groups
+(Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). The p-value is that of
+the exact test in which each group could as well have had its gains and losses the other way round;
+where each item is a group of its own, that is McNemar's (Psychometrika 12, 1947).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ class Difference:
 
     row: str
     count: int  # items that both runs answered
-    only_first: int  # items that only one of the runs answered
+    only_first: int  # items that only one of the runs answered, or of which it has another one
     only_second: int
     first: float  # mean score over the shared items
     second: float
@@ -36,7 +38,7 @@ class Difference:
     high: float
     gained: int | None = None  # items that turned right; None: scores are not right or wrong
     lost: int | None = None  # items that turned wrong
-    p: float | None = None  # McNemar's p-value
+    p: float | None = None  # of the exact test
 
     @property
     def difference(self) -> float:
@@ -56,39 +58,45 @@ def compare(
     first: Mapping[str, Mapping[str, Item]],
     second: Mapping[str, Mapping[str, Item]],
     bootstrap: Bootstrap = Bootstrap(),
+    views: Collection[str] = (),
 ) -> list[Difference]:
     """The difference in each row that both runs have; of several rows also their mean, last.
 
-    first, second: items by row and id, as `read_items` returns them. BenchmarkError: the two runs
-    share no scored item.
+    first, second: items by row and id, as `read_items` returns them. views: rows that are not part
+    of the mean (`Row.view`). BenchmarkError: the two runs share no scored item.
     """
-    rows = [row for row in first if row in second and _shared(first[row], second[row])]
+    rows = [row for row in first if _shared(first[row], second.get(row, {}))]
     if not rows:
         raise BenchmarkError("the runs share no item with a score: compare runs of one suite")
     rng = np.random.default_rng(bootstrap.seed)
-    differences, draws = [], []
+    differences, groups = [], list[_Groups]()
     for row in rows:
         one, other = first[row], second[row]
         ids = _shared(one, other)
-        drawn = _draw([one[name] for name in ids], [other[name] for name in ids], bootstrap, rng)
-        draws.append(drawn)
-        interval = _interval(drawn, bootstrap.level)
-        differences.append(_difference(row, one, other, ids, interval))
-    if len(rows) > 1:
-        interval = _interval(np.mean(draws, axis=0), bootstrap.level)
-        differences.append(_together(differences, interval))
+        own = _grouped([(one[name], other[name]) for name in ids])
+        interval = _interval(_draw([own], bootstrap, rng), bootstrap.level)
+        differences.append(_difference(row, one, other, ids, own, interval))
+        groups.append(own)
+    mains = [number for number, row in enumerate(rows) if row not in views]
+    if len(mains) > 1:
+        parts, grouped = [differences[n] for n in mains], [groups[n] for n in mains]
+        interval = _interval(_draw(grouped, bootstrap, rng), bootstrap.level)
+        differences.append(_together(parts, grouped, interval))
     return differences
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """The two-sided exact p-value: the probability of min(gained, lost) or fewer heads, or of as
-    few tails, in gained + lost throws of a fair coin."""
-    count, least = gained + lost, min(gained, lost)
-    term, total = 1, 0
-    for k in range(least + 1):
-        total += term
-        term = term * (count - k) // (k + 1)
-    return min(1.0, 2 * total / 2**count)
+def exact_p(net: Sequence[int]) -> float:
+    """The two-sided p-value: how probable a sum is that is as far from 0, or farther, where each
+    term has either sign with the same probability. `net`: items gained less items lost of each
+    group."""
+    sizes = [abs(term) for term in net if term]
+    total, found = sum(sizes), abs(sum(net))
+    chances = np.zeros(2 * total + 1)  # of the sums -total to total
+    chances[total] = 1.0
+    for size in sizes:
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2
+    sums = np.abs(np.arange(-total, total + 1))
+    return min(1.0, float(chances[sums >= found].sum()))
 
 
 def changed(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[str]:
@@ -97,13 +105,39 @@ def changed(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[str]:
     return [name for name in ids if first[name]["score"] != second[name]["score"]]
 
 
+def not_compared(
+    first: Mapping[str, Mapping[str, Item]], second: Mapping[str, Mapping[str, Item]]
+) -> list[str]:
+    """Rows with scores in either run of which the two share none."""
+    runs = [
+        {row for row, items in run.items() if any(map(_scored, items.values()))}
+        for run in (first, second)
+    ]
+    shared = {row for row in first if _shared(first[row], second.get(row, {}))}
+    return sorted((runs[0] | runs[1]) - shared)
+
+
 def _shared(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[str]:
-    """Ids of the items that have a score in both."""
+    """Ids of the items that have a score in both, and are the same question."""
     return [
         name
         for name, item in first.items()
-        if item.get("score") is not None and second.get(name, {}).get("score") is not None
+        if _scored(item) and _scored(other := second.get(name, {})) and _same(item, other)
     ]
+
+
+def _scored(item: Item) -> bool:
+    return item.get("score") is not None
+
+
+def _same(one: Item, other: Item) -> bool:
+    """Whether two items of one id ask the same: about files of the same names, about the same
+    pictures, with the same reference. Another prompt is no other question."""
+    files = [[PurePath(path).name for path in item.get("media") or ()] for item in (one, other)]
+    if files[0] != files[1]:
+        return False
+    keys = [key for key in ("reference", "pictures") if key in one and key in other]
+    return all(one[key] == other[key] for key in keys)
 
 
 def _difference(
@@ -111,67 +145,113 @@ def _difference(
     first: Mapping[str, Item],
     second: Mapping[str, Item],
     ids: Sequence[str],
+    groups: _Groups,
     interval: tuple[float, float],
 ) -> Difference:
     before, after = (
         math.fsum(run[name]["score"] for name in ids) / len(ids) for run in (first, second)
     )
     only_first, only_second = (
-        sum(item.get("score") is not None for item in run.values()) - len(ids)
-        for run in (first, second)
+        sum(map(_scored, run.values())) - len(ids) for run in (first, second)
     )
     pairs = [(first[name].get("correct"), second[name].get("correct")) for name in ids]
     gained = lost = p = None
     if all(isinstance(value, bool) for pair in pairs for value in pair):
         gained, lost = pairs.count((False, True)), pairs.count((True, False))
-        p = mcnemar(gained, lost)
+        p = exact_p([group.net for group in groups.values()])
     low, high = interval
     return Difference(
         row, len(ids), only_first, only_second, before, after, low, high, gained, lost, p
     )
 
 
-def _together(rows: Sequence[Difference], interval: tuple[float, float]) -> Difference:
+def _together(
+    rows: Sequence[Difference], groups: Sequence[_Groups], interval: tuple[float, float]
+) -> Difference:
     """The difference of the mean of all rows, each with the same weight whatever its number of
-    items. McNemar's test is over all items."""
+    items. The test is over all items."""
     before = math.fsum(r.first for r in rows) / len(rows)
     after = math.fsum(r.second for r in rows) / len(rows)
     count, only_first, only_second = (
         sum(getattr(r, name) for r in rows) for name in ("count", "only_first", "only_second")
     )
-    tested = [r for r in rows if r.p is not None]
+    tested = [(r, own) for r, own in zip(rows, groups, strict=True) if r.p is not None]
     gained = lost = p = None
     if tested:
-        gained, lost = sum(r.gained or 0 for r in tested), sum(r.lost or 0 for r in tested)
-        p = mcnemar(gained, lost)
+        gained, lost = (
+            sum(getattr(r, name) or 0 for r, _ in tested) for name in ("gained", "lost")
+        )
+        net = Counter[object]()
+        for number, (_, own) in enumerate(tested):
+            for key, group in own.items():
+                net[key if isinstance(key, tuple) else (number, key)] += group.net
+        p = exact_p(list(net.values()))
     low, high = interval
     return Difference(
         ALL, count, only_first, only_second, before, after, low, high, gained, lost, p
     )
 
 
-def _draw(
-    first: Sequence[Item], second: Sequence[Item], bootstrap: Bootstrap, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """The mean difference of each resample `[resamples]`.
+@dataclass
+class _Group:
+    """Items about the same media."""
 
-    All that counts of a group is the sum of its differences and its size. Groups that are equal in
-    both are drawn together, from a multinomial distribution: the same, and fast for 100,000 items.
+    difference: float = 0.0  # sum of the scores' differences
+    count: int = 0
+    net: int = 0  # items gained less items lost
+
+
+# By media, or by number where an item has none.
+_Groups = dict[object, _Group]
+
+
+def _grouped(pairs: Sequence[tuple[Item, Item]]) -> _Groups:
+    groups: _Groups = {}
+    for number, (one, other) in enumerate(pairs):
+        media = (*(one.get("media") or ()), *(one.get("pictures") or ()))
+        group = groups.setdefault(media or number, _Group())
+        group.difference += float(other["score"]) - float(one["score"])
+        group.count += 1
+        group.net += (other.get("correct") is True) - (one.get("correct") is True)
+    return groups
+
+
+def _draw(
+    rows: Sequence[_Groups], bootstrap: Bootstrap, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """The mean difference of each resample `[resamples]`, of several rows the mean of their means.
+
+    Groups are drawn from those of the same rows, so that no row is ever without items. All that
+    counts of a group is the sum of its differences and its size, in each row. Groups that are equal
+    in these are drawn together, from a multinomial distribution: the same, and fast for 100,000
+    items.
     """
-    groups: dict[object, list[float]] = {}
-    for number, (one, other) in enumerate(zip(first, second, strict=True)):
-        media = tuple(one.get("media") or ())
-        group = groups.setdefault(media or number, [0.0, 0.0])
-        group[0] += float(other["score"]) - float(one["score"])
-        group[1] += 1
-    kinds, counts = np.unique(np.array(list(groups.values())), axis=0, return_counts=True)
-    share, parts = counts / counts.sum(), []
-    step = max(1, _AT_ONCE // len(kinds))
-    for start in range(0, bootstrap.resamples, step):
-        size = min(step, bootstrap.resamples - start)
-        drawn = rng.multinomial(counts.sum(), share, size=size) @ kinds
-        parts.append(drawn[:, 0] / drawn[:, 1])
-    return np.concatenate(parts)
+    strata: dict[tuple[int, ...], list[list[float]]] = {}
+    for places, parts in _over_rows(rows):
+        numbers = [x for part in parts for x in (part.difference, part.count)]
+        strata.setdefault(places, []).append(numbers)
+    sums = np.zeros((bootstrap.resamples, len(rows), 2))
+    for places, found in strata.items():
+        kinds, counts = np.unique(np.array(found), axis=0, return_counts=True)
+        share, step = counts / counts.sum(), max(1, _AT_ONCE // len(kinds))
+        for start in range(0, bootstrap.resamples, step):
+            part = slice(start, start + step)
+            size = len(sums[part])
+            drawn = rng.multinomial(counts.sum(), share, size=size) @ kinds
+            sums[part, list(places)] += drawn.reshape(size, len(places), 2)
+    means: NDArray[np.float64] = (sums[..., 0] / sums[..., 1]).mean(axis=1)
+    return means
+
+
+def _over_rows(rows: Sequence[_Groups]) -> Iterator[tuple[tuple[int, ...], list[_Group]]]:
+    """Each group, wherever it is: the numbers of its rows, and its part in each of them."""
+    found: dict[object, list[tuple[int, _Group]]] = {}
+    for number, groups in enumerate(rows):
+        for key, group in groups.items():
+            unique = key if isinstance(key, tuple) else (number, key)
+            found.setdefault(unique, []).append((number, group))
+    for parts in found.values():
+        yield tuple(number for number, _ in parts), [group for _, group in parts]
 
 
 def _interval(draws: NDArray[np.float64], level: float) -> tuple[float, float]:

@@ -6,7 +6,8 @@
 
 An item is a dict: `id` (text, unique in its row), `row`, `score` (in the row's unit), `correct`
 (true or false, where an answer is one of them), `question`, `answer`, `reference`, `media` (paths),
-`at` (seconds of the media at which it was asked), and what else a suite adds. An item that could
+`pictures` (digests of pictures that are no files), `at` (seconds of the media at which it was
+asked), and what else a suite adds. An item that could
 not be asked has a short reason in place of a score: `skipped` (`no media`). An item whose request
 failed has the error: `failed`. Neither counts as a wrong answer, and a run that goes on after a
 stop asks both again.
@@ -30,11 +31,12 @@ from data_pipeline.atomic import unlock, write_atomically
 from data_pipeline.commands import DONE, FAILED
 from data_pipeline.page import render
 from data_pipeline.tables import format_table
+from inference.export_info import weights_of
 
 RUN, RESULTS, ITEMS = "run.json", "results.json", "items"
+QUESTIONS = "questions"  # the setting with a digest of each file of questions
 # Settings that may change when a run goes on in the folder of an earlier one.
 FREE = ("limit", "replicas")
-_TAIL = 2**20  # bytes at the end of a weights file that its digest is made of
 Item = dict[str, Any]
 
 
@@ -55,6 +57,7 @@ class Row:
     skipped: Mapping[str, int] = field(default_factory=dict)  # items left out, by reason
     beside: Mapping[str, float] = field(default_factory=dict)  # the metric of others, by name
     settings: Mapping[str, Any] = field(default_factory=dict)  # of this row alone
+    view: bool = False  # whether its items are those of another row, looked at in another way
 
     @property
     def missing(self) -> int:
@@ -197,14 +200,23 @@ class ItemFile:
 class EvaluationRun:
     """The folder of a run, written by one process at a time; a later one goes on from there."""
 
-    def __init__(self, out: Path, model: str, suite: str, settings: Mapping[str, Any]) -> None:
-        """model: path of an export, or a server's address.
+    def __init__(
+        self,
+        out: Path,
+        model: str,
+        suite: str,
+        settings: Mapping[str, Any],
+        weights: str | None = None,
+    ) -> None:
+        """model: path of an export, or a server's address. weights: what a server says of its
+        weights; None: those of the export.
 
         Raises BenchmarkError where the folder is that of another model, suite or settings, cannot
         be written, or is being written.
         """
         self.out, self.model, self.suite, self.settings = out, model, suite, dict(settings)
-        begun = {"model": model, "weights": weights_of(Path(model)), "suite": suite, **settings}
+        weights = weights_of(Path(model)) if weights is None else weights
+        begun = {"model": model, "weights": weights, "suite": suite, **settings}
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(out, os.O_RDONLY)
@@ -226,6 +238,10 @@ class EvaluationRun:
     def items(self, row: str) -> ItemFile:
         """A row's items, with those of an earlier run."""
         return ItemFile(self.out / ITEMS / f"{quote(row, safe=' ()+')}.jsonl")
+
+    def replace(self, row: str, items: Iterable[Item]) -> None:
+        """Writes a row's items in place of those of earlier runs."""
+        write_atomically(self.items(row).path, b"".join(map(_line, items)))
 
     def finish(self, rows: Sequence[Row]) -> Results:
         """Writes the table."""
@@ -249,25 +265,20 @@ class EvaluationRun:
         self._close()
 
 
-def weights_of(export: Path) -> str:
-    """A digest of the weights in a folder: of the SHA-256 of its files in manifest.json, where an
-    export has one, else of their sizes and last bytes. Empty: there are no weights."""
-    try:
-        known = json.loads((export / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
-    digest, files = hashlib.sha256(), sorted(export.glob("*.safetensors"))
-    for path in files:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL))
-            sha = known.get(path.name, {}).get("sha256") or hashlib.sha256(file.read()).hexdigest()
-        digest.update(f"{path.name} {size} {sha}\n".encode())
-    return digest.hexdigest()[:16] if files else ""
+def digest_of(path: Path) -> str:
+    """A digest of a file, or of a folder's files."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix != ".pyc":
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    """Writes run.json; raises BenchmarkError where an earlier run wrote other settings."""
+    """Writes run.json; raises BenchmarkError where an earlier run wrote other settings. A run may
+    ask of more `questions` than an earlier one."""
     wanted = json.loads(json.dumps(wanted))
     try:
         found = json.loads(path.read_text())
@@ -275,6 +286,8 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
         found = wanted
     except ValueError as error:
         raise BenchmarkError(f"{path}: is not JSON ({error}): choose another --out") from None
+    earlier, now = ((run.get(QUESTIONS) or {}) for run in (found, wanted))
+    found, wanted = found | {QUESTIONS: now | earlier}, wanted | {QUESTIONS: earlier | now}
     for name in [*found, *wanted]:
         if name not in FREE and found.get(name) != wanted.get(name):
             raise BenchmarkError(

@@ -129,6 +129,7 @@ def make_routes(
             **({} if access.front_key is None else {"code": code()}),
             "prompt_form": service.export.prompt_form,
             "tile": service.export.tile,
+            "weights": service.export.weights,
         }
         return JSONResponse(body, 200 if body["status"] == "ok" else 503)
 

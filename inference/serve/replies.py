@@ -128,6 +128,7 @@ class Health(_Reply):
     stage: str | None
     prompt_form: Any
     tile: int | None  # pixels of the side of a picture as the model sees it
+    weights: str  # a digest of the model's weights; empty: unknown
     sessions: int
     max_sessions: int
     memory_free: int | None = None  # bytes, on the model's device

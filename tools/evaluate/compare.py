@@ -5,6 +5,7 @@ items that changed, with their media and the answers side by side.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_pipeline.page import picture_url, render
 from data_pipeline.schema import SampleError
 from data_pipeline.tables import format_table
 from data_pipeline.video import open_video
-from inference.evaluate.compare import Bootstrap, Difference, changed, compare
+from inference.evaluate.compare import Bootstrap, Difference, changed, compare, not_compared
 from inference.evaluate.results import (
     BenchmarkError,
     Item,
@@ -43,6 +44,11 @@ class Run:
     name: str
     results: Results
     items: dict[str, dict[str, Item]]
+
+    @property
+    def views(self) -> frozenset[str]:
+        """Rows that look at the items of another one."""
+        return frozenset(row.row for row in self.results.rows if row.view)
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         runs = open_runs(options.runs)
         bootstrap = Bootstrap(options.seed, options.resamples)
-        found = [compare(runs[0].items, run.items, bootstrap) for run in runs[1:]]
+        found = [
+            compare(runs[0].items, run.items, bootstrap, runs[0].views | run.views)
+            for run in runs[1:]
+        ]
     except BenchmarkError as error:
         return report_error(parser.prog, error)
     for run, rows in zip(runs[1:], found, strict=True):
         print(f"{runs[0].name} -> {run.name}")
         print(format_table(cells(rows), "lr", rule=True), end="\n\n")
+        for words in lacking(runs[0], run):
+            print(words, file=sys.stderr)
     print(write(options.out, runs, found, options.show))
     return 0
 
@@ -95,6 +106,12 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
                 f" {runs[0].results.suite}: compare runs of one suite"
             )
     return runs
+
+
+def lacking(first: Run, second: Run) -> list[str]:
+    """A line with the rows that are not compared; none where all are."""
+    rows = not_compared(first.items, second.items)
+    return [f"not compared, for the runs share no item: {', '.join(rows)}"] if rows else []
 
 
 def cells(rows: Sequence[Difference]) -> list[list[str]]:
@@ -124,8 +141,11 @@ def write(out: Path, runs: Sequence[Run], found: Sequence[list[Difference]], sho
         ],
     }
     write_atomically(out / "compare.json", json.dumps(data, indent=1) + "\n")
-    tables = [(f"{names[0]} -> {n}", cells(r)) for n, r in zip(names[1:], found, strict=True)]
-    text = "\n".join(markdown(title, [], table) for title, table in tables)
+    tables = [
+        (f"{names[0]} -> {run.name}", cells(rows), lacking(runs[0], run))
+        for run, rows in zip(runs[1:], found, strict=True)
+    ]
+    text = "\n".join(markdown(title, facts, table) for title, table, facts in tables)
     write_atomically(out / "compare.md", text)
     page = out / "compare.html"
     values: dict[str, Any] = {

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
 
@@ -119,7 +120,7 @@ class Server:
 
 class ExternalServer:
     """A server that somebody else runs. It is looked at every `every` seconds, and counts as ended
-    after `gone` seconds without an answer."""
+    after `gone` seconds without an answer, or with other weights."""
 
     def __init__(self, url: str, gone: float = _GONE, every: float = _ASK) -> None:
         """Raises BenchmarkError where no server answers."""
@@ -127,13 +128,14 @@ class ExternalServer:
         self._looked = self._answered = time.monotonic()
         if not healthy(self.url):
             raise BenchmarkError(f"{url}: no server answers there")
-        self.resolution = resolution(self.url)
+        self.resolution, self.weights = resolution(self.url), weights_at(self.url)
 
     def check(self) -> None:
-        """Raises BenchmarkError if the server has ended."""
+        """Raises BenchmarkError if the server has ended, or serves other weights."""
         if time.monotonic() - self._looked < self._every:
             return
         if answers(self.url):
+            check_weights(self.url, self.weights)
             self._answered = time.monotonic()
         elif time.monotonic() - self._answered > self._gone:
             raise BenchmarkError(f"{self.url}: the server has not answered for {self._gone:g} s")
@@ -163,11 +165,46 @@ def answers(url: str) -> bool:
 
 def resolution(url: str) -> str:
     """The size of the model's pictures and frames (`560 x 560`); "": the server does not say."""
-    try:
-        tile = httpx.get(f"{url}/health", timeout=_PATIENCE).json().get("tile")
-    except (httpx.HTTPError, ValueError, AttributeError):
-        tile = None
+    tile = (_health(url) or {}).get("tile")
     return f"{tile} x {tile}" if tile else ""
+
+
+def weights_at(url: str) -> str:
+    """What the server says of its model's weights: a digest of them (`/health` of ours), else the
+    name of its model in `/v1/models`; "": it says neither, or does not answer."""
+    health = _health(url)
+    if health is None or health.get("weights"):
+        return str(health["weights"]) if health else ""
+    key = os.environ.get(KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=_PATIENCE).json()
+        card = listed["data"][0]
+        return " ".join(str(card[name]) for name in ("id", "root") if card.get(name))
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
+
+
+def check_weights(url: str, wanted: str) -> None:
+    """Raises BenchmarkError where the server says that it has other weights than `wanted` (empty:
+    any)."""
+    found = weights_at(url) if wanted else ""
+    if found and found != wanted:
+        raise BenchmarkError(
+            f"{url}: serves other weights ({found}) than those that the run was begun with"
+            f" ({wanted})"
+        )
+
+
+def _health(url: str) -> dict[str, Any] | None:
+    """What a server says of itself; None: it does not answer."""
+    try:
+        said = httpx.get(f"{url}/health", timeout=_PATIENCE).json()
+    except httpx.HTTPError:
+        return None
+    except ValueError:  # another program's server
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _status(url: str) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from inference.evaluate.harness.server import base_of
+from inference.evaluate.harness.server import base_of, check_weights, weights_at
 from inference.evaluate.results import BenchmarkError
 from inference.evaluate.streaming.items import Emission, Item
 from inference.evaluate.streaming.speaker import (
@@ -38,22 +38,26 @@ _END = "end"  # why a session is over: the input's end
 _HEAD = ("type", "seq", "t_server", "t_media")  # fields that every event has
 
 
-def check_server(url: str) -> None:
-    """Raises BenchmarkError where no server answers, or its model has not learned to watch."""
+def check_server(url: str) -> str:
+    """What the server says of its weights (`weights_at`). Raises BenchmarkError where no server
+    answers, or its model has not learned to watch."""
     try:
         form = httpx.get(f"{base_of(url)}/health", timeout=_CONNECT).json().get("prompt_form")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, AttributeError) as error:
         raise BenchmarkError(f"{url}: no server of ours answers there: {error}") from None
     if form not in (None, "realtime"):
         raise BenchmarkError(f"{url}: has not learned to watch: serve a real-time model")
+    return weights_at(base_of(url))
 
 
 class RemoteSpeaker:
-    """A speaker at `http(s)://HOST:PORT`; `key`: the server's API key, or empty."""
+    """A speaker at `http(s)://HOST:PORT`. `key`: the server's API key, or empty. `weights`: what
+    `check_server` said; a server that says something else fails all items. Empty: any."""
 
-    def __init__(self, url: str, config: SpeakingConfig, key: str = "") -> None:
-        self._url = base_of(url).replace("http", "ws", 1) + "/v1/realtime"
-        self._config, self._key = config, key
+    def __init__(self, url: str, config: SpeakingConfig, key: str = "", weights: str = "") -> None:
+        self._base = base_of(url)
+        self._url = self._base.replace("http", "ws", 1) + "/v1/realtime"
+        self._config, self._key, self._weights = config, key, weights
 
     def watch(self, item: Item) -> AbstractContextManager[Watching]:
         return self._session(item.start, self._config)
@@ -70,7 +74,10 @@ class RemoteSpeaker:
     def _session(self, start: float, config: SpeakingConfig) -> Iterator[_Remote]:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
+            check_weights(self._base, self._weights)
             socket = connect(self._url, additional_headers=headers, max_size=None, proxy=None)
+        except BenchmarkError as error:
+            raise SpeakerFailed(str(error), fatal=True) from None
         except (OSError, WebSocketException) as error:
             raise SpeakerFailed(f"{self._url}: {error}", fatal=True) from None
         try:

@@ -26,17 +26,16 @@ class Scores:
     lines: dict[str, list[Line]]  # by row
     metrics: dict[str, str]  # by row
     of: dict[str, int]  # number of items that each row should have
+    views: frozenset[str]  # rows that look at items of another one in another way
     failure: str  # of the judge; empty: none
 
     def rows(self, run: EvaluationRun) -> list[Row]:
         """Writes each row's items into its file; returns the rows of the table."""
         rows = []
         for name, lines in self.lines.items():
-            run.items(name).path.unlink(missing_ok=True)
-            file = run.items(name)
-            for line in lines:
-                file.add(line)
-            rows.append(mean_row(name, self.metrics[name], lines, self.of[name]))
+            run.replace(name, lines)
+            view = name in self.views
+            rows.append(mean_row(name, self.metrics[name], lines, self.of[name], view=view))
         return rows
 
 
@@ -61,7 +60,8 @@ def score(jobs: Sequence[Job], records: JobRecords, judge: Judge, threads: int) 
             of[name] += 1
             if line.pop("judge", False):
                 failure = failure or line["failed"]
-    return Scores(dict(lines), metrics, dict(of), failure)
+    views = frozenset(lines) - {named(job.item.row, job) for job in jobs}
+    return Scores(dict(lines), metrics, dict(of), views, failure)
 
 
 def named(row: str, job: Job) -> str:

@@ -41,6 +41,8 @@ from inference.evaluate.streaming.speaker import ModelSpeaker
 from inference.evaluate.streaming.templates import describe_own, read_templates
 
 NAME = "streaming"
+# Of what is asked, and how: a run does not go on with answers to other questions.
+_VERSION = 2
 _NAMED = 5  # missing videos that a message names; the files of items have all of them
 
 
@@ -56,9 +58,9 @@ def run(checkpoint: str, out: Path, config: StreamingConfig, **engine: Any) -> R
     """
     selections = select(config)
     if config.url:
-        key = os.environ.get(config.url_key_env, "")
+        speakers, weights = _remote(config, os.environ.get(config.url_key_env, ""))
         with _judge(config, out) as judge:
-            return evaluate(selections, _remote(config, key), judge, config.url, out, config)
+            return evaluate(selections, speakers, judge, config.url, out, config, weights=weights)
     with load(checkpoint, max_sessions=config.sessions, **engine) as model:
         if model.info.watches is False:
             raise BenchmarkError(f"{checkpoint}: has not learned to watch: give a real-time model")
@@ -76,18 +78,19 @@ def _speakers(model: Model, config: StreamingConfig) -> Speakers:
     return speaker
 
 
-def _remote(config: StreamingConfig, key: str) -> Speakers:
+def _remote(config: StreamingConfig, key: str) -> tuple[Speakers, str]:
+    """Speakers of a server, and what it says of its weights."""
     # The extra `serve` has its client.
     from inference.evaluate.streaming.remote import RemoteSpeaker, check_server
 
-    check_server(config.url)
+    weights = check_server(config.url)
 
     def speaker(bias: float | None) -> RemoteSpeaker:
         speaking = config.speaking
         speaking = speaking if bias is None else replace(speaking, silence_bias=bias)
-        return RemoteSpeaker(config.url, speaking, key)
+        return RemoteSpeaker(config.url, speaking, key, weights)
 
-    return speaker
+    return speaker, weights
 
 
 def evaluate(
@@ -98,10 +101,12 @@ def evaluate(
     out: Path,
     config: StreamingConfig,
     warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    weights: str | None = None,
 ) -> Results:
-    """Evaluates any speaker, as `run` does. `warn` is called with each message about a problem."""
+    """Evaluates any speaker, as `run` does. `warn` is called with each message about a problem.
+    weights: what a server says of its weights."""
     jobs = list(_jobs(selections, config))
-    with EvaluationRun(out, model, NAME, _settings(selections, config)) as run:
+    with EvaluationRun(out, model, NAME, _settings(selections, config), weights) as run:
         records = JobRecords(out / "said")
         progress = Progress("items", len(jobs))
         runner = JobRunner(records, speakers, config, progress.step)
@@ -191,6 +196,7 @@ def _settings(selections: list[Selection], config: StreamingConfig) -> dict[str,
     for name in ("sessions", "url", "url_key_env"):  # these do not change answers
         del settings[name]
     settings |= settings.pop("speaking")
+    settings["version"] = _VERSION
     if config.prompts:
         settings["prompts"] = describe_own(Path(config.prompts))
     settings["questions"] = {

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import operator
+from itertools import product
 
 import numpy as np
 import pytest
 
-from inference.evaluate.compare import ALL, Bootstrap, Difference, changed, compare, mcnemar
+from inference.evaluate.compare import (
+    ALL,
+    Bootstrap,
+    Difference,
+    changed,
+    compare,
+    exact_p,
+    not_compared,
+)
 from inference.evaluate.results import BenchmarkError, Item
 
 
@@ -26,9 +36,17 @@ def row(scores: list[float], **more: object) -> dict[str, Item]:
         (700, 650, 0.1823103494670065), (0, 0, 1.0),
     ],
 )  # fmt: skip
-def test_mcnemars_p_is_that_of_the_exact_binomial_test(gained, lost, p):
-    assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-12)
-    assert mcnemar(lost, gained) == mcnemar(gained, lost)
+def test_the_p_of_single_items_is_that_of_the_exact_binomial_test(gained, lost, p):
+    net = [1] * gained + [-1] * lost
+    assert exact_p(net) == pytest.approx(p, rel=1e-12)
+    assert exact_p([-one for one in net]) == exact_p(net)
+
+
+@pytest.mark.parametrize("net", [[3, 1, 1, 0, -2], [5], [2, 2, -2, -2], [4, 3, 2, 1, 1], []])
+def test_the_p_of_groups_is_that_of_all_their_signs(net):
+    """By counting: each group's gains and losses could have been the other way round."""
+    sums = [abs(sum(map(operator.mul, net, signs))) for signs in product((1, -1), repeat=len(net))]
+    assert exact_p(net) == pytest.approx(sum(one >= abs(sum(net)) for one in sums) / len(sums))
 
 
 def test_the_interval_is_that_of_the_normal_distribution_for_many_items():
@@ -58,6 +76,74 @@ def test_questions_about_one_video_are_drawn_together():
     copied = compare({"r": many[0]}, {"r": many[1]})[0]
     assert copied.count == 3 * alone.count
     assert (copied.low, copied.high) == pytest.approx((alone.low, alone.high))
+
+
+def clips(scores: list[float], key: str = "media") -> dict[str, Item]:
+    """An item about each of so many clips, or pictures without a file."""
+    return {n: {**item, key: [f"{n}.mp4"]} for n, item in row(scores).items()}
+
+
+@pytest.mark.parametrize("key", ["media", "pictures"])
+def test_rows_about_the_same_media_are_no_more_evidence_than_one_of_them(key):
+    """All that two rows say about the same clips, they say in one."""
+    rng = np.random.default_rng(3)
+    a, b = (clips(rng.integers(0, 2, 300).astype(float).tolist(), key) for _ in range(2))
+    (alone,) = compare({"r": a}, {"r": b})
+    twice = compare({"r": a, "s": a}, {"r": b, "s": b})[-1]
+    apart = {n: {**item, key: [f"other {n}"]} for n, item in a.items()}
+    independent = compare({"r": a, "s": apart}, {"r": b, "s": {
+        n: {**item, key: [f"other {n}"]} for n, item in b.items()
+    }})[-1]  # fmt: skip
+    width = alone.high - alone.low
+    assert twice.row == independent.row == ALL
+    assert twice.high - twice.low == pytest.approx(width, rel=0.03)
+    assert independent.high - independent.low == pytest.approx(width / math.sqrt(2), rel=0.05)
+    assert alone.gained
+    assert twice.gained == 2 * alone.gained
+    assert twice.p == pytest.approx(alone.p)
+
+
+def test_rows_that_share_some_of_their_media_vary_as_their_groups_do():
+    """The variance of a mean of rows, from the sums over clips (Cochran, Sampling Techniques)."""
+    rng = np.random.default_rng(11)
+    a, b = (list(rng.integers(0, 2, 600).astype(float)) for _ in range(2))
+    left, right = slice(0, 400), slice(200, 600)
+    runs = [
+        {"r": dict(list(clips(x).items())[left]), "s": dict(list(clips(x).items())[right])}
+        for x in (a, b)
+    ]
+    both = compare(runs[0], runs[1])[-1]
+    difference = np.array(b) - np.array(a)
+    weight = np.zeros(600)
+    weight[left] += 1 / 800
+    weight[right] += 1 / 800
+    spread = math.sqrt(sum(
+        (weight[part] * difference[part]).var() * 200
+        for part in (slice(0, 200), slice(200, 400), slice(400, 600))
+    ))  # fmt: skip
+    assert both.difference == pytest.approx(float(weight @ difference))
+    assert both.high - both.low == pytest.approx(2 * 1.959964 * spread, rel=0.05)
+
+
+def test_views_of_a_row_do_not_count_again():
+    first = {"x": row([1, 0]), "x (turns)": row([1, 1, 0, 0]), "y": row([0, 0])}
+    second = {"x": row([1, 1]), "x (turns)": row([1, 1, 1, 1]), "y": row([0, 0])}
+    *_, both = compare(first, second, views={"x (turns)"})
+    assert (both.first, both.second, both.count, both.gained) == (0.25, 0.5, 4, 1)
+
+
+def test_other_questions_under_the_same_ids_are_not_compared():
+    """Data of another version: the ids are numbers of lines."""
+    old = row([1, 1, 0, 0], reference="A", media=["/old/1.mp4"])
+    new = row([0, 0, 1, 1], reference="A", media=["/new/1.mp4"])
+    (found,) = compare({"r": old}, {"r": new})
+    assert found.count == 4
+    new["1"]["reference"] = "B"
+    new["2"]["media"] = ["/new/2.mp4"]
+    (found,) = compare({"r": old}, {"r": new})
+    assert (found.count, found.only_first, found.only_second) == (2, 2, 2)
+    first, second = {"r": old, "s": row([1])}, {"r": new, "t": row([1]), "u": {"0": {"id": "0"}}}
+    assert not_compared(first, second) == ["s", "t"]
 
 
 def test_only_shared_items_are_compared_and_the_others_counted():
