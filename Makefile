@@ -56,7 +56,7 @@ chaos: $(READY)
 # lmms-eval's own environment, once (2.0 GB), and the test that asks our server through it.
 lmms: $(READY)
 	$(BIN)/python -m tools.evaluate.lmms_environment
-	$(BIN)/python -m pytest tests/tools/evaluate/test_lmms.py
+	$(BIN)/python -m pytest tests/tools/evaluate/test_lmms.py tests/tools/evaluate/test_lmms_scores.py
 
 clean:
 	rm -rf $(VENV) toy_world runs

@@ -21,6 +21,7 @@ SHARED = REPO.parent / "shared"
 # Files that take longest, first: the last one to begin would keep one core waiting.
 LONG = (
     "tests/tools/evaluate/test_lmms.py",  # where its environment is
+    "tests/tools/evaluate/test_lmms_scores.py",
     "tests/moss_train/train/test_learning.py",
     "tests/moss_train/train/test_faults.py",
     "tests/moss_train/parallel/test_matrix.py",

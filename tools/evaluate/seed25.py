@@ -28,6 +28,7 @@ from inference.evaluate.results import (
     Item,
     ItemFile,
     Row,
+    digest_of,
     mean_row,
     read_results,
 )
@@ -56,9 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
             check_environment(options.lmms)
         if any(not row.task for row in rows):
             options.questions = read_tsv(options.zerobench, options.limit)
-        with EvaluationRun(
-            options.out, str(options.checkpoint or options.url), options.suite, settings
-        ) as run:
+        settings["questions"] = {
+            name: digest_of(path)
+            for name, path in ((ZEROBENCH, options.zerobench), ("include", options.include))
+            if path
+        }
+        model, weights = str(options.checkpoint or options.url), None
+        if options.url:
+            weights = ExternalServer(options.url).weights
+        with EvaluationRun(options.out, model, options.suite, settings, weights) as run:
             return _evaluate(options, run, rows)
     except BenchmarkError as error:
         return report_error(parser.prog, error)
@@ -172,9 +179,7 @@ def _row(
         options.max_tokens, concurrency, options.include, options.limit,
     )  # fmt: skip
     row, items = run_task(harness, benchmark, server.url, server.check)
-    for item in items:
-        if item["id"] not in file:
-            file.add(item)
+    run.replace(benchmark.name, items)
     return Row(**{**vars(row), "settings": settings_of(harness, benchmark, server.resolution)})
 
 

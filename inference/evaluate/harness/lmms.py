@@ -7,21 +7,25 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from inference.evaluate.harness.benchmarks import LMMS_VERSION, Benchmark
-from inference.evaluate.harness.lmms_runner import FAILED, SKIPPED
+from inference.evaluate.harness.lmms_runner import FAILED, LEFT_OUT, NO_KEY, SKIPPED
 from inference.evaluate.harness.server import KEY, MODEL, last_words
 from inference.evaluate.results import Item, Row
 
 HERE = Path(__file__).parent
 _RUNNER, _TASKS = HERE / "lmms_runner.py", HERE / "tasks"
 _DONE = "done.json"
-_GRADES = ("score", "rating", "match_success", "is_correct", "correct", "accuracy")
-_PREDICTIONS = ("pred_answer", "parsed_pred", "pred", "prediction")
+_NO_MEDIA: Mapping[str, Mapping[str, list[str]]] = {"videos": {}, "pictures": {}}
+_GRADES = ("score", "rating", "is_correct", "correct", "accuracy", "MRA:.5:.95:.05")
+# Answers as their task has read them; `prediction` is often the whole answer.
+_PREDICTIONS = ("pred_answer", "parsed_pred", "pred")
 _REFERENCES = ("answer", "ground_truth", "gt_answer", "gt")
 
 
@@ -74,7 +78,8 @@ def finished(folder: Path, limit: int | None) -> bool:
 def command(harness: Harness, benchmark: Benchmark, folder: Path, url: str) -> list[str]:
     """Writes the settings of lmms_runner.py into the folder; returns the command that runs it."""
     settings = {
-        "journal": str(folder / "answers.jsonl"), "media": str(folder / "media.json"),
+        "journal": str(folder / "answers.jsonl"), "media": str(folder / "shown.json"),
+        "key_env": KEY,
         "fps": harness.fps, "max_frames": harness.max_frames, "max_tokens": harness.max_tokens,
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings) + "\n")
@@ -87,6 +92,7 @@ def command(harness: Harness, benchmark: Benchmark, folder: Path, url: str) -> l
         "--model_args", ",".join(f"{name}={value}" for name, value in model.items()),
         "--tasks", benchmark.task, "--include_path", str(harness.include or _TASKS),
         "--batch_size", "1", "--log_samples", "--output_path", str(folder / "run"),
+        "--process_docs_parallel", "1",  # some tasks draw numbers, which threads share
     ]  # fmt: skip
     return words + (["--limit", str(harness.limit)] if harness.limit else [])
 
@@ -101,7 +107,7 @@ def _run(
     home = os.environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
     # Some tasks find their videos only where HF_HOME is set; a proxy is not for this machine.
     environment = {**os.environ, "HF_HOME": home, "NO_PROXY": "127.0.0.1,localhost"}
-    environment["OPENAI_API_KEY"] = os.environ.get(KEY) or "none"  # an argument would be in its log
+    environment.setdefault("OPENAI_API_KEY", NO_KEY)  # of judges: the server's key is not theirs
     environment.pop("PYTHONPATH", None)
     log = folder / "log.txt"
     with log.open("wb") as out:
@@ -133,20 +139,34 @@ def read_task(folder: Path, benchmark: Benchmark) -> tuple[Row, list[Item]]:
     """
     samples = _one(folder, f"*_samples_{benchmark.task}.jsonl")
     with samples.open(encoding="utf-8") as file:
-        media_file = folder.parent / "media.json"
-        media = json.loads(media_file.read_text()) if media_file.exists() else {}
+        media_file = folder.parent / "shown.json"
+        media = json.loads(media_file.read_text()) if media_file.exists() else _NO_MEDIA
         items = [_item(json.loads(line), benchmark, media) for line in file]
-    failed = sum("failed" in item for item in items)
-    skipped = sum("skipped" in item for item in items)
-    count = len(items) - failed - skipped
     metric, value = benchmark.metric, None
-    if count:
+    if any("metrics" in item for item in items):
         metric, value = _value(_one(folder, "*_results.json"), benchmark)
+    # What a task keeps for another of its metrics alone is of another row: SEEDBench's clips.
+    items = [item for item in items if "metrics" not in item or metric in item["metrics"]]
+    kept = [item["metrics"][metric] for item in items if "metrics" in item]
+    if not kept:
+        value = None
+    elif benchmark.mean_over is not None:
+        value = benchmark.scale * _mean(kept, benchmark.mean_over)
     for item in items:
         _grade(item, metric)
-    missing = {"no media": skipped} if skipped else {}
-    row = Row(benchmark.name, metric, value, count, len(items), failed, missing, benchmark.seed)
+    failed = sum("failed" in item for item in items)
+    skipped = dict(sorted(Counter(item["skipped"] for item in items if "skipped" in item).items()))
+    row = Row(benchmark.name, metric, value, len(kept), len(items), failed, skipped, benchmark.seed)
     return row, items
+
+
+def _mean(kept: Sequence[Any], field: str) -> float:
+    """The mean score of what a task keeps for its items; where `field` is not empty, first over
+    those that share its value."""
+    groups: dict[Any, list[float]] = {}
+    for value in kept:
+        groups.setdefault(value[field] if field else "", []).append(grade(value) or 0.0)
+    return fmean(fmean(group) for group in groups.values())
 
 
 def _value(path: Path, benchmark: Benchmark) -> tuple[str, float]:
@@ -167,7 +187,9 @@ def _one(folder: Path, pattern: str) -> Path:
     return found[-1]
 
 
-def _item(sample: dict[str, Any], benchmark: Benchmark, media: dict[str, list[str]]) -> Item:
+def _item(
+    sample: dict[str, Any], benchmark: Benchmark, media: Mapping[str, Mapping[str, list[str]]]
+) -> Item:
     name = str(sample["doc_id"])
     # `resps` is there where a filter of the task has changed the answer.
     answer = _text(sample.get("resps", sample.get("filtered_resps")))
@@ -176,12 +198,15 @@ def _item(sample: dict[str, Any], benchmark: Benchmark, media: dict[str, list[st
         "row": benchmark.name,
         "question": str(sample.get("input", "")),
         "reference": str(sample.get("target", "")),
-        "media": media.get(name) or _paths(sample.get("input_media")),
+        "media": media["videos"].get(name) or _paths(sample.get("input_media")),
+        "pictures": media["pictures"].get(name, []),
     }
     if answer.startswith(FAILED):
         return item | {"failed": answer}
     if answer.startswith(SKIPPED):
         return item | {"skipped": "no media", "detail": answer.removeprefix(SKIPPED).strip()}
+    if LEFT_OUT in sample:
+        return item | {"answer": answer, "skipped": sample[LEFT_OUT]}
     return item | {"answer": answer, "metrics": sample}
 
 
@@ -196,8 +221,8 @@ def _grade(item: Item, metric: str) -> None:
 def grade(value: Any) -> float | None:
     """An item's score from the value that its task keeps for the metric.
 
-    The value is a number, or a dict with a number or with prediction and reference. None: it is
-    none of these; the item has no score of its own.
+    The value is a number, or a dict with a number, or with the answer as the task has read it and
+    the reference. None: it is none of these; the item has no score of its own.
     """
     if isinstance(value, bool | int | float):
         return float(value)
@@ -209,13 +234,13 @@ def grade(value: Any) -> float | None:
     prediction, reference = (
         next((value[n] for n in names if n in value), None) for names in (_PREDICTIONS, _REFERENCES)
     )
-    if prediction is None or reference is None:
+    if not isinstance(prediction, str | int) or not isinstance(reference, str | int):
         return None
     return float(_plain(prediction) == _plain(reference))
 
 
 def _plain(value: Any) -> str:
-    return str(value).strip().strip("()").lower()
+    return str(value).strip().lower()
 
 
 def _text(value: Any) -> str:

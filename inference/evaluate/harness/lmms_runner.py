@@ -3,14 +3,18 @@
     LMMS_PYTHON inference/evaluate/harness/lmms_runner.py SETTINGS.json LMMS_EVAL_ARGUMENTS...
 
 The interpreter of lmms-eval's environment runs this file, so it imports nothing of ours. It changes
-lmms-eval (`benchmarks.LMMS_VERSION`) in three places:
+lmms-eval (`benchmarks.LMMS_VERSION`) in these places:
 
 - an answer is written to a journal when it comes, and read from there by a later run;
 - a video is named as a proper `file:` URL, with the frames that the run is to show;
 - an item whose media are missing, which would end the process, and one whose request failed, which
-  would count as a wrong answer, have no score. Their answers in the samples begin with a mark.
+  would count as a wrong answer, have no score. Their answers in the samples begin with a mark;
+- an answer that its task wants to ask a judge about, where the user has given no key for one, has
+  no score: it would count as wrong, once the task has asked in vain;
+- the score of each answer is kept where a task keeps only how the model answered.
 
-SETTINGS.json: `journal`, `media` (files that this writes), `fps`, `max_frames`, `max_tokens`.
+SETTINGS.json: `journal`, `media` (files that this writes), `fps`, `max_frames`, `max_tokens`,
+`key_env` (the environment variable of the server's key).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import ctypes
 import hashlib
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -29,6 +34,9 @@ from urllib.parse import unquote, urlsplit
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 FAILED, SKIPPED = "[LMMS_EVAL_REQUEST_FAILED", "[MOSS_SKIPPED]"
+LEFT_OUT = "moss_left_out"  # field of a sample that has no score: why
+NO_JUDGE, NO_KEY = "no judge", "none"
+_scoring = threading.local()  # `now`: whether this thread scores an answer
 
 
 class Journal:
@@ -108,22 +116,35 @@ def videos(messages: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def pictures(messages: list[dict[str, Any]]) -> list[str]:
+    """Digests of a question's pictures: questions about the same ones belong together."""
+    parts = [part for message in messages for part in message["content"]]
+    found = [part["url"] for part in parts if part["type"] == "image"]
+    return [
+        hashlib.blake2b(one.tobytes(), digest_size=8).hexdigest()
+        for one in found
+        if hasattr(one, "tobytes")
+    ]
+
+
 def keep_answers(chat: Any, settings: dict[str, Any]) -> None:
     """Makes lmms-eval's chat class use the journal, and skip questions whose media are missing."""
     generate = chat.generate_until
 
     def generate_until(self: Any, requests: list[Any]) -> list[Any]:
         if not isinstance(self.client.chat, SimpleNamespace):
-            made = Completions(self.client.chat.completions, settings)
+            key = os.environ.get(settings["key_env"]) or NO_KEY
+            made = Completions(self.client.copy(api_key=key).chat.completions, settings)
             self.client = SimpleNamespace(chat=SimpleNamespace(completions=made))
         answers: dict[int, Any] = {}
-        media = {}
+        media: dict[str, dict[str, list[str]]] = {"videos": {}, "pictures": {}}
         for number, request in enumerate(requests):
             _, to_messages, _, doc_id, task, split = request.args
             try:
                 messages = to_messages(self.task_dict[task][split][doc_id])
                 gone = missing(messages)
-                media[str(doc_id)] = videos(messages)
+                media["videos"][str(doc_id)] = videos(messages)
+                media["pictures"][str(doc_id)] = pictures(messages)
             except (SystemExit, Exception) as error:  # tasks end the process over a missing file
                 gone = [f"{type(error).__name__}: {error}"]
             if gone:
@@ -151,14 +172,70 @@ class Unscored:
         return {}
 
 
-def leave_out_failures(evaluator: Any) -> None:
-    """Makes lmms-eval score only items that were answered."""
+class NoJudge(BaseException):
+    """A task asks a judge, and there is none. No Exception: tasks catch these, ask again, and at
+    last count the answer as wrong."""
+
+
+def refuse_judges() -> None:
+    """Makes scoring an answer raise NoJudge where it asks a server, if no key of one is given."""
+    given = os.environ.get("OPENAI_API_KEY", NO_KEY) != NO_KEY
+    if given or {"API_TYPE", "OPENAI_API_URL"} & set(os.environ):
+        return
+    import requests
+    from openai.resources.chat.completions import AsyncCompletions
+    from openai.resources.chat.completions import Completions as SyncCompletions
+
+    def refusing(ask: Any) -> Any:
+        def asked(*values: Any, **named: Any) -> Any:
+            if getattr(_scoring, "now", False):
+                raise NoJudge
+            return ask(*values, **named)
+
+        return asked
+
+    for owner, name in ((requests, "post"), (SyncCompletions, "create"),
+                        (AsyncCompletions, "create")):  # fmt: skip
+        setattr(owner, name, refusing(getattr(owner, name)))
+
+
+def keep_score(task: str, metrics: dict[str, Any]) -> None:
+    """Adds `score` to what a task keeps for an answer, by the task's own reading of it, where the
+    task itself counts only at the end."""
+    if task in ("mmbench_en_dev_static", "mmbench_cn_dev_static"):
+        import pandas
+        from lmms_eval.tasks.mmbench.cn_utils import mmbench_evaluator as evaluator
+
+        kept = metrics["gpt_eval_score"]
+        answers, table = {kept["index"]: kept["answer"]}, pandas.DataFrame([kept])
+        kept["score"] = evaluator.eval_sub_data(table, answers, static_only=True)
+    elif task == "mmmu_val":
+        from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
+
+        metrics["mmmu_acc"]["score"] = evaluate_mmmu([metrics["mmmu_acc"]])[1]["acc"]
+
+
+def score_answers(evaluator: Any) -> None:
+    """Makes lmms-eval score only items that were answered, and that it can judge."""
     process = evaluator._process_document_results
 
     def process_document_results(item: Any, *, task: Any, **more: Any) -> Any:
         texts = [getattr(resp, "text", resp) for request in item[2] for resp in request.resps]
-        lost = any(str(text).startswith((FAILED, SKIPPED)) for text in texts)
-        return process(item, task=Unscored(task) if lost else task, **more)
+        if any(str(text).startswith((FAILED, SKIPPED)) for text in texts):
+            return process(item, task=Unscored(task), **more)
+        # Some tasks draw an option where they find none in the answer: the same in each run.
+        random.seed(f"{task.config.task} {item[0]}")
+        _scoring.now = True
+        try:
+            done = process(item, task=task, **more)
+        except NoJudge:
+            done = process(item, task=Unscored(task), **more)
+            done.logged_sample[LEFT_OUT] = NO_JUDGE
+            return done
+        finally:
+            _scoring.now = False
+        keep_score(task.config.task, done.metrics)
+        return done
 
     evaluator._process_document_results = process_document_results
 
@@ -178,7 +255,8 @@ def main() -> None:
     from lmms_eval.models.chat.openai import OpenAICompatible
 
     keep_answers(OpenAICompatible, settings)
-    leave_out_failures(evaluator)
+    refuse_judges()
+    score_answers(evaluator)
     cli_evaluate()
 
 

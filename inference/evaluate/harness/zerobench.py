@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def ask(
 async def _item(question: Question, endpoint: Endpoint, config: EndpointConfig, row: str) -> Item:
     item: Item = {
         "id": question.index, "row": row, "question": question.text, "reference": question.answer,
-        "media": [],
+        "media": [], "pictures": [sha256(one.encode()).hexdigest()[:16] for one in question.images],
     }  # fmt: skip
     parts = [_part(image) for image in question.images]
     if not parts or None in parts:

@@ -17,9 +17,17 @@ from inference.engine.load import load_engine
 from inference.evaluate.harness.benchmarks import ROWS, Benchmark, chosen
 from inference.evaluate.harness.lmms import TaskFailed, grade, read_task
 from inference.evaluate.harness.lmms_runner import Journal, file_url, missing
-from inference.evaluate.harness.server import MODEL, ExternalServer, Server, Serving
+from inference.evaluate.harness.server import (
+    MODEL,
+    ExternalServer,
+    Server,
+    Serving,
+    check_weights,
+    weights_at,
+)
 from inference.evaluate.harness.zerobench import ask, is_right, read_tsv
 from inference.evaluate.results import BenchmarkError, EvaluationRun, ItemFile
+from inference.export_info import weights_of
 from inference.serve.limits import Limits
 from tests.inference.serve.serving import Running, jpeg, serving
 from tests.inference.tiny import SIZE
@@ -68,8 +76,14 @@ def test_paths_of_videos_survive_as_urls(tmp_path: Path) -> None:
     ("value", "score"),
     [
         (1, 1.0), (False, 0.0), ({"question_id": 3, "score": 0.5}, 0.5),
-        ({"pred_answer": "(b)", "answer": "B"}, 1.0), ({"pred": 2, "ground_truth": "3"}, 0.0),
+        ({"pred_answer": "b", "answer": "B"}, 1.0), ({"pred": 2, "ground_truth": "3"}, 0.0),
         ({"submission": "x"}, None), (None, None), ("B", None),
+        # Whole answers, and answers in a list, only their tasks can read: MMBench, MMMU.
+        ({"prediction": "B. cat", "answer": "B"}, None),
+        ({"parsed_pred": ["B"], "answer": "B"}, None),
+        ({"pred": "(B)", "answer": "B"}, 0.0),  # MUIRBench
+        # VSI-Bench: a number that is a quarter off has 5 of 10 points of mean relative accuracy.
+        ({"prediction": "5", "ground_truth": "4", "MRA:.5:.95:.05": 0.5}, 0.5),
     ],
 )  # fmt: skip
 def test_an_items_score_is_what_its_task_keeps(value: Any, score: float | None) -> None:
@@ -93,7 +107,8 @@ def test_a_failed_request_is_no_wrong_answer(tmp_path: Path) -> None:
     (run / "20261126_samples_t.jsonl").write_text(text)
     results = {"results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.5}}}
     (run / "20261126_results.json").write_text(json.dumps(results))
-    (tmp_path / "media.json").write_text(json.dumps({"1": ["/v/1.mp4"]}))
+    shown = {"videos": {"1": ["/v/1.mp4"]}, "pictures": {"0": ["ab"]}}
+    (tmp_path / "shown.json").write_text(json.dumps(shown))
     row, items = read_task(tmp_path / "run", Benchmark("T", "t", "acc", 100, 40.0, 41.0))
     assert (row.value, row.count, row.of) == (50.0, 2, 4)
     assert (row.failed, row.skipped) == (1, {"no media": 1})
@@ -226,10 +241,26 @@ def test_a_server_of_others_that_ends_ends_the_run(tiny: Path) -> None:
         ExternalServer(running.http)
 
 
+def test_a_server_whose_weights_change_ends_the_run(tiny: Path) -> None:
+    """As one that is started anew with another export at the same address."""
+    engine = load_engine(tiny, device="cpu", window=4, max_tokens=256, max_sessions=1)
+    with serving(engine, Limits()) as running:
+        there = ExternalServer(running.http, every=0.0)
+        there.check()
+        assert there.weights == MODEL  # a server that says nothing of its weights names its model
+        there.weights = "1b9c0001"
+        with pytest.raises(BenchmarkError, match=r"serves other weights \(moss-video\) .*1b9c0001"):
+            there.check()
+    assert weights_at(running.http) == ""
+    check_weights(running.http, "1b9c0001")  # it does not answer: `check` says for how long
+
+
 def test_the_table_says_how_large_pictures_are(tiny: Path, tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--dtype", "fp32"]
     with Server(Serving(tiny, 16, 1, flags=flags), tmp_path / "log.txt") as server:
-        assert server.resolution == ExternalServer(server.url).resolution == f"{SIZE} x {SIZE}"
+        there = ExternalServer(server.url)
+        assert server.resolution == there.resolution == f"{SIZE} x {SIZE}"
+        assert there.weights == weights_of(tiny)
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

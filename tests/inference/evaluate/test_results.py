@@ -14,6 +14,7 @@ from inference.evaluate.results import (
     Item,
     Results,
     Row,
+    digest_of,
     mean_row,
     read_items,
     read_results,
@@ -103,6 +104,10 @@ def test_other_weights_in_the_same_place_are_another_model(tmp_path: Path) -> No
     weights.write_bytes(bytes(size - 1) + b"1")
     with pytest.raises(BenchmarkError, match=r"out: was begun with weights '\w+', not '\w+'"):
         begin()
+    # In the middle: what comes last may have been frozen in training.
+    weights.write_bytes(bytes(size // 2) + b"1" * 2**18 + bytes(size - size // 2 - 2**18))
+    with pytest.raises(BenchmarkError, match="was begun with weights"):
+        begin()
     weights.write_bytes(bytes(size))
     begin()
     # An export says itself what is in all of its files.
@@ -116,3 +121,31 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(BenchmarkError, match=r"out: cannot be written: File exists"):
         start(tmp_path / "out")
+
+
+def test_files_of_questions_stay_as_they_were_and_more_may_come(tmp_path: Path) -> None:
+    file = tmp_path / "zerobench.tsv"
+    file.write_text("index\tquestion\n1\tWhat?\n")
+    out = tmp_path / "out"
+    with start(out, questions={}):
+        pass
+    with start(out, questions={"ZeroBench": digest_of(file)}):
+        pass
+    with start(out, questions={}):  # other rows are asked
+        pass
+    file.write_text("index\tquestion\n1\tWhere?\n")
+    with pytest.raises(BenchmarkError, match=r"was begun with questions .*: choose another --out"):
+        start(out, questions={"ZeroBench": digest_of(file)})
+    before = digest_of(tmp_path)
+    (tmp_path / "utils.py").write_text("# another way to read an answer")
+    assert digest_of(tmp_path) != before
+
+
+def test_the_weights_of_a_server_are_those_of_the_run(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:8000"
+    with EvaluationRun(tmp_path, url, "seed25", {}, "1b9c"):
+        pass
+    with EvaluationRun(tmp_path, url, "seed25", {}, "1b9c"):
+        pass
+    with pytest.raises(BenchmarkError, match="was begun with weights '1b9c', not '77aa'"):
+        EvaluationRun(tmp_path, url, "seed25", {}, "77aa")
