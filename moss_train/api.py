@@ -17,7 +17,7 @@ import yaml
 
 from data_pipeline.commands import one_line
 from moss_train.checkpoint_dir import find
-from moss_train.config import Config, ConfigError, from_dict, to_dict
+from moss_train.config import Config, ConfigError, checked, from_dict
 from moss_train.imports import quick_imports
 from moss_train.log import configure
 from moss_train.main import run as run_job
@@ -45,7 +45,7 @@ def train(config: Config, *, quiet: bool = False) -> Run:
         ConfigError: the configuration is wrong; it has a line for each problem.
         RuntimeError: training failed; the message names the step and the reason.
     """
-    config = from_dict(to_dict(config))
+    config = checked(config)
     configure(quiet)
     with _settings_kept():
         stopped = run_job(config, io.StringIO() if quiet else sys.stderr)

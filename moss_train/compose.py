@@ -9,12 +9,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import (
@@ -97,7 +99,7 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
     decorate = hydra.main(version_base=VERSION, config_path=str(conf_dir()), config_name=ROOT)
     try:
         sys.argv[1:] = flags_first(as_typed(sys.argv[1:], conf_dir()))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _composed_once():
             _refuse_missing_folders()
             decorate(compose_and_run)()
         if unresolved:
@@ -117,6 +119,18 @@ def run_command_line(job: Callable[[DictConfig], None], name: str) -> int:
 def _store_schema() -> None:
     """Tells Hydra the fields and their types, once a process: that takes a tenth of composing."""
     ConfigStore.instance().store(name="schema", node=Config)
+
+
+@contextmanager
+def _composed_once() -> Iterator[None]:
+    """Hydra would compose everything, a quarter of a second, to read whether `hydra.mode` asks for
+    a sweep, which `as_typed` refuses, and then again to run. Without an answer it runs."""
+    asks = Hydra.get_mode
+    Hydra.get_mode = lambda self, config_name, overrides: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = asks  # type: ignore[method-assign]
 
 
 def _refuse_missing_folders() -> None:

@@ -14,7 +14,7 @@ import copy
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -351,14 +351,22 @@ def _expand_home(config: Config) -> None:
         init.from_llama = os.path.expanduser(init.from_llama)
 
 
+def checked(config: Config) -> Config:
+    """A copy of a configuration whose fields somebody may have set since.
+
+    Raises:
+        ConfigError: a value has the wrong type.
+    """
+    try:
+        raw = OmegaConf.structured(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError([explain_field(error, Config)]) from None
+    return from_hydra(raw)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain containers, as saved in checkpoints and run folders."""
-    try:
-        plain = OmegaConf.to_container(OmegaConf.structured(config))
-    except OmegaConfBaseException as error:  # somebody has set a field to a wrong value
-        raise ConfigError([explain_field(error, Config)]) from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return asdict(config)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -39,6 +40,7 @@ def explain_field(error: OmegaConfBaseException, root: type) -> str:
     return f"{name}: {line}"
 
 
+@cache
 def field_types(root: type, prefix: str = "") -> dict[str, Any]:
     """The type of each field by its dotted name, groups and what is inside them."""
     found: dict[str, Any] = {}

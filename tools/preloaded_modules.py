@@ -25,3 +25,6 @@ MODULES = (
 with quick_imports():
     for name in MODULES:
         import_module(name)
+    from moss_train.compose import load_config
+
+    load_config()  # what Hydra and its grammar learn in their first composing, forks know

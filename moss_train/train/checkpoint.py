@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.msc_utils import MultiStorageClientFeature
 from torch import nn
 
 from data_pipeline.commands import describe
@@ -49,6 +50,9 @@ from moss_train.train.save import Save, SaveError
 from moss_train.train.staging import Staging
 from moss_train.trained_tokenizer import KEY
 
+# Where its package is installed megatron-core would open files through a client of object stores,
+# which counts every write of a tensor's header: most of the writers' time in small jobs.
+MultiStorageClientFeature.disable()
 # megatron-core 0.19's own default for asynchronous saving is another package.
 _HAS_STRATEGIES = "async_strategy" in signature(dist_checkpointing.save).parameters
 STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}

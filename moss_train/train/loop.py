@@ -383,7 +383,7 @@ class Job:
 
     def _finish(self, stopped: bool) -> None:
         note(self.folder, "stopped" if stopped else "end", step=self.done)
-        write_report_or_warn(self.folder)
+        write_report_or_warn(self.folder, self.config)
         table = summary_table(
             self.folder,
             {

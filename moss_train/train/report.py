@@ -56,19 +56,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def write_report_or_warn(run_dir: Path) -> None:
+def write_report_or_warn(run_dir: Path, config: Config | None = None) -> None:
     """Writes the page; a failure is a warning, as no run should end because of it."""
     try:
-        write_report(run_dir)
+        write_report(run_dir, config=config)
     except Exception as error:  # whatever libraries and damaged files raise
         log.warning("%s was not written: %s", run_dir / REPORT_FILE, error)
 
 
-def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
+def write_report(
+    run_dir: Path, peak_tflops: float | None = None, config: Config | None = None
+) -> Path:
     """Writes `run_dir`/report.html from metrics.jsonl, config.yaml, run.json and, where they are
     there, evaluation.json.
 
-    peak_tflops: what a rank's device can compute at most, 1e12 FLOPs a second.
+    Args:
+        peak_tflops: what a rank's device can compute at most, 1e12 FLOPs a second.
+        config: the run's, where it is at hand; None: what config.yaml has is read.
 
     Raises:
         ValueError: there is no step to show.
@@ -78,7 +82,7 @@ def write_report(run_dir: Path, peak_tflops: float | None = None) -> Path:
         raise ValueError(f"{run_dir / METRICS_FILE}: has no steps: give a run folder")
     described = _read(run_dir / RUN_FILE)
     raw = run_dir / "config.yaml"
-    config = _config(raw)
+    config = config or _config(raw)
     if peak_tflops is None and config is not None and config.model.dtype == "bf16":
         peak_tflops = peak_tflops_of(str(described.get("device_name", "")))
     evaluated = _read(run_dir / EVALUATION_FILE)

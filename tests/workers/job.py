@@ -128,7 +128,7 @@ def run_checked(task: Task, config: Config) -> None:
     job = Watched(config, resume_from, suites=Suites)
     if task.poison and dist.get_rank() == dist.get_world_size() - 1:
         poison(job, task.poison)
-    written = loop.write_report_or_warn if task.page else lambda run_dir: None
+    written = loop.write_report_or_warn if task.page else lambda run_dir, config: None
     try:
         with mock.patch.object(loop, "write_report_or_warn", written):
             job.run()
