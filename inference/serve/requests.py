@@ -17,6 +17,7 @@ _USE_TOOLS = "use tools"
 _FUNCTION = {"function": "function"}
 _SAMPLING = "the engine samples without it: docs/serving.md lists the fields that it takes"
 _TEXT = "the answer is text"
+_DIRECT = "the model does not reason before it answers"
 _AS_TRAINED = "prompts are written as in training"
 DETAILS = {name: name for name in ("auto", "low", "high", "original")}  # read, and not seen
 ONE_TILE = "every picture is seen as one tile of the model's size"
@@ -68,6 +69,7 @@ class TextPart(Fields):
     type: Annotated[str, Choice({"text": "text"})]
     text: str = ""
     prompt_cache_breakpoint: Any = harmless()
+    cache_control: Any = harmless()
 
 
 class RefusalPart(Fields):
@@ -82,6 +84,7 @@ class ImagePart(Fields):
     ]
     uuid: Any = harmless()
     prompt_cache_breakpoint: Any = harmless()
+    cache_control: Any = harmless()
     min_pixels: Any = neutral(ONE_TILE)
     max_pixels: Any = neutral(ONE_TILE)
     total_pixels: Any = neutral(ONE_TILE)
@@ -94,6 +97,7 @@ class VideoPart(Frames):
     ]
     uuid: Any = harmless()
     prompt_cache_breakpoint: Any = harmless()
+    cache_control: Any = harmless()
 
 
 def branch(value: Any) -> str:
@@ -124,11 +128,13 @@ AnswerPart = Annotated[_Text | _Image | _Video | _Refusal, _PARTS]
 
 
 class Turn(Fields):
-    """A message. type: lm-eval writes one; metadata, options: Gradio."""
+    """A message. type: lm-eval writes one; metadata, options: Gradio; cache_control: Anthropic's
+    clients."""
 
     name: str | None = None
     metadata: Any = harmless()
     options: Any = harmless()
+    cache_control: Any = harmless()
     type: Any = neutral("a message has no type", "message", "text")
     function_call: Any = neutral(_USE_TOOLS)
     audio: Any = neutral("the model hears nothing")
@@ -163,10 +169,12 @@ class ToolCall(Fields):
     type: Annotated[str, Choice(_FUNCTION)] = "function"
     function: CalledFunction
     index: Any = harmless()
+    provider_specific_fields: Any = harmless()
 
 
 class Answer(Turn):
-    """What a server has said before, as clients send it back."""
+    """What a server has said before, as clients send it back. provider_specific_fields, and what
+    a model has thought: LiteLLM and OpenRouter."""
 
     role: Annotated[str, Choice({"assistant": "assistant"})]
     content: Annotated[_Whole | Annotated[list[AnswerPart], Tag("<parts>")], _CONTENT] = ""
@@ -175,6 +183,9 @@ class Answer(Turn):
     annotations: Any = harmless()
     reasoning: Any = harmless()
     reasoning_content: Any = harmless()
+    reasoning_details: Any = harmless()
+    thinking_blocks: Any = harmless()
+    provider_specific_fields: Any = harmless()
 
 
 def _speaker(value: Any) -> str:
@@ -228,6 +239,7 @@ class Function(Fields):
 class Tool(Fields):
     type: Annotated[str, Choice(_FUNCTION)]
     function: Function
+    cache_control: Any = harmless()
 
 
 class FunctionName(Fields):
@@ -322,6 +334,10 @@ class ChatRequest(Fields):
     request_id: Any = harmless()
     priority: Any = harmless()
     cache_salt: Any = harmless()
+    rid: Any = harmless()
+    include_reasoning: Any = harmless()
+    separate_reasoning: Any = harmless()
+    stream_reasoning: Any = harmless()
 
     best_of: Any = neutral("use n", 1)
     use_beam_search: Any = neutral(_SAMPLING, False)
@@ -334,7 +350,10 @@ class ChatRequest(Fields):
     modalities: Any = neutral(_TEXT, ["text"])
     audio: Any = neutral(_TEXT)
     verbosity: Any = neutral(_TEXT, "medium")
-    reasoning_effort: Any = neutral("the model does not reason before it answers", "none")
+    reasoning_effort: Any = neutral(_DIRECT, "none")
+    reasoning: Any = neutral(_DIRECT, {"effort": "none"}, {"enabled": False})
+    thinking: Any = neutral(_DIRECT, {"type": "disabled"})
+    enable_thinking: Any = neutral(_DIRECT, False)
     web_search_options: Any = neutral("the model sees what the request has")
     moderation: Any = neutral("neither messages nor answers are moderated")
     echo: Any = neutral("the answer is what is new", False)
@@ -343,7 +362,9 @@ class ChatRequest(Fields):
     return_token_ids: Any = neutral(_TEXT, False)
     return_tokens_as_token_ids: Any = neutral(_TEXT, False)
     add_special_tokens: Any = neutral(_AS_TRAINED, False)
-    chat_template_kwargs: Any = neutral(_AS_TRAINED, {})
+    chat_template_kwargs: Any = neutral(
+        _AS_TRAINED, {}, {"enable_thinking": False}, {"thinking": False}
+    )
     documents: Any = neutral(_AS_TRAINED, [])
     chat_template: Any = neutral(_AS_TRAINED)
     extra_body: Any = neutral("its fields belong into the request itself")

@@ -15,7 +15,8 @@ from typing import Any
 
 from data_pipeline.tool_texts import as_json, call_line
 from inference.serve.limits import Refused
-from inference.serve.requests import Answer, ChatRequest, NamedTool, ToolResult
+from inference.serve.requests import Answer, ChatRequest, NamedTool, Tool, ToolResult
+from inference.serve.typed_fields import kind as effect_of
 
 _BEGUN = re.compile(r'\s*\{\s*"name":\s*("(?:[^"\\]|\\.)*"),\s*"arguments":\s*(\{.*)', re.DOTALL)
 _VALUES = ("const", "enum", "default", "examples")  # of a schema: values, not schemas
@@ -40,8 +41,9 @@ class Call:
 class Tools:
     """What an answer may call.
 
-    definitions: the tools as the request has them. schemas: of the arguments, by name, of those
-    that may be called. needed: the answer is a call. several: it may have more than one.
+    definitions: the tools as the request has them, without a client's marks. schemas: of the
+    arguments, by name, of those that may be called. needed: the answer is a call. several: it may
+    have more than one.
     """
 
     definitions: Sequence[Any]
@@ -94,7 +96,8 @@ def read_tools(request: ChatRequest, definitions: Any) -> Tools | None:
         schemas = {name: schemas[name]}
     if not schemas or choice == "none":
         return None
-    return Tools(definitions, schemas, choice != "auto", request.parallel_tool_calls)
+    read = [{n: one[n] for n in one if effect_of(Tool, n)[0] == "read"} for one in definitions]
+    return Tools(read, schemas, choice != "auto", request.parallel_tool_calls)
 
 
 def call_lines(turn: Answer) -> list[str]:

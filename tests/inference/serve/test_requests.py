@@ -205,6 +205,8 @@ HARMLESS: dict[str, Any] = {
     "prediction": {"type": "content", "content": "x"}, "safety_identifier": "x", "min_p": 0,
     "model": "moss-video", "unknown_to_us": None, "top_k": -1, "min_tokens": 0, "audio": None,
     "skip_special_tokens": True, "add_special_tokens": False, "stop_token_ids": [],
+    "enable_thinking": False, "thinking": {"type": "disabled"}, "reasoning": {"effort": "none"},
+    "chat_template_kwargs": {"enable_thinking": False}, "separate_reasoning": True, "rid": "x",
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
     "temprature": 1, "n": 3, "prompt_logprobs": 1, "logit_bias": {"5": 101}, "min_p": 1.1,
@@ -214,10 +216,11 @@ REFUSED: dict[str, Any] = {
     "seed": 1.5, "temperature": True, "mm_processor_kwargs": {"max_pixels": 9}, "top_p": 0,
     "media_io_kwargs": {"video": {"frames": 4}}, "stream_options": {"include": True},
     "chat_template": "x", "audio": {"voice": "a"}, "reasoning_effort": "high", "best_of": 2,
+    "enable_thinking": True, "thinking": {"type": "enabled"}, "reasoning": {"effort": "low"},
 }  # fmt: skip
 PARTS: list[dict[str, Any]] = [
     {"image_url": {"detail": "sharp"}}, {"image_url": {"max_pixels": 100}}, {"min_pixels": 4},
-    {"image_url": {"fps": 1}}, {"type": "audio_url"}, {"type": "input_text"}, {"cache_control": {}},
+    {"image_url": {"fps": 1}}, {"type": "audio_url"}, {"type": "input_text"}, {"sharpness": 1},
 ]  # fmt: skip
 
 

@@ -101,6 +101,23 @@ def test_a_history_with_tools_is_read_as_an_imported_sample_is() -> None:
     assert wanted[5] == ("user", "hidden, é")
 
 
+def test_marks_of_other_providers_clients_change_nothing() -> None:
+    """What LiteLLM, OpenRouter and Anthropic's clients add to messages, and send back with them."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    own = {"provider_specific_fields": {"refusal": None}}
+    user = {"role": "user", "content": [{"type": "text", "text": "A"}]}
+    call = called(1, "f", "{}")
+    answer: dict[str, Any] = {"role": "assistant", "content": "x", "tool_calls": [call]}
+    marked: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "A", **mark}]},
+        {**answer, **own, "reasoning_details": [], "tool_calls": [{**call, **own}]},
+        {**result(1, "4"), **mark},
+    ]
+    tool = {"type": "function", "function": {"name": "f"}}
+    plain = question([user, answer, result(1, "4")], tools=[tool]).messages
+    assert question(marked, tools=[{**tool, **mark}]).messages == plain
+
+
 def test_results_of_calls_stand_in_the_order_of_the_calls() -> None:
     turned = [*HISTORY[:3], HISTORY[4], HISTORY[3], *HISTORY[5:]]
     assert question(turned).messages == question(HISTORY).messages
