@@ -243,8 +243,8 @@ def _stated_end(
     own = float((stream.duration or 0) * (stream.time_base or 0))
     lengths = form.partition(",")[0] in ("mov", "matroska", "flv", "avi", "asf")
     if state == "cut" or (lengths and not state and own - (end - first) > max(0.5, 0.1 * own)):
-        said = f"the header says {max(own, length):.2f} s, " if max(own, length) > end else ""
-        raise VideoError("truncated_video", f"{said}the data end at {end:.2f} s")
+        header_end = f"the header says {max(own, length):.2f} s, " if max(own, length) > end else ""
+        raise VideoError("truncated_video", f"{header_end}the data end at {end:.2f} s")
     if state != "whole":
         return 0.0
     if own:
@@ -353,25 +353,25 @@ def frames_on_screen(
 
     frames: of all packets, in the order of showing.
     """
-    due, previous, began = list(moments), None, 0.0
+    moments_left, previous, began = list(moments), None, 0.0
     for index, frame in enumerate(frames):
         now = track.second(frame, index)
-        while due and due[0] + EPSILON < now:
+        while moments_left and moments_left[0] + EPSILON < now:
             if previous is not None:
-                _check_age(began, due[0], track)
+                _check_age(began, moments_left[0], track)
             yield previous or frame
-            due.pop(0)
+            moments_left.pop(0)
         previous, began = frame, track.reached(frame, now)
-        if not due:
+        if not moments_left:
             return
-    for moment in due if previous is not None else ():
+    for moment in moments_left if previous is not None else ():
         _check_age(began, moment, track)
         yield previous
 
 
 def _check_age(began: float, moment: float, track: Track) -> None:
     """VideoError where a frame from more than a second after `began` should be on screen."""
-    meant = track.times[max(0, bisect_right(track.times, moment + EPSILON) - 1)]
-    if meant - began > _OLD:
+    expected = track.times[max(0, bisect_right(track.times, moment + EPSILON) - 1)]
+    if expected - began > _OLD:
         raise VideoError("undecodable_video", f"no frame between {began:.2f} s and {moment:.2f} s "
                          "can be decoded")  # fmt: skip

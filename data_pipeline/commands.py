@@ -86,8 +86,8 @@ def describe(error: OSError) -> str:
 
 def one_line(error: Exception) -> str:
     """What an error says, in one line, without the file: for a line that names it already."""
-    said = error.strerror if isinstance(error, OSError) else None
-    return said or " ".join(str(error).split())
+    message = error.strerror if isinstance(error, OSError) else None
+    return message or " ".join(str(error).split())
 
 
 def report_error(program: str, error: object, code: int = FAILED) -> int:

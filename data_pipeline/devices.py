@@ -56,30 +56,30 @@ def best() -> str:
     return next(filter(is_present, KINDS))
 
 
-def find(asked: str, field: str = "device") -> torch.device:
+def find(device: str, field: str = "device") -> torch.device:
     """The device that a user means: `auto`, a kind, or one of several such as `cuda:1`.
 
     Raises:
         ValueError: it is not known or not here; names `field` and what there is.
     """
-    kind, _, number = asked.partition(":")
-    if asked == "auto":
+    kind, _, number = device.partition(":")
+    if device == "auto":
         return torch.device(best())
     if kind not in KINDS or (number and not number.isdigit()):
         allowed = ", ".join(("auto", *KINDS))
-        raise ValueError(f"{field}={asked}: allowed: {allowed}, or one of several such as cuda:1")
+        raise ValueError(f"{field}={device}: allowed: {allowed}, or one of several such as cuda:1")
     if kind == "npu" and npu.broken is not None:
         raise ValueError(
-            f"{field}={asked}: torch_npu is installed and cannot be imported ({npu.broken}): "
+            f"{field}={device}: torch_npu is installed and cannot be imported ({npu.broken}): "
             "source CANN's set_env.sh, or uninstall torch_npu"
         )
     if not is_present(kind):
         raise ValueError(
-            f"{field}={asked}: this machine has no {NAMES[kind]}: use {best()}, or auto"
+            f"{field}={device}: this machine has no {NAMES[kind]}: use {best()}, or auto"
         )
     if number and kind != HOST and int(number) >= count(kind):
-        raise ValueError(f"{field}={asked}: this machine has {count(kind)} of them, from {kind}:0")
-    return torch.device(asked)
+        raise ValueError(f"{field}={device}: this machine has {count(kind)} of them, from {kind}:0")
+    return torch.device(device)
 
 
 def select(kind: str, number: int) -> torch.device:

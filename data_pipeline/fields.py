@@ -129,18 +129,18 @@ def check_number(name: str, value: float | None, *, whole: bool = False, **bound
 def _wrong(name: str, value: Any, allowed: Range | tuple[str, ...], hint: str) -> Iterator[str]:
     if value is None and "None" in hint:
         return
-    given: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
-    given = value.values() if isinstance(value, dict) else given
+    values: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
+    values = value.values() if isinstance(value, dict) else values
     if isinstance(allowed, tuple):
-        if any(one not in allowed for one in given):
+        if any(one not in allowed for one in values):
             of = "some of" if isinstance(value, list | tuple) else "one of"
             yield f"{name}={value}: choose {of} {', '.join(allowed)}"
         return
     whole = "int" in hint and "float" not in hint
-    bad = [one for one in given if one not in allowed or (whole and one != int(one))]
+    bad = [one for one in values if one not in allowed or (whole and one != int(one))]
     if bad:
-        shown = bad if isinstance(value, list | tuple) else value
-        yield f"{name}={shown}: must be {described(allowed, bad[0], whole)}"
+        named = bad if isinstance(value, list | tuple) else value
+        yield f"{name}={named}: must be {described(allowed, bad[0], whole)}"
 
 
 def _is_finite(value: object) -> bool:

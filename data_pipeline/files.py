@@ -259,8 +259,8 @@ def _web_or_local_bytes(path: str) -> bytes:
             if is_url(path) and pause is not None and not final:
                 time.sleep(pause)
                 continue
-            said = "the server does not answer" if silent else without_secrets(str(answer))
-            detail = f"{name(path)}: {said}"
+            reason = "the server does not answer" if silent else without_secrets(str(answer))
+            detail = f"{name(path)}: {reason}"
             raise SampleError("unreadable_file", detail) from None
     raise AssertionError("unreachable")
 

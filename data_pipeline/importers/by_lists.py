@@ -89,7 +89,7 @@ def _records(names: tuple[str, ...], read: Read, path: str) -> Records:
     elif names == (_IMAGES,):
         yield from _split(read)
     elif names == ("questions",):
-        yield from _asked(read, path)
+        yield from _questions(read, path)
     elif names == ("annotations",):
         raise _answers_alone(next(read("annotations.item"), None), path)
     else:
@@ -100,8 +100,8 @@ def _records(names: tuple[str, ...], read: Read, path: str) -> Records:
 def _captioned(media: str, texts: str, read: Read, path: str) -> Records:
     """COCO's pictures or MSR-VTT's videos, each once for each of its captions."""
     own, name_of = ("id", _picture) if media == "images" else ("video_id", _video)
-    shown = (one for one in read(f"{media}.item") if isinstance(one, dict) and own in one)
-    named = {str(one[own]): name_of(one) for one in shown}
+    entries = (one for one in read(f"{media}.item") if isinstance(one, dict) and own in one)
+    named = {str(one[own]): name_of(one) for one in entries}
     belongs = "image_id" if media == "images" else "video_id"
     for i, text in enumerate(read(f"{texts}.item")):
         if not isinstance(text, dict) or "caption" not in text:
@@ -158,7 +158,7 @@ def _answers_alone(text: Any, path: str) -> ShardError:
     )
 
 
-def _asked(read: Read, path: str) -> Records:
+def _questions(read: Read, path: str) -> Records:
     """Each question with its picture and its answer."""
     kind, part = (next(read(name), None) for name in ("data_type", "data_subtype"))
     answers: dict[str, str] | None = None

@@ -47,8 +47,8 @@ def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
     """A sample for each picture or video below a folder, captioned by the .txt of its name."""
     (stem,) = distinct_stems([files.name(folder.rstrip("/"))])
     captions = {_stem(path): path for path in paths if files.suffix(path) == ".txt"}
-    wanted = [path for path in paths if media_type(path)]
-    for number, path in enumerate(wanted):
+    media = [path for path in paths if media_type(path)]
+    for number, path in enumerate(media):
         kind = media_type(path)
         assert kind is not None
         caption = captions.pop(_stem(path), None)
@@ -57,9 +57,9 @@ def folder_entries(folder: str, paths: list[str]) -> Iterator[Entry]:
             draft = SampleError("missing_caption", f"{files.name(path)}: no .txt of this name")
         else:
             draft = caption_draft(Medium(kind, path, files.suffix(path)), caption_file=caption)
-        share = (number + 1) / len(wanted)
+        share = (number + 1) / len(media)
         yield Entry(f"{stem}-{number:06d}", _inside(folder, path), share, draft)
-    for number, path in enumerate(captions.values(), len(wanted)):
+    for number, path in enumerate(captions.values(), len(media)):
         reason = SampleError("missing_file", "no picture or video has this text's name")
         yield Entry(f"{stem}-{number:06d}", _inside(folder, path), 1.0, reason)
 
@@ -115,7 +115,7 @@ def _naming(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def may_say_origin(record: dict[str, Any]) -> bool:
+def may_have_origin(record: dict[str, Any]) -> bool:
     """Whether a record has a text, and a column that says where it is from, or names a medium."""
     return "text" in record and any(column in record for column in _ORIGINS)
 
@@ -153,23 +153,23 @@ def table_draft(
         raise SampleError("missing_file", f"{place} is empty")
     value = _only(record[place], place)
     try:
-        shown = medium(_type(place, value, base), value, base)
+        own_medium = medium(_type(place, value, base), value, base)
     except ValueError as error:  # a URL that cannot be one
         raise SampleError("bad_schema", f"{place}: {value!r:.80}: {error}") from None
-    return _captioned(shown, record, (place, words))
+    return _captioned(own_medium, record, (place, words))
 
 
-def _captioned(shown: Medium, record: dict[str, Any], columns: tuple[str, ...]) -> list[Draft]:
+def _captioned(own_medium: Medium, record: dict[str, Any], columns: tuple[str, ...]) -> list[Draft]:
     """A draft for each caption, of the seconds of the video that the record says it is of."""
-    given = record[columns[1]]
-    texts, notes = captions_of(given)
-    used, parts = columns, [shown] * len(texts)
-    if shown.type == "video" and _whole(given) is given:
+    value = record[columns[1]]
+    texts, notes = captions_of(value)
+    used, parts = columns, [own_medium] * len(texts)
+    if own_medium.type == "video" and _whole(value) is value:
         if several := None if notes else spans_of(record, len(texts)):
-            parts = [replace(shown, part=seconds) for seconds in several.parts]
+            parts = [replace(own_medium, part=seconds) for seconds in several.parts]
             used += several.fields
         elif span := span_of(record):
-            parts = [replace(shown, part=span.parts[0])] * len(texts)
+            parts = [replace(own_medium, part=span.parts[0])] * len(texts)
             used += span.fields
     return caption_drafts(parts, texts, notes + unused_fields(record, used))
 
@@ -178,12 +178,12 @@ def captions_of(value: Any) -> tuple[list[str], list[str]]:
     """The captions of a medium, and a note for each of a list that is none; SampleError where none
     is left."""
     listed = _whole(opened(value))
-    given = listed if are_captions(listed) and listed else [value]
-    texts = [text for text in given if isinstance(text, str)]
+    captions = listed if are_captions(listed) and listed else [value]
+    texts = [text for text in captions if isinstance(text, str)]
     texts = [text for text in texts if text.strip() and text.strip() not in NOTHING]
     if not texts:
         raise SampleError("missing_caption", f"{value!r:.80} is not a caption")
-    return texts, ["caption without a text, left out"] * (len(given) - len(texts))
+    return texts, ["caption without a text, left out"] * (len(captions) - len(texts))
 
 
 def _whole(value: Any) -> Any:
@@ -199,10 +199,10 @@ def are_captions(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str | None) for text in value)
 
 
-def caption_drafts(shown: Sequence[Medium], texts: list[str], notes: list[str]) -> list[Draft]:
+def caption_drafts(media: Sequence[Medium], texts: list[str], notes: list[str]) -> list[Draft]:
     """A draft for each caption, with its medium; notes: of all of them."""
     return [caption_draft(one, text.strip(), notes=() if i else tuple(notes))
-            for i, (one, text) in enumerate(zip(shown, texts, strict=True))]  # fmt: skip
+            for i, (one, text) in enumerate(zip(media, texts, strict=True))]  # fmt: skip
 
 
 def _only(value: Any, place: str) -> Any:
@@ -244,10 +244,10 @@ def _media_columns(record: dict[str, Any]) -> tuple[str, ...]:
     return (*_ids(record), *usual) if pages and "text" not in record else usual
 
 
-def _column(record: dict[str, Any], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
+def _column(record: dict[str, Any], named: str | None, usual: tuple[str, ...], option: str) -> str:
     there = _spelt(usual, record)
     # A table may have a column for pictures and one for videos: in each row one of them is empty.
-    column = wanted or next(filter(lambda name: _is_there(record[name]), there), None)
+    column = named or next(filter(lambda name: _is_there(record[name]), there), None)
     column = column or next(iter(there), None)
     if column is None or column not in record:
         raise ShardError(

@@ -21,11 +21,11 @@ _NESTED = _EVENTS | {
     "messages", "conversations", "conversation", "videos", "images", "segments", "words",
     "narrations", "subtitles", "texts", "history", "captions", "sentences",
 }  # fmt: skip
-Wanted = Callable[[int], bool]
+Selects = Callable[[int], bool]
 Values = Iterator[tuple[Any, float]]
 
 
-def read_parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Values:
+def read_parquet(file: BinaryIO, path: str, size: int, selects: Selects) -> Values:
     """Of a row group that is damaged, the rows from the damage on are SampleErrors."""
     import pyarrow
     import pyarrow.parquet
@@ -37,7 +37,7 @@ def read_parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Values
     total, at = table.metadata.num_rows or 1, 0
     for group in range(table.num_row_groups):
         end = at + table.metadata.row_group(group).num_rows
-        if not any(map(wanted, range(at, end))):
+        if not any(map(selects, range(at, end))):
             yield from itertools.repeat((None, end / total), end - at)
             at = end
             continue
@@ -54,7 +54,7 @@ def read_parquet(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Values
             at = end
 
 
-def read_arrow(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Values:
+def read_arrow(file: BinaryIO, path: str, size: int, selects: Selects) -> Values:
     """What Hugging Face's datasets save to disk: a stream of batches, or several that were joined;
     or a file of them. What is behind damage is one SampleError."""
     import pyarrow
@@ -67,7 +67,7 @@ def read_arrow(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Values:
                 rows = batch.slice(first, _ROWS)
                 places = range(at, at + rows.num_rows)
                 at = places.stop
-                if any(map(wanted, places)):
+                if any(map(selects, places)):
                     yield from ((record, share) for record in _records(rows))
                 else:
                     yield from itertools.repeat((None, share), rows.num_rows)

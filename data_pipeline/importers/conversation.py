@@ -95,12 +95,12 @@ def _with_file_names(
         return record
     names = as_list(record[field])
     kinds = {media_type(name) if isinstance(name, str) else None for name in names}
-    asked = [turn["content"] for turn in messages if turn["role"] != "assistant"]
-    if None in kinds or not any(mark in text for mark in ANY_MARKS for text in asked):
+    questions = [turn["content"] for turn in messages if turn["role"] != "assistant"]
+    if None in kinds or not any(mark in text for mark in ANY_MARKS for text in questions):
         return record
     found = {kind: [name for name in names if media_type(name) == kind] for kind in kinds}
-    given = {f"{kind}s": named for kind, named in found.items()}
-    return {name: value for name, value in record.items() if name != field} | given
+    media = {f"{kind}s": named for kind, named in found.items()}
+    return {name: value for name, value in record.items() if name != field} | media
 
 
 def message_turns(record: dict[str, Any], dialect: Dialect) -> list[Turn]:
@@ -135,8 +135,8 @@ def with_media(
         _media(record, columns) for columns in (dialect.images, dialect.videos)
     )
     if not images and not videos:
-        asked = [turn["content"] for turn in messages if turn["role"] != "assistant"]
-        marked = any(mark in text for mark in ANY_MARKS for text in asked)
+        questions = [turn["content"] for turn in messages if turn["role"] != "assistant"]
+        marked = any(mark in text for mark in ANY_MARKS for text in questions)
         mend = (
             "call it images or videos, or give --media-column"
             if dialect.images == IMAGE_FIELDS
@@ -166,11 +166,11 @@ def with_media(
     marks = sum(message["content"].count(VIDEO_MARK) for message in messages)
     if marks == 1 < len(videos) and all(map(_is_still, videos)):
         raise frames_as_pictures(videos)
-    given: dict[MediaType, list[Any]] = {
+    media: dict[MediaType, list[Any]] = {
         "image": pictures,
         "video": [_clip(video, base) for video in videos],
     }
-    return Draft(messages, in_order(messages, given), notes=tuple(notes))
+    return Draft(messages, in_order(messages, media), notes=tuple(notes))
 
 
 def _is_still(video: Any) -> bool:
@@ -180,9 +180,9 @@ def _is_still(video: Any) -> bool:
 
 def _clip(video: Any, base: str) -> Medium:
     """A video, or the part of it that its `video_start` and `video_end` say; SampleError."""
-    shown = medium("video", video, base)
+    clip = medium("video", video, base)
     times = [video.get(name) for name in VIDEO_SPAN] if isinstance(video, dict) else [None, None]
-    return shown if times == [None, None] else replace(shown, part=seconds_of(times, VIDEO_SPAN))
+    return clip if times == [None, None] else replace(clip, part=seconds_of(times, VIDEO_SPAN))
 
 
 def _message(entry: Any, index: int, dialect: Dialect) -> Turn:

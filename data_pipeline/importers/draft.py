@@ -259,9 +259,9 @@ def surely_medium(path: str) -> bool:
     return media_type(path) is not None and files.suffix(path) != ".ts"
 
 
-def in_order(messages: list[Turn], given: dict[MediaType, list[Medium]]) -> list[Medium]:
+def in_order(messages: list[Turn], by_kind: dict[MediaType, list[Medium]]) -> list[Medium]:
     """The media in the order of their marks; SampleError where counts do not agree."""
-    left = {kind: list(media) for kind, media in given.items()}
+    left = {kind: list(media) for kind, media in by_kind.items()}
     media: list[Medium] = []
     text = "".join([message["content"] for message in messages])
     for mark in MARK.findall(text) if "<|" in text else ():
@@ -278,12 +278,12 @@ def in_order(messages: list[Turn], given: dict[MediaType, list[Medium]]) -> list
 
 
 def caption_draft(
-    shown: Medium, caption: str = "", caption_file: str | None = None, notes: tuple[str, ...] = ()
+    medium: Medium, caption: str = "", caption_file: str | None = None, notes: tuple[str, ...] = ()
 ) -> Draft:
     """A picture or video and its caption, for the pretraining stages."""
-    mark = IMAGE_MARK if shown.type == "image" else VIDEO_MARK
+    mark = IMAGE_MARK if medium.type == "image" else VIDEO_MARK
     messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": caption}]
-    return Draft(messages, [shown], "caption", caption_file, notes)
+    return Draft(messages, [medium], "caption", caption_file, notes)
 
 
 def text_draft(text: Any, notes: tuple[str, ...] = ()) -> Draft:
@@ -297,11 +297,11 @@ def text_draft(text: Any, notes: tuple[str, ...] = ()) -> Draft:
 def distinct_stems(names: list[str]) -> list[str]:
     """What the keys of each file's records start with: all different, without dots."""
     stems: list[str] = []
-    taken: set[str] = set()
+    used: set[str] = set()
     for name in names:
         # Plain and short, so that every tar has it in its plain header.
         plain = re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("_")[:64] or "records"
         numbered = (f"{plain}_{number}" for number in itertools.count(2))
-        stems.append(plain if plain not in taken else next(s for s in numbered if s not in taken))
-        taken.add(stems[-1])
+        stems.append(plain if plain not in used else next(s for s in numbered if s not in used))
+        used.add(stems[-1])
     return stems

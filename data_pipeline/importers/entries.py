@@ -56,31 +56,31 @@ class Refusal:
 class Splits:
     """The splits whose records are taken; of others the records are counted."""
 
-    wanted: tuple[str, ...]
+    names: tuple[str, ...]
     left_out: Counter[str]
 
-    def taken(self, value: dict[str, Any], path: str) -> dict[str, Any] | SampleError | None:
+    def select(self, value: dict[str, Any], path: str) -> dict[str, Any] | SampleError | None:
         """The record, None where it is of another split; a SampleError where it does not say, nor
         the name of its file or folder."""
-        given = [value[name] for name in _SPLITS if name in value]
-        said = [name for name in given if isinstance(name, str) and name.strip()]
+        values = [value[name] for name in _SPLITS if name in value]
+        names = [name for name in values if isinstance(name, str) and name.strip()]
         folder = files.name(files.parent(path))
         if begins := _SPLIT_OF_FILE.match(files.name(path)):
-            said.append(begins[1])
+            names.append(begins[1])
         if _SPLIT_OF_FILE.fullmatch(folder):
-            said.append(folder)
+            names.append(folder)
         # Numbers are names, too, where nothing else is: the classes of Hugging Face's datasets.
-        said += [str(name) for name in given if type(name) is int]
-        if not said:
+        names += [str(name) for name in values if type(name) is int]
+        if not names:
             detail = (
                 f"--split: the record has no {' or '.join(_SPLITS)} that is a name or number, and "
                 "neither its file nor the folder is called after one: leave --split away"
             )
             return SampleError("bad_schema", detail)
-        if said[0] in self.wanted:
+        if names[0] in self.names:
             # `split` means nothing else, `subset` may be part of a path.
             return {key: v for key, v in value.items() if key != _SPLITS[0]}
-        self.left_out[f"record of the split {said[0]}, left out"] += 1
+        self.left_out[f"record of the split {names[0]}, left out"] += 1
         return None
 
 
@@ -97,9 +97,9 @@ def record_entries(
             if record_file.limit is not None and record.number >= record_file.limit:
                 break
             value: dict[str, Any] | SampleError | None = record.value
-            again = _seen(record.value, ids)
+            again = _repeated_id(record.value, ids)
             if splits is not None and isinstance(value, dict):
-                value = splits.taken(value, record_file.path)
+                value = splits.select(value, record_file.path)
             drafts = [] if value is None else _record_drafts(value, record_file)
             for part, draft in enumerate(drafts):
                 if isinstance(draft, Draft):
@@ -116,15 +116,15 @@ def record_entries(
             yield Entry(f"{one.stem}-000000", files.name(one.path), 1.0, one.reason)
 
 
-def _seen(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]:
+def _repeated_id(value: dict[str, Any] | SampleError, ids: set[int]) -> tuple[str, ...]:
     """A note for a record whose `id` another one has, too, of the first _KNOWN_IDS."""
     own = value.get("id") if isinstance(value, dict) else None
     if not isinstance(own, str | int) or own == "":
         return ()
-    known = hash(own) in ids
+    repeated = hash(own) in ids
     if len(ids) < _KNOWN_IDS:
         ids.add(hash(own))
-    return ("id of an earlier record",) if known else ()
+    return ("id of an earlier record",) if repeated else ()
 
 
 def folder_entries(

@@ -26,25 +26,25 @@ def fingerprint(paths: Sequence[str], looked_at: Sequence[str]) -> str:
         paths: the files of a source, in order; their names count.
         looked_at: those of them whose sizes and contents count, too.
     """
-    known = blake2b(digest_size=8)
+    digest = blake2b(digest_size=8)
     for path in paths:
-        known.update(f"{files.name(path)}\n".encode(errors="backslashreplace"))
+        digest.update(f"{files.name(path)}\n".encode(errors="backslashreplace"))
     step = -(-len(looked_at) // _FILES) or 1
     chosen, left = looked_at[::step], _WHOLE
     pieces = min(_PIECES, max(2, _ALL_PIECES // max(1, len(chosen))))
     for path in chosen:
         if files.in_store(path):
-            known.update(files.version(path).encode())
+            digest.update(files.version(path).encode())
         elif files.is_url(path):
-            known.update(f"{files.file_size(path)}\n".encode())
+            digest.update(f"{files.file_size(path)}\n".encode())
         elif os.path.exists(path):  # no link to nothing
             size = files.file_size(path)
             whole = size <= max(left, pieces * _PIECE)
-            known.update(f"{size}\n".encode())
+            digest.update(f"{size}\n".encode())
             with suppress(OSError):  # told when it is read
-                known.update(_contents(path, size, 0 if whole else pieces))
+                digest.update(_contents(path, size, 0 if whole else pieces))
             left -= min(size, left) if whole else 0
-    return known.hexdigest()
+    return digest.hexdigest()
 
 
 def _contents(path: str, size: int, pieces: int) -> bytes:

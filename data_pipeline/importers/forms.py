@@ -234,8 +234,8 @@ def _record_file(path: str, stem: str, form: str, options: SourceOptions) -> Rec
         return RecordFile(path, stem, base, converts[form], form, has_records=bool(records))
 
     def convert(record: dict[str, Any], base: str) -> Draft | list[Draft]:
-        known = usual_names(record, options.media_column)
-        return converts[form_beside(known, form)](record, base)
+        renamed = usual_names(record, options.media_column)
+        return converts[form_beside(renamed, form)](record, base)
 
     return RecordFile(path, stem, base, convert, form, has_records=bool(records))
 

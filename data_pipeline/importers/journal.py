@@ -129,12 +129,12 @@ class Journal:
                 raise ShardError(f"{self.out} already holds shards: choose another folder")
             self._write_manifest(None)
             return False
-        known = json.loads(path.read_text())
-        if known["arguments"] != self._arguments:
+        manifest = json.loads(path.read_text())
+        if manifest["arguments"] != self._arguments:
             raise ShardError(f"{self.out} holds an import with other arguments: "
-                             f"{differences(known['arguments'], self._arguments)}: "
+                             f"{differences(manifest['arguments'], self._arguments)}: "
                              "give the same ones, or choose another folder")  # fmt: skip
-        return known["result"] is not None
+        return manifest["result"] is not None
 
     def _write_manifest(self, result: dict[str, Any] | None) -> None:
         text = json.dumps({"arguments": self._arguments, "result": result}, indent=2)
@@ -151,9 +151,9 @@ class Journal:
         write_lines(self.out / SHARDS, lines)  # without a last line that was cut off
         if not self.finished:
             self._check_shards(lines)
-        known = {(line["group"], line["shard"]) for line in lines}
+        listed = {(line["group"], line["shard"]) for line in lines}
         for path in self.out.glob("*/*.tar"):
-            if (path.parent.name, path.name) not in known:
+            if (path.parent.name, path.name) not in listed:
                 path.unlink()  # finished, but not written down before the kill: it is made again
         for folder in self.out.iterdir():
             remove_partial(folder)
@@ -161,10 +161,10 @@ class Journal:
     def _check_shards(self, lines: list[dict[str, Any]]) -> None:
         """ShardError where a shard that was written down is gone: its records would be, too."""
         paths = [self.out / line["group"] / line["shard"] for line in lines]
-        gone = [path for path in paths if not path.is_file()]
-        if gone:
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
             raise ShardError(
-                f"{gone[0]} is gone, a shard that this import has finished: bring it back, or "
+                f"{missing[0]} is gone, a shard that this import has finished: bring it back, or "
                 f"remove {self.out} and import anew"
             )
 
@@ -194,7 +194,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def differences(known: dict[str, Any], given: dict[str, Any]) -> str:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Which arguments of an import are others now."""
-    names = [name for name in known | given if known.get(name) != given.get(name)]
-    return ", ".join(f"{name} {known.get(name)!r}, now {given.get(name)!r}" for name in names)
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)

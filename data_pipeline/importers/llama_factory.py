@@ -127,8 +127,8 @@ def names_data_sets(info: str) -> bool:
     )
 
 
-def read_info(path: str, wanted: tuple[str, ...]) -> list[DataSet | tuple[str, SampleError]]:
-    """The data sets of a dataset_info.json: those `wanted`, or all.
+def read_info(path: str, names: tuple[str, ...]) -> list[DataSet | tuple[str, SampleError]]:
+    """The data sets of a dataset_info.json: those of these `names`, or all.
 
     One that cannot be imported (it is on a hub, or has preferences) is its name with the reason.
     Raises ShardError for a wrong file or name.
@@ -140,11 +140,11 @@ def read_info(path: str, wanted: tuple[str, ...]) -> list[DataSet | tuple[str, S
             raise ShardError(f"{path} cannot be read: {error}") from None
     if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
         raise ShardError(f"{path}: expected an object with a data set, an object, under each name")
-    unknown = sorted(set(wanted) - set(info))
+    unknown = sorted(set(names) - set(info))
     if unknown:
         raise ShardError(f"{path}: no data set {', '.join(unknown)}; it has {', '.join(info)}")
     folder = files.parent(path)
-    return [_data_set(folder, name, info[name]) for name in wanted or info]
+    return [_data_set(folder, name, info[name]) for name in names or info]
 
 
 def _data_set(folder: str, name: str, entry: dict[str, Any]) -> DataSet | tuple[str, SampleError]:
@@ -159,29 +159,29 @@ def _data_set(folder: str, name: str, entry: dict[str, Any]) -> DataSet | tuple[
     unknown = sorted(key for key in set(entry) - _ENTRY if entry[key])
     if unknown:
         return name, SampleError("unsupported_data_set", f"{unknown[0]}: unknown, not done")
-    given = entry.get("columns") or {}
+    columns_entry = entry.get("columns") or {}
     try:
         if formatting not in ("alpaca", "sharegpt"):
             raise ValueError(f"formatting: {formatting!r}, allowed: alpaca, sharegpt")
-        columns = _part(Columns(), given, "columns")
+        columns = _part(Columns(), columns_entry, "columns")
         tags = _part(Tags(), entry.get("tags") or {}, "tags")
     except ValueError as error:
         return name, SampleError("unsupported_data_set", str(error))
-    if {"prompt", "query", "response"}.intersection(given) == {"prompt"}:
+    if {"prompt", "query", "response"}.intersection(columns_entry) == {"prompt"}:
         columns = replace(columns, response=None)  # plain text for pretraining
     limit = entry.get("num_samples")
     return DataSet(name, files.join(folder, file), formatting == "sharegpt", columns, tags, limit)
 
 
-def _part(default: _Part, given: dict[str, Any], where: str) -> _Part:
+def _part(default: _Part, values: dict[str, Any], where: str) -> _Part:
     """The defaults with what is given; ValueError for unknown names."""
-    known = {part.name for part in fields(default)}
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(f"{where}.{name}: unknown, allowed: {', '.join(sorted(known))}")
+    names = {part.name for part in fields(default)}
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{where}.{name}: unknown, allowed: {', '.join(sorted(names))}")
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where}.{name}: {value!r} is not a name")
-    return replace(default, **given)
+    return replace(default, **values)
 
 
 def alpaca_draft(record: dict[str, Any], base: str, columns: Columns = ALPACA) -> Draft:

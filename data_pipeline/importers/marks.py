@@ -112,10 +112,10 @@ def _with_own_paths(messages: list[Turn], kind: MediaType, own: list[Any]) -> li
     outside = _WITH_PATH.sub("", questions)
     if not own or _PLAIN[kind] in outside or _OURS[kind] in outside:
         return messages
-    said = [match[2] for match in _WITH_PATH.finditer(questions) if _path_kind(match) == kind]
-    names, paths = (list(map(medium_name, values)) for values in (own, said))
+    mentioned = [match[2] for match in _WITH_PATH.finditer(questions) if _path_kind(match) == kind]
+    names, paths = (list(map(medium_name, values)) for values in (own, mentioned))
     named = [v for v in own if isinstance(v, str) or (isinstance(v, dict) and not v.get("bytes"))]
-    if not named and len(said) == len(own) and not set(names) <= set(paths):
+    if not named and len(mentioned) == len(own) and not set(names) <= set(paths):
         names = paths  # whatever bytes were called, they are in the order of the paths
     order: list[int] = []
 

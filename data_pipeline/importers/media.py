@@ -95,11 +95,11 @@ def _members(entry: Entry, draft: Draft, options: MediaOptions, notes: list[str]
         messages = [*messages[:-1], messages[-1] | {"content": caption.strip()}]
     media: list[dict[str, Any]] = []
     members: dict[str, bytes] = {}
-    shown = draft.media
+    sources = draft.media
     if draft.timeline is not None:
-        messages, shown = _unrolled(draft, draft.timeline, notes)
+        messages, sources = _unrolled(draft, draft.timeline, notes)
     messages = [_plain(message, i) for i, message in enumerate(messages)]
-    for index, medium in enumerate(shown):
+    for index, medium in enumerate(sources):
         with _named(medium, index):
             fitted, suffix = _fitted(medium, options, notes)
         if medium.type == "image" and is_sequence(fitted):

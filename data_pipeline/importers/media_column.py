@@ -46,10 +46,10 @@ def with_column(converts: Mapping[str, Convert], column: str | None) -> dict[str
 def _converted(
     convert: Convert, column: str, record: dict[str, Any], base: str
 ) -> Draft | list[Draft]:
-    known = usual_names(record, column)
-    is_video = known.get("videos") is record.get(column)
-    fields = () if known is record else VIDEO_FIELDS if is_video else IMAGE_FIELDS
+    renamed = usual_names(record, column)
+    is_video = renamed.get("videos") is record.get(column)
+    fields = () if renamed is record else VIDEO_FIELDS if is_video else IMAGE_FIELDS
     if twice := next((field for field in fields if names_medium(record.get(field))), None):
         detail = f"{twice} names media beside {column}, the --media-column: keep one"
         raise SampleError("ambiguous_media", detail)
-    return convert(known, base)
+    return convert(renamed, base)

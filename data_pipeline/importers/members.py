@@ -42,7 +42,7 @@ def fill(
     """
     used: set[str] = set()
     notes: list[str] = []
-    known = dict(record)
+    filled = dict(record)
     videos = [name for name in media if media[name] == "video"]
     alone = _bytes(parts, videos[0]) if stream and len(videos) == 1 else None
     for column in (*IMAGE_FIELDS, *VIDEO_FIELDS, *(sorted(_IDS) if stream else ())):
@@ -64,15 +64,15 @@ def fill(
             used.add(own["name"])
             rest = one if isinstance(one, dict) else {}
             found.append(rest | {"bytes": own["bytes"], "path": own["path"]})
-        known[column] = found if isinstance(value, list) or not stream else found[0]
+        filled[column] = found if isinstance(value, list) or not stream else found[0]
     if not used:  # the sample's members are what its record is about
         for column, kind in (("images", "image"), ("videos", "video")):
             if stream and videos and kind == "image":  # beside a clip: its cover
                 continue
             names = [name for name in media if media[name] == kind]
-            known[column] = [{"bytes": parts[name], "path": f"m.{name}"} for name in names]
+            filled[column] = [{"bytes": parts[name], "path": f"m.{name}"} for name in names]
             used.update(names)
-    return known, used, notes
+    return filled, used, notes
 
 
 def member(parts: dict[str, bytes], name: Any, key: str) -> dict[str, Any]:

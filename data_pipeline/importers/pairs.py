@@ -92,13 +92,13 @@ def videochat_draft(record: dict[str, Any], base: str) -> Draft:
     notes: list[str] = []
     before = None
     for i, pair in enumerate(_objects(record, "QA", "q and a")):
-        given = pair.get(_INSTRUCTION)
-        question = [given if given != before else None, pair.get(_QUESTION)]
+        instruction = pair.get(_INSTRUCTION)
+        question = [instruction if instruction != before else None, pair.get(_QUESTION)]
         if not all(isinstance(text, str | None) for text in question):
             raise SampleError("bad_schema", f"QA[{i}]: {pair!r:.80}: i and q are no texts")
         messages += turn("\n".join(filter(None, question)), pair.get(_ANSWER), f"QA[{i}]")
         notes += unused_fields(pair, (_INSTRUCTION, _QUESTION, _ANSWER), "QA[].")
-        before = given
+        before = instruction
     span = span_of(record)
     dialect = _dialect(record, "QA", *(span.fields if span else ()))
     draft = with_media(messages, record, base, dialect, notes)
@@ -111,8 +111,8 @@ def pair_draft(record: dict[str, Any], base: str) -> Draft:
     """A question and its answer, with or without media -> a draft; SampleError."""
     names = _pair(record)
     if names is None:
-        given = ", ".join("/".join(pair) for pair in _NAMES)
-        raise SampleError("missing_text", f"no question with its answer: {given}")
+        fields = ", ".join("/".join(pair) for pair in _NAMES)
+        raise SampleError("missing_text", f"no question with its answer: {fields}")
     refuse_choices(record)
     for name in _CONTEXT:
         if record.get(name):

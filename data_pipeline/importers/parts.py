@@ -67,8 +67,8 @@ def plain_contents(record: dict[str, Any], name: str) -> dict[str, Any]:
                 raise _different(field, name)
     if repeated:
         plain = _texts(messages, name, repeated)[0]
-    given = {kind: found for kind, found in media.items() if found and kind not in repeated}
-    return record | {name: plain} | given
+    own_media = {kind: found for kind, found in media.items() if found and kind not in repeated}
+    return record | {name: plain} | own_media
 
 
 def _texts(
@@ -116,11 +116,11 @@ def _is_same(one: Any, other: Any) -> bool:
     return short == long or (long.startswith("/") and long.endswith(f"/{short}"))
 
 
-def _joined(own: Any, given: Any) -> Any:
+def _joined(own: Any, medium: Any) -> Any:
     """A medium of a part, with what the record's field says beyond its name."""
     if not isinstance(own, dict):
-        return given
-    return own | (given if isinstance(given, dict) else {"path": given})
+        return medium
+    return own | (medium if isinstance(medium, dict) else {"path": medium})
 
 
 def _has_parts(message: Any, field: str) -> bool:
@@ -149,8 +149,8 @@ def _without_media(
     answer = role_of(message.get("role", message.get("from"))) == "assistant"
     for names, kind, marks in _OWN:
         for name in names:
-            given = message.get(name)
-            if not given or not isinstance(message.get(field), str):
+            own = message.get(name)
+            if not own or not isinstance(message.get(field), str):
                 continue
             marked = any(mark in message[field] for mark in marks)
             if answer and not marked:
@@ -159,7 +159,7 @@ def _without_media(
             if kind in repeated:
                 message = rest
                 continue
-            found = as_list(given)
+            found = as_list(own)
             media[kind] += found
             message = rest | {field: ("" if marked else marks[0] * len(found)) + message[field]}
     return message
@@ -211,17 +211,17 @@ def _part(part: Any, field: str, media: dict[str, list[Any]]) -> str:
         return str(part["text"])
     if kind not in _MARKS:
         raise SampleError("bad_schema", f"{field}: {part!r:.80}: a part is a text, image or video")
-    given = next((part[place] for place in _PLACES if part.get(place)), None)
-    if given is None:
-        given = _inside(part, field)
-    if given is not None:
-        if isinstance(given, bytes):
-            given = {"bytes": given, "path": part.get("path")}
-        elif isinstance(given, dict) and isinstance(given.get("url"), str):
-            given = given["url"]
+    medium = next((part[place] for place in _PLACES if part.get(place)), None)
+    if medium is None:
+        medium = _inside(part, field)
+    if medium is not None:
+        if isinstance(medium, bytes):
+            medium = {"bytes": medium, "path": part.get("path")}
+        elif isinstance(medium, dict) and isinstance(medium.get("url"), str):
+            medium = medium["url"]
         more = {name: value for name, value in part.items() if name not in _KNOWN}
         if any(value is not None for value in more.values()):  # told as unused, with its name
-            own = given if isinstance(given, dict) else {"path": given}
-            given = own | more
-        media["images" if _MARKS[kind] == IMAGE_MARK else "videos"].append(given)
+            own = medium if isinstance(medium, dict) else {"path": medium}
+            medium = own | more
+        media["images" if _MARKS[kind] == IMAGE_MARK else "videos"].append(medium)
     return _MARKS[kind]

@@ -27,25 +27,25 @@ from data_pipeline.importers.draft import (
 from data_pipeline.importers.marks import ANY_MARKS
 from data_pipeline.importers.speech import WINDOW
 from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of, names_clip
-from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
+from data_pipeline.importers.timeline import TimedText, Timeline, order_notes, second_of
 from data_pipeline.importers.unwanted import refuse_choices
 from data_pipeline.schema import IMAGE_MARK, VIDEO_MARK, MediaType, SampleError
 
 # Under which names a question has its picture or video; the last ones are names without a suffix.
 _FILES = ("file_name", "image_filename", "file_path", "image_local_name")
 _IMAGE_IDS = ("image_id", "imageId")
-_SHOWN = (*IMAGE_FIELDS, *VIDEO_FIELDS, *_FILES, *_IMAGE_IDS, *VIDEO_IDS)
+_MEDIA_FIELDS = (*IMAGE_FIELDS, *VIDEO_FIELDS, *_FILES, *_IMAGE_IDS, *VIDEO_IDS)
 _ANSWERS = ("multiple_choice_answer", "answer", "answers")  # the likeliest first
 _MOMENTS = ("annotations", "segments", "events")  # of a video; YouCook2's first
 _PUBLISHED = frozenset({"segment", "sentence"})  # of a moment of YouCook2
-_SAID = ("sentence", "caption", "description")  # what is told of a moment
+_TEXT_FIELDS = ("sentence", "caption", "description")  # what is told of a moment
 _LEAD = 2  # seconds that are watched before what the first caption of a window is about
 
 
 def looks_like_vqa(record: Mapping[str, Any]) -> bool:
     answered = any(record.get(name) is not None for name in _ANSWERS)
-    shown = answered and any(names_medium(record.get(name)) for name in _SHOWN)
-    return shown and isinstance(record.get("question"), str)
+    has_medium = answered and any(names_medium(record.get(name)) for name in _MEDIA_FIELDS)
+    return has_medium and isinstance(record.get("question"), str)
 
 
 def vqa_draft(record: dict[str, Any], base: str) -> Draft:
@@ -55,19 +55,19 @@ def vqa_draft(record: dict[str, Any], base: str) -> Draft:
     if not isinstance(question, str) or not question.strip():
         raise SampleError("missing_text", f"question: {question!r:.80} is not a text")
     if answer is None or not answer.strip():
-        given = [f"{name} is {record[name]!r:.80}, which is no text" for name in _ANSWERS
+        wrong = [f"{name} is {record[name]!r:.80}, which is no text" for name in _ANSWERS
                  if record.get(name) is not None]  # fmt: skip
-        detail = f"no answer: {', '.join(given) or 'one of ' + ', '.join(_ANSWERS)}"
+        detail = f"no answer: {', '.join(wrong) or 'one of ' + ', '.join(_ANSWERS)}"
         raise SampleError("missing_text", detail)
-    kind, name, shown = _shown(record)
+    kind, name, media = _media_of(record)
     if not any(mark in question for mark in ANY_MARKS):
-        question = (IMAGE_MARK if kind == "image" else VIDEO_MARK) * len(shown) + question
+        question = (IMAGE_MARK if kind == "image" else VIDEO_MARK) * len(media) + question
     notes = unused_fields(record, {"question", name, *_ANSWERS})
     people = record.get("answers")
     if isinstance(people, list) and len(people) > 1:
         notes.append("several answers, of which the most frequent one is taken")
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return with_media(turns, {f"{kind}s": shown}, base, Dialect(messages="question"), notes)
+    return with_media(turns, {f"{kind}s": media}, base, Dialect(messages="question"), notes)
 
 
 def answer_of(record: Mapping[str, Any]) -> str | None:
@@ -75,29 +75,29 @@ def answer_of(record: Mapping[str, Any]) -> str | None:
     there is none."""
     for name in _ANSWERS:
         value = record.get(name)
-        said = [one.get("answer") if isinstance(one, dict) else one for one in as_list(value)]
-        texts = [one for one in said if isinstance(one, str) and one.strip()]
+        replies = [one.get("answer") if isinstance(one, dict) else one for one in as_list(value)]
+        texts = [one for one in replies if isinstance(one, str) and one.strip()]
         if texts:
             return Counter(texts).most_common(1)[0][0]
     return None
 
 
-def _shown(record: dict[str, Any]) -> tuple[MediaType, str, list[Any]]:
+def _media_of(record: dict[str, Any]) -> tuple[MediaType, str, list[Any]]:
     """What a question is about: pictures or videos, the field that names them, their names."""
-    name = next((name for name in _SHOWN if names_medium(record.get(name))), None)
+    name = next((name for name in _MEDIA_FIELDS if names_medium(record.get(name))), None)
     if name is None:
-        raise SampleError("missing_file", f"no picture or video is named: {', '.join(_SHOWN[:3])}, "
-                          f"{', '.join(VIDEO_FIELDS[:3])}, ...")  # fmt: skip
-    shown = as_list(record[name])
-    if name in (*_IMAGE_IDS, *VIDEO_IDS) and not all(isinstance(one, str) for one in shown):
+        fields = ", ".join((*_MEDIA_FIELDS[:3], *VIDEO_FIELDS[:3]))
+        raise SampleError("missing_file", f"no picture or video is named: {fields}, ...")
+    media = as_list(record[name])
+    if name in (*_IMAGE_IDS, *VIDEO_IDS) and not all(isinstance(one, str) for one in media):
         detail = (
-            f"{name}: {shown[0]!r:.40} is no file's name: put the path under `image` or `video`"
+            f"{name}: {media[0]!r:.40} is no file's name: put the path under `image` or `video`"
         )
         raise SampleError("bad_schema", detail)
     kind: MediaType = "video" if name in (*VIDEO_FIELDS, *VIDEO_IDS) else "image"
     if name in _FILES:
-        kind = media_type(str(shown[0])) or kind
-    return kind, name, shown
+        kind = media_type(str(media[0])) or kind
+    return kind, name, media
 
 
 def looks_like_moments(record: dict[str, Any]) -> bool:
@@ -121,7 +121,9 @@ def _moments_field(record: Mapping[str, Any]) -> str | None:
         if not isinstance(first, dict) or _times(first) is None:
             continue
         # What has a `text`, too, is what is spoken.
-        if first.keys() >= _PUBLISHED or ("text" not in first and any(n in first for n in _SAID)):
+        if first.keys() >= _PUBLISHED or (
+            "text" not in first and any(n in first for n in _TEXT_FIELDS)
+        ):
             return name
     return None
 
@@ -144,17 +146,19 @@ def moments_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> 
     clip = (
         medium("video", _placed(record), base) if "recipe_type" in record else clip_of(record, base)
     )
-    said = [Said(end, text) for _, end, text in spans]
-    notes += order_notes(said, "captions")
+    captions = [TimedText(end, text) for _, end, text in spans]
+    notes += order_notes(captions, "captions")
     spans.sort(key=lambda span: span[1])
     if any(start < before[1] for (start, _, _), before in zip(spans[1:], spans, strict=False)):
         notes.append("captions whose times overlap")
     drafts: list[Draft] = []
     for inside in _windows(spans, window):
         start = max(0, math.floor(min(start for start, _, _ in inside)) - _LEAD)
-        said = [Said(end, text) for _, end, text in inside]
-        timeline = Timeline((Said(float(start), INSTRUCTION),), tuple(said), start=float(start),
-                            end=float(math.ceil(said[-1].second)), late=True)  # fmt: skip
+        captions = [TimedText(end, text) for _, end, text in inside]
+        question, end = TimedText(float(start), INSTRUCTION), math.ceil(captions[-1].second)
+        timeline = Timeline(
+            (question,), tuple(captions), start=float(start), end=float(end), late=True
+        )
         drafts.append(Draft([], [clip], "realtime", notes=tuple(() if drafts else notes),
                             timeline=timeline))  # fmt: skip
     return drafts
@@ -173,7 +177,9 @@ def _spans(record: dict[str, Any], notes: list[str]) -> Iterator[tuple[float, fl
         moments = record.get(_moments_field(record) or _MOMENTS[0]) or []
         entries = [one if isinstance(one, dict) else {} for one in moments]
         times = [_times(one) for one in entries]
-        texts = [next((one[name] for name in _SAID if one.get(name)), None) for one in entries]
+        texts = [
+            next((one[name] for name in _TEXT_FIELDS if one.get(name)), None) for one in entries
+        ]
     if len(times) != len(texts):
         raise SampleError("bad_schema", f"timestamps has {len(times)} entries, sentences "
                           f"{len(texts)}: each caption needs its [start, end]")  # fmt: skip

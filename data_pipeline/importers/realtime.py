@@ -51,9 +51,11 @@ def realtime_draft(
     notes = ("frame of the same second as the one before",) * again if mode == _REALTIME else ()
     if mode == _EVENTS:
         messages, stamps = _spread(messages, stamps)
-    shown = sum(message["content"].count(IMAGE_MARK) for message in messages)
-    if shown != len(pictures):
-        raise SampleError("mark_media_mismatch", f"{shown} {IMAGE_MARK}, {len(pictures)} images")
+    mark_count = sum(message["content"].count(IMAGE_MARK) for message in messages)
+    if mark_count != len(pictures):
+        raise SampleError(
+            "mark_media_mismatch", f"{mark_count} {IMAGE_MARK}, {len(pictures)} images"
+        )
     clip = Medium("video", files.join(base, path), files.suffix(path), tuple(stamps))
     return Draft(messages, [clip, *pictures], "realtime", notes=notes)
 
@@ -92,12 +94,12 @@ def _ends(events: Any) -> list[float]:
 
 def _spread(messages: list[Turn], ends: list[float]) -> tuple[list[Turn], list[float]]:
     """Replaces each mark by one for each frame: the whole seconds since the event before ended."""
-    counts, shown = [], 0
+    counts, frame_count = [], 0
     for end in ends:
         # An event that ends in the same second as the one before still gets a frame of its own.
-        last = max(math.floor(end), shown)
-        counts.append(last + 1 - shown)
-        shown = last + 1
+        last = max(math.floor(end), frame_count)
+        counts.append(last + 1 - frame_count)
+        frame_count = last + 1
     left = iter(counts)
     spread = [
         message
@@ -108,7 +110,7 @@ def _spread(messages: list[Turn], ends: list[float]) -> tuple[list[Turn], list[f
         }
         for message in messages
     ]
-    return spread, [float(second) for second in range(shown)]
+    return spread, [float(second) for second in range(frame_count)]
 
 
 def _seconds(stamp: Any) -> float:

@@ -16,7 +16,7 @@ from data_pipeline import files
 from data_pipeline.importers.by_ids import by_ids, place_of_records, records_by_id, top_of
 from data_pipeline.importers.by_lines import is_moment, records_of_moments
 from data_pipeline.importers.by_lists import in_large_lists, in_lists, lists_of
-from data_pipeline.importers.columnar import Wanted, read_arrow, read_parquet, unfolded
+from data_pipeline.importers.columnar import Selects, read_arrow, read_parquet, unfolded
 from data_pipeline.importers.draft import surely_medium
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import ShardError
@@ -41,13 +41,13 @@ class Record:
     share: float  # of the file read so far, 0..1
 
 
-def read_records(path: str, wanted: Wanted | None = None) -> Iterator[Record]:
+def read_records(path: str, selects: Selects | None = None) -> Iterator[Record]:
     """The records of a file, by its suffix; ShardError where the file as a whole cannot be read.
 
-    wanted: by its place in the file, whether a record is; the others are left out, and not read
+    selects: by its place in the file, whether a record is read; the others are left out, not read
     where the form of the file allows it.
     """
-    wanted = wanted or _all
+    selects = selects or _all
     readers = {
         ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": read_parquet, ".arrow": read_arrow,
     }  # fmt: skip
@@ -55,8 +55,8 @@ def read_records(path: str, wanted: Wanted | None = None) -> Iterator[Record]:
     with files.open_records(path) as (file, size):
         if not file.peek(1):  # type: ignore[attr-defined]
             read = _empty
-        for number, (value, share) in enumerate(_to_the_end(read(file, path, size, wanted), path)):
-            if not wanted(number):
+        for number, (value, share) in enumerate(_to_the_end(read(file, path, size, selects), path)):
+            if not selects(number):
                 continue
             if not isinstance(value, dict | SampleError):
                 kind = type(value).__name__
@@ -88,7 +88,7 @@ def _to_the_end(values: Iterator[tuple[Any, float]], path: str) -> Iterator[tupl
         yield SampleError("unreadable_file", f"{path}: {error}: it is cut off or damaged"), 1.0
 
 
-def _empty(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+def _empty(file: BinaryIO, path: str, size: int, selects: Selects) -> Iterator[tuple[Any, float]]:
     yield SampleError("empty_file", f"{path} has 0 bytes"), 1.0
 
 
@@ -102,7 +102,7 @@ def first_records(path: str, most: int = 100) -> list[dict[str, Any]]:
     return [record.value for record in records if isinstance(record.value, dict)]
 
 
-def _json(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+def _json(file: BinaryIO, path: str, size: int, selects: Selects) -> Iterator[tuple[Any, float]]:
     start = file.readline(_CHUNK)  # a whole file may be one line
     form = files.encoding(start)
     if form == "utf-8-sig":
@@ -124,7 +124,7 @@ def _json(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tupl
     elif lines and start.strip() == b"{":  # as jq writes them, each over several lines
         yield from _elements(start, file, path, size, listed=False)
     elif lines:
-        yield from _json_lines(itertools.chain([start], file), size, wanted)
+        yield from _json_lines(itertools.chain([start], file), size, selects)
     elif len(start) > _LARGE or isinstance(_line(start), SampleError):
         kinds = top_of(path) if size > _LARGE or not size else {}
         if lists := lists_of(kinds):
@@ -138,19 +138,19 @@ def _json(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tupl
         if after is None:
             yield from _whole(start, path)
         else:
-            yield from _json_lines(itertools.chain([start, after], file), size, wanted)
+            yield from _json_lines(itertools.chain([start, after], file), size, selects)
 
 
 def _rest_of_line(start: bytes, file: BinaryIO, most: int) -> bytes:
     return start if start.endswith(b"\n") else start + file.readline(most)
 
 
-def _json_lines(lines: Iterable[bytes], size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+def _json_lines(lines: Iterable[bytes], size: int, selects: Selects) -> Iterator[tuple[Any, float]]:
     at = number = 0
     for line in lines:
         at += len(line)
         if line.strip():
-            value = _as_record(_line(line)) if wanted(number) else None
+            value = _as_record(_line(line)) if selects(number) else None
             number += 1
             yield value, min(1.0, at / size) if size else 0.0
 
@@ -239,7 +239,7 @@ def _whole(data: bytes, path: str) -> Iterator[tuple[Any, float]]:
         yield record, (number + 1) / len(records)
 
 
-def _text(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+def _text(file: BinaryIO, path: str, size: int, selects: Selects) -> Iterator[tuple[Any, float]]:
     """A table, as Flickr8k's captions.txt is one, JSON, or lines of moments."""
     start = file.peek(_CHUNK)[:_CHUNK]  # type: ignore[attr-defined]
     form = files.encoding(start)
@@ -249,10 +249,10 @@ def _text(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tupl
             yield record, 1.0
         return
     read = _json if start.startswith(("{", "[")) else _csv
-    yield from read(file, path, size, wanted)
+    yield from read(file, path, size, selects)
 
 
-def _csv(file: BinaryIO, path: str, size: int, wanted: Wanted) -> Iterator[tuple[Any, float]]:
+def _csv(file: BinaryIO, path: str, size: int, selects: Selects) -> Iterator[tuple[Any, float]]:
     form = files.encoding(file.peek(4)[:4])  # type: ignore[attr-defined]
     form = "utf-8-sig" if form == "utf-8" else form
     # A byte that is no UTF-8 costs its row.

@@ -52,8 +52,8 @@ def mossvl_draft(record: dict[str, Any], base: str) -> Draft:
     cut = list(_segments(record["videos"], base))
     notes = unused_fields(record, {*dialect.known, *_ABOUT})
     pictures = [medium("image", image, base) for image in record.get("images") or []]
-    shown: dict[MediaType, list[Any]] = {"image": pictures, "video": cut}
-    messages = place_marks(message_turns(record, dialect), shown, notes)
+    by_kind: dict[MediaType, list[Any]] = {"image": pictures, "video": cut}
+    messages = place_marks(message_turns(record, dialect), by_kind, notes)
     answers = "".join(turn["content"] for turn in messages if turn["role"] == "assistant")
     stream = VIDEO_MARK in answers or SILENCE in answers or any(end is None for _, _, end in cut)
     if stream:
@@ -152,10 +152,10 @@ def _in_order(
 ) -> Iterator[Medium]:
     left = {IMAGE_MARK: iter(pictures), VIDEO_MARK: iter(clips)}
     text = "".join(turn["content"] for turn in messages)
-    for mark, given in ((IMAGE_MARK, pictures), (VIDEO_MARK, clips)):
-        if text.count(mark) != len(given):
+    for mark, media in ((IMAGE_MARK, pictures), (VIDEO_MARK, clips)):
+        if text.count(mark) != len(media):
             raise SampleError(
-                "mark_media_mismatch", f"{text.count(mark)} {mark} marks, {len(given)} media"
+                "mark_media_mismatch", f"{text.count(mark)} {mark} marks, {len(media)} media"
             )
     for mark in MARK.findall(text):
         yield next(left[mark])
@@ -204,5 +204,5 @@ def _clip(video: dict[str, Any], record: dict[str, Any], base: str) -> Medium:
     the media."""
     if isinstance(video.get("bytes"), bytes) or any(video.get(name) for name in PATH_FIELDS):
         return medium("video", video, base)
-    known = [str(part[name]) for part in (video, record) for name in _IDS if part.get(name)]
-    return medium("video", known[0], base) if known else clip_of(record, base)
+    ids = [str(part[name]) for part in (video, record) for name in _IDS if part.get(name)]
+    return medium("video", ids[0], base) if ids else clip_of(record, base)

@@ -47,10 +47,10 @@ def span_of(record: Mapping[str, Any]) -> Span | None:
     own = {str(name).lower(): name for name in record}
     for names in _PAIRS:
         fields = tuple(own[name] for name in names if name in own)
-        if len(fields) == 2 and _says_part([record[field] for field in fields]):
+        if len(fields) == 2 and _is_span([record[field] for field in fields]):
             return Span((seconds_of([record[field] for field in fields], fields),), fields)
     for name, value in _lists(record):
-        if _is_pair(value) and _says_part(value):
+        if _is_pair(value) and _is_span(value):
             return Span((seconds_of(value, (name, name)),), (name,))
     return None
 
@@ -82,7 +82,7 @@ def seconds_of(times: Any, fields: tuple[str, ...]) -> Seconds:
     return start, end
 
 
-def _says_part(times: Sequence[Any]) -> bool:
+def _is_span(times: Sequence[Any]) -> bool:
     """Whether start and end may be seconds of a video: not so dates, what is empty, and the 0 and
     -1 by which sets say that it is all of it."""
     start, end = map(_number, times)

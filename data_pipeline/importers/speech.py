@@ -18,7 +18,7 @@ from data_pipeline.importers.draft import Draft, Medium, unused_fields
 from data_pipeline.importers.streaming import CLIP_FIELDS, INSTRUCTION, clip_of, names_clip
 from data_pipeline.importers.timeline import (
     DENSE,
-    Said,
+    TimedText,
     Timeline,
     order_notes,
     second_of,
@@ -57,8 +57,8 @@ def speech_draft(record: dict[str, Any], base: str, window: float = WINDOW) -> l
     words = timed_words(record, notes)
     if span is not None:
         words = _inside(words, span, notes)
-    said = _phrases(words, notes)
-    return _windows(said, clip_of(record, base), question, span, window, notes)
+    phrases = _phrases(words, notes)
+    return _windows(phrases, clip_of(record, base), question, span, window, notes)
 
 
 def transcript_draft(
@@ -86,15 +86,15 @@ def narration_draft(record: dict[str, Any], base: str, window: float = WINDOW) -
     clip, drafts = clip_of(record, base), []
     for entries in passes:
         notes: list[str] = []
-        said = _sentences(entries, notes)
-        drafts += _windows(said, clip, INSTRUCTION, None, window, notes) if said else []
+        sentences = _sentences(entries, notes)
+        drafts += _windows(sentences, clip, INSTRUCTION, None, window, notes) if sentences else []
     if not drafts:
         raise SampleError("missing_text", "narrations: none has a time and a sentence")
     return drafts
 
 
-def _sentences(entries: list[dict[str, Any]], notes: list[str]) -> list[Said]:
-    said: list[Said] = []
+def _sentences(entries: list[dict[str, Any]], notes: list[str]) -> list[TimedText]:
+    sentences: list[TimedText] = []
     for i, entry in enumerate(entries):
         text = entry.get("text", entry.get("narration_text"))
         time = entry.get("time", entry.get("timestamp_sec"))
@@ -107,11 +107,11 @@ def _sentences(entries: list[dict[str, Any]], notes: list[str]) -> list[Said]:
         if len(words) < 2:  # somebody and what is done
             notes.append("narration without a sentence, left out")
             continue
-        said.append(Said(second, " ".join([words[0].capitalize(), *words[1:]]) + "."))
-    notes += order_notes(said, "narrations")
-    ordered = sorted(said, key=lambda one: one.second)
-    kept = [said for said, before in zip(ordered, [None, *ordered], strict=False)
-            if before is None or said.text != before.text]  # fmt: skip
+        sentences.append(TimedText(second, " ".join([words[0].capitalize(), *words[1:]]) + "."))
+    notes += order_notes(sentences, "narrations")
+    ordered = sorted(sentences, key=lambda one: one.second)
+    kept = [one for one, before in zip(ordered, [None, *ordered], strict=False)
+            if before is None or one.text != before.text]  # fmt: skip
     notes += ["narration repeated, left out"] * (len(ordered) - len(kept))
     return kept
 
@@ -346,7 +346,7 @@ def _inside(words: list[Word], span: tuple[float, float], notes: list[str]) -> l
     return kept
 
 
-def _phrases(words: list[Word], notes: list[str]) -> list[Said]:
+def _phrases(words: list[Word], notes: list[str]) -> list[TimedText]:
     """What is said in each second."""
     ordered = sorted(words, key=lambda word: word.end)
     if [word.start for word in words] != sorted(word.start for word in words):
@@ -354,38 +354,42 @@ def _phrases(words: list[Word], notes: list[str]) -> list[Said]:
     if any(b.start < a.end - 0.5 for a, b in pairwise(ordered)):
         notes.append("words whose times overlap")
     by_second = groupby(ordered, key=lambda word: math.ceil(word.end - 1e-3))
-    said = [Said(float(second), "".join(w.text for w in group)) for second, group in by_second]
-    following = [*said[1:], None][: len(said)]
+    phrases = [
+        TimedText(float(second), "".join(w.text for w in group)) for second, group in by_second
+    ]
+    following = [*phrases[1:], None][: len(phrases)]
     return [
         replace(one, goes_on=after is not None and after.second == one.second + 1)
-        for one, after in zip(said, following, strict=True)
+        for one, after in zip(phrases, following, strict=True)
     ]
 
 
 def _windows(
-    said: list[Said],
+    texts: list[TimedText],
     clip: Medium,
     question: str,
     span: tuple[float, float] | None,
     window: float,
     notes: list[str],
 ) -> list[Draft]:
-    if not said:
+    if not texts:
         why = f": {', '.join(dict.fromkeys(notes))}" if notes else ""
         raise SampleError("missing_text", f"no words with times are left{why}")
     drafts: list[Draft] = []
-    first, shown = 0, -1
-    while first < len(said):
-        second = math.floor(said[first].second)
-        begins = math.ceil(span[0]) if span is not None and not drafts else shown + 1
+    first, last_second = 0, -1
+    while first < len(texts):
+        second = math.floor(texts[first].second)
+        begins = math.ceil(span[0]) if span is not None and not drafts else last_second + 1
         near = span is not None and not drafts and second - begins < window
         start = min(begins if near else max(begins, second - _LEAD), second)
-        inside = [one for one in said[first:] if one.second <= start + window - 1] or [said[first]]
+        inside = [one for one in texts[first:] if one.second <= start + window - 1] or [
+            texts[first]
+        ]
         inside[-1] = replace(inside[-1], goes_on=False)
         end = math.ceil(inside[-1].second) + 1
-        timeline = Timeline((Said(float(start), question),), tuple(inside), start=float(start),
+        timeline = Timeline((TimedText(float(start), question),), tuple(inside), start=float(start),
                             end=float(end), late=True)  # fmt: skip
         drafts.append(Draft([], [clip], "realtime", notes=tuple(notes if not drafts else ()),
                             timeline=timeline))  # fmt: skip
-        first, shown = first + len(inside), end
+        first, last_second = first + len(inside), end
     return drafts

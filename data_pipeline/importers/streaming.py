@@ -22,7 +22,7 @@ from data_pipeline.importers.draft import (
     role_of,
     unused_fields,
 )
-from data_pipeline.importers.timeline import Said, Timeline, order_notes, second_of
+from data_pipeline.importers.timeline import TimedText, Timeline, order_notes, second_of
 from data_pipeline.importers.unwanted import LEARN_FLAGS, refuse_unwanted
 from data_pipeline.schema import SampleError
 
@@ -73,21 +73,21 @@ def _events_draft(record: dict[str, Any], base: str, before: int) -> Draft:
     questions = []
     for i, entry in enumerate(_entries(record, "question", _TIMED, notes)):
         second = second_of(_time(entry, "time", 0), f"question[{i}].time")
-        questions.append(Said(max(0.0, math.floor(second) - before), _text(entry)))
+        questions.append(TimedText(max(0.0, math.floor(second) - before), _text(entry)))
     answers, spans = [], []
     for i, entry in enumerate(_entries(record, "response", _TIMED, notes)):
         if not _text(entry).strip():
             notes.append("response without a text, left out")
             continue
-        second, span = _due(entry, f"response[{i}]", before)
-        answers.append(Said(second, _text(entry)))
+        second, span = _second_and_span(entry, f"response[{i}]", before)
+        answers.append(TimedText(second, _text(entry)))
         spans += [span] if span else []
     if any(later[0] < earlier[1] for earlier, later in pairwise(sorted(spans))):
         notes.append("responses whose times overlap")
     if any(not question.text.strip() for question in questions):
         raise SampleError("missing_text", "question: one has no content")
     if not questions:
-        questions = [Said(0.0, INSTRUCTION)]
+        questions = [TimedText(0.0, INSTRUCTION)]
         notes.append("no question: an instruction put before the first frame")
     if not answers:
         notes.append("no answer: silence throughout")
@@ -131,7 +131,7 @@ def _time(entry: dict[str, Any], name: str, default: Any = None) -> Any:
     return default if value is None or value == "" else value
 
 
-def _due(
+def _second_and_span(
     entry: dict[str, Any], field: str, before: int
 ) -> tuple[float, tuple[float, float] | None]:
     """The second of the frame after which an answer is given, and the event's start and end."""
@@ -165,8 +165,8 @@ def frames_draft(record: dict[str, Any], base: str) -> Draft:
     known = {*CLIP_FIELDS, *_ABOUT, "messages", "images"}
     notes = unused_fields(record, known)
     system = ""
-    questions: list[Said] = []
-    answers: list[Said] = []
+    questions: list[TimedText] = []
+    answers: list[TimedText] = []
     seconds: list[float] = []
     for i, message in enumerate(_entries(record, "messages", _TURN, notes)):
         role, content = role_of(message.get("role")), _text(message)
@@ -175,21 +175,21 @@ def frames_draft(record: dict[str, Any], base: str) -> Draft:
             system = "" if foreign else content
             notes += ["system prompt of another protocol, left out"] if foreign else []
         elif role == "user":
-            question, second = _shown(content, f"messages[{i}]", len(seconds))
+            question, second = _question_and_second(content, f"messages[{i}]", len(seconds))
             if seconds and second <= seconds[-1]:
                 raise SampleError(
                     "bad_time", f"messages[{i}]: {second:g} s after {seconds[-1]:g} s"
                 )
             seconds.append(second)
-            questions += [Said(second, question)] if question else []
+            questions += [TimedText(second, question)] if question else []
         elif role == "assistant":
             answer = _answer(content, f"messages[{i}]")
-            answers += [Said(seconds[-1] if seconds else 0.0, answer)] if answer else []
+            answers += [TimedText(seconds[-1] if seconds else 0.0, answer)] if answer else []
         else:
             raise SampleError("bad_schema", f"messages[{i}].role: {message.get('role')!r}")
-    questions = _asked_once(questions, answers, notes)
+    questions = _without_repeat(questions, answers, notes)
     if not questions:
-        questions = [Said(seconds[0] if seconds else 0.0, INSTRUCTION)]
+        questions = [TimedText(seconds[0] if seconds else 0.0, INSTRUCTION)]
         notes.append("no question: an instruction put before the first frame")
     media, pictures = _frames_media(record, base, len(seconds))
     if not seconds:
@@ -200,7 +200,7 @@ def frames_draft(record: dict[str, Any], base: str) -> Draft:
     return Draft([], media, "realtime", notes=tuple(notes), timeline=timeline)
 
 
-def _shown(content: str, field: str, frames: int) -> tuple[str, float]:
+def _question_and_second(content: str, field: str, frames: int) -> tuple[str, float]:
     """What the user says in the turn of a frame, and the frame's second."""
     if len(_FRAME.findall(content)) != 1:
         raise SampleError("mark_media_mismatch", f"{field}: not one <stream> or <image> mark")
@@ -219,7 +219,9 @@ def _answer(content: str, field: str) -> str:
     return text if state[1].lower() == "response" else ""
 
 
-def _asked_once(questions: list[Said], answers: list[Said], notes: list[str]) -> list[Said]:
+def _without_repeat(
+    questions: list[TimedText], answers: list[TimedText], notes: list[str]
+) -> list[TimedText]:
     """Streamo's converter asks the first question at the first frame, too."""
     twice = len(questions) > 1 and questions[0].text == questions[1].text
     if not twice or any(answer.second < questions[1].second for answer in answers):
@@ -269,8 +271,8 @@ def _live_messages(record: dict[str, Any]) -> str | None:
 
 def _names_one_clip(record: dict[str, Any]) -> bool:
     """`path` may be that of the record."""
-    shown = [record[name] for name in CLIP_FIELDS if name != "path" and record.get(name)]
-    return bool(shown) and not (isinstance(shown[0], list) and len(shown[0]) > 1)
+    clips = [record[name] for name in CLIP_FIELDS if name != "path" and record.get(name)]
+    return bool(clips) and not (isinstance(clips[0], list) and len(clips[0]) > 1)
 
 
 def _message_text(turn: Any) -> str | None:
@@ -293,8 +295,8 @@ def livechat_draft(record: dict[str, Any], base: str) -> Draft:
     are, with their seconds beside them."""
     field = next((name for name in _LIVE if isinstance(record.get(name), list)), _LIVE[0])
     notes = unused_fields(record, {*CLIP_FIELDS, *_ABOUT, field, "duration", "system"})
-    questions: list[Said] = []
-    answers: list[Said] = []
+    questions: list[TimedText] = []
+    answers: list[TimedText] = []
     system = _text(record, "system")
     for i, message in enumerate(_entries(record, field, _TURN, notes)):
         role = role_of(message.get("role", message.get("from")))
@@ -308,7 +310,7 @@ def livechat_draft(record: dict[str, Any], base: str) -> Draft:
             raise SampleError("bad_schema", f"{field}[{i}]: {message!r:.80}")
         if role == "user" and field != _LIVE[0]:
             text = _CHAT_MARK.sub("", text)  # the clip is shown second by second
-        (questions if role == "user" else answers).append(Said(second, text))
+        (questions if role == "user" else answers).append(TimedText(second, text))
     if not questions:
         raise SampleError("missing_text", f"{field}: the user asks nothing")
     notes += order_notes(questions, "questions") + order_notes(answers, "answers")

@@ -29,7 +29,7 @@ _WORD = re.compile(rf"\s*(?:[{DENSE}]|[^\s{DENSE}]+)")
 
 
 @dataclass(frozen=True)
-class Said:
+class TimedText:
     """A text and its second. `goes_on`: the next one continues it, without a silence between."""
 
     second: float
@@ -46,8 +46,8 @@ class Timeline:
     late: whether what comes after the clip's end is left out and noted, not a reason to reject.
     """
 
-    questions: tuple[Said, ...]
-    answers: tuple[Said, ...]
+    questions: tuple[TimedText, ...]
+    answers: tuple[TimedText, ...]
     system: str = ""
     start: float = 0.0
     end: float | None = None
@@ -59,7 +59,7 @@ class Timeline:
     def __post_init__(self) -> None:
         """Sorts all by time; SampleError for an answer before there is a question."""
         for name in ("questions", "answers"):
-            ordered = sorted(getattr(self, name), key=lambda said: said.second)
+            ordered = sorted(getattr(self, name), key=lambda one: one.second)
             object.__setattr__(self, name, tuple(ordered))
         if self.answers and self.questions[0].second > self.answers[0].second:
             raise SampleError(
@@ -96,9 +96,9 @@ def second_of(value: object, field: str) -> float:
     return second
 
 
-def order_notes(said: Sequence[Said], what: str) -> list[str]:
+def order_notes(texts: Sequence[TimedText], what: str) -> list[str]:
     """A note where the source does not have them in the order of time."""
-    seconds = [one.second for one in said]
+    seconds = [one.second for one in texts]
     return [] if seconds == sorted(seconds) else [f"{what} not in the order of time, sorted"]
 
 
@@ -108,21 +108,21 @@ def unroll(timeline: Timeline, info: VideoInfo | None) -> Unrolled:
     notes: list[str] = []
     end = info.duration if info is not None else frames[-1] + 1
     end = end if timeline.end is None else min(end, timeline.end + 1)
-    asked = _before_end(timeline.questions, "question", end, timeline.late, notes)
+    kept_questions = _before_end(timeline.questions, "question", end, timeline.late, notes)
     answers = _before_end(timeline.answers, "answer", end, timeline.late, notes)
     if timeline.answers and not answers:
         raise SampleError("answer_after_end", f"every answer is after the clip's end, {end:.2f} s")
     last = frames[-1]
-    if any(said.second > last for said in answers):
+    if any(answer.second > last for answer in answers):
         notes.append("answer in the clip's last second, said after its last frame")
-    due = deque(replace(said, second=min(said.second, last)) for said in answers)
-    waiting = deque(said for said in asked if said.second <= last)
+    answers_left = deque(replace(answer, second=min(answer.second, last)) for answer in answers)
+    waiting = deque(one for one in kept_questions if one.second <= last)
     conversation = _Conversation(timeline, notes)
     conversation.ask([waiting.popleft() for _ in _until(waiting, frames[0])], first=True)
     for second in frames:
         if questions := [waiting.popleft() for _ in _until(waiting, second)]:
             conversation.ask(questions, at_once=questions[-1].second < second)
-        conversation.show([due.popleft() for _ in _until(due, second)])
+        conversation.show([answers_left.popleft() for _ in _until(answers_left, second)])
     return Unrolled(conversation.finished(), tuple(frames), notes)
 
 
@@ -143,19 +143,19 @@ def _frames(timeline: Timeline, info: VideoInfo | None) -> list[float]:
 
 
 def _before_end(
-    said: Sequence[Said], what: str, end: float, late: bool, notes: list[str]
-) -> list[Said]:
-    after = [one for one in said if one.second > end + _ROUNDED]
+    texts: Sequence[TimedText], what: str, end: float, late: bool, notes: list[str]
+) -> list[TimedText]:
+    after = [one for one in texts if one.second > end + _ROUNDED]
     if after and not late:
         raise SampleError(
             f"{what}_after_end", f"{what} at {after[0].second:g} s, the clip ends at {end:.2f} s"
         )
     notes += [f"{what} after the clip's end, left out"] * len(after)
-    return list(said[: len(said) - len(after)])
+    return list(texts[: len(texts) - len(after)])
 
 
-def _until(waiting: deque[Said], second: float) -> list[Said]:
-    return [said for said in waiting if said.second <= second + 1e-6]
+def _until(waiting: deque[TimedText], second: float) -> list[TimedText]:
+    return [one for one in waiting if one.second <= second + 1e-6]
 
 
 class _Conversation:
@@ -169,55 +169,55 @@ class _Conversation:
         self._content = ""
         self._words: deque[str] = deque()  # that are left of what is being said
         self._goes_on = False  # what is being said has a continuation to come
-        self._due: deque[Said] = deque()
+        self._pending: deque[TimedText] = deque()
 
-    def ask(self, questions: list[Said], *, at_once: bool = True, first: bool = False) -> None:
+    def ask(self, questions: list[TimedText], *, at_once: bool = True, first: bool = False) -> None:
         """A user's turn; `at_once`: the model decides once before the next frame."""
         if not first:
             if self._words:
                 self._notes.append("answer cut off by a newer question")
-            if self._due:
-                self._notes += ["answer left out for a newer question"] * len(self._due)
+            if self._pending:
+                self._notes += ["answer left out for a newer question"] * len(self._pending)
             self._words.clear()
-            self._due.clear()
+            self._pending.clear()
             self._goes_on = False
             self._messages.append({"role": "assistant", "content": self._content})
         text = "\n".join(question.text for question in questions)
         self._messages.append({"role": "user", "content": text})
         self._content = SILENCE if at_once else ""
 
-    def show(self, answers: list[Said]) -> None:
+    def show(self, answers: list[TimedText]) -> None:
         """The next frame, and what is said after it; `answers` are due from now on."""
         self._content += IMAGE_MARK if self._timeline.pictures else VIDEO_MARK
-        if self._due and answers:
+        if self._pending and answers:
             self._notes += ["answer later than its second, behind another"] * len(answers)
-        self._due += answers
-        spoken = self._say(self._timeline.pace)
+        self._pending += answers
+        spoken = self._next_words(self._timeline.pace)
         self._content += spoken if self._words or (spoken and self._goes_on) else spoken + SILENCE
 
-    def _say(self, most: int) -> str:
+    def _next_words(self, most: int) -> str:
         words: list[str] = []
         while len(words) < most:
             if not self._words:
-                if not self._due or (words and not self._goes_on):
+                if not self._pending or (words and not self._goes_on):
                     break
-                self._begin(self._due.popleft())
+                self._begin(self._pending.popleft())
             words.append(self._words.popleft())
         return "".join(words)
 
-    def _begin(self, said: Said) -> None:
-        words = words_of(said.text)
+    def _begin(self, timed: TimedText) -> None:
+        words = words_of(timed.text)
         self._words = deque(words if self._goes_on else [words[0].lstrip(), *words[1:]])
-        self._goes_on = said.goes_on
+        self._goes_on = timed.goes_on
 
     def finished(self) -> list[dict[str, str]]:
         """The messages at the end: nothing has to wait after the last frame, so what is left is
         said at once."""
-        while self._words or self._due:
+        while self._words or self._pending:
             if not self._words:  # a whole answer had to wait for another
                 self._content = self._content.removesuffix(SILENCE)
                 self._goes_on = True
-            self._content += self._say(sum(map(len, self._words)) or self._timeline.pace)
+            self._content += self._next_words(sum(map(len, self._words)) or self._timeline.pace)
         if not self._content.endswith((SILENCE, VIDEO_MARK, IMAGE_MARK)):
             self._content += SILENCE
         return [*self._messages, {"role": "assistant", "content": self._content}]

@@ -173,10 +173,10 @@ def _once(cues: Iterator[_Cue], notes: list[str]) -> Iterator[_Cue]:
         late = start > until + _AT_ONCE
         if late and again == len(plain):
             again = 0
-        told = again > 0 and (late or (again == len(plain) and end > start + _AT_ONCE))
+        repeated = again > 0 and (late or (again == len(plain) and end > start + _AT_ONCE))
         ended = open_ and (late or not again)
-        notes += [_SAID_ONCE] * (told + ended)
-        open_ = 0 < again < len(plain) and not told and not rolls
+        notes += [_SAID_ONCE] * (repeated + ended)
+        open_ = 0 < again < len(plain) and not repeated and not rolls
         rolls, before, until = again > 0, plain, end
         yield _Cue(cue.start, cue.end, lines[again:])
     notes += [_SAID_ONCE] * open_

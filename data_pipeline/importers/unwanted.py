@@ -59,10 +59,10 @@ _ONE_CHOICE = re.compile(
 def refuse_choices(record: Mapping[str, Any]) -> None:
     """SampleError for a question with choices: its answer may be the letter or number of one."""
     each = [n for n in record if _ONE_CHOICE.fullmatch(str(n)) and record[n] not in (None, "")]
-    given = [name for name in _OFFERED if names_medium(record.get(name))]
-    if given or len(each) > 1:
+    media_fields = [name for name in _OFFERED if names_medium(record.get(name))]
+    if media_fields or len(each) > 1:
         detail = "a question with choices: write them into it, and the answer as it is to be said"
-        raise SampleError("bad_schema", f"{', '.join(given or each)}: {detail}")
+        raise SampleError("bad_schema", f"{', '.join(media_fields or each)}: {detail}")
 
 
 def _is_false(value: Any, zero: bool) -> bool:
@@ -72,7 +72,7 @@ def _is_false(value: Any, zero: bool) -> bool:
     return value is False or (zero and isinstance(value, int | float) and value == 0)
 
 
-_SAYS_MEDIUM = re.compile(
+_MEDIA_NAME = re.compile(
     r"(?:img|image|picture|photo|video|vid|clip|media|frame)s?(?:[ _-]?(?:path|file|name|url)s?)?",
     re.IGNORECASE,
 )
@@ -87,10 +87,10 @@ def refuse_unread_media(
     marked: a question has a mark for it; else the field's name says what it is.
     """
     for name, value in record.items():
-        said = _SAYS_MEDIUM.fullmatch(str(name)) is not None
-        if name in known or not (marked or said):
+        by_name = _MEDIA_NAME.fullmatch(str(name)) is not None
+        if name in known or not (marked or by_name):
             continue
-        is_one = media_type if said else surely_medium
+        is_one = media_type if by_name else surely_medium
         named = [one.get("path") if isinstance(one, dict) else one for one in as_list(value)]
         if any(isinstance(path, str) and is_one(path) for path in named):
             detail = f"{name}: {value!r:.80}: names a medium, and is not read: {mend}"

@@ -60,7 +60,7 @@ _STREAMS = frozenset({
     "realtime-qa", "moss-vl", "streamo-stream", "streamo", "joyai", "livechat", "narrations",
     "speech", "moments",
 })  # fmt: skip
-_TOLD_BY = 100  # records of a shard by which forms that look alike are told apart
+_FORM_SAMPLE = 100  # records of a shard by which forms that look alike are told apart
 
 
 def shard_entries(
@@ -115,16 +115,16 @@ class _Forms:
             record = record | {"video": True}  # the clip is beside it
         form = self._named or form_of(record)
         if form in ALIKE and self._named is None:
-            form = self._told or form
+            form = self._form or form
         return self._converts[form] if form in _STREAMS else None
 
     @cached_property
-    def _told(self) -> str | None:
+    def _form(self) -> str | None:
         """The form of the records that look alike, by the first ones of the shard."""
         members = (sample.found.get("json") for sample in self._archive.samples)
         texts = (self._archive.read(one) for one in members if one is not None)
         records = []
-        for text in islice(texts, _TOLD_BY):
+        for text in islice(texts, _FORM_SAMPLE):
             try:
                 record = loads(text)
             except (ValueError, RecursionError):  # rejected when its turn comes
@@ -213,21 +213,21 @@ def shard_drafts(parts: dict[str, bytes], key: str, forms: _Forms) -> list[Draft
         return [_own(record, parts, key, notes)]
     stream = forms.stream(record, media)
     captioned = any(name in parts for name in _TEXTS)
-    asked = bool(media) and not captioned and looks_like_vqa(record | {"image": True})
+    is_question = bool(media) and not captioned and looks_like_vqa(record | {"image": True})
     turns = looks_like_one(record)
     captioned = captioned or any(record.get(name) for name in CAPTION_COLUMNS)
     pair = pair_draft if not captioned and looks_like_pair(record) else None
-    own = draft_of(record) or (vqa_draft if asked else pair)
+    own = draft_of(record) or (vqa_draft if is_question else pair)
     made = stream or (None if turns else own)
     answers = made is not None or turns
     refuse_unwanted(record, plain=not answers)
     if answers:
         if made is None:
             record = plain_contents(record, messages_field(record))
-        known, used, more = fill(record, parts, key, media, stream=stream is not None)
+        filled, used, more = fill(record, parts, key, media, stream=stream is not None)
         unused = [name for name in parts if name in _TEXTS or (name in media and name not in used)]
         notes += [*more, *(f"unused member .{name}" for name in unused)]
-        first, *rest = as_list((made or conversation_draft)(known, ""))
+        first, *rest = as_list((made or conversation_draft)(filled, ""))
         return [_noted(first, tuple(notes)), *rest]
     return _captioned(record, parts, key, media, notes)
 
@@ -250,8 +250,8 @@ def _captioned(
     if len(media) > 1:
         raise SampleError("ambiguous_media", f"one caption, {len(media)} media: {', '.join(media)}")
     ((name, kind),) = media.items()
-    shown = Medium(kind, parts[name], files.suffix(f"m.{name}"))
-    return caption_drafts([shown] * len(texts), texts, notes)
+    medium = Medium(kind, parts[name], files.suffix(f"m.{name}"))
+    return caption_drafts([medium] * len(texts), texts, notes)
 
 
 def _json(parts: dict[str, bytes]) -> dict[str, Any] | None:
@@ -296,7 +296,7 @@ def _captions(
 def _own(record: dict[str, Any], parts: dict[str, bytes], key: str, notes: list[str]) -> Draft:
     """A sample in our own form."""
     sample = parse_sample("", record)
-    shown = [
+    media = [
         Medium(m.type, member(parts, m.file, key)["bytes"], files.suffix(m.file), m.times)
         for m in sample.media
     ]
@@ -304,4 +304,4 @@ def _own(record: dict[str, Any], parts: dict[str, bytes], key: str, notes: list[
         {k: v for k, v in vars(message).items() if k != "learn" or not v}
         for message in sample.messages
     ]
-    return Draft(turns, shown, sample.kind, notes=tuple(notes))
+    return Draft(turns, media, sample.kind, notes=tuple(notes))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from data_pipeline.importers.timeline import Said, words_of
+from data_pipeline.importers.timeline import TimedText, words_of
 
 # Words that betray that the writer read time stamps, captions or a file, not what is on screen.
 _LEAKS = re.compile(
@@ -37,17 +37,17 @@ class Candidate:
     """A conversation about a clip; seconds count from its start."""
 
     role: str
-    questions: tuple[Said, ...]
-    answers: tuple[Said, ...]
+    questions: tuple[TimedText, ...]
+    answers: tuple[TimedText, ...]
 
     def data(self) -> dict[str, Any]:
         """The conversation as plain values: the form of requests, outcomes and records."""
         return {
-            name: [{"second": int(said.second), "text": said.text} for said in getattr(self, name)]
+            name: [{"second": int(one.second), "text": one.text} for one in getattr(self, name)]
             for name in ("questions", "answers")
         }
 
-    def question_at(self, second: float) -> Said:
+    def question_at(self, second: float) -> TimedText:
         """The latest question asked by a second; before any, the first question."""
         earlier = [question for question in self.questions if question.second <= second]
         return earlier[-1] if earlier else self.questions[0]
@@ -56,8 +56,8 @@ class Candidate:
 def candidate_of(role: str, written: dict[str, Any]) -> Candidate:
     """The candidate that one sample of a `write` reply describes."""
     questions, answers = (
-        tuple(sorted((Said(float(one["second"]), " ".join(one["text"].split()))
-                      for one in written[name]), key=lambda said: said.second))
+        tuple(sorted((TimedText(float(one["second"]), " ".join(one["text"].split()))
+                      for one in written[name]), key=lambda one: one.second))
         for name in ("questions", "answers")
     )  # fmt: skip
     return Candidate(role, questions, answers)
@@ -73,10 +73,10 @@ def fault(candidate: Candidate, seconds: int, pace: int) -> tuple[str, str] | No
     wrong = _form(candidate, seconds)
     if wrong:
         return "form", wrong
-    for said in (*candidate.questions, *candidate.answers):
-        leak = _LEAKS.search(said.text)
+    for one in (*candidate.questions, *candidate.answers):
+        leak = _LEAKS.search(one.text)
         if leak:
-            return "leaked_time", f"{leak[0]!r} in {said.text!r}"
+            return "leaked_time", f"{leak[0]!r} in {one.text!r}"
     late = _too_fast(candidate, seconds, pace)
     return ("emission_rate", late) if late else None
 
@@ -84,17 +84,17 @@ def fault(candidate: Candidate, seconds: int, pace: int) -> tuple[str, str] | No
 def _form(candidate: Candidate, seconds: int) -> str:
     """What is wrong with the number, order or place of questions and answers; "": nothing."""
     questions, answers = candidate.questions, candidate.answers
-    wanted, (least, most) = _SHAPES[candidate.role]
-    if len(questions) != wanted:
-        return f"{len(questions)} questions, {candidate.role} has {wanted}"
+    count, (least, most) = _SHAPES[candidate.role]
+    if len(questions) != count:
+        return f"{len(questions)} questions, {candidate.role} has {count}"
     if not least <= len(answers) <= most:
         return f"{len(answers)} answers to {candidate.role}"
-    for said in (*questions, *answers):
-        if not said.text:
-            return f"an empty text at second {said.second:g}"
-        if not 0 <= said.second < seconds:
-            return f"second {said.second:g} is not in the clip, 0 to {seconds - 1}"
-    if len({said.second for said in answers}) < len(answers):
+    for one in (*questions, *answers):
+        if not one.text:
+            return f"an empty text at second {one.second:g}"
+        if not 0 <= one.second < seconds:
+            return f"second {one.second:g} is not in the clip, 0 to {seconds - 1}"
+    if len({one.second for one in answers}) < len(answers):
         return "two answers in one second"
     first = questions[0].second
     if any(answer.second < first or (answer.second == first and candidate.role not in _AT_ONCE)

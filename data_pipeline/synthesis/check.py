@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from data_pipeline.importers.timeline import Said
+from data_pipeline.importers.timeline import TimedText
 from data_pipeline.synthesis.candidate import Candidate, same_words
 from data_pipeline.synthesis.config import SynthesisConfig
 from data_pipeline.synthesis.model import Model, vote
@@ -22,10 +22,10 @@ from data_pipeline.synthesis.watch import ConfirmedClip
 
 @dataclass(frozen=True)
 class _Claim:
-    """The verdict of the votes `ask(number)` must be `wanted`, else `reason` and `detail` hold."""
+    """The votes `ask(number)` must agree on `expected`, else `reason` and `detail` hold."""
 
     ask: Callable[[int], Awaitable[bool]]
-    wanted: bool
+    expected: bool
     reason: str
     detail: str
 
@@ -44,7 +44,7 @@ class Check:
         """The reason and detail of the first claim that fails; None where all hold."""
         for claim in self._claims(candidate):
             verdict = await vote(claim.ask, self._check.lead, self._check.most_votes)
-            if verdict is not claim.wanted:
+            if verdict is not claim.expected:
                 return ("undecided" if verdict is None else claim.reason), claim.detail
         return None
 
@@ -55,10 +55,10 @@ class Check:
         for answer in candidate.answers:
             now, before = int(answer.second), int(answer.second) - 1
             text = repr(answer.text)
-            says = partial(self._says, candidate, answer)
-            yield _Claim(partial(says, now), True, "unseen", f"{text} at {now}")
+            is_said = partial(self._is_said, candidate, answer)
+            yield _Claim(partial(is_said, now), True, "unseen", f"{text} at {now}")
             if before >= candidate.question_at(answer.second).second:  # it was asked for then
-                yield _Claim(partial(says, before), False, "known_before", f"{text} at {before}")
+                yield _Claim(partial(is_said, before), False, "known_before", f"{text} at {before}")
         for second in self._silences(candidate):
             speaks = partial(self._speaks, candidate, second)
             yield _Claim(speaks, False, "not_silent", f"an answer is due at {second}")
@@ -73,7 +73,7 @@ class Check:
         }
         return bool((await self._model.ask("audit", data, number))["right"])
 
-    async def _say(self, candidate: Candidate, now: int, number: int) -> dict[str, Any]:
+    async def _answer_at(self, candidate: Candidate, now: int, number: int) -> dict[str, Any]:
         """What a model says now that sees the frames, the questions and its earlier answers."""
         conversation = candidate.data()
         data = {
@@ -81,13 +81,15 @@ class Check:
             "questions": [one for one in conversation["questions"] if one["second"] <= now],
             "said": [one for one in conversation["answers"] if one["second"] < now],
         }
-        frames = [(second, self._clip.pictures[second]) for second in self._shown(now)]
+        frames = [(second, self._clip.pictures[second]) for second in self._frames_at(now)]
         reply: dict[str, Any] = await self._model.ask("say", data, number, frames)
         return reply
 
-    async def _says(self, candidate: Candidate, answer: Said, now: int, number: int) -> bool:
+    async def _is_said(
+        self, candidate: Candidate, answer: TimedText, now: int, number: int
+    ) -> bool:
         """Whether the model says now what the answer says."""
-        reply = await self._say(candidate, now, number)
+        reply = await self._answer_at(candidate, now, number)
         if not reply["speak"] or not reply["text"].strip():
             return False
         if same_words(reply["text"], answer.text):
@@ -98,10 +100,10 @@ class Check:
 
     async def _speaks(self, candidate: Candidate, now: int, number: int) -> bool:
         """Whether the model says anything now."""
-        reply = await self._say(candidate, now, number)
+        reply = await self._answer_at(candidate, now, number)
         return bool(reply["speak"] and reply["text"].strip())
 
-    def _shown(self, now: int) -> list[int]:
+    def _frames_at(self, now: int) -> list[int]:
         """Seconds whose frames are shown: all up to now; where these are more than cut.frames,
         half of the places go to the latest, the others are spread over the older ones."""
         most = self._frames
@@ -123,6 +125,6 @@ class Check:
         if candidate.answers:
             checked |= questions
         free = [t for t in range(begin, len(self._clip.pictures)) if t not in checked]
-        wanted = self._check.silences + 2 * (not candidate.answers)
-        for number in range(min(wanted, len(free))):
-            yield free[-1 - number * len(free) // wanted]
+        count = self._check.silences + 2 * (not candidate.answers)
+        for number in range(min(count, len(free))):
+            yield free[-1 - number * len(free) // count]

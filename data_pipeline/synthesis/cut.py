@@ -63,8 +63,8 @@ class Clip:
 
     def part(self, first: int, count: int) -> Clip:
         """The clip of `count` seconds from second `first` of this clip on."""
-        shown = self.pictures[first : first + count]
-        return Clip(self.start + first, shown, self.words, self.about)
+        pictures = self.pictures[first : first + count]
+        return Clip(self.start + first, pictures, self.words, self.about)
 
     def speech(self, first: int, last: int) -> str:
         """The words said in seconds `first` to `last` of the clip, both included."""

@@ -100,7 +100,7 @@ def _of_clip(
     checked = samples * _LEFT
     looks = checked * votes * (2 * _ANSWERS + config.check.silences)
     image = config.endpoint.image_tokens
-    shown = min(seconds / 2, config.cut.frames) * image
+    picture_tokens = min(seconds / 2, config.cut.frames) * image
     timeline = (windows + seconds * _EVENTS) * 20
     fixed = {
         kind: (len(prompts.system) + len(prompts.tasks[kind])
@@ -112,7 +112,7 @@ def _of_clip(
         "confirm": 2 * config.cut.window * image + 60,
         "write": timeline + 100,
         "audit": timeline + 200,
-        "say": shown + 80,
+        "say": picture_tokens + 80,
         "same": 40.0,
     }
     numbers = {

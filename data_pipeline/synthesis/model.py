@@ -44,9 +44,9 @@ class Model:
         `seed` tells votes on the same question apart. Raises what Endpoint and Ledger raise.
         """
         request = self._prompts.request(kind, data, self._config, seed, frames)
-        known = self._store.reply(request.key)
-        if known is not None:
-            return known
+        stored = self._store.reply(request.key)
+        if stored is not None:
+            return stored
         if request.key in self._pending:  # the same video twice
             return await asyncio.shield(self._pending[request.key])
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

@@ -124,12 +124,12 @@ class _Work:
         notes: list[str] = []
         try:
             data = await asyncio.to_thread(files.read_bytes, source.path)
-            shown = await asyncio.to_thread(clips, source, data, self._config.cut, notes)
+            parts = await asyncio.to_thread(clips, source, data, self._config.cut, notes)
         except SampleError as error:
             wrong = [error.reason, error.detail]
             outcome: Outcome = {"fault": wrong, "clips": [], "notes": notes}
         else:
-            made = await _all([self._clip(clip) for clip in shown])
+            made = await _all([self._clip(clip) for clip in parts])
             digest = hashlib.sha256(data).hexdigest()
             outcome = {"sha256": digest, "fault": None, "clips": made, "notes": notes}
         mark = fingerprint(source, self._config, self._prompts)

@@ -64,11 +64,11 @@ async def _caption(
     clip: Clip, seconds: range, model: Model, config: SynthesisConfig
 ) -> dict[str, Any] | None:
     """The first caption of these seconds that is confirmed; None after 1 + recaptions tries."""
-    shown = range(max(0, seconds[0] - config.cut.window), seconds[-1] + 1)
-    frames = [(second, clip.pictures[second]) for second in shown]
+    window = range(max(0, seconds[0] - config.cut.window), seconds[-1] + 1)
+    frames = [(second, clip.pictures[second]) for second in window]
     data: dict[str, Any] = {"seconds": list(seconds)}
-    known = {"speech": clip.speech(seconds[0], seconds[-1]), "about": clip.about}
-    question = data | {name: text for name, text in known.items() if text}
+    context = {"speech": clip.speech(seconds[0], seconds[-1]), "about": clip.about}
+    question = data | {name: text for name, text in context.items() if text}
     for attempt in range(config.check.recaptions + 1):
         caption = await model.ask("caption", question, attempt, frames)
         caption["events"].sort(key=lambda event: event["second"])

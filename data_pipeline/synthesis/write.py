@@ -21,7 +21,7 @@ from data_pipeline import files
 from data_pipeline.atomic import new_folder, partial_path, publish, write_atomically
 from data_pipeline.importers.draft import Draft, Entry, Medium
 from data_pipeline.importers.media import MediaOptions, finish, shrink_video
-from data_pipeline.importers.timeline import Said, Timeline
+from data_pipeline.importers.timeline import TimedText, Timeline
 from data_pipeline.index import prepare_index
 from data_pipeline.schema import SampleError
 from data_pipeline.shards import write_shards
@@ -196,7 +196,7 @@ class _Maker:
         except SampleError as error:
             return error.reason, error.detail
         questions, answers = (
-            tuple(Said(float(one["second"]), one["text"]) for one in sample.candidate[name])
+            tuple(TimedText(float(one["second"]), one["text"]) for one in sample.candidate[name])
             for name in ("questions", "answers")
         )
         end = float(sample.clip["end"] - sample.clip["start"])

@@ -65,8 +65,8 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
     ShardError: it may be in use, and is not deleted.
     """
     out = Path(out_dir)
-    wanted = {"version": _VERSION, **asdict(config), "stages": list(config.stages)}
-    existing = _finished(out, wanted)
+    arguments = {"version": _VERSION, **asdict(config), "stages": list(config.stages)}
+    existing = _finished(out, arguments)
     if existing is not None:
         return existing
     started = time.perf_counter()
@@ -97,7 +97,7 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
     progress.end()
     build_toy_tokenizer(out / "tokenizer", texts, config.vocab_size)
     manifest = {
-        "config": wanted,
+        "config": arguments,
         "sources": sizes,
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -105,13 +105,13 @@ def build_toy(out_dir: str | Path, config: ToyConfig, workers: int = 2) -> dict[
     return manifest
 
 
-def _finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a folder that was built with these arguments; None: it is not finished."""
     file = out / "toy.json"
     if not file.is_file():
         return None
     manifest: dict[str, Any] = json.loads(file.read_text())
-    if manifest.get("config") != wanted:
+    if manifest.get("config") != arguments:
         raise ShardError(
             f"{out} holds a toy world with other arguments ({manifest.get('config')}): "
             "remove it or choose another folder"
@@ -160,7 +160,7 @@ def _clip(
         clip = temporal.draw(rng)
         if stage.startswith("pt"):
             return _caption(VIDEO_MARK, facts.tracks(clip.story, rng)), clip.story
-        return _answers(VIDEO_MARK, list(clip.asked), split), clip.story
+        return _answers(VIDEO_MARK, list(clip.questions), split), clip.story
     story = make_story(stage, seed, rng)
     if stage == "sft":
         questions = captions.ask_end(story.states[-1], rng)
@@ -199,19 +199,21 @@ def _interleaved(pictures: int, seed: int, rng: random.Random, config: ToyConfig
     story = world.simulate(seed, pictures, events=rng.randint(2, pictures - 1))
     texts = [facts.still_facts(story.states[0], rng), *captions.narrate_changes(story)]
     data = _caption("", "".join(f"{IMAGE_MARK}{text}" for text in texts))
-    shown = {f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)}
-    return {"json": data, **shown}
+    pictures_by_name = {
+        f"{i}.jpg": render.jpeg(state, config.size) for i, state in enumerate(story.states)
+    }
+    return {"json": data, **pictures_by_name}
 
 
-def _caption(shown: str, text: str) -> dict[str, Any]:
-    """A caption's sample as JSON; `shown`: mark of the picture or video, or a text."""
-    return _talk([(shown, text)], "caption") | {"task": "caption"}
+def _caption(medium: str, text: str) -> dict[str, Any]:
+    """A caption's sample as JSON; `medium`: mark of the picture or video, or a text."""
+    return _talk([(medium, text)], "caption") | {"task": "caption"}
 
 
-def _answers(shown: str, questions: list[captions.QA], split: str) -> dict[str, Any]:
+def _answers(mark: str, questions: list[captions.QA], split: str) -> dict[str, Any]:
     """A chat's sample as JSON: with all questions in training, held-out with the first alone."""
     first, *others = questions
-    turns = [(shown + first.question, first.answer)]
+    turns = [(mark + first.question, first.answer)]
     turns += [(qa.question, qa.answer) for qa in others if split == "train"]
     data = _talk(turns, "chat") | {"task": first.task}
     return data | ({"options": list(first.options)} if first.options else {})
@@ -224,9 +226,9 @@ def _talk(turns: list[tuple[str, str]], kind: str) -> dict[str, Any]:
         for turn in turns
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
-    shown = [mark[2:-2] for message in messages for mark in MARK.findall(message["content"])]
+    marks = [mark[2:-2] for message in messages for mark in MARK.findall(message["content"])]
     suffixes = {"image": "jpg", "video": "mp4"}
-    media = [{"type": of, "file": f"{i}.{suffixes[of]}"} for i, of in enumerate(shown)]
+    media = [{"type": of, "file": f"{i}.{suffixes[of]}"} for i, of in enumerate(marks)]
     return {"messages": messages, "media": media, "kind": kind}
 
 

@@ -38,7 +38,7 @@ class Clip:
     """A story of four seconds, and one or two questions about different things in it."""
 
     story: Story
-    asked: tuple[QA, ...]
+    questions: tuple[QA, ...]
 
 
 @dataclass

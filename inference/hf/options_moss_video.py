@@ -120,13 +120,13 @@ def padded_length(lengths: Sequence[int], options: Mapping[str, Any]) -> int:
     Raises:
         ValueError: rows of unequal length are to be a tensor, or a row is longer than max_length.
     """
-    wanted = options.get("padding")
-    if wanted in (False, None, "do_not_pad"):
+    padding = options.get("padding")
+    if padding in (False, None, "do_not_pad"):
         if len(set(lengths)) > 1 and options.get("return_tensors"):
             raise ValueError("texts of unequal length need padding=True")
         return 0
     longest = max(lengths)
-    if wanted == "max_length":
+    if padding == "max_length":
         if longest > options["max_length"]:
             raise ValueError(
                 f"max_length={options['max_length']}: text {list(lengths).index(longest)} has "

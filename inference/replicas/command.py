@@ -99,9 +99,9 @@ def check(args: argparse.Namespace) -> list[dict[str, str]]:
     if args.device not in ("auto", kind):
         words = f"--device {args.device}: replicas have devices of their own: give {kind}"
         raise cli.CommandError(words)
-    wanted = args.replicas * args.gpus_per_replica
-    if wanted > len(names):
+    needed = args.replicas * args.gpus_per_replica
+    if needed > len(names):
         words = f"--replicas {args.replicas} --gpus_per_replica {args.gpus_per_replica}: these are"
-        raise cli.CommandError(f"{words} {wanted} GPUs, and this machine has {len(names)}")
+        raise cli.CommandError(f"{words} {needed} GPUs, and this machine has {len(names)}")
     each = args.gpus_per_replica
     return [devices.only(kind, names[each * n : each * (n + 1)]) for n in range(args.replicas)]

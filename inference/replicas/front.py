@@ -165,15 +165,15 @@ class Front:
         if self.sessions.get(session.id) is session:
             del self.sessions[session.id]
 
-    def _make_room(self, wanted: int) -> bool:
+    def _make_room(self, count: int) -> bool:
         """Frees places of sessions whose clients are away, longest first; returns whether so many
         become free."""
         having = [s for s in self.sessions.values() if s.socket is None and s.replica is not None]
         leaving = sum(session.leaving for session in having)
         away = sorted((s for s in having if not s.leaving), key=_left_at)
-        for session in away[: max(0, wanted - leaving)]:
+        for session in away[: max(0, count - leaving)]:
             session.sleep()
-        return leaving + len(away) >= wanted
+        return leaving + len(away) >= count
 
     def _make_memory(self) -> str:
         """Ends sessions whose clients are away, longest first, where one more could not be kept;
@@ -197,10 +197,10 @@ class Front:
                 status = await replica.look(self.limits.silence)
                 # A process that has ended meanwhile has answered for itself, not for the next one.
                 if process is None or (process.running and process.starts == starts):
-                    self._seen(replica, process, status)
+                    self._set_status(replica, process, status)
             await asyncio.sleep(_LOOK if replica.state == "ready" else _SOON)
 
-    def _seen(self, replica: Replica, process: Process | None, status: str) -> None:
+    def _set_status(self, replica: Replica, process: Process | None, status: str) -> None:
         if status == "ok":
             if replica.state in ("starting", "dead"):
                 log.warning("replica %d is ready", replica.number)
@@ -216,7 +216,7 @@ class Front:
             return
         if status == "starting":  # or its only decoder is being replaced
             return
-        quiet = time.monotonic() - replica.last_heard > self.limits.silence
+        quiet = time.monotonic() - replica.last_answer_at > self.limits.silence
         if replica.serves and (status != "silent" or quiet):
             log.warning("replica %d is lost: %s", replica.number, status)
             self._lose(replica)

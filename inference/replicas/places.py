@@ -36,7 +36,7 @@ class Places:
         """Waits for a seat; it is held until `release`."""
         future: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
         self._queue.append((session, future))
-        self._queue.sort(key=lambda one: (not one[0].started, one[0].asked_at))
+        self._queue.sort(key=lambda one: (not one[0].started, one[0].requested_at))
         self.pump()
         try:
             return await future
@@ -73,10 +73,10 @@ class Places:
         free = [replica for replica in self.replicas if replica.free > 0]
         return max(free, key=lambda r: (r.memory > _LEAST_MEMORY, r.free, r.memory), default=None)
 
-    def for_chat(self, asked: Sequence[Replica]) -> Replica | None:
+    def for_chat(self, tried: Sequence[Replica]) -> Replica | None:
         """The replica for a chat request, none of those that were asked: with a free seat, or else
         the one with the fewest requests, which waits there in its queue."""
-        ready = [r for r in self.replicas if r.state == "ready" and not r.held and r not in asked]
+        ready = [r for r in self.replicas if r.state == "ready" and not r.held and r not in tried]
         if ready and not any(r.free for r in ready):
             self._make_room(1)
         return max(ready, key=lambda r: (r.free, -r.chats / max(1, r.seats)), default=None)

@@ -26,7 +26,7 @@ from inference.serve.wire import REQUESTED, USED_LINE, usage_of
 _ROUTE = "/v1/chat/completions"
 _FAILED = b'{"error":'
 _LOST = "the replica that answered has ended: ask again"
-_ASKED = {"content-type": "application/json"}  # `read_body` takes nothing else
+_HEADERS = {"content-type": "application/json"}  # `read_body` takes nothing else
 # Headers that go on: the rest is about one connection, or about the front's own name.
 _ANSWERED = (
     "content-type",
@@ -54,8 +54,8 @@ class Proxy:
         try:
             body = await read_body(request, self._limits, share)
             client = Client(request)
-            headers = _ASKED | (visit.trace.headers if visit.trace is not None else {})
-            return await client.unless_disconnected(self._ask(body, headers, share, visit))
+            headers = _HEADERS | (visit.trace.headers if visit.trace is not None else {})
+            return await client.unless_disconnected(self._pass_on(body, headers, share, visit))
         except (ClientGone, ClientDisconnect):
             share.give_back()
             return Response(status_code=499)
@@ -70,19 +70,19 @@ class Proxy:
             if client is not None:
                 client.disconnected.cancel()
 
-    async def _ask(
+    async def _pass_on(
         self, body: bytes, headers: dict[str, str], share: Share, visit: Visit
     ) -> Response:
-        asked: list[Replica] = []
+        tried: list[Replica] = []
         while True:
-            replica = await self._replica(asked)
-            asked.append(replica)
+            replica = await self._replica(tried)
+            tried.append(replica)
             replica.chats += 1
             streams, answer = False, None
             try:
                 async with replica.answering():
                     answer = await self._begin(replica, body, headers)
-                if answer.status_code == 503 and len(asked) == 1 and self._others(asked):
+                if answer.status_code == 503 and len(tried) == 1 and self._others(tried):
                     continue
                 _note(visit, answer)
                 kept = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
@@ -100,7 +100,7 @@ class Proxy:
                 share.give_back()
                 return Response(content, status, kept)
             except httpx.TransportError:
-                if len(asked) > 1:
+                if len(tried) > 1:
                     raise Refused("replica_lost", _LOST) from None
             finally:
                 if not streams:
@@ -126,14 +126,14 @@ class Proxy:
             with contextlib.suppress(Exception):
                 await answer.aclose()
 
-    def _others(self, asked: list[Replica]) -> bool:
-        return self._places.for_chat(asked) is not None
+    def _others(self, tried: list[Replica]) -> bool:
+        return self._places.for_chat(tried) is not None
 
-    async def _replica(self, asked: list[Replica]) -> Replica:
+    async def _replica(self, tried: list[Replica]) -> Replica:
         """A replica that was not asked yet, if there is one; waits where none serves."""
         until = time.monotonic() + self._limits.wait
         while True:
-            replica = self._places.for_chat(asked) or self._places.for_chat([])
+            replica = self._places.for_chat(tried) or self._places.for_chat([])
             if replica is not None:
                 return replica
             if time.monotonic() > until:
@@ -167,8 +167,8 @@ async def _stream(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[b
             yield piece
     except httpx.TransportError:
         kind = {"type": "server_error", "param": None, "code": "replica_lost"}
-        said = json.dumps({"error": {"message": _LOST, **kind}})
-        yield f"\n\ndata: {said}\n\ndata: [DONE]\n\n".encode()
+        error = json.dumps({"error": {"message": _LOST, **kind}})
+        yield f"\n\ndata: {error}\n\ndata: [DONE]\n\n".encode()
 
 
 async def _counted(pieces: AsyncIterator[bytes], visit: Visit) -> AsyncIterator[bytes]:

@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "draining", "dead"]
 _CONNECT = 5.0  # seconds for a connection
-_GONE = 5.0  # seconds without an answer to a ping of a connection, as of a machine that is off
+_PING_TIMEOUT = 5.0  # seconds: a machine that is off does not answer a ping
 
 
 class Tenant(Protocol):
     """A session that has a seat, or waits for one. asked_at: since when (monotonic seconds)."""
 
-    asked_at: float
+    requested_at: float
 
     @property
     def started(self) -> bool:
@@ -59,7 +59,7 @@ class Replica:
         self.sessions: set[Tenant] = set()
         self.chats = 0
         self.full_until = 0.0  # it said that it was full
-        self.last_heard = time.monotonic()
+        self.last_answer_at = time.monotonic()
         self._awaited = set[asyncio.Timeout]()
         self._path = address.removeprefix("unix:") if address.startswith("unix:") else None
         transport = httpx.AsyncHTTPTransport(uds=self._path) if self._path else None
@@ -89,8 +89,8 @@ class Replica:
             "max_size": None,
             "compression": None,
             "open_timeout": _CONNECT,
-            "ping_interval": _GONE,
-            "ping_timeout": _GONE,
+            "ping_interval": _PING_TIMEOUT,
+            "ping_timeout": _PING_TIMEOUT,
             "close_timeout": 1.0,
             "proxy": None,
         }
@@ -130,7 +130,7 @@ class Replica:
             body = answer.json()
         except (httpx.HTTPError, ValueError):
             return "silent"
-        self.last_heard = time.monotonic()
+        self.last_answer_at = time.monotonic()
         self.seats, self.memory = body.get("max_sessions", 0), body.get("memory_free", 0)
         self.code = str(body.get("code", ""))
         status = str(body.get("status", "silent"))

@@ -91,7 +91,7 @@ class FrontSession(ResumableSession):
         self.kept: Record = {}  # all records, folded
         self.pictures: dict[int, bytes] = {}  # by the message that brought them
         self._began = time.monotonic()
-        self.asked_at = 0.0
+        self.requested_at = 0.0
         self._recorded_at = self._lost_at = 0.0
         self._untaken: deque[Message] = deque()
         self._held_bytes = 0
@@ -101,7 +101,7 @@ class FrontSession(ResumableSession):
         self._end = (NORMAL, "the session is over")
         self._reason = "replica_lost"
         self._tries = 0
-        self._told: tuple[Any, ...] = ()
+        self._reported_place: tuple[Any, ...] = ()
         self._cut = asyncio.Event()  # the session leaves its replica
         self._adrift = False  # it has left one, and none has gone on with it
         self._link: ClientConnection | None = None
@@ -203,8 +203,8 @@ class FrontSession(ResumableSession):
         self.task.cancel()
 
     def queued(self, position: int, estimate: float | None, reason: str) -> None:
-        if self._told != (position, reason):
-            self._told = (position, reason)
+        if self._reported_place != (position, reason):
+            self._reported_place = (position, reason)
             self._emit("session.queued", position=position, estimate_s=estimate, reason=reason)
 
     def _emit(self, type: str, **data: Any) -> None:
@@ -219,7 +219,7 @@ class FrontSession(ResumableSession):
                 if self.started and self.socket is None:
                     self._wanted.clear()
                 await self._wanted.wait()
-                self.asked_at = self.asked_at or time.monotonic()
+                self.requested_at = self.requested_at or time.monotonic()
                 self._cut.clear()  # from the moment it has a seat it may be told to leave it
                 self.replica = await self.front.places.take(self)
                 try:
@@ -329,7 +329,7 @@ class FrontSession(ResumableSession):
     def _take(self, values: Record, blobs: list[bytes]) -> None:
         """A record, and the events that it covers."""
         record = values["record"]
-        self._told, self.asked_at, self._adrift = (), 0.0, False  # it has a place
+        self._reported_place, self.requested_at, self._adrift = (), 0.0, False  # it has a place
         if record.get("slot", {}).get("position") != self.kept.get("slot", {}).get("position"):
             self._tries = 0
         fold(self.kept, record)

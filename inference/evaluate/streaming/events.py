@@ -19,12 +19,12 @@ from typing import Any
 
 from inference.evaluate.streaming.forms import Entry, FormError, read_entries
 from inference.evaluate.streaming.items import (
-    Ask,
     Emission,
     Item,
     Judge,
     Point,
     PushAlone,
+    TimedPrompt,
     Watched,
 )
 from inference.evaluate.streaming.text import words
@@ -97,13 +97,13 @@ class Events(PushAlone):
         if any(not words(phrase).strip() for event in events for phrase in event["says"]):
             raise FormError(f"{entry.place}: events: says: has a text without words")
         second = entry.seconds("asked") if "asked" in entry else 0.0
-        asks = (
-            Ask(second, entry.text("question")),
-            *(Ask(turn["second"], turn["text"]) for turn in interruptions),
+        prompts = (
+            TimedPrompt(second, entry.text("question")),
+            *(TimedPrompt(turn["second"], turn["text"]) for turn in interruptions),
         )
         truth = {"events": events, "interruptions": interruptions}
         name = str(entry.data.get("id", number))
-        return Item(name, "events", videos / entry.text("video"), asks, truth=truth)
+        return Item(name, "events", videos / entry.text("video"), prompts, truth=truth)
 
     def outcome(self, item: Item, watched: Watched) -> StreamOutcome:
         """Matches responses with events (one may tell several) and with interruptions."""
@@ -119,8 +119,8 @@ class Events(PushAlone):
             outcome.answers.append((turn, cut, None if place is None else emissions[place]))
             used |= set() if place is None else {place}
         for event in item.truth["events"]:
-            told, place = self._event_outcome(event, emissions)
-            outcome.events.append(told)
+            event_outcome, place = self._event_outcome(event, emissions)
+            outcome.events.append(event_outcome)
             used |= set() if place is None else {place}
         outcome.matched, outcome.false = len(used), len(emissions) - len(used)
         return outcome
@@ -150,23 +150,27 @@ class Events(PushAlone):
 
         def add(name: str, part: str, score: float, metric: str, about: Any, text: str) -> None:
             row = f"events{': ' if part else ''}{part}"
-            wanted = " | ".join(about.get("says", []))
+            reference = " | ".join(about.get("says", []))
             at = about.get("second")
-            points.append(Point(name, row, score, item.asks[0].text, text, wanted, at, metric))
+            points.append(
+                Point(name, row, score, item.prompts[0].text, text, reference, at, metric)
+            )
 
-        for number, told in enumerate(outcome.events):
-            name, text, event = f"{item.id}.{number}", told.text, told.event
-            seen = float(told.delay is not None)
-            add(name, "", seen, "told", event, text)
-            part = "while speaking" if told.speaking else "in silence"
-            add(name, part, seen, "told", event, text)
-            if told.delay is not None and told.end is not None:
-                add(name, "first right word", told.delay, "s", event, text)
-                add(name, f"first right word {part}", told.delay, "s", event, text)
-                add(name, "end of the answer", told.end - event["second"], "s", event, text)
-            if told.speaking:
+        for number, event_outcome in enumerate(outcome.events):
+            name, text, event = f"{item.id}.{number}", event_outcome.text, event_outcome.event
+            in_time = float(event_outcome.delay is not None)
+            add(name, "", in_time, "told", event, text)
+            part = "while speaking" if event_outcome.speaking else "in silence"
+            add(name, part, in_time, "told", event, text)
+            if event_outcome.delay is not None and event_outcome.end is not None:
+                add(name, "first right word", event_outcome.delay, "s", event, text)
+                add(name, f"first right word {part}", event_outcome.delay, "s", event, text)
+                add(
+                    name, "end of the answer", event_outcome.end - event["second"], "s", event, text
+                )
+            if event_outcome.speaking:
                 for how in (*HOW, "not"):
-                    share = float(how == (told.how or "not"))
+                    share = float(how == (event_outcome.how or "not"))
                     add(name, f"while speaking, told {how}", share, "share", event, text)
         for number, (turn, cut, answer) in enumerate(outcome.answers):
             name, text = f"{item.id}.i{number}", answer.text if answer else ""

@@ -11,7 +11,7 @@ EARLIER_ANSWER = "##ANSWER##"  # in a question of OmniMMI
 
 
 @dataclass(frozen=True)
-class Ask:
+class TimedPrompt:
     """A user's turn."""
 
     second: float  # of the video; a negative one counts from its end
@@ -27,7 +27,7 @@ class Item:
     id: str
     row: str  # row of the table that it counts for
     video: Path
-    asks: tuple[Ask, ...]  # in push mode
+    prompts: tuple[TimedPrompt, ...]  # in push mode
     start: float = 0.0  # second of the video from which it is shown
     end: float | None = None  # second up to which it is shown; None: the video's end
     truth: dict[str, Any] = field(default_factory=dict)  # what its benchmark's scorer needs

@@ -72,9 +72,9 @@ class EndpointJudge:
         self._endpoint = Endpoint(self._config, self._store.waste)
 
     async def _ask(self, request: Request) -> Any:
-        known = self._store.reply(request.key)
-        if known is not None:
-            return known
+        stored = self._store.reply(request.key)
+        if stored is not None:
+            return stored
         if request.key not in self._sent:
             self._sent[request.key] = asyncio.ensure_future(self._send(request))
         try:

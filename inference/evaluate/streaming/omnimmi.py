@@ -14,13 +14,13 @@ from typing import Any
 from inference.evaluate.streaming.forms import Entry, kind_of, read_entries
 from inference.evaluate.streaming.items import (
     EARLIER_ANSWER,
-    Ask,
     Emission,
     Item,
     Judge,
     Point,
     Poll,
     Reply,
+    TimedPrompt,
     Watched,
 )
 from inference.evaluate.streaming.templates import Templates
@@ -66,18 +66,23 @@ class OmniMMI:
                 {"question": turn.text("question"), "answer": turn.text("answer"), "end": span[1]}
                 for turn, span in zip(turns, spans, strict=True)
             ]
-            asks = tuple(
-                Ask(sum(span) / 2, turn.text("question"), i - 1 if i and task == "MD" else None)
+            prompts = tuple(
+                TimedPrompt(
+                    sum(span) / 2, turn.text("question"), i - 1 if i and task == "MD" else None
+                )
                 for i, (turn, span) in enumerate(zip(turns, spans, strict=True))
             )
-            start, end = self._timing.start(asks[0].second), self._timing.end(asks[-1].second)
+            start, end = self._timing.start(prompts[0].second), self._timing.end(prompts[-1].second)
         elif task == "PA":
-            truth["span"], asks = entry.span("answer"), (Ask(0.0, entry.text("question")),)
+            truth["span"], prompts = (
+                entry.span("answer"),
+                (TimedPrompt(0.0, entry.text("question")),),
+            )
         elif task == "PT":
             talk = [f"{kind}\n{text}" for turn in entry.entries("conversation", ())[-2:]
                     for kind, text in turn.data.items()]  # fmt: skip
             truth["talk"] = "\n".join(talk)
-            asks = (Ask(_LATE, truth["talk"]),)
+            prompts = (TimedPrompt(_LATE, truth["talk"]),)
         else:
             text, second = entry.text("question"), _LATE
             truth["turns"] = [{"question": text, "answer": entry.text("answer")}]
@@ -86,8 +91,8 @@ class OmniMMI:
             else:
                 second = entry.seconds("timestamp")
                 start, end = self._timing.start(second), self._timing.end(second)
-            asks = (Ask(second, text),)
-        return Item(name, f"omnimmi {task}", video, asks, start, end, truth)
+            prompts = (TimedPrompt(second, text),)
+        return Item(name, f"omnimmi {task}", video, prompts, start, end, truth)
 
     def polls(self, item: Item) -> bool:
         return item.truth["task"] != "PA"
@@ -95,7 +100,7 @@ class OmniMMI:
     def poll(self, item: Item, ask: Poll) -> list[Reply]:
         truth, task = item.truth, item.truth["task"]
         if task not in ("SG", "MD"):
-            return [ask(0.0, None, item.asks[0].text)]
+            return [ask(0.0, None, item.prompts[0].text)]
         replies: list[Reply] = []
         conversation = ""
         for turn in truth["turns"]:
@@ -123,7 +128,7 @@ class OmniMMI:
         if task == "PT":
             after = [e.text for e in emissions if e.turn == 1]
             return [_turn_point(item, not after, " ".join(after))]
-        turns = range(1, len(item.asks) + 1)
+        turns = range(1, len(item.prompts) + 1)
         answers = [next((e.text for e in emissions if e.turn == turn), "") for turn in turns]
         return _judged(item, answers, judge)
 
@@ -138,8 +143,8 @@ def _judged(item: Item, answers: Sequence[str], judge: Judge) -> list[Point]:
     verdicts = [judge("match", turn["question"], turn["answer"], answer) for turn, answer in pairs]
     right = float(all(verdict.right for verdict in verdicts))
     mean = sum(verdict.score for verdict in verdicts) / len(verdicts)
-    questions, wanted = ("\n".join(t[name] for t in turns) for name in ("question", "answer"))
-    rest = (questions, "\n".join(answers), wanted)
+    questions, references = ("\n".join(t[name] for t in turns) for name in ("question", "answer"))
+    rest = (questions, "\n".join(answers), references)
     points = [
         Point(item.id, item.row, right, *rest),
         Point(item.id, f"{item.row} (score)", mean, *rest, metric="judge's score of 5"),
@@ -166,7 +171,7 @@ def _alert_points(item: Item, emissions: Sequence[Emission]) -> list[Point]:
         common = max(0.0, min(alerts[-1], last) - max(alerts[0], first))
         overlap = common / whole if whole else 0.0
     spoken = "; ".join(f"{e.second:g} s: {e.text}" for e in emissions)
-    rest = (item.asks[0].text, spoken, f"{first:g} to {last:g} s", first)
+    rest = (item.prompts[0].text, spoken, f"{first:g} to {last:g} s", first)
     return [
         Point(item.id, item.row, accuracy, *rest),
         Point(item.id, f"{item.row} (precision)", precision, *rest, metric="precision"),

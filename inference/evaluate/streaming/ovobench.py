@@ -14,17 +14,17 @@ from typing import Any
 
 from inference.evaluate.streaming.forms import Entry, FormError, read_entries
 from inference.evaluate.streaming.items import (
-    Ask,
     Emission,
     Item,
     Judge,
     Point,
     Poll,
     Reply,
+    TimedPrompt,
     Watched,
 )
 from inference.evaluate.streaming.templates import Templates
-from inference.evaluate.streaming.text import choice, last_number, says
+from inference.evaluate.streaming.text import choice, contains_phrase, last_number
 from inference.evaluate.streaming.timing import Timing
 
 GROUPS = {
@@ -83,7 +83,7 @@ class OvoBench:
             second, truth["clue"] = entry.seconds("ask_time"), entry.seconds("clue_time")
             truth["question"] = entry.text("question")
             text, start = self._templates("push.CRR", truth["question"]), self._timing.start(second)
-        return Item(_id(entry), row, video, (Ask(second, text),), start, last, truth)
+        return Item(_id(entry), row, video, (TimedPrompt(second, text),), start, last, truth)
 
     def _choice(self, entry: Entry, row: str, video: Path) -> Item:
         second, options = entry.seconds("realtime"), entry.texts("options")
@@ -99,9 +99,11 @@ class OvoBench:
             "answer": chr(65 + right),
             "realtime": second,
         }
-        ask = Ask(second, self._templates("push.choice", truth["question"], "\n".join(lines)))
+        prompt = TimedPrompt(
+            second, self._templates("push.choice", truth["question"], "\n".join(lines))
+        )
         start, end = self._timing.start(second), self._timing.end(second)
-        return Item(_id(entry), row, video, (ask,), start, end, truth)
+        return Item(_id(entry), row, video, (prompt,), start, end, truth)
 
     def polls(self, item: Item) -> bool:
         return True
@@ -132,55 +134,55 @@ class OvoBench:
         points = []
         for number, (poll, reply) in enumerate(zip(truth["polls"], replies, strict=True)):
             if task == "REC":
-                wanted = str(poll["count"])
-                right = "".join(re.findall(r"\d+", reply.answer)) == wanted
+                reference = str(poll["count"])
+                right = "".join(re.findall(r"\d+", reply.answer)) == reference
             else:
-                wanted = "Yes" if poll["type"] else "No"
-                right = reply.answer == wanted[0] or wanted in reply.answer
-            points.append(_point(item, f"{item.id}.{number}", right, reply, wanted))
+                reference = "Yes" if poll["type"] else "No"
+                right = reply.answer == reference[0] or reference in reply.answer
+            points.append(_point(item, f"{item.id}.{number}", right, reply, reference))
         return points
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
         truth, task, emissions = item.truth, item.truth["task"], watched.emissions
-        ask = item.asks[0]
+        prompt = item.prompts[0]
         if task in _CHOICE:
             answer = next((e.text for e in emissions if e.turn == 1), "")
             right = choice(answer, truth["choices"]) == truth["answer"]
-            reply = Reply(item.start, ask.second, ask.text, answer)
+            reply = Reply(item.start, prompt.second, prompt.text, answer)
             return [_point(item, item.id, right, reply, truth["answer"])]
         if task == "CRR":
-            first = next((e for e in emissions if e.second >= ask.second), None)
+            first = next((e for e in emissions if e.second >= prompt.second), None)
             right = first is not None and first.second >= truth["clue"]
             alert = f"{first.text} (at {first.second:g} s)" if first else ""
-            reply = Reply(item.start, truth["clue"], ask.text, alert)
+            reply = Reply(item.start, truth["clue"], prompt.text, alert)
             return [_point(item, item.id, right, reply, f"not before {truth['clue']:g} s")]
         points = []
         for number, poll in enumerate(truth["polls"]):
-            known = [e for e in emissions if e.second <= poll["realtime"]]
+            emitted = [e for e in emissions if e.second <= poll["realtime"]]
             if task == "REC":
-                counts = [n for e in known if (n := last_number(e.text)) is not None]
+                counts = [n for e in emitted if (n := last_number(e.text)) is not None]
                 now: str = str(counts[-1] if counts else 0)
-                right, wanted = now == str(poll["count"]), str(poll["count"])
+                right, reference = now == str(poll["count"]), str(poll["count"])
             else:
-                now = _current(known, truth["steps"])
+                now = _current(emitted, truth["steps"])
                 right = (now == poll["step"]) == bool(poll["type"])
-                wanted = poll["step"] if poll["type"] else f"not: {poll['step']}"
-            reply = Reply(item.start, poll["realtime"], ask.text, now)
-            points.append(_point(item, f"{item.id}.{number}", right, reply, wanted))
+                reference = poll["step"] if poll["type"] else f"not: {poll['step']}"
+            reply = Reply(item.start, poll["realtime"], prompt.text, now)
+            points.append(_point(item, f"{item.id}.{number}", right, reply, reference))
         return points
 
 
 def _current(emissions: Sequence[Emission], steps: Sequence[str]) -> str:
     """The step that was named last; of several in one text the longest name."""
     for emission in reversed(emissions):
-        named = [step for step in steps if says(emission.text, step)]
+        named = [step for step in steps if contains_phrase(emission.text, step)]
         if named:
             return max(named, key=len)
     return ""
 
 
-def _point(item: Item, name: str, right: bool, reply: Reply, wanted: str) -> Point:
-    return Point(name, item.row, float(right), reply.question, reply.answer, wanted, reply.at)
+def _point(item: Item, name: str, right: bool, reply: Reply, reference: str) -> Point:
+    return Point(name, item.row, float(right), reply.question, reply.answer, reference, reply.at)
 
 
 def _id(entry: Entry) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from inference.evaluate.streaming.forms import Entry, FormError, read_entries
 from inference.evaluate.streaming.items import (
-    Ask,
     Item,
     Judge,
     Point,
     PushAlone,
+    TimedPrompt,
     Watched,
 )
 
@@ -39,13 +39,13 @@ class ProactiveVideoQA(PushAlone):
 
     def _item(self, part: str, entry: Entry, videos: Path) -> Item:
         talk = entry.entries("conversation", ("role", "content", "time"))
-        asks = tuple(
-            Ask(turn.seconds("time"), turn.text("content"))
+        prompts = tuple(
+            TimedPrompt(turn.seconds("time"), turn.text("content"))
             for turn in talk
             if turn.text("role") == "user"
         )
         answers = entry.entries("answer", ("content", "reply_timespan"))
-        if not asks or not answers:
+        if not prompts or not answers:
             raise FormError(f"{entry.place}: conversation, answer: a question and an answer needed")
         spans = [answer.span("reply_timespan") for answer in answers]
         for answer, (start, end) in zip(answers, spans, strict=True):
@@ -65,7 +65,7 @@ class ProactiveVideoQA(PushAlone):
         beside = videos / "videos" / entry.text("video")
         video = video if video.is_file() or not beside.is_file() else beside
         row = f"proactivevideoqa {part}"
-        return Item(name, row, video, asks, 0.0, max(span[1] for span in spans), truth)
+        return Item(name, row, video, prompts, 0.0, max(span[1] for span in spans), truth)
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
         """Scores each answer. A response counts from the second of its last word."""
@@ -76,10 +76,12 @@ class ProactiveVideoQA(PushAlone):
             for emission in watched.emissions:
                 if start <= emission.end <= end and emission.text not in texts:
                     texts.append(emission.text)
-                    verdict = judge("coverage", item.asks[0].text, answer["text"], " ".join(texts))
+                    verdict = judge(
+                        "coverage", item.prompts[0].text, answer["text"], " ".join(texts)
+                    )
                     marks[emission.end] = verdict.score
             marks = _forgiven(marks, answer["due"])
-            rest = (item.asks[0].text, " ".join(texts), answer["text"], start)
+            rest = (item.prompts[0].text, " ".join(texts), answer["text"], start)
             points += [
                 Point(f"{item.id}.{number}", _row(item.row, omega), pauc(marks, start, end, omega),
                       *rest, metric=f"PAUC, omega {omega:g}")
@@ -92,11 +94,11 @@ def _row(row: str, omega: float) -> str:
     return row if omega == 0.5 else f"{row} (omega {omega:g})"
 
 
-def _forgiven(marks: Mapping[float, float], due: float) -> dict[float, float]:
-    """The marks without those after second `due` that are lower than the mark by then."""
-    before = [mark for second, mark in sorted(marks.items()) if second <= due]
+def _forgiven(marks: Mapping[float, float], second_due: float) -> dict[float, float]:
+    """The marks without those after `second_due` that are lower than the mark by then."""
+    before = [mark for second, mark in sorted(marks.items()) if second <= second_due]
     least = before[-1] if before else 0.0
-    return {s: mark for s, mark in sorted(marks.items()) if s <= due or mark >= least}
+    return {s: mark for s, mark in sorted(marks.items()) if s <= second_due or mark >= least}
 
 
 def pauc(marks: Mapping[float, float], start: float, end: float, omega: float) -> float:

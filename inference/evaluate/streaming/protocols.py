@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from operator import itemgetter
 
-from inference.evaluate.streaming.items import EARLIER_ANSWER, Ask, Benchmark, Item, Reply, Watched
+from inference.evaluate.streaming.items import (
+    EARLIER_ANSWER,
+    Benchmark,
+    Item,
+    Reply,
+    TimedPrompt,
+    Watched,
+)
 from inference.evaluate.streaming.source import open_source
 from inference.evaluate.streaming.speaker import Speaker, Watching
 
@@ -18,32 +25,32 @@ def watch(speaker: Speaker, item: Item, fps: float) -> Watched:
     that cannot be read, and what the speaker raises.
     """
     with open_source(item.video) as source:
-        asks = sorted(((source.second(ask.second), ask) for ask in item.asks), key=itemgetter(0))
+        prompts = sorted(((source.second(p.second), p) for p in item.prompts), key=itemgetter(0))
         with speaker.watch(item) as watching:
-            shown, second = 0, item.start
+            frame_count, second = 0, item.start
             for second, picture in source.stream(item.start, item.end, fps):
                 first = None
-                while asks and asks[0][0] <= second:
-                    at, ask = asks.pop(0)
-                    text = _text(ask, watching)
-                    if not shown and not (asks and asks[0][0] <= second):
+                while prompts and prompts[0][0] <= second:
+                    at, prompt = prompts.pop(0)
+                    text = _text(prompt, watching)
+                    if not frame_count and not (prompts and prompts[0][0] <= second):
                         first = text
                     else:
                         watching.ask(at, text)
                 watching.frame(second, picture, first)
-                shown += 1
-            for _, ask in asks:
-                watching.ask(second, _text(ask, watching))
-            return Watched(tuple(watching.end()), shown / fps)
+                frame_count += 1
+            for _, prompt in prompts:
+                watching.ask(second, _text(prompt, watching))
+            return Watched(tuple(watching.end()), frame_count / fps)
 
 
-def _text(ask: Ask, watching: Watching) -> str:
+def _text(prompt: TimedPrompt, watching: Watching) -> str:
     """A question's text, with the model's answer to an earlier question where it refers to one."""
-    if ask.answer_to is None:
-        return ask.text
-    turn = ask.answer_to + 1
+    if prompt.answer_to is None:
+        return prompt.text
+    turn = prompt.answer_to + 1
     answer = next((e.text for e in watching.emissions() if e.turn == turn), "")
-    return ask.text.replace(EARLIER_ANSWER, answer)
+    return prompt.text.replace(EARLIER_ANSWER, answer)
 
 
 def poll(

@@ -101,7 +101,7 @@ class _Remote:
             start, self._wall, time.monotonic
         )  # the server's clock is another one
         self._changed = threading.Condition()
-        self._sent = self._taken = self._items = 0
+        self._sent = self._processed = self._items = 0
         self._state = "silent"  # or `speaking`, also while it decides; or `waiting`
         self._over, self._latest = "", time.monotonic()
         self._reader = threading.Thread(target=self._read, name="moss-hear", daemon=True)
@@ -142,7 +142,7 @@ class _Remote:
         return "".join(emission.text for emission in self.end() if emission.turn)
 
     def _ask(self, second: float, text: str) -> None:
-        self._responses.asked_at.append(second)
+        self._responses.turn_seconds.append(second)
         content = [{"type": "input_text", "text": text}]
         self._send("conversation.item.create", item={"content": content})
 
@@ -151,7 +151,7 @@ class _Remote:
         if self._wall:
             time.sleep(self._responses.seconds_until(second))
         else:
-            self._wait(lambda: self._sent - self._taken < _AHEAD)
+            self._wait(lambda: self._sent - self._processed < _AHEAD)
         with self._changed:
             self._sent += 1
         self._send(
@@ -180,8 +180,8 @@ class _Remote:
         silent or has said what the pace allows."""
         self._wait(
             lambda: (
-                self._taken >= self._sent
-                and self._items >= len(self._responses.asked_at)
+                self._processed >= self._sent
+                and self._items >= len(self._responses.turn_seconds)
                 and self._state != "speaking"
             )
         )
@@ -217,7 +217,7 @@ class _Remote:
     def _take(self, data: dict[str, Any]) -> None:
         kind, seq, _, t_media = (data.pop(name, 0) for name in _HEAD)
         self._responses.add(Event(kind, seq, time.monotonic(), t_media, data))
-        self._taken += kind in ("input_frame.processed", "input_frame.dropped")
+        self._processed += kind in ("input_frame.processed", "input_frame.dropped")
         self._items += kind == "conversation.item.created"
         if kind == "session.state":
             self._state = str(data.get("state"))

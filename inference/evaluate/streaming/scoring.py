@@ -129,11 +129,11 @@ def totals(rows: Sequence[Row]) -> list[Row]:
 
 
 def _mean(name: str, parts: Sequence[Row], weighted: bool) -> Row:
-    known = [
+    weighted_values = [
         (part.value, part.count if weighted else 1) for part in parts if part.value is not None
     ]
-    count = sum(weight for _, weight in known)
-    value = sum(value * weight for value, weight in known) / count if count else None
+    count = sum(weight for _, weight in weighted_values)
+    value = sum(value * weight for value, weight in weighted_values) / count if count else None
     skipped: dict[str, int] = defaultdict(int)
     for part in parts:
         for why, number in part.skipped.items():

@@ -69,7 +69,7 @@ def select(config: StreamingConfig) -> list[Selection]:
         if not items:
             raise FormError(f"{path}: has no questions")
         digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
-        selections.append(Selection(benchmark, _wanted(items, config), templates, digests))
+        selections.append(Selection(benchmark, _selected(items, config), templates, digests))
         rows |= {item.row: None for item in items}
     if not any(selection.items for selection in selections):
         named = ", ".join(config.tasks)
@@ -127,14 +127,14 @@ def _files(name: str, path: Path) -> list[Path]:
     return files
 
 
-def _wanted(items: list[Item], config: StreamingConfig) -> list[Item]:
+def _selected(items: list[Item], config: StreamingConfig) -> list[Item]:
     """The items of the configured tasks, at most `limit` of each row."""
     counts: Counter[str] = Counter()
-    wanted = []
+    selected = []
     for item in items:
         if config.tasks and not any(task in item.row for task in config.tasks):
             continue
         counts[item.row] += 1
         if config.limit is None or counts[item.row] <= config.limit:
-            wanted.append(item)
-    return wanted
+            selected.append(item)
+    return selected

@@ -143,7 +143,7 @@ class ResponseCollector:
         # When second `start` of the source was shown: on that clock, and on the monotonic clock.
         self._began: float | None = None
         self._moment = 0.0
-        self.asked_at: list[float] = []  # second of each user's turn
+        self.turn_seconds: list[float] = []  # second of each user's turn
         self._turn = 0  # turns that the session has taken in
         self._done: list[Emission] = []
         self._pieces: list[tuple[float, str]] | None = None  # of the response under way
@@ -164,7 +164,7 @@ class ResponseCollector:
         if self._began is None:
             self._began, self._moment = self._now(), time.monotonic()
         if question is not None:
-            self.asked_at.append(second)
+            self.turn_seconds.append(second)
 
     def seconds_until(self, second: float) -> float:
         """Seconds of the wall clock until one of the source is due."""
@@ -197,7 +197,7 @@ class ResponseCollector:
         """The second of the source at which an event came."""
         if not self._wall or self._began is None:
             # An answer is never earlier than its question, whatever frame is the newest.
-            return max(event.t_media, self._start, *self.asked_at[self._turn - 1 : self._turn])
+            return max(event.t_media, self._start, *self.turn_seconds[self._turn - 1 : self._turn])
         return self._start + event.t_server - self._began
 
 
@@ -210,7 +210,7 @@ class _Session:
         self._seq, self._responses = 0, ResponseCollector(start, wall, session.log.now)
 
     def ask(self, second: float, text: str) -> None:
-        self._responses.asked_at.append(second)
+        self._responses.turn_seconds.append(second)
         if self._wall:
             self._wait(second)
             return self._session.prompt(text)

@@ -12,12 +12,12 @@ from typing import Any
 
 from inference.evaluate.streaming.forms import Entry, FormError, kind_of, read_list
 from inference.evaluate.streaming.items import (
-    Ask,
     Item,
     Judge,
     Point,
     Poll,
     Reply,
+    TimedPrompt,
     Watched,
 )
 from inference.evaluate.streaming.templates import Templates
@@ -63,23 +63,23 @@ class StreamingBench:
 
     def _choice(self, name: str, question: Entry, video: Path, part: str) -> Item:
         row = f"streamingbench {part}: {question.text('task_type')}"
-        ask, truth = self._ask_of(question)
-        start, end = self._timing.start(ask.second), self._timing.end(ask.second)
-        return Item(name, row, video, (ask,), start, end, {"part": part, "questions": [truth]})
+        prompt, truth = self._prompt_of(question)
+        start, end = self._timing.start(prompt.second), self._timing.end(prompt.second)
+        return Item(name, row, video, (prompt,), start, end, {"part": part, "questions": [truth]})
 
     def _sequence(self, name: str, place: str, data: list[Any], videos: Path) -> Item:
         entries = [
             Entry(f"{place}, {i}", one, ("video_path", "questions")) for i, one in enumerate(data)
         ]
         questions = [q for entry in entries for q in entry.entries("questions", _CHOICE, least=1)]
-        asks, truths = zip(*(self._ask_of(q) for q in questions), strict=True)
-        seconds = [ask.second for ask in asks]
+        prompts, truths = zip(*(self._prompt_of(q) for q in questions), strict=True)
+        seconds = [prompt.second for prompt in prompts]
         start, end = self._timing.start(min(seconds)), self._timing.end(max(seconds))
         truth = {"part": "sqa", "questions": list(truths)}
         video = _video(entries[0], videos)
-        return Item(name, "streamingbench sqa", video, asks, start, end, truth)
+        return Item(name, "streamingbench sqa", video, prompts, start, end, truth)
 
-    def _ask_of(self, question: Entry) -> tuple[Ask, dict[str, Any]]:
+    def _prompt_of(self, question: Entry) -> tuple[TimedPrompt, dict[str, Any]]:
         """The turn that asks a multiple-choice question, and what its scorer needs."""
         options = question.texts("options")
         if len(options) < 4:
@@ -91,14 +91,14 @@ class StreamingBench:
             "question": text, "options": options, "answer": question.text("answer"),
             "second": second, "stamp": str(question.data["time_stamp"]),
         }  # fmt: skip
-        return Ask(second, self._templates("push.choice", text, "\n".join(options))), truth
+        return TimedPrompt(second, self._templates("push.choice", text, "\n".join(options))), truth
 
     def _alert(self, name: str, question: Entry, video: Path, part: str) -> Item:
         second, right = question.seconds("time_stamp"), question.seconds("ground_truth_time_stamp")
         text, output = question.text("question"), question.text("ground_truth_output")
         truth = {"part": part, "question": text, "output": output, "right": right}
-        row, asks = "streamingbench proactive", (Ask(second, text),)
-        return Item(name, row, video, asks, second, right + _POLLED, truth)
+        row, prompts = "streamingbench proactive", (TimedPrompt(second, text),)
+        return Item(name, row, video, prompts, second, right + _POLLED, truth)
 
     def polls(self, item: Item) -> bool:
         return True
@@ -164,10 +164,10 @@ class StreamingBench:
                 item, first.second if first else None, first.text if first else ""
             )
         # In the stream questions come in the order of their seconds, not always the file's.
-        turns = sorted(range(len(item.asks)), key=lambda number: item.asks[number].second)
+        turns = sorted(range(len(item.prompts)), key=lambda number: item.prompts[number].second)
         answers = [
             next((e.text for e in emissions if e.turn == turns.index(number) + 1), "")
-            for number in range(len(item.asks))
+            for number in range(len(item.prompts))
         ]
         return [
             _point(item, i, choice(answer, q["options"]) == q["answer"], q, answer)
@@ -179,8 +179,8 @@ class StreamingBench:
         right, output = item.truth["right"], item.truth["output"]
         in_time = second is not None and abs(second - right) <= _IN_TIME
         alert = "" if second is None else f"{answer} (at {second:g} s)"
-        wanted = f"{output} (at {right:g} s)"
-        rest = (item.truth["question"], alert, wanted, right)
+        reference = f"{output} (at {right:g} s)"
+        rest = (item.truth["question"], alert, reference, right)
         return [
             Point(item.id, item.row, float(in_time and output in answer), *rest),
             Point(item.id, f"{item.row} (time)", float(in_time), *rest, metric="in time"),
@@ -188,7 +188,7 @@ class StreamingBench:
 
 
 def _point(item: Item, number: int, right: bool, question: dict[str, Any], answer: str) -> Point:
-    name = item.id if len(item.asks) == 1 else f"{item.id}.{number}"
+    name = item.id if len(item.prompts) == 1 else f"{item.id}.{number}"
     text = "\n".join([question["question"], *question["options"]])
     return Point(name, item.row, float(right), text, answer, question["answer"], question["second"])
 

@@ -139,11 +139,11 @@ def _missing(jobs: list[Job], records: JobRecords) -> Iterator[str]:
 def _jobs(selections: list[Selection], config: StreamingConfig) -> Iterator[Job]:
     """Each item in the configured protocols, and each item of events at each bias."""
     for selection in selections:
-        benchmark, wanted = selection.benchmark, config.protocol
+        benchmark, protocol = selection.benchmark, config.protocol
         for item in selection.items:
-            if benchmark.polls(item) and wanted != PUSH:
+            if benchmark.polls(item) and protocol != PUSH:
                 yield Job(benchmark, item, OFFICIAL)
-            if not benchmark.polls(item) or wanted != OFFICIAL:
+            if not benchmark.polls(item) or protocol != OFFICIAL:
                 yield Job(benchmark, item, PUSH)
         if isinstance(benchmark, Events):
             yield from (

@@ -57,6 +57,6 @@ def words(text: str) -> str:
     return f" {' '.join(_WORDS.findall(text.lower()))} "
 
 
-def says(text: str, phrase: str) -> bool:
+def contains_phrase(text: str, phrase: str) -> bool:
     """Whether a text contains a phrase, word by word."""
     return words(phrase) in words(text)

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.build import build_shards
-from data_pipeline.importers.timeline import Said, Timeline, unroll
+from data_pipeline.importers.timeline import TimedText, Timeline, unroll
 from data_pipeline.shards import ShardError
 from data_pipeline.video import VideoInfo, frames_at, probe_video
 from tests.data_pipeline.clips import number
@@ -278,8 +278,12 @@ def test_contents_of_parts_bring_their_media(folder: Path) -> None:
 
 def test_long_answers_go_on_and_newer_questions_cut_them_off() -> None:
     info = VideoInfo(9.9, 10.0, 100)
-    asked = (Said(0, "Q"), Said(5.5, "R"))
-    answers = (Said(2.2, "one two three four five six"), Said(4, "more of it now"), Said(7, "yes"))
+    asked = (TimedText(0, "Q"), TimedText(5.5, "R"))
+    answers = (
+        TimedText(2.2, "one two three four five six"),
+        TimedText(4, "more of it now"),
+        TimedText(7, "yes"),
+    )
     unrolled = unroll(Timeline(asked, answers, pace=4), info)
     assert [turn["content"] for turn in unrolled.messages] == [
         "Q",
@@ -289,10 +293,10 @@ def test_long_answers_go_on_and_newer_questions_cut_them_off() -> None:
         WATCHED + SILENCE + FRAME + "yes" + WATCHED * 2 + SILENCE,
     ]  # fmt: skip
     assert unrolled.notes == []
-    cut = unroll(Timeline(asked, (Said(5, "one two three four five"),), pace=2), info)
+    cut = unroll(Timeline(asked, (TimedText(5, "one two three four five"),), pace=2), info)
     assert cut.messages[1]["content"].endswith("one two")
     assert cut.notes == ["answer cut off by a newer question"]
-    dense = unroll(Timeline((Said(0, "Q"),), (Said(8, "一二三四"),), pace=2), info)
+    dense = unroll(Timeline((TimedText(0, "Q"),), (TimedText(8, "一二三四"),), pace=2), info)
     assert dense.messages[1]["content"].endswith(f"{FRAME}一二{FRAME}三四{SILENCE}")
 
 

@@ -66,7 +66,7 @@ def test_the_whole_clip_tells_the_answer() -> None:
         for state in clip.story.states:
             for part in ("place", "shape", "colour"):
                 assert len({getattr(thing, part) for thing in state}) == len(state)
-        for qa in clip.asked:
+        for qa in clip.questions:
             *shown, answer = expected(qa, clip.story.states)
             told = f"{', '.join(shown).capitalize()}. {answer.capitalize()}."
             assert qa.answer == told
@@ -75,13 +75,13 @@ def test_the_whole_clip_tells_the_answer() -> None:
 
 
 def test_every_task_is_asked_as_often_and_no_two_questions_are_about_one_thing() -> None:
-    counts = Counter(task_of(clip.asked[0]) for clip in CLIPS)
+    counts = Counter(task_of(clip.questions[0]) for clip in CLIPS)
     assert counts.keys() == {*TASKS} == CHANCE.keys()
     assert min(counts.values()) > 0.19 * len(CLIPS)
-    two = [clip for clip in CLIPS if len(clip.asked) == 2]
+    two = [clip for clip in CLIPS if len(clip.questions) == 2]
     assert 0.48 < len(two) / len(CLIPS) < 0.52
     for clip in two:
-        first, second = ({w for w in qa.question.split()} & set(SHAPES) for qa in clip.asked)
+        first, second = ({w for w in qa.question.split()} & set(SHAPES) for qa in clip.questions)
         assert not first & second
 
 
@@ -92,7 +92,7 @@ def named(clip: Clip, number: int) -> Callable[[State], str]:
     Without this there would be more kinds of clips than clips.
     """
     states = [seen(state) for state in clip.story.states]
-    words = clip.asked[number].question.replace("?", "").replace(",", "").split()
+    words = clip.questions[number].question.replace("?", "").replace(",", "").split()
     subjects = [shape for shape in SHAPES if shape in words]  # two of `first`
     palettes = [
         sorted({look[0] for state in states for shape, look in state.items() if mine(shape)})
@@ -111,7 +111,7 @@ def named(clip: Clip, number: int) -> Callable[[State], str]:
 
 def about(clip: Clip, number: int) -> tuple[Hashable, ...]:
     """A question in the same names: its task, its words beside shapes, its options' order."""
-    qa = clip.asked[number]
+    qa = clip.questions[number]
     words = qa.question.rstrip("?").replace(",", "").split()
     shapes = [shape for shape in SHAPES if shape in words]
     colours = sorted({"red", "green", "blue", "yellow"} & {*words})
@@ -123,7 +123,7 @@ def about(clip: Clip, number: int) -> tuple[Hashable, ...]:
 
 def answer_of(clip: Clip, number: int) -> str:
     """The answer in the same names."""
-    qa, answer = clip.asked[number], conclusion(clip.asked[number]).rstrip(".").lower()
+    qa, answer = clip.questions[number], conclusion(clip.questions[number]).rstrip(".").lower()
     words = qa.question.rstrip("?").replace(",", "").split()
     for palette in (SHAPES, ("blue", "green", "red", "yellow")):
         if answer in palette:
@@ -151,12 +151,12 @@ def best_guess(know: Known, number: int) -> dict[str, tuple[float, int]]:
     counts: defaultdict[Hashable, Counter[str]] = defaultdict(Counter)
     right, tried = defaultdict[str, float](float), Counter[str]()
     for clip in CLIPS[:half]:
-        if number < len(clip.asked):
+        if number < len(clip.questions):
             counts[about(clip, number), know(clip, number)][answer_of(clip, number)] += 1
     for clip in CLIPS[half:]:
-        if number < len(clip.asked):
+        if number < len(clip.questions):
             likely = counts[about(clip, number), know(clip, number)].most_common(1)
-            task = task_of(clip.asked[number])
+            task = task_of(clip.questions[number])
             tried[task] += 1
             right[task] += likely[0][0] == answer_of(clip, number) if likely else CHANCE[task]
     return {task: (right[task] / tried[task], tried[task]) for task in tried}

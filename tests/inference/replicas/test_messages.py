@@ -121,12 +121,12 @@ def test_a_replica_of_another_version_is_told(
     first, second = front.front.replicas
 
     def see() -> None:  # at once: the front looks at them, too
-        front.front._seen(first, None, "ok")  # it is there already
+        front.front._set_status(first, None, "ok")  # it is there already
         for replica, code in ((first, first.code), (second, "older")):
             with monkeypatch.context() as patched:
                 patched.setattr(replica, "state", "starting")
                 patched.setattr(replica, "code", code)
-                front.front._seen(replica, None, "ok")
+                front.front._set_status(replica, None, "ok")
 
     front.between_turns(see)
     (told,) = [line for line in caplog.messages if "another version" in line]

@@ -158,7 +158,7 @@ def script(item: Item) -> list[tuple[float, str]]:
     truth, kind = item.truth, item.row.split()[0]
     task = truth.get("task")
     if kind == "ovobench" and task in CHOICE_TASKS:
-        return [(item.asks[0].second, f"{truth['answer']}.")]
+        return [(item.prompts[0].second, f"{truth['answer']}.")]
     if task == "REC":
         return [(float(second), f"That is {n + 1}.") for n, second in enumerate(DONE_AT)]
     if task == "SSR":
@@ -174,7 +174,7 @@ def script(item: Item) -> list[tuple[float, str]]:
     if "questions" in truth:
         return [(question["second"], f"({question['answer']})") for question in truth["questions"]]
     if "turns" in truth:
-        seconds = [ask.second if ask.second >= 0 else SECONDS + ask.second for ask in item.asks]
+        seconds = [ask.second if ask.second >= 0 else SECONDS + ask.second for ask in item.prompts]
         answers = [turn["answer"] for turn in truth["turns"]]
         return list(zip(seconds, answers, strict=True))
     if "answers" in truth:

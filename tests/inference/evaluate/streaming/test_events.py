@@ -14,7 +14,7 @@ from data_pipeline.video import frames_at
 from inference.evaluate.results import BenchmarkError
 from inference.evaluate.streaming.config import StreamingConfig
 from inference.evaluate.streaming.events import HOW, Events
-from inference.evaluate.streaming.items import Ask, Emission, Item, Watched
+from inference.evaluate.streaming.items import Emission, Item, TimedPrompt, Watched
 from inference.evaluate.streaming.operating_curve import OperatingPoint, best, operating_point
 from inference.evaluate.streaming.selection import select
 from inference.evaluate.streaming.speaker import SpeakerFailed, Watching
@@ -26,7 +26,7 @@ from tests.inference.evaluate.streaming.published import write_events
 
 EVENT = {"second": 4.0, "says": ["the door opens", "door is open"]}
 ITEM = Item(
-    "0", "events", Path("a.mp4"), (Ask(0.0, "Tell me."),),
+    "0", "events", Path("a.mp4"), (TimedPrompt(0.0, "Tell me."),),
     truth={"events": [EVENT], "interruptions": []},
 )  # fmt: skip
 
@@ -78,7 +78,13 @@ def test_an_event_in_silence_is_counted_apart() -> None:
 def test_an_interruption_is_timed_from_its_own_second() -> None:
     turn = {"second": 6.0, "text": "Colour?", "says": ["blue"]}
     truth = {"events": [], "interruptions": [turn]}
-    item = Item("0", "events", Path("a.mp4"), (Ask(0, "Tell."), Ask(6, "Colour?")), truth=truth)
+    item = Item(
+        "0",
+        "events",
+        Path("a.mp4"),
+        (TimedPrompt(0, "Tell."), TimedPrompt(6, "Colour?")),
+        truth=truth,
+    )
     emissions = (speech(3, *LONG[:3], cut=True), speech(8, "It is blue.", turn=2))
     events = Events(within=10.0, step=1.0)
     points = {p.row: p.score for p in events.push(item, Watched(emissions, 30.0), exact_judge)}

@@ -18,7 +18,7 @@ from inference.evaluate.streaming.judge import no_judge
 from inference.evaluate.streaming.selection import select
 from inference.evaluate.streaming.streamingbench import StreamingBench
 from inference.evaluate.streaming.templates import describe_own, read_templates
-from inference.evaluate.streaming.text import choice, last_number, letter, says
+from inference.evaluate.streaming.text import choice, contains_phrase, last_number, letter
 from inference.evaluate.streaming.timing import Timing
 from tests.inference.evaluate.streaming.published import WRITERS, write_streamingbench
 
@@ -110,7 +110,7 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     file.write_bytes(f"\ufeff{lines}\r\n\r\n".encode())
     (selection,) = select(StreamingConfig(benchmarks=(f"events={file}",)))
-    assert [item.asks[0].text for item in selection.items] == [
+    assert [item.prompts[0].text for item in selection.items] == [
         "Tell\u2028me\x85 0",
         "Tell\u2028me\x85 1",
     ]
@@ -170,8 +170,8 @@ def test_words_of_the_benchmark_are_those_of_its_repository(tmp_path: Path) -> N
 
 def test_letters_numbers_and_phrases_are_found_in_texts() -> None:
     assert [last_number(t) for t in ("1 of 12", "Three!", "none", "2nd")] == [12, 3, None, None]
-    assert says("Now: put on the Wig!", "put on the wig")
-    assert not says("input on the wig", "put on")
+    assert contains_phrase("Now: put on the Wig!", "put on the wig")
+    assert not contains_phrase("input on the wig", "put on")
 
 
 # What models answer to questions with options.

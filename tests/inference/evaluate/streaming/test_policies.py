@@ -154,7 +154,7 @@ CHOICES = {
 
 def _always(reply: str) -> Policy:
     return Policy(
-        lambda item: [(ask.second, reply) for ask in item.asks], lambda item, question, at: reply
+        lambda item: [(ask.second, reply) for ask in item.prompts], lambda item, question, at: reply
     )
 
 

@@ -20,7 +20,7 @@ from data_pipeline.video import frames_at
 from inference.engine.load import load_engine
 from inference.evaluate.results import BenchmarkError, Results
 from inference.evaluate.streaming.config import StreamingConfig
-from inference.evaluate.streaming.items import Ask, Emission, Item
+from inference.evaluate.streaming.items import Emission, Item, TimedPrompt
 from inference.evaluate.streaming.jobs import Speakers
 from inference.evaluate.streaming.protocols import watch
 from inference.evaluate.streaming.remote import RemoteSpeaker, check_server
@@ -80,7 +80,7 @@ def test_the_driver_hears_what_a_watched_video_says(
     (selection,) = select(config)
     heard = 0
     for item in selection.items:
-        (ask,) = item.asks
+        (ask,) = item.prompts
         # Asked between two frames; what is said to that is no earlier than the question.
         between = {ask.second - 0.5: ask.text} if ask.second else {0.0: ask.text}
         events = model.watch(video, ask=between, sampling=sampling, pace=4, max_new_tokens=9)
@@ -244,7 +244,7 @@ def test_a_question_that_does_not_fit_is_no_unreadable_video(
     assert [("window=2 at once" in record["failed"]) for record in records] == [True, True]
     assert not any(row.skipped for row in results.rows)
     video = questions.parent / "COIN" / "a.mp4"
-    item = Item("long", "row", video, (Ask(1.0, "why " * 300),))
+    item = Item("long", "row", video, (TimedPrompt(1.0, "why " * 300),))
     with pytest.raises(SpeakerFailed, match="tokens: at most 256 are taken"):
         watch(ModelSpeaker(model, SPEAKING), item, 1.0)
 
@@ -262,7 +262,7 @@ def test_more_questions_than_may_wait_fail_alone(
 
     monkeypatch.setattr(engine, "step", held)
     talk = SpeakingConfig(clock="wall", fps=5.0)
-    asks = tuple(Ask(0.1, f"what {number}") for number in range(20))
+    asks = tuple(TimedPrompt(0.1, f"what {number}") for number in range(20))
     item = Item("many", "row", questions.parent / "COIN" / "a.mp4", asks)
     with pytest.raises(SpeakerFailed, match="16 prompts wait") as failed:
         watch(ModelSpeaker(model, talk), item, 5.0)
