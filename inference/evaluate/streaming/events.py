@@ -103,7 +103,8 @@ class Events(PushAlone):
         )
         truth = {"events": events, "interruptions": interruptions}
         name = str(entry.data.get("id", number))
-        return Item(name, "events", videos / entry.text("video"), prompts, truth=truth)
+        video = videos / entry.text("video")
+        return Item(name, "events", video, prompts, truth=truth, points=max(1, len(events)))
 
     def outcome(self, item: Item, watched: Watched) -> StreamOutcome:
         """Matches responses with events (one may tell several) and with interruptions."""

@@ -31,6 +31,8 @@ class Item:
     start: float = 0.0  # second of the video from which it is shown
     end: float | None = None  # second up to which it is shown; None: the video's end
     truth: dict[str, Any] = field(default_factory=dict)  # what its benchmark's scorer needs
+    points: int = 1  # scores of its row that come of it
+    push_points: int | None = None  # the same in push mode; None: as many
 
 
 @dataclass(frozen=True)

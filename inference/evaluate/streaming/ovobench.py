@@ -83,7 +83,18 @@ class OvoBench:
             second, truth["clue"] = entry.seconds("ask_time"), entry.seconds("clue_time")
             truth["question"] = entry.text("question")
             text, start = self._templates("push.CRR", truth["question"]), self._timing.start(second)
-        return Item(_id(entry), row, video, (TimedPrompt(second, text),), start, last, truth)
+        one = 1 if task == "CRR" else None
+        return Item(
+            _id(entry),
+            row,
+            video,
+            (TimedPrompt(second, text),),
+            start,
+            last,
+            truth,
+            len(polls),
+            one,
+        )
 
     def _choice(self, entry: Entry, row: str, video: Path) -> Item:
         second, options = entry.seconds("realtime"), entry.texts("options")

@@ -65,7 +65,8 @@ class ProactiveVideoQA(PushAlone):
         beside = videos / "videos" / entry.text("video")
         video = video if video.is_file() or not beside.is_file() else beside
         row = f"proactivevideoqa {part}"
-        return Item(name, row, video, prompts, 0.0, max(span[1] for span in spans), truth)
+        end = max(span[1] for span in spans)
+        return Item(name, row, video, prompts, 0.0, end, truth, len(answers))
 
     def push(self, item: Item, watched: Watched, judge: Judge) -> list[Point]:
         """Scores each answer. A response counts from the second of its last word."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +52,7 @@ def score(jobs: Sequence[Job], records: JobRecords, judge: Judge, threads: int) 
         metrics.setdefault(row, "accuracy")
         if points is None:  # not run yet
             lines[row] += []
-            of[row] += 1
+            of[row] += points_of(job)
             continue
         for name, metric, line in points:
             lines[name].append(line)
@@ -69,6 +69,14 @@ def named(row: str, job: Job) -> str:
     return row if job.protocol == OFFICIAL or not job.benchmark.polls(job.item) else f"{row} (push)"
 
 
+def points_of(job: Job) -> int:
+    """The number of scores that come of a job in its item's row."""
+    item = job.item
+    if job.protocol == OFFICIAL or item.push_points is None:
+        return item.points
+    return item.push_points
+
+
 def _lines(job: Job, records: JobRecords, judge: Judge) -> list[tuple[str, str, Line]] | None:
     """(row, metric, line) for each point of a job; None: the job has no record."""
     record, item = records.record(job), job.item
@@ -76,19 +84,24 @@ def _lines(job: Job, records: JobRecords, judge: Judge) -> list[tuple[str, str, 
     if record is None:
         return None
     base: Line = {"id": item.id, "row": row, "media": [str(item.video)]}
+    count = points_of(job)
+    ids = [item.id] if count == 1 else [f"{item.id}.{number}" for number in range(count)]
+
+    def without(reason: Line) -> list[tuple[str, str, Line]]:
+        return [(row, "", {**base, "id": name, **reason}) for name in ids]
+
     if "skipped" in record or "failed" in record:
         names = ("skipped", "failed", "detail")
-        kept: Line = {name: record[name] for name in names if name in record}
-        return [(row, "", {**base, **kept})]
+        return without({name: record[name] for name in names if name in record})
     try:
         if job.protocol == OFFICIAL:
             points = job.benchmark.official(item, replies_of(record), judge)
         else:
             points = job.benchmark.push(item, watched_of(record), judge)
     except NoJudge:
-        return [(row, "", {**base, "skipped": NO_JUDGE})]
+        return without({"skipped": NO_JUDGE})
     except JudgeFailed as error:
-        return [(row, "", {**base, "failed": str(error), "judge": True})]
+        return without({"failed": str(error), "judge": True})
     return [(named(p.row, job), p.metric, _line(p, base, named(p.row, job))) for p in points]
 
 
@@ -102,38 +115,46 @@ def _line(point: Point, base: Line, row: str) -> Line:
     }  # fmt: skip
 
 
-def totals(rows: Sequence[Row]) -> list[Row]:
+def totals(rows: Sequence[Row], known: Collection[str]) -> list[Row]:
     """Means that benchmarks report besides their tasks: OVO-Bench's groups and its total (means of
-    their rows), StreamingBench's `real` and `omni` (means of their items)."""
+    their rows), StreamingBench's `real` and `omni` (means of their items).
+
+    known: all rows of the files of questions. A mean of some of them only is left out.
+    """
     by_name = {row.row: row for row in rows}
     extra = []
     for end in ("", " (push)"):
         groups = []
         for group, tasks in GROUPS.items():
-            parts = [by_name[n] for task in tasks if (n := f"ovobench {task}{end}") in by_name]
-            if parts:
-                groups.append(_mean(f"ovobench {group}{end}", parts, weighted=False))
+            own = [name for task in tasks if (name := f"ovobench {task}") in known]
+            groups += _mean_of(f"ovobench {group}{end}", own, end, by_name, weighted=False)
         extra += groups
         if len(groups) == len(GROUPS):
             extra.append(_mean(f"ovobench{end}", groups, weighted=False))
         for part in ("real", "omni"):
-            start = f"streamingbench {part}: "
-            parts = [
-                r
-                for r in rows
-                if r.row.startswith(start) and r.row.endswith(" (push)") == bool(end)
-            ]
-            if parts:
-                extra.append(_mean(f"streamingbench {part}{end}", parts, weighted=True))
+            own = [name for name in known if name.startswith(f"streamingbench {part}: ")]
+            extra += _mean_of(f"streamingbench {part}{end}", own, end, by_name, weighted=True)
     return extra
 
 
+def _mean_of(
+    name: str, parts: Sequence[str], end: str, by_name: Mapping[str, Row], weighted: bool
+) -> list[Row]:
+    """The mean of the rows `parts`, whose names have this end; none where one of them is not
+    there."""
+    found = [by_name[f"{part}{end}"] for part in parts if f"{part}{end}" in by_name]
+    return [_mean(name, found, weighted)] if found and len(found) == len(parts) else []
+
+
 def _mean(name: str, parts: Sequence[Row], weighted: bool) -> Row:
+    """A mean of rows; None where each row counts the same and one has no value."""
     weighted_values = [
         (part.value, part.count if weighted else 1) for part in parts if part.value is not None
     ]
     count = sum(weight for _, weight in weighted_values)
     value = sum(value * weight for value, weight in weighted_values) / count if count else None
+    if not weighted and len(weighted_values) < len(parts):
+        value = None
     skipped: dict[str, int] = defaultdict(int)
     for part in parts:
         for why, number in part.skipped.items():

@@ -45,6 +45,7 @@ class Selection:
     items: list[Item]
     templates: Templates  # the templates of its questions
     files: dict[str, str]  # path of each file of questions -> digest of its content
+    rows: tuple[str, ...]  # all rows of these files, also those that are not asked
 
 
 def select(config: StreamingConfig) -> list[Selection]:
@@ -69,8 +70,10 @@ def select(config: StreamingConfig) -> list[Selection]:
         if not items:
             raise FormError(f"{path}: has no questions")
         digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
-        selections.append(Selection(benchmark, _selected(items, config), templates, digests))
-        rows |= {item.row: None for item in items}
+        own_rows = dict.fromkeys(item.row for item in items)
+        selected = _selected(items, config)
+        selections.append(Selection(benchmark, selected, templates, digests, tuple(own_rows)))
+        rows |= own_rows
     if not any(selection.items for selection in selections):
         named = ", ".join(config.tasks)
         raise FormError(f"tasks {named}: are part of no row's name: {', '.join(rows)}")

@@ -77,7 +77,7 @@ class StreamingBench:
         start, end = self._timing.start(min(seconds)), self._timing.end(max(seconds))
         truth = {"part": "sqa", "questions": list(truths)}
         video = _video(entries[0], videos)
-        return Item(name, "streamingbench sqa", video, prompts, start, end, truth)
+        return Item(name, "streamingbench sqa", video, prompts, start, end, truth, len(prompts))
 
     def _prompt_of(self, question: Entry) -> tuple[TimedPrompt, dict[str, Any]]:
         """The turn that asks a multiple-choice question, and what its scorer needs."""

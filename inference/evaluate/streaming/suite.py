@@ -123,7 +123,8 @@ def evaluate(
         if scores.failure:
             warn(scores.failure)
         rows = scores.rows(run)
-        return run.finish([*rows, *totals(rows), *_curve(jobs, records, out)])
+        known = [row for selection in selections for row in selection.rows]
+        return run.finish([*rows, *totals(rows, known), *_curve(jobs, records, out)])
 
 
 def _missing(jobs: list[Job], records: JobRecords) -> Iterator[str]:

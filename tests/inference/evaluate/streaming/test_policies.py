@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.commands import DONE
-from inference.evaluate.results import Results, read_items
+from inference.evaluate.results import Results, Row, read_items
 from inference.evaluate.streaming.config import StreamingConfig
+from inference.evaluate.streaming.scoring import totals
 from inference.evaluate.streaming.selection import select
 from inference.evaluate.streaming.suite import evaluate
 from tests.inference.evaluate.streaming import policies
@@ -237,6 +238,36 @@ def test_a_missing_video_is_counted_and_named(published: dict[str, str], tmp_pat
     assert (rows["omnimmi PT (push)"].count, rows["omnimmi PT (push)"].of) == (0, 2)
     assert results.exit_code == DONE
     assert "a.mp4" in (tmp_path / "items" / "omnimmi PA.jsonl").read_text()
+
+
+@pytest.mark.parametrize("benchmark", ["ovobench", "streamingbench", "proactivevideoqa", "events"])
+def test_what_is_not_scored_counts_as_often_as_what_is(
+    benchmark: str, published: dict[str, str], tmp_path: Path
+) -> None:
+    """`of` is the same whether there are videos or not."""
+    full = scores(published[benchmark], policies.oracle(), tmp_path / "full")
+    none = scores(published[benchmark], policies.oracle(), tmp_path / "none", videos=str(tmp_path))
+    assert all(row.of == sum(row.skipped.values()) for row in none.rows)
+    whole = {row.row: row.of for row in full.rows}
+    assert {row.row: row.of for row in none.rows}.items() <= whole.items()
+    assert {row.value for row in none.rows} == {None}
+
+
+def test_a_total_is_of_all_its_tasks_or_there_is_none(
+    published: dict[str, str], tmp_path: Path
+) -> None:
+    named, oracle = published["ovobench"], policies.oracle()
+    few = scores(named, oracle, tmp_path / "few", tasks=("EPM", "OCR", "REC", "SSR"))
+    assert not {"ovobench", "ovobench (push)", "ovobench forward"} & set(values(few))
+    assert "ovobench REC" in values(few)
+    forward = scores(named, oracle, tmp_path / "all", tasks=("REC", "SSR", "CRR"))
+    assert values(forward)["ovobench forward"] == 1
+    rows = [Row(f"ovobench {task}", "accuracy", 0.5, 1, 1) for task in ("REC", "SSR")]
+    rows.append(Row("ovobench CRR", "accuracy", None, 0, 1, skipped={"no media": 1}))
+    (group,) = totals(rows, [row.row for row in rows])
+    assert (group.row, group.value, group.count, group.of) == ("ovobench forward", None, 2, 3)
+    counting = Row("streamingbench real: Counting", "accuracy", 1.0, 3, 3)
+    assert totals([counting], [counting.row, "streamingbench real: Text"]) == []
 
 
 def test_a_score_without_the_judge_that_it_needs_says_so(
