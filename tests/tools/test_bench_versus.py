@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -67,6 +68,13 @@ def test_two_commits_take_turns_and_their_figures_are_compared(repository: Path)
 def test_a_figure_that_is_not_worse_in_every_round_is_not_called_so() -> None:
     figure = versus.Figure("decision", "ms", False, [10, 10, 10], [12, 9.9, 12])
     assert not figure.is_worse(0.03)
+
+
+def test_figures_of_zero_have_a_ratio() -> None:
+    """Of frames that were dropped, or tokens of a session that has ended."""
+    assert versus.Figure("dropped", "", False, [0, 0, 4], [0, 2, 0]).ratios == [1.0, math.inf, 0.0]
+    assert versus.Figure("rate", "", True, [0, 2, 0], [0, 0, 4]).ratios == [1.0, math.inf, 0.0]
+    assert versus.Figure("dropped", "", False, [0, 0, 0], [2, 1, 3]).is_worse(0.03)
 
 
 def test_the_command_ends_with_1_where_something_is_slower(

@@ -68,13 +68,14 @@ def main() -> int:
             assert job.reader.batches is not None
             job.reader.batches = slowed(job.reader.batches, args.wait)
             turn(job, 1, ahead=False)
-            turns = [
-                [turn(job, args.steps, ahead) for ahead in (False, True)]
-                for _ in range(args.rounds)
-            ]
+            turns = []
+            for number in range(args.rounds):
+                kinds = (False, True) if number % 2 == 0 else (True, False)
+                own = {ahead: turn(job, args.steps, ahead) for ahead in kinds}
+                turns.append((own[False], own[True]))
             job.reader.close()
-    for name, own in zip(("in turn", "ahead"), zip(*turns, strict=True), strict=True):
-        print(f"{name:8}", *(f"{key} {median(one[key] for one in own):.3f} s" for key in own[0]))
+    for name, each in zip(("in turn", "ahead"), zip(*turns, strict=True), strict=True):
+        print(f"{name:8}", *(f"{key} {median(one[key] for one in each):.3f} s" for key in each[0]))
     ratios = [at_once["step"] / serial["step"] for serial, at_once in turns]
     print(f"ahead / in turn: {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
     return 0

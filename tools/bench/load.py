@@ -73,9 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
         file = Path(folder) / "weights.safetensors"
         total = write(file, options.gigabytes)
         seconds(file, device, 1)
-        for _ in range(options.rounds):
-            for threads, taken in times.items():
-                taken.append(seconds(file, device, threads))
+        order = list(times)
+        for number in range(options.rounds):
+            for threads in order if number % 2 == 0 else order[::-1]:
+                times[threads].append(seconds(file, device, threads))
     print(table(times, total))
     return DONE
 

@@ -265,8 +265,9 @@ async def ways(drill: Drill, rounds: int = 5, frames: int = 20) -> tuple[list[fl
     ready = next(r for r in await asyncio.to_thread(drill.replicas) if r["state"] == "ready")
     path = ready["address"].removeprefix("unix:")
     through, straight = list[float](), list[float]()
-    for _ in range(rounds):
-        for way, found in (("", through), (path, straight)):
+    sides = [("", through), (path, straight)]
+    for number in range(rounds):
+        for way, found in sides if number % 2 == 0 else sides[::-1]:
             client = await Client(0, drill.url, path=way).run(lambda count: count == frames)
             found += client.frame_seconds[1:]
     return through, straight

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -54,13 +55,21 @@ class Figure:
     @property
     def ratios(self) -> list[float]:
         """By how many times it is worse now, in each round."""
-        pairs = zip(self.before, self.now, strict=True)
-        return [old / new if self.more_is_better else new / old for old, new in pairs]
+        pairs = [self.now, self.before]
+        worse, better = pairs[::-1] if self.more_is_better else pairs
+        return [_ratio(one, other) for one, other in zip(worse, better, strict=True)]
 
     def is_worse(self, allowed: float) -> bool:
         """Whether it is worse in every round, and in the median by more than the share
         `allowed`."""
         return statistics.median(self.ratios) > 1 + allowed and min(self.ratios) > 1
+
+
+def _ratio(one: float, other: float) -> float:
+    """How many times the other one is: 1 where both are 0."""
+    if one == other:
+        return 1.0
+    return one / other if other else math.inf
 
 
 def compare(repository: Path, revision: str, bench: list[str], rounds: int) -> list[Figure]:
@@ -83,7 +92,10 @@ def compare(repository: Path, revision: str, bench: list[str], rounds: int) -> l
                     name, unit = str(row["name"]), str(row["unit"])
                     made = Figure(name, unit, bool(row["more_is_better"]))
                     getattr(figures.setdefault(name, made), side).append(row["ours"])
-    return [f for f in figures.values() if len(f.before) == len(f.now) == rounds]
+    whole = [f for f in figures.values() if len(f.before) == len(f.now) == rounds]
+    if lost := [figure.name for figure in figures.values() if figure not in whole]:
+        print(f"not compared, for not all runs have them: {', '.join(lost)}", file=sys.stderr)
+    return whole
 
 
 @contextmanager
